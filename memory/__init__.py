@@ -1,0 +1,1 @@
+"""Where every byte goes. Knows no tokens and no attention."""

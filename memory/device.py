@@ -1,0 +1,136 @@
+"""What this machine, or the container around us, has. Reads the system; decides nothing."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+PROC = Path("/proc")
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+UNLIMITED = 1 << 60
+"""cgroup v1 writes a number near 2^63 where there is no limit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """`total_bytes` and `available_bytes` respect a container's limit, named in `limited_by`."""
+
+    system: str
+    processor: str
+    cores: int
+    total_bytes: int
+    available_bytes: int
+    limited_by: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class CgroupMemory:
+    """One control group's limit and what in it cannot be reclaimed at once."""
+
+    limit_bytes: int
+    used_bytes: int
+
+    @property
+    def free_bytes(self) -> int:
+        """What the group may still take."""
+        return max(self.limit_bytes - self.used_bytes, 0)
+
+
+def read_machine() -> Machine:
+    """Read the machine: psutil for the hardware, the control groups for a container's limits."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    total, available, limited_by = int(memory.total), int(memory.available), None
+    for group in cgroup_limits(PROC, CGROUP_ROOT):
+        if group.limit_bytes < total:
+            total, limited_by = group.limit_bytes, "cgroup"
+        available = min(available, group.free_bytes)
+    return Machine(
+        system=f"{platform.system()} {platform.release()}",
+        processor=_processor_name(),
+        cores=usable_cores(),
+        total_bytes=total,
+        available_bytes=available,
+        limited_by=limited_by,
+    )
+
+
+def usable_cores() -> int:
+    """Return the processors that this process may run on, at least 1."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux has it, macOS does not
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+def cgroup_limits(proc: Path, root: Path) -> list[CgroupMemory]:
+    """Return the memory limits of this process's control groups, its own and those above it.
+
+    Version 2 has one hierarchy with memory.max; version 1 a memory controller with
+    memory.limit_in_bytes. Page cache that can be dropped is not counted as used.
+    """
+    try:
+        lines = (proc / "self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    groups: list[CgroupMemory] = []
+    for line in lines:
+        hierarchy, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if hierarchy == "0" and not controllers:
+            groups += _walk(root, path, "memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            groups += _walk(
+                root / "memory",
+                path,
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_inactive_file",
+            )
+    return groups
+
+
+def _walk(root: Path, path: str, limit: str, usage: str, reclaimable: str) -> list[CgroupMemory]:
+    parts = Path(path.lstrip("/")).parts
+    # Inside a container the path is often the host's: then only the root itself is there.
+    folders = [root.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
+    groups = []
+    for folder in folders:
+        limit_bytes = _number(folder / limit)
+        if limit_bytes is None or limit_bytes >= UNLIMITED:
+            continue
+        used = (_number(folder / usage) or 0) - _stat(folder / "memory.stat", reclaimable)
+        groups.append(CgroupMemory(limit_bytes, max(used, 0)))
+    return groups
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text().strip())
+    except (OSError, ValueError):  # "max" is no limit
+        return None
+
+
+def _stat(path: Path, key: str) -> int:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return 0
+    values = dict(line.split(maxsplit=1) for line in lines if " " in line)
+    return int(values.get(key, "0"))
+
+
+def _processor_name() -> str:
+    try:
+        for line in (PROC / "cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

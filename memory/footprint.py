@@ -1,0 +1,123 @@
+"""What each owner of memory needs, in bytes, as formulas over a ModelSpec.
+
+Knows no budget and makes no choice. The KV formula is exact; the others are upper bounds, each held
+against measurements by `tests/memory/test_footprint.py`.
+"""
+
+from __future__ import annotations
+
+from lowtide.memory.meter import ProcessMemory
+from lowtide.memory.units import KIB, MIB
+from lowtide.models.spec import ModelSpec, VocabularySpec
+
+INTERPRETER_BYTES = 46 * MIB
+"""Python, numpy, jinja2, click and llama.cpp's libraries: 40 MiB measured with CPython 3.11."""
+LIBRARIES_BYTES = 28 * MIB
+"""What those libraries add to a process that has not loaded them."""
+RESERVE_BYTES = 8 * MIB
+"""Allocator slack and growth of small things: at most 6 MiB measured over 44 configurations."""
+
+REPACKED_TYPES = frozenset({"Q4_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "MXFP4"})
+REPACKED_TYPES_ELSEWHERE = frozenset({"Q8_0", "Q5_K", "Q6_K"})
+"""Types that llama.cpp packs into a layout of its own, on x86-64 and on other processors."""
+
+CELL_STEP = 256
+"""llama.cpp rounds the cells of a KV cache up to this."""
+BLOCK_BYTES = {"f16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18)}
+"""Elements and bytes of a block of each KV type."""
+SAMPLING_COPIES = 10
+"""Vocabulary-sized float arrays alive at once: llama.cpp's two rows and the sampler's own."""
+PROMPT_BYTES_PER_TOKEN = 12
+"""Text admitted for each token of context: about three times what natural text takes."""
+MIN_PROMPT_BYTES = 16 * KIB
+TOKENISER_BYTES_PER_PROMPT_BYTE = 128
+"""Peak growth while llama.cpp tokenises, for each byte of text: 123 measured at the worst (one word of
+blanks), 18 to 48 for natural text."""
+
+
+def interpreter_bytes(process: ProcessMemory) -> int:
+    """Return what the process needs before any model, given what it already has resident.
+
+    A small process is planned at a fixed figure, so that the same command plans the same every time;
+    one that is already large (lowtide inside a bigger program) at its own size.
+    """
+    grown = process.resident_bytes + LIBRARIES_BYTES
+    step = 8 * MIB
+    return max(INTERPRETER_BYTES, grown // step * step if grown > 2 * INTERPRETER_BYTES else 0)
+
+
+def vocabulary_bytes(vocabulary: VocabularySpec) -> int:
+    """Return the heap of a loaded vocabulary: two tables over the tokens, one over the merges."""
+    return (
+        2 * MIB + 160 * vocabulary.num_tokens + 2 * vocabulary.text_bytes
+        + 180 * vocabulary.num_merges
+    )  # fmt: skip
+
+
+def loading_bytes(spec: ModelSpec) -> int:
+    """Return what loading needs for a moment: the header's arrays as llama.cpp reads them."""
+    vocabulary = spec.vocabulary
+    return 2 * MIB + 48 * (vocabulary.num_tokens + vocabulary.num_merges)
+
+
+def is_repacked(spec: ModelSpec, processor: str) -> bool:
+    """Whether llama.cpp copies some weights into a layout of its own on this kind of processor.
+
+    Through a memory map such a model would keep both copies resident.
+    """
+    on_x86 = processor.lower() in ("x86_64", "amd64")
+    types = REPACKED_TYPES if on_x86 else REPACKED_TYPES | REPACKED_TYPES_ELSEWHERE
+    return not spec.tensor_types.isdisjoint(types)
+
+
+def weight_bytes(spec: ModelSpec, *, memory_map: bool) -> int:
+    """Return the weights' resident bytes: the mapped file in full, or the tensors copied."""
+    return spec.file_bytes if memory_map else spec.weight_bytes
+
+
+def kv_bytes(spec: ModelSpec, context: int, kv_type: str) -> int:
+    """Return the KV cache for `context` tokens, the sum over layers of both rows of every cell."""
+    cells = -(-context // CELL_STEP) * CELL_STEP
+    elements, block = BLOCK_BYTES[kv_type]
+    per_cell = sum(
+        -(-heads * size // elements) * block
+        for heads in spec.num_kv_heads
+        for size in (spec.key_head_size, spec.value_head_size)
+    )
+    return cells * per_cell + spec.recurrent_state_bytes
+
+
+def supports_kv_type(spec: ModelSpec, kv_type: str) -> bool:
+    """Whether the heads divide into the type's blocks."""
+    elements, _ = BLOCK_BYTES[kv_type]
+    return spec.key_head_size % elements == 0 and spec.value_head_size % elements == 0
+
+
+def compute_bytes(spec: ModelSpec, context: int, max_rows: int, kv_type: str) -> int:
+    """Return llama.cpp's compute buffer for `max_rows` rows a pass with flash attention and one row of logits.
+
+    Exact for llama is max_rows * (4 * (3 F + 3 E + H D) + 24 + 2 * context) with feed-forward width F,
+    embedding width E, H heads of D; a quantised cache adds up to half of it again.
+    """
+    feed_forward = max(spec.feed_forward_width)
+    heads = spec.num_heads * max(spec.key_head_size, spec.value_head_size)
+    num_masks = 2 if spec.sliding_window else 1
+    row = 4 * (3 * feed_forward + 4 * spec.embedding_width + 2 * heads) + 64
+    cells = -(-context // CELL_STEP) * CELL_STEP
+    total = max_rows * (row + num_masks * 2 * cells)
+    return total if kv_type == "f16" else total * 3 // 2
+
+
+def logits_bytes(spec: ModelSpec) -> int:
+    """Return one row of logits in llama.cpp and the sampler's scratch over it."""
+    return 4 * SAMPLING_COPIES * spec.vocabulary.num_tokens
+
+
+def prompt_limit_bytes(context: int) -> int:
+    """Return the longest text, in UTF-8 bytes, that is tokenised for a context."""
+    return max(PROMPT_BYTES_PER_TOKEN * context, MIN_PROMPT_BYTES)
+
+
+def prompt_bytes(context: int) -> int:
+    """Return what the longest admitted prompt takes while it is tokenised."""
+    return TOKENISER_BYTES_PER_PROMPT_BYTE * prompt_limit_bytes(context)

@@ -1,0 +1,297 @@
+"""The plan: from a model, a wish and a budget to rows of bytes, by arithmetic alone.
+
+Reads nothing and allocates nothing; knows no tokens. When it is tight it gives up in this order:
+rows of a prefill pass, then (for a stated context) the KV cache's type, or (for an open one) the
+context, and last it refuses. A stated context is never shortened, and a type never lowered where a
+shorter context would do: the first would be another request, the second another answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lowtide.memory import footprint
+from lowtide.memory.budget import Budget
+from lowtide.memory.errors import OverBudget
+from lowtide.memory.footprint import CELL_STEP
+from lowtide.memory.units import format_bytes, format_bytes_up
+from lowtide.models.errors import BadOption
+from lowtide.models.spec import ModelSpec
+
+MIN_CONTEXT = 512
+ROW_CHOICES = (128, 64, 32)
+"""Rows of a prefill pass. More than 128 measured no faster and keeps Ctrl-C waiting longer."""
+KV_TYPES = ("f16", "q8_0", "q4_0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions:
+    """What the user fixed; None leaves the choice to the plan."""
+
+    context: int | None = None
+    kv_type: str | None = None
+    max_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.context is not None and self.context < 1:
+            raise BadOption(f"context is {self.context}, 1 or more tokens are wanted")
+        if self.kv_type is not None and self.kv_type not in KV_TYPES:
+            raise BadOption(f"kv_type is {self.kv_type!r}, one of {', '.join(KV_TYPES)} is wanted")
+        if self.max_rows is not None and not 1 <= self.max_rows <= 4096:
+            raise BadOption(f"max_rows is {self.max_rows}, 1 to 4096 are wanted")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """What the plan must know of where it runs.
+
+    `interpreter_bytes` is what the process needs before any model; `processor` as `platform.machine()`.
+    """
+
+    interpreter_bytes: int
+    processor: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRow:
+    """One owner's bytes and the reason for them."""
+
+    owner: str
+    num_bytes: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Who gets which bytes. `gave_up` says, in words, what the budget cost."""
+
+    budget: Budget
+    rows: tuple[PlanRow, ...]
+    lower_bound_bytes: int
+    context: int
+    max_rows: int
+    kv_type: str
+    memory_map: bool
+    gave_up: tuple[str, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """The planned peak: the sum of the rows."""
+        return sum(row.num_bytes for row in self.rows)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the planned peak is inside the budget."""
+        return self.total_bytes <= self.budget.num_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan for JSON: sizes in bytes, context in tokens."""
+        return {
+            "budget_bytes": self.budget.num_bytes,
+            "budget_source": self.budget.source,
+            "lower_bound_bytes": self.lower_bound_bytes,
+            "fits": self.fits,
+            "rows": [
+                {"owner": row.owner, "bytes": row.num_bytes, "why": row.why} for row in self.rows
+            ],
+            "total_bytes": self.total_bytes,
+            "context": self.context,
+            "max_rows": self.max_rows,
+            "kv_type": self.kv_type,
+            "memory_map": self.memory_map,
+            "gave_up": list(self.gave_up),
+        }
+
+    def __str__(self) -> str:
+        width = max(len(row.owner) for row in self.rows)
+        lines = [
+            f"{row.owner:<{width}}  {format_bytes(row.num_bytes):>10}  {row.why}"
+            for row in self.rows
+        ]
+        lines.append(
+            f"{'planned peak':<{width}}  {format_bytes(self.total_bytes):>10}  "
+            f"of {format_bytes(self.budget.num_bytes)} ({self.budget.source})"
+        )
+        lines += [f"gave up: {step}" for step in self.gave_up]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Choice:
+    context: int
+    max_rows: int
+    kv_type: str
+
+
+def plan_memory(spec: ModelSpec, options: PlanOptions, budget: Budget, host: Host) -> MemoryPlan:
+    """Return the best plan inside the budget, or the smallest one where none fits (`fits` is False).
+
+    Raises `BadOption` where the options ask of the model what it does not have.
+    """
+    _check(spec, options)
+    preferred = next(_choices(spec, options, host, budget.num_bytes))
+    smallest = _smallest(spec, options)
+    chosen = next(
+        (
+            choice
+            for choice in _choices(spec, options, host, budget.num_bytes)
+            if _total(spec, choice, host) <= budget.num_bytes
+        ),
+        smallest,
+    )
+    return MemoryPlan(
+        budget=budget,
+        rows=_rows(spec, chosen, host),
+        lower_bound_bytes=_total(spec, smallest, host),
+        context=chosen.context,
+        max_rows=chosen.max_rows,
+        kv_type=chosen.kv_type,
+        memory_map=_memory_map(spec, host),
+        gave_up=_given_up(preferred, chosen),
+    )
+
+
+def require_fit(plan: MemoryPlan, spec: ModelSpec, options: PlanOptions, host: Host) -> None:
+    """Raise `OverBudget`, with the lower bound and what to change, where the plan does not fit."""
+    if plan.fits:
+        return
+    hint = f"raise --memory to {format_bytes_up(plan.lower_bound_bytes).replace(' ', '')}"
+    if options.context is not None and options.context > MIN_CONTEXT:
+        shorter = _longest_context(spec, options, host, plan.budget.num_bytes)
+        if shorter is not None:
+            hint += f", shorten --context to {shorter}"
+    raise OverBudget(
+        f"{spec.name} with a context of {plan.context} tokens",
+        plan.lower_bound_bytes,
+        plan.budget.num_bytes,
+        f"{hint}, or pick a smaller model",
+    )
+
+
+def _check(spec: ModelSpec, options: PlanOptions) -> None:
+    if options.context is not None and options.context > spec.context_length:
+        raise BadOption(
+            f"context is {options.context} tokens, {spec.name} was made for {spec.context_length}: "
+            f"ask for {spec.context_length} or less"
+        )
+    if options.kv_type is not None and not footprint.supports_kv_type(spec, options.kv_type):
+        raise BadOption(
+            f"kv_type is {options.kv_type!r}, which needs heads of a multiple of 32; {spec.name} "
+            f"has {spec.key_head_size}: use f16"
+        )
+
+
+def _choices(
+    spec: ModelSpec, options: PlanOptions, host: Host, budget_bytes: int
+) -> Iterator[_Choice]:
+    """Yield the choices from the best to the smallest."""
+    kv_types = _kv_types(spec, options)
+    rows = _row_choices(options)
+    if options.context is not None:
+        for kv_type in kv_types:
+            for max_rows in rows:
+                yield _Choice(context=options.context, max_rows=max_rows, kv_type=kv_type)
+        return
+    for max_rows in rows:
+        yield _Choice(context=spec.context_length, max_rows=max_rows, kv_type=kv_types[0])
+    for kv_type in kv_types:
+        fixed = PlanOptions(kv_type=kv_type, max_rows=rows[-1])
+        context = _longest_context(spec, fixed, host, budget_bytes)
+        if context is not None:
+            yield _Choice(context=context, max_rows=rows[-1], kv_type=kv_type)
+
+
+def _smallest(spec: ModelSpec, options: PlanOptions) -> _Choice:
+    return _Choice(
+        context=options.context or min(MIN_CONTEXT, spec.context_length),
+        max_rows=_row_choices(options)[-1],
+        kv_type=_kv_types(spec, options)[-1],
+    )
+
+
+def _row_choices(options: PlanOptions) -> tuple[int, ...]:
+    return ROW_CHOICES if options.max_rows is None else (options.max_rows,)
+
+
+def _kv_types(spec: ModelSpec, options: PlanOptions) -> tuple[str, ...]:
+    if options.kv_type is not None:
+        return (options.kv_type,)
+    return tuple(kind for kind in KV_TYPES if footprint.supports_kv_type(spec, kind))
+
+
+def _longest_context(
+    spec: ModelSpec, options: PlanOptions, host: Host, budget_bytes: int
+) -> int | None:
+    """Return the longest context that fits with the smallest rows, in whole steps of the cache."""
+    kv_type, max_rows = _kv_types(spec, options)[-1], _row_choices(options)[-1]
+
+    def fits(context: int) -> bool:
+        choice = _Choice(context=context, max_rows=max_rows, kv_type=kv_type)
+        return _total(spec, choice, host) <= budget_bytes
+
+    low = min(MIN_CONTEXT, spec.context_length)
+    if not fits(low):
+        return None
+    if fits(spec.context_length):
+        return spec.context_length
+    low_steps, high_steps = low // CELL_STEP, -(-spec.context_length // CELL_STEP)
+    while high_steps - low_steps > 1:
+        middle = (low_steps + high_steps) // 2
+        if fits(middle * CELL_STEP):
+            low_steps = middle
+        else:
+            high_steps = middle
+    return max(low_steps * CELL_STEP, low)
+
+
+def _memory_map(spec: ModelSpec, host: Host) -> bool:
+    return not footprint.is_repacked(spec, host.processor)
+
+
+def _total(spec: ModelSpec, choice: _Choice, host: Host) -> int:
+    return sum(row.num_bytes for row in _rows(spec, choice, host))
+
+
+def _rows(spec: ModelSpec, choice: _Choice, host: Host) -> tuple[PlanRow, ...]:
+    context, max_rows, kv_type = choice.context, choice.max_rows, choice.kv_type
+    memory_map = _memory_map(spec, host)
+    kv = footprint.kv_bytes(spec, context, kv_type)
+    compute = footprint.compute_bytes(spec, context, max_rows, kv_type)
+    logits = footprint.logits_bytes(spec)
+    prompt = footprint.prompt_bytes(context)
+    after_loading = kv + compute + logits + prompt
+    loading = max(footprint.loading_bytes(spec) - after_loading, 0)
+    vocabulary = spec.vocabulary.num_tokens
+    return (
+        PlanRow("interpreter and libraries", host.interpreter_bytes, "Python, numpy, llama.cpp"),
+        PlanRow(
+            "vocabulary", footprint.vocabulary_bytes(spec.vocabulary), f"{vocabulary:,} tokens"
+        ),
+        PlanRow(
+            "weights",
+            footprint.weight_bytes(spec, memory_map=memory_map),
+            f"{spec.quantisation}, {'memory-mapped' if memory_map else 'copied and repacked'}",
+        ),
+        PlanRow("KV cache", kv, f"{context:,} tokens of {kv_type}"),
+        PlanRow("compute buffer", compute, f"{max_rows} rows a pass"),
+        PlanRow("logits and sampling", logits, "one row of the vocabulary"),
+        PlanRow(
+            "prompt and tokenising",
+            prompt,
+            f"{footprint.prompt_limit_bytes(context):,} bytes of text",
+        ),
+        PlanRow("loading", loading, "needed for a moment, beyond what follows it"),
+        PlanRow("reserve", footprint.RESERVE_BYTES, "allocator slack"),
+    )
+
+
+def _given_up(preferred: _Choice, chosen: _Choice) -> tuple[str, ...]:
+    names = {"max_rows": "rows a pass", "kv_type": "KV type", "context": "context"}
+    before, after = asdict(preferred), asdict(chosen)
+    return tuple(
+        f"{name}: {before[key]} to {after[key]}"
+        for key, name in names.items()
+        if before[key] != after[key]
+    )

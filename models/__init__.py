@@ -1,0 +1,1 @@
+"""What a model is, and one forward pass of it."""

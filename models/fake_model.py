@@ -1,0 +1,152 @@
+"""A Model with made-up logits and a byte vocabulary: drives tests, examples and docs.
+
+Knows no weights. What it says depends on nothing but the tokens in its cache, so truncating and
+appending again gives the same answers, as with a real model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowtide.models.errors import ForwardError
+from lowtide.models.model import Model
+from lowtide.models.spec import ModelSpec, VocabularySpec
+from lowtide.models.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lowtide.models.model import Logits
+
+BOS, TURN_START, TURN_END = 256, 257, 258
+NUM_TOKENS = 259
+CERTAINTY = 30.0
+_WRITTEN = {BOS: "<bos>", TURN_START: "<|start|>", TURN_END: "<|end|>"}
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+class ByteTokenizer(Tokenizer):
+    """One token a byte, three control tokens."""
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Return the bytes of `text`, after BOS where special tokens are added."""
+        token_ids = [BOS] if add_special else []
+        data = text.encode("utf-8", errors="replace")
+        while data:
+            control = next(
+                (i for i, w in _WRITTEN.items() if parse_special and data.startswith(w.encode())),
+                None,
+            )
+            token_ids.append(data[0] if control is None else control)
+            data = data[1 if control is None else len(_WRITTEN[control]) :]
+        return token_ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the byte itself; control tokens have none."""
+        return bytes([token_id]) if token_id < BOS else b""
+
+    def is_end(self, token_id: int) -> bool:
+        """Whether it is the token that ends a turn."""
+        return token_id == TURN_END
+
+    @property
+    def special_texts(self) -> dict[str, str]:
+        """The written forms of the control tokens."""
+        return {"bos_token": _WRITTEN[BOS], "eos_token": _WRITTEN[TURN_END]}
+
+
+class FakeModel(Model):
+    """Says `replies` in turn, one for each assistant turn of the prompt, over and over.
+
+    A prompt without turns is answered with the first reply, after its last newline. `rows` records the
+    rows of every forward pass, for tests of what was computed again.
+    """
+
+    def __init__(
+        self, replies: Sequence[str] = ("Hello.",), context: int = 512, max_rows: int = 64
+    ) -> None:
+        self.replies = [reply.encode() for reply in replies]
+        self.context = context
+        self.max_rows = max_rows
+        self.tokenizer = ByteTokenizer()
+        self.spec = fake_spec(context)
+        self.rows: list[int] = []
+        self._tokens: list[int] = []
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens are in the cache."""
+        return len(self._tokens)
+
+    def forward(self, token_ids: Sequence[int]) -> Logits:
+        """Append the tokens; the logits point at the next byte of the reply."""
+        import numpy as np
+
+        if not 0 < len(token_ids) <= min(self.max_rows, self.context - len(self._tokens)):
+            raise ForwardError(f"{len(token_ids)} rows do not fit")
+        self._tokens.extend(token_ids)
+        self.rows.append(len(token_ids))
+        noise = np.random.default_rng(self._tokens[-1]).standard_normal(NUM_TOKENS)
+        logits: Logits = noise.astype(np.float32)
+        logits[self._next_token()] += CERTAINTY
+        return logits
+
+    def _next_token(self) -> int:
+        reply, said = self.replies[0], len(self._after_last(ord("\n")))
+        assistant_turns = self._assistant_turns()
+        if assistant_turns:
+            reply = self.replies[(len(assistant_turns) - 1) % len(self.replies)]
+            said = len(self._tokens) - assistant_turns[-1]
+        return reply[said] if 0 <= said < len(reply) else TURN_END
+
+    def _after_last(self, token_id: int) -> list[int]:
+        reverse = self._tokens[::-1]
+        return reverse[: reverse.index(token_id)] if token_id in reverse else reverse
+
+    def _assistant_turns(self) -> list[int]:
+        """Return the positions where the assistant's turns begin to speak."""
+        head = [TURN_START, *b"assistant\n"]
+        return [
+            start + len(head)
+            for start, token in enumerate(self._tokens)
+            if token == TURN_START and self._tokens[start : start + len(head)] == head
+        ]
+
+    def truncate(self, num_tokens: int) -> int:
+        """Forget the tokens from `num_tokens` on."""
+        del self._tokens[num_tokens:]
+        return len(self._tokens)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def fake_spec(context: int) -> ModelSpec:
+    """The spec of a model of about a megabyte."""
+    return ModelSpec(
+        paths=(Path("fake.gguf"),),
+        name="fake",
+        architecture="fake",
+        quantisation="F32",
+        num_layers=2,
+        embedding_width=64,
+        feed_forward_width=(128, 128),
+        num_heads=2,
+        num_kv_heads=(1, 1),
+        key_head_size=32,
+        value_head_size=32,
+        context_length=context,
+        sliding_window=None,
+        recurrent_state_bytes=0,
+        vocabulary=VocabularySpec(
+            num_tokens=NUM_TOKENS, num_merges=0, text_bytes=NUM_TOKENS, longest_token_bytes=9
+        ),
+        weight_bytes=1 << 20,
+        file_bytes=1 << 20,
+        tensor_types=frozenset({"F32"}),
+        chat_template=CHAT_TEMPLATE,
+    )

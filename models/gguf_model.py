@@ -1,0 +1,217 @@
+"""A GGUF model over llama.cpp's low-level C API: weights, one context, one sequence.
+
+Knows no budget: what to allocate is decided by whoever fills `LoadOptions`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lowtide.models.errors import ForwardError, ModelError, UnsupportedModel
+from lowtide.models.gguf_tokenizer import GgufTokenizer
+from lowtide.models.llama_library import LlamaLibrary, llama_library
+from lowtide.models.model import Model
+from lowtide.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from lowtide.models.model import Logits
+
+KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}
+"""Names of KV cache types and ggml's numbers for them."""
+
+LOAD_COPY = 0
+LOAD_MEMORY_MAP = 1
+FLASH_ATTENTION_ON = 1
+DECODE_ERRORS = {
+    1: "the KV cache has no room for the rows",
+    2: "it was aborted",
+    -1: "the rows are not valid",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """What to allocate. `context` and `max_rows` count tokens; `eval_callback` is llama.cpp's
+    evaluation callback (a C function pointer's address and its user data), for attention of our own.
+    """
+
+    context: int
+    max_rows: int
+    threads: int
+    kv_type: str = "f16"
+    memory_map: bool = True
+    eval_callback: tuple[int, int] | None = None
+
+
+class GgufModel(Model):
+    """One llama.cpp model and context.
+
+    Raises `UnsupportedModel` where llama.cpp refuses the file or the context, with its own reason.
+    """
+
+    def __init__(self, spec: ModelSpec, options: LoadOptions) -> None:
+        self.spec = spec
+        self.max_rows = options.max_rows
+        self._model: Any = None
+        self._context: Any = None
+        self._batch: Any = None
+        self._library = llama_library()
+        self._api = self._library.api
+        try:
+            self._model = _load_weights(self._library, spec, options)
+            self.tokenizer = GgufTokenizer(
+                self._library, self._api.llama_model_get_vocab(self._model)
+            )
+            self._context = self._create_context(options)
+            self._memory = self._api.llama_get_memory(self._context)
+            self._batch = _Batch(self._api, options.max_rows)
+        except BaseException:
+            self.close()
+            raise
+        self.context = min(options.context, int(self._api.llama_n_ctx(self._context)))
+        self._num_tokens = 0
+        self._num_logits = int(
+            self._api.llama_vocab_n_tokens(self._api.llama_model_get_vocab(self._model))
+        )
+
+    def _create_context(self, options: LoadOptions) -> Any:
+        params = self._api.llama_context_default_params()
+        params.n_ctx = options.context
+        params.n_batch = params.n_ubatch = options.max_rows
+        params.n_seq_max = 1
+        params.n_outputs_max = 1
+        params.n_threads = params.n_threads_batch = options.threads
+        params.flash_attn_type = FLASH_ATTENTION_ON
+        params.type_k = params.type_v = KV_TYPES[options.kv_type]
+        params.swa_full = True  # rewinding a sliding window is exact only where its past is kept
+        params.no_perf = True
+        if options.eval_callback is not None:
+            address, user_data = options.eval_callback
+            params.cb_eval = self._api.ggml_backend_sched_eval_callback(address)
+            params.cb_eval_user_data = user_data
+        return self._created(
+            lambda: self._api.llama_init_from_model(self._model, params),
+            f"a context of {options.context} tokens for {self.spec.name}",
+        )
+
+    def _created(self, create: Callable[[], Any], what: str) -> Any:
+        return _created(self._library, create, what)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens are in the KV cache."""
+        return self._num_tokens
+
+    def forward(self, token_ids: Sequence[int]) -> Logits:
+        """Append the tokens in one llama.cpp batch and return the last row's logits."""
+        import numpy as np
+
+        self._check_rows(token_ids)
+        self._batch.fill(token_ids, self._num_tokens)
+        with self._library.collected_errors() as errors:
+            code = self._api.llama_decode(self._context, self._batch.struct)
+        if code != 0:
+            self._forget_from(self._num_tokens)
+            reason = errors[-1] if errors else DECODE_ERRORS.get(code, f"llama.cpp says {code}")
+            raise ForwardError(
+                f"a forward pass over {len(token_ids)} rows at {self._num_tokens} failed: {reason}"
+            )
+        self._num_tokens += len(token_ids)
+        pointer = self._api.llama_get_logits_ith(self._context, -1)
+        return np.ctypeslib.as_array(pointer, shape=(self._num_logits,))
+
+    def _check_rows(self, token_ids: Sequence[int]) -> None:
+        if self._context is None:
+            raise ForwardError("the model is closed: open it again")
+        if not 0 < len(token_ids) <= self.max_rows:
+            raise ForwardError(f"{len(token_ids)} rows given, 1 to {self.max_rows} are allowed")
+        if self._num_tokens + len(token_ids) > self.context:
+            raise ForwardError(
+                f"{self._num_tokens + len(token_ids)} tokens do not fit the context of "
+                f"{self.context}: truncate first"
+            )
+        if min(token_ids) < 0 or max(token_ids) >= self._num_logits:
+            raise ForwardError(
+                f"token {max(token_ids, key=abs)} is not in the vocabulary of {self._num_logits}"
+            )
+
+    def truncate(self, num_tokens: int) -> int:
+        """Forget the tokens from `num_tokens` on; everything, where the model cannot go back."""
+        if num_tokens < 0:
+            raise ValueError(f"num_tokens is {num_tokens}, 0 or more is wanted")
+        kept = min(num_tokens, self._num_tokens)
+        self._num_tokens = self._forget_from(kept)
+        return self._num_tokens
+
+    def _forget_from(self, position: int) -> int:
+        """Remove every cell from `position` on, also those of a pass that was interrupted."""
+        if position > 0 and self._api.llama_memory_seq_rm(self._memory, 0, position, -1):
+            return position
+        self._api.llama_memory_clear(self._memory, False)
+        return 0
+
+    def close(self) -> None:
+        """Free the context and the weights."""
+        if self._batch is not None:
+            self._batch.free()
+            self._batch = None
+        if self._context is not None:
+            self._api.llama_free(self._context)
+            self._context = None
+        if self._model is not None:
+            self._api.llama_model_free(self._model)
+            self._model = None
+
+
+class _Batch:
+    """llama.cpp's batch, allocated once for the largest forward pass."""
+
+    def __init__(self, api: Any, max_rows: int) -> None:
+        self._api = api
+        self.struct = api.llama_batch_init(max_rows, 0, 1)
+        for row in range(max_rows):
+            self.struct.n_seq_id[row] = 1
+            self.struct.seq_id[row][0] = 0
+
+    def fill(self, token_ids: Sequence[int], position: int) -> None:
+        """Put the tokens in, at consecutive positions; logits are asked of the last row alone."""
+        num_rows = len(token_ids)
+        struct = self.struct
+        struct.n_tokens = num_rows
+        for row, token_id in enumerate(token_ids):
+            struct.token[row] = token_id
+            struct.pos[row] = position + row
+            struct.logits[row] = row == num_rows - 1
+
+    def free(self) -> None:
+        self._api.llama_batch_free(self.struct)
+
+
+def _load_weights(library: LlamaLibrary, spec: ModelSpec, options: LoadOptions) -> Any:
+    params = library.api.llama_model_default_params()
+    params.n_gpu_layers = 0
+    params.load_mode = LOAD_MEMORY_MAP if options.memory_map else LOAD_COPY
+    path = os.fsencode(spec.path)
+    return _created(
+        library,
+        lambda: library.api.llama_model_load_from_file(path, params),
+        f"{spec.path} ({spec.architecture})",
+    )
+
+
+def _created(library: LlamaLibrary, create: Callable[[], Any], what: str) -> Any:
+    with library.collected_errors() as errors:
+        made = create()
+        if made:
+            return made
+        reason = next((e for e in errors if "unknown model architecture" in e), None)
+        if reason is not None:
+            raise UnsupportedModel(
+                f"llama.cpp {library.version} cannot run {what}: {reason.split(': ', 1)[-1]}; "
+                "upgrade llama-cpp-python or pick another model"
+            )
+        detail = errors[0] if errors else "no reason given"
+        raise ModelError(f"llama.cpp cannot make {what}: {detail}")

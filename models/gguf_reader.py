@@ -1,0 +1,281 @@
+"""Reads GGUF's key-value section and tensor directory, trusting nothing that the file says.
+
+Knows the container format, not what the keys mean. No number read from the file is ever allocated
+from: every count and length is held against the bytes that are really there. Format: GGUF v2 and
+v3, little-endian (ggml docs, "GGUF").
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowtide.models.errors import BadModelFile, ModelNotFound
+
+MAX_DIMENSIONS = 4
+MAX_NAME_BYTES = 65535
+MAX_TEXT_BYTES = 4 << 20
+KEPT_ARRAY_ITEMS = 4096
+"""Arrays of at most this many numbers keep their values; longer ones are only measured."""
+
+_SCALARS = {
+    0: struct.Struct("<B"),
+    1: struct.Struct("<b"),
+    2: struct.Struct("<H"),
+    3: struct.Struct("<h"),
+    4: struct.Struct("<I"),
+    5: struct.Struct("<i"),
+    6: struct.Struct("<f"),
+    7: struct.Struct("<?"),
+    10: struct.Struct("<Q"),
+    11: struct.Struct("<q"),
+    12: struct.Struct("<d"),
+}
+_STRING = 8
+_ARRAY = 9
+
+TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    9: ("Q8_1", 32, 36),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    15: ("Q8_K", 256, 292),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1),
+    25: ("I16", 1, 2),
+    26: ("I32", 1, 4),
+    27: ("I64", 1, 8),
+    28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56),
+    30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+}
+"""ggml's type number: name, elements in a block, bytes of a block."""
+
+Scalar = int | float | bool | str
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayValue:
+    """An array in the header: `length` items; `values` where they are numbers and few.
+
+    Of an array of strings the total and the longest length in bytes are kept, not the texts.
+    """
+
+    length: int
+    values: tuple[Scalar, ...] | None
+    text_bytes: int = 0
+    longest_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One entry of the tensor directory; `offset` counts from the start of the data section."""
+
+    name: str
+    shape: tuple[int, ...]
+    type_name: str
+    num_bytes: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class GgufContents:
+    """What one GGUF file's headers say; `file_bytes` is the file's real size."""
+
+    path: Path
+    metadata: dict[str, Scalar | ArrayValue]
+    tensors: tuple[TensorInfo, ...]
+    file_bytes: int
+
+
+def read_gguf(path: Path) -> GgufContents:
+    """Read the headers of the GGUF file at `path` without touching its weights.
+
+    Raises `ModelNotFound` where there is no such file and `BadModelFile` where it is not GGUF.
+    """
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            if size < 24:
+                raise BadModelFile(_not_gguf(path, size, file.read(4)))
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _Cursor(data, path).contents()
+    except FileNotFoundError:
+        raise ModelNotFound(
+            f"no file at {path}: give the path of a .gguf file, a name from `lowtide models`, "
+            "or hf:user/repo"
+        ) from None
+    except IsADirectoryError:
+        raise BadModelFile(
+            f"{path} is a folder, a .gguf file is wanted: name the file inside it"
+        ) from None
+    except OSError as error:
+        raise ModelNotFound(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _not_gguf(path: Path, size: int, start: bytes) -> str:
+    if size == 0:
+        return f"{path} is empty, a GGUF model is wanted: fetch the file again"
+    if start == b"GGUF":
+        return f"{path} is cut short: {size} bytes hold no GGUF header; fetch the file again"
+    return (
+        f"{path} is not a GGUF file: it begins with {start!r} instead of b'GGUF'; "
+        "convert the model, or name another file"
+    )
+
+
+class _Cursor:
+    """A position in the file that never leaves it."""
+
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self.data = data
+        self.path = path
+        self.size = len(data)
+        self.position = 0
+
+    def contents(self) -> GgufContents:
+        magic = self.data[:4]
+        if magic != b"GGUF":
+            raise BadModelFile(_not_gguf(self.path, self.size, magic))
+        self.position = 4
+        version = self.scalar(4)
+        if version not in (2, 3):
+            raise BadModelFile(
+                f"{self.path} is GGUF version {version}, versions 2 and 3 can be read: "
+                "convert it again with a current tool"
+            )
+        # A tensor entry takes at least 24 bytes and a key at least 13: more cannot be in the file.
+        num_tensors = self.count("tensors", item_bytes=24)
+        num_keys = self.count("keys", item_bytes=13)
+        metadata: dict[str, Scalar | ArrayValue] = {}
+        for _ in range(num_keys):
+            key = self.text(limit=MAX_NAME_BYTES)
+            metadata[key] = self.value(self.scalar(4))
+        directory = [self.tensor() for _ in range(num_tensors)]
+        self._check_data_section(metadata, directory)
+        return GgufContents(self.path, metadata, tuple(directory), self.size)
+
+    def _check_data_section(
+        self, metadata: dict[str, Scalar | ArrayValue], tensors: Sequence[TensorInfo]
+    ) -> None:
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+            raise self.broken(f"its alignment is {alignment!r}, a power of two is wanted")
+        start = -(-self.position // alignment) * alignment
+        end = max((start + tensor.offset + tensor.num_bytes for tensor in tensors), default=0)
+        if end > self.size:
+            raise BadModelFile(
+                f"{self.path} is cut short: its tensors end at byte {end}, the file has "
+                f"{self.size}; fetch the file again"
+            )
+
+    def broken(self, reason: str) -> BadModelFile:
+        return BadModelFile(
+            f"{self.path} is not a sound GGUF file: {reason} (near byte {self.position}); "
+            "fetch or convert it again"
+        )
+
+    def scalar(self, type_number: int) -> int:
+        return int(self._unpack(_SCALARS[type_number]))
+
+    def _unpack(self, layout: struct.Struct) -> int | float | bool:
+        end = self.position + layout.size
+        if end > self.size:
+            raise self.broken("the header runs past the end of the file")
+        (value,) = layout.unpack_from(self.data, self.position)
+        self.position = end
+        number: int | float | bool = value
+        return number
+
+    def count(self, what: str, item_bytes: int) -> int:
+        number = self.scalar(10)
+        left = self.size - self.position
+        if number > left // item_bytes:
+            raise self.broken(f"it claims {number} {what}, and {left} bytes are left to hold them")
+        return number
+
+    def text(self, limit: int) -> str:
+        length = self.scalar(10)
+        start = self.position
+        if length > min(limit, self.size - start):
+            raise self.broken(f"it claims a text of {length} bytes")
+        self.position = start + length
+        return self.data[start : start + length].decode("utf-8", errors="replace")
+
+    def value(self, type_number: int) -> Scalar | ArrayValue:
+        if type_number == _STRING:
+            return self.text(limit=MAX_TEXT_BYTES)
+        if type_number == _ARRAY:
+            return self.array()
+        if type_number not in _SCALARS:
+            raise self.broken(f"a value has the unknown type {type_number}")
+        return self._unpack(_SCALARS[type_number])
+
+    def array(self) -> ArrayValue:
+        item_type = self.scalar(4)
+        if item_type == _STRING:
+            return self.text_array(self.count("strings", item_bytes=8))
+        if item_type not in _SCALARS:
+            raise self.broken(f"an array has items of the unknown type {item_type}")
+        layout = _SCALARS[item_type]
+        length = self.count("numbers", item_bytes=layout.size)
+        if length > KEPT_ARRAY_ITEMS:
+            self.position += length * layout.size
+            return ArrayValue(length, None)
+        return ArrayValue(length, tuple(self._unpack(layout) for _ in range(length)))
+
+    def text_array(self, length: int) -> ArrayValue:
+        # Vocabularies have hundreds of thousands of strings: the loop is kept flat.
+        unpack, data, size = _SCALARS[10].unpack_from, self.data, self.size
+        position, total, longest = self.position, 0, 0
+        for _ in range(length):
+            if position + 8 > size:
+                raise self.broken("an array of strings runs past the end of the file")
+            (num_bytes,) = unpack(data, position)
+            position += 8 + num_bytes
+            total += num_bytes
+            if num_bytes > longest:
+                longest = num_bytes
+        if position > size:
+            raise self.broken("an array of strings runs past the end of the file")
+        self.position = position
+        return ArrayValue(length, None, total, longest)
+
+    def tensor(self) -> TensorInfo:
+        name = self.text(limit=MAX_NAME_BYTES)
+        num_dimensions = self.scalar(4)
+        if not 1 <= num_dimensions <= MAX_DIMENSIONS:
+            raise self.broken(f"tensor {name!r} has {num_dimensions} dimensions")
+        shape = tuple(self.scalar(10) for _ in range(num_dimensions))
+        type_number, offset = self.scalar(4), self.scalar(10)
+        if type_number not in TENSOR_TYPES:
+            raise self.broken(f"tensor {name!r} has the unknown type {type_number}")
+        type_name, block, block_bytes = TENSOR_TYPES[type_number]
+        if 0 in shape or shape[0] % block:
+            raise self.broken(f"tensor {name!r} has the shape {shape} in blocks of {block}")
+        num_elements = 1
+        for extent in shape:
+            num_elements *= extent
+        return TensorInfo(name, shape, type_name, num_elements // block * block_bytes, offset)

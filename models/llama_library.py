@@ -1,0 +1,118 @@
+"""llama.cpp's C API, imported without the rest of llama-cpp-python.
+
+Knows no model. The package's own `__init__` imports its server types, caches and chat formats, which
+costs 22 MiB and 95 ms that a memory budget would pay for; only the generated C bindings are loaded here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+from lowtide.models.errors import ModelError
+
+PACKAGE = "llama_cpp"
+LOG_LEVEL_ERROR = 4
+LOG_LEVEL_CONTINUED = 5
+_lock = threading.Lock()
+
+
+class LlamaLibrary:
+    """The bindings (`.api`) and llama.cpp's messages; one for the process, from `llama_library()`."""
+
+    def __init__(self, api: Any) -> None:
+        self.api = api
+        self._errors: deque[str] = deque(maxlen=64)
+        self._level = 0
+        # llama.cpp keeps the pointer for the life of the process: so must we.
+        self._log_callback = api.llama_log_callback(self._receive)
+        api.llama_log_set(self._log_callback, None)
+        api.llama_backend_init()
+
+    def _receive(self, level: int, text: bytes, _user_data: object) -> None:
+        if level != LOG_LEVEL_CONTINUED:
+            self._level = level
+        if self._level == LOG_LEVEL_ERROR:
+            self._errors.append(text.decode("utf-8", errors="replace").strip())
+
+    @contextlib.contextmanager
+    def collected_errors(self) -> Iterator[deque[str]]:
+        """Yield the error messages that llama.cpp prints inside the block."""
+        self._errors.clear()
+        yield self._errors
+
+    @property
+    def version(self) -> str:
+        """The version of llama-cpp-python."""
+        return importlib.metadata.version("llama-cpp-python")
+
+    @property
+    def system_info(self) -> str:
+        """The instruction sets that llama.cpp's own kernels use, in its words."""
+        text: bytes = self.api.llama_print_system_info()
+        return text.decode("utf-8", errors="replace").strip()
+
+
+_library: LlamaLibrary | None = None
+
+
+def llama_library() -> LlamaLibrary:
+    """Load llama.cpp once. Raises `ModelError` where llama-cpp-python is missing or does not load."""
+    global _library
+    with _lock:
+        if _library is None:
+            _library = LlamaLibrary(_import_bindings())
+        return _library
+
+
+def _import_bindings() -> ModuleType:
+    already = sys.modules.get(f"{PACKAGE}.{PACKAGE}")
+    if already is not None:
+        return already
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.submodule_search_locations is None:
+        raise ModelError(
+            "llama-cpp-python is not installed, it runs GGUF models: pip install llama-cpp-python"
+        )
+    # A stand-in package with the real search path: its submodules load, its __init__ does not run.
+    stand_in = ModuleType(PACKAGE)
+    stand_in.__path__ = list(spec.submodule_search_locations)
+    sys.modules[PACKAGE] = stand_in
+    try:
+        bindings = importlib.import_module(f"{PACKAGE}.{PACKAGE}")
+    except (OSError, RuntimeError, AttributeError) as error:
+        raise ModelError(
+            f"llama-cpp-python does not load ({error}): reinstall it for this machine"
+        ) from error
+    finally:
+        # The user's own `import llama_cpp` must find the whole package.
+        for name in [n for n in sys.modules if n == PACKAGE or n.startswith(f"{PACKAGE}.")]:
+            del sys.modules[name]
+    _check_layout(bindings)
+    return bindings
+
+
+def _check_layout(api: Any) -> None:
+    """Refuse a llama-cpp-python whose parameter structs are not the ones that we fill."""
+    wanted = {
+        "llama_model_params": ("load_mode", "use_extra_bufts", "n_gpu_layers"),
+        "llama_context_params": ("n_outputs_max", "flash_attn_type", "cb_eval", "swa_full"),
+    }
+    for name, fields in wanted.items():
+        struct: type[ctypes.Structure] = getattr(api, name)
+        present = {field[0] for field in struct._fields_}
+        missing = [field for field in fields if field not in present]
+        if missing:
+            raise ModelError(
+                f"this llama-cpp-python has no {name}.{missing[0]}: version 0.3.36 or newer is "
+                "wanted; pip install --upgrade llama-cpp-python"
+            )

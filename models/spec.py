@@ -1,0 +1,57 @@
+"""ModelSpec: everything the planner needs to know of a model, from its headers alone.
+
+Knows no budget and reads no file: `gguf_header` fills it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VocabularySpec:
+    """What the vocabulary costs and allows.
+
+    `text_bytes` is the sum of the tokens' lengths, `longest_token_bytes` the longest one.
+    """
+
+    num_tokens: int
+    num_merges: int
+    text_bytes: int
+    longest_token_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """The shape and the size of a decoder-only model.
+
+    `num_kv_heads` and `feed_forward_width` have one entry a layer (0 where a layer has none);
+    `sliding_window` is None where every layer sees the whole context. `weight_bytes` counts the
+    tensors' data over all parts of a split file, `tensor_types` the quantisation types in use.
+    """
+
+    paths: tuple[Path, ...]
+    name: str
+    architecture: str
+    quantisation: str
+    num_layers: int
+    embedding_width: int
+    feed_forward_width: tuple[int, ...]
+    num_heads: int
+    num_kv_heads: tuple[int, ...]
+    key_head_size: int
+    value_head_size: int
+    context_length: int
+    sliding_window: int | None
+    recurrent_state_bytes: int
+    vocabulary: VocabularySpec
+    weight_bytes: int
+    file_bytes: int
+    tensor_types: frozenset[str]
+    chat_template: str | None
+
+    @property
+    def path(self) -> Path:
+        """The file to open: the first part of a split one."""
+        return self.paths[0]

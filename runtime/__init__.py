@@ -1,0 +1,22 @@
+"""Runs a model inside its plan. The front door."""
+
+from lowtide.memory.plan import MemoryPlan
+from lowtide.models.fake_model import FakeModel
+from lowtide.runtime.errors import LowtideError, OverBudget, PromptTooLong
+from lowtide.runtime.generate import Piece
+from lowtide.runtime.options import GenerationOptions
+from lowtide.runtime.runtime import GenerationResult, Runtime
+from lowtide.runtime.statistics import Statistics
+
+__all__ = [
+    "FakeModel",
+    "GenerationOptions",
+    "GenerationResult",
+    "LowtideError",
+    "MemoryPlan",
+    "OverBudget",
+    "Piece",
+    "PromptTooLong",
+    "Runtime",
+    "Statistics",
+]

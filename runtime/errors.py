@@ -1,0 +1,72 @@
+"""The whole error tree, and the errors of running.
+
+LowtideError                 everything a user can act on; `exit_code` 1
+  + BadOption                2  an option with an impossible value (also a ValueError)
+  + BadSize                  2  a size that cannot be read
+  + OverBudget               2  what was asked for does not fit the budget
+  + ModelError               2  a model cannot be found, read or run
+  |   - ModelNotFound
+  |   - BadModelFile
+  |   - UnsupportedModel
+  |   - TemplateError
+  |   - DownloadError        1
+  + PromptTooLong            2  the prompt does not fit the context
+  + ForwardError             1  a forward pass failed in native code
+  + RuntimeUnusable          1  closed, or busy with another answer
+  + TranscriptError          1  a conversation could not be saved or loaded
+"""
+
+from __future__ import annotations
+
+from lowtide.memory.errors import BadSize, OverBudget
+from lowtide.models.errors import (
+    BadModelFile,
+    BadOption,
+    DownloadError,
+    ForwardError,
+    LowtideError,
+    ModelError,
+    ModelNotFound,
+    TemplateError,
+    UnsupportedModel,
+)
+
+__all__ = [
+    "BadModelFile",
+    "BadOption",
+    "BadSize",
+    "DownloadError",
+    "ForwardError",
+    "LowtideError",
+    "ModelError",
+    "ModelNotFound",
+    "OverBudget",
+    "PromptTooLong",
+    "RuntimeUnusable",
+    "TemplateError",
+    "TranscriptError",
+    "UnsupportedModel",
+]
+
+
+class PromptTooLong(LowtideError):
+    """The prompt has `num_tokens` tokens and the context `context`."""
+
+    exit_code = 2
+
+    def __init__(self, num_tokens: int, context: int, *, estimated: bool = False) -> None:
+        self.num_tokens = num_tokens
+        self.context = context
+        about = "about " if estimated else ""
+        super().__init__(
+            f"the prompt has {about}{num_tokens:,} tokens, the context {context:,}: shorten the "
+            "prompt, raise --context (and --memory), or pass --overflow drop-oldest"
+        )
+
+
+class RuntimeUnusable(LowtideError):
+    """The runtime is closed, or another answer has been started on it."""
+
+
+class TranscriptError(LowtideError):
+    """A conversation could not be saved or loaded; the one in memory is as it was."""

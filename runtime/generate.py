@@ -1,0 +1,144 @@
+"""THE loop: prefill, sample, yield, decode. Knows no budget, no template and no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from lowtide.memory.meter import read_process_memory
+from lowtide.models.model import Model
+from lowtide.models.tokenizer import TextStream
+from lowtide.runtime.options import GenerationOptions
+from lowtide.runtime.sampling import Sampler
+from lowtide.runtime.session import Session
+from lowtide.runtime.statistics import Statistics
+from lowtide.runtime.stopping import StopMatcher
+
+if TYPE_CHECKING:
+    from lowtide.models.model import Logits
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A piece of an answer as it appears.
+
+    `text` may be empty (half a character, or the start of a stop text). `token_id` is None where the
+    model ended the answer. The last piece alone has a `finish_reason`: "stop", "length" or "context".
+    """
+
+    text: str
+    token_id: int | None
+    finish_reason: str | None
+    stats: Statistics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What to answer: the prompt's tokens, when the caller asked, and what was left out of it."""
+
+    token_ids: Sequence[int]
+    asked_at: float
+    dropped_tokens: int = 0
+    dropped_messages: int = 0
+
+
+def generate(
+    model: Model,
+    session: Session,
+    prompt: Prompt,
+    options: GenerationOptions,
+    planned: tuple[int, int] = (0, 0),
+) -> Iterator[Piece]:
+    """Yield the answer to `prompt` token by token; closing the iterator leaves the session usable.
+
+    `planned` is the budget and the planned peak, for the statistics.
+    """
+    sampler = Sampler(options)
+    stream, stops = TextStream(model.tokenizer), StopMatcher(options.stop)
+    meter = _Meter(model, prompt, sampler.seed, planned)
+    meter.reused_tokens = session.rewind_to(prompt.token_ids)
+    logits = prefill(session, prompt.token_ids[meter.reused_tokens :], model.max_rows)
+    meter.prefilled()
+    while True:
+        token_id = sampler.choose(logits, session.token_ids)
+        if model.tokenizer.is_end(token_id):
+            yield Piece(stops.rest(), None, "stop", meter.final())
+            return
+        meter.sampled()
+        text, stopped = stops.push(stream.push(token_id))
+        finish_reason = _finish_reason(stopped, meter.generated_tokens, session, options)
+        if finish_reason is not None:
+            rest = "" if stopped else stops.rest()
+            yield Piece(text + rest, token_id, finish_reason, meter.final())
+            return
+        yield Piece(text, token_id, None, meter.statistics())
+        logits = session.append((token_id,))
+
+
+def prefill(session: Session, token_ids: Sequence[int], max_rows: int) -> Logits:
+    """Compute the tokens in passes of at most `max_rows` and return the last one's logits."""
+    for start in range(0, len(token_ids), max_rows):
+        logits = session.append(token_ids[start : start + max_rows])
+    return logits
+
+
+def _finish_reason(
+    stopped: bool, generated_tokens: int, session: Session, options: GenerationOptions
+) -> str | None:
+    if stopped:
+        return "stop"
+    if generated_tokens == options.max_tokens:
+        return "length"
+    return "context" if session.is_full else None
+
+
+class _Meter:
+    """Takes the times and counts of one answer."""
+
+    def __init__(self, model: Model, prompt: Prompt, seed: int, planned: tuple[int, int]) -> None:
+        self._model = model
+        self._prompt = prompt
+        self._seed = seed
+        self._planned = planned
+        self.reused_tokens = 0
+        self.generated_tokens = 0
+        self._prefill_s = 0.0
+        self._first_token_s: float | None = None
+        self._first_token_at = 0.0
+        self._now = self._started_at = time.perf_counter()
+
+    def prefilled(self) -> None:
+        self._now = time.perf_counter()
+        self._prefill_s = self._now - self._started_at
+
+    def sampled(self) -> None:
+        self._now = time.perf_counter()
+        self.generated_tokens += 1
+        if self._first_token_s is None:
+            self._first_token_at = self._now
+            self._first_token_s = self._now - self._prompt.asked_at
+
+    def statistics(self) -> Statistics:
+        num_tokens = len(self._prompt.token_ids)
+        budget_bytes, planned_bytes = self._planned
+        return Statistics(
+            prompt_tokens=num_tokens + self._prompt.dropped_tokens,
+            reused_tokens=self.reused_tokens,
+            kept_tokens=num_tokens,
+            dropped_tokens=self._prompt.dropped_tokens,
+            dropped_messages=self._prompt.dropped_messages,
+            generated_tokens=self.generated_tokens,
+            prefill_s=self._prefill_s,
+            decode_s=self._now - self._first_token_at if self.generated_tokens else 0.0,
+            time_to_first_token_s=self._first_token_s,
+            layers_ours=0,
+            layers=self._model.spec.num_layers,
+            seed=self._seed,
+            budget_bytes=budget_bytes,
+            planned_bytes=planned_bytes,
+        )
+
+    def final(self) -> Statistics:
+        return replace(self.statistics(), peak_rss_bytes=read_process_memory().peak_bytes)

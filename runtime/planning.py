@@ -1,0 +1,90 @@
+"""From what the user asked to a plan, before anything is loaded: resolve, read headers, plan.
+
+Knows no tokens. `lowtide plan` stops here; `Runtime.open` goes on.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowtide.memory.budget import Budget
+from lowtide.memory.device import Machine, read_machine, usable_cores
+from lowtide.memory.errors import OverBudget
+from lowtide.memory.footprint import interpreter_bytes
+from lowtide.memory.meter import read_process_memory
+from lowtide.memory.plan import Host, MemoryPlan, PlanOptions, plan_memory, require_fit
+from lowtide.models.catalog import resolve
+from lowtide.models.errors import BadOption
+from lowtide.models.gguf_header import read_spec
+from lowtide.models.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenOptions:
+    """What to open and how much it may take.
+
+    `memory` is a size ("1GiB", "50%"), `context` a number of tokens, `kv_type` one of f16, q8_0, q4_0;
+    None leaves the choice to the plan. `threads` None means the cores this process may use.
+    """
+
+    memory: str | int | None = None
+    context: int | None = None
+    kv_type: str | None = None
+    max_rows: int | None = None
+    threads: int | None = None
+    offline: bool = False
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and not 1 <= self.threads <= 512:
+            raise BadOption(f"threads is {self.threads}, 1 to 512 are wanted")
+
+    @property
+    def plan_options(self) -> PlanOptions:
+        """The part that the plan looks at."""
+        return PlanOptions(context=self.context, kv_type=self.kv_type, max_rows=self.max_rows)
+
+    @property
+    def num_threads(self) -> int:
+        """The threads to compute with."""
+        return self.threads or usable_cores()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedModel:
+    """A model's spec, the machine and the plan for them; `host` is what the plan was made for."""
+
+    spec: ModelSpec
+    machine: Machine
+    plan: MemoryPlan
+    options: OpenOptions
+    host: Host
+
+    def require_fit(self) -> None:
+        """Raise `OverBudget` where the plan, or what the process did before, is over the budget."""
+        require_fit(self.plan, self.spec, self.options.plan_options, self.host)
+        peak = read_process_memory().peak_bytes
+        if peak > self.plan.budget.num_bytes:
+            raise OverBudget(
+                "this process, by what it did before lowtide was opened,",
+                peak,
+                self.plan.budget.num_bytes,
+                "raise --memory, or open the model in a process of its own",
+            )
+
+
+def plan_reference(reference: str | Path | None, options: OpenOptions) -> PlannedModel:
+    """Find the model, read its headers and plan; loads nothing and refuses nothing that is readable."""
+    return plan_spec(read_spec(resolve(reference, offline=options.offline)), options)
+
+
+def plan_spec(spec: ModelSpec, options: OpenOptions) -> PlannedModel:
+    """Plan a model whose spec is known."""
+    machine = read_machine()
+    budget = Budget.stated(options.memory, machine)
+    host = Host(
+        interpreter_bytes=interpreter_bytes(read_process_memory()), processor=platform.machine()
+    )
+    plan = plan_memory(spec, options.plan_options, budget, host)
+    return PlannedModel(spec=spec, machine=machine, plan=plan, options=options, host=host)

@@ -1,0 +1,266 @@
+"""Runtime: open a model inside a budget, ask it, close it. The front door of the package.
+
+Knows how the parts are put together, and none of their insides.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lowtide.memory.errors import OverBudget
+from lowtide.memory.footprint import prompt_limit_bytes
+from lowtide.memory.ledger import Ledger
+from lowtide.memory.meter import read_process_memory
+from lowtide.memory.plan import MemoryPlan
+from lowtide.models.chat_template import ChatTemplate, Message
+from lowtide.models.errors import BadOption
+from lowtide.models.gguf_model import GgufModel, LoadOptions
+from lowtide.models.model import Model
+from lowtide.models.spec import ModelSpec
+from lowtide.runtime.conversation import ChatPrompt, Conversation
+from lowtide.runtime.errors import PromptTooLong, RuntimeUnusable
+from lowtide.runtime.generate import Piece, Prompt, generate
+from lowtide.runtime.options import GenerationOptions
+from lowtide.runtime.overflow import fit_messages, fit_tokens
+from lowtide.runtime.planning import OpenOptions, PlannedModel, plan_reference, plan_spec
+from lowtide.runtime.session import Session
+from lowtide.runtime.statistics import Statistics
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """A whole answer: its text, the tokens that were sampled, why it ended, what it cost."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    stats: Statistics
+
+    @classmethod
+    def of(cls, pieces: Iterator[Piece]) -> GenerationResult:
+        """Run `pieces` to the end and put them together."""
+        collected = list(pieces)
+        last = collected[-1]
+        return cls(
+            text="".join(piece.text for piece in collected),
+            token_ids=tuple(p.token_id for p in collected if p.token_id is not None),
+            finish_reason=last.finish_reason or "stop",
+            stats=last.stats,
+        )
+
+
+class Runtime:
+    """A loaded model that answers inside its plan; made by `Runtime.open`, used as a context manager.
+
+    One answer at a time: starting another ends the one before. Not for several threads at once; one
+    runtime in each thread is fine.
+    """
+
+    def __init__(self, model: Model, planned: PlannedModel, ledger: Ledger) -> None:
+        self._model = model
+        self._planned = planned
+        self.ledger = ledger
+        self._session = Session(model)
+        self._conversation: Conversation | None = None
+        self._answer = 0
+        self._lock = threading.Lock()
+        self._closed = False
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path | Model | None = None,
+        *,
+        memory: str | int | None = None,
+        context: int | None = None,
+        kv_type: str | None = None,
+        max_rows: int | None = None,
+        threads: int | None = None,
+        offline: bool = False,
+    ) -> Runtime:
+        """Plan and load a model so that the whole process stays at or under `memory`.
+
+        `model` is a path, a name ("smollm2"), "hf:user/repo:Q4_K_M", a `Model` of your own, or None for
+        the default model. `memory` is a size such as "1GiB" or "50%" of what is available; None is
+        80 %. `context` None is the longest that fits. Raises `OverBudget` before anything is loaded
+        where it cannot fit, `ModelError` where the model cannot be used, `BadOption` for wrong values.
+        """
+        options = OpenOptions(
+            memory=memory,
+            context=context,
+            kv_type=kv_type,
+            max_rows=max_rows,
+            threads=threads,
+            offline=offline,
+        )
+        if isinstance(model, Model):
+            return cls.load(plan_spec(model.spec, options), model)
+        return cls.load(plan_reference(model, options))
+
+    @classmethod
+    def load(cls, planned: PlannedModel, model: Model | None = None) -> Runtime:
+        """Reserve the plan's rows and load; `model` stands in for the planned file's."""
+        planned.require_fit()
+        plan = planned.plan
+        ledger = Ledger(plan.budget.num_bytes)
+        for row in plan.rows:
+            ledger.reserve(row.owner, row.num_bytes)
+        if model is None:
+            model = GgufModel(
+                planned.spec,
+                LoadOptions(
+                    context=plan.context,
+                    max_rows=plan.max_rows,
+                    threads=planned.options.num_threads,
+                    kv_type=plan.kv_type,
+                    memory_map=plan.memory_map,
+                ),
+            )
+        runtime = cls(model, planned, ledger)
+        runtime._check_resident()
+        return runtime
+
+    def _check_resident(self) -> None:
+        """The plan's formulas are not measured for every architecture: hold them against the facts."""
+        peak = read_process_memory().peak_bytes
+        if peak > self.plan.budget.num_bytes:
+            self.close()
+            raise OverBudget(
+                f"{self.spec.name}, loaded,", peak, self.plan.budget.num_bytes, "raise --memory"
+            )
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """Who may hold which bytes; prints as a table."""
+        return self._planned.plan
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's shape and size."""
+        return self._planned.spec
+
+    @property
+    def planned(self) -> PlannedModel:
+        """The plan with the model and the machine it was made for."""
+        return self._planned
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> Iterator[Piece]:
+        """Answer a conversation, piece by piece; options as in `GenerationOptions`.
+
+        `messages` are dicts with "role" and "content". What the KV cache holds of an earlier call is
+        used again. Raises `PromptTooLong` before anything is computed; closing the iterator stops the
+        answer and leaves the runtime usable.
+        """
+        asked_at = time.perf_counter()
+        chosen = GenerationOptions.of(**options)
+        answer = self._begin()
+        conversation = self._chatting()
+
+        def prepared(some: Sequence[Message]) -> ChatPrompt:
+            text = conversation.render(some)
+            self._check_text(text)
+            return ChatPrompt(
+                text=text, token_ids=conversation.prompt_ids(text, some), num_messages=len(some)
+            )
+
+        chat_prompt, dropped = fit_messages(messages, prepared, self._model.context, chosen)
+        prompt = Prompt(
+            token_ids=chat_prompt.token_ids,
+            asked_at=asked_at,
+            dropped_tokens=dropped.num_tokens,
+            dropped_messages=dropped.num_messages,
+        )
+        return self._remembered(self._pieces(answer, prompt, chosen), conversation, chat_prompt)
+
+    def stream(self, prompt: str, **options: Any) -> Iterator[Piece]:
+        """Continue `prompt` as it stands, without a chat template, piece by piece."""
+        asked_at = time.perf_counter()
+        chosen = GenerationOptions.of(**options)
+        answer = self._begin()
+        self._check_text(prompt)
+        token_ids = self._model.tokenizer.encode(prompt, add_special=True, parse_special=False)
+        if not token_ids:
+            raise BadOption(
+                "the prompt is empty, and this model adds no token of its own: write one"
+            )
+        kept, dropped = fit_tokens(token_ids, self._model.context, chosen)
+        fitted = Prompt(token_ids=kept, asked_at=asked_at, dropped_tokens=dropped)
+        return self._pieces(answer, fitted, chosen)
+
+    def generate(self, prompt: str, **options: Any) -> GenerationResult:
+        """Continue `prompt` and return the whole result; options as in `GenerationOptions`."""
+        return GenerationResult.of(self.stream(prompt, **options))
+
+    def _begin(self) -> int:
+        with self._lock:
+            if self._closed:
+                raise RuntimeUnusable("the runtime is closed: open it again")
+            self._answer += 1
+            return self._answer
+
+    def _chatting(self) -> Conversation:
+        if self._conversation is None:
+            tokenizer = self._model.tokenizer
+            template = ChatTemplate(self.spec.chat_template, tokenizer.special_texts)
+            self._conversation = Conversation(template, tokenizer)
+        return self._conversation
+
+    def _check_text(self, text: str) -> None:
+        """Refuse a text that would pass its row of the plan while it is tokenised."""
+        num_bytes = len(text.encode("utf-8", errors="replace"))
+        limit = prompt_limit_bytes(self._model.context)
+        if num_bytes > limit:
+            raise PromptTooLong(num_bytes // 4, self._model.context, estimated=True)
+
+    def _pieces(self, answer: int, prompt: Prompt, options: GenerationOptions) -> Iterator[Piece]:
+        planned = (self.plan.budget.num_bytes, self.plan.total_bytes)
+        pieces = generate(self._model, self._session, prompt, options, planned)
+        while True:
+            if self._closed or answer != self._answer:
+                raise RuntimeUnusable(
+                    "the runtime is closed: open it again"
+                    if self._closed
+                    else "another answer was started on this runtime, which ended this one"
+                )
+            piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
+
+    def _remembered(
+        self, pieces: Iterator[Piece], conversation: Conversation, prompt: ChatPrompt
+    ) -> Iterator[Piece]:
+        token_ids: list[int] = []
+        try:
+            for piece in pieces:
+                if piece.token_id is not None:
+                    token_ids.append(piece.token_id)
+                yield piece
+        finally:
+            conversation.answered(prompt, token_ids)
+
+    def close(self) -> None:
+        """Free the model; an answer that is still being read ends with an error."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._model.close()
+                for owner in self.ledger.owners:
+                    self.ledger.release(owner)
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
