@@ -94,7 +94,7 @@ def supports_kv_type(spec: ModelSpec, kv_type: str) -> bool:
 
 
 def compute_bytes(spec: ModelSpec, context: int, max_rows: int, kv_type: str) -> int:
-    """Return llama.cpp's compute buffer for `max_rows` rows a pass with flash attention and one row of logits.
+    """Return llama.cpp's compute buffer: `max_rows` rows a pass, flash attention, one row of logits.
 
     Exact for llama is max_rows * (4 * (3 F + 3 E + H D) + 24 + 2 * context) with feed-forward width F,
     embedding width E, H heads of D; a quantised cache adds up to half of it again.

@@ -8,7 +8,7 @@ is done, so that a hostile template costs a sentence, not the memory budget. Kno
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -130,9 +130,9 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         if attribute is not None:
             raise _TooMuch("the chat template joins by attribute: it is refused")
         texts = [self._text(part) for part in self._each(parts)]
-        separator = self._text(separator)
-        self.allowance.make(sum(map(len, texts)) + len(separator) * max(len(texts) - 1, 0))
-        return separator.join(texts)
+        glue = self._text(separator)
+        self.allowance.make(sum(map(len, texts)) + len(glue) * max(len(texts) - 1, 0))
+        return glue.join(texts)
 
     def _text(self, value: Any) -> str:
         if isinstance(value, (str, int, float, bool, jinja2.Undefined)) or value is None:
@@ -164,9 +164,9 @@ class _Bounder(NodeTransformer):
         return _call("_joined", node.nodes, node.lineno)
 
 
-def _call(name: str, args: list[nodes.Node], lineno: int) -> nodes.Call:
+def _call(name: str, args: Sequence[nodes.Node], lineno: int) -> nodes.Call:
     function = nodes.Name(name, "load", lineno=lineno)
-    return nodes.Call(function, args, [], None, None, lineno=lineno)
+    return nodes.Call(function, list(args), [], None, None, lineno=lineno)
 
 
 def _result_length(operator: str, left: Any, right: Any) -> int:

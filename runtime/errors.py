@@ -54,13 +54,17 @@ class PromptTooLong(LowtideError):
 
     exit_code = 2
 
-    def __init__(self, num_tokens: int, context: int, *, estimated: bool = False) -> None:
+    def __init__(
+        self, num_tokens: int, context: int, *, estimated: bool = False, droppable: bool = True
+    ) -> None:
         self.num_tokens = num_tokens
         self.context = context
         about = "about " if estimated else ""
+        advice = "shorten the prompt, or raise --context (and --memory)"
+        if droppable:
+            advice = "shorten the prompt, raise --context, or pass --overflow drop-oldest"
         super().__init__(
-            f"the prompt has {about}{num_tokens:,} tokens, the context {context:,}: shorten the "
-            "prompt, raise --context (and --memory), or pass --overflow drop-oldest"
+            f"the prompt has {about}{num_tokens:,} tokens, the context holds {context:,}: {advice}"
         )
 
 

@@ -67,13 +67,13 @@ class GenerationOptions:
                 raise BadOption(f"{name} is {value}, {_range(least, most)} is wanted")
 
     @classmethod
-    def of(cls, **values: Any) -> GenerationOptions:
-        """Return the options of these names; an unknown one is a `BadOption` that lists them."""
+    def of(cls, base: GenerationOptions | None = None, **values: Any) -> GenerationOptions:
+        """Return `base`, or the defaults, with these values; a name that is none is a `BadOption`."""
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(names))
         if unknown:
             raise BadOption(f"{unknown[0]!r} is no option of a generation: use {', '.join(names)}")
-        return cls(**values)
+        return dataclasses.replace(base or cls(), **values)
 
 
 def _texts(value: Any) -> tuple[Any, ...]:

@@ -53,7 +53,7 @@ def fit_messages(
         shortest = len(prompt.token_ids)
         if shortest <= room:
             return prompt, Dropped(num_tokens - shortest, start)
-    raise PromptTooLong(shortest, room)
+    raise PromptTooLong(shortest, room, droppable=False)
 
 
 def fit_tokens(

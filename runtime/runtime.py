@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -150,15 +150,20 @@ class Runtime:
         """The plan with the model and the machine it was made for."""
         return self._planned
 
-    def chat(self, messages: Sequence[Message], **options: Any) -> Iterator[Piece]:
-        """Answer a conversation, piece by piece; options as in `GenerationOptions`.
+    def chat(
+        self,
+        messages: Sequence[Message],
+        options: GenerationOptions | None = None,
+        **named: Any,
+    ) -> Generator[Piece, None, None]:
+        """Answer a conversation, piece by piece; `options`, or `named` as in `GenerationOptions`.
 
         `messages` are dicts with "role" and "content". What the KV cache holds of an earlier call is
         used again. Raises `PromptTooLong` before anything is computed; closing the iterator stops the
         answer and leaves the runtime usable.
         """
         asked_at = time.perf_counter()
-        chosen = GenerationOptions.of(**options)
+        chosen = GenerationOptions.of(options, **named)
         answer = self._begin()
         conversation = self._chatting()
 
@@ -178,10 +183,12 @@ class Runtime:
         )
         return self._remembered(self._pieces(answer, prompt, chosen), conversation, chat_prompt)
 
-    def stream(self, prompt: str, **options: Any) -> Iterator[Piece]:
+    def stream(
+        self, prompt: str, options: GenerationOptions | None = None, **named: Any
+    ) -> Generator[Piece, None, None]:
         """Continue `prompt` as it stands, without a chat template, piece by piece."""
         asked_at = time.perf_counter()
-        chosen = GenerationOptions.of(**options)
+        chosen = GenerationOptions.of(options, **named)
         answer = self._begin()
         self._check_text(prompt)
         token_ids = self._model.tokenizer.encode(prompt, add_special=True, parse_special=False)
@@ -193,9 +200,11 @@ class Runtime:
         fitted = Prompt(token_ids=kept, asked_at=asked_at, dropped_tokens=dropped)
         return self._pieces(answer, fitted, chosen)
 
-    def generate(self, prompt: str, **options: Any) -> GenerationResult:
-        """Continue `prompt` and return the whole result; options as in `GenerationOptions`."""
-        return GenerationResult.of(self.stream(prompt, **options))
+    def generate(
+        self, prompt: str, options: GenerationOptions | None = None, **named: Any
+    ) -> GenerationResult:
+        """Continue `prompt` and return the whole result; options as for `chat`."""
+        return GenerationResult.of(self.stream(prompt, options, **named))
 
     def _begin(self) -> int:
         with self._lock:
@@ -216,9 +225,13 @@ class Runtime:
         num_bytes = len(text.encode("utf-8", errors="replace"))
         limit = prompt_limit_bytes(self._model.context)
         if num_bytes > limit:
-            raise PromptTooLong(num_bytes // 4, self._model.context, estimated=True)
+            raise PromptTooLong(
+                num_bytes // 4, self._model.context, estimated=True, droppable=False
+            )
 
-    def _pieces(self, answer: int, prompt: Prompt, options: GenerationOptions) -> Iterator[Piece]:
+    def _pieces(
+        self, answer: int, prompt: Prompt, options: GenerationOptions
+    ) -> Generator[Piece, None, None]:
         planned = (self.plan.budget.num_bytes, self.plan.total_bytes)
         pieces = generate(self._model, self._session, prompt, options, planned)
         while True:
@@ -235,7 +248,7 @@ class Runtime:
 
     def _remembered(
         self, pieces: Iterator[Piece], conversation: Conversation, prompt: ChatPrompt
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         token_ids: list[int] = []
         try:
             for piece in pieces:

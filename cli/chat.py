@@ -1,0 +1,46 @@
+"""`lowtide chat`: a conversation in the terminal, or over a pipe."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from lowtide.cli.options import (
+    generation_options,
+    opening_options,
+    planned_model,
+    take_generation_options,
+)
+
+
+@click.command("chat")
+@opening_options
+@click.option("-s", "--system", help="A system message before the conversation.")
+@generation_options
+def command(system: str | None, **options: Any) -> None:
+    """Talk with a model; /help lists what you can type.
+
+    MODEL is a .gguf file, a name from `lowtide models`, or hf:user/repo[:quant].
+    """
+    from lowtide.cli.input import TurnReader
+    from lowtide.cli.repl import Repl
+    from lowtide.cli.summary import note, plan_line
+    from lowtide.memory.footprint import prompt_limit_bytes
+    from lowtide.runtime import Runtime
+
+    generation = take_generation_options(options)
+    planned = planned_model(options)
+    planned.require_fit()
+    note(plan_line(planned))
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    with Runtime.load(planned) as runtime:
+        reader = TurnReader(prompt_limit_bytes(planned.plan.context), interactive=interactive)
+        repl = Repl(runtime, generation, system)
+        try:
+            exit_code = repl.run(reader, interactive=interactive)
+        finally:
+            reader.close()
+    if exit_code:
+        sys.exit(exit_code)

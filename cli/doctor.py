@@ -1,0 +1,123 @@
+"""`lowtide doctor`: what this machine has, which kernels are active, and what is wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+
+@click.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(as_json: bool) -> None:
+    """Show what lowtide finds here; exits with 1 where something is wrong."""
+    import json
+
+    import lowtide
+
+    findings: dict[str, Any] = {"version": lowtide.__version__, "python": platform.python_version()}
+    problems: list[str] = []
+    for examine in (_machine, _native, _llama, _models):
+        _examined(examine, findings, problems)
+    if as_json:
+        click.echo(json.dumps({**findings, "problems": problems}, indent=2))
+    else:
+        _print(findings, problems)
+    if problems:
+        sys.exit(1)
+
+
+def _examined(
+    examine: Callable[[], dict[str, Any]], findings: dict[str, Any], problems: list[str]
+) -> None:
+    from lowtide.models.errors import LowtideError
+
+    try:
+        found = examine()
+    except LowtideError as error:
+        problems.append(str(error))
+        return
+    problems += found.pop("problems", [])
+    findings.update(found)
+
+
+def _machine() -> dict[str, Any]:
+    from lowtide.memory.device import read_machine
+
+    machine = read_machine()
+    problems = []
+    if machine.available_bytes < 256 << 20:
+        problems.append(
+            f"only {machine.available_bytes >> 20} MiB of memory are available: the default model "
+            "wants about 160"
+        )
+    return {"machine": machine.to_dict(), "problems": problems}
+
+
+def _native() -> dict[str, Any]:
+    import lowtide
+    from lowtide.attention.native_library import cpu_features, native_version
+
+    version = native_version()
+    problems = []
+    if version != lowtide.__version__:
+        problems.append(
+            f"the native library is of version {version}, lowtide of {lowtide.__version__}: reinstall"
+        )
+    return {
+        "native_library": version,
+        "cpu_features": list(cpu_features()),
+        "attention_kernels": "llama.cpp's own",
+        "problems": problems,
+    }
+
+
+def _llama() -> dict[str, Any]:
+    from lowtide.models.llama_library import llama_library
+
+    library = llama_library()
+    return {"llama_cpp_python": library.version, "llama_cpp_kernels": library.system_info}
+
+
+def _models() -> dict[str, Any]:
+    from lowtide.models.catalog import NAMED_MODELS, is_installed
+
+    installed = [model.name for model in NAMED_MODELS if is_installed(model)]
+    hub = importlib.util.find_spec("huggingface_hub") is not None
+    return {"models_installed": installed, "hub": hub}
+
+
+def _print(findings: dict[str, Any], problems: list[str]) -> None:
+    from lowtide.memory.units import format_bytes
+
+    for name, value in findings.items():
+        if name == "machine":
+            limit = f", limited by {value['limited_by']}" if value["limited_by"] else ""
+            _line("machine", f"{value['processor']}, {value['cores']} cores, {value['system']}")
+            _line(
+                "memory",
+                f"{format_bytes(value['available_bytes'])} available of "
+                f"{format_bytes(value['total_bytes'])}{limit}",
+            )
+        else:
+            _line(name.replace("_", " "), _shown(value))
+    for problem in problems:
+        click.secho(f"Problem: {problem}", fg="red")
+    if not problems:
+        click.secho("Nothing is wrong.", fg="green")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(value) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no: pip install 'lowtide[hub]'"
+    return str(value)
+
+
+def _line(name: str, text: str) -> None:
+    click.echo(f"{name:<20} {text}")

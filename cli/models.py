@@ -1,0 +1,92 @@
+"""`lowtide models`: what can be named, what is here, and what a model is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+
+@click.command("models")
+@click.argument("model", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(model: str | None, as_json: bool) -> None:
+    """List the models that have names, or describe one MODEL from its headers."""
+    import json
+
+    import lowtide
+
+    found = _described(model) if model else {"models": _known()}
+    if as_json:
+        click.echo(json.dumps({"version": lowtide.__version__, **found}, indent=2))
+    elif model:
+        for name, value in found.items():
+            click.echo(f"{name:<18} {value}")
+    else:
+        _print_known(found["models"])
+
+
+def _known() -> list[dict[str, Any]]:
+    from lowtide.models.catalog import DEFAULT_MODEL, NAMED_MODELS, installed_path, is_installed
+
+    rows = []
+    for named in NAMED_MODELS:
+        here = is_installed(named)
+        path = installed_path(named) if here else None
+        rows.append(
+            {
+                "name": named.name,
+                "default": named.name == DEFAULT_MODEL,
+                "installed": here,
+                "description": named.description,
+                "license": named.license,
+                "path": str(path) if path else None,
+                "install": f"pip install 'lowtide[{named.extra}]'",
+            }
+        )
+    return rows
+
+
+def _print_known(rows: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "what", "license", "here", box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        name = row["name"] + (" (default)" if row["default"] else "")
+        # Escaped, or the square brackets of an extra would be read as markup.
+        here = "yes" if row["installed"] else row["install"].replace("[", r"\[")
+        table.add_row(name, row["description"], row["license"], here)
+    console = Console()
+    console.print(table)
+    console.print(
+        "Any .gguf file works by its path, and hf:user/repo\\[:quant] from the Hugging Face hub.",
+        highlight=False,
+    )
+
+
+def _described(reference: str) -> dict[str, Any]:
+    from lowtide.memory.footprint import kv_bytes
+    from lowtide.models.catalog import resolve
+    from lowtide.models.gguf_header import read_spec
+
+    spec = read_spec(resolve(reference))
+    return {
+        "name": spec.name,
+        "path": str(spec.path),
+        "parts": len(spec.paths),
+        "architecture": spec.architecture,
+        "quantisation": spec.quantisation,
+        "layers": spec.num_layers,
+        "heads": spec.num_heads,
+        "kv_heads": max(spec.num_kv_heads),
+        "head_size": spec.key_head_size,
+        "embedding_width": spec.embedding_width,
+        "vocabulary": spec.vocabulary.num_tokens,
+        "context_length": spec.context_length,
+        "sliding_window": spec.sliding_window,
+        "weight_bytes": spec.weight_bytes,
+        "kv_bytes_per_token": kv_bytes(spec, 256, "f16") // 256,
+        "chat_template": spec.chat_template is not None,
+    }

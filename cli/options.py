@@ -1,0 +1,125 @@
+"""The options that several commands share, and the values they become. Knows no command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from lowtide.runtime.options import GenerationOptions
+    from lowtide.runtime.planning import OpenOptions, PlannedModel
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_OPENING = (
+    click.argument("model", required=False),
+    click.option("-m", "--model", "model_option", metavar="MODEL", help="The same as MODEL."),
+    click.option(
+        "--memory",
+        metavar="SIZE",
+        help="The most the whole process may have resident: 1GiB, 512MiB, 2G, 50%, bytes.  "
+        "[default: 80% of what is available]",
+    ),
+    click.option(
+        "-c",
+        "--context",
+        "--ctx-size",
+        type=click.IntRange(min=1),
+        metavar="TOKENS",
+        help="Tokens of context.  [default: the most that fits, up to the model's own]",
+    ),
+    click.option(
+        "--kv-type",
+        type=click.Choice(["f16", "q8_0", "q4_0"]),
+        help="Type of the KV cache; the smaller ones change answers slightly.  [default: f16 if it fits]",
+    ),
+    click.option(
+        "-t", "--threads", type=click.IntRange(1, 512), help="Threads.  [default: all cores]"
+    ),
+    click.option("--offline", is_flag=True, help="Never reach for the network."),
+)
+
+_GENERATION = (
+    click.option(
+        "-n",
+        "--max-tokens",
+        type=int,
+        default=512,
+        show_default=True,
+        help="The longest answer; -1 goes on until the model ends or the context is full.",
+    ),
+    click.option(
+        "--temp",
+        "--temperature",
+        "temperature",
+        type=float,
+        default=0.7,
+        show_default=True,
+        help="0 is greedy: the same answer every time.",
+    ),
+    click.option("--top-k", type=int, default=40, show_default=True, help="0 is off."),
+    click.option("--top-p", type=float, default=0.95, show_default=True, help="1 is off."),
+    click.option("--min-p", type=float, default=0.05, show_default=True, help="0 is off."),
+    click.option("--repeat-penalty", type=float, default=1.0, show_default=True, help="1 is off."),
+    click.option(
+        "--seed", type=int, help="Repeats a sampled answer.  [default: drawn, and reported]"
+    ),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End the answer here; repeatable."),
+    click.option(
+        "--overflow",
+        type=click.Choice(["error", "drop-oldest"]),
+        default="error",
+        show_default=True,
+        help="What to do with a prompt beyond the context.",
+    ),
+)
+
+
+def opening_options(command: Command) -> Command:
+    """Add MODEL, --memory, --context and what else says how to open a model."""
+    return _decorated(command, _OPENING)
+
+
+def generation_options(command: Command) -> Command:
+    """Add -n, --temp, --seed and what else says how to answer."""
+    return _decorated(command, _GENERATION)
+
+
+def _decorated(command: Command, decorators: tuple[Callable[..., Any], ...]) -> Command:
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def planned_model(options: dict[str, Any]) -> PlannedModel:
+    """Take the opening options out of a command's `options` and plan with them."""
+    from lowtide.runtime.planning import plan_reference
+
+    argument, option = options.pop("model"), options.pop("model_option")
+    if argument and option and argument != option:
+        raise click.UsageError(f"two models are given, {argument} and {option}: give one")
+    names = ("memory", "context", "kv_type", "threads", "offline")
+    chosen: OpenOptions = _open_options({name: options.pop(name) for name in names})
+    planned = plan_reference(argument or option, chosen)
+    if planned.plan.budget.warning:
+        click.echo(f"Warning: {planned.plan.budget.warning}", err=True)
+    return planned
+
+
+def _open_options(values: dict[str, Any]) -> OpenOptions:
+    from lowtide.runtime.planning import OpenOptions
+
+    return OpenOptions(**values)
+
+
+def take_generation_options(options: dict[str, Any]) -> GenerationOptions:
+    """Take the generation options out of a command's `options`; raise `BadOption` for a bad one."""
+    from lowtide.runtime.options import GenerationOptions
+
+    names = "max_tokens temperature top_k top_p min_p repeat_penalty seed stop overflow".split()
+    values = {name: options.pop(name) for name in names}
+    if values["max_tokens"] == -1:
+        values["max_tokens"] = None
+    return GenerationOptions(**values)

@@ -1,0 +1,80 @@
+"""`lowtide plan`: what a model would take, from its headers alone."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lowtide.cli.options import opening_options, planned_model
+
+if TYPE_CHECKING:
+    from lowtide.runtime.planning import PlannedModel
+
+
+@click.command("plan")
+@opening_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(as_json: bool, **options: Any) -> None:
+    """Show where every byte would go; reads the model's headers and loads nothing.
+
+    Exits with 2 where the model does not fit. MODEL is a .gguf file, a name from `lowtide models`, or
+    hf:user/repo[:quant].
+    """
+    from lowtide.cli.summary import json_object
+    from lowtide.memory.errors import OverBudget
+
+    planned = planned_model(options)
+    if as_json:
+        click.echo(json_object(planned, **planned.plan.to_dict()))
+    else:
+        _print_table(planned)
+    try:
+        planned.require_fit()
+    except OverBudget as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+def _print_table(planned: PlannedModel) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from lowtide.memory.units import format_bytes, format_bytes_up
+
+    plan, spec = planned.plan, planned.spec
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
+    table.add_column("owner", footer="planned peak", no_wrap=True)
+    table.add_column("bytes", justify="right", no_wrap=True, footer=format_bytes(plan.total_bytes))
+    table.add_column("", no_wrap=True, footer=_bar(plan.total_bytes, plan.budget.num_bytes))
+    table.add_column(
+        "why", footer=f"of {format_bytes(plan.budget.num_bytes)}: {plan.budget.source}"
+    )
+    for row in plan.rows:
+        table.add_row(
+            row.owner,
+            format_bytes(row.num_bytes),
+            _bar(row.num_bytes, plan.budget.num_bytes),
+            row.why,
+        )
+    console = Console()
+    console.print(
+        f"{spec.name}: {spec.architecture}, {spec.num_layers} layers, {spec.quantisation}, "
+        f"{spec.context_length:,} tokens at most",
+        highlight=False,
+    )
+    console.print(table)
+    for step in plan.gave_up:
+        console.print(f"gave up {step}", highlight=False)
+    console.print(
+        f"lower bound {format_bytes_up(plan.lower_bound_bytes)}: the least budget it runs in",
+        highlight=False,
+    )
+
+
+def _bar(num_bytes: int, budget_bytes: int, width: int = 12) -> str:
+    """Return a bar of the row's share of the budget."""
+    eighths = min(round(8 * width * num_bytes / max(budget_bytes, 1)), 8 * width)
+    return "█" * (eighths // 8) + (" ▏▎▍▌▋▊▉"[eighths % 8].strip())

@@ -1,0 +1,109 @@
+"""`lowtide run`: one answer on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lowtide.cli.options import (
+    generation_options,
+    opening_options,
+    planned_model,
+    take_generation_options,
+)
+
+if TYPE_CHECKING:
+    from lowtide.runtime import Piece, Runtime
+    from lowtide.runtime.options import GenerationOptions
+
+
+@click.command("run")
+@opening_options
+@click.option("-p", "--prompt", help="The prompt.  [default: standard input]")
+@click.option("-f", "--file", type=click.Path(path_type=Path), help="Read the prompt from a file.")
+@click.option("-s", "--system", help="A system message before the prompt.")
+@click.option(
+    "--raw", is_flag=True, help="Continue the text as it stands, without a chat template."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@generation_options
+def command(
+    prompt: str | None,
+    file: Path | None,
+    system: str | None,
+    raw: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Answer one prompt: the answer goes to stdout, everything else to stderr.
+
+    MODEL is a .gguf file, a name from `lowtide models`, or hf:user/repo[:quant].
+    """
+    from lowtide.cli.summary import json_object, note, plan_line, statistics_line
+    from lowtide.memory.footprint import prompt_limit_bytes
+    from lowtide.runtime import GenerationResult, Runtime
+
+    if system is not None and raw:
+        raise click.UsageError("--system needs a chat template, --raw goes without: drop one")
+    generation = take_generation_options(options)
+    planned = planned_model(options)
+    planned.require_fit()
+    text = _prompt_text(prompt, file, prompt_limit_bytes(planned.plan.context))
+    note(plan_line(planned))
+    with Runtime.load(planned) as runtime:
+        pieces = _answer(runtime, text, system, raw, generation)
+        result = GenerationResult.of(pieces if as_json else _shown(pieces))
+    if as_json:
+        click.echo(
+            json_object(
+                planned,
+                text=result.text,
+                tokens=list(result.token_ids),
+                finish_reason=result.finish_reason,
+                stats=result.stats.to_dict(),
+            )
+        )
+        return
+    click.echo()
+    note(statistics_line(result.stats, result.finish_reason))
+
+
+def _prompt_text(prompt: str | None, file: Path | None, limit_bytes: int) -> str:
+    from lowtide.cli.input import read_text
+    from lowtide.models.errors import BadOption
+
+    if prompt is not None and file is not None:
+        raise click.UsageError("both --prompt and --file are given: give one")
+    if prompt is not None:
+        return prompt
+    if file is not None:
+        try:
+            with file.open("rb") as stream:
+                return read_text(stream, str(file), limit_bytes)
+        except OSError as error:
+            raise BadOption(f"{file} cannot be read: {error.strerror or error}") from None
+    if sys.stdin.isatty():
+        raise click.UsageError("no prompt: give --prompt, --file, or text on standard input")
+    return read_text(sys.stdin.buffer, "standard input", limit_bytes)
+
+
+def _answer(
+    runtime: Runtime, text: str, system: str | None, raw: bool, generation: GenerationOptions
+) -> Iterator[Piece]:
+    if raw:
+        return runtime.stream(text, options=generation)
+    messages = [{"role": "user", "content": text}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    return runtime.chat(messages, options=generation)
+
+
+def _shown(pieces: Iterator[Piece]) -> Iterator[Piece]:
+    for piece in pieces:
+        if piece.text:
+            click.echo(piece.text, nl=False)
+        yield piece

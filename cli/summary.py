@@ -1,0 +1,75 @@
+"""What a person sees of plans and statistics in one line, and what a program sees in JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lowtide.memory.units import format_bytes
+
+if TYPE_CHECKING:
+    from lowtide.runtime.planning import PlannedModel
+    from lowtide.runtime.statistics import Statistics
+
+
+def plan_line(planned: PlannedModel) -> str:
+    """Return the plan in a line: model, context, planned peak, what was given up."""
+    plan = planned.plan
+    line = (
+        f"{planned.spec.name}, {planned.spec.quantisation} · context {plan.context:,} · planned "
+        f"{format_bytes(plan.total_bytes)} of {format_bytes(plan.budget.num_bytes)} "
+        f"({plan.budget.source})"
+    )
+    return line + "".join(f" · gave up {step}" for step in plan.gave_up)
+
+
+def statistics_line(stats: Statistics, finish_reason: str | None) -> str:
+    """Return an answer's cost in a line; whatever is out of the ordinary is said."""
+    parts = [f"{stats.generated_tokens} tokens"]
+    if stats.decode_tokens_per_s is not None:
+        parts.append(f"{stats.decode_tokens_per_s:.1f} tokens/s")
+    if stats.time_to_first_token_s is not None:
+        parts.append(f"first after {stats.time_to_first_token_s:.2f} s")
+    parts.append(f"prompt {stats.prompt_tokens}, {stats.reused_tokens} reused")
+    if stats.dropped_tokens:
+        parts.append(f"{stats.dropped_tokens} oldest tokens dropped")
+    if finish_reason == "length":
+        parts.append("cut at --max-tokens")
+    if finish_reason == "context":
+        parts.append("the context is full")
+    if finish_reason is None:
+        parts.append("stopped")
+    if stats.peak_rss_bytes is not None:
+        budget = format_bytes(stats.budget_bytes)
+        parts.append(f"peak {format_bytes(stats.peak_rss_bytes)} of {budget}")
+    return " · ".join(parts)
+
+
+def note(text: str) -> None:
+    """Print a line that is no answer: dim, on stderr."""
+    click.secho(text, dim=True, err=True)
+
+
+def json_object(planned: PlannedModel, **values: Any) -> str:
+    """Return the documented JSON object: version, model and machine, then `values`."""
+    import lowtide
+
+    spec = planned.spec
+    model = {
+        "name": spec.name,
+        "path": str(spec.path),
+        "architecture": spec.architecture,
+        "quantisation": spec.quantisation,
+        "layers": spec.num_layers,
+        "context_length": spec.context_length,
+        "weight_bytes": spec.weight_bytes,
+        "file_bytes": spec.file_bytes,
+    }
+    common = {
+        "version": lowtide.__version__,
+        "model": model,
+        "machine": planned.machine.to_dict(),
+    }
+    return json.dumps({**common, **values}, ensure_ascii=False, indent=2)
