@@ -54,13 +54,15 @@ def resolve(reference: str | Path | None = None, *, offline: bool = False) -> Pa
     A reference is a path, a name from `NAMED_MODELS`, or "hf:user/repo[:quant]". Raises
     `ModelNotFound` with what to install or change.
     """
-    text = str(reference) if reference is not None else DEFAULT_MODEL
+    if isinstance(reference, Path):
+        return reference.expanduser()
+    text = reference if reference is not None else DEFAULT_MODEL
     if text.startswith(HUB_PREFIX):
         from lowtide.models.hub import fetch
 
         return fetch(text.removeprefix(HUB_PREFIX), offline=offline)
     named = next((model for model in NAMED_MODELS if model.name == text), None)
-    if named is not None and not isinstance(reference, Path):
+    if named is not None:
         return _installed(named)
     path = Path(text).expanduser()
     if path.exists() or path.suffix or os.sep in text:

@@ -68,8 +68,7 @@ def _compile(source: str) -> jinja2.Template:
 
     return compiled(
         source,
-        raise_exception=_raise_exception,
-        strftime_now=_strftime_now,
+        functions={"raise_exception": _raise_exception, "strftime_now": _strftime_now},
         tojson=_to_json,
     )
 

@@ -1,13 +1,14 @@
 """Runs a jinja2 template that nobody vouched for, with bounds on what it reaches and makes.
 
 jinja2's sandbox keeps templates away from Python's internals but lets them loop and grow without
-end. Here every loop is counted and every operation that can make a long text is measured before it
-is done, so that a hostile template costs a sentence, not the memory budget. Knows no chat.
+end. Here every loop is counted, every operation that can make a long text is measured before it is
+done, and every list is weighed with all that is nested in it, so that a hostile template costs a
+sentence, not the memory budget. Knows no chat.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,70 +18,54 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from lowtide.models.errors import LowtideError, TemplateError
-
-MAX_STEPS = 100_000
-"""Loop turns in one rendering."""
-MAX_TEXT = 4 << 20
-"""Characters that one operation, or the prompt itself, may have."""
-MAX_TOTAL_TEXT = 64 << 20
-"""Characters that all operations of one rendering may make together."""
+from lowtide.models.template_bounds import MAX_SOURCE, MAX_STEPS, MAX_TEXT, Allowance, TooMuch
 
 FILTERS = frozenset(
-    "abs capitalize count d default dictsort e escape first float int items join last length list "
-    "lower map max min reject rejectattr replace reverse round safe select selectattr sort string "
-    "sum title tojson trim unique upper".split()
+    "abs count d default dictsort first float int items join last length list map max min reject "
+    "rejectattr replace reverse round safe select selectattr sort sum tojson unique".split()
 )
+TEXT_FILTERS = frozenset("capitalize e escape lower string title trim upper".split())
 TEXT_METHODS = frozenset(
     "capitalize casefold count endswith find index isalnum isalpha isdigit islower isspace istitle "
     "isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition "
     "rsplit rstrip split splitlines startswith strip swapcase title upper".split()
 )
-
-
-class _TooMuch(TemplateError):
-    """The template passed one of the bounds."""
-
-
-class _Allowance:
-    """What one rendering may still do."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.text = 0
-
-    def step(self) -> None:
-        self.steps += 1
-        if self.steps > MAX_STEPS:
-            raise _TooMuch(f"the chat template loops more than {MAX_STEPS:,} times: it is refused")
-
-    def make(self, length: int) -> None:
-        self.text += length
-        if length > MAX_TEXT or self.text > MAX_TOTAL_TEXT:
-            raise _TooMuch(
-                f"the chat template makes a text of more than {MAX_TEXT:,} characters: it is refused"
-            )
+METHODS: tuple[tuple[type, frozenset[str]], ...] = (
+    (str, TEXT_METHODS),
+    (dict, frozenset({"get", "items", "keys", "values"})),
+    (list, frozenset({"count", "index"})),
+    (tuple, frozenset({"count", "index"})),
+    (int, frozenset()),
+    (float, frozenset()),
+    (bytes, frozenset()),
+)
+"""What may be called on plain values; everything else that they have is not there."""
 
 
 class _BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox with an allowance; one per rendering template, never shared."""
+    """jinja2's sandbox with an allowance; one for each template, never shared."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self) -> None:
         super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols"],
+            finalize=self._weighed,
         )
-        self.allowance = _Allowance()
-        self.filters = {name: f for name, f in self.filters.items() if name in FILTERS}
-        self.filters["replace"] = self._replace
-        self.filters["join"] = self._join
+        self.allowance = Allowance()
+        charged = {name: self.charged(self.filters[name]) for name in TEXT_FILTERS}
+        kept = {name: self.filters[name] for name in FILTERS if name in self.filters}
+        self.filters = {**kept, **charged, "replace": self._replace, "join": self._join}
         self.globals.clear()
         self.globals.update(
             namespace=jinja2.utils.Namespace,
-            dict=dict,
+            dict=lambda *args, **kwargs: self._weighed(dict(*args, **kwargs)),
             range=self._range,
             _counted=self._counted,
-            _joined=self._joined,
+            _joined=lambda *parts: self._join(parts),
+            _weighed=self._weighed,
         )
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -88,19 +73,26 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         bounded: nodes.Template = _Bounder().visit(tree)
         return bounded
 
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        for kind, names in METHODS:
+            if isinstance(obj, kind):
+                return attr in names
+        return super().is_safe_attribute(obj, attr, value)
+
+    def wrap_str_format(self, value: Any) -> None:
+        """Texts have no `format` here: a width in it can ask for any amount of memory."""
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**":
-            raise _TooMuch("the chat template raises to a power: it is refused")
+            raise TooMuch("raises to a power")
         if operator == "%" and isinstance(left, str):
-            raise _TooMuch("the chat template formats with %: it is refused")
+            raise TooMuch("formats with %")
         self.allowance.make(_result_length(operator, left, right))
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
         if isinstance(owner, str):
-            if name not in TEXT_METHODS:
-                raise _TooMuch(f"the chat template calls str.{name}: it is refused")
             if name == "replace":
                 return self._replace(owner, *args, **kwargs)
             if name == "join":
@@ -108,10 +100,25 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
             self.allowance.make(len(owner))
         return super().call(context, function, *args, **kwargs)
 
+    def charged(self, text_filter: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the filter with its arguments weighed before it reads them."""
+
+        @functools.wraps(text_filter)
+        def weighing(*args: Any, **kwargs: Any) -> Any:
+            self.allowance.weigh([a for a in args if not isinstance(a, jinja2.Environment)])
+            return text_filter(*args, **kwargs)
+
+        return weighing
+
+    def _weighed(self, value: Any) -> Any:
+        """Every printed value, and every list and dict that the template writes down, comes by."""
+        self.allowance.weigh(value)
+        return value
+
     def _range(self, *bounds: int) -> range:
         numbers = range(*bounds)
         if len(numbers) > MAX_STEPS:
-            raise _TooMuch(f"the chat template counts to {len(numbers):,}: it is refused")
+            raise TooMuch(f"counts to {len(numbers):,}")
         return numbers
 
     def _counted(self, items: Iterable[Any]) -> list[Any]:
@@ -123,45 +130,51 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
             self.allowance.step()
             yield item
 
-    def _joined(self, *parts: Any) -> str:
-        return self._join(parts)
-
     def _join(self, parts: Iterable[Any], separator: Any = "", attribute: Any = None) -> str:
         if attribute is not None:
-            raise _TooMuch("the chat template joins by attribute: it is refused")
+            raise TooMuch("joins by attribute")
         texts = [self._text(part) for part in self._each(parts)]
         glue = self._text(separator)
         self.allowance.make(sum(map(len, texts)) + len(glue) * max(len(texts) - 1, 0))
         return glue.join(texts)
 
-    def _text(self, value: Any) -> str:
-        if isinstance(value, (str, int, float, bool, jinja2.Undefined)) or value is None:
-            return str(value)
-        text = str(value)
-        self.allowance.make(len(text))
-        return text
-
     def _replace(self, text: Any, old: Any, new: Any, count: int | None = None) -> str:
-        text, old, new = str(text), str(old), str(new)
-        times = text.count(old) if count is None or count < 0 else min(text.count(old), count)
+        text, old, new = self._text(text), self._text(old), self._text(new)
+        found: int = text.count(old)
+        times = found if count is None or count < 0 else min(found, count)
         self.allowance.make(len(text) + times * len(new))
         replaced: str = text.replace(old, new, times)
         return replaced
 
+    def _text(self, value: Any) -> str:
+        return value if isinstance(value, str) else str(self._weighed(value))
+
 
 class _Bounder(NodeTransformer):
-    """Sends every loop and every `~` of a template through the environment's bounded versions."""
+    """Sends every loop, every `~` and every list of a template through the bounded versions."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
         if node.recursive:
-            raise _TooMuch("the chat template has a recursive loop: it is refused")
+            raise TooMuch("has a recursive loop")
         node.iter = _call("_counted", [node.iter], node.lineno)
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Call:
         self.generic_visit(node)
         return _call("_joined", node.nodes, node.lineno)
+
+    def visit_List(self, node: nodes.List) -> nodes.Call:
+        self.generic_visit(node)
+        return _call("_weighed", [node], node.lineno)
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Call:
+        self.generic_visit(node)
+        return _call("_weighed", [node], node.lineno)
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Expr:
+        self.generic_visit(node)
+        return _call("_weighed", [node], node.lineno) if node.ctx == "load" else node
 
 
 def _call(name: str, args: Sequence[nodes.Node], lineno: int) -> nodes.Call:
@@ -188,14 +201,18 @@ def _length(value: Any) -> int:
 def compiled(
     source: str,
     *,
-    raise_exception: Callable[[str], None],
-    strftime_now: Callable[[str], str],
+    functions: Mapping[str, Callable[..., Any]],
     tojson: Callable[..., str],
 ) -> jinja2.Template:
-    """Compile the template; raise `TemplateError` with the line where it is not one."""
+    """Compile the template, with `functions` in its reach.
+
+    Raises `TemplateError`, with the line, where it is no template.
+    """
+    if len(source) > MAX_SOURCE:
+        raise TooMuch(f"has {len(source):,} characters, {MAX_SOURCE:,} are allowed")
     environment = _BoundedEnvironment()
-    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
-    environment.filters["tojson"] = tojson
+    environment.globals.update(functions)
+    environment.filters["tojson"] = environment.charged(tojson)
     try:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
@@ -210,23 +227,18 @@ def rendered(template: jinja2.Template, **variables: Any) -> str:
     """Render with a fresh allowance; every failure is a `TemplateError`."""
     environment = template.environment
     assert isinstance(environment, _BoundedEnvironment)
-    environment.allowance = _Allowance()
+    environment.allowance = Allowance()
     pieces, length = [], 0
     try:
-        for piece in template.generate(_plain(variables)):
+        for piece in template.generate(variables):
             length += len(piece)
-            environment.allowance.make(len(piece))
             if length > MAX_TEXT:
-                raise _TooMuch(f"the chat template prints more than {MAX_TEXT:,} characters")
+                raise TooMuch(f"prints more than {MAX_TEXT:,} characters")
             pieces.append(piece)
     except LowtideError:
         raise
     except RecursionError:
-        raise TemplateError("the chat template calls itself without end: it is refused") from None
+        raise TooMuch("calls itself without end") from None
     except Exception as error:  # the template is somebody else's code: anything can come out
         raise TemplateError(f"the chat template fails: {type(error).__name__}: {error}") from None
-    return "".join(itertools.chain(pieces))
-
-
-def _plain(variables: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(variables)
+    return "".join(pieces)

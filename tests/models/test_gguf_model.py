@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from gguf_files import write_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lowtide.models.errors import ForwardError, ModelError, UnsupportedModel
+from lowtide.models.gguf_header import read_spec
+from lowtide.models.gguf_model import GgufModel, LoadOptions
+from processes import run_python
+
+OPTIONS = LoadOptions(context=256, max_rows=16, threads=1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GgufModel]:
+    path = write_model(tmp_path_factory.mktemp("model") / "random.gguf")
+    with GgufModel(read_spec(path), OPTIONS) as opened:
+        yield opened
+
+
+def _logits(model: GgufModel, token_ids: list[int]) -> bytes:
+    return b"".join(model.forward([token]).tobytes() for token in token_ids)
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    kept=st.lists(st.integers(3, 319), min_size=1, max_size=20),
+    dropped=st.lists(st.integers(3, 319), max_size=20),
+    after=st.lists(st.integers(3, 319), min_size=1, max_size=10),
+)
+def test_truncating_equals_never_having_appended(
+    model: GgufModel, kept: list[int], dropped: list[int], after: list[int]
+) -> None:
+    model.truncate(0)
+    _logits(model, kept)
+    expected = _logits(model, after)
+    model.truncate(0)
+    _logits(model, kept)
+    _logits(model, dropped)
+    assert model.truncate(len(kept)) == len(kept) == model.num_tokens
+    assert _logits(model, after) == expected
+
+
+@pytest.mark.parametrize("rows", [[], list(range(17)), [320], [-1]])
+def test_wrong_rows_are_refused_and_change_nothing(model: GgufModel, rows: list[int]) -> None:
+    model.truncate(0)
+    model.forward([5])
+    with pytest.raises(ForwardError):
+        model.forward(rows)
+    assert model.num_tokens == 1
+
+
+def test_rows_beyond_the_context_are_refused(model: GgufModel) -> None:
+    model.truncate(0)
+    for _ in range(16):
+        model.forward([5] * 16)
+    with pytest.raises(ForwardError, match="257 tokens do not fit the context of 256"):
+        model.forward([5])
+    assert model.truncate(3) == 3
+
+
+def test_a_closed_model_says_so(tmp_path: Path) -> None:
+    model = GgufModel(read_spec(write_model(tmp_path / "m.gguf")), OPTIONS)
+    model.close()
+    model.close()
+    with pytest.raises(ForwardError, match="closed"):
+        model.forward([1])
+
+
+def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
+    spec = read_spec(write_model(tmp_path / "odd.gguf", architecture="perceptron"))
+    with pytest.raises(UnsupportedModel, match="unknown model architecture: 'perceptron'") as caught:
+        GgufModel(spec, OPTIONS)
+    assert caught.value.exit_code == 2
+
+
+def test_a_model_that_llama_cpp_refuses_carries_its_reason(tmp_path: Path) -> None:
+    # The header promises four layers, the file holds two.
+    spec = read_spec(write_model(tmp_path / "two.gguf", overrides={"block_count": 4}))
+    with pytest.raises(ModelError, match="blk.2.attn_norm.weight"):
+        GgufModel(spec, OPTIONS)
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
+def test_kv_types(kv_type: str, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "wide.gguf", width=128)
+    options = LoadOptions(context=256, max_rows=16, threads=2, kv_type=kv_type, memory_map=False)
+    with GgufModel(read_spec(path), options) as model:
+        assert model.forward([5, 6, 7]).shape == (320,)
+
+
+def test_the_users_own_import_of_llama_cpp_is_whole() -> None:
+    done = run_python(
+        "from lowtide.models.llama_library import llama_library\n"
+        "api = llama_library().api\n"
+        "import sys; assert 'llama_cpp' not in sys.modules\n"
+        "import llama_cpp; print(llama_cpp.Llama.__name__)"
+    )
+    assert (done.code, done.stdout) == (0, "Llama\n"), done.stderr
+
+
+def test_only_the_bindings_are_imported() -> None:
+    done = run_python(
+        "from lowtide.models.llama_library import llama_library; llama_library()\n"
+        "import sys; print('numpy' in sys.modules, 'diskcache' in sys.modules)"
+    )
+    assert done.stdout == "False False\n", done.stderr
+    assert done.peak_bytes < 32 << 20

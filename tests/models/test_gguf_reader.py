@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import struct
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from gguf_files import write_model
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from lowtide.models.errors import BadModelFile, LowtideError, ModelNotFound
+from lowtide.models.gguf_header import read_spec
+from lowtide.models.gguf_reader import read_gguf
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("gguf") / "small.gguf", layers=1, width=32)
+
+
+def test_reads_what_the_gguf_package_wrote(small: Path) -> None:
+    contents = read_gguf(small)
+    assert contents.metadata["general.architecture"] == "llama"
+    assert contents.metadata["llama.embedding_length"] == 32
+    assert contents.metadata["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
+    tokens = contents.metadata["tokenizer.ggml.tokens"]
+    assert (tokens.length, tokens.longest_bytes) == (320, len("▁word60".encode()))
+    names = {tensor.name: tensor for tensor in contents.tensors}
+    assert names["blk.0.ffn_up.weight"].shape == (32, 128)
+    assert names["blk.0.ffn_up.weight"].num_bytes == 4 * 32 * 128
+
+
+def _with(data: bytes, at: int, replacement: bytes) -> bytes:
+    return data[:at] + replacement + data[at + len(replacement) :]
+
+
+BAD_FILES = {
+    "empty": (lambda d: b"", "is empty"),
+    "text": (lambda d: b"Dear diary, today I " * 20, "is not a GGUF file"),
+    "only a magic": (lambda d: b"GGUF" + bytes(4), "cut short"),
+    "header cut": (lambda d: d[:200], "GGUF"),
+    "weights cut": (lambda d: d[:-1000], "is cut short: its tensors end at byte"),
+    "version 1": (lambda d: _with(d, 4, struct.pack("<I", 1)), "version 1"),
+    "big endian": (lambda d: _with(d, 4, struct.pack(">I", 3)), "version 50331648"),
+    "absurd keys": (lambda d: _with(d, 16, struct.pack("<Q", 1 << 60)), "claims 1152921504606846976"),
+    "absurd tensors": (lambda d: _with(d, 8, struct.pack("<Q", 1 << 40)), "claims 1099511627776"),
+    "absurd text": (lambda d: _with(d, 24, struct.pack("<Q", 1 << 62)), "claims a text of"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_get_one_sentence(name: str, small: Path, tmp_path: Path) -> None:
+    change, expected = BAD_FILES[name]
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(change(small.read_bytes()))
+    with pytest.raises(BadModelFile) as caught:
+        read_spec(path)
+    assert expected in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match="no file at"):
+        read_spec(tmp_path / "nothing.gguf")
+    with pytest.raises(BadModelFile, match="is a folder"):
+        read_spec(tmp_path)
+
+
+def test_absurd_counts_are_never_allocated_from(small: Path, tmp_path: Path) -> None:
+    path = tmp_path / "absurd.gguf"
+    data = small.read_bytes()
+    tracemalloc.start()
+    try:
+        for at in (8, 16, 24, 36):
+            for number in (1 << 62, 1 << 33, len(data) // 24):
+                path.write_bytes(_with(data, at, struct.pack("<Q", number)))
+                tracemalloc.reset_peak()
+                before = tracemalloc.get_traced_memory()[0]
+                with pytest.raises(LowtideError):
+                    read_spec(path)
+                # A tensor directory of garbage is refused at its first entry.
+                assert tracemalloc.get_traced_memory()[1] - before < 2 << 20
+    finally:
+        tracemalloc.stop()
+
+
+HEADER_BYTES = 8000
+
+
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    edits=st.lists(
+        st.tuples(st.integers(0, HEADER_BYTES), st.binary(min_size=1, max_size=9)),
+        min_size=1,
+        max_size=6,
+    ),
+    cut=st.none() | st.integers(0, HEADER_BYTES),
+)
+@example(edits=[(36, b"\xff" * 8)], cut=None)
+def test_fuzzed_headers_are_read_or_refused_in_words(
+    edits: list[tuple[int, bytes]], cut: int | None, small: Path, tmp_path: Path
+) -> None:
+    data = bytearray(small.read_bytes())
+    for at, replacement in edits:
+        data[at : at + len(replacement)] = replacement
+    path = tmp_path / "fuzzed.gguf"
+    path.write_bytes(data[:cut])
+    try:
+        spec = read_spec(path)
+    except LowtideError as error:
+        assert len(str(error)) < 4000
+    else:
+        assert 0 < spec.num_layers <= 4096
+        assert spec.weight_bytes <= spec.file_bytes
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("block_count", 0),
+        ("block_count", 1 << 31),
+        ("embedding_length", 0),
+        ("context_length", 0),
+        ("attention.head_count", 1 << 30),
+    ],
+)
+def test_impossible_numbers_name_their_key(key: str, value: int, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "odd.gguf", overrides={key: value})
+    with pytest.raises(BadModelFile, match=f"llama.{key}"):
+        read_spec(path)

@@ -1,0 +1,96 @@
+"""Writes small GGUF models of random weights: time and bytes do not depend on values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+
+def write_model(
+    path: Path,
+    *,
+    layers: int = 2,
+    width: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    feed_forward: int = 128,
+    vocabulary: int = 320,
+    context: int = 1024,
+    architecture: str = "llama",
+    chat_template: str | None = None,
+    overrides: dict[str, int] | None = None,
+) -> Path:
+    """Write a llama-shaped model in F32 with a byte vocabulary; `overrides` replaces header numbers."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("random")
+    numbers = {
+        "block_count": layers,
+        "embedding_length": width,
+        "feed_forward_length": feed_forward,
+        "attention.head_count": heads,
+        "attention.head_count_kv": kv_heads,
+        "context_length": context,
+        "rope.dimension_count": width // heads,
+        **(overrides or {}),
+    }
+    for name, number in numbers.items():
+        writer.add_uint32(f"{architecture}.{name}", number)
+    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
+    _add_vocabulary(writer, vocabulary)
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
+    _add_tensors(writer, layers, width, heads, kv_heads, feed_forward, vocabulary)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: int) -> None:
+    texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    texts += [f"▁word{i}" for i in range(vocabulary - len(texts))]
+    kinds = [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2, *[gguf.TokenType.BYTE] * 256]
+    kinds += [gguf.TokenType.NORMAL] * (vocabulary - len(kinds))
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(texts)
+    writer.add_token_scores([0.0] * vocabulary)
+    writer.add_token_types([int(kind) for kind in kinds])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+
+def _add_tensors(
+    writer: gguf.GGUFWriter,
+    layers: int,
+    width: int,
+    heads: int,
+    kv_heads: int,
+    feed_forward: int,
+    vocabulary: int,
+) -> None:
+    random = np.random.default_rng(7)
+    kv_width = width // heads * kv_heads
+
+    def add(name: str, rows: int, columns: int) -> None:
+        scale = 1 / np.sqrt(columns)
+        writer.add_tensor(name, (random.standard_normal((rows, columns)) * scale).astype(np.float32))
+
+    def add_norm(name: str) -> None:
+        writer.add_tensor(name, np.ones(width, np.float32))
+
+    add("token_embd.weight", vocabulary, width)
+    for layer in range(layers):
+        add_norm(f"blk.{layer}.attn_norm.weight")
+        add(f"blk.{layer}.attn_q.weight", width, width)
+        add(f"blk.{layer}.attn_k.weight", kv_width, width)
+        add(f"blk.{layer}.attn_v.weight", kv_width, width)
+        add(f"blk.{layer}.attn_output.weight", width, width)
+        add_norm(f"blk.{layer}.ffn_norm.weight")
+        add(f"blk.{layer}.ffn_gate.weight", feed_forward, width)
+        add(f"blk.{layer}.ffn_up.weight", feed_forward, width)
+        add(f"blk.{layer}.ffn_down.weight", width, feed_forward)
+    add_norm("output_norm.weight")
+    add("output.weight", vocabulary, width)
