@@ -132,7 +132,7 @@ def plan_memory(spec: ModelSpec, options: PlanOptions, budget: Budget, host: Hos
     """
     _check(spec, options)
     preferred = next(_choices(spec, options, host, budget.num_bytes))
-    smallest = _smallest(spec, options)
+    smallest = _smallest(spec, options, host)
     chosen = next(
         (
             choice
@@ -203,12 +203,16 @@ def _choices(
             yield _Choice(context=context, max_rows=rows[-1], kv_type=kv_type)
 
 
-def _smallest(spec: ModelSpec, options: PlanOptions) -> _Choice:
-    return _Choice(
-        context=options.context or min(MIN_CONTEXT, spec.context_length),
-        max_rows=_row_choices(options)[-1],
-        kv_type=_kv_types(spec, options)[-1],
-    )
+def _smallest(spec: ModelSpec, options: PlanOptions, host: Host) -> _Choice:
+    choices = [
+        _Choice(
+            context=options.context or min(MIN_CONTEXT, spec.context_length),
+            max_rows=_row_choices(options)[-1],
+            kv_type=kv_type,
+        )
+        for kv_type in _kv_types(spec, options)
+    ]
+    return min(choices, key=lambda choice: _total(spec, choice, host))
 
 
 def _row_choices(options: PlanOptions) -> tuple[int, ...]:

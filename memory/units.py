@@ -14,7 +14,7 @@ for _power, _letter in enumerate("kmgt", start=1):
     _FACTORS[f"{_letter}b"] = 1000**_power
 
 _SIZE = re.compile(
-    r"^\s*(?P<number>\d{1,15}(?:\.\d{1,6})?)\s*(?P<unit>[a-z]*|%)\s*$", re.IGNORECASE
+    r"^\s*(?P<number>\d{1,18}(?:\.\d{1,6})?)\s*(?P<unit>[a-z]*|%)\s*$", re.IGNORECASE
 )
 
 

@@ -25,14 +25,15 @@ class GgufTokenizer(Tokenizer):
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Return the token ids of `text`; see `Tokenizer.encode`."""
         data = text.encode("utf-8", errors="replace")
-        capacity = len(data) + 8
-        token_ids = (ctypes.c_int32 * capacity)()
-        count = self._api.llama_tokenize(
-            self._vocabulary, data, len(data), token_ids, capacity, add_special, parse_special
-        )
-        if count < 0:
-            raise ModelError(f"llama.cpp cannot tokenise a text of {len(data)} bytes: shorten it")
-        return list(token_ids[:count])
+        # A vocabulary without words spells a blank with three bytes: then llama.cpp asks for more room.
+        for capacity in (len(data) + 8, 4 * len(data) + 8):
+            token_ids = (ctypes.c_int32 * capacity)()
+            count = self._api.llama_tokenize(
+                self._vocabulary, data, len(data), token_ids, capacity, add_special, parse_special
+            )
+            if count >= 0:
+                return list(token_ids[:count])
+        raise ModelError(f"llama.cpp cannot tokenise a text of {len(data)} bytes: shorten it")
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of one token; control tokens have none."""

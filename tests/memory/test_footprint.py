@@ -1,0 +1,74 @@
+"""The formulas against the operating system: what is planned is never less than what is used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from gguf_files import write_model
+from lowtide.memory.meter import read_process_memory
+from lowtide.memory.units import MIB
+from processes import run_python
+
+_RUN = """
+import json, sys
+from lowtide import Runtime
+options = {options!r}
+with Runtime.open(**options) as runtime:
+    vocabulary = runtime.spec.vocabulary.num_tokens
+    # The whole cache is resident from the start: a prompt of a few passes touches all the rest.
+    text = " word" * min(runtime.plan.context - 8, 3 * runtime.plan.max_rows)
+    result = runtime.generate(text, max_tokens=4, overflow="drop-oldest")
+    print(json.dumps([runtime.plan.total_bytes, runtime.plan.lower_bound_bytes, result.stats.peak_rss_bytes]))
+"""
+
+
+def _planned_and_peak(**options: object) -> tuple[int, int, int]:
+    done = run_python(_RUN.replace("{options!r}", repr(options)))
+    assert done.code == 0, done.stderr
+    planned, lower_bound, told_peak = json.loads(done.stdout.splitlines()[-1])
+    assert abs(told_peak - done.peak_bytes) < 2 * MIB  # what we tell is what the system saw
+    return planned, lower_bound, done.peak_bytes
+
+
+CASES = [
+    {"model": "smollm2", "context": 512},
+    {"model": "smollm2", "context": 2048, "kv_type": "q8_0"},
+    {"model": "smollm2", "context": 4096, "kv_type": "q4_0", "max_rows": 256},
+    {"model": "smollm2", "context": 8192, "max_rows": 32},
+    {"model": "gemma3-270m", "context": 512, "max_rows": 32},
+    {"model": "gemma3-270m", "context": 2048},
+    {"model": "gemma3-270m", "context": 4096, "kv_type": "q8_0"},
+]
+
+
+@pytest.mark.parametrize("options", CASES, ids=lambda o: "-".join(map(str, o.values())))
+def test_the_peak_stays_under_the_plan(options: dict[str, object]) -> None:
+    planned, _, peak = _planned_and_peak(**options, memory="2GiB")
+    assert peak <= planned
+    assert planned - peak < 64 * MIB  # and the plan is no guess
+
+
+SHAPES = [
+    {"layers": 6, "width": 512, "heads": 8, "kv_heads": 8, "feed_forward": 2048, "vocabulary": 32000},
+    {"layers": 3, "width": 768, "heads": 12, "kv_heads": 1, "feed_forward": 512, "vocabulary": 1000},
+    {"layers": 24, "width": 256, "heads": 4, "kv_heads": 4, "feed_forward": 256, "vocabulary": 100000},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["wide", "one-kv-head", "large-vocabulary"])
+def test_other_shapes_stay_under_the_plan_too(shape: dict[str, int], tmp_path: Path) -> None:
+    path = write_model(tmp_path / "shape.gguf", **shape, context=4096)
+    planned, _, peak = _planned_and_peak(model=str(path), context=4096, memory="4GiB")
+    assert peak <= planned
+
+
+def test_the_meter_sees_what_is_allocated() -> None:
+    before = read_process_memory()
+    block = bytearray(b"x") * (48 << 20)
+    after = read_process_memory()
+    assert after.resident_bytes - before.resident_bytes > 40 << 20
+    assert after.peak_bytes >= after.resident_bytes
+    assert (after.anonymous_bytes or 0) + (after.file_bytes or 0) <= after.resident_bytes + (1 << 20)
+    assert len(block) == 48 << 20

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lowtide.memory.errors import OverBudget
+from lowtide.memory.ledger import Ledger
+
+ACTIONS = st.lists(
+    st.tuples(st.sampled_from("abc"), st.none() | st.integers(0, 120)), max_size=40
+)
+
+
+@given(ACTIONS)
+def test_the_sum_never_passes_the_budget(actions: list[tuple[str, int | None]]) -> None:
+    ledger = Ledger(200)
+    expected: dict[str, int] = {}
+    for owner, num_bytes in actions:
+        if num_bytes is None:
+            ledger.release(owner)
+            expected.pop(owner, None)
+            continue
+        fits = sum(expected.values()) - expected.get(owner, 0) + num_bytes <= 200
+        if fits:
+            ledger.reserve(owner, num_bytes)
+            expected[owner] = num_bytes
+        else:
+            with pytest.raises(OverBudget):
+                ledger.reserve(owner, num_bytes)
+        assert ledger.owners == expected
+        assert ledger.reserved_bytes == sum(expected.values()) <= 200
+
+
+def test_a_refusal_says_what_is_wanted_allowed_and_to_change() -> None:
+    ledger = Ledger(100 << 20)
+    ledger.reserve("weights", 80 << 20)
+    with pytest.raises(OverBudget) as caught:
+        ledger.reserve("KV cache", 50 << 20)
+    assert (caught.value.needed_bytes, caught.value.budget_bytes) == (130 << 20, 100 << 20)
+    assert str(caught.value) == (
+        "KV cache, with what is reserved already, needs at least 130 MiB, 100.0 MiB allowed: "
+        "raise --memory or ask for less"
+    )
+
+
+def test_less_than_nothing_is_our_own_bug() -> None:
+    with pytest.raises(ValueError, match="-1 bytes"):
+        Ledger(1).reserve("a", -1)

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lowtide.memory.budget import Budget
+from lowtide.memory.errors import OverBudget
+from lowtide.memory.footprint import kv_bytes
+from lowtide.memory.plan import Host, MemoryPlan, PlanOptions, plan_memory, require_fit
+from lowtide.memory.units import MIB, parse_size
+from lowtide.models.errors import BadOption
+from lowtide.models.fake_model import fake_spec
+from lowtide.models.spec import ModelSpec
+
+HOST = Host(interpreter_bytes=46 * MIB, processor="x86_64")
+
+
+def budget_of(num_bytes: int) -> Budget:
+    return Budget(num_bytes=num_bytes, source="a test")
+
+
+def plan_of(spec: ModelSpec, mebibytes: float, **options: object) -> MemoryPlan:
+    chosen = PlanOptions(**options)  # type: ignore[arg-type]
+    return plan_memory(spec, chosen, budget_of(int(mebibytes * MIB)), HOST)
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> ModelSpec:
+    layers = draw(st.integers(1, 40))
+    head_size = draw(st.sampled_from([48, 64, 80, 128, 256]))
+    return dataclasses.replace(
+        fake_spec(draw(st.sampled_from([300, 512, 1000, 8192, 131072]))),
+        num_layers=layers,
+        embedding_width=draw(st.integers(32, 4096)),
+        feed_forward_width=tuple(draw(st.integers(0, 16384)) for _ in range(layers)),
+        num_kv_heads=tuple(draw(st.integers(0, 8)) for _ in range(layers)),
+        key_head_size=head_size,
+        value_head_size=head_size,
+        weight_bytes=draw(st.integers(1, 1 << 33)),
+        sliding_window=draw(st.none() | st.just(512)),
+    )
+
+
+OPTIONS = st.builds(
+    PlanOptions,
+    context=st.none() | st.integers(1, 300),
+    kv_type=st.none() | st.just("f16"),
+    max_rows=st.none() | st.integers(1, 512),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(specs(), OPTIONS, st.integers(1 << 20, 1 << 34))
+def test_every_plan(spec: ModelSpec, options: PlanOptions, budget_bytes: int) -> None:
+    plan = plan_memory(spec, options, budget_of(budget_bytes), HOST)
+    assert plan.total_bytes == sum(row.num_bytes for row in plan.rows)
+    assert all(row.num_bytes >= 0 for row in plan.rows)
+    assert len({row.owner for row in plan.rows}) == len(plan.rows)
+    assert plan.lower_bound_bytes <= plan.total_bytes
+    assert 1 <= plan.context <= spec.context_length
+    # A plan is refused exactly where the budget is under the lower bound ...
+    assert plan.fits == (budget_bytes >= plan.lower_bound_bytes)
+    # ... and what was asked for is never changed.
+    if options.context is not None:
+        assert plan.context == options.context
+    if options.max_rows is not None:
+        assert plan.max_rows == options.max_rows
+    if options.kv_type is not None:
+        assert plan.kv_type == options.kv_type
+
+
+@settings(max_examples=150, deadline=None)
+@given(specs(), OPTIONS)
+def test_at_the_bound_that_is_told_it_fits(spec: ModelSpec, options: PlanOptions) -> None:
+    refused = plan_memory(spec, options, budget_of(1 << 20), HOST)
+    with pytest.raises(OverBudget) as caught:
+        require_fit(refused, spec, options, HOST)
+    typed = re.search(r"raise --memory to (\S+?),", str(caught.value))
+    assert typed is not None
+    bound = parse_size(typed[1])
+    plan = plan_memory(spec, options, budget_of(bound), HOST)
+    require_fit(plan, spec, options, HOST)
+    assert bound - plan.lower_bound_bytes < MIB
+
+
+@settings(max_examples=100, deadline=None)
+@given(specs(), st.integers(64, 8192), st.integers(0, 512))
+def test_more_budget_never_gives_less_context(spec: ModelSpec, less: int, more: int) -> None:
+    small, large = plan_of(spec, less), plan_of(spec, less + more)
+    if small.fits and small.kv_type == large.kv_type:
+        assert large.context >= small.context
+
+
+def test_the_context_is_the_largest_that_fits(smollm2_spec: ModelSpec) -> None:
+    plan = plan_of(smollm2_spec, 250)
+    assert plan.fits and plan.kv_type == "f16"
+    assert 512 < plan.context < 8192 and plan.context % 256 == 0
+    longer = plan_of(smollm2_spec, 250, context=plan.context + 256, kv_type="f16", max_rows=32)
+    assert not longer.fits
+    assert plan.gave_up == ("rows a pass: 128 to 32", f"context: 8192 to {plan.context}")
+
+
+def test_enough_budget_gives_nothing_up(smollm2_spec: ModelSpec) -> None:
+    plan = plan_of(smollm2_spec, 1000)
+    assert (plan.context, plan.kv_type, plan.max_rows, plan.gave_up) == (8192, "f16", 128, ())
+
+
+def test_a_stated_context_gives_up_rows_then_the_type(smollm2_spec: ModelSpec) -> None:
+    assert plan_of(smollm2_spec, 364, context=8192).gave_up == ("rows a pass: 128 to 64",)
+    quantised = plan_of(smollm2_spec, 300, context=8192)
+    assert quantised.gave_up[-1] == "KV type: f16 to q8_0"
+
+
+def test_an_open_context_shrinks_before_the_type_does(smollm2_spec: ModelSpec) -> None:
+    bound = plan_of(smollm2_spec, 1).lower_bound_bytes / MIB
+    assert plan_of(smollm2_spec, bound + 12).kv_type == "f16"
+    assert plan_of(smollm2_spec, bound + 1).kv_type == "q4_0"
+
+
+def test_a_refusal_offers_the_context_that_would_fit(smollm2_spec: ModelSpec) -> None:
+    options = PlanOptions(context=8192)
+    plan = plan_memory(smollm2_spec, options, budget_of(200 * MIB), HOST)
+    with pytest.raises(OverBudget, match="shorten --context to") as caught:
+        require_fit(plan, smollm2_spec, options, HOST)
+    offered = int(caught.value.hint.split("shorten --context to ")[1].split(",")[0])
+    assert plan_of(smollm2_spec, 200, context=offered).fits
+
+
+def test_kv_bytes_are_llama_cpps_own(smollm2_spec: ModelSpec) -> None:
+    # Read off llama.cpp's own memory breakdown.
+    assert kv_bytes(smollm2_spec, 8192, "f16") == 180 * MIB
+    assert kv_bytes(smollm2_spec, 8192, "q8_0") == int(95.625 * MIB)
+    assert kv_bytes(smollm2_spec, 8000, "q4_0") == kv_bytes(smollm2_spec, 7937, "q4_0")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context": 0}, "context is 0"),
+        ({"kv_type": "q2"}, "one of f16, q8_0, q4_0"),
+        ({"max_rows": 0}, "max_rows is 0"),
+        ({"context": 9000}, "was made for 8192"),
+    ],
+)
+def test_bad_options(options: dict[str, object], message: str, smollm2_spec: ModelSpec) -> None:
+    with pytest.raises(BadOption, match=message):
+        plan_of(smollm2_spec, 1000, **options)
+
+
+def test_odd_heads_have_no_quantised_cache(smollm2_spec: ModelSpec) -> None:
+    odd = dataclasses.replace(smollm2_spec, key_head_size=80)
+    with pytest.raises(BadOption, match="multiple of 32"):
+        plan_of(odd, 1000, kv_type="q8_0")
+    assert plan_of(odd, 1).kv_type == "f16"
+
+
+def test_the_table_adds_up_for_people_and_programs(smollm2_spec: ModelSpec) -> None:
+    plan = plan_of(smollm2_spec, 300)
+    told = plan.to_dict()
+    assert told["total_bytes"] == sum(row["bytes"] for row in told["rows"])
+    assert {"budget_bytes", "lower_bound_bytes", "fits", "context", "gave_up"} <= set(told)
+    assert "KV cache" in str(plan) and "planned peak" in str(plan)
