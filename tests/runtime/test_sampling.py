@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lowtide import GenerationOptions
+from lowtide.models.errors import BadOption
+from lowtide.runtime.sampling import Sampler
+
+
+def logits_of(*values: float) -> np.ndarray:
+    return np.array(values, dtype=np.float32)
+
+
+def distribution(logits: np.ndarray, **options: object) -> dict[int, float]:
+    plain = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "temperature": 1.0, **options}
+    sampler = Sampler(GenerationOptions(**plain))  # type: ignore[arg-type]
+    tokens, probabilities = sampler.distribution(logits)
+    return dict(zip(tokens.tolist(), probabilities.tolist(), strict=True))
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(logits.astype(np.float64) - logits.max())
+    return exponentials / exponentials.sum()
+
+
+LOGITS = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=50).map(lambda v: logits_of(*v))
+
+
+@given(LOGITS)
+def test_without_limits_it_is_the_softmax(logits: np.ndarray) -> None:
+    expected = softmax(logits)
+    found = distribution(logits)
+    assert len(found) == len(logits)
+    np.testing.assert_allclose([found[i] for i in range(len(logits))], expected, atol=1e-12)
+
+
+@settings(max_examples=300)
+@given(LOGITS, st.integers(0, 60), st.floats(0, 1), st.floats(0, 1), st.floats(0.05, 5))
+def test_limits_keep_the_most_likely(
+    logits: np.ndarray, top_k: int, top_p: float, min_p: float, temperature: float
+) -> None:
+    found = distribution(logits, top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
+    kept = np.array(list(found))
+    assert 1 <= len(kept) <= (top_k or len(logits))
+    assert sum(found.values()) == pytest.approx(1, abs=1e-9)
+    assert min(found.values()) >= -1e-12
+    dropped = np.setdiff1d(np.arange(len(logits)), kept)
+    if len(dropped):
+        assert logits[kept].min() >= logits[dropped].max()
+    if min_p > 0:
+        assert all(logits[kept] >= logits.max() + np.log(min_p) - 1e-5)
+
+
+def test_top_p_keeps_the_token_that_crosses_it() -> None:
+    logits = np.log(logits_of(0.5, 0.3, 0.15, 0.05))
+    assert set(distribution(logits, top_p=0.5)) == {0}
+    assert set(distribution(logits, top_p=0.51)) == {0, 1}
+    assert set(distribution(logits, top_p=0.0)) == {0}
+
+
+def test_top_k_among_many_far_away() -> None:
+    logits = np.full(50000, -100, dtype=np.float32)
+    logits[[7, 70, 700]] = [5, 4, 3]
+    assert list(distribution(logits, top_k=2)) == [7, 70]
+    assert len(distribution(logits, top_k=10)) == 10
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = np.log(logits_of(0.6, 0.3, 0.1))
+    sampler = Sampler(GenerationOptions(temperature=1, top_k=0, top_p=1, min_p=0, seed=11))
+    draws = np.bincount([sampler.choose(logits, ()) for _ in range(20000)], minlength=3) / 20000
+    np.testing.assert_allclose(draws, [0.6, 0.3, 0.1], atol=0.015)
+
+
+def test_temperature_sharpens() -> None:
+    logits = logits_of(1.0, 0.0)
+    assert distribution(logits, temperature=0.5)[0] == pytest.approx(1 / (1 + np.exp(-2)))
+
+
+def test_greedy_is_the_largest_and_the_first_of_equals() -> None:
+    greedy = Sampler(GenerationOptions(temperature=0))
+    assert greedy.choose(logits_of(1, 3, 2), ()) == 1
+    assert greedy.choose(logits_of(3, 1, 3), ()) == 0
+
+
+def test_a_seed_repeats_and_a_drawn_one_is_told() -> None:
+    logits = np.random.default_rng(1).standard_normal(1000).astype(np.float32)
+    first = Sampler(GenerationOptions())
+    again = Sampler(GenerationOptions(seed=first.seed))
+    assert [first.choose(logits, ()) for _ in range(20)] == [again.choose(logits, ()) for _ in range(20)]
+    assert Sampler(GenerationOptions()).seed != first.seed
+
+
+def test_repetition_is_penalised_within_reach() -> None:
+    options = GenerationOptions(temperature=0, repeat_penalty=2.0, repeat_last_n=2)
+    logits = logits_of(3.0, 2.0, -1.0)
+    assert Sampler(options).choose(logits, [0, 2, 2]) == 0  # token 0 is out of reach
+    assert Sampler(options).choose(logits, [2, 0]) == 1
+    assert logits.tolist() == [3.0, 2.0, -1.0]  # the model's array is not touched
+    negative = logits_of(-1.0, -1.5)
+    assert Sampler(options).choose(negative, [0]) == 1
+
+
+BAD = {
+    "temperature": [-0.1, "hot", float("nan"), True],
+    "top_p": [1.1, -1],
+    "top_k": [-1, 1.5],
+    "max_tokens": [0, -5],
+    "seed": [-1, 1 << 63],
+    "repeat_penalty": [0],
+    "stop": [("",), (1,)],
+    "overflow": ["truncate"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in BAD.items() for v in values])
+def test_bad_options_are_named(name: str, value: object) -> None:
+    with pytest.raises(BadOption, match=name):
+        GenerationOptions(**{name: value})  # type: ignore[arg-type]
+
+
+def test_unknown_options_are_listed_with_the_known() -> None:
+    with pytest.raises(BadOption, match=r"'temprature' is no option of a generation: use max_tokens"):
+        GenerationOptions.of(temprature=1)
+
+
+def test_options_print_as_what_makes_them() -> None:
+    options = GenerationOptions(temperature=0, stop="END")
+    assert eval(repr(options), {"GenerationOptions": GenerationOptions}) == options

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lowtide import FakeModel
+from lowtide.runtime.session import Session
+
+IDS = st.lists(st.integers(0, 5), min_size=1, max_size=30)
+
+
+@settings(max_examples=200)
+@given(st.lists(IDS, min_size=1, max_size=6))
+def test_rewinding_equals_starting_over(prompts: list[list[int]]) -> None:
+    model = FakeModel(context=64)
+    session = Session(model)
+    for prompt in prompts:
+        reused = session.rewind_to(prompt)
+        assert reused < len(prompt)
+        assert session.token_ids == prompt[:reused]
+        logits = session.append(prompt[reused:])
+        fresh = FakeModel(context=64)
+        assert logits.tobytes() == fresh.forward(prompt).tobytes()
+        assert model.num_tokens == len(prompt) == len(session.token_ids)
+
+
+def test_a_pass_that_was_interrupted_leaves_nothing_behind() -> None:
+    class Interrupted(FakeModel):
+        def forward(self, token_ids):  # type: ignore[no-untyped-def]
+            super().forward(token_ids)
+            raise KeyboardInterrupt
+
+    model = Interrupted(context=64)
+    session = Session(model)
+    try:
+        session.append([1, 2, 3])
+    except KeyboardInterrupt:
+        pass
+    assert session.token_ids == [] and model.num_tokens == 3
+    assert session.rewind_to([1, 2, 3, 4]) == 0
+    assert model.num_tokens == 0
+
+
+def test_a_model_that_cannot_go_back_starts_over() -> None:
+    class Forward(FakeModel):
+        def truncate(self, num_tokens: int) -> int:
+            return super().truncate(num_tokens if num_tokens == self.num_tokens else 0)
+
+    session = Session(Forward(context=64))
+    session.append([1, 2, 3])
+    assert session.rewind_to([1, 2, 9]) == 0
+    assert session.token_ids == []
+
+
+def test_full() -> None:
+    session = Session(FakeModel(context=4))
+    session.append([1, 2, 3])
+    assert not session.is_full
+    session.append([4])
+    assert session.is_full

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lowtide.runtime.errors import TranscriptError
+from lowtide.runtime.transcript import Transcript
+
+TALK = Transcript(
+    model="m",
+    messages=({"role": "user", "content": "Hi 😀"}, {"role": "assistant", "content": "Ho\n"}),
+)
+FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+
+
+def test_there_and_back(tmp_path: Path) -> None:
+    TALK.save(tmp_path / "talk.json")
+    assert Transcript.load(tmp_path / "talk.json") == TALK
+    assert os.listdir(tmp_path) == ["talk.json"]
+
+
+@FIXTURE
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]))))
+def test_any_text_survives(tmp_path: Path, texts: list[str]) -> None:
+    talk = Transcript(model="m", messages=tuple({"role": "user", "content": t} for t in texts))
+    talk.save(tmp_path / "talk.json")
+    assert Transcript.load(tmp_path / "talk.json") == talk
+
+
+@FIXTURE
+@given(st.data())
+def test_any_damaged_byte_is_refused(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "talk.json"
+    TALK.save(path)
+    damaged = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, len(damaged) - 1))
+    damaged[at] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(damaged)
+    try:
+        loaded = Transcript.load(path)
+    except TranscriptError:
+        return
+    assert loaded == TALK  # blanks between the values carry nothing
+
+
+BROKEN = {
+    "empty": b"",
+    "cut": b'{"format": "lowtide-chat", "ver',
+    "not text": bytes(range(256)),
+    "another format": b'{"format": "other"}',
+    "a list": b"[]",
+    "deep": b"[" * 100000,
+    "another version": b'{"format": "lowtide-chat", "version": 9}',
+    "no checksum": b'{"format": "lowtide-chat", "version": 1, "model": "m", "messages": []}',
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_a_sentence(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "talk.json"
+    path.write_bytes(BROKEN[name])
+    with pytest.raises(TranscriptError, match=r"talk\.json") as caught:
+        Transcript.load(path)
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 1
+
+
+def test_messages_that_are_none_are_refused_even_with_a_right_checksum(tmp_path: Path) -> None:
+    path = tmp_path / "talk.json"
+    Transcript(model="m", messages=({"role": "king", "content": "x"},)).save(path)
+    with pytest.raises(TranscriptError, match="messages that are none"):
+        Transcript.load(path)
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(TranscriptError, match="cannot be read"):
+        Transcript.load(tmp_path / "none.json")
+    with pytest.raises(TranscriptError, match="was not saved"):
+        TALK.save(tmp_path / "no" / "folder.json")
+
+
+def test_a_full_disk_leaves_the_old_file_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "talk.json"
+    TALK.save(path)
+
+    def full(_handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(TranscriptError, match="No space left on device"):
+        Transcript(model="n", messages=()).save(path)
+    assert Transcript.load(path) == TALK
+    assert os.listdir(tmp_path) == ["talk.json"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_really_full_device() -> None:
+    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError, match="No space"):
+        full.write(json.dumps(TALK.messages).encode())
