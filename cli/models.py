@@ -55,15 +55,13 @@ def _print_known(rows: list[dict[str, Any]]) -> None:
     table = Table("name", "what", "license", "here", box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         name = row["name"] + (" (default)" if row["default"] else "")
-        # Escaped, or the square brackets of an extra would be read as markup.
-        here = "yes" if row["installed"] else row["install"].replace("[", r"\[")
-        table.add_row(name, row["description"], row["license"], here)
+        table.add_row(name, row["description"], row["license"], "yes" if row["installed"] else "no")
     console = Console()
     console.print(table)
-    console.print(
-        "Any .gguf file works by its path, and hf:user/repo\\[:quant] from the Hugging Face hub.",
-        highlight=False,
-    )
+    for row in rows:
+        if not row["installed"]:
+            click.echo(f"{row['name']} comes with: {row['install']}")
+    click.echo("Any .gguf file works by its path, and hf:user/repo[:quant] from the hub.")
 
 
 def _described(reference: str) -> dict[str, Any]:

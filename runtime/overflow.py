@@ -33,38 +33,38 @@ def fit_messages(
 ) -> tuple[ChatPrompt, Dropped]:
     """Return the prompt of `messages`, without the oldest turns where the options allow that.
 
-    A system message and the last message always stay, and the rest begins with a user's turn. Raises
-    `PromptTooLong` where that does not fit.
+    Dropping leaves room for an answer. A system message and the last message always stay, and the rest
+    begins with a user's turn. Raises `PromptTooLong` where that does not fit.
     """
-    whole = prepare(messages)
-    num_tokens = len(whole.token_ids)
-    if num_tokens <= context:
-        return whole, Dropped()
+    prompt = prepare(messages)
+    num_tokens = len(prompt.token_ids)
     if options.overflow != "drop-oldest":
-        raise PromptTooLong(num_tokens, context)
-    room = context - answer_room(context, options)
+        if num_tokens > context:
+            raise PromptTooLong(num_tokens, context)
+        return prompt, Dropped()
     has_system = bool(messages) and messages[0].get("role") == "system"
     system, turns = list(messages[:has_system]), list(messages[has_system:])
-    shortest = num_tokens
+    dropped_turns = 0
     for start in range(1, len(turns)):
-        if turns[start].get("role") != "user":
-            continue
-        prompt = prepare([*system, *turns[start:]])
-        shortest = len(prompt.token_ids)
-        if shortest <= room:
-            return prompt, Dropped(num_tokens - shortest, start)
-    raise PromptTooLong(shortest, room, droppable=False)
+        if len(prompt.token_ids) <= context - answer_room(context, options):
+            break
+        if turns[start].get("role") == "user":
+            prompt, dropped_turns = prepare([*system, *turns[start:]]), start
+    if len(prompt.token_ids) > context:
+        raise PromptTooLong(len(prompt.token_ids), context, droppable=False)
+    return prompt, Dropped(num_tokens - len(prompt.token_ids), dropped_turns)
 
 
 def fit_tokens(
     token_ids: Sequence[int], context: int, options: GenerationOptions
 ) -> tuple[list[int], int]:
     """Return the tokens, or the last of them that leave room for an answer, and how many were dropped."""
-    if len(token_ids) <= context:
-        return list(token_ids), 0
-    if options.overflow != "drop-oldest":
+    room = context
+    if options.overflow == "drop-oldest":
+        room -= answer_room(context, options)
+    elif len(token_ids) > context:
         raise PromptTooLong(len(token_ids), context)
-    kept = list(token_ids[-(context - answer_room(context, options)) :])
+    kept = list(token_ids[-room:])
     return kept, len(token_ids) - len(kept)
 
 

@@ -4,8 +4,9 @@ import ctypes
 import platform
 from pathlib import Path
 
-import lowtide
 import pytest
+
+import lowtide
 from lowtide.attention import native_library as native
 from lowtide.models.errors import LowtideError
 
@@ -17,10 +18,22 @@ def test_the_library_is_of_this_version() -> None:
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc/cpuinfo")
 def test_features_agree_with_the_kernels_list() -> None:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    flags = next(line.split(":")[1].split() for line in lines if line.startswith(("flags", "Features")))
+    flags = next(
+        line.split(":")[1].split() for line in lines if line.startswith(("flags", "Features"))
+    )
     renamed = {"neon": "asimd", "dotprod": "asimddp", "fp16": "asimdhp"}
     known = (
-        {"avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"}
+        {
+            "avx2",
+            "fma",
+            "f16c",
+            "avx_vnni",
+            "avx512f",
+            "avx512bw",
+            "avx512vl",
+            "avx512_vnni",
+            "avx512_bf16",
+        }
         if platform.machine() == "x86_64"
         else {"neon", "dotprod", "fp16", "sve", "i8mm", "bf16"}
     )

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from lowtide.memory import device
 from lowtide.memory.budget import Budget
 from lowtide.memory.device import CgroupMemory, Machine, cgroup_limits, read_machine

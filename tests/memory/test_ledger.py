@@ -3,12 +3,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lowtide.memory.errors import OverBudget
 from lowtide.memory.ledger import Ledger
 
-ACTIONS = st.lists(
-    st.tuples(st.sampled_from("abc"), st.none() | st.integers(0, 120)), max_size=40
-)
+ACTIONS = st.lists(st.tuples(st.sampled_from("abc"), st.none() | st.integers(0, 120)), max_size=40)
 
 
 @given(ACTIONS)

@@ -6,6 +6,7 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lowtide.memory.budget import Budget
 from lowtide.memory.errors import OverBudget
 from lowtide.memory.footprint import kv_bytes

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lowtide.memory.errors import BadSize
 from lowtide.memory.units import MIB, format_bytes, format_bytes_up, parse_size
 
@@ -31,7 +32,8 @@ def test_sizes_as_people_write_them(text: str | int, expected: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "GiB", "-1", "1e9", "0", "0MiB", "0%", "101%", "1XB", "1 2", "nan", "½GiB", "9" * 40]
+    "text",
+    ["", "GiB", "-1", "1e9", "0", "0MiB", "0%", "101%", "1XB", "1 2", "nan", "½GiB", "9" * 40],
 )
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(BadSize) as caught:

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from lowtide.models import catalog
 from lowtide.models.errors import ModelNotFound
 

@@ -4,6 +4,7 @@ import time
 import tracemalloc
 
 import pytest
+
 from lowtide.models.chat_template import ChatTemplate
 from lowtide.models.errors import TemplateError
 from lowtide.models.spec import ModelSpec
@@ -77,8 +78,8 @@ HOSTILE = {
     "{% endfor %}{{ ns.x | length }}",
     "adds": "{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}"
     "{% endfor %}{{ ns.x | length }}",
-    "joins": "{% set ns = namespace(x='xx') %}{% for i in range(60) %}{% set ns.x = [ns.x,ns.x]|join(ns.x) %}"
-    "{% endfor %}",
+    "joins": "{% set ns = namespace(x='xx') %}{% for i in range(60) %}"
+    "{% set ns.x = [ns.x,ns.x]|join(ns.x) %}{% endfor %}",
     "joins by method": "{% set ns = namespace(x='xx') %}{% for i in range(60) %}"
     "{% set ns.x = ns.x.join([ns.x, ns.x]) %}{% endfor %}",
     "replaces": "{% set ns = namespace(x='xx') %}{% for i in range(60) %}"
@@ -128,7 +129,9 @@ def test_hostile_templates_cost_a_sentence(name: str) -> None:
     assert time.process_time() - started < 20  # not a speed: endless is what it must not be
 
 
-@pytest.mark.parametrize("path", ["raise_exception.__globals__", "messages.__class__", "''.__doc__"])
+@pytest.mark.parametrize(
+    "path", ["raise_exception.__globals__", "messages.__class__", "''.__doc__"]
+)
 def test_what_the_sandbox_hides_is_not_there(path: str) -> None:
     assert render("{{ " + path + " is defined }}") == "False"
 

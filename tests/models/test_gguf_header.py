@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from gguf_files import write_model
+
 from lowtide.models.errors import BadModelFile
 from lowtide.models.gguf_header import read_spec
 from lowtide.models.spec import ModelSpec

@@ -7,10 +7,11 @@ import pytest
 from gguf_files import write_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import run_python
+
 from lowtide.models.errors import ForwardError, ModelError, UnsupportedModel
 from lowtide.models.gguf_header import read_spec
 from lowtide.models.gguf_model import GgufModel, LoadOptions
-from processes import run_python
 
 OPTIONS = LoadOptions(context=256, max_rows=16, threads=1)
 
@@ -75,7 +76,9 @@ def test_a_closed_model_says_so(tmp_path: Path) -> None:
 
 def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
     spec = read_spec(write_model(tmp_path / "odd.gguf", architecture="perceptron"))
-    with pytest.raises(UnsupportedModel, match="unknown model architecture: 'perceptron'") as caught:
+    with pytest.raises(
+        UnsupportedModel, match="unknown model architecture: 'perceptron'"
+    ) as caught:
         GgufModel(spec, OPTIONS)
     assert caught.value.exit_code == 2
 

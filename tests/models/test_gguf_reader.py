@@ -8,6 +8,7 @@ import pytest
 from gguf_files import write_model
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+
 from lowtide.models.errors import BadModelFile, LowtideError, ModelNotFound
 from lowtide.models.gguf_header import read_spec
 from lowtide.models.gguf_reader import read_gguf
@@ -42,7 +43,10 @@ BAD_FILES = {
     "weights cut": (lambda d: d[:-1000], "is cut short: its tensors end at byte"),
     "version 1": (lambda d: _with(d, 4, struct.pack("<I", 1)), "version 1"),
     "big endian": (lambda d: _with(d, 4, struct.pack(">I", 3)), "version 50331648"),
-    "absurd keys": (lambda d: _with(d, 16, struct.pack("<Q", 1 << 60)), "claims 1152921504606846976"),
+    "absurd keys": (
+        lambda d: _with(d, 16, struct.pack("<Q", 1 << 60)),
+        "claims 1152921504606846976",
+    ),
     "absurd tensors": (lambda d: _with(d, 8, struct.pack("<Q", 1 << 40)), "claims 1099511627776"),
     "absurd text": (lambda d: _with(d, 24, struct.pack("<Q", 1 << 62)), "claims a text of"),
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from gguf_files import write_model
+
 from lowtide.models import hub
 from lowtide.models.errors import DownloadError, ModelNotFound
 
@@ -32,7 +33,9 @@ class _Hub(http.server.BaseHTTPRequestHandler):
         if "/user/tiny/tree/" in self.path:
             self._json([{"type": "file", "path": f, "size": 1, "oid": "0" * 40} for f in FILES])
         elif self.path.startswith("/api/models/user/tiny"):
-            self._json({"id": "user/tiny", "sha": COMMIT, "siblings": [{"rfilename": f} for f in FILES]})
+            self._json(
+                {"id": "user/tiny", "sha": COMMIT, "siblings": [{"rfilename": f} for f in FILES]}
+            )
         elif self.path.startswith("/user/tiny/resolve/"):
             self._file(body)
         else:
@@ -117,13 +120,20 @@ def test_offline_without_a_cache(server: type[_Hub]) -> None:
     assert server.downloads == []
 
 
-@pytest.mark.parametrize("reference", ["", "tiny", "a/b/c", "user/tiny:", "user/ti ny", "../../etc:x"])
+@pytest.mark.parametrize(
+    "reference", ["", "tiny", "a/b/c", "user/tiny:", "user/ti ny", "../../etc:x"]
+)
 def test_references_that_are_none(reference: str) -> None:
     with pytest.raises(ModelNotFound, match="is no reference"):
         hub.fetch(reference, offline=True)
 
 
-NAMES = ["m-Q4_K_M-00001-of-00002.gguf", "m-Q4_K_M-00002-of-00002.gguf", "m-Q4_K.gguf", "m-IQ4_K_M.gguf"]
+NAMES = [
+    "m-Q4_K_M-00001-of-00002.gguf",
+    "m-Q4_K_M-00002-of-00002.gguf",
+    "m-Q4_K.gguf",
+    "m-IQ4_K_M.gguf",
+]
 
 
 def test_all_parts_of_a_split_file_are_chosen() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lowtide import Runtime
 from lowtide.models.fake_model import ByteTokenizer
 from lowtide.models.tokenizer import TextStream, Tokenizer

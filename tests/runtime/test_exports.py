@@ -4,9 +4,10 @@ import subprocess
 import sys
 from importlib.metadata import version
 
+import pytest
+
 import lowtide
 import lowtide.runtime
-import pytest
 
 
 def test_what_is_exported_is_what_is_documented() -> None:
@@ -38,6 +39,9 @@ def test_importing_lowtide_imports_nothing_else() -> None:
 @pytest.mark.parametrize("folder", ["runtime", "memory", "attention", "models", "cli"])
 def test_folders_are_never_importable_bare(folder: str, tmp_path: object) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", f"import {folder}"], capture_output=True, text=True, cwd=str(tmp_path)
+        [sys.executable, "-c", f"import {folder}"],
+        capture_output=True,
+        text=True,
+        cwd=str(tmp_path),
     )
     assert "ModuleNotFoundError" in done.stderr

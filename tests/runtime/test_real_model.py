@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from processes import run_lowtide, run_python
+
 from lowtide import GenerationResult, Runtime
 from lowtide.memory.units import MIB
-from processes import run_lowtide, run_python
 
 PROMPTS = [
     "What is the capital of France?",

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
+
 from lowtide import FakeModel, GenerationResult, LowtideError, OverBudget, PromptTooLong, Runtime
 from lowtide.models.errors import BadOption, TemplateError
 from lowtide.runtime.errors import RuntimeUnusable
@@ -136,7 +137,10 @@ def test_closing_the_iterator_leaves_a_usable_runtime(fake_runtime: Opened) -> N
     rows(runtime)
     second = chat(runtime, turns("a", said, "b"), temperature=0)
     assert second.text == "Next."
-    assert second.stats.reused_tokens >= second.stats.prompt_tokens - len(">\n<user\nb>\n<assistant\n") - 1
+    assert (
+        second.stats.reused_tokens
+        >= second.stats.prompt_tokens - len(">\n<user\nb>\n<assistant\n") - 1
+    )
 
 
 def test_an_interrupt_in_the_middle_of_a_pass_leaves_a_usable_runtime(fake_runtime: Opened) -> None:

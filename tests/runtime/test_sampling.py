@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lowtide import GenerationOptions
 from lowtide.models.errors import BadOption
 from lowtide.runtime.sampling import Sampler
@@ -25,7 +26,9 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum()
 
 
-LOGITS = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=50).map(lambda v: logits_of(*v))
+LOGITS = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=50).map(
+    lambda v: logits_of(*v)
+)
 
 
 @given(LOGITS)
@@ -89,7 +92,9 @@ def test_a_seed_repeats_and_a_drawn_one_is_told() -> None:
     logits = np.random.default_rng(1).standard_normal(1000).astype(np.float32)
     first = Sampler(GenerationOptions())
     again = Sampler(GenerationOptions(seed=first.seed))
-    assert [first.choose(logits, ()) for _ in range(20)] == [again.choose(logits, ()) for _ in range(20)]
+    assert [first.choose(logits, ()) for _ in range(20)] == [
+        again.choose(logits, ()) for _ in range(20)
+    ]
     assert Sampler(GenerationOptions()).seed != first.seed
 
 
@@ -122,7 +127,9 @@ def test_bad_options_are_named(name: str, value: object) -> None:
 
 
 def test_unknown_options_are_listed_with_the_known() -> None:
-    with pytest.raises(BadOption, match=r"'temprature' is no option of a generation: use max_tokens"):
+    with pytest.raises(
+        BadOption, match=r"'temprature' is no option of a generation: use max_tokens"
+    ):
         GenerationOptions.of(temprature=1)
 
 

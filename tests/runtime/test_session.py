@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lowtide import FakeModel
 from lowtide.runtime.session import Session
 
@@ -31,10 +33,8 @@ def test_a_pass_that_was_interrupted_leaves_nothing_behind() -> None:
 
     model = Interrupted(context=64)
     session = Session(model)
-    try:
+    with pytest.raises(KeyboardInterrupt):
         session.append([1, 2, 3])
-    except KeyboardInterrupt:
-        pass
     assert session.token_ids == [] and model.num_tokens == 3
     assert session.rewind_to([1, 2, 3, 4]) == 0
     assert model.num_tokens == 0

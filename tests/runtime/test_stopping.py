@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lowtide.runtime.stopping import StopMatcher
 
 TEXTS = st.text(alphabet="abc", max_size=12)

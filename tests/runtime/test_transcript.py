@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from lowtide.runtime.errors import TranscriptError
 from lowtide.runtime.transcript import Transcript
 

@@ -76,7 +76,9 @@ def _add_tensors(
 
     def add(name: str, rows: int, columns: int) -> None:
         scale = 1 / np.sqrt(columns)
-        writer.add_tensor(name, (random.standard_normal((rows, columns)) * scale).astype(np.float32))
+        writer.add_tensor(
+            name, (random.standard_normal((rows, columns)) * scale).astype(np.float32)
+        )
 
     def add_norm(name: str) -> None:
         writer.add_tensor(name, np.ones(width, np.float32))

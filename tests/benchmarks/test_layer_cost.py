@@ -1,0 +1,110 @@
+"""Our layer costs nothing: prefill and decode against llama.cpp's C API with the same settings.
+
+Each round times the peer and then us; the figure is the median of the rounds' ratios. Above 1 we are
+faster. Run with `make bench`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peer import Peer
+
+from lowtide import Piece, Runtime
+
+pytestmark = pytest.mark.benchmark
+
+TEXT = "The tide comes in, the tide goes out, and nobody on the shore knows what it is about. "
+NUM_DECODED = 64
+SETTINGS = {"context": 2560, "max_rows": 128, "threads": 2}
+
+
+@pytest.fixture(scope="module")
+def runtime(smollm2: Path) -> Iterator[Runtime]:
+    with Runtime.open(smollm2, memory="8GiB", **SETTINGS) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def peer(smollm2: Path) -> Iterator[Peer]:
+    opened = Peer(smollm2, **SETTINGS)
+    yield opened
+    opened.close()
+
+
+def prompt_of(runtime: Runtime, num_tokens: int) -> tuple[str, list[int]]:
+    tokenizer = runtime._model.tokenizer
+    token_ids = tokenizer.encode(TEXT * 200, add_special=True, parse_special=False)[:num_tokens]
+    return tokenizer.decode(token_ids), token_ids
+
+
+def paired(
+    benchmark: Any, name: str, ours: Callable[[], Any], peers: Callable[[], Any], rounds: int
+) -> None:
+    peer_seconds: list[float] = []
+    our_seconds: list[float] = []
+
+    def timed(work: Callable[[], Any], seconds: list[float]) -> None:
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+
+    benchmark.pedantic(
+        lambda: timed(ours, our_seconds),
+        setup=lambda: timed(peers, peer_seconds),
+        rounds=rounds,
+        warmup_rounds=1,
+    )
+    ratios = [p / o for p, o in zip(peer_seconds[1:], our_seconds[1:], strict=True)]
+    ratio = statistics.median(ratios)
+    benchmark.extra_info.update(ratio=ratio, peer_median_s=statistics.median(peer_seconds[1:]))
+    print(
+        f"\n{name}: {ratio:.3f} x llama.cpp (median of {rounds} pairs, {min(ratios):.3f} to "
+        f"{max(ratios):.3f}); ours {statistics.median(our_seconds[1:]) * 1000:.1f} ms, "
+        f"llama.cpp {statistics.median(peer_seconds[1:]) * 1000:.1f} ms"
+    )
+
+
+@pytest.mark.parametrize("depth", [256, 2048])
+def test_decode(benchmark: Any, runtime: Runtime, peer: Peer, depth: int) -> None:
+    text, token_ids = prompt_of(runtime, depth)
+    peer.prefill(token_ids)
+    expected = peer.decode(NUM_DECODED + 1)
+    pieces: list[Piece] = []
+
+    def begin() -> Iterator[Piece]:
+        answer = runtime.stream(text, max_tokens=NUM_DECODED + 1, temperature=0)
+        pieces.append(next(answer))
+        return answer
+
+    def peers() -> None:
+        peer.api.llama_memory_seq_rm(peer.memory, 0, depth - 1, -1)
+        peer._decode(token_ids[-1:])
+        peer.decode(NUM_DECODED)
+
+    # The prompt is in the cache but for its last token: what is timed is that row and the answer.
+    begin().close()
+    answers: list[list[int | None]] = []
+
+    def ours() -> None:
+        answer = begin()
+        answers.append([pieces[-1].token_id, *(piece.token_id for piece in answer)])
+
+    paired(benchmark, f"decode at {depth}", ours, peers, rounds=25)
+    assert answers[-1] == expected[: len(answers[-1])]
+
+
+@pytest.mark.parametrize("length", [512, 2048])
+def test_prefill(benchmark: Any, runtime: Runtime, peer: Peer, length: int) -> None:
+    text, token_ids = prompt_of(runtime, length)
+
+    def ours() -> None:
+        runtime._session.rewind_to([-1])
+        next(runtime.stream(text, max_tokens=1, temperature=0))
+
+    paired(benchmark, f"prefill of {length}", ours, lambda: peer.prefill(token_ids), rounds=7)

