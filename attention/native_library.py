@@ -27,6 +27,8 @@ def native_library() -> ctypes.CDLL:
     library.lowtide_cpu_features.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
     library.lowtide_native_version.restype = ctypes.c_char_p
     library.lowtide_native_version.argtypes = []
+    library.lowtide_enter_guarded_section.argtypes = []
+    library.lowtide_leave_guarded_section.argtypes = []
     return library
 
 

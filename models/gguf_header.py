@@ -80,7 +80,7 @@ class _Keys:
             quantisation=layer_bytes.most_common(1)[0][0] if layer_bytes else "none",
             num_layers=num_layers,
             embedding_width=width,
-            feed_forward_width=self.per_layer("feed_forward_length", num_layers, default=0),
+            feed_forward_width=self._feed_forward_width(num_layers),
             num_heads=num_heads,
             num_kv_heads=kv_heads,
             key_head_size=self.number("attention.key_length", default=head_size),
@@ -94,6 +94,14 @@ class _Keys:
             tensor_types=frozenset(layer_bytes),
             chat_template=self.optional_text("tokenizer.chat_template"),
         )
+
+    def _feed_forward_width(self, num_layers: int) -> tuple[int, ...]:
+        """Return the width of each layer's feed-forward rows: of all experts that a row goes through."""
+        experts = self.number("expert_feed_forward_length", default=0) * self.number(
+            "expert_used_count", default=0
+        ) + self.number("expert_shared_feed_forward_length", default=0)
+        dense = self.per_layer("feed_forward_length", num_layers, default=0)
+        return tuple(max(width, experts) for width in dense)
 
     def _recurrent_state_bytes(self, num_layers: int) -> int:
         inner = self.number("ssm.inner_size", default=0)

@@ -50,6 +50,10 @@ class LlamaLibrary:
         self._errors.clear()
         yield self._errors
 
+    def set_abort_callback(self, address: int) -> None:
+        """Have ggml call the C function at `address` (void (const char *)) when an assertion fails."""
+        self.api._lib.ggml_set_abort_callback(ctypes.c_void_p(address))
+
     @property
     def version(self) -> str:
         """The version of llama-cpp-python."""

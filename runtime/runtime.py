@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from lowtide.attention.abort_guard import guarded_aborts
 from lowtide.memory.errors import OverBudget
 from lowtide.memory.footprint import prompt_limit_bytes
 from lowtide.memory.ledger import Ledger
@@ -112,16 +113,15 @@ class Runtime:
         for row in plan.rows:
             ledger.reserve(row.owner, row.num_bytes)
         if model is None:
-            model = GgufModel(
-                planned.spec,
-                LoadOptions(
-                    context=plan.context,
-                    max_rows=plan.max_rows,
-                    threads=planned.options.num_threads,
-                    kv_type=plan.kv_type,
-                    memory_map=plan.memory_map,
-                ),
+            options = LoadOptions(
+                context=plan.context,
+                max_rows=plan.max_rows,
+                threads=planned.options.num_threads,
+                kv_type=plan.kv_type,
+                memory_map=plan.memory_map,
             )
+            with guarded_aborts():
+                model = GgufModel(planned.spec, options)
         runtime = cls(model, planned, ledger)
         runtime._check_resident()
         return runtime

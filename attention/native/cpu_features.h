@@ -2,7 +2,7 @@
 
 #include <cstddef>
 
-#define LOWTIDE_API extern "C" __attribute__((visibility("default")))
+#include "api.h"
 
 // Writes the processor's features, separated by spaces, into `out` (`capacity` bytes, always
 // terminated) and returns the length needed. Names that do not fit are left out whole.

@@ -102,6 +102,10 @@ def _bad_models(folder: Path) -> dict[str, tuple[Path, str]]:
     unknown = write_model(folder / "unknown.gguf", architecture="perceptron")
     return {
         **found,
+        "impossible experts": (
+            write_model(folder / "experts.gguf", overrides={"expert_count": 7}),
+            "n_expert_used_max > 0",
+        ),
         "missing": (folder / "missing.gguf", "no file at"),
         "folder": (folder, "is a folder"),
         "unknown architecture": (unknown, "unknown model architecture: 'perceptron'"),
@@ -114,13 +118,20 @@ def _bad_models(folder: Path) -> dict[str, tuple[Path, str]]:
 
 
 KINDS = (
-    "empty text truncated absurd missing folder,unknown architecture,no template,malicious template"
+    "empty",
+    "text",
+    "truncated",
+    "absurd",
+    "missing",
+    "folder",
+    "impossible experts",
+    "unknown architecture",
+    "no template",
+    "malicious template",
 )
 
 
-@pytest.mark.parametrize(
-    "kind", [k for part in KINDS.split(",") for k in (part.split() if "empty" in part else [part])]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_bad_models_get_a_sentence_from_the_command_line(kind: str, tmp_path: Path) -> None:
     path, expected = _bad_models(tmp_path)[kind]
     done = run_lowtide("run", str(path), "-p", "Hi")
