@@ -38,6 +38,13 @@ _OPENING = (
     click.option(
         "-t", "--threads", type=click.IntRange(1, 512), help="Threads.  [default: all cores]"
     ),
+    click.option(
+        "--attention",
+        type=click.Choice(["llama", "dense"]),
+        default="llama",
+        show_default=True,
+        help="Attention kernels: llama.cpp's, or our own exact ones.",
+    ),
     click.option("--offline", is_flag=True, help="Never reach for the network."),
 )
 
@@ -100,7 +107,7 @@ def planned_model(options: dict[str, Any]) -> PlannedModel:
     argument, option = options.pop("model"), options.pop("model_option")
     if argument and option and argument != option:
         raise click.UsageError(f"two models are given, {argument} and {option}: give one")
-    names = ("memory", "context", "kv_type", "threads", "offline")
+    names = ("memory", "context", "kv_type", "threads", "attention", "offline")
     chosen: OpenOptions = _open_options({name: options.pop(name) for name in names})
     planned = plan_reference(argument or option, chosen)
     if planned.plan.budget.warning:

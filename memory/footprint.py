@@ -113,6 +113,19 @@ def logits_bytes(spec: ModelSpec) -> int:
     return 4 * SAMPLING_COPIES * spec.vocabulary.num_tokens
 
 
+def attention_bytes(spec: ModelSpec, context: int, threads: int) -> int:
+    """Return the scratch of our attention kernels.
+
+    Each thread holds a block of 64 keys and values in f32; beside that stand the partial sums of a few
+    rows over every chunk of 512 keys, or of two tiles of 16 rows a thread.
+    """
+    group = -(-spec.num_heads // max(min(filter(None, spec.num_kv_heads), default=1), 1))
+    sums = 4 * (2 + spec.value_head_size)
+    split = 8 * spec.num_heads * -(-context // 512) * sums
+    tiled = 2 * 16 * group * threads * sums
+    return max(split, tiled) + threads * 4 * (2 * 64 * 256 + 4 * 64)
+
+
 def prompt_limit_bytes(context: int) -> int:
     """Return the longest text, in UTF-8 bytes, that is tokenised for a context."""
     return max(PROMPT_BYTES_PER_TOKEN * context, MIN_PROMPT_BYTES)

@@ -9,7 +9,7 @@ shorter context would do: the first would be another request, the second another
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lowtide.memory import footprint
@@ -33,6 +33,8 @@ class PlanOptions:
     context: int | None = None
     kv_type: str | None = None
     max_rows: int | None = None
+    attention_threads: int = 0
+    """Threads of our own attention kernels; 0 where attention is llama.cpp's."""
 
     def __post_init__(self) -> None:
         if self.context is not None and self.context < 1:
@@ -137,14 +139,14 @@ def plan_memory(spec: ModelSpec, options: PlanOptions, budget: Budget, host: Hos
         (
             choice
             for choice in _choices(spec, options, host, budget.num_bytes)
-            if _total(spec, choice, host) <= budget.num_bytes
+            if _total(spec, choice, options, host) <= budget.num_bytes
         ),
         smallest,
     )
     return MemoryPlan(
         budget=budget,
-        rows=_rows(spec, chosen, host),
-        lower_bound_bytes=_total(spec, smallest, host),
+        rows=_rows(spec, chosen, options, host),
+        lower_bound_bytes=_total(spec, smallest, options, host),
         context=chosen.context,
         max_rows=chosen.max_rows,
         kv_type=chosen.kv_type,
@@ -197,7 +199,7 @@ def _choices(
     for max_rows in rows:
         yield _Choice(context=spec.context_length, max_rows=max_rows, kv_type=kv_types[0])
     for kv_type in kv_types:
-        fixed = PlanOptions(kv_type=kv_type, max_rows=rows[-1])
+        fixed = replace(options, kv_type=kv_type, max_rows=rows[-1])
         context = _longest_context(spec, fixed, host, budget_bytes)
         if context is not None:
             yield _Choice(context=context, max_rows=rows[-1], kv_type=kv_type)
@@ -212,7 +214,7 @@ def _smallest(spec: ModelSpec, options: PlanOptions, host: Host) -> _Choice:
         )
         for kv_type in _kv_types(spec, options)
     ]
-    return min(choices, key=lambda choice: _total(spec, choice, host))
+    return min(choices, key=lambda choice: _total(spec, choice, options, host))
 
 
 def _row_choices(options: PlanOptions) -> tuple[int, ...]:
@@ -233,7 +235,7 @@ def _longest_context(
 
     def fits(context: int) -> bool:
         choice = _Choice(context=context, max_rows=max_rows, kv_type=kv_type)
-        return _total(spec, choice, host) <= budget_bytes
+        return _total(spec, choice, options, host) <= budget_bytes
 
     low = min(MIN_CONTEXT, spec.context_length)
     if not fits(low):
@@ -254,18 +256,22 @@ def _memory_map(spec: ModelSpec, host: Host) -> bool:
     return not footprint.is_repacked(spec, host.processor)
 
 
-def _total(spec: ModelSpec, choice: _Choice, host: Host) -> int:
-    return sum(row.num_bytes for row in _rows(spec, choice, host))
+def _total(spec: ModelSpec, choice: _Choice, options: PlanOptions, host: Host) -> int:
+    return sum(row.num_bytes for row in _rows(spec, choice, options, host))
 
 
-def _rows(spec: ModelSpec, choice: _Choice, host: Host) -> tuple[PlanRow, ...]:
+def _rows(
+    spec: ModelSpec, choice: _Choice, options: PlanOptions, host: Host
+) -> tuple[PlanRow, ...]:
     context, max_rows, kv_type = choice.context, choice.max_rows, choice.kv_type
     memory_map = _memory_map(spec, host)
     kv = footprint.kv_bytes(spec, context, kv_type)
     compute = footprint.compute_bytes(spec, context, max_rows, kv_type)
     logits = footprint.logits_bytes(spec)
     prompt = footprint.prompt_bytes(context)
-    after_loading = kv + compute + logits + prompt
+    threads = options.attention_threads
+    attention = footprint.attention_bytes(spec, context, threads) if threads else 0
+    after_loading = kv + compute + logits + prompt + attention
     loading = max(footprint.loading_bytes(spec) - after_loading, 0)
     vocabulary = spec.vocabulary.num_tokens
     return (
@@ -280,6 +286,11 @@ def _rows(spec: ModelSpec, choice: _Choice, host: Host) -> tuple[PlanRow, ...]:
         ),
         PlanRow("KV cache", kv, f"{context:,} tokens of {kv_type}"),
         PlanRow("compute buffer", compute, f"{max_rows} rows a pass"),
+        PlanRow(
+            "attention scratch",
+            attention,
+            f"our kernels, {threads} threads" if threads else "llama.cpp's kernels need none",
+        ),
         PlanRow("logits and sampling", logits, "one row of the vocabulary"),
         PlanRow(
             "prompt and tokenising",

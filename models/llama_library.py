@@ -54,6 +54,16 @@ class LlamaLibrary:
         """Have ggml call the C function at `address` (void (const char *)) when an assertion fails."""
         self.api._lib.ggml_set_abort_callback(ctypes.c_void_p(address))
 
+    def address(self, function: str) -> int:
+        """Return the address of a C function of llama.cpp or ggml."""
+        try:
+            found = ctypes.cast(getattr(self.api._lib, function), ctypes.c_void_p).value
+        except AttributeError:
+            found = None
+        if found is None:
+            raise ModelError(f"this llama-cpp-python has no {function}: version 0.3.36 is wanted")
+        return found
+
     @property
     def version(self) -> str:
         """The version of llama-cpp-python."""

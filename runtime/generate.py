@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -44,20 +44,22 @@ class Prompt:
     dropped_messages: int = 0
 
 
-def generate(
-    model: Model,
-    session: Session,
-    prompt: Prompt,
-    options: GenerationOptions,
-    planned: tuple[int, int] = (0, 0),
-) -> Iterator[Piece]:
-    """Yield the answer to `prompt` token by token; closing the iterator leaves the session usable.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFacts:
+    """What the statistics tell of the runtime around the loop; `layers_ours` is asked when needed."""
 
-    `planned` is the budget and the planned peak, for the statistics.
-    """
+    budget_bytes: int
+    planned_bytes: int
+    layers_ours: Callable[[], int]
+
+
+def generate(
+    model: Model, session: Session, prompt: Prompt, options: GenerationOptions, facts: RunFacts
+) -> Iterator[Piece]:
+    """Yield the answer to `prompt` token by token; closing the iterator leaves the session usable."""
     sampler = Sampler(options)
     stream, stops = TextStream(model.tokenizer), StopMatcher(options.stop)
-    meter = _Meter(model, prompt, sampler.seed, planned)
+    meter = _Meter(model, prompt, sampler.seed, facts)
     meter.reused_tokens = session.rewind_to(prompt.token_ids)
     logits = prefill(session, prompt.token_ids[meter.reused_tokens :], model.max_rows)
     meter.prefilled()
@@ -97,14 +99,15 @@ def _finish_reason(
 class _Meter:
     """Takes the times and counts of one answer."""
 
-    def __init__(self, model: Model, prompt: Prompt, seed: int, planned: tuple[int, int]) -> None:
+    def __init__(self, model: Model, prompt: Prompt, seed: int, facts: RunFacts) -> None:
         self._model = model
         self._prompt = prompt
         self._seed = seed
-        self._planned = planned
+        self._facts = facts
         self.reused_tokens = 0
         self.generated_tokens = 0
         self._prefill_s = 0.0
+        self._layers_ours = 0
         self._first_token_s: float | None = None
         self._first_token_at = 0.0
         self._now = self._started_at = time.perf_counter()
@@ -112,6 +115,7 @@ class _Meter:
     def prefilled(self) -> None:
         self._now = time.perf_counter()
         self._prefill_s = self._now - self._started_at
+        self._layers_ours = self._facts.layers_ours()
 
     def sampled(self) -> None:
         self._now = time.perf_counter()
@@ -122,7 +126,6 @@ class _Meter:
 
     def statistics(self) -> Statistics:
         num_tokens = len(self._prompt.token_ids)
-        budget_bytes, planned_bytes = self._planned
         return Statistics(
             prompt_tokens=num_tokens + self._prompt.dropped_tokens,
             reused_tokens=self.reused_tokens,
@@ -133,11 +136,11 @@ class _Meter:
             prefill_s=self._prefill_s,
             decode_s=self._now - self._first_token_at if self.generated_tokens else 0.0,
             time_to_first_token_s=self._first_token_s,
-            layers_ours=0,
+            layers_ours=self._layers_ours,
             layers=self._model.spec.num_layers,
             seed=self._seed,
-            budget_bytes=budget_bytes,
-            planned_bytes=planned_bytes,
+            budget_bytes=self._facts.budget_bytes,
+            planned_bytes=self._facts.planned_bytes,
         )
 
     def final(self) -> Statistics:

@@ -20,13 +20,17 @@ from lowtide.models.errors import BadOption
 from lowtide.models.gguf_header import read_spec
 from lowtide.models.spec import ModelSpec
 
+ATTENTIONS = ("llama", "dense")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenOptions:
     """What to open and how much it may take.
 
     `memory` is a size ("1GiB", "50%"), `context` a number of tokens, `kv_type` one of f16, q8_0, q4_0;
-    None leaves the choice to the plan. `threads` None means the cores this process may use.
+    None leaves the choice to the plan. `threads` None means the cores this process may use. `attention` is
+    "llama" (llama.cpp's own kernels) or "dense" (ours: exact, and a row's result does not depend on the
+    batch or the threads).
     """
 
     memory: str | int | None = None
@@ -34,16 +38,26 @@ class OpenOptions:
     kv_type: str | None = None
     max_rows: int | None = None
     threads: int | None = None
+    attention: str = "llama"
     offline: bool = False
 
     def __post_init__(self) -> None:
         if self.threads is not None and not 1 <= self.threads <= 512:
             raise BadOption(f"threads is {self.threads}, 1 to 512 are wanted")
+        if self.attention not in ATTENTIONS:
+            raise BadOption(
+                f"attention is {self.attention!r}, one of {', '.join(ATTENTIONS)} is wanted"
+            )
 
     @property
     def plan_options(self) -> PlanOptions:
         """The part that the plan looks at."""
-        return PlanOptions(context=self.context, kv_type=self.kv_type, max_rows=self.max_rows)
+        return PlanOptions(
+            context=self.context,
+            kv_type=self.kv_type,
+            max_rows=self.max_rows,
+            attention_threads=0 if self.attention == "llama" else self.num_threads,
+        )
 
     @property
     def num_threads(self) -> int:

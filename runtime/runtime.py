@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from lowtide.attention.abort_guard import guarded_aborts
+from lowtide.attention.graph_hook import GraphHook
 from lowtide.memory.errors import OverBudget
 from lowtide.memory.footprint import prompt_limit_bytes
 from lowtide.memory.ledger import Ledger
@@ -26,7 +27,7 @@ from lowtide.models.model import Model
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.conversation import ChatPrompt, Conversation
 from lowtide.runtime.errors import PromptTooLong, RuntimeUnusable
-from lowtide.runtime.generate import Piece, Prompt, generate
+from lowtide.runtime.generate import Piece, Prompt, RunFacts, generate
 from lowtide.runtime.options import GenerationOptions
 from lowtide.runtime.overflow import fit_messages, fit_tokens
 from lowtide.runtime.planning import OpenOptions, PlannedModel, plan_reference, plan_spec
@@ -63,8 +64,11 @@ class Runtime:
     runtime in each thread is fine.
     """
 
-    def __init__(self, model: Model, planned: PlannedModel, ledger: Ledger) -> None:
+    def __init__(
+        self, model: Model, planned: PlannedModel, ledger: Ledger, hook: GraphHook | None = None
+    ) -> None:
         self._model = model
+        self._hook = hook
         self._planned = planned
         self.ledger = ledger
         self._session = Session(model)
@@ -83,13 +87,15 @@ class Runtime:
         kv_type: str | None = None,
         max_rows: int | None = None,
         threads: int | None = None,
+        attention: str = "llama",
         offline: bool = False,
     ) -> Runtime:
         """Plan and load a model so that the whole process stays at or under `memory`.
 
         `model` is a path, a name ("smollm2"), "hf:user/repo:Q4_K_M", a `Model` of your own, or None for
         the default model. `memory` is a size such as "1GiB" or "50%" of what is available; None is
-        80 %. `context` None is the longest that fits. Raises `OverBudget` before anything is loaded
+        80 %. `context` None is the longest that fits. `attention` is "llama" (llama.cpp's kernels) or
+        "dense" (ours). Raises `OverBudget` before anything is loaded
         where it cannot fit, `ModelError` where the model cannot be used, `BadOption` for wrong values.
         """
         options = OpenOptions(
@@ -98,6 +104,7 @@ class Runtime:
             kv_type=kv_type,
             max_rows=max_rows,
             threads=threads,
+            attention=attention,
             offline=offline,
         )
         if isinstance(model, Model):
@@ -112,17 +119,20 @@ class Runtime:
         ledger = Ledger(plan.budget.num_bytes)
         for row in plan.rows:
             ledger.reserve(row.owner, row.num_bytes)
+        hook = None
         if model is None:
+            hook = GraphHook() if planned.options.attention == "dense" else None
             options = LoadOptions(
                 context=plan.context,
                 max_rows=plan.max_rows,
                 threads=planned.options.num_threads,
                 kv_type=plan.kv_type,
                 memory_map=plan.memory_map,
+                eval_callback=hook.callback if hook else None,
             )
             with guarded_aborts():
                 model = GgufModel(planned.spec, options)
-        runtime = cls(model, planned, ledger)
+        runtime = cls(model, planned, ledger, hook)
         runtime._check_resident()
         return runtime
 
@@ -232,8 +242,12 @@ class Runtime:
     def _pieces(
         self, answer: int, prompt: Prompt, options: GenerationOptions
     ) -> Generator[Piece, None, None]:
-        planned = (self.plan.budget.num_bytes, self.plan.total_bytes)
-        pieces = generate(self._model, self._session, prompt, options, planned)
+        facts = RunFacts(
+            budget_bytes=self.plan.budget.num_bytes,
+            planned_bytes=self.plan.total_bytes,
+            layers_ours=self._layers_ours,
+        )
+        pieces = generate(self._model, self._session, prompt, options, facts)
         while True:
             if self._closed or answer != self._answer:
                 raise RuntimeUnusable(
@@ -245,6 +259,9 @@ class Runtime:
             if piece is None:
                 return
             yield piece
+
+    def _layers_ours(self) -> int:
+        return self._hook.counts().layers_ours if self._hook is not None else 0
 
     def _remembered(
         self, pieces: Iterator[Piece], conversation: Conversation, prompt: ChatPrompt
@@ -264,6 +281,8 @@ class Runtime:
             if not self._closed:
                 self._closed = True
                 self._model.close()
+                if self._hook is not None:
+                    self._hook.close()
                 for owner in self.ledger.owners:
                     self.ledger.release(owner)
 

@@ -1,0 +1,129 @@
+"""GraphHook: our attention kernels inside llama.cpp's own graph.
+
+llama.cpp asks an evaluation callback about every node of a graph before computing it; the callback is
+C++ (`native/graph_hook.cpp`) and swaps each attention node for our kernel, which then runs in
+llama.cpp's thread pool. Works on an unmodified llama-cpp-python; what is not as we know it is left to
+llama.cpp and counted. Knows no policy and no model.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+from lowtide.attention.native_library import native_library
+from lowtide.models.errors import LowtideError
+from lowtide.models.llama_library import llama_library
+
+REASON_BYTES = 256
+
+
+class _GgmlFunctions(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in "init free new_tensor_4d view_tensor custom_4d set_name op_name".split()
+    ]
+
+
+class _Counts(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            "layers_ours layers_theirs nodes_ours nodes_theirs nanoseconds scratch_bytes".split()
+        )
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class HookCounts:
+    """What a hook has done since it was made.
+
+    `layers_ours` run our kernel in every pass, `layers_theirs` were left to llama.cpp in at least one;
+    `seconds` is the time in our kernel.
+    """
+
+    layers_ours: int
+    layers_theirs: int
+    nodes_ours: int
+    nodes_theirs: int
+    seconds: float
+    scratch_bytes: int
+
+
+class GraphHook:
+    """One hook for one llama.cpp context; keep it as long as the context lives.
+
+    `kernels` names an instruction set (see `lowtide.attention.kernels`); None takes the best. Raises
+    `LowtideError` where this llama.cpp cannot be hooked, with the reason.
+    """
+
+    def __init__(self, kernels: str | None = None) -> None:
+        self._library = native_library()
+        _declare(self._library)
+        reason = ctypes.create_string_buffer(REASON_BYTES)
+        name = kernels.encode() if kernels else None
+        functions = _ggml_functions()
+        self._hook = self._library.lowtide_hook_new(
+            ctypes.byref(functions), name, reason, REASON_BYTES
+        )
+        if not self._hook:
+            raise LowtideError(
+                f"our attention cannot run in this llama.cpp ({reason.value.decode()}): use "
+                "--attention llama, or another version of llama-cpp-python"
+            )
+
+    @property
+    def callback(self) -> tuple[int, int]:
+        """The address and the user data for `LoadOptions.eval_callback`."""
+        address = ctypes.cast(self._library.lowtide_hook_callback, ctypes.c_void_p).value
+        assert address is not None
+        return address, self._hook
+
+    @property
+    def kernels(self) -> str:
+        """The instruction set in use."""
+        name: bytes = self._library.lowtide_hook_kernels(self._hook)
+        return name.decode()
+
+    def counts(self) -> HookCounts:
+        """Return what the hook has done so far."""
+        counts = self._library.lowtide_hook_counts(self._hook)
+        return HookCounts(
+            counts.layers_ours,
+            counts.layers_theirs,
+            counts.nodes_ours,
+            counts.nodes_theirs,
+            counts.nanoseconds / 1e9,
+            counts.scratch_bytes,
+        )
+
+    def set_active(self, active: bool) -> None:
+        """Let nodes that come from now on be ours, or llama.cpp's."""
+        self._library.lowtide_hook_set_active(self._hook, active)
+
+    def close(self) -> None:
+        """Free the hook; its context must be gone."""
+        if self._hook:
+            self._library.lowtide_hook_free(self._hook)
+            self._hook = None
+
+
+def _ggml_functions() -> _GgmlFunctions:
+    library = llama_library()
+    names = [field[0] for field in _GgmlFunctions._fields_]
+    return _GgmlFunctions(*(library.address(f"ggml_{name}") for name in names))
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Declare the hook's functions on the native library."""
+    pointer = ctypes.c_void_p
+    library.lowtide_hook_new.restype = pointer
+    library.lowtide_hook_new.argtypes = [pointer, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t]
+    library.lowtide_hook_free.argtypes = [pointer]
+    library.lowtide_hook_free.restype = None
+    library.lowtide_hook_set_active.argtypes = [pointer, ctypes.c_int]
+    library.lowtide_hook_set_active.restype = None
+    library.lowtide_hook_counts.argtypes = [pointer]
+    library.lowtide_hook_counts.restype = _Counts
+    library.lowtide_hook_kernels.argtypes = [pointer]
+    library.lowtide_hook_kernels.restype = ctypes.c_char_p

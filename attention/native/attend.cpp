@@ -1,0 +1,102 @@
+// Shares a node's work out: over KV heads and chunks of keys where there are few rows, over KV heads and
+// tiles of rows where there are many. Either way a row is the same chunks merged in the same order.
+
+#include "attend.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace {
+
+constexpr int kFewRows = 8;
+constexpr int kTileRows = 16;
+
+// Adds a chunk's partial to what the chunks before it left; log-sum-exp with the larger maximum.
+void merge(float* into, const float* partial, int value_size) {
+    constexpr float kNothing = -std::numeric_limits<float>::infinity();
+    if (partial[0] == kNothing) return;
+    const float largest = std::max(into[0], partial[0]);
+    const float old_factor = into[0] == kNothing ? 0.0f : std::exp(into[0] - largest);
+    const float new_factor = std::exp(partial[0] - largest);
+    into[0] = largest;
+    into[1] = into[1] * old_factor + partial[1] * new_factor;
+    for (int d = 2; d < 2 + value_size; ++d) into[d] = into[d] * old_factor + partial[d] * new_factor;
+}
+
+void start(float* partial, int value_size) {
+    std::memset(partial, 0, sizeof(float) * (2 + value_size));
+    partial[0] = -std::numeric_limits<float>::infinity();
+}
+
+// A row that sees no key at all becomes 0.
+void finish(const AttentionProblem& p, int row, int head, const float* merged) {
+    auto* out = reinterpret_cast<float*>(p.out + row * p.out_row_stride + head * p.out_head_stride);
+    const float inverse = merged[1] == 0.0f ? 0.0f : 1.0f / merged[1];
+    for (int d = 0; d < p.value_size; ++d) out[d] = merged[2 + d] * inverse;
+}
+
+int num_chunks_of(const AttentionProblem& p) { return (p.num_keys + kChunkKeys - 1) / kChunkKeys; }
+
+int chunk_end(const AttentionProblem& p, int chunk) { return std::min((chunk + 1) * kChunkKeys, p.num_keys); }
+
+}  // namespace
+
+void Attend::run(const AttentionProblem& p, const KernelSet& kernels, int thread, int num_threads) {
+    if (thread == 0) {
+        const size_t group_floats = size_t(p.group_size()) * partial_floats(p);
+        const size_t split = size_t(p.num_rows) * p.num_kv_heads * num_chunks_of(p) * group_floats;
+        const size_t tiled = 2 * size_t(kTileRows) * group_floats * num_threads;
+        const size_t wanted = p.num_rows <= kFewRows ? split : tiled;
+        if (partials_.size() < wanted) partials_.resize(wanted);
+        if (scratch_.size() < kScratchFloats * num_threads) scratch_.resize(kScratchFloats * num_threads);
+    }
+    barrier_.wait(num_threads);
+    if (p.num_rows <= kFewRows)
+        attend_split(p, kernels, thread, num_threads);
+    else
+        attend_tiled(p, kernels, thread, num_threads);
+}
+
+void Attend::attend_split(const AttentionProblem& p, const KernelSet& kernels, int thread, int num_threads) {
+    const int num_chunks = num_chunks_of(p), group = p.group_size(), floats = partial_floats(p);
+    const size_t item_floats = size_t(p.num_rows) * group * floats;
+    float* scratch = scratch_.data() + kScratchFloats * thread;
+    for (int item = thread; item < p.num_kv_heads * num_chunks; item += num_threads) {
+        const int chunk = item % num_chunks;
+        kernels.attend_chunk(p, item / num_chunks, 0, p.num_rows, chunk * kChunkKeys, chunk_end(p, chunk), scratch,
+                             partials_.data() + item_floats * item);
+    }
+    barrier_.wait(num_threads);
+    float merged[2 + kMaxHeadSize];
+    for (int item = thread; item < p.num_rows * p.num_heads; item += num_threads) {
+        const int row = item / p.num_heads, head = item % p.num_heads, kv_head = head / group;
+        start(merged, p.value_size);
+        for (int chunk = 0; chunk < num_chunks; ++chunk)
+            merge(merged, partials_.data() + item_floats * (kv_head * num_chunks + chunk) + size_t(row * group + head % group) * floats,
+                  p.value_size);
+        finish(p, row, head, merged);
+    }
+    barrier_.wait(num_threads);  // the partials are used again by the next node
+}
+
+void Attend::attend_tiled(const AttentionProblem& p, const KernelSet& kernels, int thread, int num_threads) {
+    const int num_tiles = (p.num_rows + kTileRows - 1) / kTileRows;
+    const int group = p.group_size(), floats = partial_floats(p);
+    const size_t tile_floats = size_t(kTileRows) * group * floats;
+    float* scratch = scratch_.data() + kScratchFloats * thread;
+    float* partials = partials_.data() + 2 * tile_floats * thread;
+    float* merged = partials + tile_floats;
+    for (int item = thread; item < p.num_kv_heads * num_tiles; item += num_threads) {
+        const int kv_head = item / num_tiles, begin = item % num_tiles * kTileRows;
+        const int end = std::min(begin + kTileRows, p.num_rows), count = (end - begin) * group;
+        for (int i = 0; i < count; ++i) start(merged + i * floats, p.value_size);
+        for (int chunk = 0; chunk < num_chunks_of(p); ++chunk) {
+            kernels.attend_chunk(p, kv_head, begin, end, chunk * kChunkKeys, chunk_end(p, chunk), scratch, partials);
+            for (int i = 0; i < count; ++i) merge(merged + i * floats, partials + i * floats, p.value_size);
+        }
+        for (int i = 0; i < count; ++i) finish(p, begin + i / group, kv_head * group + i % group, merged + i * floats);
+    }
+    barrier_.wait(num_threads);
+}

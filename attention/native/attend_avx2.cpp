@@ -1,0 +1,11 @@
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define VECTOR_FLOATS 8
+#include "attend_chunk.inl"
+const KernelSet* avx2_kernels() {
+    static const KernelSet kernels = {"avx2", attend_chunk};
+    return &kernels;
+}
+#else
+#include "attention_problem.h"
+const KernelSet* avx2_kernels() { return nullptr; }
+#endif

@@ -1,0 +1,11 @@
+#if defined(__AVX512F__)
+#define VECTOR_FLOATS 16
+#include "attend_chunk.inl"
+const KernelSet* avx512_kernels() {
+    static const KernelSet kernels = {"avx512", attend_chunk};
+    return &kernels;
+}
+#else
+#include "attention_problem.h"
+const KernelSet* avx512_kernels() { return nullptr; }
+#endif

@@ -1,0 +1,11 @@
+// Four lanes: SSE2 on x86-64 and NEON on 64-bit Arm, which every processor of its kind has.
+#define VECTOR_FLOATS 4
+#include "attend_chunk.inl"
+const KernelSet* portable_kernels() {
+#if defined(__aarch64__)
+    static const KernelSet kernels = {"neon", attend_chunk};
+#else
+    static const KernelSet kernels = {"portable", attend_chunk};
+#endif
+    return &kernels;
+}

@@ -1,0 +1,48 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "api.h"
+
+// Swaps llama.cpp's attention nodes for our kernels, through the evaluation callback of a context.
+struct GraphHook;
+
+// What of ggml is called, by address: the library is loaded by Python and never linked.
+struct GgmlFunctions {
+    void* init;           // ggml_init
+    void* free;           // ggml_free
+    void* new_tensor_4d;  // ggml_new_tensor_4d
+    void* view_tensor;    // ggml_view_tensor
+    void* custom_4d;      // ggml_custom_4d
+    void* set_name;       // ggml_set_name
+    void* op_name;        // ggml_op_name
+};
+
+// Counts of one hook since it was made.
+struct HookCounts {
+    int64_t layers_ours;    // layers whose attention ran through our kernel
+    int64_t layers_theirs;  // layers with at least one node left to llama.cpp
+    int64_t nodes_ours;
+    int64_t nodes_theirs;
+    int64_t nanoseconds;  // in our kernel, as the first thread saw it
+    int64_t scratch_bytes;
+};
+
+// Makes a hook, or returns null and writes why not, in words, to `reason` (`reason_size` bytes): this ggml's
+// tensors are not laid out as we know them, or there are no kernels called `kernels` (null: the best ones).
+LOWTIDE_API GraphHook* lowtide_hook_new(const GgmlFunctions* ggml, const char* kernels, char* reason,
+                                        size_t reason_size);
+LOWTIDE_API void lowtide_hook_free(GraphHook* hook);
+
+// The function and the user data of llama_context_params.cb_eval; user data is the hook.
+LOWTIDE_API bool lowtide_hook_callback(void* tensor, bool ask, void* hook);
+
+LOWTIDE_API void lowtide_hook_set_active(GraphHook* hook, int active);
+LOWTIDE_API HookCounts lowtide_hook_counts(const GraphHook* hook);
+LOWTIDE_API const char* lowtide_hook_kernels(const GraphHook* hook);
+
+// Runs a kernel set on a problem from outside a graph, with `num_threads` threads: for tests. Returns 0, or
+// 1 where there is no such set.
+struct AttentionProblem;
+LOWTIDE_API int lowtide_attend(const AttentionProblem* problem, const char* kernels, int num_threads);

@@ -1,0 +1,202 @@
+"""Our attention inside llama.cpp's graph, on real models."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf_files import write_model
+
+from lowtide import Runtime
+from lowtide.attention import graph_hook
+from lowtide.attention.graph_hook import GraphHook
+from lowtide.models.catalog import resolve
+from lowtide.models.errors import LowtideError
+from lowtide.models.gguf_header import read_spec
+from lowtide.models.gguf_model import GgufModel, LoadOptions
+
+TEXT = (Path(__file__).resolve().parents[1] / "models" / "test_gguf_model.py").read_text()
+
+
+@contextmanager
+def hooked(
+    path: Path, *, context: int = 1024, threads: int = 2, kv_type: str = "f16", max_rows: int = 128
+) -> Iterator[tuple[GgufModel, GraphHook]]:
+    hook = GraphHook()
+    options = LoadOptions(
+        context=context,
+        max_rows=max_rows,
+        threads=threads,
+        kv_type=kv_type,
+        eval_callback=hook.callback,
+    )
+    with GgufModel(read_spec(path), options) as model:
+        yield model, hook
+    hook.close()
+
+
+def log_softmax(logits: Any) -> Any:
+    shifted = logits.astype(np.float64) - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def logits_along(model: GgufModel, token_ids: list[int], start: int) -> Any:
+    model.truncate(0)
+    for at in range(0, start, model.max_rows):
+        model.forward(token_ids[at : min(at + model.max_rows, start)])
+    return np.array([model.forward([token]).copy() for token in token_ids[start:]])
+
+
+def mean_kl(left: Any, right: Any) -> float:
+    pairs = zip(map(log_softmax, left), map(log_softmax, right), strict=True)
+    return float(np.mean([(np.exp(a) * (a - b)).sum() for a, b in pairs]))
+
+
+def both_ways(path: Path, kv_type: str = "f16") -> tuple[Any, Any]:
+    """The logits along a text under llama.cpp's attention and under ours."""
+    with hooked(path, kv_type=kv_type) as (model, hook):
+        token_ids = model.tokenizer.encode(TEXT, add_special=True, parse_special=False)[:680]
+        hook.set_active(False)
+        theirs = logits_along(model, token_ids, 620)
+        assert hook.counts().nodes_ours == 0
+        hook.set_active(True)
+        ours = logits_along(model, token_ids, 620)
+        counts = hook.counts()
+    assert (counts.layers_ours, counts.layers_theirs) == (model.spec.num_layers, 0)
+    assert counts.seconds > 0
+    return theirs, ours
+
+
+@pytest.fixture(scope="module")
+def exact(smollm2: Path) -> tuple[Any, Any]:
+    return both_ways(smollm2)
+
+
+def test_the_default_model_stays_at_the_noise_floor(exact: tuple[Any, Any]) -> None:
+    """Another order of summation alone moves this model's logits by 0.0036 nats."""
+    theirs, ours = exact
+    assert 0 < mean_kl(theirs, ours) <= 0.005
+
+
+@pytest.mark.parametrize("kv_type", ["q8_0", "q4_0"])
+def test_a_quantised_cache_is_read_no_worse(
+    kv_type: str, exact: tuple[Any, Any], smollm2: Path
+) -> None:
+    """Rounding keys to few bits amplifies any change: what counts is the distance from f16."""
+    theirs, ours = both_ways(smollm2, kv_type)
+    assert mean_kl(exact[0], ours) <= 1.15 * mean_kl(exact[0], theirs) + 0.002
+
+
+def test_sliding_windows_and_another_head_size() -> None:
+    theirs, ours = both_ways(resolve("gemma3-270m"))
+    assert mean_kl(theirs, ours) <= 0.02
+
+
+def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_threads(smollm2: Path) -> None:
+    """llama.cpp's own attention is not: exact speculation rests on this."""
+    seen = set()
+    for threads, batches in ((1, [1] * 24), (2, [1] * 24), (2, [2] * 12), (3, [8] * 3), (2, [24])):
+        with hooked(smollm2, threads=threads) as (model, _hook):
+            token_ids = model.tokenizer.encode(TEXT, add_special=True, parse_special=False)[:664]
+            for at in range(0, 640, 128):
+                model.forward(token_ids[at : at + 128])
+            at = 640
+            for rows in batches:
+                logits = model.forward(token_ids[at : at + rows])
+                at += rows
+            seen.add(logits.tobytes())
+    assert len(seen) == 1
+
+
+def test_an_answer_through_the_front_door(smollm2: Path) -> None:
+    with Runtime.open(smollm2, memory="8GiB", context=512, attention="dense") as runtime:
+        result = runtime.generate("The tide is", max_tokens=8, temperature=0)
+        assert (result.stats.layers_ours, result.stats.layers) == (30, 30)
+        rows = {row.owner: row.num_bytes for row in runtime.plan.rows}
+        assert runtime._hook is not None
+        assert 0 < runtime._hook.counts().scratch_bytes <= rows["attention scratch"]
+    with Runtime.open(smollm2, memory="8GiB", context=512) as runtime:
+        assert runtime.generate("The tide is", max_tokens=2).stats.layers_ours == 0
+
+
+def test_the_scratch_stays_inside_its_row_at_every_batch(smollm2: Path) -> None:
+    from lowtide.memory.footprint import attention_bytes
+
+    for path in (smollm2, resolve("gemma3-270m")):
+        with hooked(path, context=2048, threads=2) as (model, hook):
+            for _ in range(15):
+                model.forward([5] * 128)
+            for rows in (1, 8, 9, 128):
+                model.truncate(1900)
+                model.forward([5] * rows)
+            assert hook.counts().scratch_bytes <= attention_bytes(model.spec, 2048, 2)
+
+
+def test_a_head_size_that_the_kernels_do_not_know_is_left_to_llama_cpp(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "narrow.gguf", width=32, heads=4, kv_heads=2)
+    with hooked(path) as (model, hook):
+        assert np.isfinite(model.forward([5, 6, 7])).all()
+        counts = hook.counts()
+    assert (counts.layers_ours, counts.layers_theirs) == (0, 2)
+
+
+def test_two_models_in_two_threads_do_not_disturb_each_other(smollm2: Path, tmp_path: Path) -> None:
+    other = write_model(tmp_path / "other.gguf", width=128, heads=2, kv_heads=1)
+
+    def run(path: Path, into: list[bytes]) -> None:
+        with hooked(path, threads=1) as (model, hook):
+            for token in range(5, 45):
+                into.append(model.forward([token]).tobytes())
+            assert hook.counts().layers_theirs == 0
+
+    alone: list[list[bytes]] = [[], []]
+    together: list[list[bytes]] = [[], []]
+    for path, into in zip((smollm2, other), alone, strict=True):
+        run(path, into)
+    threads = [
+        threading.Thread(target=run, args=pair)
+        for pair in zip((smollm2, other), together, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+
+
+def test_a_ggml_that_is_laid_out_in_another_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = graph_hook._ggml_functions()
+    wrong = graph_hook._GgmlFunctions(*(getattr(real, f[0]) for f in real._fields_))
+    # A function that answers with a tensor of another shape stands for another layout.
+    wrong.view_tensor = real.set_name
+    maker = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(lambda _c, t: t)
+    wrong.view_tensor = ctypes.cast(maker, ctypes.c_void_p).value
+    monkeypatch.setattr(graph_hook, "_ggml_functions", lambda: wrong)
+    with pytest.raises(LowtideError, match="laid out in another way.*--attention llama"):
+        GraphHook()
+
+
+def test_kernels_that_are_not_here() -> None:
+    with pytest.raises(LowtideError, match="no such kernels"):
+        GraphHook("cray")
+
+
+@pytest.mark.parametrize("kernels", ["avx2", "portable"])
+def test_other_kernel_sets_in_the_graph(kernels: str, smollm2: Path) -> None:
+    from lowtide.attention.kernels import usable_kernel_sets
+
+    if kernels not in usable_kernel_sets():
+        pytest.skip(f"this processor has no {kernels}")
+    hook = GraphHook(kernels)
+    assert hook.kernels == kernels
+    options = LoadOptions(context=256, max_rows=64, threads=2, eval_callback=hook.callback)
+    with GgufModel(read_spec(smollm2), options) as model:
+        assert np.isfinite(model.forward([5] * 40)).all()
+        assert hook.counts().layers_ours == 30
+    hook.close()

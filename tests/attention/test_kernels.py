@@ -1,0 +1,215 @@
+"""Every kernel set against numpy in double precision, and against itself in other company."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowtide.attention.kernels import attend, usable_kernel_sets
+from lowtide.attention.reference import attention, quantise_q4_0, quantise_q8_0
+from lowtide.models.errors import LowtideError
+
+SETS = usable_kernel_sets()
+
+
+@dataclass(frozen=True)
+class Case:
+    rows: int
+    heads: int
+    kv_heads: int
+    size: int
+    keys: int
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.heads}/{self.kv_heads}x{self.size}x{self.keys}"
+
+
+# Ordered easy to hard: one token, the default model's shape, every head size, odd ratios and lengths.
+CASES = [
+    Case(1, 1, 1, 16, 1),
+    Case(1, 9, 3, 64, 64),
+    Case(1, 9, 3, 64, 1100),
+    Case(4, 8, 8, 80, 77),
+    Case(8, 8, 2, 96, 513),
+    Case(9, 8, 1, 128, 512),
+    Case(1, 4, 1, 256, 1500),
+    Case(32, 32, 8, 64, 700),
+    Case(33, 7, 7, 64, 65),
+    Case(130, 9, 3, 64, 600),
+]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    q: Any
+    k: Any
+    v: Any
+    mask: Any
+    k_meant: Any
+    v_meant: Any
+    kv_type: str
+
+    def run(self, *, rows: slice = slice(None), threads: int = 1, **options: Any) -> Any:
+        size = self.v_meant.shape[2]
+        return attend(
+            self.q[rows],
+            self.k,
+            self.v,
+            self.mask[rows],
+            value_size=size,
+            scale=size**-0.5,
+            kv_type=self.kv_type,
+            threads=threads,
+            **options,
+        )
+
+    def expected(self, softcap: float = 0.0) -> Any:
+        size = self.v_meant.shape[2]
+        return attention(
+            self.q, self.k_meant, self.v_meant, self.mask, scale=size**-0.5, softcap=softcap
+        )
+
+
+def inputs_of(case: Case, kv_type: str = "f16", seed: int = 0, hidden: float = 0.3) -> Inputs:
+    random = np.random.default_rng(seed)
+    q = random.standard_normal((case.rows, case.heads, case.size), dtype=np.float32) * 2
+    shape = (case.keys, case.kv_heads, case.size)
+    stored, meant = [], []
+    for _ in range(2):
+        values = random.standard_normal(shape, dtype=np.float32)
+        if kv_type == "f16":
+            stored.append(values.astype(np.float16))
+            meant.append(stored[-1].astype(np.float64))
+        else:
+            packed, means = (quantise_q8_0 if kv_type == "q8_0" else quantise_q4_0)(values)
+            stored.append(packed)
+            meant.append(means)
+    mask = np.where(random.random((case.rows, case.keys)) < hidden, -np.inf, 0).astype(np.float16)
+    return Inputs(q, stored[0], stored[1], mask, meant[0], meant[1], kv_type)
+
+
+@pytest.mark.parametrize("kernels", SETS)
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_the_reference(case: Case, kv_type: str, kernels: str) -> None:
+    if kv_type != "f16" and case.size % 32:
+        pytest.skip("blocks of 32 do not divide this head size: llama.cpp makes no such cache")
+    inputs = inputs_of(case, kv_type)
+    expected = inputs.expected()
+    found = inputs.run(kernels=kernels, threads=2)
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", SETS)
+def test_a_soft_cap(kernels: str) -> None:
+    inputs = inputs_of(CASES[2])
+    found = inputs.run(kernels=kernels, softcap=3.0)
+    np.testing.assert_allclose(found, inputs.expected(softcap=3.0), rtol=2e-5, atol=1e-5)
+    assert np.abs(found - inputs.run(kernels=kernels)).max() > 1e-3
+
+
+@pytest.mark.parametrize("kernels", SETS)
+@pytest.mark.parametrize("case", [CASES[2], CASES[6], CASES[7], CASES[9]], ids=str)
+def test_a_row_is_the_same_alone_in_any_batch_and_with_any_threads(
+    case: Case, kernels: str
+) -> None:
+    inputs = inputs_of(case)
+    whole = inputs.run(kernels=kernels, threads=1)
+    for threads in (2, 3, 8):
+        assert whole.tobytes() == inputs.run(kernels=kernels, threads=threads).tobytes()
+    for rows in (slice(0, 1), slice(case.rows - 1, None), slice(0, 7), slice(0, 20)):
+        part = inputs.run(kernels=kernels, rows=rows, threads=2)
+        assert part.tobytes() == whole[rows].tobytes()
+
+
+@pytest.mark.parametrize("kernels", SETS)
+def test_more_hidden_keys_at_the_end_change_nothing(kernels: str) -> None:
+    """llama.cpp pads the cache's view to a multiple of 256: the padding depends on the batch."""
+    inputs = inputs_of(Case(3, 9, 3, 64, 700))
+    whole = inputs.run(kernels=kernels)
+    inputs.mask[:, 500:] = -np.inf
+    padded = inputs.run(kernels=kernels)
+    cut = Inputs(
+        *(getattr(inputs, n) for n in ("q", "k", "v", "mask")), *inputs_meant(inputs), "f16"
+    )
+    shorter = attend(
+        cut.q, cut.k[:500], cut.v[:500], np.ascontiguousarray(cut.mask[:, :500]), value_size=64,
+        scale=64**-0.5, kernels=kernels,
+    )  # fmt: skip
+    assert padded.tobytes() == shorter.tobytes() != whole.tobytes()
+
+
+def inputs_meant(inputs: Inputs) -> tuple[Any, Any]:
+    return inputs.k_meant, inputs.v_meant
+
+
+@pytest.mark.parametrize("kernels", SETS)
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_poison_in_hidden_keys_and_other_heads_stays_there(poison: float, kernels: str) -> None:
+    inputs = inputs_of(Case(2, 4, 2, 64, 300))
+    clean = inputs.run(kernels=kernels)
+    hidden = np.isneginf(inputs.mask).all(axis=0)
+    assert hidden.any()
+    inputs.k[hidden] = poison
+    inputs.v[hidden] = poison
+    assert inputs.run(kernels=kernels).tobytes() == clean.tobytes()
+    inputs.k[5, 1] = poison  # the second KV head, a key that rows see
+    inputs.v[6, 1] = poison
+    assert inputs.run(kernels=kernels)[:, :2].tobytes() == clean[:, :2].tobytes()
+
+
+@pytest.mark.parametrize("kernels", SETS)
+def test_a_row_that_sees_nothing_is_zero(kernels: str) -> None:
+    inputs = inputs_of(Case(12, 2, 1, 64, 130))
+    inputs.mask[3] = -np.inf
+    found = inputs.run(kernels=kernels, threads=2)
+    assert not found[3].any() and np.isfinite(found).all()
+    np.testing.assert_allclose(found, inputs.expected(), rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", SETS)
+def test_scores_of_any_size(kernels: str) -> None:
+    inputs = inputs_of(Case(2, 2, 1, 64, 200))
+    inputs.q[:] *= 1000  # weights underflow but for one key
+    np.testing.assert_allclose(inputs.run(kernels=kernels), inputs.expected(), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("kernels", SETS)
+def test_strided_views_of_a_larger_cache(kernels: str) -> None:
+    inputs = inputs_of(Case(2, 4, 2, 64, 150))
+    cache = np.full((2, 2, 300, 64), np.nan, np.float16)  # k or v, head, cell, channel
+    cache[0, :, :150], cache[1, :, :150] = inputs.k.swapaxes(0, 1), inputs.v.swapaxes(0, 1)
+    views = [cache[i, :, :150].swapaxes(0, 1) for i in range(2)]
+    found = attend(inputs.q, *views, inputs.mask, value_size=64, scale=64**-0.5, kernels=kernels)
+    assert found.tobytes() == inputs.run(kernels=kernels).tobytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    group=st.integers(1, 5),
+    kv_heads=st.integers(1, 3),
+    size=st.sampled_from([16, 32, 64, 80, 112, 256]),
+    keys=st.integers(1, 1200),
+    hidden=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape(
+    rows: int, group: int, kv_heads: int, size: int, keys: int, hidden: float, seed: int
+) -> None:
+    case = Case(rows, group * kv_heads, kv_heads, size, keys)
+    inputs = inputs_of(case, seed=seed, hidden=hidden)
+    expected = inputs.expected()
+    for kernels in SETS:
+        found = inputs.run(kernels=kernels, threads=1 + seed % 3)
+        np.testing.assert_allclose(found, expected, rtol=5e-5, atol=2e-5)
+
+
+def test_kernels_that_are_not_here() -> None:
+    with pytest.raises(LowtideError, match="have no cray kernels"):
+        inputs_of(CASES[0]).run(kernels="cray")
