@@ -98,7 +98,7 @@ class GraphHook:
         )
 
     def set_active(self, active: bool) -> None:
-        """Let nodes that come from now on be ours, or llama.cpp's."""
+        """Let attention be ours from the next pass on, or llama.cpp's again."""
         self._library.lowtide_hook_set_active(self._hook, active)
 
     def close(self) -> None:

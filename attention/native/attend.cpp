@@ -25,7 +25,7 @@ void merge(float* into, const float* partial, int value_size) {
     for (int d = 2; d < 2 + value_size; ++d) into[d] = into[d] * old_factor + partial[d] * new_factor;
 }
 
-void start(float* partial, int value_size) {
+void start_partial(float* partial, int value_size) {
     std::memset(partial, 0, sizeof(float) * (2 + value_size));
     partial[0] = -std::numeric_limits<float>::infinity();
 }
@@ -63,18 +63,25 @@ void Attend::attend_split(const AttentionProblem& p, const KernelSet& kernels, i
     const int num_chunks = num_chunks_of(p), group = p.group_size(), floats = partial_floats(p);
     const size_t item_floats = size_t(p.num_rows) * group * floats;
     float* scratch = scratch_.data() + kScratchFloats * thread;
-    for (int item = thread; item < p.num_kv_heads * num_chunks; item += num_threads) {
-        const int chunk = item % num_chunks;
-        kernels.attend_chunk(p, item / num_chunks, 0, p.num_rows, chunk * kChunkKeys, chunk_end(p, chunk), scratch,
-                             partials_.data() + item_floats * item);
+    // The heads of a key lie side by side: a thread that takes them all reads whole lines of memory once.
+    const int heads_each = num_chunks >= num_threads ? p.num_kv_heads : 1;
+    const int num_items = p.num_kv_heads * num_chunks / heads_each;
+    for (int item = thread; item < num_items; item += num_threads) {
+        const int chunk = item * heads_each / p.num_kv_heads, first = item * heads_each % p.num_kv_heads;
+        float* partials = partials_.data() + item_floats * (chunk * p.num_kv_heads + first);
+        for (int i = 0; i < heads_each * p.num_rows * group; ++i) start_partial(partials + i * floats, p.value_size);
+        for (int begin = chunk * kChunkKeys; begin < chunk_end(p, chunk); begin += kBlockKeys)
+            for (int i = 0; i < heads_each; ++i)
+                kernels.attend_keys(p, first + i, 0, p.num_rows, begin, std::min(begin + kBlockKeys, chunk_end(p, chunk)),
+                                    scratch, partials + item_floats * i);
     }
     barrier_.wait(num_threads);
     float merged[2 + kMaxHeadSize];
     for (int item = thread; item < p.num_rows * p.num_heads; item += num_threads) {
         const int row = item / p.num_heads, head = item % p.num_heads, kv_head = head / group;
-        start(merged, p.value_size);
+        start_partial(merged, p.value_size);
         for (int chunk = 0; chunk < num_chunks; ++chunk)
-            merge(merged, partials_.data() + item_floats * (kv_head * num_chunks + chunk) + size_t(row * group + head % group) * floats,
+            merge(merged, partials_.data() + item_floats * (chunk * p.num_kv_heads + kv_head) + size_t(row * group + head % group) * floats,
                   p.value_size);
         finish(p, row, head, merged);
     }
@@ -91,9 +98,10 @@ void Attend::attend_tiled(const AttentionProblem& p, const KernelSet& kernels, i
     for (int item = thread; item < p.num_kv_heads * num_tiles; item += num_threads) {
         const int kv_head = item / num_tiles, begin = item % num_tiles * kTileRows;
         const int end = std::min(begin + kTileRows, p.num_rows), count = (end - begin) * group;
-        for (int i = 0; i < count; ++i) start(merged + i * floats, p.value_size);
+        for (int i = 0; i < count; ++i) start_partial(merged + i * floats, p.value_size);
         for (int chunk = 0; chunk < num_chunks_of(p); ++chunk) {
-            kernels.attend_chunk(p, kv_head, begin, end, chunk * kChunkKeys, chunk_end(p, chunk), scratch, partials);
+            for (int i = 0; i < count; ++i) start_partial(partials + i * floats, p.value_size);
+            kernels.attend_keys(p, kv_head, begin, end, chunk * kChunkKeys, chunk_end(p, chunk), scratch, partials);
             for (int i = 0; i < count; ++i) merge(merged + i * floats, partials + i * floats, p.value_size);
         }
         for (int i = 0; i < count; ++i) finish(p, begin + i / group, kv_head * group + i % group, merged + i * floats);

@@ -1,8 +1,8 @@
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define VECTOR_FLOATS 8
-#include "attend_chunk.inl"
+#include "attend_keys.inl"
 const KernelSet* avx2_kernels() {
-    static const KernelSet kernels = {"avx2", attend_chunk};
+    static const KernelSet kernels = {"avx2", attend_keys};
     return &kernels;
 }
 #else

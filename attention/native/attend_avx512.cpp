@@ -1,8 +1,8 @@
 #if defined(__AVX512F__)
 #define VECTOR_FLOATS 16
-#include "attend_chunk.inl"
+#include "attend_keys.inl"
 const KernelSet* avx512_kernels() {
-    static const KernelSet kernels = {"avx512", attend_chunk};
+    static const KernelSet kernels = {"avx512", attend_keys};
     return &kernels;
 }
 #else

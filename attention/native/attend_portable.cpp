@@ -1,11 +1,11 @@
 // Four lanes: SSE2 on x86-64 and NEON on 64-bit Arm, which every processor of its kind has.
 #define VECTOR_FLOATS 4
-#include "attend_chunk.inl"
+#include "attend_keys.inl"
 const KernelSet* portable_kernels() {
 #if defined(__aarch64__)
-    static const KernelSet kernels = {"neon", attend_chunk};
+    static const KernelSet kernels = {"neon", attend_keys};
 #else
-    static const KernelSet kernels = {"portable", attend_chunk};
+    static const KernelSet kernels = {"portable", attend_keys};
 #endif
     return &kernels;
 }

@@ -42,13 +42,14 @@ inline int partial_floats(const AttentionProblem& problem) { return 2 + problem.
 constexpr size_t kScratchFloats = 2 * kBlockKeys * kMaxHeadSize + 4 * kBlockKeys;
 
 // Attends the rows [row_begin, row_end) with the heads of `kv_head` to the keys [key_begin, key_end),
-// which lie in one chunk. Writes a partial for each row and head of the group, rows outermost.
-using AttendChunk = void (*)(const AttentionProblem& problem, int kv_head, int row_begin, int row_end,
-                             int key_begin, int key_end, float* scratch, float* partials);
+// which begin a block and lie in one chunk. Adds to a partial for each row and head of the group, rows
+// outermost; `start_partial` makes one that has seen nothing.
+using AttendKeys = void (*)(const AttentionProblem& problem, int kv_head, int row_begin, int row_end,
+                            int key_begin, int key_end, float* scratch, float* partials);
 
 struct KernelSet {
     const char* name;
-    AttendChunk attend_chunk;
+    AttendKeys attend_keys;
 };
 
 // Each is null where the library was not built for it.

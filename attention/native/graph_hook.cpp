@@ -45,8 +45,9 @@ using OpName = const char* (*)(int32_t);
 struct Layer {
     GraphHook* hook;
     float scale, softcap;
-    int32_t op_params[16];
-    bool ready, ours, theirs;
+    int32_t op_params[16];        // of the custom operation
+    int32_t their_op_params[16];  // of the node as llama.cpp made it
+    bool ours, theirs;
 };
 
 }  // namespace
@@ -164,12 +165,23 @@ void take(GraphHook& hook, GgmlTensor* node) {
         return;
     }
     Layer& layer = hook.layers[index];
+    std::memcpy(layer.their_op_params, node->op_params, sizeof layer.their_op_params);
     std::memcpy(&layer.scale, node->op_params, sizeof layer.scale);
     std::memcpy(&layer.softcap, node->op_params + 2, sizeof layer.softcap);
     layer.ours = true;
     node->op = hook.custom_op;
     std::memcpy(node->op_params, layer.op_params, sizeof node->op_params);
     ++hook.nodes_ours;
+}
+
+// llama.cpp computes the same graph again and again: a node that was taken stays taken until it is given back.
+void give_back(GraphHook& hook, GgmlTensor* node) {
+    const int index = node->src[1] != nullptr ? layer_of(node->src[1]) : -1;
+    if (index < 0) return;
+    const Layer& layer = hook.layers[index];
+    if (std::memcmp(node->op_params, layer.op_params, sizeof node->op_params) != 0) return;
+    node->op = hook.flash_attention_op;
+    std::memcpy(node->op_params, layer.their_op_params, sizeof node->op_params);
 }
 
 }  // namespace
@@ -196,6 +208,7 @@ extern "C" bool lowtide_hook_callback(void* tensor, bool ask, void* user_data) {
     auto& hook = *static_cast<GraphHook*>(user_data);
     auto* node = static_cast<GgmlTensor*>(tensor);
     if (ask && hook.active && node->op == hook.flash_attention_op) take(hook, node);
+    if (ask && !hook.active && node->op == hook.custom_op) give_back(hook, node);
     return false;
 }
 

@@ -93,6 +93,21 @@ def test_a_quantised_cache_is_read_no_worse(
     assert mean_kl(exact[0], ours) <= 1.15 * mean_kl(exact[0], theirs) + 0.002
 
 
+def test_llama_cpp_gets_its_nodes_back(smollm2: Path) -> None:
+    """Graphs are used again from token to token: a node that was taken must not stay taken."""
+    with hooked(smollm2) as (model, hook):
+        seen = {}
+        for active in (False, True, False, True):
+            hook.set_active(active)
+            before = hook.counts().seconds
+            model.truncate(0)
+            seen.setdefault(active, set()).add(
+                b"".join(model.forward([t]).tobytes() for t in range(5, 25))
+            )
+            assert (hook.counts().seconds > before) == active
+    assert len(seen[True]) == len(seen[False]) == 1 and seen[True] != seen[False]
+
+
 def test_sliding_windows_and_another_head_size() -> None:
     theirs, ours = both_ways(resolve("gemma3-270m"))
     assert mean_kl(theirs, ours) <= 0.02

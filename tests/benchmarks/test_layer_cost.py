@@ -6,13 +6,12 @@ faster. Run with `make bench`.
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from paired import paired
 from peer import Peer
 
 from lowtide import Piece, Runtime
@@ -41,33 +40,6 @@ def prompt_of(runtime: Runtime, num_tokens: int) -> tuple[str, list[int]]:
     tokenizer = runtime._model.tokenizer
     token_ids = tokenizer.encode(TEXT * 200, add_special=True, parse_special=False)[:num_tokens]
     return tokenizer.decode(token_ids), token_ids
-
-
-def paired(
-    benchmark: Any, name: str, ours: Callable[[], Any], peers: Callable[[], Any], rounds: int
-) -> None:
-    peer_seconds: list[float] = []
-    our_seconds: list[float] = []
-
-    def timed(work: Callable[[], Any], seconds: list[float]) -> None:
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-
-    benchmark.pedantic(
-        lambda: timed(ours, our_seconds),
-        setup=lambda: timed(peers, peer_seconds),
-        rounds=rounds,
-        warmup_rounds=1,
-    )
-    ratios = [p / o for p, o in zip(peer_seconds[1:], our_seconds[1:], strict=True)]
-    ratio = statistics.median(ratios)
-    benchmark.extra_info.update(ratio=ratio, peer_median_s=statistics.median(peer_seconds[1:]))
-    print(
-        f"\n{name}: {ratio:.3f} x llama.cpp (median of {rounds} pairs, {min(ratios):.3f} to "
-        f"{max(ratios):.3f}); ours {statistics.median(our_seconds[1:]) * 1000:.1f} ms, "
-        f"llama.cpp {statistics.median(peer_seconds[1:]) * 1000:.1f} ms"
-    )
 
 
 @pytest.mark.parametrize("depth", [256, 2048])

@@ -84,16 +84,33 @@ inline void turn(const float* rows, int stride, float* out, int out_stride) {
     for (int i = 0; i < W; ++i) store(out + i * out_stride, now[i]);
 }
 
+// The rows of the next block are asked for while this one is converted: memory is the bound.
+inline void prefetch(const char* row, size_t num_bytes) {
+    for (size_t at = 0; at < num_bytes; at += 64) __builtin_prefetch(row + at);
+}
+
+inline size_t row_bytes(KvType type, int size) {
+    switch (type) {
+        case KvType::q8_0: return size_t(size) / 32 * 34;
+        case KvType::q4_0: return size_t(size) / 32 * 18;
+        default: return size_t(size) * 2;
+    }
+}
+
 // Keys [begin, begin + count) as channels of a block: out (key_size, kBlockKeys); missing keys are 0.
 void load_keys(const AttentionProblem& p, int kv_head, int begin, int count, float* rows, float* out) {
     const char* base = p.k + kv_head * p.k_head_stride;
+    const size_t ahead = kBlockKeys * p.k_key_stride, num_bytes = row_bytes(p.k_type, p.key_size);
     for (int j = 0; j < kBlockKeys; j += W) {
         for (int i = 0; i < W; ++i) {
             float* row = rows + i * p.key_size;
-            if (j + i < count)
-                row_to_floats(p.k_type, base + (begin + j + i) * p.k_key_stride, p.key_size, row);
-            else
+            if (j + i < count) {
+                const char* key = base + (begin + j + i) * p.k_key_stride;
+                prefetch(key + ahead, num_bytes);
+                row_to_floats(p.k_type, key, p.key_size, row);
+            } else {
                 std::memset(row, 0, sizeof(float) * p.key_size);
+            }
         }
         for (int d = 0; d < p.key_size; d += W) turn(rows + d, p.key_size, out + d * kBlockKeys + j, kBlockKeys);
     }
@@ -101,8 +118,12 @@ void load_keys(const AttentionProblem& p, int kv_head, int begin, int count, flo
 
 void load_values(const AttentionProblem& p, int kv_head, int begin, int count, float* out) {
     const char* base = p.v + kv_head * p.v_head_stride;
-    for (int j = 0; j < count; ++j)
-        row_to_floats(p.v_type, base + (begin + j) * p.v_key_stride, p.value_size, out + j * p.value_size);
+    const size_t ahead = kBlockKeys * p.v_key_stride, num_bytes = row_bytes(p.v_type, p.value_size);
+    for (int j = 0; j < count; ++j) {
+        const char* value = base + (begin + j) * p.v_key_stride;
+        prefetch(value + ahead, num_bytes);
+        row_to_floats(p.v_type, value, p.value_size, out + j * p.value_size);
+    }
 }
 
 // The row's mask over a block as floats, -inf beyond `count`; false where it hides every key.
@@ -192,7 +213,7 @@ void attend_heads(const AttentionProblem& p, int row, int head, const float* key
     weigh<Heads>(scores, bias, values, p.value_size, count, factors, partial);
 }
 
-void attend_chunk(const AttentionProblem& p, int kv_head, int row_begin, int row_end, int key_begin,
+void attend_keys(const AttentionProblem& p, int kv_head, int row_begin, int row_end, int key_begin,
                   int key_end, float* scratch, float* partials) {
     const int group = p.group_size();
     const int floats = partial_floats(p);
@@ -200,10 +221,6 @@ void attend_chunk(const AttentionProblem& p, int kv_head, int row_begin, int row
     float* values = keys + kBlockKeys * kMaxHeadSize;
     float* scores = values + kBlockKeys * kMaxHeadSize;
     float* bias = scores + 2 * kBlockKeys;
-    for (int i = 0; i < (row_end - row_begin) * group; ++i) {
-        std::memset(partials + i * floats, 0, sizeof(float) * floats);
-        partials[i * floats] = kMinusInfinity;
-    }
     for (int begin = key_begin; begin < key_end; begin += kBlockKeys) {
         const int count = key_end - begin < kBlockKeys ? key_end - begin : kBlockKeys;
         bool loaded = false;

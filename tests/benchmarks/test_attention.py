@@ -1,0 +1,89 @@
+"""Our exact attention against llama.cpp's, in one context of one model: only the kernel differs.
+
+Each round times llama.cpp's kernel and then ours; the figure is the median of the rounds' ratios. Above 1
+ours is faster. Run with `make bench`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paired import paired
+
+from lowtide.attention.graph_hook import GraphHook
+from lowtide.models.gguf_header import read_spec
+from lowtide.models.gguf_model import GgufModel, LoadOptions
+
+pytestmark = pytest.mark.benchmark
+
+TEXT = "The tide comes in, the tide goes out, and nobody on the shore knows what it is about. "
+NUM_DECODED = 16
+ROWS = 128
+
+
+class Bench:
+    """A hooked model whose cache is filled as far as the last case asked."""
+
+    def __init__(self, path: Path) -> None:
+        self.hook = GraphHook()
+        options = LoadOptions(
+            context=8192, max_rows=ROWS, threads=2, eval_callback=self.hook.callback
+        )
+        self.model = GgufModel(read_spec(path), options)
+        self.token_ids = self.model.tokenizer.encode(
+            TEXT * 500, add_special=True, parse_special=False
+        )
+        self.filled = 0
+
+    def fill(self, depth: int) -> None:
+        self.model.truncate(self.filled)
+        for at in range(self.filled, depth, ROWS):
+            self.model.forward(self.token_ids[at : min(at + ROWS, depth)])
+        self.filled = depth
+
+    def decode(self, active: bool, depth: int) -> None:
+        self.hook.set_active(active)
+        self.model.truncate(depth)
+        for token_id in self.token_ids[depth : depth + NUM_DECODED]:
+            self.model.forward((token_id,))
+
+    def prefill(self, active: bool, length: int) -> None:
+        self.hook.set_active(active)
+        self.model.truncate(0)
+        for at in range(0, length, ROWS):
+            self.model.forward(self.token_ids[at : min(at + ROWS, length)])
+
+
+@pytest.fixture(scope="module")
+def bench(smollm2: Path) -> Iterator[Bench]:
+    made = Bench(smollm2)
+    yield made
+    made.model.close()
+    made.hook.close()
+
+
+@pytest.mark.parametrize("depth", [256, 2048, 4096, 7600])
+def test_decode(benchmark: Any, bench: Bench, depth: int) -> None:
+    bench.fill(depth)
+    paired(
+        benchmark,
+        f"attention dense, decode at {depth}",
+        lambda: bench.decode(True, depth),
+        lambda: bench.decode(False, depth),
+        rounds=15,
+    )
+
+
+@pytest.mark.parametrize("length", [512, 4096])
+def test_prefill(benchmark: Any, bench: Bench, length: int) -> None:
+    paired(
+        benchmark,
+        f"attention dense, prefill of {length}",
+        lambda: bench.prefill(True, length),
+        lambda: bench.prefill(False, length),
+        rounds=3 if length > 1000 else 7,
+    )
+    bench.filled = 0

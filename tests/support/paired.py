@@ -1,0 +1,36 @@
+"""Times two ways of doing the same work in turn, so that a ratio holds when the machine's speed drifts."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def paired(
+    benchmark: Any, name: str, ours: Callable[[], Any], peers: Callable[[], Any], rounds: int
+) -> None:
+    """Run peers and ours `rounds` times in turn after one warm-up; print and keep the median ratio."""
+    peer_seconds: list[float] = []
+    our_seconds: list[float] = []
+
+    def timed(work: Callable[[], Any], seconds: list[float]) -> None:
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+
+    benchmark.pedantic(
+        lambda: timed(ours, our_seconds),
+        setup=lambda: timed(peers, peer_seconds),
+        rounds=rounds,
+        warmup_rounds=1,
+    )
+    ratios = [p / o for p, o in zip(peer_seconds[1:], our_seconds[1:], strict=True)]
+    ratio = statistics.median(ratios)
+    benchmark.extra_info.update(ratio=ratio, peer_median_s=statistics.median(peer_seconds[1:]))
+    print(
+        f"\n{name}: {ratio:.3f} x llama.cpp (median of {rounds} pairs, {min(ratios):.3f} to "
+        f"{max(ratios):.3f}); ours {statistics.median(our_seconds[1:]) * 1000:.1f} ms, "
+        f"llama.cpp {statistics.median(peer_seconds[1:]) * 1000:.1f} ms"
+    )
