@@ -51,20 +51,20 @@ class HookCounts:
 
 
 class GraphHook:
-    """One hook for one llama.cpp context; keep it as long as the context lives.
+    """One hook for one llama.cpp context of `threads` threads; keep it as long as the context lives.
 
     `kernels` names an instruction set (see `lowtide.attention.kernels`); None takes the best. Raises
     `LowtideError` where this llama.cpp cannot be hooked, with the reason.
     """
 
-    def __init__(self, kernels: str | None = None) -> None:
+    def __init__(self, threads: int, kernels: str | None = None) -> None:
         self._library = native_library()
         _declare(self._library)
         reason = ctypes.create_string_buffer(REASON_BYTES)
         name = kernels.encode() if kernels else None
         functions = _ggml_functions()
         self._hook = self._library.lowtide_hook_new(
-            ctypes.byref(functions), name, reason, REASON_BYTES
+            ctypes.byref(functions), name, threads, reason, REASON_BYTES
         )
         if not self._hook:
             raise LowtideError(
@@ -118,7 +118,13 @@ def _declare(library: ctypes.CDLL) -> None:
     """Declare the hook's functions on the native library."""
     pointer = ctypes.c_void_p
     library.lowtide_hook_new.restype = pointer
-    library.lowtide_hook_new.argtypes = [pointer, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t]
+    library.lowtide_hook_new.argtypes = [
+        pointer,
+        ctypes.c_char_p,
+        ctypes.c_int,
+        ctypes.c_char_p,
+        ctypes.c_size_t,
+    ]
     library.lowtide_hook_free.argtypes = [pointer]
     library.lowtide_hook_free.restype = None
     library.lowtide_hook_set_active.argtypes = [pointer, ctypes.c_int]

@@ -121,7 +121,11 @@ class Runtime:
             ledger.reserve(row.owner, row.num_bytes)
         hook = None
         if model is None:
-            hook = GraphHook() if planned.options.attention == "dense" else None
+            hook = (
+                GraphHook(planned.options.num_threads)
+                if planned.options.attention == "dense"
+                else None
+            )
             options = LoadOptions(
                 context=plan.context,
                 max_rows=plan.max_rows,

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <new>
 
 namespace {
 
@@ -43,30 +44,42 @@ int chunk_end(const AttentionProblem& p, int chunk) { return std::min((chunk + 1
 
 }  // namespace
 
-void Attend::run(const AttentionProblem& p, const KernelSet& kernels, int thread, int num_threads) {
-    if (thread == 0) {
-        const size_t group_floats = size_t(p.group_size()) * partial_floats(p);
-        const size_t split = size_t(p.num_rows) * p.num_kv_heads * num_chunks_of(p) * group_floats;
-        const size_t tiled = 2 * size_t(kTileRows) * group_floats * num_threads;
-        const size_t wanted = p.num_rows <= kFewRows ? split : tiled;
+bool Attend::reserve(const AttentionProblem& p, int num_threads) {
+    const size_t group_floats = size_t(p.group_size()) * partial_floats(p);
+    const size_t split = size_t(p.num_rows) * p.num_kv_heads * num_chunks_of(p) * group_floats;
+    const size_t tiled = 2 * size_t(kTileRows) * group_floats * num_threads;
+    const size_t wanted = p.num_rows <= kFewRows ? split : tiled;
+    try {
         if (partials_.size() < wanted) partials_.resize(wanted);
         if (scratch_.size() < kScratchFloats * num_threads) scratch_.resize(kScratchFloats * num_threads);
+    } catch (const std::bad_alloc&) {
+        return false;
     }
-    barrier_.wait(num_threads);
-    if (p.num_rows <= kFewRows)
-        attend_split(p, kernels, thread, num_threads);
-    else
-        attend_tiled(p, kernels, thread, num_threads);
+    reserved_threads_ = std::max(reserved_threads_, num_threads);
+    return true;
 }
 
-void Attend::attend_split(const AttentionProblem& p, const KernelSet& kernels, int thread, int num_threads) {
+void Attend::run(const AttentionProblem& p, const KernelSet& kernels, int thread, int num_threads) {
+    const int num_workers = std::min(num_threads, reserved_threads_);
+    const bool works = thread < num_workers;
+    if (p.num_rows > kFewRows) {
+        if (works) attend_tiled(p, kernels, thread, num_workers);
+    } else {
+        if (works) attend_split(p, kernels, thread, num_workers);
+        barrier_.wait(num_threads);
+        if (works) merge_split(p, thread, num_workers);
+    }
+    barrier_.wait(num_threads);  // the partials are used again by the next node
+}
+
+void Attend::attend_split(const AttentionProblem& p, const KernelSet& kernels, int thread, int num_workers) {
     const int num_chunks = num_chunks_of(p), group = p.group_size(), floats = partial_floats(p);
     const size_t item_floats = size_t(p.num_rows) * group * floats;
     float* scratch = scratch_.data() + kScratchFloats * thread;
     // The heads of a key lie side by side: a thread that takes them all reads whole lines of memory once.
-    const int heads_each = num_chunks >= num_threads ? p.num_kv_heads : 1;
+    const int heads_each = num_chunks >= num_workers ? p.num_kv_heads : 1;
     const int num_items = p.num_kv_heads * num_chunks / heads_each;
-    for (int item = thread; item < num_items; item += num_threads) {
+    for (int item = thread; item < num_items; item += num_workers) {
         const int chunk = item * heads_each / p.num_kv_heads, first = item * heads_each % p.num_kv_heads;
         float* partials = partials_.data() + item_floats * (chunk * p.num_kv_heads + first);
         for (int i = 0; i < heads_each * p.num_rows * group; ++i) start_partial(partials + i * floats, p.value_size);
@@ -75,9 +88,13 @@ void Attend::attend_split(const AttentionProblem& p, const KernelSet& kernels, i
                 kernels.attend_keys(p, first + i, 0, p.num_rows, begin, std::min(begin + kBlockKeys, chunk_end(p, chunk)),
                                     scratch, partials + item_floats * i);
     }
-    barrier_.wait(num_threads);
+}
+
+void Attend::merge_split(const AttentionProblem& p, int thread, int num_workers) {
+    const int num_chunks = num_chunks_of(p), group = p.group_size(), floats = partial_floats(p);
+    const size_t item_floats = size_t(p.num_rows) * group * floats;
     float merged[2 + kMaxHeadSize];
-    for (int item = thread; item < p.num_rows * p.num_heads; item += num_threads) {
+    for (int item = thread; item < p.num_rows * p.num_heads; item += num_workers) {
         const int row = item / p.num_heads, head = item % p.num_heads, kv_head = head / group;
         start_partial(merged, p.value_size);
         for (int chunk = 0; chunk < num_chunks; ++chunk)
@@ -85,17 +102,16 @@ void Attend::attend_split(const AttentionProblem& p, const KernelSet& kernels, i
                   p.value_size);
         finish(p, row, head, merged);
     }
-    barrier_.wait(num_threads);  // the partials are used again by the next node
 }
 
-void Attend::attend_tiled(const AttentionProblem& p, const KernelSet& kernels, int thread, int num_threads) {
+void Attend::attend_tiled(const AttentionProblem& p, const KernelSet& kernels, int thread, int num_workers) {
     const int num_tiles = (p.num_rows + kTileRows - 1) / kTileRows;
     const int group = p.group_size(), floats = partial_floats(p);
     const size_t tile_floats = size_t(kTileRows) * group * floats;
     float* scratch = scratch_.data() + kScratchFloats * thread;
     float* partials = partials_.data() + 2 * tile_floats * thread;
     float* merged = partials + tile_floats;
-    for (int item = thread; item < p.num_kv_heads * num_tiles; item += num_threads) {
+    for (int item = thread; item < p.num_kv_heads * num_tiles; item += num_workers) {
         const int kv_head = item / num_tiles, begin = item % num_tiles * kTileRows;
         const int end = std::min(begin + kTileRows, p.num_rows), count = (end - begin) * group;
         for (int i = 0; i < count; ++i) start_partial(merged + i * floats, p.value_size);
@@ -106,5 +122,4 @@ void Attend::attend_tiled(const AttentionProblem& p, const KernelSet& kernels, i
         }
         for (int i = 0; i < count; ++i) finish(p, begin + i / group, kv_head * group + i % group, merged + i * floats);
     }
-    barrier_.wait(num_threads);
 }

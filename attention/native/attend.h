@@ -8,17 +8,23 @@
 // Exact attention over a whole node, shared out between threads.
 class Attend {
 public:
-    // Called by each of `num_threads` threads with its own `thread`. Thread 0's allocation happens before
-    // the first barrier; results do not depend on num_threads.
+    // Makes room for the problem on `num_threads` threads, before any of them runs; false where there is no
+    // memory for it.
+    bool reserve(const AttentionProblem& problem, int num_threads);
+
+    // Called by each of `num_threads` threads with its own `thread`, for a problem that there is room for.
+    // Threads beyond those reserved for only wait. Results do not depend on the number of threads.
     void run(const AttentionProblem& problem, const KernelSet& kernels, int thread, int num_threads);
 
     size_t scratch_bytes() const { return sizeof(float) * (scratch_.size() + partials_.size()); }
 
 private:
-    void attend_split(const AttentionProblem& problem, const KernelSet& kernels, int thread, int num_threads);
-    void attend_tiled(const AttentionProblem& problem, const KernelSet& kernels, int thread, int num_threads);
+    void attend_split(const AttentionProblem& problem, const KernelSet& kernels, int thread, int num_workers);
+    void merge_split(const AttentionProblem& problem, int thread, int num_workers);
+    void attend_tiled(const AttentionProblem& problem, const KernelSet& kernels, int thread, int num_workers);
 
     std::vector<float> scratch_;
     std::vector<float> partials_;
+    int reserved_threads_ = 0;
     Barrier barrier_;
 };

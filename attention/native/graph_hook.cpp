@@ -56,6 +56,7 @@ struct GraphHook {
     const KernelSet* kernels;
     int32_t flash_attention_op, custom_op;
     bool active;
+    int num_threads;
     Attend attend;
     Layer layers[kMaxLayers];
     int64_t nodes_ours, nodes_theirs, nanoseconds;
@@ -158,7 +159,7 @@ void take(GraphHook& hook, GgmlTensor* node) {
     AttentionProblem problem{};
     float max_bias = 0.0f;
     std::memcpy(&max_bias, node->op_params + 1, sizeof max_bias);
-    const bool known = index >= 0 && max_bias == 0.0f && describe(node, problem);
+    const bool known = index >= 0 && max_bias == 0.0f && describe(node, problem) && hook.attend.reserve(problem, hook.num_threads);
     if (!known) {
         ++hook.nodes_theirs;
         if (index >= 0) hook.layers[index].theirs = true;
@@ -186,13 +187,15 @@ void give_back(GraphHook& hook, GgmlTensor* node) {
 
 }  // namespace
 
-extern "C" GraphHook* lowtide_hook_new(const GgmlFunctions* ggml, const char* kernels, char* reason, size_t reason_size) {
+extern "C" GraphHook* lowtide_hook_new(const GgmlFunctions* ggml, const char* kernels, int num_threads, char* reason,
+                                       size_t reason_size) {
     const KernelSet* found = find_kernels(kernels);
     GraphHook* hook = found == nullptr ? nullptr : new (std::nothrow) GraphHook();
     const char* wrong = found == nullptr ? "this build and processor have no such kernels" : "no memory for the hook";
     if (hook != nullptr) {
         hook->kernels = found;
         hook->active = true;
+        hook->num_threads = num_threads;
         for (Layer& layer : hook->layers) layer.hook = hook;
         wrong = learn(*ggml, *hook, attend_node);
     }
@@ -229,6 +232,7 @@ extern "C" int lowtide_attend(const AttentionProblem* problem, const char* kerne
     const KernelSet* found = find_kernels(kernels);
     if (found == nullptr) return 1;
     Attend attend;
+    if (!attend.reserve(*problem, num_threads)) return 1;
     std::vector<std::thread> threads;
     for (int i = 1; i < num_threads; ++i)
         threads.emplace_back([&, i] { attend.run(*problem, *found, i, num_threads); });

@@ -29,10 +29,10 @@ struct HookCounts {
     int64_t scratch_bytes;
 };
 
-// Makes a hook, or returns null and writes why not, in words, to `reason` (`reason_size` bytes): this ggml's
+// Makes a hook for a context of `num_threads` threads, or returns null and writes why not, in words, to `reason` (`reason_size` bytes): this ggml's
 // tensors are not laid out as we know them, or there are no kernels called `kernels` (null: the best ones).
-LOWTIDE_API GraphHook* lowtide_hook_new(const GgmlFunctions* ggml, const char* kernels, char* reason,
-                                        size_t reason_size);
+LOWTIDE_API GraphHook* lowtide_hook_new(const GgmlFunctions* ggml, const char* kernels, int num_threads,
+                                        char* reason, size_t reason_size);
 LOWTIDE_API void lowtide_hook_free(GraphHook* hook);
 
 // The function and the user data of llama_context_params.cb_eval; user data is the hook.
@@ -43,6 +43,6 @@ LOWTIDE_API HookCounts lowtide_hook_counts(const GraphHook* hook);
 LOWTIDE_API const char* lowtide_hook_kernels(const GraphHook* hook);
 
 // Runs a kernel set on a problem from outside a graph, with `num_threads` threads: for tests. Returns 0, or
-// 1 where there is no such set.
+// 1 where there is no such set or no memory.
 struct AttentionProblem;
 LOWTIDE_API int lowtide_attend(const AttentionProblem* problem, const char* kernels, int num_threads);

@@ -28,7 +28,7 @@ TEXT = (Path(__file__).resolve().parents[1] / "models" / "test_gguf_model.py").r
 def hooked(
     path: Path, *, context: int = 1024, threads: int = 2, kv_type: str = "f16", max_rows: int = 128
 ) -> Iterator[tuple[GgufModel, GraphHook]]:
-    hook = GraphHook()
+    hook = GraphHook(threads)
     options = LoadOptions(
         context=context,
         max_rows=max_rows,
@@ -194,12 +194,12 @@ def test_a_ggml_that_is_laid_out_in_another_way_is_refused(monkeypatch: pytest.M
     wrong.view_tensor = ctypes.cast(maker, ctypes.c_void_p).value
     monkeypatch.setattr(graph_hook, "_ggml_functions", lambda: wrong)
     with pytest.raises(LowtideError, match="laid out in another way.*--attention llama"):
-        GraphHook()
+        GraphHook(2)
 
 
 def test_kernels_that_are_not_here() -> None:
     with pytest.raises(LowtideError, match="no such kernels"):
-        GraphHook("cray")
+        GraphHook(2, "cray")
 
 
 @pytest.mark.parametrize("kernels", ["avx2", "portable"])
@@ -208,7 +208,7 @@ def test_other_kernel_sets_in_the_graph(kernels: str, smollm2: Path) -> None:
 
     if kernels not in usable_kernel_sets():
         pytest.skip(f"this processor has no {kernels}")
-    hook = GraphHook(kernels)
+    hook = GraphHook(2, kernels)
     assert hook.kernels == kernels
     options = LoadOptions(context=256, max_rows=64, threads=2, eval_callback=hook.callback)
     with GgufModel(read_spec(smollm2), options) as model:

@@ -28,7 +28,7 @@ class Bench:
     """A hooked model whose cache is filled as far as the last case asked."""
 
     def __init__(self, path: Path) -> None:
-        self.hook = GraphHook()
+        self.hook = GraphHook(threads=2)
         options = LoadOptions(
             context=8192, max_rows=ROWS, threads=2, eval_callback=self.hook.callback
         )
