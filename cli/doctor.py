@@ -21,7 +21,7 @@ def command(as_json: bool) -> None:
 
     findings: dict[str, Any] = {"version": lowtide.__version__, "python": platform.python_version()}
     problems: list[str] = []
-    for examine in (_machine, _native, _llama, _models):
+    for examine in (_machine, _native, _llama, _hook, _models):
         _examined(examine, findings, problems)
     if as_json:
         click.echo(json.dumps({**findings, "problems": problems}, indent=2))
@@ -60,6 +60,7 @@ def _machine() -> dict[str, Any]:
 
 def _native() -> dict[str, Any]:
     import lowtide
+    from lowtide.attention.kernels import usable_kernel_sets
     from lowtide.attention.native_library import cpu_features, native_version
 
     version = native_version()
@@ -71,7 +72,7 @@ def _native() -> dict[str, Any]:
     return {
         "native_library": version,
         "cpu_features": list(cpu_features()),
-        "attention_kernels": "llama.cpp's own",
+        "attention_kernels": list(usable_kernel_sets()),
         "problems": problems,
     }
 
@@ -81,6 +82,15 @@ def _llama() -> dict[str, Any]:
 
     library = llama_library()
     return {"llama_cpp_python": library.version, "llama_cpp_kernels": library.system_info}
+
+
+def _hook() -> dict[str, Any]:
+    from lowtide.attention.graph_hook import GraphHook
+
+    hook = GraphHook(threads=1)
+    kernels = hook.kernels
+    hook.close()
+    return {"attention_dense": f"works, with the {kernels} kernels"}
 
 
 def _models() -> dict[str, Any]:

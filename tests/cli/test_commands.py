@@ -169,6 +169,8 @@ def test_doctor_is_content_here() -> None:
     assert (done.exit_code, told["problems"]) == (0, [])
     assert told["native_library"] == package.__version__
     assert told["llama_cpp_python"].startswith("0.3.")
+    assert told["attention_kernels"][-1] in ("portable", "neon")
+    assert told["attention_dense"].startswith("works, with the ")
     assert "Nothing is wrong." in invoke("doctor").stdout
 
 
