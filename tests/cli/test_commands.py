@@ -48,9 +48,9 @@ def test_an_unknown_command() -> None:
 
 
 def test_plan_for_programs() -> None:
-    done = invoke("plan", "smollm2", "--memory", "300MiB", "--json")
+    done = run_lowtide("plan", "smollm2", "--memory", "300MiB", "--json")
     told = json.loads(done.stdout)
-    assert done.exit_code == 0
+    assert done.code == 0
     assert told["budget_bytes"] == 300 << 20
     assert told["fits"] and told["lower_bound_bytes"] < told["total_bytes"] <= told["budget_bytes"]
     assert told["total_bytes"] == sum(row["bytes"] for row in told["rows"])
@@ -59,14 +59,14 @@ def test_plan_for_programs() -> None:
 
 
 def test_plan_for_people() -> None:
-    done = invoke("plan", "smollm2", "--memory", "300MiB")
+    done = run_lowtide("plan", "smollm2", "--memory", "300MiB")
     assert "KV cache" in done.stdout and "planned peak" in done.stdout
     assert "gave up context: 8192 to" in done.stdout and "lower bound" in done.stdout
 
 
 def test_a_plan_that_does_not_fit_is_shown_and_exits_with_2() -> None:
-    done = invoke("plan", "smollm2", "--memory", "40MiB", "--json")
-    assert done.exit_code == 2
+    done = run_lowtide("plan", "smollm2", "--memory", "40MiB", "--json")
+    assert done.code == 2
     assert json.loads(done.stdout)["fits"] is False
     assert "needs at least" in done.stderr
 
