@@ -5,7 +5,8 @@ from lowtide.models.fake_model import FakeModel
 from lowtide.runtime.errors import LowtideError, OverBudget, PromptTooLong
 from lowtide.runtime.generate import Piece
 from lowtide.runtime.options import GenerationOptions
-from lowtide.runtime.runtime import GenerationResult, Runtime
+from lowtide.runtime.result import GenerationResult
+from lowtide.runtime.runtime import Runtime
 from lowtide.runtime.statistics import Statistics
 
 __all__ = [

@@ -14,7 +14,8 @@ from lowtide.memory.device import Machine, read_machine, usable_cores
 from lowtide.memory.errors import OverBudget
 from lowtide.memory.footprint import interpreter_bytes
 from lowtide.memory.meter import read_process_memory
-from lowtide.memory.plan import Host, MemoryPlan, PlanOptions, plan_memory, require_fit
+from lowtide.memory.plan import Host, MemoryPlan, PlanOptions
+from lowtide.memory.planner import plan_memory, require_fit
 from lowtide.models.catalog import resolve
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf_header import read_spec

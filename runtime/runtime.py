@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,30 +30,8 @@ from lowtide.runtime.generate import Piece, Prompt, RunFacts, generate
 from lowtide.runtime.options import GenerationOptions
 from lowtide.runtime.overflow import fit_messages, fit_tokens
 from lowtide.runtime.planning import OpenOptions, PlannedModel, plan_reference, plan_spec
+from lowtide.runtime.result import GenerationResult
 from lowtide.runtime.session import Session
-from lowtide.runtime.statistics import Statistics
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationResult:
-    """A whole answer: its text, the tokens that were sampled, why it ended, what it cost."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    stats: Statistics
-
-    @classmethod
-    def of(cls, pieces: Iterator[Piece]) -> GenerationResult:
-        """Run `pieces` to the end and put them together."""
-        collected = list(pieces)
-        last = collected[-1]
-        return cls(
-            text="".join(piece.text for piece in collected),
-            token_ids=tuple(p.token_id for p in collected if p.token_id is not None),
-            finish_reason=last.finish_reason or "stop",
-            stats=last.stats,
-        )
 
 
 class Runtime:

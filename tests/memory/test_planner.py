@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from lowtide.memory.budget import Budget
 from lowtide.memory.errors import OverBudget
 from lowtide.memory.footprint import kv_bytes
-from lowtide.memory.plan import Host, MemoryPlan, PlanOptions, plan_memory, require_fit
+from lowtide.memory.plan import Host, MemoryPlan, PlanOptions
+from lowtide.memory.planner import plan_memory, require_fit
 from lowtide.memory.units import MIB, parse_size
 from lowtide.models.errors import BadOption
 from lowtide.models.fake_model import fake_spec
