@@ -9,7 +9,7 @@ import ctypes
 from typing import TYPE_CHECKING
 
 from lowtide.attention.native_library import native_library
-from lowtide.models.errors import LowtideError
+from lowtide.models.errors import BadOption, LowtideError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,7 +84,13 @@ def attend(
         scale, softcap,
     )  # fmt: skip
     name = kernels.encode() if kernels else None
-    if native_library().lowtide_attend(ctypes.byref(problem), name, threads):
+    failure = native_library().lowtide_attend(ctypes.byref(problem), name, threads)
+    if failure == 2:
+        raise BadOption(
+            f"{num_heads} heads over {k.shape[1]} of size {key_size} and {value_size} are no shape of the "
+            "kernels: whole groups of heads, of a multiple of 16 up to 256, are wanted"
+        )
+    if failure:
         raise LowtideError(f"this build and processor have no {kernels} kernels")
     return out
 

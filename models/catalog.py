@@ -19,7 +19,7 @@ HUB_PREFIX = "hf:"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedModel:
-    """A model that a Python package carries. `parts_package` says that it comes in pieces."""
+    """A model that a Python package carries. `assembled` names the file that its pieces make."""
 
     name: str
     package: str

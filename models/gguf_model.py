@@ -92,13 +92,11 @@ class GgufModel(Model):
             address, user_data = options.eval_callback
             params.cb_eval = self._api.ggml_backend_sched_eval_callback(address)
             params.cb_eval_user_data = user_data
-        return self._created(
+        return _created(
+            self._library,
             lambda: self._api.llama_init_from_model(self._model, params),
             f"a context of {options.context} tokens for {self.spec.name}",
         )
-
-    def _created(self, create: Callable[[], Any], what: str) -> Any:
-        return _created(self._library, create, what)
 
     @property
     def num_tokens(self) -> int:

@@ -41,9 +41,7 @@ def fetch(reference: str, *, offline: bool) -> Path:
         paths = [Path(huggingface_hub.hf_hub_download(repo, name)) for name in chosen]
     except ModelNotFound:
         raise
-    except (
-        Exception
-    ) as error:  # the hub's client raises its own, its transport's and plain OSErrors
+    except Exception as error:  # the client raises its own, its transport's and plain OSErrors
         first_line = str(error).strip().partition("\n")[0]
         raise DownloadError(
             f"hf:{reference} could not be fetched ({type(error).__name__}: {first_line}): check the "

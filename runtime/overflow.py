@@ -5,6 +5,7 @@ Pure but for the function that turns messages into tokens.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -34,25 +35,39 @@ def fit_messages(
     """Return the prompt of `messages`, without the oldest turns where the options allow that.
 
     Dropping leaves room for an answer. A system message and the last message always stay, and the rest
-    begins with a user's turn. Raises `PromptTooLong` where that does not fit.
+    begins with a user's turn. `prepare` may raise `PromptTooLong` with an estimate, for a text too long to
+    tokenise: what was dropped is then an estimate too. Raises `PromptTooLong` where nothing fits.
     """
-    prompt = prepare(messages)
-    num_tokens = len(prompt.token_ids)
     if options.overflow != "drop-oldest":
-        if num_tokens > context:
-            raise PromptTooLong(num_tokens, context)
+        prompt = prepare(messages)
+        if len(prompt.token_ids) > context:
+            raise PromptTooLong(len(prompt.token_ids), context)
         return prompt, Dropped()
     has_system = bool(messages) and messages[0].get("role") == "system"
     system, turns = list(messages[:has_system]), list(messages[has_system:])
-    dropped_turns = 0
-    for start in range(1, len(turns)):
-        if len(prompt.token_ids) <= context - answer_room(context, options):
-            break
-        if turns[start].get("role") == "user":
-            prompt, dropped_turns = prepare([*system, *turns[start:]]), start
-    if len(prompt.token_ids) > context:
-        raise PromptTooLong(len(prompt.token_ids), context, droppable=False)
-    return prompt, Dropped(num_tokens - len(prompt.token_ids), dropped_turns)
+    starts = [0, *(i for i in range(1, len(turns)) if turns[i].get("role") == "user")]
+    sizes: dict[int, int] = {}
+
+    def prompt_from(start: int) -> ChatPrompt | None:
+        try:
+            prompt = prepare([*system, *turns[start:]])
+        except PromptTooLong as error:
+            sizes[start] = error.num_tokens
+            return None
+        sizes[start] = len(prompt.token_ids)
+        return prompt
+
+    def is_roomy(start: int) -> bool:
+        return prompt_from(start) is not None and sizes[start] <= room
+
+    room = context - answer_room(context, options)
+    # The later it starts, the shorter the prompt: the earliest start that leaves room is found by halves.
+    first = 0 if is_roomy(0) else bisect_left(starts, True, lo=1, key=is_roomy)
+    start = starts[min(first, len(starts) - 1)]
+    chosen = prompt_from(start)
+    if chosen is None or sizes[start] > context:
+        raise PromptTooLong(sizes[start], context, estimated=chosen is None, droppable=False)
+    return chosen, Dropped(sizes[0] - sizes[start], start)
 
 
 def fit_tokens(

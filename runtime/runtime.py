@@ -72,8 +72,8 @@ class Runtime:
         `model` is a path, a name ("smollm2"), "hf:user/repo:Q4_K_M", a `Model` of your own, or None for
         the default model. `memory` is a size such as "1GiB" or "50%" of what is available; None is
         80 %. `context` None is the longest that fits. `attention` is "llama" (llama.cpp's kernels) or
-        "dense" (ours). Raises `OverBudget` before anything is loaded
-        where it cannot fit, `ModelError` where the model cannot be used, `BadOption` for wrong values.
+        "dense" (ours). Raises `OverBudget` before anything is loaded where it cannot fit, `ModelError`
+        where the model cannot be used, `BadOption` for wrong values.
         """
         options = OpenOptions(
             memory=memory,
@@ -85,6 +85,11 @@ class Runtime:
             offline=offline,
         )
         if isinstance(model, Model):
+            if attention != "llama":
+                raise BadOption(
+                    f"attention is {attention!r}, which runs in llama.cpp's graph alone: give the "
+                    "model as a file, or leave attention out"
+                )
             return cls.load(plan_spec(model.spec, options), model)
         return cls.load(plan_reference(model, options))
 
@@ -98,21 +103,14 @@ class Runtime:
             ledger.reserve(row.owner, row.num_bytes)
         hook = None
         if model is None:
-            hook = (
-                GraphHook(planned.options.num_threads)
-                if planned.options.attention == "dense"
-                else None
-            )
-            options = LoadOptions(
-                context=plan.context,
-                max_rows=plan.max_rows,
-                threads=planned.options.num_threads,
-                kv_type=plan.kv_type,
-                memory_map=plan.memory_map,
-                eval_callback=hook.callback if hook else None,
-            )
-            with guarded_aborts():
-                model = GgufModel(planned.spec, options)
+            threads = planned.options.num_threads
+            hook = GraphHook(threads) if planned.options.attention == "dense" else None
+            try:
+                model = _load_gguf(planned, hook)
+            except BaseException:
+                if hook is not None:
+                    hook.close()
+                raise
         runtime = cls(model, planned, ledger, hook)
         runtime._check_resident()
         return runtime
@@ -277,3 +275,16 @@ class Runtime:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _load_gguf(planned: PlannedModel, hook: GraphHook | None) -> GgufModel:
+    options = LoadOptions(
+        context=planned.plan.context,
+        max_rows=planned.plan.max_rows,
+        threads=planned.options.num_threads,
+        kv_type=planned.plan.kv_type,
+        memory_map=planned.plan.memory_map,
+        eval_callback=hook.callback if hook else None,
+    )
+    with guarded_aborts():
+        return GgufModel(planned.spec, options)

@@ -24,7 +24,6 @@ typedef int32_t Ints __attribute__((vector_size(4 * W), aligned(4), may_alias));
 inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
 inline void store(float* to, Floats value) { *reinterpret_cast<Floats*>(to) = value; }
 inline Floats splat(float value) { return value - Floats{}; }
-inline Ints splat_int(int32_t value) { return value - Ints{}; }
 
 // exp of values at or below zero: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' coefficients), within
 // 2 units in the last place; exactly 0 below -87.

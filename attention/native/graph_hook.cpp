@@ -231,6 +231,11 @@ extern "C" const char* lowtide_hook_kernels(const GraphHook* hook) { return hook
 extern "C" int lowtide_attend(const AttentionProblem* problem, const char* kernels, int num_threads) {
     const KernelSet* found = find_kernels(kernels);
     if (found == nullptr) return 1;
+    const AttentionProblem& p = *problem;
+    const auto sized = [](int size) { return size > 0 && size <= kMaxHeadSize && size % 16 == 0; };
+    if (p.num_rows < 1 || p.num_keys < 1 || p.num_kv_heads < 1 || p.num_heads < 1 || p.num_heads % p.num_kv_heads != 0 ||
+        !sized(p.key_size) || !sized(p.value_size) || num_threads < 1)
+        return 2;
     Attend attend;
     if (!attend.reserve(*problem, num_threads)) return 1;
     std::vector<std::thread> threads;

@@ -42,7 +42,7 @@ LOWTIDE_API void lowtide_hook_set_active(GraphHook* hook, int active);
 LOWTIDE_API HookCounts lowtide_hook_counts(const GraphHook* hook);
 LOWTIDE_API const char* lowtide_hook_kernels(const GraphHook* hook);
 
-// Runs a kernel set on a problem from outside a graph, with `num_threads` threads: for tests. Returns 0, or
-// 1 where there is no such set or no memory.
+// Runs a kernel set on a problem from outside a graph, with `num_threads` threads: for tests. Returns 0,
+// 1 where there is no such set or no memory, 2 for shapes that no kernel knows.
 struct AttentionProblem;
 LOWTIDE_API int lowtide_attend(const AttentionProblem* problem, const char* kernels, int num_threads);

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lowtide.attention.kernels import attend, usable_kernel_sets
 from lowtide.attention.reference import attention, quantise_q4_0, quantise_q8_0
-from lowtide.models.errors import LowtideError
+from lowtide.models.errors import BadOption, LowtideError
 
 SETS = usable_kernel_sets()
 
@@ -134,18 +134,11 @@ def test_more_hidden_keys_at_the_end_change_nothing(kernels: str) -> None:
     whole = inputs.run(kernels=kernels)
     inputs.mask[:, 500:] = -np.inf
     padded = inputs.run(kernels=kernels)
-    cut = Inputs(
-        *(getattr(inputs, n) for n in ("q", "k", "v", "mask")), *inputs_meant(inputs), "f16"
-    )
     shorter = attend(
-        cut.q, cut.k[:500], cut.v[:500], np.ascontiguousarray(cut.mask[:, :500]), value_size=64,
-        scale=64**-0.5, kernels=kernels,
+        inputs.q, inputs.k[:500], inputs.v[:500], np.ascontiguousarray(inputs.mask[:, :500]),
+        value_size=64, scale=64**-0.5, kernels=kernels,
     )  # fmt: skip
     assert padded.tobytes() == shorter.tobytes() != whole.tobytes()
-
-
-def inputs_meant(inputs: Inputs) -> tuple[Any, Any]:
-    return inputs.k_meant, inputs.v_meant
 
 
 @pytest.mark.parametrize("kernels", SETS)
@@ -208,6 +201,14 @@ def test_any_shape(
     for kernels in SETS:
         found = inputs.run(kernels=kernels, threads=1 + seed % 3)
         np.testing.assert_allclose(found, expected, rtol=5e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "case", [Case(1, 3, 2, 64, 5), Case(1, 1, 1, 272, 5), Case(1, 1, 1, 24, 5)], ids=str
+)
+def test_shapes_that_no_kernel_knows_are_refused_before_any_is_read(case: Case) -> None:
+    with pytest.raises(BadOption, match="no shape of the kernels"):
+        inputs_of(case).run()
 
 
 def test_kernels_that_are_not_here() -> None:

@@ -114,6 +114,18 @@ def test_drop_oldest_drops_whole_turns_and_tells(fake_runtime: Opened) -> None:
     assert "Be brief." in seen and "last" in seen
 
 
+def test_drop_oldest_goes_on_however_long_the_history_has_become(fake_runtime: Opened) -> None:
+    """Far more text than is ever tokenised at once: the oldest of it goes before that."""
+    runtime = fake_runtime("ok", context=128)
+    history = turns(*["q" * 30, "a" * 30] * 2000, "last")
+    result = chat(runtime, history, temperature=0, overflow="drop-oldest", max_tokens=8)
+    assert result.text == "ok" and result.stats.kept_tokens <= 128 - 8
+    assert result.stats.dropped_messages > 3990
+    longest = chat(runtime, history[-3:], temperature=0, overflow="drop-oldest", max_tokens=8)
+    assert longest.stats.dropped_messages == 0
+    assert longest.stats.kept_tokens == result.stats.kept_tokens
+
+
 def test_drop_oldest_cannot_drop_the_question(fake_runtime: Opened) -> None:
     runtime = fake_runtime(context=64)
     with pytest.raises(PromptTooLong) as caught:
@@ -220,9 +232,15 @@ def test_a_process_that_is_already_over_is_told_so() -> None:
         Runtime.open(FakeModel(), memory=memory.peak_bytes - (32 << 20))
 
 
+def test_our_attention_needs_llama_cpps_graph() -> None:
+    with pytest.raises(BadOption, match="runs in llama.cpp's graph alone"):
+        Runtime.open(FakeModel(), attention="dense")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"attention": "sparse"}, "attention is 'sparse'"),
         ({"memory": "much"}, "is no size"),
         ({"context": 0}, "context is 0"),
         ({"context": 10**9}, "was made for 512"),

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import run_python
 
 from lowtide.runtime.errors import TranscriptError
 from lowtide.runtime.transcript import Transcript
@@ -100,7 +100,20 @@ def test_a_full_disk_leaves_the_old_file_whole(
     assert os.listdir(tmp_path) == ["talk.json"]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_a_really_full_device() -> None:
-    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError, match="No space"):
-        full.write(json.dumps(TALK.messages).encode())
+def test_a_write_that_the_system_cuts_short_leaves_the_old_file_whole(tmp_path: Path) -> None:
+    """A limit on file sizes makes a real write fail half-way, as a disk that fills up does."""
+    path = tmp_path / "talk.json"
+    TALK.save(path)
+    done = run_python(
+        "import resource, signal\n"
+        "from pathlib import Path\n"
+        "from lowtide.runtime.transcript import Transcript\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "long = Transcript(model='m', messages=({'role': 'user', 'content': 'x' * 100000},))\n"
+        f"try:\n    long.save(Path({str(path)!r}))\n"
+        "except Exception as error:\n    print(type(error).__name__, error)"
+    )
+    assert done.stdout.startswith("TranscriptError") and "was not saved" in done.stdout
+    assert Transcript.load(path) == TALK
+    assert os.listdir(tmp_path) == ["talk.json"]
