@@ -12,6 +12,7 @@ import ctypes
 from dataclasses import dataclass
 
 from lowtide.attention.native_library import native_library
+from lowtide.attention.selection_rule import SelectionRule
 from lowtide.models.errors import LowtideError
 from lowtide.models.llama_library import llama_library
 
@@ -29,7 +30,8 @@ class _Counts(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
-            "layers_ours layers_theirs nodes_ours nodes_theirs nanoseconds scratch_bytes".split()
+            "layers_ours layers_theirs nodes_ours nodes_theirs nanoseconds scratch_bytes keys_read "
+            "keys_held".split()
         )
     ]
 
@@ -39,7 +41,8 @@ class HookCounts:
     """What a hook has done since it was made.
 
     `layers_ours` run our kernel in every pass, `layers_theirs` were left to llama.cpp in at least one;
-    `seconds` is the time in our kernel.
+    `seconds` is the time in our kernel. Of `keys_held` in the caches, over all layers and passes,
+    `keys_read` were attended to.
     """
 
     layers_ours: int
@@ -48,6 +51,8 @@ class HookCounts:
     nodes_theirs: int
     seconds: float
     scratch_bytes: int
+    keys_read: int
+    keys_held: int
 
 
 class GraphHook:
@@ -95,11 +100,22 @@ class GraphHook:
             counts.nodes_theirs,
             counts.nanoseconds / 1e9,
             counts.scratch_bytes,
+            counts.keys_read,
+            counts.keys_held,
         )
 
     def set_active(self, active: bool) -> None:
         """Let attention be ours from the next pass on, or llama.cpp's again."""
         self._library.lowtide_hook_set_active(self._hook, active)
+
+    def set_roles(self, roles: bytes, rule: SelectionRule) -> None:
+        """Set what each layer does in a sparse pass (`LayerRole`); call it between passes."""
+        if self._library.lowtide_hook_set_roles(self._hook, roles, len(roles), ctypes.byref(rule)):
+            raise MemoryError
+
+    def start_pass(self, *, sparse: bool, refresh: bool = True) -> None:
+        """Say whether the passes from now on are sparse, and whether they choose their keys anew."""
+        self._library.lowtide_hook_start_pass(self._hook, sparse, refresh)
 
     def close(self) -> None:
         """Free the hook; its context must be gone."""
@@ -132,4 +148,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.lowtide_hook_counts.argtypes = [pointer]
     library.lowtide_hook_counts.restype = _Counts
     library.lowtide_hook_kernels.argtypes = [pointer]
+    library.lowtide_hook_set_roles.argtypes = [pointer, ctypes.c_char_p, ctypes.c_int, pointer]
+    library.lowtide_hook_start_pass.argtypes = [pointer, ctypes.c_int, ctypes.c_int]
+    library.lowtide_hook_start_pass.restype = None
     library.lowtide_hook_kernels.restype = ctypes.c_char_p

@@ -12,7 +12,6 @@
 namespace {
 
 constexpr int kFewRows = 8;
-constexpr int kTileRows = 16;
 
 // Adds a chunk's partial to what the chunks before it left; log-sum-exp with the larger maximum.
 void merge(float* into, const float* partial, int value_size) {
@@ -31,16 +30,30 @@ void start_partial(float* partial, int value_size) {
     partial[0] = -std::numeric_limits<float>::infinity();
 }
 
-// A row that sees no key at all becomes 0.
-void finish(const AttentionProblem& p, int row, int head, const float* merged) {
+// A row that sees no key at all becomes 0. A sink is a score without a value: it only adds to the sum.
+void finish(const AttentionProblem& p, int row, int head, float* merged) {
+    if (p.sinks != nullptr) {
+        float sink[2 + kMaxHeadSize] = {p.sinks[head], 1.0f};
+        merge(merged, sink, p.value_size);
+    }
     auto* out = reinterpret_cast<float*>(p.out + row * p.out_row_stride + head * p.out_head_stride);
     const float inverse = merged[1] == 0.0f ? 0.0f : 1.0f / merged[1];
     for (int d = 0; d < p.value_size; ++d) out[d] = merged[2 + d] * inverse;
+    if (p.scores == nullptr || row < p.first_scored_row) return;
+    float* totals = p.totals + 2 * (size_t(row - p.first_scored_row) * p.num_heads + head);
+    totals[0] = merged[0], totals[1] = inverse;
 }
 
 int num_chunks_of(const AttentionProblem& p) { return (p.num_keys + kChunkKeys - 1) / kChunkKeys; }
 
 int chunk_end(const AttentionProblem& p, int chunk) { return std::min((chunk + 1) * kChunkKeys, p.num_keys); }
+
+// Rows that are attended together: fewer where the threads would not all have work.
+int tile_rows(const AttentionProblem& p, int num_workers) {
+    int rows = kTileRows;
+    while (rows > kFewRows && p.num_kv_heads * ((p.num_rows + rows - 1) / rows) < 2 * num_workers) rows /= 2;
+    return rows;
+}
 
 }  // namespace
 
@@ -60,7 +73,7 @@ bool Attend::reserve(const AttentionProblem& p, int num_threads) {
 }
 
 void Attend::run(const AttentionProblem& p, const KernelSet& kernels, int thread, int num_threads) {
-    const int num_workers = std::min(num_threads, reserved_threads_);
+    const int num_workers = this->num_workers(num_threads);
     const bool works = thread < num_workers;
     if (p.num_rows > kFewRows) {
         if (works) attend_tiled(p, kernels, thread, num_workers);
@@ -69,7 +82,7 @@ void Attend::run(const AttentionProblem& p, const KernelSet& kernels, int thread
         barrier_.wait(num_threads);
         if (works) merge_split(p, thread, num_workers);
     }
-    barrier_.wait(num_threads);  // the partials are used again by the next node
+    barrier_.wait(num_threads, [this] { next_tile_ = 0; });  // the partials are used again by the next node
 }
 
 void Attend::attend_split(const AttentionProblem& p, const KernelSet& kernels, int thread, int num_workers) {
@@ -105,21 +118,25 @@ void Attend::merge_split(const AttentionProblem& p, int thread, int num_workers)
 }
 
 void Attend::attend_tiled(const AttentionProblem& p, const KernelSet& kernels, int thread, int num_workers) {
-    const int num_tiles = (p.num_rows + kTileRows - 1) / kTileRows;
-    const int group = p.group_size(), floats = partial_floats(p);
-    const size_t tile_floats = size_t(kTileRows) * group * floats;
+    const int rows = tile_rows(p, num_workers), num_tiles = (p.num_rows + rows - 1) / rows;
+    const size_t tile_floats = size_t(kTileRows) * p.group_size() * partial_floats(p);
     float* scratch = scratch_.data() + kScratchFloats * thread;
     float* partials = partials_.data() + 2 * tile_floats * thread;
-    float* merged = partials + tile_floats;
-    for (int item = thread; item < p.num_kv_heads * num_tiles; item += num_workers) {
-        const int kv_head = item / num_tiles, begin = item % num_tiles * kTileRows;
-        const int end = std::min(begin + kTileRows, p.num_rows), count = (end - begin) * group;
-        for (int i = 0; i < count; ++i) start_partial(merged + i * floats, p.value_size);
-        for (int chunk = 0; chunk < num_chunks_of(p); ++chunk) {
-            for (int i = 0; i < count; ++i) start_partial(partials + i * floats, p.value_size);
-            kernels.attend_keys(p, kv_head, begin, end, chunk * kChunkKeys, chunk_end(p, chunk), scratch, partials);
-            for (int i = 0; i < count; ++i) merge(merged + i * floats, partials + i * floats, p.value_size);
-        }
-        for (int i = 0; i < count; ++i) finish(p, begin + i / group, kv_head * group + i % group, merged + i * floats);
+    for (int item = next_tile_++; item < p.num_kv_heads * num_tiles; item = next_tile_++) {
+        const int begin = item % num_tiles * rows;
+        attend_tile(p, kernels, item / num_tiles, begin, std::min(begin + rows, p.num_rows), scratch, partials,
+                    partials + tile_floats);
     }
+}
+
+void Attend::attend_tile(const AttentionProblem& p, const KernelSet& kernels, int kv_head, int begin, int end, float* scratch,
+                         float* partials, float* merged) {
+    const int group = p.group_size(), floats = partial_floats(p), count = (end - begin) * group;
+    for (int i = 0; i < count; ++i) start_partial(merged + i * floats, p.value_size);
+    for (int chunk = 0; chunk < num_chunks_of(p); ++chunk) {
+        for (int i = 0; i < count; ++i) start_partial(partials + i * floats, p.value_size);
+        kernels.attend_keys(p, kv_head, begin, end, chunk * kChunkKeys, chunk_end(p, chunk), scratch, partials);
+        for (int i = 0; i < count; ++i) merge(merged + i * floats, partials + i * floats, p.value_size);
+    }
+    for (int i = 0; i < count; ++i) finish(p, begin + i / group, kv_head * group + i % group, merged + i * floats);
 }

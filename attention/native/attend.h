@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <vector>
 
 #include "attention_problem.h"
@@ -16,15 +17,19 @@ public:
     // Threads beyond those reserved for only wait. Results do not depend on the number of threads.
     void run(const AttentionProblem& problem, const KernelSet& kernels, int thread, int num_threads);
 
+    int num_workers(int num_threads) const { return num_threads < reserved_threads_ ? num_threads : reserved_threads_; }
     size_t scratch_bytes() const { return sizeof(float) * (scratch_.size() + partials_.size()); }
 
 private:
     void attend_split(const AttentionProblem& problem, const KernelSet& kernels, int thread, int num_workers);
     void merge_split(const AttentionProblem& problem, int thread, int num_workers);
     void attend_tiled(const AttentionProblem& problem, const KernelSet& kernels, int thread, int num_workers);
+    void attend_tile(const AttentionProblem& problem, const KernelSet& kernels, int kv_head, int begin, int end,
+                     float* scratch, float* partials, float* merged);
 
     std::vector<float> scratch_;
     std::vector<float> partials_;
     int reserved_threads_ = 0;
+    std::atomic<int> next_tile_{0};
     Barrier barrier_;
 };

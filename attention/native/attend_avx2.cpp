@@ -1,8 +1,9 @@
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define VECTOR_FLOATS 8
 #include "attend_keys.inl"
+#include "add_weights.inl"
 const KernelSet* avx2_kernels() {
-    static const KernelSet kernels = {"avx2", attend_keys};
+    static const KernelSet kernels = {"avx2", attend_keys, add_weights};
     return &kernels;
 }
 #else

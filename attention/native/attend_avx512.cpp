@@ -1,8 +1,9 @@
 #if defined(__AVX512F__)
 #define VECTOR_FLOATS 16
 #include "attend_keys.inl"
+#include "add_weights.inl"
 const KernelSet* avx512_kernels() {
-    static const KernelSet kernels = {"avx512", attend_keys};
+    static const KernelSet kernels = {"avx512", attend_keys, add_weights};
     return &kernels;
 }
 #else

@@ -1,163 +1,102 @@
 // The exact attention kernel, once for each instruction set: included by files that define VECTOR_FLOATS
-// (lanes of a vector) and compiled with that set's flags. Vector types are GCC's and clang's own, so the
-// same lines become AVX-512, AVX2, SSE2 or NEON; only half-precision loads differ.
+// (lanes of a vector) and compiled with that set's flags.
 //
-// A block of keys is converted to f32 and turned, so that a vector holds one channel of as many keys:
-// scores need no sums across lanes. Softmax is the online one (Milakov and Gimelshein 2018).
+// Keys are turned in registers, so that a vector holds one channel of as many keys: scores need no sums
+// across lanes. A few lines (query heads of rows) take the block as it is stored; many share one that is
+// converted once. Either way each line sums in the same order. Softmax is the online one (Milakov and
+// Gimelshein 2018).
 
 #include <cmath>
-#include <cstring>
-#include <limits>
 
-#include "attention_problem.h"
-#include "half.h"
+#include "key_block.h"
+#include "vectors.h"
 
 namespace {
 
-constexpr int W = VECTOR_FLOATS;
-constexpr int kVectors = kBlockKeys / W;  // vectors across a block of keys
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+constexpr int kDirectLines = 8;  // so few read the cache's rows themselves
+constexpr int kTileLines = 6;
 
-typedef float Floats __attribute__((vector_size(4 * W), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(4 * W), aligned(4), may_alias));
-
-inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
-inline void store(float* to, Floats value) { *reinterpret_cast<Floats*>(to) = value; }
-inline Floats splat(float value) { return value - Floats{}; }
-
-// exp of values at or below zero: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' coefficients), within
-// 2 units in the last place; exactly 0 below -87.
-inline Floats exp_nonpositive(Floats x) {
-    const Ints alive = x > splat(-87.0f);
-    x = alive ? x : splat(-87.0f);
-    const Floats shifted = x * 1.44269504f + 12582912.0f;  // rounds to the nearest whole number
-    const Floats n = shifted - 12582912.0f;
-    Floats r = x - n * 0.693359375f;
-    r = r - n * -2.12194440e-4f;
-    Floats y = splat(1.9875691500e-4f);
-    y = y * r + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * (r * r) + r + 1.0f;
-    const Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
-    Floats power;
-    std::memcpy(&power, &exponent, sizeof power);
-    const Floats result = y * power;
-    return alive ? result : splat(0.0f);
+// Vectors of each line's sums that stay in registers beside as many operands.
+constexpr int vectors_beside(int lines) {
+    int vectors = 4;
+    while (vectors > 1 && lines * vectors + vectors + 1 > kRegisters) vectors /= 2;
+    return vectors;
 }
 
-inline float exp_one(float x) {
-    float lane[W];
-    store(lane, exp_nonpositive(splat(x)));
-    return lane[0];
-}
+// Query heads of rows that see the same keys of a block.
+struct Lines {
+    int count;
+    const float* q[kDirectLines];
+    const float* bias[kDirectLines];
+    float* partials[kDirectLines];
+    float* exported[kDirectLines];  // where their scores are wanted, or null
+};
 
-inline void row_to_floats(KvType type, const char* row, int size, float* out) {
-    switch (type) {
-        case KvType::f16: halves_to_floats(reinterpret_cast<const uint16_t*>(row), size, out); return;
-        case KvType::q8_0: q8_0_to_floats(row, size, out); return;
-        case KvType::q4_0: q4_0_to_floats(row, size, out); return;
-    }
-}
-
-// One step of the turning network: interleaves the low, or the high, halves of two vectors.
-template <bool High> inline Floats interleave(Floats a, Floats b) {
-    Ints pick;
-    for (int i = 0; i < W; ++i) pick[i] = (i % 2) * W + i / 2 + (High ? W / 2 : 0);
-    return __builtin_shuffle(a, b, pick);
-}
-
-// Turns W rows of `stride` floats into W vectors at `out`, `out_stride` floats apart.
-inline void turn(const float* rows, int stride, float* out, int out_stride) {
-    Floats now[W], next[W];
-    for (int i = 0; i < W; ++i) now[i] = load(rows + i * stride);
-    for (int step = 1; step < W; step *= 2) {
-        for (int i = 0; i < W / 2; ++i) {
-            next[2 * i] = interleave<false>(now[i], now[i + W / 2]);
-            next[2 * i + 1] = interleave<true>(now[i], now[i + W / 2]);
-        }
-        for (int i = 0; i < W; ++i) now[i] = next[i];
-    }
-    for (int i = 0; i < W; ++i) store(out + i * out_stride, now[i]);
-}
-
-// The rows of the next block are asked for while this one is converted: memory is the bound.
 inline void prefetch(const char* row, size_t num_bytes) {
     for (size_t at = 0; at < num_bytes; at += 64) __builtin_prefetch(row + at);
 }
 
-inline size_t row_bytes(KvType type, int size) {
-    switch (type) {
-        case KvType::q8_0: return size_t(size) / 32 * 34;
-        case KvType::q4_0: return size_t(size) / 32 * 18;
-        default: return size_t(size) * 2;
-    }
-}
-
-// Keys [begin, begin + count) as channels of a block: out (key_size, kBlockKeys); missing keys are 0.
-void load_keys(const AttentionProblem& p, int kv_head, int begin, int count, float* rows, float* out) {
-    const char* base = p.k + kv_head * p.k_head_stride;
-    const size_t ahead = kBlockKeys * p.k_key_stride, num_bytes = row_bytes(p.k_type, p.key_size);
+// Scores straight from stored rows; asks for the next block's keys on the way, as memory is the bound.
+template <KvType Type, int N>
+void score_stored(const KeyBlock& block, const KeyBlock& next, const Lines& lines, int key_size, float* scores) {
+    const size_t num_bytes = Rows<Type>::num_bytes(key_size);
     for (int j = 0; j < kBlockKeys; j += W) {
-        for (int i = 0; i < W; ++i) {
-            float* row = rows + i * p.key_size;
-            if (j + i < count) {
-                const char* key = base + (begin + j + i) * p.k_key_stride;
-                prefetch(key + ahead, num_bytes);
-                row_to_floats(p.k_type, key, p.key_size, row);
-            } else {
-                std::memset(row, 0, sizeof(float) * p.key_size);
+        Floats sums[4][N] = {};
+#pragma GCC unroll 4
+        for (int g = 0; g < 4; ++g) {
+            const char* const* keys = block.keys + j + g;  // every fourth
+            for (int i = 0; i < kQuads; ++i) prefetch(next.keys[j + g + 4 * i], num_bytes);
+            for (int d = 0; d < key_size; d += W) {
+                Floats quads[kQuads];
+                for (int i = 0; i < kQuads; ++i) quads[i] = Rows<Type>::load(keys[4 * i], d);
+                turn_quads(quads);
+                for (int i = 0; i < kQuads; ++i)
+                    for (int n = 0; n < N; ++n) sums[g][n] += in_every_quad(lines.q[n] + d + 4 * i) * quads[i];
             }
         }
-        for (int d = 0; d < p.key_size; d += W) turn(rows + d, p.key_size, out + d * kBlockKeys + j, kBlockKeys);
+        for (int n = 0; n < N; ++n) store(scores + n * kBlockKeys + j, sums_of_quads(sums[0][n], sums[1][n], sums[2][n], sums[3][n]));
     }
 }
 
-void load_values(const AttentionProblem& p, int kv_head, int begin, int count, float* out) {
-    const char* base = p.v + kv_head * p.v_head_stride;
-    const size_t ahead = kBlockKeys * p.v_key_stride, num_bytes = row_bytes(p.v_type, p.value_size);
-    for (int j = 0; j < count; ++j) {
-        const char* value = base + (begin + j) * p.v_key_stride;
-        prefetch(value + ahead, num_bytes);
-        row_to_floats(p.v_type, value, p.value_size, out + j * p.value_size);
-    }
-}
-
-// The row's mask over a block as floats, -inf beyond `count`; false where it hides every key.
-bool load_mask(const AttentionProblem& p, int row, int begin, int count, float* bias) {
-    const auto* mask = reinterpret_cast<const uint16_t*>(p.mask + row * p.mask_row_stride) + begin;
-    constexpr uint16_t kHidden = 0xfc00;
-    bool sees = false;
-    for (int j = 0; j < count; ++j) sees |= mask[j] != kHidden;
-    if (!sees) return false;
-    halves_to_floats(mask, count, bias);
-    for (int j = count; j < kBlockKeys; ++j) bias[j] = kMinusInfinity;
-    return true;
-}
-
-template <int Heads> void score(const float* const* q, const float* keys, int key_size, float* scores) {
-    Floats sums[Heads][kVectors] = {};
-    for (int d = 0; d < key_size; ++d) {
-        for (int i = 0; i < kVectors; ++i) {
-            const Floats k = load(keys + d * kBlockKeys + i * W);
-            for (int h = 0; h < Heads; ++h) sums[h][i] += q[h][d] * k;
+// Scores from a turned block: keys (key_size, kBlockKeys). Every fourth channel first, as above.
+template <int N> void score_turned(const float* keys, const Lines& lines, int key_size, float* scores) {
+    constexpr int V = vectors_beside(N);
+    for (int j = 0; j < kBlockKeys; j += V * W) {
+        for (int first = 0; first < 4; ++first) {
+            Floats sums[N][V] = {};
+            for (int d = first; d < key_size; d += 4) {
+                Floats k[V];
+                for (int i = 0; i < V; ++i) k[i] = load(keys + d * kBlockKeys + j + i * W);
+                for (int n = 0; n < N; ++n)
+                    for (int i = 0; i < V; ++i) sums[n][i] += lines.q[n][d] * k[i];
+            }
+            for (int n = 0; n < N; ++n)
+                for (int i = 0; i < V; ++i) {
+                    float* at = scores + n * kBlockKeys + j + i * W;
+                    store(at, first == 0 ? sums[n][i] : load(at) + sums[n][i]);
+                }
         }
     }
-    for (int h = 0; h < Heads; ++h)
-        for (int i = 0; i < kVectors; ++i) store(scores + h * kBlockKeys + i * W, sums[h][i]);
 }
 
 // Scores to weights under the partial's running maximum; returns what its older sums are multiplied by.
-float soften(const AttentionProblem& p, const float* bias, float* scores, float* partial) {
+inline float soften(const AttentionProblem& p, const float* bias, float* scores, float* partial, float* exported) {
     if (p.softcap != 0.0f)
-        for (int j = 0; j < kBlockKeys; ++j)
-            scores[j] = p.softcap * std::tanh(scores[j] * p.scale / p.softcap) + bias[j];
+        for (int j = 0; j < kBlockKeys; ++j) scores[j] = p.softcap * std::tanh(scores[j] * p.scale / p.softcap) + bias[j];
     else
         for (int j = 0; j < kBlockKeys; j += W) store(scores + j, load(scores + j) * p.scale + load(bias + j));
-    float largest = partial[0];
-    for (int j = 0; j < kBlockKeys; ++j) largest = scores[j] > largest ? scores[j] : largest;
+    if (exported != nullptr) std::memcpy(exported, scores, sizeof(float) * kBlockKeys);
+    Floats most = splat(partial[0]);
+    for (int j = 0; j < kBlockKeys; j += W) {
+        const Floats some = load(scores + j);
+        most = some > most ? some : most;
+    }
+    float largest = largest_of_lanes(most);
     if (largest == kMinusInfinity) largest = 0.0f;  // only with NaN in the scores
     Floats sums = {};
     for (int j = 0; j < kBlockKeys; j += W) {
@@ -165,77 +104,209 @@ float soften(const AttentionProblem& p, const float* bias, float* scores, float*
         store(scores + j, weight);
         sums += weight;
     }
-    float lanes[W];
-    store(lanes, sums);
-    float sum = 0.0f;
-    for (int i = 0; i < W; ++i) sum += lanes[i];
-    const float factor = partial[0] == kMinusInfinity ? 0.0f : exp_one(partial[0] - largest);
-    partial[1] = partial[1] * factor + sum;
+    const float factor = partial[0] == kMinusInfinity ? 0.0f : partial[0] == largest ? 1.0f : exp_one(partial[0] - largest);
+    partial[1] = partial[1] * factor + sum_of_lanes(sums);
     partial[0] = largest;
     return factor;
 }
 
-constexpr int kValueVectors = 4;  // vectors of one head's sum that are kept in registers
+template <KvType Type> struct StoredValues {
+    const KeyBlock &block, &next;
+    size_t num_bytes;
+    Floats at(int key, int channel) const { return Rows<Type>::load(block.values[key], channel); }
+    void ask_ahead(int key) const { prefetch(next.values[key], num_bytes); }
+};
 
-template <int Heads>
-void weigh(const float* weights, const float* bias, const float* values, int value_size, int count,
-           const float* factors, float* const* partials) {
-    for (int d = 0; d < value_size; d += kValueVectors * W) {
-        const int n = (value_size - d) / W < kValueVectors ? (value_size - d) / W : kValueVectors;
-        Floats sums[Heads][kValueVectors];
-        for (int h = 0; h < Heads; ++h)
-            for (int i = 0; i < n; ++i) sums[h][i] = load(partials[h] + 2 + d + i * W) * factors[h];
-        for (int j = 0; j < count; ++j) {
-            if (bias[j] == kMinusInfinity) continue;  // whatever a hidden key holds stays hidden
-            for (int i = 0; i < n; ++i) {
-                const Floats v = load(values + j * value_size + d + i * W);
-                for (int h = 0; h < Heads; ++h) sums[h][i] += weights[h * kBlockKeys + j] * v;
+struct FloatValues {
+    const float* values;
+    int size;
+    Floats at(int key, int channel) const { return load(values + key * size + channel); }
+    void ask_ahead(int) const {}
+};
+
+// Adds weights (N, kBlockKeys) times values to V vectors of the partials, from `channel` on. The value of a
+// hidden key is not touched, whatever it holds.
+template <int N, int V, class Values>
+void weigh_channels(const Values& values, const float* weights, const Lines& lines, int channel, int count, bool all_visible,
+                    const float* factors) {
+    Floats sums[N][V];
+    for (int n = 0; n < N; ++n)
+        for (int i = 0; i < V; ++i) sums[n][i] = load(lines.partials[n] + 2 + channel + i * W) * factors[n];
+    for (int j = 0; j < count; ++j) {
+        if (channel == 0) values.ask_ahead(j);
+        if (!all_visible && lines.bias[0][j] == kMinusInfinity) continue;
+        Floats v[V];
+        for (int i = 0; i < V; ++i) v[i] = values.at(j, channel + i * W);
+        for (int n = 0; n < N; ++n)
+            for (int i = 0; i < V; ++i) sums[n][i] += weights[n * kBlockKeys + j] * v[i];
+    }
+    for (int n = 0; n < N; ++n)
+        for (int i = 0; i < V; ++i) store(lines.partials[n] + 2 + channel + i * W, sums[n][i]);
+}
+
+template <int N, class Values>
+void soften_and_weigh(const AttentionProblem& p, const Values& values, const Lines& lines, int count, bool all_visible,
+                      float* scores) {
+    float factors[N];
+    for (int n = 0; n < N; ++n)
+        factors[n] = soften(p, lines.bias[n], scores + n * kBlockKeys, lines.partials[n], lines.exported[n]);
+    constexpr int V = vectors_beside(N);
+    int channel = 0;
+    for (; channel + V * W <= p.value_size; channel += V * W)
+        weigh_channels<N, V>(values, scores, lines, channel, count, all_visible, factors);
+    for (; channel < p.value_size; channel += W)
+        weigh_channels<N, 1>(values, scores, lines, channel, count, all_visible, factors);
+}
+
+// The block of a few lines, as it is stored.
+struct StoredBlock {
+    const AttentionProblem& p;
+    const KeyBlock &block, &next;
+    static constexpr int kMostLines = kDirectLines;
+
+    template <int N> void attend(const Lines& lines, bool all_visible, float* scores) const {
+        switch (p.k_type) {
+            case KvType::f16: score_stored<KvType::f16, N>(block, next, lines, p.key_size, scores); break;
+            case KvType::q8_0: score_stored<KvType::q8_0, N>(block, next, lines, p.key_size, scores); break;
+            case KvType::q4_0: score_stored<KvType::q4_0, N>(block, next, lines, p.key_size, scores); break;
+        }
+        switch (p.v_type) {
+            case KvType::f16: return weigh<KvType::f16, N>(lines, all_visible, scores);
+            case KvType::q8_0: return weigh<KvType::q8_0, N>(lines, all_visible, scores);
+            case KvType::q4_0: return weigh<KvType::q4_0, N>(lines, all_visible, scores);
+        }
+    }
+    template <KvType Type, int N> void weigh(const Lines& lines, bool all_visible, float* scores) const {
+        const StoredValues<Type> values{block, next, Rows<Type>::num_bytes(p.value_size)};
+        soften_and_weigh<N>(p, values, lines, block.count, all_visible, scores);
+    }
+};
+
+// The block of many lines: keys turned (key_size, kBlockKeys) and values (kBlockKeys, value_size) in floats.
+struct ConvertedBlock {
+    const AttentionProblem& p;
+    const KeyBlock& block;
+    float *keys, *values;
+    static constexpr int kMostLines = kTileLines;
+
+    template <KvType Type> void fill_keys() const {
+        for (int j = 0; j < kBlockKeys; j += W)
+            for (int d = 0; d < p.key_size; d += W) {
+                Floats channels[W];
+                for (int i = 0; i < W; ++i) channels[i] = Rows<Type>::load(block.keys[j + i], d);
+                turn(channels);
+                for (int c = 0; c < W; ++c) store(keys + (d + c) * kBlockKeys + j, channels[c]);
+            }
+    }
+    template <KvType Type> void fill_values() const {
+        for (int j = 0; j < block.count; ++j)
+            for (int d = 0; d < p.value_size; d += W)
+                store(values + j * p.value_size + d, Rows<Type>::load(block.values[j], d));
+    }
+    void fill() const {
+        switch (p.k_type) {
+            case KvType::f16: fill_keys<KvType::f16>(); break;
+            case KvType::q8_0: fill_keys<KvType::q8_0>(); break;
+            case KvType::q4_0: fill_keys<KvType::q4_0>(); break;
+        }
+        switch (p.v_type) {
+            case KvType::f16: return fill_values<KvType::f16>();
+            case KvType::q8_0: return fill_values<KvType::q8_0>();
+            case KvType::q4_0: return fill_values<KvType::q4_0>();
+        }
+    }
+    template <int N> void attend(const Lines& lines, bool all_visible, float* scores) const {
+        score_turned<N>(keys, lines, p.key_size, scores);
+        soften_and_weigh<N>(p, FloatValues{values, p.value_size}, lines, block.count, all_visible, scores);
+    }
+};
+
+template <class Block> void attend_lines(const Block& block, const Lines& lines, bool all_visible, float* scores) {
+    switch (lines.count) {
+        case 1: return block.template attend<1>(lines, all_visible, scores);
+        case 2: return block.template attend<2>(lines, all_visible, scores);
+        case 3: return block.template attend<3>(lines, all_visible, scores);
+        case 4: return block.template attend<4>(lines, all_visible, scores);
+        case 5: return block.template attend<5>(lines, all_visible, scores);
+        case 6: return block.template attend<6>(lines, all_visible, scores);
+    }
+    if constexpr (Block::kMostLines > 6) {
+        if (lines.count == 7) return block.template attend<7>(lines, all_visible, scores);
+        if (lines.count == 8) return block.template attend<8>(lines, all_visible, scores);
+    }
+}
+
+// The rows of one call and the heads of its KV head, as lines.
+struct RowGroup {
+    const AttentionProblem& p;
+    int kv_head, row_begin;
+    float* partials;
+
+    float* exported(int row, int head, int key) const {
+        if (p.scores == nullptr || row < p.first_scored_row) return nullptr;
+        return p.scores + (size_t(row - p.first_scored_row) * p.num_heads + head) * p.scores_stride + key;
+    }
+    void add(Lines& lines, int line, const BlockMask* masks, int key) const {
+        const int row = row_begin + line / p.group_size(), head = kv_head * p.group_size() + line % p.group_size();
+        lines.q[lines.count] = reinterpret_cast<const float*>(p.q + row * p.q_row_stride + head * p.q_head_stride);
+        lines.bias[lines.count] = masks[row - row_begin].bias;
+        lines.partials[lines.count] = partials + line * partial_floats(p);
+        lines.exported[lines.count] = exported(row, head, key);
+        ++lines.count;
+    }
+    // Rows that see the whole block share it; one that sees a part of it has it for itself.
+    template <class Block>
+    void attend(const Block& of_rows, const KeyBlock& block, const BlockMask* masks, int num_rows, float* scores) const {
+        const auto sees_all = [&](int i) { return masks[i].num_visible == block.count; };
+        for (int first = 0, end = 0; first < num_rows; first = end) {
+            end = first + 1;
+            if (masks[first].num_visible == 0) {
+                hide(first, block.begin);
+                continue;
+            }
+            while (sees_all(first) && end < num_rows && sees_all(end)) ++end;
+            for (int line = first * p.group_size(); line < end * p.group_size();) {
+                Lines lines;
+                lines.count = 0;
+                while (line < end * p.group_size() && lines.count < Block::kMostLines) add(lines, line++, masks, block.begin);
+                attend_lines(of_rows, lines, sees_all(first), scores);
             }
         }
-        for (int h = 0; h < Heads; ++h)
-            for (int i = 0; i < n; ++i) store(partials[h] + 2 + d + i * W, sums[h][i]);
     }
-}
-
-template <int Heads>
-void attend_heads(const AttentionProblem& p, int row, int head, const float* keys, const float* values,
-                  const float* bias, int count, float* scores, float* partials) {
-    const float* q[Heads];
-    float* partial[Heads];
-    float factors[Heads];
-    for (int h = 0; h < Heads; ++h) {
-        q[h] = reinterpret_cast<const float*>(p.q + row * p.q_row_stride + (head + h) * p.q_head_stride);
-        partial[h] = partials + h * partial_floats(p);
+    void hide(int index, int key) const {
+        for (int head = kv_head * p.group_size(); head < (kv_head + 1) * p.group_size(); ++head) {
+            float* scores = exported(row_begin + index, head, key);
+            for (int j = 0; scores != nullptr && j < kBlockKeys; ++j) scores[j] = kMinusInfinity;
+        }
     }
-    score<Heads>(q, keys, p.key_size, scores);
-    for (int h = 0; h < Heads; ++h) factors[h] = soften(p, bias, scores + h * kBlockKeys, partial[h]);
-    weigh<Heads>(scores, bias, values, p.value_size, count, factors, partial);
-}
+};
 
-void attend_keys(const AttentionProblem& p, int kv_head, int row_begin, int row_end, int key_begin,
-                  int key_end, float* scratch, float* partials) {
-    const int group = p.group_size();
-    const int floats = partial_floats(p);
+void attend_keys(const AttentionProblem& p, int kv_head, int row_begin, int row_end, int key_begin, int key_end, float* scratch,
+                 float* partials) {
     float* keys = scratch;
     float* values = keys + kBlockKeys * kMaxHeadSize;
-    float* scores = values + kBlockKeys * kMaxHeadSize;
-    float* bias = scores + 2 * kBlockKeys;
+    float* bias = values + kBlockKeys * kMaxHeadSize;
+    float* scores = bias + kTileRows * kBlockKeys;
+    const int num_rows = row_end - row_begin;
+    const bool few = num_rows * p.group_size() <= kDirectLines;
+    const RowGroup rows{p, kv_head, row_begin, partials};
+    KeyBlock block, next;
+    locate(p, kv_head, key_begin, next);
     for (int begin = key_begin; begin < key_end; begin += kBlockKeys) {
-        const int count = key_end - begin < kBlockKeys ? key_end - begin : kBlockKeys;
-        bool loaded = false;
-        for (int row = row_begin; row < row_end; ++row) {
-            if (!load_mask(p, row, begin, count, bias)) continue;
-            if (!loaded) {
-                load_keys(p, kv_head, begin, count, values, keys);
-                load_values(p, kv_head, begin, count, values);
-                loaded = true;
-            }
-            float* of_row = partials + (row - row_begin) * group * floats;
-            int h = 0;
-            for (; h + 2 <= group; h += 2)
-                attend_heads<2>(p, row, kv_head * group + h, keys, values, bias, count, scores, of_row + h * floats);
-            if (h < group)
-                attend_heads<1>(p, row, kv_head * group + h, keys, values, bias, count, scores, of_row + h * floats);
+        block = next;
+        locate(p, kv_head, begin + kBlockKeys < p.num_keys ? begin + kBlockKeys : begin, next);
+        BlockMask masks[kTileRows];
+        bool seen = false;
+        for (int i = 0; i < num_rows; ++i) {
+            masks[i] = read_mask(p, row_begin + i, block, bias + i * kBlockKeys);
+            seen |= masks[i].num_visible != 0;
+        }
+        if (few || !seen) {
+            rows.attend(StoredBlock{p, block, next}, block, masks, num_rows, scores);
+        } else {
+            const ConvertedBlock converted{p, block, keys, values};
+            converted.fill();
+            rows.attend(converted, block, masks, num_rows, scores);
         }
     }
 }

@@ -5,9 +5,13 @@
 
 // One attention node as plain pointers and strides: the kernels know no ggml.
 //
-// Shapes: q (num_rows, num_heads, key_size) f32; k (num_keys, num_kv_heads, key_size) and
-// v (num_keys, num_kv_heads, value_size) of `kv_type`; mask (num_rows, num_keys) f16, added to the scaled
-// scores; out (num_rows, num_heads, value_size) f32. Strides are in bytes.
+// Shapes: q (num_rows, num_heads, key_size) f32; k (cells, num_kv_heads, key_size) and v (cells,
+// num_kv_heads, value_size) of `k_type` and `v_type`; mask (num_rows, cells) f16, added to the scaled scores;
+// out (num_rows, num_heads, value_size) f32. Strides are in bytes. Where `selected` is not null, key j of
+// `num_keys` lies in cell selected[j]; else in cell j. `sinks`, where not null, has a score for each head
+// that takes part in the softmax and has no value. Where `scores` is not null, the masked scores of the rows
+// from `first_scored_row` on are left there, (scored rows, num_heads, scores_stride) floats, and in `totals`,
+// (scored rows, num_heads, 2), the maximum and 1 / the sum of each softmax.
 enum class KvType { f16, q8_0, q4_0 };
 
 struct AttentionProblem {
@@ -24,32 +28,46 @@ struct AttentionProblem {
     KvType k_type, v_type;
     int num_rows, num_heads, num_kv_heads, num_keys, key_size, value_size;
     float scale, softcap;
+    const float* sinks;
+    const int32_t* selected;
+    float *scores, *totals;
+    int first_scored_row, scores_stride;
 
     int group_size() const { return num_heads / num_kv_heads; }
+    int cell_of(int key) const { return selected == nullptr ? key : selected[key]; }
 };
 
 // Keys are taken in blocks, at absolute positions, and blocks in chunks: the order of every sum depends
 // on the row alone, never on the batch it came in or on the number of threads.
 constexpr int kBlockKeys = 64;
-constexpr int kChunkKeys = 512;
+constexpr int kChunkKeys = 256;
 constexpr int kMaxHeadSize = 256;
+constexpr int kTileRows = 32;  // the most rows of one call of a kernel
+
+inline int padded_to_blocks(int num_keys) { return (num_keys + kBlockKeys - 1) / kBlockKeys * kBlockKeys; }
 
 // What one query head of one row has seen so far: maximum, sum of exponentials, and the weighted sum of
 // values, (2 + value_size) floats.
 inline int partial_floats(const AttentionProblem& problem) { return 2 + problem.value_size; }
 
-// Scratch of one thread, in floats: a block of keys and one of values, and the scores of two heads.
-constexpr size_t kScratchFloats = 2 * kBlockKeys * kMaxHeadSize + 4 * kBlockKeys;
+// Scratch of one thread, in floats: a block of keys and one of values, the rows' masks over the block, and
+// the scores of a few heads.
+constexpr size_t kScratchFloats = 2 * kBlockKeys * kMaxHeadSize + (kTileRows + 8) * kBlockKeys;
 
-// Attends the rows [row_begin, row_end) with the heads of `kv_head` to the keys [key_begin, key_end),
-// which begin a block and lie in one chunk. Adds to a partial for each row and head of the group, rows
-// outermost; `start_partial` makes one that has seen nothing.
+// Attends the rows [row_begin, row_end), at most kTileRows, with the heads of `kv_head` to the keys
+// [key_begin, key_end), which begin a block and lie in one chunk. Adds to a partial for each row and head of
+// the group, rows outermost; `start_partial` makes one that has seen nothing.
 using AttendKeys = void (*)(const AttentionProblem& problem, int kv_head, int row_begin, int row_end,
                             int key_begin, int key_end, float* scratch, float* partials);
+
+// Adds to `weights` what each of `count` scores, a multiple of kBlockKeys, weighs in its softmax: `totals` is
+// the line's maximum and 1 / sum.
+using AddWeights = void (*)(const float* scores, const float* totals, int count, float* weights);
 
 struct KernelSet {
     const char* name;
     AttendKeys attend_keys;
+    AddWeights add_weights;
 };
 
 // Each is null where the library was not built for it.

@@ -7,22 +7,20 @@
 
 #include "graph_hook.h"
 
-#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <memory>
 #include <new>
-#include <thread>
 #include <vector>
 
-#include "attend.h"
+#include "attention_node.h"
 #include "attention_problem.h"
 #include "ggml_tensor.h"
+#include "tidal_attend.h"
 
 namespace {
 
-constexpr int kMaxLayers = 512;
 constexpr int kEveryThread = -1;  // GGML_N_TASKS_MAX
 constexpr int kMaxOps = 512;
 
@@ -57,9 +55,9 @@ struct GraphHook {
     int32_t flash_attention_op, custom_op;
     bool active;
     int num_threads;
-    Attend attend;
+    TidalAttend attend;
     Layer layers[kMaxLayers];
-    int64_t nodes_ours, nodes_theirs, nanoseconds;
+    int64_t nodes_ours, nodes_theirs, nanoseconds, keys_read, keys_held;
 };
 
 namespace {
@@ -102,64 +100,42 @@ const char* learn(const GgmlFunctions& ggml, GraphHook& hook, CustomOp op) {
     return nullptr;
 }
 
-int layer_of(const GgmlTensor* k) {
-    while (k->view_src != nullptr) k = k->view_src;
-    int layer = -1;
-    if (std::sscanf(k->name, "cache_k_l%d", &layer) != 1 || layer < 0 || layer >= kMaxLayers) return -1;
-    return layer;
-}
-
-bool kv_type_of(const GgmlTensor* t, int64_t size, KvType& type) {
-    switch (t->type) {
-        case kGgmlTypeF16: type = KvType::f16; return t->nb[0] == 2;
-        case kGgmlTypeQ8_0: type = KvType::q8_0; return size % 32 == 0;
-        case kGgmlTypeQ4_0: type = KvType::q4_0; return size % 32 == 0;
-        default: return false;
-    }
-}
-
-// Fills the problem from the node; false where anything is not as the kernels know it.
-bool describe(const GgmlTensor* node, AttentionProblem& p) {
-    const GgmlTensor *q = node->src[0], *k = node->src[1], *v = node->src[2], *mask = node->src[3];
-    if (q == nullptr || k == nullptr || v == nullptr || mask == nullptr || node->src[4] != nullptr) return false;
-    const int64_t key_size = q->ne[0], value_size = v->ne[0], heads = q->ne[2], kv_heads = k->ne[2];
-    const bool shapes = k->ne[0] == key_size && k->ne[1] == v->ne[1] && v->ne[2] == kv_heads && kv_heads > 0 &&
-                        heads % kv_heads == 0 && key_size % 16 == 0 && value_size % 16 == 0 && key_size <= kMaxHeadSize &&
-                        value_size <= kMaxHeadSize && mask->ne[0] >= k->ne[1] && mask->ne[1] >= q->ne[1];
-    const bool one_stream = q->ne[3] == 1 && k->ne[3] == 1 && v->ne[3] == 1 && mask->ne[2] == 1 && mask->ne[3] == 1;
-    const bool types = q->type == kGgmlTypeF32 && q->nb[0] == 4 && mask->type == kGgmlTypeF16 && mask->nb[0] == 2 &&
-                       node->type == kGgmlTypeF32 && node->nb[0] == 4 && kv_type_of(k, key_size, p.k_type) &&
-                       kv_type_of(v, value_size, p.v_type);
-    if (!shapes || !one_stream || !types) return false;
-    p.q = static_cast<const char*>(q->data), p.q_row_stride = q->nb[1], p.q_head_stride = q->nb[2];
-    p.k = static_cast<const char*>(k->data), p.k_key_stride = k->nb[1], p.k_head_stride = k->nb[2];
-    p.v = static_cast<const char*>(v->data), p.v_key_stride = v->nb[1], p.v_head_stride = v->nb[2];
-    p.mask = static_cast<const char*>(mask->data), p.mask_row_stride = mask->nb[1];
-    p.out = static_cast<char*>(node->data), p.out_row_stride = node->nb[2], p.out_head_stride = node->nb[1];
-    p.num_rows = int(q->ne[1]), p.num_heads = int(heads), p.num_kv_heads = int(kv_heads), p.num_keys = int(k->ne[1]);
-    p.key_size = int(key_size), p.value_size = int(value_size);
-    return true;
+AttentionProblem problem_of(const AttentionNode& read, int stream, const Layer& layer) {
+    AttentionProblem problem = read.problem(stream);
+    problem.scale = layer.scale, problem.softcap = layer.softcap;
+    return problem;
 }
 
 // What ggml calls on each of its threads instead of its own attention.
 void attend_node(GgmlTensor* node, int thread, int num_threads, void* user_data) {
     const Layer& layer = *static_cast<const Layer*>(user_data);
     GraphHook& hook = *layer.hook;
-    AttentionProblem problem{};
-    describe(node, problem);
-    problem.scale = layer.scale, problem.softcap = layer.softcap;
+    AttentionNode read;
+    read.read(node);
     const auto started = std::chrono::steady_clock::now();
-    hook.attend.run(problem, *hook.kernels, thread, num_threads);
-    if (thread == 0)
-        hook.nanoseconds += std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - started).count();
+    int64_t keys_read = 0, keys_held = 0;
+    for (int stream = 0; stream < read.num_streams(); ++stream) {
+        const AttentionProblem problem = problem_of(read, stream, layer);
+        keys_read += hook.attend.run(problem, int(&layer - hook.layers), *hook.kernels, thread, num_threads);
+        keys_held += problem.num_keys;
+    }
+    if (thread != 0) return;
+    hook.nanoseconds += std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - started).count();
+    hook.keys_read += keys_read, hook.keys_held += keys_held;
+}
+
+bool make_room(GraphHook& hook, const AttentionNode& read, int layer) {
+    for (int stream = 0; stream < read.num_streams(); ++stream)
+        if (!hook.attend.reserve(read.problem(stream), layer, hook.num_threads)) return false;
+    return true;
 }
 
 void take(GraphHook& hook, GgmlTensor* node) {
-    const int index = node->src[1] != nullptr ? layer_of(node->src[1]) : -1;
-    AttentionProblem problem{};
+    const int index = AttentionNode::layer_of(node);
+    AttentionNode read;
     float max_bias = 0.0f;
     std::memcpy(&max_bias, node->op_params + 1, sizeof max_bias);
-    const bool known = index >= 0 && max_bias == 0.0f && describe(node, problem) && hook.attend.reserve(problem, hook.num_threads);
+    const bool known = index >= 0 && max_bias == 0.0f && read.read(node) && make_room(hook, read, index);
     if (!known) {
         ++hook.nodes_theirs;
         if (index >= 0) hook.layers[index].theirs = true;
@@ -176,13 +152,22 @@ void take(GraphHook& hook, GgmlTensor* node) {
 }
 
 // llama.cpp computes the same graph again and again: a node that was taken stays taken until it is given back.
-void give_back(GraphHook& hook, GgmlTensor* node) {
-    const int index = node->src[1] != nullptr ? layer_of(node->src[1]) : -1;
-    if (index < 0) return;
-    const Layer& layer = hook.layers[index];
-    if (std::memcmp(node->op_params, layer.op_params, sizeof node->op_params) != 0) return;
+// What else runs as a custom operation is not ours to touch.
+bool is_taken(const GraphHook& hook, const GgmlTensor* node, int index) {
+    return index >= 0 && std::memcmp(node->op_params, hook.layers[index].op_params, sizeof node->op_params) == 0;
+}
+
+void give_back(GraphHook& hook, GgmlTensor* node, int index) {
     node->op = hook.flash_attention_op;
-    std::memcpy(node->op_params, layer.their_op_params, sizeof node->op_params);
+    std::memcpy(node->op_params, hook.layers[index].their_op_params, sizeof node->op_params);
+}
+
+void keep(GraphHook& hook, GgmlTensor* node, int index) {
+    AttentionNode read;
+    if (read.read(node) && make_room(hook, read, index)) return;
+    give_back(hook, node, index);
+    ++hook.nodes_theirs;
+    hook.layers[index].theirs = true;
 }
 
 }  // namespace
@@ -210,15 +195,34 @@ extern "C" void lowtide_hook_free(GraphHook* hook) { delete hook; }
 extern "C" bool lowtide_hook_callback(void* tensor, bool ask, void* user_data) {
     auto& hook = *static_cast<GraphHook*>(user_data);
     auto* node = static_cast<GgmlTensor*>(tensor);
-    if (ask && hook.active && node->op == hook.flash_attention_op) take(hook, node);
-    if (ask && !hook.active && node->op == hook.custom_op) give_back(hook, node);
+    if (!ask) return false;
+    if (hook.active && node->op == hook.flash_attention_op) {
+        take(hook, node);
+    } else if (node->op == hook.custom_op) {
+        const int index = AttentionNode::layer_of(node);
+        if (is_taken(hook, node, index)) (hook.active ? keep : give_back)(hook, node, index);
+    }
     return false;
 }
 
 extern "C" void lowtide_hook_set_active(GraphHook* hook, int active) { hook->active = active != 0; }
 
+extern "C" int lowtide_hook_set_roles(GraphHook* hook, const uint8_t* roles, int num_layers, const SelectionRule* rule) {
+    try {
+        hook->attend.set_roles(roles, num_layers < kMaxLayers ? num_layers : kMaxLayers, *rule);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}
+
+extern "C" void lowtide_hook_start_pass(GraphHook* hook, int sparse, int refresh) {
+    hook->attend.start_pass(sparse != 0, refresh != 0);
+}
+
 extern "C" HookCounts lowtide_hook_counts(const GraphHook* hook) {
-    HookCounts counts{0, 0, hook->nodes_ours, hook->nodes_theirs, hook->nanoseconds, int64_t(hook->attend.scratch_bytes())};
+    HookCounts counts{0, 0, hook->nodes_ours, hook->nodes_theirs, hook->nanoseconds, int64_t(hook->attend.scratch_bytes()),
+                      hook->keys_read, hook->keys_held};
     for (const Layer& layer : hook->layers) {
         counts.layers_ours += layer.ours && !layer.theirs;
         counts.layers_theirs += layer.theirs;
@@ -227,21 +231,3 @@ extern "C" HookCounts lowtide_hook_counts(const GraphHook* hook) {
 }
 
 extern "C" const char* lowtide_hook_kernels(const GraphHook* hook) { return hook->kernels->name; }
-
-extern "C" int lowtide_attend(const AttentionProblem* problem, const char* kernels, int num_threads) {
-    const KernelSet* found = find_kernels(kernels);
-    if (found == nullptr) return 1;
-    const AttentionProblem& p = *problem;
-    const auto sized = [](int size) { return size > 0 && size <= kMaxHeadSize && size % 16 == 0; };
-    if (p.num_rows < 1 || p.num_keys < 1 || p.num_kv_heads < 1 || p.num_heads < 1 || p.num_heads % p.num_kv_heads != 0 ||
-        !sized(p.key_size) || !sized(p.value_size) || num_threads < 1)
-        return 2;
-    Attend attend;
-    if (!attend.reserve(*problem, num_threads)) return 1;
-    std::vector<std::thread> threads;
-    for (int i = 1; i < num_threads; ++i)
-        threads.emplace_back([&, i] { attend.run(*problem, *found, i, num_threads); });
-    attend.run(*problem, *found, 0, num_threads);
-    for (std::thread& thread : threads) thread.join();
-    return 0;
-}

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "api.h"
+#include "selection_rule.h"
 
 // Swaps llama.cpp's attention nodes for our kernels, through the evaluation callback of a context.
 struct GraphHook;
@@ -27,6 +28,8 @@ struct HookCounts {
     int64_t nodes_theirs;
     int64_t nanoseconds;  // in our kernel, as the first thread saw it
     int64_t scratch_bytes;
+    int64_t keys_read;  // that were attended to, over all layers and passes
+    int64_t keys_held;  // that the caches held for them
 };
 
 // Makes a hook for a context of `num_threads` threads, or returns null and writes why not, in words, to `reason` (`reason_size` bytes): this ggml's
@@ -42,7 +45,7 @@ LOWTIDE_API void lowtide_hook_set_active(GraphHook* hook, int active);
 LOWTIDE_API HookCounts lowtide_hook_counts(const GraphHook* hook);
 LOWTIDE_API const char* lowtide_hook_kernels(const GraphHook* hook);
 
-// Runs a kernel set on a problem from outside a graph, with `num_threads` threads: for tests. Returns 0,
-// 1 where there is no such set or no memory, 2 for shapes that no kernel knows.
-struct AttentionProblem;
-LOWTIDE_API int lowtide_attend(const AttentionProblem* problem, const char* kernels, int num_threads);
+// TidalDecode's part of each layer (`TidalAttend::Role`) and its rule, between passes. Returns 1 where there is
+// no memory. Passes are dense until one is started as sparse; `refresh` has its selection layers choose anew.
+LOWTIDE_API int lowtide_hook_set_roles(GraphHook* hook, const uint8_t* roles, int num_layers, const SelectionRule* rule);
+LOWTIDE_API void lowtide_hook_start_pass(GraphHook* hook, int sparse, int refresh);

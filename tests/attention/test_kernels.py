@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowtide.attention.kernels import attend, usable_kernel_sets
-from lowtide.attention.reference import attention, quantise_q4_0, quantise_q8_0
+from lowtide.attention.kernels import AttentionInputs, attend, select, usable_kernel_sets
+from lowtide.attention.reference import (
+    attention,
+    attention_weights,
+    quantise_q4_0,
+    quantise_q8_0,
+    tidal_selection,
+)
+from lowtide.attention.selection_rule import SelectionRule
 from lowtide.models.errors import BadOption, LowtideError
 
 SETS = usable_kernel_sets()
@@ -54,25 +61,35 @@ class Inputs:
     v_meant: Any
     kv_type: str
 
-    def run(self, *, rows: slice = slice(None), threads: int = 1, **options: Any) -> Any:
+    def arrays(self, rows: slice = slice(None), **options: Any) -> AttentionInputs:
         size = self.v_meant.shape[2]
-        return attend(
-            self.q[rows],
-            self.k,
-            self.v,
-            self.mask[rows],
+        return AttentionInputs(
+            q=self.q[rows],
+            k=self.k,
+            v=self.v,
+            mask=self.mask[rows],
             value_size=size,
             scale=size**-0.5,
             kv_type=self.kv_type,
-            threads=threads,
             **options,
         )
 
-    def expected(self, softcap: float = 0.0) -> Any:
-        size = self.v_meant.shape[2]
-        return attention(
-            self.q, self.k_meant, self.v_meant, self.mask, scale=size**-0.5, softcap=softcap
-        )
+    def run(
+        self,
+        *,
+        rows: slice = slice(None),
+        threads: int = 1,
+        kernels: str | None = None,
+        cells: Any = None,
+        **options: Any,
+    ) -> Any:
+        arrays = self.arrays(rows, **options)
+        return attend(arrays, threads=threads, kernels=kernels, cells=cells)
+
+    def expected(self, cells: Any = None, **options: Any) -> Any:
+        some = slice(None) if cells is None else cells
+        k, v, mask = self.k_meant[some], self.v_meant[some], self.mask[:, some]
+        return attention(self.q, k, v, mask, scale=self.v_meant.shape[2] ** -0.5, **options)
 
 
 def inputs_of(case: Case, kv_type: str = "f16", seed: int = 0, hidden: float = 0.3) -> Inputs:
@@ -93,16 +110,89 @@ def inputs_of(case: Case, kv_type: str = "f16", seed: int = 0, hidden: float = 0
     return Inputs(q, stored[0], stored[1], mask, meant[0], meant[1], kv_type)
 
 
+POLICIES = ["dense", "tidal"]
+
+
 @pytest.mark.parametrize("kernels", SETS)
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_against_the_reference(case: Case, kv_type: str, kernels: str) -> None:
+@pytest.mark.parametrize("policy", POLICIES)
+def test_against_the_reference(policy: str, case: Case, kv_type: str, kernels: str) -> None:
     if kv_type != "f16" and case.size % 32:
         pytest.skip("blocks of 32 do not divide this head size: llama.cpp makes no such cache")
     inputs = inputs_of(case, kv_type)
-    expected = inputs.expected()
-    found = inputs.run(kernels=kernels, threads=2)
+    cells = None
+    if policy == "tidal":  # about a third of the cells, in gaps of every kind
+        picked = np.random.default_rng(3).random(case.keys) < 0.3
+        cells = np.flatnonzero(picked | (np.arange(case.keys) == 0)).astype(np.int32)
+    expected = inputs.expected(cells)
+    found = inputs.run(kernels=kernels, threads=2, cells=cells)
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", SETS)
+@pytest.mark.parametrize("num_keys", [80, 200, 333])
+@pytest.mark.parametrize("case", [CASES[2], CASES[4], CASES[6], Case(4, 9, 3, 64, 900)], ids=str)
+def test_a_selection_layer_chooses_what_the_reference_does(
+    case: Case, num_keys: int, kernels: str
+) -> None:
+    inputs = inputs_of(case)
+    rule = SelectionRule(num_keys, 0.0, 4, 16, 0)
+    scored = slice(max(case.rows - 4, 0), None)  # the last rows choose for all
+    weights = attention_weights(
+        inputs.q[scored], inputs.k_meant, inputs.mask[scored], scale=case.size**-0.5
+    )
+    whole = np.zeros((case.rows, case.heads, case.keys))
+    whole[scored] = weights
+    expected = tidal_selection(whole, inputs.mask, num_keys=num_keys, num_first=4, num_last=16)
+    found = select(inputs.arrays(), rule, kernels=kernels)
+    assert found is not None and expected is not None
+    assert len(found) == len(expected) and (np.diff(found) > 0).all()
+    different = set(found.tolist()) ^ set(expected.tolist())
+    totals = whole.sum(axis=(0, 1))
+    least = totals[expected].min() if not different else totals[sorted(different)]
+    assert np.ptp(least) <= 1e-6 * totals.max()  # only keys of all but equal weight may change places
+    for threads in (2, 5):
+        again = select(inputs.arrays(), rule, kernels=kernels, threads=threads)
+        assert again is not None and again.tolist() == found.tolist()
+
+
+@pytest.mark.parametrize("kernels", SETS)
+def test_a_budget_of_every_visible_key_is_dense_bit_for_bit(kernels: str) -> None:
+    inputs = inputs_of(Case(1, 9, 3, 64, 700))
+    visible = np.flatnonzero(~np.isneginf(inputs.mask[0])).astype(np.int32)
+    assert select(inputs.arrays(), SelectionRule(len(visible), 0.0, 4, 64, 0)) is None
+    assert select(inputs.arrays(), SelectionRule(0, 1.0, 4, 64, 0)) is None
+    assert select(inputs.arrays(), SelectionRule(64, 0.0, 4, 16, 700)) is None  # a minimum context
+    everything = np.arange(700, dtype=np.int32)
+    dense = inputs.run(kernels=kernels)
+    assert dense.tobytes() == inputs.run(kernels=kernels, cells=everything).tobytes()
+
+
+@pytest.mark.parametrize("kernels", SETS)
+def test_first_and_last_keys_are_taken_and_hidden_ones_never(kernels: str) -> None:
+    inputs = inputs_of(Case(2, 4, 2, 64, 600))
+    inputs.k[:4] = 0
+    found = select(inputs.arrays(), SelectionRule(0, 0.25, 3, 20, 0), kernels=kernels)
+    assert found is not None
+    chosen = set(found.tolist())
+    for row in ~np.isneginf(inputs.mask):
+        seen = np.flatnonzero(row).tolist()
+        assert chosen >= {*seen[:3], *seen[-20:]}
+    visible = (~np.isneginf(inputs.mask)).any(axis=0)
+    assert visible[found].all()
+    assert len(found) == np.ceil(0.25 * visible.sum())
+
+
+@pytest.mark.parametrize("kernels", SETS)
+@pytest.mark.parametrize("case", [CASES[2], CASES[4], CASES[9]], ids=str)
+def test_attention_sinks(case: Case, kernels: str) -> None:
+    inputs = inputs_of(case)
+    sinks = np.linspace(-2, 4, case.heads, dtype=np.float32)
+    inputs.mask[case.rows - 1, 1:] = -np.inf  # a row of one key, which a sink outweighs
+    found = inputs.run(kernels=kernels, threads=2, sinks=sinks)
+    np.testing.assert_allclose(found, inputs.expected(sinks=sinks), rtol=2e-5, atol=1e-5)
+    assert np.abs(found - inputs.run(kernels=kernels)).max() > 1e-2
 
 
 @pytest.mark.parametrize("kernels", SETS)
@@ -134,10 +224,11 @@ def test_more_hidden_keys_at_the_end_change_nothing(kernels: str) -> None:
     whole = inputs.run(kernels=kernels)
     inputs.mask[:, 500:] = -np.inf
     padded = inputs.run(kernels=kernels)
+    arrays = inputs.arrays()
+    mask = np.ascontiguousarray(arrays.mask[:, :500])
     shorter = attend(
-        inputs.q, inputs.k[:500], inputs.v[:500], np.ascontiguousarray(inputs.mask[:, :500]),
-        value_size=64, scale=64**-0.5, kernels=kernels,
-    )  # fmt: skip
+        replace(arrays, k=arrays.k[:500], v=arrays.v[:500], mask=mask), kernels=kernels
+    )
     assert padded.tobytes() == shorter.tobytes() != whole.tobytes()
 
 
@@ -177,8 +268,8 @@ def test_strided_views_of_a_larger_cache(kernels: str) -> None:
     inputs = inputs_of(Case(2, 4, 2, 64, 150))
     cache = np.full((2, 2, 300, 64), np.nan, np.float16)  # k or v, head, cell, channel
     cache[0, :, :150], cache[1, :, :150] = inputs.k.swapaxes(0, 1), inputs.v.swapaxes(0, 1)
-    views = [cache[i, :, :150].swapaxes(0, 1) for i in range(2)]
-    found = attend(inputs.q, *views, inputs.mask, value_size=64, scale=64**-0.5, kernels=kernels)
+    k, v = (cache[i, :, :150].swapaxes(0, 1) for i in range(2))
+    found = attend(replace(inputs.arrays(), k=k, v=v), kernels=kernels)
     assert found.tobytes() == inputs.run(kernels=kernels).tobytes()
 
 

@@ -1,0 +1,16 @@
+#pragma once
+
+#include <cstdint>
+
+#include "api.h"
+#include "attention_problem.h"
+#include "selection_rule.h"
+
+// The kernels called on a problem from outside a graph, with threads of their own: for tests and measurements.
+// Each returns 0, 1 where there is no such kernel set or no memory, 2 for shapes that no kernel knows.
+LOWTIDE_API int lowtide_attend(const AttentionProblem* problem, const char* kernels, int num_threads);
+
+// Attends as a selection layer does, and writes what it chose to `cells`, which has room for every key, and
+// how many to `num_cells`; -1 where attention stays dense.
+LOWTIDE_API int lowtide_select(const AttentionProblem* problem, const SelectionRule* rule, const char* kernels,
+                               int num_threads, int32_t* cells, int32_t* num_cells);

@@ -1,0 +1,68 @@
+#pragma once
+
+// Rows of the KV cache as they are stored, W channels at a time as floats. Included by the kernels.
+
+#include <cstdint>
+#include <cstring>
+
+#include "attention_problem.h"
+#include "half.h"
+#include "vectors.h"
+
+namespace {
+
+typedef uint8_t Bytes __attribute__((vector_size(W), aligned(1), may_alias));
+typedef int8_t SignedBytes __attribute__((vector_size(W), aligned(1), may_alias));
+
+constexpr int kQuantisedBlock = 32;
+
+inline float half_at(const char* from) {
+    uint16_t half;
+    std::memcpy(&half, from, sizeof half);
+    return half_to_float(half);
+}
+
+template <KvType Type> struct Rows;
+
+template <> struct Rows<KvType::f16> {
+    static size_t num_bytes(int size) { return size_t(size) * 2; }
+    static Floats load(const char* row, int channel) {
+        const auto* halves = reinterpret_cast<const uint16_t*>(row) + channel;
+#if VECTOR_FLOATS == 16 && defined(__AVX512F__)
+        return Floats(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves))));
+#elif VECTOR_FLOATS == 8 && defined(__F16C__)
+        return Floats(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves))));
+#elif VECTOR_FLOATS == 4 && defined(__aarch64__)
+        return Floats(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(halves))));
+#else
+        Floats floats;
+        for (int i = 0; i < W; ++i) floats[i] = half_to_float(halves[i]);
+        return floats;
+#endif
+    }
+};
+
+// ggml's q8_0: a half-precision scale, then 32 signed bytes.
+template <> struct Rows<KvType::q8_0> {
+    static size_t num_bytes(int size) { return size_t(size) / kQuantisedBlock * 34; }
+    static Floats load(const char* row, int channel) {
+        const char* block = row + channel / kQuantisedBlock * 34;
+        SignedBytes codes;
+        std::memcpy(&codes, block + 2 + channel % kQuantisedBlock, sizeof codes);
+        return half_at(block) * __builtin_convertvector(codes, Floats);
+    }
+};
+
+// ggml's q4_0: a half-precision scale, then 16 bytes whose low halves are the first 16 elements.
+template <> struct Rows<KvType::q4_0> {
+    static size_t num_bytes(int size) { return size_t(size) / kQuantisedBlock * 18; }
+    static Floats load(const char* row, int channel) {
+        const char* block = row + channel / kQuantisedBlock * 18;
+        Bytes pairs;
+        std::memcpy(&pairs, block + 2 + channel % 16, sizeof pairs);
+        const Bytes codes = channel % kQuantisedBlock < 16 ? pairs & 15 : pairs >> 4;
+        return half_at(block) * (__builtin_convertvector(codes, Floats) - 8.0f);
+    }
+};
+
+}  // namespace

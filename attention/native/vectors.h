@@ -1,0 +1,143 @@
+#pragma once
+
+// Vectors of VECTOR_FLOATS lanes, which whoever includes this defines. The types are GCC's and clang's own,
+// so the same lines become AVX-512, AVX2, SSE2 or NEON by the flags they are compiled with.
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if VECTOR_FLOATS > 4
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int W = VECTOR_FLOATS;
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+typedef float Floats __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(4 * W), aligned(4), may_alias));
+
+inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
+inline void store(float* to, Floats value) { *reinterpret_cast<Floats*>(to) = value; }
+inline Floats splat(float value) { return value - Floats{}; }
+
+// exp of values at or below zero: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' coefficients), within
+// 2 units in the last place; exactly 0 below -87 and for NaN.
+inline Floats exp_nonpositive(Floats x) {
+    const Ints alive = x > splat(-87.0f);
+    x = alive ? x : splat(-87.0f);
+    const Floats shifted = x * 1.44269504f + 12582912.0f;  // rounds to the nearest whole number
+    const Floats n = shifted - 12582912.0f;
+    Floats r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    Floats y = splat(1.9875691500e-4f);
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * (r * r) + r + 1.0f;
+    const Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
+    Floats power;
+    std::memcpy(&power, &exponent, sizeof power);
+    const Floats result = y * power;
+    return alive ? result : splat(0.0f);
+}
+
+inline float exp_one(float x) {
+    float lane[W];
+    store(lane, exp_nonpositive(splat(x)));
+    return lane[0];
+}
+
+// The lanes moved down by Step, for sums and maxima across them: what comes in at the top is not used.
+template <int Step> inline Floats moved_down(Floats value) {
+    Ints pick;
+    for (int i = 0; i < W; ++i) pick[i] = (i + Step) % W;
+    return __builtin_shuffle(value, pick);
+}
+
+template <int Step = W / 2> inline float sum_of_lanes(Floats value) {
+    value += moved_down<Step>(value);
+    if constexpr (Step > 1) return sum_of_lanes<Step / 2>(value);
+    return value[0];
+}
+
+// NaN is passed over where it can be: a comparison with it is false.
+template <int Step = W / 2> inline float largest_of_lanes(Floats value) {
+    const Floats other = moved_down<Step>(value);
+    value = other > value ? other : value;
+    if constexpr (Step > 1) return largest_of_lanes<Step / 2>(value);
+    return value[0];
+}
+
+// Turns W vectors of W lanes: lane i of vector j becomes lane j of vector i.
+[[gnu::always_inline]] inline void turn(Floats (&rows)[W]) {
+    Ints low, high;
+    for (int i = 0; i < W; ++i) low[i] = i % 2 * W + i / 2, high[i] = low[i] + W / 2;
+    for (int step = 1; step < W; step *= 2) {
+        Floats next[W];
+        for (int i = 0; i < W / 2; ++i) {
+            next[2 * i] = __builtin_shuffle(rows[i], rows[i + W / 2], low);
+            next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + W / 2], high);
+        }
+        for (int i = 0; i < W; ++i) rows[i] = next[i];
+    }
+}
+
+// Four neighbouring lanes are a quad: some sums are kept as one a lane of a quad.
+constexpr int kQuads = W / 4;
+
+// Two quads of `a` and two of `b`, by number, for vectors of four quads.
+template <int A0, int A1, int B0, int B1> inline Floats quads_of(Floats a, Floats b) {
+    Ints pick;
+    for (int i = 0; i < W; ++i) {
+        const int from[4] = {A0, A1, kQuads + B0, kQuads + B1};
+        pick[i] = from[i / 4] * 4 + i % 4;
+    }
+    return __builtin_shuffle(a, b, pick);
+}
+
+// Turns kQuads vectors of kQuads quads: quad i of vector j becomes quad j of vector i.
+[[gnu::always_inline]] inline void turn_quads([[maybe_unused]] Floats (&rows)[kQuads]) {
+#if VECTOR_FLOATS == 16
+    const Floats a = quads_of<0, 1, 0, 1>(rows[0], rows[1]), b = quads_of<2, 3, 2, 3>(rows[0], rows[1]);
+    const Floats c = quads_of<0, 1, 0, 1>(rows[2], rows[3]), d = quads_of<2, 3, 2, 3>(rows[2], rows[3]);
+    rows[0] = quads_of<0, 2, 0, 2>(a, c), rows[1] = quads_of<1, 3, 1, 3>(a, c);
+    rows[2] = quads_of<0, 2, 0, 2>(b, d), rows[3] = quads_of<1, 3, 1, 3>(b, d);
+#elif VECTOR_FLOATS == 8
+    const Ints first = {0, 1, 2, 3, 8, 9, 10, 11};
+    const Floats a = rows[0], b = rows[1];
+    rows[0] = __builtin_shuffle(a, b, first), rows[1] = __builtin_shuffle(a, b, first + 4);
+#endif
+}
+
+// The four floats at `from` in every quad.
+inline Floats in_every_quad(const float* from) {
+#if VECTOR_FLOATS == 16
+    return Floats(_mm512_broadcast_f32x4(_mm_loadu_ps(from)));
+#elif VECTOR_FLOATS == 8
+    return Floats(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(from)));
+#else
+    return load(from);
+#endif
+}
+
+// The sums of the quads of four vectors, lane after lane: quad i of vector g is summed into lane 4 i + g.
+inline Floats sums_of_quads(Floats a, Floats b, Floats c, Floats d) {
+    Ints low, high, even, odd;  // interleave pairs of lanes, then pairs of pairs, inside each quad
+    for (int i = 0; i < W; ++i) {
+        const int quad = i / 4 * 4, lane = i % 4;
+        low[i] = quad + lane / 2 + lane % 2 * W, high[i] = low[i] + 2;
+        even[i] = quad + lane % 2 + lane / 2 * W, odd[i] = even[i] + 2;
+    }
+    const Floats ab_low = __builtin_shuffle(a, b, low), ab_high = __builtin_shuffle(a, b, high);
+    const Floats cd_low = __builtin_shuffle(c, d, low), cd_high = __builtin_shuffle(c, d, high);
+    const Floats first = __builtin_shuffle(ab_low, cd_low, even), second = __builtin_shuffle(ab_low, cd_low, odd);
+    const Floats third = __builtin_shuffle(ab_high, cd_high, even), fourth = __builtin_shuffle(ab_high, cd_high, odd);
+    return ((first + second) + third) + fourth;
+}
+
+}  // namespace
