@@ -40,10 +40,11 @@ _OPENING = (
     ),
     click.option(
         "--attention",
-        type=click.Choice(["llama", "dense"]),
         default="llama",
         show_default=True,
-        help="Attention kernels: llama.cpp's, or our own exact ones.",
+        metavar="POLICY",
+        help="llama (llama.cpp's kernels), dense (our own, exact) or tidal (sparse decoding, an "
+        "approximation); with settings, tidal:k=1024,layers=2+8+14+20.",
     ),
     click.option("--offline", is_flag=True, help="Never reach for the network."),
 )

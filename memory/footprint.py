@@ -77,7 +77,7 @@ def weight_bytes(spec: ModelSpec, *, memory_map: bool) -> int:
 
 def kv_bytes(spec: ModelSpec, context: int, kv_type: str) -> int:
     """Return the KV cache for `context` tokens, the sum over layers of both rows of every cell."""
-    cells = -(-context // CELL_STEP) * CELL_STEP
+    cells = _cells(context)
     elements, block = BLOCK_BYTES[kv_type]
     per_cell = sum(
         -(-heads * size // elements) * block
@@ -85,6 +85,10 @@ def kv_bytes(spec: ModelSpec, context: int, kv_type: str) -> int:
         for size in (spec.key_head_size, spec.value_head_size)
     )
     return cells * per_cell + spec.recurrent_state_bytes
+
+
+def _cells(context: int) -> int:
+    return -(-context // CELL_STEP) * CELL_STEP
 
 
 def supports_kv_type(spec: ModelSpec, kv_type: str) -> bool:
@@ -103,7 +107,7 @@ def compute_bytes(spec: ModelSpec, context: int, max_rows: int, kv_type: str) ->
     heads = spec.num_heads * max(spec.key_head_size, spec.value_head_size)
     num_masks = 2 if spec.sliding_window else 1
     row = 4 * (3 * feed_forward + 4 * spec.embedding_width + 2 * heads) + 64
-    cells = -(-context // CELL_STEP) * CELL_STEP
+    cells = _cells(context)
     total = max_rows * (row + num_masks * 2 * cells)
     return total if kv_type == "f16" else total * 3 // 2
 
@@ -116,14 +120,21 @@ def logits_bytes(spec: ModelSpec) -> int:
 def attention_bytes(spec: ModelSpec, context: int, threads: int) -> int:
     """Return the scratch of our attention kernels.
 
-    Each thread holds a block of 64 keys and values in f32; beside that stand the partial sums of a few
-    rows over every chunk of 512 keys, or of two tiles of 16 rows a thread.
+    Each thread holds a block of 64 keys and values in f32 and the masks of 32 rows over it; beside that
+    stand the partial sums of up to 8 rows over every chunk of 256 keys, or of two tiles of 32 rows a thread.
     """
     group = -(-spec.num_heads // max(min(filter(None, spec.num_kv_heads), default=1), 1))
     sums = 4 * (2 + spec.value_head_size)
-    split = 8 * spec.num_heads * -(-context // 512) * sums
-    tiled = 2 * 16 * group * threads * sums
-    return max(split, tiled) + threads * 4 * (2 * 64 * 256 + 4 * 64)
+    split = 8 * spec.num_heads * -(-_cells(context) // 256) * sums
+    tiled = 2 * 32 * group * threads * sums
+    return split + tiled + threads * 4 * 64 * (2 * 256 + 40)
+
+
+def selection_bytes(spec: ModelSpec, context: int, selection_layers: int) -> int:
+    """Return what choosing keys takes: scores of up to 4 rows, and a set for each layer that chooses."""
+    cells = _cells(context)
+    scores = 4 * spec.num_heads * 4 * (cells + 2)
+    return scores + 4 * cells + selection_layers * 13 * cells
 
 
 def prompt_limit_bytes(context: int) -> int:

@@ -21,6 +21,8 @@ class PlanOptions:
     max_rows: int | None = None
     attention_threads: int = 0
     """Threads of our own attention kernels; 0 where attention is llama.cpp's."""
+    selection_layers: int = 0
+    """How many layers choose keys for the others."""
 
     def __post_init__(self) -> None:
         if self.context is not None and self.context < 1:

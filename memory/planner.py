@@ -176,6 +176,8 @@ def _rows(
     prompt = footprint.prompt_bytes(context)
     threads = options.attention_threads
     attention = footprint.attention_bytes(spec, context, threads) if threads else 0
+    if options.selection_layers:
+        attention += footprint.selection_bytes(spec, context, options.selection_layers)
     after_loading = kv + compute + logits + prompt + attention
     loading = max(footprint.loading_bytes(spec) - after_loading, 0)
     vocabulary = spec.vocabulary.num_tokens

@@ -149,4 +149,5 @@ def fake_spec(context: int) -> ModelSpec:
         file_bytes=1 << 20,
         tensor_types=frozenset({"F32"}),
         chat_template=CHAT_TEMPLATE,
+        fingerprint="fake",
     )

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from lowtide.models.errors import BadModelFile
+from lowtide.models.fingerprint import fingerprint
 from lowtide.models.gguf_reader import ArrayValue, GgufContents, read_gguf
 from lowtide.models.spec import ModelSpec, VocabularySpec
 
@@ -93,6 +94,7 @@ class _Keys:
             file_bytes=sum(part.file_bytes for part in parts),
             tensor_types=frozenset(layer_bytes),
             chat_template=self.optional_text("tokenizer.chat_template"),
+            fingerprint=fingerprint(parts),
         )
 
     def _feed_forward_width(self, num_layers: int) -> tuple[int, ...]:

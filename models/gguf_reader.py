@@ -102,12 +102,13 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class GgufContents:
-    """What one GGUF file's headers say; `file_bytes` is the file's real size."""
+    """What one GGUF file's headers say; the data section begins at byte `data_start` of `file_bytes`."""
 
     path: Path
     metadata: dict[str, Scalar | ArrayValue]
     tensors: tuple[TensorInfo, ...]
     file_bytes: int
+    data_start: int
 
 
 def read_gguf(path: Path) -> GgufContents:
@@ -174,12 +175,12 @@ class _Cursor:
             key = self.text(limit=MAX_NAME_BYTES)
             metadata[key] = self.value(self.scalar(4))
         directory = [self.tensor() for _ in range(num_tensors)]
-        self._check_data_section(metadata, directory)
-        return GgufContents(self.path, metadata, tuple(directory), self.size)
+        start = self._check_data_section(metadata, directory)
+        return GgufContents(self.path, metadata, tuple(directory), self.size, start)
 
     def _check_data_section(
         self, metadata: dict[str, Scalar | ArrayValue], tensors: Sequence[TensorInfo]
-    ) -> None:
+    ) -> int:
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
             raise self.broken(f"its alignment is {alignment!r}, a power of two is wanted")
@@ -190,6 +191,7 @@ class _Cursor:
                 f"{self.path} is cut short: its tensors end at byte {end}, the file has "
                 f"{self.size}; fetch the file again"
             )
+        return start
 
     def broken(self, reason: str) -> BadModelFile:
         return BadModelFile(

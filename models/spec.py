@@ -29,6 +29,7 @@ class ModelSpec:
     `num_kv_heads` and `feed_forward_width` have one entry a layer (0 where a layer has none);
     `sliding_window` is None where every layer sees the whole context. `weight_bytes` counts the
     tensors' data over all parts of a split file, `tensor_types` the quantisation types in use.
+    `fingerprint` is the same for every quantisation of a model.
     """
 
     paths: tuple[Path, ...]
@@ -50,6 +51,7 @@ class ModelSpec:
     file_bytes: int
     tensor_types: frozenset[str]
     chat_template: str | None
+    fingerprint: str
 
     @property
     def path(self) -> Path:

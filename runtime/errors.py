@@ -10,6 +10,7 @@ LowtideError                 everything a user can act on; `exit_code` 1
   |   - UnsupportedModel
   |   - TemplateError
   |   - DownloadError        1
+  + CalibrationError         2  a calibration file is broken or of another model
   + PromptTooLong            2  the prompt does not fit the context
   + ForwardError             1  a forward pass failed in native code
   + RuntimeUnusable          1  closed, or busy with another answer
@@ -18,6 +19,7 @@ LowtideError                 everything a user can act on; `exit_code` 1
 
 from __future__ import annotations
 
+from lowtide.attention.calibration import CalibrationError
 from lowtide.memory.errors import BadSize, OverBudget
 from lowtide.models.errors import (
     BadModelFile,
@@ -35,6 +37,7 @@ __all__ = [
     "BadModelFile",
     "BadOption",
     "BadSize",
+    "CalibrationError",
     "DownloadError",
     "ForwardError",
     "LowtideError",

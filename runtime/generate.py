@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from lowtide.attention.graph_hook import HookCounts
 from lowtide.memory.meter import read_process_memory
 from lowtide.models.model import Model
 from lowtide.models.tokenizer import TextStream
@@ -46,11 +47,15 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFacts:
-    """What the statistics tell of the runtime around the loop; `layers_ours` is asked when needed."""
+    """What the statistics tell of the runtime around the loop.
+
+    `attention` is the policy in words; `hook_counts` is asked when needed, and None where nothing is hooked.
+    """
 
     budget_bytes: int
     planned_bytes: int
-    layers_ours: Callable[[], int]
+    attention: str
+    hook_counts: Callable[[], HookCounts | None]
 
 
 def generate(
@@ -76,7 +81,7 @@ def generate(
             yield Piece(text + rest, token_id, finish_reason, meter.final())
             return
         yield Piece(text, token_id, None, meter.statistics())
-        logits = session.append((token_id,))
+        logits = session.decode((token_id,))
 
 
 def prefill(session: Session, token_ids: Sequence[int], max_rows: int) -> Logits:
@@ -108,6 +113,7 @@ class _Meter:
         self.generated_tokens = 0
         self._prefill_s = 0.0
         self._layers_ours = 0
+        self._at_prompt: HookCounts | None = None
         self._first_token_s: float | None = None
         self._first_token_at = 0.0
         self._now = self._started_at = time.perf_counter()
@@ -115,7 +121,8 @@ class _Meter:
     def prefilled(self) -> None:
         self._now = time.perf_counter()
         self._prefill_s = self._now - self._started_at
-        self._layers_ours = self._facts.layers_ours()
+        self._at_prompt = self._facts.hook_counts()
+        self._layers_ours = self._at_prompt.layers_ours if self._at_prompt else 0
 
     def sampled(self) -> None:
         self._now = time.perf_counter()
@@ -138,10 +145,23 @@ class _Meter:
             time_to_first_token_s=self._first_token_s,
             layers_ours=self._layers_ours,
             layers=self._model.spec.num_layers,
+            attention=self._facts.attention,
             seed=self._seed,
             budget_bytes=self._facts.budget_bytes,
             planned_bytes=self._facts.planned_bytes,
         )
 
     def final(self) -> Statistics:
-        return replace(self.statistics(), peak_rss_bytes=read_process_memory().peak_bytes)
+        return replace(
+            self.statistics(),
+            peak_rss_bytes=read_process_memory().peak_bytes,
+            attended_share=self._attended_share(),
+        )
+
+    def _attended_share(self) -> float | None:
+        """Return how much of the cache decoding attended to since the prompt."""
+        now = self._facts.hook_counts()
+        if now is None or self._at_prompt is None:
+            return None
+        held = now.keys_held - self._at_prompt.keys_held
+        return (now.keys_read - self._at_prompt.keys_read) / held if held else None

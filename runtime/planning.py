@@ -9,6 +9,8 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from lowtide.attention.policies import parse_policy
+from lowtide.attention.policy import AttentionPolicy
 from lowtide.memory.budget import Budget
 from lowtide.memory.device import Machine, read_machine, usable_cores
 from lowtide.memory.errors import OverBudget
@@ -21,17 +23,14 @@ from lowtide.models.errors import BadOption
 from lowtide.models.gguf_header import read_spec
 from lowtide.models.spec import ModelSpec
 
-ATTENTIONS = ("llama", "dense")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenOptions:
     """What to open and how much it may take.
 
     `memory` is a size ("1GiB", "50%"), `context` a number of tokens, `kv_type` one of f16, q8_0, q4_0;
     None leaves the choice to the plan. `threads` None means the cores this process may use. `attention` is
-    "llama" (llama.cpp's own kernels) or "dense" (ours: exact, and a row's result does not depend on the
-    batch or the threads).
+    a policy or its name: "llama" (llama.cpp's own kernels), "dense" (ours: exact, and a row's result does
+    not depend on the batch or the threads) or "tidal" (`Tidal`: an approximation, "tidal:k=512").
     """
 
     memory: str | int | None = None
@@ -39,25 +38,26 @@ class OpenOptions:
     kv_type: str | None = None
     max_rows: int | None = None
     threads: int | None = None
-    attention: str = "llama"
+    attention: str | AttentionPolicy = "llama"
     offline: bool = False
 
     def __post_init__(self) -> None:
         if self.threads is not None and not 1 <= self.threads <= 512:
             raise BadOption(f"threads is {self.threads}, 1 to 512 are wanted")
-        if self.attention not in ATTENTIONS:
-            raise BadOption(
-                f"attention is {self.attention!r}, one of {', '.join(ATTENTIONS)} is wanted"
-            )
+        parse_policy(self.attention)
 
-    @property
-    def plan_options(self) -> PlanOptions:
+    def policy(self, spec: ModelSpec) -> AttentionPolicy:
+        """Return the attention policy, fitted to the model; raises `BadOption` where that cannot be."""
+        return parse_policy(self.attention).fitted(spec)
+
+    def plan_options(self, policy: AttentionPolicy) -> PlanOptions:
         """The part that the plan looks at."""
         return PlanOptions(
             context=self.context,
             kv_type=self.kv_type,
             max_rows=self.max_rows,
-            attention_threads=0 if self.attention == "llama" else self.num_threads,
+            attention_threads=self.num_threads if policy.uses_hook else 0,
+            selection_layers=policy.num_selections,
         )
 
     @property
@@ -68,17 +68,22 @@ class OpenOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedModel:
-    """A model's spec, the machine and the plan for them; `host` is what the plan was made for."""
+    """A model's spec, the machine and the plan for them; `host` is what the plan was made for.
+
+    `policy` is the attention policy, fitted to the model.
+    """
 
     spec: ModelSpec
     machine: Machine
     plan: MemoryPlan
     options: OpenOptions
+    policy: AttentionPolicy
     host: Host
 
     def require_fit(self) -> None:
         """Raise `OverBudget` where the plan, or what the process did before, is over the budget."""
-        require_fit(self.plan, self.spec, self.options.plan_options, self.host)
+        options = self.options.plan_options(self.policy)
+        require_fit(self.plan, self.spec, options, self.host)
         peak = read_process_memory().peak_bytes
         if peak > self.plan.budget.num_bytes:
             raise OverBudget(
@@ -101,5 +106,8 @@ def plan_spec(spec: ModelSpec, options: OpenOptions) -> PlannedModel:
     host = Host(
         interpreter_bytes=interpreter_bytes(read_process_memory()), processor=platform.machine()
     )
-    plan = plan_memory(spec, options.plan_options, budget, host)
-    return PlannedModel(spec=spec, machine=machine, plan=plan, options=options, host=host)
+    policy = options.policy(spec)
+    plan = plan_memory(spec, options.plan_options(policy), budget, host)
+    return PlannedModel(
+        spec=spec, machine=machine, plan=plan, options=options, policy=policy, host=host
+    )

@@ -13,7 +13,8 @@ from types import TracebackType
 from typing import Any
 
 from lowtide.attention.abort_guard import guarded_aborts
-from lowtide.attention.graph_hook import GraphHook
+from lowtide.attention.graph_hook import GraphHook, HookCounts
+from lowtide.attention.policy import AttentionPolicy
 from lowtide.memory.errors import OverBudget
 from lowtide.memory.footprint import prompt_limit_bytes
 from lowtide.memory.ledger import Ledger
@@ -48,7 +49,8 @@ class Runtime:
         self._hook = hook
         self._planned = planned
         self.ledger = ledger
-        self._session = Session(model)
+        steering = planned.policy.install(hook, planned.spec) if hook is not None else None
+        self._session = Session(model, steering)
         self._conversation: Conversation | None = None
         self._answer = 0
         self._lock = threading.Lock()
@@ -64,15 +66,15 @@ class Runtime:
         kv_type: str | None = None,
         max_rows: int | None = None,
         threads: int | None = None,
-        attention: str = "llama",
+        attention: str | AttentionPolicy = "llama",
         offline: bool = False,
     ) -> Runtime:
         """Plan and load a model so that the whole process stays at or under `memory`.
 
         `model` is a path, a name ("smollm2"), "hf:user/repo:Q4_K_M", a `Model` of your own, or None for
         the default model. `memory` is a size such as "1GiB" or "50%" of what is available; None is
-        80 %. `context` None is the longest that fits. `attention` is "llama" (llama.cpp's kernels) or
-        "dense" (ours). Raises `OverBudget` before anything is loaded where it cannot fit, `ModelError`
+        80 %. `context` None is the longest that fits. `attention` is "llama" (llama.cpp's kernels), "dense"
+        (ours), or an approximation: "tidal", or `Tidal(...)` with settings. Raises `OverBudget` before anything is loaded where it cannot fit, `ModelError`
         where the model cannot be used, `BadOption` for wrong values.
         """
         options = OpenOptions(
@@ -85,12 +87,13 @@ class Runtime:
             offline=offline,
         )
         if isinstance(model, Model):
-            if attention != "llama":
+            planned = plan_spec(model.spec, options)
+            if planned.policy.uses_hook:
                 raise BadOption(
-                    f"attention is {attention!r}, which runs in llama.cpp's graph alone: give the "
-                    "model as a file, or leave attention out"
+                    f"attention is {planned.policy.name!r}, which runs in llama.cpp's graph alone: give "
+                    "the model as a file, or leave attention out"
                 )
-            return cls.load(plan_spec(model.spec, options), model)
+            return cls.load(planned, model)
         return cls.load(plan_reference(model, options))
 
     @classmethod
@@ -104,7 +107,7 @@ class Runtime:
         hook = None
         if model is None:
             threads = planned.options.num_threads
-            hook = GraphHook(threads) if planned.options.attention == "dense" else None
+            hook = GraphHook(threads) if planned.policy.uses_hook else None
             try:
                 model = _load_gguf(planned, hook)
             except BaseException:
@@ -224,7 +227,8 @@ class Runtime:
         facts = RunFacts(
             budget_bytes=self.plan.budget.num_bytes,
             planned_bytes=self.plan.total_bytes,
-            layers_ours=self._layers_ours,
+            attention=str(self._planned.policy),
+            hook_counts=self._hook_counts,
         )
         pieces = generate(self._model, self._session, prompt, options, facts)
         while True:
@@ -239,8 +243,8 @@ class Runtime:
                 return
             yield piece
 
-    def _layers_ours(self) -> int:
-        return self._hook.counts().layers_ours if self._hook is not None else 0
+    def _hook_counts(self) -> HookCounts | None:
+        return self._hook.counts() if self._hook is not None else None
 
     def _remembered(
         self, pieces: Iterator[Piece], conversation: Conversation, prompt: ChatPrompt

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lowtide.attention.policy import Steering
 from lowtide.models.model import Model
 
 if TYPE_CHECKING:
@@ -12,11 +13,17 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """Keeps the KV cache and the list of its tokens in step, whatever interrupts them."""
+    """Keeps the KV cache and the list of its tokens in step, whatever interrupts them.
 
-    def __init__(self, model: Model) -> None:
+    `steering` tells the attention kernels what kind of pass comes. Tokens from `exact_until` on have keys
+    and values that an approximate pass computed.
+    """
+
+    def __init__(self, model: Model, steering: Steering | None = None) -> None:
         self._model = model
+        self._steering = steering or Steering()
         self.token_ids: list[int] = []
+        self.exact_until = 0
 
     @property
     def is_full(self) -> bool:
@@ -32,12 +39,38 @@ class Session:
         common = _common_prefix(self.token_ids, token_ids)
         kept = self._model.truncate(max(min(common, len(token_ids) - 1), 0))
         del self.token_ids[kept:]
+        self.exact_until = min(self.exact_until, kept)
         return kept
 
     def append(self, token_ids: Sequence[int]) -> Logits:
-        """Compute the tokens, at most `max_rows`, and return the last one's logits."""
+        """Compute tokens of a prompt, at most `max_rows`, exactly; return the last one's logits."""
+        self._steering.before_prompt()
+        was_exact = self.exact_until == len(self.token_ids)
         logits = self._model.forward(token_ids)
         self.token_ids.extend(token_ids)
+        if was_exact:
+            self.exact_until = len(self.token_ids)
+        return logits
+
+    def decode(self, token_ids: Sequence[int]) -> Logits:
+        """Compute tokens after the prompt as the policy has them; return the last one's logits.
+
+        When the policy's correction is due, they and those before them are computed again, exactly
+        (TidalDecode's KV cache correction).
+        """
+        self._steering.before_decode()
+        logits = self._model.forward(token_ids)
+        self.token_ids.extend(token_ids)
+        interval = self._steering.correction_interval
+        if interval is not None and len(self.token_ids) - self.exact_until >= interval:
+            return self._correct()
+        return logits
+
+    def _correct(self) -> Logits:
+        again = self.token_ids[:]
+        kept = self.rewind_to(again[: self.exact_until + 1])
+        for start in range(kept, len(again), self._model.max_rows):
+            logits = self.append(again[start : start + self._model.max_rows])
         return logits
 
 

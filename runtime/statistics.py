@@ -12,8 +12,9 @@ class Statistics:
 
     `reused_tokens` of the prompt were in the KV cache already, `kept_tokens` of it are seen by the
     model, `dropped_tokens` and `dropped_messages` went to `--overflow drop-oldest`. `layers_ours` of
-    `layers` ran our attention kernels. `peak_rss_bytes` is the process's peak so far, read at the end
-    of an answer.
+    `layers` ran our attention kernels under the policy `attention`; `attended_share` of the cached keys
+    were attended to while decoding. `peak_rss_bytes` is the process's peak so far. These two are read at
+    the end of an answer.
     """
 
     prompt_tokens: int
@@ -30,6 +31,8 @@ class Statistics:
     seed: int
     budget_bytes: int
     planned_bytes: int
+    attention: str = "llama"
+    attended_share: float | None = None
     peak_rss_bytes: int | None = None
     speculation: dict[str, Any] | None = None
 

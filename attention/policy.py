@@ -1,0 +1,58 @@
+"""AttentionPolicy: which keys a query sees, as a value. One policy, one file beside this one."""
+
+from __future__ import annotations
+
+from abc import ABC
+from typing import TYPE_CHECKING, ClassVar
+
+from lowtide.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from lowtide.attention.graph_hook import GraphHook
+
+
+class AttentionPolicy(ABC):
+    """A rule for attention: exact, or an approximation that only decoding takes.
+
+    As the user wrote it, it may leave things open; `fitted` to a model, nothing is.
+    """
+
+    name: ClassVar[str]
+    is_exact: ClassVar[bool] = True
+    uses_hook: ClassVar[bool] = True
+    """Whether our kernels run it, in llama.cpp's graph."""
+
+    def fitted(self, spec: ModelSpec) -> AttentionPolicy:
+        """Return the policy with everything settled for the model.
+
+        Raises `BadOption` where it asks of the model what that does not have.
+        """
+        return self
+
+    @property
+    def num_selections(self) -> int:
+        """How many layers choose keys: what the scratch memory depends on."""
+        return 0
+
+    def install(self, hook: GraphHook, spec: ModelSpec) -> Steering:
+        """Give the hook the policy and return what tells it of each pass."""
+        return Steering()
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Steering:
+    """Told before every pass what kind it is; this one has nothing to do: every pass is exact.
+
+    A prompt's passes are exact under every policy, those of decoding are as the policy has them.
+    """
+
+    correction_interval: int | None = None
+    """Every so many decoded tokens their keys and values are computed again, exactly; None is never."""
+
+    def before_prompt(self) -> None:
+        """Rows of a prompt come, or rows that are computed again."""
+
+    def before_decode(self) -> None:
+        """Rows after the prompt come."""

@@ -1,0 +1,131 @@
+"""How far a policy is from dense attention: divergence of the next-token distributions along a text.
+
+Both run on the same model and the same exact prompt, one token at a time, so that nothing but the policy
+differs. Reads no file; knows no command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lowtide.attention.policy import Steering
+from lowtide.models.model import Model
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+WINDOW_TOKENS = 64
+"""Tokens that are compared at one place; the reference's distributions are kept for so many."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distance:
+    """Sums over the compared tokens; divide by `num_tokens`, or read the properties.
+
+    `kl` is in nats a token, `nll_change` the relative change of the text's negative log likelihood,
+    `top1_agreement` how often both find the same token likeliest.
+    """
+
+    num_tokens: int = 0
+    kl_sum: float = 0.0
+    dense_nll_sum: float = 0.0
+    nll_sum: float = 0.0
+    num_agreeing: int = 0
+
+    def __add__(self, other: Distance) -> Distance:
+        return Distance(
+            num_tokens=self.num_tokens + other.num_tokens,
+            kl_sum=self.kl_sum + other.kl_sum,
+            dense_nll_sum=self.dense_nll_sum + other.dense_nll_sum,
+            nll_sum=self.nll_sum + other.nll_sum,
+            num_agreeing=self.num_agreeing + other.num_agreeing,
+        )
+
+    @property
+    def kl(self) -> float:
+        """Mean KL divergence of the policy from dense, nats a token."""
+        return self.kl_sum / self.num_tokens
+
+    @property
+    def nll_change(self) -> float:
+        """Change of the negative log likelihood, as a share of dense attention's."""
+        return self.nll_sum / self.dense_nll_sum - 1
+
+    @property
+    def top1_agreement(self) -> float:
+        """Share of tokens where both find the same one likeliest."""
+        return self.num_agreeing / self.num_tokens
+
+
+class Reference:
+    """A place in a text: the model's cache holds `start` tokens of it, exactly, and the distributions
+    of dense attention over the next `num_tokens` are kept.
+
+    Leaves the cache with the prompt alone. `dense` steers dense attention.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        dense: Steering,
+        token_ids: Sequence[int],
+        start: int,
+        num_tokens: int = WINDOW_TOKENS,
+    ) -> None:
+        self._model = model
+        self._start = start
+        self._inputs = token_ids[start : start + num_tokens]
+        self._targets = token_ids[start + 1 : start + num_tokens + 1]
+        if len(self._targets) < num_tokens:
+            raise ValueError(f"{start + num_tokens + 1} tokens are wanted, {len(token_ids)} given")
+        self._prompt = token_ids[:start]
+        extend(model, dense, self._prompt)
+        self._dense = np.empty((num_tokens, model.spec.vocabulary.num_tokens), np.float32)
+        for row, logits in enumerate(self._decoded(dense)):
+            self._dense[row] = log_softmax(logits)
+
+    def distance(self, steering: Steering) -> Distance:
+        """Decode the same tokens under a policy and compare."""
+        total = Distance()
+        for row, logits in enumerate(self._decoded(steering)):
+            total += _compare(self._dense[row], log_softmax(logits), self._targets[row])
+        return total
+
+    def _decoded(self, steering: Steering) -> Iterable[NDArray[np.float32]]:
+        extend(self._model, steering, self._prompt)
+        for token_id in self._inputs:
+            steering.before_decode()
+            yield self._model.forward((token_id,))
+        self._model.truncate(self._start)
+
+
+def extend(model: Model, dense: Steering, prompt: Sequence[int]) -> None:
+    """Bring the cache, which holds a beginning of `prompt`, to hold it whole."""
+    dense.before_prompt()
+    kept = model.truncate(len(prompt))
+    for at in range(kept, len(prompt), model.max_rows):
+        model.forward(prompt[at : at + model.max_rows])
+
+
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the logarithms of the probabilities, shape (vocabulary,)."""
+    shifted = logits - logits.max()
+    result: NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(dtype=np.float64))
+    return result
+
+
+def _compare(
+    dense: NDArray[np.float32], other: NDArray[np.float32], target: int
+) -> Distance:
+    divergence = (np.exp(dense) * (dense - other)).sum(dtype=np.float64)
+    return Distance(
+        num_tokens=1,
+        kl_sum=max(float(divergence), 0.0),
+        dense_nll_sum=-float(dense[target]),
+        nll_sum=-float(other[target]),
+        num_agreeing=int(dense.argmax() == other.argmax()),
+    )
