@@ -79,10 +79,10 @@ void Attend::run(const AttentionProblem& p, const KernelSet& kernels, int thread
         if (works) attend_tiled(p, kernels, thread, num_workers);
     } else {
         if (works) attend_split(p, kernels, thread, num_workers);
-        barrier_.wait(num_threads);
+        barrier_.wait(num_threads, [this] { next_item_ = 0; });
         if (works) merge_split(p, thread, num_workers);
     }
-    barrier_.wait(num_threads, [this] { next_tile_ = 0; });  // the partials are used again by the next node
+    barrier_.wait(num_threads, [this] { next_item_ = 0; });  // the partials are used again by the next node
 }
 
 void Attend::attend_split(const AttentionProblem& p, const KernelSet& kernels, int thread, int num_workers) {
@@ -92,7 +92,7 @@ void Attend::attend_split(const AttentionProblem& p, const KernelSet& kernels, i
     // The heads of a key lie side by side: a thread that takes them all reads whole lines of memory once.
     const int heads_each = num_chunks >= num_workers ? p.num_kv_heads : 1;
     const int num_items = p.num_kv_heads * num_chunks / heads_each;
-    for (int item = thread; item < num_items; item += num_workers) {
+    for (int item = next_item_++; item < num_items; item = next_item_++) {
         const int chunk = item * heads_each / p.num_kv_heads, first = item * heads_each % p.num_kv_heads;
         float* partials = partials_.data() + item_floats * (chunk * p.num_kv_heads + first);
         for (int i = 0; i < heads_each * p.num_rows * group; ++i) start_partial(partials + i * floats, p.value_size);
@@ -122,7 +122,7 @@ void Attend::attend_tiled(const AttentionProblem& p, const KernelSet& kernels, i
     const size_t tile_floats = size_t(kTileRows) * p.group_size() * partial_floats(p);
     float* scratch = scratch_.data() + kScratchFloats * thread;
     float* partials = partials_.data() + 2 * tile_floats * thread;
-    for (int item = next_tile_++; item < p.num_kv_heads * num_tiles; item = next_tile_++) {
+    for (int item = next_item_++; item < p.num_kv_heads * num_tiles; item = next_item_++) {
         const int begin = item % num_tiles * rows;
         attend_tile(p, kernels, item / num_tiles, begin, std::min(begin + rows, p.num_rows), scratch, partials,
                     partials + tile_floats);

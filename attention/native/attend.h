@@ -30,6 +30,6 @@ private:
     std::vector<float> scratch_;
     std::vector<float> partials_;
     int reserved_threads_ = 0;
-    std::atomic<int> next_tile_{0};
+    std::atomic<int> next_item_{0};
     Barrier barrier_;
 };

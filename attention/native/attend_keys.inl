@@ -20,6 +20,7 @@ constexpr int kRegisters = 16;
 #endif
 constexpr int kDirectLines = 8;  // so few read the cache's rows themselves
 constexpr int kTileLines = 6;
+constexpr int kAhead = 2 * kBlockKeys;  // what is asked for while a block is read: memory is the bound
 
 // Vectors of each line's sums that stay in registers beside as many operands.
 constexpr int vectors_beside(int lines) {
@@ -41,16 +42,16 @@ inline void prefetch(const char* row, size_t num_bytes) {
     for (size_t at = 0; at < num_bytes; at += 64) __builtin_prefetch(row + at);
 }
 
-// Scores straight from stored rows; asks for the next block's keys on the way, as memory is the bound.
+// Scores straight from stored rows; asks for the keys of the block `ahead` on the way.
 template <KvType Type, int N>
-void score_stored(const KeyBlock& block, const KeyBlock& next, const Lines& lines, int key_size, float* scores) {
+void score_stored(const KeyBlock& block, const KeyBlock& ahead, const Lines& lines, int key_size, float* scores) {
     const size_t num_bytes = Rows<Type>::num_bytes(key_size);
     for (int j = 0; j < kBlockKeys; j += W) {
         Floats sums[4][N] = {};
 #pragma GCC unroll 4
         for (int g = 0; g < 4; ++g) {
             const char* const* keys = block.keys + j + g;  // every fourth
-            for (int i = 0; i < kQuads; ++i) prefetch(next.keys[j + g + 4 * i], num_bytes);
+            for (int i = 0; i < kQuads; ++i) prefetch(ahead.keys[j + g + 4 * i], num_bytes);
             for (int d = 0; d < key_size; d += W) {
                 Floats quads[kQuads];
                 for (int i = 0; i < kQuads; ++i) quads[i] = Rows<Type>::load(keys[4 * i], d);
@@ -111,10 +112,10 @@ inline float soften(const AttentionProblem& p, const float* bias, float* scores,
 }
 
 template <KvType Type> struct StoredValues {
-    const KeyBlock &block, &next;
+    const KeyBlock &block, &ahead;
     size_t num_bytes;
     Floats at(int key, int channel) const { return Rows<Type>::load(block.values[key], channel); }
-    void ask_ahead(int key) const { prefetch(next.values[key], num_bytes); }
+    void ask_ahead(int key) const { prefetch(ahead.values[key], num_bytes); }
 };
 
 struct FloatValues {
@@ -161,14 +162,14 @@ void soften_and_weigh(const AttentionProblem& p, const Values& values, const Lin
 // The block of a few lines, as it is stored.
 struct StoredBlock {
     const AttentionProblem& p;
-    const KeyBlock &block, &next;
+    const KeyBlock &block, &ahead;
     static constexpr int kMostLines = kDirectLines;
 
     template <int N> void attend(const Lines& lines, bool all_visible, float* scores) const {
         switch (p.k_type) {
-            case KvType::f16: score_stored<KvType::f16, N>(block, next, lines, p.key_size, scores); break;
-            case KvType::q8_0: score_stored<KvType::q8_0, N>(block, next, lines, p.key_size, scores); break;
-            case KvType::q4_0: score_stored<KvType::q4_0, N>(block, next, lines, p.key_size, scores); break;
+            case KvType::f16: score_stored<KvType::f16, N>(block, ahead, lines, p.key_size, scores); break;
+            case KvType::q8_0: score_stored<KvType::q8_0, N>(block, ahead, lines, p.key_size, scores); break;
+            case KvType::q4_0: score_stored<KvType::q4_0, N>(block, ahead, lines, p.key_size, scores); break;
         }
         switch (p.v_type) {
             case KvType::f16: return weigh<KvType::f16, N>(lines, all_visible, scores);
@@ -177,7 +178,7 @@ struct StoredBlock {
         }
     }
     template <KvType Type, int N> void weigh(const Lines& lines, bool all_visible, float* scores) const {
-        const StoredValues<Type> values{block, next, Rows<Type>::num_bytes(p.value_size)};
+        const StoredValues<Type> values{block, ahead, Rows<Type>::num_bytes(p.value_size)};
         soften_and_weigh<N>(p, values, lines, block.count, all_visible, scores);
     }
 };
@@ -290,11 +291,10 @@ void attend_keys(const AttentionProblem& p, int kv_head, int row_begin, int row_
     const int num_rows = row_end - row_begin;
     const bool few = num_rows * p.group_size() <= kDirectLines;
     const RowGroup rows{p, kv_head, row_begin, partials};
-    KeyBlock block, next;
-    locate(p, kv_head, key_begin, next);
+    KeyBlock block, ahead;
     for (int begin = key_begin; begin < key_end; begin += kBlockKeys) {
-        block = next;
-        locate(p, kv_head, begin + kBlockKeys < p.num_keys ? begin + kBlockKeys : begin, next);
+        locate(p, kv_head, begin, block);
+        locate(p, kv_head, begin + kAhead < p.num_keys ? begin + kAhead : begin, ahead);
         BlockMask masks[kTileRows];
         bool seen = false;
         for (int i = 0; i < num_rows; ++i) {
@@ -302,7 +302,7 @@ void attend_keys(const AttentionProblem& p, int kv_head, int row_begin, int row_
             seen |= masks[i].num_visible != 0;
         }
         if (few || !seen) {
-            rows.attend(StoredBlock{p, block, next}, block, masks, num_rows, scores);
+            rows.attend(StoredBlock{p, block, ahead}, block, masks, num_rows, scores);
         } else {
             const ConvertedBlock converted{p, block, keys, values};
             converted.fill();
