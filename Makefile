@@ -7,7 +7,7 @@ SOURCES := runtime memory attention models cli
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := check
-.PHONY: chat test check format bench wheel-test sizes clean
+.PHONY: chat test check format bench wheel-test test-arm sizes clean
 
 chat: $(VENV)/.user ## talk with the default model
 	@$(BIN)/lowtide chat
@@ -30,6 +30,9 @@ bench: $(VENV)/.dev ## every figure of the README; run it on an idle machine
 
 wheel-test: $(VENV)/.dev ## the tests once more, against the built wheel, outside the checkout
 	PYTHON=$(BIN)/python tests/wheel_test.sh
+
+test-arm: $(VENV)/.dev ## the NEON kernels under qemu; wants g++-aarch64-linux-gnu and qemu-user
+	$(BIN)/pytest -rs tests/attention/test_arm.py
 
 sizes: ## the ten largest files
 	@git ls-files $(SOURCES) tests | grep -E '\.(py|cpp|h)$$' | xargs wc -l | sort -rn | sed -n '2,11p'

@@ -48,9 +48,9 @@ class Calibration:
         """Say in a few words where the settings come from."""
         return f"calibrated: KL {self.kl:.3f} at {self.context:,} tokens"
 
-    def to_json(self) -> str:
-        """Return the file's text."""
-        return json.dumps({"format": FORMAT, "policy": "tidal", **asdict(self)}, indent=2) + "\n"
+    def to_dict(self) -> dict[str, Any]:
+        """Return the file's values."""
+        return {"format": FORMAT, "policy": "tidal", **asdict(self)}
 
 
 def find_calibration(spec: ModelSpec) -> Calibration | None:
@@ -73,7 +73,7 @@ def save_calibration(calibration: Calibration, path: Path | None = None) -> Path
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(calibration.to_json(), encoding="utf-8")
+        part.write_text(json.dumps(calibration.to_dict(), indent=2) + "\n", encoding="utf-8")
         part.replace(path)
     except OSError as error:
         raise CalibrationError(
@@ -150,9 +150,9 @@ class _Fields:
 
     def _count(self, field: str) -> int:
         value = self._values.get(field)
-        if not _is_count(value) or value == 0:
+        if not isinstance(value, int) or not _is_count(value) or value == 0:
             raise self._wrong(field, "a whole number above 0")
-        return int(value)
+        return value
 
     def _number(self, field: str) -> float:
         value = self._values.get(field)

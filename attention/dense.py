@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from lowtide.attention.policy import AttentionPolicy
+from typing import TYPE_CHECKING
+
+from lowtide.attention.policy import AttentionPolicy, Steering
+from lowtide.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from lowtide.attention.graph_hook import GraphHook
 
 
 class Llama(AttentionPolicy):
@@ -16,3 +22,22 @@ class Dense(AttentionPolicy):
     """Our exact kernels: a row's result depends neither on the batch it came in nor on the threads."""
 
     name = "dense"
+
+    def install(self, hook: GraphHook, spec: ModelSpec) -> Steering:
+        """Make every pass exact, whatever another policy left behind."""
+        return DenseSteering(hook)
+
+
+class DenseSteering(Steering):
+    """Every pass is exact."""
+
+    def __init__(self, hook: GraphHook) -> None:
+        self._hook = hook
+
+    def before_prompt(self) -> None:
+        """Attend fully."""
+        self._hook.start_pass(sparse=False)
+
+    def before_decode(self) -> None:
+        """Attend fully."""
+        self._hook.start_pass(sparse=False)

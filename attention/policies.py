@@ -38,9 +38,12 @@ def _setting(part: str) -> tuple[str, Any]:
         raise BadOption(
             f"tidal has no setting {name!r}, it has {', '.join(TIDAL_SETTINGS)}: write tidal:k=512"
         )
-    read: Callable[[str], Any] = {"k": _read_k, "layers": _read_layers, "calibration": Path}.get(
-        name, int
-    )
+    readers: dict[str, Callable[[str], Any]] = {
+        "k": _read_k,
+        "layers": _read_layers,
+        "calibration": Path,
+    }
+    read = readers.get(name, int)
     try:
         return {"layers": "selection_layers"}.get(name, name), read(value)
     except ValueError:

@@ -118,9 +118,7 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return result
 
 
-def _compare(
-    dense: NDArray[np.float32], other: NDArray[np.float32], target: int
-) -> Distance:
+def _compare(dense: NDArray[np.float32], other: NDArray[np.float32], target: int) -> Distance:
     divergence = (np.exp(dense) * (dense - other)).sum(dtype=np.float64)
     return Distance(
         num_tokens=1,

@@ -29,9 +29,7 @@ def attention(
     """
     weights = attention_weights(q, k, mask, scale=scale, softcap=softcap, sinks=sinks)
     group = q.shape[1] // k.shape[1]
-    return np.stack(
-        [weights[:, head] @ v[:, head // group] for head in range(q.shape[1])], axis=1
-    )
+    return np.stack([weights[:, head] @ v[:, head // group] for head in range(q.shape[1])], axis=1)
 
 
 def attention_weights(

@@ -92,7 +92,9 @@ class Tidal(AttentionPolicy):
         """Return what each layer does in a sparse pass, one byte a layer."""
         layers = self.selection_layers or ()
         roles = [
-            ROLE_DENSE if layer < self.dense_layers or not layers or layer < layers[0] else ROLE_REUSE
+            ROLE_DENSE
+            if layer < self.dense_layers or not layers or layer < layers[0]
+            else ROLE_REUSE
             for layer in range(num_layers)
         ]
         for layer in layers:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from lowtide.models.spec import ModelSpec
     from lowtide.runtime.options import GenerationOptions
     from lowtide.runtime.planning import OpenOptions, PlannedModel
 
@@ -38,15 +39,16 @@ _OPENING = (
     click.option(
         "-t", "--threads", type=click.IntRange(1, 512), help="Threads.  [default: all cores]"
     ),
-    click.option(
-        "--attention",
-        default="llama",
-        show_default=True,
-        metavar="POLICY",
-        help="llama (llama.cpp's kernels), dense (our own, exact) or tidal (sparse decoding, an "
-        "approximation); with settings, tidal:k=1024,layers=2+8+14+20.",
-    ),
     click.option("--offline", is_flag=True, help="Never reach for the network."),
+)
+
+_ATTENTION = click.option(
+    "--attention",
+    default="llama",
+    show_default=True,
+    metavar="POLICY",
+    help="llama (llama.cpp's kernels), dense (our own, exact) or tidal (sparse decoding, an "
+    "approximation); with settings, tidal:k=1024,layers=2+8+14+20.",
 )
 
 _GENERATION = (
@@ -87,6 +89,11 @@ _GENERATION = (
 
 def opening_options(command: Command) -> Command:
     """Add MODEL, --memory, --context and what else says how to open a model."""
+    return _decorated(command, (*_OPENING, _ATTENTION))
+
+
+def opening_options_but_attention(command: Command) -> Command:
+    """Add what says how to open a model, for a command with an --attention of its own."""
     return _decorated(command, _OPENING)
 
 
@@ -103,23 +110,35 @@ def _decorated(command: Command, decorators: tuple[Callable[..., Any], ...]) -> 
 
 def planned_model(options: dict[str, Any]) -> PlannedModel:
     """Take the opening options out of a command's `options` and plan with them."""
-    from lowtide.runtime.planning import plan_reference
+    return plan_with(take_spec(options), take_open_options(options))
+
+
+def take_spec(options: dict[str, Any]) -> ModelSpec:
+    """Take MODEL out of a command's `options` and read its headers."""
+    from lowtide.runtime.planning import find_spec
 
     argument, option = options.pop("model"), options.pop("model_option")
     if argument and option and argument != option:
         raise click.UsageError(f"two models are given, {argument} and {option}: give one")
-    names = ("memory", "context", "kv_type", "threads", "attention", "offline")
-    chosen: OpenOptions = _open_options({name: options.pop(name) for name in names})
-    planned = plan_reference(argument or option, chosen)
+    return find_spec(argument or option, offline=options.pop("offline"))
+
+
+def take_open_options(options: dict[str, Any]) -> OpenOptions:
+    """Take out what says how to open a model; raise `BadOption` for a value that cannot be."""
+    from lowtide.runtime.planning import OpenOptions
+
+    names = ("memory", "context", "kv_type", "threads", "attention")
+    return OpenOptions(**{name: options.pop(name) for name in names})
+
+
+def plan_with(spec: ModelSpec, options: OpenOptions) -> PlannedModel:
+    """Plan, and say what is odd about the budget."""
+    from lowtide.runtime.planning import plan_spec
+
+    planned = plan_spec(spec, options)
     if planned.plan.budget.warning:
         click.echo(f"Warning: {planned.plan.budget.warning}", err=True)
     return planned
-
-
-def _open_options(values: dict[str, Any]) -> OpenOptions:
-    from lowtide.runtime.planning import OpenOptions
-
-    return OpenOptions(**values)
 
 
 def take_generation_options(options: dict[str, Any]) -> GenerationOptions:

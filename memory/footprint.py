@@ -121,7 +121,8 @@ def attention_bytes(spec: ModelSpec, context: int, threads: int) -> int:
     """Return the scratch of our attention kernels.
 
     Each thread holds a block of 64 keys and values in f32 and the masks of 32 rows over it; beside that
-    stand the partial sums of up to 8 rows over every chunk of 256 keys, or of two tiles of 32 rows a thread.
+    stand the partial sums of up to 8 rows over every chunk of 256 keys, and of two tiles of 32 rows a
+    thread.
     """
     group = -(-spec.num_heads // max(min(filter(None, spec.num_kv_heads), default=1), 1))
     sums = 4 * (2 + spec.value_head_size)
@@ -135,6 +136,11 @@ def selection_bytes(spec: ModelSpec, context: int, selection_layers: int) -> int
     cells = _cells(context)
     scores = 4 * spec.num_heads * 4 * (cells + 2)
     return scores + 4 * cells + selection_layers * 13 * cells
+
+
+def comparison_bytes(spec: ModelSpec, num_rows: int) -> int:
+    """Return what `num_rows` kept distributions take, and the arrays that compare two of them."""
+    return 4 * (num_rows + 8) * spec.vocabulary.num_tokens
 
 
 def prompt_limit_bytes(context: int) -> int:

@@ -23,6 +23,8 @@ class PlanOptions:
     """Threads of our own attention kernels; 0 where attention is llama.cpp's."""
     selection_layers: int = 0
     """How many layers choose keys for the others."""
+    compared_rows: int = 0
+    """Distributions over the vocabulary that a measurement keeps."""
 
     def __post_init__(self) -> None:
         if self.context is not None and self.context < 1:

@@ -204,9 +204,17 @@ def _rows(
             prompt,
             f"{footprint.prompt_limit_bytes(context):,} bytes of text",
         ),
+        *_comparison(spec, options.compared_rows),
         PlanRow("loading", loading, "needed for a moment, beyond what follows it"),
         PlanRow("reserve", footprint.RESERVE_BYTES, "allocator slack"),
     )
+
+
+def _comparison(spec: ModelSpec, num_rows: int) -> tuple[PlanRow, ...]:
+    if not num_rows:
+        return ()
+    num_bytes = footprint.comparison_bytes(spec, num_rows)
+    return (PlanRow("comparison", num_bytes, f"{num_rows} distributions over the vocabulary"),)
 
 
 def _given_up(preferred: _Choice, chosen: _Choice) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ LowtideError                 everything a user can act on; `exit_code` 1
   |   - TemplateError
   |   - DownloadError        1
   + CalibrationError         2  a calibration file is broken or of another model
+  + NotCalibrated            1  no setting of a policy stays inside the target
   + PromptTooLong            2  the prompt does not fit the context
   + ForwardError             1  a forward pass failed in native code
   + RuntimeUnusable          1  closed, or busy with another answer
@@ -19,6 +20,7 @@ LowtideError                 everything a user can act on; `exit_code` 1
 
 from __future__ import annotations
 
+from lowtide.attention.calibrate import NotCalibrated
 from lowtide.attention.calibration import CalibrationError
 from lowtide.memory.errors import BadSize, OverBudget
 from lowtide.models.errors import (
@@ -43,6 +45,7 @@ __all__ = [
     "LowtideError",
     "ModelError",
     "ModelNotFound",
+    "NotCalibrated",
     "OverBudget",
     "PromptTooLong",
     "RuntimeUnusable",

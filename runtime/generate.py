@@ -49,7 +49,8 @@ class Prompt:
 class RunFacts:
     """What the statistics tell of the runtime around the loop.
 
-    `attention` is the policy in words; `hook_counts` is asked when needed, and None where nothing is hooked.
+    `attention` is the policy in words; `hook_counts` is asked when needed: None where
+    nothing is hooked.
     """
 
     budget_bytes: int

@@ -23,6 +23,7 @@ from lowtide.models.errors import BadOption
 from lowtide.models.gguf_header import read_spec
 from lowtide.models.spec import ModelSpec
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenOptions:
     """What to open and how much it may take.
@@ -31,6 +32,8 @@ class OpenOptions:
     None leaves the choice to the plan. `threads` None means the cores this process may use. `attention` is
     a policy or its name: "llama" (llama.cpp's own kernels), "dense" (ours: exact, and a row's result does
     not depend on the batch or the threads) or "tidal" (`Tidal`: an approximation, "tidal:k=512").
+    `compared_rows` is how many distributions a measurement keeps, `selection_layers` how many layers it
+    tries beside the policy's own.
     """
 
     memory: str | int | None = None
@@ -40,6 +43,8 @@ class OpenOptions:
     threads: int | None = None
     attention: str | AttentionPolicy = "llama"
     offline: bool = False
+    compared_rows: int = 0
+    selection_layers: int = 0
 
     def __post_init__(self) -> None:
         if self.threads is not None and not 1 <= self.threads <= 512:
@@ -57,7 +62,8 @@ class OpenOptions:
             kv_type=self.kv_type,
             max_rows=self.max_rows,
             attention_threads=self.num_threads if policy.uses_hook else 0,
-            selection_layers=policy.num_selections,
+            selection_layers=max(policy.num_selections, self.selection_layers),
+            compared_rows=self.compared_rows,
         )
 
     @property
@@ -96,7 +102,12 @@ class PlannedModel:
 
 def plan_reference(reference: str | Path | None, options: OpenOptions) -> PlannedModel:
     """Find the model, read its headers and plan; loads nothing and refuses nothing that is readable."""
-    return plan_spec(read_spec(resolve(reference, offline=options.offline)), options)
+    return plan_spec(find_spec(reference, offline=options.offline), options)
+
+
+def find_spec(reference: str | Path | None, *, offline: bool = False) -> ModelSpec:
+    """Find the model and read its headers."""
+    return read_spec(resolve(reference, offline=offline))
 
 
 def plan_spec(spec: ModelSpec, options: OpenOptions) -> PlannedModel:

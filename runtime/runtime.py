@@ -12,22 +12,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lowtide.attention.abort_guard import guarded_aborts
-from lowtide.attention.graph_hook import GraphHook, HookCounts
 from lowtide.attention.policy import AttentionPolicy
-from lowtide.memory.errors import OverBudget
 from lowtide.memory.footprint import prompt_limit_bytes
 from lowtide.memory.ledger import Ledger
-from lowtide.memory.meter import read_process_memory
 from lowtide.memory.plan import MemoryPlan
 from lowtide.models.chat_template import ChatTemplate, Message
 from lowtide.models.errors import BadOption
-from lowtide.models.gguf_model import GgufModel, LoadOptions
 from lowtide.models.model import Model
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.conversation import ChatPrompt, Conversation
 from lowtide.runtime.errors import PromptTooLong, RuntimeUnusable
 from lowtide.runtime.generate import Piece, Prompt, RunFacts, generate
+from lowtide.runtime.loaded_model import LoadedModel
 from lowtide.runtime.options import GenerationOptions
 from lowtide.runtime.overflow import fit_messages, fit_tokens
 from lowtide.runtime.planning import OpenOptions, PlannedModel, plan_reference, plan_spec
@@ -42,15 +38,10 @@ class Runtime:
     runtime in each thread is fine.
     """
 
-    def __init__(
-        self, model: Model, planned: PlannedModel, ledger: Ledger, hook: GraphHook | None = None
-    ) -> None:
-        self._model = model
-        self._hook = hook
-        self._planned = planned
-        self.ledger = ledger
-        steering = planned.policy.install(hook, planned.spec) if hook is not None else None
-        self._session = Session(model, steering)
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
+        self._model = loaded.model
+        self._session = Session(loaded.model, loaded.steering)
         self._conversation: Conversation | None = None
         self._answer = 0
         self._lock = threading.Lock()
@@ -73,9 +64,10 @@ class Runtime:
 
         `model` is a path, a name ("smollm2"), "hf:user/repo:Q4_K_M", a `Model` of your own, or None for
         the default model. `memory` is a size such as "1GiB" or "50%" of what is available; None is
-        80 %. `context` None is the longest that fits. `attention` is "llama" (llama.cpp's kernels), "dense"
-        (ours), or an approximation: "tidal", or `Tidal(...)` with settings. Raises `OverBudget` before anything is loaded where it cannot fit, `ModelError`
-        where the model cannot be used, `BadOption` for wrong values.
+        80 %. `context` None is the longest that fits. `attention` is "llama" (llama.cpp's kernels),
+        "dense" (ours), or an approximation: "tidal", or `Tidal(...)` with settings. Raises `OverBudget`
+        before anything is loaded where it cannot fit, `ModelError` where the model cannot be used,
+        `BadOption` for wrong values.
         """
         options = OpenOptions(
             memory=memory,
@@ -99,48 +91,27 @@ class Runtime:
     @classmethod
     def load(cls, planned: PlannedModel, model: Model | None = None) -> Runtime:
         """Reserve the plan's rows and load; `model` stands in for the planned file's."""
-        planned.require_fit()
-        plan = planned.plan
-        ledger = Ledger(plan.budget.num_bytes)
-        for row in plan.rows:
-            ledger.reserve(row.owner, row.num_bytes)
-        hook = None
-        if model is None:
-            threads = planned.options.num_threads
-            hook = GraphHook(threads) if planned.policy.uses_hook else None
-            try:
-                model = _load_gguf(planned, hook)
-            except BaseException:
-                if hook is not None:
-                    hook.close()
-                raise
-        runtime = cls(model, planned, ledger, hook)
-        runtime._check_resident()
-        return runtime
+        return cls(LoadedModel(planned, model))
 
-    def _check_resident(self) -> None:
-        """The plan's formulas are not measured for every architecture: hold them against the facts."""
-        peak = read_process_memory().peak_bytes
-        if peak > self.plan.budget.num_bytes:
-            self.close()
-            raise OverBudget(
-                f"{self.spec.name}, loaded,", peak, self.plan.budget.num_bytes, "raise --memory"
-            )
+    @property
+    def ledger(self) -> Ledger:
+        """The bytes that the model's owners hold."""
+        return self._loaded.ledger
 
     @property
     def plan(self) -> MemoryPlan:
         """Who may hold which bytes; prints as a table."""
-        return self._planned.plan
+        return self.planned.plan
 
     @property
     def spec(self) -> ModelSpec:
         """The model's shape and size."""
-        return self._planned.spec
+        return self.planned.spec
 
     @property
     def planned(self) -> PlannedModel:
         """The plan with the model and the machine it was made for."""
-        return self._planned
+        return self._loaded.planned
 
     def chat(
         self,
@@ -227,8 +198,8 @@ class Runtime:
         facts = RunFacts(
             budget_bytes=self.plan.budget.num_bytes,
             planned_bytes=self.plan.total_bytes,
-            attention=str(self._planned.policy),
-            hook_counts=self._hook_counts,
+            attention=str(self.planned.policy),
+            hook_counts=self._loaded.hook_counts,
         )
         pieces = generate(self._model, self._session, prompt, options, facts)
         while True:
@@ -242,9 +213,6 @@ class Runtime:
             if piece is None:
                 return
             yield piece
-
-    def _hook_counts(self) -> HookCounts | None:
-        return self._hook.counts() if self._hook is not None else None
 
     def _remembered(
         self, pieces: Iterator[Piece], conversation: Conversation, prompt: ChatPrompt
@@ -263,11 +231,7 @@ class Runtime:
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self._model.close()
-                if self._hook is not None:
-                    self._hook.close()
-                for owner in self.ledger.owners:
-                    self.ledger.release(owner)
+                self._loaded.close()
 
     def __enter__(self) -> Runtime:
         return self
@@ -279,16 +243,3 @@ class Runtime:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _load_gguf(planned: PlannedModel, hook: GraphHook | None) -> GgufModel:
-    options = LoadOptions(
-        context=planned.plan.context,
-        max_rows=planned.plan.max_rows,
-        threads=planned.options.num_threads,
-        kv_type=planned.plan.kv_type,
-        memory_map=planned.plan.memory_map,
-        eval_callback=hook.callback if hook else None,
-    )
-    with guarded_aborts():
-        return GgufModel(planned.spec, options)

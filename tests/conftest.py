@@ -21,6 +21,9 @@ from lowtide.models.spec import ModelSpec  # noqa: E402
 @pytest.fixture(autouse=True)
 def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(
+        "lowtide.attention.calibration.calibration_folder", lambda: tmp_path / "calibrations"
+    )
 
 
 @pytest.fixture(scope="session")

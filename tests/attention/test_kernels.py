@@ -151,7 +151,9 @@ def test_a_selection_layer_chooses_what_the_reference_does(
     different = set(found.tolist()) ^ set(expected.tolist())
     totals = whole.sum(axis=(0, 1))
     least = totals[expected].min() if not different else totals[sorted(different)]
-    assert np.ptp(least) <= 1e-6 * totals.max()  # only keys of all but equal weight may change places
+    assert (
+        np.ptp(least) <= 1e-6 * totals.max()
+    )  # only keys of all but equal weight may change places
     for threads in (2, 5):
         again = select(inputs.arrays(), rule, kernels=kernels, threads=threads)
         assert again is not None and again.tolist() == found.tolist()

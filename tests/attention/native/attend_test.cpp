@@ -1,5 +1,6 @@
 // Random problems in buffers of exactly their size, so that a sanitizer sees any step beyond; results
-// against plain double arithmetic, and bit for bit against other numbers of threads.
+// against plain double arithmetic, and bit for bit against other numbers of threads: every key, some cells,
+// sinks, and a selection layer with one that reuses its set.
 
 #include <cmath>
 #include <cstdio>
@@ -13,8 +14,7 @@
 #include "attend.h"
 #include "cpu_features.h"
 #include "half.h"
-
-const KernelSet* find_kernels(const char* name);
+#include "tidal_attend.h"
 
 namespace {
 
@@ -29,6 +29,8 @@ struct Case {
     AttentionProblem p{};
     std::unique_ptr<float[]> q, out;
     std::unique_ptr<uint16_t[]> k, v, mask;
+    std::vector<int32_t> cells;
+    std::unique_ptr<float[]> sinks;
 };
 
 Case some_case() {
@@ -52,6 +54,16 @@ Case some_case() {
     p.k = reinterpret_cast<char*>(c.k.get()), p.k_head_stride = 2 * p.key_size, p.k_key_stride = p.k_head_stride * p.num_kv_heads;
     p.v = reinterpret_cast<char*>(c.v.get()), p.v_head_stride = 2 * p.value_size, p.v_key_stride = p.v_head_stride * p.num_kv_heads;
     p.mask = reinterpret_cast<char*>(c.mask.get()), p.mask_row_stride = 2 * p.num_keys;
+    if (pick(0, 1) == 0) {
+        for (int cell = 0; cell < p.num_keys; ++cell)
+            if (pick(0, 2) == 0) c.cells.push_back(cell);
+        if (!c.cells.empty()) p.selected = c.cells.data(), p.num_keys = int(c.cells.size());
+    }
+    if (pick(0, 2) == 0) {
+        c.sinks.reset(new float[p.num_heads]);
+        for (int i = 0; i < p.num_heads; ++i) c.sinks[i] = half_to_float(some_half());
+        p.sinks = c.sinks.get();
+    }
     p.out = reinterpret_cast<char*>(c.out.get()), p.out_head_stride = 4 * p.value_size, p.out_row_stride = p.out_head_stride * p.num_heads;
     return c;
 }
@@ -60,8 +72,9 @@ double expected(const Case& c, int row, int head, int channel) {
     const AttentionProblem& p = c.p;
     const int kv_head = head / p.group_size();
     double sum = 0, total = 0;
-    for (int key = 0; key < p.num_keys; ++key) {
-        if (c.mask[size_t(row) * p.num_keys + key] == 0xfc00) continue;
+    for (int i = 0; i < p.num_keys; ++i) {
+        const int key = p.cell_of(i);
+        if (c.mask[row * p.mask_row_stride / 2 + key] == 0xfc00) continue;
         double score = 0;
         for (int d = 0; d < p.key_size; ++d)
             score += double(c.q[(size_t(row) * p.num_heads + head) * p.key_size + d]) *
@@ -72,6 +85,7 @@ double expected(const Case& c, int row, int head, int channel) {
         total += weight;
         sum += weight * half_to_float(c.v[(size_t(key) * p.num_kv_heads + kv_head) * p.value_size + channel]);
     }
+    if (p.sinks != nullptr) total += std::exp(double(p.sinks[head]) - 40);
     return total == 0 ? 0 : sum / total;
 }
 
@@ -83,6 +97,28 @@ std::vector<float> run(const Case& c, const KernelSet& kernels, int num_threads)
     attend.run(c.p, kernels, 0, num_threads);
     for (std::thread& thread : threads) thread.join();
     return {c.out.get(), c.out.get() + size_t(c.p.num_rows) * c.p.num_heads * c.p.value_size};
+}
+
+// One layer selects and the next reuses its set, for two passes; returns both layers' results.
+std::vector<float> run_tidal(const Case& c, const KernelSet& kernels, int num_threads) {
+    const uint8_t roles[] = {1, 2};
+    TidalAttend attend;
+    attend.set_roles(roles, 2, SelectionRule{c.p.num_keys / 3 + 12, 0.0f, 2, 8, 0});
+    std::vector<float> results;
+    const size_t num_out = size_t(c.p.num_rows) * c.p.num_heads * c.p.value_size;
+    for (int pass = 0; pass < 2; ++pass) {
+        attend.start_pass(true, pass == 0);
+        for (int layer = 0; layer < 2; ++layer) {
+            if (!attend.reserve(c.p, layer, num_threads)) return {};
+            std::vector<std::thread> threads;
+            for (int i = 1; i < num_threads; ++i)
+                threads.emplace_back([&, i] { attend.run(c.p, layer, kernels, i, num_threads); });
+            attend.run(c.p, layer, kernels, 0, num_threads);
+            for (std::thread& thread : threads) thread.join();
+            results.insert(results.end(), c.out.get(), c.out.get() + num_out);
+        }
+    }
+    return results;
 }
 
 }  // namespace
@@ -104,6 +140,12 @@ int main() {
             if (std::fabs(got - want) > 1e-4 + 1e-4 * std::fabs(want))
                 return std::printf("%s: %g wanted, %g found\n", name, want, got), 1;
             ++num_checked;
+            if (c.p.selected != nullptr) continue;
+            const std::vector<float> tidal = run_tidal(c, *kernels, 1), again = run_tidal(c, *kernels, 3);
+            if (tidal.size() != 4 * alone.size() || std::memcmp(tidal.data(), alone.data(), alone.size() * 4) != 0)
+                return std::printf("%s: a selection layer is not dense\n", name), 1;
+            if (std::memcmp(tidal.data(), again.data(), tidal.size() * 4) != 0)
+                return std::printf("%s: threads change what is selected\n", name), 1;
         }
     }
     for (size_t capacity = 0; capacity < 64; ++capacity) {

@@ -1,0 +1,67 @@
+"""Needles: a pass key hidden in a long text, and whether a policy still finds it.
+
+A divergence averaged over a text does not show that one number is lost; this does (Kamradt's "needle in a
+haystack", the pass-key form of Mohtashami and Jaggi 2023).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lowtide.attention.policy import Steering
+from lowtide.attention.quality import extend
+from lowtide.models.model import Model
+
+ANSWER_TOKENS = 10
+OPENING = "Read this text.\n"
+QUESTION = "\nWhat is the secret pass key mentioned in the text?"
+ANSWER = "The secret pass key is"
+
+Framing = Callable[[str], str]
+"""Puts a user's message into the model's chat template, up to where the answer begins."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needle:
+    """A prompt of `length` tokens with `key` hidden at `depth`, a share of the length."""
+
+    key: str
+    length: int
+    depth: float
+    token_ids: Sequence[int]
+
+
+def hide_needle(
+    model: Model, haystack: Sequence[int], framing: Framing, length: int, depth: float, seed: int
+) -> Needle:
+    """Build a prompt of about `length` tokens; raises `ValueError` where the haystack is too short."""
+    key = str(random.Random(seed).randint(10_000, 99_999))
+    before, _, after = framing(OPENING + "\0" + QUESTION).partition("\0")
+    start = model.tokenizer.encode(before, add_special=True, parse_special=True)
+    end = model.tokenizer.encode(after + ANSWER, add_special=False, parse_special=True)
+    sentence = f"\nThe secret pass key is {key}. Remember it: {key} is the pass key.\n"
+    needle = model.tokenizer.encode(sentence, add_special=False, parse_special=False)
+    room = length - len(start) - len(end) - len(needle)
+    if not 0 < room <= len(haystack):
+        raise ValueError(f"{room} tokens of text are wanted, {len(haystack)} given")
+    at = int(room * depth)
+    token_ids = [*start, *haystack[:at], *needle, *haystack[at:room], *end]
+    return Needle(key=key, length=length, depth=depth, token_ids=token_ids)
+
+
+def finds(model: Model, dense: Steering, steering: Steering, needle: Needle) -> bool:
+    """Read the prompt exactly, answer greedily under a policy, and look for the key.
+
+    What the cache holds must be a beginning of the prompt; it is left holding all but its last token.
+    """
+    prompt = needle.token_ids[:-1]
+    extend(model, dense, prompt)
+    token_id, answer = needle.token_ids[-1], list[int]()
+    for _ in range(ANSWER_TOKENS):
+        steering.before_decode()
+        token_id = int(model.forward((token_id,)).argmax())
+        answer.append(token_id)
+    model.truncate(len(prompt))
+    return needle.key in model.tokenizer.decode(answer)

@@ -1,0 +1,130 @@
+"""`lowtide bench`: speed and memory by depth, each policy against plain llama.cpp on the same file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lowtide.cli.options import (
+    opening_options_but_attention,
+    plan_with,
+    take_open_options,
+    take_spec,
+)
+
+if TYPE_CHECKING:
+    from lowtide.runtime.bench import BenchCase
+
+DEFAULT_DEPTHS = (512, 4096)
+
+
+@click.command("bench")
+@opening_options_but_attention
+@click.option(
+    "--attention",
+    "attentions",
+    multiple=True,
+    default=("dense", "tidal"),
+    show_default=True,
+    metavar="POLICY",
+    help="A policy to measure; repeatable.",
+)
+@click.option(
+    "-d",
+    "--depth",
+    "depths",
+    multiple=True,
+    type=click.IntRange(min=16),
+    help="Tokens in the cache; repeatable.  [default: 512 and 4,096]",
+)
+@click.option("--rounds", type=click.IntRange(1, 100), default=5, show_default=True)
+@click.option(
+    "-n",
+    "--tokens",
+    type=click.IntRange(1, 1024),
+    default=32,
+    show_default=True,
+    help="Tokens that are decoded in each round.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(
+    attentions: tuple[str, ...],
+    depths: tuple[int, ...],
+    rounds: int,
+    tokens: int,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure prompts and decoding at each depth against plain llama.cpp on the same file.
+
+    All cases run interleaved, each in a process of its own; ratios are medians over the rounds, above 1
+    we are faster. Run it on an idle machine.
+    """
+    from lowtide.attention.policies import parse_policy
+    from lowtide.cli.summary import json_object, note
+    from lowtide.runtime.bench import Bench, check_attentions
+
+    check_attentions(attentions)
+    spec = take_spec(options)
+    options["attention"] = attentions[0]
+    for attention in attentions:
+        parse_policy(attention).fitted(spec)
+    wanted = tuple(
+        sorted(set(depths or (d for d in DEFAULT_DEPTHS if d < spec.context_length - tokens)))
+    )
+    options["context"] = options["context"] or max(wanted) + tokens + 1
+    planned = plan_with(spec, take_open_options(options))
+    planned.require_fit()
+    opened = {
+        "memory": planned.plan.budget.num_bytes,
+        "context": planned.plan.context,
+        "kv_type": planned.plan.kv_type,
+        "threads": planned.options.num_threads,
+        "max_rows": planned.plan.max_rows,
+    }
+    cases = []
+    with Bench(spec, attentions, opened) as bench:
+        for depth in wanted:
+            cases += bench.run(depth, rounds=rounds, tokens=tokens, progress=note)
+    if as_json:
+        click.echo(json_object(planned, cases=[case.to_dict() for case in cases]))
+    else:
+        _print_table(cases)
+
+
+def _print_table(cases: list[BenchCase]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from lowtide.memory.units import format_bytes
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("attention")
+    for name in (
+        "depth",
+        "decode, tokens/s",
+        "llama.cpp",
+        "ratio",
+        "prompt, tokens/s",
+        "llama.cpp",
+        "ratio",
+        "peak",
+    ):
+        table.add_column(name, justify="right")
+    for case in cases:
+        table.add_row(
+            case.attention,
+            f"{case.depth:,}",
+            f"{case.decode_tokens_per_s:.1f}",
+            f"{case.peer_decode_tokens_per_s:.1f}",
+            f"{case.decode_ratio:.2f}",
+            f"{case.prefill_tokens_per_s:.0f}",
+            f"{case.peer_prefill_tokens_per_s:.0f}",
+            f"{case.prefill_ratio:.2f}",
+            format_bytes(case.peak_rss_bytes),
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"ratios against {cases[0].peer}: above 1 we are faster", highlight=False)

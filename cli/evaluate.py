@@ -1,0 +1,110 @@
+"""`lowtide evaluate`: how far an attention policy is from dense attention, on a text and on needles."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lowtide.cli.options import opening_options, plan_with, take_open_options, take_spec
+
+if TYPE_CHECKING:
+    from lowtide.runtime.evaluation import Evaluation
+
+DEFAULT_CONTEXT = 4096
+
+
+@click.command("evaluate")
+@opening_options
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    help="Measure on this text.  [default: Python's own language reference]",
+)
+@click.option(
+    "--windows",
+    type=click.IntRange(1, 64),
+    default=8,
+    show_default=True,
+    help="Places of 64 tokens that are compared.",
+)
+@click.option("--needles/--no-needles", default=True, help="Also hide pass keys and ask for them.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(
+    text: Path | None,
+    windows: int,
+    needles: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure a policy's distance from dense attention at --context tokens (4,096 unless said).
+
+    KL divergence, change of the text's likelihood and agreement on the likeliest token, over places in
+    the last quarter of the context; and whether pass keys hidden at three depths are still found wherever
+    dense attention finds them. --attention is tidal unless said. Prompts are exact under every policy.
+    """
+    from lowtide.attention.quality import WINDOW_TOKENS
+    from lowtide.cli.summary import json_object, note, plan_line
+    from lowtide.runtime.evaluation import SPARE_TOKENS, evaluate
+    from lowtide.runtime.loaded_model import LoadedModel
+
+    source = click.get_current_context().get_parameter_source("attention")
+    if source is click.core.ParameterSource.DEFAULT:
+        options["attention"] = "tidal"
+    spec = take_spec(options)
+    context = options["context"] or min(DEFAULT_CONTEXT, spec.context_length - SPARE_TOKENS)
+    options["context"] = context + SPARE_TOKENS
+    planned = plan_with(spec, replace(take_open_options(options), compared_rows=WINDOW_TOKENS))
+    note(plan_line(planned))
+    loaded = LoadedModel(planned)
+    try:
+        found = evaluate(
+            loaded,
+            context=context,
+            text=text,
+            windows=windows,
+            needle_lengths=None if needles else (),
+            progress=note,
+        )
+    finally:
+        loaded.close()
+    if as_json:
+        click.echo(json_object(planned, **found.to_dict()))
+    else:
+        _print_table(found)
+
+
+def _print_table(found: Evaluation) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
+    total = found.distance
+    table.add_column("tokens before", justify="right", footer="all")
+    table.add_column("KL, nats", justify="right", footer=f"{total.kl:.4f}")
+    table.add_column("NLL change", justify="right", footer=f"{total.nll_change:+.2%}")
+    table.add_column("top-1 agreement", justify="right", footer=f"{total.top1_agreement:.1%}")
+    for depth, place in found.distances:
+        table.add_row(
+            f"{depth:,}",
+            f"{place.kl:.4f}",
+            f"{place.nll_change:+.2%}",
+            f"{place.top1_agreement:.1%}",
+        )
+    console = Console()
+    console.print(f"{found.attention}, against dense attention on {found.text}", highlight=False)
+    console.print(table)
+    console.print(
+        f"{total.num_tokens} tokens compared; a token attends to {found.keys_read:.1%} of the cached "
+        "keys",
+        highlight=False,
+    )
+    for needle in found.needles:
+        answer = "found" if needle.found else "lost"
+        if not needle.found and not needle.dense:
+            answer = "not found, and not by dense attention either"
+        where = f"pass key at {needle.depth:.0%} of {needle.length:,} tokens"
+        console.print(f"{where}: {answer}", highlight=False)

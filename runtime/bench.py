@@ -1,0 +1,184 @@
+"""Bench: speed by depth of each attention policy against plain llama.cpp, interleaved.
+
+Every case has a process of its own and they take turns, so that a machine whose speed drifts is as fair to
+one as to the other. Ratios are medians over the rounds; above 1 we are faster.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any
+
+from lowtide.models.errors import BadOption, LowtideError
+from lowtide.models.spec import ModelSpec
+
+PEER = "llama"
+STARTING = "from lowtide.runtime.bench_worker import serve; serve()"
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchCase:
+    """One policy at one depth against llama.cpp; rates in tokens a second, memory of the case's process."""
+
+    attention: str
+    speculate: str | None
+    depth: int
+    decode_ratio: float
+    prefill_ratio: float
+    ttft_ratio: float
+    decode_tokens_per_s: float
+    peer_decode_tokens_per_s: float
+    prefill_tokens_per_s: float
+    peer_prefill_tokens_per_s: float
+    peak_rss_bytes: int
+    peer_peak_rss_bytes: int
+    layers_ours: int
+    layers: int
+    peer: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the documented JSON values."""
+        return asdict(self)
+
+
+class BenchFailed(LowtideError):
+    """A case could not be run; the message is its process's own."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class _Process:
+    """A worker; asked one thing at a time."""
+
+    def __init__(self, path: str, options: dict[str, Any]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", STARTING],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.ask("open", path=path, options=options)
+
+    def ask(self, name: str, **values: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"do": name, **values}) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise BenchFailed("a case's process ended on its own: run lowtide doctor")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            self.close()
+            raise BenchFailed(answer["error"], answer["exit_code"])
+        return answer
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+class Bench:
+    """The cases' processes; a context manager that ends them."""
+
+    def __init__(self, spec: ModelSpec, attentions: Sequence[str], options: dict[str, Any]) -> None:
+        self._peer_name = _peer_name()
+        self._processes: dict[str, _Process] = {}
+        try:
+            for attention in (PEER, *attentions):
+                opened = {**options, "attention": attention}
+                self._processes[attention] = _Process(str(spec.path), opened)
+        except BaseException:
+            self._close()
+            raise
+
+    def run(
+        self, depth: int, *, rounds: int, tokens: int, progress: Progress = lambda _: None
+    ) -> list[BenchCase]:
+        """Measure every case at `depth`: `rounds` prompts and `rounds` times `tokens` decoded tokens each."""
+        prefills = self._interleaved("prefill", rounds, progress, depth=depth)
+        decodes = self._interleaved(
+            "decode", rounds, progress, warm=True, depth=depth, tokens=tokens
+        )
+        facts = {name: process.ask("facts") for name, process in self._processes.items()}
+        return [
+            BenchCase(
+                attention=facts[name]["attention"],
+                speculate=None,
+                depth=depth,
+                decode_ratio=_ratio(decodes[PEER], decodes[name]),
+                prefill_ratio=_ratio(prefills[PEER], prefills[name]),
+                ttft_ratio=_ratio(prefills[PEER], prefills[name]),
+                decode_tokens_per_s=tokens / statistics.median(decodes[name]),
+                peer_decode_tokens_per_s=tokens / statistics.median(decodes[PEER]),
+                prefill_tokens_per_s=depth / statistics.median(prefills[name]),
+                peer_prefill_tokens_per_s=depth / statistics.median(prefills[PEER]),
+                peak_rss_bytes=facts[name]["peak_rss_bytes"],
+                peer_peak_rss_bytes=facts[PEER]["peak_rss_bytes"],
+                layers_ours=facts[name]["layers_ours"],
+                layers=facts[name]["layers"],
+                peer=self._peer_name,
+            )
+            for name in self._processes
+            if name != PEER
+        ]
+
+    def _interleaved(
+        self, what: str, rounds: int, progress: Progress, *, warm: bool = False, **values: Any
+    ) -> dict[str, list[float]]:
+        seconds: dict[str, list[float]] = {name: [] for name in self._processes}
+        if warm:
+            for process in self._processes.values():
+                process.ask(what, **values)
+        for number in range(rounds):
+            for name, process in self._processes.items():
+                progress(f"{what} at {values['depth']:,}, round {number + 1} of {rounds}: {name}")
+                seconds[name].append(process.ask(what, **values)["seconds"])
+        return seconds
+
+    def _close(self) -> None:
+        for process in self._processes.values():
+            process.close()
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._close()
+
+
+def check_attentions(attentions: Sequence[str]) -> None:
+    """Raise `BadOption` for a policy that is given twice, or is the peer itself."""
+    if PEER in attentions:
+        raise BadOption(
+            "attention is 'llama', which is what is measured against: name other policies"
+        )
+    if len(set(attentions)) < len(attentions):
+        raise BadOption("attention names a policy twice: once each is wanted")
+
+
+def _ratio(peers: Sequence[float], ours: Sequence[float]) -> float:
+    return statistics.median(peer / our for peer, our in zip(peers, ours, strict=True))
+
+
+def _peer_name() -> str:
+    from importlib.metadata import version
+
+    return f"llama.cpp, by llama-cpp-python {version('llama-cpp-python')}"
