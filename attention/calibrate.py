@@ -1,9 +1,10 @@
 """Finds the selection layers and k that keep TidalDecode close to dense attention at the lowest cost.
 
 A greedy search: an early layer begins, so that nearly all of the others can read less; the layer that
-lowers the divergence most joins, one after another; then each set of layers gets the smallest k that stays inside the target. Of all that do, the one that reads the fewest keys
-wins, if it holds on places that the search did not see. The paper picks its one re-selection layer by hand
-(arXiv 2410.05076, section 3.2); this search is ours.
+lowers the divergence most joins, one after another; each set of layers is tried with every k. Of all that
+stay inside the target, the one that reads the fewest keys wins, if it holds on text that the search did
+not see. The paper picks its one re-selection layer by hand (arXiv 2410.05076, section 3.2);
+this search is ours.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ K_CHOICES = (1024, 768, 512, 384, 256)
 MARGIN = 0.9
 """The search aims so far below the target: it sees few tokens, and picks the luckiest."""
 NUM_PLACES = 3
-EARLY_LAYERS = 4
-"""The first selection layer is one of so many earliest that let others read less."""
+EARLY_SHARE = 0.1
+"""The first selection layer may cost so much more, as a share of the keys, than the cheapest."""
 PLACE_STEP = 160
 """Tokens between the places that are compared."""
 
@@ -96,7 +97,7 @@ class Calibrator:
     def _inside(
         self, target_kl: float, max_layers: int, k_choices: Sequence[int]
     ) -> Iterator[Setting]:
-        """Yield for each set of layers on the greedy path the smallest k inside the target."""
+        """Yield every set of layers on the greedy path with every k that is inside the target."""
         layers: tuple[int, ...] = ()
         for _ in range(max_layers):
             best = self._extended(layers, max(k_choices))
@@ -105,7 +106,9 @@ class Calibrator:
             layers = best.selection_layers
             self._progress(str(best))
             if best.kl <= target_kl:
-                yield self._with_smallest_k(best, target_kl, k_choices)
+                smaller = [replace(best, k=k) for k in k_choices if k < best.k]
+                yield best
+                yield from (s for s in self._measured(0, smaller) if s.kl <= target_kl)
 
     def _extended(self, layers: tuple[int, ...], k: int) -> Setting | None:
         """Return the best set of one layer more that still lets layers read less."""
@@ -116,15 +119,9 @@ class Calibrator:
         ]
         sparse = [setting for setting in self._measured(0, settings) if setting.keys_read < 1]
         if not layers:
-            sparse = sorted(sparse, key=lambda setting: setting.keys_read)[:EARLY_LAYERS]
+            cheapest = min((setting.keys_read for setting in sparse), default=0.0)
+            sparse = [s for s in sparse if s.keys_read <= cheapest + EARLY_SHARE]
         return min(sparse, key=lambda setting: setting.kl, default=None)
-
-    def _with_smallest_k(
-        self, setting: Setting, target_kl: float, k_choices: Sequence[int]
-    ) -> Setting:
-        smaller = [replace(setting, k=k) for k in k_choices if k < setting.k]
-        inside = [found for found in self._measured(0, smaller) if found.kl <= target_kl]
-        return min([setting, *inside], key=lambda found: found.k)
 
     def _measured(self, text: int, settings: Sequence[Setting]) -> list[Setting]:
         """Measure every setting at every place of one of the texts."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from lowtide.attention.policy import AttentionPolicy, Steering
+from lowtide.attention.prompts import EXACT, check_prompts, install_prompts
 from lowtide.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -18,18 +20,34 @@ class Llama(AttentionPolicy):
     uses_hook = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Dense(AttentionPolicy):
-    """Our exact kernels: a row's result depends neither on the batch it came in nor on the threads."""
+    """Our exact kernels: a row's result depends neither on the batch it came in nor on the threads.
 
-    name = "dense"
+    With `prompts` "bf16" the rows of a prompt are multiplied in bfloat16, where the processor has units
+    for it: faster, and no longer exact.
+    """
+
+    name: ClassVar[str] = "dense"
+
+    prompts: str = EXACT
+
+    def fitted(self, spec: ModelSpec) -> Dense:
+        """Check that this processor can."""
+        check_prompts(self.prompts)
+        return self
 
     def install(self, hook: GraphHook, spec: ModelSpec) -> Steering:
-        """Make every pass exact, whatever another policy left behind."""
+        """Attend fully in every pass, whatever another policy left behind."""
+        install_prompts(hook, self.prompts)
         return DenseSteering(hook)
+
+    def __str__(self) -> str:
+        return "dense" if self.prompts == EXACT else f"dense, prompts in {self.prompts}"
 
 
 class DenseSteering(Steering):
-    """Every pass is exact."""
+    """Every pass attends to every key."""
 
     def __init__(self, hook: GraphHook) -> None:
         self._hook = hook

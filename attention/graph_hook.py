@@ -41,8 +41,8 @@ class HookCounts:
     """What a hook has done since it was made.
 
     `layers_ours` run our kernel in every pass, `layers_theirs` were left to llama.cpp in at least one;
-    `seconds` is the time in our kernel. Of `keys_held` in the caches, over all layers and passes,
-    `keys_read` were attended to.
+    `seconds` is the time in our kernel. Of the `keys_held` that a pass's last row could see, over
+    all layers and passes, `keys_read` were attended to.
     """
 
     layers_ours: int
@@ -113,6 +113,10 @@ class GraphHook:
         if self._library.lowtide_hook_set_roles(self._hook, roles, len(roles), ctypes.byref(rule)):
             raise MemoryError
 
+    def set_rounded(self, rounded: bool) -> bool:
+        """Let prompts be multiplied in bfloat16, or not; return whether these kernels can."""
+        return not self._library.lowtide_hook_set_rounded(self._hook, rounded)
+
     def start_pass(self, *, sparse: bool, refresh: bool = True) -> None:
         """Say whether the passes from now on are sparse, and whether they choose their keys anew."""
         self._library.lowtide_hook_start_pass(self._hook, sparse, refresh)
@@ -151,4 +155,5 @@ def _declare(library: ctypes.CDLL) -> None:
     library.lowtide_hook_set_roles.argtypes = [pointer, ctypes.c_char_p, ctypes.c_int, pointer]
     library.lowtide_hook_start_pass.argtypes = [pointer, ctypes.c_int, ctypes.c_int]
     library.lowtide_hook_start_pass.restype = None
+    library.lowtide_hook_set_rounded.argtypes = [pointer, ctypes.c_int]
     library.lowtide_hook_kernels.restype = ctypes.c_char_p

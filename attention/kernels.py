@@ -55,6 +55,7 @@ class _Problem(ctypes.Structure):
         ("totals", ctypes.c_void_p),
         ("first_scored_row", ctypes.c_int),
         ("scores_stride", ctypes.c_int),
+        ("rounded", ctypes.c_int),
     ]
 
 
@@ -64,6 +65,7 @@ class AttentionInputs:
 
     `q` (rows, heads, key_size); `k`, `v` (cells, kv_heads, stored row), float16 or the bytes of quantised
     blocks; `mask` (rows, cells), added to the scaled scores. `sinks` (heads,) are scores without values.
+    `rounded` lets more than 32 rows be multiplied in bfloat16, where the kernels can.
     """
 
     q: NDArray[np.float32]
@@ -75,6 +77,7 @@ class AttentionInputs:
     softcap: float = 0.0
     kv_type: str = "f16"
     sinks: NDArray[np.float32] | None = None
+    rounded: bool = False
 
     def problem(self, out: NDArray[np.float32], cells: NDArray[np.int32] | None) -> _Problem:
         """Return the C++ struct over these arrays, which must outlive it."""
@@ -91,6 +94,7 @@ class AttentionInputs:
             key_size, self.value_size, self.scale, self.softcap,
             None if self.sinks is None else self.sinks.ctypes.data,
             None if cells is None else cells.ctypes.data,
+            None, None, 0, 0, self.rounded,
         )  # fmt: skip
 
 

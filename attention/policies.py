@@ -11,11 +11,19 @@ from lowtide.attention.policy import AttentionPolicy
 from lowtide.attention.tidal import Tidal
 from lowtide.models.errors import BadOption
 
-POLICY_NAMES = ("llama", "dense", "tidal")
-TIDAL_SETTINGS = (
-    "k", "layers", "dense_layers", "sinks", "recent", "refresh", "min_context", "correction",
-    "calibration",
-)  # fmt: skip
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "llama": (),
+    "dense": ("prompts",),
+    "tidal": (
+        *("k", "layers", "dense_layers", "sinks", "recent", "refresh", "min_context"),
+        *("correction", "prompts", "calibration"),
+    ),
+}
+_POLICIES: dict[str, Callable[..., AttentionPolicy]] = {
+    "llama": Llama,
+    "dense": Dense,
+    "tidal": Tidal,
+}
 
 
 def parse_policy(text: str | AttentionPolicy) -> AttentionPolicy:
@@ -23,33 +31,29 @@ def parse_policy(text: str | AttentionPolicy) -> AttentionPolicy:
     if isinstance(text, AttentionPolicy):
         return text
     name, _, settings = text.partition(":")
-    if name == "tidal":
-        return Tidal(**dict(_setting(part) for part in settings.split(",") if part))
-    if name not in POLICY_NAMES:
-        raise BadOption(f"attention is {name!r}, one of {', '.join(POLICY_NAMES)} is wanted")
-    if settings:
-        raise BadOption(f"attention is {text!r}: {name} has no settings")
-    return Llama() if name == "llama" else Dense()
+    if name not in SETTINGS:
+        raise BadOption(f"attention is {name!r}, one of {', '.join(SETTINGS)} is wanted")
+    return _POLICIES[name](**dict(_setting(name, part) for part in settings.split(",") if part))
 
 
-def _setting(part: str) -> tuple[str, Any]:
+def _setting(policy: str, part: str) -> tuple[str, Any]:
     name, _, value = part.partition("=")
-    if name not in TIDAL_SETTINGS:
-        raise BadOption(
-            f"tidal has no setting {name!r}, it has {', '.join(TIDAL_SETTINGS)}: write tidal:k=512"
-        )
+    known = SETTINGS[policy]
+    if name not in known:
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        raise BadOption(f"{policy} has no setting {name!r}, {has}: write tidal:k=512")
     readers: dict[str, Callable[[str], Any]] = {
         "k": _read_k,
         "layers": _read_layers,
+        "prompts": str,
         "calibration": Path,
     }
-    read = readers.get(name, int)
     try:
-        return {"layers": "selection_layers"}.get(name, name), read(value)
+        return {"layers": "selection_layers"}.get(name, name), readers.get(name, int)(value)
     except ValueError:
         wanted = {"k": "tokens or a percentage", "layers": "layer numbers joined by +"}
         raise BadOption(
-            f"tidal's {name} is {value!r}, {wanted.get(name, 'a whole number')} is wanted"
+            f"{policy}'s {name} is {value!r}, {wanted.get(name, 'a whole number')} is wanted"
         ) from None
 
 

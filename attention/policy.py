@@ -18,7 +18,6 @@ class AttentionPolicy(ABC):
     """
 
     name: ClassVar[str]
-    is_exact: ClassVar[bool] = True
     uses_hook: ClassVar[bool] = True
     """Whether our kernels run it, in llama.cpp's graph."""
 

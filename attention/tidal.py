@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from lowtide.attention.calibration import Calibration, find_calibration, load_calibration
 from lowtide.attention.policy import AttentionPolicy, Steering
+from lowtide.attention.prompts import EXACT, check_prompts, install_prompts
 from lowtide.attention.selection_rule import SelectionRule
 from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
@@ -36,11 +37,11 @@ class Tidal(AttentionPolicy):
     first `dense_layers` attend fully. Each row's first `sinks` and last `recent` tokens are always among
     the k. Keys are chosen anew every `refresh` tokens. Up to `min_context` tokens, and wherever k covers
     the context, attention is dense. Every `correction` decoded tokens (0: never) their keys and values
-    are computed again by dense attention. `calibration` is a file to take instead of the model's own.
+    are computed again by dense attention. `prompts` is as in `Dense`. `calibration` is a file
+    to take instead of the model's own.
     """
 
     name: ClassVar[str] = "tidal"
-    is_exact: ClassVar[bool] = False
 
     k: int | float | None = None
     selection_layers: tuple[int, ...] | None = None
@@ -50,6 +51,7 @@ class Tidal(AttentionPolicy):
     refresh: int = 1
     min_context: int = 0
     correction: int = 0
+    prompts: str = EXACT
     calibration: Path | None = None
     origin: str = "stated"
 
@@ -70,6 +72,7 @@ class Tidal(AttentionPolicy):
 
     def fitted(self, spec: ModelSpec) -> Tidal:
         """Settle k and the selection layers for the model; see the class."""
+        check_prompts(self.prompts)
         if self.calibration is not None:
             found: Calibration | None = load_calibration(self.calibration, spec)
         else:
@@ -111,13 +114,15 @@ class Tidal(AttentionPolicy):
     def install(self, hook: GraphHook, spec: ModelSpec) -> Steering:
         """Give the hook each layer's role."""
         assert self.selection_layers is not None, "the policy is not fitted to a model"
+        install_prompts(hook, self.prompts)
         hook.set_roles(self.roles(spec.num_layers), self.rule)
         return TidalSteering(hook, self)
 
     def __str__(self) -> str:
         layers = "+".join(map(str, self.selection_layers or ()))
         k = f"{self.k:.0%}" if self.k is not None and self.k < 1 else self.k
-        return f"tidal, k {k}, selection layers {layers} ({self.origin})"
+        rounded = "" if self.prompts == EXACT else f", prompts in {self.prompts}"
+        return f"tidal, k {k}, selection layers {layers} ({self.origin}){rounded}"
 
 
 class TidalSteering(Steering):

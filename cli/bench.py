@@ -98,33 +98,39 @@ def _print_table(cases: list[BenchCase]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from lowtide.memory.units import format_bytes
-
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("attention")
-    for name in (
-        "depth",
-        "decode, tokens/s",
-        "llama.cpp",
-        "ratio",
-        "prompt, tokens/s",
-        "llama.cpp",
-        "ratio",
-        "peak",
-    ):
-        table.add_column(name, justify="right")
-    for case in cases:
-        table.add_row(
-            case.attention,
-            f"{case.depth:,}",
-            f"{case.decode_tokens_per_s:.1f}",
-            f"{case.peer_decode_tokens_per_s:.1f}",
-            f"{case.decode_ratio:.2f}",
-            f"{case.prefill_tokens_per_s:.0f}",
-            f"{case.peer_prefill_tokens_per_s:.0f}",
-            f"{case.prefill_ratio:.2f}",
-            format_bytes(case.peak_rss_bytes),
-        )
+    table.add_column("attention", no_wrap=True)
+    for name in ("depth", "decode\ntokens/s", "ratio", "prompt\ntokens/s", "ratio", "peak"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for depth in sorted({case.depth for case in cases}):
+        there = [case for case in cases if case.depth == depth]
+        table.add_row(*_peer_row(there[0]))
+        for case in there:
+            table.add_row(*_row(case), end_section=case is there[-1])
     console = Console()
     console.print(table)
-    console.print(f"ratios against {cases[0].peer}: above 1 we are faster", highlight=False)
+    for attention, policy in {case.attention: case.policy for case in cases}.items():
+        if policy != attention:
+            console.print(f"{attention}: {policy}", highlight=False)
+    console.print(f"llama is {cases[0].peer}; a ratio above 1: we are faster", highlight=False)
+
+
+def _peer_row(case: BenchCase) -> list[str]:
+    from lowtide.memory.units import format_bytes
+
+    rates = f"{case.peer_decode_tokens_per_s:.1f}", "", f"{case.peer_prefill_tokens_per_s:.0f}", ""
+    return ["llama", f"{case.depth:,}", *rates, format_bytes(case.peer_peak_rss_bytes)]
+
+
+def _row(case: BenchCase) -> list[str]:
+    from lowtide.memory.units import format_bytes
+
+    return [
+        case.attention,
+        f"{case.depth:,}",
+        f"{case.decode_tokens_per_s:.1f}",
+        f"{case.decode_ratio:.2f}",
+        f"{case.prefill_tokens_per_s:.0f}",
+        f"{case.prefill_ratio:.2f}",
+        format_bytes(case.peak_rss_bytes),
+    ]

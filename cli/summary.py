@@ -22,6 +22,8 @@ def plan_line(planned: PlannedModel) -> str:
         f"{format_bytes(plan.total_bytes)} of {format_bytes(plan.budget.num_bytes)} "
         f"({plan.budget.source})"
     )
+    if planned.policy.uses_hook:
+        line += f" · attention {planned.policy}"
     return line + "".join(f" · gave up {step}" for step in plan.gave_up)
 
 
@@ -33,6 +35,10 @@ def statistics_line(stats: Statistics, finish_reason: str | None) -> str:
     if stats.time_to_first_token_s is not None:
         parts.append(f"first after {stats.time_to_first_token_s:.2f} s")
     parts.append(f"prompt {stats.prompt_tokens}, {stats.reused_tokens} reused")
+    if stats.attended_share is not None and stats.attended_share < 1:
+        parts.append(f"{stats.attended_share:.0%} of the cache attended to")
+    if stats.layers_ours and stats.layers_ours < stats.layers:
+        parts.append(f"our attention in {stats.layers_ours} of {stats.layers} layers")
     if stats.dropped_tokens:
         parts.append(f"{stats.dropped_tokens} oldest tokens dropped")
     if finish_reason == "length":

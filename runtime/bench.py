@@ -26,9 +26,13 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchCase:
-    """One policy at one depth against llama.cpp; rates in tokens a second, memory of the case's process."""
+    """One policy at one depth against llama.cpp; rates in tokens a second, memory of the case's process.
+
+    `attention` is the policy as it was asked for, `policy` what that meant for this model.
+    """
 
     attention: str
+    policy: str
     speculate: str | None
     depth: int
     decode_ratio: float
@@ -107,7 +111,7 @@ class Bench:
     def run(
         self, depth: int, *, rounds: int, tokens: int, progress: Progress = lambda _: None
     ) -> list[BenchCase]:
-        """Measure every case at `depth`: `rounds` prompts and `rounds` times `tokens` decoded tokens each."""
+        """Measure every case at `depth`: in each round a prompt, and then `tokens` decoded tokens."""
         prefills = self._interleaved("prefill", rounds, progress, depth=depth)
         decodes = self._interleaved(
             "decode", rounds, progress, warm=True, depth=depth, tokens=tokens
@@ -115,7 +119,8 @@ class Bench:
         facts = {name: process.ask("facts") for name, process in self._processes.items()}
         return [
             BenchCase(
-                attention=facts[name]["attention"],
+                attention=name,
+                policy=facts[name]["attention"],
                 speculate=None,
                 depth=depth,
                 decode_ratio=_ratio(decodes[PEER], decodes[name]),

@@ -132,10 +132,12 @@ void Attend::attend_tiled(const AttentionProblem& p, const KernelSet& kernels, i
 void Attend::attend_tile(const AttentionProblem& p, const KernelSet& kernels, int kv_head, int begin, int end, float* scratch,
                          float* partials, float* merged) {
     const int group = p.group_size(), floats = partial_floats(p), count = (end - begin) * group;
+    const bool rounded = p.rounded && kernels.attend_rounded != nullptr && p.num_rows > kDraftRows;
+    const AttendKeys attend_keys = rounded ? kernels.attend_rounded : kernels.attend_keys;
     for (int i = 0; i < count; ++i) start_partial(merged + i * floats, p.value_size);
     for (int chunk = 0; chunk < num_chunks_of(p); ++chunk) {
         for (int i = 0; i < count; ++i) start_partial(partials + i * floats, p.value_size);
-        kernels.attend_keys(p, kv_head, begin, end, chunk * kChunkKeys, chunk_end(p, chunk), scratch, partials);
+        attend_keys(p, kv_head, begin, end, chunk * kChunkKeys, chunk_end(p, chunk), scratch, partials);
         for (int i = 0; i < count; ++i) merge(merged + i * floats, partials + i * floats, p.value_size);
     }
     for (int i = 0; i < count; ++i) finish(p, begin + i / group, kv_head * group + i % group, merged + i * floats);

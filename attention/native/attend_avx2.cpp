@@ -3,7 +3,7 @@
 #include "attend_keys.inl"
 #include "add_weights.inl"
 const KernelSet* avx2_kernels() {
-    static const KernelSet kernels = {"avx2", attend_keys, add_weights};
+    static const KernelSet kernels = {"avx2", attend_blocks<ConvertedBlock>, add_weights, nullptr};
     return &kernels;
 }
 #else

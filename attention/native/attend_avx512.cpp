@@ -3,7 +3,7 @@
 #include "attend_keys.inl"
 #include "add_weights.inl"
 const KernelSet* avx512_kernels() {
-    static const KernelSet kernels = {"avx512", attend_keys, add_weights};
+    static const KernelSet kernels = {"avx512", attend_blocks<ConvertedBlock>, add_weights, avx512_bf16_attend()};
     return &kernels;
 }
 #else

@@ -282,8 +282,9 @@ struct RowGroup {
     }
 };
 
-void attend_keys(const AttentionProblem& p, int kv_head, int row_begin, int row_end, int key_begin, int key_end, float* scratch,
-                 float* partials) {
+template <class ManyLinesBlock>
+void attend_blocks(const AttentionProblem& p, int kv_head, int row_begin, int row_end, int key_begin, int key_end, float* scratch,
+                   float* partials) {
     float* keys = scratch;
     float* values = keys + kBlockKeys * kMaxHeadSize;
     float* bias = values + kBlockKeys * kMaxHeadSize;
@@ -304,7 +305,7 @@ void attend_keys(const AttentionProblem& p, int kv_head, int row_begin, int row_
         if (few || !seen) {
             rows.attend(StoredBlock{p, block, ahead}, block, masks, num_rows, scores);
         } else {
-            const ConvertedBlock converted{p, block, keys, values};
+            const ManyLinesBlock converted{p, block, keys, values};
             converted.fill();
             rows.attend(converted, block, masks, num_rows, scores);
         }

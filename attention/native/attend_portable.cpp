@@ -4,9 +4,9 @@
 #include "add_weights.inl"
 const KernelSet* portable_kernels() {
 #if defined(__aarch64__)
-    static const KernelSet kernels = {"neon", attend_keys, add_weights};
+    static const KernelSet kernels = {"neon", attend_blocks<ConvertedBlock>, add_weights, nullptr};
 #else
-    static const KernelSet kernels = {"portable", attend_keys, add_weights};
+    static const KernelSet kernels = {"portable", attend_blocks<ConvertedBlock>, add_weights, nullptr};
 #endif
     return &kernels;
 }

@@ -32,16 +32,20 @@ struct AttentionProblem {
     const int32_t* selected;
     float *scores, *totals;
     int first_scored_row, scores_stride;
+    int rounded;  // whether a prompt's rows may be multiplied in bfloat16
 
     int group_size() const { return num_heads / num_kv_heads; }
     int cell_of(int key) const { return selected == nullptr ? key : selected[key]; }
 };
+
+constexpr uint16_t kHiddenKey = 0xfc00;  // -inf in a mask
 
 // Keys are taken in blocks, at absolute positions, and blocks in chunks: the order of every sum depends
 // on the row alone, never on the batch it came in or on the number of threads.
 constexpr int kBlockKeys = 64;
 constexpr int kChunkKeys = 256;
 constexpr int kMaxHeadSize = 256;
+constexpr int kDraftRows = 32;  // a pass of more rows is a prompt's
 constexpr int kTileRows = 32;  // the most rows of one call of a kernel
 
 inline int padded_to_blocks(int num_keys) { return (num_keys + kBlockKeys - 1) / kBlockKeys * kBlockKeys; }
@@ -64,14 +68,18 @@ using AttendKeys = void (*)(const AttentionProblem& problem, int kv_head, int ro
 // the line's maximum and 1 / sum.
 using AddWeights = void (*)(const float* scores, const float* totals, int count, float* weights);
 
+// `attend_rounded` is attend_keys with products of many rows in bfloat16, summed in f32: not exact, and null
+// where the processor has no such units.
 struct KernelSet {
     const char* name;
     AttendKeys attend_keys;
     AddWeights add_weights;
+    AttendKeys attend_rounded;
 };
 
 // Each is null where the library was not built for it.
 const KernelSet* avx512_kernels();
+AttendKeys avx512_bf16_attend();
 const KernelSet* avx2_kernels();
 const KernelSet* portable_kernels();
 

@@ -4,6 +4,7 @@
 #include "cpu_features.h"
 
 #include <cstring>
+#include <string>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -101,6 +102,13 @@ size_t list_features(char* out, size_t capacity) { return join(nullptr, 0, out, 
 
 extern "C" size_t lowtide_cpu_features(char* out, size_t capacity) {
     return list_features(out, capacity);
+}
+
+bool processor_has(const char* feature) {
+    std::string names(lowtide_cpu_features(nullptr, 0) + 1, '\0');
+    lowtide_cpu_features(&names[0], names.size());
+    const std::string all = " " + std::string(names.c_str()) + " ";
+    return all.find(" " + std::string(feature) + " ") != std::string::npos;
 }
 
 extern "C" const char* lowtide_native_version() { return LOWTIDE_VERSION; }

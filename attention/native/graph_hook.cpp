@@ -18,6 +18,7 @@
 #include "attention_problem.h"
 #include "ggml_tensor.h"
 #include "tidal_attend.h"
+#include "visible_keys.h"
 
 namespace {
 
@@ -53,9 +54,10 @@ struct Layer {
 struct GraphHook {
     const KernelSet* kernels;
     int32_t flash_attention_op, custom_op;
-    bool active;
+    bool active, rounded;
     int num_threads;
     TidalAttend attend;
+    VisibleKeys visible;
     Layer layers[kMaxLayers];
     int64_t nodes_ours, nodes_theirs, nanoseconds, keys_read, keys_held;
 };
@@ -103,6 +105,7 @@ const char* learn(const GgmlFunctions& ggml, GraphHook& hook, CustomOp op) {
 AttentionProblem problem_of(const AttentionNode& read, int stream, const Layer& layer) {
     AttentionProblem problem = read.problem(stream);
     problem.scale = layer.scale, problem.softcap = layer.softcap;
+    problem.rounded = layer.hook->rounded;
     return problem;
 }
 
@@ -113,11 +116,14 @@ void attend_node(GgmlTensor* node, int thread, int num_threads, void* user_data)
     AttentionNode read;
     read.read(node);
     const auto started = std::chrono::steady_clock::now();
+    const int index = int(&layer - hook.layers);
     int64_t keys_read = 0, keys_held = 0;
     for (int stream = 0; stream < read.num_streams(); ++stream) {
         const AttentionProblem problem = problem_of(read, stream, layer);
-        keys_read += hook.attend.run(problem, int(&layer - hook.layers), *hook.kernels, thread, num_threads);
-        keys_held += problem.num_keys;
+        const int visible = thread == 0 && stream == 0 ? hook.visible.count(problem, index) : 0;
+        const int num_read = hook.attend.run(problem, index, *hook.kernels, thread, num_threads);
+        keys_held += visible;
+        keys_read += num_read < visible ? num_read : visible;
     }
     if (thread != 0) return;
     hook.nanoseconds += std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - started).count();
@@ -181,6 +187,7 @@ extern "C" GraphHook* lowtide_hook_new(const GgmlFunctions* ggml, const char* ke
         hook->kernels = found;
         hook->active = true;
         hook->num_threads = num_threads;
+        hook->visible.reserve();
         for (Layer& layer : hook->layers) layer.hook = hook;
         wrong = learn(*ggml, *hook, attend_node);
     }
@@ -218,6 +225,11 @@ extern "C" int lowtide_hook_set_roles(GraphHook* hook, const uint8_t* roles, int
 
 extern "C" void lowtide_hook_start_pass(GraphHook* hook, int sparse, int refresh) {
     hook->attend.start_pass(sparse != 0, refresh != 0);
+}
+
+extern "C" int lowtide_hook_set_rounded(GraphHook* hook, int rounded) {
+    hook->rounded = rounded != 0 && hook->kernels->attend_rounded != nullptr;
+    return hook->rounded == (rounded != 0) ? 0 : 1;
 }
 
 extern "C" HookCounts lowtide_hook_counts(const GraphHook* hook) {

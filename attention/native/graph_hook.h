@@ -29,7 +29,7 @@ struct HookCounts {
     int64_t nanoseconds;  // in our kernel, as the first thread saw it
     int64_t scratch_bytes;
     int64_t keys_read;  // that were attended to, over all layers and passes
-    int64_t keys_held;  // that the caches held for them
+    int64_t keys_held;  // that each pass's last row sees, in its first stream
 };
 
 // Makes a hook for a context of `num_threads` threads, or returns null and writes why not, in words, to `reason` (`reason_size` bytes): this ggml's
@@ -49,3 +49,6 @@ LOWTIDE_API const char* lowtide_hook_kernels(const GraphHook* hook);
 // no memory. Passes are dense until one is started as sparse; `refresh` has its selection layers choose anew.
 LOWTIDE_API int lowtide_hook_set_roles(GraphHook* hook, const uint8_t* roles, int num_layers, const SelectionRule* rule);
 LOWTIDE_API void lowtide_hook_start_pass(GraphHook* hook, int sparse, int refresh);
+
+// Whether prompts are multiplied in bfloat16, which is not exact. Returns 1 where the kernels cannot.
+LOWTIDE_API int lowtide_hook_set_rounded(GraphHook* hook, int rounded);

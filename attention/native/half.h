@@ -13,8 +13,6 @@
 
 namespace {
 
-constexpr uint16_t kHalfMinusInfinity = 0xfc00;
-
 inline float half_to_float(uint16_t half) {
 #if defined(__F16C__)
     return _cvtsh_ss(half);

@@ -48,12 +48,12 @@ inline BlockMask read_mask(const AttentionProblem& p, int row, const KeyBlock& b
         for (int j = 0; j < block.count; ++j) halves[j] = mask[p.selected[block.begin + j]];
     else
         std::memcpy(halves, mask + block.begin, sizeof(uint16_t) * block.count);
-    for (int j = block.count; j < kBlockKeys; ++j) halves[j] = kHalfMinusInfinity;
+    for (int j = block.count; j < kBlockKeys; ++j) halves[j] = kHiddenKey;
     uint16_t any = 0;
     for (int j = 0; j < kBlockKeys; ++j) any |= halves[j];
     if (any == 0) return {kBlockKeys, kNoBias};
     uint16_t num_hidden = 0;
-    for (int j = 0; j < kBlockKeys; ++j) num_hidden += halves[j] == kHalfMinusInfinity;
+    for (int j = 0; j < kBlockKeys; ++j) num_hidden += halves[j] == kHiddenKey;
     if (num_hidden < kBlockKeys)
         for (int j = 0; j < kBlockKeys; j += W)
             store(room + j, Rows<KvType::f16>::load(reinterpret_cast<const char*>(halves), j));

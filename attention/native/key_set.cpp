@@ -9,7 +9,6 @@
 namespace {
 
 constexpr uint8_t kHidden = 0, kVisible = 1, kPicked = 2, kForced = 3;
-constexpr uint16_t kMaskedOut = 0xfc00;
 constexpr int kBinShift = 20, kNumBins = 1 << 11;
 
 uint32_t bits_of(float weight) {
@@ -42,13 +41,13 @@ int KeySet::mark(const AttentionProblem& p, const SelectionRule& rule) {
     marks_.assign(p.num_keys, kHidden);
     for (int row = 0; row < p.num_rows; ++row) {
         const auto* mask = reinterpret_cast<const uint16_t*>(p.mask + row * p.mask_row_stride);
-        for (int j = 0; j < p.num_keys; ++j) marks_[j] |= mask[j] != kMaskedOut;
+        for (int j = 0; j < p.num_keys; ++j) marks_[j] |= mask[j] != kHiddenKey;
         int left = rule.num_first;
         for (int j = 0; j < p.num_keys && left > 0; ++j)
-            if (mask[j] != kMaskedOut) marks_[j] = kForced, --left;
+            if (mask[j] != kHiddenKey) marks_[j] = kForced, --left;
         left = rule.num_last;
         for (int j = p.num_keys - 1; j >= 0 && left > 0; --j)
-            if (mask[j] != kMaskedOut) marks_[j] = kForced, --left;
+            if (mask[j] != kHiddenKey) marks_[j] = kForced, --left;
     }
     num_forced_ = int(std::count(marks_.begin(), marks_.end(), kForced));
     return p.num_keys - int(std::count(marks_.begin(), marks_.end(), kHidden));

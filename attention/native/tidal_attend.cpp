@@ -5,7 +5,6 @@
 
 namespace {
 
-constexpr int kSparseRows = 32;  // a pass of more is a prompt's, which is dense
 constexpr int kScoredRows = 4;   // the last rows of a pass choose for all of them
 constexpr int kNoSet = -1;
 
@@ -33,7 +32,7 @@ void TidalAttend::start_pass(bool sparse, bool refresh) {
 }
 
 TidalAttend::Role TidalAttend::role_now(const AttentionProblem& p, int layer) const {
-    const bool sparse = sparse_ && p.num_rows <= kSparseRows && layer < int(roles_.size()) && set_of_layer_[layer] != kNoSet;
+    const bool sparse = sparse_ && p.num_rows <= kDraftRows && layer < int(roles_.size()) && set_of_layer_[layer] != kNoSet;
     return sparse ? roles_[layer] : Role::dense;
 }
 

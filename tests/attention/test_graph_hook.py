@@ -134,8 +134,8 @@ def test_an_answer_through_the_front_door(smollm2: Path) -> None:
         result = runtime.generate("The tide is", max_tokens=8, temperature=0)
         assert (result.stats.layers_ours, result.stats.layers) == (30, 30)
         rows = {row.owner: row.num_bytes for row in runtime.plan.rows}
-        assert runtime._hook is not None
-        assert 0 < runtime._hook.counts().scratch_bytes <= rows["attention scratch"]
+        counts = runtime._loaded.hook_counts()
+        assert counts is not None and 0 < counts.scratch_bytes <= rows["attention scratch"]
     with Runtime.open(smollm2, memory="8GiB", context=512) as runtime:
         assert runtime.generate("The tide is", max_tokens=2).stats.layers_ours == 0
 

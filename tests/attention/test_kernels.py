@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowtide.attention.kernels import AttentionInputs, attend, select, usable_kernel_sets
+from lowtide.attention.native_library import cpu_features
 from lowtide.attention.reference import (
     attention,
     attention_weights,
@@ -307,3 +308,37 @@ def test_shapes_that_no_kernel_knows_are_refused_before_any_is_read(case: Case) 
 def test_kernels_that_are_not_here() -> None:
     with pytest.raises(LowtideError, match="have no cray kernels"):
         inputs_of(CASES[0]).run(kernels="cray")
+
+
+ROUNDED = "avx512_bf16" in cpu_features() and "avx512" in SETS
+
+
+@pytest.mark.skipif(not ROUNDED, reason="this processor has no avx512_bf16")
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+@pytest.mark.parametrize(
+    "case", [CASES[8], CASES[9], Case(40, 4, 1, 256, 333), Case(64, 8, 4, 96, 700)], ids=str
+)
+def test_prompts_in_bfloat16_are_rounded_and_no_more(case: Case, kv_type: str) -> None:
+    inputs = inputs_of(case, kv_type)
+    inputs.mask[:, : case.keys // 2] = 0  # blocks that every row sees, and ragged ones
+    exact, rounded = inputs.run(kernels="avx512"), inputs.run(kernels="avx512", rounded=True)
+    scale = np.abs(exact).max()
+    assert 1e-4 < np.abs(rounded - exact).max() / scale < 0.05
+    assert np.sqrt(((rounded - exact) ** 2).mean() / (exact**2).mean()) < 0.01
+    for threads in (2, 3):
+        again = inputs.run(kernels="avx512", rounded=True, threads=threads)
+        assert again.tobytes() == rounded.tobytes()
+
+
+@pytest.mark.skipif(not ROUNDED, reason="this processor has no avx512_bf16")
+def test_rounding_is_for_prompts_and_hidden_keys_stay_hidden() -> None:
+    few = inputs_of(Case(32, 9, 3, 64, 300))
+    assert few.run(kernels="avx512", rounded=True).tobytes() == few.run(kernels="avx512").tobytes()
+    many = inputs_of(Case(48, 9, 3, 64, 300))
+    many.mask[:, 7] = -np.inf
+    clean = many.run(kernels="avx512", rounded=True)
+    many.k[7], many.v[7] = np.nan, np.inf
+    assert many.run(kernels="avx512", rounded=True).tobytes() == clean.tobytes()
+    assert (
+        many.run(kernels=SETS[-1], rounded=True).tobytes() == many.run(kernels=SETS[-1]).tobytes()
+    )

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowtide import FakeModel
+from lowtide.attention.policy import Steering
 from lowtide.runtime.session import Session
 
 IDS = st.lists(st.integers(0, 5), min_size=1, max_size=30)
@@ -49,6 +50,45 @@ def test_a_model_that_cannot_go_back_starts_over() -> None:
     session.append([1, 2, 3])
     assert session.rewind_to([1, 2, 9]) == 0
     assert session.token_ids == []
+
+
+class Correcting(Steering):
+    """Asks for correction every three tokens, and remembers what it was told."""
+
+    correction_interval = 3
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def before_prompt(self) -> None:
+        self.told.append("prompt")
+
+    def before_decode(self) -> None:
+        self.told.append("decode")
+
+
+def test_decoded_tokens_are_computed_again_when_correction_is_due() -> None:
+    model, steering = FakeModel(context=64, max_rows=2), Correcting()
+    session = Session(model, steering)
+    session.append([1, 2])
+    for token_id in (3, 4):
+        session.decode([token_id])
+    assert session.exact_until == 2
+    logits = session.decode([5])
+    assert steering.told == ["prompt", *["decode"] * 3, *["prompt"] * 2]  # in passes of two rows
+    assert session.token_ids == [1, 2, 3, 4, 5] and session.exact_until == 5
+    assert logits.tobytes() == FakeModel(context=64).forward([1, 2, 3, 4, 5]).tobytes()
+    session.decode([6])
+    session.rewind_to([1, 2, 3, 9])
+    assert session.exact_until == 3 == model.num_tokens
+
+
+def test_a_prompt_after_inexact_tokens_does_not_make_them_exact() -> None:
+    session = Session(FakeModel(context=64), Steering())
+    session.append([1, 2])
+    session.decode([3])
+    session.append([4, 5])
+    assert session.exact_until == 2
 
 
 def test_full() -> None:

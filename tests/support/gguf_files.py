@@ -21,8 +21,12 @@ def write_model(
     architecture: str = "llama",
     chat_template: str | None = None,
     overrides: dict[str, int] | None = None,
+    quantised: bool = False,
 ) -> Path:
-    """Write a llama-shaped model in F32 with a byte vocabulary; `overrides` replaces header numbers."""
+    """Write a llama-shaped model in F32 with a byte vocabulary; `overrides` replaces header numbers.
+
+    `quantised` writes the matrices as Q4_0.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("random")
     numbers = {
@@ -41,7 +45,8 @@ def write_model(
     _add_vocabulary(writer, vocabulary)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
-    _add_tensors(writer, layers, width, heads, kv_heads, feed_forward, vocabulary)
+    shape = (layers, width, heads, kv_heads, feed_forward, vocabulary)
+    _add_tensors(writer, *shape, quantised=quantised)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -70,12 +75,19 @@ def _add_tensors(
     kv_heads: int,
     feed_forward: int,
     vocabulary: int,
+    *,
+    quantised: bool,
 ) -> None:
     random = np.random.default_rng(7)
     kv_width = width // heads * kv_heads
 
     def add(name: str, rows: int, columns: int) -> None:
         scale = 1 / np.sqrt(columns)
+        if quantised:
+            blocks = _q4_0(random, rows * columns // 32, scale / 8)
+            data = blocks.reshape(rows, columns // 32 * 18)
+            writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+            return
         writer.add_tensor(
             name, (random.standard_normal((rows, columns)) * scale).astype(np.float32)
         )
@@ -96,3 +108,11 @@ def _add_tensors(
         add(f"blk.{layer}.ffn_down.weight", width, feed_forward)
     add_norm("output_norm.weight")
     add("output.weight", vocabulary, width)
+
+
+def _q4_0(random: np.random.Generator, num_blocks: int, scale: float) -> np.ndarray:
+    """Blocks of 32 random weights, 18 bytes each."""
+    blocks = np.empty((num_blocks, 18), np.uint8)
+    blocks[:, :2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
+    blocks[:, 2:] = random.integers(0, 256, (num_blocks, 16), np.uint8)
+    return blocks

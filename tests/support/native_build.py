@@ -8,14 +8,14 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1] / "attention" / "native"
 NATIVE = TESTS.parents[2] / "attention" / "native"
 SOURCES = (
-    "attend attend_avx2 attend_avx512 attend_portable cpu_features find_kernels key_set tidal_attend"
+    "attend attend_avx2 attend_avx512 attend_bf16 attend_portable cpu_features find_kernels key_set "
+    "tidal_attend"
 ).split()
+AVX512 = "-mavx512f -mavx512vl -mavx512bw -mavx512dq -mfma -mf16c -Wno-maybe-uninitialized".split()
 X86_FLAGS = {
     "attend_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "attend_avx512": [
-        *("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mf16c"),
-        "-Wno-maybe-uninitialized",
-    ],
+    "attend_avx512": AVX512,
+    "attend_bf16": [*AVX512, "-mavx512bf16"],
 }
 
 

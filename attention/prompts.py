@@ -1,0 +1,33 @@
+"""How a prompt's rows are multiplied under our kernels: exactly, or rounded to bfloat16."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lowtide.models.errors import BadOption
+
+if TYPE_CHECKING:
+    from lowtide.attention.graph_hook import GraphHook
+
+EXACT, BF16 = "exact", "bf16"
+PROMPTS = (EXACT, BF16)
+
+
+def check_prompts(prompts: str) -> None:
+    """Raise `BadOption` for a value that there is not, or that this processor has no units for."""
+    from lowtide.attention.native_library import cpu_features
+
+    if prompts not in PROMPTS:
+        raise BadOption(f"prompts is {prompts!r}, one of {', '.join(PROMPTS)} is wanted")
+    if prompts == BF16 and "avx512_bf16" not in cpu_features():
+        raise BadOption(
+            "prompts is 'bf16', and this processor has no avx512_bf16: leave prompts out"
+        )
+
+
+def install_prompts(hook: GraphHook, prompts: str) -> None:
+    """Have the hook multiply prompts so."""
+    if not hook.set_rounded(prompts == BF16):
+        raise BadOption(
+            f"prompts is 'bf16', and the {hook.kernels} kernels multiply exactly: leave prompts out"
+        )

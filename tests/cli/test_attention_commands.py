@@ -1,0 +1,125 @@
+"""--attention, evaluate, calibrate and bench, as typed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from gguf_files import write_model
+
+from lowtide.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    path = write_model(
+        folder / "random.gguf", layers=6, width=128, heads=2, kv_heads=1, context=4096
+    )
+    return str(path)
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments), catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        ("flash", "attention is 'flash', one of llama, dense, tidal"),
+        ("tidal:k=0", "tidal's k is 0"),
+        ("tidal:layers=99", "name layer 99; random has layers 0 to 5"),
+        ("tidal:calibration=/nowhere.json", "/nowhere.json cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "plan", "evaluate", "bench"])
+def test_wrong_policies_are_a_sentence(
+    command: str, attention: str, message: str, model: str
+) -> None:
+    extra = ["-p", "x"] if command == "run" else []
+    done = invoke(command, model, "--memory", "4GiB", "--attention", attention, *extra)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("Error: ") and message in done.stderr
+    assert done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+def test_a_sparse_answer_says_what_it_was(model: str) -> None:
+    done = invoke(
+        "run", model, "--memory", "4GiB", "-c", "1024", "-p", "tide " * 100, "--raw", "-n", "4",
+        "--attention", "tidal:k=100,layers=1", "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0
+    stats = json.loads(done.stdout)["stats"]
+    assert stats["attention"] == "tidal, k 100, selection layers 1 (stated)"
+    assert 0.3 < stats["attended_share"] < 0.9
+    assert stats["layers_ours"] == stats["layers"] == 6
+
+
+def test_a_person_is_told_that_it_is_an_approximation(model: str) -> None:
+    done = invoke(
+        "run", model, "--memory", "4GiB", "-c", "1024", "-p", "tide " * 100, "--raw", "-n", "4",
+        "--attention", "tidal:k=100",
+    )  # fmt: skip
+    assert "tidal, k 100, selection layers 2 (default layers: not calibrated" in done.stderr
+    assert "of the cache attended to" in done.stderr
+
+
+def test_calibrate_then_use_it(model: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    done = invoke(
+        "calibrate", model, "--memory", "4GiB", "-c", "1024", "--target-kl", "1", "--max-layers",
+        "1", "--k", "128", "-o", str(path), "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["path"] == str(path) and told["k"] == 128 and told["target_kl"] == 1
+    assert json.loads(path.read_text())["selection_layers"] == told["selection_layers"]
+    used = invoke(
+        "run", model, "--memory", "4GiB", "-c", "512", "-p", "x", "--raw", "-n", "1",
+        "--attention", f"tidal:calibration={path}", "--json",
+    )  # fmt: skip
+    assert "calibrated: KL" in json.loads(used.stdout)["stats"]["attention"]
+    other = write_model(tmp_path / "other.gguf", layers=6, width=64, heads=2, kv_heads=1)
+    refused = invoke("plan", str(other), "--attention", f"tidal:calibration={path}")
+    assert refused.exit_code == 2 and "is of another model: its fingerprint" in refused.stderr
+
+
+def test_calibrate_with_what_cannot_be(model: str, tmp_path: Path) -> None:
+    base = ("calibrate", model, "--memory", "4GiB", "--max-layers", "1", "--k", "128")
+    short = invoke(*base, "-c", "512")
+    assert short.exit_code == 2 and "1024 or more tokens" in short.stderr
+    never = invoke(*base, "-c", "1024", "--target-kl", "0.0001")
+    assert never.exit_code == 1 and "raise --target-kl" in never.stderr
+    small = tmp_path / "small.txt"
+    small.write_text("x")
+    text = invoke(*base, "-c", "1024", "--text", str(small))
+    assert text.exit_code == 2 and "give a longer --text" in text.stderr
+
+
+def test_evaluate_for_programs_and_for_people(model: str) -> None:
+    base = ("evaluate", model, "--memory", "4GiB", "-c", "512", "--windows", "2")
+    base += ("--attention", "tidal:k=100,layers=1", "--no-needles")
+    told = json.loads(invoke(*base, "--json").stdout)
+    assert {"version", "model", "machine", "attention", "context", "kl"} <= set(told)
+    assert told["context"] == 512 and told["needles"]["asked"] == 0
+    shown = invoke(*base).stdout
+    assert "KL, nats" in shown and f"{told['kl']:.4f}" in shown
+
+
+def test_bench_for_programs_and_for_people(model: str) -> None:
+    base = ("bench", model, "--memory", "4GiB", "-d", "100", "--rounds", "1", "-n", "2")
+    told = json.loads(invoke(*base, "--attention", "dense", "--json").stdout)
+    (case,) = told["cases"]
+    assert case["attention"] == "dense" and case["depth"] == 100 and case["peak_rss_bytes"] > 0
+    shown = invoke(*base, "--attention", "dense", "--attention", "tidal:k=80,layers=1")
+    lines = shown.stdout.splitlines()
+    assert any(line.split()[:2] == ["llama", "100"] for line in lines)
+    assert any(line.split()[:2] == ["dense", "100"] for line in lines)
+    assert max(map(len, lines)) <= 110 or os.environ.get("COLUMNS")
+    twice = invoke(*base, "--attention", "dense", "--attention", "dense")
+    assert twice.exit_code == 2 and "names a policy twice" in twice.stderr
+    deep = invoke("bench", model, "--memory", "4GiB", "-d", "5000")
+    assert deep.exit_code == 2 and "was made for 4096" in deep.stderr

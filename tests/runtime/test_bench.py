@@ -1,0 +1,50 @@
+"""The benchmark's machinery on a small model: what it reports, not how fast that was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from gguf_files import write_model
+
+from lowtide.models.errors import BadOption
+from lowtide.models.gguf_header import read_spec
+from lowtide.runtime.bench import Bench, BenchFailed, check_attentions
+
+OPTIONS = {"memory": 4 << 30, "context": 512, "kv_type": "f16", "threads": 1, "max_rows": 64}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    return write_model(folder / "random.gguf", layers=4, width=128, heads=2, kv_heads=1)
+
+
+def test_every_case_is_measured_against_the_peer(model: Path) -> None:
+    said: list[str] = []
+    attentions = ("dense", "tidal:k=100,layers=1")
+    with Bench(read_spec(model), attentions, OPTIONS) as bench:
+        cases = bench.run(300, rounds=2, tokens=4, progress=said.append)
+    assert [case.attention for case in cases] == list(attentions)
+    assert cases[1].policy == "tidal, k 100, selection layers 1 (stated)"
+    for case in cases:
+        values = case.to_dict()
+        assert values["depth"] == 300 and values["speculate"] is None
+        assert (values["layers_ours"], values["layers"]) == (4, 4)
+        assert values["peer"].startswith("llama.cpp")
+        assert 20 << 20 < values["peak_rss_bytes"] < 1 << 30
+        assert all(values[name] > 0 for name in values if name.endswith(("ratio", "per_s")))
+    assert len(said) == 2 * 2 * 3  # two rounds of prompts and of decoding, three processes
+
+
+def test_a_case_that_cannot_open_says_why(model: Path) -> None:
+    with pytest.raises(BenchFailed, match="needs at least") as caught:
+        Bench(read_spec(model), ("dense",), {**OPTIONS, "memory": 30 << 20})
+    assert caught.value.exit_code == 2
+
+
+def test_wrong_cases() -> None:
+    with pytest.raises(BadOption, match="what is measured against"):
+        check_attentions(("dense", "llama"))
+    with pytest.raises(BadOption, match="names a policy twice"):
+        check_attentions(("dense", "dense"))
