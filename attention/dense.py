@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from lowtide.attention.policy import AttentionPolicy, Steering
-from lowtide.attention.prompts import EXACT, check_prompts, install_prompts
+from lowtide.attention.prompts import EXACT, check_hook, check_prompts
 from lowtide.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ class Dense(AttentionPolicy):
 
     def install(self, hook: GraphHook, spec: ModelSpec) -> Steering:
         """Attend fully in every pass, whatever another policy left behind."""
-        install_prompts(hook, self.prompts)
-        return DenseSteering(hook)
+        check_hook(hook, self.prompts)
+        return DenseSteering(hook, self.prompts)
 
     def __str__(self) -> str:
         return "dense" if self.prompts == EXACT else f"dense, prompts in {self.prompts}"
@@ -49,12 +49,13 @@ class Dense(AttentionPolicy):
 class DenseSteering(Steering):
     """Every pass attends to every key."""
 
-    def __init__(self, hook: GraphHook) -> None:
+    def __init__(self, hook: GraphHook, prompts: str = EXACT) -> None:
         self._hook = hook
+        self.exact_prompts = prompts == EXACT
 
     def before_prompt(self) -> None:
         """Attend fully."""
-        self._hook.start_pass(sparse=False)
+        self._hook.start_pass(sparse=False, rounded=not self.exact_prompts)
 
     def before_decode(self) -> None:
         """Attend fully."""

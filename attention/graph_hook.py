@@ -113,13 +113,17 @@ class GraphHook:
         if self._library.lowtide_hook_set_roles(self._hook, roles, len(roles), ctypes.byref(rule)):
             raise MemoryError
 
-    def set_rounded(self, rounded: bool) -> bool:
-        """Let prompts be multiplied in bfloat16, or not; return whether these kernels can."""
-        return not self._library.lowtide_hook_set_rounded(self._hook, rounded)
+    @property
+    def can_round(self) -> bool:
+        """Whether these kernels can multiply in bfloat16."""
+        return bool(self._library.lowtide_hook_can_round(self._hook))
 
-    def start_pass(self, *, sparse: bool, refresh: bool = True) -> None:
-        """Say whether the passes from now on are sparse, and whether they choose their keys anew."""
-        self._library.lowtide_hook_start_pass(self._hook, sparse, refresh)
+    def start_pass(self, *, sparse: bool, refresh: bool = True, rounded: bool = False) -> None:
+        """Say whether the passes from now on are sparse, and whether they choose their keys anew.
+
+        `rounded` has a prompt's rows multiplied in bfloat16, where `can_round`.
+        """
+        self._library.lowtide_hook_start_pass(self._hook, sparse, refresh, rounded)
 
     def close(self) -> None:
         """Free the hook; its context must be gone."""
@@ -152,8 +156,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.lowtide_hook_counts.argtypes = [pointer]
     library.lowtide_hook_counts.restype = _Counts
     library.lowtide_hook_kernels.argtypes = [pointer]
-    library.lowtide_hook_set_roles.argtypes = [pointer, ctypes.c_char_p, ctypes.c_int, pointer]
-    library.lowtide_hook_start_pass.argtypes = [pointer, ctypes.c_int, ctypes.c_int]
-    library.lowtide_hook_start_pass.restype = None
-    library.lowtide_hook_set_rounded.argtypes = [pointer, ctypes.c_int]
     library.lowtide_hook_kernels.restype = ctypes.c_char_p
+    library.lowtide_hook_set_roles.argtypes = [pointer, ctypes.c_char_p, ctypes.c_int, pointer]
+    library.lowtide_hook_start_pass.argtypes = [pointer, ctypes.c_int, ctypes.c_int, ctypes.c_int]
+    library.lowtide_hook_start_pass.restype = None
+    library.lowtide_hook_can_round.argtypes = [pointer]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lowtide.attention.policy import Steering
-from lowtide.attention.quality import extend
+from lowtide.attention.quality import read_prompt
 from lowtide.models.model import Model
 
 ANSWER_TOKENS = 10
@@ -51,17 +51,15 @@ def hide_needle(
     return Needle(key=key, length=length, depth=depth, token_ids=token_ids)
 
 
-def finds(model: Model, dense: Steering, steering: Steering, needle: Needle) -> bool:
-    """Read the prompt exactly, answer greedily under a policy, and look for the key.
+def finds(model: Model, steering: Steering, needle: Needle) -> bool:
+    """Read the prompt and answer greedily, both as a policy does, and look for the key.
 
-    What the cache holds must be a beginning of the prompt; it is left holding all but its last token.
+    What the cache holds must be a beginning of the prompt, read exactly; see `read_prompt`.
     """
-    prompt = needle.token_ids[:-1]
-    extend(model, dense, prompt)
     token_id, answer = needle.token_ids[-1], list[int]()
-    for _ in range(ANSWER_TOKENS):
-        steering.before_decode()
-        token_id = int(model.forward((token_id,)).argmax())
-        answer.append(token_id)
-    model.truncate(len(prompt))
+    with read_prompt(model, steering, needle.token_ids[:-1]):
+        for _ in range(ANSWER_TOKENS):
+            steering.before_decode()
+            token_id = int(model.forward((token_id,)).argmax())
+            answer.append(token_id)
     return needle.key in model.tokenizer.decode(answer)

@@ -44,9 +44,11 @@ class AttentionPolicy(ABC):
 class Steering:
     """Told before every pass what kind it is; this one has nothing to do: every pass is exact.
 
-    A prompt's passes are exact under every policy, those of decoding are as the policy has them.
+    Passes of a prompt and of decoding are each as the policy has them.
     """
 
+    exact_prompts: bool = True
+    """Whether the rows of a prompt are attended to as dense attention would."""
     correction_interval: int | None = None
     """Every so many decoded tokens their keys and values are computed again, exactly; None is never."""
 

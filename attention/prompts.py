@@ -25,9 +25,9 @@ def check_prompts(prompts: str) -> None:
         )
 
 
-def install_prompts(hook: GraphHook, prompts: str) -> None:
-    """Have the hook multiply prompts so."""
-    if not hook.set_rounded(prompts == BF16):
+def check_hook(hook: GraphHook, prompts: str) -> None:
+    """Raise `BadOption` where the hook's kernels have no units for it."""
+    if prompts == BF16 and not hook.can_round:
         raise BadOption(
             f"prompts is 'bf16', and the {hook.kernels} kernels multiply exactly: leave prompts out"
         )

@@ -1,12 +1,13 @@
 """How far a policy is from dense attention: divergence of the next-token distributions along a text.
 
-Both run on the same model and the same exact prompt, one token at a time, so that nothing but the policy
-differs. Reads no file; knows no command.
+Both run on the same model, one token at a time, after the same prompt: read exactly, unless the policy
+reads prompts in another way, so that nothing but the policy differs. Reads no file; knows no command.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -89,23 +90,35 @@ class Reference:
             self._dense[row] = log_softmax(logits)
 
     def distance(self, steering: Steering) -> Distance:
-        """Decode the same tokens under a policy and compare."""
+        """Decode the same tokens under a policy, which reads the prompt again if it has its own way."""
         total = Distance()
         for row, logits in enumerate(self._decoded(steering)):
             total += _compare(self._dense[row], log_softmax(logits), self._targets[row])
         return total
 
-    def _decoded(self, steering: Steering) -> Iterable[NDArray[np.float32]]:
-        extend(self._model, steering, self._prompt)
-        for token_id in self._inputs:
-            steering.before_decode()
-            yield self._model.forward((token_id,))
-        self._model.truncate(self._start)
+    def _decoded(self, steering: Steering) -> Iterator[NDArray[np.float32]]:
+        with read_prompt(self._model, steering, self._prompt):
+            for token_id in self._inputs:
+                steering.before_decode()
+                yield self._model.forward((token_id,))
 
 
-def extend(model: Model, dense: Steering, prompt: Sequence[int]) -> None:
+@contextlib.contextmanager
+def read_prompt(model: Model, steering: Steering, prompt: Sequence[int]) -> Iterator[None]:
+    """Hold the prompt as a policy reads it; the cache holds a beginning of it, exactly, or nothing.
+
+    Leaves the cache with the prompt where that is exact, and else with nothing.
+    """
+    if not steering.exact_prompts:
+        model.truncate(0)
+    extend(model, steering, prompt)
+    yield
+    model.truncate(len(prompt) if steering.exact_prompts else 0)
+
+
+def extend(model: Model, steering: Steering, prompt: Sequence[int]) -> None:
     """Bring the cache, which holds a beginning of `prompt`, to hold it whole."""
-    dense.before_prompt()
+    steering.before_prompt()
     kept = model.truncate(len(prompt))
     for at in range(kept, len(prompt), model.max_rows):
         model.forward(prompt[at : at + model.max_rows])
@@ -114,7 +127,8 @@ def extend(model: Model, dense: Steering, prompt: Sequence[int]) -> None:
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the logarithms of the probabilities, shape (vocabulary,)."""
     shifted = logits - logits.max()
-    result: NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(dtype=np.float64))
+    total = np.log(np.exp(shifted).sum(dtype=np.float64))
+    result: NDArray[np.float32] = shifted - np.float32(total)
     return result
 
 

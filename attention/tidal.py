@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from lowtide.attention.calibration import Calibration, find_calibration, load_calibration
 from lowtide.attention.policy import AttentionPolicy, Steering
-from lowtide.attention.prompts import EXACT, check_prompts, install_prompts
+from lowtide.attention.prompts import EXACT, check_hook, check_prompts
 from lowtide.attention.selection_rule import SelectionRule
 from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
@@ -114,7 +114,7 @@ class Tidal(AttentionPolicy):
     def install(self, hook: GraphHook, spec: ModelSpec) -> Steering:
         """Give the hook each layer's role."""
         assert self.selection_layers is not None, "the policy is not fitted to a model"
-        install_prompts(hook, self.prompts)
+        check_hook(hook, self.prompts)
         hook.set_roles(self.roles(spec.num_layers), self.rule)
         return TidalSteering(hook, self)
 
@@ -133,11 +133,12 @@ class TidalSteering(Steering):
         self._refresh = policy.refresh
         self._num_decoded = 0
         self.correction_interval = policy.correction or None
+        self.exact_prompts = policy.prompts == EXACT
 
     def before_prompt(self) -> None:
         """Attend fully, and forget what was chosen."""
         self._num_decoded = 0
-        self._hook.start_pass(sparse=False)
+        self._hook.start_pass(sparse=False, rounded=not self.exact_prompts)
 
     def before_decode(self) -> None:
         """Attend sparsely."""

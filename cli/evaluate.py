@@ -43,7 +43,8 @@ def command(
 
     KL divergence, change of the text's likelihood and agreement on the likeliest token, over places in
     the last quarter of the context; and whether pass keys hidden at three depths are still found wherever
-    dense attention finds them. --attention is tidal unless said. Prompts are exact under every policy.
+    dense attention finds them. --attention is tidal unless said. A policy that reads prompts in its own
+    way (prompts=bf16) reads each of them again.
     """
     from lowtide.attention.quality import WINDOW_TOKENS
     from lowtide.cli.summary import json_object, note, plan_line

@@ -11,7 +11,7 @@ from lowtide.attention.dense import DenseSteering
 from lowtide.attention.graph_hook import GraphHook
 from lowtide.attention.needles import Framing, finds, hide_needle
 from lowtide.attention.policy import Steering
-from lowtide.attention.quality import WINDOW_TOKENS, Distance, Reference
+from lowtide.attention.quality import WINDOW_TOKENS, Distance, Reference, read_prompt
 from lowtide.models.chat_template import ChatTemplate
 from lowtide.models.errors import BadOption, TemplateError
 from lowtide.models.model import Model
@@ -116,7 +116,7 @@ def evaluate(
         progress(f"comparing {WINDOW_TOKENS} tokens at {depth:,}")
         place = Reference(model, dense, token_ids, depth)
         distances.append((depth, place.distance(steering)))
-    share = _keys_read(model, hook, dense, steering, token_ids[: context + 1])
+    share = _keys_read(model, hook, steering, token_ids[: context + 1])
     lengths = needle_lengths if needle_lengths is not None else (context // 2, context)
     needles = _needles(loaded, dense, token_ids[1:], lengths, progress)
     return Evaluation(
@@ -137,15 +137,14 @@ def _depths(context: int, windows: int) -> list[int]:
 
 
 def _keys_read(
-    model: Model, hook: GraphHook, dense: Steering, steering: Steering, token_ids: Sequence[int]
+    model: Model, hook: GraphHook, steering: Steering, token_ids: Sequence[int]
 ) -> float:
     """Return the share of the cached keys that a decoded token attends to."""
-    model.truncate(len(token_ids) - 1)
-    before = hook.counts()
-    steering.before_decode()
-    model.forward((token_ids[-1],))
-    after = hook.counts()
-    dense.before_prompt()
+    with read_prompt(model, steering, token_ids[:-1]):
+        before = hook.counts()
+        steering.before_decode()
+        model.forward((token_ids[-1],))
+        after = hook.counts()
     return (after.keys_read - before.keys_read) / (after.keys_held - before.keys_held)
 
 
@@ -165,8 +164,8 @@ def _needles(
             seed = length * 10 + round(depth * 10)
             needle = hide_needle(model, haystack, framing, length, depth, seed)
             model.truncate(0)
-            by_dense = finds(model, dense, dense, needle)
-            by_policy = finds(model, dense, loaded.steering, needle)
+            by_dense = finds(model, dense, needle)
+            by_policy = finds(model, loaded.steering, needle)
             results.append(
                 NeedleResult(length=length, depth=depth, dense=by_dense, found=by_policy)
             )

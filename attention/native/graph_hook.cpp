@@ -223,14 +223,12 @@ extern "C" int lowtide_hook_set_roles(GraphHook* hook, const uint8_t* roles, int
     return 0;
 }
 
-extern "C" void lowtide_hook_start_pass(GraphHook* hook, int sparse, int refresh) {
+extern "C" void lowtide_hook_start_pass(GraphHook* hook, int sparse, int refresh, int rounded) {
     hook->attend.start_pass(sparse != 0, refresh != 0);
+    hook->rounded = rounded != 0;
 }
 
-extern "C" int lowtide_hook_set_rounded(GraphHook* hook, int rounded) {
-    hook->rounded = rounded != 0 && hook->kernels->attend_rounded != nullptr;
-    return hook->rounded == (rounded != 0) ? 0 : 1;
-}
+extern "C" int lowtide_hook_can_round(const GraphHook* hook) { return hook->kernels->attend_rounded != nullptr; }
 
 extern "C" HookCounts lowtide_hook_counts(const GraphHook* hook) {
     HookCounts counts{0, 0, hook->nodes_ours, hook->nodes_theirs, hook->nanoseconds, int64_t(hook->attend.scratch_bytes()),

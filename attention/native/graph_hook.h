@@ -46,9 +46,10 @@ LOWTIDE_API HookCounts lowtide_hook_counts(const GraphHook* hook);
 LOWTIDE_API const char* lowtide_hook_kernels(const GraphHook* hook);
 
 // TidalDecode's part of each layer (`TidalAttend::Role`) and its rule, between passes. Returns 1 where there is
-// no memory. Passes are dense until one is started as sparse; `refresh` has its selection layers choose anew.
+// no memory. Passes are dense until one is started as sparse; `refresh` has its selection layers choose anew,
+// `rounded` lets a prompt's rows be multiplied in bfloat16 where the kernels can, which is not exact.
 LOWTIDE_API int lowtide_hook_set_roles(GraphHook* hook, const uint8_t* roles, int num_layers, const SelectionRule* rule);
-LOWTIDE_API void lowtide_hook_start_pass(GraphHook* hook, int sparse, int refresh);
+LOWTIDE_API void lowtide_hook_start_pass(GraphHook* hook, int sparse, int refresh, int rounded);
 
-// Whether prompts are multiplied in bfloat16, which is not exact. Returns 1 where the kernels cannot.
-LOWTIDE_API int lowtide_hook_set_rounded(GraphHook* hook, int rounded);
+// Whether the kernels can multiply in bfloat16.
+LOWTIDE_API int lowtide_hook_can_round(const GraphHook* hook);

@@ -13,6 +13,7 @@ import pytest
 from lowtide import FakeModel, Runtime
 from lowtide.attention.dense import Dense, DenseSteering
 from lowtide.attention.graph_hook import GraphHook
+from lowtide.attention.native_library import cpu_features
 from lowtide.attention.policies import parse_policy
 from lowtide.attention.quality import Reference
 from lowtide.attention.tidal import Tidal, default_selection_layers
@@ -172,6 +173,15 @@ def test_it_stays_close_to_dense_and_reads_less(bench: Bench) -> None:
     assert bench.place.distance(bench.dense).kl == 0
     assert bench.share("dense") == 1
     assert 0.25 < bench.share(f"tidal:k=100,{LAYERS}") < bench.share(f"tidal:k=700,{LAYERS}") < 0.6
+
+
+@pytest.mark.skipif("avx512_bf16" not in cpu_features(), reason="no avx512_bf16 here")
+def test_a_prompt_in_bfloat16_is_read_again_and_stays_close(bench: Bench) -> None:
+    rounded = bench.place.distance(bench.steering("dense:prompts=bf16"))
+    both = bench.place.distance(bench.steering(f"tidal:k=700,prompts=bf16,{LAYERS}"))
+    assert 0 < rounded.kl <= 0.02
+    assert 0 < both.kl <= 0.04
+    assert bench.place.distance(bench.dense).kl == 0
 
 
 def test_a_fraction_follows_the_context(bench: Bench) -> None:

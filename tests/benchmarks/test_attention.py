@@ -52,7 +52,7 @@ class Bench:
 
     def prefill(self, active: bool, length: int, rounded: bool = False) -> None:
         self.hook.set_active(active)
-        self.hook.set_rounded(rounded)
+        self.hook.start_pass(sparse=False, rounded=rounded)
         self.model.truncate(0)
         for at in range(0, length, ROWS):
             self.model.forward(self.token_ids[at : min(at + ROWS, length)])
@@ -81,7 +81,7 @@ def test_decode(benchmark: Any, bench: Bench, depth: int) -> None:
 @pytest.mark.parametrize("length", [256, 512, 4096, 7600])
 @pytest.mark.parametrize("prompts", ["exact", "bf16"])
 def test_prefill(benchmark: Any, bench: Bench, length: int, prompts: str) -> None:
-    if prompts == "bf16" and not bench.hook.set_rounded(True):
+    if prompts == "bf16" and not bench.hook.can_round:
         pytest.skip("this processor has no avx512_bf16")
     before, passes = bench.hook.counts().seconds, 3 if length > 1000 else 9
     paired(
