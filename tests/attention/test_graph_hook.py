@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf_files import write_model
+from requantised import requantised
 
 from lowtide import Runtime
 from lowtide.attention import graph_hook
@@ -82,6 +83,13 @@ def test_the_default_model_stays_at_the_noise_floor(exact: tuple[Any, Any]) -> N
     """Another order of summation alone moves this model's logits by 0.0036 nats."""
     theirs, ours = exact
     assert 0 < mean_kl(theirs, ours) <= 0.005
+
+
+def test_without_8_bit_activations_the_distance_is_rounding_alone(
+    smollm2: Path, tmp_path: Path
+) -> None:
+    theirs, ours = both_ways(requantised(smollm2, tmp_path / "f16.gguf", "F16"))
+    assert 0 < mean_kl(theirs, ours) <= 5e-4
 
 
 @pytest.mark.parametrize("kv_type", ["q8_0", "q4_0"])

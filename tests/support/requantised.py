@@ -1,0 +1,22 @@
+"""Copies of a model in another quantisation, made by llama.cpp's own quantiser."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+from lowtide.models.llama_library import llama_library
+
+FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q8_0": 7}
+
+
+def requantised(source: Path, target: Path, file_type: str) -> Path:
+    """Write `source` again as `file_type`, at `target`."""
+    api = llama_library().api
+    params = api.llama_model_quantize_default_params()
+    params.ftype, params.allow_requantize = FILE_TYPES[file_type], True
+    failure = api.llama_model_quantize(
+        str(source).encode(), str(target).encode(), ctypes.byref(params)
+    )
+    assert failure == 0, f"llama.cpp does not write {source} as {file_type}"
+    return target
