@@ -10,18 +10,25 @@ from typing import Any
 
 import click
 
+MIN_CONTEXT = 512
+
 
 @click.command("doctor")
+@click.argument("model", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(as_json: bool) -> None:
-    """Show what lowtide finds here; exits with 1 where something is wrong."""
+def command(model: str | None, as_json: bool) -> None:
+    """Show what lowtide finds here; exits with 1 where something is wrong.
+
+    Runs one token of MODEL (the default one, where it is installed) to see how many of its layers take
+    our attention.
+    """
     import json
 
     import lowtide
 
     findings: dict[str, Any] = {"version": lowtide.__version__, "python": platform.python_version()}
     problems: list[str] = []
-    for examine in (_machine, _native, _llama, _hook, _models):
+    for examine in (_machine, _native, _llama, _models, lambda: _attention(model)):
         _examined(examine, findings, problems)
     if as_json:
         click.echo(json.dumps({**findings, "problems": problems}, indent=2))
@@ -84,21 +91,41 @@ def _llama() -> dict[str, Any]:
     return {"llama_cpp_python": library.version, "llama_cpp_kernels": library.system_info}
 
 
-def _hook() -> dict[str, Any]:
-    from lowtide.attention.graph_hook import GraphHook
-
-    hook = GraphHook(threads=1)
-    kernels = hook.kernels
-    hook.close()
-    return {"attention_dense": f"works, with the {kernels} kernels"}
-
-
 def _models() -> dict[str, Any]:
     from lowtide.models.catalog import NAMED_MODELS, is_installed
 
     installed = [model.name for model in NAMED_MODELS if is_installed(model)]
     hub = importlib.util.find_spec("huggingface_hub") is not None
     return {"models_installed": installed, "hub": hub}
+
+
+def _attention(reference: str | None) -> dict[str, Any]:
+    """Run a token under the policy that a person would try first."""
+    from lowtide.attention.graph_hook import GraphHook
+    from lowtide.models.catalog import NAMED_MODELS, is_installed
+    from lowtide.runtime.loaded_model import LoadedModel
+    from lowtide.runtime.planning import OpenOptions, plan_reference
+
+    hook = GraphHook(threads=1)
+    kernels = hook.kernels
+    hook.close()
+    if reference is None and not is_installed(NAMED_MODELS[0]):
+        return {"attention_dense": f"works, with the {kernels} kernels; no model to try it on"}
+    options = OpenOptions(context=MIN_CONTEXT, max_rows=32, attention="tidal")
+    loaded = LoadedModel(plan_reference(reference, options))
+    try:
+        loaded.model.forward((0,))
+        counts, policy = loaded.hook_counts(), str(loaded.planned.policy)
+        name, num_layers = loaded.planned.spec.name, loaded.planned.spec.num_layers
+    finally:
+        loaded.close()
+    assert counts is not None
+    return {
+        "attention_dense": (
+            f"{counts.layers_ours} of {num_layers} layers ours in {name}, with the {kernels} kernels"
+        ),
+        "attention_tidal": policy,
+    }
 
 
 def _print(findings: dict[str, Any], problems: list[str]) -> None:

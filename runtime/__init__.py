@@ -1,5 +1,7 @@
 """Runs a model inside its plan. The front door."""
 
+from lowtide.attention.dense import Dense
+from lowtide.attention.tidal import Tidal
 from lowtide.memory.plan import MemoryPlan
 from lowtide.models.fake_model import FakeModel
 from lowtide.runtime.errors import LowtideError, OverBudget, PromptTooLong
@@ -10,6 +12,7 @@ from lowtide.runtime.runtime import Runtime
 from lowtide.runtime.statistics import Statistics
 
 __all__ = [
+    "Dense",
     "FakeModel",
     "GenerationOptions",
     "GenerationResult",
@@ -20,4 +23,5 @@ __all__ = [
     "PromptTooLong",
     "Runtime",
     "Statistics",
+    "Tidal",
 ]

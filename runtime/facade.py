@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lowtide.runtime import (
+        Dense,
         FakeModel,
         GenerationOptions,
         GenerationResult,
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
         PromptTooLong,
         Runtime,
         Statistics,
+        Tidal,
     )
 
     __version__: str
 
 __all__ = [
+    "Dense",
     "FakeModel",
     "GenerationOptions",
     "GenerationResult",
@@ -36,6 +39,7 @@ __all__ = [
     "PromptTooLong",
     "Runtime",
     "Statistics",
+    "Tidal",
     "__version__",
 ]
 

@@ -170,8 +170,17 @@ def test_doctor_is_content_here() -> None:
     assert told["native_library"] == package.__version__
     assert told["llama_cpp_python"].startswith("0.3.")
     assert told["attention_kernels"][-1] in ("portable", "neon")
-    assert told["attention_dense"].startswith("works, with the ")
+    assert told["attention_dense"].startswith("30 of 30 layers ours in Smollm2")
+    assert "calibrated: KL 0.0" in told["attention_tidal"]
     assert "Nothing is wrong." in invoke("doctor").stdout
+
+
+def test_doctor_looks_at_a_model_of_ones_own(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "narrow.gguf", width=32, heads=4, kv_heads=2)
+    told = json.loads(invoke("doctor", str(path), "--json").stdout)
+    assert told["attention_dense"].startswith("0 of 2 layers ours in random")
+    missing = invoke("doctor", "/nowhere.gguf")
+    assert missing.exit_code == 1 and "Problem: no file at /nowhere.gguf" in missing.stdout
 
 
 def test_doctor_names_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
