@@ -92,7 +92,7 @@ void Attend::attend_split(const AttentionProblem& p, const KernelSet& kernels, i
     // The heads of a key lie side by side: a thread that takes them all reads whole lines of memory once.
     const int heads_each = num_chunks >= num_workers ? p.num_kv_heads : 1;
     const int num_items = p.num_kv_heads * num_chunks / heads_each;
-    for (int item = next_item_++; item < num_items; item = next_item_++) {
+    const auto attend_item = [&](int item) {
         const int chunk = item * heads_each / p.num_kv_heads, first = item * heads_each % p.num_kv_heads;
         float* partials = partials_.data() + item_floats * (chunk * p.num_kv_heads + first);
         for (int i = 0; i < heads_each * p.num_rows * group; ++i) start_partial(partials + i * floats, p.value_size);
@@ -100,6 +100,14 @@ void Attend::attend_split(const AttentionProblem& p, const KernelSet& kernels, i
             for (int i = 0; i < heads_each; ++i)
                 kernels.attend_keys(p, first + i, 0, p.num_rows, begin, std::min(begin + kBlockKeys, chunk_end(p, chunk)),
                                     scratch, partials + item_floats * i);
+    };
+    // Runs of items, shorter towards the end: what a thread asks for ahead is then mostly its own, and no
+    // thread is left with a long one.
+    for (int begin = next_item_, end; begin < num_items;) {
+        end = begin + std::max((num_items - begin) / (2 * num_workers), 1);
+        if (!next_item_.compare_exchange_weak(begin, end)) continue;
+        for (int item = begin; item < end; ++item) attend_item(item);
+        begin = next_item_;
     }
 }
 

@@ -38,26 +38,42 @@ struct Lines {
     float* exported[kDirectLines];  // where their scores are wanted, or null
 };
 
+// Into the second-level cache: the first one has too few requests under way to hide memory's latency.
 inline void prefetch(const char* row, size_t num_bytes) {
-    for (size_t at = 0; at < num_bytes; at += 64) __builtin_prefetch(row + at);
+    for (size_t at = 0; at < num_bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+}
+
+// How many of the four sums of a line go on side by side, so that operands loaded once serve them all.
+constexpr int sums_side_by_side(int lines) {
+    int sums = 4;
+    while (sums > 1 && (sums + kQuads) * lines + 2 * kQuads > kRegisters) sums /= 2;
+    return sums;
 }
 
 // Scores straight from stored rows; asks for the keys of the block `ahead` on the way.
 template <KvType Type, int N>
 void score_stored(const KeyBlock& block, const KeyBlock& ahead, const Lines& lines, int key_size, float* scores) {
+    constexpr int S = sums_side_by_side(N);
     const size_t num_bytes = Rows<Type>::num_bytes(key_size);
     for (int j = 0; j < kBlockKeys; j += W) {
         Floats sums[4][N] = {};
 #pragma GCC unroll 4
-        for (int g = 0; g < 4; ++g) {
-            const char* const* keys = block.keys + j + g;  // every fourth
-            for (int i = 0; i < kQuads; ++i) prefetch(ahead.keys[j + g + 4 * i], num_bytes);
+        for (int first = 0; first < 4; first += S) {
+            for (int g = first; g < first + S; ++g)
+                for (int i = 0; i < kQuads; ++i) prefetch(ahead.keys[j + g + 4 * i], num_bytes);
             for (int d = 0; d < key_size; d += W) {
-                Floats quads[kQuads];
-                for (int i = 0; i < kQuads; ++i) quads[i] = Rows<Type>::load(keys[4 * i], d);
-                turn_quads(quads);
-                for (int i = 0; i < kQuads; ++i)
-                    for (int n = 0; n < N; ++n) sums[g][n] += in_every_quad(lines.q[n] + d + 4 * i) * quads[i];
+                Floats q[N][kQuads];
+                for (int n = 0; n < N; ++n)
+                    for (int i = 0; i < kQuads; ++i) q[n][i] = in_every_quad(lines.q[n] + d + 4 * i);
+#pragma GCC unroll 4
+                for (int s = 0; s < S; ++s) {
+                    const char* const* keys = block.keys + j + first + s;  // every fourth
+                    Floats quads[kQuads];
+                    for (int i = 0; i < kQuads; ++i) quads[i] = Rows<Type>::load(keys[4 * i], d);
+                    turn_quads(quads);
+                    for (int i = 0; i < kQuads; ++i)
+                        for (int n = 0; n < N; ++n) sums[first + s][n] += q[n][i] * quads[i];
+                }
             }
         }
         for (int n = 0; n < N; ++n) store(scores + n * kBlockKeys + j, sums_of_quads(sums[0][n], sums[1][n], sums[2][n], sums[3][n]));

@@ -24,12 +24,16 @@ inline void locate(const AttentionProblem& p, int kv_head, int begin, KeyBlock& 
     block.count = p.num_keys - begin < kBlockKeys ? p.num_keys - begin : kBlockKeys;
     const char* keys = p.k + kv_head * p.k_head_stride;
     const char* values = p.v + kv_head * p.v_head_stride;
-    for (int j = 0; j < kBlockKeys; ++j) {
-        const bool here = j < block.count;
-        const size_t cell = here ? p.cell_of(begin + j) : 0;
-        block.keys[j] = here ? keys + cell * p.k_key_stride : kMissingKey;
-        block.values[j] = here ? values + cell * p.v_key_stride : kMissingKey;
+    if (p.selected == nullptr) {
+        for (int j = 0; j < kBlockKeys; ++j) block.keys[j] = keys + (begin + j) * p.k_key_stride;
+        for (int j = 0; j < kBlockKeys; ++j) block.values[j] = values + (begin + j) * p.v_key_stride;
+    } else {
+        for (int j = 0; j < block.count; ++j) {
+            const size_t cell = p.selected[begin + j];
+            block.keys[j] = keys + cell * p.k_key_stride, block.values[j] = values + cell * p.v_key_stride;
+        }
     }
+    for (int j = block.count; j < kBlockKeys; ++j) block.keys[j] = block.values[j] = kMissingKey;
 }
 
 alignas(64) constexpr float kNoBias[kBlockKeys] = {};
