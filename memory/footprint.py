@@ -120,15 +120,15 @@ def logits_bytes(spec: ModelSpec) -> int:
 def attention_bytes(spec: ModelSpec, context: int, threads: int) -> int:
     """Return the scratch of our attention kernels.
 
-    Each thread holds a block of 64 keys and values in f32 and the masks of 32 rows over it; beside that
-    stand the partial sums of up to 8 rows over every chunk of 256 keys, and of two tiles of 32 rows a
+    Each thread holds a block of 64 keys and values in f32 and the masks of 64 rows over it; beside that
+    stand the partial sums of up to 8 rows over every chunk of 256 keys, and of two tiles of 64 rows a
     thread.
     """
     group = -(-spec.num_heads // max(min(filter(None, spec.num_kv_heads), default=1), 1))
     sums = 4 * (2 + spec.value_head_size)
     split = 8 * spec.num_heads * -(-_cells(context) // 256) * sums
-    tiled = 2 * 32 * group * threads * sums
-    return split + tiled + threads * 4 * 64 * (2 * 256 + 40)
+    tiled = 2 * 64 * group * threads * sums
+    return split + tiled + threads * 4 * 64 * (2 * 256 + 72)
 
 
 def selection_bytes(spec: ModelSpec, context: int, selection_layers: int) -> int:

@@ -34,6 +34,7 @@ struct RoundedBlock {
     const KeyBlock& block;
     float *keys, *values;  // room for pairs: keys (key_size / 2, kBlockKeys), values (kBlockKeys / 2, value_size)
     static constexpr int kMostLines = kTileLines;
+    static constexpr bool kExact = false;  // so a tile of a few rows is rounded like any other
 
     uint32_t* key_pairs() const { return reinterpret_cast<uint32_t*>(keys); }
     uint32_t* value_pairs() const { return reinterpret_cast<uint32_t*>(values); }

@@ -205,6 +205,7 @@ struct ConvertedBlock {
     const KeyBlock& block;
     float *keys, *values;
     static constexpr int kMostLines = kTileLines;
+    static constexpr bool kExact = true;
 
     template <KvType Type> void fill_keys() const {
         for (int j = 0; j < kBlockKeys; j += W)
@@ -306,7 +307,7 @@ void attend_blocks(const AttentionProblem& p, int kv_head, int row_begin, int ro
     float* bias = values + kBlockKeys * kMaxHeadSize;
     float* scores = bias + kTileRows * kBlockKeys;
     const int num_rows = row_end - row_begin;
-    const bool few = num_rows * p.group_size() <= kDirectLines;
+    const bool few = ManyLinesBlock::kExact && num_rows * p.group_size() <= kDirectLines;
     const RowGroup rows{p, kv_head, row_begin, partials};
     KeyBlock block, ahead;
     for (int begin = key_begin; begin < key_end; begin += kBlockKeys) {

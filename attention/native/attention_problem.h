@@ -46,7 +46,7 @@ constexpr int kBlockKeys = 64;
 constexpr int kChunkKeys = 256;
 constexpr int kMaxHeadSize = 256;
 constexpr int kDraftRows = 32;  // a pass of more rows is a prompt's
-constexpr int kTileRows = 32;  // the most rows of one call of a kernel
+constexpr int kTileRows = 64;   // the most rows of one call of a kernel
 
 inline int padded_to_blocks(int num_keys) { return (num_keys + kBlockKeys - 1) / kBlockKeys * kBlockKeys; }
 

@@ -47,12 +47,15 @@ struct BlockMask {
 // `room` takes the bias where it is not all 0.
 inline BlockMask read_mask(const AttentionProblem& p, int row, const KeyBlock& block, float* room) {
     const auto* mask = reinterpret_cast<const uint16_t*>(p.mask + row * p.mask_row_stride);
-    uint16_t halves[kBlockKeys];
+    uint16_t copied[kBlockKeys];
+    const uint16_t* halves = copied;
     if (p.selected != nullptr)
-        for (int j = 0; j < block.count; ++j) halves[j] = mask[p.selected[block.begin + j]];
+        for (int j = 0; j < block.count; ++j) copied[j] = mask[p.selected[block.begin + j]];
+    else if (block.count == kBlockKeys)
+        halves = mask + block.begin;
     else
-        std::memcpy(halves, mask + block.begin, sizeof(uint16_t) * block.count);
-    for (int j = block.count; j < kBlockKeys; ++j) halves[j] = kHiddenKey;
+        std::memcpy(copied, mask + block.begin, sizeof(uint16_t) * block.count);
+    for (int j = block.count; j < kBlockKeys; ++j) copied[j] = kHiddenKey;
     uint16_t any = 0;
     for (int j = 0; j < kBlockKeys; ++j) any |= halves[j];
     if (any == 0) return {kBlockKeys, kNoBias};

@@ -316,7 +316,9 @@ ROUNDED = "avx512_bf16" in cpu_features() and "avx512" in SETS
 @pytest.mark.skipif(not ROUNDED, reason="this processor has no avx512_bf16")
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
 @pytest.mark.parametrize(
-    "case", [CASES[8], CASES[9], Case(40, 4, 1, 256, 333), Case(64, 8, 4, 96, 700)], ids=str
+    "case",
+    [Case(33, 2, 2, 64, 300), CASES[9], Case(40, 4, 1, 256, 333), Case(65, 8, 4, 96, 700)],
+    ids=str,
 )
 def test_prompts_in_bfloat16_are_rounded_and_no_more(case: Case, kv_type: str) -> None:
     inputs = inputs_of(case, kv_type)
@@ -325,7 +327,7 @@ def test_prompts_in_bfloat16_are_rounded_and_no_more(case: Case, kv_type: str) -
     scale = np.abs(exact).max()
     assert 1e-4 < np.abs(rounded - exact).max() / scale < 0.05
     assert np.sqrt(((rounded - exact) ** 2).mean() / (exact**2).mean()) < 0.01
-    for threads in (2, 3):
+    for threads in (2, 3, 8):
         again = inputs.run(kernels="avx512", rounded=True, threads=threads)
         assert again.tobytes() == rounded.tobytes()
 
