@@ -85,10 +85,17 @@ def _native() -> dict[str, Any]:
 
 
 def _llama() -> dict[str, Any]:
+    from lowtide.memory.untouched_buffers import can_leave_untouched
     from lowtide.models.llama_library import llama_library
 
     library = llama_library()
-    return {"llama_cpp_python": library.version, "llama_cpp_kernels": library.system_info}
+    return {
+        "llama_cpp_python": library.version,
+        "llama_cpp_kernels": library.system_info,
+        "kv_memory": "follows the tokens in use"
+        if can_leave_untouched()
+        else "whole from the start",
+    }
 
 
 def _models() -> dict[str, Any]:

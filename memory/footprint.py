@@ -77,17 +77,27 @@ def weight_bytes(spec: ModelSpec, *, memory_map: bool) -> int:
 
 def kv_bytes(spec: ModelSpec, context: int, kv_type: str) -> int:
     """Return the KV cache for `context` tokens, the sum over layers of both rows of every cell."""
-    cells = _cells(context)
+    return kv_cells(context) * sum(_kv_rows(spec, kv_type)) + spec.recurrent_state_bytes
+
+
+def kv_row_bytes(spec: ModelSpec, kv_type: str) -> int | None:
+    """Return the bytes of a cell in each of the cache's tensors; None where they are not all alike."""
+    rows = set(_kv_rows(spec, kv_type))
+    return rows.pop() if len(rows) == 1 and not spec.recurrent_state_bytes else None
+
+
+def _kv_rows(spec: ModelSpec, kv_type: str) -> list[int]:
+    """The bytes of a cell in every tensor of the cache, layer after layer."""
     elements, block = BLOCK_BYTES[kv_type]
-    per_cell = sum(
+    return [
         -(-heads * size // elements) * block
         for heads in spec.num_kv_heads
         for size in (spec.key_head_size, spec.value_head_size)
-    )
-    return cells * per_cell + spec.recurrent_state_bytes
+    ]
 
 
-def _cells(context: int) -> int:
+def kv_cells(context: int) -> int:
+    """Return how many tokens llama.cpp makes room for."""
     return -(-context // CELL_STEP) * CELL_STEP
 
 
@@ -107,7 +117,7 @@ def compute_bytes(spec: ModelSpec, context: int, max_rows: int, kv_type: str) ->
     heads = spec.num_heads * max(spec.key_head_size, spec.value_head_size)
     num_masks = 2 if spec.sliding_window else 1
     row = 4 * (3 * feed_forward + 4 * spec.embedding_width + 2 * heads) + 64
-    cells = _cells(context)
+    cells = kv_cells(context)
     total = max_rows * (row + num_masks * 2 * cells)
     return total if kv_type == "f16" else total * 3 // 2
 
@@ -126,14 +136,14 @@ def attention_bytes(spec: ModelSpec, context: int, threads: int) -> int:
     """
     group = -(-spec.num_heads // max(min(filter(None, spec.num_kv_heads), default=1), 1))
     sums = 4 * (2 + spec.value_head_size)
-    split = 8 * spec.num_heads * -(-_cells(context) // 256) * sums
+    split = 8 * spec.num_heads * -(-kv_cells(context) // 256) * sums
     tiled = 2 * 64 * group * threads * sums
     return split + tiled + threads * 4 * 64 * (2 * 256 + 72)
 
 
 def selection_bytes(spec: ModelSpec, context: int, selection_layers: int) -> int:
     """Return what choosing keys takes: scores of up to 4 rows, and a set for each layer that chooses."""
-    cells = _cells(context)
+    cells = kv_cells(context)
     scores = 4 * spec.num_heads * 4 * (cells + 2)
     return scores + 4 * cells + selection_layers * 13 * cells
 

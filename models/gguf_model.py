@@ -55,6 +55,8 @@ class GgufModel(Model):
     def __init__(self, spec: ModelSpec, options: LoadOptions) -> None:
         self.spec = spec
         self.max_rows = options.max_rows
+        self.on_cut: Callable[[int, int], None] | None = None
+        """Told, after tokens were forgotten, how many there had been and how many are kept."""
         self._model: Any = None
         self._context: Any = None
         self._batch: Any = None
@@ -141,7 +143,9 @@ class GgufModel(Model):
         if num_tokens < 0:
             raise ValueError(f"num_tokens is {num_tokens}, 0 or more is wanted")
         kept = min(num_tokens, self._num_tokens)
-        self._num_tokens = self._forget_from(kept)
+        used, self._num_tokens = self._num_tokens, self._forget_from(kept)
+        if self.on_cut is not None:
+            self.on_cut(used, self._num_tokens)
         return self._num_tokens
 
     def _forget_from(self, position: int) -> int:
@@ -153,6 +157,7 @@ class GgufModel(Model):
 
     def close(self) -> None:
         """Free the context and the weights."""
+        self.on_cut = None
         if self._batch is not None:
             self._batch.free()
             self._batch = None

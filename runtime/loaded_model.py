@@ -6,8 +6,11 @@ from lowtide.attention.abort_guard import guarded_aborts
 from lowtide.attention.graph_hook import GraphHook, HookCounts
 from lowtide.attention.policy import Steering
 from lowtide.memory.errors import OverBudget
+from lowtide.memory.footprint import kv_cells, kv_row_bytes
+from lowtide.memory.kv_pages import KvPages
 from lowtide.memory.ledger import Ledger
 from lowtide.memory.meter import read_process_memory
+from lowtide.memory.untouched_buffers import untouched_buffers
 from lowtide.models.gguf_model import GgufModel, LoadOptions
 from lowtide.models.model import Model
 from lowtide.runtime.planning import PlannedModel
@@ -73,5 +76,14 @@ def _load_gguf(planned: PlannedModel, hook: GraphHook | None) -> GgufModel:
         memory_map=planned.plan.memory_map,
         eval_callback=hook.callback if hook else None,
     )
-    with guarded_aborts():
-        return GgufModel(planned.spec, options)
+    with guarded_aborts(), untouched_buffers() as buffers:
+        model = GgufModel(planned.spec, options)
+    row_bytes = kv_row_bytes(planned.spec, planned.plan.kv_type)
+    if row_bytes is not None:
+        model.on_cut = KvPages(
+            buffers,
+            num_tensors=2 * planned.spec.num_layers,
+            num_cells=kv_cells(planned.plan.context),
+            row_bytes=row_bytes,
+        ).cut
+    return model

@@ -1,0 +1,85 @@
+"""KvPages: the KV cache's memory follows the tokens in use.
+
+Pages of cells that hold no token are given back to the system, and read as zeros when they are used again.
+Giving back a cell that is in use would corrupt answers without an error, so the cache's layout is held
+against its contents before the first page goes. Knows no tokens but their number.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Sequence
+
+from lowtide.memory.untouched_buffers import PAGE_BYTES, UntouchedBuffer, round_up
+
+LEAST_CELLS = 64
+"""Fewer cells than these are kept: the next tokens take them again at once."""
+
+
+class KvPages:
+    """A cache of one sequence whose token i lies in cell i: appended to, and cut at its end.
+
+    The cache is those of `buffers` that hold pairs of tensors, keys and values, of `num_cells` rows of
+    `row_bytes`; where they are not `num_tensors` in all, everything is left alone. Made before the first
+    token.
+    """
+
+    def __init__(
+        self,
+        buffers: Sequence[UntouchedBuffer],
+        *,
+        num_tensors: int,
+        num_cells: int,
+        row_bytes: int,
+    ) -> None:
+        self._row_bytes = row_bytes
+        self._num_cells = num_cells
+        tensor_bytes = num_cells * row_bytes
+        tensors = [
+            address
+            for buffer in buffers
+            if buffer.num_bytes % (2 * tensor_bytes) == 0
+            for address in range(buffer.address, buffer.address + buffer.num_bytes, tensor_bytes)
+        ]
+        self._tensors = tensors if len(tensors) == num_tensors else []
+        self._most_used = 0
+        self._verified = False
+        self._advise = ctypes.CDLL(None).madvise
+        self._advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+    @property
+    def is_working(self) -> bool:
+        """Whether pages are given back."""
+        return bool(self._tensors)
+
+    def cut(self, num_used: int, num_kept: int) -> None:
+        """Give back what lies behind the first `num_kept` cells; `num_used` held tokens until now."""
+        self._most_used = max(self._most_used, num_used)
+        if not self._tensors or self._most_used - num_kept < LEAST_CELLS:
+            return
+        if not self._verified and not self._is_as_thought(num_used):
+            self._tensors = []
+            return
+        self._verified = True
+        for address in self._tensors:
+            first = round_up(address + num_kept * self._row_bytes)
+            last = address + self._num_cells * self._row_bytes
+            last = last // PAGE_BYTES * PAGE_BYTES
+            if first < last:
+                self._advise(first, last - first, mmap.MADV_DONTNEED)
+        self._most_used = num_kept
+
+    def _is_as_thought(self, num_used: int) -> bool:
+        """Whether in every tensor the last used cell holds something, and no cell behind it does."""
+        if num_used != self._most_used:
+            return False
+        empty = bytes(self._row_bytes)
+        return all(
+            ctypes.string_at(address + (num_used - 1) * self._row_bytes, self._row_bytes) != empty
+            and not any(
+                ctypes.string_at(address + cell * self._row_bytes, self._row_bytes) != empty
+                for cell in range(num_used, min(num_used + LEAST_CELLS, self._num_cells))
+            )
+            for address in self._tensors
+        )

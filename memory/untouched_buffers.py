@@ -1,0 +1,214 @@
+"""Buffers of llama.cpp that are zero without having been touched, so that only what is used is resident.
+
+llama.cpp writes zeros over a whole new cache. Inside `untouched_buffers` the function that clears a buffer
+gives its pages back to the system instead, which reads as zeros too. It is reached through private structs
+of ggml: they are held against a buffer made for the purpose, and where they do not fit, or the system does
+not promise zeros, everything stays as it was. Knows no cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import mmap
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lowtide.models.llama_library import llama_library
+
+PAGE_BYTES = mmap.PAGESIZE
+_P = ctypes.c_void_p
+_Clear = ctypes.CFUNCTYPE(None, _P, ctypes.c_uint8)
+_Allocate = ctypes.CFUNCTYPE(_P, _P, ctypes.c_size_t)
+
+
+class _Buffer(ctypes.Structure):
+    """ggml_backend_buffer, up to what is read."""
+
+    _fields_ = [
+        *((name, _P) for name in "free get_base init_tensor memset_tensor set_tensor".split()),
+        *((name, _P) for name in "get_tensor set_tensor_2d get_tensor_2d cpy_tensor".split()),
+        *((name, _P) for name in "clear reset type base".split()),
+        ("num_bytes", ctypes.c_size_t),
+    ]
+
+
+class _BufferType(ctypes.Structure):
+    """ggml_backend_buffer_type: six functions, of which two may be missing, and two values."""
+
+    _fields_ = [
+        *((name, _P) for name in "get_name allocate get_alignment get_max_size".split()),
+        *((name, _P) for name in "get_alloc_size is_host device context".split()),
+    ]
+
+
+class _SymbolInfo(ctypes.Structure):
+    """What dladdr says of an address."""
+
+    _fields_ = [
+        ("library", ctypes.c_char_p),
+        ("library_base", _P),
+        ("name", ctypes.c_char_p),
+        ("address", _P),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class UntouchedBuffer:
+    """Where a cleared buffer lies."""
+
+    address: int
+    num_bytes: int
+
+
+def can_leave_untouched() -> bool:
+    """Whether this system and this llama.cpp allow it."""
+    return _patch() is not None
+
+
+@contextlib.contextmanager
+def untouched_buffers() -> Iterator[list[UntouchedBuffer]]:
+    """Have what llama.cpp clears inside the block left untouched; yields those buffers.
+
+    A buffer keeps its way of being cleared for as long as it lives. Yields an empty list, for good, where
+    that cannot be done.
+    """
+    patch = _patch()
+    if patch is None:
+        yield []
+        return
+    with patch.applied() as cleared:
+        yield cleared
+
+
+@functools.cache
+def _patch() -> _Patch | None:
+    if sys.platform != "linux":  # elsewhere pages that were given back need not read as zeros
+        return None
+    patch = _Patch()
+    return patch if patch.fits() else None
+
+
+class _Patch:
+    """The one place that writes into ggml's structs."""
+
+    def __init__(self) -> None:
+        library = llama_library()
+        get_type = ctypes.CFUNCTYPE(_P)(library.address("ggml_backend_cpu_buffer_type"))
+        self._type_address = get_type()
+        self._type = _BufferType.from_address(self._type_address)
+        self._allocate = _Allocate(self._type.allocate)
+        self._advise = ctypes.CDLL(None).madvise
+        self._advise.argtypes = [_P, ctypes.c_size_t, ctypes.c_int]
+        # ggml keeps their addresses in buffers that outlive any block: so must this object, in a cache.
+        self._our_allocate = _Allocate(self._on_allocate)
+        self._our_clear = _Clear(self._on_clear)
+        self._lock = threading.RLock()
+        self._local = threading.local()
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[list[UntouchedBuffer]]:
+        cleared: list[UntouchedBuffer] = []
+        with self._lock:
+            theirs = self._type.allocate
+            self._local.cleared = cleared
+            self._type.allocate = _address(self._our_allocate)
+            try:
+                yield cleared
+            finally:
+                self._type.allocate = theirs
+                self._local.cleared = None
+
+    def _on_allocate(self, buffer_type: int, num_bytes: int) -> int | None:
+        made: int | None = self._allocate(buffer_type, num_bytes)
+        if made:
+            buffer = _Buffer.from_address(made)
+            if buffer.num_bytes == num_bytes and buffer.base:
+                buffer.clear = _address(self._our_clear)
+        return made
+
+    def _on_clear(self, address: int, value: int) -> None:
+        buffer = _Buffer.from_address(address)
+        begin, end = buffer.base, buffer.base + buffer.num_bytes
+        first, last = round_up(begin), end // PAGE_BYTES * PAGE_BYTES
+        given_back = value == 0 and first < last and self._given_back(first, last)
+        if not given_back:
+            ctypes.memset(begin, value, end - begin)
+            return
+        ctypes.memset(begin, 0, first - begin)
+        ctypes.memset(last, 0, end - last)
+        cleared = getattr(self._local, "cleared", None)
+        if cleared is not None:
+            cleared.append(UntouchedBuffer(begin, buffer.num_bytes))
+
+    def _given_back(self, first: int, last: int) -> bool:
+        return bool(self._advise(first, last - first, mmap.MADV_DONTNEED) == 0)
+
+    def fits(self) -> bool:
+        """Make a buffer through ggml, clear it through ggml, and see both come through here."""
+        allocate = _function("ggml_backend_buft_alloc_buffer", _P, _P, ctypes.c_size_t)
+        clear = _function("ggml_backend_buffer_clear", None, _P, ctypes.c_uint8)
+        base = _function("ggml_backend_buffer_get_base", _P, _P)
+        free = _function("ggml_backend_buffer_free", None, _P)
+        num_bytes = 5 * PAGE_BYTES + 64
+        if not self._looks_like_a_type():
+            return False
+        with self.applied() as cleared:
+            made = allocate(self._type_address, num_bytes)
+            if not made:
+                return False
+            try:
+                clear(made, 0x5A)
+                begin = base(made)
+                written = ctypes.string_at(begin, num_bytes)
+                clear(made, 0)
+                zeros = ctypes.string_at(begin, num_bytes)
+            finally:
+                free(made)
+        return (
+            written == b"\x5a" * num_bytes
+            and zeros == bytes(num_bytes)
+            and cleared == [UntouchedBuffer(begin, num_bytes)]
+        )
+
+    def _looks_like_a_type(self) -> bool:
+        """Whether functions of one library stand where they should: read before anything is written."""
+        fields = [getattr(self._type, name) for name, *_ in _BufferType._fields_]
+        libraries = [_library_of(field) for field in fields]
+        needed, optional, values = libraries[:3] + libraries[5:6], fields[3:5], libraries[6:]
+        return (
+            None not in needed
+            and len(set(needed)) == 1
+            and all(field is None or _library_of(field) == needed[0] for field in optional)
+            and needed[0] not in values
+        )
+
+
+def _library_of(address: int | None) -> bytes | None:
+    """The library whose loaded image an address lies in."""
+    info = _SymbolInfo()
+    find = ctypes.CDLL(None).dladdr
+    find.argtypes = [_P, ctypes.POINTER(_SymbolInfo)]
+    if not address or not find(address, ctypes.byref(info)):
+        return None
+    library: bytes | None = info.library
+    return library
+
+
+def _function(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
+    return ctypes.CFUNCTYPE(result, *arguments)(llama_library().address(name))
+
+
+def _address(function: Any) -> int:
+    address = ctypes.cast(function, _P).value
+    assert address is not None
+    return address
+
+
+def round_up(num_bytes: int) -> int:
+    """To whole pages."""
+    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
