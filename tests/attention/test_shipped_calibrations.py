@@ -1,0 +1,42 @@
+"""What the calibrations that ship promise, on prose that no search has seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from essays import essays
+
+from lowtide.models.catalog import resolve
+from lowtide.runtime.evaluation import SPARE_TOKENS, evaluate
+from lowtide.runtime.loaded_model import LoadedModel
+from lowtide.runtime.planning import OpenOptions, plan_reference
+
+WINDOWS = 8
+
+
+@pytest.mark.parametrize(
+    ("model", "context", "needle_length"), [("smollm2", 4096, 2048), ("gemma3-270m", 4096, 4096)]
+)
+def test_they_stay_close_and_find_what_dense_finds(
+    model: str, context: int, needle_length: int, tmp_path: Path
+) -> None:
+    text = tmp_path / "essays.txt"
+    text.write_text(essays(), encoding="utf-8")
+    options = OpenOptions(
+        memory="8GiB", context=context + SPARE_TOKENS, attention="tidal", compared_rows=64
+    )
+    loaded = LoadedModel(plan_reference(resolve(model), options))
+    try:
+        assert "calibrated: KL" in str(loaded.planned.policy)
+        found = evaluate(
+            loaded, context=context, text=text, windows=WINDOWS, needle_lengths=(needle_length,)
+        )
+    finally:
+        loaded.close()
+    assert found.distance.kl <= 0.02
+    assert found.distance.top1_agreement >= 0.9
+    # The relative change of 512 tokens' likelihood scatters by a third of a percent.
+    assert abs(found.distance.nll_change) <= 0.015
+    assert any(needle.dense for needle in found.needles)
+    assert all(needle.found for needle in found.needles if needle.dense)
