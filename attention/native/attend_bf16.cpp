@@ -112,10 +112,8 @@ struct RoundedBlock {
         }
         float factors[N];
         uint32_t weights[N][kBlockKeys / 2];
-        for (int n = 0; n < N; ++n) {
-            factors[n] = soften(p, lines.bias[n], scores + n * kBlockKeys, lines.partials[n], lines.exported[n]);
-            pair_neighbours(scores + n * kBlockKeys, kBlockKeys, weights[n]);
-        }
+        soften<N>(p, lines, scores, factors);
+        for (int n = 0; n < N; ++n) pair_neighbours(scores + n * kBlockKeys, kBlockKeys, weights[n]);
         int channel = 0;
         for (; channel + 4 * W <= p.value_size; channel += 4 * W) weigh<N, 4>(lines, weights, channel, factors);
         for (; channel < p.value_size; channel += W) weigh<N, 1>(lines, weights, channel, factors);

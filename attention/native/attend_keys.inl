@@ -6,9 +6,8 @@
 // converted once. Either way each line sums in the same order. Softmax is the online one (Milakov and
 // Gimelshein 2018).
 
-#include <cmath>
-
 #include "key_block.h"
+#include "lines.h"
 #include "vectors.h"
 
 namespace {
@@ -18,7 +17,6 @@ constexpr int kRegisters = 32;
 #else
 constexpr int kRegisters = 16;
 #endif
-constexpr int kDirectLines = 8;  // so few read the cache's rows themselves
 constexpr int kTileLines = 6;
 constexpr int kAhead = 2 * kBlockKeys;  // what is asked for while a block is read: memory is the bound
 
@@ -28,15 +26,6 @@ constexpr int vectors_beside(int lines) {
     while (vectors > 1 && lines * vectors + vectors + 1 > kRegisters) vectors /= 2;
     return vectors;
 }
-
-// Query heads of rows that see the same keys of a block.
-struct Lines {
-    int count;
-    const float* q[kDirectLines];
-    const float* bias[kDirectLines];
-    float* partials[kDirectLines];
-    float* exported[kDirectLines];  // where their scores are wanted, or null
-};
 
 // Into the second-level cache: the first one has too few requests under way to hide memory's latency.
 inline void prefetch(const char* row, size_t num_bytes) {
@@ -101,32 +90,6 @@ template <int N> void score_turned(const float* keys, const Lines& lines, int ke
     }
 }
 
-// Scores to weights under the partial's running maximum; returns what its older sums are multiplied by.
-inline float soften(const AttentionProblem& p, const float* bias, float* scores, float* partial, float* exported) {
-    if (p.softcap != 0.0f)
-        for (int j = 0; j < kBlockKeys; ++j) scores[j] = p.softcap * std::tanh(scores[j] * p.scale / p.softcap) + bias[j];
-    else
-        for (int j = 0; j < kBlockKeys; j += W) store(scores + j, load(scores + j) * p.scale + load(bias + j));
-    if (exported != nullptr) std::memcpy(exported, scores, sizeof(float) * kBlockKeys);
-    Floats most = splat(partial[0]);
-    for (int j = 0; j < kBlockKeys; j += W) {
-        const Floats some = load(scores + j);
-        most = some > most ? some : most;
-    }
-    float largest = largest_of_lanes(most);
-    if (largest == kMinusInfinity) largest = 0.0f;  // only with NaN in the scores
-    Floats sums = {};
-    for (int j = 0; j < kBlockKeys; j += W) {
-        const Floats weight = exp_nonpositive(load(scores + j) - largest);
-        store(scores + j, weight);
-        sums += weight;
-    }
-    const float factor = partial[0] == kMinusInfinity ? 0.0f : partial[0] == largest ? 1.0f : exp_one(partial[0] - largest);
-    partial[1] = partial[1] * factor + sum_of_lanes(sums);
-    partial[0] = largest;
-    return factor;
-}
-
 template <KvType Type> struct StoredValues {
     const KeyBlock &block, &ahead;
     size_t num_bytes;
@@ -165,8 +128,7 @@ template <int N, class Values>
 void soften_and_weigh(const AttentionProblem& p, const Values& values, const Lines& lines, int count, bool all_visible,
                       float* scores) {
     float factors[N];
-    for (int n = 0; n < N; ++n)
-        factors[n] = soften(p, lines.bias[n], scores + n * kBlockKeys, lines.partials[n], lines.exported[n]);
+    soften<N>(p, lines, scores, factors);
     constexpr int V = vectors_beside(N);
     int channel = 0;
     for (; channel + V * W <= p.value_size; channel += V * W)
