@@ -31,7 +31,7 @@ inline void pair_neighbours(const float* from, int count, uint32_t* to) {
 
 struct RoundedBlock {
     const AttentionProblem& p;
-    const KeyBlock& block;
+    const KeyBlock &block, &ahead;
     float *keys, *values;  // room for pairs: keys (key_size / 2, kBlockKeys), values (kBlockKeys / 2, value_size)
     static constexpr int kMostLines = kTileLines;
     static constexpr bool kExact = false;  // so a tile of a few rows is rounded like any other
@@ -42,6 +42,8 @@ struct RoundedBlock {
     template <KvType Type> void fill_keys() const {
         for (int j = 0; j < kBlockKeys; j += W)
             for (int d = 0; d < p.key_size; d += W) {
+                if (d == 0)
+                    for (int i = 0; i < W; ++i) prefetch(ahead.keys[j + i], Rows<Type>::num_bytes(p.key_size));
                 Floats channels[W];
                 for (int i = 0; i < W; ++i) channels[i] = Rows<Type>::load(block.keys[j + i], d);
                 turn(channels);
@@ -50,10 +52,12 @@ struct RoundedBlock {
             }
     }
     template <KvType Type> void fill_values() const {
-        for (int j = 0; j < kBlockKeys; j += 2)
+        for (int j = 0; j < kBlockKeys; j += 2) {
+            for (int i = j; i < j + 2; ++i) prefetch(ahead.values[i], Rows<Type>::num_bytes(p.value_size));
             for (int d = 0; d < p.value_size; d += W)
                 store_pairs(value_pairs() + j / 2 * p.value_size + d,
                             paired(Rows<Type>::load(block.values[j], d), Rows<Type>::load(block.values[j + 1], d)));
+        }
     }
     void fill() const {
         switch (p.k_type) {

@@ -164,7 +164,7 @@ struct StoredBlock {
 // The block of many lines: keys turned (key_size, kBlockKeys) and values (kBlockKeys, value_size) in floats.
 struct ConvertedBlock {
     const AttentionProblem& p;
-    const KeyBlock& block;
+    const KeyBlock &block, &ahead;
     float *keys, *values;
     static constexpr int kMostLines = kTileLines;
     static constexpr bool kExact = true;
@@ -172,6 +172,8 @@ struct ConvertedBlock {
     template <KvType Type> void fill_keys() const {
         for (int j = 0; j < kBlockKeys; j += W)
             for (int d = 0; d < p.key_size; d += W) {
+                if (d == 0)
+                    for (int i = 0; i < W; ++i) prefetch(ahead.keys[j + i], Rows<Type>::num_bytes(p.key_size));
                 Floats channels[W];
                 for (int i = 0; i < W; ++i) channels[i] = Rows<Type>::load(block.keys[j + i], d);
                 turn(channels);
@@ -179,9 +181,11 @@ struct ConvertedBlock {
             }
     }
     template <KvType Type> void fill_values() const {
-        for (int j = 0; j < block.count; ++j)
+        for (int j = 0; j < block.count; ++j) {
+            prefetch(ahead.values[j], Rows<Type>::num_bytes(p.value_size));
             for (int d = 0; d < p.value_size; d += W)
                 store(values + j * p.value_size + d, Rows<Type>::load(block.values[j], d));
+        }
     }
     void fill() const {
         switch (p.k_type) {
@@ -284,7 +288,7 @@ void attend_blocks(const AttentionProblem& p, int kv_head, int row_begin, int ro
         if (few || !seen) {
             rows.attend(StoredBlock{p, block, ahead}, block, masks, num_rows, scores);
         } else {
-            const ManyLinesBlock converted{p, block, keys, values};
+            const ManyLinesBlock converted{p, block, ahead, keys, values};
             converted.fill();
             rows.attend(converted, block, masks, num_rows, scores);
         }
