@@ -6,7 +6,7 @@ The order of the steps is llama.cpp's default: penalty, top-k, top-p, min-p, tem
 from __future__ import annotations
 
 import math
-import secrets
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 
     from lowtide.models.model import Logits
 
-    Indices = NDArray[np.intp]
+    Indices = NDArray[np.int32]
 
 WIDE_MARGIN = 12.0
 """Logits this far below the largest are rarely among the first k: they are looked at only if need be."""
+FEW_SHARE = 8
+"""Up to this part of the vocabulary is sorted by itself; for more, everything is."""
 
 
 class Sampler:
@@ -30,7 +32,9 @@ class Sampler:
 
     def __init__(self, options: GenerationOptions) -> None:
         self._options = options
-        self.seed = secrets.randbits(48) if options.seed is None else options.seed
+        self.seed = (
+            int.from_bytes(os.urandom(6), "little") if options.seed is None else options.seed
+        )
         self._random = np.random.default_rng(self.seed)
 
     def choose(self, logits: Logits, history: Sequence[int]) -> int:
@@ -39,23 +43,23 @@ class Sampler:
         if self._options.temperature == 0:
             return int(logits.argmax())
         candidates, probabilities = self.distribution(logits)
-        return int(candidates[np.searchsorted(probabilities.cumsum(), self._random.random())])
+        np.cumsum(probabilities, out=probabilities)
+        return int(candidates[np.searchsorted(probabilities, self._random.random())])
 
     def distribution(self, logits: Logits) -> tuple[Indices, NDArray[np.float64]]:
-        """Return the tokens that can be drawn, most likely first, and their probabilities (sum 1)."""
+        """Return the tokens that can be drawn, most likely first, and their probabilities (sum 1).
+
+        Holds no more than four arrays of the vocabulary's size, in floats, at once.
+        """
         options = self._options
         candidates = _largest(logits, options.top_k)
-        kept = logits[candidates].astype(np.float64)
-        probabilities = _softmax(kept)
+        kept = logits[candidates]
+        count = len(kept)
         if options.top_p < 1:
-            before = probabilities.cumsum() - probabilities
-            probabilities = (
-                probabilities[before < options.top_p] if options.top_p > 0 else probabilities[:1]
-            )
-        count = len(probabilities)
+            count = _num_until(kept, options.top_p)
         if options.min_p > 0:
             count = min(count, int(np.count_nonzero(kept >= kept[0] + math.log(options.min_p))))
-        tempered = _softmax(kept[:count] / options.temperature)
+        tempered = _softmax(kept[:count], options.temperature)
         tempered[-1] += 1.0 - tempered.sum()  # the cumulative sum must reach 1
         return candidates[:count], tempered
 
@@ -72,19 +76,29 @@ class Sampler:
 
 def _largest(logits: Logits, count: int) -> Indices:
     """Return the indices of the `count` largest logits (0: all), largest first."""
-    candidates: Indices | None = None
-    if 0 < count < len(logits):
-        near = np.flatnonzero(logits > logits.max() - WIDE_MARGIN)
-        pool = near if len(near) >= count else np.arange(len(logits))
-        values = logits[pool]
-        candidates = pool[np.argpartition(values, len(values) - count)[-count:]]
-    else:
-        candidates = np.arange(len(logits))
-    order: Indices = candidates[np.argsort(-logits[candidates], kind="stable")]
-    return order
+    if not 0 < count <= len(logits) // FEW_SHARE:
+        order = np.argsort(-logits, kind="stable").astype(np.int32)
+        return order[: count or None]
+    near = np.flatnonzero(logits > logits.max() - WIDE_MARGIN)
+    if len(near) < count or len(near) > len(logits) // FEW_SHARE:
+        return _largest(logits, 0)[:count]
+    values = logits[near]
+    candidates = near[np.argpartition(values, len(values) - count)[-count:]]
+    return candidates[np.argsort(-logits[candidates], kind="stable")].astype(np.int32)
 
 
-def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    exponentials: NDArray[np.float64] = np.exp(values - values.max())
-    result: NDArray[np.float64] = exponentials / exponentials.sum()
-    return result
+def _num_until(logits: Logits, share: float) -> int:
+    """Return how many of the sorted logits it takes until their probabilities reach `share`."""
+    reached = _softmax(logits)
+    np.cumsum(reached, out=reached)
+    return min(int(np.searchsorted(reached, share)) + 1, len(reached))
+
+
+def _softmax(logits: Logits, temperature: float = 1.0) -> NDArray[np.float64]:
+    """Return the probabilities of the logits under a temperature; their order is kept."""
+    values = logits.astype(np.float64)
+    values -= values.max()
+    values /= temperature
+    np.exp(values, out=values)
+    values /= values.sum()
+    return values
