@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lowtide.models.errors import ForwardError, ModelError, UnsupportedModel
+from lowtide.models.gguf_options import LoadOptions, context_parameters, model_parameters
 from lowtide.models.gguf_tokenizer import GgufTokenizer
 from lowtide.models.llama_library import LlamaLibrary, llama_library
 from lowtide.models.model import Model
@@ -19,31 +19,11 @@ from lowtide.models.spec import ModelSpec
 if TYPE_CHECKING:
     from lowtide.models.model import Logits
 
-KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}
-"""Names of KV cache types and ggml's numbers for them."""
-
-LOAD_COPY = 0
-LOAD_MEMORY_MAP = 1
-FLASH_ATTENTION_ON = 1
 DECODE_ERRORS = {
     1: "the KV cache has no room for the rows",
     2: "it was aborted",
     -1: "the rows are not valid",
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadOptions:
-    """What to allocate. `context` and `max_rows` count tokens; `eval_callback` is llama.cpp's
-    evaluation callback (a C function pointer's address and its user data), for attention of our own.
-    """
-
-    context: int
-    max_rows: int
-    threads: int
-    kv_type: str = "f16"
-    memory_map: bool = True
-    eval_callback: tuple[int, int] | None = None
 
 
 class GgufModel(Model):
@@ -80,20 +60,7 @@ class GgufModel(Model):
         )
 
     def _create_context(self, options: LoadOptions) -> Any:
-        params = self._api.llama_context_default_params()
-        params.n_ctx = options.context
-        params.n_batch = params.n_ubatch = options.max_rows
-        params.n_seq_max = 1
-        params.n_outputs_max = 1
-        params.n_threads = params.n_threads_batch = options.threads
-        params.flash_attn_type = FLASH_ATTENTION_ON
-        params.type_k = params.type_v = KV_TYPES[options.kv_type]
-        params.swa_full = True  # rewinding a sliding window is exact only where its past is kept
-        params.no_perf = True
-        if options.eval_callback is not None:
-            address, user_data = options.eval_callback
-            params.cb_eval = self._api.ggml_backend_sched_eval_callback(address)
-            params.cb_eval_user_data = user_data
+        params = context_parameters(self._api, options)
         return _created(
             self._library,
             lambda: self._api.llama_init_from_model(self._model, params),
@@ -194,9 +161,7 @@ class _Batch:
 
 
 def _load_weights(library: LlamaLibrary, spec: ModelSpec, options: LoadOptions) -> Any:
-    params = library.api.llama_model_default_params()
-    params.n_gpu_layers = 0
-    params.load_mode = LOAD_MEMORY_MAP if options.memory_map else LOAD_COPY
+    params = model_parameters(library.api, memory_map=options.memory_map, repack=options.repack)
     path = os.fsencode(spec.path)
     return _created(
         library,
