@@ -9,10 +9,12 @@ llama.cpp and counted. Knows no policy and no model.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lowtide.attention.native_library import native_library
 from lowtide.attention.selection_rule import SelectionRule
+from lowtide.attention.weight_stream import NativeSpan
 from lowtide.models.errors import LowtideError
 from lowtide.models.llama_library import llama_library
 
@@ -31,7 +33,7 @@ class _Counts(ctypes.Structure):
         (name, ctypes.c_int64)
         for name in (
             "layers_ours layers_theirs nodes_ours nodes_theirs nanoseconds scratch_bytes keys_read "
-            "keys_held".split()
+            "keys_held weight_bytes_given_back".split()
         )
     ]
 
@@ -42,7 +44,8 @@ class HookCounts:
 
     `layers_ours` run our kernel in every pass, `layers_theirs` were left to llama.cpp in at least one;
     `seconds` is the time in our kernel. Of the `keys_held` that a pass's last row could see, over
-    all layers and passes, `keys_read` were attended to.
+    all layers and passes, `keys_read` were attended to. `weight_bytes_given_back` counts mapped weights
+    whose pages went back to the system.
     """
 
     layers_ours: int
@@ -53,6 +56,7 @@ class HookCounts:
     scratch_bytes: int
     keys_read: int
     keys_held: int
+    weight_bytes_given_back: int
 
 
 class GraphHook:
@@ -102,6 +106,7 @@ class GraphHook:
             counts.scratch_bytes,
             counts.keys_read,
             counts.keys_held,
+            counts.weight_bytes_given_back,
         )
 
     def set_active(self, active: bool) -> None:
@@ -111,6 +116,18 @@ class GraphHook:
     def set_roles(self, roles: bytes, rule: SelectionRule) -> None:
         """Set what each layer does in a sparse pass (`LayerRole`); call it between passes."""
         if self._library.lowtide_hook_set_roles(self._hook, roles, len(roles), ctypes.byref(rule)):
+            raise MemoryError
+
+    def stream_weights(self, spans: Sequence[NativeSpan], kept: bytes) -> None:
+        """Have the weights of the groups without a flag in `kept` given back once they were read.
+
+        `spans` are in order of address; call it between passes.
+        """
+        array = (NativeSpan * len(spans))(*spans)
+        failed = self._library.lowtide_hook_stream_weights(
+            self._hook, array, len(spans), kept, len(kept)
+        )
+        if failed:
             raise MemoryError
 
     @property
@@ -160,4 +177,11 @@ def _declare(library: ctypes.CDLL) -> None:
     library.lowtide_hook_set_roles.argtypes = [pointer, ctypes.c_char_p, ctypes.c_int, pointer]
     library.lowtide_hook_start_pass.argtypes = [pointer, ctypes.c_int, ctypes.c_int, ctypes.c_int]
     library.lowtide_hook_start_pass.restype = None
+    library.lowtide_hook_stream_weights.argtypes = [
+        pointer,
+        pointer,
+        ctypes.c_int,
+        ctypes.c_char_p,
+        ctypes.c_int,
+    ]
     library.lowtide_hook_can_round.argtypes = [pointer]

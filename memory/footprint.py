@@ -14,19 +14,22 @@ INTERPRETER_BYTES = 46 * MIB
 """Python, numpy, jinja2, click and llama.cpp's libraries: 40 MiB measured with CPython 3.11."""
 LIBRARIES_BYTES = 28 * MIB
 """What those libraries add to a process that has not loaded them."""
-RESERVE_BYTES = 8 * MIB
-"""Allocator slack and growth of small things: at most 6 MiB measured over 44 configurations."""
+RESERVE_BYTES = 4 * MIB
+"""Code that is read in for the first pass, 3.5 MiB measured, and growth of small things."""
 
 REPACKED_TYPES = frozenset({"Q4_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "MXFP4"})
 REPACKED_TYPES_ELSEWHERE = frozenset({"Q8_0", "Q5_K", "Q6_K"})
 """Types that llama.cpp packs into a layout of its own, on x86-64 and on other processors."""
 
+STREAM_EDGE_BYTES = MIB
+"""Pages around a group of weights that are mapped or stay with it: 64 KiB at each end of a few spans."""
+
 CELL_STEP = 256
 """llama.cpp rounds the cells of a KV cache up to this."""
 BLOCK_BYTES = {"f16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18)}
 """Elements and bytes of a block of each KV type."""
-SAMPLING_COPIES = 10
-"""Vocabulary-sized float arrays alive at once: llama.cpp's two rows and the sampler's own."""
+SAMPLING_COPIES = 7
+"""Vocabulary-sized float arrays alive at once: llama.cpp's two rows, and the sampler's five at most."""
 PROMPT_BYTES_PER_TOKEN = 12
 """Text admitted for each token of context: about three times what natural text takes."""
 MIN_PROMPT_BYTES = 16 * KIB
@@ -73,6 +76,20 @@ def is_repacked(spec: ModelSpec, processor: str) -> bool:
 def weight_bytes(spec: ModelSpec, *, memory_map: bool) -> int:
     """Return the weights' resident bytes: the mapped file in full, or the tensors copied."""
     return spec.file_bytes if memory_map else spec.weight_bytes
+
+
+def streamed_weight_bytes(spec: ModelSpec, kept_layers: int) -> int:
+    """Return the most that is resident of mapped weights of which all but the first `kept_layers` layers
+    are given back once they were read.
+
+    That is the largest tensor outside of the layers, or two layers, as one ends and the next begins.
+    """
+    layers = [g.num_bytes for g in spec.weight_groups if g.layer is not None]
+    others = [g.num_bytes for g in spec.weight_groups if g.layer is None]
+    streamed = sorted(layers[kept_layers:])[-2:]
+    passing = max([sum(streamed), *others], default=0)
+    kept = sum(layers[:kept_layers])
+    return min(kept + passing + STREAM_EDGE_BYTES, weight_bytes(spec, memory_map=True))
 
 
 def kv_bytes(spec: ModelSpec, context: int, kv_type: str) -> int:
@@ -158,6 +175,11 @@ def prompt_limit_bytes(context: int) -> int:
     return max(PROMPT_BYTES_PER_TOKEN * context, MIN_PROMPT_BYTES)
 
 
+def tokenising_bytes(text_bytes: int) -> int:
+    """Return what tokenising a text of so many UTF-8 bytes takes for a moment."""
+    return TOKENISER_BYTES_PER_PROMPT_BYTE * text_bytes
+
+
 def prompt_bytes(context: int) -> int:
     """Return what the longest admitted prompt takes while it is tokenised."""
-    return TOKENISER_BYTES_PER_PROMPT_BYTE * prompt_limit_bytes(context)
+    return tokenising_bytes(prompt_limit_bytes(context))

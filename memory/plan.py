@@ -10,6 +10,9 @@ from lowtide.memory.units import format_bytes
 from lowtide.models.errors import BadOption
 
 KV_TYPES = ("f16", "q8_0", "q4_0")
+WEIGHTS_OWNER = "weights"
+KV_OWNER = "KV cache"
+PROMPT_OWNER = "prompt and tokenising"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,10 +43,17 @@ class Host:
     """What the plan must know of where it runs.
 
     `interpreter_bytes` is what the process needs before any model; `processor` as `platform.machine()`.
+    `kv_follows_use` says whether cells without a token take no memory, `can_stream_weights` whether mapped
+    weights can be given back between the layers. `vocabulary_bytes`, where it was measured, replaces the
+    formula; `tolerance_bytes` is how much the measured figures may differ from one run to the next.
     """
 
     interpreter_bytes: int
     processor: str
+    kv_follows_use: bool = False
+    can_stream_weights: bool = False
+    vocabulary_bytes: int | None = None
+    tolerance_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +67,12 @@ class PlanRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Who gets which bytes. `gave_up` says, in words, what the budget cost."""
+    """Who gets which bytes. `gave_up` says, in words, what the budget cost.
+
+    `kv_tokens` is how many of the context's tokens the KV cache's row holds; beyond them the cache grows
+    while the budget has room. Of the layers' weights `kept_layers` stay resident and the others are read
+    again for every pass; None where all weights stay.
+    """
 
     budget: Budget
     rows: tuple[PlanRow, ...]
@@ -65,7 +80,9 @@ class MemoryPlan:
     context: int
     max_rows: int
     kv_type: str
+    kv_tokens: int
     memory_map: bool
+    kept_layers: int | None
     gave_up: tuple[str, ...]
 
     @property
@@ -92,7 +109,9 @@ class MemoryPlan:
             "context": self.context,
             "max_rows": self.max_rows,
             "kv_type": self.kv_type,
+            "kv_tokens": self.kv_tokens,
             "memory_map": self.memory_map,
+            "kept_layers": self.kept_layers,
             "gave_up": list(self.gave_up),
         }
 

@@ -1,21 +1,24 @@
 """The planner: from a model, a wish and a budget to a plan, by arithmetic alone.
 
-Reads nothing and allocates nothing; knows no tokens. When it is tight it gives up in this order:
-rows of a prefill pass, then (for a stated context) the KV cache's type, or (for an open one) the
-context, and last it refuses. A stated context is never shortened, and a type never lowered where a
-shorter context would do: the first would be another request, the second another answer.
+Allocates nothing; knows no tokens. When it is tight it gives up in this order, what keeps answers the same
+first: rows of a prefill pass; for an open context, context; resident weights; the KV cache's type; for a
+stated context, room in its cache; and last it refuses. A stated context is never shortened: that would
+be another request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from lowtide.memory import footprint
 from lowtide.memory.budget import Budget
+from lowtide.memory.choice import Choice
+from lowtide.memory.context_sizes import ContextSizes, FormulaSizes
 from lowtide.memory.errors import OverBudget
 from lowtide.memory.footprint import CELL_STEP
-from lowtide.memory.plan import KV_TYPES, Host, MemoryPlan, PlanOptions, PlanRow
+from lowtide.memory.plan import KV_TYPES, Host, MemoryPlan, PlanOptions
+from lowtide.memory.rows import PlanRows
 from lowtide.memory.units import format_bytes_up
 from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
@@ -25,50 +28,53 @@ ROW_CHOICES = (128, 64, 32)
 """Rows of a prefill pass. More than 128 measured no faster and keeps Ctrl-C waiting longer."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Choice:
-    context: int
-    max_rows: int
-    kv_type: str
-
-
-def plan_memory(spec: ModelSpec, options: PlanOptions, budget: Budget, host: Host) -> MemoryPlan:
+def plan_memory(
+    spec: ModelSpec,
+    options: PlanOptions,
+    budget: Budget,
+    host: Host,
+    sizes: ContextSizes | None = None,
+) -> MemoryPlan:
     """Return the best plan inside the budget, or the smallest one where none fits (`fits` is False).
 
-    Raises `BadOption` where the options ask of the model what it does not have.
+    `sizes` None takes the formulas. Raises `BadOption` where the options ask of the model what it does
+    not have.
     """
     _check(spec, options)
-    preferred = next(_choices(spec, options, host, budget.num_bytes))
-    smallest = _smallest(spec, options, host)
-    chosen = next(
-        (
-            choice
-            for choice in _choices(spec, options, host, budget.num_bytes)
-            if _total(spec, choice, options, host) <= budget.num_bytes
-        ),
-        smallest,
-    )
+    planner = _Planner(spec, options, budget.num_bytes, host, sizes or FormulaSizes(spec))
+    smallest = planner.smallest()
+    chosen = planner.best() or smallest
     return MemoryPlan(
         budget=budget,
-        rows=_rows(spec, chosen, options, host),
-        lower_bound_bytes=_total(spec, smallest, options, host),
+        rows=planner.rows.of(chosen),
+        lower_bound_bytes=planner.rows.total_bytes(smallest) + host.tolerance_bytes,
         context=chosen.context,
         max_rows=chosen.max_rows,
         kv_type=chosen.kv_type,
-        memory_map=_memory_map(spec, host),
-        gave_up=_given_up(preferred, chosen),
+        kv_tokens=chosen.kv_tokens,
+        memory_map=planner.rows.memory_map(chosen),
+        kept_layers=chosen.kept_layers,
+        gave_up=chosen.given_up(planner.preferred()),
     )
 
 
-def require_fit(plan: MemoryPlan, spec: ModelSpec, options: PlanOptions, host: Host) -> None:
+def require_fit(
+    plan: MemoryPlan,
+    spec: ModelSpec,
+    options: PlanOptions,
+    host: Host,
+    sizes: ContextSizes | None = None,
+) -> None:
     """Raise `OverBudget`, with the lower bound and what to change, where the plan does not fit."""
     if plan.fits:
         return
     hint = f"raise --memory to {format_bytes_up(plan.lower_bound_bytes).replace(' ', '')}"
     if options.context is not None and options.context > MIN_CONTEXT:
-        shorter = _longest_context(spec, options, host, plan.budget.num_bytes)
+        opened = replace(options, context=None)
+        planner = _Planner(spec, opened, plan.budget.num_bytes, host, sizes or FormulaSizes(spec))
+        shorter = planner.best()
         if shorter is not None:
-            hint += f", shorten --context to {shorter}"
+            hint += f", shorten --context to {shorter.context}"
     raise OverBudget(
         f"{spec.name} with a context of {plan.context} tokens",
         plan.lower_bound_bytes,
@@ -90,138 +96,131 @@ def _check(spec: ModelSpec, options: PlanOptions) -> None:
         )
 
 
-def _choices(
-    spec: ModelSpec, options: PlanOptions, host: Host, budget_bytes: int
-) -> Iterator[_Choice]:
-    """Yield the choices from the best to the smallest."""
-    kv_types = _kv_types(spec, options)
-    rows = _row_choices(options)
-    if options.context is not None:
-        for kv_type in kv_types:
-            for max_rows in rows:
-                yield _Choice(context=options.context, max_rows=max_rows, kv_type=kv_type)
-        return
-    for max_rows in rows:
-        yield _Choice(context=spec.context_length, max_rows=max_rows, kv_type=kv_types[0])
-    for kv_type in kv_types:
-        fixed = replace(options, kv_type=kv_type, max_rows=rows[-1])
-        context = _longest_context(spec, fixed, host, budget_bytes)
-        if context is not None:
-            yield _Choice(context=context, max_rows=rows[-1], kv_type=kv_type)
+class _Planner:
+    """Walks through the choices for one model, wish, host and budget."""
 
+    def __init__(
+        self,
+        spec: ModelSpec,
+        options: PlanOptions,
+        budget_bytes: int,
+        host: Host,
+        sizes: ContextSizes,
+    ) -> None:
+        self._spec = spec
+        self._options = options
+        self._budget_bytes = budget_bytes
+        self._host = host
+        self.rows = PlanRows(spec, options, host, sizes)
+        self._row_choices = ROW_CHOICES if options.max_rows is None else (options.max_rows,)
+        self._can_stream = host.can_stream_weights and bool(spec.weight_groups)
 
-def _smallest(spec: ModelSpec, options: PlanOptions, host: Host) -> _Choice:
-    choices = [
-        _Choice(
-            context=options.context or min(MIN_CONTEXT, spec.context_length),
-            max_rows=_row_choices(options)[-1],
-            kv_type=kv_type,
+    def preferred(self) -> Choice:
+        """Return what is chosen where memory is no matter."""
+        return self._choice(self._options.context or self._spec.context_length, self._kv_types[0])
+
+    def best(self) -> Choice | None:
+        """Return the first choice that fits, with as many layers kept as fit; None where none does."""
+        found = next(filter(self._fits, self._from_best_to_smallest()), None)
+        if found is None or found.kept_layers is None:
+            return found
+        return self._longest(
+            lambda layers: replace(found, kept_layers=layers), 0, self._spec.num_layers
         )
-        for kv_type in _kv_types(spec, options)
-    ]
-    return min(choices, key=lambda choice: _total(spec, choice, options, host))
 
+    def smallest(self) -> Choice:
+        """Return the choice that takes the fewest bytes."""
+        context = self._options.context or min(MIN_CONTEXT, self._spec.context_length)
+        room = min(context, MIN_CONTEXT) if self._host.kv_follows_use else context
+        choices = [
+            self._small(context, kv_type, kept_layers=kept, kv_tokens=room)
+            for kv_type in self._kv_types
+            for kept in self._weight_choices
+        ]
+        return min(choices, key=self.rows.total_bytes)
 
-def _row_choices(options: PlanOptions) -> tuple[int, ...]:
-    return ROW_CHOICES if options.max_rows is None else (options.max_rows,)
+    def _from_best_to_smallest(self) -> Iterator[Choice]:
+        stated = self._options.context
+        for kv_type in self._kv_types:
+            for kept in self._weight_choices:
+                if kept is None:
+                    for max_rows in self._row_choices:
+                        context = stated or self._spec.context_length
+                        yield self._choice(context, kv_type, max_rows)
+                if stated is not None:
+                    yield self._small(stated, kv_type, kept_layers=kept)
+                else:
+                    yield from self._longest_context(kv_type, kept)
+        if stated is not None and self._host.kv_follows_use:
+            for kv_type in self._kv_types:
+                yield from self._most_room(stated, kv_type)
 
+    def _longest_context(self, kv_type: str, kept_layers: int | None) -> Iterator[Choice]:
+        """Yield the longest context that fits, in whole steps of the cache, where one does."""
+        most = self._spec.context_length
+        found = self._longest(
+            lambda steps: self._small(
+                min(max(steps * CELL_STEP, MIN_CONTEXT), most), kv_type, kept_layers=kept_layers
+            ),
+            MIN_CONTEXT // CELL_STEP,
+            -(-most // CELL_STEP),
+        )
+        if found is not None:
+            yield found
 
-def _kv_types(spec: ModelSpec, options: PlanOptions) -> tuple[str, ...]:
-    if options.kv_type is not None:
-        return (options.kv_type,)
-    return tuple(kind for kind in KV_TYPES if footprint.supports_kv_type(spec, kind))
+    def _most_room(self, context: int, kv_type: str) -> Iterator[Choice]:
+        """Yield the stated context with the most room in its cache that fits, where any does."""
+        kept = self._weight_choices[-1]
+        found = self._longest(
+            lambda steps: self._small(
+                context, kv_type, kept_layers=kept, kv_tokens=min(steps * CELL_STEP, context)
+            ),
+            MIN_CONTEXT // CELL_STEP,
+            -(-context // CELL_STEP),
+        )
+        if found is not None:
+            yield found
 
+    def _longest(self, choice_of: Callable[[int], Choice], least: int, most: int) -> Choice | None:
+        """Return the choice of the largest number from `least` to `most` that fits."""
+        if not self._fits(choice_of(least)):
+            return None
+        low, high = least, max(most, least) + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._fits(choice_of(middle)):
+                low = middle
+            else:
+                high = middle
+        return choice_of(low)
 
-def _longest_context(
-    spec: ModelSpec, options: PlanOptions, host: Host, budget_bytes: int
-) -> int | None:
-    """Return the longest context that fits with the smallest rows, in whole steps of the cache."""
-    kv_type, max_rows = _kv_types(spec, options)[-1], _row_choices(options)[-1]
+    def _fits(self, choice: Choice) -> bool:
+        return self.rows.total_bytes(choice) <= self._budget_bytes
 
-    def fits(context: int) -> bool:
-        choice = _Choice(context=context, max_rows=max_rows, kv_type=kv_type)
-        return _total(spec, choice, options, host) <= budget_bytes
+    def _choice(self, context: int, kv_type: str, max_rows: int | None = None) -> Choice:
+        rows = max_rows or self._row_choices[0]
+        return Choice(context=context, max_rows=rows, kv_type=kv_type, kv_tokens=context)
 
-    low = min(MIN_CONTEXT, spec.context_length)
-    if not fits(low):
-        return None
-    if fits(spec.context_length):
-        return spec.context_length
-    low_steps, high_steps = low // CELL_STEP, -(-spec.context_length // CELL_STEP)
-    while high_steps - low_steps > 1:
-        middle = (low_steps + high_steps) // 2
-        if fits(middle * CELL_STEP):
-            low_steps = middle
-        else:
-            high_steps = middle
-    return max(low_steps * CELL_STEP, low)
+    def _small(
+        self,
+        context: int,
+        kv_type: str,
+        *,
+        kept_layers: int | None,
+        kv_tokens: int | None = None,
+    ) -> Choice:
+        choice = self._choice(context, kv_type, self._row_choices[-1])
+        return replace(
+            choice, kept_layers=kept_layers, kv_tokens=kv_tokens if kv_tokens else context
+        )
 
+    @property
+    def _weight_choices(self) -> tuple[int | None, ...]:
+        """Resident, and, where they can be, read again for every pass."""
+        return (None, 0) if self._can_stream else (None,)
 
-def _memory_map(spec: ModelSpec, host: Host) -> bool:
-    return not footprint.is_repacked(spec, host.processor)
-
-
-def _total(spec: ModelSpec, choice: _Choice, options: PlanOptions, host: Host) -> int:
-    return sum(row.num_bytes for row in _rows(spec, choice, options, host))
-
-
-def _rows(
-    spec: ModelSpec, choice: _Choice, options: PlanOptions, host: Host
-) -> tuple[PlanRow, ...]:
-    context, max_rows, kv_type = choice.context, choice.max_rows, choice.kv_type
-    memory_map = _memory_map(spec, host)
-    kv = footprint.kv_bytes(spec, context, kv_type)
-    compute = footprint.compute_bytes(spec, context, max_rows, kv_type)
-    logits = footprint.logits_bytes(spec)
-    prompt = footprint.prompt_bytes(context)
-    threads = options.attention_threads
-    attention = footprint.attention_bytes(spec, context, threads) if threads else 0
-    if options.selection_layers:
-        attention += footprint.selection_bytes(spec, context, options.selection_layers)
-    after_loading = kv + compute + logits + prompt + attention
-    loading = max(footprint.loading_bytes(spec) - after_loading, 0)
-    vocabulary = spec.vocabulary.num_tokens
-    return (
-        PlanRow("interpreter and libraries", host.interpreter_bytes, "Python, numpy, llama.cpp"),
-        PlanRow(
-            "vocabulary", footprint.vocabulary_bytes(spec.vocabulary), f"{vocabulary:,} tokens"
-        ),
-        PlanRow(
-            "weights",
-            footprint.weight_bytes(spec, memory_map=memory_map),
-            f"{spec.quantisation}, {'memory-mapped' if memory_map else 'copied and repacked'}",
-        ),
-        PlanRow("KV cache", kv, f"{context:,} tokens of {kv_type}"),
-        PlanRow("compute buffer", compute, f"{max_rows} rows a pass"),
-        PlanRow(
-            "attention scratch",
-            attention,
-            f"our kernels, {threads} threads" if threads else "llama.cpp's kernels need none",
-        ),
-        PlanRow("logits and sampling", logits, "one row of the vocabulary"),
-        PlanRow(
-            "prompt and tokenising",
-            prompt,
-            f"{footprint.prompt_limit_bytes(context):,} bytes of text",
-        ),
-        *_comparison(spec, options.compared_rows),
-        PlanRow("loading", loading, "needed for a moment, beyond what follows it"),
-        PlanRow("reserve", footprint.RESERVE_BYTES, "allocator slack"),
-    )
-
-
-def _comparison(spec: ModelSpec, num_rows: int) -> tuple[PlanRow, ...]:
-    if not num_rows:
-        return ()
-    num_bytes = footprint.comparison_bytes(spec, num_rows)
-    return (PlanRow("comparison", num_bytes, f"{num_rows} distributions over the vocabulary"),)
-
-
-def _given_up(preferred: _Choice, chosen: _Choice) -> tuple[str, ...]:
-    names = {"max_rows": "rows a pass", "kv_type": "KV type", "context": "context"}
-    before, after = asdict(preferred), asdict(chosen)
-    return tuple(
-        f"{name}: {before[key]} to {after[key]}"
-        for key, name in names.items()
-        if before[key] != after[key]
-    )
+    @property
+    def _kv_types(self) -> tuple[str, ...]:
+        if self._options.kv_type is not None:
+            return (self._options.kv_type,)
+        return tuple(kind for kind in KV_TYPES if footprint.supports_kv_type(self._spec, kind))

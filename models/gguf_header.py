@@ -13,6 +13,7 @@ from lowtide.models.errors import BadModelFile
 from lowtide.models.fingerprint import fingerprint
 from lowtide.models.gguf_reader import ArrayValue, GgufContents, read_gguf
 from lowtide.models.spec import ModelSpec, VocabularySpec
+from lowtide.models.weight_groups import weight_groups
 
 MAX_REASONABLE = 1 << 24
 """No width, head or layer count of a real model comes near: more is a broken header."""
@@ -95,6 +96,7 @@ class _Keys:
             tensor_types=frozenset(layer_bytes),
             chat_template=self.optional_text("tokenizer.chat_template"),
             fingerprint=fingerprint(parts),
+            weight_groups=weight_groups(parts),
         )
 
     def _feed_forward_width(self, num_layers: int) -> tuple[int, ...]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
-import importlib.metadata
 import importlib.util
 import sys
 import threading
@@ -21,6 +20,7 @@ from typing import Any
 from lowtide.models.errors import ModelError
 
 PACKAGE = "llama_cpp"
+LOG_LEVEL_INFO = 2
 LOG_LEVEL_ERROR = 4
 LOG_LEVEL_CONTINUED = 5
 _lock = threading.Lock()
@@ -32,6 +32,7 @@ class LlamaLibrary:
     def __init__(self, api: Any) -> None:
         self.api = api
         self._errors: deque[str] = deque(maxlen=64)
+        self._messages: list[str] | None = None
         self._level = 0
         # llama.cpp keeps the pointer for the life of the process: so must we.
         self._log_callback = api.llama_log_callback(self._receive)
@@ -43,12 +44,23 @@ class LlamaLibrary:
             self._level = level
         if self._level == LOG_LEVEL_ERROR:
             self._errors.append(text.decode("utf-8", errors="replace").strip())
+        elif self._level == LOG_LEVEL_INFO and self._messages is not None:
+            self._messages.append(text.decode("utf-8", errors="replace").strip())
 
     @contextlib.contextmanager
     def collected_errors(self) -> Iterator[deque[str]]:
         """Yield the error messages that llama.cpp prints inside the block."""
         self._errors.clear()
         yield self._errors
+
+    @contextlib.contextmanager
+    def collected_messages(self) -> Iterator[list[str]]:
+        """Yield what llama.cpp tells of its work inside the block, line by line."""
+        self._messages = []
+        try:
+            yield self._messages
+        finally:
+            self._messages = None
 
     def set_abort_callback(self, address: int) -> None:
         """Have ggml call the C function at `address` (void (const char *)) when an assertion fails."""
@@ -67,6 +79,8 @@ class LlamaLibrary:
     @property
     def version(self) -> str:
         """The version of llama-cpp-python."""
+        import importlib.metadata  # 3 MiB, for a line of `doctor` and of some errors
+
         return importlib.metadata.version("llama-cpp-python")
 
     @property

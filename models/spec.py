@@ -22,6 +22,28 @@ class VocabularySpec:
     longest_token_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class WeightSpan:
+    """Bytes [offset, offset + num_bytes) of file number `part`."""
+
+    part: int
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightGroup:
+    """Weights that a pass reads together: those of `layer`, or one tensor outside of all layers."""
+
+    layer: int | None
+    spans: tuple[WeightSpan, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """The weights' own bytes."""
+        return sum(span.num_bytes for span in self.spans)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """The shape and the size of a decoder-only model.
@@ -29,7 +51,8 @@ class ModelSpec:
     `num_kv_heads` and `feed_forward_width` have one entry a layer (0 where a layer has none);
     `sliding_window` is None where every layer sees the whole context. `weight_bytes` counts the
     tensors' data over all parts of a split file, `tensor_types` the quantisation types in use.
-    `fingerprint` is the same for every quantisation of a model.
+    `fingerprint` is the same for every quantisation of a model. `weight_groups` says where in the files the
+    weights lie, the layers' in order and then the others; empty where that is not known.
     """
 
     paths: tuple[Path, ...]
@@ -52,6 +75,7 @@ class ModelSpec:
     tensor_types: frozenset[str]
     chat_template: str | None
     fingerprint: str
+    weight_groups: tuple[WeightGroup, ...] = ()
 
     @property
     def path(self) -> Path:

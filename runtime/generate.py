@@ -26,7 +26,8 @@ class Piece:
     """A piece of an answer as it appears.
 
     `text` may be empty (half a character, or the start of a stop text). `token_id` is None where the
-    model ended the answer. The last piece alone has a `finish_reason`: "stop", "length" or "context".
+    model ended the answer. The last piece alone has a `finish_reason`: "stop", "length", "context" or
+    "memory" (the budget has no room for another token; what was generated is kept).
     """
 
     text: str
@@ -67,6 +68,7 @@ def generate(
     stream, stops = TextStream(model.tokenizer), StopMatcher(options.stop)
     meter = _Meter(model, prompt, sampler.seed, facts)
     meter.reused_tokens = session.rewind_to(prompt.token_ids)
+    session.admit(len(prompt.token_ids))
     logits = prefill(session, prompt.token_ids[meter.reused_tokens :], model.max_rows)
     meter.prefilled()
     while True:
@@ -99,7 +101,9 @@ def _finish_reason(
         return "stop"
     if generated_tokens == options.max_tokens:
         return "length"
-    return "context" if session.is_full else None
+    if session.is_full:
+        return "context"
+    return None if session.has_room else "memory"
 
 
 class _Meter:

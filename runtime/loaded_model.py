@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from lowtide.attention.abort_guard import guarded_aborts
 from lowtide.attention.graph_hook import GraphHook, HookCounts
 from lowtide.attention.policy import Steering
 from lowtide.memory.errors import OverBudget
-from lowtide.memory.footprint import kv_cells, kv_row_bytes
-from lowtide.memory.kv_pages import KvPages
+from lowtide.memory.footprint import kv_bytes, tokenising_bytes
+from lowtide.memory.kv_growth import KvGrowth
 from lowtide.memory.ledger import Ledger
 from lowtide.memory.meter import read_process_memory
-from lowtide.memory.untouched_buffers import untouched_buffers
-from lowtide.models.gguf_model import GgufModel, LoadOptions
+from lowtide.memory.plan import KV_OWNER, PROMPT_OWNER, WEIGHTS_OWNER
 from lowtide.models.model import Model
+from lowtide.runtime.gguf_loading import load_gguf
 from lowtide.runtime.planning import PlannedModel
 
 
 class LoadedModel:
     """Reserves the plan's rows and loads; `model` stands in for the planned file's.
 
-    `hook` runs our kernels in llama.cpp's graph (None: llama.cpp's own run), `steering` is told of each
-    pass. Raises `OverBudget` before anything is loaded where the plan does not fit, and after loading
-    where the process is over it all the same.
+    `steering` is told of each pass, `growth` asked for the tokens of each. Raises `OverBudget` before
+    anything is loaded where the plan does not fit, and after loading where the process is over it all
+    the same.
     """
 
     def __init__(self, planned: PlannedModel, model: Model | None = None) -> None:
@@ -30,60 +29,78 @@ class LoadedModel:
         self.ledger = Ledger(planned.plan.budget.num_bytes)
         for row in planned.plan.rows:
             self.ledger.reserve(row.owner, row.num_bytes)
-        self.hook: GraphHook | None = None
+        self._callback: GraphHook | None = None
         if model is None:
-            threads = planned.options.num_threads
-            self.hook = GraphHook(threads) if planned.policy.uses_hook else None
+            self._callback = _graph_hook(planned)
             try:
-                model = _load_gguf(planned, self.hook)
+                model = load_gguf(planned, self._callback)
             except BaseException:
-                if self.hook is not None:
-                    self.hook.close()
+                if self._callback is not None:
+                    self._callback.close()
                 raise
         self.model = model
         self.steering = Steering()
         if self.hook is not None:
             self.steering = planned.policy.install(self.hook, planned.spec)
+        self.growth = KvGrowth(self.ledger, planned.plan.kv_tokens, self._kv_bytes)
         self._check_resident()
+
+    @property
+    def hook(self) -> GraphHook | None:
+        """Our kernels in llama.cpp's graph; None where llama.cpp's own run."""
+        return self._callback if self.planned.policy.uses_hook else None
+
+    def _kv_bytes(self, num_tokens: int) -> int:
+        return kv_bytes(self.planned.spec, num_tokens, self.planned.plan.kv_type)
 
     def hook_counts(self) -> HookCounts | None:
         """Return what our kernels have done; None where llama.cpp's own run."""
         return self.hook.counts() if self.hook is not None else None
 
+    def has_room_to_tokenise(self, text_bytes: int, num_tokens: int) -> bool:
+        """Whether a text can be tokenised while the cache holds `num_tokens`.
+
+        The row for it is there for that, and the memory that the cache does not use yet.
+        """
+        reserved = self.ledger.owners
+        room = reserved[PROMPT_OWNER]
+        if self.planned.host.kv_follows_use:
+            room += reserved[KV_OWNER] - self._kv_bytes(num_tokens)
+        return tokenising_bytes(text_bytes) <= room
+
     def _check_resident(self) -> None:
-        """The plan's formulas are not measured for every architecture: hold them against the facts."""
-        peak = read_process_memory().peak_bytes
-        budget = self.planned.plan.budget.num_bytes
-        if peak > budget:
+        """The plan's formulas are not measured for every architecture: hold them against the facts.
+
+        What is planned and not yet touched will be: cells of the cache, and weights that are read later.
+        """
+        plan, host = self.planned.plan, self.planned.host
+        coming = {KV_OWNER} if host.kv_follows_use else set[str]()
+        if plan.kept_layers is not None:
+            coming.add(WEIGHTS_OWNER)
+        ahead = sum(row.num_bytes for row in plan.rows if row.owner in coming)
+        needed = read_process_memory().peak_bytes + ahead
+        if needed > plan.budget.num_bytes:
             self.close()
-            raise OverBudget(f"{self.planned.spec.name}, loaded,", peak, budget, "raise --memory")
+            raise OverBudget(
+                f"{self.planned.spec.name}, loaded,",
+                needed,
+                plan.budget.num_bytes,
+                "raise --memory",
+            )
 
     def close(self) -> None:
         """Free the model; closing twice is allowed."""
         self.model.close()
-        if self.hook is not None:
-            self.hook.close()
+        if self._callback is not None:
+            self._callback.close()
         for owner in self.ledger.owners:
             self.ledger.release(owner)
 
 
-def _load_gguf(planned: PlannedModel, hook: GraphHook | None) -> GgufModel:
-    options = LoadOptions(
-        context=planned.plan.context,
-        max_rows=planned.plan.max_rows,
-        threads=planned.options.num_threads,
-        kv_type=planned.plan.kv_type,
-        memory_map=planned.plan.memory_map,
-        eval_callback=hook.callback if hook else None,
-    )
-    with guarded_aborts(), untouched_buffers() as buffers:
-        model = GgufModel(planned.spec, options)
-    row_bytes = kv_row_bytes(planned.spec, planned.plan.kv_type)
-    if row_bytes is not None:
-        model.on_cut = KvPages(
-            buffers,
-            num_tensors=2 * planned.spec.num_layers,
-            num_cells=kv_cells(planned.plan.context),
-            row_bytes=row_bytes,
-        ).cut
-    return model
+def _graph_hook(planned: PlannedModel) -> GraphHook | None:
+    """Make the hook that our kernels, or the giving back of weights, need."""
+    if not planned.policy.uses_hook and planned.plan.kept_layers is None:
+        return None
+    hook = GraphHook(planned.options.num_threads)
+    hook.set_active(planned.policy.uses_hook)
+    return hook

@@ -5,16 +5,15 @@ Knows no tokens. `lowtide plan` stops here; `Runtime.open` goes on.
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 
 from lowtide.attention.policies import parse_policy
 from lowtide.attention.policy import AttentionPolicy
 from lowtide.memory.budget import Budget
+from lowtide.memory.context_sizes import ContextSizes
 from lowtide.memory.device import Machine, read_machine, usable_cores
 from lowtide.memory.errors import OverBudget
-from lowtide.memory.footprint import interpreter_bytes
 from lowtide.memory.meter import read_process_memory
 from lowtide.memory.plan import Host, MemoryPlan, PlanOptions
 from lowtide.memory.planner import plan_memory, require_fit
@@ -22,6 +21,7 @@ from lowtide.models.catalog import resolve
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf_header import read_spec
 from lowtide.models.spec import ModelSpec
+from lowtide.runtime.measured_host import measured_host
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,11 +85,12 @@ class PlannedModel:
     options: OpenOptions
     policy: AttentionPolicy
     host: Host
+    sizes: ContextSizes
 
     def require_fit(self) -> None:
         """Raise `OverBudget` where the plan, or what the process did before, is over the budget."""
         options = self.options.plan_options(self.policy)
-        require_fit(self.plan, self.spec, options, self.host)
+        require_fit(self.plan, self.spec, options, self.host, self.sizes)
         peak = read_process_memory().peak_bytes
         if peak > self.plan.budget.num_bytes:
             raise OverBudget(
@@ -101,7 +102,7 @@ class PlannedModel:
 
 
 def plan_reference(reference: str | Path | None, options: OpenOptions) -> PlannedModel:
-    """Find the model, read its headers and plan; loads nothing and refuses nothing that is readable."""
+    """Find the model, read its headers and plan; loads no weights and refuses nothing that is readable."""
     return plan_spec(find_spec(reference, offline=options.offline), options)
 
 
@@ -114,11 +115,15 @@ def plan_spec(spec: ModelSpec, options: OpenOptions) -> PlannedModel:
     """Plan a model whose spec is known."""
     machine = read_machine()
     budget = Budget.stated(options.memory, machine)
-    host = Host(
-        interpreter_bytes=interpreter_bytes(read_process_memory()), processor=platform.machine()
-    )
     policy = options.policy(spec)
-    plan = plan_memory(spec, options.plan_options(policy), budget, host)
+    with measured_host(spec, budget) as (host, sizes):
+        plan = plan_memory(spec, options.plan_options(policy), budget, host, sizes)
     return PlannedModel(
-        spec=spec, machine=machine, plan=plan, options=options, policy=policy, host=host
+        spec=spec,
+        machine=machine,
+        plan=plan,
+        options=options,
+        policy=policy,
+        host=host,
+        sizes=sizes,
     )

@@ -41,7 +41,7 @@ class Runtime:
     def __init__(self, loaded: LoadedModel) -> None:
         self._loaded = loaded
         self._model = loaded.model
-        self._session = Session(loaded.model, loaded.steering)
+        self._session = Session(loaded.model, loaded.steering, loaded.growth)
         self._conversation: Conversation | None = None
         self._answer = 0
         self._lock = threading.Lock()
@@ -184,13 +184,18 @@ class Runtime:
         return self._conversation
 
     def _check_text(self, text: str) -> None:
-        """Refuse a text that would pass its row of the plan while it is tokenised."""
+        """Refuse a text that would pass its row of the plan while it is tokenised.
+
+        A cache that stands in the way of an admitted one is forgotten: the prompt is read again.
+        """
         num_bytes = len(text.encode("utf-8", errors="replace"))
         limit = prompt_limit_bytes(self._model.context)
         if num_bytes > limit:
             raise PromptTooLong(
                 num_bytes // 4, self._model.context, estimated=True, droppable=False
             )
+        if not self._loaded.has_room_to_tokenise(num_bytes, len(self._session.token_ids)):
+            self._session.forget()
 
     def _pieces(
         self, answer: int, prompt: Prompt, options: GenerationOptions

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lowtide.attention.policy import Steering
+from lowtide.memory.errors import OverBudget
+from lowtide.memory.kv_growth import KvGrowth
 from lowtide.models.model import Model
 
 if TYPE_CHECKING:
@@ -15,13 +17,19 @@ if TYPE_CHECKING:
 class Session:
     """Keeps the KV cache and the list of its tokens in step, whatever interrupts them.
 
-    `steering` tells the attention kernels what kind of pass comes. Tokens from `exact_until` on have keys
-    and values that an approximate pass computed.
+    `steering` tells the attention kernels what kind of pass comes, `growth` reserves the cache's bytes.
+    Tokens from `exact_until` on have keys and values that an approximate pass computed.
     """
 
-    def __init__(self, model: Model, steering: Steering | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        steering: Steering | None = None,
+        growth: KvGrowth | None = None,
+    ) -> None:
         self._model = model
         self._steering = steering or Steering()
+        self._growth = growth
         self.token_ids: list[int] = []
         self.exact_until = 0
 
@@ -29,6 +37,20 @@ class Session:
     def is_full(self) -> bool:
         """Whether the context has no room for another token."""
         return len(self.token_ids) >= self._model.context
+
+    def admit(self, num_tokens: int) -> None:
+        """Reserve the cache's bytes for `num_tokens` in all; raises `OverBudget` where there is no room."""
+        if self._growth is not None:
+            self._growth.admit(num_tokens)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the budget has room for another token; it is reserved then."""
+        try:
+            self.admit(len(self.token_ids) + 1)
+        except OverBudget:
+            return False
+        return True
 
     def rewind_to(self, token_ids: Sequence[int]) -> int:
         """Go back to the longest common beginning with `token_ids` and return its length.
@@ -39,11 +61,20 @@ class Session:
         common = _common_prefix(self.token_ids, token_ids)
         kept = self._model.truncate(max(min(common, len(token_ids) - 1), 0))
         del self.token_ids[kept:]
+        self.admit(kept)
         self.exact_until = min(self.exact_until, kept)
         return kept
 
+    def forget(self) -> None:
+        """Empty the cache."""
+        self.rewind_to(())
+
     def append(self, token_ids: Sequence[int]) -> Logits:
-        """Compute tokens of a prompt, at most `max_rows`, exactly; return the last one's logits."""
+        """Compute tokens of a prompt, at most `max_rows`, exactly; return the last one's logits.
+
+        Raises `OverBudget`, before anything is computed, where the cache may not grow so far.
+        """
+        self.admit(len(self.token_ids) + len(token_ids))
         self._steering.before_prompt()
         was_exact = self.exact_until == len(self.token_ids)
         logits = self._model.forward(token_ids)
@@ -58,6 +89,7 @@ class Session:
         When the policy's correction is due, they and those before them are computed again, exactly
         (TidalDecode's KV cache correction).
         """
+        self.admit(len(self.token_ids) + len(token_ids))
         self._steering.before_decode()
         logits = self._model.forward(token_ids)
         self.token_ids.extend(token_ids)

@@ -58,6 +58,7 @@ struct GraphHook {
     int num_threads;
     TidalAttend attend;
     VisibleKeys visible;
+    WeightStream weights;
     Layer layers[kMaxLayers];
     int64_t nodes_ours, nodes_theirs, nanoseconds, keys_read, keys_held;
 };
@@ -202,14 +203,17 @@ extern "C" void lowtide_hook_free(GraphHook* hook) { delete hook; }
 extern "C" bool lowtide_hook_callback(void* tensor, bool ask, void* user_data) {
     auto& hook = *static_cast<GraphHook*>(user_data);
     auto* node = static_cast<GgmlTensor*>(tensor);
-    if (!ask) return false;
+    if (!ask) {
+        hook.weights.leave_others(node);
+        return true;
+    }
     if (hook.active && node->op == hook.flash_attention_op) {
         take(hook, node);
     } else if (node->op == hook.custom_op) {
         const int index = AttentionNode::layer_of(node);
         if (is_taken(hook, node, index)) (hook.active ? keep : give_back)(hook, node, index);
     }
-    return false;
+    return hook.weights.enters_group(node);  // then the graph stops behind this node, and comes back here
 }
 
 extern "C" void lowtide_hook_set_active(GraphHook* hook, int active) { hook->active = active != 0; }
@@ -217,6 +221,16 @@ extern "C" void lowtide_hook_set_active(GraphHook* hook, int active) { hook->act
 extern "C" int lowtide_hook_set_roles(GraphHook* hook, const uint8_t* roles, int num_layers, const SelectionRule* rule) {
     try {
         hook->attend.set_roles(roles, num_layers < kMaxLayers ? num_layers : kMaxLayers, *rule);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}
+
+extern "C" int lowtide_hook_stream_weights(GraphHook* hook, const WeightSpan* spans, int num_spans, const uint8_t* kept,
+                                           int num_groups) {
+    try {
+        hook->weights.set(spans, num_spans, kept, num_groups);
     } catch (const std::bad_alloc&) {
         return 1;
     }
@@ -232,7 +246,7 @@ extern "C" int lowtide_hook_can_round(const GraphHook* hook) { return hook->kern
 
 extern "C" HookCounts lowtide_hook_counts(const GraphHook* hook) {
     HookCounts counts{0, 0, hook->nodes_ours, hook->nodes_theirs, hook->nanoseconds, int64_t(hook->attend.scratch_bytes()),
-                      hook->keys_read, hook->keys_held};
+                      hook->keys_read, hook->keys_held, hook->weights.given_back_bytes()};
     for (const Layer& layer : hook->layers) {
         counts.layers_ours += layer.ours && !layer.theirs;
         counts.layers_theirs += layer.theirs;

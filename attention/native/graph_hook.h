@@ -5,6 +5,7 @@
 
 #include "api.h"
 #include "selection_rule.h"
+#include "weight_stream.h"
 
 // Swaps llama.cpp's attention nodes for our kernels, through the evaluation callback of a context.
 struct GraphHook;
@@ -30,6 +31,7 @@ struct HookCounts {
     int64_t scratch_bytes;
     int64_t keys_read;  // that were attended to, over all layers and passes
     int64_t keys_held;  // that each pass's last row sees, in its first stream
+    int64_t weight_bytes_given_back;
 };
 
 // Makes a hook for a context of `num_threads` threads, or returns null and writes why not, in words, to `reason` (`reason_size` bytes): this ggml's
@@ -53,3 +55,8 @@ LOWTIDE_API void lowtide_hook_start_pass(GraphHook* hook, int sparse, int refres
 
 // Whether the kernels can multiply in bfloat16.
 LOWTIDE_API int lowtide_hook_can_round(const GraphHook* hook);
+
+// Has the weights of all groups but the kept ones given back as the graph goes on (`WeightStream`). Returns 1
+// where there is no memory.
+LOWTIDE_API int lowtide_hook_stream_weights(GraphHook* hook, const WeightSpan* spans, int num_spans, const uint8_t* kept,
+                                            int num_groups);

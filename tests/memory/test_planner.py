@@ -111,9 +111,50 @@ def test_enough_budget_gives_nothing_up(smollm2_spec: ModelSpec) -> None:
 
 
 def test_a_stated_context_gives_up_rows_then_the_type(smollm2_spec: ModelSpec) -> None:
-    assert plan_of(smollm2_spec, 364, context=8192).gave_up == ("rows a pass: 128 to 64",)
+    wanted = plan_of(smollm2_spec, 1000, context=8192).total_bytes / MIB
+    assert plan_of(smollm2_spec, wanted - 1, context=8192).gave_up == ("rows a pass: 128 to 64",)
     quantised = plan_of(smollm2_spec, 300, context=8192)
     assert quantised.gave_up[-1] == "KV type: f16 to q8_0"
+
+
+STREAMING_HOST = dataclasses.replace(HOST, kv_follows_use=True, can_stream_weights=True)
+
+
+def streaming_plan_of(spec: ModelSpec, mebibytes: float, **options: object) -> MemoryPlan:
+    chosen = PlanOptions(**options)  # type: ignore[arg-type]
+    return plan_memory(spec, chosen, budget_of(int(mebibytes * MIB)), STREAMING_HOST)
+
+
+def test_weights_are_read_again_before_the_type_changes(smollm2_spec: ModelSpec) -> None:
+    resident = plan_of(smollm2_spec, 1000, context=2048, max_rows=32)
+    assert resident.kept_layers is None
+    less = resident.total_bytes / MIB - 10
+    plan = streaming_plan_of(smollm2_spec, less, context=2048)
+    assert plan.fits and plan.kv_type == "f16" and plan.kv_tokens == 2048
+    # As many layers as the budget allows stay resident.
+    assert plan.kept_layers is not None and 0 < plan.kept_layers < 30
+    fewer = streaming_plan_of(smollm2_spec, less - 10, context=2048)
+    assert fewer.kept_layers is not None and fewer.kept_layers < plan.kept_layers
+    assert "resident weights" in plan.gave_up[-1]
+
+
+def test_a_stated_context_that_cannot_be_held_whole_gets_what_room_there_is(
+    smollm2_spec: ModelSpec,
+) -> None:
+    plan = streaming_plan_of(smollm2_spec, 120, context=8192)
+    assert plan.fits and plan.context == 8192 and plan.kv_type == "f16"
+    assert 512 <= plan.kv_tokens < 8192
+    assert any(step.startswith("room in the KV cache: 8192 to") for step in plan.gave_up)
+    assert streaming_plan_of(smollm2_spec, 130, context=8192).kv_tokens > plan.kv_tokens
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(60, 400), st.none() | st.integers(1, 8192))
+def test_every_streaming_plan(smollm2_spec: ModelSpec, mebibytes: int, context: int | None) -> None:
+    plan = streaming_plan_of(smollm2_spec, mebibytes, context=context)
+    assert plan.fits == (plan.budget.num_bytes >= plan.lower_bound_bytes)
+    assert plan.kv_tokens <= plan.context and (context is None or plan.context == context)
+    assert plan.memory_map or plan.kept_layers is None
 
 
 def test_an_open_context_shrinks_before_the_type_does(smollm2_spec: ModelSpec) -> None:

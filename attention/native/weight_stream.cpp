@@ -1,0 +1,59 @@
+#include "weight_stream.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <iterator>
+
+namespace {
+
+constexpr int kNoGroup = -1;
+
+}  // namespace
+
+void WeightStream::set(const WeightSpan* spans, int num_spans, const uint8_t* kept, int num_groups) {
+    spans_.assign(spans, spans + num_spans);
+    kept_.assign(kept, kept + num_groups);
+    resident_.assign(num_groups, 0);
+    current_ = kNoGroup;
+}
+
+int WeightStream::group_of(const GgmlTensor* source) const {
+    const auto* data = static_cast<const char*>(source->data);
+    const auto after = std::upper_bound(spans_.begin(), spans_.end(), data,
+                                        [](const char* at, const WeightSpan& span) { return at < span.begin; });
+    return after != spans_.begin() && data < std::prev(after)->end ? std::prev(after)->group : kNoGroup;
+}
+
+bool WeightStream::enters_group(const GgmlTensor* node) {
+    if (spans_.empty()) return false;
+    const int before = current_;
+    for (const GgmlTensor* source : node->src) {
+        const int group = source == nullptr ? kNoGroup : group_of(source);
+        if (group == kNoGroup) continue;
+        resident_[group] = 1;
+        current_ = group;
+    }
+    return current_ != before;
+}
+
+bool WeightStream::reads(const GgmlTensor* node, int group) const {
+    return std::any_of(std::begin(node->src), std::end(node->src),
+                       [&](const GgmlTensor* source) { return source != nullptr && group_of(source) == group; });
+}
+
+void WeightStream::leave_others(const GgmlTensor* node) {
+    for (int group = 0; group < int(resident_.size()); ++group) {
+        if (!resident_[group] || kept_[group] || reads(node, group)) continue;
+        give_back(group);
+        resident_[group] = 0;
+    }
+}
+
+void WeightStream::give_back(int group) {
+    for (const WeightSpan& span : spans_) {
+        if (span.group != group) continue;
+        const size_t num_bytes = span.page_end - span.page_begin;
+        if (madvise(span.page_begin, num_bytes, MADV_DONTNEED) == 0) given_back_bytes_ += num_bytes;
+    }
+}

@@ -1,0 +1,39 @@
+"""Choice: what a plan may choose, as a value. Knows no bytes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One way to open a model.
+
+    `kv_tokens` is how many of the context's tokens the plan's KV cache has bytes for; more are admitted
+    as the budget has room. `kept_layers` is None where the weights stay resident; else they are read again
+    for every pass, but for so many layers that stay.
+    """
+
+    context: int
+    max_rows: int
+    kv_type: str
+    kv_tokens: int
+    kept_layers: int | None = None
+
+    def given_up(self, preferred: Choice) -> tuple[str, ...]:
+        """Say, in words, what this choice lacks of the preferred one."""
+        names = {"max_rows": "rows a pass", "kv_type": "KV type", "context": "context"}
+        before, after = asdict(preferred), asdict(self)
+        steps = [
+            f"{name}: {before[key]} to {after[key]}"
+            for key, name in names.items()
+            if before[key] != after[key]
+        ]
+        if self.kv_tokens < self.context:
+            steps.append(f"room in the KV cache: {self.context} to {self.kv_tokens} tokens")
+        if self.kept_layers is not None and preferred.kept_layers is None:
+            steps.append(
+                "resident weights: read again for every pass, up to 1.7 times as long from the system's "
+                "cache, at the disk's speed without it"
+            )
+        return tuple(steps)

@@ -1,0 +1,32 @@
+"""KvGrowth: a KV cache's bytes are reserved before its tokens come. Knows no tokens but their number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lowtide.memory.ledger import Ledger
+from lowtide.memory.plan import KV_OWNER
+
+
+class KvGrowth:
+    """Lets a cache grow beyond what was planned for it, while the ledger has room.
+
+    `planned_tokens` are reserved for good; `bytes_of` returns what a number of tokens takes.
+    """
+
+    def __init__(self, ledger: Ledger, planned_tokens: int, bytes_of: Callable[[int], int]) -> None:
+        self._ledger = ledger
+        self._planned_tokens = planned_tokens
+        self._admitted_tokens = planned_tokens
+        self._bytes_of = bytes_of
+
+    def admit(self, num_tokens: int) -> None:
+        """Reserve what `num_tokens` take in all.
+
+        Raises `OverBudget`, and changes nothing, where that is too much.
+        """
+        wanted = max(num_tokens, self._planned_tokens)
+        if wanted == self._admitted_tokens:
+            return
+        self._ledger.reserve(KV_OWNER, self._bytes_of(wanted))
+        self._admitted_tokens = wanted

@@ -1,0 +1,119 @@
+"""The rows of a plan: what each owner needs under one choice. Makes no choice and knows no budget."""
+
+from __future__ import annotations
+
+from lowtide.memory import footprint
+from lowtide.memory.choice import Choice
+from lowtide.memory.context_sizes import ContextSizes
+from lowtide.memory.plan import KV_OWNER, PROMPT_OWNER, WEIGHTS_OWNER, Host, PlanOptions, PlanRow
+from lowtide.models.spec import ModelSpec
+
+
+class PlanRows:
+    """Makes the rows for choices of one model, host and wish."""
+
+    def __init__(
+        self, spec: ModelSpec, options: PlanOptions, host: Host, sizes: ContextSizes
+    ) -> None:
+        self._spec = spec
+        self._options = options
+        self._host = host
+        self._sizes = sizes
+
+    def total_bytes(self, choice: Choice) -> int:
+        """Return the planned peak."""
+        return sum(row.num_bytes for row in self.of(choice))
+
+    def of(self, choice: Choice) -> tuple[PlanRow, ...]:
+        """Return one row an owner; every owner has one, with 0 where it needs nothing."""
+        spec, options = self._spec, self._options
+        running = (
+            self._cache(choice),
+            PlanRow(
+                "compute buffer",
+                self._sizes.compute_bytes(choice.context, choice.max_rows, choice.kv_type),
+                f"{choice.max_rows} rows a pass",
+            ),
+            self._attention(choice),
+            PlanRow("logits and sampling", footprint.logits_bytes(spec), "a row of the vocabulary"),
+            self._prompt(choice),
+        )
+        loading = footprint.loading_bytes(spec) - sum(row.num_bytes for row in running)
+        return (
+            PlanRow(
+                "interpreter and libraries",
+                self._host.interpreter_bytes,
+                "Python, numpy, llama.cpp",
+            ),
+            self._vocabulary(),
+            self._weights(choice),
+            *running,
+            *_comparison(spec, options.compared_rows),
+            PlanRow("loading", max(loading, 0), "needed for a moment, beyond what follows it"),
+            PlanRow("reserve", footprint.RESERVE_BYTES, "allocator slack"),
+        )
+
+    def memory_map(self, choice: Choice) -> bool:
+        """Whether the weights are mapped from their file: not where llama.cpp packs them anew."""
+        repacked = footprint.is_repacked(self._spec, self._host.processor)
+        return choice.kept_layers is not None or not repacked
+
+    def _vocabulary(self) -> PlanRow:
+        vocabulary = self._spec.vocabulary
+        measured = self._host.vocabulary_bytes
+        num_bytes = footprint.vocabulary_bytes(vocabulary) if measured is None else measured
+        return PlanRow("vocabulary", num_bytes, f"{vocabulary.num_tokens:,} tokens")
+
+    def _weights(self, choice: Choice) -> PlanRow:
+        spec = self._spec
+        if choice.kept_layers is not None:
+            return PlanRow(
+                WEIGHTS_OWNER,
+                footprint.streamed_weight_bytes(spec, choice.kept_layers),
+                f"{spec.quantisation}, {choice.kept_layers} of {spec.num_layers} layers stay, the others "
+                "are read again for every pass",
+            )
+        memory_map = self.memory_map(choice)
+        return PlanRow(
+            WEIGHTS_OWNER,
+            footprint.weight_bytes(spec, memory_map=memory_map),
+            f"{spec.quantisation}, {'memory-mapped' if memory_map else 'copied and repacked'}",
+        )
+
+    def _cache(self, choice: Choice) -> PlanRow:
+        tokens = f"{choice.context:,} tokens"
+        if choice.kv_tokens < choice.context:
+            tokens = f"{choice.kv_tokens:,} of {choice.context:,} tokens"
+        num_bytes = self._sizes.kv_bytes(choice.kv_tokens, choice.kv_type)
+        return PlanRow(KV_OWNER, num_bytes, f"{tokens} of {choice.kv_type}")
+
+    def _prompt(self, choice: Choice) -> PlanRow:
+        """A long prompt is tokenised before its cache is used: that much memory is free then."""
+        context = choice.context
+        num_bytes, why = footprint.prompt_bytes(context), ""
+        if self._host.kv_follows_use:
+            unused = self._cache(choice).num_bytes
+            num_bytes = max(num_bytes - unused, footprint.prompt_bytes(0))
+            why = ", while the cache does not need its own yet"
+        limit = footprint.prompt_limit_bytes(context)
+        return PlanRow(PROMPT_OWNER, num_bytes, f"{limit:,} bytes of text{why}")
+
+    def _attention(self, choice: Choice) -> PlanRow:
+        spec, threads = self._spec, self._options.attention_threads
+        num_bytes = footprint.attention_bytes(spec, choice.context, threads) if threads else 0
+        if self._options.selection_layers:
+            num_bytes += footprint.selection_bytes(
+                spec, choice.context, self._options.selection_layers
+            )
+        return PlanRow(
+            "attention scratch",
+            num_bytes,
+            f"our kernels, {threads} threads" if threads else "llama.cpp's kernels need none",
+        )
+
+
+def _comparison(spec: ModelSpec, num_rows: int) -> tuple[PlanRow, ...]:
+    if not num_rows:
+        return ()
+    num_bytes = footprint.comparison_bytes(spec, num_rows)
+    return (PlanRow("comparison", num_bytes, f"{num_rows} distributions over the vocabulary"),)

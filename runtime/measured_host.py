@@ -1,0 +1,105 @@
+"""What the plan should know of this process and of llama.cpp, measured before anything is loaded.
+
+The libraries that an answer needs are imported, the model is laid out without its weights, and what is
+resident then is what an open model needs beside weights, cache and buffers. Where that cannot be done, the
+formulas of `memory.footprint` stand in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Iterator
+
+from lowtide.attention.native_library import native_library
+from lowtide.attention.unpopulated_maps import can_leave_unpopulated
+from lowtide.memory import footprint
+from lowtide.memory.budget import Budget
+from lowtide.memory.context_sizes import ContextSizes, FormulaSizes
+from lowtide.memory.meter import read_process_memory
+from lowtide.memory.plan import Host
+from lowtide.memory.units import MIB
+from lowtide.memory.untouched_buffers import can_leave_untouched
+from lowtide.models.chat_template import ChatTemplate
+from lowtide.models.errors import ModelError, TemplateError
+from lowtide.models.gguf_simulation import SimulatedGguf
+from lowtide.models.llama_library import llama_library
+from lowtide.models.spec import ModelSpec
+
+TOLERANCE_BYTES = MIB
+"""From one run of a command to the next the same state measured within 0.1 MiB."""
+
+
+class SimulatedSizes:
+    """`ContextSizes` as llama.cpp lays them out, and the formulas where it does not tell."""
+
+    def __init__(self, spec: ModelSpec, simulated: SimulatedGguf) -> None:
+        self._formulas = FormulaSizes(spec)
+        self._simulated: SimulatedGguf | None = simulated
+
+    def kv_bytes(self, context: int, kv_type: str) -> int:
+        """Return the whole cache's bytes."""
+        return self._formulas.kv_bytes(context, kv_type)
+
+    def compute_bytes(self, context: int, max_rows: int, kv_type: str) -> int:
+        """Return the compute buffer's bytes."""
+        if self._simulated is not None:
+            with contextlib.suppress(ModelError):
+                return self._simulated.context(context, max_rows, kv_type).compute_bytes
+        return self._formulas.compute_bytes(context, max_rows, kv_type)
+
+    def close(self) -> None:
+        """Free the layout; the formulas answer from now on."""
+        if self._simulated is not None:
+            self._simulated.close()
+        self._simulated = None
+
+
+@contextlib.contextmanager
+def measured_host(spec: ModelSpec, budget: Budget) -> Iterator[tuple[Host, ContextSizes]]:
+    """Yield the host and the sizes to plan `spec` with; what was laid out is freed at the end.
+
+    A budget that could not even hold the vocabulary is planned by the formulas, so that nothing passes it.
+    """
+    resident = footprint.interpreter_bytes(read_process_memory())
+    formulas = Host(interpreter_bytes=resident, processor=platform.machine())
+    least = resident + footprint.vocabulary_bytes(spec.vocabulary) + footprint.loading_bytes(spec)
+    if least > budget.num_bytes or not spec.path.is_file():
+        yield formulas, FormulaSizes(spec)
+        return
+    _load_what_answers_need(spec)
+    before = read_process_memory().resident_bytes
+    try:
+        simulated = SimulatedGguf(spec)
+        simulated.context(footprint.CELL_STEP, 1, "f16")
+    except ModelError:
+        yield formulas, FormulaSizes(spec)
+        return
+    sizes = SimulatedSizes(spec, simulated)
+    try:
+        yield _host(spec, before), sizes
+    finally:
+        sizes.close()
+
+
+def _host(spec: ModelSpec, before_bytes: int) -> Host:
+    """The host as it is while the model is laid out."""
+    return Host(
+        interpreter_bytes=before_bytes,
+        processor=platform.machine(),
+        kv_follows_use=can_leave_untouched() and footprint.kv_row_bytes(spec, "f16") is not None,
+        can_stream_weights=can_leave_unpopulated(),
+        vocabulary_bytes=max(read_process_memory().resident_bytes - before_bytes, 0),
+        tolerance_bytes=TOLERANCE_BYTES,
+    )
+
+
+def _load_what_answers_need(spec: ModelSpec) -> None:
+    import numpy  # noqa: F401
+
+    from lowtide.runtime import runtime  # noqa: F401
+
+    llama_library()
+    native_library()
+    with contextlib.suppress(TemplateError):
+        ChatTemplate(spec.chat_template, {})
