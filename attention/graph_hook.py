@@ -24,7 +24,9 @@ REASON_BYTES = 256
 class _GgmlFunctions(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_void_p)
-        for name in "init free new_tensor_4d view_tensor custom_4d set_name op_name".split()
+        for name in (
+            "init free new_tensor_4d view_tensor custom_4d set_name op_name get_type_traits_cpu row_size"
+        ).split()
     ]
 
 
@@ -33,7 +35,7 @@ class _Counts(ctypes.Structure):
         (name, ctypes.c_int64)
         for name in (
             "layers_ours layers_theirs nodes_ours nodes_theirs nanoseconds scratch_bytes keys_read "
-            "keys_held weight_bytes_given_back".split()
+            "keys_held weight_bytes_given_back products_sliced".split()
         )
     ]
 
@@ -45,7 +47,7 @@ class HookCounts:
     `layers_ours` run our kernel in every pass, `layers_theirs` were left to llama.cpp in at least one;
     `seconds` is the time in our kernel. Of the `keys_held` that a pass's last row could see, over
     all layers and passes, `keys_read` were attended to. `weight_bytes_given_back` counts mapped weights
-    whose pages went back to the system.
+    whose pages went back to the system, `products_sliced` the products that gave theirs back on the way.
     """
 
     layers_ours: int
@@ -57,6 +59,7 @@ class HookCounts:
     keys_read: int
     keys_held: int
     weight_bytes_given_back: int
+    products_sliced: int
 
 
 class GraphHook:
@@ -107,6 +110,7 @@ class GraphHook:
             counts.keys_read,
             counts.keys_held,
             counts.weight_bytes_given_back,
+            counts.products_sliced,
         )
 
     def set_active(self, active: bool) -> None:

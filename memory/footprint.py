@@ -21,6 +21,10 @@ REPACKED_TYPES = frozenset({"Q4_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "MXFP4"})
 REPACKED_TYPES_ELSEWHERE = frozenset({"Q8_0", "Q5_K", "Q6_K"})
 """Types that llama.cpp packs into a layout of its own, on x86-64 and on other processors."""
 
+LARGE_TENSOR_BYTES = 2 * MIB
+"""A tensor outside of the layers above this is read in slices (`native/graph_hook.cpp`)."""
+STREAM_SLICE_BYTES = 192 * KIB
+"""A row of an embedding brings at most two blocks of 64 KiB with it; a slice takes two of these."""
 STREAM_EDGE_BYTES = MIB
 """Pages around a group of weights that are mapped or stay with it: 64 KiB at each end of a few spans."""
 
@@ -78,18 +82,21 @@ def weight_bytes(spec: ModelSpec, *, memory_map: bool) -> int:
     return spec.file_bytes if memory_map else spec.weight_bytes
 
 
-def streamed_weight_bytes(spec: ModelSpec, kept_layers: int) -> int:
+def streamed_weight_bytes(spec: ModelSpec, kept_layers: int, max_rows: int, threads: int) -> int:
     """Return the most that is resident of mapped weights of which all but the first `kept_layers` layers
     are given back once they were read.
 
-    That is the largest tensor outside of the layers, or two layers, as one ends and the next begins.
+    That is two layers, as one ends and the next begins, or a tensor outside of the layers: as a whole where
+    it is small; of an embedding the rows of a pass, of the output's matrix a slice a thread.
     """
     layers = [g.num_bytes for g in spec.weight_groups if g.layer is not None]
     others = [g.num_bytes for g in spec.weight_groups if g.layer is None]
-    streamed = sorted(layers[kept_layers:])[-2:]
-    passing = max([sum(streamed), *others], default=0)
+    by_rows = max(max_rows, 2 * threads) * STREAM_SLICE_BYTES
+    passing = [min(num_bytes, max(by_rows, LARGE_TENSOR_BYTES)) for num_bytes in others]
+    streamed = sum(sorted(layers[kept_layers:])[-2:])
     kept = sum(layers[:kept_layers])
-    return min(kept + passing + STREAM_EDGE_BYTES, weight_bytes(spec, memory_map=True))
+    most = kept + max([streamed, *passing], default=0) + STREAM_EDGE_BYTES
+    return min(most, weight_bytes(spec, memory_map=True))
 
 
 def kv_bytes(spec: ModelSpec, context: int, kv_type: str) -> int:

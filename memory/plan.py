@@ -22,6 +22,7 @@ class PlanOptions:
     context: int | None = None
     kv_type: str | None = None
     max_rows: int | None = None
+    threads: int = 2
     attention_threads: int = 0
     """Threads of our own attention kernels; 0 where attention is llama.cpp's."""
     selection_layers: int = 0

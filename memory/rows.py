@@ -69,7 +69,9 @@ class PlanRows:
         if choice.kept_layers is not None:
             return PlanRow(
                 WEIGHTS_OWNER,
-                footprint.streamed_weight_bytes(spec, choice.kept_layers),
+                footprint.streamed_weight_bytes(
+                    spec, choice.kept_layers, choice.max_rows, self._options.threads
+                ),
                 f"{spec.quantisation}, {choice.kept_layers} of {spec.num_layers} layers stay, the others "
                 "are read again for every pass",
             )
@@ -89,13 +91,12 @@ class PlanRows:
 
     def _prompt(self, choice: Choice) -> PlanRow:
         """A long prompt is tokenised before its cache is used: that much memory is free then."""
-        context = choice.context
-        num_bytes, why = footprint.prompt_bytes(context), ""
+        num_bytes, why = footprint.prompt_bytes(choice.kv_tokens), ""
         if self._host.kv_follows_use:
             unused = self._cache(choice).num_bytes
             num_bytes = max(num_bytes - unused, footprint.prompt_bytes(0))
             why = ", while the cache does not need its own yet"
-        limit = footprint.prompt_limit_bytes(context)
+        limit = footprint.prompt_limit_bytes(choice.kv_tokens)
         return PlanRow(PROMPT_OWNER, num_bytes, f"{limit:,} bytes of text{why}")
 
     def _attention(self, choice: Choice) -> PlanRow:

@@ -9,7 +9,7 @@ from lowtide.memory.footprint import kv_bytes, tokenising_bytes
 from lowtide.memory.kv_growth import KvGrowth
 from lowtide.memory.ledger import Ledger
 from lowtide.memory.meter import read_process_memory
-from lowtide.memory.plan import KV_OWNER, PROMPT_OWNER, WEIGHTS_OWNER
+from lowtide.memory.plan import KV_OWNER, PROMPT_OWNER
 from lowtide.models.model import Model
 from lowtide.runtime.gguf_loading import load_gguf
 from lowtide.runtime.planning import PlannedModel
@@ -43,12 +43,20 @@ class LoadedModel:
         if self.hook is not None:
             self.steering = planned.policy.install(self.hook, planned.spec)
         self.growth = KvGrowth(self.ledger, planned.plan.kv_tokens, self._kv_bytes)
+        if planned.plan.kept_layers is not None:
+            self._try_a_pass()
         self._check_resident()
 
     @property
     def hook(self) -> GraphHook | None:
         """Our kernels in llama.cpp's graph; None where llama.cpp's own run."""
         return self._callback if self.planned.policy.uses_hook else None
+
+    def _try_a_pass(self) -> None:
+        """Read weights once, so that a model whose graph is not as we know it is found out now."""
+        self.steering.before_prompt()
+        self.model.forward((0,))
+        self.model.truncate(0)
 
     def _kv_bytes(self, num_tokens: int) -> int:
         return kv_bytes(self.planned.spec, num_tokens, self.planned.plan.kv_type)
@@ -71,13 +79,10 @@ class LoadedModel:
     def _check_resident(self) -> None:
         """The plan's formulas are not measured for every architecture: hold them against the facts.
 
-        What is planned and not yet touched will be: cells of the cache, and weights that are read later.
+        The cache's cells are planned, and not yet touched.
         """
         plan, host = self.planned.plan, self.planned.host
-        coming = {KV_OWNER} if host.kv_follows_use else set[str]()
-        if plan.kept_layers is not None:
-            coming.add(WEIGHTS_OWNER)
-        ahead = sum(row.num_bytes for row in plan.rows if row.owner in coming)
+        ahead = self.ledger.owners[KV_OWNER] if host.kv_follows_use else 0
         needed = read_process_memory().peak_bytes + ahead
         if needed > plan.budget.num_bytes:
             self.close()

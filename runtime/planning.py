@@ -61,6 +61,7 @@ class OpenOptions:
             context=self.context,
             kv_type=self.kv_type,
             max_rows=self.max_rows,
+            threads=self.num_threads,
             attention_threads=self.num_threads if policy.uses_hook else 0,
             selection_layers=max(policy.num_selections, self.selection_layers),
             compared_rows=self.compared_rows,

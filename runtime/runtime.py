@@ -189,7 +189,7 @@ class Runtime:
         A cache that stands in the way of an admitted one is forgotten: the prompt is read again.
         """
         num_bytes = len(text.encode("utf-8", errors="replace"))
-        limit = prompt_limit_bytes(self._model.context)
+        limit = prompt_limit_bytes(self.plan.kv_tokens)
         if num_bytes > limit:
             raise PromptTooLong(
                 num_bytes // 4, self._model.context, estimated=True, droppable=False

@@ -53,14 +53,17 @@ struct Layer {
 
 struct GraphHook {
     const KernelSet* kernels;
-    int32_t flash_attention_op, custom_op;
+    GgmlFunctions ggml;
+    int32_t flash_attention_op, product_op, custom_op;
+    int32_t product_params[16];  // of the custom operation that a large product becomes
     bool active, rounded;
     int num_threads;
     TidalAttend attend;
     VisibleKeys visible;
     WeightStream weights;
+    SlicedProduct product;
     Layer layers[kMaxLayers];
-    int64_t nodes_ours, nodes_theirs, nanoseconds, keys_read, keys_held;
+    int64_t nodes_ours, nodes_theirs, nanoseconds, keys_read, keys_held, products_sliced;
 };
 
 namespace {
@@ -71,9 +74,15 @@ bool same_layout(const GgmlTensor* t, const GgmlTensor* view, const char* name) 
            t->view_src == nullptr && view->view_src == t && view->view_offs == 0 && view->ne[3] == 7;
 }
 
+int32_t number_of(const char* name, OpName op_name) {
+    for (int32_t i = 0; i < kMaxOps; ++i)
+        if (std::strcmp(op_name(i), name) == 0) return i;
+    return -1;
+}
+
 // Holds the declared struct against tensors that the library makes, and takes the custom operation's
 // parameters for each layer from it. Returns what is wrong, or null.
-const char* learn(const GgmlFunctions& ggml, GraphHook& hook, CustomOp op) {
+const char* learn(const GgmlFunctions& ggml, GraphHook& hook, CustomOp attend, CustomOp multiply) {
     std::vector<char> memory(1 << 20);
     void* context = reinterpret_cast<Init>(ggml.init)({memory.size(), memory.data(), true});
     if (context == nullptr) return "ggml makes no context";
@@ -85,16 +94,17 @@ const char* learn(const GgmlFunctions& ggml, GraphHook& hook, CustomOp op) {
     const GgmlTensor* view = reinterpret_cast<ViewTensor>(ggml.view_tensor)(context, tensor);
     if (!same_layout(tensor, view, name)) return "ggml's tensors are laid out in another way";
 
-    hook.flash_attention_op = -1;
     const auto op_name = reinterpret_cast<OpName>(ggml.op_name);
-    for (int32_t i = 0; i < kMaxOps && hook.flash_attention_op < 0; ++i)
-        if (std::strcmp(op_name(i), "FLASH_ATTN_EXT") == 0) hook.flash_attention_op = i;
-    if (hook.flash_attention_op < 0) return "ggml has no FLASH_ATTN_EXT";
+    hook.flash_attention_op = number_of("FLASH_ATTN_EXT", op_name), hook.product_op = number_of("MUL_MAT", op_name);
+    if (hook.flash_attention_op < 0 || hook.product_op < 0) return "ggml has no FLASH_ATTN_EXT or no MUL_MAT";
 
     GgmlTensor* sources[1] = {tensor};
+    const auto custom_of = [&](CustomOp op, void* user_data) {
+        return reinterpret_cast<Custom4d>(ggml.custom_4d)(context, kGgmlTypeF32, 1, 1, 1, 1, sources, 1, op, kEveryThread, user_data);
+    };
+    std::memcpy(hook.product_params, custom_of(multiply, &hook)->op_params, sizeof hook.product_params);
     for (int i = 0; i < kMaxLayers; ++i) {
-        const GgmlTensor* custom = reinterpret_cast<Custom4d>(ggml.custom_4d)(
-            context, kGgmlTypeF32, 1, 1, 1, 1, sources, 1, op, kEveryThread, &hook.layers[i]);
+        const GgmlTensor* custom = custom_of(attend, &hook.layers[i]);
         if (custom->src[0] != tensor || std::strcmp(op_name(custom->op), "CUSTOM") != 0)
             return "ggml's custom operations are laid out in another way";
         hook.custom_op = custom->op;
@@ -129,6 +139,26 @@ void attend_node(GgmlTensor* node, int thread, int num_threads, void* user_data)
     if (thread != 0) return;
     hook.nanoseconds += std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - started).count();
     hook.keys_read += keys_read, hook.keys_held += keys_held;
+}
+
+void multiply_node(GgmlTensor* node, int thread, int num_threads, void* user_data) {
+    auto& hook = *static_cast<GraphHook*>(user_data);
+    hook.product.multiply(node, thread, num_threads, hook.weights);
+}
+
+// The output's matrix is larger than any layer: where it is given back, it is so while it is used.
+void take_product(GraphHook& hook, GgmlTensor* node) {
+    constexpr size_t kLargeBytes = 2 << 20;
+    const GgmlTensor* weights = node->src[0];
+    if (weights->nb[1] * weights->ne[1] < kLargeBytes || !hook.weights.is_streamed_alone(weights)) return;
+    try {
+        if (!hook.product.can_take(node, hook.ggml.product, hook.num_threads)) return;
+    } catch (const std::bad_alloc&) {
+        return;
+    }
+    node->op = hook.custom_op;
+    std::memcpy(node->op_params, hook.product_params, sizeof node->op_params);
+    ++hook.products_sliced;
 }
 
 bool make_room(GraphHook& hook, const AttentionNode& read, int layer) {
@@ -190,7 +220,8 @@ extern "C" GraphHook* lowtide_hook_new(const GgmlFunctions* ggml, const char* ke
         hook->num_threads = num_threads;
         hook->visible.reserve();
         for (Layer& layer : hook->layers) layer.hook = hook;
-        wrong = learn(*ggml, *hook, attend_node);
+        hook->ggml = *ggml;
+        wrong = learn(*ggml, *hook, attend_node, multiply_node);
     }
     if (wrong == nullptr) return hook;
     std::snprintf(reason, reason_size, "%s", wrong);
@@ -212,6 +243,8 @@ extern "C" bool lowtide_hook_callback(void* tensor, bool ask, void* user_data) {
     } else if (node->op == hook.custom_op) {
         const int index = AttentionNode::layer_of(node);
         if (is_taken(hook, node, index)) (hook.active ? keep : give_back)(hook, node, index);
+    } else if (node->op == hook.product_op) {
+        take_product(hook, node);
     }
     return hook.weights.enters_group(node);  // then the graph stops behind this node, and comes back here
 }
@@ -246,7 +279,7 @@ extern "C" int lowtide_hook_can_round(const GraphHook* hook) { return hook->kern
 
 extern "C" HookCounts lowtide_hook_counts(const GraphHook* hook) {
     HookCounts counts{0, 0, hook->nodes_ours, hook->nodes_theirs, hook->nanoseconds, int64_t(hook->attend.scratch_bytes()),
-                      hook->keys_read, hook->keys_held, hook->weights.given_back_bytes()};
+                      hook->keys_read, hook->keys_held, hook->weights.given_back_bytes(), hook->products_sliced};
     for (const Layer& layer : hook->layers) {
         counts.layers_ours += layer.ours && !layer.theirs;
         counts.layers_theirs += layer.theirs;

@@ -5,6 +5,7 @@
 
 #include "api.h"
 #include "selection_rule.h"
+#include "sliced_product.h"
 #include "weight_stream.h"
 
 // Swaps llama.cpp's attention nodes for our kernels, through the evaluation callback of a context.
@@ -19,6 +20,7 @@ struct GgmlFunctions {
     void* custom_4d;      // ggml_custom_4d
     void* set_name;       // ggml_set_name
     void* op_name;        // ggml_op_name
+    ProductFunctions product;
 };
 
 // Counts of one hook since it was made.
@@ -32,6 +34,7 @@ struct HookCounts {
     int64_t keys_read;  // that were attended to, over all layers and passes
     int64_t keys_held;  // that each pass's last row sees, in its first stream
     int64_t weight_bytes_given_back;
+    int64_t products_sliced;
 };
 
 // Makes a hook for a context of `num_threads` threads, or returns null and writes why not, in words, to `reason` (`reason_size` bytes): this ggml's

@@ -8,6 +8,7 @@
 namespace {
 
 constexpr int kNoGroup = -1;
+constexpr uintptr_t kAroundBytes = 64 << 10;  // what the system maps around a page that is read
 
 }  // namespace
 
@@ -18,11 +19,15 @@ void WeightStream::set(const WeightSpan* spans, int num_spans, const uint8_t* ke
     current_ = kNoGroup;
 }
 
-int WeightStream::group_of(const GgmlTensor* source) const {
-    const auto* data = static_cast<const char*>(source->data);
+const WeightSpan* WeightStream::span_of(const char* data) const {
     const auto after = std::upper_bound(spans_.begin(), spans_.end(), data,
                                         [](const char* at, const WeightSpan& span) { return at < span.begin; });
-    return after != spans_.begin() && data < std::prev(after)->end ? std::prev(after)->group : kNoGroup;
+    return after != spans_.begin() && data < std::prev(after)->end ? &*std::prev(after) : nullptr;
+}
+
+int WeightStream::group_of(const GgmlTensor* source) const {
+    const WeightSpan* span = span_of(static_cast<const char*>(source->data));
+    return span == nullptr ? kNoGroup : span->group;
 }
 
 bool WeightStream::enters_group(const GgmlTensor* node) {
@@ -56,4 +61,19 @@ void WeightStream::give_back(int group) {
         const size_t num_bytes = span.page_end - span.page_begin;
         if (madvise(span.page_begin, num_bytes, MADV_DONTNEED) == 0) given_back_bytes_ += num_bytes;
     }
+}
+
+bool WeightStream::is_streamed_alone(const GgmlTensor* weight) const {
+    const WeightSpan* span = span_of(static_cast<const char*>(weight->data));
+    const auto* end = static_cast<const char*>(weight->data) + weight->nb[1] * weight->ne[1];
+    return span != nullptr && !kept_[span->group] && span->begin == weight->data && span->end == end;
+}
+
+void WeightStream::give_back(const char* begin, const char* end) const {
+    const WeightSpan* span = span_of(begin);
+    if (span == nullptr) return;
+    const auto around = [](uintptr_t at) { return at / kAroundBytes * kAroundBytes; };
+    char* first = std::max(reinterpret_cast<char*>(around(reinterpret_cast<uintptr_t>(begin))), span->page_begin);
+    char* last = std::min(reinterpret_cast<char*>(around(reinterpret_cast<uintptr_t>(end) + kAroundBytes - 1)), span->page_end);
+    if (first < last) madvise(first, last - first, MADV_DONTNEED);
 }

@@ -26,9 +26,16 @@ public:
     // Once such a node is computed: gives back what it does not read.
     void leave_others(const GgmlTensor* node);
 
+    // Whether the tensor is a weight that is not kept and lies outside of the layers, alone in its group.
+    bool is_streamed_alone(const GgmlTensor* weight) const;
+
+    // Gives a part of one weight back, with the pages around it; any thread may.
+    void give_back(const char* begin, const char* end) const;
+
     int64_t given_back_bytes() const { return given_back_bytes_; }
 
 private:
+    const WeightSpan* span_of(const char* data) const;
     bool reads(const GgmlTensor* node, int group) const;
     int group_of(const GgmlTensor* source) const;
     void give_back(int group);

@@ -1,0 +1,106 @@
+"""Weights that are given back between passes: where they lie, and that nothing but memory changes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from requantised import requantised
+
+from lowtide.attention.unpopulated_maps import can_leave_unpopulated
+from lowtide.attention.weight_stream import AROUND_BYTES, mapped_spans
+from lowtide.memory.file_maps import FileMap
+from lowtide.models.errors import LowtideError
+from lowtide.models.fake_model import fake_spec
+from lowtide.models.spec import ModelSpec, WeightGroup, WeightSpan
+from lowtide.runtime.loaded_model import LoadedModel
+from lowtide.runtime.planning import OpenOptions, PlannedModel, plan_reference
+
+
+def spec_of(*groups: WeightGroup) -> ModelSpec:
+    return dataclasses.replace(fake_spec(512), weight_groups=groups)
+
+
+LAYER = WeightGroup(0, (WeightSpan(0, 4096, 100_000), WeightSpan(0, 300_000, 50_000)))
+OUTPUT = WeightGroup(None, (WeightSpan(0, 400_000, 10_000),))
+
+
+def test_spans_lie_where_the_file_is_mapped() -> None:
+    file_map = FileMap(address=1 << 30, num_bytes=450_560, offset=0)
+    spans = mapped_spans(spec_of(LAYER, OUTPUT), [{file_map}])
+    assert [(s.begin - (1 << 30), s.end - s.begin, s.group) for s in spans] == [
+        (4096, 100_000, 0),
+        (300_000, 50_000, 0),
+        (400_000, 10_000, 1),
+    ]
+    for span in spans:
+        assert span.page_begin % AROUND_BYTES == 0 and span.page_begin <= span.begin
+        assert span.page_end >= span.end
+        assert 1 << 30 <= span.page_begin < span.page_end <= (1 << 30) + file_map.num_bytes
+
+
+def test_a_weight_over_two_maps_becomes_two_spans() -> None:
+    maps = {FileMap(1 << 30, 32768, 0), FileMap(1 << 32, 520_192, 32768)}
+    spans = mapped_spans(spec_of(LAYER), [maps])
+    assert sum(s.end - s.begin for s in spans) == LAYER.num_bytes
+    assert [s.begin for s in spans] == sorted(s.begin for s in spans)
+    assert len(spans) == 3
+
+
+def test_a_weight_that_is_not_mapped_is_an_error() -> None:
+    with pytest.raises(LowtideError, match="10000 bytes of .* are in no map.*raise --memory"):
+        mapped_spans(spec_of(LAYER, OUTPUT), [{FileMap(1 << 30, 393_216, 0)}])
+
+
+def planned(path: Path, *, streamed: bool, attention: str = "llama") -> PlannedModel:
+    options = OpenOptions(memory="4GiB", context=512, max_rows=32, threads=2, attention=attention)
+    made = plan_reference(path, options)
+    if not streamed:
+        return made
+    plan = dataclasses.replace(made.plan, kept_layers=3, memory_map=True)
+    return dataclasses.replace(made, plan=plan)
+
+
+def logits_of(planned_model: PlannedModel) -> tuple[np.ndarray, LoadedModel]:
+    loaded = LoadedModel(planned_model)
+    loaded.steering.before_prompt()
+    rows = [loaded.model.forward(tuple(range(5, 35))).copy()]
+    loaded.steering.before_decode()
+    rows += [loaded.model.forward((token_id,)).copy() for token_id in (7, 99, 1234)]
+    return np.array(rows), loaded
+
+
+@pytest.mark.skipif(not can_leave_unpopulated(), reason="maps are filled at once on this system")
+@pytest.mark.parametrize("attention", ["llama", "dense"])
+@pytest.mark.parametrize("quantisation", ["Q4_1", "F16", "Q8_0"])
+def test_the_logits_are_the_same_bit_for_bit(
+    quantisation: str, attention: str, smollm2: Path, tmp_path: Path
+) -> None:
+    path = smollm2
+    if quantisation != "Q4_1":
+        path = requantised(smollm2, tmp_path / "copy.gguf", quantisation)
+    resident, loaded = logits_of(planned(path, streamed=False, attention=attention))
+    loaded.close()
+    streamed, loaded = logits_of(planned(path, streamed=True, attention=attention))
+    counts = loaded._callback.counts() if loaded._callback else None
+    loaded.close()
+    assert np.array_equal(resident, streamed)
+    assert counts is not None
+    # Each pass gave nearly the whole file back, and took the output's product in slices.
+    assert counts.weight_bytes_given_back > 3 * 0.5 * path.stat().st_size
+    assert counts.products_sliced >= 1
+    assert (counts.layers_ours == 30) == (attention == "dense")
+
+
+@pytest.mark.skipif(not can_leave_unpopulated(), reason="maps are filled at once on this system")
+def test_two_streamed_models_do_not_disturb_each_other(smollm2: Path) -> None:
+    alone, loaded = logits_of(planned(smollm2, streamed=True))
+    _, other = logits_of(planned(smollm2, streamed=True))
+    loaded.model.truncate(0)
+    loaded.model.forward(tuple(range(5, 35)))
+    again = [loaded.model.forward((token_id,)).copy() for token_id in (7, 99, 1234)]
+    other.close()
+    loaded.close()
+    assert np.array_equal(alone[1:], np.array(again))

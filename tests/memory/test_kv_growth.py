@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import pytest
+
+from lowtide.memory.errors import OverBudget
+from lowtide.memory.kv_growth import KvGrowth
+from lowtide.memory.ledger import Ledger
+from lowtide.memory.plan import KV_OWNER
+
+
+def test_the_cache_grows_while_the_ledger_has_room() -> None:
+    ledger = Ledger(1000)
+    ledger.reserve("weights", 600)
+    ledger.reserve(KV_OWNER, 100)
+    growth = KvGrowth(ledger, 10, lambda tokens: 10 * tokens)
+    growth.admit(7)
+    assert ledger.owners[KV_OWNER] == 100  # what was planned stays
+    growth.admit(25)
+    assert ledger.owners[KV_OWNER] == 250
+    with pytest.raises(OverBudget, match="KV cache.*raise --memory"):
+        growth.admit(41)
+    assert ledger.owners[KV_OWNER] == 250
+    growth.admit(40)
+    growth.admit(3)
+    assert ledger.owners[KV_OWNER] == 100
+
+
+def test_another_owner_may_have_taken_the_room() -> None:
+    ledger = Ledger(1000)
+    ledger.reserve(KV_OWNER, 100)
+    growth = KvGrowth(ledger, 10, lambda tokens: 10 * tokens)
+    ledger.reserve("session", 850)
+    with pytest.raises(OverBudget):
+        growth.admit(20)
+    ledger.release("session")
+    growth.admit(20)
