@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,8 @@ DECODE_ERRORS = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
     """What to allocate. `context` and `max_rows` count tokens; `eval_callback` is llama.cpp's
-    evaluation callback (a C function pointer's address and its user data), for attention of our own.
+    evaluation callback (a C function pointer's address and its user data), for attention of our own;
+    `stage` is entered around "weights" and "context" as they are made.
     """
 
     context: int
@@ -44,6 +46,7 @@ class LoadOptions:
     kv_type: str = "f16"
     memory_map: bool = True
     eval_callback: tuple[int, int] | None = None
+    stage: Callable[[str], AbstractContextManager[object]] = nullcontext
 
 
 class GgufModel(Model):
@@ -63,11 +66,13 @@ class GgufModel(Model):
         self._library = llama_library()
         self._api = self._library.api
         try:
-            self._model = _load_weights(self._library, spec, options)
+            with options.stage("weights"):
+                self._model = _load_weights(self._library, spec, options)
             self.tokenizer = GgufTokenizer(
                 self._library, self._api.llama_model_get_vocab(self._model)
             )
-            self._context = self._create_context(options)
+            with options.stage("context"):
+                self._context = self._create_context(options)
             self._memory = self._api.llama_get_memory(self._context)
             self._batch = _Batch(self._api, options.max_rows)
         except BaseException:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lowtide.attention.policy import Steering
 from lowtide.models.model import Model
+from lowtide.runtime.profiler import DECODE, PREFILL, SILENT, Profiler
 
 if TYPE_CHECKING:
     from lowtide.models.model import Logits
@@ -15,13 +16,16 @@ if TYPE_CHECKING:
 class Session:
     """Keeps the KV cache and the list of its tokens in step, whatever interrupts them.
 
-    `steering` tells the attention kernels what kind of pass comes. Tokens from `exact_until` on have keys
-    and values that an approximate pass computed.
+    `steering` tells the attention kernels what kind of pass comes, `profiler` times
+    the passes. Tokens from `exact_until` on have keys and values that an approximate pass computed.
     """
 
-    def __init__(self, model: Model, steering: Steering | None = None) -> None:
+    def __init__(
+        self, model: Model, steering: Steering | None = None, profiler: Profiler = SILENT
+    ) -> None:
         self._model = model
         self._steering = steering or Steering()
+        self._profiler = profiler
         self.token_ids: list[int] = []
         self.exact_until = 0
 
@@ -37,7 +41,8 @@ class Session:
         interrupted pass may have left behind.
         """
         common = _common_prefix(self.token_ids, token_ids)
-        kept = self._model.truncate(max(min(common, len(token_ids) - 1), 0))
+        with self._profiler.span("rewind"):
+            kept = self._model.truncate(max(min(common, len(token_ids) - 1), 0))
         del self.token_ids[kept:]
         self.exact_until = min(self.exact_until, kept)
         return kept
@@ -46,7 +51,8 @@ class Session:
         """Compute tokens of a prompt, at most `max_rows`, exactly; return the last one's logits."""
         self._steering.before_prompt()
         was_exact = self.exact_until == len(self.token_ids)
-        logits = self._model.forward(token_ids)
+        with self._profiler.span(PREFILL, len(token_ids)):
+            logits = self._model.forward(token_ids)
         self.token_ids.extend(token_ids)
         if was_exact:
             self.exact_until = len(self.token_ids)
@@ -59,7 +65,8 @@ class Session:
         (TidalDecode's KV cache correction).
         """
         self._steering.before_decode()
-        logits = self._model.forward(token_ids)
+        with self._profiler.span(DECODE, len(token_ids)):
+            logits = self._model.forward(token_ids)
         self.token_ids.extend(token_ids)
         interval = self._steering.correction_interval
         if interval is not None and len(self.token_ids) - self.exact_until >= interval:
