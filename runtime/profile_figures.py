@@ -159,7 +159,7 @@ def planned_and_measured(figure: Figure, report: ProfileReport) -> None:
     axes.set_yticks(range(len(rows)), [row.owner for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("MiB")
-    axes.margins(x=0.12)
+    axes.margins(x=0.25)
     axes.set_title("Planned and measured, at the highest moment", loc="left")
     _key(axes, (PLANNED, "planned"), (MEASURED, "measured"))
 
@@ -217,6 +217,7 @@ def _layer_bars(
     axes.bar(at, [1000 * (whole(layer) or 0.0) for layer in report.layers], color=MEASURED)
     if any(ours):
         axes.bar(at, ours, color=ATTENTION)
+        axes.margins(y=0.2)  # room for the key above the bars
         _key(axes, (MEASURED, "layer"), (ATTENTION, "of it, our attention"))
     step = max(1, len(report.layers) // 8)
     ticks = [i for i in at if i % step == 0 and i < len(report.layers) - max(step // 2, 1)]
@@ -230,7 +231,7 @@ def _key(axes: Axes, *entries: tuple[str, str]) -> None:
     from matplotlib.patches import Patch
 
     patches = [Patch(color=colour, label=label) for colour, label in entries]
-    axes.legend(handles=patches, frameon=False, loc="best", fontsize=8)
+    axes.legend(handles=patches, frameon=False, loc="upper right", fontsize=8, ncols=2)
 
 
 def _figure(width: float, height: float) -> Figure:
