@@ -97,6 +97,12 @@ class GraphHook:
         name: bytes = self._library.lowtide_hook_kernels(self._hook)
         return name.decode()
 
+    @property
+    def clock(self) -> int:
+        """The address of the hook's `LayerClock`."""
+        address: int = self._library.lowtide_hook_clock(self._hook)
+        return address
+
     def counts(self) -> HookCounts:
         """Return what the hook has done so far."""
         counts = self._library.lowtide_hook_counts(self._hook)
@@ -178,6 +184,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.lowtide_hook_counts.restype = _Counts
     library.lowtide_hook_kernels.argtypes = [pointer]
     library.lowtide_hook_kernels.restype = ctypes.c_char_p
+    library.lowtide_hook_clock.argtypes = [pointer]
+    library.lowtide_hook_clock.restype = pointer
     library.lowtide_hook_set_roles.argtypes = [pointer, ctypes.c_char_p, ctypes.c_int, pointer]
     library.lowtide_hook_start_pass.argtypes = [pointer, ctypes.c_int, ctypes.c_int, ctypes.c_int]
     library.lowtide_hook_start_pass.restype = None

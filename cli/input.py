@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
+import click
+
 from lowtide.models.errors import BadOption
 
 FENCE = '"""'
@@ -31,6 +33,28 @@ def decoded(data: bytes, name: str) -> str:
         raise BadOption(
             f"{name} is not UTF-8 at byte {error.start}: convert it, for example with iconv"
         ) from None
+
+
+def prompt_text(prompt: str | None, file: Path | None, limit_bytes: int) -> str:
+    """Return the one prompt that was given: as an option, in a file, or on standard input."""
+    if prompt is not None and file is not None:
+        raise click.UsageError("both --prompt and --file are given: give one")
+    if prompt is not None:
+        return prompt
+    if file is not None:
+        return read_file(file, limit_bytes)
+    if sys.stdin.isatty():
+        raise click.UsageError("no prompt: give --prompt, --file, or text on standard input")
+    return read_text(sys.stdin.buffer, "standard input", limit_bytes)
+
+
+def read_file(path: Path, limit_bytes: int) -> str:
+    """Read a file as `read_text` does; raise `BadOption` where it cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            return read_text(stream, str(path), limit_bytes)
+    except OSError as error:
+        raise BadOption(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 class TurnReader:

@@ -13,7 +13,7 @@ import click
 
 from lowtide.models.errors import LowtideError
 
-COMMANDS = ("chat", "run", "plan", "evaluate", "calibrate", "bench", "models", "doctor")
+COMMANDS = ("chat", "run", "plan", "profile", "evaluate", "calibrate", "bench", "models", "doctor")
 
 
 class CommandLine(click.Group):

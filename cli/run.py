@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +42,7 @@ def command(
 
     MODEL is a .gguf file, a name from `lowtide models`, or hf:user/repo[:quant].
     """
+    from lowtide.cli.input import prompt_text
     from lowtide.cli.summary import json_object, note, plan_line, statistics_line
     from lowtide.memory.footprint import prompt_limit_bytes
     from lowtide.runtime import GenerationResult, Runtime
@@ -52,7 +52,7 @@ def command(
     generation = take_generation_options(options)
     planned = planned_model(options)
     planned.require_fit()
-    text = _prompt_text(prompt, file, prompt_limit_bytes(planned.plan.context))
+    text = prompt_text(prompt, file, prompt_limit_bytes(planned.plan.context))
     note(plan_line(planned))
     with Runtime.load(planned) as runtime:
         pieces = _answer(runtime, text, system, raw, generation)
@@ -70,25 +70,6 @@ def command(
         return
     click.echo()
     note(statistics_line(result.stats, result.finish_reason))
-
-
-def _prompt_text(prompt: str | None, file: Path | None, limit_bytes: int) -> str:
-    from lowtide.cli.input import read_text
-    from lowtide.models.errors import BadOption
-
-    if prompt is not None and file is not None:
-        raise click.UsageError("both --prompt and --file are given: give one")
-    if prompt is not None:
-        return prompt
-    if file is not None:
-        try:
-            with file.open("rb") as stream:
-                return read_text(stream, str(file), limit_bytes)
-        except OSError as error:
-            raise BadOption(f"{file} cannot be read: {error.strerror or error}") from None
-    if sys.stdin.isatty():
-        raise click.UsageError("no prompt: give --prompt, --file, or text on standard input")
-    return read_text(sys.stdin.buffer, "standard input", limit_bytes)
 
 
 def _answer(

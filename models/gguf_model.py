@@ -43,11 +43,13 @@ class GgufModel(Model):
         self._library = llama_library()
         self._api = self._library.api
         try:
-            self._model = _load_weights(self._library, spec, options)
+            with options.stage("weights"):
+                self._model = _load_weights(self._library, spec, options)
             self.tokenizer = GgufTokenizer(
                 self._library, self._api.llama_model_get_vocab(self._model)
             )
-            self._context = self._create_context(options)
+            with options.stage("context"):
+                self._context = self._create_context(options)
             self._memory = self._api.llama_get_memory(self._context)
             self._batch = _Batch(self._api, options.max_rows)
         except BaseException:

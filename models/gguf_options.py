@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,8 @@ FLASH_ATTENTION_ON = 1
 class LoadOptions:
     """What to allocate. `context` and `max_rows` count tokens; `repack` lets llama.cpp copy weights into
     a layout of its own; `eval_callback` is llama.cpp's evaluation callback (a C function pointer's address
-    and its user data), for attention of our own.
+    and its user data), for attention of our own; `stage` is entered around "weights" and "context" as they
+    are made.
     """
 
     context: int
@@ -27,6 +30,7 @@ class LoadOptions:
     memory_map: bool = True
     repack: bool = True
     eval_callback: tuple[int, int] | None = None
+    stage: Callable[[str], AbstractContextManager[object]] = nullcontext
 
 
 def model_parameters(api: Any, *, memory_map: bool, repack: bool) -> Any:

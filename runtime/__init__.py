@@ -7,6 +7,7 @@ from lowtide.models.fake_model import FakeModel
 from lowtide.runtime.errors import LowtideError, OverBudget, PromptTooLong
 from lowtide.runtime.generate import Piece
 from lowtide.runtime.options import GenerationOptions
+from lowtide.runtime.profiler import Profiler
 from lowtide.runtime.result import GenerationResult
 from lowtide.runtime.runtime import Runtime
 from lowtide.runtime.statistics import Statistics
@@ -20,6 +21,7 @@ __all__ = [
     "MemoryPlan",
     "OverBudget",
     "Piece",
+    "Profiler",
     "PromptTooLong",
     "Runtime",
     "Statistics",

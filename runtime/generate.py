@@ -12,6 +12,7 @@ from lowtide.memory.meter import read_process_memory
 from lowtide.models.model import Model
 from lowtide.models.tokenizer import TextStream
 from lowtide.runtime.options import GenerationOptions
+from lowtide.runtime.profiler import SILENT, Profiler
 from lowtide.runtime.sampling import Sampler
 from lowtide.runtime.session import Session
 from lowtide.runtime.statistics import Statistics
@@ -61,7 +62,12 @@ class RunFacts:
 
 
 def generate(
-    model: Model, session: Session, prompt: Prompt, options: GenerationOptions, facts: RunFacts
+    model: Model,
+    session: Session,
+    prompt: Prompt,
+    options: GenerationOptions,
+    facts: RunFacts,
+    profiler: Profiler = SILENT,
 ) -> Iterator[Piece]:
     """Yield the answer to `prompt` token by token; closing the iterator leaves the session usable."""
     sampler = Sampler(options)
@@ -72,7 +78,8 @@ def generate(
     logits = prefill(session, prompt.token_ids[meter.reused_tokens :], model.max_rows)
     meter.prefilled()
     while True:
-        token_id = sampler.choose(logits, session.token_ids)
+        with profiler.span("sampling"):
+            token_id = sampler.choose(logits, session.token_ids)
         if model.tokenizer.is_end(token_id):
             yield Piece(stops.rest(), None, "stop", meter.final())
             return

@@ -18,13 +18,16 @@ from lowtide.models.gguf_model import GgufModel
 from lowtide.models.gguf_options import LoadOptions
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.planning import PlannedModel
+from lowtide.runtime.profiler import SILENT, Profiler
 
 _maps_lock = threading.Lock()
 """Which maps are a model's own is told by what was there before it: one is loaded at a time."""
 
 
-def load_gguf(planned: PlannedModel, hook: GraphHook | None) -> GgufModel:
-    """Load the weights and make the context, as the plan has them."""
+def load_gguf(
+    planned: PlannedModel, hook: GraphHook | None, profiler: Profiler = SILENT
+) -> GgufModel:
+    """Load the weights and make the context, as the plan has them; `profiler` times both."""
     plan = planned.plan
     options = LoadOptions(
         context=plan.context,
@@ -34,9 +37,11 @@ def load_gguf(planned: PlannedModel, hook: GraphHook | None) -> GgufModel:
         memory_map=plan.memory_map,
         repack=plan.kept_layers is None,
         eval_callback=hook.callback if hook else None,
+        stage=profiler.span,
     )
     with guarded_aborts(), untouched_buffers() as buffers, _weights_given_back(planned, hook):
         model = GgufModel(planned.spec, options)
+    profiler.cache_lies_in(buffers)
     row_bytes = kv_row_bytes(planned.spec, plan.kv_type)
     if row_bytes is not None:
         model.on_cut = KvPages(

@@ -10,35 +10,44 @@ from lowtide.memory.kv_growth import KvGrowth
 from lowtide.memory.ledger import Ledger
 from lowtide.memory.meter import read_process_memory
 from lowtide.memory.plan import KV_OWNER, PROMPT_OWNER
+from lowtide.models.errors import LowtideError
 from lowtide.models.model import Model
 from lowtide.runtime.gguf_loading import load_gguf
+from lowtide.runtime.memory_watch import WatchedModel
 from lowtide.runtime.planning import PlannedModel
+from lowtide.runtime.profiler import SILENT, Profiler
 
 
 class LoadedModel:
     """Reserves the plan's rows and loads; `model` stands in for the planned file's.
 
-    `steering` is told of each pass, `growth` asked for the tokens of each. Raises `OverBudget` before
-    anything is loaded where the plan does not fit, and after loading where the process is over it all
-    the same.
+    `steering` is told of each pass, `growth` asked for the tokens of each, `profiler` told of what is
+    loaded. Raises `OverBudget` before anything is loaded where the plan does not fit, and after loading
+    where the process is over it all the same.
     """
 
-    def __init__(self, planned: PlannedModel, model: Model | None = None) -> None:
+    def __init__(
+        self, planned: PlannedModel, model: Model | None = None, profiler: Profiler = SILENT
+    ) -> None:
         planned.require_fit()
         self.planned = planned
         self.ledger = Ledger(planned.plan.budget.num_bytes)
         for row in planned.plan.rows:
             self.ledger.reserve(row.owner, row.num_bytes)
         self._callback: GraphHook | None = None
+        self._profiler = profiler
+        profiler.watch(planned, self._watched())
         if model is None:
-            self._callback = _graph_hook(planned)
+            with profiler.span("libraries"):
+                self._callback = _graph_hook(planned, profiler)
             try:
-                model = load_gguf(planned, self._callback)
+                model = load_gguf(planned, self._callback, profiler)
             except BaseException:
                 if self._callback is not None:
                     self._callback.close()
                 raise
         self.model = model
+        profiler.count_tokens(lambda: model.num_tokens)
         self.steering = Steering()
         if self.hook is not None:
             self.steering = planned.policy.install(self.hook, planned.spec)
@@ -76,6 +85,17 @@ class LoadedModel:
             room += reserved[KV_OWNER] - self._kv_bytes(num_tokens)
         return tokenising_bytes(text_bytes) <= room
 
+    def _watched(self) -> WatchedModel:
+        """What a profiler may ask of the model, while it is loaded and later."""
+        spec, plan = self.planned.spec, self.planned.plan
+        return WatchedModel(
+            paths=spec.paths,
+            file_bytes=spec.file_bytes,
+            memory_map=plan.memory_map,
+            cache_bytes=kv_bytes(spec, plan.context, plan.kv_type),
+            scratch_bytes=lambda: self.hook.counts().scratch_bytes if self.hook else 0,
+        )
+
     def _check_resident(self) -> None:
         """The plan's formulas are not measured for every architecture: hold them against the facts.
 
@@ -95,17 +115,26 @@ class LoadedModel:
 
     def close(self) -> None:
         """Free the model; closing twice is allowed."""
+        self._profiler.finish()
         self.model.close()
         if self._callback is not None:
             self._callback.close()
+            self._callback = None
         for owner in self.ledger.owners:
             self.ledger.release(owner)
 
 
-def _graph_hook(planned: PlannedModel) -> GraphHook | None:
-    """Make the hook that our kernels, or the giving back of weights, need."""
-    if not planned.policy.uses_hook and planned.plan.kept_layers is None:
+def _graph_hook(planned: PlannedModel, profiler: Profiler) -> GraphHook | None:
+    """Our attention needs a hook, and so does giving weights back; times of layers can be gone without."""
+    is_needed = planned.policy.uses_hook or planned.plan.kept_layers is not None
+    if not is_needed and not profiler.wants_layers:
         return None
-    hook = GraphHook(planned.options.num_threads)
+    try:
+        hook = GraphHook(planned.options.num_threads)
+    except LowtideError:
+        if is_needed:
+            raise
+        return None
     hook.set_active(planned.policy.uses_hook)
+    profiler.time_layers(hook, planned.spec.num_layers)
     return hook

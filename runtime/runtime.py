@@ -27,6 +27,7 @@ from lowtide.runtime.loaded_model import LoadedModel
 from lowtide.runtime.options import GenerationOptions
 from lowtide.runtime.overflow import fit_messages, fit_tokens
 from lowtide.runtime.planning import OpenOptions, PlannedModel, plan_reference, plan_spec
+from lowtide.runtime.profiler import SILENT, Profiler
 from lowtide.runtime.result import GenerationResult
 from lowtide.runtime.session import Session
 
@@ -38,10 +39,11 @@ class Runtime:
     runtime in each thread is fine.
     """
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, profiler: Profiler = SILENT) -> None:
         self._loaded = loaded
+        self._profiler = profiler
         self._model = loaded.model
-        self._session = Session(loaded.model, loaded.steering, loaded.growth)
+        self._session = Session(loaded.model, loaded.steering, loaded.growth, profiler)
         self._conversation: Conversation | None = None
         self._answer = 0
         self._lock = threading.Lock()
@@ -59,15 +61,16 @@ class Runtime:
         threads: int | None = None,
         attention: str | AttentionPolicy = "llama",
         offline: bool = False,
+        profiler: Profiler | None = None,
     ) -> Runtime:
         """Plan and load a model so that the whole process stays at or under `memory`.
 
         `model` is a path, a name ("smollm2"), "hf:user/repo:Q4_K_M", a `Model` of your own, or None for
         the default model. `memory` is a size such as "1GiB" or "50%" of what is available; None is
         80 %. `context` None is the longest that fits. `attention` is "llama" (llama.cpp's kernels),
-        "dense" (ours), or an approximation: "tidal", or `Tidal(...)` with settings. Raises `OverBudget`
-        before anything is loaded where it cannot fit, `ModelError` where the model cannot be used,
-        `BadOption` for wrong values.
+        "dense" (ours), or an approximation: "tidal", or `Tidal(...)` with settings. `profiler` is told
+        where time and bytes go. Raises `OverBudget` before anything is loaded where it cannot fit,
+        `ModelError` where the model cannot be used, `BadOption` for wrong values.
         """
         options = OpenOptions(
             memory=memory,
@@ -78,20 +81,27 @@ class Runtime:
             attention=attention,
             offline=offline,
         )
+        told = profiler or SILENT
         if isinstance(model, Model):
-            planned = plan_spec(model.spec, options)
+            with told.span("plan"):
+                planned = plan_spec(model.spec, options)
             if planned.policy.uses_hook:
                 raise BadOption(
                     f"attention is {planned.policy.name!r}, which runs in llama.cpp's graph alone: give "
                     "the model as a file, or leave attention out"
                 )
-            return cls.load(planned, model)
-        return cls.load(plan_reference(model, options))
+            return cls.load(planned, model, profiler)
+        with told.span("plan"):
+            planned = plan_reference(model, options)
+        return cls.load(planned, profiler=profiler)
 
     @classmethod
-    def load(cls, planned: PlannedModel, model: Model | None = None) -> Runtime:
+    def load(
+        cls, planned: PlannedModel, model: Model | None = None, profiler: Profiler | None = None
+    ) -> Runtime:
         """Reserve the plan's rows and load; `model` stands in for the planned file's."""
-        return cls(LoadedModel(planned, model))
+        told = profiler or SILENT
+        return cls(LoadedModel(planned, model, told), told)
 
     @property
     def ledger(self) -> Ledger:
@@ -128,14 +138,16 @@ class Runtime:
         asked_at = time.perf_counter()
         chosen = GenerationOptions.of(options, **named)
         answer = self._begin()
-        conversation = self._chatting()
+        with self._profiler.span("template"):
+            conversation = self._chatting()
 
         def prepared(some: Sequence[Message]) -> ChatPrompt:
-            text = conversation.render(some)
+            with self._profiler.span("template"):
+                text = conversation.render(some)
             self._check_text(text)
-            return ChatPrompt(
-                text=text, token_ids=conversation.prompt_ids(text, some), num_messages=len(some)
-            )
+            with self._profiler.span("tokenise"):
+                token_ids = conversation.prompt_ids(text, some)
+            return ChatPrompt(text=text, token_ids=token_ids, num_messages=len(some))
 
         chat_prompt, dropped = fit_messages(messages, prepared, self._model.context, chosen)
         prompt = Prompt(
@@ -154,7 +166,8 @@ class Runtime:
         chosen = GenerationOptions.of(options, **named)
         answer = self._begin()
         self._check_text(prompt)
-        token_ids = self._model.tokenizer.encode(prompt, add_special=True, parse_special=False)
+        with self._profiler.span("tokenise"):
+            token_ids = self._model.tokenizer.encode(prompt, add_special=True, parse_special=False)
         if not token_ids:
             raise BadOption(
                 "the prompt is empty, and this model adds no token of its own: write one"
@@ -206,7 +219,7 @@ class Runtime:
             attention=str(self.planned.policy),
             hook_counts=self._loaded.hook_counts,
         )
-        pieces = generate(self._model, self._session, prompt, options, facts)
+        pieces = generate(self._model, self._session, prompt, options, facts, self._profiler)
         while True:
             if self._closed or answer != self._answer:
                 raise RuntimeUnusable(

@@ -9,6 +9,7 @@ from lowtide.attention.policy import Steering
 from lowtide.memory.errors import OverBudget
 from lowtide.memory.kv_growth import KvGrowth
 from lowtide.models.model import Model
+from lowtide.runtime.profiler import DECODE, PREFILL, SILENT, Profiler
 
 if TYPE_CHECKING:
     from lowtide.models.model import Logits
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 class Session:
     """Keeps the KV cache and the list of its tokens in step, whatever interrupts them.
 
-    `steering` tells the attention kernels what kind of pass comes, `growth` reserves the cache's bytes.
-    Tokens from `exact_until` on have keys and values that an approximate pass computed.
+    `steering` tells the attention kernels what kind of pass comes, `growth` reserves the cache's bytes,
+    `profiler` times the passes. Tokens from `exact_until` on have keys and values that an approximate
+    pass computed.
     """
 
     def __init__(
@@ -26,10 +28,12 @@ class Session:
         model: Model,
         steering: Steering | None = None,
         growth: KvGrowth | None = None,
+        profiler: Profiler = SILENT,
     ) -> None:
         self._model = model
         self._steering = steering or Steering()
         self._growth = growth
+        self._profiler = profiler
         self.token_ids: list[int] = []
         self.exact_until = 0
 
@@ -59,7 +63,8 @@ class Session:
         interrupted pass may have left behind.
         """
         common = _common_prefix(self.token_ids, token_ids)
-        kept = self._model.truncate(max(min(common, len(token_ids) - 1), 0))
+        with self._profiler.span("rewind"):
+            kept = self._model.truncate(max(min(common, len(token_ids) - 1), 0))
         del self.token_ids[kept:]
         self.admit(kept)
         self.exact_until = min(self.exact_until, kept)
@@ -77,7 +82,8 @@ class Session:
         self.admit(len(self.token_ids) + len(token_ids))
         self._steering.before_prompt()
         was_exact = self.exact_until == len(self.token_ids)
-        logits = self._model.forward(token_ids)
+        with self._profiler.span(PREFILL, len(token_ids)):
+            logits = self._model.forward(token_ids)
         self.token_ids.extend(token_ids)
         if was_exact:
             self.exact_until = len(self.token_ids)
@@ -91,7 +97,8 @@ class Session:
         """
         self.admit(len(self.token_ids) + len(token_ids))
         self._steering.before_decode()
-        logits = self._model.forward(token_ids)
+        with self._profiler.span(DECODE, len(token_ids)):
+            logits = self._model.forward(token_ids)
         self.token_ids.extend(token_ids)
         interval = self._steering.correction_interval
         if interval is not None and len(self.token_ids) - self.exact_until >= interval:

@@ -3,7 +3,7 @@
 // With flash attention on, the attention of every architecture is one FLASH_ATTN_EXT node. Before a split
 // is computed the scheduler asks about each of its nodes; there the node becomes a custom operation, by
 // copying `op` and `op_params` from one that ggml itself made. Answering false keeps the split whole, so
-// nothing is copied and nothing runs more often. A node that is not as we know it is left alone and counted.
+// nothing is copied and nothing runs more often; true, where a layer is timed, ends a part of it there. A node that is not as we know it is left alone and counted.
 
 #include "graph_hook.h"
 
@@ -17,6 +17,7 @@
 #include "attention_node.h"
 #include "attention_problem.h"
 #include "ggml_tensor.h"
+#include "layer_clock.h"
 #include "tidal_attend.h"
 #include "visible_keys.h"
 
@@ -62,6 +63,7 @@ struct GraphHook {
     VisibleKeys visible;
     WeightStream weights;
     SlicedProduct product;
+    LayerClock clock;
     Layer layers[kMaxLayers];
     int64_t nodes_ours, nodes_theirs, nanoseconds, keys_read, keys_held, products_sliced;
 };
@@ -137,7 +139,9 @@ void attend_node(GgmlTensor* node, int thread, int num_threads, void* user_data)
         keys_read += num_read < visible ? num_read : visible;
     }
     if (thread != 0) return;
-    hook.nanoseconds += std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - started).count();
+    const auto taken = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - started).count();
+    hook.nanoseconds += taken;
+    hook.clock.add_attention(index, taken);
     hook.keys_read += keys_read, hook.keys_held += keys_held;
 }
 
@@ -236,7 +240,7 @@ extern "C" bool lowtide_hook_callback(void* tensor, bool ask, void* user_data) {
     auto* node = static_cast<GgmlTensor*>(tensor);
     if (!ask) {
         hook.weights.leave_others(node);
-        return true;
+        return hook.clock.stopped();
     }
     if (hook.active && node->op == hook.flash_attention_op) {
         take(hook, node);
@@ -246,8 +250,12 @@ extern "C" bool lowtide_hook_callback(void* tensor, bool ask, void* user_data) {
     } else if (node->op == hook.product_op) {
         take_product(hook, node);
     }
-    return hook.weights.enters_group(node);  // then the graph stops behind this node, and comes back here
+    // Where either wants it, the graph stops behind this node and comes back here.
+    const bool streams = hook.weights.enters_group(node), times = hook.clock.wants(node);
+    return streams || times;
 }
+
+extern "C" LayerClock* lowtide_hook_clock(GraphHook* hook) { return &hook->clock; }
 
 extern "C" void lowtide_hook_set_active(GraphHook* hook, int active) { hook->active = active != 0; }
 

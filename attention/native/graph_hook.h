@@ -10,6 +10,7 @@
 
 // Swaps llama.cpp's attention nodes for our kernels, through the evaluation callback of a context.
 struct GraphHook;
+class LayerClock;
 
 // What of ggml is called, by address: the library is loaded by Python and never linked.
 struct GgmlFunctions {
@@ -49,6 +50,9 @@ LOWTIDE_API bool lowtide_hook_callback(void* tensor, bool ask, void* hook);
 LOWTIDE_API void lowtide_hook_set_active(GraphHook* hook, int active);
 LOWTIDE_API HookCounts lowtide_hook_counts(const GraphHook* hook);
 LOWTIDE_API const char* lowtide_hook_kernels(const GraphHook* hook);
+
+// The clock of the hook's passes, alive as long as the hook.
+LOWTIDE_API LayerClock* lowtide_hook_clock(GraphHook* hook);
 
 // TidalDecode's part of each layer (`TidalAttend::Role`) and its rule, between passes. Returns 1 where there is
 // no memory. Passes are dense until one is started as sparse; `refresh` has its selection layers choose anew,

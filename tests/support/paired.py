@@ -9,7 +9,12 @@ from typing import Any
 
 
 def paired(
-    benchmark: Any, name: str, ours: Callable[[], Any], peers: Callable[[], Any], rounds: int
+    benchmark: Any,
+    name: str,
+    ours: Callable[[], Any],
+    peers: Callable[[], Any],
+    rounds: int,
+    peer: str = "llama.cpp",
 ) -> None:
     """Run peers and ours `rounds` times in turn after one warm-up; print and keep the median ratio."""
     peer_seconds: list[float] = []
@@ -30,7 +35,7 @@ def paired(
     ratio = statistics.median(ratios)
     benchmark.extra_info.update(ratio=ratio, peer_median_s=statistics.median(peer_seconds[1:]))
     print(
-        f"\n{name}: {ratio:.3f} x llama.cpp (median of {rounds} pairs, {min(ratios):.3f} to "
+        f"\n{name}: {ratio:.3f} x {peer} (median of {rounds} pairs, {min(ratios):.3f} to "
         f"{max(ratios):.3f}); ours {statistics.median(our_seconds[1:]) * 1000:.1f} ms, "
-        f"llama.cpp {statistics.median(peer_seconds[1:]) * 1000:.1f} ms"
+        f"{peer} {statistics.median(peer_seconds[1:]) * 1000:.1f} ms"
     )

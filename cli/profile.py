@@ -1,0 +1,146 @@
+"""`lowtide profile`: runs a prompt or a script of turns, and shows where bytes and time went."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lowtide.cli.options import (
+    generation_options,
+    opening_options,
+    planned_model,
+    take_generation_options,
+)
+
+if TYPE_CHECKING:
+    from lowtide.runtime import Runtime
+    from lowtide.runtime.options import GenerationOptions
+    from lowtide.runtime.profile_report import ProfileReport
+    from lowtide.runtime.statistics import Statistics
+
+MAX_SCRIPT_BYTES = 1 << 20
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command("profile")
+@opening_options
+@click.option("-p", "--prompt", help="The prompt.  [default: standard input]")
+@click.option("--script", type=_FILE, help="A chat instead: a file with a turn in each line.")
+@click.option("--report", type=_FILE, help="Write a page for the browser, which needs no network.")
+@click.option("--trace", type=_FILE, help="Write a trace for Perfetto or chrome://tracing.")
+@click.option("--png", type=_FILE, help="Write the figures as one picture.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@generation_options
+def command(
+    prompt: str | None,
+    script: Path | None,
+    report: Path | None,
+    trace: Path | None,
+    png: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Run a prompt or a script of turns and show where bytes and milliseconds went.
+
+    Memory is told apart by the plan's owners, time by phase and by layer. --report and --png draw with
+    matplotlib: pip install 'lowtide[report]'. MODEL is a .gguf file, a name from `lowtide models`, or
+    hf:user/repo[:quant].
+    """
+    from lowtide.cli.summary import json_object, note, plan_line
+    from lowtide.memory.footprint import prompt_limit_bytes
+    from lowtide.runtime import Profiler, Runtime
+
+    _check_outputs(report, trace, png)
+    generation = take_generation_options(options)
+    profiler = Profiler()
+    with profiler.span("plan"):
+        planned = planned_model(options)
+    planned.require_fit()
+    turns = _turns(prompt, script, prompt_limit_bytes(planned.plan.context))
+    note(plan_line(planned))
+    with Runtime.load(planned, profiler=profiler) as runtime:
+        answers = _run(runtime, turns, generation)
+    found = profiler.report()
+    _write(found, report, trace, png)
+    if as_json:
+        told = {**found.to_dict(), "turns": [stats.to_dict() for stats in answers]}
+        click.echo(json_object(planned, **told))
+    else:
+        from lowtide.cli.profile_table import print_profile
+
+        print_profile(found)
+
+
+def _check_outputs(report: Path | None, trace: Path | None, png: Path | None) -> None:
+    """Before anything is loaded: what would fail after a long run fails now."""
+    from lowtide.models.errors import BadOption
+
+    drawn = "--report" if report else "--png"
+    if (report or png) and importlib.util.find_spec("matplotlib") is None:
+        raise BadOption(
+            f"{drawn} draws with matplotlib, which is not installed: pip install 'lowtide[report]', "
+            f"or leave {drawn} out"
+        )
+    for path in filter(None, (report, trace, png)):
+        if not path.absolute().parent.is_dir():
+            raise BadOption(f"{path} cannot be written, there is no folder {path.parent}: make it")
+
+
+def _turns(prompt: str | None, script: Path | None, limit_bytes: int) -> list[str]:
+    from lowtide.cli.input import prompt_text, read_file
+    from lowtide.models.errors import BadOption
+
+    if script is None:
+        return [prompt_text(prompt, None, limit_bytes)]
+    if prompt is not None:
+        raise click.UsageError("both --prompt and --script are given: give one")
+    text = read_file(script, MAX_SCRIPT_BYTES)
+    if len(text.encode()) > MAX_SCRIPT_BYTES:
+        raise BadOption(f"{script} is longer than {MAX_SCRIPT_BYTES:,} bytes: give fewer turns")
+    turns = [line for line in text.splitlines() if line.strip()]
+    if not turns:
+        raise BadOption(f"{script} has no turn: write one in each line")
+    return turns
+
+
+def _run(runtime: Runtime, turns: list[str], options: GenerationOptions) -> list[Statistics]:
+    """Answer the turns as a chat does, and tell each answer's cost."""
+    from lowtide.cli.summary import note, statistics_line
+    from lowtide.runtime import GenerationResult
+
+    messages: list[dict[str, str]] = []
+    answers = []
+    for turn in turns:
+        messages.append({"role": "user", "content": turn})
+        result = GenerationResult.of(runtime.chat(messages, options))
+        messages.append({"role": "assistant", "content": result.text})
+        answers.append(result.stats)
+        note(statistics_line(result.stats, result.finish_reason))
+    return answers
+
+
+def _write(found: ProfileReport, report: Path | None, trace: Path | None, png: Path | None) -> None:
+    """Write what was asked for; matplotlib is imported here, after everything was measured."""
+    from lowtide.models.errors import LowtideError
+
+    try:
+        if trace is not None:
+            from lowtide.runtime.chrome_trace import chrome_trace
+
+            trace.write_text(json.dumps(chrome_trace(found)), encoding="utf-8")
+        if report is not None:
+            from lowtide.runtime.profile_page import profile_page
+
+            report.write_text(profile_page(found), encoding="utf-8")
+        if png is not None:
+            from lowtide.runtime.profile_figures import picture
+
+            png.write_bytes(picture(found))
+    except OSError as error:
+        raise LowtideError(
+            f"{error.filename} cannot be written: {error.strerror or error}"
+        ) from None

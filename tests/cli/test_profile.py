@@ -1,0 +1,204 @@
+"""lowtide profile, as typed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from processes import run_lowtide
+
+from lowtide.memory.units import MIB
+
+Invoke = Callable[..., Result]
+KEYS = {
+    *("version", "model", "machine", "plan", "measured", "resident_bytes", "peak_rss_bytes"),
+    *("seconds", "phases", "layers", "turns"),
+}
+needs_matplotlib = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
+)
+
+
+def test_json_is_one_documented_object(lowtide: Invoke) -> None:
+    done = lowtide("profile", "-p", "Hi", "--json")
+    told = json.loads(done.stdout)
+    assert done.exit_code == 0 and set(told) == KEYS
+    planned = [row["owner"] for row in told["plan"]["rows"]]
+    assert [row["owner"] for row in told["measured"]] == [*planned, "other"]
+    assert sum(row["bytes"] or 0 for row in told["measured"]) == told["resident_bytes"]
+    assert {"name", "seconds", "calls"} == set(told["phases"][0])
+    assert told["turns"][0]["generated_tokens"] == 6
+    assert "reused" in done.stderr
+
+
+def test_tables_for_people(lowtide: Invoke) -> None:
+    shown = lowtide("profile", "-p", "Hi").stdout
+    for word in ("owner", "measured", "KV cache", "other", "phase", "decode pass", "peak"):
+        assert word in shown
+
+
+def test_a_script_is_a_chat(lowtide: Invoke, tmp_path: Path) -> None:
+    script = tmp_path / "turns.txt"
+    script.write_text("Hi\n\nAnd then?\n")
+    done = lowtide("profile", "--script", str(script), "--json", replies=("One.", "Two."))
+    first, second = json.loads(done.stdout)["turns"]
+    assert (first["reused_tokens"], first["generated_tokens"]) == (0, 4)
+    assert second["reused_tokens"] > first["prompt_tokens"]
+
+
+def test_a_prompt_through_a_pipe(lowtide: Invoke) -> None:
+    done = lowtide("profile", "--json", input="Hi")
+    assert json.loads(done.stdout)["turns"][0]["prompt_tokens"] == 22
+
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "two sources": (["-p", "x", "--script", "pyproject.toml"], "both --prompt and --script"),
+    "no such script": (["--script", "nothing.txt"], "nothing.txt cannot be read: No such file"),
+    "no folder": (
+        ["-p", "x", "--trace", "/nowhere/t.json"],
+        "/nowhere/t.json cannot be written, there is no folder /nowhere: make it",
+    ),
+    "a folder": (["-p", "x", "--trace", "/"], "is a directory"),
+    "bad count": (["-p", "x", "-n", "0"], "max_tokens is 0"),
+    "too long": (["-p", "y" * 600], "the context holds 512"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_use_is_a_sentence_and_exit_code_2(name: str, lowtide: Invoke) -> None:
+    arguments, expected = WRONG[name]
+    done = lowtide("profile", *arguments)
+    assert done.exit_code == 2
+    assert expected in done.stderr and done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(b"\n  \n", "has no turn"), (b"x" * 2_000_000, "is longer than"), (b"\xff", "not UTF-8")],
+)
+def test_scripts_that_are_none(
+    content: bytes, expected: str, lowtide: Invoke, tmp_path: Path
+) -> None:
+    script = tmp_path / "turns.txt"
+    script.write_bytes(content)
+    done = lowtide("profile", "--script", str(script))
+    assert done.exit_code == 2 and expected in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--report", "--png"])
+def test_without_matplotlib_nothing_is_loaded(
+    option: str, lowtide: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    done = lowtide("profile", "-p", "x", option, str(tmp_path / "out"))
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"Error: {option} draws with matplotlib")
+    assert "pip install 'lowtide[report]'" in done.stderr and done.stderr.count("\n") == 1
+    assert lowtide.models == []  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One run of the real model, with everything that it can write."""
+    folder = tmp_path_factory.mktemp("profile")
+    arguments = ["--trace", str(folder / "t.json")]
+    if importlib.util.find_spec("matplotlib") is not None:
+        arguments += ["--report", str(folder / "r.html"), "--png", str(folder / "p.png")]
+    done = run_lowtide(
+        "profile", "smollm2", "--memory", "400MiB", "-c", "2048", "--attention", "dense",
+        "-p", "Why is the sea salty? " * 20, "-n", "20", "--temp", "0", "--json", *arguments,
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    return {"json": json.loads(done.stdout), "folder": folder, "stderr": done.stderr}
+
+
+def test_the_trace_is_in_the_trace_event_format(outputs: dict[str, Any]) -> None:
+    trace = json.loads((outputs["folder"] / "t.json").read_text())
+    events = trace["traceEvents"]
+    assert {event["ph"] for event in events} == {"M", "X", "C"}
+    for event in events:
+        assert isinstance(event["name"], str) and event["pid"] == 1 and event["tid"] in (1, 2)
+        if event["ph"] == "X":
+            assert event["ts"] >= 0 and event["dur"] >= 0
+        if event["ph"] == "C":
+            assert event["ts"] >= 0
+            assert all(isinstance(value, int) for value in event["args"].values())
+    told = outputs["json"]
+    decoded = [event for event in events if event["name"] == "decode pass"]
+    assert len(decoded) == next(p["calls"] for p in told["phases"] if p["name"] == "decode pass")
+    layers = [event for event in events if event["name"] == "layer 29"]
+    assert layers and all(event["args"]["attention_us"] > 0 for event in layers)
+    resident = [event for event in events if event["name"] == "resident bytes"]
+    assert max(sum(event["args"].values()) for event in resident) == told["resident_bytes"]
+
+
+@needs_matplotlib
+def test_the_page_refers_to_nothing_outside_itself(outputs: dict[str, Any]) -> None:
+    page = (outputs["folder"] / "r.html").read_text()
+    assert page.count("<svg") == 4
+    references = re.findall(r"""(?:href|src|data|action)\s*=\s*["']?([^"'\s>]+)""", page)
+    assert references and all(reference.startswith("#") for reference in references)
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]+)\)", page))
+    for word in ("<script", "<link", "<iframe", "@import", "<!DOCTYPE svg"):
+        assert word not in page
+    identifiers = re.findall(r'<clipPath id="([^"]+)"', page)
+    assert len(identifiers) == len(set(identifiers))
+
+
+@needs_matplotlib
+def test_the_page_has_the_numbers_of_the_json(outputs: dict[str, Any]) -> None:
+    page, told = (outputs["folder"] / "r.html").read_text(), outputs["json"]
+    for row in told["measured"]:
+        value = "-" if row["bytes"] is None else f"{row['bytes'] / MIB:,.2f}"
+        assert re.search(
+            rf"<td>{row['owner']}</td><td[^>]*>[^<]*</td><td class=n>{value}</td>", page
+        )
+    for row in told["plan"]["rows"]:
+        assert f"<td>{row['owner']}</td><td class=n>{row['bytes'] / MIB:,.2f}</td>" in page
+    for phase in told["phases"]:
+        cells = f"<td class=n>{phase['seconds']:.6f}</td><td class=n>{phase['calls']:,}</td>"
+        assert f"<td>{phase['name']}</td>{cells}" in page
+    for layer in told["layers"]:
+        assert f"<td>{layer['name']}</td><td class=n>{1000 * layer['prefill_pass_s']:.4f}" in page
+
+
+@needs_matplotlib
+def test_the_picture_is_one(outputs: dict[str, Any]) -> None:
+    data = (outputs["folder"] / "p.png").read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
+    assert width > 1000 and height > 1000
+
+
+@needs_matplotlib
+def test_drawing_is_not_in_the_measured_peak(outputs: dict[str, Any]) -> None:
+    """matplotlib takes tens of megabytes: they would show as nobody's."""
+    told = outputs["json"]
+    rows = {row["owner"]: row["bytes"] for row in told["measured"]}
+    assert rows["other"] < 8 * MIB
+    assert told["peak_rss_bytes"] <= told["plan"]["total_bytes"]
+
+
+@needs_matplotlib
+def test_a_model_with_an_odd_name_is_drawn_and_escaped(
+    lowtide: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dataclasses
+
+    from lowtide.models import fake_model
+
+    plain = fake_model.fake_spec
+    odd = "<b>$\\frac{1}$ 海 &"
+    monkeypatch.setattr(
+        fake_model, "fake_spec", lambda context: dataclasses.replace(plain(context), name=odd)
+    )
+    page, png = tmp_path / "r.html", tmp_path / "p.png"
+    done = lowtide("profile", "-p", "Hi", "--report", str(page), "--png", str(png))
+    assert done.exit_code == 0 and png.stat().st_size > 10_000
+    assert "<b>" not in page.read_text() and "&lt;b&gt;$" in page.read_text()
