@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+
 from lowtide.attention.abort_guard import guarded_aborts
 from lowtide.attention.graph_hook import GraphHook, HookCounts
 from lowtide.attention.policy import Steering
 from lowtide.memory.errors import OverBudget
 from lowtide.memory.footprint import kv_cells, kv_row_bytes
+from lowtide.memory.heap import trim_heap
 from lowtide.memory.kv_pages import KvPages
 from lowtide.memory.ledger import Ledger
 from lowtide.memory.meter import read_process_memory
+from lowtide.memory.releaser import Releaser, Trim, trim
 from lowtide.memory.untouched_buffers import untouched_buffers
 from lowtide.models.gguf_model import GgufModel, LoadOptions
 from lowtide.models.model import Model
@@ -21,7 +25,8 @@ class LoadedModel:
 
     `hook` runs our kernels in llama.cpp's graph (None: llama.cpp's own run), `steering` is told of each
     pass. Raises `OverBudget` before anything is loaded where the plan does not fit, and after loading
-    where the process is over it all the same.
+    where the process is over it all the same. `releasers` are called, in order, to give memory back; the
+    heap comes last, for what the others free.
     """
 
     def __init__(self, planned: PlannedModel, model: Model | None = None) -> None:
@@ -31,11 +36,12 @@ class LoadedModel:
         for row in planned.plan.rows:
             self.ledger.reserve(row.owner, row.num_bytes)
         self.hook: GraphHook | None = None
+        self.releasers: list[Releaser] = []
         if model is None:
             threads = planned.options.num_threads
             self.hook = GraphHook(threads) if planned.policy.uses_hook else None
             try:
-                model = _load_gguf(planned, self.hook)
+                model = _load_gguf(planned, self.hook, self.releasers)
             except BaseException:
                 if self.hook is not None:
                     self.hook.close()
@@ -44,7 +50,12 @@ class LoadedModel:
         self.steering = Steering()
         if self.hook is not None:
             self.steering = planned.policy.install(self.hook, planned.spec)
+        self.releasers += (Releaser("moderate", gc.collect), Releaser("background", trim_heap))
         self._check_resident()
+
+    def trim(self, level: str) -> Trim:
+        """Give back what `level` allows; not during a pass. Raises `BadOption` for a level that is none."""
+        return trim(self.releasers, level)
 
     def hook_counts(self) -> HookCounts | None:
         """Return what our kernels have done; None where llama.cpp's own run."""
@@ -67,7 +78,9 @@ class LoadedModel:
             self.ledger.release(owner)
 
 
-def _load_gguf(planned: PlannedModel, hook: GraphHook | None) -> GgufModel:
+def _load_gguf(
+    planned: PlannedModel, hook: GraphHook | None, releasers: list[Releaser]
+) -> GgufModel:
     options = LoadOptions(
         context=planned.plan.context,
         max_rows=planned.plan.max_rows,
@@ -80,10 +93,12 @@ def _load_gguf(planned: PlannedModel, hook: GraphHook | None) -> GgufModel:
         model = GgufModel(planned.spec, options)
     row_bytes = kv_row_bytes(planned.spec, planned.plan.kv_type)
     if row_bytes is not None:
-        model.on_cut = KvPages(
+        pages = KvPages(
             buffers,
             num_tensors=2 * planned.spec.num_layers,
             num_cells=kv_cells(planned.plan.context),
             row_bytes=row_bytes,
-        ).cut
+        )
+        model.on_cut = pages.cut
+        releasers.append(Releaser("background", lambda: pages.trim(model.num_tokens)))
     return model

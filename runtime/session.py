@@ -42,6 +42,12 @@ class Session:
         self.exact_until = min(self.exact_until, kept)
         return kept
 
+    def forget(self) -> None:
+        """Give up everything that was computed: the next prompt is read again."""
+        self._model.truncate(0)
+        self.token_ids.clear()
+        self.exact_until = 0
+
     def append(self, token_ids: Sequence[int]) -> Logits:
         """Compute tokens of a prompt, at most `max_rows`, exactly; return the last one's logits."""
         self._steering.before_prompt()
