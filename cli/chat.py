@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from lowtide.cli.enforce import enforce_option, hold
 from lowtide.cli.options import (
     generation_options,
     opening_options,
@@ -14,12 +15,16 @@ from lowtide.cli.options import (
     take_generation_options,
 )
 
+if TYPE_CHECKING:
+    from lowtide.memory.control_group import ControlGroup
+
 
 @click.command("chat")
 @opening_options
 @click.option("-s", "--system", help="A system message before the conversation.")
+@enforce_option
 @generation_options
-def command(system: str | None, **options: Any) -> None:
+def command(system: str | None, enforce: ControlGroup | None, **options: Any) -> None:
     """Talk with a model; /help lists what you can type.
 
     MODEL is a .gguf file, a name from `lowtide models`, or hf:user/repo[:quant].
@@ -34,6 +39,7 @@ def command(system: str | None, **options: Any) -> None:
     planned = planned_model(options)
     planned.require_fit()
     note(plan_line(planned))
+    hold(enforce, planned.plan.budget)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     with Runtime.load(planned) as runtime:
         reader = TurnReader(prompt_limit_bytes(planned.plan.context), interactive=interactive)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lowtide.cli.enforce import enforce_option, hold
 from lowtide.cli.options import (
     generation_options,
     opening_options,
@@ -16,6 +17,7 @@ from lowtide.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from lowtide.memory.control_group import ControlGroup
     from lowtide.runtime import Piece, Runtime
     from lowtide.runtime.options import GenerationOptions
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     "--raw", is_flag=True, help="Continue the text as it stands, without a chat template."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@enforce_option
 @generation_options
 def command(
     prompt: str | None,
@@ -36,6 +39,7 @@ def command(
     system: str | None,
     raw: bool,
     as_json: bool,
+    enforce: ControlGroup | None,
     **options: Any,
 ) -> None:
     """Answer one prompt: the answer goes to stdout, everything else to stderr.
@@ -54,6 +58,7 @@ def command(
     planned.require_fit()
     text = prompt_text(prompt, file, prompt_limit_bytes(planned.plan.context))
     note(plan_line(planned))
+    hold(enforce, planned.plan.budget)
     with Runtime.load(planned) as runtime:
         pieces = _answer(runtime, text, system, raw, generation)
         result = GenerationResult.of(pieces if as_json else _shown(pieces))

@@ -14,6 +14,15 @@ if TYPE_CHECKING:
     from lowtide.runtime.statistics import Statistics
 
 
+ENDINGS = {
+    "length": "cut at --max-tokens",
+    "context": "the context is full",
+    "memory": "ended here: the memory budget is reached",
+    None: "stopped",
+}
+"""What is said of an answer that the model did not end itself."""
+
+
 def plan_line(planned: PlannedModel) -> str:
     """Return the plan in a line: model, context, planned peak, what was given up."""
     plan = planned.plan
@@ -41,12 +50,9 @@ def statistics_line(stats: Statistics, finish_reason: str | None) -> str:
         parts.append(f"our attention in {stats.layers_ours} of {stats.layers} layers")
     if stats.dropped_tokens:
         parts.append(f"{stats.dropped_tokens} oldest tokens dropped")
-    if finish_reason == "length":
-        parts.append("cut at --max-tokens")
-    if finish_reason == "context":
-        parts.append("the context is full")
-    if finish_reason is None:
-        parts.append("stopped")
+    parts += [f"gave {format_bytes(t.given_back_bytes)} back ({t.level})" for t in stats.trims]
+    if finish_reason in ENDINGS:
+        parts.append(ENDINGS[finish_reason])
     if stats.peak_rss_bytes is not None:
         budget = format_bytes(stats.budget_bytes)
         parts.append(f"peak {format_bytes(stats.peak_rss_bytes)} of {budget}")

@@ -28,3 +28,13 @@ class OverBudget(LowtideError):
             f"{what} needs at least {format_bytes_up(needed_bytes)}, "
             f"{format_bytes(budget_bytes)} allowed: {hint}"
         )
+
+
+class NotEnforceable(LowtideError):
+    """The kernel cannot be made to hold the budget; nothing was loaded."""
+
+    exit_code = 2
+
+
+class KilledByLimit(LowtideError):
+    """The kernel ended the process at its limit; what it had in memory is lost."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,16 @@ def read_file_maps(path: Path, maps: Path = MAPS) -> frozenset[FileMap]:
         return frozenset()
     found = (_file_map(line, wanted) for line in lines)
     return frozenset(file_map for file_map in found if file_map is not None)
+
+
+def give_back(file_map: FileMap) -> None:
+    """Let go of the map's pages; what is read of them later comes from the file again.
+
+    Only for a map that is never written to.
+    """
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    advise(file_map.address, file_map.num_bytes, mmap.MADV_DONTNEED)
 
 
 def _file_map(line: str, wanted: os.stat_result) -> FileMap | None:

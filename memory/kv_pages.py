@@ -56,9 +56,18 @@ class KvPages:
     def cut(self, num_used: int, num_kept: int) -> None:
         """Give back what lies behind the first `num_kept` cells; `num_used` held tokens until now."""
         self._most_used = max(self._most_used, num_used)
-        if not self._tensors or self._most_used - num_kept < LEAST_CELLS:
+        if self._most_used - num_kept >= LEAST_CELLS:
+            self._give_back_behind(num_kept)
+
+    def trim(self, num_used: int) -> None:
+        """Give back what lies behind the `num_used` cells that hold tokens, however little it is."""
+        if self._most_used > num_used:
+            self._give_back_behind(num_used)
+
+    def _give_back_behind(self, num_kept: int) -> None:
+        if not self._tensors:
             return
-        if not self._verified and not self._is_as_thought(num_used):
+        if not self._verified and not self._is_as_thought():
             self._tensors = []
             return
         self._verified = True
@@ -70,16 +79,17 @@ class KvPages:
                 self._advise(first, last - first, mmap.MADV_DONTNEED)
         self._most_used = num_kept
 
-    def _is_as_thought(self, num_used: int) -> bool:
-        """Whether in every tensor the last used cell holds something, and no cell behind it does."""
-        if num_used != self._most_used:
-            return False
-        empty = bytes(self._row_bytes)
+    def _is_as_thought(self) -> bool:
+        """Whether in every tensor the last cell that was used holds something, and no cell behind it does.
+
+        It may be that of a token that was forgotten since: what was written stays until it is given back.
+        """
+        most_used, empty = self._most_used, bytes(self._row_bytes)
         return all(
-            ctypes.string_at(address + (num_used - 1) * self._row_bytes, self._row_bytes) != empty
+            ctypes.string_at(address + (most_used - 1) * self._row_bytes, self._row_bytes) != empty
             and not any(
                 ctypes.string_at(address + cell * self._row_bytes, self._row_bytes) != empty
-                for cell in range(num_used, min(num_used + LEAST_CELLS, self._num_cells))
+                for cell in range(most_used, min(most_used + LEAST_CELLS, self._num_cells))
             )
             for address in self._tensors
         )

@@ -5,6 +5,7 @@ Knows no plan. Resident file pages count in full, as in the maximum resident set
 
 from __future__ import annotations
 
+import mmap
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,15 @@ def read_process_memory() -> ProcessMemory:
         return _from_status(Path("/proc/self/status").read_text(encoding="ascii", errors="replace"))
     except (OSError, KeyError, ValueError):
         return _from_psutil()
+
+
+def read_resident_bytes() -> int:
+    """Read the resident set alone, 10 microseconds on Linux; off by some pages for each processor."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+    except (OSError, IndexError, ValueError):
+        return _from_psutil().resident_bytes
 
 
 def _from_status(text: str) -> ProcessMemory:

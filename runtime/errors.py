@@ -4,6 +4,8 @@ LowtideError                 everything a user can act on; `exit_code` 1
   + BadOption                2  an option with an impossible value (also a ValueError)
   + BadSize                  2  a size that cannot be read
   + OverBudget               2  what was asked for does not fit the budget
+  + NotEnforceable           2  the kernel cannot be made to hold the budget
+  + KilledByLimit            1  the kernel ended the process at its limit
   + ModelError               2  a model cannot be found, read or run
   |   - ModelNotFound
   |   - BadModelFile
@@ -22,7 +24,7 @@ from __future__ import annotations
 
 from lowtide.attention.calibrate import NotCalibrated
 from lowtide.attention.calibration import CalibrationError
-from lowtide.memory.errors import BadSize, OverBudget
+from lowtide.memory.errors import BadSize, KilledByLimit, NotEnforceable, OverBudget
 from lowtide.models.errors import (
     BadModelFile,
     BadOption,
@@ -42,10 +44,12 @@ __all__ = [
     "CalibrationError",
     "DownloadError",
     "ForwardError",
+    "KilledByLimit",
     "LowtideError",
     "ModelError",
     "ModelNotFound",
     "NotCalibrated",
+    "NotEnforceable",
     "OverBudget",
     "PromptTooLong",
     "RuntimeUnusable",

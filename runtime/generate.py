@@ -17,6 +17,7 @@ from lowtide.runtime.sampling import Sampler
 from lowtide.runtime.session import Session
 from lowtide.runtime.statistics import Statistics
 from lowtide.runtime.stopping import StopMatcher
+from lowtide.runtime.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from lowtide.models.model import Logits
@@ -52,13 +53,14 @@ class RunFacts:
     """What the statistics tell of the runtime around the loop.
 
     `attention` is the policy in words; `hook_counts` is asked when needed: None where
-    nothing is hooked.
+    nothing is hooked. `watchdog` is asked before each step whether the budget is passed.
     """
 
     budget_bytes: int
     planned_bytes: int
     attention: str
     hook_counts: Callable[[], HookCounts | None]
+    watchdog: Watchdog
 
 
 def generate(
@@ -86,6 +88,8 @@ def generate(
         meter.sampled()
         text, stopped = stops.push(stream.push(token_id))
         finish_reason = _finish_reason(stopped, meter.generated_tokens, session, options)
+        if finish_reason is None and facts.watchdog.is_over():
+            finish_reason = "memory"
         if finish_reason is not None:
             rest = "" if stopped else stops.rest()
             yield Piece(text + rest, token_id, finish_reason, meter.final())
@@ -161,6 +165,7 @@ class _Meter:
             seed=self._seed,
             budget_bytes=self._facts.budget_bytes,
             planned_bytes=self._facts.planned_bytes,
+            trims=self._facts.watchdog.trims,
         )
 
     def final(self) -> Statistics:

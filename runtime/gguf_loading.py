@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
 
 from lowtide.attention.abort_guard import guarded_aborts
 from lowtide.attention.graph_hook import GraphHook
 from lowtide.attention.unpopulated_maps import unpopulated_maps
 from lowtide.attention.weight_stream import mapped_spans
-from lowtide.memory.file_maps import read_file_maps
+from lowtide.memory.file_maps import FileMap, give_back, read_file_maps
 from lowtide.memory.footprint import kv_cells, kv_row_bytes
 from lowtide.memory.kv_pages import KvPages
+from lowtide.memory.releaser import Releaser
 from lowtide.memory.untouched_buffers import untouched_buffers
 from lowtide.models.gguf_model import GgufModel
 from lowtide.models.gguf_options import LoadOptions
@@ -25,9 +28,15 @@ _maps_lock = threading.Lock()
 
 
 def load_gguf(
-    planned: PlannedModel, hook: GraphHook | None, profiler: Profiler = SILENT
+    planned: PlannedModel,
+    hook: GraphHook | None,
+    releasers: list[Releaser],
+    profiler: Profiler = SILENT,
 ) -> GgufModel:
-    """Load the weights and make the context, as the plan has them; `profiler` times both."""
+    """Load the weights and make the context, as the plan has them; `profiler` times both.
+
+    Adds to `releasers` what can be given back of the model's memory.
+    """
     plan = planned.plan
     options = LoadOptions(
         context=plan.context,
@@ -39,32 +48,42 @@ def load_gguf(
         eval_callback=hook.callback if hook else None,
         stage=profiler.span,
     )
-    with guarded_aborts(), untouched_buffers() as buffers, _weights_given_back(planned, hook):
+    with guarded_aborts(), untouched_buffers() as buffers, _new_maps(planned) as maps:
         model = GgufModel(planned.spec, options)
+    if plan.kept_layers is not None and hook is not None:
+        hook.stream_weights(mapped_spans(planned.spec, maps), _kept(planned.spec, plan.kept_layers))
+    releasers += (
+        Releaser("moderate", partial(give_back, file_map)) for found in maps for file_map in found
+    )
     profiler.cache_lies_in(buffers)
     row_bytes = kv_row_bytes(planned.spec, plan.kv_type)
     if row_bytes is not None:
-        model.on_cut = KvPages(
+        pages = KvPages(
             buffers,
             num_tensors=2 * planned.spec.num_layers,
             num_cells=kv_cells(plan.context),
             row_bytes=row_bytes,
-        ).cut
+        )
+        model.on_cut = pages.cut
+        releasers.append(Releaser("background", lambda: pages.trim(model.num_tokens)))
     return model
 
 
 @contextlib.contextmanager
-def _weights_given_back(planned: PlannedModel, hook: GraphHook | None) -> Iterator[None]:
-    """Have the weights that are mapped inside the block given back after use, where that is planned."""
-    spec, kept_layers = planned.spec, planned.plan.kept_layers
-    if kept_layers is None or hook is None:
-        yield
+def _new_maps(planned: PlannedModel) -> Iterator[list[frozenset[FileMap]]]:
+    """Yield a list that holds, after the block, where each of the model's files was mapped inside it.
+
+    Where weights are to be given back they are not even filled in.
+    """
+    paths, maps = planned.spec.paths, list[frozenset[FileMap]]()
+    if not planned.plan.memory_map:
+        yield maps
         return
-    with _maps_lock, unpopulated_maps():
-        before = [read_file_maps(path) for path in spec.paths]
-        yield
-        maps = [read_file_maps(path) - old for path, old in zip(spec.paths, before, strict=True)]
-    hook.stream_weights(mapped_spans(spec, maps), _kept(spec, kept_layers))
+    unfilled = unpopulated_maps() if planned.plan.kept_layers is not None else nullcontext()
+    with _maps_lock, unfilled:
+        before = [read_file_maps(path) for path in paths]
+        yield maps
+        maps += (read_file_maps(path) - old for path, old in zip(paths, before, strict=True))
 
 
 def _kept(spec: ModelSpec, kept_layers: int) -> bytes:

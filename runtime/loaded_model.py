@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+
 from lowtide.attention.graph_hook import GraphHook, HookCounts
 from lowtide.attention.policy import Steering
 from lowtide.memory.errors import OverBudget
 from lowtide.memory.footprint import kv_bytes, tokenising_bytes
+from lowtide.memory.heap import trim_heap
 from lowtide.memory.kv_growth import KvGrowth
 from lowtide.memory.ledger import Ledger
 from lowtide.memory.meter import read_process_memory
 from lowtide.memory.plan import KV_OWNER, PROMPT_OWNER
+from lowtide.memory.releaser import Releaser, Trim, trim
 from lowtide.models.errors import LowtideError
 from lowtide.models.model import Model
 from lowtide.runtime.gguf_loading import load_gguf
@@ -23,7 +27,8 @@ class LoadedModel:
 
     `steering` is told of each pass, `growth` asked for the tokens of each, `profiler` told of what is
     loaded. Raises `OverBudget` before anything is loaded where the plan does not fit, and after loading
-    where the process is over it all the same.
+    where the process is over it all the same. `releasers` are called, in order, to give memory back; the
+    heap comes last, for what the others free.
     """
 
     def __init__(
@@ -36,12 +41,13 @@ class LoadedModel:
             self.ledger.reserve(row.owner, row.num_bytes)
         self._callback: GraphHook | None = None
         self._profiler = profiler
+        self.releasers: list[Releaser] = []
         profiler.watch(planned, self._watched())
         if model is None:
             with profiler.span("libraries"):
                 self._callback = _graph_hook(planned, profiler)
             try:
-                model = load_gguf(planned, self._callback, profiler)
+                model = load_gguf(planned, self._callback, self.releasers, profiler)
             except BaseException:
                 if self._callback is not None:
                     self._callback.close()
@@ -54,12 +60,17 @@ class LoadedModel:
         self.growth = KvGrowth(self.ledger, planned.plan.kv_tokens, self._kv_bytes)
         if planned.plan.kept_layers is not None:
             self._try_a_pass()
+        self.releasers += (Releaser("moderate", gc.collect), Releaser("background", trim_heap))
         self._check_resident()
 
     @property
     def hook(self) -> GraphHook | None:
         """Our kernels in llama.cpp's graph; None where llama.cpp's own run."""
         return self._callback if self.planned.policy.uses_hook else None
+
+    def trim(self, level: str) -> Trim:
+        """Give back what `level` allows; not during a pass. Raises `BadOption` for a level that is none."""
+        return trim(self.releasers, level)
 
     def _try_a_pass(self) -> None:
         """Read weights once, so that a model whose graph is not as we know it is found out now."""

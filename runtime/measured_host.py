@@ -16,6 +16,7 @@ from lowtide.attention.unpopulated_maps import can_leave_unpopulated
 from lowtide.memory import footprint
 from lowtide.memory.budget import Budget
 from lowtide.memory.context_sizes import ContextSizes, FormulaSizes
+from lowtide.memory.heap import trim_heap
 from lowtide.memory.meter import read_process_memory
 from lowtide.memory.plan import Host
 from lowtide.memory.units import MIB
@@ -52,6 +53,7 @@ class SimulatedSizes:
         """Free the layout; the formulas answer from now on."""
         if self._simulated is not None:
             self._simulated.close()
+            trim_heap()
         self._simulated = None
 
 

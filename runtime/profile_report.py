@@ -81,7 +81,11 @@ class ProfileReport:
     ) -> ProfileReport:
         """Add up what a profiler has kept."""
         timeline = profiler.timeline
-        highest = max(timeline.samples, key=lambda sample: sample.resident_bytes, default=None)
+        # Before the model is loaded nobody's bytes are told apart.
+        told = [sample for sample in timeline.samples if len(sample.owners) > 1]
+        highest = max(
+            told or timeline.samples, key=lambda sample: sample.resident_bytes, default=None
+        )
         resident = highest.resident_bytes if highest else 0
         seconds = (profiler.end_ns - profiler.begin_ns) / 1e9
         passes = {

@@ -16,6 +16,7 @@ from lowtide.attention.policy import AttentionPolicy
 from lowtide.memory.footprint import prompt_limit_bytes
 from lowtide.memory.ledger import Ledger
 from lowtide.memory.plan import MemoryPlan
+from lowtide.memory.releaser import Releaser
 from lowtide.models.chat_template import ChatTemplate, Message
 from lowtide.models.errors import BadOption
 from lowtide.models.model import Model
@@ -30,6 +31,7 @@ from lowtide.runtime.planning import OpenOptions, PlannedModel, plan_reference, 
 from lowtide.runtime.profiler import SILENT, Profiler
 from lowtide.runtime.result import GenerationResult
 from lowtide.runtime.session import Session
+from lowtide.runtime.watchdog import Watchdog
 
 
 class Runtime:
@@ -44,9 +46,11 @@ class Runtime:
         self._profiler = profiler
         self._model = loaded.model
         self._session = Session(loaded.model, loaded.steering, loaded.growth, profiler)
+        loaded.releasers.insert(0, Releaser("complete", self._session.forget))
         self._conversation: Conversation | None = None
         self._answer = 0
         self._lock = threading.Lock()
+        self._stepping = threading.Lock()
         self._closed = False
 
     @classmethod
@@ -182,6 +186,21 @@ class Runtime:
         """Continue `prompt` and return the whole result; options as for `chat`."""
         return GenerationResult.of(self.stream(prompt, options, **named))
 
+    def trim(self, level: str = "background") -> int:
+        """Give memory back, as a mobile system asks for it; return by how many bytes the resident set fell.
+
+        "background" gives back what nobody uses: pages of the KV cache behind the last token, free heap.
+        "moderate" also collects Python's garbage. "complete" also forgets the KV cache: the next prompt is
+        read again, and an answer that is still being read ends with `RuntimeUnusable`. Answers stay the
+        same. May be called from another thread: it waits for the token, or the prompt, in work. Raises
+        `BadOption` for a level that is none.
+        """
+        with self._stepping:
+            if level == "complete":
+                self._begin()  # the one before cannot go on
+            self._check_goes_on(self._answer)
+            return self._loaded.trim(level).given_back_bytes
+
     def _begin(self) -> int:
         with self._lock:
             if self._closed:
@@ -218,19 +237,25 @@ class Runtime:
             planned_bytes=self.plan.total_bytes,
             attention=str(self.planned.policy),
             hook_counts=self._loaded.hook_counts,
+            watchdog=Watchdog(self.plan.budget.num_bytes, self._loaded.trim),
         )
         pieces = generate(self._model, self._session, prompt, options, facts, self._profiler)
         while True:
-            if self._closed or answer != self._answer:
-                raise RuntimeUnusable(
-                    "the runtime is closed: open it again"
-                    if self._closed
-                    else "another answer was started on this runtime, which ended this one"
-                )
-            piece = next(pieces, None)
+            with self._stepping:
+                self._check_goes_on(answer)
+                piece = next(pieces, None)
             if piece is None:
                 return
             yield piece
+
+    def _check_goes_on(self, answer: int) -> None:
+        if self._closed:
+            raise RuntimeUnusable("the runtime is closed: open it again")
+        if answer != self._answer:
+            raise RuntimeUnusable(
+                "another answer was started on this runtime, or it was trimmed completely, which ended "
+                "this one"
+            )
 
     def _remembered(
         self, pieces: Iterator[Piece], conversation: Conversation, prompt: ChatPrompt

@@ -71,8 +71,11 @@ class Session:
         return kept
 
     def forget(self) -> None:
-        """Empty the cache."""
-        self.rewind_to(())
+        """Give up everything that was computed: the next prompt is read again."""
+        self._model.truncate(0)
+        self.token_ids.clear()
+        self.exact_until = 0
+        self.admit(0)
 
     def append(self, token_ids: Sequence[int]) -> Logits:
         """Compute tokens of a prompt, at most `max_rows`, exactly; return the last one's logits.

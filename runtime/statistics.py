@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lowtide.memory.releaser import Trim
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
@@ -14,7 +16,7 @@ class Statistics:
     model, `dropped_tokens` and `dropped_messages` went to `--overflow drop-oldest`. `layers_ours` of
     `layers` ran our attention kernels under the policy `attention`; `attended_share` of the cached keys
     were attended to while decoding. `peak_rss_bytes` is the process's peak so far. These two are read at
-    the end of an answer.
+    the end of an answer. `trims` are what was given back because the process came near its budget.
     """
 
     prompt_tokens: int
@@ -35,6 +37,7 @@ class Statistics:
     attended_share: float | None = None
     peak_rss_bytes: int | None = None
     speculation: dict[str, Any] | None = None
+    trims: tuple[Trim, ...] = ()
 
     @property
     def prefill_tokens_per_s(self) -> float | None:

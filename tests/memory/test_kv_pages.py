@@ -73,6 +73,27 @@ def test_a_cache_that_is_not_as_thought_is_left_alone() -> None:
     assert not other.pages.is_working
 
 
+def test_a_cut_too_small_to_act_on_does_not_end_the_giving_back() -> None:
+    cache = Cache(100)
+    cache.pages.cut(100, 70)  # fewer cells than are worth it
+    cache.pages.cut(90, 0)  # twenty were used again; those behind them still hold what they held
+    assert cache.pages.is_working
+    assert not cache.rows[0, 30 : NUM_CELLS - 30].any()
+
+
+@given(used=st.integers(1, NUM_CELLS), share=st.floats(0, 1))
+def test_a_trim_leaves_the_cells_in_use_alone(used: int, share: float) -> None:
+    cache, kept = Cache(used), int(used * share)
+    before = cache.rows.copy()
+    cache.pages.cut(used, used)
+    cache.pages.trim(used)
+    assert (cache.rows == before).all()
+    cache.pages.trim(kept)
+    assert (cache.rows[:, :kept] == before[:, :kept]).all()
+    row_pages = -(-PAGE_BYTES // ROW_BYTES)
+    assert not any(t[kept + row_pages : NUM_CELLS - row_pages].any() for t in cache.rows)
+
+
 def test_buffers_of_another_size_are_left_alone() -> None:
     tensor_bytes = NUM_CELLS * ROW_BYTES
     assert pages_over(UntouchedBuffer(4096, 4 * tensor_bytes)).is_working

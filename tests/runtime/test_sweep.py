@@ -1,0 +1,102 @@
+"""Random requests, each in a process of its own: never over the budget, and refused only below the bound.
+
+`LOWTIDE_SWEEP=200` runs as many cases; `LOWTIDE_SWEEP_SEED` draws others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from dataclasses import dataclass
+
+import pytest
+from processes import run_lowtide, run_python
+
+from lowtide.memory.units import MIB
+
+NUM_CASES = int(os.environ.get("LOWTIDE_SWEEP", "12"))
+SEED = int(os.environ.get("LOWTIDE_SWEEP_SEED", "1"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A request: `context` None leaves it to the plan, `prompt_words` a turn."""
+
+    budget_bytes: int
+    context: int | None
+    prompt_words: int
+    turns: int
+    attention: str
+
+    @classmethod
+    def drawn(cls, numbers: random.Random) -> Case:
+        """Budgets from below any bound to where everything fits, a third of them near the bounds."""
+        near = numbers.random() < 1 / 3
+        return cls(
+            budget_bytes=numbers.randrange(160 * MIB, (220 if near else 420) * MIB),
+            context=numbers.choice([None, None, 512, 777, 1024, 2048, 4096, 8192]),
+            prompt_words=numbers.choice([1, 20, 100, 250]),
+            turns=numbers.randint(1, 3),
+            attention=numbers.choice(["llama", "llama", "dense", "tidal"]),
+        )
+
+    def options(self) -> list[str]:
+        """The request on the command line."""
+        context = [] if self.context is None else ["-c", str(self.context)]
+        return ["--memory", str(self.budget_bytes), "--attention", self.attention, *context]
+
+
+CASES = [Case.drawn(numbers) for numbers in [random.Random(SEED)] for _ in range(NUM_CASES)]
+
+_RUN = """
+import json
+from lowtide import GenerationResult, OverBudget, PromptTooLong, Runtime
+from lowtide.runtime.planning import OpenOptions, plan_reference
+opening = dict(memory={case.budget_bytes}, context={case.context}, attention={case.attention!r}, threads=1)
+told = dict(bound=plan_reference("smollm2", OpenOptions(**opening)).plan.lower_bound_bytes)
+try:
+    runtime = Runtime.open("smollm2", **opening)
+except OverBudget as error:
+    told.update(refused=error.needed_bytes)
+else:
+    with runtime:
+        history, ended = [], []
+        for turn in range({case.turns}):
+            history.append(dict(role="user", content="tide %d " % turn * {case.prompt_words}))
+            try:
+                result = GenerationResult.of(
+                    runtime.chat(history, max_tokens=6, temperature=0, overflow="drop-oldest")
+                )
+            except PromptTooLong:
+                history.pop()
+                continue
+            history.append(dict(role="assistant", content=result.text))
+            ended.append(result.finish_reason)
+            told.update(peak=result.stats.peak_rss_bytes, trims=len(result.stats.trims))
+        told.update(ended=ended, planned=runtime.plan.total_bytes)
+print(json.dumps(told))
+"""
+
+
+@pytest.mark.parametrize("case", CASES, ids=[str(number) for number in range(NUM_CASES)])
+def test_never_over_and_never_refused_without_need(case: Case) -> None:
+    done = run_python(_RUN.format(case=case), timeout=600)
+    assert done.code == 0, done.stderr
+    told = json.loads(done.stdout)
+    if case.budget_bytes < told["bound"]:
+        assert told["refused"] == told["bound"]
+        assert done.peak_bytes < 60 * MIB  # nothing was loaded
+        return
+    assert "refused" not in told
+    assert done.peak_bytes <= told["planned"] <= case.budget_bytes
+    assert "memory" not in told["ended"]
+
+
+@pytest.mark.skipif(NUM_CASES < 12, reason="too few to be of every kind")
+def test_the_cases_are_of_every_kind() -> None:
+    assert {None, 512, 8192} <= {case.context for case in CASES}
+    assert {case.turns for case in CASES} == {1, 2, 3}
+    assert {case.attention for case in CASES} == {"llama", "dense", "tidal"}
+    told = [run_lowtide("plan", *case.options(), "--json") for case in CASES[:12]]
+    assert 0 < sum(plan.code == 2 for plan in told) < 6  # some are refused, most are run

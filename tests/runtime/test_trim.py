@@ -1,0 +1,155 @@
+"""Memory given back on request: the resident set falls, and the next answer is token for token the same."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+
+import pytest
+from processes import run_python
+
+from lowtide import GenerationResult, Runtime
+from lowtide.memory.releaser import LEVELS, Releaser, trim
+from lowtide.memory.units import MIB
+from lowtide.models.errors import BadOption
+from lowtide.runtime.errors import RuntimeUnusable
+
+Opened = Callable[..., Runtime]
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def test_a_level_calls_what_is_milder_too_and_in_order() -> None:
+    called: list[str] = []
+    releasers = [
+        Releaser(level, lambda name=level: called.append(name))  # type: ignore[misc]
+        for level in ("complete", "background", "moderate")
+    ]
+    for level, expected in (
+        ("background", ["background"]),
+        ("moderate", ["background", "moderate"]),
+        ("complete", ["complete", "background", "moderate"]),
+    ):
+        called.clear()
+        assert trim(releasers, level).level == level
+        assert called == expected
+    with pytest.raises(BadOption, match="level is 'all', one of background, moderate, complete"):
+        trim(releasers, "all")
+
+
+def test_what_is_given_back_is_counted() -> None:
+    """In a process of its own, whose heap is small."""
+    done = run_python(
+        "from lowtide.memory.releaser import Releaser, trim\n"
+        "blocks = [bytearray(b'x') * (48 << 20)]\n"
+        "print(trim([Releaser('background', blocks.clear)], 'background').given_back_bytes)\n"
+        "print(trim([], 'complete').given_back_bytes)"
+    )
+    given_back, nothing = map(int, done.stdout.split())
+    assert abs(given_back - (48 << 20)) < MIB and nothing < MIB
+
+
+def test_complete_reads_the_next_prompt_again(fake_runtime: Opened) -> None:
+    runtime = fake_runtime("Hello.")
+    first = GenerationResult.of(runtime.chat(HELLO, temperature=0))
+    for level, reused in (("background", True), ("moderate", True), ("complete", False)):
+        assert runtime.trim(level) >= 0
+        again = GenerationResult.of(runtime.chat(HELLO, temperature=0))
+        assert again.token_ids == first.token_ids
+        assert (again.stats.reused_tokens > 0) is reused
+    with pytest.raises(BadOption, match="level is 'most'"):
+        runtime.trim("most")
+
+
+def test_an_answer_in_the_middle(fake_runtime: Opened) -> None:
+    runtime = fake_runtime("Hello.")
+    pieces = runtime.chat(HELLO, temperature=0)
+    said = next(pieces).text
+    runtime.trim("moderate")
+    assert said + "".join(piece.text for piece in pieces) == "Hello."
+    pieces = runtime.chat(HELLO, temperature=0)
+    next(pieces)
+    runtime.trim("complete")
+    with pytest.raises(RuntimeUnusable, match="trimmed completely"):
+        next(pieces)
+    assert GenerationResult.of(runtime.chat(HELLO, temperature=0)).text == "Hello."
+
+
+def test_a_closed_runtime_has_nothing_to_give(fake_runtime: Opened) -> None:
+    runtime = fake_runtime()
+    runtime.close()
+    for level in LEVELS:
+        with pytest.raises(RuntimeUnusable, match="closed"):
+            runtime.trim(level)
+
+
+def test_another_thread_waits_for_the_pass_in_work(fake_runtime: Opened) -> None:
+    """The pages behind the last token are being written while a pass runs."""
+    runtime = fake_runtime("Hello.")
+    model = runtime._model
+    forward, trimmed = model.forward, threading.Event()
+
+    def trimming() -> None:
+        runtime.trim("background")
+        trimmed.set()
+
+    other = threading.Thread(target=trimming)
+
+    def slow(token_ids):  # type: ignore[no-untyped-def]
+        if other.ident is None:
+            other.start()
+            assert not trimmed.wait(0.2)
+        return forward(token_ids)
+
+    model.forward = slow  # type: ignore[method-assign]
+    assert GenerationResult.of(runtime.chat(HELLO, temperature=0)).text == "Hello."
+    assert trimmed.wait(10)
+    other.join()
+
+
+REAL = """
+import json
+from lowtide import GenerationResult, Runtime
+from lowtide.memory.meter import read_process_memory as read
+with Runtime.open("smollm2", memory="8GiB", context=8192, threads=1, attention={attention!r}) as runtime:
+    history = [{{"role": "user", "content": "The tide is low. " * 90}}]
+    def answer():
+        result = GenerationResult.of(runtime.chat(history, temperature=0, max_tokens=12))
+        return list(result.token_ids), result.stats.reused_tokens
+    told = {{}}
+    first, _ = answer()
+    for level in ("background", "moderate", "complete"):
+        before = read().resident_bytes
+        given_back = runtime.trim(level)
+        told[level] = [given_back, before - read().resident_bytes, *answer()]
+    print(json.dumps([first, told]))
+"""
+
+
+@pytest.mark.parametrize("attention", ["llama", "tidal"])
+def test_the_resident_set_falls_and_the_answer_stays(attention: str) -> None:
+    done = run_python(REAL.format(attention=attention))
+    assert done.code == 0, done.stderr
+    first, told = json.loads(done.stdout)
+    for given_back, fell, token_ids, _ in told.values():
+        assert token_ids == first
+        assert abs(given_back - max(fell, 0)) < MIB
+    assert told["background"][3] > 400 and told["moderate"][3] > 400  # the cache was kept
+    assert told["complete"][3] == 0
+    assert told["complete"][0] > 8 * MIB  # 470 tokens of 22.5 KiB
+
+
+def test_free_heap_goes_back() -> None:
+    """A long text leaves the tokeniser's blocks in the C library's arenas."""
+    done = run_python(
+        "from lowtide import Runtime\n"
+        "with Runtime.open('smollm2', memory='8GiB', context=8192, threads=1) as runtime:\n"
+        "    expected = runtime.generate('word', max_tokens=8, temperature=0).token_ids\n"
+        "    tokenizer = runtime._model.tokenizer\n"
+        "    tokenizer.encode('ab ' * 20000, add_special=True, parse_special=False)\n"
+        "    print(runtime.trim())\n"
+        "    print(runtime.generate('word', max_tokens=8, temperature=0).token_ids == expected)"
+    )
+    assert done.code == 0, done.stderr
+    given_back, same = done.stdout.split()
+    assert int(given_back) > MIB // 2 and same == "True"
