@@ -30,7 +30,7 @@ def read_process_memory() -> ProcessMemory:
 
 
 def read_resident_bytes() -> int:
-    """Read the resident set alone, 10 microseconds on Linux; off by some pages for each processor."""
+    """Read the resident set alone, 10 to 20 microseconds on Linux; off by some pages for each processor."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * mmap.PAGESIZE
