@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from lowtide.memory.footprint import CELL_STEP
 from lowtide.memory.ledger import Ledger
 from lowtide.memory.plan import KV_OWNER
 
@@ -19,6 +20,15 @@ class KvGrowth:
         self._planned_tokens = planned_tokens
         self._admitted_tokens = planned_tokens
         self._bytes_of = bytes_of
+
+    def most_tokens(self, limit: int) -> int:
+        """Return how many tokens, up to `limit`, the ledger has room for now."""
+        free_bytes = self._ledger.budget_bytes - self._ledger.reserved_bytes
+        room_bytes = free_bytes + self._bytes_of(self._admitted_tokens)
+        most = self._planned_tokens
+        while most < limit and self._bytes_of(most + CELL_STEP) <= room_bytes:
+            most += CELL_STEP
+        return min(most, limit)
 
     def admit(self, num_tokens: int) -> None:
         """Reserve what `num_tokens` take in all.

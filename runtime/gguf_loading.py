@@ -52,8 +52,9 @@ def load_gguf(
         model = GgufModel(planned.spec, options)
     if plan.kept_layers is not None and hook is not None:
         hook.stream_weights(mapped_spans(planned.spec, maps), _kept(planned.spec, plan.kept_layers))
+    # Milder levels are for running answers, which would read the weights again at once.
     releasers += (
-        Releaser("moderate", partial(give_back, file_map)) for found in maps for file_map in found
+        Releaser("complete", partial(give_back, file_map)) for found in maps for file_map in found
     )
     profiler.cache_lies_in(buffers)
     row_bytes = kv_row_bytes(planned.spec, plan.kv_type)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import sys
 from collections.abc import Iterator
 
 from lowtide.attention.native_library import native_library
@@ -64,9 +65,19 @@ def measured_host(spec: ModelSpec, budget: Budget) -> Iterator[tuple[Host, Conte
     A budget that could not even hold the vocabulary is planned by the formulas, so that nothing passes it.
     """
     resident = footprint.interpreter_bytes(read_process_memory())
-    formulas = Host(interpreter_bytes=resident, processor=platform.machine())
+    # Not held against llama.cpp yet: who comes back with the bound that this gives is told if it is not so.
+    is_linux = sys.platform == "linux"
+    formulas = Host(
+        interpreter_bytes=resident,
+        processor=platform.machine(),
+        kv_follows_use=is_linux and footprint.kv_row_bytes(spec, "f16") is not None,
+        can_stream_weights=is_linux,
+    )
     least = resident + footprint.vocabulary_bytes(spec.vocabulary) + footprint.loading_bytes(spec)
-    if least > budget.num_bytes or not spec.path.is_file():
+    if not spec.path.is_file():
+        yield Host(interpreter_bytes=resident, processor=platform.machine()), FormulaSizes(spec)
+        return
+    if least > budget.num_bytes:
         yield formulas, FormulaSizes(spec)
         return
     _load_what_answers_need(spec)
@@ -75,7 +86,7 @@ def measured_host(spec: ModelSpec, budget: Budget) -> Iterator[tuple[Host, Conte
         simulated = SimulatedGguf(spec)
         simulated.context(footprint.CELL_STEP, 1, "f16")
     except ModelError:
-        yield formulas, FormulaSizes(spec)
+        yield _host(spec, before, vocabulary=False), FormulaSizes(spec)
         return
     sizes = SimulatedSizes(spec, simulated)
     try:
@@ -84,14 +95,15 @@ def measured_host(spec: ModelSpec, budget: Budget) -> Iterator[tuple[Host, Conte
         sizes.close()
 
 
-def _host(spec: ModelSpec, before_bytes: int) -> Host:
-    """The host as it is while the model is laid out."""
+def _host(spec: ModelSpec, before_bytes: int, *, vocabulary: bool = True) -> Host:
+    """The host as it is while the model is laid out, or without its vocabulary where it was not."""
+    held_bytes = max(read_process_memory().resident_bytes - before_bytes, 0)
     return Host(
         interpreter_bytes=before_bytes,
         processor=platform.machine(),
         kv_follows_use=can_leave_untouched() and footprint.kv_row_bytes(spec, "f16") is not None,
         can_stream_weights=can_leave_unpopulated(),
-        vocabulary_bytes=max(read_process_memory().resident_bytes - before_bytes, 0),
+        vocabulary_bytes=held_bytes if vocabulary else None,
         tolerance_bytes=TOLERANCE_BYTES,
     )
 

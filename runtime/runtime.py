@@ -153,7 +153,7 @@ class Runtime:
                 token_ids = conversation.prompt_ids(text, some)
             return ChatPrompt(text=text, token_ids=token_ids, num_messages=len(some))
 
-        chat_prompt, dropped = fit_messages(messages, prepared, self._model.context, chosen)
+        chat_prompt, dropped = fit_messages(messages, prepared, self._room_tokens, chosen)
         prompt = Prompt(
             token_ids=chat_prompt.token_ids,
             asked_at=asked_at,
@@ -176,7 +176,7 @@ class Runtime:
             raise BadOption(
                 "the prompt is empty, and this model adds no token of its own: write one"
             )
-        kept, dropped = fit_tokens(token_ids, self._model.context, chosen)
+        kept, dropped = fit_tokens(token_ids, self._room_tokens, chosen)
         fitted = Prompt(token_ids=kept, asked_at=asked_at, dropped_tokens=dropped)
         return self._pieces(answer, fitted, chosen)
 
@@ -214,6 +214,11 @@ class Runtime:
             template = ChatTemplate(self.spec.chat_template, tokenizer.special_texts)
             self._conversation = Conversation(template, tokenizer)
         return self._conversation
+
+    @property
+    def _room_tokens(self) -> int:
+        """How many tokens a prompt and its answer may have: the context, or what the budget allows."""
+        return self._loaded.growth.most_tokens(self._model.context)
 
     def _check_text(self, text: str) -> None:
         """Refuse a text that would pass its row of the plan while it is tokenised.

@@ -31,7 +31,7 @@ def lowtide(monkeypatch: pytest.MonkeyPatch) -> Invoke:
 
         spec = FakeModel(context=context).spec
         monkeypatch.setattr("lowtide.runtime.planning.read_spec", lambda _path: spec)
-        monkeypatch.setattr("lowtide.runtime.loaded_model.GgufModel", load)
+        monkeypatch.setattr("lowtide.runtime.gguf_loading.GgufModel", load)
         runner = CliRunner()
         return runner.invoke(
             main, [*arguments, "--memory", "8GiB"], input=input, catch_exceptions=False

