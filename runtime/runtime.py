@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +20,7 @@ from lowtide.models.chat_template import ChatTemplate, Message
 from lowtide.models.errors import BadOption
 from lowtide.models.model import Model
 from lowtide.models.spec import ModelSpec
-from lowtide.runtime.conversation import ChatPrompt, Conversation
+from lowtide.runtime.conversation import ChatPrompt, Conversation, LastAnswer
 from lowtide.runtime.errors import PromptTooLong, RuntimeUnusable
 from lowtide.runtime.generate import Piece, Prompt, RunFacts, generate
 from lowtide.runtime.loaded_model import LoadedModel
@@ -42,6 +42,7 @@ class Runtime:
         self._loaded = loaded
         self._model = loaded.model
         self._session = Session(loaded.model, loaded.steering)
+        self._last = LastAnswer()
         self._conversation: Conversation | None = None
         self._answer = 0
         self._lock = threading.Lock()
@@ -144,7 +145,7 @@ class Runtime:
             dropped_tokens=dropped.num_tokens,
             dropped_messages=dropped.num_messages,
         )
-        return self._remembered(self._pieces(answer, prompt, chosen), conversation, chat_prompt)
+        return self._remembered(answer, prompt, chosen, chat_prompt)
 
     def stream(
         self, prompt: str, options: GenerationOptions | None = None, **named: Any
@@ -171,16 +172,19 @@ class Runtime:
 
     def _begin(self) -> int:
         with self._lock:
-            if self._closed:
-                raise RuntimeUnusable("the runtime is closed: open it again")
+            self._require_open()
             self._answer += 1
             return self._answer
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RuntimeUnusable("the runtime is closed: open it again")
 
     def _chatting(self) -> Conversation:
         if self._conversation is None:
             tokenizer = self._model.tokenizer
             template = ChatTemplate(self.spec.chat_template, tokenizer.special_texts)
-            self._conversation = Conversation(template, tokenizer)
+            self._conversation = Conversation(template, tokenizer, self._last)
         return self._conversation
 
     def _check_text(self, text: str) -> None:
@@ -203,11 +207,10 @@ class Runtime:
         )
         pieces = generate(self._model, self._session, prompt, options, facts)
         while True:
-            if self._closed or answer != self._answer:
+            self._require_open()
+            if answer != self._answer:
                 raise RuntimeUnusable(
-                    "the runtime is closed: open it again"
-                    if self._closed
-                    else "another answer was started on this runtime, which ended this one"
+                    "another answer was started on this runtime, which ended this one"
                 )
             piece = next(pieces, None)
             if piece is None:
@@ -215,16 +218,18 @@ class Runtime:
             yield piece
 
     def _remembered(
-        self, pieces: Iterator[Piece], conversation: Conversation, prompt: ChatPrompt
+        self, answer: int, prompt: Prompt, options: GenerationOptions, chat_prompt: ChatPrompt
     ) -> Generator[Piece, None, None]:
+        """Yield the answer and remember it for the next turn, unless another was started meanwhile."""
         token_ids: list[int] = []
         try:
-            for piece in pieces:
+            for piece in self._pieces(answer, prompt, options):
                 if piece.token_id is not None:
                     token_ids.append(piece.token_id)
                 yield piece
         finally:
-            conversation.answered(prompt, token_ids)
+            if answer == self._answer:
+                self._chatting().answered(chat_prompt, token_ids)
 
     def close(self) -> None:
         """Free the model; an answer that is still being read ends with an error."""
