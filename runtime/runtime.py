@@ -29,6 +29,7 @@ from lowtide.runtime.overflow import fit_messages, fit_tokens
 from lowtide.runtime.planning import OpenOptions, PlannedModel, plan_reference, plan_spec
 from lowtide.runtime.result import GenerationResult
 from lowtide.runtime.session import Session
+from lowtide.runtime.session_store import SessionStore
 
 
 class Runtime:
@@ -47,6 +48,9 @@ class Runtime:
         self._answer = 0
         self._lock = threading.Lock()
         self._closed = False
+        self._store = SessionStore(
+            loaded, self._session, self._last, begin=self._begin, require_open=self._require_open
+        )
 
     @classmethod
     def open(
@@ -113,6 +117,11 @@ class Runtime:
     def planned(self) -> PlannedModel:
         """The plan with the model and the machine it was made for."""
         return self._loaded.planned
+
+    @property
+    def session(self) -> SessionStore:
+        """The conversation on disk, KV state included: `save(path, messages)` and `load(path)`."""
+        return self._store
 
     def chat(
         self,
