@@ -36,8 +36,8 @@ blanks), 18 to 48 for natural text."""
 
 SESSION_CHUNK_BYTES = 256 * KIB
 """How much of a session file is checked at once."""
-JSON_COPIES = 12
-"""Bytes of memory for each byte of JSON that is read: its text, its values, and lists of numbers."""
+JSON_COPIES = 16
+"""Bytes of memory for each byte of JSON that is read: 14 measured at the worst (messages of one letter)."""
 
 
 def interpreter_bytes(process: ProcessMemory) -> int:
