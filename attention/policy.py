@@ -33,6 +33,11 @@ class AttentionPolicy(ABC):
         """How many layers choose keys: what the scratch memory depends on."""
         return 0
 
+    @property
+    def identity(self) -> str:
+        """Everything that the keys and values of a pass depend on."""
+        return str(self)
+
     def install(self, hook: GraphHook, spec: ModelSpec) -> Steering:
         """Give the hook the policy and return what tells it of each pass."""
         return Steering()

@@ -87,6 +87,11 @@ class Tidal(AttentionPolicy):
         return replace(self, k=k, selection_layers=layers, origin=origin)
 
     @property
+    def identity(self) -> str:
+        """Every setting, wherever it came from."""
+        return repr(replace(self, calibration=None, origin=""))
+
+    @property
     def num_selections(self) -> int:
         """How many layers choose keys."""
         return len(self.selection_layers or ())

@@ -14,8 +14,9 @@ import click
 
 from lowtide.cli.input import TurnReader
 from lowtide.cli.summary import note, statistics_line
+from lowtide.memory.units import format_bytes
 from lowtide.models.errors import LowtideError
-from lowtide.runtime.transcript import Transcript
+from lowtide.runtime.errors import OverBudget, SessionMismatch
 
 if TYPE_CHECKING:
     from lowtide.runtime import Piece, Runtime
@@ -25,8 +26,8 @@ HELP = '''\
 /help            this page
 /reset           forget the conversation, keep the system message
 /system [TEXT]   set the system message and start over; without TEXT, remove it
-/save FILE       write the conversation to a file
-/load FILE       go on with a conversation from a file
+/save FILE       write the conversation to a file, with the KV state of its tokens
+/load FILE       go on with a conversation from a file, without reading it again
 /stats           what the last answer cost, and the memory plan
 /exit            leave (also Ctrl-D)
 
@@ -123,17 +124,36 @@ class Repl:
 
     def _save(self, name: str) -> None:
         path = _path(name, "/save")
-        Transcript(model=self._runtime.spec.name, messages=tuple(self.messages)).save(path)
-        note(f"{len(self._turns)} messages saved to {path}")
+        with_state = ""
+        try:
+            saved = self._runtime.session.save(path, self.messages)
+            if saved.num_tokens:
+                size = format_bytes(saved.num_bytes)
+                with_state = f", with the KV state of {saved.num_tokens:,} tokens ({size})"
+        except OverBudget as error:
+            self._runtime.session.save(path, self.messages, state=False)
+            with_state = f" without their KV state, because {error}"
+        note(f"{len(self._turns)} messages saved to {path}{with_state}")
 
     def _load(self, name: str) -> None:
-        transcript = Transcript.load(_path(name, "/load"))
-        turns = list(transcript.messages)
+        path = _path(name, "/load")
+        reason = "they are read with your next turn"
+        try:
+            loaded = self._runtime.session.load(path)
+            messages, model = loaded.messages, loaded.model
+            if loaded.num_tokens:
+                reason = f"{loaded.num_tokens:,} tokens are in the KV cache again"
+            if model != self._runtime.spec.name:
+                reason += f"; they were answered by {model}"
+        except (SessionMismatch, OverBudget) as error:
+            messages = self._runtime.session.read_messages(path)
+            reason += f", because {error}"
+        self._go_on_with(list(messages))
+        note(f"{len(self._turns)} messages loaded; {reason}")
+
+    def _go_on_with(self, turns: list[dict[str, str]]) -> None:
         self._system = turns.pop(0)["content"] if turns and turns[0]["role"] == "system" else None
         self._turns = turns
-        note(f"{len(turns)} messages loaded; they are read with your next turn")
-        if transcript.model != self._runtime.spec.name:
-            note(f"they were answered by {transcript.model}")
 
     def _show_statistics(self, _rest: str) -> None:
         click.echo(str(self._runtime.plan), err=True)
@@ -145,5 +165,5 @@ def _path(name: str, command: str) -> Path:
     from lowtide.models.errors import BadOption
 
     if not name:
-        raise BadOption(f"{command} needs a file name: {command} talk.json")
+        raise BadOption(f"{command} needs a file name: {command} talk.session")
     return Path(name).expanduser()

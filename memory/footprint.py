@@ -41,6 +41,11 @@ TOKENISER_BYTES_PER_PROMPT_BYTE = 128
 """Peak growth while llama.cpp tokenises, for each byte of text: 123 measured at the worst (one word of
 blanks), 18 to 48 for natural text."""
 
+SESSION_CHUNK_BYTES = 256 * KIB
+"""How much of a session file is checked at once."""
+JSON_COPIES = 16
+"""Bytes of memory for each byte of JSON that is read: 14 measured at the worst (messages of one letter)."""
+
 
 def interpreter_bytes(process: ProcessMemory) -> int:
     """Return what the process needs before any model, given what it already has resident.
@@ -175,6 +180,16 @@ def selection_bytes(spec: ModelSpec, context: int, selection_layers: int) -> int
 def comparison_bytes(spec: ModelSpec, num_rows: int) -> int:
     """Return what `num_rows` kept distributions take, and the arrays that compare two of them."""
     return 4 * (num_rows + 8) * spec.vocabulary.num_tokens
+
+
+def session_bytes(spec: ModelSpec, num_tokens: int, kv_type: str, num_text_bytes: int) -> int:
+    """Return what a session file takes for a moment while it is written or read.
+
+    llama.cpp moves one tensor of the cache at a time through a buffer, which may grow once; the file is
+    checked in chunks; `num_text_bytes` of JSON become objects.
+    """
+    largest = max(max(_kv_rows(spec, kv_type)) * num_tokens, spec.recurrent_state_bytes)
+    return 2 * largest + SESSION_CHUNK_BYTES + JSON_COPIES * num_text_bytes
 
 
 def prompt_limit_bytes(context: int) -> int:

@@ -1,7 +1,8 @@
 """Releaser: something that can give memory back on request, and from which level on.
 
 The levels, from the mildest: "background" gives back what nobody uses, "moderate" also what can be had
-again from where it came, "complete" also what must be computed or read again before the next token. Knows no owner's insides.
+again from where it came, "complete" also what must be computed or read again before the next token.
+Knows no owner's insides.
 """
 
 from __future__ import annotations

@@ -48,3 +48,7 @@ class DownloadError(ModelError):
 
 class ForwardError(LowtideError):
     """A forward pass failed in native code; the runtime stays usable."""
+
+
+class StateError(LowtideError):
+    """A KV cache could not be written to a file or read from one; the runtime stays usable."""

@@ -6,11 +6,12 @@ appending again gives the same answers, as with a real model.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowtide.models.errors import ForwardError
+from lowtide.models.errors import ForwardError, StateError
 from lowtide.models.model import Model
 from lowtide.models.spec import ModelSpec, VocabularySpec
 from lowtide.models.tokenizer import Tokenizer
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 BOS, TURN_START, TURN_END = 256, 257, 258
 NUM_TOKENS = 259
 CERTAINTY = 30.0
+_STATE_MAGIC = b"fake"
 _WRITTEN = {BOS: "<bos>", TURN_START: "<|start|>", TURN_END: "<|end|>"}
 
 CHAT_TEMPLATE = (
@@ -65,6 +67,8 @@ class FakeModel(Model):
     A prompt without turns is answered with the first reply, after its last newline. `rows` records the
     rows of every forward pass, for tests of what was computed again.
     """
+
+    keeps_state = True
 
     def __init__(
         self, replies: Sequence[str] = ("Hello.",), context: int = 512, max_rows: int = 64
@@ -120,6 +124,24 @@ class FakeModel(Model):
         """Forget the tokens from `num_tokens` on."""
         del self._tokens[num_tokens:]
         return len(self._tokens)
+
+    def state_owner(self) -> dict[str, str]:
+        """Return its name: all fake models have the same keys and values."""
+        return {"model": self.spec.name}
+
+    def save_state(self, path: Path, token_ids: Sequence[int]) -> int:
+        """Write the tokens, four bytes each: they are all that there is."""
+        return path.write_bytes(_STATE_MAGIC + array("i", token_ids).tobytes())
+
+    def load_state(self, path: Path, num_bytes: int) -> list[int]:
+        """Put the tokens back."""
+        self._tokens = []
+        with path.open("rb") as file:
+            state = file.read(num_bytes)
+        if not state.startswith(_STATE_MAGIC) or len(state) % 4:
+            raise StateError("the state is not a fake model's")
+        self._tokens = array("i", state[len(_STATE_MAGIC) :]).tolist()
+        return self._tokens[:]
 
     def close(self) -> None:
         """Nothing is held."""

@@ -1,16 +1,20 @@
-"""A model's fingerprint: the same for every quantisation of it, another for another training.
+"""Fingerprints: of a model, the same for every quantisation and another for another training; of its files.
 
-Names and shapes of all tensors, and the data of the output norm: every quantisation keeps that in F32.
+A model's are names and shapes of all tensors, and the data of the output norm: every quantisation keeps
+that in F32.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 from lowtide.models.gguf_reader import GgufContents, TensorInfo
 
 NORM = "output_norm.weight"
+NUM_SAMPLES = 512
+SAMPLE_BYTES = 4096
 
 
 def fingerprint(parts: Sequence[GgufContents]) -> str:
@@ -22,6 +26,23 @@ def fingerprint(parts: Sequence[GgufContents]) -> str:
     for tensor, part in tensors:
         if tensor.name == NORM and tensor.type_name == "F32":
             digest.update(_data(tensor, part))
+    return digest.hexdigest()[:32]
+
+
+def file_fingerprint(paths: Sequence[Path]) -> str:
+    """Return 32 hexadecimal digits for these very files: sizes, and samples from beginning to end.
+
+    Reading all of it would take seconds for a large model; other weights differ in every sample of theirs.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        num_bytes = path.stat().st_size
+        digest.update(f"{num_bytes}\n".encode())
+        step = max(num_bytes // NUM_SAMPLES, SAMPLE_BYTES)
+        with path.open("rb", buffering=0) as file:
+            for start in range(0, num_bytes, step):
+                file.seek(start)
+                digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()[:32]
 
 

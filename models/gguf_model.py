@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowtide.models.errors import ForwardError, ModelError, UnsupportedModel
+from lowtide.models.errors import ForwardError, ModelError, StateError, UnsupportedModel
+from lowtide.models.fingerprint import file_fingerprint
 from lowtide.models.gguf_options import LoadOptions, context_parameters, model_parameters
+from lowtide.models.gguf_state import read_state, write_state
 from lowtide.models.gguf_tokenizer import GgufTokenizer
 from lowtide.models.llama_library import LlamaLibrary, llama_library
 from lowtide.models.model import Model
@@ -32,9 +35,12 @@ class GgufModel(Model):
     Raises `UnsupportedModel` where llama.cpp refuses the file or the context, with its own reason.
     """
 
+    keeps_state = True
+
     def __init__(self, spec: ModelSpec, options: LoadOptions) -> None:
         self.spec = spec
         self.max_rows = options.max_rows
+        self._kv_type = options.kv_type
         self.on_cut: Callable[[int, int], None] | None = None
         """Told, after tokens were forgotten, how many there had been and how many are kept."""
         self._model: Any = None
@@ -116,6 +122,34 @@ class GgufModel(Model):
         if self.on_cut is not None:
             self.on_cut(used, self._num_tokens)
         return self._num_tokens
+
+    def state_owner(self) -> dict[str, str]:
+        """Return the weights, the KV type, and the llama.cpp that lays the cells out."""
+        spec = self.spec
+        weights = file_fingerprint(spec.paths)
+        return {
+            "model": f"{spec.name}, {spec.quantisation}, {weights}",
+            "KV type": self._kv_type,
+            "llama-cpp-python": self._library.version,
+        }
+
+    def save_state(self, path: Path, token_ids: Sequence[int]) -> int:
+        """Write the KV cache to a file in llama.cpp's format, one tensor at a time."""
+        assert len(token_ids) == self._num_tokens, "these are not the tokens in the cache"
+        return write_state(self._library, self._context, path, token_ids)
+
+    def load_state(self, path: Path, num_bytes: int) -> list[int]:
+        """Put a file's tokens and cells back; cells that hold no token stay untouched."""
+        self.truncate(0)
+        try:
+            token_ids = read_state(self._library, self._context, path, num_bytes, self.context)
+            if not all(0 <= token_id < self._num_logits for token_id in token_ids):
+                raise StateError("it holds tokens that are not in the vocabulary")
+        except BaseException:
+            self._forget_from(0)
+            raise
+        self._num_tokens = len(token_ids)
+        return token_ids
 
     def _forget_from(self, position: int) -> int:
         """Remove every cell from `position` on, also those of a pass that was interrupted."""

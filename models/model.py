@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeAlias
 
+from lowtide.models.errors import StateError
 from lowtide.models.spec import ModelSpec
 from lowtide.models.tokenizer import Tokenizer
 
@@ -33,6 +35,8 @@ class Model(ABC):
     """How many tokens the KV cache holds."""
     max_rows: int
     """How many rows one forward pass takes."""
+    keeps_state: bool = False
+    """Whether the KV cache can be written to a file and read again: the three methods on state."""
 
     @property
     @abstractmethod
@@ -53,6 +57,25 @@ class Model(ABC):
 
         A model that cannot go back (a recurrent one) forgets everything and returns 0.
         """
+
+    def state_owner(self) -> dict[str, str]:
+        """Return whose keys and values a state holds, by property: another model's must differ in one."""
+        raise StateError(f"{self.spec.name} cannot keep its KV cache in a file")
+
+    def save_state(self, path: Path, token_ids: Sequence[int]) -> int:
+        """Write the KV cache of `token_ids`, all that it holds, to a file and return its bytes.
+
+        Raises `StateError` with the reason, such as a full disk.
+        """
+        raise StateError(f"{self.spec.name} cannot keep its KV cache in a file")
+
+    def load_state(self, path: Path, num_bytes: int) -> list[int]:
+        """Put back what lies in the first `num_bytes` of a file, and return its tokens.
+
+        Going on from there equals never having left. The bytes must be those that `save_state` of this
+        `state_owner` wrote. Raises `StateError` where they are not; the cache is then empty.
+        """
+        raise StateError(f"{self.spec.name} cannot keep its KV cache in a file")
 
     @abstractmethod
     def close(self) -> None:

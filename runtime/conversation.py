@@ -7,7 +7,7 @@ prompt as the very tokens that were sampled: written out and tokenised again the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lowtide.models.chat_template import ChatTemplate, Message
 from lowtide.models.errors import TemplateError
@@ -23,15 +23,26 @@ class ChatPrompt:
     num_messages: int
 
 
-class Conversation:
-    """Remembers the last prompt and answer of a chat as text and as tokens."""
+@dataclass(slots=True)
+class LastAnswer:
+    """The last prompt of a chat with its answer, as text and as the tokens that it was read as."""
 
-    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    num_messages: int = 0
+
+    def set(self, text: str, token_ids: list[int], num_messages: int) -> None:
+        """Be another one; with an empty text the next prompt is tokenised whole."""
+        self.text, self.token_ids, self.num_messages = text, token_ids, num_messages
+
+
+class Conversation:
+    """Writes prompts and keeps `last` up to date."""
+
+    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, last: LastAnswer) -> None:
         self._template = template
         self._tokenizer = tokenizer
-        self._known_text = ""
-        self._known_ids: list[int] = []
-        self._known_messages = 0
+        self._last = last
 
     def render(self, messages: Sequence[Message]) -> str:
         """Return the prompt as text."""
@@ -43,11 +54,11 @@ class Conversation:
         Only the template may write control tokens: where a message spells one out, it is read as
         plain text.
         """
-        known = self._known_text
-        if known and text.startswith(known):
-            rest = text[len(known) :]
-            new_messages = messages[self._known_messages :]
-            return [*self._known_ids, *self._encode(rest, new_messages, add_special=False)]
+        last = self._last
+        if last.text and text.startswith(last.text):
+            rest = text[len(last.text) :]
+            new_messages = messages[last.num_messages :]
+            return [*last.token_ids, *self._encode(rest, new_messages, add_special=False)]
         begins_text = self._tokenizer.special_texts.get("bos_token") or None
         add_special = begins_text is None or not text.startswith(begins_text)
         return self._encode(text, messages, add_special=add_special)
@@ -56,15 +67,10 @@ class Conversation:
         """Remember what followed the prompt, also where the answer was cut short."""
         answer = self._tokenizer.decode(answer_ids)
         if "\ufffd" in answer:  # half a character: its tokens do not spell the text that was shown
-            self.forget()
+            self._last.set("", [], 0)
             return
-        self._known_text = prompt.text + answer
-        self._known_ids = [*prompt.token_ids, *answer_ids]
-        self._known_messages = prompt.num_messages + 1
-
-    def forget(self) -> None:
-        """Start over: the next prompt is tokenised whole."""
-        self._known_text, self._known_ids, self._known_messages = "", [], 0
+        token_ids = [*prompt.token_ids, *answer_ids]
+        self._last.set(prompt.text + answer, token_ids, prompt.num_messages + 1)
 
     def _encode(self, text: str, messages: Sequence[Message], *, add_special: bool) -> list[int]:
         forged = [m["content"] for m in messages if self._spells_control_tokens(m["content"])]

@@ -17,7 +17,9 @@ LowtideError                 everything a user can act on; `exit_code` 1
   + PromptTooLong            2  the prompt does not fit the context
   + ForwardError             1  a forward pass failed in native code
   + RuntimeUnusable          1  closed, or busy with another answer
+  + StateError               1  native code could not write or read a KV cache
   + TranscriptError          1  a conversation could not be saved or loaded
+  |   - SessionMismatch      2  its KV state belongs to another model or setting
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from lowtide.models.errors import (
     LowtideError,
     ModelError,
     ModelNotFound,
+    StateError,
     TemplateError,
     UnsupportedModel,
 )
@@ -53,6 +56,8 @@ __all__ = [
     "OverBudget",
     "PromptTooLong",
     "RuntimeUnusable",
+    "SessionMismatch",
+    "StateError",
     "TemplateError",
     "TranscriptError",
     "UnsupportedModel",
@@ -84,3 +89,12 @@ class RuntimeUnusable(LowtideError):
 
 class TranscriptError(LowtideError):
     """A conversation could not be saved or loaded; the one in memory is as it was."""
+
+
+class SessionMismatch(TranscriptError):
+    """The file's KV state belongs to another model, KV type or attention, or to a longer context.
+
+    Its messages can be read all the same, and answered after reading them again.
+    """
+
+    exit_code = 2

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,7 +21,7 @@ from lowtide.models.chat_template import ChatTemplate, Message
 from lowtide.models.errors import BadOption
 from lowtide.models.model import Model
 from lowtide.models.spec import ModelSpec
-from lowtide.runtime.conversation import ChatPrompt, Conversation
+from lowtide.runtime.conversation import ChatPrompt, Conversation, LastAnswer
 from lowtide.runtime.errors import PromptTooLong, RuntimeUnusable
 from lowtide.runtime.generate import Piece, Prompt, RunFacts, generate
 from lowtide.runtime.loaded_model import LoadedModel
@@ -31,6 +31,7 @@ from lowtide.runtime.planning import OpenOptions, PlannedModel, plan_reference, 
 from lowtide.runtime.profiler import SILENT, Profiler
 from lowtide.runtime.result import GenerationResult
 from lowtide.runtime.session import Session
+from lowtide.runtime.session_store import SessionStore
 from lowtide.runtime.watchdog import Watchdog
 
 
@@ -46,12 +47,16 @@ class Runtime:
         self._profiler = profiler
         self._model = loaded.model
         self._session = Session(loaded.model, loaded.steering, loaded.growth, profiler)
+        self._last = LastAnswer()
         loaded.releasers.insert(0, Releaser("complete", self._session.forget))
         self._conversation: Conversation | None = None
         self._answer = 0
         self._lock = threading.Lock()
         self._stepping = threading.Lock()
         self._closed = False
+        self._store = SessionStore(
+            loaded, self._session, self._last, begin=self._begin, require_open=self._require_open
+        )
 
     @classmethod
     def open(
@@ -127,6 +132,11 @@ class Runtime:
         """The plan with the model and the machine it was made for."""
         return self._loaded.planned
 
+    @property
+    def session(self) -> SessionStore:
+        """The conversation on disk, KV state included: `save(path, messages)` and `load(path)`."""
+        return self._store
+
     def chat(
         self,
         messages: Sequence[Message],
@@ -160,7 +170,7 @@ class Runtime:
             dropped_tokens=dropped.num_tokens,
             dropped_messages=dropped.num_messages,
         )
-        return self._remembered(self._pieces(answer, prompt, chosen), conversation, chat_prompt)
+        return self._remembered(answer, prompt, chosen, chat_prompt)
 
     def stream(
         self, prompt: str, options: GenerationOptions | None = None, **named: Any
@@ -173,9 +183,7 @@ class Runtime:
         with self._profiler.span("tokenise"):
             token_ids = self._model.tokenizer.encode(prompt, add_special=True, parse_special=False)
         if not token_ids:
-            raise BadOption(
-                "the prompt is empty, and this model adds no token of its own: write one"
-            )
+            raise BadOption("the prompt is empty, and this model adds no token: write one")
         kept, dropped = fit_tokens(token_ids, self._room_tokens, chosen)
         fitted = Prompt(token_ids=kept, asked_at=asked_at, dropped_tokens=dropped)
         return self._pieces(answer, fitted, chosen)
@@ -189,11 +197,10 @@ class Runtime:
     def trim(self, level: str = "background") -> int:
         """Give memory back, as a mobile system asks for it; return by how many bytes the resident set fell.
 
-        "background" gives back what nobody uses: pages of the KV cache behind the last token, free heap.
-        "moderate" also collects Python's garbage. "complete" also forgets the KV cache: the next prompt is
-        read again, and an answer that is still being read ends with `RuntimeUnusable`. Answers stay the
-        same. May be called from another thread: it waits for the token, or the prompt, in work. Raises
-        `BadOption` for a level that is none.
+        "background" gives back what nobody uses, "moderate" also collects Python's garbage; "complete" also
+        forgets the KV cache and lets go of mapped weights, which are read again with the next prompt, and
+        ends an answer that is still being read. Answers stay the same. From another thread it waits for
+        the pass in work. Raises `BadOption` for a level that is none.
         """
         with self._stepping:
             if level == "complete":
@@ -203,16 +210,19 @@ class Runtime:
 
     def _begin(self) -> int:
         with self._lock:
-            if self._closed:
-                raise RuntimeUnusable("the runtime is closed: open it again")
+            self._require_open()
             self._answer += 1
             return self._answer
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RuntimeUnusable("the runtime is closed: open it again")
 
     def _chatting(self) -> Conversation:
         if self._conversation is None:
             tokenizer = self._model.tokenizer
             template = ChatTemplate(self.spec.chat_template, tokenizer.special_texts)
-            self._conversation = Conversation(template, tokenizer)
+            self._conversation = Conversation(template, tokenizer, self._last)
         return self._conversation
 
     @property
@@ -226,8 +236,7 @@ class Runtime:
         A cache that stands in the way of an admitted one is forgotten: the prompt is read again.
         """
         num_bytes = len(text.encode("utf-8", errors="replace"))
-        limit = prompt_limit_bytes(self.plan.kv_tokens)
-        if num_bytes > limit:
+        if num_bytes > prompt_limit_bytes(self.plan.kv_tokens):
             raise PromptTooLong(
                 num_bytes // 4, self._model.context, estimated=True, droppable=False
             )
@@ -254,25 +263,25 @@ class Runtime:
             yield piece
 
     def _check_goes_on(self, answer: int) -> None:
-        if self._closed:
-            raise RuntimeUnusable("the runtime is closed: open it again")
+        self._require_open()
         if answer != self._answer:
             raise RuntimeUnusable(
-                "another answer was started on this runtime, or it was trimmed completely, which ended "
-                "this one"
+                "another answer or a complete trim was asked for and ended this one"
             )
 
     def _remembered(
-        self, pieces: Iterator[Piece], conversation: Conversation, prompt: ChatPrompt
+        self, answer: int, prompt: Prompt, options: GenerationOptions, chat_prompt: ChatPrompt
     ) -> Generator[Piece, None, None]:
+        """Yield the answer and remember it for the next turn, unless another was started meanwhile."""
         token_ids: list[int] = []
         try:
-            for piece in pieces:
+            for piece in self._pieces(answer, prompt, options):
                 if piece.token_id is not None:
                     token_ids.append(piece.token_id)
                 yield piece
         finally:
-            conversation.answered(prompt, token_ids)
+            if answer == self._answer:
+                self._chatting().answered(chat_prompt, token_ids)
 
     def close(self) -> None:
         """Free the model; an answer that is still being read ends with an error."""

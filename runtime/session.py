@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowtide.attention.policy import Steering
@@ -107,6 +108,22 @@ class Session:
         if interval is not None and len(self.token_ids) - self.exact_until >= interval:
             return self._correct()
         return logits
+
+    def settle(self) -> int:
+        """Forget what an interrupted pass may have left behind, and return how many tokens there are."""
+        del self.token_ids[self._model.truncate(len(self.token_ids)) :]
+        self.exact_until = min(self.exact_until, len(self.token_ids))
+        return len(self.token_ids)
+
+    def save_state(self, path: Path) -> int:
+        """Write the KV cache of the session's tokens, settled before, to a file and return its bytes."""
+        return self._model.save_state(path, self.token_ids)
+
+    def load_state(self, path: Path, num_bytes: int, exact_until: int) -> None:
+        """Be the session whose state is the beginning of a file; an empty one where that fails."""
+        self.token_ids, self.exact_until = [], 0
+        self.token_ids = self._model.load_state(path, num_bytes)
+        self.exact_until = min(exact_until, len(self.token_ids))
 
     def _correct(self) -> Logits:
         again = self.token_ids[:]

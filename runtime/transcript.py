@@ -1,14 +1,13 @@
 """Transcript: a conversation on disk, checksummed and written whole or not at all.
 
-Holds messages, no KV state: loading it costs one prefill. Knows no model but its name.
+Holds messages, no KV state: loading it costs one prefill. Knows no model but its name. What
+`session_file` writes holds both.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from lowtide.models.chat_template import checked_message
 from lowtide.models.errors import TemplateError
 from lowtide.runtime.errors import TranscriptError
+from lowtide.runtime.whole_file import whole_file
 
 FORMAT = "lowtide-chat"
 FORMAT_VERSION = 1
@@ -34,15 +34,11 @@ class Transcript:
 
         Raises `TranscriptError` with the system's reason, such as a full disk.
         """
-        body: dict[str, Any] = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "model": self.model,
-            "messages": list(self.messages),
-        }
+        body = {"format": FORMAT, "version": FORMAT_VERSION, **self.to_dict()}
         text = json.dumps({**body, "sha256": _checksum(body)}, ensure_ascii=False, indent=1)
         try:
-            _write_whole(path, text.encode())
+            with whole_file(path) as file:
+                file.write(text.encode())
         except OSError as error:
             raise TranscriptError(
                 f"{path} was not saved ({error.strerror or error}): the conversation goes on, save it "
@@ -76,6 +72,15 @@ class Transcript:
         checksum = body.pop("sha256", None)
         if checksum != _checksum(body):
             raise TranscriptError(f"{path} is damaged, its checksum does not match: use a backup")
+        return cls.from_dict(path, body)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values for JSON."""
+        return {"model": self.model, "messages": list(self.messages)}
+
+    @classmethod
+    def from_dict(cls, path: Path, body: dict[str, Any]) -> Transcript:
+        """Return the transcript in a file's JSON; raises `TranscriptError` where there is none."""
         try:
             messages = tuple(checked_message(message) for message in body["messages"])
             return cls(model=str(body["model"]), messages=messages)
@@ -86,16 +91,3 @@ class Transcript:
 def _checksum(body: dict[str, Any]) -> str:
     canonical = json.dumps(body, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("utf-8", errors="surrogatepass")).hexdigest()
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent or Path())
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

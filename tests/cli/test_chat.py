@@ -79,15 +79,49 @@ def test_an_unknown_command_is_not_sent_to_the_model(lowtide: Invoke) -> None:
 
 
 def test_save_and_load(lowtide: Invoke, tmp_path: Path) -> None:
-    path = tmp_path / "my talk.json"
+    path = tmp_path / "my talk"
     done = lowtide("chat", "-s", "Be brief.", input=f"Hi\n/save {path}\n")
-    assert "2 messages saved" in done.stderr
-    assert json.loads(path.read_text())["messages"][1]["content"] == "Hi"
+    num_tokens = lowtide.models[-1].num_tokens  # type: ignore[attr-defined]
+    assert f"2 messages saved to {path}, with the KV state of {num_tokens} tokens" in done.stderr
     again = lowtide("chat", input=f"/load {path}\nMore\n", replies=("Hello.", "More."))
     assert again.stdout == "More.\n"
+    assert f"2 messages loaded; {num_tokens} tokens are in the KV cache again" in again.stderr
+    assert f", {num_tokens} reused" in again.stderr
     assert prompts(lowtide).startswith(
         "system\nBe brief.\nuser\nHi\nassistant\nHello.\nuser\nMore\n"
     )
+
+
+def test_a_conversation_without_state_is_readable_json(lowtide: Invoke, tmp_path: Path) -> None:
+    path = tmp_path / "talk.json"
+    done = lowtide("chat", "-s", "Be brief.", input=f"/save {path}\n")
+    assert f"0 messages saved to {path}\n" in done.stderr
+    assert json.loads(path.read_text())["messages"][0]["content"] == "Be brief."
+    again = lowtide("chat", input=f"/load {path}\nHi\n")
+    assert "0 messages loaded; they are read with your next turn" in again.stderr
+    assert prompts(lowtide).startswith("system\nBe brief.\nuser\nHi\n")
+
+
+def test_the_state_of_another_context_is_told_and_its_messages_are_read_again(
+    lowtide: Invoke, tmp_path: Path
+) -> None:
+    path = tmp_path / "talk"
+    lowtide("chat", input=f"{'x' * 500}\n/save {path}\n", context=1024)
+    done = lowtide("chat", input=f"/load {path}\n/reset\nHi\n")
+    assert "2 messages loaded; they are read with your next turn, because" in done.stderr
+    assert "tokens, the context 512: raise --context" in done.stderr
+    assert (done.exit_code, done.stdout) == (0, "Hello.\n")
+
+
+def test_without_room_for_the_state_the_messages_are_saved_and_loaded(
+    lowtide: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "talk"
+    monkeypatch.setattr("lowtide.runtime.session_store.session_bytes", lambda *_: 1 << 40)
+    done = lowtide("chat", input=f"Hi\n/save {path}\nMore\n", replies=("One.", "Two."))
+    assert f"2 messages saved to {path} without their KV state, because session file" in done.stderr
+    assert done.stdout == "One.\nTwo.\n" and done.exit_code == 0
+    assert json.loads(path.read_text())["messages"][1]["content"] == "One."
 
 
 def test_a_failed_save_or_load_loses_nothing(lowtide: Invoke, tmp_path: Path) -> None:
@@ -97,6 +131,7 @@ def test_a_failed_save_or_load_loses_nothing(lowtide: Invoke, tmp_path: Path) ->
     done = lowtide("chat", input=script, replies=("One.", "Two."))
     assert done.stdout == "One.\nTwo.\n"
     assert done.stderr.count("Error: ") == 4
+    assert "/save needs a file name: /save talk.session" in done.stderr
     assert "user\nHi\nassistant\nOne.\nuser\nMore\n" in prompts(lowtide)
     assert done.exit_code == 2  # from a pipe, the last failure decides
 

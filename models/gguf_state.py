@@ -1,0 +1,61 @@
+"""The KV cache of one sequence of llama.cpp, in a file and back.
+
+Only what the sequence holds is written and read, a tensor at a time: no second copy of it is ever in
+memory, and cells without a token stay untouched. llama.cpp trusts what it reads: whoever calls
+`read_state` answers for the bytes. Knows no checksum.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lowtide.models.errors import StateError
+from lowtide.models.llama_library import LlamaLibrary
+
+SEQUENCE = 0
+
+
+def write_state(library: LlamaLibrary, context: Any, path: Path, token_ids: Sequence[int]) -> int:
+    """Write the tokens and their cells to `path`, and return the file's bytes.
+
+    Raises `StateError` with llama.cpp's reason.
+    """
+    tokens = (library.api.llama_token * len(token_ids))(*token_ids)
+    with library.collected_errors() as errors:
+        written = library.api.llama_state_seq_save_file(
+            context, os.fsencode(path), SEQUENCE, tokens, len(token_ids)
+        )
+    # Its last bytes go out when llama.cpp closes the file, and nobody tells whether they did.
+    if not written or written != path.stat().st_size:
+        raise StateError(_reason(errors, f"only {path.stat().st_size:,} bytes could be written"))
+    return int(written)
+
+
+def read_state(
+    library: LlamaLibrary, context: Any, path: Path, num_bytes: int, capacity: int
+) -> list[int]:
+    """Put the cells back and return their tokens, at most `capacity`; the sequence must be empty.
+
+    What stands behind the first `num_bytes` of the file is not looked at. Raises `StateError` where
+    llama.cpp does not take them; the sequence may then hold anything.
+    """
+    tokens = (library.api.llama_token * capacity)()
+    num_tokens = ctypes.c_size_t()
+    with library.collected_errors() as errors:
+        read = library.api.llama_state_seq_load_file(
+            context, os.fsencode(path), SEQUENCE, tokens, capacity, ctypes.byref(num_tokens)
+        )
+    memory = library.api.llama_get_memory(context)
+    first = library.api.llama_memory_seq_pos_min(memory, SEQUENCE)
+    last = library.api.llama_memory_seq_pos_max(memory, SEQUENCE)
+    if not read or read != num_bytes or last != num_tokens.value - 1:
+        raise StateError(_reason(errors, f"it holds positions {first} to {last}"))
+    return list(tokens[: num_tokens.value])
+
+
+def _reason(errors: Sequence[str], otherwise: str) -> str:
+    return errors[0] if errors else otherwise

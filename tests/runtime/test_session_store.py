@@ -1,0 +1,316 @@
+"""`Runtime.session` over the fake model: what is kept, what goes on, what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from array import array
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lowtide import FakeModel, GenerationResult, OverBudget, Runtime
+from lowtide.models.errors import LowtideError, StateError, TemplateError
+from lowtide.runtime import session_store as module
+from lowtide.runtime.errors import RuntimeUnusable, SessionMismatch, TranscriptError
+from lowtide.runtime.session_file import write_session
+from lowtide.runtime.transcript import Transcript
+
+Opened = Callable[..., Runtime]
+TURNS = [{"role": "user", "content": "a"}]
+SAID = [*TURNS, {"role": "assistant", "content": "One."}]
+NEXT = [*SAID, {"role": "user", "content": "b"}]
+
+
+def chat(runtime: Runtime, messages: list[dict[str, str]]) -> GenerationResult:
+    return GenerationResult.of(runtime.chat(messages, temperature=0))
+
+
+@pytest.fixture
+def saved(fake_runtime: Opened, tmp_path: Path) -> Path:
+    runtime = fake_runtime("One.", "Two.")
+    chat(runtime, TURNS)
+    told = runtime.session.save(tmp_path / "talk", SAID)
+    assert told.num_tokens == runtime.fake.num_tokens  # type: ignore[attr-defined]
+    assert told.num_bytes == (tmp_path / "talk").stat().st_size
+    return tmp_path / "talk"
+
+
+def test_going_on_equals_never_having_left(fake_runtime: Opened, saved: Path) -> None:
+    stayed, came_back = fake_runtime("One.", "Two."), fake_runtime("One.", "Two.")
+    chat(stayed, TURNS)
+    loaded = came_back.session.load(saved)
+    assert list(loaded.messages) == SAID and loaded.model == "fake"
+    assert loaded.num_tokens == came_back.fake.num_tokens  # type: ignore[attr-defined]
+    theirs, ours = chat(stayed, NEXT), chat(came_back, NEXT)
+    assert ours.token_ids == theirs.token_ids and ours.text == "Two."
+    assert ours.stats.reused_tokens == theirs.stats.reused_tokens == loaded.num_tokens
+    assert came_back.ledger.owners == stayed.ledger.owners
+
+
+def test_the_last_answer_is_kept_as_the_tokens_that_were_sampled(
+    fake_runtime: Opened, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokenised again, the answer is other tokens here: only those of the file can be reused."""
+    runtime = fake_runtime("One.", "Two.")
+    loaded = runtime.session.load(saved)
+    tokenizer = runtime.fake.tokenizer  # type: ignore[attr-defined]
+    encode = tokenizer.encode
+    monkeypatch.setattr(
+        tokenizer, "encode", lambda text, **how: [65 if i == 79 else i for i in encode(text, **how)]
+    )
+    assert chat(runtime, NEXT).stats.reused_tokens == loaded.num_tokens
+
+
+def test_without_messages_and_without_a_template(tmp_path: Path) -> None:
+    def opened() -> Runtime:
+        model = FakeModel(("One.",))
+        model.spec = replace(model.spec, chat_template=None)
+        return Runtime.open(model, memory="8GiB")
+
+    runtime = opened()
+    runtime.generate("Hi", temperature=0, max_tokens=2)
+    runtime.session.save(str(tmp_path / "talk"))
+    other = opened()
+    assert other.session.load(str(tmp_path / "talk")).messages == ()
+    again = other.generate("Hi", temperature=0, max_tokens=2)
+    assert again.stats.reused_tokens == again.stats.prompt_tokens - 1
+
+
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150
+)
+@given(data=st.data())
+def test_any_damaged_byte_is_refused_and_changes_nothing(
+    fake_runtime: Opened, saved: Path, data: st.DataObject
+) -> None:
+    whole = saved.read_bytes()
+    damaged = bytearray(whole)
+    damaged[data.draw(st.integers(0, len(whole) - 1))] ^= data.draw(st.integers(1, 255))
+    saved.write_bytes(damaged)
+    runtime = fake_runtime("One.", "Two.")
+    chat(runtime, TURNS)
+    held = list(runtime._session.token_ids)
+    try:
+        for refused in (runtime.session.load, runtime.session.read_messages):
+            with pytest.raises(TranscriptError, match="talk"):
+                refused(saved)
+    finally:
+        saved.write_bytes(whole)
+    assert runtime._session.token_ids == held
+    assert chat(runtime, NEXT).stats.reused_tokens == len(held)
+
+
+class Other(FakeModel):
+    def state_owner(self) -> dict[str, str]:
+        return {"model": "another"}
+
+
+def _other_model() -> Runtime:
+    return Runtime.open(Other(), memory="8GiB")
+
+
+def _short_context() -> Runtime:
+    return Runtime.open(FakeModel(context=16), memory="8GiB")
+
+
+def _other_attention() -> Runtime:
+    runtime = Runtime.open(FakeModel(), memory="8GiB")
+    runtime._loaded.planned = replace(runtime.planned, policy=runtime.planned.policy.__class__())
+    runtime._loaded.planned.policy.name = "sparse"  # type: ignore[misc]
+    return runtime
+
+
+MISMATCHES = {
+    "the model fake, here it is another": _other_model,
+    "tokens, the context 16": _short_context,
+    "the attention llama, here it is sparse": _other_attention,
+}
+
+
+@pytest.mark.parametrize("sentence", MISMATCHES)
+def test_the_state_of_another_is_refused_and_its_messages_are_not(
+    sentence: str, saved: Path
+) -> None:
+    runtime = MISMATCHES[sentence]()
+    with pytest.raises(SessionMismatch, match=sentence) as caught:
+        runtime.session.load(saved)
+    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+    assert runtime._session.token_ids == []
+    assert list(runtime.session.read_messages(saved)) == SAID
+
+
+def test_transcripts_without_state_load_as_messages(fake_runtime: Opened, tmp_path: Path) -> None:
+    path = tmp_path / "talk.json"
+    Transcript(model="somebody", messages=tuple(SAID)).save(path)
+    runtime = fake_runtime("One.", "Two.")
+    loaded = runtime.session.load(path)
+    assert (list(loaded.messages), loaded.model, loaded.num_tokens) == (SAID, "somebody", 0)
+    assert chat(runtime, NEXT).text == "Two."
+
+
+def test_a_model_that_keeps_no_state_saves_its_messages(
+    fake_runtime: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeModel, "keeps_state", False)
+    runtime = fake_runtime("One.")
+    chat(runtime, TURNS)
+    assert runtime.session.save(tmp_path / "talk", SAID).num_tokens == 0
+    assert Transcript.load(tmp_path / "talk").messages == tuple(SAID)
+
+
+def test_saving_inside_an_answer_leaves_it_whole(fake_runtime: Opened, tmp_path: Path) -> None:
+    runtime = fake_runtime("A long answer.")
+    pieces = runtime.chat(TURNS, temperature=0)
+    first = list(itertools.islice(pieces, 3))
+    saved = runtime.session.save(tmp_path / "talk", TURNS)
+    assert "".join(p.text for p in [*first, *pieces]) == "A long answer."
+    other = fake_runtime("A long answer.")
+    assert other.session.load(tmp_path / "talk").num_tokens == saved.num_tokens
+    assert chat(other, TURNS).text == "A long answer."
+
+
+def test_loading_ends_the_answer_that_is_being_read(fake_runtime: Opened, saved: Path) -> None:
+    runtime = fake_runtime("One.", "Two.")
+    pieces = runtime.chat([{"role": "user", "content": "another talk"}])
+    next(pieces)
+    num_tokens = runtime.session.load(saved).num_tokens
+    with pytest.raises(RuntimeUnusable, match="another answer"):
+        next(pieces)
+    assert chat(runtime, NEXT).stats.reused_tokens == num_tokens
+
+
+def test_an_interrupted_pass_is_not_saved(
+    fake_runtime: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = fake_runtime("One.", "Two.")
+    chat(runtime, TURNS)
+    runtime.fake.forward([1, 2, 3])  # type: ignore[attr-defined]
+    saved = runtime.session.save(tmp_path / "talk", SAID)
+    other = fake_runtime("One.", "Two.")
+    assert other.session.load(tmp_path / "talk").num_tokens == saved.num_tokens
+    assert chat(other, NEXT).stats.reused_tokens == saved.num_tokens
+
+
+def test_what_does_not_fit_the_budget_is_refused(
+    fake_runtime: Opened, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = fake_runtime("One.", "Two.")
+    chat(runtime, TURNS)
+    before = dict(runtime.ledger.owners)
+    monkeypatch.setattr(module, "session_bytes", lambda *_: 1 << 40)
+    for refused in (runtime.session.load, runtime.session.save, runtime.session.read_messages):
+        with pytest.raises(OverBudget, match="session file"):
+            refused(saved)
+    assert runtime.ledger.owners == before
+    assert chat(runtime, NEXT).stats.reused_tokens > len("One.")
+
+
+def test_at_the_lower_bound_a_session_is_saved_and_loaded(tmp_path: Path) -> None:
+    """The plan has no byte to spare: what a file takes comes out of the idle prompt's row."""
+    model = FakeModel(("One.", "Two."))
+    bound = Runtime.open(model, memory="8GiB").plan.lower_bound_bytes
+    runtime = Runtime.open(model, memory=bound)
+    assert runtime.ledger.reserved_bytes == bound
+    chat(runtime, TURNS)
+    num_tokens = runtime.session.save(tmp_path / "talk", SAID).num_tokens
+    assert runtime.session.load(tmp_path / "talk").num_tokens == num_tokens > 0
+
+
+def test_a_state_that_native_code_refuses_leaves_an_empty_session(
+    fake_runtime: Opened, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: FakeModel, path: Path, num_bytes: int) -> list[int]:
+        self._tokens = [1, 2, 3]
+        raise StateError("no room")
+
+    runtime = fake_runtime("One.", "Two.")
+    chat(runtime, TURNS)
+    monkeypatch.setattr(FakeModel, "load_state", refuse)
+    with pytest.raises(TranscriptError, match=r"cannot be read \(no room\)"):
+        runtime.session.load(saved)
+    answer = chat(runtime, NEXT)
+    assert (answer.text, answer.stats.reused_tokens) == ("Two.", 0)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    fake_runtime: Opened, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_state = FakeModel.load_state
+
+    def changed(self: FakeModel, path: Path, num_bytes: int) -> list[int]:
+        os.utime(saved, ns=(1, 1))
+        return load_state(self, path, num_bytes)
+
+    monkeypatch.setattr(FakeModel, "load_state", changed)
+    runtime = fake_runtime("One.", "Two.")
+    with pytest.raises(TranscriptError, match="was changed while it was read"):
+        runtime.session.load(saved)
+    assert runtime._session.token_ids == [] and runtime.fake.num_tokens == 0  # type: ignore[attr-defined]
+
+
+FORGED = {
+    "no owner": {"owner": None},
+    "no numbers": {"num_tokens": "many"},
+    "no last answer": {"last": []},
+    "other tokens": {"num_tokens": 4},
+    "no messages": {"messages": [{"role": "king", "content": "x"}]},
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_forged_values_are_a_sentence_even_with_a_right_checksum(
+    name: str, fake_runtime: Opened, tmp_path: Path
+) -> None:
+    head = {
+        "owner": {"model": "fake", "attention": "llama"},
+        "num_tokens": 3,
+        "exact_until": 3,
+        "last": {"text": "", "token_ids": [], "num_messages": 0},
+        "model": "fake",
+        "messages": SAID,
+    }
+    state = b"fake" + array("i", [1, 2, 3]).tobytes()
+    path = tmp_path / "talk"
+    runtime = fake_runtime()
+    write_session(path, lambda at: at.write_bytes(state), head)
+    assert runtime.session.load(path).num_tokens == 3
+    write_session(path, lambda at: at.write_bytes(state), {**head, **FORGED[name]})
+    with pytest.raises(TranscriptError, match="talk holds") as caught:
+        runtime.session.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_use_is_a_sentence(fake_runtime: Opened, tmp_path: Path, saved: Path) -> None:
+    runtime = fake_runtime()
+    chat(runtime, TURNS)
+    with pytest.raises(TemplateError, match="role 'king'"):
+        runtime.session.save(tmp_path / "x", [{"role": "king", "content": ""}])
+    with pytest.raises(TranscriptError, match="was not saved"):
+        runtime.session.save(tmp_path / "no" / "where")
+    with pytest.raises(TranscriptError, match="cannot be read: No such file"):
+        runtime.session.load(tmp_path / "none")
+    runtime.close()
+    for closed in (runtime.session.save, runtime.session.load):
+        with pytest.raises(RuntimeUnusable, match="closed"):
+            closed(saved)
+
+
+class Stateless(FakeModel):
+    """A model of a user's own, which has the four methods alone."""
+
+    keeps_state = False
+    state_owner = FakeModel.__mro__[1].state_owner  # type: ignore[attr-defined]
+    save_state = FakeModel.__mro__[1].save_state  # type: ignore[attr-defined]
+    load_state = FakeModel.__mro__[1].load_state  # type: ignore[attr-defined]
+
+
+def test_a_model_of_ones_own_need_not_keep_state(saved: Path) -> None:
+    runtime = Runtime.open(Stateless(), memory="8GiB")
+    with pytest.raises(LowtideError):
+        runtime.session.load(saved)
+    assert list(runtime.session.read_messages(saved)) == SAID
