@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,10 @@ from lowtide.memory.units import MIB
 Invoke = Callable[..., Result]
 real = pytest.mark.skipif(bool(reason_against_enforcing()), reason=reason_against_enforcing())
 SMALL = ("--memory", "200MiB", "-c", "512", "--temp", "0", "-t", "1")
-START = "from lowtide.cli.main import main; main()"
+START = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell may ignore it
+    "from lowtide.cli.main import main; main()"
+)
 
 
 def groups_left() -> list[Path]:
@@ -121,12 +125,15 @@ def chatting() -> Iterator[subprocess.Popen[str]]:
         text=True,
     ) as process:
         assert process.stdin and process.stdout
+        deadline = threading.Timer(90, process.kill)  # reading from it must not wait for ever
+        deadline.start()
         process.stdin.write("Hi\n")
         process.stdin.flush()
         try:
             assert process.stdout.readline().strip()
             yield process
         finally:
+            deadline.cancel()
             process.kill()
 
 
