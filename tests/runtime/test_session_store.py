@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lowtide import FakeModel, GenerationResult, OverBudget, Runtime
+from lowtide.memory.meter import read_process_memory
+from lowtide.memory.units import MIB
 from lowtide.models.errors import LowtideError, StateError, TemplateError
 from lowtide.runtime import session_store as module
 from lowtide.runtime.errors import RuntimeUnusable, SessionMismatch, TranscriptError
@@ -210,8 +212,14 @@ def test_what_does_not_fit_the_budget_is_refused(
     assert chat(runtime, NEXT).stats.reused_tokens > len("One.")
 
 
-def test_at_the_lower_bound_a_session_is_saved_and_loaded(tmp_path: Path) -> None:
+def test_at_the_lower_bound_a_session_is_saved_and_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The plan has no byte to spare: what a file takes comes out of the idle prompt's row."""
+    # What other tests of this process have taken is not the matter.
+    small = replace(read_process_memory(), resident_bytes=50 * MIB, peak_bytes=50 * MIB)
+    for user in ("planning", "measured_host", "loaded_model"):
+        monkeypatch.setattr(f"lowtide.runtime.{user}.read_process_memory", lambda: small)
     model = FakeModel(("One.", "Two."))
     bound = Runtime.open(model, memory="8GiB").plan.lower_bound_bytes
     runtime = Runtime.open(model, memory=bound)
