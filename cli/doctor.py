@@ -85,6 +85,7 @@ def _native() -> dict[str, Any]:
 
 
 def _llama() -> dict[str, Any]:
+    from lowtide.attention.unpopulated_maps import can_leave_unpopulated
     from lowtide.memory.untouched_buffers import can_leave_untouched
     from lowtide.models.llama_library import llama_library
 
@@ -95,6 +96,9 @@ def _llama() -> dict[str, Any]:
         "kv_memory": "follows the tokens in use"
         if can_leave_untouched()
         else "whole from the start",
+        "weights_memory": "can be given back and read again for every pass"
+        if can_leave_unpopulated()
+        else "stays resident",
     }
 
 

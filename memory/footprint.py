@@ -23,8 +23,10 @@ REPACKED_TYPES_ELSEWHERE = frozenset({"Q8_0", "Q5_K", "Q6_K"})
 
 LARGE_TENSOR_BYTES = 2 * MIB
 """A tensor outside of the layers above this is read in slices (`native/graph_hook.cpp`)."""
-STREAM_SLICE_BYTES = 192 * KIB
-"""A row of an embedding brings at most two blocks of 64 KiB with it; a slice takes two of these."""
+EMBEDDING_ROW_BYTES = 192 * KIB
+"""A row of an embedding brings at most two blocks of 64 KiB with it."""
+STREAM_SLICE_BYTES = MIB + 256 * KIB
+"""A slice of the output's matrix, with the blocks around it; each thread has one."""
 STREAM_EDGE_BYTES = MIB
 """Pages around a group of weights that are mapped or stay with it: 64 KiB at each end of a few spans."""
 
@@ -96,8 +98,8 @@ def streamed_weight_bytes(spec: ModelSpec, kept_layers: int, max_rows: int, thre
     """
     layers = [g.num_bytes for g in spec.weight_groups if g.layer is not None]
     others = [g.num_bytes for g in spec.weight_groups if g.layer is None]
-    by_rows = max(max_rows, 2 * threads) * STREAM_SLICE_BYTES
-    passing = [min(num_bytes, max(by_rows, LARGE_TENSOR_BYTES)) for num_bytes in others]
+    in_parts = max(max_rows * EMBEDDING_ROW_BYTES, threads * STREAM_SLICE_BYTES, LARGE_TENSOR_BYTES)
+    passing = [min(num_bytes, in_parts) for num_bytes in others]
     streamed = sum(sorted(layers[kept_layers:])[-2:])
     kept = sum(layers[:kept_layers])
     most = kept + max([streamed, *passing], default=0) + STREAM_EDGE_BYTES

@@ -4,7 +4,7 @@
 
 namespace {
 
-constexpr int64_t kSliceBytes = 256 << 10;
+constexpr int64_t kSliceBytes = 1 << 20;
 constexpr int64_t kMostRows = 8;
 constexpr size_t kAlignment = 64;
 

@@ -74,6 +74,6 @@ void WeightStream::give_back(const char* begin, const char* end) const {
     if (span == nullptr) return;
     const auto around = [](uintptr_t at) { return at / kAroundBytes * kAroundBytes; };
     char* first = std::max(reinterpret_cast<char*>(around(reinterpret_cast<uintptr_t>(begin))), span->page_begin);
-    char* last = std::min(reinterpret_cast<char*>(around(reinterpret_cast<uintptr_t>(end) + kAroundBytes - 1)), span->page_end);
+    char* last = std::min(reinterpret_cast<char*>(around(reinterpret_cast<uintptr_t>(end))), span->page_end);
     if (first < last) madvise(first, last - first, MADV_DONTNEED);
 }

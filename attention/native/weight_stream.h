@@ -29,7 +29,8 @@ public:
     // Whether the tensor is a weight that is not kept and lies outside of the layers, alone in its group.
     bool is_streamed_alone(const GgmlTensor* weight) const;
 
-    // Gives a part of one weight back, with the pages around it; any thread may.
+    // Gives a part of one weight back, from the pages around its begin up to those around its end, which are
+    // about to be read; any thread may.
     void give_back(const char* begin, const char* end) const;
 
     int64_t given_back_bytes() const { return given_back_bytes_; }
