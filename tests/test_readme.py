@@ -45,7 +45,7 @@ def test_python_examples() -> None:
     example, refusal = (run_python(code) for code in blocks("python"))
     assert example.code == 0, example.stderr
     assert "planned peak" in example.stdout
-    assert "needs at least 84 MiB, 40.0 MiB allowed: raise --memory to 84MiB" in refusal.stdout
+    assert "needs at least 85 MiB, 40.0 MiB allowed: raise --memory to 85MiB" in refusal.stdout
 
 
 def test_there_are_examples() -> None:
