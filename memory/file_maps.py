@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from lowtide.memory import pages
 
 MAPS = Path("/proc/self/maps")
 
@@ -36,9 +36,7 @@ def give_back(file_map: FileMap) -> None:
 
     Only for a map that is never written to.
     """
-    advise = ctypes.CDLL(None).madvise
-    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    advise(file_map.address, file_map.num_bytes, mmap.MADV_DONTNEED)
+    pages.give_back(file_map.address, file_map.num_bytes)
 
 
 def _file_map(line: str, wanted: os.stat_result) -> FileMap | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from lowtide.memory.footprint import CELL_STEP
 from lowtide.memory.ledger import Ledger
-from lowtide.memory.plan import KV_OWNER
+from lowtide.memory.owners import CACHE
 
 
 class KvGrowth:
@@ -38,5 +38,5 @@ class KvGrowth:
         wanted = max(num_tokens, self._planned_tokens)
         if wanted == self._admitted_tokens:
             return
-        self._ledger.reserve(KV_OWNER, self._bytes_of(wanted))
+        self._ledger.reserve(CACHE, self._bytes_of(wanted))
         self._admitted_tokens = wanted

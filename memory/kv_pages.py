@@ -8,10 +8,10 @@ against its contents before the first page goes. Knows no tokens but their numbe
 from __future__ import annotations
 
 import ctypes
-import mmap
 from collections.abc import Sequence
 
-from lowtide.memory.untouched_buffers import PAGE_BYTES, UntouchedBuffer, round_up
+from lowtide.memory.pages import give_back, round_down, round_up
+from lowtide.memory.untouched_buffers import UntouchedBuffer
 
 LEAST_CELLS = 64
 """Fewer cells than these are kept: the next tokens take them again at once."""
@@ -45,8 +45,6 @@ class KvPages:
         self._tensors = tensors if len(tensors) == num_tensors else []
         self._most_used = 0
         self._verified = False
-        self._advise = ctypes.CDLL(None).madvise
-        self._advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
     @property
     def is_working(self) -> bool:
@@ -73,10 +71,9 @@ class KvPages:
         self._verified = True
         for address in self._tensors:
             first = round_up(address + num_kept * self._row_bytes)
-            last = address + self._num_cells * self._row_bytes
-            last = last // PAGE_BYTES * PAGE_BYTES
+            last = round_down(address + self._num_cells * self._row_bytes)
             if first < last:
-                self._advise(first, last - first, mmap.MADV_DONTNEED)
+                give_back(first, last - first)
         self._most_used = num_kept
 
     def _is_as_thought(self) -> bool:

@@ -10,9 +10,6 @@ from lowtide.memory.units import format_bytes
 from lowtide.models.errors import BadOption
 
 KV_TYPES = ("f16", "q8_0", "q4_0")
-WEIGHTS_OWNER = "weights"
-KV_OWNER = "KV cache"
-PROMPT_OWNER = "prompt and tokenising"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowtide.memory.meter import read_process_memory
-from lowtide.memory.untouched_buffers import PAGE_BYTES, UntouchedBuffer
+from lowtide.memory.pages import PAGE_BYTES, round_down
+from lowtide.memory.untouched_buffers import UntouchedBuffer
 
 CHUNK_PAGES = 16384
 """Pages asked about at once: what asking takes must not show in the answer."""
@@ -89,7 +90,7 @@ def resident_buffer_bytes(buffers: Sequence[UntouchedBuffer]) -> int | None:
     num_pages = 0
     for buffer in buffers:
         end = buffer.address + buffer.num_bytes
-        start = buffer.address // PAGE_BYTES * PAGE_BYTES
+        start = round_down(buffer.address)
         for address in range(start, end, CHUNK_PAGES * PAGE_BYTES):
             asked = min(-(-(end - address) // PAGE_BYTES), CHUNK_PAGES)
             if is_resident(address, asked * PAGE_BYTES, pages) != 0:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from lowtide.memory import footprint
+from lowtide.memory import footprint, owners
 from lowtide.memory.choice import Choice
 from lowtide.memory.context_sizes import ContextSizes
-from lowtide.memory.plan import KV_OWNER, PROMPT_OWNER, WEIGHTS_OWNER, Host, PlanOptions, PlanRow
+from lowtide.memory.plan import Host, PlanOptions, PlanRow
 from lowtide.models.spec import ModelSpec
 
 
@@ -30,18 +30,18 @@ class PlanRows:
         running = (
             self._cache(choice),
             PlanRow(
-                "compute buffer",
+                owners.COMPUTE,
                 self._sizes.compute_bytes(choice.context, choice.max_rows, choice.kv_type),
                 f"{choice.max_rows} rows a pass",
             ),
             self._attention(choice),
-            PlanRow("logits and sampling", footprint.logits_bytes(spec), "a row of the vocabulary"),
+            PlanRow(owners.SAMPLING, footprint.logits_bytes(spec), "a row of the vocabulary"),
             self._prompt(choice),
         )
         loading = footprint.loading_bytes(spec) - sum(row.num_bytes for row in running)
         return (
             PlanRow(
-                "interpreter and libraries",
+                owners.INTERPRETER,
                 self._host.interpreter_bytes,
                 "Python, numpy, llama.cpp",
             ),
@@ -49,8 +49,8 @@ class PlanRows:
             self._weights(choice),
             *running,
             *_comparison(spec, options.compared_rows),
-            PlanRow("loading", max(loading, 0), "needed for a moment, beyond what follows it"),
-            PlanRow("reserve", footprint.RESERVE_BYTES, "allocator slack"),
+            PlanRow(owners.LOADING, max(loading, 0), "needed for a moment, beyond what follows it"),
+            PlanRow(owners.RESERVE, footprint.RESERVE_BYTES, "allocator slack"),
         )
 
     def memory_map(self, choice: Choice) -> bool:
@@ -62,13 +62,13 @@ class PlanRows:
         vocabulary = self._spec.vocabulary
         measured = self._host.vocabulary_bytes
         num_bytes = footprint.vocabulary_bytes(vocabulary) if measured is None else measured
-        return PlanRow("vocabulary", num_bytes, f"{vocabulary.num_tokens:,} tokens")
+        return PlanRow(owners.VOCABULARY, num_bytes, f"{vocabulary.num_tokens:,} tokens")
 
     def _weights(self, choice: Choice) -> PlanRow:
         spec = self._spec
         if choice.kept_layers is not None:
             return PlanRow(
-                WEIGHTS_OWNER,
+                owners.WEIGHTS,
                 footprint.streamed_weight_bytes(
                     spec, choice.kept_layers, choice.max_rows, self._options.threads
                 ),
@@ -77,7 +77,7 @@ class PlanRows:
             )
         memory_map = self.memory_map(choice)
         return PlanRow(
-            WEIGHTS_OWNER,
+            owners.WEIGHTS,
             footprint.weight_bytes(spec, memory_map=memory_map),
             f"{spec.quantisation}, {'memory-mapped' if memory_map else 'copied and repacked'}",
         )
@@ -87,7 +87,7 @@ class PlanRows:
         if choice.kv_tokens < choice.context:
             tokens = f"{choice.kv_tokens:,} of {choice.context:,} tokens"
         num_bytes = self._sizes.kv_bytes(choice.kv_tokens, choice.kv_type)
-        return PlanRow(KV_OWNER, num_bytes, f"{tokens} of {choice.kv_type}")
+        return PlanRow(owners.CACHE, num_bytes, f"{tokens} of {choice.kv_type}")
 
     def _prompt(self, choice: Choice) -> PlanRow:
         """A long prompt is tokenised before its cache is used: that much memory is free then."""
@@ -97,7 +97,7 @@ class PlanRows:
             num_bytes = max(num_bytes - unused, footprint.prompt_bytes(0))
             why = ", while the cache does not need its own yet"
         limit = footprint.prompt_limit_bytes(choice.kv_tokens)
-        return PlanRow(PROMPT_OWNER, num_bytes, f"{limit:,} bytes of text{why}")
+        return PlanRow(owners.PROMPT, num_bytes, f"{limit:,} bytes of text{why}")
 
     def _attention(self, choice: Choice) -> PlanRow:
         spec, threads = self._spec, self._options.attention_threads
@@ -107,7 +107,7 @@ class PlanRows:
                 spec, choice.context, self._options.selection_layers
             )
         return PlanRow(
-            "attention scratch",
+            owners.SCRATCH,
             num_bytes,
             f"our kernels, {threads} threads" if threads else "llama.cpp's kernels need none",
         )
@@ -117,4 +117,4 @@ def _comparison(spec: ModelSpec, num_rows: int) -> tuple[PlanRow, ...]:
     if not num_rows:
         return ()
     num_bytes = footprint.comparison_bytes(spec, num_rows)
-    return (PlanRow("comparison", num_bytes, f"{num_rows} distributions over the vocabulary"),)
+    return (PlanRow(owners.COMPARISON, num_bytes, f"{num_rows} distributions over the vocabulary"),)

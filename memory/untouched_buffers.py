@@ -11,16 +11,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import mmap
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from lowtide.memory.pages import PAGE_BYTES, give_back, round_down, round_up
 from lowtide.models.llama_library import llama_library
 
-PAGE_BYTES = mmap.PAGESIZE
 _P = ctypes.c_void_p
 _Clear = ctypes.CFUNCTYPE(None, _P, ctypes.c_uint8)
 _Allocate = ctypes.CFUNCTYPE(_P, _P, ctypes.c_size_t)
@@ -102,8 +101,6 @@ class _Patch:
         self._type_address = get_type()
         self._type = _BufferType.from_address(self._type_address)
         self._allocate = _Allocate(self._type.allocate)
-        self._advise = ctypes.CDLL(None).madvise
-        self._advise.argtypes = [_P, ctypes.c_size_t, ctypes.c_int]
         # ggml keeps their addresses in buffers that outlive any block: so must this object, in a cache.
         self._our_allocate = _Allocate(self._on_allocate)
         self._our_clear = _Clear(self._on_clear)
@@ -134,9 +131,8 @@ class _Patch:
     def _on_clear(self, address: int, value: int) -> None:
         buffer = _Buffer.from_address(address)
         begin, end = buffer.base, buffer.base + buffer.num_bytes
-        first, last = round_up(begin), end // PAGE_BYTES * PAGE_BYTES
-        given_back = value == 0 and first < last and self._given_back(first, last)
-        if not given_back:
+        first, last = round_up(begin), round_down(end)
+        if value != 0 or first >= last or not give_back(first, last - first):
             ctypes.memset(begin, value, end - begin)
             return
         ctypes.memset(begin, 0, first - begin)
@@ -144,9 +140,6 @@ class _Patch:
         cleared = getattr(self._local, "cleared", None)
         if cleared is not None:
             cleared.append(UntouchedBuffer(begin, buffer.num_bytes))
-
-    def _given_back(self, first: int, last: int) -> bool:
-        return bool(self._advise(first, last - first, mmap.MADV_DONTNEED) == 0)
 
     def fits(self) -> bool:
         """Make a buffer through ggml, clear it through ggml, and see both come through here."""
@@ -207,8 +200,3 @@ def _address(function: Any) -> int:
     address = ctypes.cast(function, _P).value
     assert address is not None
     return address
-
-
-def round_up(num_bytes: int) -> int:
-    """To whole pages."""
-    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES

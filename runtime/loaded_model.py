@@ -12,7 +12,7 @@ from lowtide.memory.heap import trim_heap
 from lowtide.memory.kv_growth import KvGrowth
 from lowtide.memory.ledger import Ledger
 from lowtide.memory.meter import read_process_memory
-from lowtide.memory.plan import KV_OWNER, PROMPT_OWNER
+from lowtide.memory.owners import CACHE, PROMPT
 from lowtide.memory.releaser import Releaser, Trim, trim
 from lowtide.models.errors import LowtideError
 from lowtide.models.model import Model
@@ -91,9 +91,9 @@ class LoadedModel:
         The row for it is there for that, and the memory that the cache does not use yet.
         """
         reserved = self.ledger.owners
-        room = reserved[PROMPT_OWNER]
+        room = reserved[PROMPT]
         if self.planned.host.kv_follows_use:
-            room += reserved[KV_OWNER] - self._kv_bytes(num_tokens)
+            room += reserved[CACHE] - self._kv_bytes(num_tokens)
         return tokenising_bytes(text_bytes) <= room
 
     def _watched(self) -> WatchedModel:
@@ -113,7 +113,7 @@ class LoadedModel:
         The cache's cells are planned, and not yet touched.
         """
         plan, host = self.planned.plan, self.planned.host
-        ahead = self.ledger.owners[KV_OWNER] if host.kv_follows_use else 0
+        ahead = self.ledger.owners[CACHE] if host.kv_follows_use else 0
         needed = read_process_memory().peak_bytes + ahead
         if needed > plan.budget.num_bytes:
             self.close()

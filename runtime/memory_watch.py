@@ -11,6 +11,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lowtide.memory.owners import (
+    CACHE,
+    COMPUTE,
+    INTERPRETER,
+    LOADING,
+    PROMPT,
+    RESERVE,
+    SAMPLING,
+    SCRATCH,
+    VOCABULARY,
+    WEIGHTS,
+)
 from lowtide.memory.residence import (
     Residence,
     ResidenceMeter,
@@ -19,14 +31,6 @@ from lowtide.memory.residence import (
 )
 from lowtide.memory.untouched_buffers import UntouchedBuffer
 
-INTERPRETER = "interpreter and libraries"
-VOCABULARY = "vocabulary"
-WEIGHTS = "weights"
-CACHE = "KV cache"
-COMPUTE = "compute buffer"
-SCRATCH = "attention scratch"
-SAMPLING = "logits and sampling"
-PROMPT = "prompt and tokenising"
 OTHER = "other"
 
 GROWS_UNDER = {
@@ -59,8 +63,8 @@ HOW_COPIED = {
     WEIGHTS: "grown while they were copied, with the vocabulary",
 }
 HOW_NOT = {
-    "loading": "given back by then",
-    "reserve": "what it is for shows as other",
+    LOADING: "given back by then",
+    RESERVE: "what it is for shows as other",
 }
 PACE = 100
 """A measurement waits for a hundred times its own cost, so that it takes a hundredth of the time."""

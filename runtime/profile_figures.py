@@ -12,18 +12,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lowtide.memory.units import MIB, format_bytes
-from lowtide.runtime.memory_watch import (
+from lowtide.memory.owners import (
     CACHE,
     COMPUTE,
     INTERPRETER,
-    OTHER,
     PROMPT,
     SAMPLING,
     SCRATCH,
     VOCABULARY,
     WEIGHTS,
 )
+from lowtide.memory.units import MIB, format_bytes
+from lowtide.runtime.memory_watch import OTHER
 from lowtide.runtime.profile_report import LayerTime, ProfileReport
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lowtide.attention.abort_guard import guarded_aborts
 from lowtide.memory.footprint import session_bytes
-from lowtide.memory.plan import PROMPT_OWNER
+from lowtide.memory.owners import PROMPT
 from lowtide.models.chat_template import Message, checked_message
 from lowtide.models.errors import StateError
 from lowtide.runtime.conversation import LastAnswer
@@ -157,7 +157,7 @@ class SessionStore:
         """Hold what a file takes for a moment; no prompt is tokenised meanwhile, so its bytes are used."""
         planned, ledger = self._loaded.planned, self._loaded.ledger
         needed = session_bytes(planned.spec, num_tokens, planned.plan.kv_type, num_text_bytes)
-        ledger.reserve(OWNER, max(needed - ledger.owners.get(PROMPT_OWNER, 0), 0))
+        ledger.reserve(OWNER, max(needed - ledger.owners.get(PROMPT, 0), 0))
         try:
             yield
         finally:

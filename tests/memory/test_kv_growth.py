@@ -5,29 +5,29 @@ import pytest
 from lowtide.memory.errors import OverBudget
 from lowtide.memory.kv_growth import KvGrowth
 from lowtide.memory.ledger import Ledger
-from lowtide.memory.plan import KV_OWNER
+from lowtide.memory.owners import CACHE
 
 
 def test_the_cache_grows_while_the_ledger_has_room() -> None:
     ledger = Ledger(1000)
     ledger.reserve("weights", 600)
-    ledger.reserve(KV_OWNER, 100)
+    ledger.reserve(CACHE, 100)
     growth = KvGrowth(ledger, 10, lambda tokens: 10 * tokens)
     growth.admit(7)
-    assert ledger.owners[KV_OWNER] == 100  # what was planned stays
+    assert ledger.owners[CACHE] == 100  # what was planned stays
     growth.admit(25)
-    assert ledger.owners[KV_OWNER] == 250
+    assert ledger.owners[CACHE] == 250
     with pytest.raises(OverBudget, match="KV cache.*raise --memory"):
         growth.admit(41)
-    assert ledger.owners[KV_OWNER] == 250
+    assert ledger.owners[CACHE] == 250
     growth.admit(40)
     growth.admit(3)
-    assert ledger.owners[KV_OWNER] == 100
+    assert ledger.owners[CACHE] == 100
 
 
 def test_another_owner_may_have_taken_the_room() -> None:
     ledger = Ledger(1000)
-    ledger.reserve(KV_OWNER, 100)
+    ledger.reserve(CACHE, 100)
     growth = KvGrowth(ledger, 10, lambda tokens: 10 * tokens)
     ledger.reserve("session", 850)
     with pytest.raises(OverBudget):
