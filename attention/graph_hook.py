@@ -137,6 +137,8 @@ class GraphHook:
         failed = self._library.lowtide_hook_stream_weights(
             self._hook, array, len(spans), kept, len(kept)
         )
+        if failed == 2:
+            raise ValueError("spans are not in order, or of a group without a flag")
         if failed:
             raise MemoryError
 

@@ -42,7 +42,7 @@ def command(system: str | None, enforce: ControlGroup | None, **options: Any) ->
     hold(enforce, planned.plan.budget)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     with Runtime.load(planned) as runtime:
-        reader = TurnReader(prompt_limit_bytes(planned.plan.context), interactive=interactive)
+        reader = TurnReader(prompt_limit_bytes(planned.plan.kv_tokens), interactive=interactive)
         repl = Repl(runtime, generation, system)
         try:
             exit_code = repl.run(reader, interactive=interactive)

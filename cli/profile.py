@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,10 @@ import click
 from lowtide.cli.options import (
     generation_options,
     opening_options,
-    planned_model,
+    plan_with,
     take_generation_options,
+    take_open_options,
+    take_spec,
 )
 
 if TYPE_CHECKING:
@@ -47,7 +50,7 @@ def command(
     """Run a prompt or a script of turns and show where bytes and milliseconds went.
 
     Memory is told apart by the plan's owners, time by phase and by layer. --report and --png draw with
-    matplotlib: pip install 'lowtide[report]'. MODEL is a .gguf file, a name from `lowtide models`, or
+    matplotlib (pip install 'lowtide[report]'), after the run and not inside --memory. MODEL is a .gguf file, a name from `lowtide models`, or
     hf:user/repo[:quant].
     """
     from lowtide.cli.summary import json_object, note, plan_line
@@ -58,9 +61,10 @@ def command(
     generation = take_generation_options(options)
     profiler = Profiler()
     with profiler.span("plan"):
-        planned = planned_model(options)
+        spec = take_spec(options)
+        planned = plan_with(spec, replace(take_open_options(options), profiled=True))
     planned.require_fit()
-    turns = _turns(prompt, script, prompt_limit_bytes(planned.plan.context))
+    turns = _turns(prompt, script, prompt_limit_bytes(planned.plan.kv_tokens))
     note(plan_line(planned))
     with Runtime.load(planned, profiler=profiler) as runtime:
         answers = _run(runtime, turns, generation)

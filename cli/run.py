@@ -56,7 +56,7 @@ def command(
     generation = take_generation_options(options)
     planned = planned_model(options)
     planned.require_fit()
-    text = prompt_text(prompt, file, prompt_limit_bytes(planned.plan.context))
+    text = prompt_text(prompt, file, prompt_limit_bytes(planned.plan.kv_tokens))
     note(plan_line(planned))
     hold(enforce, planned.plan.budget)
     with Runtime.load(planned) as runtime:

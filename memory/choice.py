@@ -33,7 +33,7 @@ class Choice:
             steps.append(f"room in the KV cache: {self.context} to {self.kv_tokens} tokens")
         if self.kept_layers is not None and preferred.kept_layers is None:
             steps.append(
-                "resident weights: read again for every pass, two to three times as long from the system's "
+                "resident weights: read again for every pass, about twice as long from the system's "
                 "cache, at the disk's speed without it"
             )
         return tuple(steps)

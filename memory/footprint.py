@@ -30,6 +30,10 @@ STREAM_SLICE_BYTES = MIB + 256 * KIB
 STREAM_EDGE_BYTES = MIB
 """Pages around a group of weights that are mapped or stay with it: 64 KiB at each end of a few spans."""
 
+PROFILER_SPANS = 50_000
+PROFILER_SAMPLES = 2_000
+"""How many spans, and how many samples and timed passes, a profiler keeps at most."""
+
 CELL_STEP = 256
 """llama.cpp rounds the cells of a KV cache up to this."""
 BLOCK_BYTES = {"f16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18)}
@@ -177,6 +181,16 @@ def selection_bytes(spec: ModelSpec, context: int, selection_layers: int) -> int
     cells = kv_cells(context)
     scores = 4 * spec.num_heads * 4 * (cells + 2)
     return scores + 4 * cells + selection_layers * 13 * cells
+
+
+def profiler_bytes(num_layers: int) -> int:
+    """Return the most that a profiler keeps: spans, samples, and the passes whose layers it timed."""
+    spans = (
+        PROFILER_SPANS * 5 * 8 * 9 // 8
+    )  # five numbers each, in an array that grows by an eighth
+    samples = PROFILER_SAMPLES * 2 * KIB  # a value an owner
+    passes = PROFILER_SAMPLES * (512 + 2 * num_layers * 40)  # two tuples of whole numbers
+    return spans + samples + passes
 
 
 def comparison_bytes(spec: ModelSpec, num_rows: int) -> int:

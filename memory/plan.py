@@ -24,6 +24,8 @@ class PlanOptions:
     """Threads of our own attention kernels; 0 where attention is llama.cpp's."""
     selection_layers: int = 0
     """How many layers choose keys for the others."""
+    profiled: bool = False
+    """Whether a profiler watches."""
     compared_rows: int = 0
     """Distributions over the vocabulary that a measurement keeps."""
 

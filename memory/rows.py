@@ -49,6 +49,7 @@ class PlanRows:
             self._weights(choice),
             *running,
             *_comparison(spec, options.compared_rows),
+            *_profiler(spec, options.profiled),
             PlanRow(owners.LOADING, max(loading, 0), "needed for a moment, beyond what follows it"),
             PlanRow(owners.RESERVE, footprint.RESERVE_BYTES, "allocator slack"),
         )
@@ -118,3 +119,10 @@ def _comparison(spec: ModelSpec, num_rows: int) -> tuple[PlanRow, ...]:
         return ()
     num_bytes = footprint.comparison_bytes(spec, num_rows)
     return (PlanRow(owners.COMPARISON, num_bytes, f"{num_rows} distributions over the vocabulary"),)
+
+
+def _profiler(spec: ModelSpec, profiled: bool) -> tuple[PlanRow, ...]:
+    if not profiled:
+        return ()
+    num_bytes = footprint.profiler_bytes(spec.num_layers)
+    return (PlanRow(owners.PROFILER, num_bytes, "spans, samples and times of layers"),)

@@ -24,7 +24,10 @@ _ROUNDING_BYTES = (1 << 20) // 200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedContext:
-    """What one context would take, in bytes: the cache for all its tokens, and the compute buffer."""
+    """What one context would take, in bytes: the cache for all its tokens, and the compute buffer.
+
+    The cache is rounded down, so that where a formula is exact the formula is the larger.
+    """
 
     cache_bytes: int
     compute_bytes: int
@@ -67,7 +70,11 @@ class SimulatedGguf:
             raise ModelError(f"llama.cpp cannot lay out a context for {self._spec.name}")
         self._api.llama_free(made)
         compute = [_num_bytes(found[1]) for m in messages if (found := _COMPUTE.search(m))]
-        cache = [_num_bytes(found[1]) for m in messages if (found := _CACHE.search(m))]
+        cache = [
+            _num_bytes(found[1]) - 2 * _ROUNDING_BYTES
+            for m in messages
+            if (found := _CACHE.search(m))
+        ]
         if not compute:
             raise ModelError("llama.cpp does not tell the size of its compute buffer")
         return SimulatedContext(cache_bytes=sum(cache), compute_bytes=sum(compute))

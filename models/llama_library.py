@@ -32,7 +32,7 @@ class LlamaLibrary:
     def __init__(self, api: Any) -> None:
         self.api = api
         self._errors: deque[str] = deque(maxlen=64)
-        self._messages: list[str] | None = None
+        self._own = threading.local()
         self._level = 0
         # llama.cpp keeps the pointer for the life of the process: so must we.
         self._log_callback = api.llama_log_callback(self._receive)
@@ -44,8 +44,10 @@ class LlamaLibrary:
             self._level = level
         if self._level == LOG_LEVEL_ERROR:
             self._errors.append(text.decode("utf-8", errors="replace").strip())
-        elif self._level == LOG_LEVEL_INFO and self._messages is not None:
-            self._messages.append(text.decode("utf-8", errors="replace").strip())
+        elif self._level == LOG_LEVEL_INFO:
+            messages: list[str] | None = getattr(self._own, "messages", None)
+            if messages is not None:
+                messages.append(text.decode("utf-8", errors="replace").strip())
 
     @contextlib.contextmanager
     def collected_errors(self) -> Iterator[deque[str]]:
@@ -55,12 +57,12 @@ class LlamaLibrary:
 
     @contextlib.contextmanager
     def collected_messages(self) -> Iterator[list[str]]:
-        """Yield what llama.cpp tells of its work inside the block, line by line."""
-        self._messages = []
+        """Yield what llama.cpp tells of its work on this thread inside the block, line by line."""
+        self._own.messages = messages = list[str]()
         try:
-            yield self._messages
+            yield messages
         finally:
-            self._messages = None
+            self._own.messages = None
 
     def set_abort_callback(self, address: int) -> None:
         """Have ggml call the C function at `address` (void (const char *)) when an assertion fails."""

@@ -25,10 +25,12 @@ from lowtide.memory.units import MIB
 from lowtide.memory.untouched_buffers import can_leave_untouched
 from lowtide.models.chat_template import ChatTemplate
 from lowtide.models.errors import ModelError, TemplateError
-from lowtide.models.gguf_simulation import SimulatedGguf
+from lowtide.models.gguf_simulation import SimulatedContext, SimulatedGguf
 from lowtide.models.llama_library import llama_library
 from lowtide.models.spec import ModelSpec
 
+SMALL_PASS = 32
+"""Rows of a pass that a cache is laid out with: its size does not depend on them."""
 TOLERANCE_BYTES = MIB
 """From one run of a command to the next the same state measured within 0.1 MiB."""
 
@@ -41,15 +43,24 @@ class SimulatedSizes:
         self._simulated: SimulatedGguf | None = simulated
 
     def kv_bytes(self, context: int, kv_type: str) -> int:
-        """Return the whole cache's bytes."""
-        return self._formulas.kv_bytes(context, kv_type)
+        """Return the whole cache's bytes: the formula's, or more where this architecture keeps more."""
+        formula = self._formulas.kv_bytes(context, kv_type)
+        laid_out = self._context(context, SMALL_PASS, kv_type)
+        return max(formula, laid_out.cache_bytes) if laid_out else formula
 
     def compute_bytes(self, context: int, max_rows: int, kv_type: str) -> int:
         """Return the compute buffer's bytes."""
-        if self._simulated is not None:
-            with contextlib.suppress(ModelError), guarded_aborts():
-                return self._simulated.context(context, max_rows, kv_type).compute_bytes
-        return self._formulas.compute_bytes(context, max_rows, kv_type)
+        laid_out = self._context(context, max_rows, kv_type)
+        if laid_out is None:
+            return self._formulas.compute_bytes(context, max_rows, kv_type)
+        return laid_out.compute_bytes
+
+    def _context(self, context: int, max_rows: int, kv_type: str) -> SimulatedContext | None:
+        if self._simulated is None:
+            return None
+        with contextlib.suppress(ModelError), guarded_aborts():
+            return self._simulated.context(context, max_rows, kv_type)
+        return None
 
     def close(self) -> None:
         """Free the layout; the formulas answer from now on."""

@@ -16,6 +16,7 @@ from lowtide.memory.owners import (
     COMPUTE,
     INTERPRETER,
     LOADING,
+    PROFILER,
     PROMPT,
     RESERVE,
     SAMPLING,
@@ -64,6 +65,7 @@ HOW_COPIED = {
 }
 HOW_NOT = {
     LOADING: "given back by then",
+    PROFILER: "its own; shows as other",
     RESERVE: "what it is for shows as other",
 }
 PACE = 100

@@ -33,7 +33,7 @@ class OpenOptions:
     a policy or its name: "llama" (llama.cpp's own kernels), "dense" (ours: exact, and a row's result does
     not depend on the batch or the threads) or "tidal" (`Tidal`: an approximation, "tidal:k=512").
     `compared_rows` is how many distributions a measurement keeps, `selection_layers` how many layers it
-    tries beside the policy's own.
+    tries beside the policy's own, `profiled` whether a profiler watches.
     """
 
     memory: str | int | None = None
@@ -44,6 +44,7 @@ class OpenOptions:
     attention: str | AttentionPolicy = "llama"
     offline: bool = False
     compared_rows: int = 0
+    profiled: bool = False
     selection_layers: int = 0
 
     def __post_init__(self) -> None:
@@ -65,6 +66,7 @@ class OpenOptions:
             attention_threads=self.num_threads if policy.uses_hook else 0,
             selection_layers=max(policy.num_selections, self.selection_layers),
             compared_rows=self.compared_rows,
+            profiled=self.profiled,
         )
 
     @property

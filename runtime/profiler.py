@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from lowtide.attention.graph_hook import GraphHook
@@ -182,12 +181,7 @@ class _OpenSpan:
     def __enter__(self) -> None:
         self._profiler._begin(self)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._profiler._end(self)
 
 

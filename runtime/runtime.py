@@ -88,6 +88,7 @@ class Runtime:
             threads=threads,
             attention=attention,
             offline=offline,
+            profiled=profiler is not None,
         )
         told = profiler or SILENT
         if isinstance(model, Model):

@@ -9,8 +9,9 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-MAX_SPANS = 50_000
-MAX_SAMPLES = 2_000
+from lowtide.memory.footprint import PROFILER_SAMPLES, PROFILER_SPANS
+
+MAX_SPANS, MAX_SAMPLES = PROFILER_SPANS, PROFILER_SAMPLES
 
 
 @dataclass(frozen=True, slots=True)

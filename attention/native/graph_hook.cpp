@@ -3,7 +3,8 @@
 // With flash attention on, the attention of every architecture is one FLASH_ATTN_EXT node. Before a split
 // is computed the scheduler asks about each of its nodes; there the node becomes a custom operation, by
 // copying `op` and `op_params` from one that ggml itself made. Answering false keeps the split whole, so
-// nothing is copied and nothing runs more often; true, where a layer is timed, ends a part of it there. A node that is not as we know it is left alone and counted.
+// nothing is copied and nothing runs more often; true, where a layer is timed or weights are given back, ends a
+// part of it there. A node that is not as we know it is left alone and counted.
 
 #include "graph_hook.h"
 
@@ -271,11 +272,10 @@ extern "C" int lowtide_hook_set_roles(GraphHook* hook, const uint8_t* roles, int
 extern "C" int lowtide_hook_stream_weights(GraphHook* hook, const WeightSpan* spans, int num_spans, const uint8_t* kept,
                                            int num_groups) {
     try {
-        hook->weights.set(spans, num_spans, kept, num_groups);
+        return hook->weights.set(spans, num_spans, kept, num_groups) ? 0 : 2;
     } catch (const std::bad_alloc&) {
         return 1;
     }
-    return 0;
 }
 
 extern "C" void lowtide_hook_start_pass(GraphHook* hook, int sparse, int refresh, int rounded) {

@@ -64,6 +64,6 @@ LOWTIDE_API void lowtide_hook_start_pass(GraphHook* hook, int sparse, int refres
 LOWTIDE_API int lowtide_hook_can_round(const GraphHook* hook);
 
 // Has the weights of all groups but the kept ones given back as the graph goes on (`WeightStream`). Returns 1
-// where there is no memory.
+// where there is no memory, 2 where the spans are not in order or of no such group.
 LOWTIDE_API int lowtide_hook_stream_weights(GraphHook* hook, const WeightSpan* spans, int num_spans, const uint8_t* kept,
                                             int num_groups);

@@ -12,11 +12,16 @@ constexpr uintptr_t kAroundBytes = 64 << 10;  // what the system maps around a p
 
 }  // namespace
 
-void WeightStream::set(const WeightSpan* spans, int num_spans, const uint8_t* kept, int num_groups) {
-    spans_.assign(spans, spans + num_spans);
-    kept_.assign(kept, kept + num_groups);
-    resident_.assign(num_groups, 0);
+bool WeightStream::set(const WeightSpan* spans, int num_spans, const uint8_t* kept, int num_groups) {
+    for (int i = 0; i < num_spans; ++i) {
+        const bool in_order = spans[i].begin <= spans[i].end && (i == 0 || spans[i - 1].end <= spans[i].begin);
+        if (!in_order || spans[i].group < 0 || spans[i].group >= num_groups) return false;
+    }
+    std::vector<WeightSpan> new_spans(spans, spans + num_spans);
+    std::vector<uint8_t> new_kept(kept, kept + num_groups), none(num_groups, 0);
+    spans_.swap(new_spans), kept_.swap(new_kept), resident_.swap(none);
     current_ = kNoGroup;
+    return true;
 }
 
 const WeightSpan* WeightStream::span_of(const char* data) const {

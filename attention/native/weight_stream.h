@@ -17,8 +17,9 @@ struct WeightSpan {
 // file and read only, so a page that was given back is read again when it is wanted.
 class WeightStream {
 public:
-    // `spans` in order of their addresses; one flag a group says whether it is kept. Throws std::bad_alloc.
-    void set(const WeightSpan* spans, int num_spans, const uint8_t* kept, int num_groups);
+    // `spans` in order of their addresses; one flag a group says whether it is kept. False, and nothing changes, where
+    // a span is of no such group or they are not in order. Throws std::bad_alloc, and nothing changes.
+    bool set(const WeightSpan* spans, int num_spans, const uint8_t* kept, int num_groups);
 
     // Whether the node reads another group than the nodes before it: asked in the graph's order.
     bool enters_group(const GgmlTensor* node);

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from requantised import requantised
 
+from lowtide.attention.graph_hook import GraphHook
 from lowtide.attention.unpopulated_maps import can_leave_unpopulated
-from lowtide.attention.weight_stream import AROUND_BYTES, mapped_spans
+from lowtide.attention.weight_stream import AROUND_BYTES, NativeSpan, mapped_spans
 from lowtide.memory.file_maps import FileMap
 from lowtide.models.errors import LowtideError
 from lowtide.models.fake_model import fake_spec
@@ -104,3 +105,13 @@ def test_two_streamed_models_do_not_disturb_each_other(smollm2: Path) -> None:
     other.close()
     loaded.close()
     assert np.array_equal(alone[1:], np.array(again))
+
+
+def test_spans_that_are_not_as_promised_are_refused() -> None:
+    hook = GraphHook(1)
+    first, second = NativeSpan(4096, 8192, 4096, 8192, 0), NativeSpan(8192, 9000, 8192, 12288, 1)
+    hook.stream_weights([first, second], b"\0\0")
+    for spans, kept in (([second, first], b"\0\0"), ([first, second], b"\0")):
+        with pytest.raises(ValueError, match="not in order, or of a group"):
+            hook.stream_weights(spans, kept)
+    hook.close()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from gguf_files import write_model
 
+from lowtide.memory.footprint import kv_bytes
 from lowtide.models.catalog import resolve
 from lowtide.models.errors import ModelError
 from lowtide.models.gguf_header import read_spec
@@ -34,9 +35,11 @@ def test_the_sizes_are_those_of_the_real_context(name: str) -> None:
         compute = re.findall(r"compute buffer size = +([\d.]+) MiB", lines)
         cache = re.findall(r"KV buffer size = +([\d.]+) MiB", lines)
         assert compute and cache
-        for wanted, found in ((compute, sizes.compute_bytes), (cache, sizes.cache_bytes)):
-            exact = sum(map(float, wanted)) * 2**20
-            assert exact <= found <= exact + len(wanted) * 2**20 / 100
+        told_bytes = sum(map(float, compute)) * 2**20
+        assert told_bytes <= sizes.compute_bytes <= told_bytes + len(compute) * 2**20 / 100
+        cache_bytes = kv_bytes(spec, context, kv_type)
+        assert cache_bytes - 2**20 / 25 <= sizes.cache_bytes <= cache_bytes
+        assert abs(sum(map(float, cache)) * 2**20 - cache_bytes) < 2**20 / 25
 
 
 def test_a_model_that_llama_cpp_does_not_know(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import pytest
 from processes import run_python
 
 from lowtide import FakeModel, Profiler, Runtime
+from lowtide.memory.footprint import profiler_bytes
 from lowtide.memory.units import MIB
 from lowtide.models.errors import BadOption
 from lowtide.runtime.profile_report import ProfileReport, layer_seconds
-from lowtide.runtime.timeline import MAX_SAMPLES, LayerPass, MemorySample, Span, Timeline
+from lowtide.runtime.timeline import MAX_SAMPLES, MAX_SPANS, LayerPass, MemorySample, Span, Timeline
 
 
 def profiled_fake(**options: object) -> tuple[Profiler, list[object]]:
@@ -58,7 +60,7 @@ def test_measured_rows_are_the_plans_and_sum_up_to_the_resident_set() -> None:
     assert [row.owner for row in report.measured] == [*owners, "other"]
     assert sum(row.num_bytes or 0 for row in report.measured) == report.resident_bytes
     unknown = {row.owner for row in report.measured if row.num_bytes is None}
-    assert unknown == {"loading", "reserve"}
+    assert unknown == {"loading", "profiler", "reserve"}
     assert all(row.how for row in report.measured)
     assert report.layers == ()
 
@@ -113,6 +115,7 @@ def test_seconds_of_layers() -> None:
 
 _RUN = """
 import json
+import tracemalloc
 from lowtide import Profiler, Runtime
 profiler = Profiler()
 options = {options}
@@ -213,3 +216,20 @@ def test_a_llama_cpp_that_cannot_be_hooked_has_no_layers(
     assert isinstance(report, ProfileReport) and report.layers == ()
     with pytest.raises(LowtideError, match="laid out"):
         Runtime.open(smollm2, memory="8GiB", attention="dense", profiler=Profiler())
+
+
+def test_a_full_timeline_stays_inside_its_row_of_the_plan() -> None:
+    num_layers = 30
+    tracemalloc.start()
+    timeline = Timeline()
+    for i in range(MAX_SPANS + 10):
+        timeline.add_span(Span("decode pass", 10**12 + i, 2 * 10**12 + i, 1, 1))
+    for i in range(MAX_SAMPLES - 1):
+        owners = {f"owner {n}": 10**9 + n * i for n in range(10)}
+        timeline.add_sample(MemorySample(10**12 + i, 10**9 + i, owners, 1000 + i))
+        times = tuple(10**6 * i + n for n in range(num_layers))
+        timeline.add_pass(LayerPass("decode pass", 10**12 + i, 2 * 10**12 + i, times, times[::-1]))
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert timeline.num_dropped == 10
+    assert profiler_bytes(num_layers) / 4 < taken <= profiler_bytes(num_layers)

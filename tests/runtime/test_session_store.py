@@ -3,43 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import os
-from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from saved_talk import NEXT, SAID, TURNS, chat
 
-from lowtide import FakeModel, GenerationResult, OverBudget, Runtime
+from lowtide import FakeModel, OverBudget, Runtime
 from lowtide.memory.meter import read_process_memory
 from lowtide.memory.units import MIB
-from lowtide.models.errors import LowtideError, StateError, TemplateError
+from lowtide.models.errors import LowtideError, TemplateError
 from lowtide.runtime import session_store as module
-from lowtide.runtime.errors import RuntimeUnusable, SessionMismatch, TranscriptError
-from lowtide.runtime.session_file import write_session
+from lowtide.runtime.errors import RuntimeUnusable, TranscriptError
 from lowtide.runtime.transcript import Transcript
 
 Opened = Callable[..., Runtime]
-TURNS = [{"role": "user", "content": "a"}]
-SAID = [*TURNS, {"role": "assistant", "content": "One."}]
-NEXT = [*SAID, {"role": "user", "content": "b"}]
-
-
-def chat(runtime: Runtime, messages: list[dict[str, str]]) -> GenerationResult:
-    return GenerationResult.of(runtime.chat(messages, temperature=0))
-
-
-@pytest.fixture
-def saved(fake_runtime: Opened, tmp_path: Path) -> Path:
-    runtime = fake_runtime("One.", "Two.")
-    chat(runtime, TURNS)
-    told = runtime.session.save(tmp_path / "talk", SAID)
-    assert told.num_tokens == runtime.fake.num_tokens  # type: ignore[attr-defined]
-    assert told.num_bytes == (tmp_path / "talk").stat().st_size
-    return tmp_path / "talk"
 
 
 def test_going_on_equals_never_having_left(fake_runtime: Opened, saved: Path) -> None:
@@ -81,69 +60,6 @@ def test_without_messages_and_without_a_template(tmp_path: Path) -> None:
     assert other.session.load(str(tmp_path / "talk")).messages == ()
     again = other.generate("Hi", temperature=0, max_tokens=2)
     assert again.stats.reused_tokens == again.stats.prompt_tokens - 1
-
-
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150
-)
-@given(data=st.data())
-def test_any_damaged_byte_is_refused_and_changes_nothing(
-    fake_runtime: Opened, saved: Path, data: st.DataObject
-) -> None:
-    whole = saved.read_bytes()
-    damaged = bytearray(whole)
-    damaged[data.draw(st.integers(0, len(whole) - 1))] ^= data.draw(st.integers(1, 255))
-    saved.write_bytes(damaged)
-    runtime = fake_runtime("One.", "Two.")
-    chat(runtime, TURNS)
-    held = list(runtime._session.token_ids)
-    try:
-        for refused in (runtime.session.load, runtime.session.read_messages):
-            with pytest.raises(TranscriptError, match="talk"):
-                refused(saved)
-    finally:
-        saved.write_bytes(whole)
-    assert runtime._session.token_ids == held
-    assert chat(runtime, NEXT).stats.reused_tokens == len(held)
-
-
-class Other(FakeModel):
-    def state_owner(self) -> dict[str, str]:
-        return {"model": "another"}
-
-
-def _other_model() -> Runtime:
-    return Runtime.open(Other(), memory="8GiB")
-
-
-def _short_context() -> Runtime:
-    return Runtime.open(FakeModel(context=16), memory="8GiB")
-
-
-def _other_attention() -> Runtime:
-    runtime = Runtime.open(FakeModel(), memory="8GiB")
-    runtime._loaded.planned = replace(runtime.planned, policy=runtime.planned.policy.__class__())
-    runtime._loaded.planned.policy.name = "sparse"  # type: ignore[misc]
-    return runtime
-
-
-MISMATCHES = {
-    "the model fake, here it is another": _other_model,
-    "tokens, the context 16": _short_context,
-    "the attention llama, here it is sparse": _other_attention,
-}
-
-
-@pytest.mark.parametrize("sentence", MISMATCHES)
-def test_the_state_of_another_is_refused_and_its_messages_are_not(
-    sentence: str, saved: Path
-) -> None:
-    runtime = MISMATCHES[sentence]()
-    with pytest.raises(SessionMismatch, match=sentence) as caught:
-        runtime.session.load(saved)
-    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
-    assert runtime._session.token_ids == []
-    assert list(runtime.session.read_messages(saved)) == SAID
 
 
 def test_transcripts_without_state_load_as_messages(fake_runtime: Opened, tmp_path: Path) -> None:
@@ -227,70 +143,6 @@ def test_at_the_lower_bound_a_session_is_saved_and_loaded(
     chat(runtime, TURNS)
     num_tokens = runtime.session.save(tmp_path / "talk", SAID).num_tokens
     assert runtime.session.load(tmp_path / "talk").num_tokens == num_tokens > 0
-
-
-def test_a_state_that_native_code_refuses_leaves_an_empty_session(
-    fake_runtime: Opened, saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(self: FakeModel, path: Path, num_bytes: int) -> list[int]:
-        self._tokens = [1, 2, 3]
-        raise StateError("no room")
-
-    runtime = fake_runtime("One.", "Two.")
-    chat(runtime, TURNS)
-    monkeypatch.setattr(FakeModel, "load_state", refuse)
-    with pytest.raises(TranscriptError, match=r"cannot be read \(no room\)"):
-        runtime.session.load(saved)
-    answer = chat(runtime, NEXT)
-    assert (answer.text, answer.stats.reused_tokens) == ("Two.", 0)
-
-
-def test_a_file_that_changes_while_it_is_read_is_refused(
-    fake_runtime: Opened, saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    load_state = FakeModel.load_state
-
-    def changed(self: FakeModel, path: Path, num_bytes: int) -> list[int]:
-        os.utime(saved, ns=(1, 1))
-        return load_state(self, path, num_bytes)
-
-    monkeypatch.setattr(FakeModel, "load_state", changed)
-    runtime = fake_runtime("One.", "Two.")
-    with pytest.raises(TranscriptError, match="was changed while it was read"):
-        runtime.session.load(saved)
-    assert runtime._session.token_ids == [] and runtime.fake.num_tokens == 0  # type: ignore[attr-defined]
-
-
-FORGED = {
-    "no owner": {"owner": None},
-    "no numbers": {"num_tokens": "many"},
-    "no last answer": {"last": []},
-    "other tokens": {"num_tokens": 4},
-    "no messages": {"messages": [{"role": "king", "content": "x"}]},
-}
-
-
-@pytest.mark.parametrize("name", FORGED)
-def test_forged_values_are_a_sentence_even_with_a_right_checksum(
-    name: str, fake_runtime: Opened, tmp_path: Path
-) -> None:
-    head = {
-        "owner": {"model": "fake", "attention": "llama"},
-        "num_tokens": 3,
-        "exact_until": 3,
-        "last": {"text": "", "token_ids": [], "num_messages": 0},
-        "model": "fake",
-        "messages": SAID,
-    }
-    state = b"fake" + array("i", [1, 2, 3]).tobytes()
-    path = tmp_path / "talk"
-    runtime = fake_runtime()
-    write_session(path, lambda at: at.write_bytes(state), head)
-    assert runtime.session.load(path).num_tokens == 3
-    write_session(path, lambda at: at.write_bytes(state), {**head, **FORGED[name]})
-    with pytest.raises(TranscriptError, match="talk holds") as caught:
-        runtime.session.load(path)
-    assert "\n" not in str(caught.value)
 
 
 def test_wrong_use_is_a_sentence(fake_runtime: Opened, tmp_path: Path, saved: Path) -> None:

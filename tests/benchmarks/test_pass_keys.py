@@ -1,0 +1,65 @@
+"""Pass keys that dense attention finds, and how many of them TidalDecode as calibrated finds as well.
+
+SmolLM2 at 7,600 tokens of essays, from two places in them; four depths, two keys each. Prints counts and
+times nothing. Run with `make bench`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from essays import essays
+
+from lowtide.attention.dense import DenseSteering
+from lowtide.attention.needles import finds, hide_needle
+from lowtide.attention.tidal import Tidal
+from lowtide.runtime.evaluation import _framing
+from lowtide.runtime.loaded_model import LoadedModel
+from lowtide.runtime.planning import OpenOptions, plan_reference
+
+pytestmark = pytest.mark.benchmark
+LENGTH = 7600
+DEPTHS = (0.9, 0.7, 0.5, 0.2)  # what two prompts share is read once
+POLICIES = {"as calibrated": Tidal(), "k=2048": Tidal(k=2048)}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_pass_keys(benchmark: Any, smollm2: Path, share: float) -> None:
+    options = OpenOptions(memory="4GiB", context=LENGTH + 80, threads=2, attention="tidal")
+    loaded = LoadedModel(plan_reference(smollm2, options))
+    model, hook, spec = loaded.model, loaded.hook, loaded.planned.spec
+    assert hook is not None
+    text = model.tokenizer.encode(essays(), add_special=False, parse_special=False)
+    haystack = text[int((len(text) - LENGTH) * share) :]
+    framing = _framing(loaded)
+    found = dict.fromkeys(["dense", *POLICIES], 0)
+    held: list[int] = []
+
+    def look() -> None:
+        for depth in DEPTHS:
+            for seed in range(2):
+                needle = hide_needle(
+                    model, haystack, _framing(loaded), LENGTH, depth, seed + round(depth * 100)
+                )
+                common = sum(1 for _ in _common(held, needle.token_ids))
+                model.truncate(common)
+                held[:] = needle.token_ids
+                if not finds(model, DenseSteering(hook), needle):
+                    continue
+                found["dense"] += 1
+                for name, policy in POLICIES.items():
+                    found[name] += finds(model, policy.fitted(spec).install(hook, spec), needle)
+
+    benchmark.pedantic(look, rounds=1)
+    benchmark.extra_info.update(found)
+    print(f"\nessays from {share:.0%} on, of {2 * len(DEPTHS)} pass keys: {found}")
+    loaded.close()
+
+
+def _common(left: list[int], right: Any) -> Any:
+    for a, b in zip(left, right, strict=False):
+        if a != b:
+            return
+        yield a

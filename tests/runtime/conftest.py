@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from saved_talk import SAID, TURNS, chat
+
+from lowtide import Runtime
+
+
+@pytest.fixture
+def saved(fake_runtime: Callable[..., Runtime], tmp_path: Path) -> Path:
+    runtime = fake_runtime("One.", "Two.")
+    chat(runtime, TURNS)
+    told = runtime.session.save(tmp_path / "talk", SAID)
+    assert told.num_tokens == runtime.fake.num_tokens  # type: ignore[attr-defined]
+    assert told.num_bytes == (tmp_path / "talk").stat().st_size
+    return tmp_path / "talk"

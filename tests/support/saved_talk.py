@@ -1,0 +1,13 @@
+"""A short talk with the fake model, and its session file."""
+
+from __future__ import annotations
+
+from lowtide import GenerationResult, Runtime
+
+TURNS = [{"role": "user", "content": "a"}]
+SAID = [*TURNS, {"role": "assistant", "content": "One."}]
+NEXT = [*SAID, {"role": "user", "content": "b"}]
+
+
+def chat(runtime: Runtime, messages: list[dict[str, str]]) -> GenerationResult:
+    return GenerationResult.of(runtime.chat(messages, temperature=0))
