@@ -50,8 +50,8 @@ def command(
     """Run a prompt or a script of turns and show where bytes and milliseconds went.
 
     Memory is told apart by the plan's owners, time by phase and by layer. --report and --png draw with
-    matplotlib (pip install 'lowtide[report]'), after the run and not inside --memory. MODEL is a .gguf file, a name from `lowtide models`, or
-    hf:user/repo[:quant].
+    matplotlib (pip install 'lowtide[report]'), after the run and not inside --memory. MODEL is a .gguf
+    file, a name from `lowtide models`, or hf:user/repo[:quant].
     """
     from lowtide.cli.summary import json_object, note, plan_line
     from lowtide.memory.footprint import prompt_limit_bytes

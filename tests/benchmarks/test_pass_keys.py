@@ -40,9 +40,8 @@ def test_pass_keys(benchmark: Any, smollm2: Path, share: float) -> None:
     def look() -> None:
         for depth in DEPTHS:
             for seed in range(2):
-                needle = hide_needle(
-                    model, haystack, _framing(loaded), LENGTH, depth, seed + round(depth * 100)
-                )
+                key = seed + round(depth * 100)
+                needle = hide_needle(model, haystack, framing, LENGTH, depth, key)
                 common = sum(1 for _ in _common(held, needle.token_ids))
                 model.truncate(common)
                 held[:] = needle.token_ids
