@@ -7,15 +7,16 @@ the file again when a node wants it, so the results are the same bit for bit.
 from __future__ import annotations
 
 import ctypes
-import mmap
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
+from lowtide.memory import pages
 from lowtide.memory.file_maps import FileMap
 from lowtide.models.errors import LowtideError
 from lowtide.models.spec import ModelSpec, WeightSpan
 
-AROUND_BYTES = 64 << 10
-"""A page that is read brings its neighbours with it, within an aligned block (Linux's fault-around)."""
+BLOCK_BYTES = 64 << 10
+"""Weights that are read in parts (rows of an embedding, slices of the output's matrix) are kept apart in
+blocks of so many bytes: no smaller ones, since this is what Linux maps at once (fault-around)."""
 
 
 class NativeSpan(ctypes.Structure):
@@ -58,8 +59,32 @@ def _in_memory(span: WeightSpan, maps: Collection[FileMap], group: int) -> Itera
 
 
 def _with_pages(file_map: FileMap, begin: int, end: int, group: int) -> NativeSpan:
-    """Add the pages around, as far as they are this file's."""
-    first = begin // AROUND_BYTES * AROUND_BYTES
-    last = -(-end // AROUND_BYTES) * AROUND_BYTES
-    map_end = file_map.address + file_map.num_bytes // mmap.PAGESIZE * mmap.PAGESIZE
-    return NativeSpan(begin, end, max(first, file_map.address), min(last, map_end), group)
+    """Add the pages that it lies on, as far as they are whole pages of this file."""
+    map_end = file_map.address + pages.round_down(file_map.num_bytes)
+    return NativeSpan(begin, end, pages.round_down(begin), min(pages.round_up(end), map_end), group)
+
+
+def keep_spans_apart(spec: ModelSpec, spans: Sequence[NativeSpan], maps: Iterable[FileMap]) -> None:
+    """Have no span's pages come with those of another: what was given back would come back with it.
+
+    Neither do those of distant parts of a weight outside of the layers. Raises `LowtideError` where the
+    system allows no more areas of memory.
+    """
+    cuts = {
+        cut for span in spans for cut in _cuts(span, spec.weight_groups[span.group].layer is None)
+    }
+    for file_map in maps:
+        begin, end = file_map.address, file_map.address + file_map.num_bytes
+        if not pages.keep_apart(sorted({begin, end, *(cut for cut in cuts if begin < cut < end)})):
+            raise LowtideError(
+                f"{len(cuts)} areas of memory are wanted for {spec.name}'s weights, and the system allows "
+                "no more: raise vm.max_map_count, or --memory so that the weights stay resident"
+            )
+
+
+def _cuts(span: NativeSpan, in_blocks: bool) -> Iterator[int]:
+    """The page that a span shares with its neighbour is an area of its own."""
+    first, last = pages.round_up(span.begin), pages.round_down(span.end)
+    yield from (pages.round_down(span.begin), first, last, pages.round_up(span.end))
+    if in_blocks:
+        yield from range(-(-first // BLOCK_BYTES) * BLOCK_BYTES, last, BLOCK_BYTES)

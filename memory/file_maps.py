@@ -18,6 +18,7 @@ class FileMap:
     address: int
     num_bytes: int
     offset: int
+    is_readable: bool = True
 
 
 def read_file_maps(path: Path, maps: Path = MAPS) -> frozenset[FileMap]:
@@ -48,4 +49,4 @@ def _file_map(line: str, wanted: os.stat_result) -> FileMap | None:
     if (major, minor) != (os.major(wanted.st_dev), os.minor(wanted.st_dev)):
         return None
     begin, end = (int(part, 16) for part in fields[0].split("-"))
-    return FileMap(address=begin, num_bytes=end - begin, offset=int(fields[2], 16))
+    return FileMap(begin, end - begin, int(fields[2], 16), is_readable=fields[1].startswith("r"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 PAGE_BYTES = mmap.PAGESIZE
 
@@ -27,6 +27,23 @@ def give_back(address: int, num_bytes: int) -> bool:
     a page.
     """
     return _advise()(address, num_bytes, mmap.MADV_DONTNEED) == 0
+
+
+def keep_apart(cuts: Sequence[int]) -> bool:
+    """Have what is read in one of [cuts[0], cuts[1]), [cuts[1], cuts[2]), ... bring no page of another with
+    it; return whether the system took them.
+
+    Linux maps the pages around one that is read, 64 KiB or, since 6.18, a whole large folio of the page
+    cache (up to 2 MiB), but none beyond the area of memory that it lies in; alike neighbours are one area,
+    so every second one is left out of core dumps. `cuts` are in order and begin pages.
+    """
+    odd = zip(cuts[1::2], cuts[2::2], strict=False)
+    return all(_advise()(begin, end - begin, mmap.MADV_DONTDUMP) == 0 for begin, end in odd)
+
+
+def keep_small(address: int, num_bytes: int) -> None:
+    """Have private memory come page by page, also where the system would give 2 MiB for the first byte."""
+    _advise()(address, num_bytes, mmap.MADV_NOHUGEPAGE)
 
 
 @functools.cache

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lowtide.memory.pages import PAGE_BYTES, give_back, round_down, round_up
+from lowtide.memory.loaded_code import library_of
+from lowtide.memory.pages import PAGE_BYTES, give_back, keep_small, round_down, round_up
 from lowtide.models.llama_library import llama_library
 
 _P = ctypes.c_void_p
@@ -42,17 +43,6 @@ class _BufferType(ctypes.Structure):
     _fields_ = [
         *((name, _P) for name in "get_name allocate get_alignment get_max_size".split()),
         *((name, _P) for name in "get_alloc_size is_host device context".split()),
-    ]
-
-
-class _SymbolInfo(ctypes.Structure):
-    """What dladdr says of an address."""
-
-    _fields_ = [
-        ("library", ctypes.c_char_p),
-        ("library_base", _P),
-        ("name", ctypes.c_char_p),
-        ("address", _P),
     ]
 
 
@@ -135,6 +125,7 @@ class _Patch:
         if value != 0 or first >= last or not give_back(first, last - first):
             ctypes.memset(begin, value, end - begin)
             return
+        keep_small(first, last - first)
         ctypes.memset(begin, 0, first - begin)
         ctypes.memset(last, 0, end - last)
         cleared = getattr(self._local, "cleared", None)
@@ -171,25 +162,14 @@ class _Patch:
     def _looks_like_a_type(self) -> bool:
         """Whether functions of one library stand where they should: read before anything is written."""
         fields = [getattr(self._type, name) for name, *_ in _BufferType._fields_]
-        libraries = [_library_of(field) for field in fields]
+        libraries = [library_of(field) for field in fields]
         needed, optional, values = libraries[:3] + libraries[5:6], fields[3:5], libraries[6:]
         return (
             None not in needed
             and len(set(needed)) == 1
-            and all(field is None or _library_of(field) == needed[0] for field in optional)
+            and all(field is None or library_of(field) == needed[0] for field in optional)
             and needed[0] not in values
         )
-
-
-def _library_of(address: int | None) -> bytes | None:
-    """The library whose loaded image an address lies in."""
-    info = _SymbolInfo()
-    find = ctypes.CDLL(None).dladdr
-    find.argtypes = [_P, ctypes.POINTER(_SymbolInfo)]
-    if not address or not find(address, ctypes.byref(info)):
-        return None
-    library: bytes | None = info.library
-    return library
 
 
 def _function(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 
 from lowtide.attention.abort_guard import guarded_aborts
 from lowtide.attention.graph_hook import GraphHook
 from lowtide.attention.unpopulated_maps import unpopulated_maps
-from lowtide.attention.weight_stream import mapped_spans
+from lowtide.attention.weight_stream import keep_spans_apart, mapped_spans
 from lowtide.memory.file_maps import FileMap, give_back, read_file_maps
 from lowtide.memory.footprint import kv_cells, kv_row_bytes
 from lowtide.memory.kv_pages import KvPages
@@ -51,7 +52,11 @@ def load_gguf(
     with guarded_aborts(), untouched_buffers() as buffers, _new_maps(planned) as maps:
         model = GgufModel(planned.spec, options)
     if plan.kept_layers is not None and hook is not None:
-        hook.stream_weights(mapped_spans(planned.spec, maps), _kept(planned.spec, plan.kept_layers))
+        try:
+            _stream_weights(planned.spec, maps, hook, plan.kept_layers)
+        except BaseException:
+            model.close()
+            raise
     # Milder levels are for running answers, which would read the weights again at once.
     releasers += (
         Releaser("complete", partial(give_back, file_map)) for found in maps for file_map in found
@@ -85,6 +90,14 @@ def _new_maps(planned: PlannedModel) -> Iterator[list[frozenset[FileMap]]]:
         before = [read_file_maps(path) for path in paths]
         yield maps
         maps += (read_file_maps(path) - old for path, old in zip(paths, before, strict=True))
+
+
+def _stream_weights(
+    spec: ModelSpec, maps: Sequence[frozenset[FileMap]], hook: GraphHook, kept_layers: int
+) -> None:
+    spans = mapped_spans(spec, maps)
+    keep_spans_apart(spec, spans, chain.from_iterable(maps))
+    hook.stream_weights(spans, _kept(spec, kept_layers))
 
 
 def _kept(spec: ModelSpec, kept_layers: int) -> bytes:

@@ -19,6 +19,7 @@ from lowtide.memory import footprint
 from lowtide.memory.budget import Budget
 from lowtide.memory.context_sizes import ContextSizes, FormulaSizes
 from lowtide.memory.heap import trim_heap
+from lowtide.memory.loaded_code import read_in
 from lowtide.memory.meter import read_process_memory
 from lowtide.memory.plan import Host
 from lowtide.memory.units import MIB
@@ -28,11 +29,15 @@ from lowtide.models.errors import ModelError, TemplateError
 from lowtide.models.gguf_simulation import SimulatedContext, SimulatedGguf
 from lowtide.models.llama_library import llama_library
 from lowtide.models.spec import ModelSpec
+from lowtide.runtime.options import GenerationOptions
 
 SMALL_PASS = 32
 """Rows of a pass that a cache is laid out with: its size does not depend on them."""
 TOLERANCE_BYTES = MIB
 """From one run of a command to the next the same state measured within 0.1 MiB."""
+
+SAMPLED_TOKENS = 1024
+"""A small vocabulary that a sampler is tried on."""
 
 
 class SimulatedSizes:
@@ -122,11 +127,16 @@ def _host(spec: ModelSpec, before_bytes: int, *, vocabulary: bool = True) -> Hos
 
 
 def _load_what_answers_need(spec: ModelSpec) -> None:
-    import numpy  # noqa: F401
+    """Libraries, and of their code what the first answer would read in."""
+    import numpy as np
 
     from lowtide.runtime import runtime  # noqa: F401
+    from lowtide.runtime.sampling import Sampler
 
-    llama_library()
     native_library()
+    read_in(llama_library().address("ggml_get_type_traits_cpu"))
+    sampler = Sampler(GenerationOptions(top_p=0.9, min_p=0.1, repeat_penalty=1.1))
+    logits = np.linspace(0, 1, SAMPLED_TOKENS, dtype=np.float32)
+    sampler.choose(logits, (1, 2))
     with contextlib.suppress(TemplateError):
         ChatTemplate(spec.chat_template, {})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ class Sampler:
         self.seed = (
             int.from_bytes(os.urandom(6), "little") if options.seed is None else options.seed
         )
-        self._random = np.random.default_rng(self.seed)
+        self._random = random.Random(self.seed)
 
     def choose(self, logits: Logits, history: Sequence[int]) -> int:
         """Return the next token after `history`, given its `logits` of shape (vocabulary,)."""

@@ -11,8 +11,9 @@ from requantised import requantised
 
 from lowtide.attention.graph_hook import GraphHook
 from lowtide.attention.unpopulated_maps import can_leave_unpopulated
-from lowtide.attention.weight_stream import AROUND_BYTES, NativeSpan, mapped_spans
+from lowtide.attention.weight_stream import NativeSpan, mapped_spans
 from lowtide.memory.file_maps import FileMap
+from lowtide.memory.pages import PAGE_BYTES
 from lowtide.models.errors import LowtideError
 from lowtide.models.fake_model import fake_spec
 from lowtide.models.spec import ModelSpec, WeightGroup, WeightSpan
@@ -37,8 +38,8 @@ def test_spans_lie_where_the_file_is_mapped() -> None:
         (400_000, 10_000, 1),
     ]
     for span in spans:
-        assert span.page_begin % AROUND_BYTES == 0 and span.page_begin <= span.begin
-        assert span.page_end >= span.end
+        assert span.page_begin % PAGE_BYTES == 0 and 0 <= span.begin - span.page_begin < PAGE_BYTES
+        assert span.page_end % PAGE_BYTES == 0 and 0 <= span.page_end - span.end < PAGE_BYTES
         assert 1 << 30 <= span.page_begin < span.page_end <= (1 << 30) + file_map.num_bytes
 
 

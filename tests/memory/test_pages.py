@@ -1,0 +1,61 @@
+"""Pages that are kept apart, and private ones that come one by one."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowtide.memory.file_maps import read_file_maps
+from lowtide.memory.pages import PAGE_BYTES, keep_apart, keep_small
+
+KIB, MIB = 1 << 10, 1 << 20
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux tells what is resident")
+
+
+def resident_bytes(begin: int, end: int) -> int:
+    """Sum what /proc/self/smaps tells of areas inside [begin, end)."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if not first.endswith(":"):
+            area = [int(part, 16) for part in first.split("-")]
+            inside = begin <= area[0] and area[1] <= end
+        elif first == "Rss:" and inside:
+            total += int(line.split()[1]) * KIB
+    return total
+
+
+def test_a_page_brings_none_from_beyond_its_part(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    with path.open("wb", buffering=0) as file:
+        file.write(bytes(8 * MIB))  # in one piece, so that the page cache may hold it in large ones
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        (file_map,) = read_file_maps(path)
+        address = file_map.address
+        parts = [0, PAGE_BYTES, 3 * MIB, 3 * MIB + 16 * KIB, 8 * MIB]
+        assert keep_apart([address + part for part in parts])
+        assert mapped[3 * MIB] == 0
+        read = resident_bytes(address + 3 * MIB, address + 3 * MIB + 16 * KIB)
+        assert PAGE_BYTES <= read <= 16 * KIB
+        assert resident_bytes(address, address + 8 * MIB) == read
+
+
+def test_what_cannot_be_kept_apart_is_told() -> None:
+    assert not keep_apart([PAGE_BYTES, 2 * PAGE_BYTES, 3 * PAGE_BYTES])  # nothing is mapped there
+
+
+def test_small_pages_come_one_by_one() -> None:
+    with mmap.mmap(-1, 8 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as mapped:
+        held = ctypes.c_char.from_buffer(mapped)
+        address = ctypes.addressof(held)
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(address), ctypes.c_size_t(8 * MIB), 14
+        )  # HUGEPAGE
+        keep_small(address, 8 * MIB)
+        mapped[4 * MIB] = 1
+        assert resident_bytes(address, address + 8 * MIB) == PAGE_BYTES
+        del held
