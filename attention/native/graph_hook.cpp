@@ -11,36 +11,18 @@
 #include <chrono>
 #include <cstdio>
 #include <cstring>
-#include <memory>
 #include <new>
 #include <vector>
 
 #include "attention_node.h"
 #include "attention_problem.h"
+#include "custom_ops.h"
 #include "ggml_tensor.h"
 #include "layer_clock.h"
 #include "tidal_attend.h"
 #include "visible_keys.h"
 
 namespace {
-
-constexpr int kEveryThread = -1;  // GGML_N_TASKS_MAX
-constexpr int kMaxOps = 512;
-
-struct InitParams {
-    size_t mem_size;
-    void* mem_buffer;
-    bool no_alloc;
-};
-
-using CustomOp = void (*)(GgmlTensor*, int, int, void*);
-using Init = void* (*)(InitParams);
-using Free = void (*)(void*);
-using NewTensor4d = GgmlTensor* (*)(void*, int32_t, int64_t, int64_t, int64_t, int64_t);
-using ViewTensor = GgmlTensor* (*)(void*, GgmlTensor*);
-using Custom4d = GgmlTensor* (*)(void*, int32_t, int64_t, int64_t, int64_t, int64_t, GgmlTensor**, int, CustomOp, int, void*);
-using SetName = GgmlTensor* (*)(GgmlTensor*, const char*);
-using OpName = const char* (*)(int32_t);
 
 // What a node says beside its sources, and where its kernel finds everything else.
 struct Layer {
@@ -56,7 +38,7 @@ struct Layer {
 struct GraphHook {
     const KernelSet* kernels;
     GgmlFunctions ggml;
-    int32_t flash_attention_op, product_op, custom_op;
+    OpNumbers ops;
     int32_t product_params[16];  // of the custom operation that a large product becomes
     bool active, rounded;
     int num_threads;
@@ -70,51 +52,6 @@ struct GraphHook {
 };
 
 namespace {
-
-bool same_layout(const GgmlTensor* t, const GgmlTensor* view, const char* name) {
-    return t->type == kGgmlTypeF16 && t->ne[0] == 64 && t->ne[1] == 3 && t->ne[2] == 5 && t->ne[3] == 7 && t->nb[0] == 2 &&
-           t->nb[1] == 128 && t->nb[2] == 384 && t->nb[3] == 1920 && std::strcmp(t->name, name) == 0 &&
-           t->view_src == nullptr && view->view_src == t && view->view_offs == 0 && view->ne[3] == 7;
-}
-
-int32_t number_of(const char* name, OpName op_name) {
-    for (int32_t i = 0; i < kMaxOps; ++i)
-        if (std::strcmp(op_name(i), name) == 0) return i;
-    return -1;
-}
-
-// Holds the declared struct against tensors that the library makes, and takes the custom operation's
-// parameters for each layer from it. Returns what is wrong, or null.
-const char* learn(const GgmlFunctions& ggml, GraphHook& hook, CustomOp attend, CustomOp multiply) {
-    std::vector<char> memory(1 << 20);
-    void* context = reinterpret_cast<Init>(ggml.init)({memory.size(), memory.data(), true});
-    if (context == nullptr) return "ggml makes no context";
-    const std::unique_ptr<void, Free> keeper(context, reinterpret_cast<Free>(ggml.free));
-
-    const char* const name = "lowtide layout check";
-    GgmlTensor* tensor = reinterpret_cast<NewTensor4d>(ggml.new_tensor_4d)(context, kGgmlTypeF16, 64, 3, 5, 7);
-    reinterpret_cast<SetName>(ggml.set_name)(tensor, name);
-    const GgmlTensor* view = reinterpret_cast<ViewTensor>(ggml.view_tensor)(context, tensor);
-    if (!same_layout(tensor, view, name)) return "ggml's tensors are laid out in another way";
-
-    const auto op_name = reinterpret_cast<OpName>(ggml.op_name);
-    hook.flash_attention_op = number_of("FLASH_ATTN_EXT", op_name), hook.product_op = number_of("MUL_MAT", op_name);
-    if (hook.flash_attention_op < 0 || hook.product_op < 0) return "ggml has no FLASH_ATTN_EXT or no MUL_MAT";
-
-    GgmlTensor* sources[1] = {tensor};
-    const auto custom_of = [&](CustomOp op, void* user_data) {
-        return reinterpret_cast<Custom4d>(ggml.custom_4d)(context, kGgmlTypeF32, 1, 1, 1, 1, sources, 1, op, kEveryThread, user_data);
-    };
-    std::memcpy(hook.product_params, custom_of(multiply, &hook)->op_params, sizeof hook.product_params);
-    for (int i = 0; i < kMaxLayers; ++i) {
-        const GgmlTensor* custom = custom_of(attend, &hook.layers[i]);
-        if (custom->src[0] != tensor || std::strcmp(op_name(custom->op), "CUSTOM") != 0)
-            return "ggml's custom operations are laid out in another way";
-        hook.custom_op = custom->op;
-        std::memcpy(hook.layers[i].op_params, custom->op_params, sizeof hook.layers[i].op_params);
-    }
-    return nullptr;
-}
 
 AttentionProblem problem_of(const AttentionNode& read, int stream, const Layer& layer) {
     AttentionProblem problem = read.problem(stream);
@@ -161,9 +98,16 @@ void take_product(GraphHook& hook, GgmlTensor* node) {
     } catch (const std::bad_alloc&) {
         return;
     }
-    node->op = hook.custom_op;
+    node->op = hook.ops.custom;
     std::memcpy(node->op_params, hook.product_params, sizeof node->op_params);
     ++hook.products_sliced;
+}
+
+// Takes the custom operations' parameters from ggml. Returns what is wrong, or null.
+const char* learn(GraphHook& hook) {
+    std::vector<CustomOp> wanted{{multiply_node, &hook, hook.product_params}};
+    for (Layer& layer : hook.layers) wanted.push_back({attend_node, &layer, layer.op_params});
+    return learn_ops(hook.ggml, hook.ops, wanted.data(), int(wanted.size()));
 }
 
 bool make_room(GraphHook& hook, const AttentionNode& read, int layer) {
@@ -188,7 +132,7 @@ void take(GraphHook& hook, GgmlTensor* node) {
     std::memcpy(&layer.scale, node->op_params, sizeof layer.scale);
     std::memcpy(&layer.softcap, node->op_params + 2, sizeof layer.softcap);
     layer.ours = true;
-    node->op = hook.custom_op;
+    node->op = hook.ops.custom;
     std::memcpy(node->op_params, layer.op_params, sizeof node->op_params);
     ++hook.nodes_ours;
 }
@@ -200,7 +144,7 @@ bool is_taken(const GraphHook& hook, const GgmlTensor* node, int index) {
 }
 
 void give_back(GraphHook& hook, GgmlTensor* node, int index) {
-    node->op = hook.flash_attention_op;
+    node->op = hook.ops.flash_attention;
     std::memcpy(node->op_params, hook.layers[index].their_op_params, sizeof node->op_params);
 }
 
@@ -226,7 +170,7 @@ extern "C" GraphHook* lowtide_hook_new(const GgmlFunctions* ggml, const char* ke
         hook->visible.reserve();
         for (Layer& layer : hook->layers) layer.hook = hook;
         hook->ggml = *ggml;
-        wrong = learn(*ggml, *hook, attend_node, multiply_node);
+        wrong = learn(*hook);
     }
     if (wrong == nullptr) return hook;
     std::snprintf(reason, reason_size, "%s", wrong);
@@ -243,12 +187,12 @@ extern "C" bool lowtide_hook_callback(void* tensor, bool ask, void* user_data) {
         hook.weights.leave_others(node);
         return hook.clock.stopped();
     }
-    if (hook.active && node->op == hook.flash_attention_op) {
+    if (hook.active && node->op == hook.ops.flash_attention) {
         take(hook, node);
-    } else if (node->op == hook.custom_op) {
+    } else if (node->op == hook.ops.custom) {
         const int index = AttentionNode::layer_of(node);
         if (is_taken(hook, node, index)) (hook.active ? keep : give_back)(hook, node, index);
-    } else if (node->op == hook.product_op) {
+    } else if (node->op == hook.ops.product) {
         take_product(hook, node);
     }
     // Where either wants it, the graph stops behind this node and comes back here.

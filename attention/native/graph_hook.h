@@ -4,25 +4,13 @@
 #include <cstdint>
 
 #include "api.h"
+#include "custom_ops.h"
 #include "selection_rule.h"
-#include "sliced_product.h"
 #include "weight_stream.h"
 
 // Swaps llama.cpp's attention nodes for our kernels, through the evaluation callback of a context.
 struct GraphHook;
 class LayerClock;
-
-// What of ggml is called, by address: the library is loaded by Python and never linked.
-struct GgmlFunctions {
-    void* init;           // ggml_init
-    void* free;           // ggml_free
-    void* new_tensor_4d;  // ggml_new_tensor_4d
-    void* view_tensor;    // ggml_view_tensor
-    void* custom_4d;      // ggml_custom_4d
-    void* set_name;       // ggml_set_name
-    void* op_name;        // ggml_op_name
-    ProductFunctions product;
-};
 
 // Counts of one hook since it was made.
 struct HookCounts {
