@@ -15,7 +15,7 @@ from lowtide.models.catalog import cache_folder
 from lowtide.models.errors import LowtideError
 from lowtide.models.spec import ModelSpec
 
-FORMAT = 1
+FORMAT = 2
 SHIPPED = Path(__file__).with_name("calibrations")
 
 
@@ -29,8 +29,9 @@ class CalibrationError(LowtideError):
 class Calibration:
     """TidalDecode's settings for one model and how far from dense attention they measured.
 
-    `kl` is the mean KL divergence in nats a token at `context` tokens on text that the search did not
-    see, `keys_read` the share of the cached keys that a token attended to.
+    On text that the search did not see, at `context` tokens: `kl` is the mean KL divergence in nats a
+    token, `key_loss` the mean loss of log likelihood of a pass key hidden there, in nats, `keys_read` the
+    share of the cached keys that a token attended to.
     """
 
     fingerprint: str
@@ -39,6 +40,8 @@ class Calibration:
     selection_layers: tuple[int, ...]
     kl: float
     target_kl: float
+    key_loss: float
+    target_key_loss: float
     context: int
     keys_read: float
     text: str
@@ -131,6 +134,8 @@ class _Fields:
             selection_layers=tuple(layers),
             kl=self._number("kl"),
             target_kl=self._number("target_kl"),
+            key_loss=self._number("key_loss"),
+            target_key_loss=self._number("target_key_loss"),
             context=self._count("context"),
             keys_read=self._number("keys_read"),
             text=self._text("text"),

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from lowtide.attention.policy import Steering
 from lowtide.attention.quality import read_prompt
+from lowtide.models.chat_template import ChatTemplate
+from lowtide.models.errors import TemplateError
 from lowtide.models.model import Model
 
 ANSWER_TOKENS = 10
@@ -25,12 +27,26 @@ Framing = Callable[[str], str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needle:
-    """A prompt of `length` tokens with `key` hidden at `depth`, a share of the length."""
+    """A prompt of `length` tokens with `key` hidden at `depth`, a share of the length.
+
+    `answer_ids` are the key's tokens where the prompt ends.
+    """
 
     key: str
     length: int
     depth: float
     token_ids: Sequence[int]
+    answer_ids: Sequence[int]
+
+
+def chat_framing(model: Model) -> Framing:
+    """Return the model's chat template, or the bare text where it has none that works."""
+    try:
+        template = ChatTemplate(model.spec.chat_template, model.tokenizer.special_texts)
+        template.render([{"role": "user", "content": "x"}])
+    except TemplateError:
+        return lambda text: text + "\n"
+    return lambda text: template.render([{"role": "user", "content": text}])
 
 
 def hide_needle(
@@ -41,6 +57,9 @@ def hide_needle(
     before, _, after = framing(OPENING + "\0" + QUESTION).partition("\0")
     start = model.tokenizer.encode(before, add_special=True, parse_special=True)
     end = model.tokenizer.encode(after + ANSWER, add_special=False, parse_special=True)
+    answered = model.tokenizer.encode(
+        f"{after}{ANSWER} {key}", add_special=False, parse_special=True
+    )
     sentence = f"\nThe secret pass key is {key}. Remember it: {key} is the pass key.\n"
     needle = model.tokenizer.encode(sentence, add_special=False, parse_special=False)
     room = length - len(start) - len(end) - len(needle)
@@ -48,7 +67,13 @@ def hide_needle(
         raise ValueError(f"{room} tokens of text are wanted, {len(haystack)} given")
     at = int(room * depth)
     token_ids = [*start, *haystack[:at], *needle, *haystack[at:room], *end]
-    return Needle(key=key, length=length, depth=depth, token_ids=token_ids)
+    return Needle(
+        key=key,
+        length=length,
+        depth=depth,
+        token_ids=token_ids,
+        answer_ids=answered[len(end) :],
+    )
 
 
 def finds(model: Model, steering: Steering, needle: Needle) -> bool:

@@ -20,6 +20,8 @@ class AttentionPolicy(ABC):
     name: ClassVar[str]
     uses_hook: ClassVar[bool] = True
     """Whether our kernels run it, in llama.cpp's graph."""
+    filters_prompts: ClassVar[bool] = False
+    """Whether only a part of a long prompt is read by every layer: for questions on it."""
 
     def fitted(self, spec: ModelSpec) -> AttentionPolicy:
         """Return the policy with everything settled for the model.

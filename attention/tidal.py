@@ -73,9 +73,10 @@ class Tidal(AttentionPolicy):
     def fitted(self, spec: ModelSpec) -> Tidal:
         """Settle k and the selection layers for the model; see the class."""
         check_prompts(self.prompts)
+        found: Calibration | None = None
         if self.calibration is not None:
-            found: Calibration | None = load_calibration(self.calibration, spec)
-        else:
+            found = load_calibration(self.calibration, spec)
+        elif self.selection_layers is None or self.k is None:
             found = find_calibration(spec)
         layers, k, origin = self.selection_layers, self.k, self.origin
         if layers is None:

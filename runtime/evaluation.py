@@ -9,11 +9,10 @@ from typing import Any
 
 from lowtide.attention.dense import DenseSteering
 from lowtide.attention.graph_hook import GraphHook
-from lowtide.attention.needles import Framing, finds, hide_needle
+from lowtide.attention.needles import chat_framing, finds, hide_needle
 from lowtide.attention.policy import Steering
 from lowtide.attention.quality import WINDOW_TOKENS, Distance, Reference, read_prompt
-from lowtide.models.chat_template import ChatTemplate
-from lowtide.models.errors import BadOption, TemplateError
+from lowtide.models.errors import BadOption
 from lowtide.models.model import Model
 from lowtide.runtime.loaded_model import LoadedModel
 from lowtide.runtime.sample_text import BUILT_IN, read_sample, sample_tokens
@@ -101,6 +100,11 @@ def evaluate(
             "attention is llama.cpp's own: its distance from our dense kernels is rounding; evaluate an "
             "approximation such as --attention tidal"
         )
+    if loaded.planned.policy.filters_prompts:
+        raise BadOption(
+            "attention is gem, which shortens prompts before they are read: evaluate what follows it, "
+            "--attention dense or tidal"
+        )
     if not MIN_CONTEXT <= context <= model.context - SPARE_TOKENS:
         raise BadOption(
             f"context is {context}: {MIN_CONTEXT} to {model.context - SPARE_TOKENS} tokens are wanted, "
@@ -156,7 +160,7 @@ def _needles(
     progress: Progress,
 ) -> tuple[NeedleResult, ...]:
     model = loaded.model
-    framing = _framing(loaded)
+    framing = chat_framing(model)
     results = []
     for length in lengths:
         for depth in NEEDLE_DEPTHS:
@@ -170,15 +174,3 @@ def _needles(
                 NeedleResult(length=length, depth=depth, dense=by_dense, found=by_policy)
             )
     return tuple(results)
-
-
-def _framing(loaded: LoadedModel) -> Framing:
-    """The model's chat template, or the bare text where it has none that works."""
-    try:
-        template = ChatTemplate(
-            loaded.planned.spec.chat_template, loaded.model.tokenizer.special_texts
-        )
-        template.render([{"role": "user", "content": "x"}])
-    except TemplateError:
-        return lambda text: text + "\n"
-    return lambda text: template.render([{"role": "user", "content": text}])

@@ -31,6 +31,8 @@ def made(spec: ModelSpec, **values: Any) -> Calibration:
         selection_layers=(2, 9),
         kl=0.01,
         target_kl=0.015,
+        key_loss=0.02,
+        target_key_loss=0.05,
         context=4096,
         keys_read=0.3,
         text="a text",
@@ -72,7 +74,7 @@ def test_without_one_the_default_is_named(
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("format", 2, "format is 2, 1 is wanted"),
+        ("format", 1, "format is 1, 2 is wanted"),
         ("selection_layers", [], "selection_layers is \\[\\], a list of layer numbers"),
         ("selection_layers", ["2"], "selection_layers"),
         ("selection_layers", [9, 2], "each layer once, in order"),

@@ -13,9 +13,8 @@ import pytest
 from essays import essays
 
 from lowtide.attention.dense import DenseSteering
-from lowtide.attention.needles import finds, hide_needle
+from lowtide.attention.needles import chat_framing, finds, hide_needle
 from lowtide.attention.tidal import Tidal
-from lowtide.runtime.evaluation import _framing
 from lowtide.runtime.loaded_model import LoadedModel
 from lowtide.runtime.planning import OpenOptions, plan_reference
 
@@ -33,7 +32,7 @@ def test_pass_keys(benchmark: Any, smollm2: Path, share: float) -> None:
     assert hook is not None
     text = model.tokenizer.encode(essays(), add_special=False, parse_special=False)
     haystack = text[int((len(text) - LENGTH) * share) :]
-    framing = _framing(loaded)
+    framing = chat_framing(model)
     found = dict.fromkeys(["dense", *POLICIES], 0)
     held: list[int] = []
 
