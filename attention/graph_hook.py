@@ -11,12 +11,18 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lowtide.attention.native_library import native_library
+from lowtide.attention.prompt_scores import ScoreRule
 from lowtide.attention.selection_rule import SelectionRule
 from lowtide.attention.weight_stream import NativeSpan
 from lowtide.models.errors import LowtideError
 from lowtide.models.llama_library import llama_library
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 REASON_BYTES = 256
 
@@ -154,6 +160,27 @@ class GraphHook:
         """
         self._library.lowtide_hook_start_pass(self._hook, sparse, refresh, rounded)
 
+    def score_prompt(self, layer: int, rule: ScoreRule, *, is_last: bool) -> None:
+        """Have passes from now on end behind the attention of `layer`; the last one scores every key there.
+
+        What such a pass returns as logits means nothing.
+        """
+        self._library.lowtide_hook_score_prompt(self._hook, layer, ctypes.byref(rule), is_last)
+
+    def run_whole_passes(self) -> None:
+        """Have passes go through all layers again."""
+        self._library.lowtide_hook_score_prompt(self._hook, -1, None, False)
+
+    def prompt_scores(self, num_keys: int) -> NDArray[np.float32] | None:
+        """Return the scores of the first `num_keys` keys; None where the last pass did not make them."""
+        import numpy as np
+
+        scores = np.empty(num_keys, np.float32)
+        num_made = self._library.lowtide_hook_prompt_scores(
+            self._hook, scores.ctypes.data, num_keys
+        )
+        return scores if num_made >= num_keys else None
+
     def close(self) -> None:
         """Free the hook; its context must be gone."""
         if self._hook:
@@ -198,4 +225,7 @@ def _declare(library: ctypes.CDLL) -> None:
         ctypes.c_char_p,
         ctypes.c_int,
     ]
+    library.lowtide_hook_score_prompt.argtypes = [pointer, ctypes.c_int, pointer, ctypes.c_int]
+    library.lowtide_hook_score_prompt.restype = None
+    library.lowtide_hook_prompt_scores.argtypes = [pointer, pointer, ctypes.c_int]
     library.lowtide_hook_can_round.argtypes = [pointer]

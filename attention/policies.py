@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowtide.attention.dense import Dense, Llama
+from lowtide.attention.gem import Gem
 from lowtide.attention.policy import AttentionPolicy
 from lowtide.attention.tidal import Tidal
 from lowtide.models.errors import BadOption
@@ -14,6 +15,10 @@ from lowtide.models.errors import BadOption
 SETTINGS: dict[str, tuple[str, ...]] = {
     "llama": (),
     "dense": ("prompts",),
+    "gem": (
+        *("k", "layer", "then", "min_prompt", "rows", "weights", "heads", "pool", "pool_size"),
+        *("first", "last", "continues"),
+    ),
     "tidal": (
         *("k", "layers", "dense_layers", "sinks", "recent", "refresh", "min_context"),
         *("correction", "prompts", "calibration"),
@@ -22,6 +27,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 _POLICIES: dict[str, Callable[..., AttentionPolicy]] = {
     "llama": Llama,
     "dense": Dense,
+    "gem": Gem,
     "tidal": Tidal,
 }
 
@@ -46,12 +52,18 @@ def _setting(policy: str, part: str) -> tuple[str, Any]:
         "k": _read_k,
         "layers": _read_layers,
         "prompts": str,
+        **dict.fromkeys(("weights", "heads", "pool"), str),
+        "then": parse_policy,
         "calibration": Path,
     }
     try:
         return {"layers": "selection_layers"}.get(name, name), readers.get(name, int)(value)
     except ValueError:
-        wanted = {"k": "tokens or a percentage", "layers": "layer numbers joined by +"}
+        wanted = {
+            "k": "tokens or a percentage",
+            "layers": "layer numbers joined by +",
+            "then": "dense or tidal",
+        }
         raise BadOption(
             f"{policy}'s {name} is {value!r}, {wanted.get(name, 'a whole number')} is wanted"
         ) from None

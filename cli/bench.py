@@ -63,13 +63,18 @@ def command(
     """
     from lowtide.attention.policies import parse_policy
     from lowtide.cli.summary import json_object, note
+    from lowtide.models.errors import BadOption
     from lowtide.runtime.bench import Bench, check_attentions
 
     check_attentions(attentions)
     spec = take_spec(options)
     options["attention"] = attentions[0]
     for attention in attentions:
-        parse_policy(attention).fitted(spec)
+        if parse_policy(attention).fitted(spec).filters_prompts:
+            raise BadOption(
+                "attention is gem, which shortens prompts before they are read, and bench fills the cache "
+                "itself: name dense or tidal"
+            )
     wanted = tuple(
         sorted(set(depths or (d for d in DEFAULT_DEPTHS if d < spec.context_length - tokens)))
     )

@@ -47,8 +47,9 @@ _ATTENTION = click.option(
     default="llama",
     show_default=True,
     metavar="POLICY",
-    help="llama (llama.cpp's kernels), dense (our own, exact) or tidal (sparse decoding, an "
-    "approximation); with settings, tidal:k=1024,layers=2+8+14+20.",
+    help="llama (llama.cpp's kernels), dense (our own, exact), or an approximation: tidal (sparse "
+    "decoding) or gem (of a long prompt only what the question attends to is read); with settings, "
+    "tidal:k=1024, gem:k=512,layer=7.",
 )
 
 _GENERATION = (

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 @click.option(
     "--raw", is_flag=True, help="Continue the text as it stands, without a chat template."
 )
+@click.option("--explain", is_flag=True, help="Show what --attention gem kept of the prompt.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @enforce_option
 @generation_options
@@ -38,6 +39,7 @@ def command(
     file: Path | None,
     system: str | None,
     raw: bool,
+    explain: bool,
     as_json: bool,
     enforce: ControlGroup | None,
     **options: Any,
@@ -55,6 +57,8 @@ def command(
         raise click.UsageError("--system needs a chat template, --raw goes without: drop one")
     generation = take_generation_options(options)
     planned = planned_model(options)
+    if explain and not planned.policy.filters_prompts:
+        raise click.UsageError("--explain shows what --attention gem kept of a prompt: add it")
     planned.require_fit()
     text = prompt_text(prompt, file, prompt_limit_bytes(planned.plan.kv_tokens))
     note(plan_line(planned))
@@ -62,6 +66,7 @@ def command(
     with Runtime.load(planned) as runtime:
         pieces = _answer(runtime, text, system, raw, generation)
         result = GenerationResult.of(pieces if as_json else _shown(pieces))
+        kept = runtime.kept_passages() if explain else None
     if as_json:
         click.echo(
             json_object(
@@ -70,10 +75,13 @@ def command(
                 tokens=list(result.token_ids),
                 finish_reason=result.finish_reason,
                 stats=result.stats.to_dict(),
+                **({} if kept is None else {"kept": kept}),
             )
         )
         return
     click.echo()
+    for passage in kept or ():
+        note("{position:>7,}  {score:.3f}  {text!r}".format(**passage))
     note(statistics_line(result.stats, result.finish_reason))
 
 

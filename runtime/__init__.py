@@ -1,6 +1,7 @@
 """Runs a model inside its plan. The front door."""
 
 from lowtide.attention.dense import Dense
+from lowtide.attention.gem import Gem
 from lowtide.attention.tidal import Tidal
 from lowtide.memory.plan import MemoryPlan
 from lowtide.models.fake_model import FakeModel
@@ -15,6 +16,7 @@ from lowtide.runtime.statistics import Statistics
 __all__ = [
     "Dense",
     "FakeModel",
+    "Gem",
     "GenerationOptions",
     "GenerationResult",
     "LowtideError",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lowtide.runtime import (
         Dense,
         FakeModel,
+        Gem,
         GenerationOptions,
         GenerationResult,
         LowtideError,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Dense",
     "FakeModel",
+    "Gem",
     "GenerationOptions",
     "GenerationResult",
     "LowtideError",

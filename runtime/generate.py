@@ -75,9 +75,11 @@ def generate(
     sampler = Sampler(options)
     stream, stops = TextStream(model.tokenizer), StopMatcher(options.stop)
     meter = _Meter(model, prompt, sampler.seed, facts)
-    meter.reused_tokens = session.rewind_to(prompt.token_ids)
-    session.admit(len(prompt.token_ids))
-    logits = prefill(session, prompt.token_ids[meter.reused_tokens :], model.max_rows)
+    token_ids = session.shortened(prompt.token_ids)
+    meter.kept_tokens = len(token_ids)
+    meter.reused_tokens = session.rewind_to(token_ids)
+    session.admit(len(token_ids))
+    logits = prefill(session, token_ids[meter.reused_tokens :], model.max_rows)
     meter.prefilled()
     while True:
         with profiler.span("sampling"):
@@ -126,6 +128,7 @@ class _Meter:
         self._seed = seed
         self._facts = facts
         self.reused_tokens = 0
+        self.kept_tokens = len(prompt.token_ids)
         self.generated_tokens = 0
         self._prefill_s = 0.0
         self._layers_ours = 0
@@ -152,7 +155,7 @@ class _Meter:
         return Statistics(
             prompt_tokens=num_tokens + self._prompt.dropped_tokens,
             reused_tokens=self.reused_tokens,
-            kept_tokens=num_tokens,
+            kept_tokens=self.kept_tokens,
             dropped_tokens=self._prompt.dropped_tokens,
             dropped_messages=self._prompt.dropped_messages,
             generated_tokens=self.generated_tokens,

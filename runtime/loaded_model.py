@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 
+from lowtide.attention.gem import Gem
 from lowtide.attention.graph_hook import GraphHook, HookCounts
 from lowtide.attention.policy import Steering
 from lowtide.memory.errors import OverBudget
@@ -14,12 +15,16 @@ from lowtide.memory.ledger import Ledger
 from lowtide.memory.meter import read_process_memory
 from lowtide.memory.owners import CACHE, PROMPT
 from lowtide.memory.releaser import Releaser, Trim, trim
-from lowtide.models.errors import LowtideError
+from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.model import Model
+from lowtide.runtime.generate import RunFacts
 from lowtide.runtime.gguf_loading import load_gguf
 from lowtide.runtime.memory_watch import WatchedModel
 from lowtide.runtime.planning import PlannedModel
 from lowtide.runtime.profiler import SILENT, Profiler
+from lowtide.runtime.prompt_filter import PromptFilter
+from lowtide.runtime.session import Session
+from lowtide.runtime.watchdog import Watchdog
 
 
 class LoadedModel:
@@ -57,11 +62,29 @@ class LoadedModel:
         self.steering = Steering()
         if self.hook is not None:
             self.steering = planned.policy.install(self.hook, planned.spec)
+        self.prompt_filter: PromptFilter | None = None
+        if self.hook is not None and isinstance(planned.policy, Gem):
+            self.prompt_filter = PromptFilter(model, self.hook, planned.policy)
         self.growth = KvGrowth(self.ledger, planned.plan.kv_tokens, self._kv_bytes)
         if planned.plan.kept_layers is not None:
             self._try_a_pass()
         self.releasers += (Releaser("moderate", gc.collect), Releaser("background", trim_heap))
         self._check_resident()
+
+    def new_session(self) -> Session:
+        """Return the session of the model's one cache."""
+        return Session(self.model, self.steering, self.growth, self._profiler, self.prompt_filter)
+
+    def run_facts(self) -> RunFacts:
+        """Return what an answer's statistics tell of the model and its plan."""
+        plan = self.planned.plan
+        return RunFacts(
+            budget_bytes=plan.budget.num_bytes,
+            planned_bytes=plan.total_bytes,
+            attention=str(self.planned.policy),
+            hook_counts=self.hook_counts,
+            watchdog=Watchdog(plan.budget.num_bytes, self.trim),
+        )
 
     @property
     def hook(self) -> GraphHook | None:
@@ -80,6 +103,15 @@ class LoadedModel:
 
     def _kv_bytes(self, num_tokens: int) -> int:
         return kv_bytes(self.planned.spec, num_tokens, self.planned.plan.kv_type)
+
+    def check_completion(self) -> None:
+        """Raise `BadOption` where a text is to be continued by a policy that is for questions."""
+        policy = self.planned.policy
+        if isinstance(policy, Gem) and not policy.continues:
+            raise BadOption(
+                "gem keeps what a question attends to, and makes the continuation of a text worse: ask in "
+                "a chat, or set gem:continues=1"
+            )
 
     def hook_counts(self) -> HookCounts | None:
         """Return what our kernels have done; None where llama.cpp's own run."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     OnEvent = Callable[[Span | MemorySample | LayerPass], None]
 
-PREFILL, DECODE = "prefill pass", "decode pass"
+PREFILL, DECODE, FILTER = "prefill pass", "decode pass", "filter pass"
 DECODE_PACE = 8
 """Layers are timed in one decode pass of so many: stopping at each costs about a twentieth of a pass."""
 STEP_BYTES = 1 << 20

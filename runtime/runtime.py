@@ -22,16 +22,14 @@ from lowtide.models.model import Model
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.conversation import ChatPrompt, Conversation, LastAnswer
 from lowtide.runtime.errors import PromptTooLong, RuntimeUnusable
-from lowtide.runtime.generate import Piece, Prompt, RunFacts, generate
+from lowtide.runtime.generate import Piece, Prompt, generate
 from lowtide.runtime.loaded_model import LoadedModel
 from lowtide.runtime.options import GenerationOptions
 from lowtide.runtime.overflow import fit_messages, fit_tokens
 from lowtide.runtime.planning import OpenOptions, PlannedModel, plan_reference, plan_spec
 from lowtide.runtime.profiler import SILENT, Profiler
 from lowtide.runtime.result import GenerationResult
-from lowtide.runtime.session import Session
 from lowtide.runtime.session_store import SessionStore
-from lowtide.runtime.watchdog import Watchdog
 
 
 class Runtime:
@@ -45,7 +43,7 @@ class Runtime:
         self._loaded = loaded
         self._profiler = profiler
         self._model = loaded.model
-        self._session = Session(loaded.model, loaded.steering, loaded.growth, profiler)
+        self._session = loaded.new_session()
         self._last = LastAnswer()
         loaded.releasers.insert(0, Releaser("complete", self._session.forget))
         self._conversation: Conversation | None = None
@@ -76,8 +74,8 @@ class Runtime:
         `model` is a path, a name ("smollm2"), "hf:user/repo:Q4_K_M", a `Model` of your own, or None for
         the default model. `memory` is a size such as "1GiB" or "50%" of what is available; None is
         80 %. `context` None is the longest that fits. `attention` is "llama" (llama.cpp's kernels),
-        "dense" (ours), or an approximation: "tidal", or `Tidal(...)` with settings. `profiler` is told
-        where time and bytes go. Raises `OverBudget` before anything is loaded where it cannot fit,
+        "dense" (ours), or an approximation: "tidal", "gem", or `Tidal(...)`, `Gem(...)`. `profiler` is
+        told where time and bytes go. Raises `OverBudget` before anything is loaded where it cannot fit,
         `ModelError` where the model cannot be used, `BadOption` for wrong values.
         """
         options = OpenOptions(
@@ -137,6 +135,10 @@ class Runtime:
         """The conversation on disk, KV state included: `save(path, messages)` and `load(path)`."""
         return self._store
 
+    def kept_passages(self) -> list[dict[str, Any]]:
+        """Return what `gem` kept of the last prompt that it filtered; see `PromptFilter.passages`."""
+        return self._loaded.prompt_filter.passages() if self._loaded.prompt_filter else []
+
     def chat(
         self,
         messages: Sequence[Message],
@@ -178,6 +180,7 @@ class Runtime:
         """Continue `prompt` as it stands, without a chat template, piece by piece."""
         asked_at = time.perf_counter()
         chosen = GenerationOptions.of(options, **named)
+        self._loaded.check_completion()
         answer = self._begin()
         self._check_text(prompt)
         with self._profiler.span("tokenise"):
@@ -246,13 +249,7 @@ class Runtime:
     def _pieces(
         self, answer: int, prompt: Prompt, options: GenerationOptions
     ) -> Generator[Piece, None, None]:
-        facts = RunFacts(
-            budget_bytes=self.plan.budget.num_bytes,
-            planned_bytes=self.plan.total_bytes,
-            attention=str(self.planned.policy),
-            hook_counts=self._loaded.hook_counts,
-            watchdog=Watchdog(self.plan.budget.num_bytes, self._loaded.trim),
-        )
+        facts = self._loaded.run_facts()
         pieces = generate(self._model, self._session, prompt, options, facts, self._profiler)
         while True:
             with self._stepping:

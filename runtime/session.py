@@ -10,7 +10,8 @@ from lowtide.attention.policy import Steering
 from lowtide.memory.errors import OverBudget
 from lowtide.memory.kv_growth import KvGrowth
 from lowtide.models.model import Model
-from lowtide.runtime.profiler import DECODE, PREFILL, SILENT, Profiler
+from lowtide.runtime.profiler import DECODE, FILTER, PREFILL, SILENT, Profiler
+from lowtide.runtime.prompt_filter import PromptFilter
 
 if TYPE_CHECKING:
     from lowtide.models.model import Logits
@@ -20,8 +21,8 @@ class Session:
     """Keeps the KV cache and the list of its tokens in step, whatever interrupts them.
 
     `steering` tells the attention kernels what kind of pass comes, `growth` reserves the cache's bytes,
-    `profiler` times the passes. Tokens from `exact_until` on have keys and values that an approximate
-    pass computed.
+    `profiler` times the passes, `prompt_filter` shortens long prompts. Tokens from `exact_until` on have
+    keys and values that an approximate pass computed.
     """
 
     def __init__(
@@ -30,11 +31,13 @@ class Session:
         steering: Steering | None = None,
         growth: KvGrowth | None = None,
         profiler: Profiler = SILENT,
+        prompt_filter: PromptFilter | None = None,
     ) -> None:
         self._model = model
         self._steering = steering or Steering()
         self._growth = growth
         self._profiler = profiler
+        self._filter = prompt_filter
         self.token_ids: list[int] = []
         self.exact_until = 0
 
@@ -56,6 +59,17 @@ class Session:
         except OverBudget:
             return False
         return True
+
+    def shortened(self, token_ids: Sequence[int]) -> Sequence[int]:
+        """Return what of a prompt is to be computed; forgets the session where it is filtered anew."""
+        if self._filter is None or not self._filter.applies_to(token_ids):
+            return token_ids
+        self.forget()
+        self.admit(len(token_ids))
+        with self._profiler.span(FILTER, len(token_ids)):
+            kept = self._filter.filtered(token_ids)
+        self.admit(0)
+        return kept
 
     def rewind_to(self, token_ids: Sequence[int]) -> int:
         """Go back to the longest common beginning with `token_ids` and return its length.

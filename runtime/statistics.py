@@ -12,11 +12,12 @@ from lowtide.memory.releaser import Trim
 class Statistics:
     """Counts in tokens, times in seconds, sizes in bytes; None is "not known (yet)".
 
-    `reused_tokens` of the prompt were in the KV cache already, `kept_tokens` of it are seen by the
-    model, `dropped_tokens` and `dropped_messages` went to `--overflow drop-oldest`. `layers_ours` of
-    `layers` ran our attention kernels under the policy `attention`; `attended_share` of the cached keys
-    were attended to while decoding. `peak_rss_bytes` is the process's peak so far. These two are read at
-    the end of an answer. `trims` are what was given back because the process came near its budget.
+    `reused_tokens` of the prompt were in the KV cache already, `kept_tokens` of it are seen by all of
+    the model (a policy may filter it), `dropped_tokens` and `dropped_messages` went to `--overflow
+    drop-oldest`. `layers_ours` of `layers` ran our attention kernels under the policy `attention`;
+    `attended_share` of the cached keys were attended to while decoding. `peak_rss_bytes` is the process's
+    peak so far. These two are read at the end of an answer. `trims` are what was given back because the
+    process came near its budget.
     """
 
     prompt_tokens: int

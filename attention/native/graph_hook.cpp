@@ -19,6 +19,7 @@
 #include "custom_ops.h"
 #include "ggml_tensor.h"
 #include "layer_clock.h"
+#include "prompt_scores.h"
 #include "tidal_attend.h"
 #include "visible_keys.h"
 
@@ -43,6 +44,7 @@ struct GraphHook {
     bool active, rounded;
     int num_threads;
     TidalAttend attend;
+    PromptScores prompt_scores;
     VisibleKeys visible;
     WeightStream weights;
     SlicedProduct product;
@@ -68,6 +70,10 @@ void attend_node(GgmlTensor* node, int thread, int num_threads, void* user_data)
     read.read(node);
     const auto started = std::chrono::steady_clock::now();
     const int index = int(&layer - hook.layers);
+    if (hook.prompt_scores.end_with(index)) {
+        hook.prompt_scores.run(problem_of(read, 0, layer), *hook.kernels, thread, num_threads);
+        return;
+    }
     int64_t keys_read = 0, keys_held = 0;
     for (int stream = 0; stream < read.num_streams(); ++stream) {
         const AttentionProblem problem = problem_of(read, stream, layer);
@@ -111,6 +117,7 @@ const char* learn(GraphHook& hook) {
 }
 
 bool make_room(GraphHook& hook, const AttentionNode& read, int layer) {
+    if (hook.prompt_scores.end_with(layer)) return read.num_streams() == 1 && hook.prompt_scores.reserve(read.problem(0), hook.num_threads);
     for (int stream = 0; stream < read.num_streams(); ++stream)
         if (!hook.attend.reserve(read.problem(stream), layer, hook.num_threads)) return false;
     return true;
@@ -156,6 +163,12 @@ void keep(GraphHook& hook, GgmlTensor* node, int index) {
     hook.layers[index].theirs = true;
 }
 
+// Whether a pass goes no further than this node, taken or not: a prompt is scored by its layer.
+bool ends_here(const GraphHook& hook, const GgmlTensor* node) {
+    const bool is_attention = node->op == hook.ops.custom || node->op == hook.ops.flash_attention;
+    return is_attention && hook.prompt_scores.end_with(AttentionNode::layer_of(node));
+}
+
 }  // namespace
 
 extern "C" GraphHook* lowtide_hook_new(const GgmlFunctions* ggml, const char* kernels, int num_threads, char* reason,
@@ -185,7 +198,8 @@ extern "C" bool lowtide_hook_callback(void* tensor, bool ask, void* user_data) {
     auto* node = static_cast<GgmlTensor*>(tensor);
     if (!ask) {
         hook.weights.leave_others(node);
-        return hook.clock.stopped();
+        const bool goes_on = hook.clock.stopped();
+        return goes_on && !ends_here(hook, node);
     }
     if (hook.active && node->op == hook.ops.flash_attention) {
         take(hook, node);
@@ -197,7 +211,7 @@ extern "C" bool lowtide_hook_callback(void* tensor, bool ask, void* user_data) {
     }
     // Where either wants it, the graph stops behind this node and comes back here.
     const bool streams = hook.weights.enters_group(node), times = hook.clock.wants(node);
-    return streams || times;
+    return streams || times || ends_here(hook, node);
 }
 
 extern "C" LayerClock* lowtide_hook_clock(GraphHook* hook) { return &hook->clock; }
@@ -227,10 +241,23 @@ extern "C" void lowtide_hook_start_pass(GraphHook* hook, int sparse, int refresh
     hook->rounded = rounded != 0;
 }
 
+extern "C" void lowtide_hook_score_prompt(GraphHook* hook, int layer, const ScoreRule* rule, int is_last) {
+    if (layer < 0)
+        hook->prompt_scores.stop();
+    else
+        hook->prompt_scores.start(layer, *rule, is_last != 0);
+}
+
+extern "C" int lowtide_hook_prompt_scores(const GraphHook* hook, float* scores, int size) {
+    const int num_scored = hook->prompt_scores.num_scored();
+    if (num_scored >= size) std::memcpy(scores, hook->prompt_scores.scores(), sizeof(float) * size);
+    return num_scored;
+}
+
 extern "C" int lowtide_hook_can_round(const GraphHook* hook) { return hook->kernels->attend_rounded != nullptr; }
 
 extern "C" HookCounts lowtide_hook_counts(const GraphHook* hook) {
-    HookCounts counts{0, 0, hook->nodes_ours, hook->nodes_theirs, hook->nanoseconds, int64_t(hook->attend.scratch_bytes()),
+    HookCounts counts{0, 0, hook->nodes_ours, hook->nodes_theirs, hook->nanoseconds, int64_t(hook->attend.scratch_bytes() + hook->prompt_scores.scratch_bytes()),
                       hook->keys_read, hook->keys_held, hook->weights.given_back_bytes(), hook->products_sliced};
     for (const Layer& layer : hook->layers) {
         counts.layers_ours += layer.ours && !layer.theirs;

@@ -5,6 +5,7 @@
 
 #include "api.h"
 #include "custom_ops.h"
+#include "prompt_scores.h"
 #include "selection_rule.h"
 #include "weight_stream.h"
 
@@ -47,6 +48,13 @@ LOWTIDE_API LayerClock* lowtide_hook_clock(GraphHook* hook);
 // `rounded` lets a prompt's rows be multiplied in bfloat16 where the kernels can, which is not exact.
 LOWTIDE_API int lowtide_hook_set_roles(GraphHook* hook, const uint8_t* roles, int num_layers, const SelectionRule* rule);
 LOWTIDE_API void lowtide_hook_start_pass(GraphHook* hook, int sparse, int refresh, int rounded);
+
+// Has passes from now on end behind the attention of `layer`; where `is_last`, each key of the cache is scored
+// there (`PromptScores`). Below 0, passes are whole again.
+LOWTIDE_API void lowtide_hook_score_prompt(GraphHook* hook, int layer, const ScoreRule* rule, int is_last);
+
+// Copies the first `size` scores of the last such pass, if it made so many, and returns how many it made.
+LOWTIDE_API int lowtide_hook_prompt_scores(const GraphHook* hook, float* scores, int size);
 
 // Whether the kernels can multiply in bfloat16.
 LOWTIDE_API int lowtide_hook_can_round(const GraphHook* hook);

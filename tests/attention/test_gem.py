@@ -1,0 +1,213 @@
+"""GemFilter as a value, its selection against plain loops, and its pass through a model's first layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from dumped_nodes import DumpedNodes
+from gguf_files import write_model
+
+from lowtide.attention.dense import Dense, DenseSteering
+from lowtide.attention.gem import Gem, kept_positions, pooled
+from lowtide.attention.graph_hook import GraphHook
+from lowtide.attention.policies import parse_policy
+from lowtide.attention.reference import attention_weights
+from lowtide.attention.tidal import Tidal
+from lowtide.models.errors import BadOption
+from lowtide.models.gguf_header import read_spec
+from lowtide.models.gguf_model import GgufModel, LoadOptions
+from lowtide.models.spec import ModelSpec
+from lowtide.runtime.prompt_filter import PromptFilter
+
+PAPER = "gem:k=40,rows=1,weights=raw,heads=sum,pool=mean,pool_size=5,first=0,last=0"
+PROMPT = [5 + i * i % 300 for i in range(700)]
+
+
+def test_policies_by_name() -> None:
+    assert parse_policy("gem") == Gem()
+    assert parse_policy("gem:k=10%,layer=3") == Gem(k=0.1, layer=3)
+    assert parse_policy("gem:then=tidal") == Gem(then=Tidal())
+    rule = Gem().rule
+    assert (rule.num_rows, rule.use_softmax, rule.use_maximum) == (16, 1, 1)
+    paper = parse_policy(PAPER)
+    assert isinstance(paper, Gem)
+    assert (paper.rule.num_rows, paper.rule.use_softmax, paper.rule.use_maximum) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gem:k=0", "gem's k is 0: a number of tokens"),
+        ("gem:k=67", "k is 67: 68 tokens are always kept"),
+        ("gem:weights=sharp", "weights is 'sharp', one of softmax, raw is wanted"),
+        ("gem:heads=mean", "heads is 'mean', one of max, sum is wanted"),
+        ("gem:rows=0", "rows is 0, 1 to 32 are wanted"),
+        ("gem:rows=33", "rows is 33, 1 to 32 are wanted"),
+        ("gem:pool_size=4", "pool_size is 4, an odd number is wanted"),
+        ("gem:last=-1", "are counts: 0 or more are wanted"),
+        ("gem:then=fast", "gem's then is 'fast', dense or tidal is wanted"),
+        ("gem:layers=3", "gem has no setting 'layers', it has k, layer"),
+    ],
+)
+def test_wrong_policies_name_the_field(text: str, message: str) -> None:
+    with pytest.raises(BadOption, match=message):
+        parse_policy(text)
+
+
+def test_a_policy_is_fitted_to_the_model(smollm2_spec: ModelSpec) -> None:
+    assert Gem().fitted(smollm2_spec).layer == 7
+    assert str(Gem(layer=9).fitted(smollm2_spec)) == "gem, k 512, layer 9, then dense"
+    fitted = Gem(then=Tidal()).fitted(smollm2_spec)
+    assert fitted.num_selections == fitted.then.num_selections + 1 > 1
+    with pytest.raises(BadOption, match="layer is 30; .* has layers 0 to 29"):
+        Gem(layer=30).fitted(smollm2_spec)
+    windowed = replace(smollm2_spec, sliding_window=512)
+    with pytest.raises(BadOption, match="has sliding windows: name one, gem:layer=N"):
+        Gem().fitted(windowed)
+    with pytest.raises(BadOption, match="then is 'llama', dense or tidal is wanted"):
+        parse_policy("gem:then=llama").fitted(smollm2_spec)
+
+
+def test_short_prompts_and_those_that_are_kept_whole_are_left_alone() -> None:
+    assert not Gem(k=512, min_prompt=1024).applies_to(1024)
+    assert Gem(k=512, min_prompt=1024).applies_to(1025)
+    assert not Gem(k=2000, min_prompt=0).applies_to(2000)
+    assert not Gem(min_prompt=0).applies_to(60)
+    assert Gem(k=0.5, min_prompt=0).budget(2001) == 1001
+
+
+def selected_by_loops(scores: list[float], policy: Gem) -> list[int]:
+    """What `kept_positions` says, written down as it is defined."""
+    half, count = policy.pool_size // 2, len(scores)
+    ranked = []
+    for i in range(count):
+        around = scores[max(i - half, 0) : i + half + 1]
+        ranked.append(max(around) if policy.pool == "max" else sum(around) / policy.pool_size)
+    forced = [i for i in range(count) if i < policy.first or i >= count - policy.last]
+    others = sorted((i for i in range(count) if i not in forced), key=lambda i: (-ranked[i], i))
+    return sorted((forced + others)[: policy.budget(count)])
+
+
+@pytest.mark.parametrize("pool", ["max", "mean"])
+@pytest.mark.parametrize(
+    ("k", "size", "first", "last"), [(100, 33, 4, 64), (40, 5, 0, 0), (7, 1, 1, 3)]
+)
+def test_selections_are_those_of_loops(pool: str, k: int, size: int, first: int, last: int) -> None:
+    policy = Gem(k=k, pool=pool, pool_size=size, first=first, last=last)
+    random = np.random.default_rng(k)
+    for count in (k + 1, 300, 517):
+        # Sixteenths add up exactly in any order, so that equal means are equal.
+        scores = (random.integers(0, 50, count) / 16).astype(np.float32)
+        found = kept_positions(scores, policy)
+        if pool == "mean":  # 1/5 and 1/33 are no sixteenths: compare what was reached
+            reached = pooled(scores, pool, size)
+            wanted = selected_by_loops(scores.tolist(), policy)
+            assert sorted(reached[found]) == pytest.approx(sorted(reached[wanted]))
+        else:
+            assert found.tolist() == selected_by_loops(scores.tolist(), policy)
+
+
+class Opened:
+    """A small model of random weights under the hook."""
+
+    def __init__(self, path: Path, max_rows: int) -> None:
+        self.hook = GraphHook(threads=2)
+        options = LoadOptions(
+            context=768, max_rows=max_rows, threads=2, eval_callback=self.hook.callback
+        )
+        self.model = GgufModel(read_spec(path), options)
+
+    def scores(self, layer: int, **settings: Any) -> np.ndarray:
+        policy = Gem(k=100, layer=layer, min_prompt=0, **settings).fitted(self.model.spec)
+        prompt_filter = PromptFilter(self.model, self.hook, policy)
+        prompt_filter.filtered(PROMPT)
+        assert prompt_filter.last is not None
+        return prompt_filter.last.scores
+
+    def logits(self) -> np.ndarray:
+        """Of a prompt that is read whole, and two tokens after it."""
+        steering = DenseSteering(self.hook)
+        steering.before_prompt()
+        self.model.truncate(0)
+        rows = self.model.max_rows
+        for at in range(0, 320, rows):
+            self.model.forward(PROMPT[at : at + rows])
+        steering.before_decode()
+        return np.array([self.model.forward((token_id,)).copy() for token_id in (7, 9)])
+
+    def close(self) -> None:
+        self.model.close()
+        self.hook.close()
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    return write_model(folder / "random.gguf", layers=5, width=128, heads=4, kv_heads=2)
+
+
+@pytest.fixture(scope="module")
+def opened(random_model: Path) -> Iterator[Opened]:
+    made = Opened(random_model, max_rows=128)
+    yield made
+    made.close()
+
+
+def weights_by_numpy(path: Path, layer: int) -> np.ndarray:
+    """Of the last 16 rows under llama.cpp's own attention, shape (rows, heads, keys)."""
+    dumped = DumpedNodes()
+    options = LoadOptions(context=768, max_rows=128, threads=2, eval_callback=dumped.callback)
+    with GgufModel(read_spec(path), options) as model:
+        for begin in range(0, len(PROMPT), 100):
+            dumped.wanted = begin + 100 >= len(PROMPT)
+            model.forward(PROMPT[begin : begin + 100])
+    node = dumped.nodes[layer]
+    k = node.k.astype(np.float64)
+    return attention_weights(node.q[-16:], k, node.mask[-16:], scale=node.scale)
+
+
+@pytest.mark.parametrize("layer", [0, 2, 4])
+def test_scores_are_what_numpy_says_of_the_last_rows(
+    layer: int, opened: Opened, random_model: Path
+) -> None:
+    weights = weights_by_numpy(random_model, layer)[:, :, : len(PROMPT)]
+    largest, total = weights.max(axis=(0, 1)), weights.sum(axis=(0, 1))
+    assert opened.scores(layer) == pytest.approx(largest, rel=0.02, abs=1e-5)
+    assert opened.scores(layer, heads="sum") == pytest.approx(total, rel=0.02, abs=1e-4)
+
+
+@pytest.mark.parametrize("weights", ["softmax", "raw"])
+@pytest.mark.parametrize("heads", ["max", "sum"])
+def test_a_prompt_in_small_passes_is_scored_the_same(
+    weights: str, heads: str, opened: Opened, random_model: Path
+) -> None:
+    small = Opened(random_model, max_rows=32)
+    found = small.scores(3, weights=weights, heads=heads)
+    small.close()
+    whole = opened.scores(3, weights=weights, heads=heads)
+    assert found == pytest.approx(whole, rel=1e-3, abs=1e-6)
+
+
+def test_an_early_exit_at_any_layer_leaves_the_model_as_it_was(opened: Opened) -> None:
+    before = opened.logits()
+    for layer in range(opened.model.spec.num_layers):
+        scores = opened.scores(layer)
+        assert scores.shape == (len(PROMPT),) and scores.max() > 0
+        assert opened.model.num_tokens == 0
+    assert np.array_equal(before, opened.logits())
+
+
+def test_a_prompt_of_one_token_again_and_again(opened: Opened) -> None:
+    policy = Gem(k=100, layer=1, min_prompt=0).fitted(opened.model.spec)
+    kept = PromptFilter(opened.model, opened.hook, policy).filtered([7] * 500)
+    assert kept == [7] * 100
+
+
+def test_an_identity_tells_settings_apart() -> None:
+    assert Gem(k=100).identity != Gem(k=101).identity
+    assert Gem(then=Dense()).identity != Gem(then=Tidal()).identity

@@ -1,0 +1,119 @@
+"""GemFilter: time to the first token of a long prompt with a question, and what is still found.
+
+Times a whole prompt through llama.cpp and then through gem, in turn. What is found: a pass key, a fact, and
+two facts, hidden in essays; counts the answers of the whole prompt under exact attention, and how many of
+these gem gives too. Run with `make bench`.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from essays import essays
+from paired import paired
+from peer import Peer
+
+from lowtide import GenerationResult, Runtime
+from lowtide.attention.needles import chat_framing
+from lowtide.models.catalog import resolve
+from lowtide.models.model import Model
+
+pytestmark = pytest.mark.benchmark
+
+QUESTION = "\nWhat is the secret pass key mentioned in the text?"
+TOWNS = ("Aberlour", "Bergamo", "Cadiz", "Deventer")
+DRINKS = ("cider", "cocoa", "mead", "lemonade")
+LAYERS = {"smollm2": 7, "gemma3-270m": 5}
+
+
+def pass_key(seed: int) -> tuple[list[str], str, list[str]]:
+    key = str(random.Random(seed).randint(10_000, 99_999))
+    sentence = f"\nThe secret pass key is {key}. Remember it: {key} is the pass key.\n"
+    return [sentence], QUESTION, [key]
+
+
+def fact(seed: int) -> tuple[list[str], str, list[str]]:
+    town, drink = TOWNS[seed % 4], DRINKS[seed * 3 % 4]
+    sentence = f"\nThe people of {town} drink hot {drink} on Mondays.\n"
+    return [sentence], f"\nWhat do the people of {town} drink on Mondays?", [drink]
+
+
+def two_facts(seed: int) -> tuple[list[str], str, list[str]]:
+    first, second = fact(seed), fact(seed + 1)
+    question = f"\nWhat do the people of {TOWNS[seed % 4]} and of {TOWNS[(seed + 1) % 4]} drink on Mondays?"
+    return [*first[0], *second[0]], question, [*first[2], *second[2]]
+
+
+def hidden(
+    model: Model, num_tokens: int, depth: float, needle: tuple[list[str], str, list[str]]
+) -> str:
+    """Essays of about so many tokens with the sentences at `depth`, and the second one after it."""
+    text = model.tokenizer.decode(
+        model.tokenizer.encode(essays(), add_special=False, parse_special=False)[:num_tokens]
+    )
+    sentences, question, _ = needle
+    for i, sentence in enumerate(sentences):
+        at = text.index(" ", int(len(text) * (depth if i == 0 else (depth + 1) / 2)))
+        text = text[:at] + sentence + text[at:]
+    return "Read this text.\n" + text + question
+
+
+def answer(runtime: Runtime, text: str) -> str:
+    message = [{"role": "user", "content": text}]
+    return GenerationResult.of(runtime.chat(message, max_tokens=40, temperature=0)).text
+
+
+@pytest.mark.parametrize(("model", "num_tokens"), [("smollm2", 7500), ("gemma3-270m", 7900)])
+def test_time_to_first_token(benchmark: Any, model: str, num_tokens: int) -> None:
+    path = resolve(model)
+    attention = f"gem:k=512,layer={LAYERS[model]}"
+    with Runtime.open(path, memory="4GiB", context=8192, threads=2, attention=attention) as runtime:
+        text = hidden(runtime._model, num_tokens, 0.5, pass_key(1))
+        prompt = chat_framing(runtime._model)(text)
+        token_ids = runtime._model.tokenizer.encode(prompt, add_special=True, parse_special=True)
+        rows = runtime.plan.max_rows
+        peer = Peer(Path(path), context=8192, max_rows=max(rows, 128), threads=2)
+        message = [{"role": "user", "content": text}]
+        paired(
+            benchmark,
+            f"{model}, first token of {len(token_ids):,}",
+            lambda: GenerationResult.of(runtime.chat(message, max_tokens=1, temperature=0)),
+            lambda: (peer.prefill(list(token_ids)), peer.decode(1)),
+            rounds=3,
+        )
+        peer.close()
+
+
+@pytest.mark.parametrize(
+    ("model", "num_tokens"),
+    [("smollm2", 1000), ("smollm2", 2000), ("gemma3-270m", 4000), ("gemma3-270m", 8000)],
+)
+def test_what_is_found(benchmark: Any, model: str, num_tokens: int) -> None:
+    kinds = {"pass key": pass_key, "fact": fact, "two facts": two_facts}
+    found = {kind: [0, 0] for kind in kinds}
+    opening = {"memory": "4GiB", "context": num_tokens + 400, "threads": 2}
+    policy = f"gem:k=512,min_prompt=600,layer={LAYERS[model]}"
+
+    def look() -> None:
+        exact = Runtime.open(model, attention="dense", **opening)  # type: ignore[arg-type]
+        gem = Runtime.open(model, attention=policy, **opening)  # type: ignore[arg-type]
+        for kind, make in kinds.items():
+            for depth in (0.1, 0.5, 0.9):
+                for seed in range(4):
+                    needle = make(seed)
+                    text = hidden(exact._model, num_tokens, depth, needle)
+                    if not all(part in answer(exact, text) for part in needle[2]):
+                        continue
+                    found[kind][0] += 1
+                    given = answer(gem, text)
+                    found[kind][1] += all(part in given for part in needle[2])
+        exact.close()
+        gem.close()
+
+    benchmark.pedantic(look, rounds=1)
+    benchmark.extra_info.update(found)
+    counts = ", ".join(f"{kind} {both} of {one}" for kind, (one, both) in found.items())
+    print(f"\n{model} at {num_tokens:,}: gem answers as the whole prompt does: {counts}")
