@@ -43,7 +43,10 @@ def statistics_line(stats: Statistics, finish_reason: str | None) -> str:
         parts.append(f"{stats.decode_tokens_per_s:.1f} tokens/s")
     if stats.time_to_first_token_s is not None:
         parts.append(f"first after {stats.time_to_first_token_s:.2f} s")
-    parts.append(f"prompt {stats.prompt_tokens}, {stats.reused_tokens} reused")
+    reused = f"{stats.reused_tokens} reused"
+    if stats.restored_tokens:
+        reused += " (from the prefix cache)"
+    parts.append(f"prompt {stats.prompt_tokens}, {reused}")
     if stats.attended_share is not None and stats.attended_share < 1:
         parts.append(f"{stats.attended_share:.0%} of the cache attended to")
     if stats.layers_ours and stats.layers_ours < stats.layers:

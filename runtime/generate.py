@@ -75,7 +75,9 @@ def generate(
     sampler = Sampler(options)
     stream, stops = TextStream(model.tokenizer), StopMatcher(options.stop)
     meter = _Meter(model, prompt, sampler.seed, facts)
+    restored = session.restore(prompt.token_ids)
     meter.reused_tokens = session.rewind_to(prompt.token_ids)
+    meter.restored_tokens = meter.reused_tokens if restored else 0
     session.admit(len(prompt.token_ids))
     logits = prefill(session, prompt.token_ids[meter.reused_tokens :], model.max_rows)
     meter.prefilled()
@@ -125,7 +127,7 @@ class _Meter:
         self._prompt = prompt
         self._seed = seed
         self._facts = facts
-        self.reused_tokens = 0
+        self.reused_tokens = self.restored_tokens = 0
         self.generated_tokens = 0
         self._prefill_s = 0.0
         self._layers_ours = 0
@@ -152,6 +154,7 @@ class _Meter:
         return Statistics(
             prompt_tokens=num_tokens + self._prompt.dropped_tokens,
             reused_tokens=self.reused_tokens,
+            restored_tokens=self.restored_tokens,
             kept_tokens=num_tokens,
             dropped_tokens=self._prompt.dropped_tokens,
             dropped_messages=self._prompt.dropped_messages,
