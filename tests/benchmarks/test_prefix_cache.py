@@ -54,7 +54,7 @@ def test_alternating_prompts(benchmark: Any, smollm2: Path) -> None:
             f"going back to a prompt of {LENGTH} tokens, first token",
             switching(kept, ours),
             switching(plain, theirs),
-            rounds=7,
+            rounds=3,
             peer="reading it again",
         )
     for restored, again in zip(ours, theirs, strict=True):
