@@ -12,6 +12,7 @@ from lowtide.cli.options import (
     generation_options,
     opening_options,
     planned_model,
+    prefix_cache_option,
     take_generation_options,
 )
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 @click.command("chat")
 @opening_options
 @click.option("-s", "--system", help="A system message before the conversation.")
+@prefix_cache_option
 @enforce_option
 @generation_options
 def command(system: str | None, enforce: ControlGroup | None, **options: Any) -> None:

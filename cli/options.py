@@ -52,6 +52,15 @@ _ATTENTION = click.option(
     "tidal:k=1024, gem:k=512,layer=7.",
 )
 
+prefix_cache_option = click.option(
+    "--prefix-cache",
+    default="0",
+    show_default=True,
+    metavar="SIZE",
+    help="Keep KV states of earlier prompts in so much memory, inside --memory: going back to one does "
+    "not read it again.",
+)
+
 _GENERATION = (
     click.option(
         "-n",
@@ -128,8 +137,8 @@ def take_open_options(options: dict[str, Any]) -> OpenOptions:
     """Take out what says how to open a model; raise `BadOption` for a value that cannot be."""
     from lowtide.runtime.planning import OpenOptions
 
-    names = ("memory", "context", "kv_type", "threads", "attention")
-    return OpenOptions(**{name: options.pop(name) for name in names})
+    names = ("memory", "context", "kv_type", "threads", "attention", "prefix_cache")
+    return OpenOptions(**{name: options.pop(name) for name in names if name in options})
 
 
 def plan_with(spec: ModelSpec, options: OpenOptions) -> PlannedModel:

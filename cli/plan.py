@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowtide.cli.options import opening_options, planned_model
+from lowtide.cli.options import opening_options, planned_model, prefix_cache_option
 
 if TYPE_CHECKING:
     from lowtide.runtime.planning import PlannedModel
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 @click.command("plan")
 @opening_options
+@prefix_cache_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(as_json: bool, **options: Any) -> None:
     """Show where every byte would go; reads the model's headers and loads nothing.

@@ -43,9 +43,12 @@ def statistics_line(stats: Statistics, finish_reason: str | None) -> str:
         parts.append(f"{stats.decode_tokens_per_s:.1f} tokens/s")
     if stats.time_to_first_token_s is not None:
         parts.append(f"first after {stats.time_to_first_token_s:.2f} s")
+    reused = f"{stats.reused_tokens} reused"
+    if stats.restored_tokens:
+        reused += " (from the prefix cache)"
     filtered = stats.kept_tokens < stats.prompt_tokens - stats.dropped_tokens
     kept = f" ({stats.kept_tokens} kept)" if filtered else ""
-    parts.append(f"prompt {stats.prompt_tokens}{kept}, {stats.reused_tokens} reused")
+    parts.append(f"prompt {stats.prompt_tokens}{kept}, {reused}")
     if stats.attended_share is not None and stats.attended_share < 1:
         parts.append(f"{stats.attended_share:.0%} of the cache attended to")
     if stats.layers_ours and stats.layers_ours < stats.layers:

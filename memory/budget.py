@@ -8,6 +8,8 @@ from lowtide.memory.device import Machine
 from lowtide.memory.units import format_bytes, parse_size
 
 DEFAULT_SHARE = 0.8
+WATCHED_SHARE = 0.95
+"""Of a budget: when more is resident, what can be spared is given back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

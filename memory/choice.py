@@ -1,8 +1,10 @@
-"""Choice: what a plan may choose, as a value. Knows no bytes."""
+"""Choice: what a plan may choose, as a value. Knows no formula."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+
+from lowtide.memory.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -11,7 +13,7 @@ class Choice:
 
     `kv_tokens` is how many of the context's tokens the plan's KV cache has bytes for; more are admitted
     as the budget has room. `kept_layers` is None where the weights stay resident; else they are read again
-    for every pass, but for so many layers that stay.
+    for every pass, but for so many layers that stay. `prefix_bytes` is what the prefix cache may hold.
     """
 
     context: int
@@ -19,6 +21,7 @@ class Choice:
     kv_type: str
     kv_tokens: int
     kept_layers: int | None = None
+    prefix_bytes: int = 0
 
     def given_up(self, preferred: Choice) -> tuple[str, ...]:
         """Say, in words, what this choice lacks of the preferred one."""
@@ -29,6 +32,9 @@ class Choice:
             for key, name in names.items()
             if before[key] != after[key]
         ]
+        if self.prefix_bytes < preferred.prefix_bytes:
+            sizes = map(format_bytes, (preferred.prefix_bytes, self.prefix_bytes))
+            steps.insert(0, f"prefix cache: {' to '.join(sizes)}")
         if self.kv_tokens < self.context:
             steps.append(f"room in the KV cache: {self.context} to {self.kv_tokens} tokens")
         if self.kept_layers is not None and preferred.kept_layers is None:

@@ -26,6 +26,8 @@ class PlanOptions:
     """How many layers choose keys for the others."""
     profiled: bool = False
     """Whether a profiler watches."""
+    prefix_bytes: int = 0
+    """What the prefix cache may hold, where there is room."""
     compared_rows: int = 0
     """Distributions over the vocabulary that a measurement keeps."""
 

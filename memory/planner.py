@@ -1,9 +1,9 @@
 """The planner: from a model, a wish and a budget to a plan, by arithmetic alone.
 
 Allocates nothing; knows no tokens. When it is tight it gives up in this order, what keeps answers the same
-first: rows of a prefill pass; for an open context, context; resident weights; the KV cache's type; for a
-stated context, room in its cache; and last it refuses. A stated context is never shortened: that would
-be another request.
+first: the prefix cache; rows of a prefill pass; for an open context, context; resident weights; the KV
+cache's type; for a stated context, room in its cache; and last it refuses. A stated context is never
+shortened: that would be another request.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from lowtide.memory import footprint
-from lowtide.memory.budget import Budget
+from lowtide.memory.budget import WATCHED_SHARE, Budget
 from lowtide.memory.choice import Choice
 from lowtide.memory.context_sizes import ContextSizes, FormulaSizes
 from lowtide.memory.errors import OverBudget
@@ -117,9 +117,22 @@ class _Planner:
 
     def preferred(self) -> Choice:
         """Return what is chosen where memory is no matter."""
-        return self._choice(self._options.context or self._spec.context_length, self._kv_types[0])
+        context = self._options.context or self._spec.context_length
+        choice = self._choice(context, self._kv_types[0])
+        return replace(choice, prefix_bytes=self._options.prefix_bytes)
 
     def best(self) -> Choice | None:
+        """Return the best choice that fits, the prefix cache in what the rest leaves; None for none.
+
+        A cache that the watchdog would give back at once is none.
+        """
+        found = self._best_of_the_rest()
+        if found is None:
+            return None
+        left_bytes = int(self._budget_bytes * WATCHED_SHARE) - self.rows.total_bytes(found)
+        return replace(found, prefix_bytes=min(self._options.prefix_bytes, max(left_bytes, 0)))
+
+    def _best_of_the_rest(self) -> Choice | None:
         """Return the first choice that fits, with as many layers kept as fit; None where none does."""
         found = next(filter(self._fits, self._from_best_to_smallest()), None)
         if found is None or found.kept_layers is None:

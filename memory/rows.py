@@ -48,6 +48,7 @@ class PlanRows:
             self._vocabulary(),
             self._weights(choice),
             *running,
+            *self._prefixes(choice),
             *_comparison(spec, options.compared_rows),
             *_profiler(spec, options.profiled),
             PlanRow(owners.LOADING, max(loading, 0), "needed for a moment, beyond what follows it"),
@@ -99,6 +100,14 @@ class PlanRows:
             why = ", while the cache does not need its own yet"
         limit = footprint.prompt_limit_bytes(choice.kv_tokens)
         return PlanRow(owners.PROMPT, num_bytes, f"{limit:,} bytes of text{why}")
+
+    def _prefixes(self, choice: Choice) -> tuple[PlanRow, ...]:
+        if not self._options.prefix_bytes:
+            return ()
+        cells = footprint.kv_bytes(self._spec, footprint.CELL_STEP, choice.kv_type)
+        num_tokens = choice.prefix_bytes * footprint.CELL_STEP // max(cells, 1)
+        why = f"states of other prompts, up to {num_tokens:,} tokens"
+        return (PlanRow(owners.PREFIXES, choice.prefix_bytes, why),)
 
     def _attention(self, choice: Choice) -> PlanRow:
         spec, threads = self._spec, self._options.attention_threads

@@ -68,7 +68,7 @@ class FakeModel(Model):
     rows of every forward pass, for tests of what was computed again.
     """
 
-    keeps_state = True
+    keeps_state = copies_state = True
 
     def __init__(
         self, replies: Sequence[str] = ("Hello.",), context: int = 512, max_rows: int = 64
@@ -142,6 +142,24 @@ class FakeModel(Model):
             raise StateError("the state is not a fake model's")
         self._tokens = array("i", state[len(_STATE_MAGIC) :]).tolist()
         return self._tokens[:]
+
+    def state_bytes(self) -> int:
+        """Return four bytes a token, after as many that say whose they are."""
+        return 4 + 4 * len(self._tokens)
+
+    def copy_state(self, into: memoryview) -> None:
+        """Copy the tokens."""
+        state = _STATE_MAGIC + array("i", self._tokens).tobytes()
+        if len(into) != len(state):
+            raise StateError(f"{len(into)} bytes are given, {len(state)} are wanted")
+        into[:] = state
+
+    def put_state(self, state: memoryview, num_tokens: int) -> None:
+        """Put the tokens back."""
+        self._tokens = []
+        if state[: len(_STATE_MAGIC)] != _STATE_MAGIC or len(state) != 4 + 4 * num_tokens:
+            raise StateError("the state is not a fake model's")
+        self._tokens = array("i", bytes(state[len(_STATE_MAGIC) :])).tolist()
 
     def close(self) -> None:
         """Nothing is held."""

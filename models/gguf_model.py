@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lowtide.models.errors import ForwardError, ModelError, StateError, UnsupportedModel
 from lowtide.models.fingerprint import file_fingerprint
 from lowtide.models.gguf_options import LoadOptions, context_parameters, model_parameters
-from lowtide.models.gguf_state import read_state, write_state
+from lowtide.models.gguf_state import copy_state, put_state, read_state, state_bytes, write_state
 from lowtide.models.gguf_tokenizer import GgufTokenizer
 from lowtide.models.llama_library import LlamaLibrary, llama_library
 from lowtide.models.model import Model
@@ -35,7 +35,7 @@ class GgufModel(Model):
     Raises `UnsupportedModel` where llama.cpp refuses the file or the context, with its own reason.
     """
 
-    keeps_state = True
+    keeps_state = copies_state = True
 
     def __init__(self, spec: ModelSpec, options: LoadOptions) -> None:
         self.spec = spec
@@ -150,6 +150,24 @@ class GgufModel(Model):
             raise
         self._num_tokens = len(token_ids)
         return token_ids
+
+    def state_bytes(self) -> int:
+        """Return the bytes of the cells that hold tokens, and of llama.cpp's notes on them."""
+        return state_bytes(self._library, self._context)
+
+    def copy_state(self, into: memoryview) -> None:
+        """Copy the cells that hold tokens, a tensor at a time."""
+        copy_state(self._library, self._context, into)
+
+    def put_state(self, state: memoryview, num_tokens: int) -> None:
+        """Put the cells back; those that hold no token stay untouched."""
+        self.truncate(0)
+        try:
+            put_state(self._library, self._context, state, num_tokens)
+        except BaseException:
+            self._forget_from(0)
+            raise
+        self._num_tokens = num_tokens
 
     def _forget_from(self, position: int) -> int:
         """Remove every cell from `position` on, also those of a pass that was interrupted."""

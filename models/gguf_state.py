@@ -1,8 +1,8 @@
-"""The KV cache of one sequence of llama.cpp, in a file and back.
+"""The KV cache of one sequence of llama.cpp, in a file or in memory, and back.
 
-Only what the sequence holds is written and read, a tensor at a time: no second copy of it is ever in
-memory, and cells without a token stay untouched. llama.cpp trusts what it reads: whoever calls
-`read_state` answers for the bytes. Knows no checksum.
+Only what the sequence holds is written and read, a tensor at a time: no copy of it is made but the one
+asked for, and cells without a token stay untouched. llama.cpp trusts what it reads: whoever calls
+`read_state` or `put_state` answers for the bytes. Knows no checksum.
 """
 
 from __future__ import annotations
@@ -49,12 +49,52 @@ def read_state(
         read = library.api.llama_state_seq_load_file(
             context, os.fsencode(path), SEQUENCE, tokens, capacity, ctypes.byref(num_tokens)
         )
+    _require_whole(library, context, read, num_bytes, num_tokens.value, errors)
+    return list(tokens[: num_tokens.value])
+
+
+def state_bytes(library: LlamaLibrary, context: Any) -> int:
+    """Return how many bytes the sequence's cells take as `copy_state` writes them."""
+    return int(library.api.llama_state_seq_get_size(context, SEQUENCE))
+
+
+def copy_state(library: LlamaLibrary, context: Any, into: memoryview) -> None:
+    """Write the sequence's cells into memory. Raises `StateError` where it is too small for them."""
+    with library.collected_errors() as errors:
+        written = library.api.llama_state_seq_get_data(context, _pointer(into), len(into), SEQUENCE)
+    if written != len(into):
+        raise StateError(_reason(errors, f"{written:,} of {len(into):,} bytes were written"))
+
+
+def put_state(library: LlamaLibrary, context: Any, state: memoryview, num_tokens: int) -> None:
+    """Put the cells of `num_tokens` back; the sequence must be empty.
+
+    Raises `StateError` where llama.cpp does not take them; the sequence may then hold anything.
+    """
+    with library.collected_errors() as errors:
+        read = library.api.llama_state_seq_set_data(context, _pointer(state), len(state), SEQUENCE)
+    _require_whole(library, context, read, len(state), num_tokens, errors)
+
+
+def _require_whole(
+    library: LlamaLibrary,
+    context: Any,
+    read: int,
+    num_bytes: int,
+    num_tokens: int,
+    errors: Sequence[str],
+) -> None:
     memory = library.api.llama_get_memory(context)
     first = library.api.llama_memory_seq_pos_min(memory, SEQUENCE)
     last = library.api.llama_memory_seq_pos_max(memory, SEQUENCE)
-    if not read or read != num_bytes or last != num_tokens.value - 1:
+    if not read or read != num_bytes or last != num_tokens - 1:
         raise StateError(_reason(errors, f"it holds positions {first} to {last}"))
-    return list(tokens[: num_tokens.value])
+
+
+def _pointer(view: memoryview) -> Any:
+    """Where a view's bytes lie. An object that held on to it would keep its memory from being closed."""
+    address = ctypes.addressof(ctypes.c_uint8.from_buffer(view))
+    return ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8))
 
 
 def _reason(errors: Sequence[str], otherwise: str) -> str:

@@ -37,6 +37,8 @@ class Model(ABC):
     """How many rows one forward pass takes."""
     keeps_state: bool = False
     """Whether the KV cache can be written to a file and read again: the three methods on state."""
+    copies_state: bool = False
+    """Whether it can be copied into memory and put back: `state_bytes`, `copy_state`, `put_state`."""
 
     @property
     @abstractmethod
@@ -76,6 +78,25 @@ class Model(ABC):
         `state_owner` wrote. Raises `StateError` where they are not; the cache is then empty.
         """
         raise StateError(f"{self.spec.name} cannot keep its KV cache in a file")
+
+    def state_bytes(self) -> int:
+        """Return how many bytes a copy of the KV cache takes as it is now."""
+        raise StateError(f"{self.spec.name} cannot copy its KV cache")
+
+    def copy_state(self, into: memoryview) -> None:
+        """Copy the KV cache into `state_bytes` bytes that can be written; no other copy is made.
+
+        Raises `StateError` where they are not enough; what they hold is no state then.
+        """
+        raise StateError(f"{self.spec.name} cannot copy its KV cache")
+
+    def put_state(self, state: memoryview, num_tokens: int) -> None:
+        """Be where this model was when `copy_state` took the state of `num_tokens`.
+
+        Going on from there equals never having left. Raises `StateError` where it is no such state; the
+        cache is then empty.
+        """
+        raise StateError(f"{self.spec.name} cannot copy its KV cache")
 
     @abstractmethod
     def close(self) -> None:

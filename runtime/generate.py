@@ -77,7 +77,9 @@ def generate(
     meter = _Meter(model, prompt, sampler.seed, facts)
     token_ids = session.shortened(prompt.token_ids)
     meter.kept_tokens = len(token_ids)
+    restored = session.restore(token_ids)
     meter.reused_tokens = session.rewind_to(token_ids)
+    meter.restored_tokens = meter.reused_tokens if restored else 0
     session.admit(len(token_ids))
     logits = prefill(session, token_ids[meter.reused_tokens :], model.max_rows)
     meter.prefilled()
@@ -127,7 +129,7 @@ class _Meter:
         self._prompt = prompt
         self._seed = seed
         self._facts = facts
-        self.reused_tokens = 0
+        self.reused_tokens = self.restored_tokens = 0
         self.kept_tokens = len(prompt.token_ids)
         self.generated_tokens = 0
         self._prefill_s = 0.0
@@ -155,6 +157,7 @@ class _Meter:
         return Statistics(
             prompt_tokens=num_tokens + self._prompt.dropped_tokens,
             reused_tokens=self.reused_tokens,
+            restored_tokens=self.restored_tokens,
             kept_tokens=self.kept_tokens,
             dropped_tokens=self._prompt.dropped_tokens,
             dropped_messages=self._prompt.dropped_messages,

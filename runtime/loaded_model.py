@@ -13,14 +13,16 @@ from lowtide.memory.heap import trim_heap
 from lowtide.memory.kv_growth import KvGrowth
 from lowtide.memory.ledger import Ledger
 from lowtide.memory.meter import read_process_memory
-from lowtide.memory.owners import CACHE, PROMPT
+from lowtide.memory.owners import CACHE, PREFIXES, PROMPT
 from lowtide.memory.releaser import Releaser, Trim, trim
+from lowtide.memory.units import format_bytes
 from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.model import Model
 from lowtide.runtime.generate import RunFacts
 from lowtide.runtime.gguf_loading import load_gguf
 from lowtide.runtime.memory_watch import WatchedModel
 from lowtide.runtime.planning import PlannedModel
+from lowtide.runtime.prefix_cache import PrefixCache
 from lowtide.runtime.profiler import SILENT, Profiler
 from lowtide.runtime.prompt_filter import PromptFilter
 from lowtide.runtime.session import Session
@@ -40,13 +42,20 @@ class LoadedModel:
         self, planned: PlannedModel, model: Model | None = None, profiler: Profiler = SILENT
     ) -> None:
         planned.require_fit()
+        wanted_bytes = planned.options.prefix_bytes
+        if wanted_bytes and model is not None and not model.copies_state:
+            raise BadOption(
+                f"a prefix cache of {format_bytes(wanted_bytes)} is wanted, {model.spec.name} cannot copy "
+                "its KV cache: leave prefix_cache out"
+            )
         self.planned = planned
         self.ledger = Ledger(planned.plan.budget.num_bytes)
         for row in planned.plan.rows:
             self.ledger.reserve(row.owner, row.num_bytes)
         self._callback: GraphHook | None = None
         self._profiler = profiler
-        self.releasers: list[Releaser] = []
+        self.prefixes = PrefixCache(self.ledger.owners.get(PREFIXES, 0))
+        self.releasers = [Releaser("moderate", self.prefixes.clear)]
         profiler.watch(planned, self._watched())
         if model is None:
             with profiler.span("libraries"):
@@ -73,7 +82,14 @@ class LoadedModel:
 
     def new_session(self) -> Session:
         """Return the session of the model's one cache."""
-        return Session(self.model, self.steering, self.growth, self._profiler, self.prompt_filter)
+        return Session(
+            self.model,
+            self.steering,
+            self.growth,
+            self._profiler,
+            prefixes=self.prefixes,
+            prompt_filter=self.prompt_filter,
+        )
 
     def run_facts(self) -> RunFacts:
         """Return what an answer's statistics tell of the model and its plan."""
@@ -137,6 +153,7 @@ class LoadedModel:
             memory_map=plan.memory_map,
             cache_bytes=kv_bytes(spec, plan.context, plan.kv_type),
             scratch_bytes=lambda: self.hook.counts().scratch_bytes if self.hook else 0,
+            prefix_bytes=lambda: self.prefixes.num_bytes,
         )
 
     def _check_resident(self) -> None:
@@ -159,6 +176,7 @@ class LoadedModel:
     def close(self) -> None:
         """Free the model; closing twice is allowed."""
         self._profiler.finish()
+        self.prefixes.clear()
         self.model.close()
         if self._callback is not None:
             self._callback.close()

@@ -16,6 +16,7 @@ from lowtide.memory.owners import (
     COMPUTE,
     INTERPRETER,
     LOADING,
+    PREFIXES,
     PROFILER,
     PROMPT,
     RESERVE,
@@ -55,6 +56,7 @@ HOW = {
     CACHE: "pages of its buffers",
     COMPUTE: "grown in passes beside cache and scratch, with llama.cpp's row of logits",
     SCRATCH: "counted by our kernels",
+    PREFIXES: "pages of the states that are kept",
     SAMPLING: "grown while sampling",
     PROMPT: "grown while tokenising",
     OTHER: "resident, and nobody's above",
@@ -82,6 +84,7 @@ class WatchedModel:
     cache_bytes: int
     """The whole cache, which is resident where llama.cpp has cleared it."""
     scratch_bytes: Callable[[], int]
+    prefix_bytes: Callable[[], int]
 
 
 class MemoryWatch:
@@ -135,6 +138,7 @@ class MemoryWatch:
             CACHE: cache,
             COMPUTE: grown.get(COMPUTE, 0) - cache - scratch,
             SCRATCH: scratch,
+            PREFIXES: model.prefix_bytes(),
             SAMPLING: grown.get(SAMPLING, 0),
             PROMPT: grown.get(PROMPT, 0),
         }  # fmt: skip

@@ -13,10 +13,11 @@ from lowtide.attention.policy import AttentionPolicy
 from lowtide.memory.budget import Budget
 from lowtide.memory.context_sizes import ContextSizes
 from lowtide.memory.device import Machine, read_machine, usable_cores
-from lowtide.memory.errors import OverBudget
+from lowtide.memory.errors import BadSize, OverBudget
 from lowtide.memory.meter import read_process_memory
 from lowtide.memory.plan import Host, MemoryPlan, PlanOptions
 from lowtide.memory.planner import plan_memory, require_fit
+from lowtide.memory.units import parse_size
 from lowtide.models.catalog import resolve
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf_header import read_spec
@@ -33,7 +34,8 @@ class OpenOptions:
     a policy or its name: "llama" (llama.cpp's own kernels), "dense" (ours: exact, and a row's result does
     not depend on the batch or the threads) or "tidal" (`Tidal`: an approximation, "tidal:k=512").
     `compared_rows` is how many distributions a measurement keeps, `selection_layers` how many layers it
-    tries beside the policy's own, `profiled` whether a profiler watches.
+    tries beside the policy's own, `profiled` whether a profiler watches. `prefix_cache` is a size ("64MiB")
+    for KV states of prompts that others replaced; 0 keeps none.
     """
 
     memory: str | int | None = None
@@ -46,11 +48,13 @@ class OpenOptions:
     compared_rows: int = 0
     profiled: bool = False
     selection_layers: int = 0
+    prefix_cache: str | int = 0
 
     def __post_init__(self) -> None:
         if self.threads is not None and not 1 <= self.threads <= 512:
             raise BadOption(f"threads is {self.threads}, 1 to 512 are wanted")
         parse_policy(self.attention)
+        _ = self.prefix_bytes
 
     def policy(self, spec: ModelSpec) -> AttentionPolicy:
         """Return the attention policy, fitted to the model; raises `BadOption` where that cannot be."""
@@ -67,7 +71,19 @@ class OpenOptions:
             selection_layers=max(policy.num_selections, self.selection_layers),
             compared_rows=self.compared_rows,
             profiled=self.profiled,
+            prefix_bytes=self.prefix_bytes,
         )
+
+    @property
+    def prefix_bytes(self) -> int:
+        """What the prefix cache may hold; raises `BadSize` where `prefix_cache` is no size."""
+        stated = str(self.prefix_cache).strip()
+        try:
+            return 0 if stated == "0" else parse_size(stated)
+        except BadSize:
+            raise BadSize(
+                f"a prefix cache of {stated!r} cannot be made: write a size such as 64MiB, or 0 for none"
+            ) from None
 
     @property
     def num_threads(self) -> int:

@@ -16,6 +16,7 @@ from lowtide.memory.owners import (
     CACHE,
     COMPUTE,
     INTERPRETER,
+    PREFIXES,
     PROMPT,
     SAMPLING,
     SCRATCH,
@@ -39,6 +40,7 @@ COLOURS = {
     SCRATCH: "#8e5ea8",
     SAMPLING: "#e0a4c0",
     PROMPT: "#6cc4d1",
+    PREFIXES: "#f2b134",
     OTHER: "#d9d9d9",
 }
 PHASE_COLOURS = {

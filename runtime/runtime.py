@@ -66,6 +66,7 @@ class Runtime:
         max_rows: int | None = None,
         threads: int | None = None,
         attention: str | AttentionPolicy = "llama",
+        prefix_cache: str | int = 0,
         offline: bool = False,
         profiler: Profiler | None = None,
     ) -> Runtime:
@@ -74,9 +75,10 @@ class Runtime:
         `model` is a path, a name ("smollm2"), "hf:user/repo:Q4_K_M", a `Model` of your own, or None for
         the default model. `memory` is a size such as "1GiB" or "50%" of what is available; None is
         80 %. `context` None is the longest that fits. `attention` is "llama" (llama.cpp's kernels),
-        "dense" (ours), or an approximation: "tidal", "gem", or `Tidal(...)`, `Gem(...)`. `profiler` is
-        told where time and bytes go. Raises `OverBudget` before anything is loaded where it cannot fit,
-        `ModelError` where the model cannot be used, `BadOption` for wrong values.
+        "dense" (ours), or an approximation: "tidal", "gem", or `Tidal(...)`, `Gem(...)`. `prefix_cache`
+        is a size for KV states of earlier prompts. `profiler` is told where time and bytes go. Raises
+        `OverBudget` before anything is loaded where it cannot fit, `ModelError` where the model cannot
+        be used, `BadOption` for wrong values.
         """
         options = OpenOptions(
             memory=memory,
@@ -85,6 +87,7 @@ class Runtime:
             max_rows=max_rows,
             threads=threads,
             attention=attention,
+            prefix_cache=prefix_cache,
             offline=offline,
             profiled=profiler is not None,
         )
@@ -200,10 +203,10 @@ class Runtime:
     def trim(self, level: str = "background") -> int:
         """Give memory back, as a mobile system asks for it; return by how many bytes the resident set fell.
 
-        "background" gives back what nobody uses, "moderate" also collects Python's garbage; "complete" also
-        forgets the KV cache and lets go of mapped weights, which are read again with the next prompt, and
-        ends an answer that is still being read. Answers stay the same. From another thread it waits for
-        the pass in work. Raises `BadOption` for a level that is none.
+        "background" gives back what nobody uses, "moderate" also the prefix cache and garbage; "complete"
+        also forgets the KV cache and lets go of mapped weights, which are read again with the next prompt,
+        and ends an answer that is still being read. Answers stay the same. From another thread it waits
+        for the pass in work. Raises `BadOption` for a level that is none.
         """
         with self._stepping:
             if level == "complete":
@@ -234,17 +237,14 @@ class Runtime:
         return self._loaded.growth.most_tokens(self._model.context)
 
     def _check_text(self, text: str) -> None:
-        """Refuse a text that would pass its row of the plan while it is tokenised.
-
-        A cache that stands in the way of an admitted one is forgotten: the prompt is read again.
-        """
+        """Refuse a text that would pass its row while it is tokenised; set aside a cache in its way."""
         num_bytes = len(text.encode("utf-8", errors="replace"))
         if num_bytes > prompt_limit_bytes(self.plan.kv_tokens):
             raise PromptTooLong(
                 num_bytes // 4, self._model.context, estimated=True, droppable=False
             )
         if not self._loaded.has_room_to_tokenise(num_bytes, len(self._session.token_ids)):
-            self._session.forget()
+            self._session.set_aside()
 
     def _pieces(
         self, answer: int, prompt: Prompt, options: GenerationOptions

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from lowtide.attention.policy import Steering
 from lowtide.memory.errors import OverBudget
 from lowtide.memory.kv_growth import KvGrowth
+from lowtide.models.errors import StateError
 from lowtide.models.model import Model
+from lowtide.runtime.prefix_cache import KeptState, PrefixCache, common_prefix
 from lowtide.runtime.profiler import DECODE, FILTER, PREFILL, SILENT, Profiler
 from lowtide.runtime.prompt_filter import PromptFilter
 
@@ -21,8 +23,8 @@ class Session:
     """Keeps the KV cache and the list of its tokens in step, whatever interrupts them.
 
     `steering` tells the attention kernels what kind of pass comes, `growth` reserves the cache's bytes,
-    `profiler` times the passes, `prompt_filter` shortens long prompts. Tokens from `exact_until` on have
-    keys and values that an approximate pass computed.
+    `profiler` times the passes, `prefixes` keeps what another prompt replaces, `prompt_filter` shortens
+    long prompts. Tokens from `exact_until` on have keys and values that an approximate pass computed.
     """
 
     def __init__(
@@ -32,12 +34,14 @@ class Session:
         growth: KvGrowth | None = None,
         profiler: Profiler = SILENT,
         prompt_filter: PromptFilter | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         self._model = model
         self._steering = steering or Steering()
         self._growth = growth
         self._profiler = profiler
         self._filter = prompt_filter
+        self._prefixes = prefixes or PrefixCache(0)
         self.token_ids: list[int] = []
         self.exact_until = 0
 
@@ -61,10 +65,10 @@ class Session:
         return True
 
     def shortened(self, token_ids: Sequence[int]) -> Sequence[int]:
-        """Return what of a prompt is to be computed; forgets the session where it is filtered anew."""
+        """Return what of a prompt is to be computed; sets the session aside where it is filtered anew."""
         if self._filter is None or not self._filter.applies_to(token_ids):
             return token_ids
-        self.forget()
+        self.set_aside()
         self.admit(len(token_ids))
         with self._profiler.span(FILTER, len(token_ids)):
             kept = self._filter.filtered(token_ids)
@@ -77,13 +81,61 @@ class Session:
         At least the last token is left to compute, since its logits are wanted. Also removes what an
         interrupted pass may have left behind.
         """
-        common = _common_prefix(self.token_ids, token_ids)
+        common = common_prefix(self.token_ids, token_ids)
         with self._profiler.span("rewind"):
             kept = self._model.truncate(max(min(common, len(token_ids) - 1), 0))
         del self.token_ids[kept:]
         self.admit(kept)
         self.exact_until = min(self.exact_until, kept)
         return kept
+
+    def restore(self, token_ids: Sequence[int]) -> bool:
+        """Go to the kept state that has the most of `token_ids`, where it has more than the session.
+
+        Return whether that was so; `rewind_to` then cuts it to what is common. What the session holds and
+        would lose is kept before.
+        """
+        if not self._prefixes.limit_bytes:
+            return False
+        self.settle()
+        wanted = token_ids[:-1]  # the last one's logits are wanted: it is computed in any case
+        common = common_prefix(self.token_ids, wanted)
+        found = self._prefixes.find(wanted, longer_than=common)
+        self._keep(num_staying=0 if found else common, besides=found)
+        return found is not None and self._put_back(found)
+
+    def _keep(self, num_staying: int = 0, besides: KeptState | None = None) -> None:
+        if num_staying < len(self.token_ids):
+            with self._profiler.span("prefix cache"):
+                self._prefixes.keep(
+                    self._model,
+                    self.token_ids,
+                    self.exact_until,
+                    num_staying=num_staying,
+                    besides=besides,
+                )
+
+    def _put_back(self, kept: KeptState) -> bool:
+        """Be where the state was taken; where that fails the tokens are read again."""
+        try:
+            self.admit(kept.num_tokens)
+        except OverBudget:
+            return False
+        self.token_ids, self.exact_until = [], 0
+        try:
+            with self._profiler.span("rewind"):
+                self._model.put_state(kept.state, kept.num_tokens)
+        except StateError:
+            self._prefixes.discard(kept)
+            return False
+        self.token_ids, self.exact_until = list(kept.token_ids), kept.exact_until
+        return True
+
+    def set_aside(self) -> None:
+        """Give the KV cache's memory up, but for what the prefix cache keeps."""
+        self.settle()
+        self._keep()
+        self.forget()
 
     def forget(self) -> None:
         """Give up everything that was computed: the next prompt is read again."""
@@ -145,8 +197,3 @@ class Session:
         for start in range(kept, len(again), self._model.max_rows):
             logits = self.append(again[start : start + self._model.max_rows])
         return logits
-
-
-def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    length = min(len(left), len(right))
-    return next((i for i in range(length) if left[i] != right[i]), length)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowtide.attention.abort_guard import guarded_aborts
+from lowtide.memory.errors import OverBudget
 from lowtide.memory.footprint import session_bytes
-from lowtide.memory.owners import PROMPT
+from lowtide.memory.owners import PREFIXES, PROMPT
 from lowtide.models.chat_template import Message, checked_message
 from lowtide.models.errors import StateError
 from lowtide.runtime.conversation import LastAnswer
@@ -154,10 +155,19 @@ class SessionStore:
 
     @contextlib.contextmanager
     def _reserved(self, num_tokens: int, num_text_bytes: int) -> Iterator[None]:
-        """Hold what a file takes for a moment; no prompt is tokenised meanwhile, so its bytes are used."""
+        """Hold what a file takes for a moment.
+
+        No prompt is tokenised meanwhile, so its bytes are used; where that is too little, the prefix
+        cache's are, too.
+        """
         planned, ledger = self._loaded.planned, self._loaded.ledger
         needed = session_bytes(planned.spec, num_tokens, planned.plan.kv_type, num_text_bytes)
-        ledger.reserve(OWNER, max(needed - ledger.owners.get(PROMPT, 0), 0))
+        needed -= ledger.owners.get(PROMPT, 0)
+        try:
+            ledger.reserve(OWNER, max(needed, 0))
+        except OverBudget:
+            self._loaded.prefixes.clear()
+            ledger.reserve(OWNER, max(needed - ledger.owners.get(PREFIXES, 0), 0))
         try:
             yield
         finally:

@@ -12,12 +12,12 @@ from lowtide.memory.releaser import Trim
 class Statistics:
     """Counts in tokens, times in seconds, sizes in bytes; None is "not known (yet)".
 
-    `reused_tokens` of the prompt were in the KV cache already, `kept_tokens` of it are seen by all of
-    the model (a policy may filter it), `dropped_tokens` and `dropped_messages` went to `--overflow
-    drop-oldest`. `layers_ours` of `layers` ran our attention kernels under the policy `attention`;
-    `attended_share` of the cached keys were attended to while decoding. `peak_rss_bytes` is the process's
-    peak so far. These two are read at the end of an answer. `trims` are what was given back because the
-    process came near its budget.
+    `reused_tokens` of the prompt were in the KV cache already, `restored_tokens` of these because the
+    prefix cache put them back; `kept_tokens` of it are seen by all of the model (a policy may filter it),
+    `dropped_tokens` and `dropped_messages` went to `--overflow drop-oldest`. `layers_ours` of `layers`
+    ran our attention kernels under the policy `attention`; `attended_share` of the cached keys were
+    attended to while decoding. `peak_rss_bytes` is the process's peak so far. These two are read at the
+    end of an answer. `trims` are what was given back because the process came near its budget.
     """
 
     prompt_tokens: int
@@ -34,6 +34,7 @@ class Statistics:
     seed: int
     budget_bytes: int
     planned_bytes: int
+    restored_tokens: int = 0
     attention: str = "llama"
     attended_share: float | None = None
     peak_rss_bytes: int | None = None

@@ -9,13 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from lowtide.memory.budget import WATCHED_SHARE
 from lowtide.memory.meter import read_resident_bytes
 from lowtide.memory.releaser import Trim
 
 INTERVAL_S = 0.02
 """A look costs 10 to 20 microseconds: at most this often it is below 0.1 % of the time."""
-WATCHED_SHARE = 0.95
-"""Of the budget: above it memory is given back."""
 STEP_SHARE = 1 / 64
 """Of the budget: how much more must be resident before it is tried again. What was given back may be taken
 again at once, and giving it back at every step would be slow."""

@@ -35,6 +35,27 @@ def test_the_second_turn_reuses_the_first(lowtide: Invoke) -> None:
     assert sum(model.rows) == model.num_tokens  # nothing was computed twice
 
 
+def test_a_conversation_that_another_replaced_is_not_read_again(lowtide: Invoke) -> None:
+    system = "Be brief. " * 20
+    turns = f"/system {system}\nHi\n/system Count.\nHi\n/system {system}\nHi\n/stats\n"
+    done = lowtide("chat", "--prefix-cache", "1MiB", input=turns)
+    assert (done.exit_code, done.stdout) == (0, "Hello.\n" * 3)
+    first, _, again, *_ = (line for line in done.stderr.splitlines() if "reused" in line)
+    assert "0 reused ·" in first and "from the prefix cache" not in first
+    num_tokens = again.split("prompt ")[1].split(",")[0]
+    assert f"prompt {num_tokens}, {int(num_tokens) - 1} reused (from the prefix cache)" in again
+    assert "prefix cache" in done.stderr.split("(from the prefix cache)")[1]  # its row of the plan
+    model = lowtide.models[-1]  # type: ignore[attr-defined]
+    assert model.rows.count(1) > 3 * len("Hello.")  # tokens of answers, and one of the last prompt
+
+
+@pytest.mark.parametrize("size", ["much", "50%", "-1", "0MiB"])
+def test_a_prefix_cache_of_no_size_is_refused(lowtide: Invoke, size: str) -> None:
+    done = lowtide("chat", "--prefix-cache", size, input="Hi\n")
+    assert done.exit_code == 2 and done.stdout == "" and not lowtide.models  # type: ignore[attr-defined]
+    assert size in done.stderr and "Traceback" not in done.stderr
+
+
 def test_the_end_of_input_ends_the_chat(lowtide: Invoke) -> None:
     assert lowtide("chat", input="").exit_code == 0
     assert lowtide("chat", input="\n\n  \n").stdout == ""

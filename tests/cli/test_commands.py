@@ -64,6 +64,15 @@ def test_plan_for_people() -> None:
     assert "gave up context: 8192 to" in done.stdout and "lower bound" in done.stdout
 
 
+def test_plan_with_a_prefix_cache() -> None:
+    asked = ("smollm2", "-c", "2048", "--prefix-cache", "64MiB", "--json")
+    plan = json.loads(run_lowtide("plan", *asked, "--memory", "1GiB").stdout)
+    assert {"owner": "prefix cache", "bytes": 64 << 20}.items() <= plan["rows"][-3].items()
+    less = json.loads(run_lowtide("plan", *asked, "--memory", "250MiB").stdout)
+    assert less["fits"] and less["context"] == 2048
+    assert less["gave_up"][0].startswith("prefix cache: 64.0 MiB to ")
+
+
 def test_a_plan_that_does_not_fit_is_shown_and_exits_with_2() -> None:
     done = run_lowtide("plan", "smollm2", "--memory", "40MiB", "--json")
     assert done.code == 2

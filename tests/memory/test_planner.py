@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from lowtide.memory.budget import Budget
 from lowtide.memory.errors import OverBudget
 from lowtide.memory.footprint import kv_bytes
+from lowtide.memory.owners import PREFIXES
 from lowtide.memory.plan import Host, MemoryPlan, PlanOptions
 from lowtide.memory.planner import plan_memory, require_fit
-from lowtide.memory.units import MIB, parse_size
+from lowtide.memory.units import MIB, format_bytes, parse_size
 from lowtide.models.errors import BadOption
 from lowtide.models.fake_model import fake_spec
 from lowtide.models.spec import ModelSpec
@@ -48,6 +49,7 @@ def specs(draw: st.DrawFn) -> ModelSpec:
 
 OPTIONS = st.builds(
     PlanOptions,
+    prefix_bytes=st.just(0) | st.integers(1, 1 << 30),
     context=st.none() | st.integers(1, 300),
     kv_type=st.none() | st.just("f16"),
     max_rows=st.none() | st.integers(1, 512),
@@ -115,6 +117,38 @@ def test_a_stated_context_gives_up_rows_then_the_type(smollm2_spec: ModelSpec) -
     assert plan_of(smollm2_spec, wanted - 1, context=8192).gave_up == ("rows a pass: 128 to 64",)
     quantised = plan_of(smollm2_spec, 300, context=8192)
     assert quantised.gave_up[-1] == "KV type: f16 to q8_0"
+
+
+def prefix_bytes_of(plan: MemoryPlan) -> int | None:
+    return next((row.num_bytes for row in plan.rows if row.owner == PREFIXES), None)
+
+
+def test_the_prefix_cache_is_given_up_before_everything_else(smollm2_spec: ModelSpec) -> None:
+    """What is planned without it is planned with it, and it gets what that leaves."""
+    without = plan_of(smollm2_spec, 1000, context=4096)
+    assert prefix_bytes_of(without) is None
+    asked = {"context": 4096, "prefix_bytes": 64 * MIB}
+    whole = plan_of(smollm2_spec, 1000, **asked)
+    assert prefix_bytes_of(whole) == 64 * MIB and whole.gave_up == ()
+    assert whole.total_bytes == without.total_bytes + 64 * MIB
+    needed = without.total_bytes / MIB
+    for mebibytes in range(int(needed) + 1, int(needed) + 80):
+        plan = plan_of(smollm2_spec, mebibytes, **asked)
+        plain = plan_of(smollm2_spec, mebibytes, context=4096)
+        kept_bytes = prefix_bytes_of(plan)
+        assert plan.fits and kept_bytes is not None
+        assert plan.rows == (
+            *plain.rows[: len(plain.rows) - 2],
+            *(row for row in plan.rows if row.owner == PREFIXES),
+            *plain.rows[-2:],
+        )
+        told = f"prefix cache: 64.0 MiB to {format_bytes(kept_bytes)}"
+        assert plan.gave_up == ((told,) if kept_bytes < 64 * MIB else ())
+        # Where it is not given up altogether the watchdog has no reason to take it.
+        assert kept_bytes == 0 or plan.total_bytes <= 0.95 * plan.budget.num_bytes
+    tight = plan_of(smollm2_spec, needed - 10, **asked)
+    assert tight.gave_up[0].startswith("prefix cache: 64.0 MiB to ") and len(tight.gave_up) > 1
+    assert tight.lower_bound_bytes == without.lower_bound_bytes
 
 
 STREAMING_HOST = dataclasses.replace(HOST, kv_follows_use=True, can_stream_weights=True)

@@ -17,6 +17,7 @@ from lowtide.models.fake_model import FakeModel
 from lowtide.models.fingerprint import file_fingerprint
 from lowtide.models.gguf_header import read_spec
 from lowtide.models.gguf_model import GgufModel, LoadOptions
+from lowtide.models.model import Model
 
 OPTIONS = LoadOptions(context=256, max_rows=16, threads=1)
 IDS = st.lists(st.integers(3, 319), min_size=1, max_size=16)
@@ -61,6 +62,57 @@ def test_loading_equals_never_having_left(
         assert came_back.forward(token_ids).tobytes() == stayed.forward(token_ids).tobytes()
     assert came_back.truncate(1) == stayed.truncate(1)
     assert came_back.forward([7]).tobytes() == stayed.forward([7]).tobytes()
+
+
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    kept=st.lists(IDS, min_size=1, max_size=6),
+    before=st.lists(IDS, max_size=8),
+    cut=st.integers(1, 96),
+    after=st.lists(IDS, min_size=1, max_size=3),
+)
+def test_putting_back_a_copy_equals_never_having_left(
+    models: tuple[GgufModel, GgufModel],
+    kept: list[list[int]],
+    before: list[list[int]],
+    cut: int,
+    after: list[list[int]],
+) -> None:
+    """Also after a cut into it, and in the very model that was read on meanwhile."""
+    stayed, came_back = models
+    for model in models:
+        model.truncate(0)
+        for token_ids in kept:
+            model.forward(token_ids)
+    num_tokens = came_back.num_tokens
+    state = memoryview(bytearray(came_back.state_bytes()))
+    came_back.copy_state(state)
+    came_back.truncate(0)
+    for token_ids in before:
+        came_back.forward(token_ids)
+    came_back.put_state(state, num_tokens)
+    assert came_back.num_tokens == num_tokens
+    assert came_back.truncate(cut) == stayed.truncate(cut)
+    for token_ids in after:
+        assert came_back.forward(token_ids).tobytes() == stayed.forward(token_ids).tobytes()
+
+
+def test_a_copy_needs_its_bytes_and_comes_back_whole(file: Path) -> None:
+    with GgufModel(read_spec(file), OPTIONS) as model:
+        model.forward([5, 6, 7])
+        state = memoryview(bytearray(model.state_bytes()))
+        for wrong in (state[:-1], memoryview(bytearray(10))):
+            with pytest.raises(StateError):
+                model.copy_state(wrong)
+        model.copy_state(state)
+        for wrong, num_tokens in ((state, 2), (state[:-5], 3), (state[: len(state) // 2], 3)):
+            with pytest.raises(StateError):
+                model.put_state(wrong, num_tokens)
+            assert model.num_tokens == 0
+        model.put_state(state, 3)
+        assert model.num_tokens == 3
 
 
 def test_whose_a_state_is(file: Path, tmp_path: Path) -> None:
@@ -161,3 +213,34 @@ def test_a_fake_models_state(tmp_path: Path) -> None:
     with pytest.raises(StateError):
         other.load_state(tmp_path / "state", 3)
     assert other.num_tokens == 0
+
+
+def test_a_fake_models_copy() -> None:
+    model, other = FakeModel(), FakeModel()
+    model.forward([1, 2, 3])
+    state = memoryview(bytearray(model.state_bytes()))
+    with pytest.raises(StateError):
+        model.copy_state(state[:-1])
+    model.copy_state(state)
+    other.put_state(state, 3)
+    assert other.forward([4]).tobytes() == model.forward([4]).tobytes()
+    for wrong, num_tokens in ((state, 2), (state[:-1], 3)):
+        with pytest.raises(StateError):
+            other.put_state(wrong, num_tokens)
+        assert other.num_tokens == 0
+
+
+def test_a_model_that_copies_nothing_says_so() -> None:
+    class Bare(FakeModel):
+        state_bytes = Model.state_bytes
+        copy_state = Model.copy_state
+        put_state = Model.put_state
+
+    bare = Bare()
+    for call in (
+        bare.state_bytes,
+        lambda: bare.copy_state(memoryview(b"")),
+        lambda: bare.put_state(memoryview(b""), 0),
+    ):
+        with pytest.raises(StateError, match="fake cannot copy its KV cache"):
+            call()

@@ -8,13 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from gguf_files import write_model
 from processes import run_lowtide, run_python
+from recorded import recorded_logits
 
 from lowtide import GenerationResult, Runtime
 from lowtide.memory.units import MIB
@@ -33,22 +32,6 @@ def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(
         path, layers=8, width=512, heads=8, kv_heads=8, feed_forward=64, context=4096
     )
-
-
-@contextmanager
-def recorded_logits(runtime: Runtime) -> Iterator[list[bytes]]:
-    """Collect the logits of every pass."""
-    seen: list[bytes] = []
-    forward = runtime._model.forward
-
-    def recording(token_ids):  # type: ignore[no-untyped-def]
-        logits = forward(token_ids)
-        seen.append(logits.tobytes())
-        return logits
-
-    runtime._model.forward = recording  # type: ignore[method-assign]
-    yield seen
-    runtime._model.forward = forward  # type: ignore[method-assign]
 
 
 def _answer(runtime: Runtime, *texts: str) -> GenerationResult:

@@ -1,0 +1,151 @@
+"""The prefix cache with real models: the same bits as never having left, the memory that was planned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from gguf_files import write_model
+from processes import run_lowtide, run_python
+from recorded import recorded_logits
+
+from lowtide import GenerationResult, Runtime
+from lowtide.memory.units import MIB
+from lowtide.memory.untouched_buffers import can_leave_untouched
+
+TALE = "Tell me about the sea. " * 16
+OTHER = "Ships are made of wood or of steel. " * 12
+
+CASES = [
+    ("smollm2", "f16", "llama"),
+    ("smollm2", "q8_0", "llama"),
+    ("smollm2", "f16", "dense"),
+    ("smollm2", "q8_0", "tidal:k=69,correction=5"),
+    ("gemma3-270m", "f16", "llama"),
+]
+
+
+def _talk(runtime: Runtime, *texts: str) -> GenerationResult:
+    """What follows the texts of a conversation, or one text where the model has no template."""
+    if runtime.spec.chat_template is None:
+        return runtime.generate(" ".join(texts), temperature=0, max_tokens=8)
+    roles = ("user", "assistant", "user")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    return GenerationResult.of(runtime.chat(messages, temperature=0, max_tokens=8))
+
+
+def _turns(runtime: Runtime, leave: str | None) -> tuple[list[GenerationResult], list[bytes]]:
+    """A turn, the next one, and one that has the first half of the first; in between `leave` is read."""
+    said = _talk(runtime, TALE).text
+    seen: list[bytes] = []
+    results = []
+    for texts in ((TALE, said, "And of the tide?"), (TALE[: len(TALE) // 2],)):
+        if leave:
+            _talk(runtime, leave)
+        with recorded_logits(runtime) as logits:
+            results.append(_talk(runtime, *texts))
+        seen += logits
+    return results, seen
+
+
+@pytest.mark.parametrize(("model", "kv_type", "attention"), CASES)
+def test_coming_back_is_bit_for_bit_never_having_left(
+    model: str, kv_type: str, attention: str
+) -> None:
+    options = {"memory": "4GiB", "context": 1024, "threads": 1}
+    options |= {"kv_type": kv_type, "attention": attention}
+    with Runtime.open(model, **options) as stayed:  # type: ignore[arg-type]
+        expected, logits = _turns(stayed, None)
+    with Runtime.open(model, **options, prefix_cache="64MiB") as left:  # type: ignore[arg-type]
+        results, same_logits = _turns(left, OTHER)
+        # What the policy had chosen, and which tokens are exact, comes from the state, too.
+        assert left._session.exact_until == stayed._session.exact_until
+    assert same_logits == logits
+    for ours, theirs in zip(results, expected, strict=True):
+        assert ours.token_ids == theirs.token_ids
+        assert ours.stats.restored_tokens == ours.stats.reused_tokens == theirs.stats.reused_tokens
+        assert ours.stats.reused_tokens > 30
+        assert theirs.stats.restored_tokens == 0
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small weights and a large cache, 16 KiB a token: many bytes are kept in little time."""
+    path = tmp_path_factory.mktemp("model") / "wide.gguf"
+    return write_model(
+        path, layers=8, width=512, heads=8, kv_heads=8, feed_forward=64, context=1024
+    )
+
+
+_ALTERNATE = """
+import json
+from lowtide import Runtime
+from lowtide.memory.units import MIB
+from lowtide.runtime.planning import OpenOptions, plan_reference
+options = dict(context=1024, kv_type="f16", threads=1)
+without = plan_reference({path!r}, OpenOptions(memory="4GiB", **options)).plan.total_bytes
+budget = int((without + {room_bytes}) / 0.95) + 1
+with Runtime.open({path!r}, memory=budget, prefix_cache="50MiB", **options) as runtime:
+    restored, trims = [], []
+    for letter in "abcabcab":
+        result = runtime.generate(letter * 1000, max_tokens=4, temperature=0)
+        restored.append(result.stats.restored_tokens)
+        trims += result.stats.trims
+    plan = runtime.plan
+    kept_bytes = runtime._loaded.prefixes.num_bytes
+print(json.dumps([budget, plan.total_bytes, kept_bytes, restored, len(trims), plan.gave_up]))
+"""
+
+
+@pytest.mark.skipif(not can_leave_untouched(), reason="the cache is whole from the start here")
+@pytest.mark.parametrize(("room", "num_states"), [(55, 3), (35, 2), (10, 0)])
+def test_the_peak_stays_under_a_tight_budget(wide_model: Path, room: int, num_states: int) -> None:
+    """A second copy of a state would be 15 MiB more, which no plan has."""
+    done = run_python(_ALTERNATE.format(path=str(wide_model), room_bytes=room * MIB))
+    assert done.code == 0, done.stderr
+    budget, planned, kept_bytes, restored, num_trims, gave_up = json.loads(done.stdout)
+    assert done.peak_bytes <= planned <= budget
+    assert planned - done.peak_bytes < 15 * MIB + (min(room, 50) * MIB - kept_bytes)
+    assert kept_bytes // (15 * MIB) == num_states and kept_bytes <= min(room, 50) * MIB
+    # Three prompts alternate: one is in the cache, the others are kept where there is room.
+    assert any(restored) is (num_states > 1)
+    if num_states == 3:
+        assert [tokens > 900 for tokens in restored] == [False] * 3 + [True] * 5
+    assert num_trims == 0
+    assert bool(gave_up) is (room < 50)
+
+
+def test_keeping_takes_its_own_bytes_and_putting_back_none(wide_model: Path) -> None:
+    done = run_python(
+        "from lowtide import Runtime\n"
+        "from lowtide.memory.meter import read_process_memory as read\n"
+        f"with Runtime.open({str(wide_model)!r}, memory='4GiB', context=1024, threads=1,\n"
+        "        prefix_cache='50MiB') as runtime:\n"
+        "    runtime.generate('b' * 1000, max_tokens=2)\n"
+        "    runtime.generate('a' * 1000, max_tokens=2)\n"
+        "    session, cache = runtime._session, runtime._loaded.prefixes\n"
+        "    before, held = read().peak_bytes, cache.num_bytes\n"
+        "    wanted = [*cache._states[0].token_ids, 5]\n"
+        "    print(session.restore(wanted), cache.num_bytes - held, read().peak_bytes - before)"
+    )
+    assert done.code == 0, done.stderr
+    restored, kept_bytes, grown = done.stdout.split()
+    assert restored == "True" and int(kept_bytes) > 15 * MIB
+    assert int(grown) < int(kept_bytes) + MIB
+
+
+def test_a_chat_that_starts_over_comes_back(smollm2: Path) -> None:
+    """As a user would: a system message, another, and the first one again."""
+    system = "You are a sailor who answers in one short sentence. " * 6
+    lines = [f"/system {system}", "Hello.", "/system You count.", "Count.", f"/system {system}"]
+    done = run_lowtide(
+        *("chat", str(smollm2), "--memory", "300MiB", "-c", "1024", "-t", "1", "--temp", "0"),
+        *("-n", "8", "--prefix-cache", "24MiB"),
+        stdin="\n".join([*lines, "Hello."]).encode(),
+    )
+    assert done.code == 0, done.stderr
+    first, _, again = done.stdout.splitlines()
+    assert first == again
+    assert done.stderr.count("(from the prefix cache)") == 1
+    assert done.peak_bytes <= 300 * MIB
