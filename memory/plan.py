@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowtide.memory.budget import Budget
+from lowtide.memory.plan_row import PlanRow
 from lowtide.memory.units import format_bytes
 from lowtide.models.errors import BadOption
 
@@ -56,15 +57,6 @@ class Host:
     tolerance_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class PlanRow:
-    """One owner's bytes and the reason for them."""
-
-    owner: str
-    num_bytes: int
-    why: str
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
     """Who gets which bytes. `gave_up` says, in words, what the budget cost.
@@ -102,9 +94,7 @@ class MemoryPlan:
             "budget_source": self.budget.source,
             "lower_bound_bytes": self.lower_bound_bytes,
             "fits": self.fits,
-            "rows": [
-                {"owner": row.owner, "bytes": row.num_bytes, "why": row.why} for row in self.rows
-            ],
+            "rows": [row.to_dict() for row in self.rows],
             "total_bytes": self.total_bytes,
             "context": self.context,
             "max_rows": self.max_rows,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from lowtide.memory import footprint, owners
 from lowtide.memory.choice import Choice
 from lowtide.memory.context_sizes import ContextSizes
-from lowtide.memory.plan import Host, PlanOptions, PlanRow
+from lowtide.memory.plan import Host, PlanOptions
+from lowtide.memory.plan_row import PlanRow
 from lowtide.models.spec import ModelSpec
 
 
