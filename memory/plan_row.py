@@ -1,4 +1,4 @@
-"""PlanRow: one line of a plan."""
+"""PlanRow: one line of a plan, in the process's memory or in a device's."""
 
 from __future__ import annotations
 

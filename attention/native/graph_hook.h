@@ -22,6 +22,7 @@ struct GgmlFunctions {
     void* set_name;       // ggml_set_name
     void* op_name;        // ggml_op_name
     ProductFunctions product;
+    void* is_host;  // ggml_backend_buffer_is_host
 };
 
 // Counts of one hook since it was made.
