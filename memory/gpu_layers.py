@@ -24,8 +24,6 @@ BACKEND_BYTES = 64 * MIB
 """What a backend takes for itself beside llama.cpp's buffers, such as cuBLAS's workspace: an estimate."""
 PADDING_BYTES = 64 << 10
 """A device aligns each of a layer's tensors, and pads some to whole blocks of 512 elements."""
-PIPELINE_COPIES = 4
-"""Copies of a pass's inputs where all layers lie on several devices: llama.cpp lets them overlap."""
 OUTPUT = "output"
 EMBEDDING = "token_embd"
 
@@ -93,14 +91,14 @@ class GpuLayers:
             zip(devices, self._budget.device_bytes, strict=True)
         ):
             last = first
-            room = budget_bytes - sum(row.num_bytes for row in self._common_rows(choice, count))
+            room = budget_bytes - sum(row.num_bytes for row in self._common_rows(choice))
             while last < self._most and (
                 i == len(devices) - 1 or needs[last].weight_bytes + needs[last].cache_bytes <= room
             ):
                 room -= needs[last].weight_bytes + needs[last].cache_bytes
                 last += 1
             if last > first:
-                plans.append(self._plan(device, budget_bytes, needs[first:last], choice, count))
+                plans.append(self._plan(device, budget_bytes, needs[first:last], choice))
             first = last
         return tuple(plans)
 
@@ -110,7 +108,6 @@ class GpuLayers:
         budget_bytes: int,
         needs: list[_Need],
         choice: Choice,
-        count: int,
     ) -> GpuPlan:
         cache = (
             f"{choice.context:,} tokens of {choice.kv_type}, of these layers"
@@ -129,16 +126,14 @@ class GpuLayers:
                     "matrix counts as one",
                 ),
                 PlanRow(owners.CACHE, sum(need.cache_bytes for need in needs), cache),
-                *self._common_rows(choice, count),
+                *self._common_rows(choice),
             ),
         )
 
-    def _common_rows(self, choice: Choice, count: int) -> tuple[PlanRow, ...]:
+    def _common_rows(self, choice: Choice) -> tuple[PlanRow, ...]:
         """What a device needs whichever layers it has: upper bounds."""
         spec = self._spec
         compute = footprint.compute_bytes(spec, choice.context, choice.max_rows, choice.kv_type)
-        if len(self._budget.devices) > 1 and count == self._most and self._budget.holds_cache:
-            compute *= PIPELINE_COPIES
         logits = 4 * spec.vocabulary.num_tokens
         widened = 0
         if self._budget.holds_cache and choice.kv_type != "f16":

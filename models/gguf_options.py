@@ -17,6 +17,8 @@ KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}
 LOAD_COPY = 0
 LOAD_MEMORY_MAP = 1
 FLASH_ATTENTION_ON = 1
+NOTHING = "^$"
+"""A pattern that no tensor's name has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +77,10 @@ def model_parameters(
         shares = (ctypes.c_float * api.llama_max_devices())(*(g.num_layers for g in gpu_layers))
         params.tensor_split = shares
         params.kept_alive.append(shares)
-    if gpu_layers and not gpu_attention:
-        overrides = (_Override * 2)()
         # With flash attention `offload_kqv` moves the cache alone; attention is computed where the matrix
-        # that follows it lies.
-        overrides[0] = _Override(ATTENTION_OUTPUT.replace(".", r"\.").encode(), cpu_buffer_type())
+        # that follows it lies. Any override keeps llama.cpp from holding inputs of several passes at once.
+        stays = NOTHING if gpu_attention else ATTENTION_OUTPUT.replace(".", r"\.")
+        overrides = (_Override * 2)(_Override(stays.encode(), cpu_buffer_type()))
         params.tensor_buft_overrides = ctypes.addressof(overrides)
         params.kept_alive.append(overrides)
     params.load_mode = LOAD_MEMORY_MAP if memory_map else LOAD_COPY

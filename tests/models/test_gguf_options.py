@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,13 @@ def pointers(address: int, count: int) -> list[int | None]:
     return list((ctypes.c_void_p * count).from_address(address))
 
 
+def patterns(params: Any) -> list[re.Pattern[str]]:
+    """Return the patterns of tensors that stay with the processor."""
+    told = (gguf_options._Override * 2).from_address(params.tensor_buft_overrides)
+    assert told[1].pattern is None and told[0].buffer_type == cpu_buffer_type()
+    return [re.compile(told[0].pattern.decode())]
+
+
 def test_without_layers_no_device_is_started() -> None:
     params = model_parameters(llama_library().api, memory_map=True, repack=True)
     assert params.n_gpu_layers == 0 and not params.tensor_split
@@ -41,7 +49,8 @@ def test_layers_go_to_the_devices_as_they_were_counted() -> None:
     assert params.n_gpu_layers == 31
     assert pointers(params.devices, 3) == [1000, 1001, None]
     assert params.tensor_split[:3] == [20.0, 11.0, 0.0]
-    assert params.tensor_buft_overrides is None
+    (pattern,) = patterns(params)
+    assert not pattern.search("blk.3.attn_output.weight")
 
 
 def test_the_matrix_behind_our_attention_stays_with_it() -> None:
@@ -52,9 +61,7 @@ def test_the_matrix_behind_our_attention_stays_with_it() -> None:
         gpu_layers=LAYERS,
         gpu_attention=False,
     )
-    told = (gguf_options._Override * 2).from_address(params.tensor_buft_overrides)
-    assert told[1].pattern is None and told[0].buffer_type == cpu_buffer_type()
-    pattern = re.compile(told[0].pattern.decode())
+    (pattern,) = patterns(params)
     assert pattern.search("blk.3.attn_output.weight") and not pattern.search("blk.3.attn_q.weight")
 
 
