@@ -141,9 +141,7 @@ class _Planner:
             for kv_type in self._kv_types
             for kept in self._weight_choices
         ]
-        return min(
-            choices, key=lambda choice: (not self._fits_gpus(choice), self.rows.total_bytes(choice))
-        )
+        return min(choices, key=lambda c: (self._beyond_gpus(c), self.rows.total_bytes(c)))
 
     def _from_best_to_smallest(self) -> Iterator[Choice]:
         stated = self._options.context
@@ -201,10 +199,13 @@ class _Planner:
         return choice_of(low)
 
     def _fits(self, choice: Choice) -> bool:
-        return self.rows.total_bytes(choice) <= self._budget_bytes and self._fits_gpus(choice)
+        inside = self.rows.total_bytes(choice) <= self._budget_bytes
+        return inside and not self._beyond_gpus(choice)
 
-    def _fits_gpus(self, choice: Choice) -> bool:
-        return all(gpu.fits for gpu in self.rows.gpus(choice))
+    def _beyond_gpus(self, choice: Choice) -> int:
+        """By how many bytes the layers that are wanted on devices pass what those may hold."""
+        gpus = self.rows.gpus(choice)
+        return sum(max(gpu.total_bytes - gpu.budget_bytes, 0) for gpu in gpus)
 
     def _choice(self, context: int, kv_type: str, max_rows: int | None = None) -> Choice:
         rows = max_rows or self._row_choices[0]

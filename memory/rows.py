@@ -118,7 +118,9 @@ class PlanRows:
             gpu.cache_bytes for gpu in self.gpus(choice) if not gpu.device.shares_memory
         )
         num_bytes = self._sizes.kv_bytes(choice.kv_tokens, choice.kv_type) - elsewhere
-        why = f"{tokens} of {choice.kv_type}" + (", the other layers'" if elsewhere else "")
+        why = f"{tokens} of {choice.kv_type}"
+        if elsewhere:
+            why += ", of the other layers" if num_bytes > 0 else ", all of it on a device"
         return PlanRow(owners.CACHE, max(num_bytes, 0), why)
 
     def _shared_bytes(self, choice: Choice, *of: str) -> int:

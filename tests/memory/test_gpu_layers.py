@@ -135,6 +135,10 @@ def test_a_device_that_is_too_small_is_told_with_both_numbers(smollm2_spec: Mode
         require_fit(plan, smollm2_spec, options, HOST)
     raised = gpu_budget(31, gpu("GPU0", caught.value.needed_bytes / MIB + 1))
     assert plan_of(smollm2_spec, raised).fits
+    # The least that is told has the smallest type of the cache, where that may be chosen.
+    opened = plan_of(smollm2_spec, budget, kv_type=None)
+    assert not opened.fits and opened.kv_type == "q4_0"
+    assert opened.gpus[0].total_bytes < plan.gpus[0].total_bytes
     assert not plan.to_dict()["fits"] and not plan.to_dict()["gpus"][0]["fits"]
 
 
