@@ -134,17 +134,29 @@ class GpuLayers:
         """What a device needs whichever layers it has: upper bounds."""
         spec = self._spec
         compute = footprint.compute_bytes(spec, choice.context, choice.max_rows, choice.kv_type)
-        logits = 4 * spec.vocabulary.num_tokens
-        widened = 0
-        if self._budget.holds_cache and choice.kv_type != "f16":
-            widened = max(
-                footprint.kv_layer_bytes(spec, layer, choice.context, "f16")
-                for layer in range(spec.num_layers)
-            )
+        compute += 4 * spec.vocabulary.num_tokens  # a row of logits
+        backend = BACKEND_BYTES
+        if not self._attention_can_stay:
+            compute += self._largest_cache(choice, choice.kv_type)
+        elif self._budget.holds_cache and choice.kv_type != "f16":
+            backend += self._largest_cache(choice, "f16")
         return (
-            PlanRow(owners.COMPUTE, compute + logits, f"{choice.max_rows} rows a pass, at most"),
-            PlanRow(owners.RESERVE, BACKEND_BYTES + widened, "the backend's own, an estimate"),
+            PlanRow(owners.COMPUTE, compute, f"{choice.max_rows} rows a pass, at most"),
+            PlanRow(owners.RESERVE, backend, "the backend's own, an estimate"),
         )
+
+    def _largest_cache(self, choice: Choice, kv_type: str) -> int:
+        """A layer's cache at most, of which the device makes a copy."""
+        layers = range(self._spec.num_layers)
+        return max(
+            footprint.kv_layer_bytes(self._spec, layer, choice.context, kv_type) for layer in layers
+        )
+
+    @property
+    def _attention_can_stay(self) -> bool:
+        """Whether the matrix behind attention is known, if attention is to be where the cache is."""
+        layers = (group for group in self._spec.weight_groups if group.layer is not None)
+        return self._budget.holds_cache or all(group.projection_bytes for group in layers)
 
     def _needs(self, choice: Choice) -> list[_Need]:
         spec = self._spec

@@ -85,6 +85,18 @@ def test_the_cache_stays_with_our_attention(smollm2_spec: ModelSpec) -> None:
     assert on_device[1] - on_device[0] == stays
 
 
+def test_a_device_reads_the_cache_of_a_model_whose_attention_it_computes(
+    smollm2_spec: ModelSpec,
+) -> None:
+    groups = (dataclasses.replace(g, projection_bytes=0) for g in smollm2_spec.weight_groups)
+    odd = dataclasses.replace(smollm2_spec, weight_groups=tuple(groups))
+    budget = gpu_budget(31, holds_cache=False)
+    known, unknown = (
+        rows_of(plan_of(spec, budget).gpus[0])[owners.COMPUTE] for spec in (smollm2_spec, odd)
+    )
+    assert unknown - known == footprint.kv_bytes(odd, 2048, "f16") // LAYERS
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     free=st.lists(st.integers(10, 400), min_size=1, max_size=3),
