@@ -31,7 +31,8 @@ class _GgmlFunctions(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_void_p)
         for name in (
-            "init free new_tensor_4d view_tensor custom_4d set_name op_name get_type_traits_cpu row_size"
+            "init free new_tensor_4d view_tensor custom_4d set_name op_name get_type_traits_cpu row_size "
+            "backend_buffer_is_host"
         ).split()
     ]
 

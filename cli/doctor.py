@@ -6,6 +6,7 @@ import importlib.util
 import platform
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -28,7 +29,7 @@ def command(model: str | None, as_json: bool) -> None:
 
     findings: dict[str, Any] = {"version": lowtide.__version__, "python": platform.python_version()}
     problems: list[str] = []
-    for examine in (_machine, _native, _llama, _models, lambda: _attention(model)):
+    for examine in (_machine, _native, _llama, _gpus, _models, lambda: _attention(model)):
         _examined(examine, findings, problems)
     if as_json:
         click.echo(json.dumps({**findings, "problems": problems}, indent=2))
@@ -102,6 +103,13 @@ def _llama() -> dict[str, Any]:
     }
 
 
+def _gpus() -> dict[str, Any]:
+    from lowtide.models.gpu_device import gpu_backends, read_gpu_devices
+
+    devices = [asdict(device) for device in read_gpu_devices()]
+    return {"gpu_backends": list(gpu_backends()), "gpus": devices}
+
+
 def _models() -> dict[str, Any]:
     from lowtide.models.catalog import NAMED_MODELS, is_installed
 
@@ -151,12 +159,27 @@ def _print(findings: dict[str, Any], problems: list[str]) -> None:
                 f"{format_bytes(value['available_bytes'])} available of "
                 f"{format_bytes(value['total_bytes'])}{limit}",
             )
+        elif name == "gpus":
+            _print_gpus(value, findings["gpu_backends"])
         else:
             _line(name.replace("_", " "), _shown(value))
     for problem in problems:
         click.secho(f"Problem: {problem}", fg="red")
     if not problems:
         click.secho("Nothing is wrong.", fg="green")
+
+
+def _print_gpus(devices: list[dict[str, Any]], backends: list[str]) -> None:
+    from lowtide.memory.units import format_bytes
+    from lowtide.models.gpu_device import HOW_TO_GET_ONE
+
+    for device in devices:
+        free, total = format_bytes(device["free_bytes"]), format_bytes(device["total_bytes"])
+        shared = ", the machine's own memory" if device["shares_memory"] else ""
+        _line(device["name"], f"{device['description']}, {free} free of {total}{shared}")
+    if not devices:
+        alone = f"none, llama-cpp-python is built for the processor alone: {HOW_TO_GET_ONE}"
+        _line("gpus", "none that its backend finds" if backends else alone)
 
 
 def _shown(value: Any) -> str:

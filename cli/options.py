@@ -61,6 +61,21 @@ prefix_cache_option = click.option(
     "not read it again.",
 )
 
+_GPU = (
+    click.option(
+        "-ngl",
+        "--gpu-layers",
+        metavar="N|auto",
+        help="Layers that go to the GPUs, as llama.cpp counts them; auto is as many as fit.  "
+        "[default: 0, or auto with --gpu-memory]",
+    ),
+    click.option(
+        "--gpu-memory",
+        metavar="SIZE",
+        help="The most on each GPU.  [default: 90% of what it has free]",
+    ),
+)
+
 _GENERATION = (
     click.option(
         "-n",
@@ -99,11 +114,11 @@ _GENERATION = (
 
 def opening_options(command: Command) -> Command:
     """Add MODEL, --memory, --context and what else says how to open a model."""
-    return _decorated(command, (*_OPENING, _ATTENTION))
+    return _decorated(command, (*_OPENING, _ATTENTION, *_GPU))
 
 
 def opening_options_but_attention(command: Command) -> Command:
-    """Add what says how to open a model, for a command with an --attention of its own."""
+    """Add what says how to open a model, for a command with an --attention of its own, on the processor."""
     return _decorated(command, _OPENING)
 
 
@@ -137,7 +152,7 @@ def take_open_options(options: dict[str, Any]) -> OpenOptions:
     """Take out what says how to open a model; raise `BadOption` for a value that cannot be."""
     from lowtide.runtime.planning import OpenOptions
 
-    names = ("memory", "context", "kv_type", "threads", "attention", "prefix_cache")
+    names = "memory context kv_type threads attention prefix_cache gpu_layers gpu_memory".split()
     return OpenOptions(**{name: options.pop(name) for name in names if name in options})
 
 

@@ -10,6 +10,11 @@ import click
 from lowtide.cli.options import opening_options, planned_model, prefix_cache_option
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+    from lowtide.memory.plan_row import PlanRow
     from lowtide.runtime.planning import PlannedModel
 
 
@@ -39,40 +44,54 @@ def command(as_json: bool, **options: Any) -> None:
 
 
 def _print_table(planned: PlannedModel) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
-    from lowtide.memory.units import format_bytes, format_bytes_up
+    from lowtide.memory.units import format_bytes_up
 
     plan, spec = planned.plan, planned.spec
-    table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
-    table.add_column("owner", footer="planned peak", no_wrap=True)
-    table.add_column("bytes", justify="right", no_wrap=True, footer=format_bytes(plan.total_bytes))
-    table.add_column("", no_wrap=True, footer=_bar(plan.total_bytes, plan.budget.num_bytes))
-    table.add_column(
-        "why", footer=f"of {format_bytes(plan.budget.num_bytes)}: {plan.budget.source}"
-    )
-    for row in plan.rows:
-        table.add_row(
-            row.owner,
-            format_bytes(row.num_bytes),
-            _bar(row.num_bytes, plan.budget.num_bytes),
-            row.why,
-        )
     console = Console()
     console.print(
         f"{spec.name}: {spec.architecture}, {spec.num_layers} layers, {spec.quantisation}, "
         f"{spec.context_length:,} tokens at most",
         highlight=False,
     )
-    console.print(table)
+    budget = plan.budget
+    console.print(
+        _rows_table(
+            plan.rows, plan.total_bytes, budget.num_bytes, "planned peak", f": {budget.source}"
+        )
+    )
+    for gpu in plan.gpus:
+        console.print(f"{gpu.device.name}: {gpu.device.description}", highlight=False)
+        console.print(
+            _rows_table(gpu.rows, gpu.total_bytes, gpu.budget_bytes, f"on {gpu.device.name}")
+        )
     for step in plan.gave_up:
         console.print(f"gave up {step}", highlight=False)
     console.print(
         f"lower bound {format_bytes_up(plan.lower_bound_bytes)}: the least budget it runs in",
         highlight=False,
     )
+
+
+def _rows_table(
+    rows: Sequence[PlanRow], total_bytes: int, budget_bytes: int, total: str, source: str = ""
+) -> Table:
+    """Return the rows of the process or of a device, with their sum against the limit."""
+    from rich import box
+    from rich.table import Table
+
+    from lowtide.memory.units import format_bytes
+
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
+    table.add_column("owner", footer=total, no_wrap=True)
+    table.add_column("bytes", justify="right", no_wrap=True, footer=format_bytes(total_bytes))
+    table.add_column("", no_wrap=True, footer=_bar(total_bytes, budget_bytes))
+    table.add_column("why", footer=f"of {format_bytes(budget_bytes)}{source}")
+    for row in rows:
+        bar = _bar(row.num_bytes, budget_bytes)
+        table.add_row(row.owner, format_bytes(row.num_bytes), bar, row.why)
+    return table
 
 
 def _bar(num_bytes: int, budget_bytes: int, width: int = 12) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lowtide.cli.summary import gpu_line
 from lowtide.memory.units import format_bytes
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ def print_profile(report: ProfileReport) -> None:
 
     console = Console()
     console.print(_memory(report))
+    for gpu in report.plan.gpus:
+        console.print(f"{gpu_line(gpu)}; not measured", highlight=False)
     console.print(_phases(report))
     if report.layers:
         console.print(_layers(report))

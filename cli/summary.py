@@ -10,6 +10,7 @@ import click
 from lowtide.memory.units import format_bytes
 
 if TYPE_CHECKING:
+    from lowtide.memory.gpu_plan import GpuPlan
     from lowtide.runtime.planning import PlannedModel
     from lowtide.runtime.statistics import Statistics
 
@@ -33,7 +34,16 @@ def plan_line(planned: PlannedModel) -> str:
     )
     if planned.policy.uses_hook:
         line += f" · attention {planned.policy}"
+    line += "".join(f" · {gpu_line(gpu)}" for gpu in plan.gpus)
     return line + "".join(f" · gave up {step}" for step in plan.gave_up)
+
+
+def gpu_line(gpu: GpuPlan) -> str:
+    """Return a device's part of the plan in a few words."""
+    return (
+        f"{gpu.num_layers} layers on {gpu.device.name}, planned {format_bytes(gpu.total_bytes)} of "
+        f"{format_bytes(gpu.budget_bytes)}"
+    )
 
 
 def statistics_line(stats: Statistics, finish_reason: str | None) -> str:

@@ -118,6 +118,12 @@ def kv_bytes(spec: ModelSpec, context: int, kv_type: str) -> int:
     return kv_cells(context) * sum(_kv_rows(spec, kv_type)) + spec.recurrent_state_bytes
 
 
+def kv_layer_bytes(spec: ModelSpec, layer: int, context: int, kv_type: str) -> int:
+    """Return one layer's part of the KV cache."""
+    rows = _kv_rows(spec, kv_type)[2 * layer : 2 * layer + 2]
+    return kv_cells(context) * sum(rows) + spec.recurrent_state_bytes // spec.num_layers
+
+
 def kv_row_bytes(spec: ModelSpec, kv_type: str) -> int | None:
     """Return the bytes of a cell in each of the cache's tensors; None where they are not all alike."""
     rows = set(_kv_rows(spec, kv_type))

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowtide.memory.budget import Budget
+from lowtide.memory.gpu_budget import GpuBudget
+from lowtide.memory.gpu_plan import GpuPlan
+from lowtide.memory.plan_row import PlanRow
 from lowtide.memory.units import format_bytes
 from lowtide.models.errors import BadOption
 
@@ -30,6 +33,8 @@ class PlanOptions:
     """What the prefix cache may hold, where there is room."""
     compared_rows: int = 0
     """Distributions over the vocabulary that a measurement keeps."""
+    gpu: GpuBudget | None = None
+    """Which devices may take layers, and how much of each; None where none is to."""
 
     def __post_init__(self) -> None:
         if self.context is not None and self.context < 1:
@@ -58,22 +63,14 @@ class Host:
     tolerance_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class PlanRow:
-    """One owner's bytes and the reason for them."""
-
-    owner: str
-    num_bytes: int
-    why: str
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
     """Who gets which bytes. `gave_up` says, in words, what the budget cost.
 
     `kv_tokens` is how many of the context's tokens the KV cache's row holds; beyond them the cache grows
     while the budget has room. Of the layers' weights `kept_layers` stay resident and the others are read
-    again for every pass; None where all weights stay.
+    again for every pass; None where all weights stay. `rows` are the process's own;
+    `gpus` has the rows of each device that takes layers, inside a budget of its own.
     """
 
     budget: Budget
@@ -86,6 +83,7 @@ class MemoryPlan:
     memory_map: bool
     kept_layers: int | None
     gave_up: tuple[str, ...]
+    gpus: tuple[GpuPlan, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -94,8 +92,18 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the planned peak is inside the budget."""
-        return self.total_bytes <= self.budget.num_bytes
+        """Whether the planned peak is inside the budget, and each device's bytes are inside its own."""
+        return self.total_bytes <= self.budget.num_bytes and all(gpu.fits for gpu in self.gpus)
+
+    @property
+    def gpu_layers(self) -> int:
+        """How many layers the devices have, as llama.cpp counts: the output's matrix is one."""
+        return sum(gpu.num_layers for gpu in self.gpus)
+
+    @property
+    def gpu_cache_bytes(self) -> int:
+        """The part of the KV cache that devices hold."""
+        return sum(gpu.cache_bytes for gpu in self.gpus)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan for JSON: sizes in bytes, context in tokens."""
@@ -104,9 +112,7 @@ class MemoryPlan:
             "budget_source": self.budget.source,
             "lower_bound_bytes": self.lower_bound_bytes,
             "fits": self.fits,
-            "rows": [
-                {"owner": row.owner, "bytes": row.num_bytes, "why": row.why} for row in self.rows
-            ],
+            "rows": [row.to_dict() for row in self.rows],
             "total_bytes": self.total_bytes,
             "context": self.context,
             "max_rows": self.max_rows,
@@ -115,17 +121,23 @@ class MemoryPlan:
             "memory_map": self.memory_map,
             "kept_layers": self.kept_layers,
             "gave_up": list(self.gave_up),
+            "gpu_layers": self.gpu_layers,
+            "gpus": [gpu.to_dict() for gpu in self.gpus],
         }
 
     def __str__(self) -> str:
         width = max(len(row.owner) for row in self.rows)
-        lines = [
-            f"{row.owner:<{width}}  {format_bytes(row.num_bytes):>10}  {row.why}"
-            for row in self.rows
-        ]
-        lines.append(
-            f"{'planned peak':<{width}}  {format_bytes(self.total_bytes):>10}  "
-            f"of {format_bytes(self.budget.num_bytes)} ({self.budget.source})"
-        )
+
+        def line(owner: str, num_bytes: int, why: str) -> str:
+            return f"{owner:<{width}}  {format_bytes(num_bytes):>10}  {why}"
+
+        lines = [line(row.owner, row.num_bytes, row.why) for row in self.rows]
+        limit = f"of {format_bytes(self.budget.num_bytes)} ({self.budget.source})"
+        lines.append(line("planned peak", self.total_bytes, limit))
+        for gpu in self.gpus:
+            lines.append(f"{gpu.device.name}: {gpu.device.description}")
+            lines += [line(row.owner, row.num_bytes, row.why) for row in gpu.rows]
+            limit = f"of {format_bytes(gpu.budget_bytes)}"
+            lines.append(line(f"on {gpu.device.name}", gpu.total_bytes, limit))
         lines += [f"gave up: {step}" for step in self.gave_up]
         return "\n".join(lines)

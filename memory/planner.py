@@ -17,6 +17,7 @@ from lowtide.memory.choice import Choice
 from lowtide.memory.context_sizes import ContextSizes, FormulaSizes
 from lowtide.memory.errors import OverBudget
 from lowtide.memory.footprint import CELL_STEP
+from lowtide.memory.gpu_layers import require_gpu_fit
 from lowtide.memory.plan import KV_TYPES, Host, MemoryPlan, PlanOptions
 from lowtide.memory.rows import PlanRows
 from lowtide.memory.units import format_bytes_up
@@ -55,6 +56,7 @@ def plan_memory(
         memory_map=planner.rows.memory_map(chosen),
         kept_layers=chosen.kept_layers,
         gave_up=chosen.given_up(planner.preferred()),
+        gpus=planner.rows.gpus(chosen),
     )
 
 
@@ -68,6 +70,7 @@ def require_fit(
     """Raise `OverBudget`, with the lower bound and what to change, where the plan does not fit."""
     if plan.fits:
         return
+    require_gpu_fit(plan.gpus, spec, options.gpu)
     hint = f"raise --memory to {format_bytes_up(plan.lower_bound_bytes).replace(' ', '')}"
     if options.context is not None and options.context > MIN_CONTEXT:
         opened = replace(options, context=None)
@@ -113,7 +116,8 @@ class _Planner:
         self._host = host
         self.rows = PlanRows(spec, options, host, sizes)
         self._row_choices = ROW_CHOICES if options.max_rows is None else (options.max_rows,)
-        self._can_stream = host.can_stream_weights and bool(spec.weight_groups)
+        # What is read again from the file for every pass is not what a device holds.
+        self._can_stream = host.can_stream_weights and bool(spec.weight_groups) and not options.gpu
 
     def preferred(self) -> Choice:
         """Return what is chosen where memory is no matter."""
@@ -150,7 +154,7 @@ class _Planner:
             for kv_type in self._kv_types
             for kept in self._weight_choices
         ]
-        return min(choices, key=self.rows.total_bytes)
+        return min(choices, key=lambda c: (self._beyond_gpus(c), self.rows.total_bytes(c)))
 
     def _from_best_to_smallest(self) -> Iterator[Choice]:
         stated = self._options.context
@@ -208,7 +212,13 @@ class _Planner:
         return choice_of(low)
 
     def _fits(self, choice: Choice) -> bool:
-        return self.rows.total_bytes(choice) <= self._budget_bytes
+        inside = self.rows.total_bytes(choice) <= self._budget_bytes
+        return inside and not self._beyond_gpus(choice)
+
+    def _beyond_gpus(self, choice: Choice) -> int:
+        """By how many bytes the layers that are wanted on devices pass what those may hold."""
+        gpus = self.rows.gpus(choice)
+        return sum(max(gpu.total_bytes - gpu.budget_bytes, 0) for gpu in gpus)
 
     def _choice(self, context: int, kv_type: str, max_rows: int | None = None) -> Choice:
         rows = max_rows or self._row_choices[0]

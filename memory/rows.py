@@ -5,7 +5,10 @@ from __future__ import annotations
 from lowtide.memory import footprint, owners
 from lowtide.memory.choice import Choice
 from lowtide.memory.context_sizes import ContextSizes
-from lowtide.memory.plan import Host, PlanOptions, PlanRow
+from lowtide.memory.gpu_layers import GpuLayers
+from lowtide.memory.gpu_plan import GpuPlan
+from lowtide.memory.plan import Host, PlanOptions
+from lowtide.memory.plan_row import PlanRow
 from lowtide.models.spec import ModelSpec
 
 
@@ -19,6 +22,16 @@ class PlanRows:
         self._options = options
         self._host = host
         self._sizes = sizes
+        self._gpu_layers = GpuLayers(spec, options.gpu) if options.gpu else None
+        self._gpus: dict[Choice, tuple[GpuPlan, ...]] = {}
+
+    def gpus(self, choice: Choice) -> tuple[GpuPlan, ...]:
+        """Return the plan of each device that takes layers."""
+        if self._gpu_layers is None:
+            return ()
+        if choice not in self._gpus:
+            self._gpus[choice] = self._gpu_layers.place(choice)
+        return self._gpus[choice]
 
     def total_bytes(self, choice: Choice) -> int:
         """Return the planned peak."""
@@ -31,7 +44,8 @@ class PlanRows:
             self._cache(choice),
             PlanRow(
                 owners.COMPUTE,
-                self._sizes.compute_bytes(choice.context, choice.max_rows, choice.kv_type),
+                self._sizes.compute_bytes(choice.context, choice.max_rows, choice.kv_type)
+                + self._shared_bytes(choice, owners.COMPUTE, owners.RESERVE),
                 f"{choice.max_rows} rows a pass",
             ),
             self._attention(choice),
@@ -39,6 +53,8 @@ class PlanRows:
             self._prompt(choice),
         )
         loading = footprint.loading_bytes(spec) - sum(row.num_bytes for row in running)
+        if self._gpu_layers is not None and self.gpus(choice):
+            loading += self._gpu_layers.loading_bytes
         return (
             PlanRow(
                 owners.INTERPRETER,
@@ -56,9 +72,11 @@ class PlanRows:
         )
 
     def memory_map(self, choice: Choice) -> bool:
-        """Whether the weights are mapped from their file: not where llama.cpp packs them anew."""
+        """Whether the weights are mapped from their file: not where llama.cpp packs them anew, nor where it
+        only passes them on to a device.
+        """
         repacked = footprint.is_repacked(self._spec, self._host.processor)
-        return choice.kept_layers is not None or not repacked
+        return choice.kept_layers is not None or not (repacked or self.gpus(choice))
 
     def _vocabulary(self) -> PlanRow:
         vocabulary = self._spec.vocabulary
@@ -77,6 +95,15 @@ class PlanRows:
                 f"{spec.quantisation}, {choice.kept_layers} of {spec.num_layers} layers stay, the others "
                 "are read again for every pass",
             )
+        gpus = self.gpus(choice)
+        if self._gpu_layers is not None and gpus:
+            left = self._gpu_layers.weight_bytes_left(gpus)
+            names = " and ".join(gpu.device.name for gpu in gpus)
+            return PlanRow(
+                owners.WEIGHTS,
+                left + self._shared_bytes(choice, owners.WEIGHTS),
+                f"{spec.quantisation}, what {names} does not hold",
+            )
         memory_map = self.memory_map(choice)
         return PlanRow(
             owners.WEIGHTS,
@@ -88,8 +115,19 @@ class PlanRows:
         tokens = f"{choice.context:,} tokens"
         if choice.kv_tokens < choice.context:
             tokens = f"{choice.kv_tokens:,} of {choice.context:,} tokens"
-        num_bytes = self._sizes.kv_bytes(choice.kv_tokens, choice.kv_type)
-        return PlanRow(owners.CACHE, num_bytes, f"{tokens} of {choice.kv_type}")
+        elsewhere = sum(
+            gpu.cache_bytes for gpu in self.gpus(choice) if not gpu.device.shares_memory
+        )
+        num_bytes = self._sizes.kv_bytes(choice.kv_tokens, choice.kv_type) - elsewhere
+        why = f"{tokens} of {choice.kv_type}"
+        if elsewhere:
+            why += ", of the other layers" if num_bytes > 0 else ", all of it on a device"
+        return PlanRow(owners.CACHE, max(num_bytes, 0), why)
+
+    def _shared_bytes(self, choice: Choice, *of: str) -> int:
+        """What devices hold of these owners in the machine's own memory."""
+        shared = (gpu for gpu in self.gpus(choice) if gpu.device.shares_memory)
+        return sum(row.num_bytes for gpu in shared for row in gpu.rows if row.owner in of)
 
     def _prompt(self, choice: Choice) -> PlanRow:
         """A long prompt is tokenised before its cache is used: that much memory is free then."""

@@ -46,6 +46,12 @@ class DownloadError(ModelError):
     exit_code = 1
 
 
+class NoGpu(LowtideError):
+    """Layers were wanted on a GPU, and llama.cpp reaches none here."""
+
+    exit_code = 2
+
+
 class ForwardError(LowtideError):
     """A forward pass failed in native code; the runtime stays usable."""
 

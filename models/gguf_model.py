@@ -215,7 +215,13 @@ class _Batch:
 
 
 def _load_weights(library: LlamaLibrary, spec: ModelSpec, options: LoadOptions) -> Any:
-    params = model_parameters(library.api, memory_map=options.memory_map, repack=options.repack)
+    params = model_parameters(
+        library.api,
+        memory_map=options.memory_map,
+        repack=options.repack,
+        gpu_layers=options.gpu_layers,
+        gpu_attention=options.gpu_attention,
+    )
     path = os.fsencode(spec.path)
     return _created(
         library,

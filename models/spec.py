@@ -33,10 +33,15 @@ class WeightSpan:
 
 @dataclass(frozen=True, slots=True)
 class WeightGroup:
-    """Weights that a pass reads together: those of `layer`, or one tensor outside of all layers."""
+    """Weights that a pass reads together: those of `layer`, or one tensor outside of all layers.
+
+    `name` is that tensor's; of a layer's bytes `projection_bytes` are those that follow its attention.
+    """
 
     layer: int | None
     spans: tuple[WeightSpan, ...]
+    name: str = ""
+    projection_bytes: int = 0
 
     @property
     def num_bytes(self) -> int:

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from lowtide.models.gguf_reader import GgufContents
 from lowtide.models.spec import WeightGroup, WeightSpan
 
+ATTENTION_OUTPUT = ".attn_output"
+"""In the name of every tensor between a layer's attention and what is added to its input."""
 _LAYER = re.compile(r"^blk\.(\d+)\.")
 
 
 def weight_groups(parts: Sequence[GgufContents]) -> tuple[WeightGroup, ...]:
     """Return a group for each layer, in order, and one for each tensor outside of them."""
     layers = defaultdict[int, list[WeightSpan]](list)
+    projection_bytes = Counter[int]()
     others = []
     for number, part in enumerate(parts):
         for tensor in part.tensors:
             span = WeightSpan(number, part.data_start + tensor.offset, tensor.num_bytes)
             layer = _LAYER.match(tensor.name)
             if layer is None:
-                others.append(WeightGroup(None, (span,)))
-            else:
-                layers[int(layer[1])].append(span)
-    by_layer = (WeightGroup(layer, _joined(layers[layer])) for layer in sorted(layers))
+                others.append(WeightGroup(None, (span,), tensor.name))
+                continue
+            number_of_layer = int(layer[1])
+            layers[number_of_layer].append(span)
+            if ATTENTION_OUTPUT in tensor.name:
+                projection_bytes[number_of_layer] += tensor.num_bytes
+    by_layer = (
+        WeightGroup(layer, _joined(layers[layer]), projection_bytes=projection_bytes[layer])
+        for layer in sorted(layers)
+    )
     return (*by_layer, *others)
 
 

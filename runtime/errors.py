@@ -12,6 +12,7 @@ LowtideError                 everything a user can act on; `exit_code` 1
   |   - UnsupportedModel
   |   - TemplateError
   |   - DownloadError        1
+  + NoGpu                    2  layers were wanted on a GPU, and there is none
   + CalibrationError         2  a calibration file is broken or of another model
   + NotCalibrated            1  no setting of a policy stays inside the target
   + PromptTooLong            2  the prompt does not fit the context
@@ -35,6 +36,7 @@ from lowtide.models.errors import (
     LowtideError,
     ModelError,
     ModelNotFound,
+    NoGpu,
     StateError,
     TemplateError,
     UnsupportedModel,
@@ -51,6 +53,7 @@ __all__ = [
     "LowtideError",
     "ModelError",
     "ModelNotFound",
+    "NoGpu",
     "NotCalibrated",
     "NotEnforceable",
     "OverBudget",

@@ -19,7 +19,7 @@ from lowtide.memory.kv_pages import KvPages
 from lowtide.memory.releaser import Releaser
 from lowtide.memory.untouched_buffers import untouched_buffers
 from lowtide.models.gguf_model import GgufModel
-from lowtide.models.gguf_options import LoadOptions
+from lowtide.models.gguf_options import DeviceLayers, LoadOptions
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.planning import PlannedModel
 from lowtide.runtime.profiler import SILENT, Profiler
@@ -48,6 +48,8 @@ def load_gguf(
         repack=plan.kept_layers is None,
         eval_callback=hook.callback if hook else None,
         stage=profiler.span,
+        gpu_layers=tuple(DeviceLayers(gpu.device.name, gpu.num_layers) for gpu in plan.gpus),
+        gpu_attention=not planned.policy.uses_hook,
     )
     with guarded_aborts(), untouched_buffers() as buffers, _new_maps(planned) as maps:
         model = GgufModel(planned.spec, options)
@@ -63,7 +65,7 @@ def load_gguf(
     )
     profiler.cache_lies_in(buffers)
     row_bytes = kv_row_bytes(planned.spec, plan.kv_type)
-    if row_bytes is not None:
+    if row_bytes is not None and not plan.gpu_cache_bytes:
         pages = KvPages(
             buffers,
             num_tensors=2 * planned.spec.num_layers,

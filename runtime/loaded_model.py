@@ -151,7 +151,7 @@ class LoadedModel:
             paths=spec.paths,
             file_bytes=spec.file_bytes,
             memory_map=plan.memory_map,
-            cache_bytes=kv_bytes(spec, plan.context, plan.kv_type),
+            cache_bytes=kv_bytes(spec, plan.context, plan.kv_type) - plan.gpu_cache_bytes,
             scratch_bytes=lambda: self.hook.counts().scratch_bytes if self.hook else 0,
             prefix_bytes=lambda: self.prefixes.num_bytes,
         )

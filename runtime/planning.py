@@ -5,7 +5,7 @@ Knows no tokens. `lowtide plan` stops here; `Runtime.open` goes on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowtide.attention.policies import parse_policy
@@ -14,6 +14,7 @@ from lowtide.memory.budget import Budget
 from lowtide.memory.context_sizes import ContextSizes
 from lowtide.memory.device import Machine, read_machine, usable_cores
 from lowtide.memory.errors import BadSize, OverBudget
+from lowtide.memory.gpu_budget import GpuBudget, parse_gpu_layers
 from lowtide.memory.meter import read_process_memory
 from lowtide.memory.plan import Host, MemoryPlan, PlanOptions
 from lowtide.memory.planner import plan_memory, require_fit
@@ -21,6 +22,7 @@ from lowtide.memory.units import parse_size
 from lowtide.models.catalog import resolve
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf_header import read_spec
+from lowtide.models.gpu_device import require_gpus
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.measured_host import measured_host
 
@@ -33,6 +35,8 @@ class OpenOptions:
     None leaves the choice to the plan. `threads` None means the cores this process may use. `attention` is
     a policy or its name: "llama" (llama.cpp's own kernels), "dense" (ours: exact, and a row's result does
     not depend on the batch or the threads) or "tidal" (`Tidal`: an approximation, "tidal:k=512").
+    `gpu_layers` is how many layers go to the GPUs, as llama.cpp counts them, or "auto", as many as fit
+    `gpu_memory`, a size on each device (None: 90 % of what it has free); both None leave the GPUs alone.
     `compared_rows` is how many distributions a measurement keeps, `selection_layers` how many layers it
     tries beside the policy's own, `profiled` whether a profiler watches. `prefix_cache` is a size ("64MiB")
     for KV states of prompts that others replaced; 0 keeps none.
@@ -44,6 +48,8 @@ class OpenOptions:
     max_rows: int | None = None
     threads: int | None = None
     attention: str | AttentionPolicy = "llama"
+    gpu_layers: int | str | None = None
+    gpu_memory: str | int | None = None
     offline: bool = False
     compared_rows: int = 0
     profiled: bool = False
@@ -55,12 +61,30 @@ class OpenOptions:
             raise BadOption(f"threads is {self.threads}, 1 to 512 are wanted")
         parse_policy(self.attention)
         _ = self.prefix_bytes
+        if parse_gpu_layers(self.gpu_layers) == 0 and self.gpu_memory is not None:
+            raise BadOption("gpu_memory is given, and gpu_layers is 0: give one of them up")
 
     def policy(self, spec: ModelSpec) -> AttentionPolicy:
         """Return the attention policy, fitted to the model; raises `BadOption` where that cannot be."""
         return parse_policy(self.attention).fitted(spec)
 
-    def plan_options(self, policy: AttentionPolicy) -> PlanOptions:
+    def gpu_budget(self, policy: AttentionPolicy) -> GpuBudget | None:
+        """Return what the devices may take; None where none is wanted.
+
+        Raises `NoGpu` where there is none. Our own attention runs on the processor: its cache stays there.
+        """
+        layers = parse_gpu_layers(self.gpu_layers)
+        if layers == 0 or (self.gpu_layers is None and self.gpu_memory is None):
+            return None
+        if policy.filters_prompts:
+            raise BadOption(
+                f"attention is {policy.name}, whose first pass ends on the CPU, and layers are to go to a GPU: "
+                "give one of them up"
+            )
+        devices = require_gpus("--gpu-memory" if self.gpu_layers is None else "--gpu-layers")
+        return GpuBudget.stated(layers, self.gpu_memory, devices, holds_cache=not policy.uses_hook)
+
+    def plan_options(self, policy: AttentionPolicy, gpu: GpuBudget | None = None) -> PlanOptions:
         """The part that the plan looks at."""
         return PlanOptions(
             context=self.context,
@@ -72,6 +96,7 @@ class OpenOptions:
             compared_rows=self.compared_rows,
             profiled=self.profiled,
             prefix_bytes=self.prefix_bytes,
+            gpu=gpu,
         )
 
     @property
@@ -105,10 +130,22 @@ class PlannedModel:
     policy: AttentionPolicy
     host: Host
     sizes: ContextSizes
+    gpu: GpuBudget | None = None
+
+    def require_nothing_of_llama(self) -> None:
+        """Raise `BadOption` where a model of the caller's own is to do what llama.cpp alone does."""
+        wanted = "gpu_layers are wanted, which" if self.gpu else None
+        if self.policy.uses_hook:
+            wanted = f"attention is {self.policy.name!r}, which"
+        if wanted is not None:
+            raise BadOption(
+                f"{wanted} runs in llama.cpp's graph alone: give the model as a file, or leave "
+                f"{wanted.split()[0]} out"
+            )
 
     def require_fit(self) -> None:
         """Raise `OverBudget` where the plan, or what the process did before, is over the budget."""
-        options = self.options.plan_options(self.policy)
+        options = self.options.plan_options(self.policy, self.gpu)
         require_fit(self.plan, self.spec, options, self.host, self.sizes)
         peak = read_process_memory().peak_bytes
         if peak > self.plan.budget.num_bytes:
@@ -135,8 +172,13 @@ def plan_spec(spec: ModelSpec, options: OpenOptions) -> PlannedModel:
     machine = read_machine()
     budget = Budget.stated(options.memory, machine)
     policy = options.policy(spec)
+    gpu = options.gpu_budget(
+        policy
+    )  # before the host is measured: drivers take memory of their own
     with measured_host(spec, budget) as (host, sizes):
-        plan = plan_memory(spec, options.plan_options(policy), budget, host, sizes)
+        if gpu is not None and gpu.holds_cache:
+            host = replace(host, kv_follows_use=False)
+        plan = plan_memory(spec, options.plan_options(policy, gpu), budget, host, sizes)
     return PlannedModel(
         spec=spec,
         machine=machine,
@@ -145,4 +187,5 @@ def plan_spec(spec: ModelSpec, options: OpenOptions) -> PlannedModel:
         policy=policy,
         host=host,
         sizes=sizes,
+        gpu=gpu,
     )

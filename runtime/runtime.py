@@ -67,6 +67,8 @@ class Runtime:
         threads: int | None = None,
         attention: str | AttentionPolicy = "llama",
         prefix_cache: str | int = 0,
+        gpu_layers: int | str | None = None,
+        gpu_memory: str | int | None = None,
         offline: bool = False,
         profiler: Profiler | None = None,
     ) -> Runtime:
@@ -76,9 +78,10 @@ class Runtime:
         the default model. `memory` is a size such as "1GiB" or "50%" of what is available; None is
         80 %. `context` None is the longest that fits. `attention` is "llama" (llama.cpp's kernels),
         "dense" (ours), or an approximation: "tidal", "gem", or `Tidal(...)`, `Gem(...)`. `prefix_cache`
-        is a size for KV states of earlier prompts. `profiler` is told where time and bytes go. Raises
-        `OverBudget` before anything is loaded where it cannot fit, `ModelError` where the model cannot
-        be used, `BadOption` for wrong values.
+        is a size for KV states of earlier prompts. `gpu_layers`, a number or "auto", go to GPUs, each of
+        which gives `gpu_memory`. `profiler` is told where time and bytes go. Raises `OverBudget` before
+        anything is loaded where it cannot fit, `ModelError` where the model cannot be used, `NoGpu` where
+        there is none, `BadOption` for wrong values.
         """
         options = OpenOptions(
             memory=memory,
@@ -88,6 +91,8 @@ class Runtime:
             threads=threads,
             attention=attention,
             prefix_cache=prefix_cache,
+            gpu_layers=gpu_layers,
+            gpu_memory=gpu_memory,
             offline=offline,
             profiled=profiler is not None,
         )
@@ -95,11 +100,7 @@ class Runtime:
         if isinstance(model, Model):
             with told.span("plan"):
                 planned = plan_spec(model.spec, options)
-            if planned.policy.uses_hook:
-                raise BadOption(
-                    f"attention is {planned.policy.name!r}, which runs in llama.cpp's graph alone: give "
-                    "the model as a file, or leave attention out"
-                )
+            planned.require_nothing_of_llama()
             return cls.load(planned, model, profiler)
         with told.span("plan"):
             planned = plan_reference(model, options)

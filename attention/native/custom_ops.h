@@ -15,6 +15,7 @@ struct GgmlFunctions {
     void* set_name;       // ggml_set_name
     void* op_name;        // ggml_op_name
     ProductFunctions product;
+    void* is_host;  // ggml_backend_buffer_is_host
 };
 
 // ggml's numbers of the operations that we know.

@@ -128,7 +128,9 @@ void take(GraphHook& hook, GgmlTensor* node) {
     AttentionNode read;
     float max_bias = 0.0f;
     std::memcpy(&max_bias, node->op_params + 1, sizeof max_bias);
-    const bool known = index >= 0 && max_bias == 0.0f && read.read(node) && make_room(hook, read, index);
+    // What lies on a device is computed there.
+    const bool on_device = node->buffer != nullptr && !reinterpret_cast<bool (*)(void*)>(hook.ggml.is_host)(node->buffer);
+    const bool known = index >= 0 && max_bias == 0.0f && !on_device && read.read(node) && make_room(hook, read, index);
     if (!known) {
         ++hook.nodes_theirs;
         if (index >= 0) hook.layers[index].theirs = true;

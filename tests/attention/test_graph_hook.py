@@ -205,6 +205,19 @@ def test_a_ggml_that_is_laid_out_in_another_way_is_refused(monkeypatch: pytest.M
         GraphHook(2)
 
 
+def test_what_lies_on_a_device_is_left_to_llama_cpp(
+    monkeypatch: pytest.MonkeyPatch, smollm2: Path
+) -> None:
+    real = graph_hook._ggml_functions()
+    elsewhere = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(lambda _buffer: False)
+    told = graph_hook._GgmlFunctions(*(getattr(real, f[0]) for f in real._fields_))
+    told.backend_buffer_is_host = ctypes.cast(elsewhere, ctypes.c_void_p).value
+    monkeypatch.setattr(graph_hook, "_ggml_functions", lambda: told)
+    with Runtime.open(smollm2, memory="4GiB", context=512, threads=1, attention="dense") as runtime:
+        stats = runtime.generate("The sea is", max_tokens=2, temperature=0).stats
+    assert (stats.layers_ours, stats.layers) == (0, 30)
+
+
 def test_kernels_that_are_not_here() -> None:
     with pytest.raises(LowtideError, match="no such kernels"):
         GraphHook(2, "cray")

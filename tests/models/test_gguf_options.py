@@ -1,0 +1,72 @@
+"""What llama.cpp is asked for; devices are made up, and nothing is loaded on them."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from typing import Any
+
+import pytest
+
+from lowtide.models import gguf_options
+from lowtide.models.gguf_options import (
+    DeviceLayers,
+    LoadOptions,
+    context_parameters,
+    model_parameters,
+)
+from lowtide.models.gpu_device import cpu_buffer_type
+from lowtide.models.llama_library import llama_library
+
+LAYERS = (DeviceLayers("CUDA0", 20), DeviceLayers("CUDA1", 11))
+
+
+@pytest.fixture(autouse=True)
+def _addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_options, "device_address", lambda name: 1000 + int(name[-1]))
+
+
+def pointers(address: int, count: int) -> list[int | None]:
+    return list((ctypes.c_void_p * count).from_address(address))
+
+
+def patterns(params: Any) -> list[re.Pattern[str]]:
+    """Return the patterns of tensors that stay with the processor."""
+    told = (gguf_options._Override * 2).from_address(params.tensor_buft_overrides)
+    assert told[1].pattern is None and told[0].buffer_type == cpu_buffer_type()
+    return [re.compile(told[0].pattern.decode())]
+
+
+def test_without_layers_no_device_is_started() -> None:
+    params = model_parameters(llama_library().api, memory_map=True, repack=True)
+    assert params.n_gpu_layers == 0 and not params.tensor_split
+    assert pointers(params.devices, 1) == [None]
+    assert params.tensor_buft_overrides is None
+
+
+def test_layers_go_to_the_devices_as_they_were_counted() -> None:
+    params = model_parameters(llama_library().api, memory_map=False, repack=True, gpu_layers=LAYERS)
+    assert params.n_gpu_layers == 31
+    assert pointers(params.devices, 3) == [1000, 1001, None]
+    assert params.tensor_split[:3] == [20.0, 11.0, 0.0]
+    (pattern,) = patterns(params)
+    assert not pattern.search("blk.3.attn_output.weight")
+
+
+def test_the_matrix_behind_our_attention_stays_with_it() -> None:
+    params = model_parameters(
+        llama_library().api,
+        memory_map=False,
+        repack=True,
+        gpu_layers=LAYERS,
+        gpu_attention=False,
+    )
+    (pattern,) = patterns(params)
+    assert pattern.search("blk.3.attn_output.weight") and not pattern.search("blk.3.attn_q.weight")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_cache_goes_where_attention_does(there: bool) -> None:
+    options = LoadOptions(context=64, max_rows=1, threads=1, gpu_attention=there)
+    params = context_parameters(llama_library().api, options)
+    assert params.offload_kqv is there and params.op_offload is False

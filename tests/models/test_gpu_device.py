@@ -1,0 +1,72 @@
+"""What ggml tells of its devices, which are made up here, function by function."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lowtide.models import gpu_device
+from lowtide.models.errors import NoGpu
+from lowtide.models.gpu_device import GpuDevice, gpu_backends, read_gpu_devices, require_gpus
+
+CPU, GPU, INTEGRATED = 0, 1, 2
+
+
+@pytest.fixture
+def ggml(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Have ggml tell of `devices` (name and kind) and `backends`."""
+
+    def tell(*devices: tuple[str, int], backends: tuple[str, ...] = ("CPU",)) -> None:
+        def memory(handle: int, free: int, total: int) -> None:
+            ctypes.c_size_t.from_address(free).value = 100 * handle
+            ctypes.c_size_t.from_address(total).value = 200 * handle
+
+        functions: dict[str, Callable[..., Any]] = {
+            "ggml_backend_reg_count": lambda: len(backends),
+            "ggml_backend_reg_get": lambda i: i,
+            "ggml_backend_reg_name": lambda i: backends[i].encode(),
+            "ggml_backend_dev_count": lambda: len(devices),
+            "ggml_backend_dev_get": lambda i: i + 1,
+            "ggml_backend_dev_type": lambda handle: devices[handle - 1][1],
+            "ggml_backend_dev_name": lambda handle: devices[handle - 1][0].encode(),
+            "ggml_backend_dev_description": lambda handle: b"A device ",
+            "ggml_backend_dev_memory": memory,
+        }
+        monkeypatch.setattr(gpu_device, "_function", lambda name, *_types: functions[name])
+
+    return tell
+
+
+def test_what_is_here_is_read_without_harm() -> None:
+    for device in read_gpu_devices():
+        assert device.name and 0 <= device.free_bytes <= device.total_bytes
+    assert "CPU" not in gpu_backends()
+    assert gpu_device.cpu_buffer_type()
+
+
+def test_devices_of_their_own_come_before_integrated_ones(ggml: Callable[..., None]) -> None:
+    ggml(("CPU", CPU), ("CUDA0", GPU), ("Vulkan0", INTEGRATED), ("MTL0", GPU))
+    first, apple = read_gpu_devices()
+    assert first == GpuDevice(
+        name="CUDA0", description="A device", total_bytes=400, free_bytes=200, shares_memory=False
+    )
+    assert apple.name == "MTL0" and apple.shares_memory
+    ggml(("CPU", CPU), ("Vulkan0", INTEGRATED))
+    assert [device.shares_memory for device in read_gpu_devices()] == [True]
+
+
+def test_no_backend_is_an_error_that_says_how_to_get_one(ggml: Callable[..., None]) -> None:
+    ggml(("CPU", CPU))
+    with pytest.raises(NoGpu, match=r"--gpu-memory wants a GPU.*CMAKE_ARGS=-DGGML_CUDA=on pip"):
+        require_gpus("--gpu-memory")
+    ggml(("CPU", CPU), backends=("CPU", "CUDA"))
+    with pytest.raises(NoGpu, match="backend CUDA finds none"):
+        require_gpus("--gpu-layers")
+
+
+def test_a_device_that_is_gone() -> None:
+    with pytest.raises(NoGpu, match="CUDA77 is wanted"):
+        gpu_device.device_address("CUDA77")
