@@ -78,7 +78,7 @@ class OpenOptions:
             return None
         if policy.filters_prompts:
             raise BadOption(
-                f"attention is {policy.name}, whose first pass ends on the CPU, and layers are to go to a GPU: "
+                f"attention is {policy.name}, whose first pass ends early, and layers are to go to a GPU: "
                 "give one of them up"
             )
         devices = require_gpus("--gpu-memory" if self.gpu_layers is None else "--gpu-layers")
