@@ -19,7 +19,7 @@ from lowtide.attention.tidal import Tidal
 from lowtide.models.errors import LowtideError
 from lowtide.models.model import Model
 
-K_CHOICES = (1536, 1024, 768, 512, 384, 256)
+K_CHOICES = (1536, 1280, 1024, 768, 512, 384, 256)
 MARGIN = 0.9
 """The search aims so far below the target: it sees few tokens, and picks the luckiest."""
 EARLY_SHARE = 0.1
