@@ -33,7 +33,7 @@ def ask(runtime: Runtime, messages: list[dict[str, str]], num_tokens: int = 24) 
 def test_a_pass_key_is_found_in_what_is_kept(runtime: Runtime) -> None:
     result = ask(runtime, QUESTION)
     assert "48213" in result.text
-    assert result.stats.prompt_tokens > 1500 and result.stats.kept_tokens == 400
+    assert result.stats.prompt_tokens > 1400 and result.stats.kept_tokens == 400
     assert len(runtime._session.token_ids) < 400 + 24
     passages = runtime.kept_passages()
     assert sum(passage["tokens"] for passage in passages) == 400
@@ -107,8 +107,8 @@ def test_the_first_pass_takes_the_cache_of_its_layers_alone(smollm2: Path) -> No
         done = run_python(PEAK.format(attention=attention, path=str(smollm2), text=text))
         assert done.code == 0, done.stderr
         peaks[attention] = done.peak_bytes
-    # About 3,300 tokens of 30 layers take 73 MiB, of 8 layers 20.
-    assert peaks["Gem(k=400)"] < peaks["'dense'"] - 40 * MIB
+    # About 2,900 tokens of 30 layers take 65 MiB, of 8 layers 17; scores take a few.
+    assert peaks["Gem(k=400)"] < peaks["'dense'"] - 30 * MIB
 
 
 def test_the_command_shows_what_was_kept() -> None:
