@@ -29,7 +29,7 @@ def invoke(*arguments: str) -> Result:
 @pytest.mark.parametrize(
     ("attention", "message"),
     [
-        ("flash", "attention is 'flash', one of llama, dense, tidal"),
+        ("flash", "attention is 'flash', one of llama, dense, gem, tidal"),
         ("tidal:k=0", "tidal's k is 0"),
         ("tidal:layers=99", "name layer 99; random has layers 0 to 5"),
         ("tidal:calibration=/nowhere.json", "/nowhere.json cannot be read"),
@@ -70,8 +70,8 @@ def test_a_person_is_told_that_it_is_an_approximation(model: str) -> None:
 def test_calibrate_then_use_it(model: str, tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     done = invoke(
-        "calibrate", model, "--memory", "4GiB", "-c", "1024", "--target-kl", "1", "--max-layers",
-        "1", "--k", "128", "-o", str(path), "--json",
+        "calibrate", model, "--memory", "4GiB", "-c", "1024", "--target-kl", "1",
+        "--target-key-loss", "10", "--max-layers", "1", "--k", "128", "-o", str(path), "--json",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
     told = json.loads(done.stdout)

@@ -92,7 +92,7 @@ def test_a_budget_above_the_machine_is_warned_about() -> None:
 def test_plan_loads_no_weights() -> None:
     done = run_lowtide("plan", "smollm2")
     assert done.code == 0
-    assert done.peak_bytes < 72 << 20  # the libraries and the vocabulary
+    assert done.peak_bytes < 86 << 20  # the libraries and the vocabulary: the weights have 94 MiB
 
 
 def _bad_models(folder: Path) -> dict[str, tuple[Path, str]]:
