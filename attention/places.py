@@ -16,6 +16,7 @@ from lowtide.attention.policy import Steering
 from lowtide.attention.quality import Distance, Reference
 from lowtide.attention.tidal import Tidal
 from lowtide.models.model import Model
+from lowtide.models.tokenizer import common_prefix
 
 NUM_PLACES = 3
 PLACE_STEP = 160
@@ -40,7 +41,8 @@ class Distances:
 class Places:
     """Those of one text, of at least `context` + 1 tokens, read by `model` up to the context.
 
-    `seed` says which keys are hidden. A comparison leaves the cache with some beginning of a prompt.
+    `seed` says which keys are hidden: another one hides others. A comparison leaves the cache with some
+    beginning of a prompt.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class Places:
         last = context - PLACE_STEP
         self._starts = [last - PLACE_STEP * i for i in reversed(range(NUM_PLACES))]
         self._needles = [
-            hide_needle(model, token_ids, framing, last, depth, seed + i)
+            hide_needle(model, token_ids, framing, last, depth, seed * len(KEY_DEPTHS) + i)
             for i, depth in enumerate(KEY_DEPTHS)
         ]
 
@@ -97,13 +99,7 @@ class Places:
     def _at_keys(self) -> Iterator[Reference]:
         held: Sequence[int] = ()
         for needle in self._needles:
-            self._model.truncate(num_common(held, needle.token_ids))
+            self._model.truncate(common_prefix(held, needle.token_ids))
             held = needle.token_ids[:-1]
             token_ids = [*needle.token_ids, *needle.answer_ids]
             yield Reference(self._model, self._dense, token_ids, len(held), len(needle.answer_ids))
-
-
-def num_common(left: Sequence[int], right: Sequence[int]) -> int:
-    """Return how many tokens both begin with."""
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))

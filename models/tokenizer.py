@@ -49,3 +49,9 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """Return the text that became whole with this token."""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """Return how many tokens two sequences have in common before they differ."""
+    length = min(len(left), len(right))
+    return next((i for i in range(length) if left[i] != right[i]), length)

@@ -13,6 +13,7 @@ from lowtide.memory.pages import round_up
 from lowtide.memory.units import KIB
 from lowtide.models.errors import StateError
 from lowtide.models.model import Model
+from lowtide.models.tokenizer import common_prefix
 
 OBJECT_BYTES = 2 * KIB
 """What Python's objects around a state take at most."""
@@ -144,9 +145,3 @@ class PrefixCache:
 def kept_bytes(num_tokens: int, num_state_bytes: int) -> int:
     """Return what a state takes in the cache, with its tokens, in whole pages."""
     return round_up(num_tokens * _ID_BYTES + num_state_bytes) + OBJECT_BYTES
-
-
-def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """Return how many tokens two sequences have in common before they differ."""
-    length = min(len(left), len(right))
-    return next((i for i in range(length) if left[i] != right[i]), length)

@@ -11,7 +11,8 @@ from lowtide.memory.errors import OverBudget
 from lowtide.memory.kv_growth import KvGrowth
 from lowtide.models.errors import StateError
 from lowtide.models.model import Model
-from lowtide.runtime.prefix_cache import KeptState, PrefixCache, common_prefix
+from lowtide.models.tokenizer import common_prefix
+from lowtide.runtime.prefix_cache import KeptState, PrefixCache
 from lowtide.runtime.profiler import DECODE, FILTER, PREFILL, SILENT, Profiler
 from lowtide.runtime.prompt_filter import PromptFilter
 

@@ -15,6 +15,7 @@ from essays import essays
 from lowtide.attention.dense import DenseSteering
 from lowtide.attention.needles import chat_framing, finds, hide_needle
 from lowtide.attention.tidal import Tidal
+from lowtide.models.tokenizer import common_prefix
 from lowtide.runtime.loaded_model import LoadedModel
 from lowtide.runtime.planning import OpenOptions, plan_reference
 
@@ -41,7 +42,7 @@ def test_pass_keys(benchmark: Any, smollm2: Path, share: float) -> None:
             for seed in range(2):
                 key = seed + round(depth * 100)
                 needle = hide_needle(model, haystack, framing, LENGTH, depth, key)
-                common = sum(1 for _ in _common(held, needle.token_ids))
+                common = common_prefix(held, needle.token_ids)
                 model.truncate(common)
                 held[:] = needle.token_ids
                 if not finds(model, DenseSteering(hook), needle):
@@ -54,10 +55,3 @@ def test_pass_keys(benchmark: Any, smollm2: Path, share: float) -> None:
     benchmark.extra_info.update(found)
     print(f"\nessays from {share:.0%} on, of {2 * len(DEPTHS)} pass keys: {found}")
     loaded.close()
-
-
-def _common(left: list[int], right: Any) -> Any:
-    for a, b in zip(left, right, strict=False):
-        if a != b:
-            return
-        yield a
