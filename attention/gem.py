@@ -90,8 +90,8 @@ class Gem(AttentionPolicy):
 
     @property
     def num_selections(self) -> int:
-        """As many as what follows has, and one more."""
-        return self.then.num_selections + 1
+        """As many as what follows has."""
+        return self.then.num_selections
 
     @property
     def identity(self) -> str:

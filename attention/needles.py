@@ -15,6 +15,7 @@ from lowtide.attention.quality import read_prompt
 from lowtide.models.chat_template import ChatTemplate
 from lowtide.models.errors import TemplateError
 from lowtide.models.model import Model
+from lowtide.models.tokenizer import common_prefix
 
 ANSWER_TOKENS = 10
 OPENING = "Read this text.\n"
@@ -72,7 +73,7 @@ def hide_needle(
         length=length,
         depth=depth,
         token_ids=token_ids,
-        answer_ids=answered[len(end) :],
+        answer_ids=answered[common_prefix(end, answered) :],
     )
 
 

@@ -192,6 +192,14 @@ def selection_bytes(spec: ModelSpec, context: int, selection_layers: int) -> int
     return scores + 4 * cells + selection_layers * 13 * cells
 
 
+def filter_bytes(spec: ModelSpec, context: int, threads: int) -> int:
+    """Return what scoring a prompt's keys takes: attention of one row at a time with its scores by head, a
+    score a key, and the arrays that tokens are chosen with (40 bytes a token)."""
+    cells = kv_cells(context)
+    scores = 4 * spec.num_heads * (cells + 2) + 4 * cells
+    return attention_bytes(spec, context, threads) + scores + 40 * cells
+
+
 def profiler_bytes(num_layers: int) -> int:
     """Return the most that a profiler keeps: spans, samples, and the passes whose layers it timed."""
     spans = (

@@ -27,6 +27,8 @@ class PlanOptions:
     """Threads of our own attention kernels; 0 where attention is llama.cpp's."""
     selection_layers: int = 0
     """How many layers choose keys for the others."""
+    filters_prompts: bool = False
+    """Whether a layer scores the keys of long prompts."""
     profiled: bool = False
     """Whether a profiler watches."""
     prefix_bytes: int = 0

@@ -154,6 +154,8 @@ class PlanRows:
             num_bytes += footprint.selection_bytes(
                 spec, choice.context, self._options.selection_layers
             )
+        if self._options.filters_prompts:
+            num_bytes += footprint.filter_bytes(spec, choice.context, threads)
         return PlanRow(
             owners.SCRATCH,
             num_bytes,

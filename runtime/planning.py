@@ -93,6 +93,7 @@ class OpenOptions:
             threads=self.num_threads,
             attention_threads=self.num_threads if policy.uses_hook else 0,
             selection_layers=max(policy.num_selections, self.selection_layers),
+            filters_prompts=policy.filters_prompts,
             compared_rows=self.compared_rows,
             profiled=self.profiled,
             prefix_bytes=self.prefix_bytes,
