@@ -215,13 +215,22 @@ def comparison_bytes(spec: ModelSpec, num_rows: int) -> int:
     return 4 * (num_rows + 8) * spec.vocabulary.num_tokens
 
 
-def session_bytes(spec: ModelSpec, num_tokens: int, kv_type: str, num_text_bytes: int) -> int:
+def session_bytes(
+    spec: ModelSpec,
+    num_tokens: int,
+    kv_type: str,
+    num_text_bytes: int,
+    num_state_bytes: int | None = None,
+) -> int:
     """Return what a session file takes for a moment while it is written or read.
 
     llama.cpp moves one tensor of the cache at a time through a buffer, which may grow once; the file is
-    checked in chunks; `num_text_bytes` of JSON become objects.
+    checked in chunks; `num_text_bytes` of JSON become objects. No tensor is larger than the file's state
+    where that is known to have `num_state_bytes`.
     """
     largest = max(max(_kv_rows(spec, kv_type)) * num_tokens, spec.recurrent_state_bytes)
+    if num_state_bytes is not None:
+        largest = min(largest, num_state_bytes)
     return 2 * largest + SESSION_CHUNK_BYTES + JSON_COPIES * num_text_bytes
 
 

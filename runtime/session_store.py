@@ -109,7 +109,7 @@ class SessionStore:
                     messages=transcript.messages, model=transcript.model, num_tokens=0
                 )
             context = self._loaded.model.context
-            with self._reserved(context, file.num_head_bytes):
+            with self._reserved(context, file.num_head_bytes, file.num_state_bytes):
                 head = SessionHead.from_dict(path, file.head())
                 head.require_match(path, self._owner(), context)
                 self._session.admit(head.num_tokens)
@@ -154,14 +154,18 @@ class SessionStore:
         self._last.set(head.last.text, head.last.token_ids, head.last.num_messages)
 
     @contextlib.contextmanager
-    def _reserved(self, num_tokens: int, num_text_bytes: int) -> Iterator[None]:
+    def _reserved(
+        self, num_tokens: int, num_text_bytes: int, num_state_bytes: int | None = None
+    ) -> Iterator[None]:
         """Hold what a file takes for a moment.
 
         No prompt is tokenised meanwhile, so its bytes are used; where that is too little, the prefix
         cache's are, too.
         """
         planned, ledger = self._loaded.planned, self._loaded.ledger
-        needed = session_bytes(planned.spec, num_tokens, planned.plan.kv_type, num_text_bytes)
+        needed = session_bytes(
+            planned.spec, num_tokens, planned.plan.kv_type, num_text_bytes, num_state_bytes
+        )
         needed -= ledger.owners.get(PROMPT, 0)
         try:
             ledger.reserve(OWNER, max(needed, 0))
