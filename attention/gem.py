@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 from lowtide.attention.dense import Dense
 from lowtide.attention.policy import AttentionPolicy, Steering
 from lowtide.attention.prompt_scores import ScoreRule
+from lowtide.memory.first_pass import FirstPass
 from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
 
@@ -43,7 +44,6 @@ class Gem(AttentionPolicy):
     """
 
     name: ClassVar[str] = "gem"
-    filters_prompts: ClassVar[bool] = True
 
     k: int | float = DEFAULT_K
     layer: int | None = None
@@ -102,6 +102,13 @@ class Gem(AttentionPolicy):
     def rule(self) -> ScoreRule:
         """How a layer's rows and heads score a key."""
         return ScoreRule(self.rows, self.weights == "softmax", self.heads == "max")
+
+    @property
+    def first_pass(self) -> FirstPass:
+        """What a plan must know; the policy is fitted."""
+        assert self.layer is not None, "the policy is not fitted to a model"
+        least = max(self.min_prompt, self.first + self.last)
+        return FirstPass(num_layers=self.layer + 1, k=self.k, least_tokens=least)
 
     def applies_to(self, num_tokens: int) -> bool:
         """Whether a prompt of so many tokens is filtered."""

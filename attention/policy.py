@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from typing import TYPE_CHECKING, ClassVar
 
+from lowtide.memory.first_pass import FirstPass
 from lowtide.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ class AttentionPolicy(ABC):
     name: ClassVar[str]
     uses_hook: ClassVar[bool] = True
     """Whether our kernels run it, in llama.cpp's graph."""
-    filters_prompts: ClassVar[bool] = False
-    """Whether only a part of a long prompt is read by every layer: for questions on it."""
 
     def fitted(self, spec: ModelSpec) -> AttentionPolicy:
         """Return the policy with everything settled for the model.
@@ -29,6 +28,11 @@ class AttentionPolicy(ABC):
         Raises `BadOption` where it asks of the model what that does not have.
         """
         return self
+
+    @property
+    def first_pass(self) -> FirstPass | None:
+        """What reads long prompts whole where the other layers read a part of them: for questions on it."""
+        return None
 
     @property
     def num_selections(self) -> int:

@@ -70,7 +70,7 @@ def command(
     spec = take_spec(options)
     options["attention"] = attentions[0]
     for attention in attentions:
-        if parse_policy(attention).fitted(spec).filters_prompts:
+        if parse_policy(attention).fitted(spec).first_pass is not None:
             raise BadOption(
                 "attention is gem, which shortens prompts before they are read, and bench fills the cache "
                 "itself: name dense or tidal"

@@ -57,7 +57,7 @@ def command(
         raise click.UsageError("--system needs a chat template, --raw goes without: drop one")
     generation = take_generation_options(options)
     planned = planned_model(options)
-    if explain and not planned.policy.filters_prompts:
+    if explain and planned.policy.first_pass is None:
         raise click.UsageError("--explain shows what --attention gem kept of a prompt: add it")
     planned.require_fit()
     text = prompt_text(prompt, file, prompt_limit_bytes(planned.plan.kv_tokens))
@@ -75,13 +75,13 @@ def command(
                 tokens=list(result.token_ids),
                 finish_reason=result.finish_reason,
                 stats=result.stats.to_dict(),
-                **({} if kept is None else {"kept": kept}),
+                **({} if kept is None else {"kept": [passage.to_dict() for passage in kept]}),
             )
         )
         return
     click.echo()
     for passage in kept or ():
-        note("{position:>7,}  {score:.3f}  {text!r}".format(**passage))
+        note(f"{passage.position:>7,}  {passage.score:.3f}  {passage.text!r}")
     note(statistics_line(result.stats, result.finish_reason))
 
 

@@ -13,7 +13,8 @@ class Choice:
 
     `kv_tokens` is how many of the context's tokens the plan's KV cache has bytes for; more are admitted
     as the budget has room. `kept_layers` is None where the weights stay resident; else they are read again
-    for every pass, but for so many layers that stay. `prefix_bytes` is what the prefix cache may hold.
+    for every pass, but for so many layers that stay. `prefix_bytes` is what the prefix cache may hold,
+    `keeps_first_pass` whether a filtered prompt's first pass stays for the next question.
     """
 
     context: int
@@ -22,6 +23,7 @@ class Choice:
     kv_tokens: int
     kept_layers: int | None = None
     prefix_bytes: int = 0
+    keeps_first_pass: bool = False
 
     def given_up(self, preferred: Choice) -> tuple[str, ...]:
         """Say, in words, what this choice lacks of the preferred one."""
@@ -35,6 +37,8 @@ class Choice:
         if self.prefix_bytes < preferred.prefix_bytes:
             sizes = map(format_bytes, (preferred.prefix_bytes, self.prefix_bytes))
             steps.insert(0, f"prefix cache: {' to '.join(sizes)}")
+        if preferred.keeps_first_pass and not self.keeps_first_pass:
+            steps.insert(0, "a kept first pass: another question on the same text reads it again")
         if self.kv_tokens < self.context:
             steps.append(f"room in the KV cache: {self.context} to {self.kv_tokens} tokens")
         if self.kept_layers is not None and preferred.kept_layers is None:

@@ -20,6 +20,9 @@ LIBRARIES_BYTES = 31 * MIB
 RESERVE_BYTES = 2 * MIB
 """Growth of small things, and what the allocator holds between them."""
 
+CONTEXT_BYTES = MIB
+"""What a llama.cpp context takes beside its cache, its compute buffer and its row of logits."""
+
 REPACKED_TYPES = frozenset({"Q4_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "MXFP4"})
 REPACKED_TYPES_ELSEWHERE = frozenset({"Q8_0", "Q5_K", "Q6_K"})
 """Types that llama.cpp packs into a layout of its own, on x86-64 and on other processors."""
@@ -122,6 +125,12 @@ def kv_layer_bytes(spec: ModelSpec, layer: int, context: int, kv_type: str) -> i
     """Return one layer's part of the KV cache."""
     rows = _kv_rows(spec, kv_type)[2 * layer : 2 * layer + 2]
     return kv_cells(context) * sum(rows) + spec.recurrent_state_bytes // spec.num_layers
+
+
+def first_layers_bytes(spec: ModelSpec, num_layers: int, context: int, kv_type: str) -> int:
+    """Return the part of the KV cache that the first `num_layers` layers have."""
+    layers = range(min(num_layers, spec.num_layers))
+    return sum(kv_layer_bytes(spec, layer, context, kv_type) for layer in layers)
 
 
 def kv_row_bytes(spec: ModelSpec, kv_type: str) -> int | None:

@@ -12,10 +12,18 @@ from lowtide.memory.owners import CACHE
 class KvGrowth:
     """Lets a cache grow beyond what was planned for it, while the ledger has room.
 
-    `planned_tokens` are reserved for good; `bytes_of` returns what a number of tokens takes.
+    `planned_tokens` are reserved for good; `bytes_of` returns what the cache's `owner` holds for a number
+    of tokens.
     """
 
-    def __init__(self, ledger: Ledger, planned_tokens: int, bytes_of: Callable[[int], int]) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        planned_tokens: int,
+        bytes_of: Callable[[int], int],
+        owner: str = CACHE,
+    ) -> None:
+        self._owner = owner
         self._ledger = ledger
         self._planned_tokens = planned_tokens
         self._admitted_tokens = planned_tokens
@@ -38,5 +46,5 @@ class KvGrowth:
         wanted = max(num_tokens, self._planned_tokens)
         if wanted == self._admitted_tokens:
             return
-        self._ledger.reserve(CACHE, self._bytes_of(wanted))
+        self._ledger.reserve(self._owner, self._bytes_of(wanted))
         self._admitted_tokens = wanted

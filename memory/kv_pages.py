@@ -21,8 +21,8 @@ class KvPages:
     """A cache of one sequence whose token i lies in cell i: appended to, and cut at its end.
 
     The cache is those of `buffers` that hold pairs of tensors, keys and values, of `num_cells` rows of
-    `row_bytes`; where they are not `num_tensors` in all, everything is left alone. Made before the first
-    token.
+    `row_bytes`; where they are not `num_tensors` in all, everything is left alone. `num_unused` of them
+    are never written to: passes end before their layers. Made before the first token.
     """
 
     def __init__(
@@ -32,7 +32,9 @@ class KvPages:
         num_tensors: int,
         num_cells: int,
         row_bytes: int,
+        num_unused: int = 0,
     ) -> None:
+        self._num_unused = num_unused
         self._row_bytes = row_bytes
         self._num_cells = num_cells
         tensor_bytes = num_cells * row_bytes
@@ -81,12 +83,14 @@ class KvPages:
 
         It may be that of a token that was forgotten since: what was written stays until it is given back.
         """
-        most_used, empty = self._most_used, bytes(self._row_bytes)
-        return all(
-            ctypes.string_at(address + (most_used - 1) * self._row_bytes, self._row_bytes) != empty
-            and not any(
-                ctypes.string_at(address + cell * self._row_bytes, self._row_bytes) != empty
-                for cell in range(most_used, min(most_used + LEAST_CELLS, self._num_cells))
-            )
+        last, end = self._most_used - 1, min(self._most_used + LEAST_CELLS, self._num_cells)
+        used = [address for address in self._tensors if self._holds(address, last)]
+        return len(used) == len(self._tensors) - self._num_unused and not any(
+            self._holds(address, cell)
             for address in self._tensors
+            for cell in range(self._most_used, end)
         )
+
+    def _holds(self, address: int, cell: int) -> bool:
+        row = ctypes.string_at(address + cell * self._row_bytes, self._row_bytes)
+        return row != bytes(self._row_bytes)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowtide.memory.budget import Budget
+from lowtide.memory.first_pass import FirstPass
 from lowtide.memory.gpu_budget import GpuBudget
 from lowtide.memory.gpu_plan import GpuPlan
 from lowtide.memory.plan_row import PlanRow
@@ -27,8 +28,8 @@ class PlanOptions:
     """Threads of our own attention kernels; 0 where attention is llama.cpp's."""
     selection_layers: int = 0
     """How many layers choose keys for the others."""
-    filters_prompts: bool = False
-    """Whether a layer scores the keys of long prompts."""
+    first_pass: FirstPass | None = None
+    """What reads long prompts whole, so that the other layers read less; None where all of them do."""
     profiled: bool = False
     """Whether a profiler watches."""
     prefix_bytes: int = 0
@@ -82,6 +83,8 @@ class MemoryPlan:
     max_rows: int
     kv_type: str
     kv_tokens: int
+    cache_tokens: int
+    keeps_first_pass: bool
     memory_map: bool
     kept_layers: int | None
     gave_up: tuple[str, ...]
@@ -120,6 +123,8 @@ class MemoryPlan:
             "max_rows": self.max_rows,
             "kv_type": self.kv_type,
             "kv_tokens": self.kv_tokens,
+            "cache_tokens": self.cache_tokens,
+            "keeps_first_pass": self.keeps_first_pass,
             "memory_map": self.memory_map,
             "kept_layers": self.kept_layers,
             "gave_up": list(self.gave_up),

@@ -1,9 +1,9 @@
 """The planner: from a model, a wish and a budget to a plan, by arithmetic alone.
 
 Allocates nothing; knows no tokens. When it is tight it gives up in this order, what keeps answers the same
-first: the prefix cache; rows of a prefill pass; for an open context, context; resident weights; the KV
-cache's type; for a stated context, room in its cache; and last it refuses. A stated context is never
-shortened: that would be another request.
+first: the prefix cache; a filtered prompt's first pass, kept for another question; rows of a prefill
+pass; for an open context, context; resident weights; the KV cache's type; for a stated context, room in
+its cache; and last it refuses. A stated context is never shortened: that would be another request.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ def plan_memory(
         max_rows=chosen.max_rows,
         kv_type=chosen.kv_type,
         kv_tokens=chosen.kv_tokens,
+        cache_tokens=planner.rows.cache_tokens(chosen),
+        keeps_first_pass=chosen.keeps_first_pass,
         memory_map=planner.rows.memory_map(chosen),
         kept_layers=chosen.kept_layers,
         gave_up=chosen.given_up(planner.preferred()),
@@ -123,17 +125,25 @@ class _Planner:
         """Return what is chosen where memory is no matter."""
         context = self._options.context or self._spec.context_length
         choice = self._choice(context, self._kv_types[0])
-        return replace(choice, prefix_bytes=self._options.prefix_bytes)
+        return replace(
+            choice,
+            prefix_bytes=self._options.prefix_bytes,
+            keeps_first_pass=self._options.first_pass is not None,
+        )
 
     def best(self) -> Choice | None:
-        """Return the best choice that fits, the prefix cache in what the rest leaves; None for none.
+        """Return the best choice that fits, what is kept for later in what the rest leaves; None for none.
 
-        A cache that the watchdog would give back at once is none.
+        What the watchdog would give back at once is not kept.
         """
         found = self._best_of_the_rest()
         if found is None:
             return None
-        left_bytes = int(self._budget_bytes * WATCHED_SHARE) - self.rows.total_bytes(found)
+        watched_bytes = int(self._budget_bytes * WATCHED_SHARE)
+        if self._options.first_pass is not None:
+            keeping = replace(found, keeps_first_pass=True)
+            found = keeping if self.rows.total_bytes(keeping) <= watched_bytes else found
+        left_bytes = watched_bytes - self.rows.total_bytes(found)
         return replace(found, prefix_bytes=min(self._options.prefix_bytes, max(left_bytes, 0)))
 
     def _best_of_the_rest(self) -> Choice | None:

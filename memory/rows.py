@@ -64,6 +64,7 @@ class PlanRows:
             self._vocabulary(),
             self._weights(choice),
             *running,
+            *self._first_pass(choice),
             *self._prefixes(choice),
             *_comparison(spec, options.compared_rows),
             *_profiler(spec, options.profiled),
@@ -112,17 +113,46 @@ class PlanRows:
         )
 
     def _cache(self, choice: Choice) -> PlanRow:
-        tokens = f"{choice.context:,} tokens"
-        if choice.kv_tokens < choice.context:
-            tokens = f"{choice.kv_tokens:,} of {choice.context:,} tokens"
+        tokens, num_tokens = f"{choice.context:,} tokens", self.cache_tokens(choice)
+        if num_tokens < choice.context:
+            tokens = f"{num_tokens:,} of {choice.context:,} tokens"
         elsewhere = sum(
             gpu.cache_bytes for gpu in self.gpus(choice) if not gpu.device.shares_memory
         )
-        num_bytes = self._sizes.kv_bytes(choice.kv_tokens, choice.kv_type) - elsewhere
+        num_bytes = self._sizes.kv_bytes(num_tokens, choice.kv_type) - elsewhere
         why = f"{tokens} of {choice.kv_type}"
         if elsewhere:
             why += ", of the other layers" if num_bytes > 0 else ", all of it on a device"
         return PlanRow(owners.CACHE, max(num_bytes, 0), why)
+
+    def cache_tokens(self, choice: Choice) -> int:
+        """Return how many tokens the cache's row holds: of prompts that are filtered, what goes on."""
+        first = self._options.first_pass
+        if first is None or not self._host.kv_follows_use:
+            return choice.kv_tokens
+        return first.cache_tokens(choice.kv_tokens)
+
+    def _first_pass(self, choice: Choice) -> tuple[PlanRow, ...]:
+        """A context of its own. What is not kept lies where the cache is empty meanwhile."""
+        first, spec = self._options.first_pass, self._spec
+        if first is None:
+            return ()
+        if self._host.kv_follows_use:
+            cache_bytes = footprint.first_layers_bytes(
+                spec, first.num_layers, choice.kv_tokens, choice.kv_type
+            )
+            if not choice.keeps_first_pass:
+                cache_bytes = max(cache_bytes - self._cache(choice).num_bytes, 0)
+        else:
+            cache_bytes = self._sizes.kv_bytes(choice.context, choice.kv_type)
+        beside = (
+            self._sizes.compute_bytes(choice.context, choice.max_rows, choice.kv_type)
+            + footprint.CONTEXT_BYTES
+            + 4 * spec.vocabulary.num_tokens
+        )
+        kept = "" if choice.keeps_first_pass else ", not kept"
+        why = f"{first.num_layers} of {spec.num_layers} layers, {choice.kv_tokens:,} tokens{kept}"
+        return (PlanRow(owners.FIRST_PASS, cache_bytes + beside, why),)
 
     def _shared_bytes(self, choice: Choice, *of: str) -> int:
         """What devices hold of these owners in the machine's own memory."""
@@ -154,7 +184,7 @@ class PlanRows:
             num_bytes += footprint.selection_bytes(
                 spec, choice.context, self._options.selection_layers
             )
-        if self._options.filters_prompts:
+        if self._options.first_pass is not None:
             num_bytes += footprint.filter_bytes(spec, choice.context, threads)
         return PlanRow(
             owners.SCRATCH,

@@ -30,14 +30,16 @@ DECODE_ERRORS = {
 
 
 class GgufModel(Model):
-    """One llama.cpp model and context.
+    """One llama.cpp model and context; `weights_of` another one, which is closed later, it takes those.
 
     Raises `UnsupportedModel` where llama.cpp refuses the file or the context, with its own reason.
     """
 
     keeps_state = copies_state = True
 
-    def __init__(self, spec: ModelSpec, options: LoadOptions) -> None:
+    def __init__(
+        self, spec: ModelSpec, options: LoadOptions, weights_of: GgufModel | None = None
+    ) -> None:
         self.spec = spec
         self.max_rows = options.max_rows
         self._kv_type = options.kv_type
@@ -48,12 +50,16 @@ class GgufModel(Model):
         self._batch: Any = None
         self._library = llama_library()
         self._api = self._library.api
+        self._owns_weights = weights_of is None
         try:
-            with options.stage("weights"):
-                self._model = _load_weights(self._library, spec, options)
-            self.tokenizer = GgufTokenizer(
-                self._library, self._api.llama_model_get_vocab(self._model)
-            )
+            if weights_of is not None:
+                self._model, self.tokenizer = weights_of._model, weights_of.tokenizer
+            else:
+                with options.stage("weights"):
+                    self._model = _load_weights(self._library, spec, options)
+                self.tokenizer = GgufTokenizer(
+                    self._library, self._api.llama_model_get_vocab(self._model)
+                )
             with options.stage("context"):
                 self._context = self._create_context(options)
             self._memory = self._api.llama_get_memory(self._context)
@@ -177,7 +183,7 @@ class GgufModel(Model):
         return 0
 
     def close(self) -> None:
-        """Free the context and the weights."""
+        """Free the context, and the weights where they are its own."""
         self.on_cut = None
         if self._batch is not None:
             self._batch.free()
@@ -185,9 +191,9 @@ class GgufModel(Model):
         if self._context is not None:
             self._api.llama_free(self._context)
             self._context = None
-        if self._model is not None:
+        if self._model is not None and self._owns_weights:
             self._api.llama_model_free(self._model)
-            self._model = None
+        self._model = None
 
 
 class _Batch:

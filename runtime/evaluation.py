@@ -100,7 +100,7 @@ def evaluate(
             "attention is llama.cpp's own: its distance from our dense kernels is rounding; evaluate an "
             "approximation such as --attention tidal"
         )
-    if loaded.planned.policy.filters_prompts:
+    if loaded.planned.policy.first_pass is not None:
         raise BadOption(
             "attention is gem, which shortens prompts before they are read: evaluate what follows it, "
             "--attention dense or tidal"

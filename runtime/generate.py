@@ -13,6 +13,7 @@ from lowtide.models.model import Model
 from lowtide.models.tokenizer import TextStream
 from lowtide.runtime.options import GenerationOptions
 from lowtide.runtime.profiler import SILENT, Profiler
+from lowtide.runtime.prompt_heat import Passage
 from lowtide.runtime.sampling import Sampler
 from lowtide.runtime.session import Session
 from lowtide.runtime.statistics import Statistics
@@ -29,13 +30,15 @@ class Piece:
 
     `text` may be empty (half a character, or the start of a stop text). `token_id` is None where the
     model ended the answer. The last piece alone has a `finish_reason`: "stop", "length", "context" or
-    "memory" (the budget has no room for another token; what was generated is kept).
+    "memory" (the budget has no room for another token; what was generated is kept); where that was asked
+    for it has `kept`, the passages of a long prompt that were read by every layer.
     """
 
     text: str
     token_id: int | None
     finish_reason: str | None
     stats: Statistics
+    kept: tuple[Passage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,10 +14,12 @@ from lowtide.attention.graph_hook import GraphHook
 from lowtide.attention.unpopulated_maps import unpopulated_maps
 from lowtide.attention.weight_stream import keep_spans_apart, mapped_spans
 from lowtide.memory.file_maps import FileMap, give_back, read_file_maps
+from lowtide.memory.first_pass import FirstPass
 from lowtide.memory.footprint import kv_cells, kv_row_bytes
 from lowtide.memory.kv_pages import KvPages
+from lowtide.memory.owners import FIRST_PASS
 from lowtide.memory.releaser import Releaser
-from lowtide.memory.untouched_buffers import untouched_buffers
+from lowtide.memory.untouched_buffers import UntouchedBuffer, untouched_buffers
 from lowtide.models.gguf_model import GgufModel
 from lowtide.models.gguf_options import DeviceLayers, LoadOptions
 from lowtide.models.spec import ModelSpec
@@ -38,19 +40,7 @@ def load_gguf(
 
     Adds to `releasers` what can be given back of the model's memory.
     """
-    plan = planned.plan
-    options = LoadOptions(
-        context=plan.context,
-        max_rows=plan.max_rows,
-        threads=planned.options.num_threads,
-        kv_type=plan.kv_type,
-        memory_map=plan.memory_map,
-        repack=plan.kept_layers is None,
-        eval_callback=hook.callback if hook else None,
-        stage=profiler.span,
-        gpu_layers=tuple(DeviceLayers(gpu.device.name, gpu.num_layers) for gpu in plan.gpus),
-        gpu_attention=not planned.policy.uses_hook,
-    )
+    plan, options = planned.plan, _options(planned, hook, profiler)
     with guarded_aborts(), untouched_buffers() as buffers, _new_maps(planned) as maps:
         model = GgufModel(planned.spec, options)
     if plan.kept_layers is not None and hook is not None:
@@ -64,17 +54,65 @@ def load_gguf(
         Releaser("complete", partial(give_back, file_map)) for found in maps for file_map in found
     )
     profiler.cache_lies_in(buffers)
-    row_bytes = kv_row_bytes(planned.spec, plan.kv_type)
-    if row_bytes is not None and not plan.gpu_cache_bytes:
-        pages = KvPages(
-            buffers,
-            num_tensors=2 * planned.spec.num_layers,
-            num_cells=kv_cells(plan.context),
-            row_bytes=row_bytes,
-        )
-        model.on_cut = pages.cut
-        releasers.append(Releaser("background", lambda: pages.trim(model.num_tokens)))
+    _follow_use(model, planned, buffers, releasers)
     return model
+
+
+def load_reader(
+    model: GgufModel,
+    planned: PlannedModel,
+    hook: GraphHook,
+    first_pass: FirstPass,
+    releasers: list[Releaser],
+    profiler: Profiler = SILENT,
+) -> GgufModel:
+    """Make another context on the weights of `model`, for passes that end early; to be closed before it."""
+    options = _options(planned, hook, profiler)
+    with guarded_aborts(), untouched_buffers() as buffers:
+        reader = GgufModel(planned.spec, options, weights_of=model)
+    profiler.cache_lies_in(buffers, FIRST_PASS)
+    num_unused = 2 * (planned.spec.num_layers - first_pass.num_layers)
+    _follow_use(reader, planned, buffers, releasers, num_unused)
+    return reader
+
+
+def _options(planned: PlannedModel, hook: GraphHook | None, profiler: Profiler) -> LoadOptions:
+    plan = planned.plan
+    return LoadOptions(
+        context=plan.context,
+        max_rows=plan.max_rows,
+        threads=planned.options.num_threads,
+        kv_type=plan.kv_type,
+        memory_map=plan.memory_map,
+        repack=plan.kept_layers is None,
+        eval_callback=hook.callback if hook else None,
+        stage=profiler.span,
+        gpu_layers=tuple(DeviceLayers(gpu.device.name, gpu.num_layers) for gpu in plan.gpus),
+        gpu_attention=not planned.policy.uses_hook,
+    )
+
+
+def _follow_use(
+    model: GgufModel,
+    planned: PlannedModel,
+    buffers: Sequence[UntouchedBuffer],
+    releasers: list[Releaser],
+    num_unused: int = 0,
+) -> None:
+    """Give pages of the model's cache back as tokens are forgotten, where they can be told."""
+    plan = planned.plan
+    row_bytes = kv_row_bytes(planned.spec, plan.kv_type)
+    if row_bytes is None or plan.gpu_cache_bytes:
+        return
+    pages = KvPages(
+        buffers,
+        num_tensors=2 * planned.spec.num_layers,
+        num_cells=kv_cells(plan.context),
+        row_bytes=row_bytes,
+        num_unused=num_unused,
+    )
+    model.on_cut = pages.cut
+    releasers.append(Releaser("background", lambda: pages.trim(model.num_tokens)))
 
 
 @contextlib.contextmanager

@@ -8,19 +8,21 @@ from lowtide.attention.gem import Gem
 from lowtide.attention.graph_hook import GraphHook, HookCounts
 from lowtide.attention.policy import Steering
 from lowtide.memory.errors import OverBudget
-from lowtide.memory.footprint import kv_bytes, tokenising_bytes
+from lowtide.memory.footprint import first_layers_bytes, kv_bytes, tokenising_bytes
 from lowtide.memory.heap import trim_heap
 from lowtide.memory.kv_growth import KvGrowth
 from lowtide.memory.ledger import Ledger
 from lowtide.memory.meter import read_process_memory
-from lowtide.memory.owners import CACHE, PREFIXES, PROMPT
+from lowtide.memory.owners import CACHE, FIRST_PASS, PREFIXES, PROMPT
 from lowtide.memory.releaser import Releaser, Trim, trim
 from lowtide.memory.units import format_bytes
 from lowtide.models.errors import BadOption, LowtideError
+from lowtide.models.gguf_model import GgufModel
 from lowtide.models.model import Model
 from lowtide.runtime.generate import RunFacts
-from lowtide.runtime.gguf_loading import load_gguf
+from lowtide.runtime.gguf_loading import load_gguf, load_reader
 from lowtide.runtime.memory_watch import WatchedModel
+from lowtide.runtime.options import GenerationOptions
 from lowtide.runtime.planning import PlannedModel
 from lowtide.runtime.prefix_cache import PrefixCache
 from lowtide.runtime.profiler import SILENT, Profiler
@@ -71,14 +73,36 @@ class LoadedModel:
         self.steering = Steering()
         if self.hook is not None:
             self.steering = planned.policy.install(self.hook, planned.spec)
-        self.prompt_filter: PromptFilter | None = None
-        if self.hook is not None and isinstance(planned.policy, Gem):
-            self.prompt_filter = PromptFilter(model, self.hook, planned.policy)
-        self.growth = KvGrowth(self.ledger, planned.plan.kv_tokens, self._kv_bytes)
+        self.growth = KvGrowth(self.ledger, planned.plan.cache_tokens, self._kv_bytes)
+        self.prompt_filter = self._prompt_filter()
         if planned.plan.kept_layers is not None:
             self._try_a_pass()
         self.releasers += (Releaser("moderate", gc.collect), Releaser("background", trim_heap))
         self._check_resident()
+
+    def _prompt_filter(self) -> PromptFilter | None:
+        """Make what shortens prompts, where the policy has that done."""
+        planned, hook = self.planned, self.hook
+        policy, first = planned.policy, planned.policy.first_pass
+        if hook is None or first is None or not isinstance(policy, Gem):
+            return None
+        assert isinstance(self.model, GgufModel), "there is a hook"
+        reader = load_reader(self.model, planned, hook, first, self.releasers, self._profiler)
+        plan, row_bytes = planned.plan, self.ledger.owners[FIRST_PASS]
+
+        def bytes_of(num_tokens: int) -> int:
+            more = self._first_layers_bytes(num_tokens) - self._first_layers_bytes(plan.kv_tokens)
+            return row_bytes + max(more, 0)
+
+        growth = KvGrowth(self.ledger, plan.kv_tokens, bytes_of, owner=FIRST_PASS)
+        made = PromptFilter(reader, hook, policy, growth, keeps=plan.keeps_first_pass)
+        self.releasers.insert(0, Releaser("moderate", made.forget))
+        return made
+
+    def most_tokens(self) -> int:
+        """Return how many tokens a prompt may have now: the context, or what the budget allows."""
+        most = self.growth.most_tokens(self.model.context)
+        return max(most, self.prompt_filter.most_tokens()) if self.prompt_filter else most
 
     def new_session(self) -> Session:
         """Return the session of the model's one cache."""
@@ -120,13 +144,25 @@ class LoadedModel:
     def _kv_bytes(self, num_tokens: int) -> int:
         return kv_bytes(self.planned.spec, num_tokens, self.planned.plan.kv_type)
 
-    def check_completion(self) -> None:
-        """Raise `BadOption` where a text is to be continued by a policy that is for questions."""
+    def _first_layers_bytes(self, num_tokens: int) -> int:
+        first = self.planned.policy.first_pass
+        num_layers = first.num_layers if first else 0
+        return first_layers_bytes(
+            self.planned.spec, num_layers, num_tokens, self.planned.plan.kv_type
+        )
+
+    def check(self, options: GenerationOptions, *, is_completion: bool = False) -> None:
+        """Raise `BadOption` where the policy cannot do what is asked."""
         policy = self.planned.policy
-        if isinstance(policy, Gem) and not policy.continues:
+        if is_completion and isinstance(policy, Gem) and not policy.continues:
             raise BadOption(
                 "gem keeps what a question attends to, and makes the continuation of a text worse: ask in "
                 "a chat, or set gem:continues=1"
+            )
+        if options.explain and self.prompt_filter is None:
+            raise BadOption(
+                f"explain shows what gem kept of a prompt, attention is {policy.name}: open with "
+                "attention='gem', or leave explain out"
             )
 
     def hook_counts(self) -> HookCounts | None:
@@ -177,6 +213,8 @@ class LoadedModel:
         """Free the model; closing twice is allowed."""
         self._profiler.finish()
         self.prefixes.clear()
+        if self.prompt_filter is not None:
+            self.prompt_filter.close()
         self.model.close()
         if self._callback is not None:
             self._callback.close()

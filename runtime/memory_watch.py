@@ -14,6 +14,7 @@ from pathlib import Path
 from lowtide.memory.owners import (
     CACHE,
     COMPUTE,
+    FIRST_PASS,
     INTERPRETER,
     LOADING,
     PREFIXES,
@@ -57,6 +58,7 @@ HOW = {
     COMPUTE: "grown in passes beside cache and scratch, with llama.cpp's row of logits",
     SCRATCH: "counted by our kernels",
     PREFIXES: "pages of the states that are kept",
+    FIRST_PASS: "pages of its cache; the rest is with the compute buffer",
     SAMPLING: "grown while sampling",
     PROMPT: "grown while tokenising",
     OTHER: "resident, and nobody's above",
@@ -96,7 +98,7 @@ class MemoryWatch:
         self._grown: dict[str, int] = {}
         self._start: Residence | None = None
         self._model: WatchedModel | None = None
-        self._cache: Sequence[UntouchedBuffer] | None = None
+        self._caches: dict[str, Sequence[UntouchedBuffer]] = {}
         self._mapped = _MappedFiles()
 
     @property
@@ -113,9 +115,9 @@ class MemoryWatch:
         self._model = model
         self._start = self.read()
 
-    def cache_lies_in(self, buffers: Sequence[UntouchedBuffer]) -> None:
-        """Say where the KV cache is, once it is made; without buffers it was cleared whole."""
-        self._cache = tuple(buffers)
+    def cache_lies_in(self, buffers: Sequence[UntouchedBuffer], owner: str = CACHE) -> None:
+        """Say where an owner's KV cache is, once it is made; without buffers it was cleared whole."""
+        self._caches[owner] = tuple(buffers)
         self._mapped.walk_next()
 
     def charge(self, span: str, before: Residence, after: Residence) -> None:
@@ -131,12 +133,13 @@ class MemoryWatch:
             return {OTHER: now.num_bytes}
         model, grown = self._model, self._grown
         mapped = self._mapped.num_bytes(model, now) if model.memory_map else 0
-        scratch, cache = model.scratch_bytes(), self._cache_bytes(model)
+        scratch = model.scratch_bytes()
+        caches = {owner: self._cache_bytes(model, owner) for owner in self._caches}
         owners = {
             INTERPRETER: self._start.anonymous_bytes + grown.get(INTERPRETER, 0)
             + now.file_bytes - mapped,
-            CACHE: cache,
-            COMPUTE: grown.get(COMPUTE, 0) - cache - scratch,
+            CACHE: 0, **caches,
+            COMPUTE: grown.get(COMPUTE, 0) - sum(caches.values()) - scratch,
             SCRATCH: scratch,
             PREFIXES: model.prefix_bytes(),
             SAMPLING: grown.get(SAMPLING, 0),
@@ -157,10 +160,9 @@ class MemoryWatch:
             return "this system does not tell"
         return HOW_NOT.get(owner) or HOW.get(owner, "not told apart")
 
-    def _cache_bytes(self, model: WatchedModel) -> int:
-        if self._cache is None:
-            return 0
-        measured = resident_buffer_bytes(self._cache) if self._cache else None
+    def _cache_bytes(self, model: WatchedModel, owner: str) -> int:
+        buffers = self._caches[owner]
+        measured = resident_buffer_bytes(buffers) if buffers else None
         return model.cache_bytes if measured is None else measured
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ class GenerationOptions:
     which looks back over `repeat_last_n` tokens. `max_tokens` None goes on until the model ends or the
     context is full. `stop` texts end the answer and are not part of it. `overflow` says what happens
     to a prompt beyond the context: "error", or "drop-oldest". `seed` None draws one, reported in the
-    statistics.
+    statistics. `explain` has the last piece tell what a filter (`Gem`) kept of the prompt.
     """
 
     max_tokens: int | None = 512
@@ -34,6 +34,7 @@ class GenerationOptions:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     overflow: str = "error"
+    explain: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _texts(self.stop))

@@ -76,7 +76,7 @@ class OpenOptions:
         layers = parse_gpu_layers(self.gpu_layers)
         if layers == 0 or (self.gpu_layers is None and self.gpu_memory is None):
             return None
-        if policy.filters_prompts:
+        if policy.first_pass is not None:
             raise BadOption(
                 f"attention is {policy.name}, whose first pass ends early, and layers are to go to a GPU: "
                 "give one of them up"
@@ -93,7 +93,7 @@ class OpenOptions:
             threads=self.num_threads,
             attention_threads=self.num_threads if policy.uses_hook else 0,
             selection_layers=max(policy.num_selections, self.selection_layers),
-            filters_prompts=policy.filters_prompts,
+            first_pass=policy.first_pass,
             compared_rows=self.compared_rows,
             profiled=self.profiled,
             prefix_bytes=self.prefix_bytes,

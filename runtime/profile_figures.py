@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lowtide.memory.owners import (
     CACHE,
     COMPUTE,
+    FIRST_PASS,
     INTERPRETER,
     PREFIXES,
     PROMPT,
@@ -24,6 +25,7 @@ from lowtide.memory.owners import (
     WEIGHTS,
 )
 from lowtide.memory.units import MIB, format_bytes
+from lowtide.runtime.heat_figure import draw_heat
 from lowtide.runtime.memory_watch import OTHER
 from lowtide.runtime.profile_report import LayerTime, ProfileReport
 
@@ -41,6 +43,7 @@ COLOURS = {
     SAMPLING: "#e0a4c0",
     PROMPT: "#6cc4d1",
     PREFIXES: "#f2b134",
+    FIRST_PASS: "#f0906c",
     OTHER: "#d9d9d9",
 }
 PHASE_COLOURS = {
@@ -75,19 +78,27 @@ def svg(report: ProfileReport, draw: Draw, width: float, height: float) -> str:
 def picture(report: ProfileReport) -> bytes:
     """Return all figures in one PNG."""
     with _style("picture"):
-        figure = _figure(11, 15.5 if report.layers else 12)
-        parts = figure.subfigures(4 if report.layers else 3, 1, height_ratios=_heights(report))
+        drawn = _parts(report)
+        figure = _figure(11, sum(height for _, height in drawn))
+        parts = figure.subfigures(len(drawn), 1, height_ratios=[height for _, height in drawn])
         figure.suptitle(_title(report), parse_math=False, fontsize=13, fontweight="bold")
-        drawn = (memory_over_time, planned_and_measured, phases, layers)[: len(parts)]
-        for part, draw in zip(parts, drawn, strict=True):
+        for part, (draw, _) in zip(parts, drawn, strict=True):
             draw(part, report)
         data = io.BytesIO()
         figure.savefig(data, format="png", dpi=110)
     return data.getvalue()
 
 
-def _heights(report: ProfileReport) -> list[float]:
-    return [5.0, 4.2, 3.4, 3.2] if report.layers else [5.0, 4.2, 3.4]
+def _parts(report: ProfileReport) -> list[tuple[Draw, float]]:
+    """What there is to draw, with heights in inches."""
+    parts: list[tuple[Draw, float]] = [
+        (memory_over_time, 5.0),
+        (planned_and_measured, 4.2),
+        (phases, 3.2),
+    ]
+    parts += [(layers, 3.2)] if report.layers else []
+    parts += [(heat, 3.2)] if report.heat is not None else []
+    return parts
 
 
 def _title(report: ProfileReport) -> str:
@@ -205,6 +216,12 @@ def layers(figure: Figure, report: ProfileReport) -> None:
         right, report, f"Decode, by layer (mean of {decode})",
         lambda layer: layer.decode_pass_s, lambda layer: layer.decode_attention_s,
     )  # fmt: skip
+
+
+def heat(figure: Figure, report: ProfileReport) -> None:
+    """Draw what was kept of the last prompt that was filtered."""
+    if report.heat is not None:
+        draw_heat(figure, report.heat)
 
 
 def _layer_bars(

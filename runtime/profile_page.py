@@ -8,6 +8,7 @@ from html import escape
 from lowtide.memory.units import MIB, format_bytes
 from lowtide.runtime import profile_figures as figures
 from lowtide.runtime.profile_report import ProfileReport
+from lowtide.runtime.prompt_heat import PromptHeat
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem;
@@ -39,6 +40,12 @@ def profile_page(report: ProfileReport) -> str:
             "<h2>Time by layer</h2>",
             figures.svg(report, figures.layers, 10, 3.2),
             _layers(report),
+        ]
+    if report.heat is not None:
+        parts += [
+            "<h2>What was kept of the last prompt</h2>",
+            figures.svg(report, figures.heat, 10, 3.2),
+            _passages(report.heat),
         ]
     title = escape(f"lowtide profile: {report.model_name}")
     body = "\n".join(parts)
@@ -93,6 +100,15 @@ def _layers(report: ProfileReport) -> str:
     head = ("layer", "prefill, ms", "our attention", "decode, ms", "our attention")
     note = f"Means of a pass: {prefill} of prefill and {decode} of decode were timed."
     return f'<p class="note">{note}</p>' + _table(head, rows, (), numeric=(1, 2, 3, 4))
+
+
+def _passages(heat: PromptHeat) -> str:
+    rows = [
+        (f"{passage.position:,}", f"{passage.tokens:,}", f"{passage.score:.4f}", passage.text)
+        for passage in heat.passages
+    ]
+    total = ("in all", f"{heat.num_kept:,}", "", "")
+    return _table(("position", "tokens", "highest score", "text"), rows, total, numeric=(0, 1, 2))
 
 
 def _table(

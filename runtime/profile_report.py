@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lowtide.memory.meter import read_process_memory
 from lowtide.memory.plan import MemoryPlan
 from lowtide.runtime.memory_watch import OTHER
+from lowtide.runtime.prompt_heat import PromptHeat
 from lowtide.runtime.timeline import LayerPass, MemorySample, Timeline
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ class ProfileReport:
     """Of prefill and of decode."""
     timeline: Timeline
     begin_ns: int
+    heat: PromptHeat | None = None
+    """What was kept of the last prompt that was filtered; None where none was."""
 
     @classmethod
     def of(
@@ -105,6 +108,7 @@ class ProfileReport:
             num_timed_passes=(len(passes["prefill pass"]), len(passes["decode pass"])),
             timeline=timeline,
             begin_ns=profiler.begin_ns,
+            heat=profiler.heat,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -120,6 +124,7 @@ class ProfileReport:
             "seconds": self.seconds,
             "phases": [asdict(phase) for phase in self.phases],
             "layers": [asdict(layer) for layer in self.layers],
+            "heat": None if self.heat is None else self.heat.to_dict(),
         }
 
 

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 
 from lowtide.attention.graph_hook import GraphHook
 from lowtide.attention.layer_clock import LayerClock
+from lowtide.memory.owners import CACHE
 from lowtide.memory.residence import Residence
 from lowtide.memory.untouched_buffers import UntouchedBuffer
 from lowtide.models.errors import BadOption
 from lowtide.runtime.memory_watch import PACE, MemoryWatch, WatchedModel
+from lowtide.runtime.prompt_heat import PromptHeat
 from lowtide.runtime.timeline import LayerPass, MemorySample, Span, Timeline
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class Profiler:
         self._seconds: dict[str, tuple[int, int]] = {}
         self._open: list[_OpenSpan] = []
         self._num_decoded = 0
+        self.heat: PromptHeat | None = None
         self._is_finished = False
         self._sampled_bytes = 0
         self._next_sample_ns = 0
@@ -69,13 +72,17 @@ class Profiler:
         self._planned = planned
         self._watch.start(model)
 
-    def cache_lies_in(self, buffers: Sequence[UntouchedBuffer]) -> None:
-        """Say where the KV cache is, once it is made."""
-        self._watch.cache_lies_in(buffers)
+    def cache_lies_in(self, buffers: Sequence[UntouchedBuffer], owner: str = CACHE) -> None:
+        """Say where an owner's KV cache is, once it is made."""
+        self._watch.cache_lies_in(buffers, owner)
 
     def count_tokens(self, num_tokens: Callable[[], int]) -> None:
         """Ask `num_tokens` how many are in the KV cache, from now on."""
         self._num_tokens = num_tokens
+
+    def filtered(self, heat: Callable[[], PromptHeat]) -> None:
+        """A prompt was filtered: ask what was kept of it."""
+        self.heat = heat()
 
     def time_layers(self, hook: GraphHook, num_layers: int) -> None:
         """Take the time of layers from a hook's passes, until `finish`."""
@@ -205,11 +212,14 @@ class _Silent(Profiler):
     def watch(self, planned: PlannedModel, model: WatchedModel) -> None:
         """Watch nothing."""
 
-    def cache_lies_in(self, buffers: Sequence[UntouchedBuffer]) -> None:
+    def cache_lies_in(self, buffers: Sequence[UntouchedBuffer], owner: str = CACHE) -> None:
         """Remember nothing."""
 
     def count_tokens(self, num_tokens: Callable[[], int]) -> None:
         """Count nothing."""
+
+    def filtered(self, heat: Callable[[], PromptHeat]) -> None:
+        """Ask nothing."""
 
     def time_layers(self, hook: GraphHook, num_layers: int) -> None:
         """Time nothing."""

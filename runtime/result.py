@@ -6,17 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lowtide.runtime.generate import Piece
+from lowtide.runtime.prompt_heat import Passage
 from lowtide.runtime.statistics import Statistics
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """A whole answer: its text, the tokens that were sampled, why it ended, what it cost."""
+    """A whole answer: its text, the tokens that were sampled, why it ended, what it cost; see `Piece`."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str
     stats: Statistics
+    kept: tuple[Passage, ...] = ()
 
     @classmethod
     def of(cls, pieces: Iterator[Piece]) -> GenerationResult:
@@ -28,4 +30,5 @@ class GenerationResult:
             token_ids=tuple(p.token_id for p in collected if p.token_id is not None),
             finish_reason=last.finish_reason or "stop",
             stats=last.stats,
+            kept=last.kept,
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from lowtide.runtime.options import GenerationOptions
 from lowtide.runtime.overflow import fit_messages, fit_tokens
 from lowtide.runtime.planning import OpenOptions, PlannedModel, plan_reference, plan_spec
 from lowtide.runtime.profiler import SILENT, Profiler
+from lowtide.runtime.prompt_heat import Passage
 from lowtide.runtime.result import GenerationResult
 from lowtide.runtime.session_store import SessionStore
 
@@ -139,8 +141,8 @@ class Runtime:
         """The conversation on disk, KV state included: `save(path, messages)` and `load(path)`."""
         return self._store
 
-    def kept_passages(self) -> list[dict[str, Any]]:
-        """Return what `gem` kept of the last prompt that it filtered; see `PromptFilter.passages`."""
+    def kept_passages(self) -> list[Passage]:
+        """Return what `gem` kept of the last prompt that it filtered; nothing where it filtered none."""
         return self._loaded.prompt_filter.passages() if self._loaded.prompt_filter else []
 
     def chat(
@@ -157,6 +159,7 @@ class Runtime:
         """
         asked_at = time.perf_counter()
         chosen = GenerationOptions.of(options, **named)
+        self._loaded.check(chosen)
         answer = self._begin()
         with self._profiler.span("template"):
             conversation = self._chatting()
@@ -169,7 +172,7 @@ class Runtime:
                 token_ids = conversation.prompt_ids(text, some)
             return ChatPrompt(text=text, token_ids=token_ids, num_messages=len(some))
 
-        chat_prompt, dropped = fit_messages(messages, prepared, self._room_tokens, chosen)
+        chat_prompt, dropped = fit_messages(messages, prepared, self._loaded.most_tokens(), chosen)
         prompt = Prompt(
             token_ids=chat_prompt.token_ids,
             asked_at=asked_at,
@@ -184,14 +187,14 @@ class Runtime:
         """Continue `prompt` as it stands, without a chat template, piece by piece."""
         asked_at = time.perf_counter()
         chosen = GenerationOptions.of(options, **named)
-        self._loaded.check_completion()
+        self._loaded.check(chosen, is_completion=True)
         answer = self._begin()
         self._check_text(prompt)
         with self._profiler.span("tokenise"):
             token_ids = self._model.tokenizer.encode(prompt, add_special=True, parse_special=False)
         if not token_ids:
             raise BadOption("the prompt is empty, and this model adds no token: write one")
-        kept, dropped = fit_tokens(token_ids, self._room_tokens, chosen)
+        kept, dropped = fit_tokens(token_ids, self._loaded.most_tokens(), chosen)
         fitted = Prompt(token_ids=kept, asked_at=asked_at, dropped_tokens=dropped)
         return self._pieces(answer, fitted, chosen)
 
@@ -232,11 +235,6 @@ class Runtime:
             self._conversation = Conversation(template, tokenizer, self._last)
         return self._conversation
 
-    @property
-    def _room_tokens(self) -> int:
-        """How many tokens a prompt and its answer may have: the context, or what the budget allows."""
-        return self._loaded.growth.most_tokens(self._model.context)
-
     def _check_text(self, text: str) -> None:
         """Refuse a text that would pass its row while it is tokenised; set aside a cache in its way."""
         num_bytes = len(text.encode("utf-8", errors="replace"))
@@ -258,6 +256,8 @@ class Runtime:
                 piece = next(pieces, None)
             if piece is None:
                 return
+            if options.explain and piece.finish_reason is not None:
+                piece = replace(piece, kept=tuple(self.kept_passages()))
             yield piece
 
     def _check_goes_on(self, answer: int) -> None:

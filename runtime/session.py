@@ -66,14 +66,14 @@ class Session:
         return True
 
     def shortened(self, token_ids: Sequence[int]) -> Sequence[int]:
-        """Return what of a prompt is to be computed; sets the session aside where it is filtered anew."""
+        """Return what of a prompt is to be computed; makes room for a filter that keeps nothing itself."""
         if self._filter is None or not self._filter.applies_to(token_ids):
             return token_ids
-        self.set_aside()
-        self.admit(len(token_ids))
+        if not self._filter.keeps:
+            self.set_aside()
         with self._profiler.span(FILTER, len(token_ids)):
             kept = self._filter.filtered(token_ids)
-        self.admit(0)
+        self._profiler.filtered(self._filter.heat)
         return kept
 
     def rewind_to(self, token_ids: Sequence[int]) -> int:

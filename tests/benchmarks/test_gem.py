@@ -1,8 +1,8 @@
 """GemFilter: time to the first token of a long prompt with a question, and what is still found.
 
-Times a whole prompt through llama.cpp and then through gem, in turn. What is found: a pass key, a fact, and
-two facts, hidden in essays; counts the answers of the whole prompt under exact attention, and how many of
-these gem gives too. Run with `make bench`.
+Times a whole prompt through llama.cpp and then through gem, in turn, and the first question on a text
+against a second one. What is found: a pass key, a fact, and two facts, hidden in essays; counts the answers
+of the whole prompt under exact attention, and how many of these gem gives too. Run with `make bench`.
 """
 
 from __future__ import annotations
@@ -66,6 +66,14 @@ def answer(runtime: Runtime, text: str) -> str:
     return GenerationResult.of(runtime.chat(message, max_tokens=40, temperature=0)).text
 
 
+def first_token(runtime: Runtime, text: str, *, afresh: bool) -> None:
+    if afresh:
+        runtime.trim("moderate")
+        runtime._session.forget()
+    message = [{"role": "user", "content": text}]
+    GenerationResult.of(runtime.chat(message, max_tokens=1, temperature=0))
+
+
 @pytest.mark.parametrize(("model", "num_tokens"), [("smollm2", 7500), ("gemma3-270m", 7900)])
 def test_time_to_first_token(benchmark: Any, model: str, num_tokens: int) -> None:
     path = resolve(model)
@@ -76,15 +84,31 @@ def test_time_to_first_token(benchmark: Any, model: str, num_tokens: int) -> Non
         token_ids = runtime._model.tokenizer.encode(prompt, add_special=True, parse_special=True)
         rows = runtime.plan.max_rows
         peer = Peer(Path(path), context=8192, max_rows=max(rows, 128), threads=2)
-        message = [{"role": "user", "content": text}]
         paired(
             benchmark,
             f"{model}, first token of {len(token_ids):,}",
-            lambda: GenerationResult.of(runtime.chat(message, max_tokens=1, temperature=0)),
+            lambda: first_token(runtime, text, afresh=True),
             lambda: (peer.prefill(list(token_ids)), peer.decode(1)),
             rounds=3,
         )
         peer.close()
+
+
+@pytest.mark.parametrize(("model", "num_tokens"), [("smollm2", 7500), ("gemma3-270m", 7900)])
+def test_a_second_question(benchmark: Any, model: str, num_tokens: int) -> None:
+    attention = f"gem:k=512,layer={LAYERS[model]}"
+    opening: dict[str, Any] = {"memory": "4GiB", "context": 8192, "threads": 2}
+    with Runtime.open(model, attention=attention, **opening) as runtime:
+        assert runtime.plan.keeps_first_pass
+        text = hidden(runtime._model, num_tokens, 0.5, pass_key(1)).removesuffix(QUESTION)
+        paired(
+            benchmark,
+            f"{model}, a second question on {num_tokens:,} tokens against the first",
+            lambda: first_token(runtime, text + "\nWhat is this text about?", afresh=False),
+            lambda: first_token(runtime, text + QUESTION, afresh=True),
+            rounds=5,
+            peer="the first",
+        )
 
 
 @pytest.mark.parametrize(
