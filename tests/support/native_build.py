@@ -11,8 +11,16 @@ NATIVE = TESTS.parents[2] / "attention" / "native"
 KERNELS = (
     "attend attend_avx2 attend_avx512 attend_bf16 attend_portable cpu_features find_kernels".split()
 )
-PROGRAMS = {"attend": [*KERNELS, "key_set", "tidal_attend"]}
+PROGRAMS = {
+    "attend": [*KERNELS, "key_set", "tidal_attend"],
+    "layer_clock": ["layer_clock"],
+    "prompt_scores": [*KERNELS, "prompt_scores"],
+    "sliced_product": ["sliced_product", "weight_stream"],
+    "unpopulated_maps": ["unpopulated_maps"],
+    "weight_stream": ["weight_stream"],
+}
 """What of the library each test is linked with: none needs llama.cpp."""
+LIBRARIES = {"unpopulated_maps": "mapping_library"}
 AVX512 = "-mavx512f -mavx512vl -mavx512bw -mavx512dq -mfma -mf16c -Wno-maybe-uninitialized".split()
 X86_FLAGS = {
     "attend_avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -32,7 +40,9 @@ class NativeBuild:
     def program(self, name: str) -> Path:
         """Build the test called `name` and return the program's path."""
         objects = [str(self._object(source)) for source in PROGRAMS[name]]
-        return Path(self._linked(f"{name}_test", *objects, "-pthread"))
+        if name in LIBRARIES:
+            objects.append(self._linked(LIBRARIES[name], "-fPIC", "-shared"))
+        return Path(self._linked(f"{name}_test", *objects, "-pthread", "-ldl"))
 
     def _object(self, source: str) -> Path:
         path = self._folder / f"{source}.o"
