@@ -48,12 +48,19 @@ DEFAULT_DEPTHS = (512, 4096)
     help="Tokens that are decoded in each round.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option(
+    "--enforce",
+    is_flag=True,
+    help="Have the kernel hold each case's budget too (Linux, where control groups can be made): one that "
+    "passes it is killed.",
+)
 def command(
     attentions: tuple[str, ...],
     depths: tuple[int, ...],
     rounds: int,
     tokens: int,
     as_json: bool,
+    enforce: bool,
     **options: Any,
 ) -> None:
     """Measure prompts and decoding at each depth against plain llama.cpp on the same file.
@@ -89,7 +96,7 @@ def command(
         "max_rows": planned.plan.max_rows,
     }
     cases = []
-    with Bench(spec, attentions, opened) as bench:
+    with Bench(spec, attentions, opened, enforced=enforce) as bench:
         for depth in wanted:
             cases += bench.run(depth, rounds=rounds, tokens=tokens, progress=note)
     if as_json:

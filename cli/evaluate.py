@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lowtide.cli.enforce import enforce_option, hold
 from lowtide.cli.options import opening_options, plan_with, take_open_options, take_spec
 
 if TYPE_CHECKING:
+    from lowtide.memory.control_group import ControlGroup
     from lowtide.runtime.evaluation import Evaluation
 
 DEFAULT_CONTEXT = 4096
@@ -32,11 +34,13 @@ DEFAULT_CONTEXT = 4096
 )
 @click.option("--needles/--no-needles", default=True, help="Also hide pass keys and ask for them.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@enforce_option
 def command(
     text: Path | None,
     windows: int,
     needles: bool,
     as_json: bool,
+    enforce: ControlGroup | None,
     **options: Any,
 ) -> None:
     """Measure a policy's distance from dense attention at --context tokens (4,096 unless said).
@@ -58,7 +62,9 @@ def command(
     context = options["context"] or min(DEFAULT_CONTEXT, spec.context_length - SPARE_TOKENS)
     options["context"] = context + SPARE_TOKENS
     planned = plan_with(spec, replace(take_open_options(options), compared_rows=WINDOW_TOKENS))
+    planned.require_fit()
     note(plan_line(planned))
+    hold(enforce, planned.plan.budget)
     loaded = LoadedModel(planned)
     try:
         found = evaluate(

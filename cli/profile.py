@@ -50,8 +50,8 @@ def command(
     """Run a prompt or a script of turns and show where bytes and milliseconds went.
 
     Memory is told apart by the plan's owners, time by phase and by layer. --report and --png draw with
-    matplotlib (pip install 'lowtide[report]'), after the run and not inside --memory. MODEL is a .gguf
-    file, a name from `lowtide models`, or hf:user/repo[:quant].
+    matplotlib (pip install 'lowtide[report]'), after the run and in a process of its own beside --memory.
+    MODEL is a .gguf file, a name from `lowtide models`, or hf:user/repo[:quant].
     """
     from lowtide.cli.summary import json_object, note, plan_line
     from lowtide.memory.footprint import prompt_limit_bytes
@@ -69,7 +69,6 @@ def command(
     with Runtime.load(planned, profiler=profiler) as runtime:
         answers = _run(runtime, turns, generation)
     found = profiler.report()
-    _write(found, report, trace, png)
     if as_json:
         told = {**found.to_dict(), "turns": [stats.to_dict() for stats in answers]}
         click.echo(json_object(planned, **told))
@@ -77,6 +76,7 @@ def command(
         from lowtide.cli.profile_table import print_profile
 
         print_profile(found)
+    _write(found, report, trace, png)
 
 
 def _check_outputs(report: Path | None, trace: Path | None, png: Path | None) -> None:
@@ -128,7 +128,7 @@ def _run(runtime: Runtime, turns: list[str], options: GenerationOptions) -> list
 
 
 def _write(found: ProfileReport, report: Path | None, trace: Path | None, png: Path | None) -> None:
-    """Write what was asked for; matplotlib is imported here, after everything was measured."""
+    """Write what was asked for; the numbers are told by then, whatever fails here."""
     from lowtide.models.errors import LowtideError
 
     try:
@@ -137,13 +137,13 @@ def _write(found: ProfileReport, report: Path | None, trace: Path | None, png: P
 
             trace.write_text(json.dumps(chrome_trace(found)), encoding="utf-8")
         if report is not None:
-            from lowtide.runtime.profile_page import profile_page
+            from lowtide.runtime.profile_drawing import drawn
 
-            report.write_text(profile_page(found), encoding="utf-8")
+            report.write_bytes(drawn(found, "page"))
         if png is not None:
-            from lowtide.runtime.profile_figures import picture
+            from lowtide.runtime.profile_drawing import drawn
 
-            png.write_bytes(picture(found))
+            png.write_bytes(drawn(found, "picture"))
     except OSError as error:
         raise LowtideError(
             f"{error.filename} cannot be written: {error.strerror or error}"

@@ -22,7 +22,7 @@ from lowtide.memory.errors import NotEnforceable
 from lowtide.memory.units import MIB
 
 PREFIX = "lowtide-"
-"""A group is named after the process that made it: `lowtide-1234`."""
+"""A group is named after the process that made it, `lowtide-1234`; one of several, `lowtide-1234-0`."""
 KERNEL_SHARE = 64
 KERNEL_BYTES = 4 * MIB
 """What the kernel charges beside the resident set: page tables (1/512 of what is mapped, twice where file
@@ -56,17 +56,22 @@ class ControlGroup:
     version: _Version
 
     @classmethod
-    def make(cls, proc: Path = PROC, root: Path = CGROUP_ROOT) -> ControlGroup:
+    def make(
+        cls, proc: Path = PROC, root: Path = CGROUP_ROOT, *, number: int | None = None
+    ) -> ControlGroup:
         """Make a group without a limit, named after this process, and remove what dead ones left behind.
+
+        Whoever makes several gives each a `number`.
 
         It lies beneath our own group or, where that may not have children, beneath the nearest above it,
         but never outside a limit that holds for us. Raises `NotEnforceable` with the reason where none can
         be made.
         """
         version, parents = _parents(proc, root)
+        name = f"{PREFIX}{os.getpid()}" + ("" if number is None else f"-{number}")
         reason = "its folder cannot be written"
         for parent in parents:
-            group = cls(parent / f"{PREFIX}{os.getpid()}", version)
+            group = cls(parent / name, version)
             try:
                 _remove_abandoned(parent, proc)
                 group.folder.mkdir(exist_ok=True)
@@ -207,6 +212,7 @@ def _limit(path: Path) -> int | None:
 def _remove_abandoned(parent: Path, proc: Path) -> None:
     """Remove the groups of processes that were killed before they could; one in use stays."""
     for folder in parent.glob(f"{PREFIX}*"):
-        if not (proc / folder.name.removeprefix(PREFIX)).exists():
+        maker_pid, _, _ = folder.name.removeprefix(PREFIX).partition("-")
+        if not (proc / maker_pid).exists():
             with contextlib.suppress(OSError):
                 folder.rmdir()

@@ -133,12 +133,12 @@ class FakeModel(Model):
         """Write the tokens, four bytes each: they are all that there is."""
         return path.write_bytes(_STATE_MAGIC + array("i", token_ids).tobytes())
 
-    def load_state(self, path: Path, num_bytes: int) -> list[int]:
+    def load_state(self, path: Path, num_bytes: int, num_tokens: int) -> list[int]:
         """Put the tokens back."""
         self._tokens = []
         with path.open("rb") as file:
             state = file.read(num_bytes)
-        if not state.startswith(_STATE_MAGIC) or len(state) % 4:
+        if not state.startswith(_STATE_MAGIC) or len(state) != 4 + 4 * num_tokens:
             raise StateError("the state is not a fake model's")
         self._tokens = array("i", state[len(_STATE_MAGIC) :]).tolist()
         return self._tokens[:]

@@ -10,10 +10,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowtide.models.errors import ForwardError, ModelError, StateError, UnsupportedModel
+from lowtide.models.errors import ForwardError, ModelError, UnsupportedModel
 from lowtide.models.fingerprint import file_fingerprint
 from lowtide.models.gguf_options import LoadOptions, context_parameters, model_parameters
-from lowtide.models.gguf_state import copy_state, put_state, read_state, state_bytes, write_state
+from lowtide.models.gguf_state import (
+    copy_state,
+    put_state,
+    read_state,
+    require_tokens,
+    state_bytes,
+    write_state,
+)
 from lowtide.models.gguf_tokenizer import GgufTokenizer
 from lowtide.models.llama_library import LlamaLibrary, llama_library
 from lowtide.models.model import Model
@@ -144,13 +151,12 @@ class GgufModel(Model):
         assert len(token_ids) == self._num_tokens, "these are not the tokens in the cache"
         return write_state(self._library, self._context, path, token_ids)
 
-    def load_state(self, path: Path, num_bytes: int) -> list[int]:
+    def load_state(self, path: Path, num_bytes: int, num_tokens: int) -> list[int]:
         """Put a file's tokens and cells back; cells that hold no token stay untouched."""
         self.truncate(0)
+        require_tokens(self._library, path, num_bytes, num_tokens, self._num_logits)
         try:
             token_ids = read_state(self._library, self._context, path, num_bytes, self.context)
-            if not all(0 <= token_id < self._num_logits for token_id in token_ids):
-                raise StateError("it holds tokens that are not in the vocabulary")
         except BaseException:
             self._forget_from(0)
             raise

@@ -2,13 +2,16 @@
 
 Only what the sequence holds is written and read, a tensor at a time: no copy of it is made but the one
 asked for, and cells without a token stay untouched. llama.cpp trusts what it reads: whoever calls
-`read_state` or `put_state` answers for the bytes. Knows no checksum.
+`read_state` or `put_state` answers for the bytes; `require_tokens` checks what can be before. Knows no
+checksum.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import struct
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ from lowtide.models.errors import StateError
 from lowtide.models.llama_library import LlamaLibrary
 
 SEQUENCE = 0
+_HEADER = struct.Struct("=III")
+"""Of a file: magic, version, how many tokens; their numbers follow, four bytes each, and then the cells."""
 
 
 def write_state(library: LlamaLibrary, context: Any, path: Path, token_ids: Sequence[int]) -> int:
@@ -33,6 +38,30 @@ def write_state(library: LlamaLibrary, context: Any, path: Path, token_ids: Sequ
     if not written or written != path.stat().st_size:
         raise StateError(_reason(errors, f"only {path.stat().st_size:,} bytes could be written"))
     return int(written)
+
+
+def require_tokens(
+    library: LlamaLibrary, path: Path, num_bytes: int, num_tokens: int, vocabulary: int
+) -> None:
+    """Check that the first `num_bytes` of a file say that they are the state of `num_tokens` tokens.
+
+    llama.cpp would make room for as many as there are. Raises `StateError` also where one's number is none
+    of `vocabulary`; what is of another magic or version is left to llama.cpp, which refuses it.
+    """
+    with path.open("rb") as file:
+        header = file.read(min(num_bytes, _HEADER.size))
+        known = (library.api.LLAMA_STATE_SEQ_MAGIC, library.api.LLAMA_STATE_SEQ_VERSION)
+        if len(header) < _HEADER.size or _HEADER.unpack(header)[:2] != known:
+            return
+        _, _, num_held = _HEADER.unpack(header)
+        if num_held != num_tokens:
+            raise StateError(f"it holds {num_held:,} tokens, {num_tokens:,} are wanted")
+        token_bytes = file.read(min(num_bytes - _HEADER.size, 4 * num_tokens))
+    if len(token_bytes) != 4 * num_tokens:
+        raise StateError(f"it ends before its {num_tokens:,} tokens do")
+    token_ids = array("i", token_bytes)
+    if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocabulary:
+        raise StateError("it holds tokens that are not in the vocabulary")
 
 
 def read_state(

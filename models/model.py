@@ -71,8 +71,8 @@ class Model(ABC):
         """
         raise StateError(f"{self.spec.name} cannot keep its KV cache in a file")
 
-    def load_state(self, path: Path, num_bytes: int) -> list[int]:
-        """Put back what lies in the first `num_bytes` of a file, and return its tokens.
+    def load_state(self, path: Path, num_bytes: int, num_tokens: int) -> list[int]:
+        """Put back what lies in the first `num_bytes` of a file, and return its tokens, `num_tokens`.
 
         Going on from there equals never having left. The bytes must be those that `save_state` of this
         `state_owner` wrote. Raises `StateError` where they are not; the cache is then empty.

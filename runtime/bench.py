@@ -15,11 +15,18 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 
+from lowtide.memory.control_group import ControlGroup, limit_for
+from lowtide.memory.errors import KilledByLimit
+from lowtide.memory.units import format_bytes
 from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.spec import ModelSpec
 
 PEER = "llama"
-STARTING = "from lowtide.runtime.bench_worker import serve; serve()"
+STARTING = (
+    "import sys; first = sys.stdin.readline(); "
+    "from lowtide.runtime.bench_worker import serve; serve(first)"
+)
+"""A worker takes no memory to speak of before it is asked: where it is to be held, it is by then."""
 
 Progress = Callable[[str], None]
 
@@ -62,16 +69,24 @@ class BenchFailed(LowtideError):
 
 
 class _Process:
-    """A worker; asked one thing at a time."""
+    """A worker, in `group` where there is one; asked one thing at a time."""
 
-    def __init__(self, path: str, options: dict[str, Any]) -> None:
+    def __init__(self, path: str, options: dict[str, Any], group: ControlGroup | None) -> None:
+        self._group = group
         self._process = subprocess.Popen(
             [sys.executable, "-c", STARTING],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.ask("open", path=path, options=options)
+        try:
+            if group is not None:
+                group.admit(self._process.pid)
+                group.hold(limit_for(options["memory"]))
+            self.ask("open", path=path, options=options)
+        except BaseException:
+            self.close()
+            raise
 
     def ask(self, name: str, **values: Any) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -82,28 +97,50 @@ class _Process:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise BenchFailed("a case's process ended on its own: run lowtide doctor")
+            raise self._ended()
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            self.close()
             raise BenchFailed(answer["error"], answer["exit_code"])
         return answer
+
+    def _ended(self) -> LowtideError:
+        self._process.wait()
+        if self._group is not None and self._group.num_kills:
+            limit = format_bytes(self._group.limit_bytes or 0)
+            return KilledByLimit(
+                f"the kernel ended a case at its enforced limit of {limit}: raise --memory"
+            )
+        return BenchFailed("a case's process ended on its own: run lowtide doctor")
 
     def close(self) -> None:
         self._process.kill()
         self._process.communicate()
+        if self._group is not None:
+            self._group.remove()
 
 
 class Bench:
-    """The cases' processes; a context manager that ends them."""
+    """The cases' processes; a context manager that ends them.
 
-    def __init__(self, spec: ModelSpec, attentions: Sequence[str], options: dict[str, Any]) -> None:
+    Where they are `enforced`, the kernel holds each to `memory` of `options`; raises `NotEnforceable`
+    where it cannot, and `KilledByLimit` where it ended one.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        attentions: Sequence[str],
+        options: dict[str, Any],
+        *,
+        enforced: bool = False,
+    ) -> None:
         self._peer_name = _peer_name()
         self._processes: dict[str, _Process] = {}
         try:
-            for attention in (PEER, *attentions):
+            for number, attention in enumerate((PEER, *attentions)):
                 opened = {**options, "attention": attention}
-                self._processes[attention] = _Process(str(spec.path), opened)
+                group = ControlGroup.make(number=number) if enforced else None
+                self._processes[attention] = _Process(str(spec.path), opened, group)
         except BaseException:
             self._close()
             raise

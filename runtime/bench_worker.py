@@ -11,6 +11,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,10 @@ class BenchWorker:
         }
 
 
-def serve() -> None:
-    """Answer until standard input ends."""
+def serve(first: str) -> None:
+    """Answer the first line, and what follows on standard input until it ends."""
     worker: BenchWorker | None = None
-    for line in sys.stdin:
+    for line in filter(None, chain((first,), sys.stdin)):
         request = json.loads(line)
         name = request.pop("do")
         try:
@@ -79,7 +80,3 @@ def serve() -> None:
         except LowtideError as error:
             answer = {"error": str(error), "exit_code": error.exit_code}
         print(json.dumps(answer), flush=True)
-
-
-if __name__ == "__main__":
-    serve()

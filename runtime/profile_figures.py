@@ -1,6 +1,7 @@
 """A profile as figures: memory over time, planned beside measured, phases, layers. Draws with matplotlib.
 
-Imported after a run has been measured: what drawing takes must not be in the figures. Knows no page.
+Imported by the process that draws alone (`profile_drawing`): what it takes must not be in the figures.
+Knows no page.
 """
 
 from __future__ import annotations

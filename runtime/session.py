@@ -186,10 +186,10 @@ class Session:
         """Write the KV cache of the session's tokens, settled before, to a file and return its bytes."""
         return self._model.save_state(path, self.token_ids)
 
-    def load_state(self, path: Path, num_bytes: int, exact_until: int) -> None:
+    def load_state(self, path: Path, num_bytes: int, num_tokens: int, exact_until: int) -> None:
         """Be the session whose state is the beginning of a file; an empty one where that fails."""
         self.token_ids, self.exact_until = [], 0
-        self.token_ids = self._model.load_state(path, num_bytes)
+        self.token_ids = self._model.load_state(path, num_bytes, num_tokens)
         self.exact_until = min(exact_until, len(self.token_ids))
 
     def _correct(self) -> Logits:

@@ -142,10 +142,10 @@ class SessionStore:
         self._last.set("", [], 0)
         try:
             with guarded_aborts():
-                self._session.load_state(file.state_path, file.num_state_bytes, head.exact_until)
+                self._session.load_state(
+                    file.state_path, file.num_state_bytes, head.num_tokens, head.exact_until
+                )
             file.require_unchanged()
-            if len(self._session.token_ids) != head.num_tokens:
-                raise StateError(f"{head.num_tokens} tokens are wanted")
         except (StateError, TranscriptError) as error:
             self._session.rewind_to(())
             raise TranscriptError(

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 from control_groups import reason_against_enforcing
+from gguf_files import write_model
 from processes import run_lowtide, run_measured, run_python
 
 from lowtide.memory import control_group
@@ -35,15 +36,15 @@ def groups_left() -> list[Path]:
     """The groups whose makers are gone; others may be running beside us."""
     _, parents = control_group._parents(PROC, CGROUP_ROOT)
     found = [folder for parent in parents for folder in parent.glob("lowtide-*")]
-    return [folder for folder in found if not (PROC / folder.name.partition("-")[2]).exists()]
+    return [folder for folder in found if not (PROC / folder.name.split("-")[1]).exists()]
 
 
 def test_where_no_group_can_be_made_nothing_is_run(
     lowtide: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make = ControlGroup.make
-    monkeypatch.setattr(ControlGroup, "make", lambda: make(tmp_path, tmp_path))
-    for command in (("run", "-p", "Hi"), ("chat",)):
+    monkeypatch.setattr(ControlGroup, "make", lambda **_: make(tmp_path, tmp_path))
+    for command in (("run", "-p", "Hi"), ("chat",), ("evaluate",), ("bench", "-d", "16")):
         done = lowtide(*command, "--enforce", input="Hi\n")
         assert (done.exit_code, done.stdout) == (2, "")
         assert done.stderr.startswith("Error: --enforce needs the control groups of Linux")
@@ -76,6 +77,35 @@ def test_a_shares_budget_is_of_the_machine_and_not_of_the_group() -> None:
     told = run_lowtide("run", "--enforce", "--memory", "50%", "-c", "512", "-n", "2", "-p", "Hi")
     assert told.code == 0, told.stderr
     assert "Warning" not in told.stderr and "GiB (stated: 50%)" in told.stderr
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    return str(write_model(folder / "random.gguf", layers=4, width=128, heads=2, kv_heads=1))
+
+
+@real
+def test_evaluate_measures_the_same_inside_the_limit(model: str) -> None:
+    arguments = ("evaluate", model, "--memory", "160MiB", "-c", "512", "--windows", "1")
+    arguments += ("--no-needles", "-t", "1", "--attention", "tidal:k=100,layers=1", "--json")
+    plain, held = (run_lowtide(*arguments, *more) for more in ((), ("--enforce",)))
+    assert (plain.code, held.code) == (0, 0), plain.stderr + held.stderr
+    assert json.loads(held.stdout)["kl"] == json.loads(plain.stdout)["kl"] > 0
+    assert "above 166.5 MiB the kernel ends this process" in held.stderr
+    refused = run_lowtide(*arguments, "--memory", "30MiB", "--enforce")
+    assert (refused.code, refused.stdout) == (2, "") and "needs at least" in refused.stderr
+    assert not groups_left()
+
+
+@real
+def test_each_case_of_a_bench_is_inside_the_limit(model: str) -> None:
+    arguments = ("bench", model, "--memory", "160MiB", "-d", "100", "--rounds", "1", "-n", "2")
+    done = run_lowtide(*arguments, "-t", "1", "--attention", "dense", "--enforce", "--json")
+    assert done.code == 0, done.stderr
+    (case,) = json.loads(done.stdout)["cases"]
+    assert max(case["peak_rss_bytes"], case["peer_peak_rss_bytes"]) <= 160 * MIB
+    assert not groups_left()
 
 
 GREEDY = """

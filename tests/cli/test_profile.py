@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import Result
-from processes import run_lowtide
+from processes import run_lowtide, run_measured
 
 from lowtide.memory.units import MIB
 
@@ -183,6 +184,55 @@ def test_drawing_is_not_in_the_measured_peak(outputs: dict[str, Any]) -> None:
     rows = {row["owner"]: row["bytes"] for row in told["measured"]}
     assert rows["other"] < 8 * MIB
     assert told["peak_rss_bytes"] <= told["plan"]["total_bytes"]
+
+
+OWN_PEAK = """
+import atexit, resource, sys
+def tell():
+    print("own peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)
+atexit.register(tell)
+from lowtide.cli.main import main
+main()
+"""
+
+
+@needs_matplotlib
+def test_at_the_lower_bound_what_is_drawn_leaves_the_budget_alone(tmp_path: Path) -> None:
+    """In the process itself: what it started is beside the budget."""
+    refused = run_lowtide("profile", "--memory", "40MiB", "-p", "Hi")
+    bound = int(re.findall(r"raise --memory to (\d+)MiB", refused.stderr)[0]) + 1
+    page, png = tmp_path / "r.html", tmp_path / "p.png"
+    done = run_measured(
+        sys.executable, "-c", OWN_PEAK, "profile", "--memory", f"{bound}MiB", "-p", "Hi", "-n", "16",
+        "-t", "1", "--report", str(page), "--png", str(png),
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    assert page.stat().st_size > 10_000 and png.stat().st_size > 10_000
+    told = re.findall(r"own peak (\d+)", done.stderr)
+    assert int(told[0]) <= bound * MIB
+
+
+@needs_matplotlib
+@pytest.mark.parametrize(
+    ("starting", "reason"),
+    [
+        ("raise SystemExit('there is no font')", "there is no font"),
+        ("import os; os.kill(os.getpid(), 9)", "ended by SIGKILL"),
+        ("import os; os._exit(3)", "it gave no reason"),
+    ],
+)
+def test_what_cannot_be_drawn_is_a_sentence_and_the_numbers_are_told(
+    starting: str, reason: str, lowtide: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowtide.runtime.profile_drawing.STARTING", starting)
+    png = tmp_path / "p.png"
+    done = lowtide("profile", "-p", "Hi", "--json", "--png", str(png))
+    assert done.exit_code == 1 and set(json.loads(done.stdout)) == KEYS
+    assert done.stderr.splitlines()[-1] == (
+        f"Error: the picture of the profile could not be drawn ({reason}): leave it out, --json has its "
+        "numbers"
+    )
+    assert not png.exists()
 
 
 @needs_matplotlib

@@ -96,12 +96,20 @@ def test_what_dead_processes_left_is_removed(
     kernel = PretendedKernel(tmp_path, monkeypatch, version=1)
     kernel.process("4:memory:/")
     (kernel.proc / "41").mkdir()
-    for name, processes in (("lowtide-40", ""), ("lowtide-41", ""), ("lowtide-42", "7")):
+    (kernel.proc / str(os.getpid())).mkdir()
+    for name, processes in (
+        ("lowtide-40", ""),
+        ("lowtide-40-0", ""),
+        ("lowtide-41", ""),
+        ("lowtide-41-1", ""),
+        ("lowtide-42", "7"),
+    ):
         (kernel.top / name).mkdir()
         (kernel.top / name / "cgroup.procs").write_text(processes)
     made(kernel)
+    ControlGroup.make(kernel.proc, kernel.root, number=0)
     left = {path.name for path in kernel.top.glob("lowtide-*")}
-    assert left == {"lowtide-41", "lowtide-42", NAME}
+    assert left == {"lowtide-41", "lowtide-41-1", "lowtide-42", NAME, f"{NAME}-0"}
 
 
 def test_the_reasons_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

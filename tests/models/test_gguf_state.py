@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import signal
+import struct
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_loading_equals_never_having_left(
         more.write(b"what stands behind it")
     for token_ids in before:
         came_back.forward(token_ids)
-    assert came_back.load_state(tmp_path / "state", num_bytes) == kept
+    assert came_back.load_state(tmp_path / "state", num_bytes, len(kept)) == kept
     assert came_back.num_tokens == len(kept)
     for token_ids in after:
         assert came_back.forward(token_ids).tobytes() == stayed.forward(token_ids).tobytes()
@@ -164,10 +165,46 @@ def test_bytes_that_are_no_state_of_this_model_are_an_error(file: Path, tmp_path
             path.write_bytes(data)
             length = num_bytes + 1 if name == "longer than it says" else len(data)
             with pytest.raises(StateError), guarded_aborts():
-                model.load_state(path, length)
+                model.load_state(path, length, 3)
             assert model.num_tokens == 0, name
         path.write_bytes(state)
-        assert model.load_state(path, num_bytes) == [5, 6, 7]
+        assert model.load_state(path, num_bytes, 3) == [5, 6, 7]
+
+
+def test_a_header_that_says_otherwise_is_refused_before_llama_cpp_reads(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state"
+    with GgufModel(read_spec(file), OPTIONS) as model:
+        model.forward([5, 6, 7])
+        num_bytes = model.save_state(path, [5, 6, 7])
+        state, read = path.read_bytes(), []
+        load = model._api.llama_state_seq_load_file
+        monkeypatch.setattr(
+            model._api, "llama_state_seq_load_file", lambda *given: read.append(0) or load(*given)
+        )
+
+        def forged(at: int, number: int) -> bytes:
+            return state[:at] + struct.pack("=i", number) + state[at + 4 :]
+
+        cases = (
+            (forged(8, 200), num_bytes, 3, "it holds 200 tokens, 3 are wanted"),
+            (forged(8, 2), num_bytes, 3, "it holds 2 tokens, 3 are wanted"),
+            (state, num_bytes, 4, "it holds 3 tokens, 4 are wanted"),
+            (forged(16, 320), num_bytes, 3, "not in the vocabulary"),
+            (forged(12, -1), num_bytes, 3, "not in the vocabulary"),
+            (state, 20, 3, "it ends before its 3 tokens do"),
+        )
+        for data, length, num_tokens, sentence in cases:
+            path.write_bytes(data)
+            with pytest.raises(StateError, match=sentence):
+                model.load_state(path, length, num_tokens)
+            assert model.num_tokens == 0 and not read
+        for at in (0, 4):  # its magic, its version
+            path.write_bytes(forged(at, 1))
+            with pytest.raises(StateError, match=r"unknown \(magic, version\)"):
+                model.load_state(path, num_bytes, 3)
+        assert len(read) == 2
 
 
 def test_a_longer_state_than_the_context_is_an_error(file: Path, tmp_path: Path) -> None:
@@ -177,7 +214,7 @@ def test_a_longer_state_than_the_context_is_an_error(file: Path, tmp_path: Path)
             model.forward([5] * 16)
         num_bytes = model.save_state(path, [5] * 320)
     with GgufModel(spec, OPTIONS) as model, pytest.raises(StateError, match="token count"):
-        model.load_state(path, num_bytes)
+        model.load_state(path, num_bytes, 320)
 
 
 def test_a_write_that_the_system_cuts_short_is_an_error(file: Path, tmp_path: Path) -> None:
@@ -208,11 +245,12 @@ def test_a_fake_models_state(tmp_path: Path) -> None:
     model, other = FakeModel(), FakeModel()
     model.forward([1, 2, 3])
     num_bytes = model.save_state(tmp_path / "state", [1, 2, 3])
-    assert other.load_state(tmp_path / "state", num_bytes) == [1, 2, 3]
+    assert other.load_state(tmp_path / "state", num_bytes, 3) == [1, 2, 3]
     assert other.forward([4]).tobytes() == model.forward([4]).tobytes()
-    with pytest.raises(StateError):
-        other.load_state(tmp_path / "state", 3)
-    assert other.num_tokens == 0
+    for wrong_bytes, wrong_tokens in ((3, 3), (num_bytes, 2), (num_bytes - 4, 3)):
+        with pytest.raises(StateError):
+            other.load_state(tmp_path / "state", wrong_bytes, wrong_tokens)
+        assert other.num_tokens == 0
 
 
 def test_a_fake_models_copy() -> None:

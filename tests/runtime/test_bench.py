@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from control_groups import reason_against_enforcing
 from gguf_files import write_model
 
+from lowtide.memory.control_group import ControlGroup
+from lowtide.memory.errors import KilledByLimit
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf_header import read_spec
 from lowtide.runtime.bench import Bench, BenchFailed, check_attentions
@@ -41,6 +44,32 @@ def test_a_case_that_cannot_open_says_why(model: Path) -> None:
     with pytest.raises(BenchFailed, match="needs at least") as caught:
         Bench(read_spec(model), ("dense",), {**OPTIONS, "memory": 30 << 20})
     assert caught.value.exit_code == 2
+
+
+GREEDY = "import sys; first = sys.stdin.readline(); block = bytearray(b'x') * (200 << 20)"
+
+
+@pytest.mark.skipif(bool(reason_against_enforcing()), reason=reason_against_enforcing())
+def test_a_case_that_passes_its_limit_is_killed_alone(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[ControlGroup] = []
+    make = ControlGroup.make
+    monkeypatch.setattr(
+        ControlGroup, "make", lambda **named: made.append(make(**named)) or made[-1]
+    )
+    options = {**OPTIONS, "memory": 160 << 20}
+    with Bench(read_spec(model), ("dense",), options, enforced=True) as bench:
+        assert {group.limit_bytes for group in made} == {
+            (160 << 20) + (160 << 20) // 64 + (4 << 20)
+        }
+        assert not any(group.num_kills for group in made)
+        bench.run(100, rounds=1, tokens=2)
+    monkeypatch.setattr("lowtide.runtime.bench.STARTING", GREEDY)
+    with pytest.raises(KilledByLimit, match="at its enforced limit of 166.5 MiB: raise --memory"):
+        Bench(read_spec(model), ("dense",), options, enforced=True)
+    assert len({group.folder for group in made[:2]}) == 2
+    assert not any(group.folder.exists() for group in made)
 
 
 def test_wrong_cases() -> None:

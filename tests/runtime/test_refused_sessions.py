@@ -9,14 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from gguf_files import write_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from saved_talk import NEXT, SAID, TURNS, chat
 
 from lowtide import FakeModel, Runtime
 from lowtide.models.errors import StateError
+from lowtide.models.llama_library import llama_library
 from lowtide.runtime.errors import SessionMismatch, TranscriptError
-from lowtide.runtime.session_file import write_session
+from lowtide.runtime.session_file import opened_session, write_session
 
 Opened = Callable[..., Runtime]
 
@@ -87,7 +89,7 @@ def test_the_state_of_another_is_refused_and_its_messages_are_not(
 def test_a_state_that_native_code_refuses_leaves_an_empty_session(
     fake_runtime: Opened, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: FakeModel, path: Path, num_bytes: int) -> list[int]:
+    def refuse(self: FakeModel, path: Path, num_bytes: int, num_tokens: int) -> list[int]:
         self._tokens = [1, 2, 3]
         raise StateError("no room")
 
@@ -105,9 +107,9 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 ) -> None:
     load_state = FakeModel.load_state
 
-    def changed(self: FakeModel, path: Path, num_bytes: int) -> list[int]:
+    def changed(self: FakeModel, path: Path, num_bytes: int, num_tokens: int) -> list[int]:
         os.utime(saved, ns=(1, 1))
-        return load_state(self, path, num_bytes)
+        return load_state(self, path, num_bytes, num_tokens)
 
     monkeypatch.setattr(FakeModel, "load_state", changed)
     runtime = fake_runtime("One.", "Two.")
@@ -146,3 +148,26 @@ def test_forged_values_are_a_sentence_even_with_a_right_checksum(
     with pytest.raises(TranscriptError, match="talk holds") as caught:
         runtime.session.load(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("num_tokens", [-1, 0, 1, 400])
+def test_a_forged_count_is_refused_before_llama_cpp_reads_the_state(
+    num_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head's count is what the ledger was asked for."""
+    path = tmp_path / "talk"
+    model = write_model(tmp_path / "random.gguf", width=128)
+    with Runtime.open(model, memory="4GiB", context=512, threads=1) as runtime:
+        runtime.generate("The tide comes in.", temperature=0, max_tokens=2)
+        num_held = runtime.session.save(path).num_tokens
+        with opened_session(path) as file:
+            assert file is not None
+            head, state = file.head(), path.read_bytes()[: file.num_state_bytes]
+        assert runtime.session.load(path).num_tokens == num_held > 1
+        write_session(path, lambda at: at.write_bytes(state), {**head, "num_tokens": num_tokens})
+        monkeypatch.delattr(llama_library().api, "llama_state_seq_load_file")
+        sentence = f"it holds {num_held} tokens, {num_tokens} are wanted"
+        with pytest.raises(TranscriptError, match=sentence) as caught:
+            runtime.session.load(path)
+        assert "\n" not in str(caught.value) and runtime.session.read_messages(path) == ()
+        assert runtime.generate("The tide", temperature=0, max_tokens=2).stats.reused_tokens == 0

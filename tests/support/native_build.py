@@ -1,16 +1,26 @@
-"""Compiles the C++ core with its own test into a program, for sanitizers and other processors."""
+"""Compiles the C++ core with its own tests into programs, for sanitizers and other processors."""
 
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1] / "attention" / "native"
 NATIVE = TESTS.parents[2] / "attention" / "native"
-SOURCES = (
-    "attend attend_avx2 attend_avx512 attend_bf16 attend_portable cpu_features find_kernels key_set "
-    "tidal_attend"
-).split()
+KERNELS = (
+    "attend attend_avx2 attend_avx512 attend_bf16 attend_portable cpu_features find_kernels".split()
+)
+PROGRAMS = {
+    "attend": [*KERNELS, "key_set", "tidal_attend"],
+    "layer_clock": ["layer_clock"],
+    "prompt_scores": [*KERNELS, "prompt_scores"],
+    "sliced_product": ["sliced_product", "weight_stream"],
+    "unpopulated_maps": ["unpopulated_maps"],
+    "weight_stream": ["weight_stream"],
+}
+"""What of the library each test is linked with: none needs llama.cpp."""
+LIBRARIES = {"unpopulated_maps": "mapping_library"}
 AVX512 = "-mavx512f -mavx512vl -mavx512bw -mavx512dq -mfma -mf16c -Wno-maybe-uninitialized".split()
 X86_FLAGS = {
     "attend_avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -19,16 +29,32 @@ X86_FLAGS = {
 }
 
 
-def build_test(compiler: str, folder: Path, flags: list[str], *, x86: bool) -> Path:
-    """Build `attend_test` in `folder` and return the program's path."""
-    common = [compiler, "-std=c++17", f"-I{NATIVE}", '-DLOWTIDE_VERSION="test"', *flags]
-    objects = []
-    for name in SOURCES:
-        objects.append(folder / f"{name}.o")
-        own = X86_FLAGS.get(name, []) if x86 else []
-        source = str(NATIVE / f"{name}.cpp")
-        subprocess.run([*common, *own, "-c", source, "-o", str(objects[-1])], check=True)
-    program = folder / "attend_test"
-    test = str(TESTS / "attend_test.cpp")
-    subprocess.run([*common, test, *map(str, objects), "-pthread", "-o", str(program)], check=True)
-    return program
+class NativeBuild:
+    """A folder of objects made with the same flags; each source is compiled once."""
+
+    def __init__(self, compiler: str, folder: Path, flags: Sequence[str], *, x86: bool) -> None:
+        self._folder = folder
+        self._x86 = x86
+        self._common = [compiler, "-std=c++17", f"-I{NATIVE}", '-DLOWTIDE_VERSION="test"', *flags]
+
+    def program(self, name: str) -> Path:
+        """Build the test called `name` and return the program's path."""
+        objects = [str(self._object(source)) for source in PROGRAMS[name]]
+        if name in LIBRARIES:
+            objects.append(self._linked(LIBRARIES[name], "-fPIC", "-shared"))
+        return Path(self._linked(f"{name}_test", *objects, "-pthread", "-ldl"))
+
+    def _object(self, source: str) -> Path:
+        path = self._folder / f"{source}.o"
+        if not path.exists():
+            own = X86_FLAGS.get(source, []) if self._x86 else []
+            self._run(*own, "-c", str(NATIVE / f"{source}.cpp"), "-o", str(path))
+        return path
+
+    def _linked(self, test: str, *more: str) -> str:
+        path = str(self._folder / test)
+        self._run(str(TESTS / f"{test}.cpp"), *more, "-o", path)
+        return path
+
+    def _run(self, *arguments: str) -> None:
+        subprocess.run([*self._common, *arguments], check=True)
