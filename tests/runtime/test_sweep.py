@@ -91,6 +91,8 @@ def test_never_over_and_never_refused_without_need(case: Case) -> None:
         assert case.budget_bytes < told["bound"] + TOLERANCE_BYTES
         return
     assert case.budget_bytes > told["bound"] - TOLERANCE_BYTES
+    if not told["ended"]:
+        return  # every prompt was longer than the context, and refused
     assert told["peak"] <= told["planned"] <= case.budget_bytes
 
 
