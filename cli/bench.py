@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lowtide.cli.enforce import tidy_termination
 from lowtide.cli.options import (
     opening_options_but_attention,
     plan_with,
@@ -96,7 +97,7 @@ def command(
         "max_rows": planned.plan.max_rows,
     }
     cases = []
-    with Bench(spec, attentions, opened, enforced=enforce) as bench:
+    with tidy_termination(), Bench(spec, attentions, opened, enforced=enforce) as bench:
         for depth in wanted:
             cases += bench.run(depth, rounds=rounds, tokens=tokens, progress=note)
     if as_json:

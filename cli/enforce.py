@@ -6,10 +6,11 @@ whatever happens. Knows no plan but its budget.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -61,6 +62,16 @@ def _entered_group(
         # Here, before the command imports anything: this process waits, and should be small.
         raise SystemExit(_run_again())
     return group
+
+
+@contextlib.contextmanager
+def tidy_termination() -> Iterator[None]:
+    """Let SIGTERM end the block as an error would, so that no group that it has made is left behind."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def hold(group: ControlGroup | None, budget: Budget) -> None:

@@ -6,6 +6,7 @@ one as to the other. Ratios are medians over the rounds; above 1 we are faster.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import subprocess
@@ -113,10 +114,12 @@ class _Process:
         return BenchFailed("a case's process ended on its own: run lowtide doctor")
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-        if self._group is not None:
-            self._group.remove()
+        try:
+            self._process.kill()
+            self._process.communicate()
+        finally:
+            if self._group is not None:
+                self._group.remove()
 
 
 class Bench:
@@ -191,8 +194,11 @@ class Bench:
         return seconds
 
     def _close(self) -> None:
-        for process in self._processes.values():
-            process.close()
+        with (
+            contextlib.ExitStack() as stack
+        ):  # all of them, also where a second Ctrl-C comes meanwhile
+            for process in self._processes.values():
+                stack.callback(process.close)
 
     def __enter__(self) -> Bench:
         return self

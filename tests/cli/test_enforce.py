@@ -108,6 +108,27 @@ def test_each_case_of_a_bench_is_inside_the_limit(model: str) -> None:
     assert not groups_left()
 
 
+@real
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 130)]
+)
+def test_a_bench_that_is_ended_leaves_no_group(
+    number: signal.Signals, code: int, model: str
+) -> None:
+    arguments = ("bench", model, "--memory", "160MiB", "-d", "100", "--rounds", "100", "-n", "2")
+    with subprocess.Popen(
+        [sys.executable, "-c", START, *arguments, "-t", "1", "--enforce"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr and "round 1 of 100" in process.stderr.readline()
+        process.send_signal(number)
+        process.communicate(timeout=20)
+        assert process.returncode == code
+    assert not groups_left()
+
+
 GREEDY = """
 from lowtide.cli.main import main
 from lowtide.runtime import Runtime
