@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from lowtide.attention.calibration_file import NotCalibrated
 from lowtide.attention.graph_hook import GraphHook
 from lowtide.attention.needles import Framing
 from lowtide.attention.places import Places
 from lowtide.attention.tidal import Tidal
-from lowtide.models.errors import LowtideError
 from lowtide.models.model import Model
 
 K_CHOICES = (1536, 1280, 1024, 768, 512, 384, 256)
@@ -26,10 +26,6 @@ EARLY_SHARE = 0.1
 """The first selection layer may cost so much more, as a share of the keys, than the cheapest."""
 
 Progress = Callable[[str], None]
-
-
-class NotCalibrated(LowtideError):
-    """No setting stays inside the target."""
 
 
 @dataclass(frozen=True, slots=True)

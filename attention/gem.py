@@ -10,10 +10,17 @@ rule is `rows=1,weights=raw,heads=sum,pool=mean,pool_size=5,first=0,last=0`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lowtide.attention.dense import Dense
+from lowtide.attention.gem_calibration import (
+    GemCalibration,
+    find_gem_calibration,
+    load_gem_calibration,
+)
 from lowtide.attention.policy import AttentionPolicy, Steering
 from lowtide.attention.prompt_scores import ScoreRule
 from lowtide.memory.first_pass import FirstPass
@@ -31,21 +38,24 @@ DEFAULT_MIN_PROMPT = 1024
 MAX_ROWS = 32
 """Rows that are scored lie in one pass, and every plan has passes of so many."""
 SETTINGS = {"weights": ("softmax", "raw"), "heads": ("max", "sum"), "pool": ("max", "mean")}
+RULE = ("rows", "weights", "heads", "pool", "pool_size", "first", "last")
+"""The settings that a calibrated layer was found with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gem(AttentionPolicy):
     """Keep `k` tokens (a share of the prompt, where below 1) of prompts of more than `min_prompt`.
 
-    `layer` is the one that chooses, counted from 0; None is a quarter of the way up. `rows`, `weights`,
-    `heads`, `pool` and `pool_size` are the rule, `first` and `last` tokens are always among the kept;
-    `then` attends to what was kept. For questions on a text: a text that is to be continued loses what it
-    does not look back at, so `continues` must be set for plain completion.
+    `layer` is the one that chooses, counted from 0. Both come from the model's calibration where they are
+    None, or are 512 and a quarter of the way up; `calibration` is a file to take instead. `rows`,
+    `weights`, `heads`, `pool` and `pool_size` are the rule, `first` and `last` tokens are always among the
+    kept; `then` attends to what was kept. For questions on a text: a text that is to be continued loses
+    what it does not look back at, so `continues` must be set for plain completion.
     """
 
     name: ClassVar[str] = "gem"
 
-    k: int | float = DEFAULT_K
+    k: int | float | None = None
     layer: int | None = None
     then: AttentionPolicy = field(default_factory=Dense)
     min_prompt: int = DEFAULT_MIN_PROMPT
@@ -57,9 +67,12 @@ class Gem(AttentionPolicy):
     first: int = 4
     last: int = 64
     continues: int = 0
+    calibration: Path | None = None
+    origin: str = "stated"
 
     def __post_init__(self) -> None:
-        _check_k(self.k, self.first + self.last)
+        if self.k is not None:
+            _check_k(self.k, self.first + self.last)
         for name, values in SETTINGS.items():
             if getattr(self, name) not in values:
                 raise BadOption(
@@ -73,20 +86,35 @@ class Gem(AttentionPolicy):
             raise BadOption("gem's first, last and min_prompt are counts: 0 or more are wanted")
 
     def fitted(self, spec: ModelSpec) -> Gem:
-        """Settle the layer and what follows; raises `BadOption` where the model has no such layer."""
-        layer = spec.num_layers // 4 if self.layer is None else self.layer
+        """Settle k, the layer and what follows; raises `BadOption` where the model has no such layer."""
+        found = self._found(spec)
+        layer, k, origin = self.layer, self.k, self.origin
+        if layer is None:
+            layer, origin = _default_layer(found, spec)
+        if k is None:
+            k = max(found.k if found else DEFAULT_K, self.first + self.last)
         if not 0 <= layer < spec.num_layers:
             raise BadOption(
                 f"gem's layer is {layer}; {spec.name} has layers 0 to {spec.num_layers - 1}"
             )
-        if self.layer is None and spec.sliding_window is not None:
-            raise BadOption(
-                f"gem needs a layer that sees the whole prompt, and {spec.name} has sliding windows: name "
-                "one, gem:layer=N"
-            )
         if not self.then.uses_hook or isinstance(self.then, Gem):
             raise BadOption(f"gem's then is {self.then.name!r}, dense or tidal is wanted")
-        return replace(self, layer=layer, then=self.then.fitted(spec))
+        return replace(self, k=k, layer=layer, then=self.then.fitted(spec), origin=origin)
+
+    def _found(self, spec: ModelSpec) -> GemCalibration | None:
+        """The calibration that is asked for, or the model's where something is open and the rule is its."""
+        if self.calibration is not None:
+            found = load_gem_calibration(self.calibration, spec)
+            if not found.has_rule(self.rule_settings):
+                raise BadOption(
+                    f"the calibration {self.calibration} was made for another rule: leave "
+                    f"{', '.join(RULE)} as they were then"
+                )
+            return found
+        if self.layer is not None and self.k is not None:
+            return None
+        known = find_gem_calibration(spec)
+        return known if known is not None and known.has_rule(self.rule_settings) else None
 
     @property
     def num_selections(self) -> int:
@@ -96,7 +124,8 @@ class Gem(AttentionPolicy):
     @property
     def identity(self) -> str:
         """Every setting: the same tokens under another one may be others."""
-        return repr(replace(self, then=Dense())) + self.then.identity
+        settings = replace(self, then=Dense(), calibration=None, origin="")
+        return repr(settings) + self.then.identity
 
     @property
     def rule(self) -> ScoreRule:
@@ -106,9 +135,14 @@ class Gem(AttentionPolicy):
     @property
     def first_pass(self) -> FirstPass:
         """What a plan must know; the policy is fitted."""
-        assert self.layer is not None, "the policy is not fitted to a model"
+        assert self.layer is not None and self.k is not None, "the policy is not fitted to a model"
         least = max(self.min_prompt, self.first + self.last)
         return FirstPass(num_layers=self.layer + 1, k=self.k, least_tokens=least)
+
+    @property
+    def rule_settings(self) -> dict[str, Any]:
+        """The rule by the names of its settings."""
+        return {name: getattr(self, name) for name in RULE}
 
     def applies_to(self, num_tokens: int) -> bool:
         """Whether a prompt of so many tokens is filtered."""
@@ -116,7 +150,8 @@ class Gem(AttentionPolicy):
 
     def budget(self, num_tokens: int) -> int:
         """Return how many tokens of a prompt are kept."""
-        wanted = int(self.k) if self.k >= 1 else math.ceil(self.k * num_tokens)
+        k = DEFAULT_K if self.k is None else self.k
+        wanted = int(k) if k >= 1 else math.ceil(k * num_tokens)
         return max(wanted, self.first + self.last)
 
     def install(self, hook: GraphHook, spec: ModelSpec) -> Steering:
@@ -124,8 +159,8 @@ class Gem(AttentionPolicy):
         return self.then.install(hook, spec)
 
     def __str__(self) -> str:
-        k = f"{self.k:.0%}" if self.k < 1 else self.k
-        return f"gem, k {k}, layer {self.layer}, then {self.then}"
+        k = f"{self.k:.0%}" if self.k is not None and self.k < 1 else self.k
+        return f"gem, k {k}, layer {self.layer} ({self.origin}), then {self.then}"
 
 
 def kept_positions(scores: NDArray[np.float32], policy: Gem) -> NDArray[np.int64]:
@@ -135,12 +170,37 @@ def kept_positions(scores: NDArray[np.float32], policy: Gem) -> NDArray[np.int64
     """
     import numpy as np
 
-    ranked = pooled(scores, policy.pool, policy.pool_size)
-    ranked[: policy.first] = np.inf
-    ranked[len(ranked) - min(policy.last, len(ranked)) :] = np.inf
+    ranked = _ranked(scores, policy)
     best = np.argsort(-ranked, kind="stable")[: policy.budget(len(scores))]
     kept: NDArray[np.int64] = np.sort(best)
     return kept
+
+
+def are_kept(positions: NDArray[np.int64], spans: Sequence[tuple[int, int]]) -> bool:
+    """Whether every token of `spans`, each a begin and an end, is among the kept ones."""
+    kept = set(positions.tolist())
+    return all(kept.issuperset(range(begin, end)) for begin, end in spans)
+
+
+def needed_k(scores: NDArray[np.float32], policy: Gem, spans: Sequence[tuple[int, int]]) -> int:
+    """Return the k that surely keeps every token of `spans`.
+
+    All tokens count that score no less than the lowest of them: where a layer does not see the spans,
+    that is the whole prompt.
+    """
+    ranked = _ranked(scores, policy)
+    lowest = min(ranked[begin:end].min() for begin, end in spans)
+    return int((ranked >= lowest).sum())
+
+
+def _ranked(scores: NDArray[np.float32], policy: Gem) -> NDArray[np.float32]:
+    """What tokens are chosen by: pooled, and without end where they are kept in any case."""
+    import numpy as np
+
+    ranked = pooled(scores, policy.pool, policy.pool_size)
+    ranked[: policy.first] = np.inf
+    ranked[len(ranked) - min(policy.last, len(ranked)) :] = np.inf
+    return ranked
 
 
 def pooled(scores: NDArray[np.float32], pool: str, size: int) -> NDArray[np.float32]:
@@ -156,6 +216,18 @@ def pooled(scores: NDArray[np.float32], pool: str, size: int) -> NDArray[np.floa
     windows = np.lib.stride_tricks.sliding_window_view(padded, size)
     largest: NDArray[np.float32] = windows.max(axis=1)
     return largest
+
+
+def _default_layer(found: GemCalibration | None, spec: ModelSpec) -> tuple[int, str]:
+    """The layer that chooses where none is stated, and where it comes from."""
+    if found is not None:
+        return found.layer, found.summary
+    if spec.sliding_window is not None:
+        raise BadOption(
+            f"gem needs a layer that sees the whole prompt, and {spec.name} has sliding windows: name "
+            "one, gem:layer=N, or run lowtide calibrate --attention gem"
+        )
+    return spec.num_layers // 4, "default layer: not calibrated for this model"
 
 
 def _check_k(k: int | float, forced: int) -> None:

@@ -82,10 +82,15 @@ def finds(model: Model, steering: Steering, needle: Needle) -> bool:
 
     What the cache holds must be a beginning of the prompt, read exactly; see `read_prompt`.
     """
-    token_id, answer = needle.token_ids[-1], list[int]()
-    with read_prompt(model, steering, needle.token_ids[:-1]):
+    return needle.key in continued(model, steering, needle.token_ids)
+
+
+def continued(model: Model, steering: Steering, token_ids: Sequence[int]) -> str:
+    """Return what a prompt is likeliest to go on with, for a few tokens; the cache as for `finds`."""
+    token_id, answer = token_ids[-1], list[int]()
+    with read_prompt(model, steering, token_ids[:-1]):
         for _ in range(ANSWER_TOKENS):
             steering.before_decode()
             token_id = int(model.forward((token_id,)).argmax())
             answer.append(token_id)
-    return needle.key in model.tokenizer.decode(answer)
+    return model.tokenizer.decode(answer)

@@ -17,7 +17,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "dense": ("prompts",),
     "gem": (
         *("k", "layer", "then", "min_prompt", "rows", "weights", "heads", "pool", "pool_size"),
-        *("first", "last", "continues"),
+        *("first", "last", "continues", "calibration"),
     ),
     "tidal": (
         *("k", "layers", "dense_layers", "sinks", "recent", "refresh", "min_context"),

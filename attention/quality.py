@@ -124,6 +124,22 @@ def extend(model: Model, steering: Steering, prompt: Sequence[int]) -> None:
         model.forward(prompt[at : at + model.max_rows])
 
 
+def text_nll(
+    model: Model, steering: Steering, prompt: Sequence[int], targets: Sequence[int]
+) -> float:
+    """Return the negative log likelihood of the tokens that follow a prompt, in nats over all of them.
+
+    The cache as for `read_prompt`, which is given all of the prompt but its last token.
+    """
+    total = 0.0
+    model.truncate(len(prompt) - 1)
+    with read_prompt(model, steering, prompt[:-1]):
+        for token_id, target in zip((prompt[-1], *targets[:-1]), targets, strict=True):
+            steering.before_decode()
+            total -= float(log_softmax(model.forward((token_id,)))[target])
+    return total
+
+
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the logarithms of the probabilities, shape (vocabulary,)."""
     shifted = logits - logits.max()

@@ -1,7 +1,8 @@
-"""`lowtide calibrate`: finds and keeps the settings of sparse attention for one model."""
+"""`lowtide calibrate`: finds and keeps the settings of an approximation for one model."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,14 @@ from lowtide.cli.options import opening_options, plan_with, take_open_options, t
 if TYPE_CHECKING:
     from lowtide.attention.calibrate import Targets
     from lowtide.attention.calibration import Calibration
+    from lowtide.attention.gem import Gem
+    from lowtide.attention.gem_calibration import GemCalibration
+    from lowtide.attention.tidal import Tidal
+    from lowtide.models.spec import ModelSpec
     from lowtide.runtime.loaded_model import LoadedModel
 
 DEFAULT_CONTEXT = 4096
+TIDAL_ONLY = ("target_kl", "target_key_loss", "max_layers")
 
 
 @click.command("calibrate")
@@ -30,23 +36,29 @@ DEFAULT_CONTEXT = 4096
     type=click.FloatRange(1e-4, 1.0),
     default=0.015,
     show_default=True,
-    help="The largest mean divergence from dense attention, in nats a token.",
+    help="tidal: the largest mean divergence from dense attention, in nats a token.",
 )
 @click.option(
     "--target-key-loss",
     type=click.FloatRange(1e-4, 10.0),
     default=0.1,
     show_default=True,
-    help="The largest mean loss of log likelihood of a pass key hidden in the text, in nats.",
+    help="tidal: the largest mean loss of log likelihood of a pass key hidden in the text, in nats.",
 )
-@click.option("--max-layers", type=click.IntRange(1, 32), default=8, show_default=True)
+@click.option(
+    "--max-layers",
+    type=click.IntRange(1, 32),
+    default=8,
+    show_default=True,
+    help="tidal: the most layers that select.",
+)
 @click.option(
     "--k",
     "k_choices",
     multiple=True,
     type=click.IntRange(min=69),
-    help="Keys that a sparse layer may read; repeatable.  [default: 256 to 1,536, a quarter of the "
-    "context at most]",
+    help="Keys that tidal's sparse layers may read, or tokens that gem may keep; repeatable.  [default: "
+    "256 to 1,536 for tidal, 512 to 1,024 for gem, a quarter of the context at most]",
 )
 @click.option(
     "-o",
@@ -65,41 +77,113 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Find tidal's selection layers and k for a model, and keep them for --attention tidal.
+    """Find what --attention tidal (the default) or gem does best with a model, and keep it for them.
 
-    Searches at --context tokens (4,096 unless said) for the setting that reads the fewest keys inside
-    --target-kl and --target-key-loss, holds it against text and pass keys that the search did not see, and
-    writes it. Takes minutes: every candidate decodes some two hundred tokens.
+    For tidal, searches at --context tokens (4,096 unless said) for the selection layers and the k that
+    read the fewest keys inside --target-kl and --target-key-loss. For gem, hides sentences in prompts of up
+    to --context tokens and of half of that, asks for them (a pass key, a fact, two facts, at three depths),
+    and searches for the layer and the k that cost the least, keep them all with a quarter of k to spare,
+    and give 95 % of the answers of whole prompts; gem:layer=N looks at that layer alone, other settings
+    are the rule to search with. Either is held against text and questions that the search did not see, and
+    written. Takes minutes.
     """
     from lowtide.attention.calibrate import Targets
-    from lowtide.attention.calibration import save_calibration
+    from lowtide.attention.calibration import Calibration, save_calibration
+    from lowtide.attention.gem import Gem
+    from lowtide.attention.gem_calibration import save_gem_calibration
     from lowtide.attention.quality import WINDOW_TOKENS
     from lowtide.cli.summary import json_object, note, plan_line
     from lowtide.runtime.loaded_model import LoadedModel
 
+    policy = _wanted_policy(options["attention"])
     options["attention"] = "dense"
     spec = take_spec(options)
     options["context"] = options["context"] or min(DEFAULT_CONTEXT, spec.context_length)
-    wanted = replace(take_open_options(options), compared_rows=WINDOW_TOKENS)
+    if isinstance(policy, Gem):
+        _check_gem(policy, spec, k_choices)
+    compared_rows = 1 if isinstance(policy, Gem) else WINDOW_TOKENS
+    wanted = replace(take_open_options(options), compared_rows=compared_rows)
     planned = plan_with(spec, replace(wanted, selection_layers=spec.num_layers))
     note(plan_line(planned))
     loaded = LoadedModel(planned)
+    found: Calibration | GemCalibration
     try:
-        targets = Targets(target_kl, target_key_loss)
-        found = _calibrated(loaded, text, targets, max_layers, k_choices)
+        if isinstance(policy, Gem):
+            found = _gem_calibrated(loaded, text, policy, k_choices)
+        else:
+            targets = Targets(target_kl, target_key_loss)
+            found = _calibrated(loaded, text, targets, max_layers, k_choices)
     finally:
         loaded.close()
-    path = save_calibration(found, output)
+    if isinstance(found, Calibration):
+        path, said = save_calibration(found, output), _tidal_line(found)
+    else:
+        path, said = save_gem_calibration(found, output), _gem_line(found)
     if as_json:
         click.echo(json_object(planned, path=str(path), **found.to_dict()))
         return
+    click.echo(said)
+    if output is None:
+        click.echo(f"written to {path}; --attention {policy.name} takes it from now on")
+    else:
+        click.echo(f"written to {path}; --attention {policy.name}:calibration={path} takes it")
+
+
+def _wanted_policy(attention: str) -> Tidal | Gem:
+    """Return the policy to calibrate; what is said for the other one is a mistake."""
+    from lowtide.attention.gem import Gem
+    from lowtide.attention.policies import parse_policy
+    from lowtide.attention.tidal import Tidal
+    from lowtide.models.errors import BadOption
+
+    context = click.get_current_context()
+    default = click.core.ParameterSource.DEFAULT
+    if context.get_parameter_source("attention") is default:
+        return Tidal()
+    policy = parse_policy(attention)
+    if policy == Tidal():
+        return Tidal()
+    if not isinstance(policy, Gem):
+        raise BadOption(
+            f"attention is {attention!r}: tidal, whose settings are what is searched for, or gem is wanted"
+        )
+    stated = [name for name in TIDAL_ONLY if context.get_parameter_source(name) is not default]
+    if stated:
+        raise BadOption(f"--{stated[0].replace('_', '-')} is for tidal: leave it out, or gem")
+    return policy
+
+
+def _check_gem(policy: Gem, spec: ModelSpec, k_choices: tuple[int, ...]) -> None:
+    """Refuse, before anything is loaded, what cannot be calibrated."""
+    from lowtide.attention.gem import DEFAULT_K
+    from lowtide.models.errors import BadOption
+
+    if policy.calibration is not None:
+        raise BadOption("gem's calibration is given, and is what calibrate makes: leave it out")
+    if policy.k is not None and (policy.k < 1 or k_choices):
+        raise BadOption(
+            f"gem's k is {policy.k}{' and --k is given' if k_choices else ''}: say once, as a number of "
+            "tokens, what to calibrate for"
+        )
+    if policy.layer is not None:
+        replace(policy, k=policy.k or DEFAULT_K).fitted(spec)
+
+
+def _tidal_line(found: Calibration) -> str:
     layers = ", ".join(map(str, found.selection_layers))
-    click.echo(
+    return (
         f"k {found.k}, selection layers {layers}: KL {found.kl:.4f} at {found.context:,} tokens, "
         f"loss {found.key_loss:.3f} at pass keys; a token attends to {found.keys_read:.1%} of the cached "
         "keys"
     )
-    click.echo(f"written to {path}; --attention tidal takes it from now on")
+
+
+def _gem_line(found: GemCalibration) -> str:
+    return (
+        f"k {found.k}, layer {found.layer}: of {found.num_asked} questions on up to {found.context:,} "
+        f"tokens {found.num_kept} had their sentences kept, with {found.margin:.0%} of k to spare; whole "
+        f"prompts answer {found.num_dense_answered}, what was kept {found.num_answered} of these"
+    )
 
 
 def _calibrated(
@@ -113,16 +197,10 @@ def _calibrated(
     from lowtide.attention.calibration import Calibration
     from lowtide.attention.needles import chat_framing
     from lowtide.cli.summary import note
-    from lowtide.models.errors import BadOption
-    from lowtide.runtime.sample_text import BUILT_IN, read_sample, sample_tokens
 
     model, hook, context = loaded.model, loaded.hook, loaded.planned.plan.context
     assert hook is not None
-    if context < 1024:
-        raise BadOption(f"context is {context}: 1024 or more tokens are wanted to calibrate at")
-    whose = BUILT_IN if text is None else str(text)
-    sample = read_sample(text, 2 * context)
-    token_ids = sample_tokens(model.tokenizer, sample, 2 * context + 2, whose=whose)
+    token_ids, whose = _sample(loaded, text)
     search = Calibrator(model, hook, token_ids, context, chat_framing(model), progress=note)
     ks = k_choices or tuple(k for k in K_CHOICES if k <= context // 4)
     best = search.best(targets, max_layers, ks)
@@ -139,3 +217,41 @@ def _calibrated(
         keys_read=round(best.keys_read, 4),
         text=whose,
     )
+
+
+def _gem_calibrated(
+    loaded: LoadedModel, text: Path | None, policy: Gem, k_choices: tuple[int, ...]
+) -> GemCalibration:
+    from lowtide.attention.gem_calibrate import CONTEXTS_OF_K, K_CHOICES, GemCalibrator
+    from lowtide.attention.needles import chat_framing
+    from lowtide.cli.summary import note
+    from lowtide.models.errors import BadOption
+
+    if policy.k is not None and (policy.k < 1 or k_choices):
+        raise BadOption(
+            "gem's k is given: state it once, as a number of tokens, to calibrate for it"
+        )
+    model, hook, context = loaded.model, loaded.hook, loaded.planned.plan.context
+    assert hook is not None
+    token_ids, whose = _sample(loaded, text)
+    search = GemCalibrator(
+        model, hook, token_ids, context, chat_framing(model), policy, progress=note
+    )
+    most = context // CONTEXTS_OF_K
+    ks = tuple(k for k in K_CHOICES if k <= most) or (most,)
+    if policy.k is not None:
+        ks = (int(policy.k),)
+    return search.calibration(k_choices or ks, text=whose)
+
+
+def _sample(loaded: LoadedModel, text: Path | None) -> tuple[Sequence[int], str]:
+    """The text to measure on, twice the context, and whose it is."""
+    from lowtide.models.errors import BadOption
+    from lowtide.runtime.sample_text import BUILT_IN, read_sample, sample_tokens
+
+    context = loaded.planned.plan.context
+    if context < 1024:
+        raise BadOption(f"context is {context}: 1024 or more tokens are wanted to calibrate at")
+    whose = BUILT_IN if text is None else str(text)
+    sample = read_sample(text, 2 * context)
+    return sample_tokens(loaded.model.tokenizer, sample, 2 * context + 2, whose=whose), whose

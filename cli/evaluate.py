@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,11 @@ from lowtide.cli.enforce import enforce_option, hold
 from lowtide.cli.options import opening_options, plan_with, take_open_options, take_spec
 
 if TYPE_CHECKING:
+    from lowtide.attention.gem import Gem
     from lowtide.memory.control_group import ControlGroup
+    from lowtide.models.spec import ModelSpec
     from lowtide.runtime.evaluation import Evaluation
+    from lowtide.runtime.filter_evaluation import FilteredAnswer, FilterEvaluation
 
 DEFAULT_CONTEXT = 4096
 
@@ -32,7 +36,11 @@ DEFAULT_CONTEXT = 4096
     show_default=True,
     help="Places of 64 tokens that are compared.",
 )
-@click.option("--needles/--no-needles", default=True, help="Also hide pass keys and ask for them.")
+@click.option(
+    "--needles/--no-needles",
+    default=True,
+    help="Also hide pass keys and ask for them; for gem, sentences of several kinds.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @enforce_option
 def command(
@@ -49,7 +57,15 @@ def command(
     the last quarter of the context; and whether pass keys hidden at three depths are still found wherever
     dense attention finds them. --attention is tidal unless said. A policy that reads prompts in its own
     way (prompts=bf16) reads each of them again.
+
+    gem is for questions: sentences are hidden at three depths of --context tokens and of half of that, and
+    asked for. Reports how many were kept, and how many answers of the whole prompt are given from what was
+    kept; on hard questions, too (in other words, two at once, counting, before the text), which it may
+    lose. The likelihood is that of a text that goes on after what was kept of it: it gets worse, and so
+    gem refuses to continue texts.
     """
+    from lowtide.attention.gem import Gem
+    from lowtide.attention.policies import parse_policy
     from lowtide.attention.quality import WINDOW_TOKENS
     from lowtide.cli.summary import json_object, note, plan_line
     from lowtide.runtime.evaluation import SPARE_TOKENS, evaluate
@@ -59,6 +75,10 @@ def command(
     if source is click.core.ParameterSource.DEFAULT:
         options["attention"] = "tidal"
     spec = take_spec(options)
+    policy = parse_policy(options["attention"])
+    if isinstance(policy, Gem):
+        _evaluate_gem(policy.fitted(spec), spec, text, windows, needles, as_json, enforce, options)
+        return
     context = options["context"] or min(DEFAULT_CONTEXT, spec.context_length - SPARE_TOKENS)
     options["context"] = context + SPARE_TOKENS
     planned = plan_with(spec, replace(take_open_options(options), compared_rows=WINDOW_TOKENS))
@@ -81,6 +101,90 @@ def command(
         click.echo(json_object(planned, **found.to_dict()))
     else:
         _print_table(found)
+
+
+def _evaluate_gem(
+    policy: Gem,
+    spec: ModelSpec,
+    text: Path | None,
+    windows: int,
+    needles: bool,
+    as_json: bool,
+    enforce: ControlGroup | None,
+    options: dict[str, Any],
+) -> None:
+    """Plan what follows the filter, which holds whole prompts here, and measure the filter."""
+    from lowtide.attention.questions import HARD_KINDS, KINDS
+    from lowtide.cli.summary import json_object, note, plan_line
+    from lowtide.runtime.evaluation import SPARE_TOKENS
+    from lowtide.runtime.filter_evaluation import evaluate_filter
+    from lowtide.runtime.loaded_model import LoadedModel
+
+    context = options["context"] or min(DEFAULT_CONTEXT, spec.context_length - SPARE_TOKENS)
+    options.update(context=context + SPARE_TOKENS, attention=policy.then)
+    wanted = replace(take_open_options(options), compared_rows=1, selection_layers=spec.num_layers)
+    planned = plan_with(spec, wanted)
+    planned.require_fit()
+    note(plan_line(planned))
+    hold(enforce, planned.plan.budget)
+    loaded = LoadedModel(planned)
+    try:
+        found = evaluate_filter(
+            loaded,
+            policy,
+            context=context,
+            text=text,
+            windows=windows,
+            kinds=(*KINDS, *HARD_KINDS) if needles else (),
+            progress=note,
+        )
+    finally:
+        loaded.close()
+    if as_json:
+        click.echo(json_object(planned, **found.to_dict()))
+    else:
+        _print_filter_table(found)
+
+
+def _print_filter_table(found: FilterEvaluation) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from lowtide.runtime.filter_evaluation import Counts
+
+    console = Console()
+    console.print(f"{found.attention}, against the whole prompt on {found.text}", highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("questions", no_wrap=True)
+    for name in ("asked", "sentences\nkept", "whole prompt\nanswers", "of these,\nwhat was kept"):
+        table.add_column(name, justify="right")
+    for name, answers in _groups(found):
+        counts = Counts.of(answers)
+        cells = (counts.asked, counts.kept, counts.dense, counts.found)
+        table.add_row(name, *map(str, cells))
+    if found.answers:
+        console.print(table)
+    console.print(
+        f"a text that goes on after what was kept of it: NLL {found.nll:.3f} nats a token over "
+        f"{found.num_tokens} tokens, {found.dense_nll:.3f} after all of it ({found.nll_change:+.1%})",
+        highlight=False,
+    )
+
+
+def _groups(found: FilterEvaluation) -> Iterator[tuple[str, list[FilteredAnswer]]]:
+    """The answers by kind, depth and length, and those to hard questions by kind."""
+    from lowtide.attention.questions import HARD_KINDS, KINDS
+
+    answers = found.of_kinds(KINDS)
+    for kind in KINDS:
+        yield kind, found.of_kinds((kind,))
+    for depth in sorted({answer.depth for answer in answers}):
+        yield f"at {depth:.0%}", [answer for answer in answers if answer.depth == depth]
+    for length in sorted({answer.length for answer in answers}):
+        yield f"of {length:,} tokens", [a for a in answers if a.length == length]
+    for kind in HARD_KINDS:
+        yield f"hard: {kind}", found.of_kinds((kind,))
 
 
 def _print_table(found: Evaluation) -> None:

@@ -25,8 +25,7 @@ LowtideError                 everything a user can act on; `exit_code` 1
 
 from __future__ import annotations
 
-from lowtide.attention.calibrate import NotCalibrated
-from lowtide.attention.calibration import CalibrationError
+from lowtide.attention.calibration_file import CalibrationError, NotCalibrated
 from lowtide.memory.errors import BadSize, KilledByLimit, NotEnforceable, OverBudget
 from lowtide.models.errors import (
     BadModelFile,

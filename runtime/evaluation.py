@@ -102,8 +102,8 @@ def evaluate(
         )
     if loaded.planned.policy.first_pass is not None:
         raise BadOption(
-            "attention is gem, which shortens prompts before they are read: evaluate what follows it, "
-            "--attention dense or tidal"
+            "attention is gem, which shortens prompts before they are read: `evaluate_filter` measures it, "
+            "and what follows it is --attention dense or tidal"
         )
     if not MIN_CONTEXT <= context <= model.context - SPARE_TOKENS:
         raise BadOption(
@@ -116,7 +116,7 @@ def evaluate(
     dense, steering = DenseSteering(hook), loaded.steering
     distances = []
     model.truncate(0)
-    for depth in _depths(context, windows):
+    for depth in measured_depths(context, windows):
         progress(f"comparing {WINDOW_TOKENS} tokens at {depth:,}")
         place = Reference(model, dense, token_ids, depth)
         distances.append((depth, place.distance(steering)))
@@ -133,8 +133,8 @@ def evaluate(
     )
 
 
-def _depths(context: int, windows: int) -> list[int]:
-    """Places from three quarters of the context to all of it, each beyond the one before."""
+def measured_depths(context: int, windows: int) -> list[int]:
+    """Return places from three quarters of the context to all of it, each beyond the one before."""
     start = context * 3 // 4
     steps = max(windows - 1, 1)
     return sorted({context - (context - start) * step // steps for step in range(windows)})

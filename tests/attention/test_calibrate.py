@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 from gguf_files import write_model
 
-from lowtide.attention.calibrate import Calibrator, NotCalibrated, Targets
+from lowtide.attention.calibrate import Calibrator, Targets
+from lowtide.attention.calibration_file import NotCalibrated
 from lowtide.attention.graph_hook import GraphHook
 from lowtide.models.gguf_header import read_spec
 from lowtide.models.gguf_model import GgufModel, LoadOptions

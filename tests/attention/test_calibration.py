@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from lowtide.attention import calibration
+from lowtide.attention import calibration_file
 from lowtide.attention.calibration import (
     Calibration,
-    CalibrationError,
     find_calibration,
     load_calibration,
     save_calibration,
 )
+from lowtide.attention.calibration_file import CalibrationError
 from lowtide.attention.tidal import Tidal
 from lowtide.models.catalog import resolve
 from lowtide.models.gguf_header import read_spec
@@ -65,7 +65,7 @@ def test_calibrations_ship_for_the_named_models(name: str) -> None:
 def test_without_one_the_default_is_named(
     smollm2_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(calibration, "SHIPPED", tmp_path)
+    monkeypatch.setattr(calibration_file, "SHIPPED", tmp_path)
     fitted = Tidal().fitted(smollm2_spec)
     assert (fitted.k, fitted.selection_layers) == (1024, (2, 8, 14, 20))
     assert "default layers: not calibrated for this model" in str(fitted)
@@ -75,6 +75,7 @@ def test_without_one_the_default_is_named(
     ("field", "value", "message"),
     [
         ("format", 1, "format is 1, 2 is wanted"),
+        ("policy", "gem", "is of 'gem', one of 'tidal' is wanted: name another file"),
         ("selection_layers", [], "selection_layers is \\[\\], a list of layer numbers"),
         ("selection_layers", ["2"], "selection_layers"),
         ("selection_layers", [9, 2], "each layer once, in order"),

@@ -7,7 +7,6 @@ of the whole prompt under exact attention, and how many of these gem gives too. 
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -18,47 +17,28 @@ from peer import Peer
 
 from lowtide import GenerationResult, Runtime
 from lowtide.attention.needles import chat_framing
+from lowtide.attention.questions import KINDS, Question, ask
 from lowtide.models.catalog import resolve
 from lowtide.models.model import Model
 
 pytestmark = pytest.mark.benchmark
 
-QUESTION = "\nWhat is the secret pass key mentioned in the text?"
-TOWNS = ("Aberlour", "Bergamo", "Cadiz", "Deventer")
-DRINKS = ("cider", "cocoa", "mead", "lemonade")
 LAYERS = {"smollm2": 7, "gemma3-270m": 5}
 
 
-def pass_key(seed: int) -> tuple[list[str], str, list[str]]:
-    key = str(random.Random(seed).randint(10_000, 99_999))
-    sentence = f"\nThe secret pass key is {key}. Remember it: {key} is the pass key.\n"
-    return [sentence], QUESTION, [key]
-
-
-def fact(seed: int) -> tuple[list[str], str, list[str]]:
-    town, drink = TOWNS[seed % 4], DRINKS[seed * 3 % 4]
-    sentence = f"\nThe people of {town} drink hot {drink} on Mondays.\n"
-    return [sentence], f"\nWhat do the people of {town} drink on Mondays?", [drink]
-
-
-def two_facts(seed: int) -> tuple[list[str], str, list[str]]:
-    first, second = fact(seed), fact(seed + 1)
-    question = f"\nWhat do the people of {TOWNS[seed % 4]} and of {TOWNS[(seed + 1) % 4]} drink on Mondays?"
-    return [*first[0], *second[0]], question, [*first[2], *second[2]]
-
-
-def hidden(
-    model: Model, num_tokens: int, depth: float, needle: tuple[list[str], str, list[str]]
-) -> str:
+def hidden(model: Model, num_tokens: int, depth: float, question: Question) -> str:
     """Essays of about so many tokens with the sentences at `depth`, and the second one after it."""
     text = model.tokenizer.decode(
         model.tokenizer.encode(essays(), add_special=False, parse_special=False)[:num_tokens]
     )
-    sentences, question, _ = needle
-    for i, sentence in enumerate(sentences):
+    for i, sentence in enumerate(question.sentences):
         at = text.index(" ", int(len(text) * (depth if i == 0 else (depth + 1) / 2)))
-        text = text[:at] + sentence + text[at:]
-    return "Read this text.\n" + text + question
+        text = f"{text[:at]}\n{sentence}{question.aside}\n{text[at:]}"
+    return f"Read this text.\n{text}\n{question.text}"
+
+
+def is_answered(question: Question, text: str) -> bool:
+    return all(reply.is_in(text) for reply in question.replies)
 
 
 def answer(runtime: Runtime, text: str) -> str:
@@ -79,7 +59,7 @@ def test_time_to_first_token(benchmark: Any, model: str, num_tokens: int) -> Non
     path = resolve(model)
     attention = f"gem:k=512,layer={LAYERS[model]}"
     with Runtime.open(path, memory="4GiB", context=8192, threads=2, attention=attention) as runtime:
-        text = hidden(runtime._model, num_tokens, 0.5, pass_key(1))
+        text = hidden(runtime._model, num_tokens, 0.5, ask("pass key", 1))
         prompt = chat_framing(runtime._model)(text)
         token_ids = runtime._model.tokenizer.encode(prompt, add_special=True, parse_special=True)
         rows = runtime.plan.max_rows
@@ -96,16 +76,17 @@ def test_time_to_first_token(benchmark: Any, model: str, num_tokens: int) -> Non
 
 @pytest.mark.parametrize(("model", "num_tokens"), [("smollm2", 7500), ("gemma3-270m", 7900)])
 def test_a_second_question(benchmark: Any, model: str, num_tokens: int) -> None:
+    question = ask("pass key", 1)
     attention = f"gem:k=512,layer={LAYERS[model]}"
     opening: dict[str, Any] = {"memory": "4GiB", "context": 8192, "threads": 2}
     with Runtime.open(model, attention=attention, **opening) as runtime:
         assert runtime.plan.keeps_first_pass
-        text = hidden(runtime._model, num_tokens, 0.5, pass_key(1)).removesuffix(QUESTION)
+        text = hidden(runtime._model, num_tokens, 0.5, question).removesuffix(question.text)
         paired(
             benchmark,
             f"{model}, a second question on {num_tokens:,} tokens against the first",
-            lambda: first_token(runtime, text + "\nWhat is this text about?", afresh=False),
-            lambda: first_token(runtime, text + QUESTION, afresh=True),
+            lambda: first_token(runtime, text + "What is this text about?", afresh=False),
+            lambda: first_token(runtime, text + question.text, afresh=True),
             rounds=5,
             peer="the first",
         )
@@ -116,24 +97,21 @@ def test_a_second_question(benchmark: Any, model: str, num_tokens: int) -> None:
     [("smollm2", 1000), ("smollm2", 2000), ("gemma3-270m", 4000), ("gemma3-270m", 8000)],
 )
 def test_what_is_found(benchmark: Any, model: str, num_tokens: int) -> None:
-    kinds = {"pass key": pass_key, "fact": fact, "two facts": two_facts}
-    found = {kind: [0, 0] for kind in kinds}
+    found = {kind: [0, 0] for kind in KINDS}
     opening = {"memory": "4GiB", "context": num_tokens + 400, "threads": 2}
     policy = f"gem:k=512,min_prompt=600,layer={LAYERS[model]}"
 
     def look() -> None:
         exact = Runtime.open(model, attention="dense", **opening)  # type: ignore[arg-type]
         gem = Runtime.open(model, attention=policy, **opening)  # type: ignore[arg-type]
-        for kind, make in kinds.items():
+        for kind in KINDS:
             for depth in (0.1, 0.5, 0.9):
                 for seed in range(4):
-                    needle = make(seed)
-                    text = hidden(exact._model, num_tokens, depth, needle)
-                    if not all(part in answer(exact, text) for part in needle[2]):
-                        continue
-                    found[kind][0] += 1
-                    given = answer(gem, text)
-                    found[kind][1] += all(part in given for part in needle[2])
+                    question = ask(kind, seed)
+                    text = hidden(exact._model, num_tokens, depth, question)
+                    if is_answered(question, answer(exact, text)):
+                        found[kind][0] += 1
+                        found[kind][1] += is_answered(question, answer(gem, text))
         exact.close()
         gem.close()
 

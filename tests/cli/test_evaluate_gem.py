@@ -1,0 +1,61 @@
+"""evaluate for gem, as typed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner, Result
+from gguf_files import write_model
+
+from lowtide.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    path = write_model(
+        folder / "random.gguf", layers=3, width=64, heads=2, kv_heads=1, context=4096
+    )
+    return str(path)
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments), catch_exceptions=False)
+
+
+def test_evaluate_for_programs_and_for_people(model: str) -> None:
+    base: tuple[str, ...] = (
+        "evaluate",
+        model,
+        "-t",
+        "1",
+        "--memory",
+        "4GiB",
+        "-c",
+        "3000",
+        "--windows",
+        "2",
+    )
+    base += ("--attention", "gem:k=100,layer=1,min_prompt=0")
+    told = json.loads(invoke(*base, "--json").stdout)
+    assert {"version", "model", "machine", "attention", "context", "nll_change"} <= set(told)
+    assert told["questions"]["asked"] == 18 and told["hard_questions"]["asked"] == 24
+    kinds = {case["kind"] for case in told["hard_questions"]["cases"]}
+    assert kinds == {"paraphrase", "two questions", "counting", "question first"}
+    shown = invoke(*base)
+    assert "hard: counting" in shown.stdout and "of 1,500 tokens" in shown.stdout
+    assert f"({told['nll_change']:+.1%})" in shown.stdout
+    without = json.loads(invoke(*base, "--json", "--no-needles").stdout)
+    assert without["questions"]["asked"] == 0 and without["tokens"] == 128
+
+
+def test_evaluate_where_questions_have_no_room(model: str) -> None:
+    base = ("evaluate", model, "--memory", "4GiB", "-c", "600", "--windows", "1")
+    done = invoke(*base, "--attention", "gem:k=100,layer=1,min_prompt=0")
+    assert done.exit_code == 2 and "prompts of 300 tokens are wanted, of which" in done.stderr
+
+
+def test_evaluate_says_where_nothing_is_filtered(model: str) -> None:
+    done = invoke("evaluate", model, "--memory", "4GiB", "-c", "2048", "--attention", "gem:layer=1")
+    assert done.exit_code == 2 and "prompts of half of it are read whole" in done.stderr
