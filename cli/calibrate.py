@@ -83,9 +83,9 @@ def command(
     read the fewest keys inside --target-kl and --target-key-loss. For gem, hides sentences in prompts of up
     to --context tokens and of half of that, asks for them (a pass key, a fact, two facts, at three depths),
     and searches for the layer and the k that cost the least, keep them all with a quarter of k to spare,
-    and give 95 % of the answers of whole prompts; gem:layer=N looks at that layer alone, other settings
-    are the rule to search with. Either is held against text and questions that the search did not see, and
-    written. Takes minutes.
+    and lose at most one in twenty of the answers of whole prompts; gem:layer=N looks at that layer alone,
+    other settings are the rule to search with. Either is held against text and questions that the search
+    did not see, and written. Takes minutes.
     """
     from lowtide.attention.calibrate import Targets
     from lowtide.attention.calibration import Calibration, save_calibration

@@ -147,9 +147,17 @@ def test_the_smallest_k_that_will_do(search: Callable[..., Search]) -> None:
 
 def test_a_layer_that_loses_answers_gives_way_to_the_next(search: Callable[..., Search]) -> None:
     made = search(finds, finds)
-    made.replies = [False, *[True] * 17]
+    made.replies = [False, False, *[True] * 16]
     assert made.best().layer == 1
-    assert [line for line in made.said if "layer 0" in line and "17 of 18 answers" in line]
+    assert [line for line in made.said if "layer 0" in line and "16 of 18 answers" in line]
+
+
+def test_one_answer_in_twenty_may_be_lost(search: Callable[..., Search]) -> None:
+    made = search(finds, finds)
+    made.replies = [False, *[True] * 17]
+    found = made.best()
+    assert (found.layer, found.num_answered, found.num_dense_answered) == (0, 17, 18)
+    assert [gem_calibrate.most_lost(n) for n in (1, 20, 21, 40)] == [1, 1, 2, 2]
 
 
 def test_nothing_that_holds(search: Callable[..., Search]) -> None:
