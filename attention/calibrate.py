@@ -104,6 +104,24 @@ class Calibrator:
             "--target-key-loss, --max-layers or --k"
         )
 
+    def of_layers(
+        self, targets: Targets, layers: Sequence[int], k_choices: Sequence[int]
+    ) -> Setting:
+        """Return the smallest k with which these selection layers hold, on what `best` holds its choice to.
+
+        Raises `NotCalibrated` where none does.
+        """
+        settings = [Setting(selection_layers=tuple(layers), k=k) for k in sorted(k_choices)]
+        for held_out in _measured(self._held_out, settings):
+            self._progress(f"on other text: {held_out}")
+            if held_out.is_inside(targets):
+                return held_out
+        raise NotCalibrated(
+            f"selection layers {'+'.join(map(str, layers))} with k up to {max(k_choices)} do not keep "
+            f"{self._spec.name} within a KL of {targets.kl} and a loss of {targets.key_loss} at pass keys: "
+            "name more layers, or raise --target-kl, --target-key-loss or --k"
+        )
+
     def _inside(
         self, targets: Targets, max_layers: int, k_choices: Sequence[int]
     ) -> Iterator[Setting]:

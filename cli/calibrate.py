@@ -80,7 +80,8 @@ def command(
     """Find what --attention tidal (the default) or gem does best with a model, and keep it for them.
 
     For tidal, searches at --context tokens (4,096 unless said) for the selection layers and the k that
-    read the fewest keys inside --target-kl and --target-key-loss. For gem, hides sentences in prompts of up
+    read the fewest keys inside --target-kl and --target-key-loss; tidal:layers=4+7+18 looks at those
+    layers alone. For gem, hides sentences in prompts of up
     to --context tokens and of half of that, asks for them (a pass key, a fact, two facts, at three depths),
     and searches for the layer and the k that cost the least, keep them all with a quarter of k to spare,
     and lose at most one in twenty of the answers of whole prompts; gem:layer=N looks at that layer alone,
@@ -101,6 +102,8 @@ def command(
     options["context"] = options["context"] or min(DEFAULT_CONTEXT, spec.context_length)
     if isinstance(policy, Gem):
         _check_gem(policy, spec, k_choices)
+    elif policy.selection_layers is not None:
+        policy.fitted(spec)
     compared_rows = 1 if isinstance(policy, Gem) else WINDOW_TOKENS
     wanted = replace(take_open_options(options), compared_rows=compared_rows)
     planned = plan_with(spec, replace(wanted, selection_layers=spec.num_layers))
@@ -112,7 +115,7 @@ def command(
             found = _gem_calibrated(loaded, text, policy, k_choices)
         else:
             targets = Targets(target_kl, target_key_loss)
-            found = _calibrated(loaded, text, targets, max_layers, k_choices)
+            found = _calibrated(loaded, text, targets, policy, max_layers, k_choices)
     finally:
         loaded.close()
     if isinstance(found, Calibration):
@@ -141,11 +144,12 @@ def _wanted_policy(attention: str) -> Tidal | Gem:
     if context.get_parameter_source("attention") is default:
         return Tidal()
     policy = parse_policy(attention)
-    if policy == Tidal():
-        return Tidal()
+    if isinstance(policy, Tidal) and policy == Tidal(selection_layers=policy.selection_layers):
+        return policy
     if not isinstance(policy, Gem):
         raise BadOption(
-            f"attention is {attention!r}: tidal, whose settings are what is searched for, or gem is wanted"
+            f"attention is {attention!r}: tidal, with its layers at the most (k is what is searched for), "
+            "or gem is wanted"
         )
     stated = [name for name in TIDAL_ONLY if context.get_parameter_source(name) is not default]
     if stated:
@@ -190,6 +194,7 @@ def _calibrated(
     loaded: LoadedModel,
     text: Path | None,
     targets: Targets,
+    policy: Tidal,
     max_layers: int,
     k_choices: tuple[int, ...],
 ) -> Calibration:
@@ -203,7 +208,10 @@ def _calibrated(
     token_ids, whose = _sample(loaded, text)
     search = Calibrator(model, hook, token_ids, context, chat_framing(model), progress=note)
     ks = k_choices or tuple(k for k in K_CHOICES if k <= context // 4)
-    best = search.best(targets, max_layers, ks)
+    if policy.selection_layers is None:
+        best = search.best(targets, max_layers, ks)
+    else:
+        best = search.of_layers(targets, policy.selection_layers, ks)
     return Calibration(
         fingerprint=loaded.planned.spec.fingerprint,
         model=loaded.planned.spec.name,

@@ -55,3 +55,14 @@ def test_a_target_that_nothing_reaches(search: Calibrator, which: str) -> None:
         NotCalibrated, match="raise --target-kl, --target-key-loss, --max-layers or"
     ):
         search.best(replace(LOOSE, **{which: 1e-12}), max_layers=1, k_choices=(128,))
+
+
+def test_stated_layers_take_the_smallest_k_that_holds(search: Calibrator) -> None:
+    found = search.of_layers(LOOSE, (1, 3), k_choices=(256, 128))
+    assert (found.selection_layers, found.k) == ((1, 3), 128)
+    tighter = Targets(kl=found.kl * 0.9, key_loss=1.0)
+    assert search.of_layers(tighter, (1, 3), k_choices=(256, 128)).k == 256
+    with pytest.raises(
+        NotCalibrated, match=r"selection layers 1\+3 with k up to 256 .* name more layers"
+    ):
+        search.of_layers(replace(LOOSE, kl=1e-12), (1, 3), k_choices=(256, 128))

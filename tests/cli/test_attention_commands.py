@@ -82,6 +82,12 @@ def test_calibrate_then_use_it(model: str, tmp_path: Path) -> None:
         "--attention", f"tidal:calibration={path}", "--json",
     )  # fmt: skip
     assert "calibrated: KL" in json.loads(used.stdout)["stats"]["attention"]
+    stated = invoke(
+        "calibrate", model, "--memory", "4GiB", "-c", "1024", "--target-kl", "1", "--k", "128",
+        "--target-key-loss", "10", "--attention", "tidal:layers=1+3", "-o", str(path), "--json",
+    )  # fmt: skip
+    assert stated.exit_code == 0, stated.stderr
+    assert json.loads(stated.stdout)["selection_layers"] == [1, 3]
     other = write_model(tmp_path / "other.gguf", layers=6, width=64, heads=2, kv_heads=1)
     refused = invoke("plan", str(other), "--attention", f"tidal:calibration={path}")
     assert refused.exit_code == 2 and "is of another model: its fingerprint" in refused.stderr
