@@ -12,13 +12,16 @@ import pytest
 from lowtide.attention import calibration_file
 from lowtide.attention.calibration_file import CalibrationError
 from lowtide.attention.gem import Gem
+from lowtide.attention.gem_calibrate import most_lost
 from lowtide.attention.gem_calibration import (
     GemCalibration,
     find_gem_calibration,
     load_gem_calibration,
     save_gem_calibration,
 )
+from lowtide.models.catalog import resolve
 from lowtide.models.errors import BadOption
+from lowtide.models.gguf_header import read_spec
 from lowtide.models.spec import ModelSpec
 
 
@@ -77,6 +80,18 @@ def test_without_one_a_model_with_sliding_windows_needs_a_layer(
         Gem().fitted(windowed)
     save_gem_calibration(made(smollm2_spec))
     assert Gem().fitted(windowed).layer == 11
+
+
+@pytest.mark.parametrize("name", ["gemma3-270m"])
+def test_calibrations_ship_for_the_named_models(name: str) -> None:
+    spec = read_spec(resolve(name))
+    found = find_gem_calibration(spec)
+    assert found is not None and found.has_rule(Gem().rule_settings)
+    assert found.num_kept == found.num_asked == 18 and found.margin >= 0.25
+    lost = found.num_dense_answered - found.num_answered
+    assert lost <= most_lost(found.num_dense_answered) and found.num_answered > 8
+    fitted = Gem().fitted(spec)
+    assert (fitted.layer, fitted.k) == (found.layer, found.k)
 
 
 @pytest.mark.parametrize(
