@@ -82,7 +82,7 @@ def test_without_one_a_model_with_sliding_windows_needs_a_layer(
     assert Gem().fitted(windowed).layer == 11
 
 
-@pytest.mark.parametrize("name", ["gemma3-270m"])
+@pytest.mark.parametrize("name", ["smollm2", "gemma3-270m"])
 def test_calibrations_ship_for_the_named_models(name: str) -> None:
     spec = read_spec(resolve(name))
     found = find_gem_calibration(spec)
