@@ -73,8 +73,8 @@ def test_a_model_of_random_weights_is_not_calibrated(model: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--attention", "dense"), "attention is 'dense': tidal, whose settings"),
-        (("--attention", "tidal:k=100"), "attention is 'tidal:k=100': tidal, whose settings"),
+        (("--attention", "dense"), "attention is 'dense': tidal, with its layers"),
+        (("--attention", "tidal:k=100"), "attention is 'tidal:k=100': tidal, with its layers"),
         (("--attention", "tidal:layers=9"), "name layer 9; random has layers 0 to 2"),
         (("--attention", "gem:layer=3"), "gem's layer is 3; random has layers 0 to 2"),
         (("--attention", "gem:k=10%"), "gem's k is 0.1: say once, as a number of tokens"),
