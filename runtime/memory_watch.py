@@ -42,6 +42,7 @@ GROWS_UNDER = {
     "weights": WEIGHTS,
     "context": COMPUTE,
     "rewind": COMPUTE,
+    "filter pass": COMPUTE,
     "prefill pass": COMPUTE,
     "decode pass": COMPUTE,
     "sampling": SAMPLING,

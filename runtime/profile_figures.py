@@ -51,6 +51,7 @@ PHASE_COLOURS = {
     "libraries": "#8c8c8c",
     "weights": "#2f6fab",
     "context": "#b8860b",
+    "filter pass": "#f0906c",
     "prefill pass": "#4da167",
     "decode pass": "#d95f30",
 }

@@ -10,7 +10,7 @@ import pytest
 from processes import run_lowtide, run_python
 
 from lowtide import Gem, GenerationResult, Profiler, Runtime
-from lowtide.memory.owners import FIRST_PASS
+from lowtide.memory.owners import COMPUTE, FIRST_PASS
 from lowtide.memory.units import MIB
 from lowtide.memory.untouched_buffers import can_leave_untouched
 from lowtide.models.errors import BadOption
@@ -140,6 +140,7 @@ def test_a_profile_shows_where_the_kept_tokens_lie(smollm2: Path) -> None:
     assert sum(s * k for s, k in zip(sizes, heat.kept, strict=True)) == pytest.approx(400)
     assert json.loads(json.dumps(report.to_dict()))["heat"]["num_kept"] == 400
     measured = {row.owner: row.num_bytes for row in report.measured}
+    assert (measured[COMPUTE] or 0) > 0
     assert (
         0
         < (measured[FIRST_PASS] or 0)
