@@ -91,6 +91,8 @@ class Gem(AttentionPolicy):
         layer, k, origin = self.layer, self.k, self.origin
         if layer is None:
             layer, origin = _default_layer(found, spec)
+            if found is not None and self.k not in (None, found.k):
+                origin = f"calibrated with k {found.k}"
         if k is None:
             k = max(found.k if found else DEFAULT_K, self.first + self.last)
         if not 0 <= layer < spec.num_layers:

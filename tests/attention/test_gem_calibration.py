@@ -52,7 +52,9 @@ def test_what_was_saved_is_found_and_used(smollm2_spec: ModelSpec) -> None:
     assert str(fitted) == (
         "gem, k 300, layer 11 (calibrated: 16 of 16 answers kept at 4,096 tokens), then dense"
     )
-    assert Gem(k=500).fitted(smollm2_spec).layer == 11
+    assert str(Gem(k=500).fitted(smollm2_spec)) == (
+        "gem, k 500, layer 11 (calibrated with k 300), then dense"
+    )
     stated = Gem(layer=9, k=400).fitted(smollm2_spec)
     assert str(stated) == "gem, k 400, layer 9 (stated), then dense"
 
