@@ -16,10 +16,17 @@ from paired import paired
 from peer import Peer
 
 from lowtide import GenerationResult, Runtime
+from lowtide.attention.dense import DenseSteering
+from lowtide.attention.gem import Gem
+from lowtide.attention.gem_calibrate import questions_alone
+from lowtide.attention.haystack import Haystack, is_answered
 from lowtide.attention.needles import chat_framing
 from lowtide.attention.questions import KINDS, Question, ask
+from lowtide.attention.whole_prompt import WholePrompt
 from lowtide.models.catalog import resolve
 from lowtide.models.model import Model
+from lowtide.runtime.loaded_model import LoadedModel
+from lowtide.runtime.planning import OpenOptions, plan_reference
 
 pytestmark = pytest.mark.benchmark
 
@@ -37,16 +44,12 @@ def hidden(model: Model, num_tokens: int, depth: float, question: Question) -> s
     return f"Read this text.\n{text}\n{question.text}"
 
 
-def said(runtime: Runtime, text: str, num_tokens: int, lead: str = "") -> str:
-    """The answer in a chat, or behind its `lead` where the model knows no chat."""
+def said(runtime: Runtime, text: str, num_tokens: int) -> str:
+    """The answer in a chat, or what follows the text where the model knows no chat."""
     options: dict[str, Any] = {"max_tokens": num_tokens, "temperature": 0}
     if runtime.spec.chat_template is None:
-        return GenerationResult.of(runtime.stream(f"{text}\n{lead}", **options)).text
+        return GenerationResult.of(runtime.stream(f"{text}\n", **options)).text
     return GenerationResult.of(runtime.chat([{"role": "user", "content": text}], **options)).text
-
-
-def answers(runtime: Runtime, text: str, question: Question) -> bool:
-    return all(reply.is_in(said(runtime, text, 40, reply.lead)) for reply in question.replies)
 
 
 def first_token(runtime: Runtime, text: str, *, afresh: bool) -> None:
@@ -99,25 +102,34 @@ def test_a_second_question(benchmark: Any, model: str, num_tokens: int) -> None:
     [("smollm2", 1000), ("smollm2", 2000), ("gemma3-270m", 4000), ("gemma3-270m", 8000)],
 )
 def test_what_is_found(benchmark: Any, model: str, num_tokens: int) -> None:
+    attention = f"gem:k=512,min_prompt=600,layer={LAYERS[model]}"
+    options = OpenOptions(memory="4GiB", context=num_tokens + 100, threads=2, attention=attention)
+    loaded = LoadedModel(plan_reference(model, options))
+    hook, prompt_filter, tokenizer = loaded.hook, loaded.prompt_filter, loaded.model.tokenizer
+    assert hook is not None and prompt_filter is not None and isinstance(loaded.planned.policy, Gem)
+    text = tokenizer.encode(essays(), add_special=False, parse_special=False)
+    haystack = Haystack(tokenizer, text, chat_framing(loaded.model))
+    whole, steering = (
+        WholePrompt(loaded.model, hook, loaded.planned.policy.rule),
+        DenseSteering(hook),
+    )
     found = {kind: [0, 0] for kind in KINDS}
-    opening = {"memory": "4GiB", "context": num_tokens + 400, "threads": 2}
-    policy = f"gem:k=512,min_prompt=600,layer={LAYERS[model]},continues=1"
 
     def look() -> None:
-        exact = Runtime.open(model, attention="dense", **opening)  # type: ignore[arg-type]
-        gem = Runtime.open(model, attention=policy, **opening)  # type: ignore[arg-type]
-        for kind in KINDS:
-            for depth in (0.9, 0.5, 0.1):  # what two prompts begin with is read once
-                for seed in range(4):
-                    question = ask(kind, seed)
-                    text = hidden(exact._model, num_tokens, depth, question)
-                    if answers(exact, text, question):
-                        found[kind][0] += 1
-                        found[kind][1] += answers(gem, text, question)
-        exact.close()
-        gem.close()
+        for seed in range(4):
+            for hidden in questions_alone(haystack, (num_tokens,), seed):
+                whole.hold(hidden.token_ids)
+                if whole.answers(hidden):
+                    kept = prompt_filter.filtered(hidden.token_ids)
+                    loaded.model.truncate(0)
+                    found[hidden.question.kind][0] += 1
+                    found[hidden.question.kind][1] += is_answered(
+                        loaded.model, steering, kept, hidden
+                    )
+                    whole.forget()
 
     benchmark.pedantic(look, rounds=1)
     benchmark.extra_info.update(found)
+    loaded.close()
     counts = ", ".join(f"{kind} {both} of {one}" for kind, (one, both) in found.items())
     print(f"\n{model} at {num_tokens:,}: gem answers as the whole prompt does: {counts}")
