@@ -9,7 +9,6 @@ rule is `rows=1,weights=raw,heads=sum,pool=mean,pool_size=5,first=0,last=0`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from lowtide.attention.gem_calibration import (
 )
 from lowtide.attention.policy import AttentionPolicy, Steering
 from lowtide.attention.prompt_scores import ScoreRule
-from lowtide.memory.first_pass import FirstPass
+from lowtide.memory.first_pass import FirstPass, kept_tokens
 from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
 
@@ -153,8 +152,7 @@ class Gem(AttentionPolicy):
     def budget(self, num_tokens: int) -> int:
         """Return how many tokens of a prompt are kept."""
         k = DEFAULT_K if self.k is None else self.k
-        wanted = int(k) if k >= 1 else math.ceil(k * num_tokens)
-        return max(wanted, self.first + self.last)
+        return max(kept_tokens(k, num_tokens), self.first + self.last)
 
     def install(self, hook: GraphHook, spec: ModelSpec) -> Steering:
         """Attend to what was kept as the other policy does."""

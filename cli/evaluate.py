@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from lowtide.models.spec import ModelSpec
     from lowtide.runtime.evaluation import Evaluation
     from lowtide.runtime.filter_evaluation import FilteredAnswer, FilterEvaluation
+    from lowtide.runtime.loaded_model import LoadedModel
+    from lowtide.runtime.planning import PlannedModel
 
 DEFAULT_CONTEXT = 4096
 
@@ -67,9 +70,8 @@ def command(
     from lowtide.attention.gem import Gem
     from lowtide.attention.policies import parse_policy
     from lowtide.attention.quality import WINDOW_TOKENS
-    from lowtide.cli.summary import json_object, note, plan_line
+    from lowtide.cli.summary import json_object, note
     from lowtide.runtime.evaluation import SPARE_TOKENS, evaluate
-    from lowtide.runtime.loaded_model import LoadedModel
 
     source = click.get_current_context().get_parameter_source("attention")
     if source is click.core.ParameterSource.DEFAULT:
@@ -82,11 +84,7 @@ def command(
     context = options["context"] or min(DEFAULT_CONTEXT, spec.context_length - SPARE_TOKENS)
     options["context"] = context + SPARE_TOKENS
     planned = plan_with(spec, replace(take_open_options(options), compared_rows=WINDOW_TOKENS))
-    planned.require_fit()
-    note(plan_line(planned))
-    hold(enforce, planned.plan.budget)
-    loaded = LoadedModel(planned)
-    try:
+    with _loaded(planned, enforce) as loaded:
         found = evaluate(
             loaded,
             context=context,
@@ -95,8 +93,6 @@ def command(
             needle_lengths=None if needles else (),
             progress=note,
         )
-    finally:
-        loaded.close()
     if as_json:
         click.echo(json_object(planned, **found.to_dict()))
     else:
@@ -115,20 +111,15 @@ def _evaluate_gem(
 ) -> None:
     """Plan what follows the filter, which holds whole prompts here, and measure the filter."""
     from lowtide.attention.questions import HARD_KINDS, KINDS
-    from lowtide.cli.summary import json_object, note, plan_line
+    from lowtide.cli.summary import json_object, note
     from lowtide.runtime.evaluation import SPARE_TOKENS
     from lowtide.runtime.filter_evaluation import evaluate_filter
-    from lowtide.runtime.loaded_model import LoadedModel
 
     context = options["context"] or min(DEFAULT_CONTEXT, spec.context_length - SPARE_TOKENS)
     options.update(context=context + SPARE_TOKENS, attention=policy.then)
     wanted = replace(take_open_options(options), compared_rows=1, selection_layers=spec.num_layers)
     planned = plan_with(spec, wanted)
-    planned.require_fit()
-    note(plan_line(planned))
-    hold(enforce, planned.plan.budget)
-    loaded = LoadedModel(planned)
-    try:
+    with _loaded(planned, enforce) as loaded:
         found = evaluate_filter(
             loaded,
             policy,
@@ -138,12 +129,26 @@ def _evaluate_gem(
             kinds=(*KINDS, *HARD_KINDS) if needles else (),
             progress=note,
         )
-    finally:
-        loaded.close()
     if as_json:
         click.echo(json_object(planned, **found.to_dict()))
     else:
         _print_filter_table(found)
+
+
+@contextlib.contextmanager
+def _loaded(planned: PlannedModel, enforce: ControlGroup | None) -> Iterator[LoadedModel]:
+    """Say the plan, hold it, and load the model for the block."""
+    from lowtide.cli.summary import note, plan_line
+    from lowtide.runtime.loaded_model import LoadedModel
+
+    planned.require_fit()
+    note(plan_line(planned))
+    hold(enforce, planned.plan.budget)
+    loaded = LoadedModel(planned)
+    try:
+        yield loaded
+    finally:
+        loaded.close()
 
 
 def _print_filter_table(found: FilterEvaluation) -> None:
