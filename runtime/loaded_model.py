@@ -195,10 +195,14 @@ class LoadedModel:
     def _check_resident(self) -> None:
         """The plan's formulas are not measured for every architecture: hold them against the facts.
 
-        The cache's cells are planned, and not yet touched.
+        The caches' cells are planned, and not yet touched.
         """
         plan, host = self.planned.plan, self.planned.host
         ahead = self.ledger.owners[CACHE] if host.kv_follows_use else 0
+        if host.kv_follows_use and self.prompt_filter is not None:
+            first = self._first_layers_bytes(plan.kv_tokens)
+            # What is not kept lies where the cache is empty meanwhile.
+            ahead = ahead + first if plan.keeps_first_pass else max(ahead, first)
         needed = read_process_memory().peak_bytes + ahead
         if needed > plan.budget.num_bytes:
             self.close()
