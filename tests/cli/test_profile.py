@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from processes import run_lowtide, run_measured
+from processes import Finished, run_lowtide, run_measured
 
 from lowtide.memory.units import MIB
 
@@ -196,16 +196,30 @@ main()
 """
 
 
+def told_bound(stderr: str) -> int:
+    """The bound that a refusal names, in MiB."""
+    return int(re.findall(r"raise --memory to (\d+)MiB", stderr)[0])
+
+
 @needs_matplotlib
 def test_at_the_lower_bound_what_is_drawn_leaves_the_budget_alone(tmp_path: Path) -> None:
-    """In the process itself: what it started is beside the budget."""
-    refused = run_lowtide("profile", "--memory", "40MiB", "-p", "Hi")
-    bound = int(re.findall(r"raise --memory to (\d+)MiB", refused.stderr)[0]) + 1
+    """In the process itself: what it started is beside the budget.
+
+    40 MiB are refused by formulas; from the bound that they give on, this machine's libraries are measured.
+    """
     page, png = tmp_path / "r.html", tmp_path / "p.png"
-    done = run_measured(
-        sys.executable, "-c", OWN_PEAK, "profile", "--memory", f"{bound}MiB", "-p", "Hi", "-n", "16",
-        "-t", "1", "--report", str(page), "--png", str(png),
-    )  # fmt: skip
+
+    def profiled(megabytes: int) -> Finished:
+        return run_measured(
+            sys.executable, "-c", OWN_PEAK, "profile", "--memory", f"{megabytes}MiB", "-p", "Hi",
+            "-n", "16", "-t", "1", "--report", str(page), "--png", str(png),
+        )  # fmt: skip
+
+    bound = told_bound(profiled(40).stderr) + 1
+    done = profiled(bound)
+    if done.code == 2:
+        bound = told_bound(done.stderr) + 1
+        done = profiled(bound)
     assert done.code == 0, done.stderr
     assert page.stat().st_size > 10_000 and png.stat().st_size > 10_000
     told = re.findall(r"own peak (\d+)", done.stderr)
