@@ -1,0 +1,121 @@
+#pragma once
+
+// Dot products of bytes on vectors of W lanes of 32 bits, and what else integers need. Included by the kernels,
+// compiled with their flags, after `vectors.h`.
+
+#include <cstdint>
+#include <cstring>
+
+#include "half.h"
+#include "vectors.h"
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#elif defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+typedef uint8_t Bytes __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint16_t Shorts __attribute__((vector_size(4 * W), aligned(4), may_alias));
+
+inline Bytes load_bytes(const uint8_t* from) { return *reinterpret_cast<const Bytes*>(from); }
+
+// Every byte moved by Up bits, down where it is negative; what crosses to its neighbour is masked away.
+template <int Up> inline Bytes moved(Bytes bytes, uint8_t mask) {
+    const Shorts shorts = Shorts(bytes), result = Up >= 0 ? shorts << (Up >= 0 ? Up : 0) : shorts >> (Up < 0 ? -Up : 0);
+    return Bytes(result) & (Bytes{} + mask);
+}
+
+inline int32_t four_bytes(const int8_t* from) {
+    int32_t four;
+    std::memcpy(&four, from, sizeof four);
+    return four;
+}
+
+inline Ints splat_int(int32_t value) { return value - Ints{}; }
+inline Floats to_floats(Ints value) { return __builtin_convertvector(value, Floats); }
+
+// a * b + c, rounded once where the processor can.
+inline Floats fused(Floats a, Floats b, Floats c) {
+#if VECTOR_FLOATS == 16
+    return Floats(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+#elif VECTOR_FLOATS == 8
+    return Floats(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#elif defined(__aarch64__)
+    return Floats(vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b)));
+#else
+    return a * b + c;
+#endif
+}
+
+inline Floats load_halves(const uint8_t* from) {
+#if VECTOR_FLOATS == 16
+    return Floats(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif VECTOR_FLOATS == 8
+    return Floats(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+    Floats result;
+    for (int i = 0; i < W; ++i) {
+        uint16_t half;
+        std::memcpy(&half, from + 2 * i, sizeof half);
+        result[i] = half_to_float(half);
+    }
+    return result;
+#endif
+}
+
+// W bytes as whole numbers, without and with a sign.
+inline Floats load_unsigned(const uint8_t* from) {
+    typedef uint8_t Few __attribute__((vector_size(W), aligned(1), may_alias));
+    return to_floats(__builtin_convertvector(*reinterpret_cast<const Few*>(from), Ints));
+}
+
+inline Floats load_signed(const uint8_t* from) {
+    typedef int8_t Few __attribute__((vector_size(W), aligned(1), may_alias));
+    return to_floats(__builtin_convertvector(*reinterpret_cast<const Few*>(from), Ints));
+}
+
+// Adds to each lane the products of its four bytes of `weights` with the four of `row`, which have a sign. Wide
+// weights are of 8 bits, offset by 128, and their offset is taken off here; others have 6 bits at most.
+template <bool Wide> inline Ints add_dots(Ints sum, Bytes weights, int32_t row) {
+#if defined(LOWTIDE_VNNI512)
+    return Ints(_mm512_dpbusd_epi32(__m512i(sum), __m512i(weights), _mm512_set1_epi32(row)));
+#elif defined(LOWTIDE_VNNI)
+    return Ints(_mm256_dpbusd_avx_epi32(__m256i(sum), __m256i(weights), _mm256_set1_epi32(row)));
+#elif VECTOR_FLOATS == 8
+    __m256i unsigned_ones = __m256i(weights), signed_ones = _mm256_set1_epi32(row);
+    if constexpr (Wide) {  // pairs of products of 8 bits would not fit 16: the sign goes to the other factor
+        const __m256i with_sign = _mm256_xor_si256(unsigned_ones, _mm256_set1_epi8(-128));
+        unsigned_ones = _mm256_abs_epi8(with_sign), signed_ones = _mm256_sign_epi8(signed_ones, with_sign);
+    }
+    const __m256i pairs = _mm256_maddubs_epi16(unsigned_ones, signed_ones);
+    return Ints(_mm256_add_epi32(__m256i(sum), _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
+#elif defined(__ARM_FEATURE_DOTPROD)
+    if constexpr (Wide) weights ^= uint8_t(128);
+    return Ints(vdotq_s32(int32x4_t(sum), int8x16_t(weights), vreinterpretq_s8_s32(vdupq_n_s32(row))));
+#elif defined(__aarch64__)
+    if constexpr (Wide) weights ^= uint8_t(128);
+    const int8x16_t w = int8x16_t(weights), a = vreinterpretq_s8_s32(vdupq_n_s32(row));
+    const int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(a)), high = vmull_high_s8(w, a);
+    return Ints(vaddq_s32(int32x4_t(sum), vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high))));
+#else
+    int8_t four[4];
+    std::memcpy(four, &row, sizeof four);
+    for (int j = 0; j < 4; ++j) {
+        const Ints byte = Ints(weights) >> 8 * j & 255;
+        sum += (Wide ? byte - 128 : byte) * int32_t(four[j]);
+    }
+    return sum;
+#endif
+}
+
+// What of a wide weight's offset `add_dots` leaves in.
+#if defined(LOWTIDE_VNNI512) || defined(LOWTIDE_VNNI)
+constexpr int kWideOffset = 128;
+#else
+constexpr int kWideOffset = 0;
+#endif
+
+}  // namespace

@@ -1,0 +1,162 @@
+// The product kernels of one instruction set: include it after VECTOR_FLOATS and its flags are set.
+//
+// A strip is W rows of a panel. Its blocks are unpacked once for up to kTileRows rows; every row's sum goes through
+// the blocks in order, whatever rows are beside it.
+
+#include <algorithm>
+#include <cmath>
+
+#include "byte_dots.h"
+#include "products.h"
+
+namespace {
+
+constexpr int kGroups = kBlockSize / 4;
+constexpr int kTileRows = VECTOR_FLOATS == 4 ? 4 : 8;
+
+template <Format F, int Group> inline void unpack_group(const uint8_t* values, const uint8_t* high, Bytes (&groups)[kGroups]) {
+    constexpr FormatShape shape = shape_of(F);
+    if constexpr (shape.value_bits == 8)
+        groups[Group] = load_bytes(values + 64 * Group);
+    else
+        groups[Group] = moved<Group % 2 ? -4 : 0>(load_bytes(values + 64 * (Group / 2)), 15);
+    if constexpr (shape.high_bits == 1) groups[Group] |= moved<4 - Group>(load_bytes(high), 16);
+    if constexpr (shape.high_bits == 2) groups[Group] |= moved<4 - 2 * (Group % 4)>(load_bytes(high + 64 * (Group / 4)), 48);
+    if constexpr (Group + 1 < kGroups) unpack_group<F, Group + 1>(values, high, groups);
+}
+
+// What a strip's values are multiplied with, and what is added to them.
+struct Scales {
+    Floats first, second, minimum;
+};
+
+template <Format F> inline Scales scales_of(const uint8_t* panel, const PanelLayout& at, int block, int strip) {
+    constexpr FormatShape shape = shape_of(F);
+    const int lane = W * strip, line = kPanelRows * block + lane;
+    Scales scales{};
+    if constexpr (!shape.is_super) {
+        scales.first = load_halves(panel + at.scales + 2 * line);
+        if constexpr (shape.has_minima) scales.minimum = load_halves(panel + at.minima + 2 * line);
+    } else {
+        const int super_line = kPanelRows * (block / kSuperBlocks) + lane;
+        const Floats all = load_halves(panel + at.super_scales + 2 * super_line);
+        if constexpr (shape.scales_a_block == 2) {
+            const uint8_t* halves = panel + at.scales + 2 * kPanelRows * block + lane;
+            scales.first = all * load_signed(halves), scales.second = all * load_signed(halves + kPanelRows);
+        } else {
+            scales.first = all * load_unsigned(panel + at.scales + line);
+        }
+        if constexpr (shape.has_minima)
+            scales.minimum = load_halves(panel + at.super_minima + 2 * super_line) * -load_unsigned(panel + at.minima + line);
+    }
+    return scales;
+}
+
+template <bool Wide> inline Ints dots_of(const Bytes* groups, const int8_t* row, Ints sum) {
+    Ints other = Ints{};
+    for (int g = 0; g < kGroups / 2; g += 2) {
+        sum = add_dots<Wide>(sum, groups[g], four_bytes(row + 4 * g));
+        other = add_dots<Wide>(other, groups[g + 1], four_bytes(row + 4 * g + 4));
+    }
+    return sum + other;
+}
+
+template <Format F, int Rows>
+inline void multiply_strip(const uint8_t* panel, const PanelLayout& at, int strip, const QuantisedRows& rows, int first, Floats (&sums)[Rows]) {
+    constexpr FormatShape shape = shape_of(F);
+    constexpr bool kWide = shape.value_bits == 8;
+    constexpr int kOffset = kWide ? kWideOffset : shape.offset;
+    const int num_blocks = rows.num_blocks();
+    for (int i = 0; i < Rows; ++i) sums[i] = Floats{};
+    for (int block = 0; block < num_blocks; ++block) {
+        Bytes groups[kGroups];
+        unpack_group<F, 0>(panel + size_t(block) * shape.value_bits * 4 * kPanelRows + 4 * W * strip,
+                           panel + at.high + size_t(block) * shape.high_bits * 4 * kPanelRows + 4 * W * strip, groups);
+        const Scales scales = scales_of<F>(panel, at, block, strip);
+        for (int i = 0; i < Rows; ++i) {
+            const size_t at_block = size_t(first + i) * num_blocks + block;
+            const int8_t* row = rows.q + at_block * kBlockSize;
+            const int32_t first_sum = rows.sums[2 * at_block], second_sum = rows.sums[2 * at_block + 1];
+            const float scale = rows.scales[at_block];
+            const Ints first_dots = dots_of<kWide>(groups, row, splat_int(-kOffset * first_sum));
+            const Ints second_dots = dots_of<kWide>(groups + kGroups / 2, row + kBlockSize / 2, splat_int(-kOffset * second_sum));
+            if constexpr (shape.scales_a_block == 2) {
+                sums[i] = fused(to_floats(first_dots), scales.first * scale, sums[i]);
+                sums[i] = fused(to_floats(second_dots), scales.second * scale, sums[i]);
+            } else {
+                sums[i] = fused(to_floats(first_dots + second_dots), scales.first * scale, sums[i]);
+            }
+            if constexpr (shape.has_minima) sums[i] = fused(scales.minimum, splat(scale * float(first_sum + second_sum)), sums[i]);
+        }
+    }
+}
+
+template <Format F, int Rows>
+void multiply_tile(const PackedMatrix& matrix, int panel, const QuantisedRows& rows, int first, float* out, size_t out_stride) {
+    const PanelLayout at = layout_of(F, matrix.num_columns);
+    const uint8_t* from = matrix.panels + at.num_bytes * panel;
+    for (int strip = 0; strip < kPanelRows / W; ++strip) {
+        const int column = kPanelRows * panel + W * strip, left = matrix.num_rows - column;
+        if (left <= 0) return;
+        Floats sums[Rows];
+        multiply_strip<F, Rows>(from, at, strip, rows, first, sums);
+        for (int i = 0; i < Rows; ++i) {
+            float* to = out + (first + i) * out_stride + column;
+            if (left >= W) {
+                store(to, sums[i]);
+            } else {
+                float lanes[W];
+                store(lanes, sums[i]);
+                std::memcpy(to, lanes, sizeof(float) * left);
+            }
+        }
+    }
+}
+
+template <Format F, int Rows = kTileRows>
+inline void multiply_rest(const PackedMatrix& matrix, int panel, const QuantisedRows& rows, int first, float* out, size_t out_stride) {
+    for (; first + Rows <= rows.num_rows; first += Rows) multiply_tile<F, Rows>(matrix, panel, rows, first, out, out_stride);
+    if constexpr (Rows > 1) multiply_rest<F, Rows / 2>(matrix, panel, rows, first, out, out_stride);
+}
+
+template <Format F>
+void multiply_panels(const PackedMatrix& matrix, const QuantisedRows& rows, int begin, int end, float* out, size_t out_stride) {
+    for (int panel = begin; panel < end; ++panel) multiply_rest<F>(matrix, panel, rows, 0, out, out_stride);
+}
+
+void multiply(const PackedMatrix& matrix, const QuantisedRows& rows, int begin, int end, float* out, size_t out_stride) {
+    switch (Format(matrix.format)) {
+        case Format::q4_0: return multiply_panels<Format::q4_0>(matrix, rows, begin, end, out, out_stride);
+        case Format::q4_1: return multiply_panels<Format::q4_1>(matrix, rows, begin, end, out, out_stride);
+        case Format::q5_0: return multiply_panels<Format::q5_0>(matrix, rows, begin, end, out, out_stride);
+        case Format::q5_1: return multiply_panels<Format::q5_1>(matrix, rows, begin, end, out, out_stride);
+        case Format::q8_0: return multiply_panels<Format::q8_0>(matrix, rows, begin, end, out, out_stride);
+        case Format::q4_k: return multiply_panels<Format::q4_k>(matrix, rows, begin, end, out, out_stride);
+        case Format::q5_k: return multiply_panels<Format::q5_k>(matrix, rows, begin, end, out, out_stride);
+        case Format::q6_k: return multiply_panels<Format::q6_k>(matrix, rows, begin, end, out, out_stride);
+    }
+}
+
+// To the nearest of 255 steps of the block's largest value. A value that is no number counts as none.
+void quantise(const float* from, const QuantisedRows& to, int row) {
+    for (int block = 0; block < to.num_blocks(); ++block, from += kBlockSize) {
+        const size_t at = size_t(row) * to.num_blocks() + block;
+        float largest = 0.0f;
+        for (int i = 0; i < kBlockSize; ++i) largest = std::fabs(from[i]) > largest ? std::fabs(from[i]) : largest;
+        const float scale = largest / 127.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+        int8_t* q = to.q + at * kBlockSize;
+        for (int half = 0; half < 2; ++half) {
+            int32_t sum = 0;
+            for (int i = half * kBlockSize / 2; i < (half + 1) * kBlockSize / 2; ++i) {
+                const float steps = from[i] * inverse;
+                const float known = steps == steps ? steps : 0.0f, inside = std::min(std::max(known, -127.0f), 127.0f);
+                const auto nearest = int32_t(inside + 12582912.0f - 12582912.0f);
+                q[i] = int8_t(nearest), sum += nearest;
+            }
+            to.sums[2 * at + half] = sum;
+        }
+        to.scales[at] = scale;
+    }
+}
+
+}  // namespace

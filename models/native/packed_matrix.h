@@ -1,0 +1,82 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+// Quantised weights of one matrix, laid out for wide dot products.
+//
+// A panel is kPanelRows rows of the matrix; a block is kBlockSize columns of it. Byte 4 r + j of a group holds
+// columns 4 g + j of row r. A panel is three planes, one after another, each in the order of its blocks:
+//
+//   values  of 8 bits: 8 groups of 64 bytes a block; else 4: group 2 i in the low halves of bytes and
+//           group 2 i + 1 in the high ones
+//   high    the bits above the fourth: 64 bytes a block where it is one (bit g of a byte for group g), 128 where
+//           they are two (of groups 0 to 3, and then 4 to 7)
+//   scales  halves for each row and block; of the K formats bytes, and halves for every 8 blocks
+//
+// Every panel begins on 64 bytes, and the last one is filled up with rows of zeros.
+constexpr int kPanelRows = 16;
+constexpr int kBlockSize = 32;
+constexpr int kSuperBlocks = 8;  // blocks that share halves in the K formats
+
+// ggml's numbers of the formats.
+enum class Format : int32_t { q4_0 = 2, q4_1 = 3, q5_0 = 6, q5_1 = 7, q8_0 = 8, q4_k = 12, q5_k = 13, q6_k = 14 };
+
+struct FormatShape {
+    int value_bits;     // 4 or 8 in the first plane
+    int high_bits;      // 0, 1 or 2 in the second
+    int offset;         // what zero is stored as
+    bool has_minima;    // what is added to every value of a block
+    bool is_super;      // a K format
+    int scales_a_block; // of a row: one, or one for each half
+};
+
+constexpr FormatShape shape_of(Format format) {
+    switch (format) {
+        case Format::q4_0: return {4, 0, 8, false, false, 1};
+        case Format::q4_1: return {4, 0, 0, true, false, 1};
+        case Format::q5_0: return {4, 1, 16, false, false, 1};
+        case Format::q5_1: return {4, 1, 0, true, false, 1};
+        case Format::q8_0: return {8, 0, 128, false, false, 1};
+        case Format::q4_k: return {4, 0, 0, true, true, 1};
+        case Format::q5_k: return {4, 1, 0, true, true, 1};
+        case Format::q6_k: return {4, 2, 32, false, true, 2};
+    }
+    return {};
+}
+
+constexpr bool is_known(int32_t format) {
+    switch (Format(format)) {
+        case Format::q4_0: case Format::q4_1: case Format::q5_0: case Format::q5_1:
+        case Format::q8_0: case Format::q4_k: case Format::q5_k: case Format::q6_k: return true;
+    }
+    return false;
+}
+
+// Where the planes of a panel lie, in bytes from its beginning.
+struct PanelLayout {
+    size_t high, scales, minima, super_scales, super_minima, num_bytes;
+};
+
+constexpr PanelLayout layout_of(Format format, int64_t num_columns) {
+    const FormatShape shape = shape_of(format);
+    const size_t blocks = size_t(num_columns / kBlockSize), supers = blocks / kSuperBlocks;
+    const size_t entry = shape.is_super ? 1 : 2, line = kPanelRows * entry * blocks, halves = 2 * kPanelRows * supers;
+    PanelLayout at{};
+    at.high = blocks * (shape.value_bits * 4 * kPanelRows);
+    at.scales = at.high + blocks * (shape.high_bits * 4 * kPanelRows);
+    at.minima = at.scales + line * shape.scales_a_block;
+    at.super_scales = at.minima + (shape.has_minima ? line : 0);
+    at.super_minima = at.super_scales + (shape.is_super ? halves : 0);
+    const size_t end = at.super_minima + (shape.is_super && shape.has_minima ? halves : 0);
+    at.num_bytes = (end + 63) / 64 * 64;
+    return at;
+}
+
+struct PackedMatrix {
+    int32_t format;
+    int32_t num_rows, num_columns;
+    const uint8_t* panels;
+};
+
+constexpr int num_panels(int64_t num_rows) { return int((num_rows + kPanelRows - 1) / kPanelRows); }

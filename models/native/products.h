@@ -1,0 +1,44 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "packed_matrix.h"
+
+// Rows of float32 in 8 bits, with a scale for every block of columns: q * scales[block]. `sums` are those of q
+// over each half of a block.
+struct QuantisedRows {
+    int num_rows, num_columns;
+    int8_t* q;        // (rows, columns)
+    float* scales;    // (rows, blocks)
+    int32_t* sums;    // (rows, blocks, 2)
+
+    int num_blocks() const { return num_columns / kBlockSize; }
+};
+
+// What a QuantisedRows of this size takes; every part of it begins on 64 bytes.
+size_t quantised_bytes(int num_rows, int num_columns);
+
+// The parts of `memory`, which has so many bytes.
+QuantisedRows quantised_rows(int num_rows, int num_columns, uint8_t* memory);
+
+// The kernels of one instruction set. A row's result is the same bit for bit alone and among others.
+struct ProductKernels {
+    const char* name;
+
+    // Quantises row `row`, of num_columns values.
+    void (*quantise)(const float* from, const QuantisedRows& to, int row);
+
+    // out[i][j], `out_stride` floats between rows, becomes row i of `rows` times row j of the matrix, for every i
+    // and the js of panels `begin` to `end`.
+    void (*multiply)(const PackedMatrix& matrix, const QuantisedRows& rows, int begin, int end, float* out, size_t out_stride);
+};
+
+// The best set that the processor can run, or the one of that name; null where there is none.
+const ProductKernels* find_product_kernels(const char* name);
+
+const ProductKernels* vnni512_products();
+const ProductKernels* vnni_products();
+const ProductKernels* avx2_products();
+const ProductKernels* dot_products();
+const ProductKernels* portable_products();
