@@ -105,9 +105,12 @@ extern "C" size_t lowtide_cpu_features(char* out, size_t capacity) {
 }
 
 bool processor_has(const char* feature) {
-    std::string names(lowtide_cpu_features(nullptr, 0) + 1, '\0');
-    lowtide_cpu_features(&names[0], names.size());
-    const std::string all = " " + std::string(names.c_str()) + " ";
+    // Asked once: a virtual machine may take a long time over it.
+    static const std::string all = [] {
+        std::string names(lowtide_cpu_features(nullptr, 0) + 1, '\0');
+        lowtide_cpu_features(&names[0], names.size());
+        return " " + std::string(names.c_str()) + " ";
+    }();
     return all.find(" " + std::string(feature) + " ") != std::string::npos;
 }
 
