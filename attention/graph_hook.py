@@ -42,7 +42,7 @@ class _Counts(ctypes.Structure):
         (name, ctypes.c_int64)
         for name in (
             "layers_ours layers_theirs nodes_ours nodes_theirs nanoseconds scratch_bytes keys_read "
-            "keys_held weight_bytes_given_back products_sliced".split()
+            "keys_held weight_bytes_given_back products_sliced products_packed".split()
         )
     ]
 
@@ -54,7 +54,8 @@ class HookCounts:
     `layers_ours` run our kernel in every pass, `layers_theirs` were left to llama.cpp in at least one;
     `seconds` is the time in our kernel. Of the `keys_held` that a pass's last row could see, over
     all layers and passes, `keys_read` were attended to. `weight_bytes_given_back` counts mapped weights
-    whose pages went back to the system, `products_sliced` the products that gave theirs back on the way.
+    whose pages went back to the system, `products_sliced` the products that gave theirs back on the way, `products_packed` those that were computed
+    from packed weights.
     """
 
     layers_ours: int
@@ -67,6 +68,7 @@ class HookCounts:
     keys_held: int
     weight_bytes_given_back: int
     products_sliced: int
+    products_packed: int
 
 
 class GraphHook:
@@ -124,6 +126,7 @@ class GraphHook:
             counts.keys_held,
             counts.weight_bytes_given_back,
             counts.products_sliced,
+            counts.products_packed,
         )
 
     def set_active(self, active: bool) -> None:

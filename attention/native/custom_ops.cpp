@@ -52,7 +52,9 @@ const char* learn_ops(const GgmlFunctions& ggml, OpNumbers& numbers, const Custo
 
     const auto op_name = reinterpret_cast<OpName>(ggml.op_name);
     numbers.flash_attention = number_of("FLASH_ATTN_EXT", op_name), numbers.product = number_of("MUL_MAT", op_name);
-    if (numbers.flash_attention < 0 || numbers.product < 0) return "ggml has no FLASH_ATTN_EXT or no MUL_MAT";
+    numbers.rows = number_of("GET_ROWS", op_name);
+    if (numbers.flash_attention < 0 || numbers.product < 0 || numbers.rows < 0)
+        return "ggml has no FLASH_ATTN_EXT, no MUL_MAT or no GET_ROWS";
 
     const auto custom_4d = reinterpret_cast<Custom4d>(ggml.custom_4d);
     GgmlTensor* sources[1] = {tensor};

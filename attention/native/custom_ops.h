@@ -20,7 +20,7 @@ struct GgmlFunctions {
 
 // ggml's numbers of the operations that we know.
 struct OpNumbers {
-    int32_t flash_attention, product, custom;
+    int32_t flash_attention, product, rows, custom;
 };
 
 // A function that a node shall run on each of ggml's threads, and where what its `op_params` must be goes.

@@ -19,6 +19,7 @@
 #include "custom_ops.h"
 #include "ggml_tensor.h"
 #include "layer_clock.h"
+#include "packed_products.h"
 #include "prompt_scores.h"
 #include "tidal_attend.h"
 #include "visible_keys.h"
@@ -48,6 +49,7 @@ struct GraphHook {
     VisibleKeys visible;
     WeightStream weights;
     SlicedProduct product;
+    PackedProducts packed;
     LayerClock clock;
     Layer layers[kMaxLayers];
     int64_t nodes_ours, nodes_theirs, nanoseconds, keys_read, keys_held, products_sliced;
@@ -96,6 +98,7 @@ void multiply_node(GgmlTensor* node, int thread, int num_threads, void* user_dat
 
 // The output's matrix is larger than any layer: where it is given back, it is so while it is used.
 void take_product(GraphHook& hook, GgmlTensor* node) {
+    if (hook.packed.take(node, hook.ops.custom, hook.num_threads)) return;
     constexpr size_t kLargeBytes = 2 << 20;
     const GgmlTensor* weights = node->src[0];
     if (weights->nb[1] * weights->ne[1] < kLargeBytes || !hook.weights.is_streamed_alone(weights)) return;
@@ -113,6 +116,7 @@ void take_product(GraphHook& hook, GgmlTensor* node) {
 const char* learn(GraphHook& hook) {
     std::vector<CustomOp> wanted{{multiply_node, &hook, hook.product_params}};
     for (Layer& layer : hook.layers) wanted.push_back({attend_node, &layer, layer.op_params});
+    hook.packed.want(wanted);
     return learn_ops(hook.ggml, hook.ops, wanted.data(), int(wanted.size()));
 }
 
@@ -208,8 +212,11 @@ extern "C" bool lowtide_hook_callback(void* tensor, bool ask, void* user_data) {
     } else if (node->op == hook.ops.custom) {
         const int index = AttentionNode::layer_of(node);
         if (is_taken(hook, node, index)) (hook.active ? keep : give_back)(hook, node, index);
+        if (hook.packed.is_taken(node) && !hook.packed.take(node, hook.ops.custom, hook.num_threads)) node->op = hook.ops.product;
     } else if (node->op == hook.ops.product) {
         take_product(hook, node);
+    } else if (node->op == hook.ops.rows) {
+        hook.packed.start();
     }
     // Where either wants it, the graph stops behind this node and comes back here.
     const bool streams = hook.weights.enters_group(node), times = hook.clock.wants(node);
@@ -238,6 +245,14 @@ extern "C" int lowtide_hook_stream_weights(GraphHook* hook, const WeightSpan* sp
     }
 }
 
+extern "C" int lowtide_hook_pack_weights(GraphHook* hook, const PackedWeights* weights, int num_weights) {
+    try {
+        return hook->packed.set(weights, num_weights) ? 0 : 2;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
 extern "C" void lowtide_hook_start_pass(GraphHook* hook, int sparse, int refresh, int rounded) {
     hook->attend.start_pass(sparse != 0, refresh != 0);
     hook->rounded = rounded != 0;
@@ -259,8 +274,8 @@ extern "C" int lowtide_hook_prompt_scores(const GraphHook* hook, float* scores, 
 extern "C" int lowtide_hook_can_round(const GraphHook* hook) { return hook->kernels->attend_rounded != nullptr; }
 
 extern "C" HookCounts lowtide_hook_counts(const GraphHook* hook) {
-    HookCounts counts{0, 0, hook->nodes_ours, hook->nodes_theirs, hook->nanoseconds, int64_t(hook->attend.scratch_bytes() + hook->prompt_scores.scratch_bytes()),
-                      hook->keys_read, hook->keys_held, hook->weights.given_back_bytes(), hook->products_sliced};
+    HookCounts counts{0, 0, hook->nodes_ours, hook->nodes_theirs, hook->nanoseconds, int64_t(hook->attend.scratch_bytes() + hook->prompt_scores.scratch_bytes() + hook->packed.scratch_bytes()),
+                      hook->keys_read, hook->keys_held, hook->weights.given_back_bytes(), hook->products_sliced, hook->packed.num_taken()};
     for (const Layer& layer : hook->layers) {
         counts.layers_ours += layer.ours && !layer.theirs;
         counts.layers_theirs += layer.theirs;
