@@ -42,7 +42,7 @@ class _Counts(ctypes.Structure):
         (name, ctypes.c_int64)
         for name in (
             "layers_ours layers_theirs nodes_ours nodes_theirs nanoseconds scratch_bytes keys_read "
-            "keys_held weight_bytes_given_back products_sliced products_packed".split()
+            "keys_held weight_bytes_given_back products_sliced products_packed packed_refused".split()
         )
     ]
 
@@ -54,8 +54,9 @@ class HookCounts:
     `layers_ours` run our kernel in every pass, `layers_theirs` were left to llama.cpp in at least one;
     `seconds` is the time in our kernel. Of the `keys_held` that a pass's last row could see, over
     all layers and passes, `keys_read` were attended to. `weight_bytes_given_back` counts mapped weights
-    whose pages went back to the system, `products_sliced` the products that gave theirs back on the way, `products_packed` those that were computed
-    from packed weights.
+    whose pages went back to the system, `products_sliced` the products that gave theirs back on the way,
+    `products_packed` those that were computed from packed weights, `packed_refused` the nodes that read such
+    weights in a way that is not known.
     """
 
     layers_ours: int
@@ -69,6 +70,7 @@ class HookCounts:
     weight_bytes_given_back: int
     products_sliced: int
     products_packed: int
+    packed_refused: int
 
 
 class GraphHook:
@@ -127,6 +129,7 @@ class GraphHook:
             counts.weight_bytes_given_back,
             counts.products_sliced,
             counts.products_packed,
+            counts.packed_refused,
         )
 
     def set_active(self, active: bool) -> None:
@@ -150,6 +153,15 @@ class GraphHook:
         if failed == 2:
             raise ValueError("spans are not in order, or of a group without a flag")
         if failed:
+            raise MemoryError
+
+    def read_packed(self, names: Sequence[str], max_rows: int, max_columns: int) -> None:
+        """Have tensors of these names read as packed ones, in passes of `max_rows` rows at most.
+
+        `max_columns` is the most that one of them has. Raises `MemoryError`.
+        """
+        text = "\n".join(names).encode()
+        if self._library.lowtide_hook_read_packed(self._hook, text, max_rows, max_columns):
             raise MemoryError
 
     @property
@@ -231,5 +243,11 @@ def _declare(library: ctypes.CDLL) -> None:
     ]
     library.lowtide_hook_score_prompt.argtypes = [pointer, ctypes.c_int, pointer, ctypes.c_int]
     library.lowtide_hook_score_prompt.restype = None
+    library.lowtide_hook_read_packed.argtypes = [
+        pointer,
+        ctypes.c_char_p,
+        ctypes.c_int,
+        ctypes.c_int,
+    ]
     library.lowtide_hook_prompt_scores.argtypes = [pointer, pointer, ctypes.c_int]
     library.lowtide_hook_can_round.argtypes = [pointer]

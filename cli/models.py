@@ -2,15 +2,52 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
 
 
-@click.command("models")
+class _Models(click.Group):
+    """What is no subcommand is a model to describe."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        wants_help = args[:1] in (["--help"], ["-h"])
+        if not wants_help and (not args or args[0] not in self.commands):
+            args = ["show", *args]
+        return super().parse_args(context, args)
+
+
+@click.group("models", cls=_Models)
+def command() -> None:
+    """List the models that have names, describe one MODEL from its headers, or pack its weights.
+
+    `lowtide models [MODEL]` lists or describes; `lowtide models pack MODEL` writes the packed copy that --pack
+    reads.
+    """
+
+
+@command.command("pack")
+@click.argument("model", required=False)
+@click.option("--offline", is_flag=True, help="Never reach for the network.")
+def pack(model: str | None, offline: bool) -> None:
+    """Lay the weights of MODEL out for our kernels, in a copy in the cache folder."""
+    from lowtide.cli.summary import note
+    from lowtide.runtime.packed_weights import packed_copy
+    from lowtide.runtime.planning import find_spec
+
+    spec = find_spec(model, offline=offline)
+    with click.progressbar(length=spec.weight_bytes, label=spec.name, file=sys.stderr) as bar:
+        packed = packed_copy(spec, bar.update)
+    note(f"{len(packed.packed_tensors)} matrices are packed")
+    for path in packed.paths:
+        click.echo(path)
+
+
+@command.command("show")
 @click.argument("model", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(model: str | None, as_json: bool) -> None:
+def show(model: str | None, as_json: bool) -> None:
     """List the models that have names, or describe one MODEL from its headers."""
     import json
 

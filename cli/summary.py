@@ -34,6 +34,8 @@ def plan_line(planned: PlannedModel) -> str:
     )
     if planned.policy.uses_hook:
         line += f" · attention {planned.policy}"
+    if planned.options.pack:
+        line += " · packed weights"
     line += "".join(f" · {gpu_line(gpu)}" for gpu in plan.gpus)
     return line + "".join(f" · gave up {step}" for step in plan.gave_up)
 
@@ -63,6 +65,8 @@ def statistics_line(stats: Statistics, finish_reason: str | None) -> str:
         parts.append(f"{stats.attended_share:.0%} of the cache attended to")
     if stats.layers_ours and stats.layers_ours < stats.layers:
         parts.append(f"our attention in {stats.layers_ours} of {stats.layers} layers")
+    if stats.unpacked_reason is not None:
+        parts.append(f"weights not packed: {stats.unpacked_reason}")
     if stats.dropped_tokens:
         parts.append(f"{stats.dropped_tokens} oldest tokens dropped")
     parts += [f"gave {format_bytes(t.given_back_bytes)} back ({t.level})" for t in stats.trims]

@@ -194,6 +194,18 @@ def attention_bytes(spec: ModelSpec, context: int, threads: int) -> int:
     return split + tiled + threads * 4 * 64 * (2 * 256 + 72)
 
 
+def widest_product(spec: ModelSpec) -> int:
+    """Return the most columns that a matrix of the layers has."""
+    heads = spec.num_heads * max(spec.key_head_size, spec.value_head_size)
+    return max(spec.embedding_width, heads, *spec.feed_forward_width)
+
+
+def product_bytes(spec: ModelSpec, max_rows: int) -> int:
+    """Return what products of packed weights take: a pass's rows in 8 bits, with a scale and two sums for
+    every 32 values."""
+    return max_rows * widest_product(spec) * 11 // 8 + 256
+
+
 def selection_bytes(spec: ModelSpec, context: int, selection_layers: int) -> int:
     """Return what choosing keys takes: scores of up to 4 rows, and a set for each layer that chooses."""
     cells = kv_cells(context)

@@ -36,6 +36,8 @@ class PlanOptions:
     """What the prefix cache may hold, where there is room."""
     compared_rows: int = 0
     """Distributions over the vocabulary that a measurement keeps."""
+    packed: bool = False
+    """Whether the weights are a packed copy, whose products our kernels compute."""
     gpu: GpuBudget | None = None
     """Which devices may take layers, and how much of each; None where none is to."""
 

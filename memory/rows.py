@@ -24,6 +24,7 @@ class PlanRows:
         self._sizes = sizes
         self._gpu_layers = GpuLayers(spec, options.gpu) if options.gpu else None
         self._gpus: dict[Choice, tuple[GpuPlan, ...]] = {}
+        self._is_packed = options.packed or bool(spec.packed_tensors)
 
     def gpus(self, choice: Choice) -> tuple[GpuPlan, ...]:
         """Return the plan of each device that takes layers."""
@@ -76,7 +77,7 @@ class PlanRows:
         """Whether the weights are mapped from their file: not where llama.cpp packs them anew, nor where it
         only passes them on to a device.
         """
-        repacked = footprint.is_repacked(self._spec, self._host.processor)
+        repacked = not self._is_packed and footprint.is_repacked(self._spec, self._host.processor)
         return choice.kept_layers is not None or not (repacked or self.gpus(choice))
 
     def _vocabulary(self) -> PlanRow:
@@ -109,7 +110,8 @@ class PlanRows:
         return PlanRow(
             owners.WEIGHTS,
             footprint.weight_bytes(spec, memory_map=memory_map),
-            f"{spec.quantisation}, {'memory-mapped' if memory_map else 'copied and repacked'}",
+            f"{spec.quantisation}, {'packed, ' if self._is_packed else ''}"
+            f"{'memory-mapped' if memory_map else 'copied and repacked'}",
         )
 
     def _cache(self, choice: Choice) -> PlanRow:
@@ -184,12 +186,16 @@ class PlanRows:
             num_bytes += footprint.selection_bytes(
                 spec, choice.context, self._options.selection_layers
             )
+        if self._is_packed:
+            num_bytes += footprint.product_bytes(spec, choice.max_rows)
         if self._options.first_pass is not None:
             num_bytes += footprint.filter_bytes(spec, choice.context, threads)
         return PlanRow(
             owners.SCRATCH,
             num_bytes,
-            f"our kernels, {threads} threads" if threads else "llama.cpp's kernels need none",
+            f"our kernels, {threads or self._options.threads} threads"
+            if threads or self._is_packed
+            else "llama.cpp's kernels need none",
         )
 
 

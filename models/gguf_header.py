@@ -12,6 +12,7 @@ from pathlib import Path
 from lowtide.models.errors import BadModelFile
 from lowtide.models.fingerprint import fingerprint
 from lowtide.models.gguf_reader import ArrayValue, GgufContents, read_gguf
+from lowtide.models.packed_gguf import packed_names
 from lowtide.models.spec import ModelSpec, VocabularySpec
 from lowtide.models.weight_groups import weight_groups
 
@@ -97,6 +98,7 @@ class _Keys:
             chat_template=self.optional_text("tokenizer.chat_template"),
             fingerprint=fingerprint(parts),
             weight_groups=weight_groups(parts),
+            packed_tensors=tuple(name for part in parts for name in packed_names(part)),
         )
 
     def _feed_forward_width(self, num_layers: int) -> tuple[int, ...]:

@@ -72,6 +72,7 @@ TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
     39: ("MXFP4", 32, 17),
 }
 """ggml's type number: name, elements in a block, bytes of a block."""
+TYPE_NUMBERS = {name: number for number, (name, _, _) in TENSOR_TYPES.items()}
 
 Scalar = int | float | bool | str
 
@@ -102,13 +103,18 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class GgufContents:
-    """What one GGUF file's headers say; the data section begins at byte `data_start` of `file_bytes`."""
+    """What one GGUF file's headers say; the data section begins at byte `data_start` of `file_bytes`.
+
+    Its `num_keys` keys with their values end at byte `metadata_end`.
+    """
 
     path: Path
     metadata: dict[str, Scalar | ArrayValue]
     tensors: tuple[TensorInfo, ...]
     file_bytes: int
     data_start: int
+    num_keys: int
+    metadata_end: int
 
 
 def read_gguf(path: Path) -> GgufContents:
@@ -174,9 +180,12 @@ class _Cursor:
         for _ in range(num_keys):
             key = self.text(limit=MAX_NAME_BYTES)
             metadata[key] = self.value(self.scalar(4))
+        metadata_end = self.position
         directory = [self.tensor() for _ in range(num_tensors)]
         start = self._check_data_section(metadata, directory)
-        return GgufContents(self.path, metadata, tuple(directory), self.size, start)
+        return GgufContents(
+            self.path, metadata, tuple(directory), self.size, start, num_keys, metadata_end
+        )
 
     def _check_data_section(
         self, metadata: dict[str, Scalar | ArrayValue], tensors: Sequence[TensorInfo]

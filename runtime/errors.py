@@ -17,6 +17,7 @@ LowtideError                 everything a user can act on; `exit_code` 1
   + NotCalibrated            1  no setting of a policy stays inside the target
   + PromptTooLong            2  the prompt does not fit the context
   + ForwardError             1  a forward pass failed in native code
+  + NotPacked                1  a model has no packed copy, and cannot have one here
   + RuntimeUnusable          1  closed, or busy with another answer
   + StateError               1  native code could not write or read a KV cache
   + TranscriptError          1  a conversation could not be saved or loaded
@@ -55,6 +56,7 @@ __all__ = [
     "NoGpu",
     "NotCalibrated",
     "NotEnforceable",
+    "NotPacked",
     "OverBudget",
     "PromptTooLong",
     "RuntimeUnusable",
@@ -64,6 +66,10 @@ __all__ = [
     "TranscriptError",
     "UnsupportedModel",
 ]
+
+
+class NotPacked(LowtideError):
+    """There is no packed copy of a model, for the reason given; it runs from its own file."""
 
 
 class PromptTooLong(LowtideError):

@@ -64,6 +64,8 @@ class RunFacts:
     attention: str
     hook_counts: Callable[[], HookCounts | None]
     watchdog: Watchdog
+    packed_tensors: int = 0
+    unpacked_reason: str | None = None
 
 
 def generate(
@@ -171,6 +173,8 @@ class _Meter:
             layers_ours=self._layers_ours,
             layers=self._model.spec.num_layers,
             attention=self._facts.attention,
+            packed_tensors=self._facts.packed_tensors,
+            unpacked_reason=self._facts.unpacked_reason,
             seed=self._seed,
             budget_bytes=self._facts.budget_bytes,
             planned_bytes=self._facts.planned_bytes,

@@ -15,7 +15,7 @@ from lowtide.attention.unpopulated_maps import unpopulated_maps
 from lowtide.attention.weight_stream import keep_spans_apart, mapped_spans
 from lowtide.memory.file_maps import FileMap, give_back, read_file_maps
 from lowtide.memory.first_pass import FirstPass
-from lowtide.memory.footprint import kv_cells, kv_row_bytes
+from lowtide.memory.footprint import kv_cells, kv_row_bytes, widest_product
 from lowtide.memory.kv_pages import KvPages
 from lowtide.memory.owners import FIRST_PASS
 from lowtide.memory.releaser import Releaser
@@ -49,6 +49,9 @@ def load_gguf(
         except BaseException:
             model.close()
             raise
+    if hook is not None and planned.spec.packed_tensors:
+        most_columns = widest_product(planned.spec)
+        hook.read_packed(planned.spec.packed_tensors, plan.max_rows, most_columns)
     # Milder levels are for running answers, which would read the weights again at once.
     releasers += (
         Releaser("complete", partial(give_back, file_map)) for found in maps for file_map in found
@@ -84,7 +87,7 @@ def _options(planned: PlannedModel, hook: GraphHook | None, profiler: Profiler) 
         threads=planned.options.num_threads,
         kv_type=plan.kv_type,
         memory_map=plan.memory_map,
-        repack=plan.kept_layers is None,
+        repack=plan.kept_layers is None and not planned.options.pack,
         eval_callback=hook.callback if hook else None,
         stage=profiler.span,
         gpu_layers=tuple(DeviceLayers(gpu.device.name, gpu.num_layers) for gpu in plan.gpus),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 from lowtide.attention.gem import Gem
 from lowtide.attention.graph_hook import GraphHook, HookCounts
@@ -19,10 +20,12 @@ from lowtide.memory.units import format_bytes
 from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.gguf_model import GgufModel
 from lowtide.models.model import Model
+from lowtide.runtime.errors import NotPacked
 from lowtide.runtime.generate import RunFacts
 from lowtide.runtime.gguf_loading import load_gguf, load_reader
 from lowtide.runtime.memory_watch import WatchedModel
 from lowtide.runtime.options import GenerationOptions
+from lowtide.runtime.packed_weights import packed_copy
 from lowtide.runtime.planning import PlannedModel
 from lowtide.runtime.prefix_cache import PrefixCache
 from lowtide.runtime.profiler import SILENT, Profiler
@@ -44,6 +47,9 @@ class LoadedModel:
         self, planned: PlannedModel, model: Model | None = None, profiler: Profiler = SILENT
     ) -> None:
         planned.require_fit()
+        self.unpacked_reason: str | None = None
+        if planned.options.pack and model is None:
+            planned, self.unpacked_reason = _with_packed_weights(planned, profiler)
         wanted_bytes = planned.options.prefix_bytes
         if wanted_bytes and model is not None and not model.copies_state:
             raise BadOption(
@@ -75,8 +81,8 @@ class LoadedModel:
             self.steering = planned.policy.install(self.hook, planned.spec)
         self.growth = KvGrowth(self.ledger, planned.plan.cache_tokens, self._kv_bytes)
         self.prompt_filter = self._prompt_filter()
-        if planned.plan.kept_layers is not None:
-            self._try_a_pass()
+        if planned.plan.kept_layers is not None or planned.spec.packed_tensors:
+            self._try_passes()
         self.releasers += (Releaser("moderate", gc.collect), Releaser("background", trim_heap))
         self._check_resident()
 
@@ -122,6 +128,8 @@ class LoadedModel:
             budget_bytes=plan.budget.num_bytes,
             planned_bytes=plan.total_bytes,
             attention=str(self.planned.policy),
+            packed_tensors=len(self.planned.spec.packed_tensors),
+            unpacked_reason=self.unpacked_reason,
             hook_counts=self.hook_counts,
             watchdog=Watchdog(plan.budget.num_bytes, self.trim),
         )
@@ -135,11 +143,19 @@ class LoadedModel:
         """Give back what `level` allows; not during a pass. Raises `BadOption` for a level that is none."""
         return trim(self.releasers, level)
 
-    def _try_a_pass(self) -> None:
+    def _try_passes(self) -> None:
         """Read weights once, so that a model whose graph is not as we know it is found out now."""
         self.steering.before_prompt()
-        self.model.forward((0,))
-        self.model.truncate(0)
+        for num_rows in {1, min(2, self.planned.plan.max_rows)}:
+            self.model.forward((0,) * num_rows)
+            self.model.truncate(0)
+        counts = self._callback.counts() if self._callback is not None else None
+        if counts is not None and counts.packed_refused:
+            self.close()
+            raise LowtideError(
+                f"{self.planned.spec.name} ({self.planned.spec.architecture}) reads packed weights in a way "
+                "that our kernels do not know: leave --pack out"
+            )
 
     def _kv_bytes(self, num_tokens: int) -> int:
         return kv_bytes(self.planned.spec, num_tokens, self.planned.plan.kv_type)
@@ -227,9 +243,26 @@ class LoadedModel:
             self.ledger.release(owner)
 
 
+def _with_packed_weights(
+    planned: PlannedModel, profiler: Profiler
+) -> tuple[PlannedModel, str | None]:
+    """Have the weights read from the model's packed copy, or say why it has none."""
+    with profiler.span("packing"):
+        try:
+            return replace(planned, spec=packed_copy(planned.spec)), None
+        except NotPacked as reason:
+            return planned, str(reason)
+
+
 def _graph_hook(planned: PlannedModel, profiler: Profiler) -> GraphHook | None:
-    """Our attention needs a hook, and so does giving weights back; times of layers can be gone without."""
-    is_needed = planned.policy.uses_hook or planned.plan.kept_layers is not None
+    """Our attention needs a hook, and so do packed weights and giving weights back; times of layers can be
+    gone without.
+    """
+    is_needed = (
+        planned.policy.uses_hook
+        or planned.plan.kept_layers is not None
+        or bool(planned.spec.packed_tensors)
+    )
     if not is_needed and not profiler.wants_layers:
         return None
     try:

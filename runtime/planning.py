@@ -39,7 +39,8 @@ class OpenOptions:
     `gpu_memory`, a size on each device (None: 90 % of what it has free); both None leave the GPUs alone.
     `compared_rows` is how many distributions a measurement keeps, `selection_layers` how many layers it
     tries beside the policy's own, `profiled` whether a profiler watches. `prefix_cache` is a size ("64MiB")
-    for KV states of prompts that others replaced; 0 keeps none.
+    for KV states of prompts that others replaced; 0 keeps none. `pack` has matrix products computed by our
+    kernels too, from a packed copy of the weights in the cache folder, which is made where there is none.
     """
 
     memory: str | int | None = None
@@ -55,6 +56,7 @@ class OpenOptions:
     profiled: bool = False
     selection_layers: int = 0
     prefix_cache: str | int = 0
+    pack: bool = False
 
     def __post_init__(self) -> None:
         if self.threads is not None and not 1 <= self.threads <= 512:
@@ -63,6 +65,10 @@ class OpenOptions:
         _ = self.prefix_bytes
         if parse_gpu_layers(self.gpu_layers) == 0 and self.gpu_memory is not None:
             raise BadOption("gpu_memory is given, and gpu_layers is 0: give one of them up")
+        if self.pack and (self.gpu_layers or self.gpu_memory is not None):
+            raise BadOption(
+                "pack is for products on the processor, and layers are to go to a GPU: give one of them up"
+            )
 
     def policy(self, spec: ModelSpec) -> AttentionPolicy:
         """Return the attention policy, fitted to the model; raises `BadOption` where that cannot be."""
@@ -97,6 +103,7 @@ class OpenOptions:
             compared_rows=self.compared_rows,
             profiled=self.profiled,
             prefix_bytes=self.prefix_bytes,
+            packed=self.pack,
             gpu=gpu,
         )
 
@@ -136,6 +143,8 @@ class PlannedModel:
     def require_nothing_of_llama(self) -> None:
         """Raise `BadOption` where a model of the caller's own is to do what llama.cpp alone does."""
         wanted = "gpu_layers are wanted, which" if self.gpu else None
+        if self.options.pack:
+            wanted = "pack is wanted, which"
         if self.policy.uses_hook:
             wanted = f"attention is {self.policy.name!r}, which"
         if wanted is not None:

@@ -69,6 +69,7 @@ class Runtime:
         threads: int | None = None,
         attention: str | AttentionPolicy = "llama",
         prefix_cache: str | int = 0,
+        pack: bool = False,
         gpu_layers: int | str | None = None,
         gpu_memory: str | int | None = None,
         offline: bool = False,
@@ -80,7 +81,8 @@ class Runtime:
         the default model. `memory` is a size such as "1GiB" or "50%" of what is available; None is
         80 %. `context` None is the longest that fits. `attention` is "llama" (llama.cpp's kernels),
         "dense" (ours), or an approximation: "tidal", "gem", or `Tidal(...)`, `Gem(...)`. `prefix_cache`
-        is a size for KV states of earlier prompts. `gpu_layers`, a number or "auto", go to GPUs, each of
+        is a size for KV states of earlier prompts. `pack` has products computed from a packed copy of the
+        weights, made in the cache folder. `gpu_layers`, a number or "auto", go to GPUs, each of
         which gives `gpu_memory`. `profiler` is told where time and bytes go. Raises `OverBudget` before
         anything is loaded where it cannot fit, `ModelError` where the model cannot be used, `NoGpu` where
         there is none, `BadOption` for wrong values.
@@ -93,6 +95,7 @@ class Runtime:
             threads=threads,
             attention=attention,
             prefix_cache=prefix_cache,
+            pack=pack,
             gpu_layers=gpu_layers,
             gpu_memory=gpu_memory,
             offline=offline,

@@ -26,3 +26,4 @@ constexpr int32_t kGgmlTypeF32 = 0;
 constexpr int32_t kGgmlTypeF16 = 1;
 constexpr int32_t kGgmlTypeQ4_0 = 2;
 constexpr int32_t kGgmlTypeQ8_0 = 8;
+constexpr int32_t kGgmlTypeI32 = 26;

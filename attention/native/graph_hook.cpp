@@ -49,7 +49,7 @@ struct GraphHook {
     VisibleKeys visible;
     WeightStream weights;
     SlicedProduct product;
-    PackedProducts packed;
+    PackedProducts packed{weights};
     LayerClock clock;
     Layer layers[kMaxLayers];
     int64_t nodes_ours, nodes_theirs, nanoseconds, keys_read, keys_held, products_sliced;
@@ -98,7 +98,6 @@ void multiply_node(GgmlTensor* node, int thread, int num_threads, void* user_dat
 
 // The output's matrix is larger than any layer: where it is given back, it is so while it is used.
 void take_product(GraphHook& hook, GgmlTensor* node) {
-    if (hook.packed.take(node, hook.ops.custom, hook.num_threads)) return;
     constexpr size_t kLargeBytes = 2 << 20;
     const GgmlTensor* weights = node->src[0];
     if (weights->nb[1] * weights->ne[1] < kLargeBytes || !hook.weights.is_streamed_alone(weights)) return;
@@ -207,16 +206,14 @@ extern "C" bool lowtide_hook_callback(void* tensor, bool ask, void* user_data) {
         const bool goes_on = hook.clock.stopped();
         return goes_on && !ends_here(hook, node);
     }
+    hook.packed.take(node, hook.ops);
     if (hook.active && node->op == hook.ops.flash_attention) {
         take(hook, node);
     } else if (node->op == hook.ops.custom) {
         const int index = AttentionNode::layer_of(node);
         if (is_taken(hook, node, index)) (hook.active ? keep : give_back)(hook, node, index);
-        if (hook.packed.is_taken(node) && !hook.packed.take(node, hook.ops.custom, hook.num_threads)) node->op = hook.ops.product;
     } else if (node->op == hook.ops.product) {
         take_product(hook, node);
-    } else if (node->op == hook.ops.rows) {
-        hook.packed.start();
     }
     // Where either wants it, the graph stops behind this node and comes back here.
     const bool streams = hook.weights.enters_group(node), times = hook.clock.wants(node);
@@ -245,9 +242,9 @@ extern "C" int lowtide_hook_stream_weights(GraphHook* hook, const WeightSpan* sp
     }
 }
 
-extern "C" int lowtide_hook_pack_weights(GraphHook* hook, const PackedWeights* weights, int num_weights) {
+extern "C" int lowtide_hook_read_packed(GraphHook* hook, const char* names, int max_rows, int max_columns) {
     try {
-        return hook->packed.set(weights, num_weights) ? 0 : 2;
+        return hook->packed.set(names, max_rows, max_columns, hook->num_threads) ? 0 : 1;
     } catch (const std::bad_alloc&) {
         return 1;
     }
@@ -275,7 +272,7 @@ extern "C" int lowtide_hook_can_round(const GraphHook* hook) { return hook->kern
 
 extern "C" HookCounts lowtide_hook_counts(const GraphHook* hook) {
     HookCounts counts{0, 0, hook->nodes_ours, hook->nodes_theirs, hook->nanoseconds, int64_t(hook->attend.scratch_bytes() + hook->prompt_scores.scratch_bytes() + hook->packed.scratch_bytes()),
-                      hook->keys_read, hook->keys_held, hook->weights.given_back_bytes(), hook->products_sliced, hook->packed.num_taken()};
+                      hook->keys_read, hook->keys_held, hook->weights.given_back_bytes(), hook->products_sliced, hook->packed.num_taken(), hook->packed.num_refused()};
     for (const Layer& layer : hook->layers) {
         counts.layers_ours += layer.ours && !layer.theirs;
         counts.layers_theirs += layer.theirs;

@@ -26,7 +26,7 @@ struct HookCounts {
     int64_t keys_held;  // that each pass's last row sees, in its first stream
     int64_t weight_bytes_given_back;
     int64_t products_sliced;
-    int64_t products_packed;
+    int64_t products_packed, packed_refused;
 };
 
 // Makes a hook for a context of `num_threads` threads, or returns null and writes why not, in words, to `reason` (`reason_size` bytes): this ggml's
@@ -61,9 +61,9 @@ LOWTIDE_API int lowtide_hook_prompt_scores(const GraphHook* hook, float* scores,
 // Whether the kernels can multiply in bfloat16.
 LOWTIDE_API int lowtide_hook_can_round(const GraphHook* hook);
 
-// Has products with these weights computed from what is packed of them (`PackedProducts`). Returns 1 where there is
-// no memory, 2 where they are not in order or of no known format.
-LOWTIDE_API int lowtide_hook_pack_weights(GraphHook* hook, const PackedWeights* weights, int num_weights);
+// Has tensors of these names, one a line, read as packed ones (`PackedProducts`), by products of so many rows and
+// columns at most. Returns 1 where there is no memory.
+LOWTIDE_API int lowtide_hook_read_packed(GraphHook* hook, const char* names, int max_rows, int max_columns);
 
 // Has the weights of all groups but the kept ones given back as the graph goes on (`WeightStream`). Returns 1
 // where there is no memory, 2 where the spans are not in order or of no such group.

@@ -1,54 +1,57 @@
 #pragma once
 
 #include <cstdint>
+#include <set>
+#include <string>
+#include <string_view>
 #include <vector>
 
 #include "custom_ops.h"
 #include "ggml_tensor.h"
 #include "product.h"
+#include "weight_stream.h"
 
-// Weights of llama.cpp's, by where their data lies, and the same packed.
-struct PackedWeights {
-    const void* data;
-    PackedMatrix matrix;
-};
-
-// The products of a graph whose weights are packed: each such node becomes a custom operation. Rows that several
-// products share, one after another, are quantised once.
+// The products of a graph whose weights are packed, and the rows that are read of such weights: each such node
+// becomes a custom operation. Rows that several products share, one after another, are quantised once.
 class PackedProducts {
 public:
-    PackedProducts() : kernels_(find_product_kernels(nullptr)) {}
+    explicit PackedProducts(const WeightStream& stream) : kernels_(find_product_kernels(nullptr)), stream_(stream) {}
 
     // The operations that nodes become, for `learn_ops`.
     void want(std::vector<CustomOp>& wanted);
 
-    // `weights` in order of where they lie; they stay as long as this. False, and nothing changes, where they are in
-    // another order or of a format that is not known. Throws std::bad_alloc, and nothing changes.
-    bool set(const PackedWeights* weights, int num_weights);
+    // Tensors of these names, one a line, are packed; their products have `max_rows` rows of `max_columns` at most.
+    // False, and nothing changes, where there is no memory. Throws std::bad_alloc, and nothing changes.
+    bool set(std::string_view names, int max_rows, int max_columns, int num_threads);
 
-    // A pass begins.
-    void start() { last_rows_ = nullptr; }
-
-    // Makes the node, a product of llama.cpp's or one that was taken before, ours where it can be. Called in the
-    // graph's order, before each pass. Throws nothing: where there is no memory, the node is not ours.
-    bool take(GgmlTensor* node, int32_t custom, int num_threads);
-
-    // Whether the node is one that was taken.
-    bool is_taken(const GgmlTensor* node) const;
+    // Asked about every node in the graph's order, before each pass: makes it ours where it reads packed weights.
+    void take(GgmlTensor* node, const OpNumbers& ops);
 
     int64_t num_taken() const { return num_taken_; }
+
+    // Nodes that read packed weights in a way that is not known: what the graph computes is wrong.
+    int64_t num_refused() const { return num_refused_; }
+
     size_t scratch_bytes() const { return product_.scratch_bytes(); }
 
 private:
+    struct Operation {
+        PackedProducts* owner;
+        bool are_quantised, is_sliced;
+        int32_t params[16];
+    };
+
     static void multiply(GgmlTensor* node, int thread, int num_threads, void* user_data);
-    static void multiply_same(GgmlTensor* node, int thread, int num_threads, void* user_data);
-    void run(GgmlTensor* node, bool are_quantised, int thread, int num_threads);
-    const PackedMatrix* packed(const GgmlTensor* weights) const;
+    static void read_rows(GgmlTensor* node, int thread, int num_threads, void* user_data);
+    bool is_packed(const GgmlTensor* source) const;
+    bool is_known_product(const GgmlTensor* node) const;
+    void become(GgmlTensor* node, int32_t custom, const Operation& operation);
 
     const ProductKernels* kernels_;
-    std::vector<PackedWeights> weights_;
+    const WeightStream& stream_;
+    std::set<std::string, std::less<>> names_;
     Product product_;
-    const GgmlTensor* last_rows_ = nullptr;
-    int64_t num_taken_ = 0;
-    int32_t params_[16], same_params_[16];  // of the operations: rows are quantised, or were by the product before
+    Operation operations_[4], rows_{};
+    const GgmlTensor* quantised_ = nullptr;  // whose rows the product holds
+    int64_t num_taken_ = 0, num_refused_ = 0;
 };

@@ -67,9 +67,9 @@ inline Floats load_halves(const uint8_t* from) {
 }
 
 // W bytes as whole numbers, without and with a sign.
-inline Floats load_unsigned(const uint8_t* from) {
+inline Ints load_small(const uint8_t* from) {
     typedef uint8_t Few __attribute__((vector_size(W), aligned(1), may_alias));
-    return to_floats(__builtin_convertvector(*reinterpret_cast<const Few*>(from), Ints));
+    return __builtin_convertvector(*reinterpret_cast<const Few*>(from), Ints);
 }
 
 inline Floats load_signed(const uint8_t* from) {

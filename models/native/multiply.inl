@@ -30,24 +30,29 @@ struct Scales {
     Floats first, second, minimum;
 };
 
+// The six bits of a block's scale or minimum in ggml's twelve bytes (get_scale_min_k4), for W rows.
+template <bool Minimum> inline Floats six_bits(const uint8_t* lines, int block) {
+    const auto line = [lines](int i) { return load_small(lines + kPanelRows * i); };
+    if (block < 4) return to_floats(line(Minimum ? block + 4 : block) & 63);
+    const Ints low = Minimum ? line(block + 4) >> 4 : line(block + 4) & 15;
+    return to_floats(low | line(Minimum ? block : block - 4) >> 6 << 4);
+}
+
 template <Format F> inline Scales scales_of(const uint8_t* panel, const PanelLayout& at, int block, int strip) {
     constexpr FormatShape shape = shape_of(F);
-    const int lane = W * strip, line = kPanelRows * block + lane;
+    const int lane = W * strip, super = block / kSuperBlocks, line = kPanelRows * (shape.is_super ? super : block) + lane;
+    const Floats halves = load_halves(panel + at.halves + 2 * line);
     Scales scales{};
-    if constexpr (!shape.is_super) {
-        scales.first = load_halves(panel + at.scales + 2 * line);
-        if constexpr (shape.has_minima) scales.minimum = load_halves(panel + at.minima + 2 * line);
+    if constexpr (shape.has_minima) scales.minimum = load_halves(panel + at.minima + 2 * line);
+    if constexpr (shape.has_six_bits()) {
+        const uint8_t* lines = panel + at.scales + kPanelRows * kSixBitBytes * super + lane;
+        scales.first = halves * six_bits<false>(lines, block % kSuperBlocks);
+        scales.minimum *= -six_bits<true>(lines, block % kSuperBlocks);
+    } else if constexpr (shape.scales_a_block == 2) {
+        const uint8_t* bytes = panel + at.scales + 2 * kPanelRows * block + lane;
+        scales.first = halves * load_signed(bytes), scales.second = halves * load_signed(bytes + kPanelRows);
     } else {
-        const int super_line = kPanelRows * (block / kSuperBlocks) + lane;
-        const Floats all = load_halves(panel + at.super_scales + 2 * super_line);
-        if constexpr (shape.scales_a_block == 2) {
-            const uint8_t* halves = panel + at.scales + 2 * kPanelRows * block + lane;
-            scales.first = all * load_signed(halves), scales.second = all * load_signed(halves + kPanelRows);
-        } else {
-            scales.first = all * load_unsigned(panel + at.scales + line);
-        }
-        if constexpr (shape.has_minima)
-            scales.minimum = load_halves(panel + at.super_minima + 2 * super_line) * -load_unsigned(panel + at.minima + line);
+        scales.first = halves;
     }
     return scales;
 }
@@ -96,20 +101,9 @@ void multiply_tile(const PackedMatrix& matrix, int panel, const QuantisedRows& r
     const PanelLayout at = layout_of(F, matrix.num_columns);
     const uint8_t* from = matrix.panels + at.num_bytes * panel;
     for (int strip = 0; strip < kPanelRows / W; ++strip) {
-        const int column = kPanelRows * panel + W * strip, left = matrix.num_rows - column;
-        if (left <= 0) return;
         Floats sums[Rows];
         multiply_strip<F, Rows>(from, at, strip, rows, first, sums);
-        for (int i = 0; i < Rows; ++i) {
-            float* to = out + (first + i) * out_stride + column;
-            if (left >= W) {
-                store(to, sums[i]);
-            } else {
-                float lanes[W];
-                store(lanes, sums[i]);
-                std::memcpy(to, lanes, sizeof(float) * left);
-            }
-        }
+        for (int i = 0; i < Rows; ++i) store(out + (first + i) * out_stride + kPanelRows * panel + W * strip, sums[i]);
     }
 }
 

@@ -31,7 +31,7 @@ constexpr GgmlBlock ggml_block(Format format) {
 struct Values {
     uint8_t values[kSuperSize];
     uint16_t scale, minimum;  // halves
-    uint8_t scales[2 * kSuperBlocks], minima[kSuperBlocks];
+    uint8_t scales[2 * kSuperBlocks];  // of the K formats, as ggml has them
 };
 
 uint16_t half_at(const uint8_t* from) {
@@ -48,18 +48,9 @@ void add_fifth_bits(const uint8_t* from, uint8_t* values) {
     for (int i = 0; i < 32; ++i) values[i] |= ((from[i / 8] >> i % 8) & 1) << 4;
 }
 
-// The six bits of a sub-block's scale and minimum in the twelve bytes of a K format.
-void read_six_bits(const uint8_t* from, Values& to) {
-    for (int j = 0; j < 4; ++j) {
-        to.scales[j] = from[j] & 63, to.minima[j] = from[j + 4] & 63;
-        to.scales[j + 4] = (from[j + 8] & 15) | from[j] >> 6 << 4;
-        to.minima[j + 4] = from[j + 8] >> 4 | from[j + 4] >> 6 << 4;
-    }
-}
-
 void read_k(const uint8_t* from, const uint8_t* high, const uint8_t* low, Values& to) {
     to.scale = half_at(from), to.minimum = half_at(from + 2);
-    read_six_bits(from + 4, to);
+    std::memcpy(to.scales, from + 4, kSixBitBytes);
     for (int block = 0; block < kSuperBlocks; ++block)
         for (int i = 0; i < kBlockSize; ++i) {
             const uint8_t pair = low[block / 2 * kBlockSize + i];
@@ -121,17 +112,11 @@ public:
     }
 
     void put_scales(int row, int first_block, const Values& from) {
-        if (!shape_.is_super) {
-            put_half(at_.scales, first_block, row, from.scale);
-            if (shape_.has_minima) put_half(at_.minima, first_block, row, from.minimum);
-            return;
-        }
-        for (int i = 0; i < kSuperBlocks * shape_.scales_a_block; ++i)
-            panel_[at_.scales + kPanelRows * size_t(first_block * shape_.scales_a_block + i) + row] = from.scales[i];
-        for (int i = 0; shape_.has_minima && i < kSuperBlocks; ++i)
-            panel_[at_.minima + kPanelRows * size_t(first_block + i) + row] = from.minima[i];
-        put_half(at_.super_scales, first_block / kSuperBlocks, row, from.scale);
-        if (shape_.has_minima) put_half(at_.super_minima, first_block / kSuperBlocks, row, from.minimum);
+        const int line = shape_.is_super ? first_block / kSuperBlocks : first_block;
+        put_half(at_.halves, line, row, from.scale);
+        if (shape_.has_minima) put_half(at_.minima, line, row, from.minimum);
+        const int num_scales = !shape_.is_super ? 0 : shape_.has_minima ? kSixBitBytes : kSuperBlocks * shape_.scales_a_block;
+        for (int i = 0; i < num_scales; ++i) panel_[at_.scales + kPanelRows * size_t(line * num_scales + i) + row] = from.scales[i];
     }
 
 private:
@@ -146,15 +131,10 @@ private:
 
 }  // namespace
 
-size_t row_bytes(int32_t format, int64_t num_columns) {
-    if (!is_known(format) || num_columns <= 0) return 0;
-    const GgmlBlock block = ggml_block(Format(format));
-    return num_columns % block.size == 0 ? size_t(num_columns / block.size) * block.num_bytes : 0;
-}
-
 size_t lowtide_packed_bytes(int32_t format, int64_t num_rows, int64_t num_columns) {
-    if (row_bytes(format, num_columns) == 0 || num_rows <= 0) return 0;
-    return num_panels(num_rows) * layout_of(Format(format), num_columns).num_bytes;
+    if (!is_known(format) || num_rows <= 0 || num_columns <= 0 || num_rows % kPanelRows != 0) return 0;
+    const bool whole_blocks = num_columns % ggml_block(Format(format)).size == 0;
+    return whole_blocks ? num_rows / kPanelRows * layout_of(Format(format), num_columns).num_bytes : 0;
 }
 
 int lowtide_pack(int32_t format, const uint8_t* rows, int64_t num_rows, int64_t num_columns, uint8_t* panels) {

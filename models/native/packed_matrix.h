@@ -12,12 +12,15 @@
 //           group 2 i + 1 in the high ones
 //   high    the bits above the fourth: 64 bytes a block where it is one (bit g of a byte for group g), 128 where
 //           they are two (of groups 0 to 3, and then 4 to 7)
-//   scales  halves for each row and block; of the K formats bytes, and halves for every 8 blocks
+//   scales  halves for each row and block; of Q6_K bytes, of the other K formats ggml's twelve bytes of six bits for
+//           every 8 blocks (byte i of each row side by side), and halves for every 8 blocks
 //
-// Every panel begins on 64 bytes, and the last one is filled up with rows of zeros.
+// A panel takes the very bytes that its rows take in ggml's layout: a file of packed weights has the size and the
+// places of the one that it was made from.
 constexpr int kPanelRows = 16;
 constexpr int kBlockSize = 32;
 constexpr int kSuperBlocks = 8;  // blocks that share halves in the K formats
+constexpr int kSixBitBytes = 12;  // that eight scales and eight minima of six bits take
 
 // ggml's numbers of the formats.
 enum class Format : int32_t { q4_0 = 2, q4_1 = 3, q5_0 = 6, q5_1 = 7, q8_0 = 8, q4_k = 12, q5_k = 13, q6_k = 14 };
@@ -29,6 +32,8 @@ struct FormatShape {
     bool has_minima;    // what is added to every value of a block
     bool is_super;      // a K format
     int scales_a_block; // of a row: one, or one for each half
+
+    constexpr bool has_six_bits() const { return is_super && has_minima; }
 };
 
 constexpr FormatShape shape_of(Format format) {
@@ -53,30 +58,29 @@ constexpr bool is_known(int32_t format) {
     return false;
 }
 
-// Where the planes of a panel lie, in bytes from its beginning.
+// Where the planes of a panel lie, in bytes from its beginning: `halves` are scales, `minima` too are halves.
 struct PanelLayout {
-    size_t high, scales, minima, super_scales, super_minima, num_bytes;
+    size_t high, scales, halves, minima, num_bytes;
 };
 
 constexpr PanelLayout layout_of(Format format, int64_t num_columns) {
     const FormatShape shape = shape_of(format);
     const size_t blocks = size_t(num_columns / kBlockSize), supers = blocks / kSuperBlocks;
-    const size_t entry = shape.is_super ? 1 : 2, line = kPanelRows * entry * blocks, halves = 2 * kPanelRows * supers;
+    const size_t halves = 2 * kPanelRows * (shape.is_super ? supers : blocks), bytes = kPanelRows * blocks * shape.scales_a_block;
     PanelLayout at{};
     at.high = blocks * (shape.value_bits * 4 * kPanelRows);
     at.scales = at.high + blocks * (shape.high_bits * 4 * kPanelRows);
-    at.minima = at.scales + line * shape.scales_a_block;
-    at.super_scales = at.minima + (shape.has_minima ? line : 0);
-    at.super_minima = at.super_scales + (shape.is_super ? halves : 0);
-    const size_t end = at.super_minima + (shape.is_super && shape.has_minima ? halves : 0);
-    at.num_bytes = (end + 63) / 64 * 64;
+    at.halves = at.scales + (shape.has_six_bits() ? kPanelRows * supers * kSixBitBytes : shape.is_super ? bytes : 0);
+    at.minima = at.halves + halves;
+    at.num_bytes = at.minima + (shape.has_minima ? halves : 0);
     return at;
 }
 
+// `num_rows` are whole panels.
 struct PackedMatrix {
     int32_t format;
     int32_t num_rows, num_columns;
     const uint8_t* panels;
-};
 
-constexpr int num_panels(int64_t num_rows) { return int((num_rows + kPanelRows - 1) / kPanelRows); }
+    int num_panels() const { return num_rows / kPanelRows; }
+};

@@ -5,15 +5,20 @@
 
 namespace {
 
-constexpr size_t kAlignment = 64;
-constexpr int kRunPanels = 4;
+constexpr int kLeastPanels = 4;
+constexpr size_t kSliceBytes = 1 << 20;
+
+// How many panels a thread takes: fewer towards the end, so that no thread is left with many.
+int panels_to_take(int left, int num_workers, size_t panel_bytes, bool in_slices) {
+    const int most = in_slices ? std::max(int(kSliceBytes / panel_bytes), 1) : left;
+    return std::min({std::max(left / (2 * num_workers), kLeastPanels), left, most});
+}
 
 }  // namespace
 
 bool Product::reserve(int num_rows, int num_columns, int num_threads) {
-    const size_t wanted = quantised_bytes(num_rows, num_columns) + kAlignment;
     try {
-        if (memory_.size() < wanted) memory_.resize(wanted);
+        if (!has_room(num_rows, num_columns)) memory_.resize((quantised_bytes(num_rows, num_columns) + sizeof(Line) - 1) / sizeof(Line));
     } catch (const std::bad_alloc&) {
         return false;
     }
@@ -22,19 +27,19 @@ bool Product::reserve(int num_rows, int num_columns, int num_threads) {
 }
 
 void Product::run(const PackedMatrix& matrix, const float* rows, size_t row_stride, int num_rows, bool are_quantised, float* out,
-                  size_t out_stride, const ProductKernels& kernels, int thread, int num_threads) {
-    const int num_workers = std::min(num_threads, reserved_threads_), panels = num_panels(matrix.num_rows);
-    const auto begin = (reinterpret_cast<uintptr_t>(memory_.data()) + kAlignment - 1) / kAlignment * kAlignment;
-    const QuantisedRows quantised = quantised_rows(num_rows, matrix.num_columns, reinterpret_cast<uint8_t*>(begin));
+                  size_t out_stride, const ProductKernels& kernels, const PanelReader* reader, int thread, int num_threads) {
+    const int num_workers = std::min(num_threads, reserved_threads_), panels = matrix.num_panels();
+    const size_t panel_bytes = layout_of(Format(matrix.format), matrix.num_columns).num_bytes;
+    const QuantisedRows quantised = quantised_rows(num_rows, matrix.num_columns, memory_.data()->bytes);
     if (!are_quantised)
         for (int i = thread; i < num_rows && thread < num_workers; i += num_workers) kernels.quantise(rows + i * row_stride, quantised, i);
     barrier_.wait(num_threads, [this] { next_panel_ = 0; });
     if (thread >= num_workers) return;
-    // Runs of panels, shorter towards the end: no thread is left with a long one.
-    for (int first = next_panel_, last; first < panels;) {
-        last = std::min(first + std::max((panels - first) / (2 * num_workers), kRunPanels), panels);
+    for (int first = next_panel_; first < panels;) {
+        const int last = first + panels_to_take(panels - first, num_workers, panel_bytes, reader != nullptr);
         if (!next_panel_.compare_exchange_weak(first, last)) continue;
         kernels.multiply(matrix, quantised, first, last, out, out_stride);
+        if (reader != nullptr) reader->leave(reader->context, matrix.panels + first * panel_bytes, matrix.panels + last * panel_bytes);
         first = next_panel_;
     }
 }

@@ -6,22 +6,36 @@
 #include "barrier.h"
 #include "products.h"
 
+// Told of panels that a product has read and will not read again, by any of its threads.
+struct PanelReader {
+    void (*leave)(const void* context, const uint8_t* begin, const uint8_t* end);
+    const void* context;
+};
+
 // Rows of float32 times packed matrices, shared out between threads. Results do not depend on their number.
 class Product {
 public:
-    // Makes room for the rows of a product on `num_threads` threads, before any of them runs; false where there
-    // is no memory for it.
+    // Makes room for the rows of products on `num_threads` threads, while none of them runs; rows that were quantised
+    // before are lost. False where there is no memory for it.
     bool reserve(int num_rows, int num_columns, int num_threads);
 
-    // Called by each of `num_threads` threads with its own `thread`. `are_quantised` where these very rows were
-    // those of the product before. Strides are in floats. Threads beyond those reserved for only wait.
-    void run(const PackedMatrix& matrix, const float* rows, size_t row_stride, int num_rows, bool are_quantised, float* out,
-             size_t out_stride, const ProductKernels& kernels, int thread, int num_threads);
+    // Whether there is room for such a product.
+    bool has_room(int num_rows, int num_columns) const { return quantised_bytes(num_rows, num_columns) <= scratch_bytes(); }
 
-    size_t scratch_bytes() const { return memory_.size(); }
+    // Called by each of `num_threads` threads with its own `thread`. `are_quantised` where these very rows were
+    // those of the product before. Strides are in floats. `reader` may be null; with one, panels are read in slices.
+    // Threads beyond those reserved for only wait.
+    void run(const PackedMatrix& matrix, const float* rows, size_t row_stride, int num_rows, bool are_quantised, float* out,
+             size_t out_stride, const ProductKernels& kernels, const PanelReader* reader, int thread, int num_threads);
+
+    size_t scratch_bytes() const { return memory_.size() * sizeof(Line); }
 
 private:
-    std::vector<uint8_t> memory_;
+    struct alignas(64) Line {
+        uint8_t bytes[64];
+    };
+
+    std::vector<Line> memory_;
     int reserved_threads_ = 0;
     std::atomic<int> next_panel_{0};
     Barrier barrier_;

@@ -5,17 +5,26 @@
 
 #include "pack.h"
 #include "product.h"
+#include "unpack.h"
+
+namespace {
+
+bool is_sound(const PackedMatrix& matrix) {
+    return matrix.panels != nullptr && lowtide_packed_bytes(matrix.format, matrix.num_rows, matrix.num_columns) != 0;
+}
+
+}  // namespace
 
 int lowtide_multiply(const PackedMatrix* matrix, const float* rows, int num_rows, float* out, const char* kernels, int num_threads,
                      int num_rounds) {
-    if (lowtide_packed_bytes(matrix->format, matrix->num_rows, matrix->num_columns) == 0 || num_rows < 1 || num_threads < 1) return 2;
+    if (!is_sound(*matrix) || num_rows < 1 || num_threads < 1) return 2;
     const ProductKernels* found = find_product_kernels(kernels);
     Product product;
     if (found == nullptr || !product.reserve(num_rows, matrix->num_columns, num_threads)) return 1;
     const auto work = [&](int thread) {
         for (int round = 0; round < num_rounds; ++round)
-            product.run(*matrix, rows, size_t(matrix->num_columns), num_rows, false, out, size_t(matrix->num_rows), *found, thread,
-                        num_threads);
+            product.run(*matrix, rows, size_t(matrix->num_columns), num_rows, false, out, size_t(matrix->num_rows), *found, nullptr,
+                        thread, num_threads);
     };
     std::vector<std::thread> others;
     for (int thread = 1; thread < num_threads; ++thread) others.emplace_back(work, thread);
@@ -23,3 +32,11 @@ int lowtide_multiply(const PackedMatrix* matrix, const float* rows, int num_rows
     for (std::thread& other : others) other.join();
     return 0;
 }
+
+int lowtide_unpack_row(const PackedMatrix* matrix, int row, float* out) {
+    if (!is_sound(*matrix) || row < 0 || row >= matrix->num_rows) return 2;
+    unpack_row(*matrix, row, out);
+    return 0;
+}
+
+int lowtide_has_products(const char* kernels) { return find_product_kernels(kernels) != nullptr; }

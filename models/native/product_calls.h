@@ -3,8 +3,14 @@
 #include "api.h"
 #include "packed_matrix.h"
 
-// A product called on arrays, outside of any graph, with threads of its own: for tests and measurements. `rows` is
-// (num_rows, columns), `out` (num_rows, rows of the matrix). Returns 0, 1 where there is no such kernel set or no
-// memory, 2 for a matrix that is not known.
+// Multiplies `num_rows` rows of float32 by a packed matrix, `num_rounds` times over: out is (num_rows, matrix rows).
+// `kernels` names an instruction set; null takes the best. Returns 0, 1 where there is no such set or no memory, 2 for
+// what cannot be.
 LOWTIDE_API int lowtide_multiply(const PackedMatrix* matrix, const float* rows, int num_rows, float* out, const char* kernels,
                                  int num_threads, int num_rounds);
+
+// Row `row` of a packed matrix as float32. Returns 0, or 2 where there is no such row.
+LOWTIDE_API int lowtide_unpack_row(const PackedMatrix* matrix, int row, float* out);
+
+// Whether this build and processor have the kernels of that name; of null, any.
+LOWTIDE_API int lowtide_has_products(const char* kernels);

@@ -1,0 +1,61 @@
+"""Packed copies of models in the cache folder: found, checked, made anew where they are not sound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from lowtide.attention.packed_file import packable, write_packed
+from lowtide.models.catalog import cache_folder
+from lowtide.models.errors import LowtideError
+from lowtide.models.fingerprint import file_fingerprint
+from lowtide.models.gguf_header import read_spec
+from lowtide.models.gguf_reader import GgufContents, read_gguf
+from lowtide.models.packed_gguf import is_sound, packed_names
+from lowtide.models.spec import ModelSpec
+from lowtide.runtime.errors import NotPacked
+
+
+def packed_copy(spec: ModelSpec, progress: Callable[[int], None] = lambda _: None) -> ModelSpec:
+    """Return the spec of the model's packed copy, which is made where there is none that is sound.
+
+    `progress` is told of bytes as they are written. Raises `NotPacked`, with the reason, where none of its
+    matrices has a packed form, or the copy cannot be written.
+    """
+    if spec.packed_tensors:
+        return spec
+    owner = file_fingerprint(spec.paths)
+    parts = [read_gguf(path) for path in spec.paths]
+    if not any(packable(part) for part in parts):
+        raise NotPacked(f"none of the matrices of {spec.name} ({spec.quantisation}) has a packed form")
+    paths = [packed_path(part.path, owner) for part in parts]
+    for part, path in zip(parts, paths, strict=True):
+        if not _is_there(path, owner):
+            _write(part, path, owner, progress)
+    # Of the rest the model's own headers say the same, and its fingerprint goes by its data.
+    return replace(read_spec(paths[0]), name=spec.name, fingerprint=spec.fingerprint)
+
+
+def packed_path(path: Path, owner: str) -> Path:
+    """Return where the packed copy of one of a model's files lies: parts keep their numbers."""
+    stem, _, number = path.stem.partition("-0000")
+    suffix = f"-0000{number}" if number and stem else ""
+    return cache_folder() / "packed" / f"{owner}{suffix}.gguf"
+
+
+def _is_there(path: Path, owner: str) -> bool:
+    try:
+        return is_sound(read_gguf(path), owner)
+    except (LowtideError, OSError):
+        return False
+
+
+def _write(
+    part: GgufContents, path: Path, owner: str, progress: Callable[[int], None]
+) -> None:
+    try:
+        write_packed(part, path, owner, progress)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise NotPacked(f"the packed copy of {part.path} cannot be written to {path.parent}: {reason}") from error
