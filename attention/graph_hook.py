@@ -55,8 +55,8 @@ class HookCounts:
     `seconds` is the time in our kernel. Of the `keys_held` that a pass's last row could see, over
     all layers and passes, `keys_read` were attended to. `weight_bytes_given_back` counts mapped weights
     whose pages went back to the system, `products_sliced` the products that gave theirs back on the way,
-    `products_packed` those that were computed from packed weights, `packed_refused` the nodes that read such
-    weights in a way that is not known.
+    `products_packed` those that were computed from packed weights, `packed_refused` the nodes that read
+    such weights in a way that is not known.
     """
 
     layers_ours: int

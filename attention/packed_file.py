@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lowtide.attention.product_kernels import can_pack, pack_rows
-from lowtide.models.gguf_reader import GgufContents, TensorInfo, read_gguf
+from lowtide.models.gguf_reader import GgufContents, TensorInfo
 from lowtide.models.packed_gguf import data_digest, matrices, packed_header
 
 SLICE_BYTES = 1 << 20
@@ -75,13 +75,3 @@ def _copy(
             pack_rows(tensor.type_name, rows, len(rows) // row_bytes, num_columns, panels)
         out.write(panels)
         progress(len(panels))
-
-
-def read_if_packed(path: Path) -> GgufContents | None:
-    """Return the headers of a file in the cache; None where there is none that can be read."""
-    from lowtide.models.errors import LowtideError
-
-    try:
-        return read_gguf(path)
-    except LowtideError:
-        return None

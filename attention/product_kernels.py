@@ -1,4 +1,4 @@
-"""Our matrix kernels called on arrays, outside any graph: packing weights, and what tests and measurements use.
+"""Our matrix kernels called on arrays, outside any graph: what packing, tests and measurements use.
 
 Knows no model and no file. Inside a graph the same kernels are called by `graph_hook`.
 """
@@ -128,7 +128,8 @@ def _library() -> ctypes.CDLL:
     pointer = ctypes.c_void_p
     library.lowtide_packed_bytes.restype = ctypes.c_size_t
     library.lowtide_packed_bytes.argtypes = [ctypes.c_int32, ctypes.c_int64, ctypes.c_int64]
-    library.lowtide_pack.argtypes = [ctypes.c_int32, pointer, ctypes.c_int64, ctypes.c_int64, pointer]  # fmt: skip
+    sizes = (ctypes.c_int64, ctypes.c_int64)
+    library.lowtide_pack.argtypes = [ctypes.c_int32, pointer, *sizes, pointer]
     library.lowtide_unpack_row.argtypes = [pointer, ctypes.c_int, pointer]
     library.lowtide_has_products.argtypes = [ctypes.c_char_p]
     library.lowtide_multiply.argtypes = [

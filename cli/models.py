@@ -22,8 +22,8 @@ class _Models(click.Group):
 def command() -> None:
     """List the models that have names, describe one MODEL from its headers, or pack its weights.
 
-    `lowtide models [MODEL]` lists or describes; `lowtide models pack MODEL` writes the packed copy that --pack
-    reads.
+    `lowtide models [MODEL]` lists or describes; `lowtide models pack MODEL` writes the packed copy that
+    --pack reads.
     """
 
 

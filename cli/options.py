@@ -43,8 +43,8 @@ _OPENING = (
         "--pack/--no-pack",
         default=False,
         show_default=True,
-        help="Compute matrix products with our kernels, from a packed copy of the weights, which is made in "
-        "the cache folder the first time.",
+        help="Compute matrix products with our kernels, from a packed copy of the weights, which is made "
+        "in the cache folder the first time.",
     ),
     click.option("--offline", is_flag=True, help="Never reach for the network."),
 )
@@ -159,7 +159,9 @@ def take_open_options(options: dict[str, Any]) -> OpenOptions:
     """Take out what says how to open a model; raise `BadOption` for a value that cannot be."""
     from lowtide.runtime.planning import OpenOptions
 
-    names = "memory context kv_type threads attention prefix_cache pack gpu_layers gpu_memory".split()
+    names = (
+        "memory context kv_type threads attention prefix_cache pack gpu_layers gpu_memory".split()
+    )
     return OpenOptions(**{name: options.pop(name) for name in names if name in options})
 
 

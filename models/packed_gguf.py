@@ -114,7 +114,7 @@ def packed_names(contents: GgufContents) -> tuple[str, ...]:
 
 
 def is_sound(contents: GgufContents, owner: str) -> bool:
-    """Whether a packed file is of this layout, of the files with that fingerprint, and as it was written."""
+    """Whether a packed file is of this layout, of the files of that fingerprint, and as it was written."""
     wanted = {LAYOUT_KEY: LAYOUT, SOURCE_KEY: owner}
     return all(contents.metadata.get(key) == value for key, value in wanted.items()) and (
         contents.metadata.get(DIGEST_KEY) == data_digest(contents.path, contents.data_start)
@@ -135,8 +135,10 @@ def data_digest(path: Path, data_start: int) -> str:
 
 def _entry(tensor: TensorInfo) -> bytes:
     shape = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape)
-    return _string(tensor.name) + shape + struct.pack(
-        "<IQ", TYPE_NUMBERS[tensor.type_name], tensor.offset
+    return (
+        _string(tensor.name)
+        + shape
+        + struct.pack("<IQ", TYPE_NUMBERS[tensor.type_name], tensor.offset)
     )
 
 

@@ -57,8 +57,8 @@ class ModelSpec:
     `sliding_window` is None where every layer sees the whole context. `weight_bytes` counts the
     tensors' data over all parts of a split file, `tensor_types` the quantisation types in use.
     `fingerprint` is the same for every quantisation of a model. `weight_groups` says where in the files the
-    weights lie, the layers' in order and then the others; empty where that is not known. `packed_tensors` are
-    the names of those that only our kernels can read (`packed_gguf`).
+    weights lie, the layers' in order and then the others; empty where that is not known. `packed_tensors`
+    are the names of those that only our kernels can read (`packed_gguf`).
     """
 
     paths: tuple[Path, ...]

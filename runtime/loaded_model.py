@@ -153,8 +153,8 @@ class LoadedModel:
         if counts is not None and counts.packed_refused:
             self.close()
             raise LowtideError(
-                f"{self.planned.spec.name} ({self.planned.spec.architecture}) reads packed weights in a way "
-                "that our kernels do not know: leave --pack out"
+                f"{self.planned.spec.name} ({self.planned.spec.architecture}) reads packed weights in a "
+                "way that our kernels do not know: leave --pack out"
             )
 
     def _kv_bytes(self, num_tokens: int) -> int:

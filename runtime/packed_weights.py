@@ -12,7 +12,7 @@ from lowtide.models.errors import LowtideError
 from lowtide.models.fingerprint import file_fingerprint
 from lowtide.models.gguf_header import read_spec
 from lowtide.models.gguf_reader import GgufContents, read_gguf
-from lowtide.models.packed_gguf import is_sound, packed_names
+from lowtide.models.packed_gguf import is_sound
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.errors import NotPacked
 
@@ -28,7 +28,9 @@ def packed_copy(spec: ModelSpec, progress: Callable[[int], None] = lambda _: Non
     owner = file_fingerprint(spec.paths)
     parts = [read_gguf(path) for path in spec.paths]
     if not any(packable(part) for part in parts):
-        raise NotPacked(f"none of the matrices of {spec.name} ({spec.quantisation}) has a packed form")
+        raise NotPacked(
+            f"none of the matrices of {spec.name} ({spec.quantisation}) has a packed form"
+        )
     paths = [packed_path(part.path, owner) for part in parts]
     for part, path in zip(parts, paths, strict=True):
         if not _is_there(path, owner):
@@ -51,11 +53,11 @@ def _is_there(path: Path, owner: str) -> bool:
         return False
 
 
-def _write(
-    part: GgufContents, path: Path, owner: str, progress: Callable[[int], None]
-) -> None:
+def _write(part: GgufContents, path: Path, owner: str, progress: Callable[[int], None]) -> None:
     try:
         write_packed(part, path, owner, progress)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise NotPacked(f"the packed copy of {part.path} cannot be written to {path.parent}: {reason}") from error
+        raise NotPacked(
+            f"the packed copy of {part.path} cannot be written to {path.parent}: {reason}"
+        ) from error

@@ -12,13 +12,15 @@ from native_build import NATIVE, NativeBuild
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 
 
-def test_the_kernels_on_arm(tmp_path: Path) -> None:
+# Of the first one kernel set, of the second both: with the dot products of later processors, and without.
+@pytest.mark.parametrize(("name", "told"), [("attend", "40 problems"), ("product", "48 problems")])
+def test_the_kernels_on_arm(name: str, told: str, tmp_path: Path) -> None:
     missing = [tool for tool in (COMPILER, EMULATOR) if shutil.which(tool) is None]
     if missing:
         pytest.skip(f"{' and '.join(missing)} not installed: g++-aarch64-linux-gnu and qemu-user")
     if not NATIVE.is_dir():
         pytest.skip("the sources are not here: this runs against the wheel")
-    program = NativeBuild(COMPILER, tmp_path, ["-O2", "-static"], x86=False).program("attend")
+    program = NativeBuild(COMPILER, tmp_path, ["-O2", "-static"], x86=False).program(name)
     done = subprocess.run([EMULATOR, str(program)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith("40 problems agree\n")  # of one kernel set, the NEON one
+    assert done.stdout.endswith(f"{told} agree\n")

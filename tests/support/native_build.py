@@ -8,12 +8,18 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1] / "attention" / "native"
 NATIVE = TESTS.parents[2] / "attention" / "native"
+PRODUCTS = TESTS.parents[2] / "models" / "native"
 KERNELS = (
     "attend attend_avx2 attend_avx512 attend_bf16 attend_portable cpu_features find_kernels".split()
 )
+MULTIPLIERS = "multiply_avx2 multiply_dot multiply_portable multiply_vnni multiply_vnni512".split()
 PROGRAMS = {
     "attend": [*KERNELS, "key_set", "tidal_attend"],
     "layer_clock": ["layer_clock"],
+    "product": [
+        *MULTIPLIERS,
+        *"cpu_features find_products pack product quantised_rows unpack".split(),
+    ],
     "prompt_scores": [*KERNELS, "prompt_scores"],
     "sliced_product": ["sliced_product", "weight_stream"],
     "unpopulated_maps": ["unpopulated_maps"],
@@ -26,7 +32,12 @@ X86_FLAGS = {
     "attend_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "attend_avx512": AVX512,
     "attend_bf16": [*AVX512, "-mavx512bf16"],
+    "multiply_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "multiply_vnni": ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"],
+    "multiply_vnni512": [*AVX512, "-mavx512vnni"],
 }
+
+ARM_FLAGS = {"multiply_dot": ["-march=armv8.2-a+dotprod"]}
 
 
 class NativeBuild:
@@ -34,8 +45,15 @@ class NativeBuild:
 
     def __init__(self, compiler: str, folder: Path, flags: Sequence[str], *, x86: bool) -> None:
         self._folder = folder
-        self._x86 = x86
-        self._common = [compiler, "-std=c++17", f"-I{NATIVE}", '-DLOWTIDE_VERSION="test"', *flags]
+        self._own_flags = X86_FLAGS if x86 else ARM_FLAGS
+        self._common = [
+            compiler,
+            "-std=c++17",
+            f"-I{NATIVE}",
+            f"-I{PRODUCTS}",
+            '-DLOWTIDE_VERSION="test"',
+            *flags,
+        ]
 
     def program(self, name: str) -> Path:
         """Build the test called `name` and return the program's path."""
@@ -47,8 +65,9 @@ class NativeBuild:
     def _object(self, source: str) -> Path:
         path = self._folder / f"{source}.o"
         if not path.exists():
-            own = X86_FLAGS.get(source, []) if self._x86 else []
-            self._run(*own, "-c", str(NATIVE / f"{source}.cpp"), "-o", str(path))
+            own = self._own_flags.get(source, [])
+            folder = NATIVE if (NATIVE / f"{source}.cpp").is_file() else PRODUCTS
+            self._run(*own, "-c", str(folder / f"{source}.cpp"), "-o", str(path))
         return path
 
     def _linked(self, test: str, *more: str) -> str:

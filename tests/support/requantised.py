@@ -7,7 +7,18 @@ from pathlib import Path
 
 from lowtide.models.llama_library import llama_library
 
-FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q8_0": 7}
+FILE_TYPES = {
+    "F32": 0,
+    "F16": 1,
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q8_0": 7,
+    "Q5_0": 8,
+    "Q5_1": 9,
+    "Q4_K": 15,
+    "Q5_K": 17,
+    "Q6_K": 18,
+}
 
 
 def requantised(source: Path, target: Path, file_type: str) -> Path:

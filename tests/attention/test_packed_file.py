@@ -1,0 +1,99 @@
+"""Packed files: what they hold, that readers of GGUF take them, that nothing is left of a failed one."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from gguf_files import write_model
+
+from lowtide.attention.packed_file import packable, write_packed
+from lowtide.attention.product_kernels import PackedArray, pack_array, unpack_row
+from lowtide.models.gguf_header import read_spec
+from lowtide.models.gguf_reader import GgufContents, read_gguf
+from lowtide.models.packed_gguf import is_sound, packed_names
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> GgufContents:
+    return read_gguf(write_model(tmp_path / "m.gguf", width=64, feed_forward=96, quantised=True))
+
+
+def written(source: GgufContents, tmp_path: Path, owner: str = "owner") -> GgufContents:
+    target = tmp_path / "packed" / "m.gguf"
+    write_packed(source, target, owner, lambda _: None)
+    return read_gguf(target)
+
+
+def test_its_tensors_are_those_of_the_source(source: GgufContents, tmp_path: Path) -> None:
+    packed = written(source, tmp_path)
+    names = packed_names(packed)
+    assert set(names) == {t.name for t in packable(source)}
+    assert "output.weight" in names and "token_embd.weight" not in names
+    assert len(names) == 2 * 7 + 1
+    before = {t.name: t.data for t in gguf.GGUFReader(source.path).tensors}
+    after = {t.name: t for t in gguf.GGUFReader(packed.path).tensors}
+    assert list(before) == list(after)
+    for name, tensor in after.items():
+        if name in names:
+            array = pack_array("Q4_0", before[name], int(tensor.shape[0]))
+            assert np.array_equal(array.panels, tensor.data.reshape(-1))
+            assert isinstance(array, PackedArray) and unpack_row(array, 3).size == tensor.shape[0]
+        else:
+            assert np.array_equal(before[name], tensor.data)
+
+
+def test_its_header_says_what_the_source_says(source: GgufContents, tmp_path: Path) -> None:
+    packed = written(source, tmp_path)
+    own = {key for key in packed.metadata if key.startswith("lowtide.")} | {"general.alignment"}
+    assert {k: v for k, v in packed.metadata.items() if k not in own} == source.metadata
+    before, after = read_spec(source.path), read_spec(packed.path)
+    assert after.packed_tensors == packed_names(packed) and not before.packed_tensors
+    assert (after.fingerprint, after.weight_bytes) == (before.fingerprint, before.weight_bytes)
+
+
+def test_an_embedding_that_is_the_output_too_is_packed(smollm2: Path) -> None:
+    names = {tensor.name for tensor in packable(read_gguf(smollm2))}
+    assert "token_embd.weight" in names and len(names) == 30 * 7 + 1
+
+
+def test_progress_counts_every_byte(source: GgufContents, tmp_path: Path) -> None:
+    told: list[int] = []
+    write_packed(source, tmp_path / "p.gguf", "owner", told.append)
+    assert sum(told) == sum(tensor.num_bytes for tensor in source.tensors)
+
+
+def test_a_sound_file_is_told_from_others(source: GgufContents, tmp_path: Path) -> None:
+    packed = written(source, tmp_path)
+    assert is_sound(packed, "owner")
+    assert not is_sound(packed, "another") and not is_sound(source, "owner")
+    data = bytearray(packed.path.read_bytes())
+    for at in (packed.data_start + 5, packed.data_start + 4000, len(data) - 1):
+        changed = bytearray(data)
+        changed[at] ^= 1
+        packed.path.write_bytes(changed)
+        assert not is_sound(read_gguf(packed.path), "owner")
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_full_disk_leaves_nothing_behind(
+    failing: str, source: GgufContents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(f"lowtide.attention.packed_file.os.{failing}", full)
+    with pytest.raises(OSError, match="No space"):
+        write_packed(source, tmp_path / "packed" / "m.gguf", "owner", lambda _: None)
+    assert list((tmp_path / "packed").iterdir()) == []
+
+
+def test_a_source_that_ends_meanwhile(source: GgufContents, tmp_path: Path) -> None:
+    os.truncate(source.path, source.file_bytes - 100)
+    with pytest.raises(OSError, match="ended while it was read"):
+        write_packed(source, tmp_path / "packed" / "m.gguf", "owner", lambda _: None)
+    assert list((tmp_path / "packed").iterdir()) == []

@@ -1,0 +1,131 @@
+"""Every product kernel against numpy in double precision, and against itself in other company."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, quants
+
+from lowtide.attention.product_kernels import (
+    can_pack,
+    multiply,
+    pack_array,
+    pack_rows,
+    unpack_row,
+    usable_product_sets,
+)
+from lowtide.models.errors import BadOption, LowtideError
+from lowtide.models.gguf_reader import TENSOR_TYPES, TYPE_NUMBERS
+from lowtide.models.packed_gguf import PACKED_TYPES
+
+SETS = usable_product_sets()
+HALVES = {
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0"), (0,)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    "Q6_K": (208,),
+}
+"""Where a block's halves stand: the other bytes may be anything."""
+
+
+def random_blocks(type_name: str, num_rows: int, num_columns: int) -> Any:
+    """Rows of ggml's blocks: random bits in every value, small scales, the row's bytes last."""
+    random = np.random.default_rng(num_rows + num_columns)
+    _, size, num_bytes = TENSOR_TYPES[TYPE_NUMBERS[type_name]]
+    blocks = random.integers(0, 256, (num_rows, num_columns // size, num_bytes), np.uint8)
+    for offset in HALVES[type_name]:
+        halves = random.uniform(-0.1, 0.1, blocks.shape[:2]).astype(np.float16)
+        blocks[:, :, offset : offset + 2] = halves[..., None].view(np.uint8)
+    return blocks.reshape(num_rows, -1)
+
+
+def dequantised(type_name: str, rows: Any) -> Any:
+    return quants.dequantize(rows, GGMLQuantizationType[type_name])
+
+
+def rounded(rows: Any) -> Any:
+    """Rows to the nearest of 255 steps of each block's largest value, as they are multiplied."""
+    blocks = rows.reshape(len(rows), -1, 32).astype(np.float64)
+    scales = np.abs(blocks).max(-1, keepdims=True) / 127
+    steps = np.divide(blocks, scales, out=np.zeros_like(blocks), where=scales > 0)
+    return (np.round(steps) * scales).reshape(rows.shape)
+
+
+@pytest.mark.parametrize("shape", [(16, 256), (48, 768), (16, 2304)], ids=str)
+@pytest.mark.parametrize("type_name", sorted(PACKED_TYPES))
+@pytest.mark.parametrize("kernels", SETS)
+def test_products_are_those_of_double_precision(
+    kernels: str, type_name: str, shape: tuple[int, int]
+) -> None:
+    blocks = random_blocks(type_name, *shape)
+    weights = dequantised(type_name, blocks).astype(np.float64)
+    rows = np.random.default_rng(3).standard_normal((13, shape[1])).astype(np.float32)
+    rows[7] = 0
+    expected = rounded(rows) @ weights.T
+    found = multiply(pack_array(type_name, blocks, shape[1]), rows, kernels=kernels)
+    assert np.abs(found - expected).max() < 2e-6 * np.abs(expected).max()
+    assert not found[7].any()
+
+
+@pytest.mark.parametrize("type_name", ["Q4_1", "Q8_0", "Q6_K"])
+@pytest.mark.parametrize("kernels", SETS)
+def test_a_row_is_the_same_alone_and_among_others(kernels: str, type_name: str) -> None:
+    packed = pack_array(type_name, random_blocks(type_name, 112, 512), 512)
+    rows = np.random.default_rng(4).standard_normal((37, 512)).astype(np.float32)
+    together = multiply(packed, rows, kernels=kernels)
+    for first, last in ((0, 1), (5, 7), (11, 14), (30, 37)):
+        for threads in (1, 3):
+            some = multiply(packed, rows[first:last], kernels=kernels, threads=threads)
+            assert np.array_equal(some, together[first:last])
+
+
+@pytest.mark.parametrize("kernels", SETS)
+def test_odd_numbers_of_blocks(kernels: str) -> None:
+    """A panel then begins in the middle of a cache line."""
+    blocks = random_blocks("Q4_0", 32, 96)
+    rows = np.random.default_rng(5).standard_normal((3, 96)).astype(np.float32)
+    found = multiply(pack_array("Q4_0", blocks, 96), rows, kernels=kernels)
+    expected = rounded(rows) @ dequantised("Q4_0", blocks).astype(np.float64).T
+    assert np.abs(found - expected).max() < 2e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("kernels", SETS)
+def test_what_is_no_number_counts_as_none(kernels: str) -> None:
+    packed = pack_array("Q4_0", random_blocks("Q4_0", 16, 64), 64)
+    rows = np.ones((2, 64), np.float32)
+    rows[0, 3], rows[1, 5] = np.nan, np.inf
+    found = multiply(packed, rows, kernels=kernels)
+    without = np.ones((1, 64), np.float32)
+    without[0, 3] = 0
+    assert np.array_equal(found[0], multiply(packed, without, kernels=kernels)[0])
+
+
+@pytest.mark.parametrize("type_name", sorted(PACKED_TYPES))
+def test_rows_come_back_as_ggml_reads_them(type_name: str) -> None:
+    blocks = random_blocks(type_name, 32, 512)
+    packed = pack_array(type_name, blocks, 512)
+    assert packed.panels.nbytes == blocks.nbytes
+    found = np.stack([unpack_row(packed, row) for row in range(32)])
+    expected = dequantised(type_name, blocks)
+    assert np.abs(found - expected).max() <= 2e-6 * np.abs(expected).max()
+
+
+def test_what_has_no_packed_form() -> None:
+    assert can_pack("Q4_1", 16, 32) and not can_pack("Q4_1", 15, 32)
+    assert not can_pack("Q4_K", 16, 128) and not can_pack("Q4_1", 16, 40)
+    assert not can_pack("F16", 16, 32) and not can_pack("nonsense", 16, 32)
+    assert not can_pack("Q4_1", 0, 32) and not can_pack("Q4_1", -16, 32)
+    with pytest.raises(BadOption, match="no packed form"):
+        pack_array("Q4_0", np.zeros((7, 18), np.uint8), 32)
+    with pytest.raises(ValueError, match="no 16 rows"):
+        pack_rows("Q4_0", bytearray(17), 16, 32, bytearray(288))
+
+
+def test_wrong_calls() -> None:
+    packed = pack_array("Q4_0", random_blocks("Q4_0", 16, 32), 32)
+    for row in (-1, 16):
+        with pytest.raises(IndexError):
+            unpack_row(packed, row)
+    with pytest.raises(LowtideError, match="cannot be multiplied"):
+        multiply(packed, np.zeros((1, 32), np.float32), kernels="mmx")

@@ -1,0 +1,123 @@
+"""Tokens and prompts with packed weights against llama.cpp on the same file, and on its fastest format.
+
+Each round times llama.cpp through its C API and then ours, so a ratio holds on a noisy machine. Above 1
+ours is faster. Run with `make bench`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paired import paired
+from peer import Peer
+from requantised import requantised
+
+from lowtide.memory.units import GIB
+from lowtide.runtime.loaded_model import LoadedModel
+from lowtide.runtime.planning import OpenOptions, plan_reference
+
+pytestmark = pytest.mark.benchmark
+
+TEXT = "The tide comes in, the tide goes out, and nobody on the shore knows what it is about. "
+NUM_DECODED = 24
+ROWS = 128
+
+
+class Ours:
+    """The model from its packed copy, with our exact attention."""
+
+    def __init__(self, path: Path) -> None:
+        options = OpenOptions(
+            memory=8 * GIB, context=2048, max_rows=ROWS, threads=2, attention="dense", pack=True
+        )
+        self.loaded = LoadedModel(plan_reference(path, options))
+        self.model = self.loaded.model
+        self.token_ids = self.model.tokenizer.encode(
+            TEXT * 100, add_special=True, parse_special=False
+        )
+
+    def prefill(self, length: int) -> None:
+        self.model.truncate(0)
+        for at in range(0, length, ROWS):
+            self.model.forward(self.token_ids[at : min(at + ROWS, length)])
+
+    def decode(self, depth: int) -> None:
+        self.model.truncate(depth)
+        for token_id in self.token_ids[depth : depth + NUM_DECODED]:
+            self.model.forward((token_id,)).argmax()
+
+    def verify(self, depth: int, num_rows: int) -> None:
+        for _ in range(NUM_DECODED):
+            self.model.truncate(depth)
+            self.model.forward(self.token_ids[depth : depth + num_rows])
+
+
+@pytest.fixture(scope="module")
+def q4_0(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return requantised(smollm2, tmp_path_factory.mktemp("models") / "Q4_0.gguf", "Q4_0")
+
+
+@pytest.fixture(scope="module")
+def ours(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ours]:
+    folder, before = tmp_path_factory.mktemp("cache"), os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    made = Ours(smollm2)
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
+    yield made
+    made.loaded.close()
+
+
+@pytest.fixture(scope="module", params=["the same file", "its Q4_0 copy"])
+def peer(request: pytest.FixtureRequest, smollm2: Path, q4_0: Path) -> Iterator[tuple[str, Peer]]:
+    path = smollm2 if request.param == "the same file" else q4_0
+    made = Peer(path, context=2048, max_rows=ROWS, threads=2)
+    yield f"llama.cpp on {request.param}", made
+    made.close()
+
+
+@pytest.mark.parametrize("depth", [256, 1024])
+def test_decode(benchmark: Any, ours: Ours, peer: tuple[str, Peer], depth: int) -> None:
+    name, theirs = peer
+    ours.prefill(depth)
+
+    def peers() -> None:
+        theirs.api.llama_memory_seq_rm(theirs.memory, 0, depth, -1)
+        for token_id in ours.token_ids[depth : depth + NUM_DECODED]:
+            theirs._decode([token_id])
+
+    theirs.prefill(ours.token_ids[:depth])
+    paired(
+        benchmark, f"packed, decode at {depth}", lambda: ours.decode(depth), peers, 15, peer=name
+    )
+
+
+@pytest.mark.parametrize("length", [256, 512])
+def test_prefill(benchmark: Any, ours: Ours, peer: tuple[str, Peer], length: int) -> None:
+    name, theirs = peer
+    token_ids = ours.token_ids[:length]
+    paired(
+        benchmark, f"packed, prompt of {length}", lambda: ours.prefill(length),
+        lambda: theirs.prefill(token_ids), 9, peer=name,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("num_rows", [2, 4, 8])
+def test_verification(benchmark: Any, ours: Ours, num_rows: int) -> None:
+    """How much less than so many single rows; rows / ratio is the cost in single rows."""
+    ours.prefill(256)
+
+    def alone() -> None:
+        for _ in range(num_rows):
+            ours.verify(256, 1)
+
+    paired(
+        benchmark, f"packed, {num_rows} rows at once", lambda: ours.verify(256, num_rows), alone, 9,
+        peer=f"{num_rows} single rows",
+    )  # fmt: skip

@@ -1,0 +1,182 @@
+"""Models that run from a packed copy: answers within rounding, and copies that cannot be trusted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf_files import write_model
+from processes import run_lowtide
+from requantised import FILE_TYPES, requantised
+
+from lowtide import Runtime
+from lowtide.memory.units import MIB
+from lowtide.models.errors import BadOption
+from lowtide.models.gguf_header import read_spec
+from lowtide.runtime.errors import NotPacked
+from lowtide.runtime.loaded_model import LoadedModel
+from lowtide.runtime.packed_weights import packed_copy, packed_path
+from lowtide.runtime.planning import OpenOptions, plan_reference
+from lowtide.runtime.result import GenerationResult
+
+FORMATS = [name for name in FILE_TYPES if name not in ("F32", "F16")]
+PROGRAM = "from lowtide.cli.main import main; main()"
+PROMPT = tuple(range(5, 75))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same random model in every format; two layers, so that the K formats have whole blocks."""
+    folder = tmp_path_factory.mktemp("models")
+    source = write_model(
+        folder / "F32.gguf", width=256, heads=4, kv_heads=2, feed_forward=512, context=512
+    )
+    return {name: requantised(source, folder / f"{name}.gguf", name) for name in FORMATS}
+
+
+def logits(path: Path, *, pack: bool, **options: Any) -> np.ndarray:
+    """Logits after the prompt, in passes of 32 and 38 rows, and after another token; (2, vocabulary)."""
+    loaded = LoadedModel(
+        plan_reference(path, OpenOptions(pack=pack, memory="2GiB", threads=2, **options))
+    )
+    try:
+        model = loaded.model
+        model.forward(PROMPT[:32])
+        rows = [model.forward(some).copy() for some in (PROMPT[32:], (9,))]
+        facts = loaded.run_facts()
+        assert bool(facts.packed_tensors) == pack and facts.unpacked_reason is None
+        if pack:
+            counts = loaded._callback.counts()  # type: ignore[union-attr]
+            assert counts.products_packed > 0 and counts.packed_refused == 0
+        return np.stack(rows)
+    finally:
+        loaded.close()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_logits_are_no_farther_from_exact_ones_than_llamas(
+    name: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Against the same weights in float32; both round rows to 8 bits."""
+    exact = logits(requantised(models[name], tmp_path / "F32.gguf", "F32"), pack=False)
+    llamas, ours = (logits(models[name], pack=pack) - exact for pack in (False, True))
+    assert 0 < np.sqrt((ours**2).mean()) < 1.25 * np.sqrt((llamas**2).mean())
+    assert np.sqrt((ours**2).mean()) < 0.03 * exact.std()
+
+
+def test_passes_and_threads_change_nothing(models: dict[str, Path]) -> None:
+    expected = logits(models["Q4_1"], pack=True, attention="dense")
+    for threads in (1, 2):
+        loaded = LoadedModel(
+            plan_reference(
+                models["Q4_1"],
+                OpenOptions(pack=True, memory="2GiB", threads=threads, attention="dense"),
+            )
+        )
+        try:
+            loaded.model.forward(PROMPT[:17])
+            loaded.model.forward(PROMPT[17:])
+            assert np.array_equal(loaded.model.forward((9,)), expected[1])
+        finally:
+            loaded.close()
+
+
+def test_the_default_model_answers(smollm2: Path) -> None:
+    with Runtime.open(smollm2, memory="1GiB", context=512, pack=True, threads=1) as runtime:
+        messages = [{"role": "user", "content": "Why is the sea salty?"}]
+        result = GenerationResult.of(runtime.chat(messages, max_tokens=12, temperature=0))
+    assert result.text.startswith("The sea is salty because")
+    assert result.stats.packed_tensors == 211 and result.stats.unpacked_reason is None
+
+
+def test_a_budget_below_the_file_streams_packed_weights(smollm2: Path, tmp_path: Path) -> None:
+    """In processes of their own: the answers are the same, and the peak is under the budget."""
+    options = (
+        "-p",
+        "Why is the sea salty?",
+        "-n",
+        "8",
+        "--temp",
+        "0",
+        "-c",
+        "512",
+        "-t",
+        "2",
+        "--pack",
+    )
+    kept = run_lowtide("run", str(smollm2), "--memory", "1GiB", *options)
+    streamed = run_lowtide("run", str(smollm2), "--memory", "105MiB", *options)
+    if streamed.code == 2:  # libraries take more on some systems
+        bound = streamed.stderr.split("raise --memory to ")[1].split(",")[0]
+        streamed = run_lowtide("run", str(smollm2), "--memory", bound, *options)
+    assert streamed.code == kept.code == 0, streamed.stderr
+    assert "gave up resident weights" in streamed.stderr
+    assert streamed.stdout == kept.stdout
+    assert streamed.peak_bytes <= 115 * MIB
+
+
+def test_a_copy_is_made_once_and_made_again_where_it_is_not_sound(models: dict[str, Path]) -> None:
+    spec = read_spec(models["Q4_0"])
+    packed = packed_copy(spec)
+    made = packed.path.stat()
+    assert (packed.name, packed.fingerprint) == (spec.name, spec.fingerprint)
+    assert packed_copy(spec).path.stat().st_ino == made.st_ino
+    whole = packed.path.read_bytes()
+    for broken in (whole[:-1], whole[:100], b"", whole[:-200] + bytes(200)):
+        packed.path.write_bytes(broken)
+        assert packed_copy(spec).path.read_bytes() == whole
+    foreign = packed_copy(read_spec(models["Q4_1"]))
+    os.replace(foreign.path, packed.path)
+    assert packed_copy(spec).path.read_bytes() == whole
+    assert packed_copy(packed) == packed
+
+
+def test_a_changed_model_has_another_copy(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m.gguf", quantised=True)
+    first = packed_copy(read_spec(path)).path
+    write_model(path, quantised=True, vocabulary=336)
+    assert packed_copy(read_spec(path)).path != first
+
+
+def test_parts_keep_their_numbers() -> None:
+    assert packed_path(Path("m-00002-of-00003.gguf"), "abc").name == "abc-00002-of-00003.gguf"
+    assert packed_path(Path("m.gguf"), "abc").name == "abc.gguf"
+
+
+def test_two_processes_pack_the_same_model(models: dict[str, Path]) -> None:
+    commands = [[sys.executable, "-c", PROGRAM, "models", "pack", str(models["Q4_1"])]] * 2
+    running = [subprocess.Popen(c, stdout=subprocess.PIPE, text=True) for c in commands]
+    paths = {process.communicate(timeout=60)[0].strip() for process in running}
+    assert len(paths) == 1
+    path = Path(paths.pop())
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_cannot_be_packed_runs_and_says_why(tmp_path: Path, models: dict[str, Path]) -> None:
+    plain = write_model(tmp_path / "m.gguf")
+    with pytest.raises(NotPacked, match="none of the matrices"):
+        packed_copy(read_spec(plain))
+    with Runtime.open(plain, memory="1GiB", pack=True) as runtime:
+        assert "none of the matrices" in str(
+            runtime.generate("a", max_tokens=2).stats.unpacked_reason
+        )
+    cache = tmp_path / "cache"
+    cache.write_text("a file where a folder is wanted")
+    with Runtime.open(models["Q4_0"], memory="1GiB", pack=True) as runtime:
+        stats = runtime.generate("a", max_tokens=2).stats
+    assert stats.packed_tensors == 0 and "cannot be written" in str(stats.unpacked_reason)
+
+
+def test_packing_and_gpus_exclude_each_other() -> None:
+    with pytest.raises(BadOption, match="pack is for products on the processor"):
+        OpenOptions(pack=True, gpu_layers=3)
