@@ -18,6 +18,7 @@ from lowtide.memory.gpu_budget import GpuBudget, parse_gpu_layers
 from lowtide.memory.meter import read_process_memory
 from lowtide.memory.plan import Host, MemoryPlan, PlanOptions
 from lowtide.memory.planner import plan_memory, require_fit
+from lowtide.memory.speculation_wish import SpeculationWish
 from lowtide.memory.units import parse_size
 from lowtide.models.catalog import resolve
 from lowtide.models.errors import BadOption
@@ -25,6 +26,7 @@ from lowtide.models.gguf_header import read_spec
 from lowtide.models.gpu_device import require_gpus
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.measured_host import measured_host
+from lowtide.runtime.speculation_choice import SpeculationChoice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +41,8 @@ class OpenOptions:
     `gpu_memory`, a size on each device (None: 90 % of what it has free); both None leave the GPUs alone.
     `compared_rows` is how many distributions a measurement keeps, `selection_layers` how many layers it
     tries beside the policy's own, `profiled` whether a profiler watches. `prefix_cache` is a size ("64MiB")
-    for KV states of prompts that others replaced; 0 keeps none.
+    for KV states of prompts that others replaced; 0 keeps none. `speculate` is "off", "ngram", "trigram",
+    "auto" or a draft model, each with ":rows=N" for the most rows of a verification.
     """
 
     memory: str | int | None = None
@@ -55,12 +58,14 @@ class OpenOptions:
     profiled: bool = False
     selection_layers: int = 0
     prefix_cache: str | int = 0
+    speculate: str = "off"
 
     def __post_init__(self) -> None:
         if self.threads is not None and not 1 <= self.threads <= 512:
             raise BadOption(f"threads is {self.threads}, 1 to 512 are wanted")
         parse_policy(self.attention)
         _ = self.prefix_bytes
+        SpeculationChoice.parse(self.speculate)
         if parse_gpu_layers(self.gpu_layers) == 0 and self.gpu_memory is not None:
             raise BadOption("gpu_memory is given, and gpu_layers is 0: give one of them up")
 
@@ -84,7 +89,12 @@ class OpenOptions:
         devices = require_gpus("--gpu-memory" if self.gpu_layers is None else "--gpu-layers")
         return GpuBudget.stated(layers, self.gpu_memory, devices, holds_cache=not policy.uses_hook)
 
-    def plan_options(self, policy: AttentionPolicy, gpu: GpuBudget | None = None) -> PlanOptions:
+    def plan_options(
+        self,
+        policy: AttentionPolicy,
+        gpu: GpuBudget | None = None,
+        speculation: SpeculationWish | None = None,
+    ) -> PlanOptions:
         """The part that the plan looks at."""
         return PlanOptions(
             context=self.context,
@@ -98,6 +108,7 @@ class OpenOptions:
             profiled=self.profiled,
             prefix_bytes=self.prefix_bytes,
             gpu=gpu,
+            speculation=speculation,
         )
 
     @property
@@ -132,6 +143,7 @@ class PlannedModel:
     host: Host
     sizes: ContextSizes
     gpu: GpuBudget | None = None
+    speculation: SpeculationWish | None = None
 
     def require_nothing_of_llama(self) -> None:
         """Raise `BadOption` where a model of the caller's own is to do what llama.cpp alone does."""
@@ -146,7 +158,7 @@ class PlannedModel:
 
     def require_fit(self) -> None:
         """Raise `OverBudget` where the plan, or what the process did before, is over the budget."""
-        options = self.options.plan_options(self.policy, self.gpu)
+        options = self.options.plan_options(self.policy, self.gpu, self.speculation)
         require_fit(self.plan, self.spec, options, self.host, self.sizes)
         peak = read_process_memory().peak_bytes
         if peak > self.plan.budget.num_bytes:
@@ -176,10 +188,13 @@ def plan_spec(spec: ModelSpec, options: OpenOptions) -> PlannedModel:
     gpu = options.gpu_budget(
         policy
     )  # before the host is measured: drivers take memory of their own
+    choice = SpeculationChoice.parse(options.speculate)
+    speculation = choice.wish(spec, offline=options.offline)
     with measured_host(spec, budget) as (host, sizes):
         if gpu is not None and gpu.holds_cache:
             host = replace(host, kv_follows_use=False)
-        plan = plan_memory(spec, options.plan_options(policy, gpu), budget, host, sizes)
+        chosen = options.plan_options(policy, gpu, speculation)
+        plan = plan_memory(spec, chosen, budget, host, sizes)
     return PlannedModel(
         spec=spec,
         machine=machine,
@@ -189,4 +204,5 @@ def plan_spec(spec: ModelSpec, options: OpenOptions) -> PlannedModel:
         host=host,
         sizes=sizes,
         gpu=gpu,
+        speculation=speculation,
     )

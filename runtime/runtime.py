@@ -71,6 +71,7 @@ class Runtime:
         prefix_cache: str | int = 0,
         gpu_layers: int | str | None = None,
         gpu_memory: str | int | None = None,
+        speculate: str = "off",
         offline: bool = False,
         profiler: Profiler | None = None,
     ) -> Runtime:
@@ -80,10 +81,11 @@ class Runtime:
         the default model. `memory` is a size such as "1GiB" or "50%" of what is available; None is
         80 %. `context` None is the longest that fits. `attention` is "llama" (llama.cpp's kernels),
         "dense" (ours), or an approximation: "tidal", "gem", or `Tidal(...)`, `Gem(...)`. `prefix_cache`
-        is a size for KV states of earlier prompts. `gpu_layers`, a number or "auto", go to GPUs, each of
-        which gives `gpu_memory`. `profiler` is told where time and bytes go. Raises `OverBudget` before
-        anything is loaded where it cannot fit, `ModelError` where the model cannot be used, `NoGpu` where
-        there is none, `BadOption` for wrong values.
+        is a size for KV states of earlier prompts. `speculate` is "ngram", "trigram", "auto" or a draft
+        model. `gpu_layers`, a number or "auto", go to GPUs, each of which gives `gpu_memory`. `profiler`
+        is told where time and bytes go. Raises `OverBudget` before anything is loaded where it cannot fit,
+        `ModelError` where the model cannot be used, `NoGpu` where there is none, `BadOption` for wrong
+        values.
         """
         options = OpenOptions(
             memory=memory,
@@ -95,6 +97,7 @@ class Runtime:
             prefix_cache=prefix_cache,
             gpu_layers=gpu_layers,
             gpu_memory=gpu_memory,
+            speculate=speculate,
             offline=offline,
             profiled=profiler is not None,
         )

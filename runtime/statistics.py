@@ -16,8 +16,9 @@ class Statistics:
     prefix cache put them back; `kept_tokens` of it are seen by all of the model (a policy may filter it),
     `dropped_tokens` and `dropped_messages` went to `--overflow drop-oldest`. `layers_ours` of `layers`
     ran our attention kernels under the policy `attention`; `attended_share` of the cached keys were
-    attended to while decoding. `peak_rss_bytes` is the process's peak so far. These two are read at the
-    end of an answer. `trims` are what was given back because the process came near its budget.
+    attended to while decoding. `peak_rss_bytes` is the process's peak so far. These two and `speculation`
+    (None where nothing is drafted) are read at the end of an answer. `trims` are what was given back
+    because the process came near its budget.
     """
 
     prompt_tokens: int
