@@ -61,6 +61,8 @@ def statistics_line(stats: Statistics, finish_reason: str | None) -> str:
     parts.append(f"prompt {stats.prompt_tokens}{kept}, {reused}")
     if stats.attended_share is not None and stats.attended_share < 1:
         parts.append(f"{stats.attended_share:.0%} of the cache attended to")
+    if stats.speculation is not None:
+        parts.append(_speculation(stats.speculation))
     if stats.layers_ours and stats.layers_ours < stats.layers:
         parts.append(f"our attention in {stats.layers_ours} of {stats.layers} layers")
     if stats.dropped_tokens:
@@ -72,6 +74,16 @@ def statistics_line(stats: Statistics, finish_reason: str | None) -> str:
         budget = format_bytes(stats.budget_bytes)
         parts.append(f"peak {format_bytes(stats.peak_rss_bytes)} of {budget}")
     return " · ".join(parts)
+
+
+def _speculation(told: dict[str, Any]) -> str:
+    """Say what drafts were worth, or why nothing was verified, and what is not promised."""
+    if told["off_reason"] is not None:
+        return f"no speculation: {told['off_reason']}"
+    line = f"{told['accepted']} of {told['drafted']} drafted tokens accepted"
+    if told["why_not_identical"] is not None:
+        line += f" (perhaps not the plain loop's answer: {told['why_not_identical']})"
+    return line
 
 
 def note(text: str) -> None:
