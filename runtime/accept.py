@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
 MEMORY = 0.96
 """What a count is worth after each later one: acceptance follows the text in some 25 proposals."""
-PRIOR_WEIGHT = 2.0
-PRIOR_ACCEPTANCE = 0.5
-"""What is taken for the acceptance before anything is known, and how many proposals' worth that is."""
+PRIOR_WEIGHT = 3.0
+PRIOR_ACCEPTANCE = 0.3
+"""What is taken for the acceptance before anything is known, and how many proposals' worth that is: little,
+since counting goes on without verifying."""
+PRIOR_OF_NEXT = 0.9
+"""What is taken for the next position's acceptance, as a share of the one before."""
 
 
 class Verification:
@@ -65,10 +68,11 @@ class Acceptance:
             self._right[position] = MEMORY * self._right[position] + (position < num_right)
 
     def by_position(self) -> tuple[float, ...]:
-        """Return the share that was right; what is not known is as the position before."""
+        """Return the share that was right; what is not known is nearly as the position before."""
         shares = []
         believed = PRIOR_ACCEPTANCE
         for tried, right in zip(self._tried, self._right, strict=True):
             believed = (right + PRIOR_WEIGHT * believed) / (tried + PRIOR_WEIGHT)
             shares.append(believed)
+            believed *= PRIOR_OF_NEXT
         return tuple(shares)

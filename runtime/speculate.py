@@ -45,6 +45,7 @@ class Speculator:
         self._not_identical = not_identical
         self._given_up = given_up
         self._verification: Verification | None = None
+        self._verifying_s = 0.0
         self._record = SpeculationRecord()
 
     @classmethod
@@ -60,7 +61,7 @@ class Speculator:
         )
 
     def begin(self) -> None:
-        """A new answer begins."""
+        """A new answer begins; what the last verification gave is not known where it was cut off."""
         self._verification = None
         self._record = SpeculationRecord()
         self._control.begin()
@@ -74,6 +75,7 @@ class Speculator:
                 session.accept(token_id)
                 self._record.accepted()
                 return row
+            self._control.settled(self._verification.num_accepted + 1, self._verifying_s)
             self._verification = None
         drafted = self._drafted(session, token_id)
         if not drafted:
@@ -107,6 +109,7 @@ class Speculator:
         seconds = clock() - before
         self._control.passed(len(drafted) + 1, seconds)
         self._record.verified(seconds)
+        self._verifying_s = seconds
         self._verification = Verification(drafted, rows)
         return self._verification.first
 

@@ -21,6 +21,10 @@ WASTED_SHARE = 0.02
 """Of the time spent decoding, what proposals that come to nothing may take."""
 FIRST_WASTE_S = 0.002
 """What they may take before anything is decoded."""
+LOST_SHARE = 0.01
+"""Of the time spent decoding, what verifications may have lost in all, whatever they promised."""
+MOST_CREDIT_STEPS = 8
+"""Gains of before stand for later losses up to so many plain steps."""
 
 
 @dataclass(slots=True)
@@ -65,12 +69,11 @@ class SpeculationControl:
         ]
         self.best_promise: float | None = None
         """The most that any proposal has promised since `begin`, as a plain step's multiple."""
-        self.wasted_s = self._useful_s = 0.0
+        self.wasted_s = self._useful_s = self._won_s = 0.0
 
     def begin(self) -> None:
         """A new answer begins; what was learned of the drafts stays."""
         self.best_promise = None
-        self.wasted_s = self._useful_s = 0.0
         for record in self._records:
             record.watched.clear()
 
@@ -78,6 +81,17 @@ class SpeculationControl:
         """A pass took so long."""
         self._useful_s += seconds
         self.costs.observe(num_rows, seconds)
+
+    def settled(self, num_tokens: int, seconds: float) -> None:
+        """A verification is over: it took so long, and gave so many tokens. What it won or lost is kept."""
+        plain_s = self.costs.of(1)
+        won_s = self._won_s + num_tokens * plain_s - seconds
+        self._won_s = min(won_s, MOST_CREDIT_STEPS * plain_s)
+
+    @property
+    def has_lost(self) -> bool:
+        """Whether verifying has to wait until more was decoded without it."""
+        return -self._won_s > LOST_SHARE * self._useful_s
 
     def came(self, token_id: int) -> None:
         """A token was chosen: proposals that were waiting for it are compared."""
@@ -104,8 +118,8 @@ class SpeculationControl:
             record.token_s += 0.1 * (drafting_s / len(proposal.token_ids) - record.token_s)
             gain, num_drafted = self._best_number(record, proposal)
             self.best_promise = max(gain, self.best_promise or 0.0)
-            self._watch(record, proposal, always=gain > best[0])
-            if gain > best[0]:
+            self._watch(record, proposal, always=gain > best[0] and not self.has_lost)
+            if gain > best[0] and not self.has_lost:
                 best = gain, record.draft.name, proposal.token_ids[:num_drafted]
             else:
                 self.wasted_s += drafting_s

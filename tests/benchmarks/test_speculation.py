@@ -1,8 +1,8 @@
 """Speculation against our own plain loop, in turn, with the same answers: decoding times alone.
 
 Run with `make bench`. LOWTIDE_PROMPTS names a file of prompts, a JSON object a line with `category` and
-`turns` (Spec-Bench's form); without it the prompts here are asked alone. LOWTIDE_PER_KIND is how many of each
-kind, LOWTIDE_THREADS how many threads. Drafts begin anew for each answer: none has seen it before.
+`turns` (Spec-Bench's form); without it the prompts here are asked alone. LOWTIDE_PER_KIND is how many of
+each kind, LOWTIDE_THREADS how many threads. Drafts begin anew for each answer: none has seen it before.
 """
 
 from __future__ import annotations
