@@ -13,6 +13,7 @@ from lowtide.cli.options import (
     opening_options,
     planned_model,
     prefix_cache_option,
+    speculate_option,
     take_generation_options,
 )
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 @click.command("chat")
 @opening_options
+@speculate_option
 @click.option("-s", "--system", help="A system message before the conversation.")
 @prefix_cache_option
 @enforce_option

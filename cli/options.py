@@ -68,6 +68,16 @@ prefix_cache_option = click.option(
     "not read it again.",
 )
 
+speculate_option = click.option(
+    "--speculate",
+    default="off",
+    show_default=True,
+    metavar="DRAFT",
+    help="Draft tokens and verify several in one pass, where that pays: ngram (what followed the same text "
+    "before), trigram (a table that learns), auto (both), or a smaller model's path; with ngram:rows=4, "
+    "passes of at most 4 rows.",
+)
+
 _GPU = (
     click.option(
         "-ngl",
@@ -160,8 +170,8 @@ def take_open_options(options: dict[str, Any]) -> OpenOptions:
     from lowtide.runtime.planning import OpenOptions
 
     names = (
-        "memory context kv_type threads attention prefix_cache pack gpu_layers gpu_memory".split()
-    )
+        "memory context kv_type threads attention prefix_cache pack speculate gpu_layers gpu_memory"
+    ).split()
     return OpenOptions(**{name: options.pop(name) for name in names if name in options})
 
 

@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowtide.cli.options import opening_options, planned_model, prefix_cache_option
+from lowtide.cli.options import (
+    opening_options,
+    planned_model,
+    prefix_cache_option,
+    speculate_option,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
 
 @click.command("plan")
 @opening_options
+@speculate_option
 @prefix_cache_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(as_json: bool, **options: Any) -> None:

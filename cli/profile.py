@@ -14,6 +14,7 @@ from lowtide.cli.options import (
     generation_options,
     opening_options,
     plan_with,
+    speculate_option,
     take_generation_options,
     take_open_options,
     take_spec,
@@ -31,6 +32,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 
 @click.command("profile")
 @opening_options
+@speculate_option
 @click.option("-p", "--prompt", help="The prompt.  [default: standard input]")
 @click.option("--script", type=_FILE, help="A chat instead: a file with a turn in each line.")
 @click.option("--report", type=_FILE, help="Write a page for the browser, which needs no network.")

@@ -13,6 +13,7 @@ from lowtide.cli.options import (
     generation_options,
     opening_options,
     planned_model,
+    speculate_option,
     take_generation_options,
 )
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 @click.command("run")
 @opening_options
+@speculate_option
 @click.option("-p", "--prompt", help="The prompt.  [default: standard input]")
 @click.option("-f", "--file", type=click.Path(path_type=Path), help="Read the prompt from a file.")
 @click.option("-s", "--system", help="A system message before the prompt.")

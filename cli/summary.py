@@ -61,21 +61,39 @@ def statistics_line(stats: Statistics, finish_reason: str | None) -> str:
     filtered = stats.kept_tokens < stats.prompt_tokens - stats.dropped_tokens
     kept = f" ({stats.kept_tokens} kept)" if filtered else ""
     parts.append(f"prompt {stats.prompt_tokens}{kept}, {reused}")
-    if stats.attended_share is not None and stats.attended_share < 1:
-        parts.append(f"{stats.attended_share:.0%} of the cache attended to")
-    if stats.layers_ours and stats.layers_ours < stats.layers:
-        parts.append(f"our attention in {stats.layers_ours} of {stats.layers} layers")
-    if stats.unpacked_reason is not None:
-        parts.append(f"weights not packed: {stats.unpacked_reason}")
-    if stats.dropped_tokens:
-        parts.append(f"{stats.dropped_tokens} oldest tokens dropped")
-    parts += [f"gave {format_bytes(t.given_back_bytes)} back ({t.level})" for t in stats.trims]
+    parts += _out_of_the_ordinary(stats)
     if finish_reason in ENDINGS:
         parts.append(ENDINGS[finish_reason])
     if stats.peak_rss_bytes is not None:
         budget = format_bytes(stats.budget_bytes)
         parts.append(f"peak {format_bytes(stats.peak_rss_bytes)} of {budget}")
     return " · ".join(parts)
+
+
+def _out_of_the_ordinary(stats: Statistics) -> list[str]:
+    parts = []
+    if stats.attended_share is not None and stats.attended_share < 1:
+        parts.append(f"{stats.attended_share:.0%} of the cache attended to")
+    if stats.speculation is not None:
+        parts.append(_speculation(stats.speculation))
+    if stats.layers_ours and stats.layers_ours < stats.layers:
+        parts.append(f"our attention in {stats.layers_ours} of {stats.layers} layers")
+    if stats.unpacked_reason is not None:
+        parts.append(f"weights not packed: {stats.unpacked_reason}")
+    if stats.dropped_tokens:
+        parts.append(f"{stats.dropped_tokens} oldest tokens dropped")
+    trims = [f"gave {format_bytes(t.given_back_bytes)} back ({t.level})" for t in stats.trims]
+    return [*parts, *trims]
+
+
+def _speculation(told: dict[str, Any]) -> str:
+    """Say what drafts were worth, or why nothing was verified, and what is not promised."""
+    if told["off_reason"] is not None:
+        return f"no speculation: {told['off_reason']}"
+    line = f"{told['accepted']} of {told['drafted']} drafted tokens accepted"
+    if told["why_not_identical"] is not None:
+        line += f" (perhaps not the plain loop's answer: {told['why_not_identical']})"
+    return line
 
 
 def note(text: str) -> None:

@@ -14,7 +14,8 @@ class Choice:
     `kv_tokens` is how many of the context's tokens the plan's KV cache has bytes for; more are admitted
     as the budget has room. `kept_layers` is None where the weights stay resident; else they are read again
     for every pass, but for so many layers that stay. `prefix_bytes` is what the prefix cache may hold,
-    `keeps_first_pass` whether a filtered prompt's first pass stays for the next question.
+    `keeps_first_pass` whether a filtered prompt's first pass stays for the next question, `verified_rows`
+    how many rows a verification of drafts has; 0 where nothing is drafted.
     """
 
     context: int
@@ -24,6 +25,7 @@ class Choice:
     kept_layers: int | None = None
     prefix_bytes: int = 0
     keeps_first_pass: bool = False
+    verified_rows: int = 0
 
     def given_up(self, preferred: Choice) -> tuple[str, ...]:
         """Say, in words, what this choice lacks of the preferred one."""
@@ -39,6 +41,9 @@ class Choice:
             steps.insert(0, f"prefix cache: {' to '.join(sizes)}")
         if preferred.keeps_first_pass and not self.keeps_first_pass:
             steps.insert(0, "a kept first pass: another question on the same text reads it again")
+        if self.verified_rows < preferred.verified_rows:
+            after_it = f"{self.verified_rows} rows" if self.verified_rows else "none"
+            steps.insert(0, f"speculation: {preferred.verified_rows} rows to {after_it}")
         if self.kv_tokens < self.context:
             steps.append(f"room in the KV cache: {self.context} to {self.kv_tokens} tokens")
         if self.kept_layers is not None and preferred.kept_layers is None:

@@ -10,6 +10,7 @@ from lowtide.memory.first_pass import FirstPass
 from lowtide.memory.gpu_budget import GpuBudget
 from lowtide.memory.gpu_plan import GpuPlan
 from lowtide.memory.plan_row import PlanRow
+from lowtide.memory.speculation_wish import SpeculationWish
 from lowtide.memory.units import format_bytes
 from lowtide.models.errors import BadOption
 
@@ -34,6 +35,8 @@ class PlanOptions:
     """Whether a profiler watches."""
     prefix_bytes: int = 0
     """What the prefix cache may hold, where there is room."""
+    speculation: SpeculationWish | None = None
+    """Drafts to verify, where there is room; None where nothing is drafted."""
     compared_rows: int = 0
     """Distributions over the vocabulary that a measurement keeps."""
     packed: bool = False
@@ -75,7 +78,8 @@ class MemoryPlan:
     `kv_tokens` is how many of the context's tokens the KV cache's row holds; beyond them the cache grows
     while the budget has room. Of the layers' weights `kept_layers` stay resident and the others are read
     again for every pass; None where all weights stay. `rows` are the process's own;
-    `gpus` has the rows of each device that takes layers, inside a budget of its own.
+    `gpus` has the rows of each device that takes layers, inside a budget of its own. `verified_rows` is how
+    many rows a verification of drafts may have; 0 where there is none.
     """
 
     budget: Budget
@@ -91,6 +95,7 @@ class MemoryPlan:
     kept_layers: int | None
     gave_up: tuple[str, ...]
     gpus: tuple[GpuPlan, ...] = ()
+    verified_rows: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -130,6 +135,7 @@ class MemoryPlan:
             "memory_map": self.memory_map,
             "kept_layers": self.kept_layers,
             "gave_up": list(self.gave_up),
+            "verified_rows": self.verified_rows,
             "gpu_layers": self.gpu_layers,
             "gpus": [gpu.to_dict() for gpu in self.gpus],
         }

@@ -1,9 +1,10 @@
 """The planner: from a model, a wish and a budget to a plan, by arithmetic alone.
 
 Allocates nothing; knows no tokens. When it is tight it gives up in this order, what keeps answers the same
-first: the prefix cache; a filtered prompt's first pass, kept for another question; rows of a prefill
-pass; for an open context, context; resident weights; the KV cache's type; for a stated context, room in
-its cache; and last it refuses. A stated context is never shortened: that would be another request.
+first: speculation; the prefix cache; a filtered prompt's first pass, kept for another question; rows of
+a prefill pass; for an open context, context; resident weights; the KV cache's type; for a stated context,
+room in its cache; and last it refuses. A stated context is never shortened: that would be another request.
+A draft model that was asked for is part of the request, too.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def plan_memory(
         kept_layers=chosen.kept_layers,
         gave_up=chosen.given_up(planner.preferred()),
         gpus=planner.rows.gpus(chosen),
+        verified_rows=chosen.verified_rows,
     )
 
 
@@ -129,6 +131,7 @@ class _Planner:
             choice,
             prefix_bytes=self._options.prefix_bytes,
             keeps_first_pass=self._options.first_pass is not None,
+            verified_rows=max(self._verifications, default=0),
         )
 
     def best(self) -> Choice | None:
@@ -144,13 +147,21 @@ class _Planner:
             keeping = replace(found, keeps_first_pass=True)
             found = keeping if self.rows.total_bytes(keeping) <= watched_bytes else found
         left_bytes = watched_bytes - self.rows.total_bytes(found)
-        return replace(found, prefix_bytes=min(self._options.prefix_bytes, max(left_bytes, 0)))
+        found = replace(found, prefix_bytes=min(self._options.prefix_bytes, max(left_bytes, 0)))
+        return self._speculating(found, watched_bytes)
+
+    def _speculating(self, found: Choice, most_bytes: int) -> Choice:
+        """Return the choice with as many rows of a verification as there is room for."""
+        choices = (replace(found, verified_rows=rows) for rows in self._verifications)
+        return next((c for c in choices if self.rows.total_bytes(c) <= most_bytes), found)
 
     def _best_of_the_rest(self) -> Choice | None:
         """Return the first choice that fits, with as many layers kept as fit; None where none does."""
         found = next(filter(self._fits, self._from_best_to_smallest()), None)
         if found is None or found.kept_layers is None:
             return found
+        # A pass that reads its weights again costs the same whatever its rows: those come before layers.
+        found = self._speculating(found, self._budget_bytes)
         return self._longest(
             lambda layers: replace(found, kept_layers=layers), 0, self._spec.num_layers
         )
@@ -232,7 +243,15 @@ class _Planner:
 
     def _choice(self, context: int, kv_type: str, max_rows: int | None = None) -> Choice:
         rows = max_rows or self._row_choices[0]
-        return Choice(context=context, max_rows=rows, kv_type=kv_type, kv_tokens=context)
+        wish = self._options.speculation
+        least_verified = min(self._verifications) if wish and wish.draft_model else 0
+        return Choice(
+            context=context,
+            max_rows=rows,
+            kv_type=kv_type,
+            kv_tokens=context,
+            verified_rows=least_verified,
+        )
 
     def _small(
         self,
@@ -246,6 +265,12 @@ class _Planner:
         return replace(
             choice, kept_layers=kept_layers, kv_tokens=kv_tokens if kv_tokens else context
         )
+
+    @property
+    def _verifications(self) -> tuple[int, ...]:
+        """Rows of a verification, from the most; none where nothing is drafted."""
+        wish = self._options.speculation
+        return wish.row_choices() if wish is not None else ()
 
     @property
     def _weight_choices(self) -> tuple[int | None, ...]:

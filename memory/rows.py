@@ -67,6 +67,7 @@ class PlanRows:
             *running,
             *self._first_pass(choice),
             *self._prefixes(choice),
+            *self._speculation(choice),
             *_comparison(spec, options.compared_rows),
             *_profiler(spec, options.profiled),
             PlanRow(owners.LOADING, max(loading, 0), "needed for a moment, beyond what follows it"),
@@ -178,6 +179,16 @@ class PlanRows:
         num_tokens = choice.prefix_bytes * footprint.CELL_STEP // max(cells, 1)
         why = f"states of other prompts, up to {num_tokens:,} tokens"
         return (PlanRow(owners.PREFIXES, choice.prefix_bytes, why),)
+
+    def _speculation(self, choice: Choice) -> tuple[PlanRow, ...]:
+        wish = self._options.speculation
+        if wish is None:
+            return ()
+        num_rows, kv_tokens = choice.verified_rows, choice.kv_tokens
+        num_bytes = wish.num_bytes(self._spec, num_rows, kv_tokens, choice.kv_type)
+        why = f"{num_rows} rows a verification" if num_rows else "given up"
+        row = PlanRow(owners.SPECULATION, num_bytes, why)
+        return (row, *wish.draft_model_rows(num_rows, kv_tokens))
 
     def _attention(self, choice: Choice) -> PlanRow:
         spec, threads = self._spec, self._options.attention_threads

@@ -17,7 +17,7 @@ from lowtide.models.spec import ModelSpec, VocabularySpec
 from lowtide.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from lowtide.models.model import Logits
+    from lowtide.models.model import Logits, RowLogits
 
 BOS, TURN_START, TURN_END = 256, 257, 258
 NUM_TOKENS = 259
@@ -75,7 +75,7 @@ class FakeModel(Model):
     ) -> None:
         self.replies = [reply.encode() for reply in replies]
         self.context = context
-        self.max_rows = max_rows
+        self.max_rows = self.max_verified_rows = max_rows
         self.tokenizer = ByteTokenizer()
         self.spec = fake_spec(context)
         self.rows: list[int] = []
@@ -88,12 +88,28 @@ class FakeModel(Model):
 
     def forward(self, token_ids: Sequence[int]) -> Logits:
         """Append the tokens; the logits point at the next byte of the reply."""
-        import numpy as np
-
         if not 0 < len(token_ids) <= min(self.max_rows, self.context - len(self._tokens)):
             raise ForwardError(f"{len(token_ids)} rows do not fit")
         self._tokens.extend(token_ids)
         self.rows.append(len(token_ids))
+        return self._logits()
+
+    def forward_rows(self, token_ids: Sequence[int]) -> RowLogits:
+        """Append the tokens; each row's logits are those that it would have had alone."""
+        import numpy as np
+
+        if not 0 < len(token_ids) <= min(self.max_rows, self.context - len(self._tokens)):
+            raise ForwardError(f"{len(token_ids)} rows do not fit")
+        self.rows.append(len(token_ids))
+        rows = []
+        for token_id in token_ids:
+            self._tokens.append(token_id)
+            rows.append(self._logits())
+        return np.stack(rows)
+
+    def _logits(self) -> Logits:
+        import numpy as np
+
         noise = np.random.default_rng(self._tokens[-1]).standard_normal(NUM_TOKENS)
         logits: Logits = noise.astype(np.float32)
         logits[self._next_token()] += CERTAINTY

@@ -27,7 +27,7 @@ from lowtide.models.model import Model
 from lowtide.models.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from lowtide.models.model import Logits
+    from lowtide.models.model import Logits, RowLogits
 
 DECODE_ERRORS = {
     1: "the KV cache has no room for the rows",
@@ -49,6 +49,7 @@ class GgufModel(Model):
     ) -> None:
         self.spec = spec
         self.max_rows = options.max_rows
+        self.max_verified_rows = min(options.verified_rows, options.max_rows)
         self._kv_type = options.kv_type
         self.on_cut: Callable[[int, int], None] | None = None
         """Told, after tokens were forgotten, how many there had been and how many are kept."""
@@ -97,8 +98,25 @@ class GgufModel(Model):
         """Append the tokens in one llama.cpp batch and return the last row's logits."""
         import numpy as np
 
+        self._compute(token_ids)
+        pointer = self._api.llama_get_logits_ith(self._context, -1)
+        return np.ctypeslib.as_array(pointer, shape=(self._num_logits,))
+
+    def forward_rows(self, token_ids: Sequence[int]) -> RowLogits:
+        """Append the tokens in one llama.cpp batch and return every row's logits."""
+        import numpy as np
+
+        if len(token_ids) > self.max_verified_rows:
+            raise ForwardError(
+                f"logits of {len(token_ids)} rows are wanted, {self.max_verified_rows} are planned"
+            )
+        self._compute(token_ids, every_row=True)
+        pointer = self._api.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(pointer, shape=(len(token_ids), self._num_logits))
+
+    def _compute(self, token_ids: Sequence[int], *, every_row: bool = False) -> None:
         self._check_rows(token_ids)
-        self._batch.fill(token_ids, self._num_tokens)
+        self._batch.fill(token_ids, self._num_tokens, every_row=every_row)
         with self._library.collected_errors() as errors:
             code = self._api.llama_decode(self._context, self._batch.struct)
         if code != 0:
@@ -108,8 +126,6 @@ class GgufModel(Model):
                 f"a forward pass over {len(token_ids)} rows at {self._num_tokens} failed: {reason}"
             )
         self._num_tokens += len(token_ids)
-        pointer = self._api.llama_get_logits_ith(self._context, -1)
-        return np.ctypeslib.as_array(pointer, shape=(self._num_logits,))
 
     def _check_rows(self, token_ids: Sequence[int]) -> None:
         if self._context is None:
@@ -212,15 +228,15 @@ class _Batch:
             self.struct.n_seq_id[row] = 1
             self.struct.seq_id[row][0] = 0
 
-    def fill(self, token_ids: Sequence[int], position: int) -> None:
-        """Put the tokens in, at consecutive positions; logits are asked of the last row alone."""
+    def fill(self, token_ids: Sequence[int], position: int, *, every_row: bool) -> None:
+        """Put the tokens in, at consecutive positions; logits are asked of every row or of the last."""
         num_rows = len(token_ids)
         struct = self.struct
         struct.n_tokens = num_rows
         for row, token_id in enumerate(token_ids):
             struct.token[row] = token_id
             struct.pos[row] = position + row
-            struct.logits[row] = row == num_rows - 1
+            struct.logits[row] = every_row or row == num_rows - 1
 
     def free(self) -> None:
         self._api.llama_batch_free(self.struct)

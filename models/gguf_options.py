@@ -35,7 +35,7 @@ class LoadOptions:
     a layout of its own; `eval_callback` is llama.cpp's evaluation callback (a C function pointer's address
     and its user data), for attention of our own; `stage` is entered around "weights" and "context" as they
     are made. `gpu_layers` go to devices, the output's matrix as the last of them; with `gpu_attention`
-    their KV cache and attention go there too.
+    their KV cache and attention go there too. `verified_rows` is how many rows of a pass may have logits.
     """
 
     context: int
@@ -48,6 +48,7 @@ class LoadOptions:
     stage: Callable[[str], AbstractContextManager[object]] = nullcontext
     gpu_layers: tuple[DeviceLayers, ...] = ()
     gpu_attention: bool = True
+    verified_rows: int = 1
 
 
 class _Override(ctypes.Structure):
@@ -89,12 +90,12 @@ def model_parameters(
 
 
 def context_parameters(api: Any, options: LoadOptions) -> Any:
-    """Return llama.cpp's parameters for a context of one sequence that computes one row of logits."""
+    """Return llama.cpp's parameters for a context of one sequence that computes few rows of logits."""
     params = api.llama_context_default_params()
     params.n_ctx = options.context
     params.n_batch = params.n_ubatch = options.max_rows
     params.n_seq_max = 1
-    params.n_outputs_max = 1
+    params.n_outputs_max = options.verified_rows
     params.n_threads = params.n_threads_batch = options.threads
     params.flash_attn_type = FLASH_ATTENTION_ON
     params.type_k = params.type_v = KV_TYPES[options.kv_type]

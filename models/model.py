@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeAlias
 
-from lowtide.models.errors import StateError
+from lowtide.models.errors import ForwardError, StateError
 from lowtide.models.spec import ModelSpec
 from lowtide.models.tokenizer import Tokenizer
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Logits: TypeAlias = NDArray[np.float32]
+    RowLogits: TypeAlias = NDArray[np.float32]
 
 
 class Model(ABC):
@@ -35,6 +36,8 @@ class Model(ABC):
     """How many tokens the KV cache holds."""
     max_rows: int
     """How many rows one forward pass takes."""
+    max_verified_rows: int = 1
+    """How many rows `forward_rows` takes: it returns the logits of each."""
     keeps_state: bool = False
     """Whether the KV cache can be written to a file and read again: the three methods on state."""
     copies_state: bool = False
@@ -52,6 +55,17 @@ class Model(ABC):
         The array is a view that the next call overwrites. At most `max_rows` tokens go in at once.
         Raises `ForwardError` where native code fails; the cache is then as it was before.
         """
+
+    def forward_rows(self, token_ids: Sequence[int]) -> RowLogits:
+        """Append the tokens as `forward` does; return the logits of every row, shape (rows, vocabulary).
+
+        At most `max_verified_rows` tokens go in at once.
+        """
+        if len(token_ids) != 1:
+            raise ForwardError(
+                f"{self.spec.name} computes the logits of one row, not {len(token_ids)}"
+            )
+        return self.forward(token_ids)[None]
 
     @abstractmethod
     def truncate(self, num_tokens: int) -> int:

@@ -16,6 +16,7 @@ from lowtide.runtime.profiler import SILENT, Profiler
 from lowtide.runtime.prompt_heat import Passage
 from lowtide.runtime.sampling import Sampler
 from lowtide.runtime.session import Session
+from lowtide.runtime.speculate import Speculator
 from lowtide.runtime.statistics import Statistics
 from lowtide.runtime.stopping import StopMatcher
 from lowtide.runtime.watchdog import Watchdog
@@ -56,7 +57,8 @@ class RunFacts:
     """What the statistics tell of the runtime around the loop.
 
     `attention` is the policy in words; `hook_counts` is asked when needed: None where
-    nothing is hooked. `watchdog` is asked before each step whether the budget is passed.
+    nothing is hooked. `watchdog` is asked before each step whether the budget is passed. Where there is a
+    `speculator`, it decodes.
     """
 
     budget_bytes: int
@@ -66,6 +68,7 @@ class RunFacts:
     watchdog: Watchdog
     packed_tensors: int = 0
     unpacked_reason: str | None = None
+    speculator: Speculator | None = None
 
 
 def generate(
@@ -76,10 +79,13 @@ def generate(
     facts: RunFacts,
     profiler: Profiler = SILENT,
 ) -> Iterator[Piece]:
-    """Yield the answer to `prompt` token by token; closing the iterator leaves the session usable."""
+    """Yield the answer to `prompt` token by token; closing the iterator leaves the session usable.
+
+    With a speculator in `facts`, logits may come from rows that it had verified; the tokens are the same.
+    """
     sampler = Sampler(options)
     stream, stops = TextStream(model.tokenizer), StopMatcher(options.stop)
-    meter = _Meter(model, prompt, sampler.seed, facts)
+    meter, speculator = _Meter(model, prompt, sampler.seed, facts), facts.speculator
     token_ids = session.shortened(prompt.token_ids)
     meter.kept_tokens = len(token_ids)
     restored = session.restore(token_ids)
@@ -88,6 +94,8 @@ def generate(
     session.admit(len(token_ids))
     logits = prefill(session, token_ids[meter.reused_tokens :], model.max_rows)
     meter.prefilled()
+    if speculator is not None:
+        speculator.begin()
     while True:
         with profiler.span("sampling"):
             token_id = sampler.choose(logits, session.token_ids)
@@ -104,7 +112,7 @@ def generate(
             yield Piece(text + rest, token_id, finish_reason, meter.final())
             return
         yield Piece(text, token_id, None, meter.statistics())
-        logits = session.decode((token_id,))
+        logits = speculator.decode(session, token_id) if speculator else session.decode((token_id,))
 
 
 def prefill(session: Session, token_ids: Sequence[int], max_rows: int) -> Logits:
@@ -186,6 +194,7 @@ class _Meter:
             self.statistics(),
             peak_rss_bytes=read_process_memory().peak_bytes,
             attended_share=self._attended_share(),
+            speculation=self._facts.speculator.statistics() if self._facts.speculator else None,
         )
 
     def _attended_share(self) -> float | None:

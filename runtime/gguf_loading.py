@@ -92,6 +92,7 @@ def _options(planned: PlannedModel, hook: GraphHook | None, profiler: Profiler) 
         stage=profiler.span,
         gpu_layers=tuple(DeviceLayers(gpu.device.name, gpu.num_layers) for gpu in plan.gpus),
         gpu_attention=not planned.policy.uses_hook,
+        verified_rows=max(plan.verified_rows, 1),
     )
 
 

@@ -31,6 +31,8 @@ from lowtide.runtime.prefix_cache import PrefixCache
 from lowtide.runtime.profiler import SILENT, Profiler
 from lowtide.runtime.prompt_filter import PromptFilter
 from lowtide.runtime.session import Session
+from lowtide.runtime.speculate import Speculator
+from lowtide.runtime.speculator_loading import load_speculator
 from lowtide.runtime.watchdog import Watchdog
 
 
@@ -64,6 +66,7 @@ class LoadedModel:
         self._profiler = profiler
         self.prefixes = PrefixCache(self.ledger.owners.get(PREFIXES, 0))
         self.releasers = [Releaser("moderate", self.prefixes.clear)]
+        self.speculator: Speculator | None = None
         profiler.watch(planned, self._watched())
         if model is None:
             with profiler.span("libraries"):
@@ -83,6 +86,7 @@ class LoadedModel:
         self.prompt_filter = self._prompt_filter()
         if planned.plan.kept_layers is not None or planned.spec.packed_tensors:
             self._try_passes()
+        self.speculator = self._loaded_speculator()
         self.releasers += (Releaser("moderate", gc.collect), Releaser("background", trim_heap))
         self._check_resident()
 
@@ -104,6 +108,13 @@ class LoadedModel:
         made = PromptFilter(reader, hook, policy, growth, keeps=plan.keeps_first_pass)
         self.releasers.insert(0, Releaser("moderate", made.forget))
         return made
+
+    def _loaded_speculator(self) -> Speculator | None:
+        try:
+            return load_speculator(self.planned, self.model)
+        except BaseException:
+            self.close()
+            raise
 
     def most_tokens(self) -> int:
         """Return how many tokens a prompt may have now: the context, or what the budget allows."""
@@ -132,6 +143,7 @@ class LoadedModel:
             unpacked_reason=self.unpacked_reason,
             hook_counts=self.hook_counts,
             watchdog=Watchdog(plan.budget.num_bytes, self.trim),
+            speculator=self.speculator,
         )
 
     @property
@@ -235,6 +247,8 @@ class LoadedModel:
         self.prefixes.clear()
         if self.prompt_filter is not None:
             self.prompt_filter.close()
+        if self.speculator is not None:
+            self.speculator.close()
         self.model.close()
         if self._callback is not None:
             self._callback.close()

@@ -18,6 +18,7 @@ from lowtide.memory.gpu_budget import GpuBudget, parse_gpu_layers
 from lowtide.memory.meter import read_process_memory
 from lowtide.memory.plan import Host, MemoryPlan, PlanOptions
 from lowtide.memory.planner import plan_memory, require_fit
+from lowtide.memory.speculation_wish import SpeculationWish
 from lowtide.memory.units import parse_size
 from lowtide.models.catalog import resolve
 from lowtide.models.errors import BadOption
@@ -25,6 +26,7 @@ from lowtide.models.gguf_header import read_spec
 from lowtide.models.gpu_device import require_gpus
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.measured_host import measured_host
+from lowtide.runtime.speculation_choice import SpeculationChoice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,8 @@ class OpenOptions:
     tries beside the policy's own, `profiled` whether a profiler watches. `prefix_cache` is a size ("64MiB")
     for KV states of prompts that others replaced; 0 keeps none. `pack` has matrix products computed by our
     kernels too, from a packed copy of the weights in the cache folder, which is made where there is none.
+    `speculate` is "off", "ngram", "trigram", "auto" or a draft model, each with ":rows=N" for the most
+    rows of a verification.
     """
 
     memory: str | int | None = None
@@ -57,12 +61,14 @@ class OpenOptions:
     selection_layers: int = 0
     prefix_cache: str | int = 0
     pack: bool = False
+    speculate: str = "off"
 
     def __post_init__(self) -> None:
         if self.threads is not None and not 1 <= self.threads <= 512:
             raise BadOption(f"threads is {self.threads}, 1 to 512 are wanted")
         parse_policy(self.attention)
         _ = self.prefix_bytes
+        SpeculationChoice.parse(self.speculate)
         if parse_gpu_layers(self.gpu_layers) == 0 and self.gpu_memory is not None:
             raise BadOption("gpu_memory is given, and gpu_layers is 0: give one of them up")
         if self.pack and (self.gpu_layers or self.gpu_memory is not None):
@@ -90,7 +96,12 @@ class OpenOptions:
         devices = require_gpus("--gpu-memory" if self.gpu_layers is None else "--gpu-layers")
         return GpuBudget.stated(layers, self.gpu_memory, devices, holds_cache=not policy.uses_hook)
 
-    def plan_options(self, policy: AttentionPolicy, gpu: GpuBudget | None = None) -> PlanOptions:
+    def plan_options(
+        self,
+        policy: AttentionPolicy,
+        gpu: GpuBudget | None = None,
+        speculation: SpeculationWish | None = None,
+    ) -> PlanOptions:
         """The part that the plan looks at."""
         return PlanOptions(
             context=self.context,
@@ -105,6 +116,7 @@ class OpenOptions:
             prefix_bytes=self.prefix_bytes,
             packed=self.pack,
             gpu=gpu,
+            speculation=speculation,
         )
 
     @property
@@ -139,6 +151,7 @@ class PlannedModel:
     host: Host
     sizes: ContextSizes
     gpu: GpuBudget | None = None
+    speculation: SpeculationWish | None = None
 
     def require_nothing_of_llama(self) -> None:
         """Raise `BadOption` where a model of the caller's own is to do what llama.cpp alone does."""
@@ -155,7 +168,7 @@ class PlannedModel:
 
     def require_fit(self) -> None:
         """Raise `OverBudget` where the plan, or what the process did before, is over the budget."""
-        options = self.options.plan_options(self.policy, self.gpu)
+        options = self.options.plan_options(self.policy, self.gpu, self.speculation)
         require_fit(self.plan, self.spec, options, self.host, self.sizes)
         peak = read_process_memory().peak_bytes
         if peak > self.plan.budget.num_bytes:
@@ -185,10 +198,13 @@ def plan_spec(spec: ModelSpec, options: OpenOptions) -> PlannedModel:
     gpu = options.gpu_budget(
         policy
     )  # before the host is measured: drivers take memory of their own
+    choice = SpeculationChoice.parse(options.speculate)
+    speculation = choice.wish(spec, offline=options.offline)
     with measured_host(spec, budget) as (host, sizes):
         if gpu is not None and gpu.holds_cache:
             host = replace(host, kv_follows_use=False)
-        plan = plan_memory(spec, options.plan_options(policy, gpu), budget, host, sizes)
+        chosen = options.plan_options(policy, gpu, speculation)
+        plan = plan_memory(spec, chosen, budget, host, sizes)
     return PlannedModel(
         spec=spec,
         machine=machine,
@@ -198,4 +214,5 @@ def plan_spec(spec: ModelSpec, options: OpenOptions) -> PlannedModel:
         host=host,
         sizes=sizes,
         gpu=gpu,
+        speculation=speculation,
     )

@@ -72,6 +72,7 @@ class Runtime:
         pack: bool = False,
         gpu_layers: int | str | None = None,
         gpu_memory: str | int | None = None,
+        speculate: str = "off",
         offline: bool = False,
         profiler: Profiler | None = None,
     ) -> Runtime:
@@ -82,10 +83,10 @@ class Runtime:
         80 %. `context` None is the longest that fits. `attention` is "llama" (llama.cpp's kernels),
         "dense" (ours), or an approximation: "tidal", "gem", or `Tidal(...)`, `Gem(...)`. `prefix_cache`
         is a size for KV states of earlier prompts. `pack` has products computed from a packed copy of the
-        weights, made in the cache folder. `gpu_layers`, a number or "auto", go to GPUs, each of
-        which gives `gpu_memory`. `profiler` is told where time and bytes go. Raises `OverBudget` before
-        anything is loaded where it cannot fit, `ModelError` where the model cannot be used, `NoGpu` where
-        there is none, `BadOption` for wrong values.
+        weights, made in the cache folder. `speculate` is "ngram", "trigram", "auto" or a draft model.
+        `gpu_layers`, a number or "auto", go to GPUs, each of which gives `gpu_memory`. `profiler` is told
+        where time and bytes go. Raises `OverBudget` before anything is loaded where it cannot fit,
+        `ModelError` for an unusable model, `NoGpu` where there is none, `BadOption` for wrong values.
         """
         options = OpenOptions(
             memory=memory,
@@ -98,18 +99,19 @@ class Runtime:
             pack=pack,
             gpu_layers=gpu_layers,
             gpu_memory=gpu_memory,
+            speculate=speculate,
             offline=offline,
             profiled=profiler is not None,
         )
         told = profiler or SILENT
-        if isinstance(model, Model):
-            with told.span("plan"):
-                planned = plan_spec(model.spec, options)
-            planned.require_nothing_of_llama()
-            return cls.load(planned, model, profiler)
+        own = model if isinstance(model, Model) else None
         with told.span("plan"):
-            planned = plan_reference(model, options)
-        return cls.load(planned, profiler=profiler)
+            if isinstance(model, Model):
+                planned = plan_spec(model.spec, options)
+                planned.require_nothing_of_llama()
+            else:
+                planned = plan_reference(model, options)
+        return cls.load(planned, own, profiler)
 
     @classmethod
     def load(
@@ -266,9 +268,7 @@ class Runtime:
     def _check_goes_on(self, answer: int) -> None:
         self._require_open()
         if answer != self._answer:
-            raise RuntimeUnusable(
-                "another answer or a complete trim was asked for and ended this one"
-            )
+            raise RuntimeUnusable("another answer or a complete trim was asked for and ended this")
 
     def _remembered(
         self, answer: int, prompt: Prompt, options: GenerationOptions, chat_prompt: ChatPrompt

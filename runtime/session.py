@@ -17,7 +17,7 @@ from lowtide.runtime.profiler import DECODE, FILTER, PREFILL, SILENT, Profiler
 from lowtide.runtime.prompt_filter import PromptFilter
 
 if TYPE_CHECKING:
-    from lowtide.models.model import Logits
+    from lowtide.models.model import Logits, RowLogits
 
 
 class Session:
@@ -55,6 +55,16 @@ class Session:
         """Reserve the cache's bytes for `num_tokens` in all; raises `OverBudget` where there is no room."""
         if self._growth is not None:
             self._growth.admit(num_tokens)
+
+    @property
+    def corrects(self) -> bool:
+        """Whether decoded tokens are computed again now and then."""
+        return self._steering.correction_interval is not None
+
+    @property
+    def num_free(self) -> int:
+        """How many more tokens the context has room for."""
+        return self._model.context - len(self.token_ids)
 
     @property
     def has_room(self) -> bool:
@@ -166,6 +176,7 @@ class Session:
         When the policy's correction is due, they and those before them are computed again, exactly
         (TidalDecode's KV cache correction).
         """
+        self._take_off_drafts()
         self.admit(len(self.token_ids) + len(token_ids))
         self._steering.before_decode()
         with self._profiler.span(DECODE, len(token_ids)):
@@ -175,6 +186,29 @@ class Session:
         if interval is not None and len(self.token_ids) - self.exact_until >= interval:
             return self._correct()
         return logits
+
+    def verify(self, token_ids: Sequence[int]) -> RowLogits:
+        """Compute a token and drafts after it in one pass; return the logits of every row.
+
+        The first is the session's, the others once they are accepted: until then, and where they never
+        are, the cache holds more than the session, which the next pass takes off. Their cells are the
+        plan's for speculation.
+        """
+        self._take_off_drafts()
+        self.admit(len(self.token_ids) + 1)
+        self._steering.before_decode()
+        with self._profiler.span(DECODE, len(token_ids)):
+            rows = self._model.forward_rows(token_ids)
+        self.token_ids.append(token_ids[0])
+        return rows
+
+    def accept(self, token_id: int) -> None:
+        """Take the next draft of the last verification, which is in the cache already, as a token."""
+        self.token_ids.append(token_id)
+
+    def _take_off_drafts(self) -> None:
+        if self._model.num_tokens > len(self.token_ids):
+            self.settle()
 
     def settle(self) -> int:
         """Forget what an interrupted pass may have left behind, and return how many tokens there are."""

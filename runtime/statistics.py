@@ -17,9 +17,9 @@ class Statistics:
     `dropped_tokens` and `dropped_messages` went to `--overflow drop-oldest`. `layers_ours` of `layers`
     ran our attention kernels under the policy `attention`; `attended_share` of the cached keys were
     attended to while decoding. `packed_tensors` matrices were multiplied by our kernels; `unpacked_reason`
-    says why none was, where that was wanted. `peak_rss_bytes` is the process's peak so far. It and the
-    share are read at the end of an answer. `trims` are what was given back because the process came near
-    its budget.
+    says why none was, where that was wanted. `peak_rss_bytes` is the process's peak so far. It, the share
+    and `speculation` (None where nothing is drafted) are read at the end of an answer. `trims` are what was
+    given back because the process came near its budget.
     """
 
     prompt_tokens: int

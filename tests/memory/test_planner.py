@@ -13,6 +13,7 @@ from lowtide.memory.footprint import kv_bytes
 from lowtide.memory.owners import PREFIXES
 from lowtide.memory.plan import Host, MemoryPlan, PlanOptions
 from lowtide.memory.planner import plan_memory, require_fit
+from lowtide.memory.speculation_wish import SpeculationWish
 from lowtide.memory.units import MIB, format_bytes, parse_size
 from lowtide.models.errors import BadOption
 from lowtide.models.fake_model import fake_spec
@@ -50,6 +51,7 @@ def specs(draw: st.DrawFn) -> ModelSpec:
 OPTIONS = st.builds(
     PlanOptions,
     prefix_bytes=st.just(0) | st.integers(1, 1 << 30),
+    speculation=st.none() | st.builds(SpeculationWish, num_rows=st.integers(2, 16)),
     context=st.none() | st.integers(1, 300),
     kv_type=st.none() | st.just("f16"),
     max_rows=st.none() | st.integers(1, 512),

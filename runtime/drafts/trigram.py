@@ -1,0 +1,105 @@
+"""TrigramDraft: a table of which token follows which two, learned from the conversation as it goes.
+
+ADED's adaptive table without its corpus: it begins empty, is bounded, and outlives the text. What was
+learned in one turn is proposed in the next, also where that is another conversation.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+from lowtide.runtime.drafts.draft import Draft, Proposal, num_kept
+
+NUM_KEYS = 1 << 14
+"""Pairs of tokens that the table has room for; a pair takes the place of one that fell behind."""
+NUM_FOLLOWERS = 4
+"""Tokens that are kept for each pair."""
+MOST_WEIGHT = 64
+"""A follower's weight grows by one each time that it is seen, up to this."""
+LEAST_SHARE = 0.4
+"""A chain ends at a pair whose likeliest follower has less of the weight."""
+CLASSES = (0.6, 0.8, 0.95)
+"""Shares of a chain's first follower that part the classes."""
+ENTRY_BYTES = 8 + NUM_FOLLOWERS * 5
+TABLE_BYTES = NUM_KEYS * ENTRY_BYTES
+
+
+class TrigramDraft(Draft):
+    """Proposes the likeliest follower of the last two tokens, then of those two, and so on."""
+
+    name = "trigram"
+    num_classes = 2 * (len(CLASSES) + 1)
+
+    def __init__(self) -> None:
+        self._keys = array("q", [-1]) * NUM_KEYS
+        self._followers = array("i", [-1]) * (NUM_KEYS * NUM_FOLLOWERS)
+        self._weights = array("B", [0]) * (NUM_KEYS * NUM_FOLLOWERS)
+        self._text = array("i")
+
+    def follow(self, token_ids: Sequence[int]) -> None:
+        """Learn from what is new of the text; what it has not any more stays learned."""
+        kept = num_kept(self._text, token_ids)
+        del self._text[kept:]
+        for token_id in token_ids[kept:]:
+            if len(self._text) >= 2:
+                self._learn(self._text[-2], self._text[-1], token_id)
+            self._text.append(token_id)
+
+    def propose(self, num_tokens: int) -> Proposal:
+        """Return the chain of likeliest followers."""
+        if len(self._text) < 2:
+            return Proposal()
+        left, right = self._text[-2:]
+        chain: list[int] = []
+        sureness = 0
+        while len(chain) < num_tokens:
+            token_id, share, weight = self._likeliest(left, right)
+            if share < LEAST_SHARE:
+                break
+            if not chain:
+                sureness = 2 * sum(share >= least for least in CLASSES) + (weight > 1)
+            chain.append(token_id)
+            left, right = right, token_id
+        return Proposal(tuple(chain), sureness)
+
+    def _likeliest(self, left: int, right: int) -> tuple[int, float, int]:
+        """Return a pair's likeliest follower, its share of the weight, and its weight."""
+        slot, key = _slot(left, right)
+        if self._keys[slot] != key:
+            return -1, 0.0, 0
+        first = slot * NUM_FOLLOWERS
+        weights = self._weights[first : first + NUM_FOLLOWERS]
+        most = max(weights)
+        if not most:
+            return -1, 0.0, 0
+        return self._followers[first + weights.index(most)], most / sum(weights), most
+
+    def _learn(self, left: int, right: int, token_id: int) -> None:
+        slot, key = _slot(left, right)
+        first = slot * NUM_FOLLOWERS
+        places = range(first, first + NUM_FOLLOWERS)
+        if self._keys[slot] != key:
+            if not self._gives_way(places):
+                return
+            self._keys[slot] = key
+        weights, followers = self._weights, self._followers
+        place = next((p for p in places if weights[p] and followers[p] == token_id), None)
+        if place is None:
+            place = min(places, key=weights.__getitem__)
+            followers[place], weights[place] = token_id, 0
+        if weights[place] == MOST_WEIGHT:
+            for other in places:
+                weights[other] //= 2
+        weights[place] += 1
+
+    def _gives_way(self, places: range) -> bool:
+        """Halve what another pair has learned in a slot that is wanted; it is empty at last."""
+        for place in places:
+            self._weights[place] //= 2
+        return not any(self._weights[place] for place in places)
+
+
+def _slot(left: int, right: int) -> tuple[int, int]:
+    key = left << 32 | right
+    return (left * 0x9E3779B1 + right * 0x85EBCA6B & 0xFFFFFFFF) >> 18, key

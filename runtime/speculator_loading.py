@@ -1,0 +1,102 @@
+"""Makes the speculator that a plan has room for, beside a model that was just loaded."""
+
+from __future__ import annotations
+
+import platform
+
+from lowtide.attention.abort_guard import guarded_aborts
+from lowtide.memory.footprint import kv_cells
+from lowtide.memory.speculation_wish import DRAFT_PASS_ROWS
+from lowtide.models.gguf_model import GgufModel
+from lowtide.models.gguf_options import LoadOptions
+from lowtide.models.model import Model
+from lowtide.models.spec import ModelSpec
+from lowtide.runtime.drafts.draft import Draft
+from lowtide.runtime.drafts.draft_model import ModelDraft, require_same_tokens
+from lowtide.runtime.drafts.ngram import NgramDraft
+from lowtide.runtime.drafts.trigram import TrigramDraft
+from lowtide.runtime.pass_costs import MeasuredPasses, PassCosts, measured_passes
+from lowtide.runtime.planning import PlannedModel
+from lowtide.runtime.speculate import Speculator
+from lowtide.runtime.speculation_choice import SpeculationChoice
+from lowtide.runtime.speculation_control import SpeculationControl
+
+FREE_DRAFTS: dict[str, type[NgramDraft] | type[TrigramDraft]] = {
+    "ngram": NgramDraft,
+    "trigram": TrigramDraft,
+}
+
+
+def load_speculator(planned: PlannedModel, model: Model) -> Speculator | None:
+    """Return what drafts and verifies; None where nothing was asked for.
+
+    Measures what a pass costs by its rows, where that is not known; the model's cache is empty then.
+    Raises `BadOption` where a draft model's vocabulary is not the model's.
+    """
+    if planned.speculation is None:
+        return None
+    num_rows = min(planned.plan.verified_rows, model.max_verified_rows)
+    if num_rows < 2:
+        return Speculator.without("the plan has no room for it")
+    passes = measured_passes(model, num_rows, _key(planned))
+    drafts = _drafts(planned, model)
+    return Speculator(
+        drafts,
+        SpeculationControl(drafts, PassCosts(passes.costs)),
+        most_rows=num_rows,
+        vocabulary_size=planned.spec.vocabulary.num_tokens,
+        not_identical=_not_identical(planned, model, passes),
+    )
+
+
+def _drafts(planned: PlannedModel, model: Model) -> list[Draft]:
+    wish = planned.speculation
+    if wish is not None and wish.draft_model is not None:
+        return [_draft_model(planned, wish.draft_model, model)]
+    names = SpeculationChoice.parse(planned.options.speculate).drafts
+    return [FREE_DRAFTS[name]() for name in names]
+
+
+def _draft_model(planned: PlannedModel, spec: ModelSpec, model: Model) -> ModelDraft:
+    options = LoadOptions(
+        context=kv_cells(planned.plan.kv_tokens),
+        max_rows=DRAFT_PASS_ROWS,
+        threads=planned.options.num_threads,
+        memory_map=False,
+    )
+    with guarded_aborts():
+        draft = GgufModel(spec, options)
+    try:
+        num_tokens = planned.spec.vocabulary.num_tokens
+        require_same_tokens(draft.tokenizer, model.tokenizer, num_tokens, spec.name)
+    except BaseException:
+        draft.close()
+        raise
+    return ModelDraft(draft)
+
+
+def _key(planned: PlannedModel) -> str:
+    """Everything that the cost of a pass depends on."""
+    spec, plan = planned.spec, planned.plan
+    parts = (
+        spec.fingerprint, sorted(spec.tensor_types), spec.weight_bytes, platform.node(),
+        platform.machine(), planned.options.num_threads, planned.policy, plan.kv_type,
+        plan.kept_layers, [(gpu.device.name, gpu.num_layers) for gpu in plan.gpus],
+    )  # fmt: skip
+    return " ".join(map(str, parts))
+
+
+def _not_identical(planned: PlannedModel, model: Model, passes: MeasuredPasses) -> str | None:
+    """Say why an answer may differ from the plain loop's; None where it cannot."""
+    policy = planned.policy
+    if policy.num_selections:
+        return f"{policy.name} chooses keys once for all rows of a verification"
+    if not passes.rows_agree:
+        types = ", ".join(sorted(planned.spec.tensor_types - {"F32"}))
+        return f"this machine's products of {types} round a row by the rows beside it"
+    if isinstance(model, GgufModel) and not policy.uses_hook and planned.options.num_threads > 1:
+        return (
+            "llama.cpp's attention sums a single row in another order with several threads: open with "
+            "attention='dense', or with one thread"
+        )
+    return None

@@ -1,0 +1,223 @@
+"""Speculation against our own plain loop, in turn, with the same answers: decoding times alone.
+
+Run with `make bench`. LOWTIDE_PROMPTS names a file of prompts, a JSON object a line with `category` and
+`turns` (Spec-Bench's form); without it the prompts here are asked alone. LOWTIDE_PER_KIND is how many of
+each kind, LOWTIDE_THREADS how many threads. Drafts begin anew for each answer: none has seen it before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from requantised import requantised
+
+from lowtide import Runtime
+from lowtide.memory.owners import CACHE, COMPUTE, SAMPLING, SPECULATION
+from lowtide.memory.units import GIB
+from lowtide.runtime.loaded_model import LoadedModel
+from lowtide.runtime.planning import OpenOptions, plan_reference
+from lowtide.runtime.speculator_loading import load_speculator
+
+pytestmark = pytest.mark.benchmark
+ROUNDS = 3
+MAX_TOKENS = 96
+THREADS = int(os.environ.get("LOWTIDE_THREADS", "2"))
+DENSE = {"context": 2048, "threads": THREADS, "attention": "dense"}
+PARAGRAPH = (
+    "The harbour lies behind a long wall of grey stone. At low tide the boats rest on the mud, and the "
+    "children walk between them with buckets. At high tide the ferry comes in, and the bell on the quay is "
+    "rung three times. Nobody remembers who hung the bell there."
+)
+CODE = (
+    "def total(prices):\n    result = 0\n    for price in prices:\n        result = result + price\n"
+    "    return result\n\n\ndef mean(prices):\n    return total(prices) / len(prices)\n"
+)
+COPIES = {
+    "rewrite": f"Repeat this text word for word, and change grey to white:\n\n{PARAGRAPH}",
+    "quote": f"Quote the whole text below, in quotation marks:\n\n{PARAGRAPH}",
+    "list": "Continue this list up to item 20:\n"
+    + "\n".join(f"Item {n}: box number {n} is on shelf {n}." for n in range(1, 8)),
+    "edit code": f"Rename prices to costs in this code and print all of it:\n\n{CODE}",
+}
+
+
+def decoded_s(
+    runtime: Runtime, prompt: str
+) -> tuple[float, list[int | None], dict[str, Any] | None]:
+    """Return the seconds of decoding an answer, its tokens, and what speculation did."""
+    messages = [{"role": "user", "content": prompt}]
+    pieces = list(
+        runtime.chat(messages, max_tokens=MAX_TOKENS, temperature=0, overflow="drop-oldest")
+    )
+    stats = pieces[-1].stats
+    return stats.decode_s, [piece.token_id for piece in pieces], stats.speculation
+
+
+def forget_drafts(runtime: Runtime) -> None:
+    """Give the runtime drafts that know nothing; what passes cost is known by then."""
+    loaded = runtime._loaded
+    assert loaded.speculator is not None
+    if loaded.planned.speculation is not None and loaded.planned.speculation.draft_model is None:
+        loaded.speculator = load_speculator(loaded.planned, loaded.model)
+
+
+def ratio_of(plain: Runtime, drafting: Runtime, prompt: str, *, same: bool = True) -> float:
+    """Ask both in turn, and return the median of the rounds' ratios: above 1 speculation is faster."""
+    ratios = []
+    for _ in range(ROUNDS):
+        plain_s, expected, _none = decoded_s(plain, prompt)
+        forget_drafts(drafting)
+        drafting_s, answer, told = decoded_s(drafting, prompt)
+        assert told is not None
+        if same:
+            assert told["identical"] and answer == expected
+        ratios.append(plain_s / max(drafting_s, 1e-9))
+    return statistics.median(ratios)
+
+
+def told(benchmark: Any, name: str, ratios: dict[str, float]) -> None:
+    """Print and keep the ratios."""
+    mean = statistics.mean(ratios.values())
+    benchmark.extra_info.update(ratios=ratios, mean=mean)
+    for kind, ratio in ratios.items():
+        print(f"\n{name}, {kind}: {ratio:.3f} x plain", end="")
+    print(f"\n{name}, mean: {mean:.3f} x plain; least {min(ratios.values()):.3f}")
+
+
+def prompts_by_kind() -> dict[str, list[str]]:
+    """The prompts of the file that is named."""
+    path = os.environ.get("LOWTIDE_PROMPTS")
+    if path is None:
+        pytest.skip("LOWTIDE_PROMPTS names no file of prompts")
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        kinds[entry["category"]].append(entry["turns"][0])
+    most = int(os.environ.get("LOWTIDE_PER_KIND", "2"))
+    return {kind: prompts[:most] for kind, prompts in kinds.items()}
+
+
+def loaded_for(path: Path, memory: str, speculate: str = "off") -> Runtime:
+    """The model as planned for `memory`; two of them in one process are beyond it, so it is not held."""
+    options = OpenOptions(
+        memory=memory, context=1024, threads=THREADS, attention="dense", speculate=speculate
+    )
+    planned = plan_reference(path, options)
+    budget = dataclasses.replace(planned.plan.budget, num_bytes=8 * GIB)
+    plan = dataclasses.replace(planned.plan, budget=budget)
+    return Runtime(LoadedModel(dataclasses.replace(planned, plan=plan)))
+
+
+def test_every_kind_of_prompt(benchmark: Any, smollm2: Path) -> None:
+    kinds = prompts_by_kind()
+    ratios: dict[str, float] = {}
+
+    def ask() -> None:
+        with (
+            Runtime.open(smollm2, memory="4GiB", **DENSE) as plain,  # type: ignore[arg-type]
+            Runtime.open(smollm2, memory="4GiB", **DENSE, speculate="auto") as drafting,  # type: ignore[arg-type]
+        ):
+            for kind, prompts in kinds.items():
+                found = [ratio_of(plain, drafting, prompt) for prompt in prompts]
+                ratios[kind] = statistics.mean(found)
+
+    benchmark.pedantic(ask, rounds=1)
+    told(benchmark, "auto, greedy", ratios)
+
+
+def test_texts_that_copy_themselves(benchmark: Any, smollm2: Path) -> None:
+    ratios: dict[str, float] = {}
+
+    def ask() -> None:
+        with (
+            Runtime.open(smollm2, memory="4GiB", **DENSE) as plain,  # type: ignore[arg-type]
+            Runtime.open(smollm2, memory="4GiB", **DENSE, speculate="auto") as drafting,  # type: ignore[arg-type]
+        ):
+            for kind, prompt in COPIES.items():
+                ratios[kind] = ratio_of(plain, drafting, prompt)
+
+    benchmark.pedantic(ask, rounds=1)
+    told(benchmark, "copies, auto", ratios)
+
+
+def test_streamed_weights(benchmark: Any, smollm2: Path, tmp_path: Path) -> None:
+    path = requantised(smollm2, tmp_path / "f16.gguf", "F16")
+    ratios: dict[str, float] = {}
+
+    def ask() -> None:
+        plain, drafting = loaded_for(path, "130MiB"), loaded_for(path, "130MiB", "auto")
+        with plain, drafting:
+            assert plain.plan.kept_layers is not None
+            assert drafting.plan.kept_layers is not None and drafting.plan.verified_rows > 1
+            for kind, prompt in COPIES.items():
+                ratios[kind] = ratio_of(plain, drafting, prompt, same=False)
+
+    benchmark.pedantic(ask, rounds=1)
+    told(benchmark, "F16 in 130 MiB, weights read again for every pass", ratios)
+
+
+def test_a_draft_of_its_own(benchmark: Any, smollm2: Path, tmp_path: Path) -> None:
+    target = requantised(smollm2, tmp_path / "f16.gguf", "F16")
+    draft = requantised(smollm2, tmp_path / "q4_0.gguf", "Q4_0")
+    ratios: dict[str, float] = {}
+
+    def ask() -> None:
+        with (
+            Runtime.open(target, memory="4GiB", **DENSE) as plain,  # type: ignore[arg-type]
+            Runtime.open(target, memory="4GiB", **DENSE, speculate=str(draft)) as drafting,  # type: ignore[arg-type]
+        ):
+            for kind, prompt in COPIES.items():
+                ratios[kind] = ratio_of(plain, drafting, prompt, same=False)
+
+    benchmark.pedantic(ask, rounds=1)
+    told(benchmark, "F16 with its own Q4_0 copy as draft", ratios)
+
+
+def generation_bytes(runtime: Runtime) -> int:
+    """What the plan has beyond weights and libraries for answers: cache, passes, logits, speculation."""
+    owners = (CACHE, COMPUTE, SAMPLING, SPECULATION)
+    return sum(row.num_bytes for row in runtime.plan.rows if row.owner in owners)
+
+
+def test_generation_memory_of_a_chat_of_twenty_turns(benchmark: Any, smollm2: Path) -> None:
+    """At the context that the chat needs and eight rows, against the model's maximum and 32 rows."""
+    seconds: dict[str, float] = {}
+    num_bytes: dict[str, int] = {}
+
+    def talk(runtime: Runtime) -> float:
+        messages: list[dict[str, str]] = []
+        total = 0.0
+        for turn in range(20):
+            messages.append(
+                {"role": "user", "content": f"Say line {turn} of the list: box {turn}."}
+            )
+            pieces = list(runtime.chat(messages, max_tokens=24, temperature=0))
+            messages.append({"role": "assistant", "content": "".join(p.text for p in pieces)})
+            total += pieces[-1].stats.decode_s
+        return total
+
+    def chat() -> None:
+        common = {"memory": "8GiB", "threads": THREADS, "attention": "dense"}
+        with (
+            Runtime.open(smollm2, **common, context=2048, speculate="auto") as planned,  # type: ignore[arg-type]
+            Runtime.open(smollm2, **common, context=8192, speculate="auto:rows=32") as free,  # type: ignore[arg-type]
+        ):
+            for name, runtime in (("planned", planned), ("unconstrained", free)) * 2:
+                seconds[name] = talk(runtime)
+                num_bytes[name] = generation_bytes(runtime)
+
+    benchmark.pedantic(chat, rounds=1)
+    saved = 1 - num_bytes["planned"] / num_bytes["unconstrained"]
+    speed = seconds["unconstrained"] / seconds["planned"]
+    benchmark.extra_info.update(saved=saved, throughput=speed)
+    print(
+        f"\na chat of 20 turns: {saved:.0%} less generation memory at {speed:.0%} of the throughput"
+    )
+    assert saved >= 0.65

@@ -1,0 +1,106 @@
+"""--speculate as typed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from gguf_files import write_model
+from processes import run_lowtide
+
+from lowtide.cli.main import main
+from lowtide.models.fake_model import CHAT_TEMPLATE
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(_written(tmp_path_factory.mktemp("model")))
+
+
+def _written(folder: Path) -> Path:
+    return write_model(folder / "random.gguf", quantised=True, chat_template=CHAT_TEMPLATE)
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments), catch_exceptions=False)
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "profile"])
+@pytest.mark.parametrize(
+    ("speculate", "message"),
+    [
+        ("ngram:rows=0", "speculate is 'ngram:rows=0', 2 to 32 rows of a verification are wanted"),
+        ("nothing-like-it", "nothing-like-it"),
+    ],
+)
+def test_wrong_drafts_are_a_sentence(
+    command: str, speculate: str, message: str, model: str
+) -> None:
+    extra = ["-t", "1", "-p", "x"] if command != "plan" else []
+    done = invoke(command, model, "--memory", "4GiB", "--speculate", speculate, *extra)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("Error: ") and message in done.stderr
+    assert done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+def test_the_plan_has_its_row(model: str) -> None:
+    done = invoke("plan", model, "--memory", "4GiB", "--speculate", "auto:rows=4", "--json")
+    plan = json.loads(done.stdout)
+    rows = {row["owner"]: row for row in plan["rows"]}
+    assert plan["verified_rows"] == 4 and rows["speculation"]["bytes"] > 600_000
+    drafted = invoke("plan", model, "--memory", "4GiB", "--speculate", model, "--json")
+    owners = [row["owner"] for row in json.loads(drafted.stdout)["rows"]]
+    assert {"speculation", "draft weights", "draft KV cache", "draft compute"} <= set(owners)
+    without = json.loads(invoke("plan", model, "--memory", "4GiB", "--json").stdout)
+    assert without["verified_rows"] == 0
+
+
+def test_an_answer_tells_what_drafts_were_worth(model: str) -> None:
+    line = [
+        "run",
+        model,
+        "--memory",
+        "4GiB",
+        "--raw",
+        "-p",
+        "tide tide",
+        "-n",
+        "40",
+        "--temp",
+        "0",
+        "-t",
+        "1",
+    ]
+    plain = json.loads(invoke(*line, "--json").stdout)
+    drafted = json.loads(invoke(*line, "--speculate", "auto", "--json").stdout)
+    assert plain["stats"]["speculation"] is None
+    told = drafted["stats"]["speculation"]
+    assert told["identical"] and told["drafts"] == ["ngram", "trigram"]
+    assert drafted["tokens"] == plain["tokens"]
+    assert (told["rounds"] == 0) == (told["off_reason"] is not None)
+    shown = invoke(*line, "--speculate", "ngram").stderr
+    assert "drafted tokens accepted" in shown or "no speculation: " in shown
+
+
+def test_a_budget_without_room_gives_it_up_aloud(model: str) -> None:
+    options = (model, "-c", "512", "-t", "1", "--speculate", "auto")
+    planned = json.loads(run_lowtide("plan", *options, "--memory", "4GiB", "--json").stdout)
+    bound = str(planned["lower_bound_bytes"])
+    done = run_lowtide("run", *options, "--memory", bound, "-p", "x", "-n", "2", "--raw")
+    assert done.code == 0, done.stderr
+    assert "gave up speculation: 8 rows to none" in done.stderr
+    assert "no speculation: the plan has no room for it" in done.stderr
+    assert done.peak_bytes <= int(bound)
+
+
+def test_profile_and_chat_take_it_too(model: str, tmp_path: Path) -> None:
+    script = tmp_path / "turns"
+    script.write_text("tide\nagain\n")
+    options = ("--memory", "4GiB", "-n", "3", "-t", "1", "--speculate", "auto")
+    profiled = invoke("profile", model, *options, "-p", "tide", "--json")
+    rows = {row["owner"] for row in json.loads(profiled.stdout)["plan"]["rows"]}
+    assert "speculation" in rows
+    chat = CliRunner().invoke(main, ["chat", model, *options], input="tide\n/exit\n")
+    assert chat.exit_code == 0, chat.stderr

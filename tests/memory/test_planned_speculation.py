@@ -1,0 +1,84 @@
+"""Speculation in the plan: its rows, and that it is what is given up first."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from lowtide.memory.budget import Budget
+from lowtide.memory.errors import OverBudget
+from lowtide.memory.footprint import kv_bytes
+from lowtide.memory.owners import DRAFT_CACHE, DRAFT_COMPUTE, DRAFT_WEIGHTS, PREFIXES, SPECULATION
+from lowtide.memory.plan import Host, MemoryPlan, PlanOptions
+from lowtide.memory.planner import plan_memory, require_fit
+from lowtide.memory.speculation_plan import verification_bytes
+from lowtide.memory.speculation_wish import SpeculationWish
+from lowtide.memory.units import MIB
+from lowtide.models.fake_model import fake_spec
+from lowtide.models.spec import ModelSpec, VocabularySpec
+
+HOST = Host(interpreter_bytes=46 * MIB, processor="x86_64")
+SPEC = dataclasses.replace(
+    fake_spec(512),
+    vocabulary=VocabularySpec(
+        num_tokens=50_000, num_merges=0, text_bytes=400_000, longest_token_bytes=9
+    ),
+)
+WISH = SpeculationWish(num_rows=8, table_bytes=100_000, token_bytes=9)
+
+
+def plan_of(num_bytes: int, spec: ModelSpec = SPEC, **options: object) -> MemoryPlan:
+    chosen = PlanOptions(**options)  # type: ignore[arg-type]
+    return plan_memory(spec, chosen, Budget(num_bytes=num_bytes, source="a test"), HOST)
+
+
+def rows_of(plan: MemoryPlan) -> dict[str, int]:
+    return {row.owner: row.num_bytes for row in plan.rows}
+
+
+def test_its_row_is_cells_logits_and_tables() -> None:
+    plan = plan_of(1 << 30, speculation=WISH)
+    cell_bytes = kv_bytes(SPEC, 256, "f16") // 256
+    tables = 100_000 + 9 * plan.kv_tokens
+    assert plan.verified_rows == 8 and not plan.gave_up
+    assert rows_of(plan)[SPECULATION] == verification_bytes(8, cell_bytes, 50_000) + tables
+    without = plan_of(1 << 30)
+    assert without.verified_rows == 0 and SPECULATION not in rows_of(without)
+    assert plan.total_bytes - without.total_bytes == rows_of(plan)[SPECULATION]
+
+
+def test_rows_are_given_up_one_after_the_other_before_anything_else() -> None:
+    whole = plan_of(1 << 30, speculation=WISH, prefix_bytes=MIB)
+    rest = whole.total_bytes - rows_of(whole)[SPECULATION]
+    seen = []
+    for budget in range(int(whole.total_bytes * 1.2), rest - MIB, -100_000):
+        plan = plan_of(budget, speculation=WISH, prefix_bytes=MIB)
+        seen.append(plan.verified_rows)
+        if plan.verified_rows:
+            assert rows_of(plan)[PREFIXES] == MIB
+            assert (plan.context, plan.max_rows) == (whole.context, whole.max_rows)
+        if plan.verified_rows < 8:
+            assert plan.gave_up[0].startswith("speculation: 8 rows to ")
+        assert plan.fits
+    assert list(dict.fromkeys(seen)) == [8, 4, 2, 0]
+
+
+def test_what_runs_without_it_runs_with_it() -> None:
+    bound = plan_of(1 << 30).lower_bound_bytes
+    assert plan_of(1 << 30, speculation=WISH).lower_bound_bytes == bound
+    assert plan_of(bound, speculation=WISH).fits
+
+
+def test_a_draft_model_is_part_of_the_request() -> None:
+    draft = dataclasses.replace(SPEC, weight_bytes=30 * MIB, name="small")
+    wish = dataclasses.replace(WISH, draft_model=draft)
+    plan = plan_of(1 << 30, speculation=wish)
+    rows = rows_of(plan)
+    assert rows[DRAFT_WEIGHTS] >= 30 * MIB and rows[DRAFT_CACHE] and rows[DRAFT_COMPUTE]
+    without = plan_of(1 << 30, speculation=WISH)
+    assert plan.lower_bound_bytes >= without.lower_bound_bytes + 30 * MIB
+    tight = plan_of(without.lower_bound_bytes + MIB, speculation=wish)
+    assert not tight.fits
+    with pytest.raises(OverBudget, match="raise --memory"):
+        require_fit(tight, SPEC, PlanOptions(speculation=wish), HOST)

@@ -1,0 +1,57 @@
+"""Costs are measured once, kept, and measured again where the file is odd."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lowtide import FakeModel
+from lowtide.runtime.pass_costs import measured_passes
+
+
+def test_they_are_measured_once_for_each_key(tmp_path: Path) -> None:
+    model = FakeModel()
+    first = measured_passes(model, 8, "this machine")
+    assert first.costs.num_rows == (1, 2, 4, 8) and min(first.costs.seconds) > 0
+    assert first.rows_agree and model.num_tokens == 0
+    num_passes = len(model.rows)
+    assert measured_passes(model, 8, "this machine") == first
+    assert len(model.rows) == num_passes
+    measured_passes(model, 8, "another machine")
+    assert len(model.rows) > num_passes
+
+
+@pytest.mark.parametrize(
+    "broken",
+    ["", "[]", "{}", '{"num_rows": [1, 8], "seconds": [-1, 2], "rows_agree": true}'],
+)
+def test_a_file_that_is_odd_is_measured_again(tmp_path: Path, broken: str) -> None:
+    model = FakeModel()
+    measured_passes(model, 8, "key")
+    (path,) = (tmp_path / "calibrations").glob("pass-costs-*.json")
+    whole = json.loads(path.read_text())
+    path.write_text(broken)
+    num_passes = len(model.rows)
+    assert measured_passes(model, 8, "key").costs.num_rows == tuple(whole["num_rows"])
+    assert len(model.rows) > num_passes
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "calibrations").write_text("a file")
+    assert measured_passes(FakeModel(), 4, "key").costs.num_rows == (1, 2, 4)
+
+
+def test_rows_that_depend_on_their_batch_are_found_out() -> None:
+    class Rounding(FakeModel):
+        def forward_rows(self, token_ids: Sequence[int]) -> np.ndarray:
+            rows = super().forward_rows(token_ids)
+            return np.nextafter(rows, np.float32(np.inf)) if len(token_ids) > 3 else rows
+
+    assert not measured_passes(Rounding(), 8, "key").rows_agree
+    assert measured_passes(Rounding(), 3, "key").rows_agree

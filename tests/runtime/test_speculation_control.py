@@ -1,0 +1,196 @@
+"""What is verified and what is not: chosen by what came before and by what passes cost."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+from speculating import CHEAP, DEAR, Ticks, ToldDraft
+
+from lowtide.memory.speculation_plan import CostCurve
+from lowtide.runtime.accept import PRIOR_ACCEPTANCE, Acceptance, Verification
+from lowtide.runtime.drafts.draft import Draft, Proposal
+from lowtide.runtime.pass_costs import PassCosts
+from lowtide.runtime.speculation_control import FIRST_WASTE_S, WASTED_SHARE, SpeculationControl
+
+MODERATE = CostCurve(num_rows=(1, 2, 4, 8), seconds=(1.0, 1.4, 2.2, 3.5))
+
+
+class OftenRight(Draft):
+    """Proposes eight tokens, of which each is right with a chance that can change."""
+
+    name = "often"
+
+    def __init__(self, chance: float, *, clock: Ticks | None = None, takes_s: float = 0.0) -> None:
+        self.chance = chance
+        self.num_asked = 0
+        self._random = random.Random(1)
+        self._clock, self._takes_s = clock, takes_s
+        self.is_free = not takes_s
+
+    def follow(self, token_ids: Sequence[int]) -> None:
+        self._at = len(token_ids)
+
+    def propose(self, num_tokens: int) -> Proposal:
+        self.num_asked += 1
+        if self._clock is not None:
+            self._clock.now += self._takes_s * num_tokens
+        return Proposal(
+            tuple(
+                self._at + i if self._random.random() < self.chance else -1
+                for i in range(num_tokens)
+            )
+        )
+
+
+def simulated(control: SpeculationControl, clock: Ticks, cost: CostCurve, num_tokens: int) -> float:
+    """Decode the text 0, 1, 2, ... and return by how much it was faster than plain steps."""
+    started, text = clock.now, [0]
+    while len(text) < num_tokens:
+        chosen = control.chosen(text, 8)
+        drafted = chosen[1] if chosen else ()
+        clock.now += cost.of(len(drafted) + 1)
+        control.passed(len(drafted) + 1, cost.of(len(drafted) + 1))
+        num_before = len(text)
+        for token_id in (*drafted, -2):
+            came = len(text)
+            control.came(came)
+            text.append(came)
+            if token_id != came:
+                break
+        if drafted:
+            control.settled(len(text) - num_before, cost.of(len(drafted) + 1))
+    return (len(text) - 1) * cost.of(1) / (clock.now - started)
+
+
+def controlled(cost: CostCurve, chance: float, takes_s: float = 0.0) -> tuple[float, OftenRight]:
+    clock = Ticks()
+    draft = OftenRight(chance, clock=clock, takes_s=takes_s)
+    control = SpeculationControl([draft], PassCosts(cost, clock))
+    return simulated(control, clock, cost, 1500), draft
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.2, 0.5, 0.8, 0.95])
+@pytest.mark.parametrize("cost", [CHEAP, MODERATE, DEAR])
+def test_it_is_never_more_than_three_percent_slower(cost: CostCurve, chance: float) -> None:
+    assert controlled(cost, chance)[0] >= 0.97
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.3, 0.9])
+def test_nor_with_a_draft_that_takes_as_long_as_a_third_of_a_step(chance: float) -> None:
+    assert controlled(DEAR, chance, takes_s=0.33)[0] >= 0.97
+
+
+@pytest.mark.parametrize("chance", [0.3, 0.5, 0.65, 0.8])
+def test_nor_on_average_over_short_answers(chance: float) -> None:
+    speeds = []
+    for seed in range(40):
+        clock = Ticks()
+        draft = OftenRight(chance)
+        draft._random.seed(seed)
+        control = SpeculationControl([draft], PassCosts(MODERATE, clock))
+        speeds.append(simulated(control, clock, MODERATE, 60))
+    assert sum(speeds) / len(speeds) >= 0.97 and min(speeds) >= 0.9
+
+
+def test_it_gains_most_of_what_can_be_gained() -> None:
+    chance = 0.9
+    best = max(sum(chance**i for i in range(rows)) / MODERATE.of(rows) for rows in range(1, 9))
+    assert controlled(MODERATE, chance)[0] >= 0.9 * best > 1.2
+
+
+def test_it_turns_itself_off_and_on_again_with_the_text() -> None:
+    clock = Ticks()
+    draft = OftenRight(0.95)
+    control = SpeculationControl([draft], PassCosts(MODERATE, clock))
+    assert simulated(control, clock, MODERATE, 400) > 1.2
+    draft.chance = 0.0
+    simulated(control, clock, MODERATE, 100)
+    assert control.chosen([0], 8) is None
+    draft.chance = 0.95
+    simulated(control, clock, MODERATE, 200)
+    assert simulated(control, clock, MODERATE, 300) > 1.2
+
+
+def test_the_better_of_two_drafts_is_taken() -> None:
+    clock = Ticks()
+    poor, good = OftenRight(0.3), OftenRight(0.9)
+    good.name = "good"  # type: ignore[misc]
+    control = SpeculationControl([poor, good], PassCosts(MODERATE, clock))
+    simulated(control, clock, MODERATE, 300)
+    chosen = control.chosen([0], 8)
+    assert chosen is not None and chosen[0] == "good"
+
+
+def test_time_that_comes_to_nothing_is_bounded_and_then_the_draft_is_not_asked() -> None:
+    _, draft = controlled(DEAR, 0.5, takes_s=0.33)
+    most_s = FIRST_WASTE_S + WASTED_SHARE * 1500
+    assert 0 < draft.num_asked <= most_s / (0.33 * 7) + 1
+
+
+def test_no_more_rows_than_there_is_room_for() -> None:
+    control = SpeculationControl([OftenRight(1.0)], PassCosts(CHEAP, Ticks()))
+    for room in (8, 5, 2):
+        chosen = control.chosen([0], room)
+        assert chosen is not None and 1 <= len(chosen[1]) <= room - 1
+    assert control.chosen([0], 1) is None and control.chosen([0], 0) is None
+
+
+def test_a_draft_that_claims_a_class_that_it_has_not_is_not_heard() -> None:
+    draft = ToldDraft(lambda text: (1, 2))
+    draft.propose = lambda num_tokens: Proposal((1, 2), sureness=7)  # type: ignore[method-assign]
+    assert SpeculationControl([draft], PassCosts(CHEAP, Ticks())).chosen([0], 8) is None
+
+
+def test_acceptance_is_counted_by_position() -> None:
+    acceptance = Acceptance(3)
+    first, *others = acceptance.by_position()
+    assert first == PRIOR_ACCEPTANCE and first > others[0] > others[1] > 0
+    for _ in range(200):
+        acceptance.count(2, 1)
+    first, second, third = acceptance.by_position()
+    assert first > 0.95 and second > 0.95 and third < 0.1
+    for _ in range(200):
+        acceptance.count(0, 1)
+    assert acceptance.by_position()[0] < 0.1
+
+
+def test_a_walk_through_a_verification() -> None:
+    import numpy as np
+
+    rows = np.arange(12, dtype=np.float32).reshape(3, 4)
+    walk = Verification((5, 6), rows)
+    assert walk.first is not None and (walk.first == rows[0]).all()
+    row = walk.accept(5)
+    assert row is not None and (row == rows[1]).all()
+    assert walk.accept(9) is None
+    row = walk.accept(6)
+    assert row is not None and (row == rows[2]).all()
+    assert walk.accept(7) is None and walk.num_accepted == 2
+
+
+def test_costs_follow_the_machine_and_forgive_one_slow_pass() -> None:
+    costs = PassCosts(MODERATE)
+    for _ in range(60):
+        costs.observe(1, 2.0)
+    assert costs.of(1) == pytest.approx(2.0, rel=0.02)
+    assert costs.of(4) == pytest.approx(4.4, rel=0.02)
+    costs.observe(4, 400.0)
+    assert costs.of(4) < 1.1 * 4.4
+    for _ in range(600):
+        costs.observe(1, 2.0)
+    assert costs.of(4) == pytest.approx(4.4, rel=0.02)
+
+
+def test_after_a_loss_verifying_waits_until_it_is_a_small_share_of_the_time() -> None:
+    control = SpeculationControl([OftenRight(1.0)], PassCosts(CHEAP, Ticks()))
+    assert control.chosen([0], 8) is not None
+    control.settled(1, 6.0)
+    assert control.has_lost and control.chosen([0], 8) is None
+    for _ in range(600):
+        control.passed(1, 1.0)
+    assert not control.has_lost and control.chosen([0], 8) is not None
+    control.settled(100, 1.0)
+    control.settled(1, 3.0)
+    assert not control.has_lost

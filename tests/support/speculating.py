@@ -1,0 +1,59 @@
+"""Drafts that say what they are told to, and a speculator over a fake model with costs of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from lowtide import FakeModel
+from lowtide.memory.speculation_plan import CostCurve
+from lowtide.runtime.drafts.draft import Draft, Proposal
+from lowtide.runtime.pass_costs import PassCosts
+from lowtide.runtime.speculate import Speculator
+from lowtide.runtime.speculation_control import SpeculationControl
+
+CHEAP = CostCurve(num_rows=(1, 8), seconds=(1.0, 1.1))
+"""Rows cost next to nothing, so that everything is verified."""
+DEAR = CostCurve(num_rows=(1, 8), seconds=(1.0, 8.0))
+"""Every row costs a pass: nothing pays."""
+
+
+class ToldDraft(Draft):
+    """Proposes what a function of the text says."""
+
+    name = "told"
+
+    def __init__(self, told: Callable[[Sequence[int]], Sequence[int]]) -> None:
+        self._told = told
+        self._text: list[int] = []
+        self.is_closed = False
+
+    def follow(self, token_ids: Sequence[int]) -> None:
+        self._text = list(token_ids)
+
+    def propose(self, num_tokens: int) -> Proposal:
+        return Proposal(tuple(self._told(self._text))[:num_tokens])
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class Ticks:
+    """A clock that moves only when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def speculator_of(
+    *drafts: Draft, cost: CostCurve = CHEAP, most_rows: int = 8, clock: Ticks | None = None
+) -> Speculator:
+    control = SpeculationControl(drafts, PassCosts(cost, clock or Ticks()))
+    return Speculator(
+        drafts,
+        control,
+        most_rows=most_rows,
+        vocabulary_size=FakeModel().spec.vocabulary.num_tokens,
+    )
