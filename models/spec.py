@@ -1,6 +1,6 @@
 """ModelSpec: everything the planner needs to know of a model, from its headers alone.
 
-Knows no budget and reads no file: `gguf_header` fills it.
+Knows no budget and reads no file: `gguf_header` and `onnx.header` fill it.
 """
 
 from __future__ import annotations
@@ -58,6 +58,9 @@ class ModelSpec:
     tensors' data over all parts of a split file, `tensor_types` the quantisation types in use.
     `fingerprint` is the same for every quantisation of a model. `weight_groups` says where in the files the
     weights lie, the layers' in order and then the others; empty where that is not known.
+
+    `engine` runs it. Its cache can have one of `kv_types`, and `cache_copies` of it are there at a time;
+    `copied_bytes` of weights are kept beside the mapped files.
     """
 
     paths: tuple[Path, ...]
@@ -81,6 +84,10 @@ class ModelSpec:
     chat_template: str | None
     fingerprint: str
     weight_groups: tuple[WeightGroup, ...] = ()
+    engine: str = "llama.cpp"
+    kv_types: tuple[str, ...] = ("f16", "q8_0", "q4_0")
+    cache_copies: int = 1
+    copied_bytes: int = 0
 
     @property
     def path(self) -> Path:
