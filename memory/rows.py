@@ -59,7 +59,7 @@ class PlanRows:
             PlanRow(
                 owners.INTERPRETER,
                 self._host.interpreter_bytes,
-                "Python, numpy, llama.cpp",
+                f"Python, numpy, {spec.engine}",
             ),
             self._vocabulary(),
             self._weights(choice),
@@ -109,7 +109,8 @@ class PlanRows:
         return PlanRow(
             owners.WEIGHTS,
             footprint.weight_bytes(spec, memory_map=memory_map),
-            f"{spec.quantisation}, {'memory-mapped' if memory_map else 'copied and repacked'}",
+            f"{spec.quantisation}, {'memory-mapped' if memory_map else 'copied and repacked'}"
+            + (", and a copy packed anew" if spec.copied_bytes else ""),
         )
 
     def _cache(self, choice: Choice) -> PlanRow:
@@ -189,7 +190,7 @@ class PlanRows:
         return PlanRow(
             owners.SCRATCH,
             num_bytes,
-            f"our kernels, {threads} threads" if threads else "llama.cpp's kernels need none",
+            f"our kernels, {threads} threads" if threads else f"{spec.engine}'s kernels need none",
         )
 
 

@@ -136,6 +136,10 @@ class OnnxModel(Model):
         self._num_tokens = kept
         return kept
 
+    def trim(self) -> None:
+        """Give back the pages that hold no token."""
+        self._kv.cut(self._num_tokens, self._num_tokens)
+
     def state_bytes(self) -> int:
         """Return the bytes of the cells that hold tokens."""
         return sum(row.nbytes for row in self._kv.rows(self._num_tokens))
