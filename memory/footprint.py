@@ -42,7 +42,7 @@ PROFILER_SAMPLES = 2_000
 
 CELL_STEP = 256
 """llama.cpp rounds the cells of a KV cache up to this."""
-BLOCK_BYTES = {"f16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18)}
+BLOCK_BYTES = {"f32": (1, 4), "f16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18)}
 """Elements and bytes of a block of each KV type."""
 SAMPLING_COPIES = 7
 """Vocabulary-sized float arrays alive at once: llama.cpp's two rows, and the sampler's five at most."""
@@ -96,7 +96,7 @@ def is_repacked(spec: ModelSpec, processor: str) -> bool:
 
 def weight_bytes(spec: ModelSpec, *, memory_map: bool) -> int:
     """Return the weights' resident bytes: the mapped file in full, or the tensors copied."""
-    return spec.file_bytes if memory_map else spec.weight_bytes
+    return spec.copied_bytes + (spec.file_bytes if memory_map else spec.weight_bytes)
 
 
 def streamed_weight_bytes(spec: ModelSpec, kept_layers: int, max_rows: int, threads: int) -> int:
@@ -118,7 +118,8 @@ def streamed_weight_bytes(spec: ModelSpec, kept_layers: int, max_rows: int, thre
 
 def kv_bytes(spec: ModelSpec, context: int, kv_type: str) -> int:
     """Return the KV cache for `context` tokens, the sum over layers of both rows of every cell."""
-    return kv_cells(context) * sum(_kv_rows(spec, kv_type)) + spec.recurrent_state_bytes
+    rows = spec.cache_copies * sum(_kv_rows(spec, kv_type))
+    return kv_cells(context) * rows + spec.recurrent_state_bytes
 
 
 def kv_layer_bytes(spec: ModelSpec, layer: int, context: int, kv_type: str) -> int:

@@ -19,7 +19,7 @@ from lowtide.memory.context_sizes import ContextSizes, FormulaSizes
 from lowtide.memory.errors import OverBudget
 from lowtide.memory.footprint import CELL_STEP
 from lowtide.memory.gpu_layers import require_gpu_fit
-from lowtide.memory.plan import KV_TYPES, Host, MemoryPlan, PlanOptions
+from lowtide.memory.plan import Host, MemoryPlan, PlanOptions
 from lowtide.memory.rows import PlanRows
 from lowtide.memory.units import format_bytes_up
 from lowtide.models.errors import BadOption
@@ -95,6 +95,11 @@ def _check(spec: ModelSpec, options: PlanOptions) -> None:
         raise BadOption(
             f"context is {options.context} tokens, {spec.name} was made for {spec.context_length}: "
             f"ask for {spec.context_length} or less"
+        )
+    if options.kv_type is not None and options.kv_type not in spec.kv_types:
+        raise BadOption(
+            f"kv_type is {options.kv_type!r}, the graph of {spec.name} keeps "
+            f"{', '.join(spec.kv_types)}: leave it out"
         )
     if options.kv_type is not None and not footprint.supports_kv_type(spec, options.kv_type):
         raise BadOption(
@@ -281,4 +286,6 @@ class _Planner:
     def _kv_types(self) -> tuple[str, ...]:
         if self._options.kv_type is not None:
             return (self._options.kv_type,)
-        return tuple(kind for kind in KV_TYPES if footprint.supports_kv_type(self._spec, kind))
+        return tuple(
+            kind for kind in self._spec.kv_types if footprint.supports_kv_type(self._spec, kind)
+        )

@@ -60,7 +60,7 @@ class PlanRows:
             PlanRow(
                 owners.INTERPRETER,
                 self._host.interpreter_bytes,
-                "Python, numpy, llama.cpp",
+                f"Python, numpy, {spec.engine}",
             ),
             self._vocabulary(),
             self._weights(choice),
@@ -112,7 +112,8 @@ class PlanRows:
             owners.WEIGHTS,
             footprint.weight_bytes(spec, memory_map=memory_map),
             f"{spec.quantisation}, {'packed, ' if self._is_packed else ''}"
-            f"{'memory-mapped' if memory_map else 'copied and repacked'}",
+            f"{'memory-mapped' if memory_map else 'copied and repacked'}"
+            + (", and a copy packed anew" if spec.copied_bytes else ""),
         )
 
     def _cache(self, choice: Choice) -> PlanRow:
@@ -206,7 +207,7 @@ class PlanRows:
             num_bytes,
             f"our kernels, {threads or self._options.threads} threads"
             if threads or self._is_packed
-            else "llama.cpp's kernels need none",
+            else f"{spec.engine}'s kernels need none",
         )
 
 

@@ -33,7 +33,7 @@ class BadModelFile(ModelError):
 
 
 class UnsupportedModel(ModelError):
-    """The file is a sound model, but llama.cpp cannot run it."""
+    """The file is a sound model, but what is installed here cannot run it."""
 
 
 class TemplateError(ModelError):

@@ -1,6 +1,6 @@
 """ModelSpec: everything the planner needs to know of a model, from its headers alone.
 
-Knows no budget and reads no file: `gguf_header` fills it.
+Knows no budget and reads no file: `gguf_header` and `onnx.header` fill it.
 """
 
 from __future__ import annotations
@@ -59,6 +59,9 @@ class ModelSpec:
     `fingerprint` is the same for every quantisation of a model. `weight_groups` says where in the files the
     weights lie, the layers' in order and then the others; empty where that is not known. `packed_tensors`
     are the names of those that only our kernels can read (`packed_gguf`).
+
+    `engine` runs it. Its cache can have one of `kv_types`, and `cache_copies` of it are there at a time;
+    `copied_bytes` of weights are kept beside the mapped files.
     """
 
     paths: tuple[Path, ...]
@@ -83,6 +86,10 @@ class ModelSpec:
     fingerprint: str
     weight_groups: tuple[WeightGroup, ...] = ()
     packed_tensors: tuple[str, ...] = ()
+    engine: str = "llama.cpp"
+    kv_types: tuple[str, ...] = ("f16", "q8_0", "q4_0")
+    cache_copies: int = 1
+    copied_bytes: int = 0
 
     @property
     def path(self) -> Path:

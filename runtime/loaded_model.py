@@ -20,10 +20,12 @@ from lowtide.memory.units import format_bytes
 from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.gguf_model import GgufModel
 from lowtide.models.model import Model
+from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.runtime.errors import NotPacked
 from lowtide.runtime.generate import RunFacts
 from lowtide.runtime.gguf_loading import load_gguf, load_reader
 from lowtide.runtime.memory_watch import WatchedModel
+from lowtide.runtime.onnx_loading import load_onnx
 from lowtide.runtime.options import GenerationOptions
 from lowtide.runtime.packed_weights import packed_copy
 from lowtide.runtime.planning import PlannedModel
@@ -68,7 +70,9 @@ class LoadedModel:
         self.releasers = [Releaser("moderate", self.prefixes.clear)]
         self.speculator: Speculator | None = None
         profiler.watch(planned, self._watched())
-        if model is None:
+        if model is None and isinstance(planned.spec, OnnxSpec):
+            model = load_onnx(planned, planned.spec, self.releasers, profiler)
+        elif model is None:
             with profiler.span("libraries"):
                 self._callback = _graph_hook(planned, profiler)
             try:

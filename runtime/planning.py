@@ -22,10 +22,13 @@ from lowtide.memory.speculation_wish import SpeculationWish
 from lowtide.memory.units import parse_size
 from lowtide.models.catalog import resolve
 from lowtide.models.errors import BadOption
-from lowtide.models.gguf_header import read_spec
 from lowtide.models.gpu_device import require_gpus
+from lowtide.models.header import read_spec
+from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.measured_host import measured_host
+from lowtide.runtime.measured_onnx_host import measured_onnx_host
+from lowtide.runtime.onnx_sizes import OnnxSizes
 from lowtide.runtime.speculation_choice import SpeculationChoice
 
 
@@ -195,6 +198,8 @@ def plan_spec(spec: ModelSpec, options: OpenOptions) -> PlannedModel:
     machine = read_machine()
     budget = Budget.stated(options.memory, machine)
     policy = options.policy(spec)
+    if isinstance(spec, OnnxSpec):
+        return _plan_onnx(spec, options, policy, machine, budget)
     gpu = options.gpu_budget(
         policy
     )  # before the host is measured: drivers take memory of their own
@@ -215,4 +220,36 @@ def plan_spec(spec: ModelSpec, options: OpenOptions) -> PlannedModel:
         sizes=sizes,
         gpu=gpu,
         speculation=speculation,
+    )
+
+
+def _plan_onnx(
+    spec: OnnxSpec, options: OpenOptions, policy: AttentionPolicy, machine: Machine, budget: Budget
+) -> PlannedModel:
+    """Plan a graph that onnxruntime runs whole; raises `BadOption` for what llama.cpp's alone can do."""
+    if policy.uses_hook:
+        raise BadOption(
+            f"attention is {policy.name!r}, and {spec.name} is an ONNX graph, which runs whole "
+            f"with its own {spec.attention}: leave attention out, or take the model as GGUF"
+        )
+    if options.gpu_budget(policy) is not None:
+        raise BadOption(
+            f"layers are to go to a GPU, and {spec.name} is an ONNX graph, which runs on the processor: "
+            "leave gpu_layers and gpu_memory out"
+        )
+    if options.pack or options.speculate != "off":
+        wanted = "pack" if options.pack else "speculate"
+        raise BadOption(
+            f"{wanted} is for models that llama.cpp runs, and {spec.name} is an ONNX graph: leave it out, "
+            "or take the model as GGUF"
+        )
+    host, sizes = measured_onnx_host(spec, budget), OnnxSizes(spec)
+    return PlannedModel(
+        spec=spec,
+        machine=machine,
+        plan=plan_memory(spec, options.plan_options(policy), budget, host, sizes),
+        options=options,
+        policy=policy,
+        host=host,
+        sizes=sizes,
     )

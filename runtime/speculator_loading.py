@@ -81,7 +81,8 @@ def _key(planned: PlannedModel) -> str:
     parts = (
         spec.fingerprint, sorted(spec.tensor_types), spec.weight_bytes, platform.node(),
         platform.machine(), planned.options.num_threads, planned.policy, plan.kv_type,
-        plan.kept_layers, len(spec.packed_tensors), [(gpu.device.name, gpu.num_layers) for gpu in plan.gpus],
+        plan.kept_layers, len(spec.packed_tensors),
+        [(gpu.device.name, gpu.num_layers) for gpu in plan.gpus],
     )  # fmt: skip
     return " ".join(map(str, parts))
 

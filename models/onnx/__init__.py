@@ -1,0 +1,1 @@
+"""ONNX models: decoders as exporters write them, run by onnxruntime."""

@@ -1,0 +1,183 @@
+"""OnnxConfig: what the JSON files of a model's folder say of its shape. Reads no graph.
+
+onnxruntime-genai writes genai_config.json; Optimum copies config.json from where the model came.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowtide.models.errors import BadModelFile, ModelNotFound
+
+GENAI = "genai_config.json"
+OPTIMUM = "config.json"
+MAX_JSON_BYTES = 8 << 20
+MAX_LAYERS = 4096
+MAX_REASONABLE = 1 << 24
+GRAPHS = ("model.onnx", "decoder_model.onnx", "onnx/model.onnx")
+"""Where a folder without genai_config.json has its graph."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxConfig:
+    """The shape that a folder states; `end_ids` are the tokens that end an answer.
+
+    `past_names` and `present_names` are of keys and of values, with %d for the layer.
+    """
+
+    path: Path
+    graph: Path
+    architecture: str
+    num_layers: int
+    embedding_width: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    context_length: int
+    sliding_window: int | None
+    vocabulary: int
+    end_ids: tuple[int, ...]
+    past_names: tuple[str, str]
+    present_names: tuple[str, str]
+    input_names: dict[str, str]
+
+
+def read_config(path: Path) -> OnnxConfig:
+    """Read the configuration of the model at `path`, its folder or its .onnx file.
+
+    Raises `ModelNotFound` where there is none, `BadModelFile` where a value is missing or impossible.
+    """
+    graph = None if path.is_dir() else path
+    folders = (path,) if graph is None else (path.parent, path.parent.parent)
+    for folder in folders:
+        if (folder / GENAI).is_file():
+            return _genai(folder / GENAI, graph)
+        if (folder / OPTIMUM).is_file():
+            return _optimum(folder / OPTIMUM, graph)
+    if not path.exists():
+        raise ModelNotFound(f"nothing is at {path}: name an .onnx file or its folder")
+    raise BadModelFile(
+        f"{folders[0]} has neither {GENAI} nor {OPTIMUM}: name a .gguf file, or the folder of an "
+        "ONNX decoder as onnxruntime-genai or Optimum write it"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a small JSON file; raises `BadModelFile` where it is none."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise BadModelFile(
+                f"{path} has more than {MAX_JSON_BYTES} bytes: it is no configuration"
+            )
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadModelFile(f"{path} cannot be read as JSON ({error}): fetch it again") from None
+    if not isinstance(value, dict):
+        raise BadModelFile(f"{path} holds no JSON object: fetch it again")
+    return value
+
+
+class _Values:
+    """Typed look-ups with errors that name the file and the key."""
+
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        self.path = path
+        self.values = values
+
+    def inner(self, key: str) -> _Values:
+        value = self.values.get(key)
+        if not isinstance(value, dict):
+            raise self.wrong(key, "is missing")
+        return _Values(self.path, value)
+
+    def number(self, key: str, default: int | None = None, most: int = MAX_REASONABLE) -> int:
+        value = self.values.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise self.wrong(key, "is missing")
+        if not isinstance(value, int) or not 1 <= value <= most:
+            raise self.wrong(key, f"is {value!r}, a number from 1 to {most} is wanted")
+        return value
+
+    def text(self, key: str, default: str) -> str:
+        value = self.values.get(key, default)
+        if not isinstance(value, str):
+            raise self.wrong(key, f"is {value!r}, a text is wanted")
+        return value
+
+    def numbers(self, key: str) -> tuple[int, ...]:
+        value = self.values.get(key)
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(item, int) for item in items):
+            raise self.wrong(key, f"is {value!r}, token ids are wanted")
+        return tuple(items)
+
+    def wrong(self, key: str, reason: str) -> BadModelFile:
+        return BadModelFile(f"{self.path}: {key} {reason}; export the model again")
+
+
+def _genai(path: Path, graph: Path | None) -> OnnxConfig:
+    model = _Values(path, read_json(path)).inner("model")
+    decoder = model.inner("decoder")
+    inputs = {
+        key: name
+        for key, name in decoder.inner("inputs").values.items()
+        if isinstance(name, str) and not key.startswith("past_")
+    }
+    names, made = decoder.inner("inputs"), decoder.inner("outputs")
+    window = decoder.values.get("sliding_window")
+    width, heads = decoder.number("hidden_size"), decoder.number("num_attention_heads")
+    return OnnxConfig(
+        path=path,
+        graph=graph or path.parent / decoder.text("filename", "model.onnx"),
+        architecture=model.text("type", "decoder"),
+        num_layers=decoder.number("num_hidden_layers", most=MAX_LAYERS),
+        embedding_width=width,
+        num_heads=heads,
+        num_kv_heads=decoder.number("num_key_value_heads", default=heads),
+        head_size=decoder.number("head_size", default=max(width // heads, 1)),
+        context_length=model.number("context_length"),
+        sliding_window=window.get("window_size") if isinstance(window, dict) else None,
+        vocabulary=model.number("vocab_size"),
+        end_ids=model.numbers("eos_token_id"),
+        past_names=(
+            names.text("past_key_names", "past_key_values.%d.key"),
+            names.text("past_value_names", "past_key_values.%d.value"),
+        ),
+        present_names=(
+            made.text("present_key_names", "present.%d.key"),
+            made.text("present_value_names", "present.%d.value"),
+        ),
+        input_names={**inputs, "logits": made.text("logits", "logits")},
+    )
+
+
+def _optimum(path: Path, graph: Path | None) -> OnnxConfig:
+    values = _Values(path, read_json(path))
+    folder = path.parent
+    found = graph or next((folder / name for name in GRAPHS if (folder / name).is_file()), None)
+    if found is None:
+        raise BadModelFile(f"{folder} has no {' or '.join(GRAPHS)}: name the .onnx file itself")
+    width, heads = values.number("hidden_size"), values.number("num_attention_heads")
+    more = folder / "generation_config.json"
+    generation = _Values(more, read_json(more) if more.is_file() else {})
+    return OnnxConfig(
+        path=path,
+        graph=found,
+        architecture=values.text("model_type", "decoder"),
+        num_layers=values.number("num_hidden_layers", most=MAX_LAYERS),
+        embedding_width=width,
+        num_heads=heads,
+        num_kv_heads=values.number("num_key_value_heads", default=heads),
+        head_size=values.number("head_dim", default=max(width // heads, 1)),
+        context_length=values.number("max_position_embeddings"),
+        sliding_window=values.values.get("sliding_window"),
+        vocabulary=values.number("vocab_size"),
+        end_ids=(*values.numbers("eos_token_id"), *generation.numbers("eos_token_id")),
+        past_names=("past_key_values.%d.key", "past_key_values.%d.value"),
+        present_names=("present.%d.key", "present.%d.value"),
+        input_names={},
+    )

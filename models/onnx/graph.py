@@ -1,0 +1,278 @@
+"""OnnxGraph: the nodes, inputs and weights of an ONNX file, without the weights' data.
+
+Knows no decoder. Field numbers are those of onnx.proto3.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+from lowtide.models.errors import BadModelFile, ModelNotFound, UnsupportedModel
+from lowtide.models.onnx.wire import FIXED32, Field, Wire
+
+MAX_NODES = 1 << 20
+KNOWN_DOMAINS = ("", "ai.onnx", "com.microsoft")
+ELEMENT_BITS = {
+    1: ("float32", 32),
+    2: ("uint8", 8),
+    3: ("int8", 8),
+    4: ("uint16", 16),
+    5: ("int16", 16),
+    6: ("int32", 32),
+    7: ("int64", 64),
+    9: ("bool", 8),
+    10: ("float16", 16),
+    11: ("double", 64),
+    12: ("uint32", 32),
+    13: ("uint64", 64),
+    16: ("bfloat16", 16),
+    21: ("uint4", 4),
+    22: ("int4", 4),
+}
+"""onnx's number of an element type: its name and bits."""
+_EXTERNAL = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """A tensor of the file: `location` is the other file that has its data, None where it lies inside."""
+
+    name: str
+    shape: tuple[int, ...]
+    element_type: str
+    num_bytes: int
+    location: str | None
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """An operator; of its attributes the numbers."""
+
+    name: str
+    kind: str
+    domain: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    numbers: dict[str, float]
+
+    def input(self, index: int) -> str:
+        """Return the name of an input, "" where the node has none there."""
+        return self.inputs[index] if index < len(self.inputs) else ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Port:
+    """An input or output of the graph; an extent that is not fixed is None."""
+
+    name: str
+    element_type: str
+    shape: tuple[int | None, ...]
+
+
+@dataclass(slots=True, kw_only=True)
+class OnnxGraph:
+    """What one .onnx file says; `num_bytes` is the file's own size."""
+
+    path: Path
+    num_bytes: int
+    nodes: list[Node] = field(default_factory=list)
+    weights: dict[str, Weight] = field(default_factory=dict)
+    inputs: dict[str, Port] = field(default_factory=dict)
+    outputs: dict[str, Port] = field(default_factory=dict)
+
+
+def read_graph(path: Path) -> OnnxGraph:
+    """Read the graph at `path`; weights are told by where they lie, inside or in files beside it.
+
+    Raises `ModelNotFound` where there is no file, `BadModelFile` where it is no ONNX or its data is not
+    where it says, `UnsupportedModel` where an operator is of a domain that onnxruntime has not.
+    """
+    try:
+        num_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            if num_bytes == 0:
+                raise BadModelFile(
+                    f"{path} is empty, an ONNX model is wanted: fetch the file again"
+                )
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                graph = _Reader(Wire(data, path)).graph(num_bytes)
+    except FileNotFoundError:
+        raise ModelNotFound(f"no file at {path}: name an .onnx file or its folder") from None
+    except OSError as error:
+        raise ModelNotFound(f"{path} cannot be read: {error.strerror or error}") from None
+    _check_domains(graph)
+    _check_external(graph)
+    return graph
+
+
+class _Reader:
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+
+    def graph(self, num_bytes: int) -> OnnxGraph:
+        graph = OnnxGraph(path=self._wire.path, num_bytes=num_bytes)
+        body = None
+        for part in self._wire.fields(0, num_bytes):
+            body = part if part.number == 7 else body
+        if body is None:
+            raise self._wire.broken(0, "it has no graph")
+        for part in self._wire.fields(body.start, body.end):
+            if part.number == 1:
+                graph.nodes.append(self._node(part))
+            elif part.number == 5:
+                weight = self._weight(part)
+                graph.weights[weight.name] = weight
+            elif part.number in (11, 12):
+                port = self._port(part)
+                (graph.inputs if part.number == 11 else graph.outputs)[port.name] = port
+        if not graph.nodes or len(graph.nodes) > MAX_NODES:
+            raise self._wire.broken(body.start, f"its graph has {len(graph.nodes)} nodes")
+        for name in graph.weights:  # old files name them as inputs, too
+            graph.inputs.pop(name, None)
+        return graph
+
+    def _node(self, part: Field) -> Node:
+        texts: dict[int, list[str]] = {1: [], 2: [], 3: [""], 4: [""], 7: [""]}
+        numbers: dict[str, float] = {}
+        for inner in self._wire.fields(part.start, part.end):
+            if inner.number in texts:
+                texts[inner.number].append(self._wire.text(inner))
+            elif inner.number == 5:
+                name, number = self._attribute(inner)
+                if number is not None:
+                    numbers[name] = number
+        return Node(
+            name=texts[3][-1],
+            kind=texts[4][-1],
+            domain=texts[7][-1],
+            inputs=tuple(texts[1]),
+            outputs=tuple(texts[2]),
+            numbers=numbers,
+        )
+
+    def _attribute(self, part: Field) -> tuple[str, float | None]:
+        name, number = "", None
+        for inner in self._wire.fields(part.start, part.end):
+            if inner.number == 1:
+                name = self._wire.text(inner)
+            elif inner.number == 2 and inner.kind == FIXED32:
+                (number,) = struct.unpack("<f", self._wire.data[inner.start : inner.end])
+            elif inner.number == 3:
+                number = self._wire.numbers(inner)[0]
+        return name, number
+
+    def _weight(self, part: Field) -> Weight:
+        shape: list[int] = []
+        external: dict[str, str] = {}
+        name, kind, is_external, offset = "", 0, False, part.start
+        for inner in self._wire.fields(part.start, part.end):
+            if inner.number == 1:
+                shape += self._wire.numbers(inner)
+            elif inner.number == 2:
+                kind = inner.value
+            elif inner.number == 8:
+                name = self._wire.text(inner)
+            elif inner.number == 9:
+                offset = inner.start
+            elif inner.number == 13:
+                key, value = self._pair(inner)
+                external[key] = value
+            elif inner.number == 14:
+                is_external = inner.value == _EXTERNAL
+        if kind not in ELEMENT_BITS or any(extent < 0 for extent in shape):
+            raise self._wire.broken(part.start, f"tensor {name!r} has type {kind}, shape {shape}")
+        element_type, bits = ELEMENT_BITS[kind]
+        return Weight(
+            name=name,
+            shape=tuple(shape),
+            element_type=element_type,
+            num_bytes=-(-prod(shape) * bits // 8),
+            location=external.get("location", "") if is_external else None,
+            offset=self._offset(external, part) if is_external else offset,
+        )
+
+    def _offset(self, external: dict[str, str], part: Field) -> int:
+        text = external.get("offset", "0")
+        if not text.isdecimal():
+            raise self._wire.broken(part.start, f"a tensor's data begins at {text!r}")
+        return int(text)
+
+    def _pair(self, part: Field) -> tuple[str, str]:
+        texts = {1: "", 2: ""}
+        for inner in self._wire.fields(part.start, part.end):
+            texts[inner.number] = self._wire.text(inner)
+        return texts[1], texts[2]
+
+    def _port(self, part: Field) -> Port:
+        name, kind, shape = "", 0, list[int | None]()
+        for inner in self._wire.fields(part.start, part.end):
+            if inner.number == 1:
+                name = self._wire.text(inner)
+            elif inner.number == 2:
+                kind, shape = self._tensor_type(inner)
+        return Port(
+            name=name,
+            element_type=ELEMENT_BITS.get(kind, ("unknown", 0))[0],
+            shape=tuple(shape),
+        )
+
+    def _tensor_type(self, part: Field) -> tuple[int, list[int | None]]:
+        kind, shape = 0, list[int | None]()
+        for tensor in self._wire.fields(part.start, part.end):
+            for inner in self._wire.fields(tensor.start, tensor.end) if tensor.number == 1 else ():
+                if inner.number == 1:
+                    kind = inner.value
+                elif inner.number == 2:
+                    dimensions = self._wire.fields(inner.start, inner.end)
+                    shape += [self._extent(dimension) for dimension in dimensions]
+        return kind, shape
+
+    def _extent(self, part: Field) -> int | None:
+        fields = self._wire.fields(part.start, part.end)
+        return next((inner.value for inner in fields if inner.number == 1), None)
+
+
+def _check_domains(graph: OnnxGraph) -> None:
+    for node in graph.nodes:
+        if node.domain not in KNOWN_DOMAINS:
+            raise UnsupportedModel(
+                f"{graph.path} has the operator {node.domain}.{node.kind}, of a domain that onnxruntime "
+                "has not: export the model with standard and com.microsoft operators"
+            )
+
+
+def _check_external(graph: OnnxGraph) -> None:
+    """Refuse data outside of the folder, missing, or cut short."""
+    sizes: dict[str, int] = {}
+    for weight in graph.weights.values():
+        location = weight.location
+        if location is None:
+            continue
+        if location not in sizes:
+            sizes[location] = _external_bytes(graph.path, location)
+        end = weight.offset + weight.num_bytes
+        if end > sizes[location]:
+            raise BadModelFile(
+                f"{location} beside {graph.path} is cut short: tensor {weight.name!r} ends at byte {end}, "
+                f"the file has {sizes[location]}; fetch it again"
+            )
+
+
+def _external_bytes(path: Path, location: str) -> int:
+    relative = Path(location)
+    if not location or relative.is_absolute() or ".." in relative.parts:
+        raise BadModelFile(
+            f"{path} keeps weights in {location!r}, outside of its folder, which is refused: "
+            "export it with its data beside it"
+        )
+    try:
+        return (path.parent / relative).stat().st_size
+    except OSError:
+        raise BadModelFile(
+            f"{location} is missing beside {path}: it has the weights; fetch it into the same folder"
+        ) from None

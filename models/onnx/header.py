@@ -1,0 +1,219 @@
+"""An ONNX folder -> OnnxSpec: configuration and graph must tell of the same model. Reads no weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+from lowtide.models.errors import BadModelFile, UnsupportedModel
+from lowtide.models.onnx.attention_form import attention_form
+from lowtide.models.onnx.config import OnnxConfig, read_config, read_json
+from lowtide.models.onnx.graph import OnnxGraph, Port, read_graph
+from lowtide.models.onnx.products import Products
+from lowtide.models.onnx.spec import ENGINE, KV_TYPES, GraphPorts, LayerPorts, OnnxSpec
+from lowtide.models.spec import VocabularySpec
+
+TOKENIZER = "tokenizer.json"
+TEMPLATE = "chat_template.jinja"
+LONGEST_TOKEN_BYTES = 256
+SPECIAL_TEXTS = ("bos_token", "eos_token")
+
+
+def read_spec(path: Path) -> OnnxSpec:
+    """Read the `OnnxSpec` of the model at `path`, a folder or an .onnx file in one.
+
+    Raises `ModelNotFound`, `BadModelFile` or `UnsupportedModel` with what is wrong and what to change.
+    """
+    config = read_config(path)
+    graph = read_graph(config.graph)
+    ports = _ports(graph, config)
+    kv_element = _checked_cache(graph, config, ports)
+    _check_logits(graph, config, ports)
+    form, products = attention_form(graph, ports), Products(graph, ports.logits)
+    files = _files(graph)
+    texts, template = _special_texts(config.path.parent)
+    weight_bytes = sum(weight.num_bytes for weight in graph.weights.values())
+    tokenizer = _tokenizer(config)
+    return OnnxSpec(
+        engine=ENGINE,
+        paths=files,
+        name=_name(config),
+        architecture=config.architecture,
+        quantisation=products.quantisation,
+        num_layers=config.num_layers,
+        embedding_width=config.embedding_width,
+        feed_forward_width=(products.widest,) * config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=(config.num_kv_heads,) * config.num_layers,
+        key_head_size=config.head_size,
+        value_head_size=config.head_size,
+        context_length=config.context_length,
+        sliding_window=config.sliding_window,
+        recurrent_state_bytes=0,
+        vocabulary=VocabularySpec(
+            num_tokens=config.vocabulary,
+            num_merges=0,
+            text_bytes=tokenizer.stat().st_size,
+            longest_token_bytes=LONGEST_TOKEN_BYTES,
+        ),
+        weight_bytes=weight_bytes,
+        file_bytes=sum(file.stat().st_size for file in files),
+        tensor_types=frozenset(weight.element_type for weight in graph.weights.values()),
+        chat_template=template,
+        fingerprint=_fingerprint(graph),
+        kv_types=(KV_TYPES[kv_element],),
+        cache_copies=1 if form.shares_cache else 2,
+        copied_bytes=products.packed_bytes + _inline_bytes(graph),
+        ports=ports,
+        kv_element=kv_element,
+        logits_element=graph.outputs[ports.logits].element_type,
+        makes_last_row=graph.outputs[ports.logits].shape[1:2] == (1,),
+        shares_cache=form.shares_cache,
+        attention=form.name,
+        widest_product=products.widest,
+        unpacked_bytes=products.unpacked_bytes,
+        end_ids=frozenset(config.end_ids),
+        tokenizer_path=tokenizer,
+        special_texts=texts,
+    )
+
+
+def _name(config: OnnxConfig) -> str:
+    folder = config.path.parent.resolve()
+    return folder.name or config.architecture
+
+
+def _files(graph: OnnxGraph) -> tuple[Path, ...]:
+    locations = {w.location for w in graph.weights.values() if w.location is not None}
+    return (graph.path, *(graph.path.parent / location for location in sorted(locations)))
+
+
+def _inline_bytes(graph: OnnxGraph) -> int:
+    """What lies inside the .onnx file is copied out of it while it is read."""
+    return sum(w.num_bytes for w in graph.weights.values() if w.location is None)
+
+
+def _ports(graph: OnnxGraph, config: OnnxConfig) -> GraphPorts:
+    def name(key: str) -> str | None:
+        stated = config.input_names.get(key, key)
+        return stated if stated in graph.inputs else None
+
+    token_ids, logits = name("input_ids"), config.input_names.get("logits", "logits")
+    if token_ids is None or logits not in graph.outputs:
+        raise UnsupportedModel(
+            f"{graph.path} has no input of token ids or no output of logits: a decoder that takes "
+            "token ids is wanted"
+        )
+    ports = GraphPorts(
+        token_ids=token_ids,
+        attention_mask=name("attention_mask"),
+        position_ids=name("position_ids"),
+        logits=logits,
+        layers=tuple(_layer_ports(graph, config, layer) for layer in range(config.num_layers)),
+    )
+    known = {token_ids, ports.attention_mask, ports.position_ids}
+    known |= {name for layer in ports.layers for name in layer.past}
+    unknown = sorted(set(graph.inputs) - known)
+    if unknown:
+        raise UnsupportedModel(
+            f"{graph.path} has the input {unknown[0]!r}, which no decoder of text with "
+            f"{config.num_layers} layers needs: export it as a decoder with past keys and values"
+        )
+    return ports
+
+
+def _layer_ports(graph: OnnxGraph, config: OnnxConfig, layer: int) -> LayerPorts:
+    past = _named(config.past_names, layer)
+    present = _named(config.present_names, layer)
+    missing = [n for n in past if n not in graph.inputs]
+    missing += [n for n in present if n not in graph.outputs]
+    if missing:
+        raise BadModelFile(
+            f"{graph.path} has no {missing[0]}, and {config.path} states {config.num_layers} layers: "
+            "export graph and configuration together, with past keys and values"
+        )
+    return LayerPorts(past=past, present=present)
+
+
+def _named(patterns: tuple[str, str], layer: int) -> tuple[str, str]:
+    keys, values = (pattern.replace("%d", str(layer)) for pattern in patterns)
+    return keys, values
+
+
+def _checked_cache(graph: OnnxGraph, config: OnnxConfig, ports: GraphPorts) -> str:
+    """Return the element type of keys and values; their shapes must be the configuration's."""
+    names = [name for layer in ports.layers for name in layer.past]
+    for name in names:
+        shape = graph.inputs[name].shape
+        wanted = (None, config.num_kv_heads, None, config.head_size)
+        if len(shape) != 4 or not _agree(shape, wanted):
+            raise BadModelFile(
+                f"{graph.path}: {name} has the shape {_written(graph.inputs[name])}, {config.path} states "
+                f"{config.num_kv_heads} heads of {config.head_size}: export both together"
+            )
+    elements = {graph.inputs[name].element_type for name in names}
+    if len(elements) != 1 or not elements <= set(KV_TYPES):
+        raise UnsupportedModel(
+            f"{graph.path} keeps keys and values as {' and '.join(sorted(elements))}, one of "
+            f"{', '.join(KV_TYPES)} is wanted: export it for the processor"
+        )
+    return elements.pop()
+
+
+def _agree(shape: tuple[int | None, ...], wanted: tuple[int | None, ...]) -> bool:
+    pairs = zip(shape, wanted, strict=True)
+    return all(has is None or want is None or has == want for has, want in pairs)
+
+
+def _check_logits(graph: OnnxGraph, config: OnnxConfig, ports: GraphPorts) -> None:
+    port = graph.outputs[ports.logits]
+    if port.element_type not in KV_TYPES:
+        raise UnsupportedModel(
+            f"{graph.path} makes logits of {port.element_type}, one of {', '.join(KV_TYPES)} is wanted"
+        )
+    last = port.shape[-1] if port.shape else None
+    if last is not None and last != config.vocabulary:
+        raise BadModelFile(
+            f"{graph.path} makes {last} logits, {config.path} states a vocabulary of "
+            f"{config.vocabulary}: export both together"
+        )
+
+
+def _written(port: Port) -> str:
+    return f"({', '.join('?' if extent is None else str(extent) for extent in port.shape)})"
+
+
+def _tokenizer(config: OnnxConfig) -> Path:
+    path = config.path.parent / TOKENIZER
+    if not path.is_file():
+        raise BadModelFile(f"{path} is missing: fetch it into the same folder")
+    return path
+
+
+def _special_texts(folder: Path) -> tuple[tuple[tuple[str, str], ...], str | None]:
+    """Return the texts that templates ask for, and the chat template itself, None where there is none."""
+    path = folder / "tokenizer_config.json"
+    values = read_json(path) if path.is_file() else {}
+    texts = []
+    for name in SPECIAL_TEXTS:
+        value = values.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        texts.append((name, value if isinstance(value, str) else ""))
+    template = values.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if (folder / TEMPLATE).is_file():
+        template = (folder / TEMPLATE).read_text(encoding="utf-8", errors="replace")
+    return tuple(texts), template if isinstance(template, str) else None
+
+
+def _fingerprint(graph: OnnxGraph) -> str:
+    """Return 32 hexadecimal digits: names and shapes of all weights, and what the nodes are."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(graph.weights.items()):
+        digest.update(f"{name} {weight.shape} {weight.element_type}\n".encode())
+    for kind, count in sorted(Counter(node.kind for node in graph.nodes).items()):
+        digest.update(f"{kind} {count}\n".encode())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,187 @@
+"""An ONNX decoder as one onnxruntime session: the graph as it is, with the KV cache held here.
+
+Knows no budget: what to allocate is decided by whoever fills `OnnxOptions`.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lowtide.models.errors import ForwardError, ModelError, StateError, UnsupportedModel
+from lowtide.models.model import Model
+from lowtide.models.onnx.kv_cache import KvCache, made_cache
+from lowtide.models.onnx.libraries import onnx_library
+from lowtide.models.onnx.options import OnnxOptions, session_options
+from lowtide.models.onnx.spec import OnnxSpec
+from lowtide.models.onnx.tokenizer import OnnxTokenizer
+
+if TYPE_CHECKING:
+    from lowtide.models.model import Logits
+
+PROVIDER = "CPUExecutionProvider"
+
+
+class OnnxModel(Model):
+    """One session and its cache.
+
+    Raises `UnsupportedModel` where onnxruntime refuses the graph, with its own reason.
+    """
+
+    copies_state = True
+
+    def __init__(self, spec: OnnxSpec, options: OnnxOptions) -> None:
+        self.spec = spec
+        self.context = options.context
+        self.max_rows = options.max_rows
+        self._ports = spec.ports
+        self._num_tokens = 0
+        self._session: Any = None
+        self._cache: KvCache | None = None
+        self.tokenizer = OnnxTokenizer(spec)
+        with options.stage("weights"):
+            self._session = _session(spec, options)
+        with options.stage("context"):
+            self._cache = made_cache(spec)(spec, options.context)
+            self._binding = self._session.io_binding()
+            self._make_rows(options)
+
+    def _make_rows(self, options: OnnxOptions) -> None:
+        """Make what goes in and out of a pass beside the cache, once."""
+        import numpy as np
+
+        self._token_ids = np.zeros((1, options.max_rows), np.int64)
+        self._mask = np.ones((1, options.context), np.int64)
+        self._positions = np.arange(options.context, dtype=np.int64)[None]
+        num_logits = self.spec.vocabulary.num_tokens
+        rows = 1 if self._last_row_only else options.max_rows
+        # Pages of its own: rows that only a prompt's passes write take no memory before.
+        element = np.dtype(self._of_onnx.logits_element)
+        self._logits_pages = mmap.mmap(-1, rows * num_logits * element.itemsize)
+        self._logits = np.frombuffer(self._logits_pages, element).reshape(1, rows, num_logits)
+
+    @property
+    def _last_row_only(self) -> bool:
+        return self._of_onnx.makes_last_row
+
+    @property
+    def _of_onnx(self) -> OnnxSpec:
+        assert isinstance(self.spec, OnnxSpec), "it is made with one"
+        return self.spec
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens are in the KV cache."""
+        return self._num_tokens
+
+    def forward(self, token_ids: Sequence[int]) -> Logits:
+        """Append the tokens in one run of the session and return the last row's logits."""
+        import numpy as np
+
+        num_rows = self._checked_rows(token_ids)
+        self._token_ids[0, :num_rows] = token_ids
+        logits = self._logits if self._last_row_only else self._logits[:, :num_rows]
+        self._bind(num_rows, logits)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # onnxruntime has no class of its own for it
+            raise ForwardError(
+                f"a forward pass over {num_rows} rows at {self._num_tokens} failed: {error}"
+            ) from None
+        self._kv.appended()
+        self._num_tokens += num_rows
+        last: Logits = logits[0, -1]
+        return last if last.dtype == np.float32 else last.astype(np.float32)
+
+    def _checked_rows(self, token_ids: Sequence[int]) -> int:
+        num_rows, room = len(token_ids), self.context - self._num_tokens
+        if not 0 < num_rows <= min(self.max_rows, room):
+            raise ForwardError(
+                f"{num_rows} rows do not go in: 1 to {self.max_rows} a pass, room for {room} tokens"
+            )
+        num_logits = self.spec.vocabulary.num_tokens
+        outside = next((i for i in token_ids if not 0 <= i < num_logits), None)
+        if outside is not None:
+            raise ForwardError(f"token {outside} is not in the vocabulary of {num_logits}")
+        return num_rows
+
+    def _bind(self, num_rows: int, logits: Any) -> None:
+        start, end = self._num_tokens, self._num_tokens + num_rows
+        ports, binding = self._ports, self._binding
+        self._bind_input(ports.token_ids, self._token_ids[:, :num_rows])
+        if ports.attention_mask is not None:
+            self._bind_input(ports.attention_mask, self._mask[:, :end])
+        if ports.position_ids is not None:
+            self._bind_input(ports.position_ids, self._positions[:, start:end])
+        self._kv.bind(binding, start, num_rows)
+        address = logits.ctypes.data
+        binding.bind_output(ports.logits, "cpu", 0, logits.dtype, list(logits.shape), address)
+
+    def _bind_input(self, name: str, values: Any) -> None:
+        """Bind an array of one row, which is contiguous wherever it is cut."""
+        address = values.ctypes.data
+        self._binding.bind_input(name, "cpu", 0, values.dtype, list(values.shape), address)
+
+    @property
+    def _kv(self) -> KvCache:
+        assert self._cache is not None, "the model is closed"
+        return self._cache
+
+    def truncate(self, num_tokens: int) -> int:
+        """Forget the tokens from `num_tokens` on; their pages go back to the system."""
+        kept = max(min(num_tokens, self._num_tokens), 0)
+        if kept < self._num_tokens:
+            self._kv.cut(self._num_tokens, kept)
+        self._num_tokens = kept
+        return kept
+
+    def trim(self) -> None:
+        """Give back the pages that hold no token."""
+        self._kv.cut(self._num_tokens, self._num_tokens)
+
+    def state_bytes(self) -> int:
+        """Return the bytes of the cells that hold tokens."""
+        return sum(row.nbytes for row in self._kv.rows(self._num_tokens))
+
+    def copy_state(self, into: memoryview) -> None:
+        """Copy the cells that hold tokens, head by head."""
+        if len(into) != self.state_bytes():
+            raise StateError(f"{len(into)} bytes are given, {self.state_bytes()} are wanted")
+        position = 0
+        for row in self._kv.rows(self._num_tokens):
+            into[position : position + row.nbytes] = row
+            position += row.nbytes
+
+    def put_state(self, state: memoryview, num_tokens: int) -> None:
+        """Put the cells back; those that hold no token stay untouched."""
+        self.truncate(0)
+        rows = list(self._kv.rows(num_tokens)) if 0 <= num_tokens <= self.context else []
+        if sum(row.nbytes for row in rows) != len(state):
+            raise StateError(f"the state has {len(state)} bytes, which is not {num_tokens} tokens'")
+        position = 0
+        for row in rows:
+            row[:] = state[position : position + row.nbytes]
+            position += row.nbytes
+        self._num_tokens = num_tokens
+
+    def close(self) -> None:
+        """Free the session and the cache."""
+        self._binding = self._session = None
+        if self._cache is not None:
+            self._cache.close()
+            self._cache = None
+
+
+def _session(spec: OnnxSpec, options: OnnxOptions) -> Any:
+    library = onnx_library("onnxruntime")
+    try:
+        return library.InferenceSession(
+            str(spec.path), session_options(options.threads), providers=[PROVIDER]
+        )
+    except MemoryError:
+        raise ModelError(f"{spec.path} cannot be loaded: the system has no memory for it") from None
+    except Exception as error:  # onnxruntime has no class of its own for it
+        raise UnsupportedModel(
+            f"onnxruntime {library.__version__} cannot run {spec.path}: {error}"
+        ) from None

@@ -1,0 +1,32 @@
+"""OnnxOptions: what to allocate for an ONNX model, and where it runs. Allocates nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from lowtide.models.onnx.libraries import onnx_library
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxOptions:
+    """`context` and `max_rows` count tokens; `stage` is entered around "weights" and "context"."""
+
+    context: int
+    max_rows: int
+    threads: int
+    stage: Callable[[str], AbstractContextManager[object]] = nullcontext
+
+
+def session_options(threads: int) -> Any:
+    """Return onnxruntime's options: nothing is kept between passes, and threads sleep between them."""
+    options = onnx_library("onnxruntime").SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options

@@ -1,0 +1,120 @@
+"""ONNX folders through the runtime and the command line: planned, answered, and never over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from onnx_decoders import Shape, write_decoder
+from processes import run_lowtide
+
+from lowtide import OverBudget, Runtime
+from lowtide.models.errors import BadModelFile, BadOption
+from lowtide.models.fake_model import CHAT_TEMPLATE
+
+BIG = Shape(
+    layers=4, width=384, heads=6, kv_heads=2, feed_forward=1024, vocabulary=4096, context=2048
+)
+TEXT = "The tide goes out. " * 60
+GREEDY = {"max_tokens": 12, "temperature": 0}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return write_decoder(tmp_path / "tiny", chat_template=CHAT_TEMPLATE)
+
+
+def test_answers_are_the_same_after_going_back(tiny: Path) -> None:
+    with Runtime.open(tiny, memory="2GiB", threads=1, prefix_cache="4MiB") as runtime:
+        assert runtime.plan.kv_type == "f32" and runtime.plan.context == 512
+        first = runtime.generate("Once upon a time", **GREEDY)
+        runtime.generate("Something else", **GREEDY)
+        again = runtime.generate("Once upon a time", **GREEDY)
+        assert first.token_ids == again.token_ids and len(first.token_ids) == 12
+        assert again.stats.restored_tokens > 0
+        runtime.trim("complete")
+        assert runtime.generate("Once upon a time", **GREEDY).token_ids == first.token_ids
+
+
+def test_a_chat_reuses_its_cache(tiny: Path) -> None:
+    messages = [{"role": "user", "content": "Name a colour."}]
+    with Runtime.open(tiny, memory="2GiB", threads=1) as runtime:
+        *_, last = runtime.chat(messages, **GREEDY)
+        *_, again = runtime.chat(messages, **GREEDY)
+    assert last.finish_reason == "length" and again.stats.reused_tokens > 20
+
+
+@pytest.mark.parametrize("external", [True, False])
+@pytest.mark.parametrize("form", ["gqa", "mha", "standard", "decomposed"])
+def test_never_over_its_plan(tmp_path: Path, form: str, external: bool) -> None:
+    shape = BIG if form != "mha" else Shape(**{**vars_of(BIG), "kv_heads": 6})
+    folder = write_decoder(tmp_path / "big", form, shape, external=external)
+    prompt = TEXT.encode()
+    done = run_lowtide(
+        *("run", str(folder), "--raw", "--json", "-n", "8", "--temp", "0", "-t", "1"), stdin=prompt
+    )
+    assert done.code == 0, done.stderr
+    stats = json.loads(done.stdout)["stats"]
+    assert stats["prompt_tokens"] == len(prompt)
+    assert done.peak_bytes <= stats["planned_bytes"]
+
+
+def vars_of(shape: Shape) -> dict[str, int]:
+    return {name: getattr(shape, name) for name in Shape.__dataclass_fields__}
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    folder = write_decoder(tmp_path / "big", "gqa", BIG)
+    with pytest.raises(OverBudget, match="raise --memory to"):
+        Runtime.open(folder, memory="60MiB", threads=1)
+    done = run_lowtide("plan", str(folder), "--memory", "60MiB")
+    assert done.code == 2 and "onnxruntime" in done.stdout
+
+
+def test_the_lower_bound_runs(tmp_path: Path) -> None:
+    folder = write_decoder(tmp_path / "big", "gqa", BIG)
+    asked = run_lowtide("plan", str(folder), "--memory", "60MiB", "--json", "-t", "1")
+    bound = json.loads(asked.stdout)["lower_bound_bytes"]
+    done = run_lowtide(
+        *("run", str(folder), "--raw", "-n", "4", "-t", "1", "--memory", str(bound)),
+        stdin=TEXT[:400].encode(),
+    )
+    assert done.code == 0, done.stderr
+    assert done.peak_bytes <= bound
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention": "dense"}, "runs whole with its own GroupQueryAttention"),
+        ({"attention": "tidal"}, "leave attention out"),
+        ({"pack": True}, "pack is for models that llama.cpp runs"),
+        ({"speculate": "ngram"}, "speculate is for models that llama.cpp runs"),
+        ({"kv_type": "q8_0"}, "the graph of tiny keeps f32"),
+        ({"context": 1000}, "was made for 512"),
+    ],
+)
+def test_what_a_whole_graph_cannot_do(tiny: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(BadOption, match=message):
+        Runtime.open(tiny, memory="2GiB", **options)  # type: ignore[arg-type]
+
+
+def test_another_models_tokenizer_is_told_before_loading(tiny: Path) -> None:
+    from onnx_folders import write_tokenizer
+
+    write_tokenizer(tiny, 400, None)
+    with pytest.raises(BadModelFile, match="take the tokenizer that was exported with it"):
+        Runtime.open(tiny, memory="2GiB")
+
+
+def test_commands(tiny: Path) -> None:
+    run = run_lowtide("run", str(tiny), "-p", "Hi", "-n", "4", "--temp", "0", "-t", "1")
+    assert run.code == 0 and run.stdout and "peak" in run.stderr
+    chat = run_lowtide("chat", str(tiny), "-n", "4", "-t", "1", stdin=b"Hi\nAgain\n")
+    assert chat.code == 0, chat.stderr
+    profile = run_lowtide("profile", str(tiny), "-p", "Hi", "-n", "4", "-t", "1")
+    assert profile.code == 0, profile.stderr
+    (tiny / "model.onnx.data").unlink()
+    broken = run_lowtide("run", str(tiny), "-p", "Hi")
+    assert broken.code == 2 and "is missing beside" in broken.stderr
