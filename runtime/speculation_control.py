@@ -15,7 +15,7 @@ from lowtide.runtime.accept import Acceptance
 from lowtide.runtime.drafts.draft import Draft, Proposal
 from lowtide.runtime.pass_costs import PassCosts
 
-LEAST_GAIN = 1.04
+LEAST_GAIN = 1.08
 """A verification has to promise so many times a plain step's throughput."""
 WASTED_SHARE = 0.02
 """Of the time spent decoding, what proposals that come to nothing may take."""
