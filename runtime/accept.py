@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 MEMORY = 0.96
 """What a count is worth after each later one: acceptance follows the text in some 25 proposals."""
 PRIOR_WEIGHT = 3.0
-PRIOR_ACCEPTANCE = 0.3
-"""What is taken for the acceptance before anything is known, and how many proposals' worth that is: little,
-since counting goes on without verifying."""
+"""How many proposals a draft's own word for its acceptance is worth."""
 PRIOR_OF_NEXT = 0.9
 """What is taken for the next position's acceptance, as a share of the one before."""
 
@@ -55,9 +53,13 @@ class Verification:
 
 
 class Acceptance:
-    """How often each position of a proposal is right where all before it were; recent ones count more."""
+    """How often each position of a proposal is right where all before it were; recent ones count more.
 
-    def __init__(self, num_positions: int) -> None:
+    `prior` is believed of the first position before anything is counted.
+    """
+
+    def __init__(self, num_positions: int, prior: float) -> None:
+        self._prior = prior
         self._tried = [0.0] * num_positions
         self._right = [0.0] * num_positions
 
@@ -70,7 +72,7 @@ class Acceptance:
     def by_position(self) -> tuple[float, ...]:
         """Return the share that was right; what is not known is nearly as the position before."""
         shares = []
-        believed = PRIOR_ACCEPTANCE
+        believed = self._prior
         for tried, right in zip(self._tried, self._right, strict=True):
             believed = (right + PRIOR_WEIGHT * believed) / (tried + PRIOR_WEIGHT)
             shares.append(believed)

@@ -15,7 +15,7 @@ from lowtide.runtime.accept import Acceptance
 from lowtide.runtime.drafts.draft import Draft, Proposal
 from lowtide.runtime.pass_costs import PassCosts
 
-LEAST_GAIN = 1.04
+LEAST_GAIN = 1.08
 """A verification has to promise so many times a plain step's throughput."""
 WASTED_SHARE = 0.02
 """Of the time spent decoding, what proposals that come to nothing may take."""
@@ -23,6 +23,8 @@ FIRST_WASTE_S = 0.002
 """What they may take before anything is decoded."""
 LOST_SHARE = 0.01
 """Of the time spent decoding, what verifications may have lost in all, whatever they promised."""
+MOST_WATCHED = 3
+"""Proposals of a draft that are compared with what comes at once, beside those that are verified."""
 MOST_CREDIT_STEPS = 8
 """Gains of before stand for later losses up to so many plain steps."""
 
@@ -64,7 +66,10 @@ class SpeculationControl:
         self.costs = costs
         positions = max(costs.most_rows - 1, 1)
         self._records = [
-            _Record(draft, [Acceptance(positions) for _ in range(draft.num_classes)])
+            _Record(
+                draft,
+                [Acceptance(positions, draft.prior(c)) for c in range(draft.num_classes)],
+            )
             for draft in drafts
         ]
         self.best_promise: float | None = None
@@ -162,6 +167,6 @@ class SpeculationControl:
         )
 
     def _watch(self, record: _Record, proposal: Proposal, *, always: bool) -> None:
-        if always or not record.watched:
+        if always or len(record.watched) < MOST_WATCHED:
             watched = _Watched(proposal, record.classes[proposal.sureness])
             record.watched.append(watched)

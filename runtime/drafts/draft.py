@@ -45,6 +45,10 @@ class Draft(ABC):
     def propose(self, num_tokens: int) -> Proposal:
         """Return at most `num_tokens` tokens that may come after the text that is followed."""
 
+    def prior(self, sureness: int) -> float:
+        """Return the acceptance to believe in for a class before anything is counted: rather too little."""
+        return 0.3
+
     def close(self) -> None:
         """Give back what is held; closing twice is allowed."""
         return None

@@ -13,10 +13,12 @@ from lowtide.runtime.drafts.draft import Draft, Proposal, num_kept
 LEAST_MATCH = 3
 MOST_MATCH = 32
 """Tokens that have to agree, and how many are compared: longer matches are not told apart."""
-MOST_CANDIDATES = 64
+MOST_CANDIDATES = 32
 """Earlier places that are looked at for each proposal."""
 CLASSES = (4, 6, 8, 12, 20)
 """Matches shorter than these fall into classes 0, 1, ...: a longer one is right more often."""
+PRIORS = (0.4, 0.55, 0.7, 0.8, 0.9, 0.95)
+"""What is believed of each class at first: a little less than transcripts of chats showed."""
 NUM_HEADS = 1 << 12
 
 
@@ -65,6 +67,10 @@ class NgramDraft(Draft):
             return Proposal()
         sureness = sum(longest >= least for least in CLASSES)
         return Proposal(self._copied(best, num_tokens), sureness)
+
+    def prior(self, sureness: int) -> float:
+        """Return more for longer matches."""
+        return PRIORS[sureness]
 
     def _copied(self, place: int, num_tokens: int) -> tuple[int, ...]:
         """What follows a place; where it reaches the text's end it repeats, as the text would."""

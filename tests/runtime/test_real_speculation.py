@@ -102,7 +102,10 @@ def test_the_peak_stays_inside_the_plan(smollm2: Path) -> None:
     measured = run_python(
         f"""
 from lowtide import Runtime
+from lowtide.memory.speculation_plan import CostCurve
+from lowtide.runtime.pass_costs import PassCosts
 with Runtime.open({str(smollm2)!r}, memory="400MiB", context=512, threads=1, speculate="auto") as runtime:
+    runtime._loaded.speculator._control.costs = PassCosts(CostCurve(num_rows=(1, 8), seconds=(1.0, 1.1)))
     result = runtime.generate("one two three four " * 60, max_tokens=60, temperature=0)
     assert result.stats.speculation["rounds"] > 0, result.stats.speculation
     print(runtime.plan.total_bytes)

@@ -9,7 +9,7 @@ import pytest
 from speculating import CHEAP, DEAR, Ticks, ToldDraft
 
 from lowtide.memory.speculation_plan import CostCurve
-from lowtide.runtime.accept import PRIOR_ACCEPTANCE, Acceptance, Verification
+from lowtide.runtime.accept import Acceptance, Verification
 from lowtide.runtime.drafts.draft import Draft, Proposal
 from lowtide.runtime.pass_costs import PassCosts
 from lowtide.runtime.speculation_control import FIRST_WASTE_S, WASTED_SHARE, SpeculationControl
@@ -144,13 +144,13 @@ def test_a_draft_that_claims_a_class_that_it_has_not_is_not_heard() -> None:
 
 
 def test_acceptance_is_counted_by_position() -> None:
-    acceptance = Acceptance(3)
+    acceptance = Acceptance(3, 0.4)
     first, *others = acceptance.by_position()
-    assert first == PRIOR_ACCEPTANCE and first > others[0] > others[1] > 0
+    assert first == pytest.approx(0.4) and first > others[0] > others[1] > 0
     for _ in range(200):
         acceptance.count(2, 1)
     first, second, third = acceptance.by_position()
-    assert first > 0.95 and second > 0.95 and third < 0.1
+    assert first > 0.9 and second > 0.9 and third < 0.15
     for _ in range(200):
         acceptance.count(0, 1)
     assert acceptance.by_position()[0] < 0.1
