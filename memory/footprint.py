@@ -49,9 +49,6 @@ SAMPLING_COPIES = 7
 PROMPT_BYTES_PER_TOKEN = 12
 """Text admitted for each token of context: about three times what natural text takes."""
 MIN_PROMPT_BYTES = 16 * KIB
-TOKENISER_BYTES_PER_PROMPT_BYTE = 128
-"""Peak growth while llama.cpp tokenises, for each byte of text: 123 measured at the worst (one word of
-blanks), 18 to 48 for natural text."""
 
 SESSION_CHUNK_BYTES = 256 * KIB
 """How much of a session file is checked at once."""
@@ -261,11 +258,11 @@ def prompt_limit_bytes(context: int) -> int:
     return max(PROMPT_BYTES_PER_TOKEN * context, MIN_PROMPT_BYTES)
 
 
-def tokenising_bytes(text_bytes: int) -> int:
+def tokenising_bytes(spec: ModelSpec, text_bytes: int) -> int:
     """Return what tokenising a text of so many UTF-8 bytes takes for a moment."""
-    return TOKENISER_BYTES_PER_PROMPT_BYTE * text_bytes
+    return spec.tokenising_bytes * text_bytes
 
 
-def prompt_bytes(context: int) -> int:
+def prompt_bytes(spec: ModelSpec, context: int) -> int:
     """Return what the longest admitted prompt takes while it is tokenised."""
-    return tokenising_bytes(prompt_limit_bytes(context))
+    return tokenising_bytes(spec, prompt_limit_bytes(context))

@@ -165,10 +165,10 @@ class PlanRows:
 
     def _prompt(self, choice: Choice) -> PlanRow:
         """A long prompt is tokenised before its cache is used: that much memory is free then."""
-        num_bytes, why = footprint.prompt_bytes(choice.kv_tokens), ""
+        num_bytes, why = footprint.prompt_bytes(self._spec, choice.kv_tokens), ""
         if self._host.kv_follows_use:
             unused = self._cache(choice).num_bytes
-            num_bytes = max(num_bytes - unused, footprint.prompt_bytes(0))
+            num_bytes = max(num_bytes - unused, footprint.prompt_bytes(self._spec, 0))
             why = ", while the cache does not need its own yet"
         limit = footprint.prompt_limit_bytes(choice.kv_tokens)
         return PlanRow(owners.PROMPT, num_bytes, f"{limit:,} bytes of text{why}")

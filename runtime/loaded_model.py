@@ -210,7 +210,7 @@ class LoadedModel:
         room = reserved[PROMPT]
         if self.planned.host.kv_follows_use:
             room += reserved[CACHE] - self._kv_bytes(num_tokens)
-        return tokenising_bytes(text_bytes) <= room
+        return tokenising_bytes(self.planned.spec, text_bytes) <= room
 
     def _watched(self) -> WatchedModel:
         """What a profiler may ask of the model, while it is loaded and later."""

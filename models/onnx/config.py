@@ -60,8 +60,8 @@ def read_config(path: Path) -> OnnxConfig:
     if not path.exists():
         raise ModelNotFound(f"nothing is at {path}: name an .onnx file or its folder")
     raise BadModelFile(
-        f"{folders[0]} has neither {GENAI} nor {OPTIMUM}: name a .gguf file, or the folder of an "
-        "ONNX decoder as onnxruntime-genai or Optimum write it"
+        f"{folders[0]} is a folder with neither {GENAI} nor {OPTIMUM}: name a .gguf file, or the folder "
+        "of an ONNX decoder as onnxruntime-genai or Optimum write it"
     )
 
 

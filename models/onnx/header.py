@@ -17,6 +17,8 @@ from lowtide.models.spec import VocabularySpec
 TOKENIZER = "tokenizer.json"
 TEMPLATE = "chat_template.jinja"
 LONGEST_TOKEN_BYTES = 256
+TOKENISING_BYTES = 512
+"""Memory for each byte of text while `tokenizers` works on it: 219 to 383 measured, a token a byte."""
 SPECIAL_TEXTS = ("bos_token", "eos_token")
 
 
@@ -62,6 +64,7 @@ def read_spec(path: Path) -> OnnxSpec:
         tensor_types=frozenset(weight.element_type for weight in graph.weights.values()),
         chat_template=template,
         fingerprint=_fingerprint(graph),
+        tokenising_bytes=TOKENISING_BYTES,
         kv_types=(KV_TYPES[kv_element],),
         cache_copies=1 if form.shares_cache else 2,
         copied_bytes=products.packed_bytes + _inline_bytes(graph),

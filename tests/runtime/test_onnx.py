@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from onnx_decoders import Shape, write_decoder
@@ -12,9 +13,13 @@ from processes import run_lowtide
 from lowtide import OverBudget, Runtime
 from lowtide.models.errors import BadModelFile, BadOption
 from lowtide.models.fake_model import CHAT_TEMPLATE
+from lowtide.models.header import read_spec
 
 BIG = Shape(
     layers=4, width=384, heads=6, kv_heads=2, feed_forward=1024, vocabulary=4096, context=2048
+)
+WIDE = Shape(
+    layers=2, width=768, heads=12, kv_heads=4, feed_forward=2048, vocabulary=4096, context=2048
 )
 TEXT = "The tide goes out. " * 60
 GREEDY = {"max_tokens": 12, "temperature": 0}
@@ -60,8 +65,44 @@ def test_never_over_its_plan(tmp_path: Path, form: str, external: bool) -> None:
     assert done.peak_bytes <= stats["planned_bytes"]
 
 
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"bits": 4},
+        {"bits": 4, "accuracy_level": 0},
+        {"bits": 4, "external": False},
+        {"bits": 8},
+        {"bits": 4, "element": "float16"},
+        {"element": "float16"},
+    ],
+    ids=str,
+)
+def test_quantised_weights_stay_inside_the_plan(tmp_path: Path, weights: dict[str, Any]) -> None:
+    folder = write_decoder(tmp_path / "wide", "gqa", WIDE, **weights)
+    spec = read_spec(folder)
+    assert spec.quantisation == (f"int{weights['bits']}" if "bits" in weights else "float16")
+    done = run_lowtide(
+        *("run", str(folder), "--raw", "--json", "-n", "4", "--temp", "0", "-t", "1"),
+        stdin=TEXT.encode(),
+    )
+    assert done.code == 0, done.stderr
+    assert done.peak_bytes <= json.loads(done.stdout)["stats"]["planned_bytes"]
+
+
 def vars_of(shape: Shape) -> dict[str, int]:
     return {name: getattr(shape, name) for name in Shape.__dataclass_fields__}
+
+
+def test_a_long_text_is_tokenised_inside_the_plan(tmp_path: Path) -> None:
+    shape = Shape(context=65536, width=32, heads=2, kv_heads=1)
+    folder = write_decoder(tmp_path / "long", "gqa", shape)
+    text = b"ab\n" * 200_000  # refused after it was tokenised: as many tokens as bytes
+    done = run_lowtide("run", str(folder), "--raw", "--memory", "700MiB", "-t", "1", stdin=text)
+    assert done.code == 2 and "the prompt has 600,000 tokens" in done.stderr
+    plan = json.loads(
+        run_lowtide("plan", str(folder), "--memory", "700MiB", "-t", "1", "--json").stdout
+    )
+    assert plan["total_bytes"] > done.peak_bytes > 250 << 20
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:

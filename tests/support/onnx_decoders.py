@@ -43,12 +43,16 @@ def write_decoder(
     layout: str = "genai",
     external: bool = True,
     element: str = "float32",
+    bits: int | None = None,
+    accuracy_level: int = 4,
     chat_template: str | None = None,
 ) -> Path:
     """Write a folder as exporters do: graph, weights, configuration and tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     shape = shape or Shape()
     model = _model(form, shape, np.dtype(element))
+    if bits is not None:
+        model = _quantised(model, bits, accuracy_level)
     onnx.save_model(
         model,
         folder / "model.onnx",
@@ -62,6 +66,18 @@ def write_decoder(
         write_optimum_config(folder, shape)
     write_tokenizer(folder, shape.vocabulary, chat_template)
     return folder
+
+
+def _quantised(model: onnx.ModelProto, bits: int, accuracy_level: int) -> onnx.ModelProto:
+    """The matrices as MatMulNBits of blocks of 32."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantiser = MatMulNBitsQuantizer(
+        model, bits=bits, block_size=32, is_symmetric=True, accuracy_level=accuracy_level
+    )
+    quantiser.process()
+    made: onnx.ModelProto = quantiser.model.model
+    return made
 
 
 def _model(form: str, shape: Shape, element: np.dtype) -> onnx.ModelProto:
