@@ -17,6 +17,7 @@
 #include "attention_node.h"
 #include "attention_problem.h"
 #include "custom_ops.h"
+#include "delta_attend.h"
 #include "ggml_tensor.h"
 #include "layer_clock.h"
 #include "prompt_scores.h"
@@ -44,6 +45,7 @@ struct GraphHook {
     bool active, rounded;
     int num_threads;
     TidalAttend attend;
+    DeltaAttend delta;
     PromptScores prompt_scores;
     VisibleKeys visible;
     WeightStream weights;
@@ -78,7 +80,8 @@ void attend_node(GgmlTensor* node, int thread, int num_threads, void* user_data)
     for (int stream = 0; stream < read.num_streams(); ++stream) {
         const AttentionProblem problem = problem_of(read, stream, layer);
         const int visible = thread == 0 && stream == 0 ? hook.visible.count(problem, index) : 0;
-        const int num_read = hook.attend.run(problem, index, *hook.kernels, thread, num_threads);
+        int num_read = hook.delta.run(problem, index, stream, *hook.kernels, thread, num_threads);
+        if (num_read == DeltaAttend::kNotTaken) num_read = hook.attend.run(problem, index, *hook.kernels, thread, num_threads);
         keys_held += visible;
         keys_read += num_read < visible ? num_read : visible;
     }
@@ -119,7 +122,9 @@ const char* learn(GraphHook& hook) {
 bool make_room(GraphHook& hook, const AttentionNode& read, int layer) {
     if (hook.prompt_scores.end_with(layer)) return read.num_streams() == 1 && hook.prompt_scores.reserve(read.problem(0), hook.num_threads);
     for (int stream = 0; stream < read.num_streams(); ++stream)
-        if (!hook.attend.reserve(read.problem(stream), layer, hook.num_threads)) return false;
+        if (!hook.attend.reserve(read.problem(stream), layer, hook.num_threads) ||
+            !hook.delta.reserve(read.problem(stream), layer, stream, hook.num_threads))
+            return false;
     return true;
 }
 
@@ -218,7 +223,10 @@ extern "C" bool lowtide_hook_callback(void* tensor, bool ask, void* user_data) {
 
 extern "C" LayerClock* lowtide_hook_clock(GraphHook* hook) { return &hook->clock; }
 
-extern "C" void lowtide_hook_set_active(GraphHook* hook, int active) { hook->active = active != 0; }
+extern "C" void lowtide_hook_set_active(GraphHook* hook, int active) {
+    hook->active = active != 0;
+    hook->delta.cut(0);
+}
 
 extern "C" int lowtide_hook_set_roles(GraphHook* hook, const uint8_t* roles, int num_layers, const SelectionRule* rule) {
     try {
@@ -228,6 +236,20 @@ extern "C" int lowtide_hook_set_roles(GraphHook* hook, const uint8_t* roles, int
     }
     return 0;
 }
+
+extern "C" int lowtide_hook_set_groups(GraphHook* hook, const DeltaRule* rule, const uint8_t* num_groups, const float* scales, int num_layers,
+                                       int num_kv_heads, int key_size) {
+    try {
+        hook->delta.set_units(*rule, num_groups, scales, num_layers < kMaxLayers ? num_layers : kMaxLayers, num_kv_heads, key_size);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}
+
+extern "C" void lowtide_hook_start_grouped(GraphHook* hook, int grouped) { hook->delta.start_pass(grouped != 0); }
+
+extern "C" void lowtide_hook_cut(GraphHook* hook, int num_cells) { hook->delta.cut(num_cells); }
 
 extern "C" int lowtide_hook_stream_weights(GraphHook* hook, const WeightSpan* spans, int num_spans, const uint8_t* kept,
                                            int num_groups) {
@@ -259,7 +281,7 @@ extern "C" int lowtide_hook_prompt_scores(const GraphHook* hook, float* scores, 
 extern "C" int lowtide_hook_can_round(const GraphHook* hook) { return hook->kernels->attend_rounded != nullptr; }
 
 extern "C" HookCounts lowtide_hook_counts(const GraphHook* hook) {
-    HookCounts counts{0, 0, hook->nodes_ours, hook->nodes_theirs, hook->nanoseconds, int64_t(hook->attend.scratch_bytes() + hook->prompt_scores.scratch_bytes()),
+    HookCounts counts{0, 0, hook->nodes_ours, hook->nodes_theirs, hook->nanoseconds, int64_t(hook->attend.scratch_bytes() + hook->delta.scratch_bytes() + hook->prompt_scores.scratch_bytes()),
                       hook->keys_read, hook->keys_held, hook->weights.given_back_bytes(), hook->products_sliced};
     for (const Layer& layer : hook->layers) {
         counts.layers_ours += layer.ours && !layer.theirs;
