@@ -178,7 +178,7 @@ class PlanRows:
         return (PlanRow(owners.PREFIXES, choice.prefix_bytes, why),)
 
     def _attention(self, choice: Choice) -> PlanRow:
-        spec, threads = self._spec, self._options.attention_threads
+        spec, options, threads = self._spec, self._options, self._options.attention_threads
         num_bytes = footprint.attention_bytes(spec, choice.context, threads) if threads else 0
         if self._options.selection_layers:
             num_bytes += footprint.selection_bytes(
@@ -186,11 +186,20 @@ class PlanRows:
             )
         if self._options.first_pass is not None:
             num_bytes += footprint.filter_bytes(spec, choice.context, threads)
+        if options.key_groups is not None:
+            num_bytes += footprint.group_bytes(spec, options.key_groups, choice.context, threads)
         return PlanRow(
             owners.SCRATCH,
             num_bytes,
-            f"our kernels, {threads} threads" if threads else "llama.cpp's kernels need none",
+            _kernels_line(options),
         )
+
+
+def _kernels_line(options: PlanOptions) -> str:
+    if not options.attention_threads:
+        return "llama.cpp's kernels need none"
+    groups = "" if options.key_groups is None else ", groups of keys beside the cache"
+    return f"our kernels, {options.attention_threads} threads{groups}"
 
 
 def _comparison(spec: ModelSpec, num_rows: int) -> tuple[PlanRow, ...]:

@@ -73,6 +73,7 @@ class LoadedModel:
         self.steering = Steering()
         if self.hook is not None:
             self.steering = planned.policy.install(self.hook, planned.spec)
+            _tell_cuts(model, self.hook)
         self.growth = KvGrowth(self.ledger, planned.plan.cache_tokens, self._kv_bytes)
         self.prompt_filter = self._prompt_filter()
         if planned.plan.kept_layers is not None:
@@ -225,6 +226,20 @@ class LoadedModel:
             self._callback = None
         for owner in self.ledger.owners:
             self.ledger.release(owner)
+
+
+def _tell_cuts(model: Model, hook: GraphHook) -> None:
+    """Tokens may come back in another way than by a pass: what the hook keeps of them is cut, too."""
+    if not isinstance(model, GgufModel):
+        return
+    told = model.on_cut
+
+    def cut(num_used: int, num_kept: int) -> None:
+        hook.cut(num_kept)
+        if told is not None:
+            told(num_used, num_kept)
+
+    model.on_cut = cut
 
 
 def _graph_hook(planned: PlannedModel, profiler: Profiler) -> GraphHook | None:

@@ -77,6 +77,8 @@ bool DeltaAttend::reserve(const AttentionProblem& p, int layer, int stream, int 
             streams[stream][head].reserve(p, num_groups, p.num_keys, num_beside);
             most_keys = std::max(most_keys, size_t(p.num_keys / kPageKeys) * num_groups + num_beside);
         }
+        const size_t out_size = measures_ ? size_t(p.num_rows) * p.num_heads * p.value_size : 0;
+        if (out_.size() < out_size) out_.resize(out_size);
         const size_t mask_size = most_keys * std::min(p.num_rows, kPageKeys);
         if (mask_.size() < mask_size) mask_.reserve(mask_size), mask_.resize(mask_size);
         largest.num_keys = int(std::max(size_t(largest.num_keys), most_keys));
@@ -115,7 +117,7 @@ int DeltaAttend::run(const AttentionProblem& p, int layer, int stream, const Ker
     }
     int num_read = 0;
     for (const KeyGroups& groups : heads) num_read += groups.num_keys();
-    return num_read / num_kv_heads_;
+    return measures_ ? kNotTaken : num_read / num_kv_heads_;
 }
 
 // Makes the problem of some rows, which see all groups, and of the rows beside those what is not behind them.
@@ -137,6 +139,49 @@ void DeltaAttend::ready(const AttentionProblem& p, const KeyGroups& groups, int 
     own.mask = reinterpret_cast<const char*>(mask_.data()), own.mask_row_stride = sizeof(uint16_t) * num_keys;
     own.num_rows = num_rows, own.num_heads = p.group_size(), own.num_kv_heads = 1, own.num_keys = num_keys;
     if (own.sinks != nullptr) own.sinks += heads_before;
+    if (!measures_) return;
+    own.out_head_stride = sizeof(float) * p.value_size, own.out_row_stride = own.out_head_stride * p.num_heads;
+    own.out = reinterpret_cast<char*>(out_.data()) + first_row * own.out_row_stride + heads_before * own.out_head_stride;
+}
+
+void DeltaAttend::start_measuring() {
+    grouped_ = measures_ = true;
+    measured_.assign(num_groups_.size(), {});
+    for (Measure& unit : measured_) unit.squares.assign(key_size_, 0.0);
+}
+
+void DeltaAttend::measure(const AttentionProblem& p, int layer) {
+    if (!measures_ || !knows(p, layer)) return;
+    if (!taken_) {
+        for (int head = 0; head < num_kv_heads_; ++head) measured_[layer * num_kv_heads_ + head].is_left_out = true;
+        return;
+    }
+    const int first = first_position(p), group = p.group_size();
+    for (int row = 0; row < p.num_rows; ++row)
+        for (int kv_head = 0; kv_head < num_kv_heads_; ++kv_head) {
+            Measure& unit = measured_[layer * num_kv_heads_ + kv_head];
+            double wrong = 0.0, whole = 0.0;
+            for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+                const auto* q = reinterpret_cast<const float*>(p.q + row * p.q_row_stride + head * p.q_head_stride);
+                const auto* exact = reinterpret_cast<const float*>(p.out + row * p.out_row_stride + head * p.out_head_stride);
+                const float* grouped = out_.data() + (size_t(row) * p.num_heads + head) * p.value_size;
+                for (int d = 0; d < p.key_size; ++d) unit.squares[d] += double(q[d]) * q[d] / group;
+                for (int d = 0; d < p.value_size; ++d) {
+                    const double apart = double(exact[d]) - grouped[d];
+                    wrong += apart * apart, whole += double(exact[d]) * exact[d];
+                }
+            }
+            ++unit.num_queries;
+            if (num_pages_before(first + row) == 0) continue;
+            unit.error += wrong / std::max(whole, 1e-30), ++unit.num_compared;
+        }
+}
+
+void DeltaAttend::read_measures(float* errors, float* squares) const {
+    for (const Measure& unit : measured_) {
+        *errors++ = unit.is_left_out ? -1.0f : float(unit.error / double(std::max<int64_t>(unit.num_compared, 1)));
+        for (const double square : unit.squares) *squares++ = float(square / double(std::max<int64_t>(unit.num_queries, 1)));
+    }
 }
 
 size_t DeltaAttend::scratch_bytes() const {

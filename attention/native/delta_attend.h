@@ -28,7 +28,17 @@ public:
     void set_units(const DeltaRule& rule, const uint8_t* num_groups, const float* scales, int num_layers, int num_kv_heads, int key_size);
 
     // Whether passes from now on are taken.
-    void start_pass(bool grouped) { grouped_ = grouped; }
+    void start_pass(bool grouped) { grouped_ = grouped, measures_ = false; }
+
+    // Has passes be measured: what groups would make of them is held against dense attention, which they get; what was measured before is forgotten.
+    void start_measuring();
+
+    // Holds a pass that was measured against `problem.out`. By one thread.
+    void measure(const AttentionProblem& problem, int layer);
+
+    // Of each unit, the relative squared errors of rows that have groups, -1 where a pass was not taken, and the squares of all rows' queries by channel,
+    // as means.
+    void read_measures(float* errors, float* squares) const;
 
     // Forgets the cells from `num_cells` on, in every layer: they are other ones now.
     void cut(int num_cells);
@@ -63,5 +73,14 @@ private:
     std::vector<uint16_t> mask_;
     AttentionProblem of_head_{};
     int num_kv_heads_ = 0, key_size_ = 0;
-    bool grouped_ = false, taken_ = false;
+    bool grouped_ = false, taken_ = false, measures_ = false;
+
+    struct Measure {
+        double error = 0.0;
+        bool is_left_out = false;
+        int64_t num_compared = 0, num_queries = 0;
+        std::vector<double> squares;
+    };
+    std::vector<Measure> measured_;  // of units
+    std::vector<float> out_;         // of a pass that is measured
 };

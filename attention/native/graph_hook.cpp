@@ -81,7 +81,10 @@ void attend_node(GgmlTensor* node, int thread, int num_threads, void* user_data)
         const AttentionProblem problem = problem_of(read, stream, layer);
         const int visible = thread == 0 && stream == 0 ? hook.visible.count(problem, index) : 0;
         int num_read = hook.delta.run(problem, index, stream, *hook.kernels, thread, num_threads);
-        if (num_read == DeltaAttend::kNotTaken) num_read = hook.attend.run(problem, index, *hook.kernels, thread, num_threads);
+        if (num_read == DeltaAttend::kNotTaken) {
+            num_read = hook.attend.run(problem, index, *hook.kernels, thread, num_threads);
+            if (thread == 0) hook.delta.measure(problem, index);
+        }
         keys_held += visible;
         keys_read += num_read < visible ? num_read : visible;
     }
@@ -249,6 +252,17 @@ extern "C" int lowtide_hook_set_groups(GraphHook* hook, const DeltaRule* rule, c
 
 extern "C" void lowtide_hook_start_grouped(GraphHook* hook, int grouped) { hook->delta.start_pass(grouped != 0); }
 
+extern "C" int lowtide_hook_measure_groups(GraphHook* hook) {
+    try {
+        hook->delta.start_measuring();
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}
+
+extern "C" void lowtide_hook_read_measures(const GraphHook* hook, float* errors, float* squares) { hook->delta.read_measures(errors, squares); }
+
 extern "C" void lowtide_hook_cut(GraphHook* hook, int num_cells) { hook->delta.cut(num_cells); }
 
 extern "C" int lowtide_hook_stream_weights(GraphHook* hook, const WeightSpan* spans, int num_spans, const uint8_t* kept,
@@ -262,6 +276,7 @@ extern "C" int lowtide_hook_stream_weights(GraphHook* hook, const WeightSpan* sp
 
 extern "C" void lowtide_hook_start_pass(GraphHook* hook, int sparse, int refresh, int rounded) {
     hook->attend.start_pass(sparse != 0, refresh != 0);
+    hook->delta.start_pass(false);
     hook->rounded = rounded != 0;
 }
 

@@ -13,6 +13,7 @@ KERNELS = (
 )
 PROGRAMS = {
     "attend": [*KERNELS, "key_set", "tidal_attend"],
+    "delta_attend": [*KERNELS, "delta_attend", "key_groups", "page_clusters"],
     "layer_clock": ["layer_clock"],
     "prompt_scores": [*KERNELS, "prompt_scores"],
     "sliced_product": ["sliced_product", "weight_stream"],
