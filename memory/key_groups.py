@@ -17,7 +17,7 @@ class KeyGroups:
     def num_bytes(self, num_cells: int, key_size: int, value_size: int) -> int:
         """Return the bytes of the groups of so many cells, in half precision, with the masks of 64 rows."""
         pages = num_cells // PAGE_KEYS
-        beside = self.window + 3 * PAGE_KEYS
+        beside = min(self.window + 3 * PAGE_KEYS, num_cells)
         rows = sum(pages * groups + beside for groups in self.num_groups)
         masks = PAGE_KEYS * (pages * max(self.num_groups, default=0) + beside)
         biases = pages * sum(self.num_groups)

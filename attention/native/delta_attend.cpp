@@ -64,7 +64,7 @@ bool DeltaAttend::takes(const AttentionProblem& p, int layer, int stream) {
 bool DeltaAttend::reserve(const AttentionProblem& p, int layer, int stream, int num_threads) {
     if (!grouped_ || !knows(p, layer)) return true;
     auto& streams = layers_[layer].streams;
-    const int num_beside = most_rows_beside(rule_.window);
+    const int num_beside = std::min(most_rows_beside(rule_.window), p.num_keys);
     AttentionProblem largest = p;
     largest.num_kv_heads = 1, largest.num_heads = p.group_size();
     largest.num_keys = std::max(p.num_keys, num_beside);

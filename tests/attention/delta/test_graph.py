@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from lowtide import Runtime
-from lowtide.attention.delta.policy import Delta
 from lowtide.attention.dense import DenseSteering
 from lowtide.attention.graph_hook import GraphHook
 from lowtide.attention.policies import parse_policy
@@ -19,14 +18,14 @@ from lowtide.models.gguf_header import read_spec
 from lowtide.models.gguf_model import GgufModel, LoadOptions
 
 TEXT = (Path(__file__).resolve().parents[1] / "test_kernels.py").read_text()
-LENGTH, CONTEXT = 500, 1024
+LENGTH, CONTEXT = 400, 768
 HALF = "delta:sparsity=0.5,window=96"
 
 
 class Bench:
-    """The default model under a hook, and the dense distributions after a prompt of 500 tokens."""
+    """The default model under a hook, and the passes over a text."""
 
-    def __init__(self, path: Path, threads: int = 2) -> None:
+    def __init__(self, path: Path, threads: int = 1) -> None:
         self.spec = read_spec(path)
         self.hook = GraphHook(threads=threads)
         callback = self.hook.callback
@@ -59,18 +58,24 @@ def bench(smollm2: Path) -> Iterator[Bench]:
 
 
 def test_it_stays_close_to_dense_and_reads_less(bench: Bench) -> None:
-    place = Reference(bench.model, DenseSteering(bench.hook), bench.token_ids, LENGTH, 32)
-    found = {}
-    for text in ("delta:sparsity=0.1", "delta:sparsity=0.8", "delta:sparsity=0.8,window=2048"):
-        policy = parse_policy(text).fitted(bench.spec)
+    place = Reference(bench.model, DenseSteering(bench.hook), bench.token_ids, LENGTH, 16)
+    found, shares = [], []
+    for text in (
+        "delta:sparsity=0.1",
+        "delta:sparsity=0.8,window=1",
+        "delta:sparsity=0.8,window=2048",
+    ):
         before = bench.hook.counts()
-        found[text] = place.distance(policy.install(bench.hook, bench.spec))
+        policy = parse_policy(text).fitted(bench.spec)
+        found.append(place.distance(policy.install(bench.hook, bench.spec)))
         after = bench.hook.counts()
-        assert (after.keys_read < after.keys_held) == ("window" not in text or after == before)
-    few, many, none = found.values()
-    assert few.kl <= 0.02 < many.kl
+        read, held = after.keys_read - before.keys_read, after.keys_held - before.keys_held
+        shares.append(read / held)
+    few, many, none = found
+    assert few.kl <= 0.02 < many.kl  # one key as it is, the row's own, is too few
     # A window over the whole context is dense attention in another order of summation.
-    assert none.kl <= 0.005
+    assert none.kl <= 0.006
+    assert shares[1] < 0.7 < shares[0] < 1 == shares[2]
 
 
 def test_rewinding_and_other_batches_change_nothing(bench: Bench) -> None:
@@ -81,8 +86,7 @@ def test_rewinding_and_other_batches_change_nothing(bench: Bench) -> None:
     bench.model.truncate(250)
     assert bench.read((50, 80, 1, 19)) == expected
     bench.model.truncate(0)
-    other = bench.token_ids[400:800]
-    bench.read((128, 128, 100), other)
+    bench.read((128, 100), bench.token_ids[300:])
     bench.model.truncate(0)
     assert bench.read((100, 100, 100, 99, 1)) == expected
 
@@ -103,51 +107,49 @@ def test_dense_passes_between_are_noticed(bench: Bench) -> None:
     assert mixed() == expected
 
 
-def test_the_groups_stay_inside_their_row(bench: Bench) -> None:
-    policy = parse_policy("delta:sparsity=0.25").fitted(bench.spec)
-    assert isinstance(policy, Delta)
-    with pytest.MonkeyPatch.context():
-        fresh = Bench(bench.spec.path)
-        try:
-            policy.install(fresh.hook, fresh.spec).before_prompt()
-            fresh.read((128,) * 7)
-            held = fresh.hook.counts().scratch_bytes
-        finally:
-            fresh.model.close()
-            fresh.hook.close()
+@pytest.mark.parametrize("text", ["delta:sparsity=0.25", "delta:sparsity=0.25,window=9999"])
+def test_the_groups_stay_inside_their_row(text: str, smollm2: Path) -> None:
+    bench = Bench(smollm2)
+    policy = parse_policy(text).fitted(bench.spec)
+    try:
+        policy.install(bench.hook, bench.spec).before_prompt()
+        bench.read((128,) * 4)
+        held = bench.hook.counts().scratch_bytes
+    finally:
+        bench.model.close()
+        bench.hook.close()
     groups = policy.key_groups
     assert groups is not None
-    planned = attention_bytes(bench.spec, CONTEXT, 2) + group_bytes(bench.spec, groups, CONTEXT, 2)
-    assert 0.5 * planned <= held <= planned
+    planned = attention_bytes(bench.spec, CONTEXT, 1) + group_bytes(bench.spec, groups, CONTEXT, 1)
+    assert 0.4 * planned <= held <= planned
 
 
-def test_a_session_that_comes_back_is_grouped_anew(smollm2: Path, tmp_path: Path) -> None:
+def test_a_prompt_that_comes_back_is_grouped_anew(smollm2: Path) -> None:
     """States put cells back that no pass has written: what was grouped of others is not theirs."""
-    path = tmp_path / "talk.session"
     with Runtime.open(
-        smollm2, memory="2GiB", context=CONTEXT, attention=HALF, prefix_cache="64MiB"
+        smollm2,
+        memory="2GiB",
+        context=CONTEXT,
+        attention=HALF,
+        prefix_cache="64MiB",
+        threads=1,
     ) as runtime:
-        first = runtime.generate(TEXT[:1500], max_tokens=4, temperature=0)
-        again = runtime.generate(TEXT[:1500] + " and", max_tokens=4, temperature=0)
-        runtime.generate(TEXT[1500:3000], max_tokens=4, temperature=0)
-        back = runtime.generate(TEXT[:1500] + " and", max_tokens=4, temperature=0)
-        assert back.token_ids == again.token_ids
+        first = runtime.generate(TEXT[:1000], max_tokens=4, temperature=0)
+        runtime.generate(TEXT[1000:2000], max_tokens=4, temperature=0)
+        back = runtime.generate(TEXT[:1000], max_tokens=4, temperature=0)
+        assert back.token_ids == first.token_ids
+        assert back.stats.restored_tokens > 200
         assert first.stats.attention.startswith("delta, sparsity 50%, window 96")
         assert first.stats.attended_share is not None and first.stats.attended_share < 0.9
-    with Runtime.open(smollm2, memory="2GiB", context=CONTEXT, attention=HALF) as runtime:
-        assert runtime.generate(TEXT[:1500], max_tokens=4, temperature=0).token_ids == (
-            first.token_ids
-        )
-    assert not path.exists()
 
 
 def test_threads_change_nothing(smollm2: Path) -> None:
     logits = set()
-    for threads in (1, 3):
+    for threads in (1, 2):
         made = Bench(smollm2, threads)
         try:
             made.start(HALF)
-            logits.add(made.read((128, 128, 1)))
+            logits.add(made.read((128, 64, 1)))
         finally:
             made.model.close()
             made.hook.close()
