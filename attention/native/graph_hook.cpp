@@ -179,6 +179,16 @@ bool ends_here(const GraphHook& hook, const GgmlTensor* node) {
     return is_attention && hook.prompt_scores.end_with(AttentionNode::layer_of(node));
 }
 
+// Does the work; 1 where there is no memory for it.
+template <class Work> int failed(const Work& work) {
+    try {
+        work();
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}
+
 }  // namespace
 
 extern "C" GraphHook* lowtide_hook_new(const GgmlFunctions* ggml, const char* kernels, int num_threads, char* reason,
@@ -226,40 +236,21 @@ extern "C" bool lowtide_hook_callback(void* tensor, bool ask, void* user_data) {
 
 extern "C" LayerClock* lowtide_hook_clock(GraphHook* hook) { return &hook->clock; }
 
-extern "C" void lowtide_hook_set_active(GraphHook* hook, int active) {
-    hook->active = active != 0;
-    hook->delta.cut(0);
-}
+extern "C" void lowtide_hook_set_active(GraphHook* hook, int active) { hook->active = active != 0, hook->delta.cut(0); }
 
 extern "C" int lowtide_hook_set_roles(GraphHook* hook, const uint8_t* roles, int num_layers, const SelectionRule* rule) {
-    try {
-        hook->attend.set_roles(roles, num_layers < kMaxLayers ? num_layers : kMaxLayers, *rule);
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
-    return 0;
+    return failed([=] { hook->attend.set_roles(roles, num_layers < kMaxLayers ? num_layers : kMaxLayers, *rule); });
 }
 
 extern "C" int lowtide_hook_set_groups(GraphHook* hook, const DeltaRule* rule, const uint8_t* num_groups, const float* scales, int num_layers,
                                        int num_kv_heads, int key_size) {
-    try {
-        hook->delta.set_units(*rule, num_groups, scales, num_layers < kMaxLayers ? num_layers : kMaxLayers, num_kv_heads, key_size);
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
-    return 0;
+    const int num_known = num_layers < kMaxLayers ? num_layers : kMaxLayers;
+    return failed([=] { hook->delta.set_units(*rule, num_groups, scales, num_known, num_kv_heads, key_size); });
 }
 
 extern "C" void lowtide_hook_start_grouped(GraphHook* hook, int grouped) { hook->delta.start_pass(grouped != 0); }
 
-extern "C" int lowtide_hook_measure_groups(GraphHook* hook) {
-    try {
-        hook->delta.start_measuring();
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
-    return 0;
-}
+extern "C" int lowtide_hook_measure_groups(GraphHook* hook) { return failed([=] { hook->delta.start_measuring(); }); }
 
 extern "C" void lowtide_hook_read_measures(const GraphHook* hook, float* errors, float* squares) { hook->delta.read_measures(errors, squares); }
 

@@ -40,7 +40,9 @@ def test_calibrate_then_use_it(model: str, tmp_path: Path) -> None:
     assert told["kl"] <= 1 and told["keys_read"] < 0.8
     assert json.loads(path.read_text())["num_groups"] == told["num_groups"]
     attention = f"delta:calibration={path}"
-    used = invoke("run", model, "--attention", attention, "-c", "512", "-p", "Hi", "-n", "1", "--raw")
+    used = invoke(
+        "run", model, "--attention", attention, "-c", "512", "-p", "Hi", "-n", "1", "--raw"
+    )
     assert used.exit_code == 0, used.stderr
     assert "attention delta, sparsity" in used.stderr and "(calibrated: KL" in used.stderr
 
