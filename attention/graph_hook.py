@@ -176,6 +176,49 @@ class GraphHook:
         """
         self._library.lowtide_hook_start_pass(self._hook, sparse, refresh, rounded)
 
+    def set_groups(
+        self,
+        rule: ctypes.Structure,
+        num_groups: NDArray[np.uint8],
+        scales: NDArray[np.float32],
+    ) -> None:
+        """Set how keys are grouped (`DeltaRule`), (layers, kv_heads) and (layers, kv_heads, key_size)."""
+        if self._library.lowtide_hook_set_groups(
+            self._hook,
+            ctypes.byref(rule),
+            num_groups.ctypes.data,
+            scales.ctypes.data,
+            *scales.shape,
+        ):
+            raise MemoryError
+
+    def start_grouped(self) -> None:
+        """Have passes attend to groups of keys, until a `start_pass`."""
+        self._library.lowtide_hook_start_grouped(self._hook, True)
+
+    def measure_groups(self) -> None:
+        """Have passes attend to every key and measure what groups would lose, until a `start_pass`."""
+        if self._library.lowtide_hook_measure_groups(self._hook):
+            raise MemoryError
+
+    def group_measures(
+        self, num_layers: int, num_kv_heads: int, key_size: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return each unit's relative squared error, (layers, kv_heads), and the mean squares of its
+        queries' channels, (layers, kv_heads, key_size), since they are measured."""
+        import numpy as np
+
+        errors = np.zeros((num_layers, num_kv_heads), np.float32)
+        squares = np.zeros((num_layers, num_kv_heads, key_size), np.float32)
+        self._library.lowtide_hook_read_measures(
+            self._hook, errors.ctypes.data, squares.ctypes.data
+        )
+        return errors, squares
+
+    def cut(self, num_cells: int) -> None:
+        """Forget what is known of the cache's cells from `num_cells` on: other than passes changed them."""
+        self._library.lowtide_hook_cut(self._hook, num_cells)
+
     def score_prompt(self, layer: int, rule: ScoreRule, *, is_last: bool) -> None:
         """Have passes from now on end behind the attention of `layer`; the last one scores every key there.
 
@@ -241,6 +284,14 @@ def _declare(library: ctypes.CDLL) -> None:
         ctypes.c_char_p,
         ctypes.c_int,
     ]
+    library.lowtide_hook_set_groups.argtypes = [pointer] * 4 + [ctypes.c_int] * 3
+    library.lowtide_hook_start_grouped.argtypes = [pointer, ctypes.c_int]
+    library.lowtide_hook_start_grouped.restype = None
+    library.lowtide_hook_measure_groups.argtypes = [pointer]
+    library.lowtide_hook_read_measures.argtypes = [pointer] * 3
+    library.lowtide_hook_read_measures.restype = None
+    library.lowtide_hook_cut.argtypes = [pointer, ctypes.c_int]
+    library.lowtide_hook_cut.restype = None
     library.lowtide_hook_score_prompt.argtypes = [pointer, ctypes.c_int, pointer, ctypes.c_int]
     library.lowtide_hook_score_prompt.restype = None
     library.lowtide_hook_read_packed.argtypes = [

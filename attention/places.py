@@ -12,9 +12,8 @@ from dataclasses import dataclass, field, replace
 from lowtide.attention.dense import DenseSteering
 from lowtide.attention.graph_hook import GraphHook
 from lowtide.attention.needles import Framing, hide_needle
-from lowtide.attention.policy import Steering
+from lowtide.attention.policy import AttentionPolicy, Steering
 from lowtide.attention.quality import Distance, Reference
-from lowtide.attention.tidal import Tidal
 from lowtide.models.model import Model
 from lowtide.models.tokenizer import common_prefix
 
@@ -65,7 +64,7 @@ class Places:
             for i, depth in enumerate(KEY_DEPTHS)
         ]
 
-    def distances(self, policies: Sequence[Tidal]) -> list[Distances]:
+    def distances(self, policies: Sequence[AttentionPolicy]) -> list[Distances]:
         """Hold every policy against dense attention at every place."""
         totals = [Distances() for _ in policies]
         for place in self._along_the_text():
@@ -87,7 +86,7 @@ class Places:
                 totals[index] = replace(total, key_loss=total.key_loss + lost)
         return totals
 
-    def _installed(self, policy: Tidal) -> Steering:
+    def _installed(self, policy: AttentionPolicy) -> Steering:
         spec = self._model.spec
         return policy.fitted(spec).install(self._hook, spec)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lowtide.attention.delta.policy import Delta
 from lowtide.attention.dense import Dense, Llama
 from lowtide.attention.gem import Gem
 from lowtide.attention.policy import AttentionPolicy
@@ -14,6 +15,7 @@ from lowtide.models.errors import BadOption
 
 SETTINGS: dict[str, tuple[str, ...]] = {
     "llama": (),
+    "delta": ("sparsity", "window", "sinks", "prompts", "calibration"),
     "dense": ("prompts",),
     "gem": (
         *("k", "layer", "then", "min_prompt", "rows", "weights", "heads", "pool", "pool_size"),
@@ -26,6 +28,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 }
 _POLICIES: dict[str, Callable[..., AttentionPolicy]] = {
     "llama": Llama,
+    "delta": Delta,
     "dense": Dense,
     "gem": Gem,
     "tidal": Tidal,
@@ -52,6 +55,7 @@ def _setting(policy: str, part: str) -> tuple[str, Any]:
         "k": _read_k,
         "layers": _read_layers,
         "prompts": str,
+        "sparsity": _read_share,
         **dict.fromkeys(("weights", "heads", "pool"), str),
         "then": parse_policy,
         "calibration": Path,
@@ -63,6 +67,7 @@ def _setting(policy: str, part: str) -> tuple[str, Any]:
             "k": "tokens or a percentage",
             "layers": "layer numbers joined by +",
             "then": "dense or tidal",
+            "sparsity": "a share or a percentage",
         }
         raise BadOption(
             f"{policy}'s {name} is {value!r}, {wanted.get(name, 'a whole number')} is wanted"
@@ -76,6 +81,10 @@ def _read_k(text: str) -> int | float:
     if not 0 < share <= 1:
         raise ValueError
     return min(share, 0.999999)  # 1 would be one token; all of the context is dense in any case
+
+
+def _read_share(text: str) -> float:
+    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
 
 
 def _read_layers(text: str) -> tuple[int, ...]:

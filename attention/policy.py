@@ -6,6 +6,7 @@ from abc import ABC
 from typing import TYPE_CHECKING, ClassVar
 
 from lowtide.memory.first_pass import FirstPass
+from lowtide.memory.key_groups import KeyGroups
 from lowtide.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -38,6 +39,11 @@ class AttentionPolicy(ABC):
     def num_selections(self) -> int:
         """How many layers choose keys: what the scratch memory depends on."""
         return 0
+
+    @property
+    def key_groups(self) -> KeyGroups | None:
+        """What of the keys is kept in groups beside the cache."""
+        return None
 
     @property
     def identity(self) -> str:

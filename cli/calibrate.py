@@ -14,6 +14,8 @@ from lowtide.cli.options import opening_options, plan_with, take_open_options, t
 if TYPE_CHECKING:
     from lowtide.attention.calibrate import Targets
     from lowtide.attention.calibration import Calibration
+    from lowtide.attention.delta.calibration import DeltaCalibration
+    from lowtide.attention.delta.policy import Delta
     from lowtide.attention.gem import Gem
     from lowtide.attention.gem_calibration import GemCalibration
     from lowtide.attention.tidal import Tidal
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from lowtide.runtime.loaded_model import LoadedModel
 
 DEFAULT_CONTEXT = 4096
-TIDAL_ONLY = ("target_kl", "target_key_loss", "max_layers")
+NOT_FOR = {"gem": ("target_kl", "target_key_loss", "max_layers"), "delta": ("max_layers",)}
 
 
 @click.command("calibrate")
@@ -36,14 +38,14 @@ TIDAL_ONLY = ("target_kl", "target_key_loss", "max_layers")
     type=click.FloatRange(1e-4, 1.0),
     default=0.015,
     show_default=True,
-    help="tidal: the largest mean divergence from dense attention, in nats a token.",
+    help="tidal, delta: the largest mean divergence from dense attention, in nats a token.",
 )
 @click.option(
     "--target-key-loss",
     type=click.FloatRange(1e-4, 10.0),
     default=0.1,
     show_default=True,
-    help="tidal: the largest mean loss of log likelihood of a pass key hidden in the text, in nats.",
+    help="tidal, delta: the largest mean loss of log likelihood of a hidden pass key, in nats.",
 )
 @click.option(
     "--max-layers",
@@ -77,7 +79,7 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Find what --attention tidal (the default) or gem does best with a model, and keep it for them.
+    """Find what --attention tidal (the default), gem or delta does best with a model, and keep it for them.
 
     For tidal, searches at --context tokens (4,096 unless said) for the selection layers and the k that
     read the fewest keys inside --target-kl and --target-key-loss; tidal:layers=4+7+18 looks at those
@@ -85,14 +87,15 @@ def command(
     to --context tokens and of half of that, asks for them (a pass key, a fact, two facts, at three depths),
     and searches for the layer and the k that cost the least, keep them all with a quarter of k to spare,
     and lose at most one in twenty of the answers of whole prompts; gem:layer=N looks at that layer alone,
-    other settings are the rule to search with. Either is held against text and questions that the search
-    did not see, and written. Takes minutes.
+    other settings are the rule to search with. For delta, measures what each layer and KV head loses with
+    so many groups of keys, and takes the highest sparsity inside --target-kl and --target-key-loss. Each
+    is held against text and questions that the search did not see, and written. Takes minutes.
     """
     from lowtide.attention.calibrate import Targets
-    from lowtide.attention.calibration import Calibration, save_calibration
+    from lowtide.attention.delta.policy import Delta
     from lowtide.attention.gem import Gem
-    from lowtide.attention.gem_calibration import save_gem_calibration
     from lowtide.attention.quality import WINDOW_TOKENS
+    from lowtide.cli import delta_calibration, found_calibration
     from lowtide.cli.summary import json_object, note, plan_line
     from lowtide.runtime.loaded_model import LoadedModel
 
@@ -102,6 +105,9 @@ def command(
     options["context"] = options["context"] or min(DEFAULT_CONTEXT, spec.context_length)
     if isinstance(policy, Gem):
         _check_gem(policy, spec, k_choices)
+    elif isinstance(policy, Delta):
+        delta_calibration.check_delta(policy, k_choices)
+        options["attention"] = delta_calibration.planned_as(policy, spec)
     elif policy.selection_layers is not None:
         policy.fitted(spec)
     compared_rows = 1 if isinstance(policy, Gem) else WINDOW_TOKENS
@@ -109,19 +115,13 @@ def command(
     planned = plan_with(spec, replace(wanted, selection_layers=spec.num_layers))
     note(plan_line(planned))
     loaded = LoadedModel(planned)
-    found: Calibration | GemCalibration
     try:
-        if isinstance(policy, Gem):
-            found = _gem_calibrated(loaded, text, policy, k_choices)
-        else:
-            targets = Targets(target_kl, target_key_loss)
-            found = _calibrated(loaded, text, targets, policy, max_layers, k_choices)
+        found = _searched(
+            loaded, text, policy, Targets(target_kl, target_key_loss), max_layers, k_choices
+        )
     finally:
         loaded.close()
-    if isinstance(found, Calibration):
-        path, said = save_calibration(found, output), _tidal_line(found)
-    else:
-        path, said = save_gem_calibration(found, output), _gem_line(found)
+    path, said = found_calibration.saved(found, output)
     if as_json:
         click.echo(json_object(planned, path=str(path), **found.to_dict()))
         return
@@ -132,8 +132,29 @@ def command(
         click.echo(f"written to {path}; --attention {policy.name}:calibration={path} takes it")
 
 
-def _wanted_policy(attention: str) -> Tidal | Gem:
+def _searched(
+    loaded: LoadedModel,
+    text: Path | None,
+    policy: Tidal | Gem | Delta,
+    targets: Targets,
+    max_layers: int,
+    k_choices: tuple[int, ...],
+) -> Calibration | GemCalibration | DeltaCalibration:
+    from lowtide.attention.delta.policy import Delta
+    from lowtide.attention.gem import Gem
+    from lowtide.cli import delta_calibration
+
+    if isinstance(policy, Gem):
+        return _gem_calibrated(loaded, text, policy, k_choices)
+    if isinstance(policy, Delta):
+        token_ids, whose = _sample(loaded, text)
+        return delta_calibration.calibrated(loaded, token_ids, whose, targets, policy)
+    return _calibrated(loaded, text, targets, policy, max_layers, k_choices)
+
+
+def _wanted_policy(attention: str) -> Tidal | Gem | Delta:
     """Return the policy to calibrate; what is said for the other one is a mistake."""
+    from lowtide.attention.delta.policy import Delta
     from lowtide.attention.gem import Gem
     from lowtide.attention.policies import parse_policy
     from lowtide.attention.tidal import Tidal
@@ -146,14 +167,18 @@ def _wanted_policy(attention: str) -> Tidal | Gem:
     policy = parse_policy(attention)
     if isinstance(policy, Tidal) and policy == Tidal(selection_layers=policy.selection_layers):
         return policy
-    if not isinstance(policy, Gem):
+    if not isinstance(policy, Gem | Delta):
         raise BadOption(
             f"attention is {attention!r}: tidal, with its layers at the most (k is what is searched for), "
-            "or gem is wanted"
+            "gem or delta is wanted"
         )
-    stated = [name for name in TIDAL_ONLY if context.get_parameter_source(name) is not default]
+    stated = [
+        name for name in NOT_FOR[policy.name] if context.get_parameter_source(name) is not default
+    ]
     if stated:
-        raise BadOption(f"--{stated[0].replace('_', '-')} is for tidal: leave it out, or gem")
+        raise BadOption(
+            f"--{stated[0].replace('_', '-')} is for tidal: leave it out, or {policy.name}"
+        )
     return policy
 
 
@@ -171,23 +196,6 @@ def _check_gem(policy: Gem, spec: ModelSpec, k_choices: tuple[int, ...]) -> None
         )
     if policy.layer is not None:
         replace(policy, k=policy.k or DEFAULT_K).fitted(spec)
-
-
-def _tidal_line(found: Calibration) -> str:
-    layers = ", ".join(map(str, found.selection_layers))
-    return (
-        f"k {found.k}, selection layers {layers}: KL {found.kl:.4f} at {found.context:,} tokens, "
-        f"loss {found.key_loss:.3f} at pass keys; a token attends to {found.keys_read:.1%} of the cached "
-        "keys"
-    )
-
-
-def _gem_line(found: GemCalibration) -> str:
-    return (
-        f"k {found.k}, layer {found.layer}: of {found.num_asked} questions on up to {found.context:,} "
-        f"tokens {found.num_kept} had their sentences kept, with {found.margin:.0%} of k to spare; whole "
-        f"prompts answer {found.num_dense_answered}, what was kept {found.num_answered} of these"
-    )
 
 
 def _calibrated(

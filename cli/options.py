@@ -55,8 +55,8 @@ _ATTENTION = click.option(
     show_default=True,
     metavar="POLICY",
     help="llama (llama.cpp's kernels), dense (our own, exact), or an approximation: tidal (sparse "
-    "decoding) or gem (of a long prompt only what the question attends to is read); with settings, "
-    "tidal:k=1024, gem:k=512,layer=7.",
+    "decoding), delta (keys that are alike share a score) or gem (of a long prompt only what the question "
+    "attends to is read); with settings, tidal:k=1024, delta:window=256, gem:k=512,layer=7.",
 )
 
 prefix_cache_option = click.option(

@@ -6,6 +6,7 @@ against measurements by `tests/memory/test_footprint.py`.
 
 from __future__ import annotations
 
+from lowtide.memory.key_groups import KeyGroups
 from lowtide.memory.meter import ProcessMemory
 from lowtide.memory.units import KIB, MIB
 from lowtide.models.spec import ModelSpec, VocabularySpec
@@ -209,6 +210,13 @@ def selection_bytes(spec: ModelSpec, context: int, selection_layers: int) -> int
     cells = kv_cells(context)
     scores = 4 * spec.num_heads * 4 * (cells + 2)
     return scores + 4 * cells + selection_layers * 13 * cells
+
+
+def group_bytes(spec: ModelSpec, groups: KeyGroups, context: int, threads: int) -> int:
+    """Return what attention over groups takes beside that of every key: the groups, and a scratch alike."""
+    cells = kv_cells(context)
+    held = groups.num_bytes(cells, spec.key_head_size, spec.value_head_size)
+    return held + attention_bytes(spec, context, threads)
 
 
 def filter_bytes(spec: ModelSpec, context: int, threads: int) -> int:

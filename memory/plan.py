@@ -9,6 +9,7 @@ from lowtide.memory.budget import Budget
 from lowtide.memory.first_pass import FirstPass
 from lowtide.memory.gpu_budget import GpuBudget
 from lowtide.memory.gpu_plan import GpuPlan
+from lowtide.memory.key_groups import KeyGroups
 from lowtide.memory.plan_row import PlanRow
 from lowtide.memory.speculation_wish import SpeculationWish
 from lowtide.memory.units import format_bytes
@@ -30,6 +31,7 @@ class PlanOptions:
     selection_layers: int = 0
     """How many layers choose keys for the others."""
     first_pass: FirstPass | None = None
+    key_groups: KeyGroups | None = None
     """What reads long prompts whole, so that the other layers read less; None where all of them do."""
     profiled: bool = False
     """Whether a profiler watches."""

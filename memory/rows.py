@@ -192,7 +192,7 @@ class PlanRows:
         return (row, *wish.draft_model_rows(num_rows, kv_tokens))
 
     def _attention(self, choice: Choice) -> PlanRow:
-        spec, threads = self._spec, self._options.attention_threads
+        spec, options, threads = self._spec, self._options, self._options.attention_threads
         num_bytes = footprint.attention_bytes(spec, choice.context, threads) if threads else 0
         if self._options.selection_layers:
             num_bytes += footprint.selection_bytes(
@@ -202,13 +202,20 @@ class PlanRows:
             num_bytes += footprint.product_bytes(spec, choice.max_rows)
         if self._options.first_pass is not None:
             num_bytes += footprint.filter_bytes(spec, choice.context, threads)
+        if options.key_groups is not None:
+            num_bytes += footprint.group_bytes(spec, options.key_groups, choice.context, threads)
         return PlanRow(
             owners.SCRATCH,
             num_bytes,
-            f"our kernels, {threads or self._options.threads} threads"
-            if threads or self._is_packed
-            else f"{spec.engine}'s kernels need none",
+            _kernels_line(options, self._is_packed, spec.engine),
         )
+
+
+def _kernels_line(options: PlanOptions, is_packed: bool, engine: str) -> str:
+    if not options.attention_threads and not is_packed:
+        return f"{engine}'s kernels need none"
+    groups = "" if options.key_groups is None else ", groups of keys beside the cache"
+    return f"our kernels, {options.attention_threads or options.threads} threads{groups}"
 
 
 def _comparison(spec: ModelSpec, num_rows: int) -> tuple[PlanRow, ...]:

@@ -1,5 +1,6 @@
 """Runs a model inside its plan. The front door."""
 
+from lowtide.attention.delta.policy import Delta
 from lowtide.attention.dense import Dense
 from lowtide.attention.gem import Gem
 from lowtide.attention.tidal import Tidal
@@ -14,6 +15,7 @@ from lowtide.runtime.runtime import Runtime
 from lowtide.runtime.statistics import Statistics
 
 __all__ = [
+    "Delta",
     "Dense",
     "FakeModel",
     "Gem",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lowtide.runtime import (
+        Delta,
         Dense,
         FakeModel,
         Gem,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "Delta",
     "Dense",
     "FakeModel",
     "Gem",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import replace
 
 from lowtide.attention.gem import Gem
 from lowtide.attention.graph_hook import GraphHook, HookCounts
@@ -21,13 +20,13 @@ from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.gguf_model import GgufModel
 from lowtide.models.model import Model
 from lowtide.models.onnx.spec import OnnxSpec
-from lowtide.runtime.errors import NotPacked
 from lowtide.runtime.generate import RunFacts
 from lowtide.runtime.gguf_loading import load_gguf, load_reader
+from lowtide.runtime.hook_loading import graph_hook, tell_cuts
 from lowtide.runtime.memory_watch import WatchedModel
 from lowtide.runtime.onnx_loading import load_onnx
 from lowtide.runtime.options import GenerationOptions
-from lowtide.runtime.packed_weights import packed_copy
+from lowtide.runtime.packed_weights import with_packed_weights
 from lowtide.runtime.planning import PlannedModel
 from lowtide.runtime.prefix_cache import PrefixCache
 from lowtide.runtime.profiler import SILENT, Profiler
@@ -53,7 +52,7 @@ class LoadedModel:
         planned.require_fit()
         self.unpacked_reason: str | None = None
         if planned.options.pack and model is None:
-            planned, self.unpacked_reason = _with_packed_weights(planned, profiler)
+            planned, self.unpacked_reason = with_packed_weights(planned, profiler)
         wanted_bytes = planned.options.prefix_bytes
         if wanted_bytes and model is not None and not model.copies_state:
             raise BadOption(
@@ -74,7 +73,7 @@ class LoadedModel:
             model = load_onnx(planned, planned.spec, self.releasers, profiler)
         elif model is None:
             with profiler.span("libraries"):
-                self._callback = _graph_hook(planned, profiler)
+                self._callback = graph_hook(planned, profiler)
             try:
                 model = load_gguf(planned, self._callback, self.releasers, profiler)
             except BaseException:
@@ -86,6 +85,7 @@ class LoadedModel:
         self.steering = Steering()
         if self.hook is not None:
             self.steering = planned.policy.install(self.hook, planned.spec)
+            tell_cuts(model, self.hook)
         self.growth = KvGrowth(self.ledger, planned.plan.cache_tokens, self._kv_bytes)
         self.prompt_filter = self._prompt_filter()
         if planned.plan.kept_layers is not None or planned.spec.packed_tensors:
@@ -259,36 +259,3 @@ class LoadedModel:
             self._callback = None
         for owner in self.ledger.owners:
             self.ledger.release(owner)
-
-
-def _with_packed_weights(
-    planned: PlannedModel, profiler: Profiler
-) -> tuple[PlannedModel, str | None]:
-    """Have the weights read from the model's packed copy, or say why it has none."""
-    with profiler.span("packing"):
-        try:
-            return replace(planned, spec=packed_copy(planned.spec)), None
-        except NotPacked as reason:
-            return planned, str(reason)
-
-
-def _graph_hook(planned: PlannedModel, profiler: Profiler) -> GraphHook | None:
-    """Our attention needs a hook, and so do packed weights and giving weights back; times of layers can be
-    gone without.
-    """
-    is_needed = (
-        planned.policy.uses_hook
-        or planned.plan.kept_layers is not None
-        or bool(planned.spec.packed_tensors)
-    )
-    if not is_needed and not profiler.wants_layers:
-        return None
-    try:
-        hook = GraphHook(planned.options.num_threads)
-    except LowtideError:
-        if is_needed:
-            raise
-        return None
-    hook.set_active(planned.policy.uses_hook)
-    profiler.time_layers(hook, planned.spec.num_layers)
-    return hook

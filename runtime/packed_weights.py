@@ -15,6 +15,8 @@ from lowtide.models.gguf_reader import GgufContents, read_gguf
 from lowtide.models.packed_gguf import is_sound
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.errors import NotPacked
+from lowtide.runtime.planning import PlannedModel
+from lowtide.runtime.profiler import Profiler
 
 
 def packed_copy(spec: ModelSpec, progress: Callable[[int], None] = lambda _: None) -> ModelSpec:
@@ -61,3 +63,14 @@ def _write(part: GgufContents, path: Path, owner: str, progress: Callable[[int],
         raise NotPacked(
             f"the packed copy of {part.path} cannot be written to {path.parent}: {reason}"
         ) from error
+
+
+def with_packed_weights(
+    planned: PlannedModel, profiler: Profiler
+) -> tuple[PlannedModel, str | None]:
+    """Have the weights read from the model's packed copy, or say why it has none."""
+    with profiler.span("packing"):
+        try:
+            return replace(planned, spec=packed_copy(planned.spec)), None
+        except NotPacked as reason:
+            return planned, str(reason)

@@ -114,6 +114,7 @@ class OpenOptions:
             attention_threads=self.num_threads if policy.uses_hook else 0,
             selection_layers=max(policy.num_selections, self.selection_layers),
             first_pass=policy.first_pass,
+            key_groups=policy.key_groups,
             compared_rows=self.compared_rows,
             profiled=self.profiled,
             prefix_bytes=self.prefix_bytes,

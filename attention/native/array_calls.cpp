@@ -5,6 +5,7 @@
 #include <thread>
 #include <vector>
 
+#include "delta_attend.h"
 #include "tidal_attend.h"
 
 namespace {
@@ -15,16 +16,20 @@ bool known_shape(const AttentionProblem& p) {
            sized(p.key_size) && sized(p.value_size);
 }
 
+// Runs `of_thread(i, kernels)` on so many threads.
+template <class OfThread> void run_threads(int num_threads, const OfThread& of_thread) {
+    std::vector<std::thread> threads;
+    for (int i = 1; i < num_threads; ++i) threads.emplace_back([&, i] { of_thread(i); });
+    of_thread(0);
+    for (std::thread& thread : threads) thread.join();
+}
+
 int run_alone(TidalAttend& attend, const AttentionProblem& problem, const char* kernels, int num_threads) {
     const KernelSet* found = find_kernels(kernels);
     if (found == nullptr) return 1;
     if (!known_shape(problem) || num_threads < 1) return 2;
     if (!attend.reserve(problem, 0, num_threads)) return 1;
-    std::vector<std::thread> threads;
-    for (int i = 1; i < num_threads; ++i)
-        threads.emplace_back([&, i] { attend.run(problem, 0, *found, i, num_threads); });
-    attend.run(problem, 0, *found, 0, num_threads);
-    for (std::thread& thread : threads) thread.join();
+    run_threads(num_threads, [&](int thread) { attend.run(problem, 0, *found, thread, num_threads); });
     return 0;
 }
 
@@ -48,3 +53,32 @@ extern "C" int lowtide_select(const AttentionProblem* problem, const SelectionRu
     if (!set.is_all()) std::copy(set.cells().begin(), set.cells().end(), cells);
     return 0;
 }
+
+extern "C" DeltaAttend* lowtide_delta_new(const DeltaRule* rule, const uint8_t* num_groups, const float* scales, int num_kv_heads,
+                                          int key_size) {
+    auto* delta = new (std::nothrow) DeltaAttend();
+    if (delta == nullptr) return nullptr;
+    try {
+        delta->set_units(*rule, num_groups, scales, 1, num_kv_heads, key_size);
+    } catch (const std::bad_alloc&) {
+        delete delta;
+        return nullptr;
+    }
+    delta->start_pass(true);
+    return delta;
+}
+
+extern "C" int lowtide_delta_attend(DeltaAttend* delta, const AttentionProblem* problem, const char* kernels, int num_threads,
+                                    int* num_read) {
+    const KernelSet* found = find_kernels(kernels);
+    if (found == nullptr) return 1;
+    if (!known_shape(*problem) || num_threads < 1) return 2;
+    if (!delta->reserve(*problem, 0, 0, num_threads)) return 1;
+    run_threads(num_threads, [&](int thread) {
+        const int read = delta->run(*problem, 0, 0, *found, thread, num_threads);
+        if (thread == 0) *num_read = read;
+    });
+    return 0;
+}
+
+extern "C" void lowtide_delta_free(DeltaAttend* delta) { delete delta; }

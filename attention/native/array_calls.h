@@ -14,3 +14,13 @@ LOWTIDE_API int lowtide_attend(const AttentionProblem* problem, const char* kern
 // how many to `num_cells`; -1 where attention stays dense.
 LOWTIDE_API int lowtide_select(const AttentionProblem* problem, const SelectionRule* rule, const char* kernels,
                                int num_threads, int32_t* cells, int32_t* num_cells);
+
+// Attention over groups, as one layer of a pass after another: it keeps what it has grouped. Null where there is no
+// memory. `num_read` is what `DeltaAttend::run` returns; the rest is as above.
+class DeltaAttend;
+struct DeltaRule;
+LOWTIDE_API DeltaAttend* lowtide_delta_new(const DeltaRule* rule, const uint8_t* num_groups, const float* scales, int num_kv_heads,
+                                           int key_size);
+LOWTIDE_API int lowtide_delta_attend(DeltaAttend* delta, const AttentionProblem* problem, const char* kernels, int num_threads,
+                                     int* num_read);
+LOWTIDE_API void lowtide_delta_free(DeltaAttend* delta);

@@ -6,58 +6,17 @@
 // nothing is copied and nothing runs more often; true, where a layer is timed or weights are given back, ends a
 // part of it there. A node that is not as we know it is left alone and counted.
 
-#include "graph_hook.h"
-
 #include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <new>
 #include <vector>
 
-#include "attention_node.h"
-#include "attention_problem.h"
-#include "custom_ops.h"
-#include "ggml_tensor.h"
-#include "layer_clock.h"
-#include "packed_products.h"
-#include "prompt_scores.h"
-#include "tidal_attend.h"
-#include "visible_keys.h"
+#include "hook_state.h"
 
 namespace {
 
-// What a node says beside its sources, and where its kernel finds everything else.
-struct Layer {
-    GraphHook* hook;
-    float scale, softcap;
-    int32_t op_params[16];        // of the custom operation
-    int32_t their_op_params[16];  // of the node as llama.cpp made it
-    bool ours, theirs;
-};
-
-}  // namespace
-
-struct GraphHook {
-    const KernelSet* kernels;
-    GgmlFunctions ggml;
-    OpNumbers ops;
-    int32_t product_params[16];  // of the custom operation that a large product becomes
-    bool active, rounded;
-    int num_threads;
-    TidalAttend attend;
-    PromptScores prompt_scores;
-    VisibleKeys visible;
-    WeightStream weights;
-    SlicedProduct product;
-    PackedProducts packed{weights};
-    LayerClock clock;
-    Layer layers[kMaxLayers];
-    int64_t nodes_ours, nodes_theirs, nanoseconds, keys_read, keys_held, products_sliced;
-};
-
-namespace {
-
-AttentionProblem problem_of(const AttentionNode& read, int stream, const Layer& layer) {
+AttentionProblem problem_of(const AttentionNode& read, int stream, const HookedLayer& layer) {
     AttentionProblem problem = read.problem(stream);
     problem.scale = layer.scale, problem.softcap = layer.softcap;
     problem.rounded = layer.hook->rounded;
@@ -66,7 +25,7 @@ AttentionProblem problem_of(const AttentionNode& read, int stream, const Layer& 
 
 // What ggml calls on each of its threads instead of its own attention.
 void attend_node(GgmlTensor* node, int thread, int num_threads, void* user_data) {
-    const Layer& layer = *static_cast<const Layer*>(user_data);
+    const HookedLayer& layer = *static_cast<const HookedLayer*>(user_data);
     GraphHook& hook = *layer.hook;
     AttentionNode read;
     read.read(node);
@@ -80,7 +39,11 @@ void attend_node(GgmlTensor* node, int thread, int num_threads, void* user_data)
     for (int stream = 0; stream < read.num_streams(); ++stream) {
         const AttentionProblem problem = problem_of(read, stream, layer);
         const int visible = thread == 0 && stream == 0 ? hook.visible.count(problem, index) : 0;
-        const int num_read = hook.attend.run(problem, index, *hook.kernels, thread, num_threads);
+        int num_read = hook.delta.run(problem, index, stream, *hook.kernels, thread, num_threads);
+        if (num_read == DeltaAttend::kNotTaken) {
+            num_read = hook.attend.run(problem, index, *hook.kernels, thread, num_threads);
+            if (thread == 0) hook.delta.measure(problem, index);
+        }
         keys_held += visible;
         keys_read += num_read < visible ? num_read : visible;
     }
@@ -114,7 +77,7 @@ void take_product(GraphHook& hook, GgmlTensor* node) {
 // Takes the custom operations' parameters from ggml. Returns what is wrong, or null.
 const char* learn(GraphHook& hook) {
     std::vector<CustomOp> wanted{{multiply_node, &hook, hook.product_params}};
-    for (Layer& layer : hook.layers) wanted.push_back({attend_node, &layer, layer.op_params});
+    for (HookedLayer& layer : hook.layers) wanted.push_back({attend_node, &layer, layer.op_params});
     hook.packed.want(wanted);
     return learn_ops(hook.ggml, hook.ops, wanted.data(), int(wanted.size()));
 }
@@ -122,7 +85,9 @@ const char* learn(GraphHook& hook) {
 bool make_room(GraphHook& hook, const AttentionNode& read, int layer) {
     if (hook.prompt_scores.end_with(layer)) return read.num_streams() == 1 && hook.prompt_scores.reserve(read.problem(0), hook.num_threads);
     for (int stream = 0; stream < read.num_streams(); ++stream)
-        if (!hook.attend.reserve(read.problem(stream), layer, hook.num_threads)) return false;
+        if (!hook.attend.reserve(read.problem(stream), layer, hook.num_threads) ||
+            !hook.delta.reserve(read.problem(stream), layer, stream, hook.num_threads))
+            return false;
     return true;
 }
 
@@ -139,7 +104,7 @@ void take(GraphHook& hook, GgmlTensor* node) {
         if (index >= 0) hook.layers[index].theirs = true;
         return;
     }
-    Layer& layer = hook.layers[index];
+    HookedLayer& layer = hook.layers[index];
     std::memcpy(layer.their_op_params, node->op_params, sizeof layer.their_op_params);
     std::memcpy(&layer.scale, node->op_params, sizeof layer.scale);
     std::memcpy(&layer.softcap, node->op_params + 2, sizeof layer.softcap);
@@ -186,7 +151,7 @@ extern "C" GraphHook* lowtide_hook_new(const GgmlFunctions* ggml, const char* ke
         hook->active = true;
         hook->num_threads = num_threads;
         hook->visible.reserve();
-        for (Layer& layer : hook->layers) layer.hook = hook;
+        for (HookedLayer& layer : hook->layers) layer.hook = hook;
         hook->ggml = *ggml;
         wrong = learn(*hook);
     }
@@ -219,65 +184,3 @@ extern "C" bool lowtide_hook_callback(void* tensor, bool ask, void* user_data) {
     const bool streams = hook.weights.enters_group(node), times = hook.clock.wants(node);
     return streams || times || ends_here(hook, node);
 }
-
-extern "C" LayerClock* lowtide_hook_clock(GraphHook* hook) { return &hook->clock; }
-
-extern "C" void lowtide_hook_set_active(GraphHook* hook, int active) { hook->active = active != 0; }
-
-extern "C" int lowtide_hook_set_roles(GraphHook* hook, const uint8_t* roles, int num_layers, const SelectionRule* rule) {
-    try {
-        hook->attend.set_roles(roles, num_layers < kMaxLayers ? num_layers : kMaxLayers, *rule);
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
-    return 0;
-}
-
-extern "C" int lowtide_hook_stream_weights(GraphHook* hook, const WeightSpan* spans, int num_spans, const uint8_t* kept,
-                                           int num_groups) {
-    try {
-        return hook->weights.set(spans, num_spans, kept, num_groups) ? 0 : 2;
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
-}
-
-extern "C" int lowtide_hook_read_packed(GraphHook* hook, const char* names, int max_rows, int max_columns) {
-    try {
-        return hook->packed.set(names, max_rows, max_columns, hook->num_threads) ? 0 : 1;
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
-}
-
-extern "C" void lowtide_hook_start_pass(GraphHook* hook, int sparse, int refresh, int rounded) {
-    hook->attend.start_pass(sparse != 0, refresh != 0);
-    hook->rounded = rounded != 0;
-}
-
-extern "C" void lowtide_hook_score_prompt(GraphHook* hook, int layer, const ScoreRule* rule, int is_last) {
-    if (layer < 0)
-        hook->prompt_scores.stop();
-    else
-        hook->prompt_scores.start(layer, *rule, is_last != 0);
-}
-
-extern "C" int lowtide_hook_prompt_scores(const GraphHook* hook, float* scores, int size) {
-    const int num_scored = hook->prompt_scores.num_scored();
-    if (num_scored >= size) std::memcpy(scores, hook->prompt_scores.scores(), sizeof(float) * size);
-    return num_scored;
-}
-
-extern "C" int lowtide_hook_can_round(const GraphHook* hook) { return hook->kernels->attend_rounded != nullptr; }
-
-extern "C" HookCounts lowtide_hook_counts(const GraphHook* hook) {
-    HookCounts counts{0, 0, hook->nodes_ours, hook->nodes_theirs, hook->nanoseconds, int64_t(hook->attend.scratch_bytes() + hook->prompt_scores.scratch_bytes() + hook->packed.scratch_bytes()),
-                      hook->keys_read, hook->keys_held, hook->weights.given_back_bytes(), hook->products_sliced, hook->packed.num_taken(), hook->packed.num_refused()};
-    for (const Layer& layer : hook->layers) {
-        counts.layers_ours += layer.ours && !layer.theirs;
-        counts.layers_theirs += layer.theirs;
-    }
-    return counts;
-}
-
-extern "C" const char* lowtide_hook_kernels(const GraphHook* hook) { return hook->kernels->name; }

@@ -13,6 +13,7 @@
 // Swaps llama.cpp's attention nodes for our kernels, through the evaluation callback of a context.
 struct GraphHook;
 class LayerClock;
+struct DeltaRule;
 
 // Counts of one hook since it was made.
 struct HookCounts {
@@ -50,6 +51,15 @@ LOWTIDE_API LayerClock* lowtide_hook_clock(GraphHook* hook);
 // `rounded` lets a prompt's rows be multiplied in bfloat16 where the kernels can, which is not exact.
 LOWTIDE_API int lowtide_hook_set_roles(GraphHook* hook, const uint8_t* roles, int num_layers, const SelectionRule* rule);
 LOWTIDE_API void lowtide_hook_start_pass(GraphHook* hook, int sparse, int refresh, int rounded);
+
+// What DeltaAttend groups, between passes; returns 1 where there is no memory. Passes are grouped from a start with
+// `grouped` on, up to a `start_pass`; or are measured (`start_measuring`, 1 where there is no memory). Whoever changes cells in another way than by a pass says from which on, with a cut.
+LOWTIDE_API int lowtide_hook_set_groups(GraphHook* hook, const DeltaRule* rule, const uint8_t* num_groups, const float* scales,
+                                        int num_layers, int num_kv_heads, int key_size);
+LOWTIDE_API void lowtide_hook_start_grouped(GraphHook* hook, int grouped);
+LOWTIDE_API int lowtide_hook_measure_groups(GraphHook* hook);
+LOWTIDE_API void lowtide_hook_read_measures(const GraphHook* hook, float* errors, float* squares);
+LOWTIDE_API void lowtide_hook_cut(GraphHook* hook, int num_cells);
 
 // Has passes from now on end behind the attention of `layer`; where `is_last`, each key of the cache is scored
 // there (`PromptScores`). Below 0, passes are whole again.

@@ -35,4 +35,22 @@ inline float half_to_float(uint16_t half) {
 #endif
 }
 
+// Rounds to the nearest, to even where two are; beyond the largest half it is infinity.
+inline uint16_t float_to_half(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint16_t sign = bits >> 16 & 0x8000;
+    const uint32_t magnitude = bits & 0x7fffffff;
+    if (magnitude >= 0x47800000) return sign | (magnitude > 0x7f800000 ? 0x7e00 : 0x7c00);
+    if (magnitude < 0x38800000) {  // zero and subnormals: the sum's last bits are a multiple of 2^-24
+        float shifted;
+        std::memcpy(&shifted, &magnitude, sizeof shifted);
+        shifted += 0.5f;
+        uint32_t rounded;
+        std::memcpy(&rounded, &shifted, sizeof rounded);
+        return sign | uint16_t(rounded - 0x3f000000);
+    }
+    return sign | uint16_t((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
+}
+
 }  // namespace

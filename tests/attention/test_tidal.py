@@ -45,7 +45,7 @@ def test_policies_by_name(text: str, expected: Tidal) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("flash", "attention is 'flash', one of llama, dense, gem, tidal is wanted"),
+        ("flash", "attention is 'flash', one of llama, delta, dense, gem, tidal is wanted"),
         ("llama:k=5", "llama has no setting 'k', it has none"),
         ("dense:k=5", "dense has no setting 'k', it has prompts"),
         ("tidal:keys=5", "no setting 'keys', it has k, layers"),

@@ -29,7 +29,7 @@ def invoke(*arguments: str) -> Result:
 @pytest.mark.parametrize(
     ("attention", "message"),
     [
-        ("flash", "attention is 'flash', one of llama, dense, gem, tidal"),
+        ("flash", "attention is 'flash', one of llama, delta, dense, gem, tidal"),
         ("tidal:k=0", "tidal's k is 0"),
         ("tidal:layers=99", "name layer 99; random has layers 0 to 5"),
         ("tidal:calibration=/nowhere.json", "/nowhere.json cannot be read"),

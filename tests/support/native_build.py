@@ -15,6 +15,7 @@ KERNELS = (
 MULTIPLIERS = "multiply_avx2 multiply_dot multiply_portable multiply_vnni multiply_vnni512".split()
 PROGRAMS = {
     "attend": [*KERNELS, "key_set", "tidal_attend"],
+    "delta_attend": [*KERNELS, "delta_attend", "key_groups", "page_clusters"],
     "layer_clock": ["layer_clock"],
     "product": [
         *MULTIPLIERS,

@@ -1,0 +1,131 @@
+"""DeltaCalibration: what was found to keep delta close to dense attention on one model, as a file.
+
+Knows no kernel; `calibrate` makes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowtide.attention.calibration_file import Fields, find_file, write_values
+from lowtide.attention.delta.units import LEAST_GROUPS, DeltaUnits
+from lowtide.memory.key_groups import PAGE_KEYS
+from lowtide.models.spec import ModelSpec
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaCalibration:
+    """Delta's units for one model and how far from dense attention they measured.
+
+    On text that the search did not see, at `context` tokens: `kl` is the mean KL divergence in nats a
+    token, `key_loss` the mean loss of log likelihood of a pass key hidden there, in nats, `keys_read` the
+    share of the cached keys that a token attended to, groups counted once.
+    """
+
+    fingerprint: str
+    model: str
+    units: DeltaUnits
+    kl: float
+    target_kl: float
+    key_loss: float
+    target_key_loss: float
+    context: int
+    keys_read: float
+    text: str
+
+    @property
+    def summary(self) -> str:
+        """Say in a few words where the settings come from."""
+        return f"calibrated: KL {self.kl:.3f} at {self.context:,} tokens"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the file's values; a layer's groups are a text, and so are its heads' scales, in hex."""
+        return {
+            "format": FORMAT,
+            "policy": "delta",
+            "fingerprint": self.fingerprint,
+            "model": self.model,
+            "sparsity": round(self.units.sparsity, 4),
+            "kl": self.kl,
+            "target_kl": self.target_kl,
+            "key_loss": self.key_loss,
+            "target_key_loss": self.target_key_loss,
+            "context": self.context,
+            "keys_read": self.keys_read,
+            "text": self.text,
+            "num_groups": [" ".join(map(str, layer)) for layer in self.units.num_groups],
+            "scales": [" ".join(unit.hex() for unit in layer) for layer in self.units.scales],
+        }
+
+
+def find_delta_calibration(spec: ModelSpec) -> DeltaCalibration | None:
+    """Return the model's calibration, the user's before the shipped one; None where there is none."""
+    path = find_file(f"{spec.fingerprint}.delta.json")
+    return load_delta_calibration(path, spec) if path else None
+
+
+def save_delta_calibration(calibration: DeltaCalibration, path: Path | None = None) -> Path:
+    """Write the file, atomically, and return its path; None is the model's place in the cache."""
+    return write_values(f"{calibration.fingerprint}.delta.json", calibration.to_dict(), path)
+
+
+def load_delta_calibration(path: Path, spec: ModelSpec) -> DeltaCalibration:
+    """Read and check a calibration of the model; raises `CalibrationError`."""
+    fields = Fields(path, policy="delta", format=FORMAT)
+    found = DeltaCalibration(
+        fingerprint=fields.text("fingerprint"),
+        model=fields.text("model"),
+        units=DeltaUnits(num_groups=_groups(fields, spec), scales=_scales(fields, spec)),
+        kl=fields.number("kl"),
+        target_kl=fields.number("target_kl"),
+        key_loss=fields.number("key_loss"),
+        target_key_loss=fields.number("target_key_loss"),
+        context=fields.count("context"),
+        keys_read=fields.number("keys_read"),
+        text=fields.text("text"),
+    )
+    fields.check_model(spec)
+    return found
+
+
+def _groups(fields: Fields, spec: ModelSpec) -> tuple[tuple[int, ...], ...]:
+    wanted = f"{LEAST_GROUPS} to {PAGE_KEYS} for each KV head of {spec.num_layers} layers"
+    layers = _layers(fields, "num_groups", spec, wanted)
+    numbers = [tuple(int(word) for word in layer if word.isdecimal()) for layer in layers]
+    if any(
+        len(layer) != heads or not all(LEAST_GROUPS <= n <= PAGE_KEYS for n in layer)
+        for layer, heads in zip(numbers, spec.num_kv_heads, strict=True)
+    ):
+        raise fields.wrong("num_groups", wanted)
+    return tuple(numbers)
+
+
+def _scales(fields: Fields, spec: ModelSpec) -> tuple[tuple[bytes, ...], ...]:
+    wanted = f"{spec.key_head_size} bytes in hex for each KV head of {spec.num_layers} layers"
+    try:
+        layers = [
+            tuple(bytes.fromhex(word) for word in layer)
+            for layer in _layers(fields, "scales", spec, wanted)
+        ]
+    except ValueError:
+        raise fields.wrong("scales", wanted) from None
+    for layer, heads in zip(layers, spec.num_kv_heads, strict=True):
+        if len(layer) != heads or any(len(unit) != spec.key_head_size for unit in layer):
+            raise fields.wrong("scales", wanted)
+    return tuple(layers)
+
+
+def _layers(fields: Fields, field: str, spec: ModelSpec, wanted: str) -> list[list[str]]:
+    """Return the words of each layer's text."""
+    layers = fields.value(field)
+    if (
+        not isinstance(layers, list)
+        or len(layers) != spec.num_layers
+        or not all(isinstance(layer, str) for layer in layers)
+    ):
+        raise fields.wrong(field, wanted)
+    return [layer.split() for layer in layers]

@@ -1,0 +1,149 @@
+"""DeltaLLM's attention in our form: keys behind a window that are alike share one score and one value.
+
+Qi et al., "DeltaLLM: A Training-Free Framework Exploiting Temporal Sparsity for Efficient Edge LLM
+Inference", arXiv 2507.19608, computes scores from what changed between keys, outside a local window. Its
+construction rule is not published. Ours reuses whole rows, with changes that measured better: a row is not
+compared with the last one that was sent but joins the likest rows of its page of 64, what stands for a
+group is its mean, and values are merged with keys, which loses nothing more: rows of one score weigh the
+same. So half of attention is not only not multiplied but not read, of V as of K.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from lowtide.attention.delta.calibration import (
+    DeltaCalibration,
+    find_delta_calibration,
+    load_delta_calibration,
+)
+from lowtide.attention.delta.kernels import DeltaRule
+from lowtide.attention.delta.units import LEAST_GROUPS, DeltaUnits
+from lowtide.attention.policy import AttentionPolicy, Steering
+from lowtide.memory.key_groups import PAGE_KEYS, KeyGroups
+from lowtide.models.errors import BadOption
+from lowtide.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from lowtide.attention.graph_hook import GraphHook
+
+DEFAULT_SPARSITY = 0.25
+"""Without a calibration every layer and head is grouped alike, which loses much sooner."""
+GROUPED, EXACT = "grouped", "exact"
+MOST_WINDOW = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta(AttentionPolicy):
+    """Attention over groups of like keys; what is None comes from the model's calibration.
+
+    Of each row's keys the last `window` and the first `sinks` of all are attended to as they are, and of
+    the pages of 64 behind them a share, 1 - `sparsity`, as groups. A stated `sparsity` groups every layer
+    and head alike. `prompts` "exact" has only decoding attend to groups. `calibration` is a file to take
+    instead of the model's own; `units` are what a calibration consists of.
+    """
+
+    name: ClassVar[str] = "delta"
+
+    sparsity: float | None = None
+    window: int = 128
+    sinks: int = 4
+    prompts: str = GROUPED
+    calibration: Path | None = None
+    units: DeltaUnits | None = None
+    origin: str = "stated"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.window <= MOST_WINDOW:
+            raise BadOption(f"delta's window is {self.window}, 1 to {MOST_WINDOW:,} is wanted")
+        if not 0 <= self.sinks < LEAST_GROUPS:
+            raise BadOption(f"delta's sinks is {self.sinks}, 0 to {LEAST_GROUPS - 1} is wanted")
+        most = 1 - LEAST_GROUPS / PAGE_KEYS
+        if self.sparsity is not None and not 0 <= self.sparsity <= most:
+            raise BadOption(f"delta's sparsity is {self.sparsity:g}, 0 to {most:g} is wanted")
+        if self.prompts not in (GROUPED, EXACT):
+            raise BadOption(
+                f"delta's prompts is {self.prompts!r}, one of {GROUPED}, {EXACT} is wanted"
+            )
+        if self.sparsity is not None and self.calibration is not None:
+            raise BadOption(
+                "delta's sparsity and calibration are given, and a calibration has its own: leave one out"
+            )
+
+    def fitted(self, spec: ModelSpec) -> Delta:
+        """Settle the units for the model; see the class."""
+        _check(spec)
+        if self.units is not None:
+            return self
+        found: DeltaCalibration | None = None
+        if self.calibration is not None:
+            found = load_delta_calibration(self.calibration, spec)
+        elif self.sparsity is None:
+            found = find_delta_calibration(spec)
+        if found is not None:
+            return replace(self, units=found.units, origin=found.summary)
+        if spec.sliding_window is not None:
+            raise BadOption(
+                f"{spec.name} has layers that see a sliding window, and which of them is not known: run "
+                "lowtide calibrate --attention delta, or name a calibration"
+            )
+        sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+        count = round((1 - sparsity) * PAGE_KEYS)
+        units = DeltaUnits.uniform(
+            spec.num_layers, max(spec.num_kv_heads), spec.key_head_size, count
+        )
+        origin = self.origin if self.sparsity is not None else "not calibrated for this model"
+        return replace(self, units=units, origin=origin)
+
+    @property
+    def identity(self) -> str:
+        """Every setting, wherever it came from."""
+        return repr(replace(self, sparsity=None, calibration=None, origin=""))
+
+    @property
+    def key_groups(self) -> KeyGroups | None:
+        """What is kept beside the cache."""
+        if self.units is None:
+            return None
+        return KeyGroups(num_groups=self.units.grouped(), window=self.window)
+
+    def install(self, hook: GraphHook, spec: ModelSpec) -> Steering:
+        """Give the hook each unit's groups and scales."""
+        assert self.units is not None, "the policy is not fitted to a model"
+        hook.set_groups(DeltaRule(self.window, self.sinks), *self.units.arrays())
+        return DeltaSteering(hook, self.prompts)
+
+    def __str__(self) -> str:
+        share = 0.0 if self.units is None else self.units.sparsity
+        prompts = "" if self.prompts == GROUPED else f", prompts {self.prompts}"
+        return f"delta, sparsity {share:.0%}, window {self.window} ({self.origin}){prompts}"
+
+
+class DeltaSteering(Steering):
+    """Every pass attends to groups, or those of decoding alone."""
+
+    def __init__(self, hook: GraphHook, prompts: str) -> None:
+        self._hook = hook
+        self.exact_prompts = prompts == EXACT
+
+    def before_prompt(self) -> None:
+        """Attend as prompts are to be read."""
+        self._hook.start_pass(sparse=False)
+        if not self.exact_prompts:
+            self._hook.start_grouped()
+
+    def before_decode(self) -> None:
+        """Attend to groups."""
+        self._hook.start_grouped()
+
+
+def _check(spec: ModelSpec) -> None:
+    """Raise `BadOption` where the model's heads are not as the kernels group them."""
+    if len(set(spec.num_kv_heads)) != 1 or max(spec.num_kv_heads) == 0:
+        counts = ", ".join(map(str, sorted(set(spec.num_kv_heads))))
+        raise BadOption(
+            f"delta groups the keys of as many KV heads in every layer, {spec.name} has {counts}: use "
+            "--attention tidal or dense"
+        )

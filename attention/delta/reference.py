@@ -1,0 +1,152 @@
+"""Plain numpy in double precision: attention over reference states and over groups, the oracles of both.
+
+Three granularities of one idea (Qi et al., "DeltaLLM", arXiv 2507.19608; a reconstruction, its construction
+rule is not published): behind a window of recent keys a query does not see a key itself but a state that
+stands for it, so that what the state repeats costs nothing. `reference_states` sends single channels or
+blocks of them where they have left the last state, never where they have left the key before: the error
+does not walk away. `page_groups` takes whole rows: like keys of a page share one state.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lowtide.attention.reference import attention
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+PAGE_KEYS = 64
+
+
+def reference_states(
+    k: NDArray[np.float64], thresholds: NDArray[np.float64], *, num_first: int, block: int
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Return the states that stand for keys, and which blocks were sent, (keys, key_size / block).
+
+    `k` (keys, key_size) are one KV head's, `thresholds` (key_size,) how far a channel may be off: that of
+    a query's root mean square, say, divided into a constant. A block of `block` channels is sent, and the
+    state takes the key's channels, where the root mean square of its differences, each as a multiple of
+    its threshold, is above 1. The first `num_first` keys are sent whole.
+    """
+    num_keys, key_size = k.shape
+    states = np.empty_like(k)
+    sent = np.ones((num_keys, key_size // block), bool)
+    state = np.zeros(key_size)
+    for key in range(num_keys):
+        if key >= max(num_first, 1):
+            off = np.abs(k[key] - state)
+            scaled = np.where(off == 0, 0.0, off / np.maximum(thresholds, 1e-100))
+            sent[key] = np.sqrt((scaled.reshape(-1, block) ** 2).mean(axis=1)) > 1
+        state = np.where(np.repeat(sent[key], block), k[key], state)
+        states[key] = state
+    return states, sent
+
+
+def delta_attention(
+    q: NDArray[np.float32],
+    k: NDArray[np.float64],
+    v: NDArray[np.float64],
+    states: NDArray[np.float64],
+    *,
+    scale: float,
+    window: int,
+) -> NDArray[np.float64]:
+    """Return attention of the last rows, (rows, heads, value_size), with states for the keys behind them.
+
+    Shapes as for `reference.attention`; row i of `q` sees all keys but the rows after it, and its last
+    `window` keys, its own among them, as they are.
+    """
+    num_rows, num_keys = len(q), len(k)
+    out = []
+    for row in range(num_rows):
+        seen = num_keys - num_rows + row + 1
+        behind = max(seen - window, 0)
+        keys = np.concatenate([states[:behind], k[behind:seen]])
+        visible = np.zeros((1, seen), np.float16)
+        out.append(attention(q[row : row + 1], keys, v[:seen], visible, scale=scale)[0])
+    return np.stack(out)
+
+
+def page_groups(
+    k: NDArray[np.float64], scales: NDArray[np.float64], num_groups: int, num_fixed: int = 0
+) -> list[list[int]]:
+    """Return the groups of a page's keys, (keys, key_size), each a list of rows, by their first ones.
+
+    Ward's method on the keys times `scales` (key_size,): joins the two groups whose union raises the sum
+    of squared distances from the means the least, until `num_groups` are left. The first `num_fixed` rows
+    stay alone.
+    """
+    points = k * scales
+    distances = ((points[:, None] - points[None]) ** 2).sum(axis=2)
+    distances[np.tril_indices(len(k))] = np.inf
+    distances[:num_fixed] = np.inf
+    groups = {row: [row] for row in range(len(k))}
+    while len(groups) > num_groups:
+        first, second = map(int, np.unravel_index(distances.argmin(), distances.shape))
+        groups[first] += groups.pop(second)
+        distances[second] = distances[:, second] = np.inf
+        mean, size = points[groups[first]].mean(axis=0), len(groups[first])
+        for other, rows in groups.items():
+            if other == first or other < num_fixed:
+                continue
+            apart = ((points[rows].mean(axis=0) - mean) ** 2).sum()
+            at = (min(first, other), max(first, other))
+            distances[at] = 2 * size * len(rows) / (size + len(rows)) * apart
+    return [sorted(rows) for _, rows in sorted(groups.items())]
+
+
+def grouped_attention(
+    q: NDArray[np.float32],
+    k: NDArray[np.float64],
+    v: NDArray[np.float64],
+    scales: NDArray[np.float64],
+    *,
+    scale: float,
+    window: int,
+    num_groups: int,
+    num_fixed: int = 0,
+) -> NDArray[np.float64]:
+    """Return attention of the last rows, (rows, heads, value_size), over groups of one KV head's keys.
+
+    `q` (rows, heads, key_size), `k` (keys, key_size), `v` (keys, value_size). A row sees every key but
+    the rows after it; whole pages behind its last `window` keys as groups, each with its mean key and its
+    mean value, as heavy as its keys are many.
+    """
+    num_rows, num_keys = len(q), len(k)
+    pages = [
+        [
+            [begin + key for key in rows]
+            for rows in page_groups(
+                k[begin : begin + PAGE_KEYS], scales, num_groups, 0 if begin else num_fixed
+            )
+        ]
+        for begin in range(0, num_keys - window - PAGE_KEYS + 1, PAGE_KEYS)
+    ]
+    out = []
+    for row in range(num_rows):
+        seen = num_keys - num_rows + row + 1
+        num_pages = max(seen - window, 0) // PAGE_KEYS
+        groups = [rows for page in pages[:num_pages] for rows in page]
+        groups += [[key] for key in range(num_pages * PAGE_KEYS, seen)]
+        keys = np.stack([k[rows].mean(axis=0) for rows in groups])
+        values = np.stack([v[rows].mean(axis=0) for rows in groups])
+        heavy = np.log([len(rows) for rows in groups])
+        out.append(_weighted(q[row], keys, values, heavy, scale))
+    return np.stack(out)
+
+
+def _weighted(
+    q: NDArray[np.float32],
+    keys: NDArray[np.float64],
+    values: NDArray[np.float64],
+    heavy: NDArray[np.float64],
+    scale: float,
+) -> NDArray[np.float64]:
+    """One row's attention, (heads, value_size), to groups of exp(`heavy`) keys."""
+    scores = q.astype(np.float64) @ keys.T * scale + heavy
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    result: NDArray[np.float64] = weights @ values / weights.sum(axis=1, keepdims=True)
+    return result

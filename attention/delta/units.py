@@ -1,0 +1,90 @@
+"""DeltaUnits: how much is grouped in each layer and KV head, and by what measure of likeness."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lowtide.memory.key_groups import PAGE_KEYS
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+LEAST_GROUPS = 8
+FULL_SCALE = 255
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaUnits:
+    """Of every layer and KV head, `num_groups` of a page of 64 keys (64: none is grouped), and `scales`,
+    a byte a channel: how much it counts in the distance of two keys, against the unit's other channels.
+    """
+
+    num_groups: tuple[tuple[int, ...], ...]
+    scales: tuple[tuple[bytes, ...], ...]
+
+    @staticmethod
+    def uniform(num_layers: int, num_kv_heads: int, key_size: int, num_groups: int) -> DeltaUnits:
+        """Return units that are all grouped alike, with channels that all count alike."""
+        return DeltaUnits(
+            num_groups=((num_groups,) * num_kv_heads,) * num_layers,
+            scales=((bytes([FULL_SCALE]) * key_size,) * num_kv_heads,) * num_layers,
+        )
+
+    @property
+    def sparsity(self) -> float:
+        """The share of the keys of grouped pages that cost nothing, a mean of the units."""
+        counts = [count for layer in self.num_groups for count in layer]
+        return 1 - sum(counts) / (PAGE_KEYS * len(counts))
+
+    def grouped(self) -> tuple[int, ...]:
+        """Return the numbers of groups of all heads of layers that have groups."""
+        layers = (layer for layer in self.num_groups if min(layer) < PAGE_KEYS)
+        return tuple(count for layer in layers for count in layer)
+
+    def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """Return both as arrays, (layers, kv_heads) and (layers, kv_heads, key_size)."""
+        import numpy as np
+
+        scales = [[list(unit) for unit in layer] for layer in self.scales]
+        return np.array(self.num_groups, np.uint8), (np.array(scales) / FULL_SCALE).astype(
+            np.float32
+        )
+
+
+def scale_bytes(squares: NDArray[np.float32]) -> tuple[tuple[bytes, ...], ...]:
+    """Return scales from the mean squares of queries' channels, (layers, kv_heads, key_size)."""
+    import numpy as np
+
+    roots = np.sqrt(squares)
+    most = np.maximum(roots.max(axis=2, keepdims=True), 1e-30)
+    found = np.maximum(np.round(roots / most * FULL_SCALE), 1).astype(np.uint8)
+    return tuple(tuple(unit.tobytes() for unit in layer) for layer in found)
+
+
+def allocate(
+    errors: NDArray[np.float32], choices: tuple[int, ...], share: float
+) -> tuple[tuple[int, ...], ...]:
+    """Return how many groups each unit gets, so that all keep `share` of the keys at the least error.
+
+    `errors` (choices, layers, kv_heads) are each unit's with so many groups, of ascending `choices`; with
+    all 64 there is none. Lagrange's way: each unit takes what a common price of a group makes best, and
+    the price is the least at which they keep no more than `share`. A unit whose errors are infinite keeps
+    everything, and does not count.
+    """
+    import numpy as np
+
+    counts = np.array([*choices, PAGE_KEYS])
+    costs = np.concatenate([np.minimum.accumulate(errors, axis=0), np.zeros_like(errors[:1])])
+    taking = np.isfinite(errors).all(axis=0)
+    low, high, best = -30.0, 10.0, None
+    for _ in range(60):
+        price = (low + high) / 2
+        picked = counts[(costs + np.exp(price) * counts[:, None, None]).argmin(axis=0)]
+        if picked[taking].mean() <= share * PAGE_KEYS:
+            high, best = price, picked
+        else:
+            low = price
+    assert best is not None, "no unit takes part, or a share below the smallest choice is wanted"
+    return tuple(tuple(map(int, layer)) for layer in best)

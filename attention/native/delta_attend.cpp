@@ -1,0 +1,193 @@
+// A pass is taken in runs of rows that have the same pages behind their windows: each run has a problem of its own
+// for each KV head, whose keys are the groups of those pages and the rows behind them.
+
+#include "delta_attend.h"
+
+#include <algorithm>
+#include <new>
+
+namespace {
+
+// Of a run's rows, all but the window and what a page still lacks: so many rows may lie beside the groups.
+int most_rows_beside(int window) { return window + 3 * kPageKeys; }
+
+const uint16_t* mask_of(const AttentionProblem& p, int row) {
+    return reinterpret_cast<const uint16_t*>(p.mask + row * p.mask_row_stride);
+}
+
+// How many cells a row sees, where those are the first ones; -1 where they are others.
+int num_seen(const AttentionProblem& p, int row) {
+    const uint16_t* mask = mask_of(p, row);
+    int seen = p.num_keys;
+    while (seen > 0 && mask[seen - 1] == kHiddenKey) --seen;
+    uint16_t any = 0;
+    for (int j = 0; j < seen; ++j) any |= mask[j];
+    return any == 0 ? seen : -1;
+}
+
+int first_position(const AttentionProblem& p) { return num_seen(p, p.num_rows - 1) - p.num_rows; }
+
+}  // namespace
+
+void DeltaAttend::set_units(const DeltaRule& rule, const uint8_t* num_groups, const float* scales, int num_layers, int num_kv_heads,
+                            int key_size) {
+    const size_t num_units = size_t(num_layers) * num_kv_heads;
+    rule_ = rule, num_kv_heads_ = num_kv_heads, key_size_ = key_size;
+    num_groups_.assign(num_groups, num_groups + num_units);
+    scales_.assign(scales, scales + num_units * key_size);
+    layers_.clear(), layers_.resize(num_layers);
+    for (int layer = 0; layer < num_layers; ++layer)
+        for (int head = 0; head < num_kv_heads; ++head) layers_[layer].is_grouped |= num_groups_[layer * num_kv_heads + head] < kPageKeys;
+}
+
+void DeltaAttend::cut(int num_cells) {
+    for (Layer& layer : layers_)
+        for (auto& heads : layer.streams)
+            for (KeyGroups& groups : heads) groups.cut(num_cells);
+}
+
+bool DeltaAttend::knows(const AttentionProblem& p, int layer) const {
+    return layer < int(layers_.size()) && layers_[layer].is_grouped && p.num_kv_heads == num_kv_heads_ && p.key_size == key_size_;
+}
+
+// Where the node is not ours, the cells that it writes are forgotten all the same.
+bool DeltaAttend::takes(const AttentionProblem& p, int layer, int stream) {
+    const int first = first_position(p);
+    bool known = first >= 0;
+    for (int row = 0; known && row < p.num_rows - 1; ++row) known = num_seen(p, row) == first + row + 1;
+    auto& streams = layers_[layer].streams;
+    if (stream < int(streams.size()))
+        for (KeyGroups& groups : streams[stream]) groups.cut(known ? first : 0);
+    return known && grouped_;
+}
+
+bool DeltaAttend::reserve(const AttentionProblem& p, int layer, int stream, int num_threads) {
+    if (!grouped_ || !knows(p, layer)) return true;
+    auto& streams = layers_[layer].streams;
+    const int num_beside = std::min(most_rows_beside(rule_.window), p.num_keys);
+    AttentionProblem largest = p;
+    largest.num_kv_heads = 1, largest.num_heads = p.group_size();
+    largest.num_keys = std::max(p.num_keys, num_beside);
+    try {
+        if (int(streams.size()) <= stream) streams.resize(stream + 1);
+        if (streams[stream].empty()) streams[stream].resize(num_kv_heads_);
+        size_t most_keys = 0;
+        for (int head = 0; head < num_kv_heads_; ++head) {
+            const int num_groups = num_groups_[layer * num_kv_heads_ + head];
+            streams[stream][head].reserve(p, num_groups, p.num_keys, num_beside);
+            most_keys = std::max(most_keys, size_t(p.num_keys / kPageKeys) * num_groups + num_beside);
+        }
+        const size_t out_size = measures_ ? size_t(p.num_rows) * p.num_heads * p.value_size : 0;
+        if (out_.size() < out_size) out_.resize(out_size);
+        const size_t mask_size = most_keys * std::min(p.num_rows, kPageKeys);
+        if (mask_.size() < mask_size) mask_.reserve(mask_size), mask_.resize(mask_size);
+        largest.num_keys = int(std::max(size_t(largest.num_keys), most_keys));
+    } catch (const std::bad_alloc&) {
+        return false;
+    }
+    // A run may have few rows where the pass has many.
+    largest.num_rows = std::min(p.num_rows, 8);
+    if (!attend_.reserve(largest, num_threads)) return false;
+    largest.num_rows = p.num_rows;
+    return attend_.reserve(largest, num_threads);
+}
+
+GroupRule DeltaAttend::rule_of(int layer, int kv_head) const {
+    const int unit = layer * num_kv_heads_ + kv_head;
+    return {num_groups_[unit], rule_.num_fixed, scales_.data() + size_t(unit) * key_size_};
+}
+
+int DeltaAttend::num_pages_before(int position) const { return std::max(position + 1 - rule_.window, 0) / kPageKeys; }
+
+int DeltaAttend::run(const AttentionProblem& p, int layer, int stream, const KernelSet& kernels, int thread, int num_threads) {
+    if (!knows(p, layer)) return kNotTaken;
+    barrier_.wait(num_threads, [&] { taken_ = takes(p, layer, stream); });
+    if (!taken_) return kNotTaken;
+    auto& heads = layers_[layer].streams[stream];
+    const int first = first_position(p);
+    for (int row = 0, end = 0; row < p.num_rows; row = end) {
+        const int num_pages = num_pages_before(first + row);
+        while (end < p.num_rows && num_pages_before(first + end) == num_pages && end - row < kPageKeys) ++end;
+        for (int head = thread; head < num_kv_heads_; head += num_threads)
+            heads[head].advance(p, head, rule_of(layer, head), num_pages, first + end);
+        for (int head = 0; head < num_kv_heads_; ++head) {
+            barrier_.wait(num_threads, [&] { ready(p, heads[head], head, row, end - row); });
+            attend_.run(of_head_, kernels, thread, num_threads);
+        }
+    }
+    int num_read = 0;
+    for (const KeyGroups& groups : heads) num_read += groups.num_keys();
+    return measures_ ? kNotTaken : num_read / num_kv_heads_;
+}
+
+// Makes the problem of some rows, which see all groups, and of the rows beside those what is not behind them.
+void DeltaAttend::ready(const AttentionProblem& p, const KeyGroups& groups, int kv_head, int first_row, int num_rows) {
+    const int num_keys = groups.num_keys(), num_grouped = groups.num_grouped(), heads_before = kv_head * p.group_size();
+    for (int row = 0; row < num_rows; ++row) {
+        uint16_t* mask = mask_.data() + size_t(row) * num_keys;
+        std::copy(groups.biases(), groups.biases() + num_grouped, mask);
+        const int num_visible = num_keys - (num_rows - 1 - row);
+        std::fill(mask + num_grouped, mask + num_visible, uint16_t(0));
+        std::fill(mask + num_visible, mask + num_keys, kHiddenKey);
+    }
+    AttentionProblem& own = of_head_ = p;
+    own.q += first_row * p.q_row_stride + heads_before * p.q_head_stride;
+    own.out += first_row * p.out_row_stride + heads_before * p.out_head_stride;
+    own.k = reinterpret_cast<const char*>(groups.keys()), own.k_key_stride = sizeof(uint16_t) * p.key_size, own.k_head_stride = 0;
+    own.v = reinterpret_cast<const char*>(groups.values()), own.v_key_stride = sizeof(uint16_t) * p.value_size, own.v_head_stride = 0;
+    own.k_type = own.v_type = KvType::f16;
+    own.mask = reinterpret_cast<const char*>(mask_.data()), own.mask_row_stride = sizeof(uint16_t) * num_keys;
+    own.num_rows = num_rows, own.num_heads = p.group_size(), own.num_kv_heads = 1, own.num_keys = num_keys;
+    if (own.sinks != nullptr) own.sinks += heads_before;
+    if (!measures_) return;
+    own.out_head_stride = sizeof(float) * p.value_size, own.out_row_stride = own.out_head_stride * p.num_heads;
+    own.out = reinterpret_cast<char*>(out_.data()) + first_row * own.out_row_stride + heads_before * own.out_head_stride;
+}
+
+void DeltaAttend::start_measuring() {
+    grouped_ = measures_ = true;
+    measured_.assign(num_groups_.size(), {});
+    for (Measure& unit : measured_) unit.squares.assign(key_size_, 0.0);
+}
+
+void DeltaAttend::measure(const AttentionProblem& p, int layer) {
+    if (!measures_ || !knows(p, layer)) return;
+    if (!taken_) {
+        for (int head = 0; head < num_kv_heads_; ++head) measured_[layer * num_kv_heads_ + head].is_left_out = true;
+        return;
+    }
+    const int first = first_position(p), group = p.group_size();
+    for (int row = 0; row < p.num_rows; ++row)
+        for (int kv_head = 0; kv_head < num_kv_heads_; ++kv_head) {
+            Measure& unit = measured_[layer * num_kv_heads_ + kv_head];
+            double wrong = 0.0, whole = 0.0;
+            for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+                const auto* q = reinterpret_cast<const float*>(p.q + row * p.q_row_stride + head * p.q_head_stride);
+                const auto* exact = reinterpret_cast<const float*>(p.out + row * p.out_row_stride + head * p.out_head_stride);
+                const float* grouped = out_.data() + (size_t(row) * p.num_heads + head) * p.value_size;
+                for (int d = 0; d < p.key_size; ++d) unit.squares[d] += double(q[d]) * q[d] / group;
+                for (int d = 0; d < p.value_size; ++d) {
+                    const double apart = double(exact[d]) - grouped[d];
+                    wrong += apart * apart, whole += double(exact[d]) * exact[d];
+                }
+            }
+            ++unit.num_queries;
+            if (num_pages_before(first + row) == 0) continue;
+            unit.error += wrong / std::max(whole, 1e-30), ++unit.num_compared;
+        }
+}
+
+void DeltaAttend::read_measures(float* errors, float* squares) const {
+    for (const Measure& unit : measured_) {
+        *errors++ = unit.is_left_out ? -1.0f : float(unit.error / double(std::max<int64_t>(unit.num_compared, 1)));
+        for (const double square : unit.squares) *squares++ = float(square / double(std::max<int64_t>(unit.num_queries, 1)));
+    }
+}
+
+size_t DeltaAttend::scratch_bytes() const {
+    size_t total = attend_.scratch_bytes() + sizeof(uint16_t) * mask_.capacity();
+    for (const Layer& layer : layers_)
+        for (const auto& heads : layer.streams)
+            for (const KeyGroups& groups : heads) total += groups.num_bytes();
+    return total;
+}

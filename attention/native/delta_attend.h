@@ -1,0 +1,86 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "attend.h"
+#include "attention_problem.h"
+#include "barrier.h"
+#include "key_groups.h"
+
+// What every layer's groups are made by. Python fills it.
+struct DeltaRule {
+    int32_t window;     // of each row's last keys so many, its own among them, are never grouped
+    int32_t num_fixed;  // nor are so many of the first
+};
+
+// Attention over groups: behind a window, keys that are like one another share one score and one value
+// (KeyGroups), so that the others cost neither a multiplication nor a read. Rows see a beginning of the cache
+// each, one cell more than the row before; what is otherwise is not taken.
+class DeltaAttend {
+public:
+    static constexpr int kNotTaken = -1;
+
+    // Of each layer and KV head, (num_layers, num_kv_heads): how many groups a page has, kPageKeys where it is
+    // not grouped, and the scales of its channels, (..., key_size). A layer without a head that is grouped is not
+    // taken. Between passes only; throws std::bad_alloc.
+    void set_units(const DeltaRule& rule, const uint8_t* num_groups, const float* scales, int num_layers, int num_kv_heads, int key_size);
+
+    // Whether passes from now on are taken.
+    void start_pass(bool grouped) { grouped_ = grouped, measures_ = false; }
+
+    // Has passes be measured: what groups would make of them is held against dense attention, which they get; what was measured before is forgotten.
+    void start_measuring();
+
+    // Holds a pass that was measured against `problem.out`. By one thread.
+    void measure(const AttentionProblem& problem, int layer);
+
+    // Of each unit, the relative squared errors of rows that have groups, -1 where a pass was not taken, and the squares of all rows' queries by channel,
+    // as means.
+    void read_measures(float* errors, float* squares) const;
+
+    // Forgets the cells from `num_cells` on, in every layer: they are other ones now.
+    void cut(int num_cells);
+
+    // As for Attend.
+    bool reserve(const AttentionProblem& problem, int layer, int stream, int num_threads);
+
+    // Returns the number of keys and groups that the last row attended to, a mean of the heads; kNotTaken where
+    // nothing was done but to forget what the pass writes.
+    int run(const AttentionProblem& problem, int layer, int stream, const KernelSet& kernels, int thread, int num_threads);
+
+    size_t scratch_bytes() const;
+
+private:
+    struct Layer {
+        bool is_grouped = false;
+        std::vector<std::vector<KeyGroups>> streams;  // of heads
+    };
+
+    bool takes(const AttentionProblem& problem, int layer, int stream);
+    bool knows(const AttentionProblem& problem, int layer) const;
+    GroupRule rule_of(int layer, int kv_head) const;
+    int num_pages_before(int position) const;
+    void ready(const AttentionProblem& problem, const KeyGroups& groups, int kv_head, int first_row, int num_rows);
+
+    Attend attend_;
+    Barrier barrier_;
+    DeltaRule rule_{};
+    std::vector<Layer> layers_;
+    std::vector<uint8_t> num_groups_;
+    std::vector<float> scales_;
+    std::vector<uint16_t> mask_;
+    AttentionProblem of_head_{};
+    int num_kv_heads_ = 0, key_size_ = 0;
+    bool grouped_ = false, taken_ = false, measures_ = false;
+
+    struct Measure {
+        double error = 0.0;
+        bool is_left_out = false;
+        int64_t num_compared = 0, num_queries = 0;
+        std::vector<double> squares;
+    };
+    std::vector<Measure> measured_;  // of units
+    std::vector<float> out_;         // of a pass that is measured
+};

@@ -1,0 +1,111 @@
+#define VECTOR_FLOATS 4
+#include "key_groups.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kv_rows.h"
+
+namespace {
+
+template <KvType Type> void copy_row(const char* row, int size, uint16_t* to) {
+    if constexpr (Type == KvType::f16) {
+        std::memcpy(to, row, sizeof(uint16_t) * size);
+    } else {
+        for (int d = 0; d < size; d += W) {
+            const Floats floats = Rows<Type>::load(row, d);
+            for (int lane = 0; lane < W; ++lane) to[d + lane] = float_to_half(floats[lane]);
+        }
+    }
+}
+
+void copy_row(KvType type, const char* row, int size, uint16_t* to) {
+    switch (type) {
+        case KvType::f16: return copy_row<KvType::f16>(row, size, to);
+        case KvType::q8_0: return copy_row<KvType::q8_0>(row, size, to);
+        case KvType::q4_0: return copy_row<KvType::q4_0>(row, size, to);
+    }
+}
+
+// Means of the rows of each group, (groups, size), in the place of the rows.
+void average(const PageClusters& clusters, int num_groups, int size, uint16_t* rows) {
+    float sums[kPageKeys * kMaxHeadSize];
+    std::fill(sums, sums + num_groups * size, 0.0f);
+    for (int i = 0; i < kPageKeys; ++i) {
+        float* sum = sums + clusters.group_of()[i] * size;
+        for (int d = 0; d < size; ++d) sum[d] += half_to_float(rows[i * size + d]);
+    }
+    for (int group = 0; group < num_groups; ++group) {
+        const float share = 1.0f / float(clusters.counts()[group]);
+        for (int d = 0; d < size; ++d) rows[group * size + d] = float_to_half(sums[group * size + d] * share);
+    }
+}
+
+void grow(std::vector<uint16_t>& room, size_t size) {
+    if (room.size() >= size) return;
+    room.reserve(size);  // no more than that
+    room.resize(size);
+}
+
+}  // namespace
+
+void KeyGroups::reserve(const AttentionProblem& p, int num_groups, int num_cells, int num_rows_beside) {
+    key_size_ = p.key_size, value_size_ = p.value_size;
+    if (num_groups_ != num_groups) cut(0);
+    num_groups_ = num_groups;
+    const size_t grouped = size_t(num_cells / kPageKeys) * num_groups, rows = grouped + num_rows_beside;
+    grow(keys_, rows * key_size_), grow(values_, rows * value_size_), grow(biases_, grouped);
+}
+
+void KeyGroups::advance(const AttentionProblem& p, int kv_head, const GroupRule& rule, int num_pages, int end) {
+    if (num_pages < num_pages_) cut(num_pages * kPageKeys);
+    while (num_pages_ < num_pages) {
+        append(p, kv_head, (num_pages_ + 1) * kPageKeys);
+        group_page(rule);
+    }
+    append(p, kv_head, end);
+}
+
+void KeyGroups::cut(int num_cells) {
+    if (num_cells >= num_cells_) return;
+    const bool among_rows = num_cells >= num_pages_ * kPageKeys;
+    num_pages_ = std::min(num_pages_, num_cells / kPageKeys);
+    num_cells_ = among_rows ? num_cells : num_pages_ * kPageKeys;  // of a page that was grouped no row is left
+}
+
+void KeyGroups::append(const AttentionProblem& p, int kv_head, int end) {
+    for (; num_cells_ < end; ++num_cells_) {
+        const size_t row = num_keys(), cell = num_cells_;
+        copy_row(p.k_type, p.k + kv_head * p.k_head_stride + cell * p.k_key_stride, key_size_, keys_.data() + row * key_size_);
+        copy_row(p.v_type, p.v + kv_head * p.v_head_stride + cell * p.v_key_stride, value_size_, values_.data() + row * value_size_);
+    }
+}
+
+void KeyGroups::group_page(const GroupRule& rule) {
+    const int first = num_grouped(), num_beside = num_keys() - first - kPageKeys;
+    uint16_t* keys = keys_.data() + size_t(first) * key_size_;
+    uint16_t* biases = biases_.data() + first;
+    if (num_groups_ == kPageKeys) {
+        std::fill(biases, biases + kPageKeys, uint16_t(0));
+        ++num_pages_;
+        return;
+    }
+    float points[kPageKeys * kMaxHeadSize];
+    for (int i = 0; i < kPageKeys; ++i)
+        for (int d = 0; d < key_size_; ++d) points[i * key_size_ + d] = half_to_float(keys[i * key_size_ + d]) * rule.scales[d];
+    PageClusters clusters;
+    clusters.join(points, key_size_, num_pages_ == 0 ? rule.num_fixed : 0, num_groups_);
+    average(clusters, num_groups_, key_size_, keys);
+    average(clusters, num_groups_, value_size_, values_.data() + size_t(first) * value_size_);
+    for (int group = 0; group < num_groups_; ++group) biases[group] = float_to_half(std::log(float(clusters.counts()[group])));
+    shift_rows(first + kPageKeys, first + num_groups_, num_beside);
+    ++num_pages_;
+}
+
+void KeyGroups::shift_rows(int from, int to, int count) {
+    const auto shift = [=](std::vector<uint16_t>& rows, size_t size) {
+        std::memmove(rows.data() + to * size, rows.data() + from * size, sizeof(uint16_t) * size * count);
+    };
+    shift(keys_, key_size_), shift(values_, value_size_);
+}

@@ -1,0 +1,172 @@
+"""Attention over groups in the native library, against numpy in double precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lowtide.attention.delta.kernels import DeltaRule, GroupedLayer
+from lowtide.attention.delta.reference import grouped_attention
+from lowtide.attention.kernels import AttentionInputs, attend, usable_kernel_sets
+from lowtide.attention.reference import quantise_q4_0, quantise_q8_0
+
+WINDOW, FIXED = 96, 4
+NUM_GROUPS = np.array([24, 40, 64], np.uint8)
+KV_HEADS, HEADS = 3, 6
+CELLS, SIZE = 512, 64
+SCALES = np.linspace(0.5, 2, KV_HEADS * SIZE).reshape(KV_HEADS, SIZE).astype(np.float32)
+
+
+class Cache:
+    """Random keys and values in a cache of a type, and passes over them."""
+
+    def __init__(self, kv_type: str = "f16", seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.kv_type = kv_type
+        self.q = rng.standard_normal((CELLS, HEADS, SIZE)).astype(np.float32)
+        drawn = [rng.standard_normal((CELLS, KV_HEADS, SIZE)).astype(np.float32) for _ in range(2)]
+        stored = [self._store(values) for values in drawn]
+        self.k, self.k_meant = stored[0]
+        self.v, self.v_meant = stored[1]
+
+    def _store(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if self.kv_type == "f16":
+            halves = values.astype(np.float16)
+            return halves, halves.astype(np.float64)
+        return (quantise_q8_0 if self.kv_type == "q8_0" else quantise_q4_0)(values)
+
+    def rows(self, begin: int, end: int) -> AttentionInputs:
+        """The pass that appends these rows; cells behind them hold what no row sees."""
+        mask = np.where(np.arange(CELLS) <= np.arange(begin, end)[:, None], 0, -np.inf)
+        return AttentionInputs(
+            q=self.q[begin:end],
+            k=self.k,
+            v=self.v,
+            mask=mask.astype(np.float16),
+            value_size=SIZE,
+            scale=0.125,
+            kv_type=self.kv_type,
+        )
+
+    def expected(self, begin: int, end: int) -> np.ndarray:
+        """What numpy makes of it."""
+        group = HEADS // KV_HEADS
+        of_heads = [
+            grouped_attention(
+                self.q[begin:end, head * group : (head + 1) * group],
+                self.k_meant[:end, head],
+                self.v_meant[:end, head],
+                SCALES[head].astype(np.float64),
+                scale=0.125,
+                window=WINDOW,
+                num_groups=int(NUM_GROUPS[head]),
+                num_fixed=FIXED,
+            )
+            for head in range(KV_HEADS)
+        ]
+        return np.concatenate(of_heads, axis=1)
+
+
+@pytest.fixture
+def layer() -> Iterator[GroupedLayer]:
+    with closing(new_layer()) as made:
+        yield made
+
+
+def new_layer(window: int = WINDOW, num_groups: np.ndarray = NUM_GROUPS) -> GroupedLayer:
+    return GroupedLayer(DeltaRule(window, FIXED), num_groups, SCALES)
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("kernels", usable_kernel_sets())
+def test_prompt_and_decode(kernels: str, kv_type: str, layer: GroupedLayer) -> None:
+    cache = Cache(kv_type)
+    for begin, end in ((0, 300), (300, 301), (301, 305)):
+        found, num_read = layer.attend(cache.rows(begin, end), kernels=kernels, threads=2)
+        found, expected = found[-20:], cache.expected(max(end - 20, begin), end)
+        # Means, and what a quantised type stands for, are kept in half precision.
+        assert np.abs(found - expected).max() <= 1e-3 * np.abs(expected).max()
+    num_pages = (305 - WINDOW) // 64
+    assert num_read == num_pages * NUM_GROUPS.sum() // KV_HEADS + 305 - num_pages * 64
+
+
+def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_number_of_threads() -> None:
+    cache, results = Cache(), []
+    for passes, threads in (
+        ([(0, 400)], 1),
+        ([(0, 400)], 3),
+        ([(0, 130), (130, 399), (399, 400)], 2),
+    ):
+        with closing(new_layer()) as layer:
+            found = [layer.attend(cache.rows(*rows), threads=threads)[0] for rows in passes]
+            results.append(np.concatenate(found))
+    with closing(new_layer()) as layer:
+        found = [layer.attend(cache.rows(row, row + 1))[0] for row in range(400)]
+        results.append(np.concatenate(found))
+    for other in results[1:]:
+        assert np.array_equal(results[0], other)
+
+
+@pytest.mark.parametrize("kept", [399, 350, 320, 260, 200, 64, 1])
+def test_rewinding_is_never_having_gone_on(kept: int, layer: GroupedLayer) -> None:
+    cache, other = Cache(seed=1), Cache(seed=2)
+    layer.attend(cache.rows(0, 400))
+    for of_cache, of_other in ((cache.k, other.k), (cache.v, other.v), (cache.q, other.q)):
+        of_cache[kept:] = of_other[kept:]
+    found, _ = layer.attend(cache.rows(kept, 440))
+    with closing(new_layer()) as fresh:
+        expected = fresh.attend(cache.rows(0, 440))[0][kept:]
+    assert np.array_equal(found, expected)
+
+
+def test_cells_that_other_passes_filled_are_read(layer: GroupedLayer) -> None:
+    cache = Cache(seed=3)
+    found, _ = layer.attend(cache.rows(420, 421))
+    with closing(new_layer()) as fresh:
+        assert np.array_equal(found, fresh.attend(cache.rows(0, 421))[0][-1:])
+
+
+@pytest.mark.parametrize(
+    ("window", "num_groups"), [(CELLS, NUM_GROUPS), (WINDOW, np.array([63, 64, 64], np.uint8))]
+)
+def test_a_window_over_everything_and_pages_without_groups_are_dense(
+    window: int, num_groups: np.ndarray
+) -> None:
+    cache = Cache(seed=4)
+    cache.k[1::2] = cache.k[::2]  # one group less is then nothing lost
+    cache.v[1::2] = cache.v[::2]
+    with closing(new_layer(window, num_groups)) as layer:
+        found, num_read = layer.attend(cache.rows(0, 400))
+    expected = attend(cache.rows(0, 400))
+    # How heavy a group of two is, too, is kept in half precision.
+    assert np.abs(found - expected).max() <= 5e-5 * np.abs(expected).max()
+    num_pages = max(400 - window, 0) // 64
+    assert num_read == (3 * 400 - num_pages) // 3
+
+
+def test_masks_of_another_kind_are_left_to_dense_attention(layer: GroupedLayer) -> None:
+    cache = Cache(seed=5)
+    layer.attend(cache.rows(0, 300))
+    rows = cache.rows(300, 301)
+    rows.mask[0, :40] = -np.inf  # a sliding window's
+    found, num_read = layer.attend(rows)
+    assert num_read == -1
+    assert not found.any()
+    # What that pass wrote is not taken for what was there before.
+    cache.k[:] = Cache(seed=6).k
+    found, _ = layer.attend(cache.rows(301, 302))
+    with closing(new_layer()) as fresh:
+        assert np.array_equal(found, fresh.attend(cache.rows(301, 302))[0])
+
+
+def test_soft_caps_and_sinks(layer: GroupedLayer) -> None:
+    cache = Cache(seed=7)
+    sinks = np.linspace(-1, 3, HEADS).astype(np.float32)
+    plain = cache.rows(0, 90)
+    for inputs in (replace(plain, softcap=5.0), replace(plain, sinks=sinks)):
+        found, _ = layer.attend(inputs)
+        assert np.abs(found - attend(inputs)).max() <= 1e-6

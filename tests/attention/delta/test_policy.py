@@ -1,0 +1,167 @@
+"""Delta as a value: what is typed, what is fitted to a model, and calibrations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lowtide.attention.calibration_file import CalibrationError
+from lowtide.attention.delta.calibration import DeltaCalibration, save_delta_calibration
+from lowtide.attention.delta.policy import Delta
+from lowtide.attention.delta.units import DeltaUnits, allocate, scale_bytes
+from lowtide.attention.policies import parse_policy
+from lowtide.models.errors import BadOption
+from lowtide.models.gguf_header import read_spec
+from lowtide.models.spec import ModelSpec
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("delta", Delta()),
+        ("delta:sparsity=0.5", Delta(sparsity=0.5)),
+        ("delta:sparsity=30%,window=256", Delta(sparsity=0.3, window=256)),
+        ("delta:sinks=0,prompts=exact", Delta(sinks=0, prompts="exact")),
+        ("delta:calibration=/x.json", Delta(calibration=Path("/x.json"))),
+    ],
+)
+def test_policies_by_name(text: str, expected: Delta) -> None:
+    assert parse_policy(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("delta:k=5", "delta has no setting 'k', it has sparsity, window"),
+        ("delta:window=-1", "delta's window is -1, 1 to 65,536 is wanted"),
+        ("delta:window=0", "window is 0"),
+        ("delta:window=wide", "delta's window is 'wide', a whole number is wanted"),
+        ("delta:sinks=8", "delta's sinks is 8, 0 to 7 is wanted"),
+        ("delta:sparsity=0.9", "delta's sparsity is 0.9, 0 to 0.875 is wanted"),
+        ("delta:sparsity=-0.1", "sparsity is -0.1"),
+        ("delta:sparsity=nan", "sparsity is nan"),
+        ("delta:sparsity=half", "delta's sparsity is 'half', a share or a percentage is wanted"),
+        ("delta:prompts=bf16", "delta's prompts is 'bf16', one of grouped, exact is wanted"),
+        ("delta:sparsity=0.5,calibration=x", "sparsity and calibration are given"),
+        ("gem:then=delta", "gem's then is 'delta', dense or tidal is wanted"),
+    ],
+)
+def test_wrong_policies_name_the_field(text: str, message: str, smollm2: Path) -> None:
+    with pytest.raises(BadOption, match=message):
+        parse_policy(text).fitted(read_spec(smollm2))
+
+
+@pytest.fixture
+def spec(smollm2: Path) -> ModelSpec:
+    return read_spec(smollm2)
+
+
+@pytest.fixture
+def calibration(spec: ModelSpec) -> DeltaCalibration:
+    return DeltaCalibration(
+        fingerprint=spec.fingerprint,
+        model=spec.name,
+        units=DeltaUnits.uniform(30, 3, 64, 24),
+        kl=0.01,
+        target_kl=0.012,
+        key_loss=0.02,
+        target_key_loss=0.1,
+        context=2048,
+        keys_read=0.4,
+        text="a text",
+    )
+
+
+def test_a_stated_sparsity_groups_every_unit_alike(spec: ModelSpec) -> None:
+    fitted = Delta(sparsity=0.5).fitted(spec)
+    assert fitted.units == DeltaUnits.uniform(30, 3, 64, 32)
+    assert str(fitted) == "delta, sparsity 50%, window 128 (stated)"
+    groups = fitted.key_groups
+    assert groups is not None and groups.num_groups == (32,) * 90
+
+
+def test_a_calibration_is_kept_and_read_again(
+    calibration: DeltaCalibration, spec: ModelSpec, tmp_path: Path
+) -> None:
+    path = save_delta_calibration(calibration, tmp_path / "c.json")
+    fitted = Delta(calibration=path).fitted(spec)
+    assert fitted.units == calibration.units
+    assert "calibrated: KL 0.010 at 2,048 tokens" in str(fitted)
+    other = Delta(units=calibration.units).fitted(spec)
+    assert fitted.identity == other.identity != replace(other, window=64).identity
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"policy": "tidal"}, "is of 'tidal', one of 'delta' is wanted"),
+        ({"format": 7}, "format is 7, 1 is wanted"),
+        ({"fingerprint": "0" * 32}, "of another model|fingerprint"),
+        ({"num_groups": ["8 8 8"] * 29}, "num_groups is .*8 to 64 for each KV head of 30 layers"),
+        ({"num_groups": ["8 8 7"] * 30}, "num_groups is"),
+        ({"num_groups": ["8 8"] * 30}, "num_groups is"),
+        ({"num_groups": ["8 8 x"] * 30}, "num_groups is"),
+        ({"num_groups": "8"}, "num_groups is '8'"),
+        ({"scales": ["zz zz zz"] * 30}, "scales is .*64 bytes in hex"),
+        ({"scales": ["ff ff ff"] * 30}, "scales is"),
+        ({"kl": -1}, "kl is -1"),
+    ],
+)
+def test_broken_calibrations_name_the_field(
+    change: dict[str, Any],
+    message: str,
+    calibration: DeltaCalibration,
+    spec: ModelSpec,
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({**calibration.to_dict(), **change}))
+    with pytest.raises(CalibrationError, match=message):
+        Delta(calibration=path).fitted(spec)
+
+
+def test_models_that_cannot_be_grouped_are_refused(spec: ModelSpec) -> None:
+    with pytest.raises(BadOption, match=r"as many KV heads in every layer, .* has 2, 3"):
+        Delta(sparsity=0.5).fitted(replace(spec, num_kv_heads=(2, *spec.num_kv_heads[1:])))
+    windowed = replace(spec, sliding_window=512, fingerprint="none")
+    with pytest.raises(BadOption, match="which of them is not known: run lowtide calibrate"):
+        Delta(sparsity=0.5).fitted(windowed)
+
+
+def test_a_model_without_a_calibration_is_told(spec: ModelSpec) -> None:
+    fitted = Delta().fitted(replace(spec, fingerprint="none"))
+    assert str(fitted) == "delta, sparsity 25%, window 128 (not calibrated for this model)"
+
+
+def errors_of(worth: Callable[[float], float]) -> np.ndarray:
+    """Errors of four units with 8, 16 and 32 groups; the first loses a hundred times what the last does."""
+    units = np.array([1, 0.1, 0.03, 0.01])
+    return np.stack([units * worth(n) for n in (8, 16, 32)]).reshape(3, 2, 2).astype(np.float32)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.6, 0.9])
+def test_groups_go_where_they_are_worth_most(share: float) -> None:
+    errors = errors_of(lambda n: (1 - n / 64) ** 2)
+    found = np.array(allocate(errors, (8, 16, 32), share)).ravel()
+    assert found.mean() <= share * 64
+    assert list(found) == sorted(found, reverse=True)
+    assert found[0] > found[-1]
+
+
+def test_a_unit_that_cannot_be_grouped_keeps_everything_and_does_not_count() -> None:
+    errors = errors_of(lambda n: 1 - n / 64)
+    errors[:, 0, 0] = np.inf
+    found = np.array(allocate(errors, (8, 16, 32), 0.25)).ravel()
+    assert found[0] == 64
+    assert 8 <= found[1:].mean() <= 16
+
+
+def test_scales_are_those_of_the_queries() -> None:
+    squares = np.array([[[4.0, 1.0, 0.0, 0.25]]], np.float32)
+    assert scale_bytes(squares) == ((bytes([255, 128, 1, 64]),),)

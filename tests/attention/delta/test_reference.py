@@ -1,0 +1,130 @@
+"""Reference states and groups, as they are defined."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowtide.attention.delta.reference import (
+    PAGE_KEYS,
+    delta_attention,
+    grouped_attention,
+    page_groups,
+    reference_states,
+)
+from lowtide.attention.reference import attention
+
+SIZE = 32
+BLOCKS = pytest.mark.parametrize("block", [1, 8, 16, SIZE], ids="element 8 16 row".split())
+
+
+def keys_of(seed: int, num_keys: int) -> np.ndarray:
+    """Keys that drift, so that neighbours are alike."""
+    steps = np.random.default_rng(seed).standard_normal((num_keys, SIZE))
+    return np.cumsum(steps * 0.3, axis=0)
+
+
+@BLOCKS
+@given(seed=st.integers(0, 2**32 - 1), least=st.floats(0.01, 3))
+@settings(deadline=None, max_examples=20)
+def test_a_state_is_never_further_off_than_the_threshold(
+    block: int, seed: int, least: float
+) -> None:
+    k, thresholds = keys_of(seed, 80), np.linspace(least, 2 * least, SIZE)
+    states, sent = reference_states(k, thresholds, num_first=4, block=block)
+    off = ((k - states) / thresholds).reshape(80, -1, block)
+    assert np.sqrt((off**2).mean(axis=2)).max() <= 1 + 1e-12
+    assert sent[:4].all()
+    assert (states[:4] == k[:4]).all()
+    again = np.repeat(~sent[1:], block, axis=1)
+    assert (states[1:][again] == states[:-1][again]).all()
+
+
+@BLOCKS
+@given(seed=st.integers(0, 2**32 - 1), kept=st.integers(1, 79))
+@settings(deadline=None, max_examples=20)
+def test_appending_to_a_cut_is_building_afresh(block: int, seed: int, kept: int) -> None:
+    """A state is that of its own beginning: what was cut, and what came instead, changes nothing before."""
+    k, other = keys_of(seed, 80), keys_of(seed + 1, 80)
+    thresholds = np.full(SIZE, 0.8)
+    whole, _ = reference_states(k, thresholds, num_first=4, block=block)
+    mixed, _ = reference_states(
+        np.concatenate([k[:kept], other[kept:]]), thresholds, num_first=4, block=block
+    )
+    assert (whole[:kept] == mixed[:kept]).all()
+
+
+def test_more_is_sent_by_finer_grains_for_no_threshold() -> None:
+    k = keys_of(0, 200)
+    skipped = [
+        1 - reference_states(k, np.full(SIZE, 1.0), num_first=4, block=block)[1].mean()
+        for block in (1, 8, SIZE)
+    ]
+    assert skipped[0] > 0.3
+    assert sorted(skipped, reverse=True) == skipped
+
+
+@BLOCKS
+def test_no_threshold_is_dense(block: int) -> None:
+    q, k, v = drawn(3, rows=3, keys=90)
+    states, sent = reference_states(k, np.zeros(SIZE), num_first=4, block=block)
+    assert sent.all()
+    found = delta_attention(q, k[:, None], v[:, None], states[:, None], scale=0.2, window=16)
+    assert np.allclose(found, dense(q, k, v), rtol=1e-12, atol=1e-12)
+
+
+def test_a_window_over_everything_is_dense() -> None:
+    q, k, v = drawn(4, rows=3, keys=150)
+    states, _ = reference_states(k, np.full(SIZE, 9.0), num_first=4, block=1)
+    one_head = {"scale": 0.2, "window": 150}
+    found = delta_attention(q, k[:, None], v[:, None], states[:, None], **one_head)
+    assert np.allclose(found, dense(q, k, v), rtol=1e-12, atol=1e-12)
+    grouped = grouped_attention(q, k, v, np.ones(SIZE), num_groups=8, **one_head)
+    assert np.allclose(grouped, dense(q, k, v), rtol=1e-12, atol=1e-12)
+
+
+@given(seed=st.integers(0, 2**32 - 1), wanted=st.integers(8, PAGE_KEYS), fixed=st.integers(0, 4))
+@settings(deadline=None, max_examples=20)
+def test_groups_are_a_partition(seed: int, wanted: int, fixed: int) -> None:
+    groups = page_groups(keys_of(seed, PAGE_KEYS), np.ones(SIZE), wanted, fixed)
+    assert len(groups) == wanted
+    assert sorted(key for rows in groups for key in rows) == list(range(PAGE_KEYS))
+    assert groups[:fixed] == [[key] for key in range(fixed)]
+    assert [rows[0] for rows in groups] == sorted(rows[0] for rows in groups)
+
+
+def test_equal_keys_are_joined_first_and_cost_nothing() -> None:
+    q, k, v = drawn(5, rows=2, keys=3 * PAGE_KEYS)
+    k[1::2] = k[::2]
+    groups = page_groups(k[:PAGE_KEYS], np.ones(SIZE), PAGE_KEYS // 2)
+    assert groups == [[key, key + 1] for key in range(0, PAGE_KEYS, 2)]
+    found = grouped_attention(
+        q, k, v, np.ones(SIZE), scale=0.2, window=20, num_groups=PAGE_KEYS // 2
+    )
+    assert np.allclose(found, dense(q, k, v), rtol=1e-12, atol=1e-12)
+
+
+def test_scales_say_which_channels_count() -> None:
+    rng = np.random.default_rng(6)
+    k = rng.standard_normal((PAGE_KEYS, SIZE)) * 100
+    k[:, 0] = np.repeat(np.arange(16), 4)
+    scales = np.zeros(SIZE)
+    scales[0] = 1
+    groups = page_groups(k, scales, 16)
+    assert groups == [list(range(key, key + 4)) for key in range(0, PAGE_KEYS, 4)]
+
+
+def drawn(seed: int, rows: int, keys: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of two heads, and the keys and values of one KV head."""
+    rng = np.random.default_rng(seed)
+    q = rng.standard_normal((rows, 2, SIZE)).astype(np.float32)
+    return q, rng.standard_normal((keys, SIZE)), rng.standard_normal((keys, SIZE))
+
+
+def dense(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """The last rows, each seeing what is not behind it."""
+    seen = len(k) - len(q) + 1 + np.arange(len(q))
+    mask = np.where(np.arange(len(k)) < seen[:, None], 0, -np.inf).astype(np.float16)
+    return attention(q, k[:, None], v[:, None], mask, scale=0.2)

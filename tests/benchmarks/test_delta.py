@@ -1,0 +1,98 @@
+"""Attention over groups against our dense attention: time, and what is read. Run with `make bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from essays import essays
+from paired import paired
+
+from lowtide.attention.graph_hook import GraphHook
+from lowtide.attention.policies import parse_policy
+from lowtide.models.gguf_header import read_spec
+from lowtide.models.gguf_model import GgufModel, LoadOptions
+
+pytestmark = pytest.mark.benchmark
+
+NUM_DECODED, ROWS = 16, 128
+POLICIES = ("delta", "delta:sparsity=0.5")
+
+
+class Bench:
+    """A hooked model and a text; each policy decodes after a prompt that it has read itself."""
+
+    def __init__(self, path: Path) -> None:
+        self.hook = GraphHook(threads=2)
+        options = LoadOptions(
+            context=8192, max_rows=ROWS, threads=2, eval_callback=self.hook.callback
+        )
+        self.spec = read_spec(path)
+        self.model = GgufModel(self.spec, options)
+        self.token_ids = self.model.tokenizer.encode(
+            essays(), add_special=True, parse_special=False
+        )
+
+    def read(self, policy: str, depth: int) -> None:
+        parse_policy(policy).fitted(self.spec).install(self.hook, self.spec).before_prompt()
+        self.model.truncate(0)
+        for at in range(0, depth, ROWS):
+            self.model.forward(self.token_ids[at : min(at + ROWS, depth)])
+
+    def decode(self, policy: str, depth: int) -> None:
+        """Decode after the cache's prompt; only the attention differs."""
+        parse_policy(policy).fitted(self.spec).install(self.hook, self.spec).before_decode()
+        if policy == "dense":
+            self.hook.start_pass(sparse=False)
+        self.model.truncate(depth)
+        for token_id in self.token_ids[depth : depth + NUM_DECODED]:
+            self.model.forward((token_id,))
+
+
+@pytest.fixture(scope="module")
+def bench(smollm2: Path) -> Iterator[Bench]:
+    made = Bench(smollm2)
+    yield made
+    made.model.close()
+    made.hook.close()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("depth", [2048, 7600])
+def test_decode(benchmark: Any, bench: Bench, depth: int, policy: str) -> None:
+    """Whole tokens. The dense pass before each forgets what lies behind the prompt, and no more."""
+    bench.read(policy, depth)
+    shares = []
+
+    def ours() -> None:
+        before = bench.hook.counts()
+        bench.decode(policy, depth)
+        after = bench.hook.counts()
+        read, held = after.keys_read - before.keys_read, after.keys_held - before.keys_held
+        shares.append(read / held)
+
+    paired(
+        benchmark,
+        f"{policy}, decode at {depth}",
+        ours,
+        lambda: bench.decode("dense", depth),
+        rounds=15,
+        peer="our dense attention",
+    )
+    counts = bench.hook.counts()
+    print(f"{shares[-1]:.1%} of the keys and values read, {counts.scratch_bytes:,} bytes of groups")
+    assert shares[-1] < 0.9
+
+
+@pytest.mark.parametrize("length", [2048, 7600])
+def test_prefill(benchmark: Any, bench: Bench, length: int) -> None:
+    paired(
+        benchmark,
+        f"delta, prompt of {length}",
+        lambda: bench.read("delta", length),
+        lambda: bench.read("dense", length),
+        rounds=3,
+        peer="our dense attention",
+    )
