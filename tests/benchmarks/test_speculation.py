@@ -22,7 +22,7 @@ from lowtide import Runtime
 from lowtide.memory.owners import CACHE, COMPUTE, SAMPLING, SPECULATION
 from lowtide.memory.units import GIB
 from lowtide.runtime.loaded_model import LoadedModel
-from lowtide.runtime.planning import OpenOptions, plan_reference
+from lowtide.runtime.planning import OpenOptions, PlannedModel, plan_reference
 from lowtide.runtime.speculator_loading import load_speculator
 
 pytestmark = pytest.mark.benchmark
@@ -104,15 +104,15 @@ def prompts_by_kind() -> dict[str, list[str]]:
     return {kind: prompts[:most] for kind, prompts in kinds.items()}
 
 
-def loaded_for(path: Path, memory: str, speculate: str = "off") -> Runtime:
-    """The model as planned for `memory`; two of them in one process are beyond it, so it is not held."""
+def planned_for(path: Path, memory: str, speculate: str = "off") -> PlannedModel:
+    """Plan for `memory`, before anything is loaded; two models in one process pass it: it is not held."""
     options = OpenOptions(
         memory=memory, context=1024, threads=THREADS, attention="dense", speculate=speculate
     )
     planned = plan_reference(path, options)
     budget = dataclasses.replace(planned.plan.budget, num_bytes=8 * GIB)
     plan = dataclasses.replace(planned.plan, budget=budget)
-    return Runtime(LoadedModel(dataclasses.replace(planned, plan=plan)))
+    return dataclasses.replace(planned, plan=plan)
 
 
 def test_every_kind_of_prompt(benchmark: Any, smollm2: Path) -> None:
@@ -152,7 +152,8 @@ def test_streamed_weights(benchmark: Any, smollm2: Path, tmp_path: Path) -> None
     ratios: dict[str, float] = {}
 
     def ask() -> None:
-        plain, drafting = loaded_for(path, "130MiB"), loaded_for(path, "130MiB", "auto")
+        plans = planned_for(path, "130MiB"), planned_for(path, "130MiB", "auto")
+        plain, drafting = (Runtime(LoadedModel(planned)) for planned in plans)
         with plain, drafting:
             assert plain.plan.kept_layers is not None
             assert drafting.plan.kept_layers is not None and drafting.plan.verified_rows > 1
