@@ -95,6 +95,7 @@ def command(
         "kv_type": planned.plan.kv_type,
         "threads": planned.options.num_threads,
         "max_rows": planned.plan.max_rows,
+        "pack": planned.options.pack,
     }
     cases = []
     with tidy_termination(), Bench(spec, attentions, opened, enforced=enforce) as bench:

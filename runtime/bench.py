@@ -54,6 +54,7 @@ class BenchCase:
     peer_peak_rss_bytes: int
     layers_ours: int
     layers: int
+    packed_tensors: int
     peer: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,6 +143,8 @@ class Bench:
         try:
             for number, attention in enumerate((PEER, *attentions)):
                 opened = {**options, "attention": attention}
+                if number == 0:
+                    opened["pack"] = False
                 group = ControlGroup.make(number=number) if enforced else None
                 self._processes[attention] = _Process(str(spec.path), opened, group)
         except BaseException:
@@ -174,6 +177,7 @@ class Bench:
                 peer_peak_rss_bytes=facts[PEER]["peak_rss_bytes"],
                 layers_ours=facts[name]["layers_ours"],
                 layers=facts[name]["layers"],
+                packed_tensors=facts[name]["packed_tensors"],
                 peer=self._peer_name,
             )
             for name in self._processes

@@ -19,6 +19,7 @@ from lowtide.attention.quality import extend
 from lowtide.memory.meter import read_process_memory
 from lowtide.models.errors import LowtideError
 from lowtide.models.gguf_header import read_spec
+from lowtide.runtime.errors import NotPacked
 from lowtide.runtime.loaded_model import LoadedModel
 from lowtide.runtime.planning import OpenOptions, plan_spec
 
@@ -28,6 +29,8 @@ class BenchWorker:
 
     def __init__(self, path: str, options: dict[str, Any]) -> None:
         self._loaded = LoadedModel(plan_spec(read_spec(Path(path)), OpenOptions(**options)))
+        if self._loaded.unpacked_reason is not None:
+            raise NotPacked(self._loaded.unpacked_reason)
         self._model = self._loaded.model
         numbers = random.Random(0)
         num_tokens = self._model.spec.vocabulary.num_tokens
@@ -61,6 +64,7 @@ class BenchWorker:
             "budget_bytes": self._loaded.planned.plan.budget.num_bytes,
             "layers_ours": counts.layers_ours if counts else 0,
             "layers": self._model.spec.num_layers,
+            "packed_tensors": len(self._model.spec.packed_tensors),
         }
 
 

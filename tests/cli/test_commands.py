@@ -116,7 +116,7 @@ def _bad_models(folder: Path) -> dict[str, tuple[Path, str]]:
             "n_expert_used_max > 0",
         ),
         "missing": (folder / "missing.gguf", "no file at"),
-        "folder": (folder, "has neither genai_config.json nor config.json"),
+        "folder": (folder, "is a folder"),
         "unknown architecture": (unknown, "unknown model architecture: 'perceptron'"),
         "no template": (write_model(folder / "plain.gguf"), "no chat template"),
         "malicious template": (

@@ -40,6 +40,19 @@ def test_every_case_is_measured_against_the_peer(model: Path) -> None:
     assert len(said) == 2 * 2 * 3  # two rounds of prompts and of decoding, three processes
 
 
+def test_packed_weights_are_measured_against_llamas_own(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write_model(tmp_path / "quantised.gguf", quantised=True)
+    options = {**OPTIONS, "pack": True}
+    with Bench(read_spec(path), ("llama", "dense"), options) as bench:
+        cases = bench.run(64, rounds=1, tokens=2)
+    assert [case.packed_tensors for case in cases] == [2 * 7 + 1] * 2
+    with pytest.raises(BenchFailed, match="none of the matrices"):
+        Bench(read_spec(model), ("dense",), options)
+
+
 def test_a_case_that_cannot_open_says_why(model: Path) -> None:
     with pytest.raises(BenchFailed, match="needs at least") as caught:
         Bench(read_spec(model), ("dense",), {**OPTIONS, "memory": 30 << 20})

@@ -208,7 +208,7 @@ def test_a_llama_cpp_that_cannot_be_hooked_has_no_layers(
     def refused(_threads: int) -> None:
         raise LowtideError("laid out in another way")
 
-    monkeypatch.setattr("lowtide.runtime.loaded_model.GraphHook", refused)
+    monkeypatch.setattr("lowtide.runtime.hook_loading.GraphHook", refused)
     profiler = Profiler()
     with Runtime.open(smollm2, memory="8GiB", context=512, profiler=profiler) as runtime:
         runtime.generate("The tide", max_tokens=2)
