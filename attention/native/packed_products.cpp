@@ -33,8 +33,8 @@ void leave_panels(const void* stream, const uint8_t* begin, const uint8_t* end) 
 }  // namespace
 
 void PackedProducts::want(std::vector<CustomOp>& wanted) {
-    for (int i = 0; i < 4; ++i) {
-        operations_[i] = {this, i % 2 != 0, i / 2 != 0, {}};
+    for (int i = 0; i < 2 * Product::kUses; ++i) {
+        operations_[i] = {this, i % Product::kUses, i / Product::kUses != 0, {}};
         wanted.push_back({multiply, &operations_[i], operations_[i].params});
     }
     rows_.owner = this;
@@ -72,9 +72,10 @@ void PackedProducts::take(GgmlTensor* node, const OpNumbers& ops) {
     });
     const bool reads = std::any_of(std::begin(node->src), std::end(node->src), [this](const GgmlTensor* s) { return is_packed(s); });
     if (reads && (node->op == ops.product || was_product) && !is_packed(node->src[1]) && is_known_product(node)) {
-        const bool are_quantised = quantised_ == node->src[1], is_sliced = stream_.is_streamed_alone(node->src[0]);
+        num_uses_ = quantised_ == node->src[1] && num_uses_ < Product::kUses ? num_uses_ : 0;
         quantised_ = node->src[1];
-        become(node, ops.custom, operations_[int(are_quantised) + 2 * int(is_sliced)]);
+        const bool is_sliced = stream_.is_streamed_alone(node->src[0]);
+        become(node, ops.custom, operations_[num_uses_++ + (is_sliced ? Product::kUses : 0)]);
         return;
     }
     // Where its values are made anew, those that were quantised are old.
@@ -102,7 +103,7 @@ void PackedProducts::multiply(GgmlTensor* node, int thread, int num_threads, voi
     const GgmlTensor* rows = node->src[1];
     const PanelReader reader{leave_panels, &self.stream_};
     self.product_.run(matrix_of(node->src[0]), static_cast<const float*>(rows->data), rows->nb[1] / sizeof(float), int(rows->ne[1]),
-                      operation.are_quantised, static_cast<float*>(node->data), node->nb[1] / sizeof(float), *self.kernels_,
+                      operation.use, static_cast<float*>(node->data), node->nb[1] / sizeof(float), *self.kernels_,
                       operation.is_sliced ? &reader : nullptr, thread, num_threads);
 }
 

@@ -37,7 +37,8 @@ public:
 private:
     struct Operation {
         PackedProducts* owner;
-        bool are_quantised, is_sliced;
+        int use;
+        bool is_sliced;
         int32_t params[16];
     };
 
@@ -51,7 +52,8 @@ private:
     const WeightStream& stream_;
     std::set<std::string, std::less<>> names_;
     Product product_;
-    Operation operations_[4], rows_{};
+    Operation operations_[2 * Product::kUses], rows_{};
     const GgmlTensor* quantised_ = nullptr;  // whose rows the product holds
+    int num_uses_ = 0;                       // products that have taken them
     int64_t num_taken_ = 0, num_refused_ = 0;
 };

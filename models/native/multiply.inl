@@ -3,9 +3,6 @@
 // A strip is W rows of a panel. Its blocks are unpacked once for up to kTileRows rows; every row's sum goes through
 // the blocks in order, whatever rows are beside it.
 
-#include <algorithm>
-#include <cmath>
-
 #include "byte_dots.h"
 #include "products.h"
 
@@ -133,22 +130,27 @@ void multiply(const PackedMatrix& matrix, const QuantisedRows& rows, int begin, 
 
 // To the nearest of 255 steps of the block's largest value. A value that is no number counts as none.
 void quantise(const float* from, const QuantisedRows& to, int row) {
+    typedef int8_t Few __attribute__((vector_size(W), aligned(1), may_alias));
+    constexpr int kVectors = kBlockSize / W;
+    constexpr float kToWhole = 12582912.0f;  // added and taken off again, it rounds
     for (int block = 0; block < to.num_blocks(); ++block, from += kBlockSize) {
         const size_t at = size_t(row) * to.num_blocks() + block;
-        float largest = 0.0f;
-        for (int i = 0; i < kBlockSize; ++i) largest = std::fabs(from[i]) > largest ? std::fabs(from[i]) : largest;
-        const float scale = largest / 127.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-        int8_t* q = to.q + at * kBlockSize;
-        for (int half = 0; half < 2; ++half) {
-            int32_t sum = 0;
-            for (int i = half * kBlockSize / 2; i < (half + 1) * kBlockSize / 2; ++i) {
-                const float steps = from[i] * inverse;
-                const float known = steps == steps ? steps : 0.0f, inside = std::min(std::max(known, -127.0f), 127.0f);
-                const auto nearest = int32_t(inside + 12582912.0f - 12582912.0f);
-                q[i] = int8_t(nearest), sum += nearest;
-            }
-            to.sums[2 * at + half] = sum;
+        Floats values[kVectors], most = Floats{};
+        for (int i = 0; i < kVectors; ++i) {
+            values[i] = load(from + W * i);
+            const Floats size = values[i] > 0.0f ? values[i] : -values[i];
+            most = size > most ? size : most;
         }
+        const float scale = largest_of_lanes(most) / 127.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+        Floats sums[2] = {};
+        for (int i = 0; i < kVectors; ++i) {
+            const Floats steps = values[i] * inverse, known = steps == steps ? steps : Floats{};
+            const Floats above = known > splat(-127.0f) ? known : splat(-127.0f), inside = above < splat(127.0f) ? above : splat(127.0f);
+            const Floats nearest = inside + kToWhole - kToWhole;
+            *reinterpret_cast<Few*>(to.q + at * kBlockSize + W * i) = __builtin_convertvector(__builtin_convertvector(nearest, Ints), Few);
+            sums[2 * i / kVectors] += nearest;
+        }
+        for (int half = 0; half < 2; ++half) to.sums[2 * at + half] = int32_t(sum_of_lanes(sums[half]));
         to.scales[at] = scale;
     }
 }

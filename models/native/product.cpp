@@ -26,20 +26,24 @@ bool Product::reserve(int num_rows, int num_columns, int num_threads) {
     return true;
 }
 
-void Product::run(const PackedMatrix& matrix, const float* rows, size_t row_stride, int num_rows, bool are_quantised, float* out,
+void Product::run(const PackedMatrix& matrix, const float* rows, size_t row_stride, int num_rows, int use, float* out,
                   size_t out_stride, const ProductKernels& kernels, const PanelReader* reader, int thread, int num_threads) {
     const int num_workers = std::min(num_threads, reserved_threads_), panels = matrix.num_panels();
     const size_t panel_bytes = layout_of(Format(matrix.format), matrix.num_columns).num_bytes;
     const QuantisedRows quantised = quantised_rows(num_rows, matrix.num_columns, memory_.data()->bytes);
-    if (!are_quantised)
+    if (use == 0) {
         for (int i = thread; i < num_rows && thread < num_workers; i += num_workers) kernels.quantise(rows + i * row_stride, quantised, i);
-    barrier_.wait(num_threads, [this] { next_panel_ = 0; });
+        barrier_.wait(num_threads, [this] {
+            for (std::atomic<int>& next : next_panels_) next = 0;
+        });
+    }
+    std::atomic<int>& next_panel = next_panels_[use];
     if (thread >= num_workers) return;
-    for (int first = next_panel_; first < panels;) {
+    for (int first = next_panel; first < panels;) {
         const int last = first + panels_to_take(panels - first, num_workers, panel_bytes, reader != nullptr);
-        if (!next_panel_.compare_exchange_weak(first, last)) continue;
+        if (!next_panel.compare_exchange_weak(first, last)) continue;
         kernels.multiply(matrix, quantised, first, last, out, out_stride);
         if (reader != nullptr) reader->leave(reader->context, matrix.panels + first * panel_bytes, matrix.panels + last * panel_bytes);
-        first = next_panel_;
+        first = next_panel;
     }
 }

@@ -15,6 +15,8 @@ struct PanelReader {
 // Rows of float32 times packed matrices, shared out between threads. Results do not depend on their number.
 class Product {
 public:
+    static constexpr int kUses = 4;
+
     // Makes room for the rows of products on `num_threads` threads, while none of them runs; rows that were quantised
     // before are lost. False where there is no memory for it.
     bool reserve(int num_rows, int num_columns, int num_threads);
@@ -22,10 +24,10 @@ public:
     // Whether there is room for such a product.
     bool has_room(int num_rows, int num_columns) const { return quantised_bytes(num_rows, num_columns) <= scratch_bytes(); }
 
-    // Called by each of `num_threads` threads with its own `thread`. `are_quantised` where these very rows were
-    // those of the product before. Strides are in floats. `reader` may be null; with one, panels are read in slices.
+    // Called by each of `num_threads` threads with its own `thread`. `use` is 0 where rows are new; products of the
+    // same rows that follow count up to kUses - 1, and wait for nobody. Strides are in floats. `reader` may be null; with one, panels are read in slices.
     // Threads beyond those reserved for only wait.
-    void run(const PackedMatrix& matrix, const float* rows, size_t row_stride, int num_rows, bool are_quantised, float* out,
+    void run(const PackedMatrix& matrix, const float* rows, size_t row_stride, int num_rows, int use, float* out,
              size_t out_stride, const ProductKernels& kernels, const PanelReader* reader, int thread, int num_threads);
 
     size_t scratch_bytes() const { return memory_.size() * sizeof(Line); }
@@ -37,6 +39,6 @@ private:
 
     std::vector<Line> memory_;
     int reserved_threads_ = 0;
-    std::atomic<int> next_panel_{0};
+    std::atomic<int> next_panels_[kUses] = {};
     Barrier barrier_;
 };

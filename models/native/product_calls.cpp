@@ -23,7 +23,7 @@ int lowtide_multiply(const PackedMatrix* matrix, const float* rows, int num_rows
     if (found == nullptr || !product.reserve(num_rows, matrix->num_columns, num_threads)) return 1;
     const auto work = [&](int thread) {
         for (int round = 0; round < num_rounds; ++round)
-            product.run(*matrix, rows, size_t(matrix->num_columns), num_rows, false, out, size_t(matrix->num_rows), *found, nullptr,
+            product.run(*matrix, rows, size_t(matrix->num_columns), num_rows, 0, out, size_t(matrix->num_rows), *found, nullptr,
                         thread, num_threads);
     };
     std::vector<std::thread> others;

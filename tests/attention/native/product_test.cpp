@@ -59,7 +59,8 @@ void check(const Problem& p, const ProductKernels& kernels) {
     std::vector<uint8_t> panels(blocks.size());
     require(lowtide_pack(int32_t(p.format), blocks.data(), p.num_rows, p.num_columns, panels.data()) == 0, "it cannot be packed");
     const PackedMatrix matrix{int32_t(p.format), p.num_rows, p.num_columns, panels.data()};
-    std::vector<float> rows(size_t(p.num_tokens) * p.num_columns), out(size_t(p.num_tokens) * p.num_rows, NAN), again = out;
+    std::vector<float> rows(size_t(p.num_tokens) * p.num_columns), out(size_t(p.num_tokens) * p.num_rows, NAN);
+    std::vector<std::vector<float>> again(Product::kUses, out);
     for (float& value : rows) value = float(pick(-127, 127));
     for (int i = 0; i < p.num_tokens; ++i)  // every block has a value of 127: nothing is rounded
         for (int block = 0; block < p.num_columns / kBlockSize; ++block) rows[size_t(i) * p.num_columns + block * kBlockSize] = 127.0f;
@@ -70,11 +71,13 @@ void check(const Problem& p, const ProductKernels& kernels) {
     Read read;
     const PanelReader reader{leave, &read};
     on_threads(p.num_threads, [&](int thread) {
-        product.run(matrix, rows.data(), p.num_columns, p.num_tokens, false, out.data(), p.num_rows, kernels, &reader, thread, p.num_threads);
-        product.run(matrix, rows.data(), p.num_columns, p.num_tokens, true, again.data(), p.num_rows, kernels, nullptr, thread, p.num_threads);
+        product.run(matrix, rows.data(), p.num_columns, p.num_tokens, 0, out.data(), p.num_rows, kernels, &reader, thread, p.num_threads);
+        for (int use = 1; use < Product::kUses; ++use)
+            product.run(matrix, rows.data(), p.num_columns, p.num_tokens, use, again[use].data(), p.num_rows, kernels, nullptr, thread, p.num_threads);
     });
     require(read.num_bytes == panels.size(), "not every panel is read");
-    require(std::memcmp(out.data(), again.data(), out.size() * sizeof(float)) == 0, "rows that were quantised give something else");
+    for (int use = 1; use < Product::kUses; ++use)
+        require(std::memcmp(out.data(), again[use].data(), out.size() * sizeof(float)) == 0, "rows that were quantised give something else");
 
     std::vector<float> weights(p.num_columns);
     for (int row = 0; row < p.num_rows; ++row) {
