@@ -27,7 +27,7 @@ class GroupedLayer:
     """One layer that keeps its groups from pass to pass; close it.
 
     `num_groups` (kv_heads,) is how many groups each page of 64 keys becomes, `scales` (kv_heads, key_size)
-    what distances between keys are measured with.
+    what distances between keys are measured with. Raises `LowtideError` where that cannot be.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class GroupedLayer:
             *scales.shape,
         )
         if not self._layer:
-            raise MemoryError
+            raise LowtideError("a page cannot have so many groups, or there is no memory for them")
 
     def attend(
         self, inputs: AttentionInputs, *, kernels: str | None = None, threads: int = 1

@@ -59,13 +59,12 @@ extern "C" DeltaAttend* lowtide_delta_new(const DeltaRule* rule, const uint8_t* 
     auto* delta = new (std::nothrow) DeltaAttend();
     if (delta == nullptr) return nullptr;
     try {
-        delta->set_units(*rule, num_groups, scales, 1, num_kv_heads, key_size);
+        delta->start_pass(true);
+        if (delta->set_units(*rule, num_groups, scales, 1, num_kv_heads, key_size)) return delta;
     } catch (const std::bad_alloc&) {
-        delete delta;
-        return nullptr;
     }
-    delta->start_pass(true);
-    return delta;
+    delete delta;
+    return nullptr;
 }
 
 extern "C" int lowtide_delta_attend(DeltaAttend* delta, const AttentionProblem* problem, const char* kernels, int num_threads,

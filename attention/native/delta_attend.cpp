@@ -29,15 +29,19 @@ int first_position(const AttentionProblem& p) { return num_seen(p, p.num_rows - 
 
 }  // namespace
 
-void DeltaAttend::set_units(const DeltaRule& rule, const uint8_t* num_groups, const float* scales, int num_layers, int num_kv_heads,
+bool DeltaAttend::set_units(const DeltaRule& rule, const uint8_t* num_groups, const float* scales, int num_layers, int num_kv_heads,
                             int key_size) {
     const size_t num_units = size_t(num_layers) * num_kv_heads;
+    const bool can_be = key_size <= kMaxHeadSize && rule.num_fixed >= 0 && rule.window >= 0 &&
+                        std::all_of(num_groups, num_groups + num_units, [&](int n) { return n > rule.num_fixed && n <= kPageKeys; });
+    if (!can_be) return false;
     rule_ = rule, num_kv_heads_ = num_kv_heads, key_size_ = key_size;
     num_groups_.assign(num_groups, num_groups + num_units);
     scales_.assign(scales, scales + num_units * key_size);
     layers_.clear(), layers_.resize(num_layers);
     for (int layer = 0; layer < num_layers; ++layer)
         for (int head = 0; head < num_kv_heads; ++head) layers_[layer].is_grouped |= num_groups_[layer * num_kv_heads + head] < kPageKeys;
+    return true;
 }
 
 void DeltaAttend::cut(int num_cells) {

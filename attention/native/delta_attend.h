@@ -24,20 +24,22 @@ public:
 
     // Of each layer and KV head, (num_layers, num_kv_heads): how many groups a page has, kPageKeys where it is
     // not grouped, and the scales of its channels, (..., key_size). A layer without a head that is grouped is not
-    // taken. Between passes only; throws std::bad_alloc.
-    void set_units(const DeltaRule& rule, const uint8_t* num_groups, const float* scales, int num_layers, int num_kv_heads, int key_size);
+    // taken. Between passes only. False, and nothing changes, where a page cannot have so many groups; throws
+    // std::bad_alloc.
+    bool set_units(const DeltaRule& rule, const uint8_t* num_groups, const float* scales, int num_layers, int num_kv_heads, int key_size);
 
     // Whether passes from now on are taken.
     void start_pass(bool grouped) { grouped_ = grouped, measures_ = false; }
 
-    // Has passes be measured: what groups would make of them is held against dense attention, which they get; what was measured before is forgotten.
+    // Has passes be measured: what groups would make of them is held against dense attention, which they get;
+    // what was measured before is forgotten.
     void start_measuring();
 
     // Holds a pass that was measured against `problem.out`. By one thread.
     void measure(const AttentionProblem& problem, int layer);
 
-    // Of each unit, the relative squared errors of rows that have groups, -1 where a pass was not taken, and the squares of all rows' queries by channel,
-    // as means.
+    // Of each unit, the relative squared errors of rows that have groups, -1 where a pass was not taken, and the
+    // squares of all rows' queries by channel, as means.
     void read_measures(float* errors, float* squares) const;
 
     // Forgets the cells from `num_cells` on, in every layer: they are other ones now.

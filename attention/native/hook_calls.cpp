@@ -30,7 +30,9 @@ extern "C" int lowtide_hook_set_roles(GraphHook* hook, const uint8_t* roles, int
 extern "C" int lowtide_hook_set_groups(GraphHook* hook, const DeltaRule* rule, const uint8_t* num_groups, const float* scales, int num_layers,
                                        int num_kv_heads, int key_size) {
     const int num_known = num_layers < kMaxLayers ? num_layers : kMaxLayers;
-    return failed([=] { hook->delta.set_units(*rule, num_groups, scales, num_known, num_kv_heads, key_size); });
+    bool can_be = false;
+    const int failure = failed([&] { can_be = hook->delta.set_units(*rule, num_groups, scales, num_known, num_kv_heads, key_size); });
+    return failure != 0 || can_be ? failure : 2;
 }
 
 extern "C" void lowtide_hook_start_grouped(GraphHook* hook, int grouped) { hook->delta.start_pass(grouped != 0); }

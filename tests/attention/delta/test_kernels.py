@@ -13,6 +13,7 @@ from lowtide.attention.delta.kernels import DeltaRule, GroupedLayer
 from lowtide.attention.delta.reference import grouped_attention
 from lowtide.attention.kernels import AttentionInputs, attend, usable_kernel_sets
 from lowtide.attention.reference import quantise_q4_0, quantise_q8_0
+from lowtide.models.errors import LowtideError
 
 WINDOW, FIXED = 96, 4
 NUM_GROUPS = np.array([24, 40, 64], np.uint8)
@@ -170,3 +171,9 @@ def test_soft_caps_and_sinks(layer: GroupedLayer) -> None:
     for inputs in (replace(plain, softcap=5.0), replace(plain, sinks=sinks)):
         found, _ = layer.attend(inputs)
         assert np.abs(found - attend(inputs)).max() <= 1e-6
+
+
+@pytest.mark.parametrize("count", [0, FIXED, 65, 255])
+def test_groups_that_a_page_cannot_have(count: int) -> None:
+    with pytest.raises(LowtideError, match="a page cannot have so many groups"):
+        GroupedLayer(DeltaRule(WINDOW, FIXED), np.array([24, count, 64], np.uint8), SCALES)
