@@ -41,7 +41,7 @@ clean:
 	rm -rf build dist $(VENV)
 
 # Installed once, and again when pyproject.toml or the native sources change.
-NATIVE := $(wildcard attention/native/* models/native/*) runtime/facade.py
+NATIVE := $(wildcard attention/native/* attention/native/products/*) runtime/facade.py
 
 $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)

@@ -13,38 +13,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lowtide.attention.hook_functions import declare_hook, ggml_functions
 from lowtide.attention.native_library import native_library
 from lowtide.attention.prompt_scores import ScoreRule
 from lowtide.attention.selection_rule import SelectionRule
 from lowtide.attention.weight_stream import NativeSpan
 from lowtide.models.errors import LowtideError
-from lowtide.models.llama_library import llama_library
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 REASON_BYTES = 256
-
-
-class _GgmlFunctions(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in (
-            "init free new_tensor_4d view_tensor custom_4d set_name op_name get_type_traits_cpu row_size "
-            "backend_buffer_is_host"
-        ).split()
-    ]
-
-
-class _Counts(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int64)
-        for name in (
-            "layers_ours layers_theirs nodes_ours nodes_theirs nanoseconds scratch_bytes keys_read "
-            "keys_held weight_bytes_given_back products_sliced products_packed packed_refused".split()
-        )
-    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +62,10 @@ class GraphHook:
 
     def __init__(self, threads: int, kernels: str | None = None) -> None:
         self._library = native_library()
-        _declare(self._library)
+        declare_hook(self._library)
         reason = ctypes.create_string_buffer(REASON_BYTES)
         name = kernels.encode() if kernels else None
-        functions = _ggml_functions()
+        functions = ggml_functions()
         self._hook = self._library.lowtide_hook_new(
             ctypes.byref(functions), name, threads, reason, REASON_BYTES
         )
@@ -182,14 +162,20 @@ class GraphHook:
         num_groups: NDArray[np.uint8],
         scales: NDArray[np.float32],
     ) -> None:
-        """Set how keys are grouped (`DeltaRule`), (layers, kv_heads) and (layers, kv_heads, key_size)."""
-        if self._library.lowtide_hook_set_groups(
+        """Set how keys are grouped (`DeltaRule`), (layers, kv_heads) and (layers, kv_heads, key_size).
+
+        Raises `ValueError` where a page of keys cannot have so many groups.
+        """
+        failed = self._library.lowtide_hook_set_groups(
             self._hook,
             ctypes.byref(rule),
             num_groups.ctypes.data,
             scales.ctypes.data,
             *scales.shape,
-        ):
+        )
+        if failed == 2:
+            raise ValueError("a page cannot have so many groups")
+        if failed:
             raise MemoryError
 
     def start_grouped(self) -> None:
@@ -245,60 +231,3 @@ class GraphHook:
         if self._hook:
             self._library.lowtide_hook_free(self._hook)
             self._hook = None
-
-
-def _ggml_functions() -> _GgmlFunctions:
-    library = llama_library()
-    names = [field[0] for field in _GgmlFunctions._fields_]
-    return _GgmlFunctions(*(library.address(f"ggml_{name}") for name in names))
-
-
-def _declare(library: ctypes.CDLL) -> None:
-    """Declare the hook's functions on the native library."""
-    pointer = ctypes.c_void_p
-    library.lowtide_hook_new.restype = pointer
-    library.lowtide_hook_new.argtypes = [
-        pointer,
-        ctypes.c_char_p,
-        ctypes.c_int,
-        ctypes.c_char_p,
-        ctypes.c_size_t,
-    ]
-    library.lowtide_hook_free.argtypes = [pointer]
-    library.lowtide_hook_free.restype = None
-    library.lowtide_hook_set_active.argtypes = [pointer, ctypes.c_int]
-    library.lowtide_hook_set_active.restype = None
-    library.lowtide_hook_counts.argtypes = [pointer]
-    library.lowtide_hook_counts.restype = _Counts
-    library.lowtide_hook_kernels.argtypes = [pointer]
-    library.lowtide_hook_kernels.restype = ctypes.c_char_p
-    library.lowtide_hook_clock.argtypes = [pointer]
-    library.lowtide_hook_clock.restype = pointer
-    library.lowtide_hook_set_roles.argtypes = [pointer, ctypes.c_char_p, ctypes.c_int, pointer]
-    library.lowtide_hook_start_pass.argtypes = [pointer, ctypes.c_int, ctypes.c_int, ctypes.c_int]
-    library.lowtide_hook_start_pass.restype = None
-    library.lowtide_hook_stream_weights.argtypes = [
-        pointer,
-        pointer,
-        ctypes.c_int,
-        ctypes.c_char_p,
-        ctypes.c_int,
-    ]
-    library.lowtide_hook_set_groups.argtypes = [pointer] * 4 + [ctypes.c_int] * 3
-    library.lowtide_hook_start_grouped.argtypes = [pointer, ctypes.c_int]
-    library.lowtide_hook_start_grouped.restype = None
-    library.lowtide_hook_measure_groups.argtypes = [pointer]
-    library.lowtide_hook_read_measures.argtypes = [pointer] * 3
-    library.lowtide_hook_read_measures.restype = None
-    library.lowtide_hook_cut.argtypes = [pointer, ctypes.c_int]
-    library.lowtide_hook_cut.restype = None
-    library.lowtide_hook_score_prompt.argtypes = [pointer, ctypes.c_int, pointer, ctypes.c_int]
-    library.lowtide_hook_score_prompt.restype = None
-    library.lowtide_hook_read_packed.argtypes = [
-        pointer,
-        ctypes.c_char_p,
-        ctypes.c_int,
-        ctypes.c_int,
-    ]
-    library.lowtide_hook_prompt_scores.argtypes = [pointer, pointer, ctypes.c_int]
-    library.lowtide_hook_can_round.argtypes = [pointer]

@@ -2,8 +2,8 @@
 
 A packed matrix takes as many bytes as before, so such a file has the shapes, types and sizes of the one it
 was made from, and llama.cpp maps it like any other; what its matrices mean only our kernels know
-(`models/native/packed_matrix.h`). Keys of the header say which they are. Reads and lays out headers; packs
-nothing.
+(`attention/native/products/packed_matrix.h`). Keys of the header say which they are. Reads and lays out
+headers; packs nothing.
 """
 
 from __future__ import annotations

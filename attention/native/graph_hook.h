@@ -5,7 +5,6 @@
 
 #include "api.h"
 #include "custom_ops.h"
-#include "packed_products.h"
 #include "prompt_scores.h"
 #include "selection_rule.h"
 #include "weight_stream.h"
@@ -52,8 +51,10 @@ LOWTIDE_API LayerClock* lowtide_hook_clock(GraphHook* hook);
 LOWTIDE_API int lowtide_hook_set_roles(GraphHook* hook, const uint8_t* roles, int num_layers, const SelectionRule* rule);
 LOWTIDE_API void lowtide_hook_start_pass(GraphHook* hook, int sparse, int refresh, int rounded);
 
-// What DeltaAttend groups, between passes; returns 1 where there is no memory. Passes are grouped from a start with
-// `grouped` on, up to a `start_pass`; or are measured (`start_measuring`, 1 where there is no memory). Whoever changes cells in another way than by a pass says from which on, with a cut.
+// What DeltaAttend groups, between passes; returns 1 where there is no memory, 2 where a page cannot have so many
+// groups. Passes are grouped from a start with `grouped` on, up to a `start_pass`; or are measured
+// (`start_measuring`, 1 where there is no memory). Whoever changes cells in another way than by a pass says from
+// which on, with a cut.
 LOWTIDE_API int lowtide_hook_set_groups(GraphHook* hook, const DeltaRule* rule, const uint8_t* num_groups, const float* scales,
                                         int num_layers, int num_kv_heads, int key_size);
 LOWTIDE_API void lowtide_hook_start_grouped(GraphHook* hook, int grouped);

@@ -8,7 +8,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1] / "attention" / "native"
 NATIVE = TESTS.parents[2] / "attention" / "native"
-PRODUCTS = TESTS.parents[2] / "models" / "native"
+PRODUCTS = NATIVE / "products"
 KERNELS = (
     "attend attend_avx2 attend_avx512 attend_bf16 attend_portable cpu_features find_kernels".split()
 )
