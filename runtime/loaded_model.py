@@ -115,7 +115,7 @@ class LoadedModel:
 
     def _loaded_speculator(self) -> Speculator | None:
         try:
-            return load_speculator(self.planned, self.model)
+            return load_speculator(self.planned, self.model, self.steering)
         except BaseException:
             self.close()
             raise
@@ -142,7 +142,7 @@ class LoadedModel:
         return RunFacts(
             budget_bytes=plan.budget.num_bytes,
             planned_bytes=plan.total_bytes,
-            attention=str(self.planned.policy),
+            attention=self.planned.attention_in_words,
             packed_tensors=len(self.planned.spec.packed_tensors),
             unpacked_reason=self.unpacked_reason,
             hook_counts=self.hook_counts,

@@ -157,6 +157,11 @@ class PlannedModel:
     gpu: GpuBudget | None = None
     speculation: SpeculationWish | None = None
 
+    @property
+    def attention_in_words(self) -> str:
+        """Return who attends and how: the policy, or the graph's own where that runs whole."""
+        return self.spec.attention if isinstance(self.spec, OnnxSpec) else str(self.policy)
+
     def require_nothing_of_llama(self) -> None:
         """Raise `BadOption` where a model of the caller's own is to do what llama.cpp alone does."""
         wanted = "gpu_layers are wanted, which" if self.gpu else None

@@ -57,11 +57,6 @@ class Session:
             self._growth.admit(num_tokens)
 
     @property
-    def corrects(self) -> bool:
-        """Whether decoded tokens are computed again now and then."""
-        return self._steering.correction_interval is not None
-
-    @property
     def num_free(self) -> int:
         """How many more tokens the context has room for."""
         return self._model.context - len(self.token_ids)

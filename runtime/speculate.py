@@ -83,7 +83,7 @@ class Speculator:
         return self._verified(session, token_id, drafted)
 
     def _drafted(self, session: Session, token_id: int) -> tuple[int, ...]:
-        if self._given_up is not None or session.corrects:
+        if self._given_up is not None:
             return ()
         clock = self._control.costs.clock
         before = clock()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 
 from lowtide.attention.abort_guard import guarded_aborts
+from lowtide.attention.policy import Steering
 from lowtide.memory.footprint import kv_cells
 from lowtide.memory.speculation_wish import DRAFT_PASS_ROWS
 from lowtide.models.gguf_model import GgufModel
@@ -27,7 +28,7 @@ FREE_DRAFTS: dict[str, type[NgramDraft] | type[TrigramDraft]] = {
 }
 
 
-def load_speculator(planned: PlannedModel, model: Model) -> Speculator | None:
+def load_speculator(planned: PlannedModel, model: Model, steering: Steering) -> Speculator | None:
     """Return what drafts and verifies; None where nothing was asked for.
 
     Measures what a pass costs by its rows, where that is not known; the model's cache is empty then.
@@ -38,6 +39,10 @@ def load_speculator(planned: PlannedModel, model: Model) -> Speculator | None:
     num_rows = min(planned.plan.verified_rows, model.max_verified_rows)
     if num_rows < 2:
         return Speculator.without("the plan has no room for it")
+    if steering.correction_interval is not None:
+        return Speculator.without(
+            f"{planned.policy.name}'s correction computes decoded tokens again"
+        )
     passes = measured_passes(model, num_rows, _key(planned))
     drafts = _drafts(planned, model)
     return Speculator(

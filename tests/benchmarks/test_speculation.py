@@ -65,7 +65,7 @@ def forget_drafts(runtime: Runtime) -> None:
     loaded = runtime._loaded
     assert loaded.speculator is not None
     if loaded.planned.speculation is not None and loaded.planned.speculation.draft_model is None:
-        loaded.speculator = load_speculator(loaded.planned, loaded.model)
+        loaded.speculator = load_speculator(loaded.planned, loaded.model, loaded.steering)
 
 
 def ratio_of(plain: Runtime, drafting: Runtime, prompt: str, *, same: bool = True) -> float:

@@ -48,6 +48,7 @@ def test_a_chat_reuses_its_cache(tiny: Path) -> None:
         *_, last = runtime.chat(messages, **GREEDY)
         *_, again = runtime.chat(messages, **GREEDY)
     assert last.finish_reason == "length" and again.stats.reused_tokens > 20
+    assert last.stats.attention == "GroupQueryAttention"
 
 
 @pytest.mark.parametrize("external", [True, False])

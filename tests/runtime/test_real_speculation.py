@@ -161,3 +161,15 @@ def test_wrong_wishes_are_a_sentence_before_anything_is_loaded(
 
     with pytest.raises(LowtideError, match=message):
         Runtime.open(random_model, memory="4GiB", speculate=stated)
+
+
+def test_tokens_that_are_computed_again_are_not_drafted_and_it_is_said(random_model: Path) -> None:
+    with Runtime.open(
+        random_model,
+        memory="4GiB",
+        speculate="ngram",
+        attention="tidal:k=64,layers=1,correction=4",
+    ) as runtime:
+        stats = runtime.generate("tide tide tide", max_tokens=8, temperature=0).stats.speculation
+    assert stats is not None and stats["rounds"] == 0
+    assert stats["off_reason"] == "tidal's correction computes decoded tokens again"
