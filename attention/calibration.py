@@ -11,6 +11,7 @@ from typing import Any
 
 from lowtide.attention.calibration_file import (
     CalibrationError,
+    Closeness,
     Fields,
     find_file,
     is_count,
@@ -22,30 +23,11 @@ FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
-    """TidalDecode's settings for one model and how far from dense attention they measured.
+class Calibration(Closeness):
+    """TidalDecode's settings for one model, and how far from dense attention they measured."""
 
-    On text that the search did not see, at `context` tokens: `kl` is the mean KL divergence in nats a
-    token, `key_loss` the mean loss of log likelihood of a pass key hidden there, in nats, `keys_read` the
-    share of the cached keys that a token attended to.
-    """
-
-    fingerprint: str
-    model: str
     k: int
     selection_layers: tuple[int, ...]
-    kl: float
-    target_kl: float
-    key_loss: float
-    target_key_loss: float
-    context: int
-    keys_read: float
-    text: str
-
-    @property
-    def summary(self) -> str:
-        """Say in a few words where the settings come from."""
-        return f"calibrated: KL {self.kl:.3f} at {self.context:,} tokens"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the file's values."""
@@ -66,19 +48,7 @@ def save_calibration(calibration: Calibration, path: Path | None = None) -> Path
 def load_calibration(path: Path, spec: ModelSpec) -> Calibration:
     """Read and check a calibration of the model; raises `CalibrationError`."""
     fields = Fields(path, policy="tidal", format=FORMAT)
-    found = Calibration(
-        fingerprint=fields.text("fingerprint"),
-        model=fields.text("model"),
-        k=fields.count("k"),
-        selection_layers=_layers(fields),
-        kl=fields.number("kl"),
-        target_kl=fields.number("target_kl"),
-        key_loss=fields.number("key_loss"),
-        target_key_loss=fields.number("target_key_loss"),
-        context=fields.count("context"),
-        keys_read=fields.number("keys_read"),
-        text=fields.text("text"),
-    )
+    found = Calibration(k=fields.count("k"), selection_layers=_layers(fields), **fields.closeness())
     fields.check_model(spec)
     outside = [layer for layer in found.selection_layers if not 0 <= layer < spec.num_layers]
     if outside:

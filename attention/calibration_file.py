@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,31 @@ class CalibrationError(LowtideError):
 
 class NotCalibrated(LowtideError):
     """No setting of a policy stays inside the target."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Closeness:
+    """Of which model a calibration is, and how far from dense attention its settings measured.
+
+    On text that the search did not see, at `context` tokens: `kl` is the mean KL divergence in nats a
+    token, `key_loss` the mean loss of log likelihood of a pass key hidden there, in nats, `keys_read` the
+    share of the cached keys that a token attended to, groups of keys counted once.
+    """
+
+    fingerprint: str
+    model: str
+    kl: float
+    target_kl: float
+    key_loss: float
+    target_key_loss: float
+    context: int
+    keys_read: float
+    text: str
+
+    @property
+    def summary(self) -> str:
+        """Say in a few words where the settings come from."""
+        return f"calibrated: KL {self.kl:.3f} at {self.context:,} tokens"
 
 
 def calibration_folder() -> Path:
@@ -112,6 +138,15 @@ class Fields:
         ):
             raise self.wrong(field, "a number of 0 or more" if least == 0 else "a number")
         return float(value)
+
+    def closeness(self) -> dict[str, Any]:
+        """Return the fields of a `Closeness`, checked."""
+        return {
+            **{name: self.text(name) for name in ("fingerprint", "model", "text")},
+            **{name: self.number(name) for name in ("kl", "target_kl", "keys_read")},
+            **{name: self.number(name) for name in ("key_loss", "target_key_loss")},
+            "context": self.count("context"),
+        }
 
     def check_model(self, spec: ModelSpec) -> None:
         """Raise `CalibrationError` where the file is of another model."""

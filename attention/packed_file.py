@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -11,6 +9,7 @@ from typing import BinaryIO
 from lowtide.attention.product_kernels import can_pack, pack_rows
 from lowtide.models.gguf_reader import GgufContents, TensorInfo
 from lowtide.models.packed_gguf import data_digest, matrices, packed_header
+from lowtide.models.whole_file import whole_file
 
 SLICE_BYTES = 1 << 20
 """What is read, and written, at once."""
@@ -39,24 +38,16 @@ def write_packed(source: GgufContents, target: Path, owner: str, progress: Progr
     header = packed_header(source, packed, owner)
     names = {tensor.name for tensor in packed}
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, unfinished = tempfile.mkstemp(dir=target.parent, prefix=target.stem, suffix=".part")
-    try:
-        with open(descriptor, "wb") as out, source.path.open("rb") as file:
-            out.write(header.start)
-            for old, new in zip(source.tensors, header.tensors, strict=True):
-                out.write(b"\0" * (len(header.start) + new.offset - out.tell()))
-                file.seek(source.data_start + old.offset)
-                _copy(file, out, old, progress, is_packed=old.name in names)
-            out.flush()
-            digest = data_digest(Path(unfinished), len(header.start))
-            out.seek(header.digest_offset)
-            out.write(digest.encode())
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(unfinished, target)
-    except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
-        raise
+    with whole_file(target) as out, source.path.open("rb") as file:
+        out.write(header.start)
+        for old, new in zip(source.tensors, header.tensors, strict=True):
+            out.write(b"\0" * (len(header.start) + new.offset - out.tell()))
+            file.seek(source.data_start + old.offset)
+            _copy(file, out, old, progress, is_packed=old.name in names)
+        out.flush()
+        digest = data_digest(Path(out.name), len(header.start))
+        out.seek(header.digest_offset)
+        out.write(digest.encode())
 
 
 def _copy(

@@ -20,8 +20,8 @@ from typing import Any, BinaryIO, TypeAlias
 
 from lowtide.memory.footprint import SESSION_CHUNK_BYTES
 from lowtide.models.errors import StateError
+from lowtide.models.whole_file import whole_file
 from lowtide.runtime.errors import TranscriptError
-from lowtide.runtime.whole_file import whole_file
 
 MAGIC = b"lowtide\x01"
 FORMAT_VERSION = 1

@@ -14,8 +14,8 @@ from typing import Any
 
 from lowtide.models.chat_template import checked_message
 from lowtide.models.errors import TemplateError
+from lowtide.models.whole_file import whole_file
 from lowtide.runtime.errors import TranscriptError
-from lowtide.runtime.whole_file import whole_file
 
 FORMAT = "lowtide-chat"
 FORMAT_VERSION = 1

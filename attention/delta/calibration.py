@@ -6,10 +6,11 @@ Knows no kernel; `calibrate` makes them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
 
-from lowtide.attention.calibration_file import Fields, find_file, write_values
+from lowtide.attention.calibration_file import Closeness, Fields, find_file, write_values
 from lowtide.attention.delta.units import LEAST_GROUPS, DeltaUnits
 from lowtide.memory.key_groups import PAGE_KEYS
 from lowtide.models.spec import ModelSpec
@@ -18,45 +19,19 @@ FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeltaCalibration:
-    """Delta's units for one model and how far from dense attention they measured.
+class DeltaCalibration(Closeness):
+    """Delta's units for one model, and how far from dense attention they measured."""
 
-    On text that the search did not see, at `context` tokens: `kl` is the mean KL divergence in nats a
-    token, `key_loss` the mean loss of log likelihood of a pass key hidden there, in nats, `keys_read` the
-    share of the cached keys that a token attended to, groups counted once.
-    """
-
-    fingerprint: str
-    model: str
     units: DeltaUnits
-    kl: float
-    target_kl: float
-    key_loss: float
-    target_key_loss: float
-    context: int
-    keys_read: float
-    text: str
-
-    @property
-    def summary(self) -> str:
-        """Say in a few words where the settings come from."""
-        return f"calibrated: KL {self.kl:.3f} at {self.context:,} tokens"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the file's values; a layer's groups are a text, and so are its heads' scales, in hex."""
+        measured = {field.name: getattr(self, field.name) for field in fields_of(Closeness)}
         return {
             "format": FORMAT,
             "policy": "delta",
-            "fingerprint": self.fingerprint,
-            "model": self.model,
+            **measured,
             "sparsity": round(self.units.sparsity, 4),
-            "kl": self.kl,
-            "target_kl": self.target_kl,
-            "key_loss": self.key_loss,
-            "target_key_loss": self.target_key_loss,
-            "context": self.context,
-            "keys_read": self.keys_read,
-            "text": self.text,
             "num_groups": [" ".join(map(str, layer)) for layer in self.units.num_groups],
             "scales": [" ".join(unit.hex() for unit in layer) for layer in self.units.scales],
         }
@@ -76,18 +51,8 @@ def save_delta_calibration(calibration: DeltaCalibration, path: Path | None = No
 def load_delta_calibration(path: Path, spec: ModelSpec) -> DeltaCalibration:
     """Read and check a calibration of the model; raises `CalibrationError`."""
     fields = Fields(path, policy="delta", format=FORMAT)
-    found = DeltaCalibration(
-        fingerprint=fields.text("fingerprint"),
-        model=fields.text("model"),
-        units=DeltaUnits(num_groups=_groups(fields, spec), scales=_scales(fields, spec)),
-        kl=fields.number("kl"),
-        target_kl=fields.number("target_kl"),
-        key_loss=fields.number("key_loss"),
-        target_key_loss=fields.number("target_key_loss"),
-        context=fields.count("context"),
-        keys_read=fields.number("keys_read"),
-        text=fields.text("text"),
-    )
+    units = DeltaUnits(num_groups=_groups(fields, spec), scales=_scales(fields, spec))
+    found = DeltaCalibration(units=units, **fields.closeness())
     fields.check_model(spec)
     return found
 

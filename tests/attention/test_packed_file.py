@@ -86,7 +86,7 @@ def test_a_full_disk_leaves_nothing_behind(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(f"lowtide.attention.packed_file.os.{failing}", full)
+    monkeypatch.setattr(f"lowtide.models.whole_file.os.{failing}", full)
     with pytest.raises(OSError, match="No space"):
         write_packed(source, tmp_path / "packed" / "m.gguf", "owner", lambda _: None)
     assert list((tmp_path / "packed").iterdir()) == []
