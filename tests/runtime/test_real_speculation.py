@@ -168,7 +168,7 @@ def test_tokens_that_are_computed_again_are_not_drafted_and_it_is_said(random_mo
         random_model,
         memory="4GiB",
         speculate="ngram",
-        attention="tidal:k=64,layers=1,correction=4",
+        attention="tidal:k=100,layers=1,correction=4",
     ) as runtime:
         stats = runtime.generate("tide tide tide", max_tokens=8, temperature=0).stats.speculation
     assert stats is not None and stats["rounds"] == 0
