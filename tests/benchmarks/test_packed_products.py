@@ -1,4 +1,5 @@
-"""Tokens and prompts with packed weights against llama.cpp on the same file, and on its fastest format.
+"""Tokens and prompts with packed weights against llama.cpp on the same file, and on its fastest format;
+and how far both are from the same weights in float32.
 
 Each round times llama.cpp through its C API and then ours, so a ratio holds on a noisy machine. Above 1
 ours is faster. Run with `make bench`.
@@ -11,11 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from essays import essays
 from paired import paired
 from peer import Peer
 from requantised import requantised
 
+from lowtide.attention.quality import log_softmax
 from lowtide.memory.units import GIB
 from lowtide.runtime.loaded_model import LoadedModel
 from lowtide.runtime.planning import OpenOptions, plan_reference
@@ -24,6 +28,7 @@ pytestmark = pytest.mark.benchmark
 
 TEXT = "The tide comes in, the tide goes out, and nobody on the shore knows what it is about. "
 NUM_DECODED = 24
+KINDS = ("llama.cpp's products", "packed")
 ROWS = 128
 
 
@@ -121,3 +126,38 @@ def test_verification(benchmark: Any, ours: Ours, num_rows: int) -> None:
         benchmark, f"packed, {num_rows} rows at once", lambda: ours.verify(256, num_rows), alone, 9,
         peer=f"{num_rows} single rows",
     )  # fmt: skip
+
+
+NUM_READ, NUM_COMPARED = 384, 300
+
+
+def distributions(path: Path, token_ids: list[int], *, pack: bool) -> np.ndarray:
+    """Log probabilities after each of the compared tokens, with our attention."""
+    options = OpenOptions(memory=8 * GIB, context=1024, threads=2, attention="dense", pack=pack)
+    loaded = LoadedModel(plan_reference(path, options))
+    try:
+        for at in range(0, NUM_READ, ROWS):
+            loaded.model.forward(token_ids[at : at + ROWS])
+        compared = token_ids[NUM_READ : NUM_READ + NUM_COMPARED]
+        return np.stack([log_softmax(loaded.model.forward((t,))) for t in compared])
+    finally:
+        loaded.close()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_how_far_from_the_same_weights_in_float32(
+    benchmark: Any, smollm2: Path, ours: Ours, tmp_path: Path, share: float
+) -> None:
+    text = essays()
+    encode = ours.model.tokenizer.encode
+    token_ids = encode(text[int(len(text) * share) :][:8000], add_special=True, parse_special=False)
+    exact = distributions(requantised(smollm2, tmp_path / "F32.gguf", "F32"), token_ids, pack=False)
+    found: dict[str, np.ndarray] = {}
+
+    def decode() -> None:
+        found.update({n: distributions(smollm2, token_ids, pack=n == "packed") for n in KINDS})
+
+    benchmark.pedantic(decode, rounds=1)
+    kl = {n: float((np.exp(exact) * (exact - rows)).sum(1).mean()) for n, rows in found.items()}
+    benchmark.extra_info.update(kl)
+    print(f"\nessays from {share:.0%} on, KL from float32 weights, nats a token: {kl}")
