@@ -30,18 +30,23 @@ def fingerprint(parts: Sequence[GgufContents]) -> str:
 
 
 def file_fingerprint(paths: Sequence[Path]) -> str:
-    """Return 32 hexadecimal digits for these very files: sizes, and samples from beginning to end.
+    """Return 32 hexadecimal digits for these very files."""
+    return samples_digest([(path, 0) for path in paths])
+
+
+def samples_digest(files: Sequence[tuple[Path, int]]) -> str:
+    """Return 32 hexadecimal digits for files from a byte of theirs on: sizes, and samples up to the end.
 
     Reading all of it would take seconds for a large model; other weights differ in every sample of theirs.
     """
     digest = hashlib.sha256()
-    for path in paths:
-        num_bytes = path.stat().st_size
+    for path, begin in files:
+        num_bytes = path.stat().st_size - begin
         digest.update(f"{num_bytes}\n".encode())
         step = max(num_bytes // NUM_SAMPLES, SAMPLE_BYTES)
         with path.open("rb", buffering=0) as file:
-            for start in range(0, num_bytes, step):
-                file.seek(start)
+            for offset in range(0, num_bytes, step):
+                file.seek(begin + offset)
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()[:32]
 

@@ -8,13 +8,13 @@ headers; packs nothing.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lowtide.models.fingerprint import samples_digest
 from lowtide.models.gguf_reader import TYPE_NUMBERS, GgufContents, TensorInfo
 
 LAYOUT = 1
@@ -29,8 +29,6 @@ DIGEST_KEY = "lowtide.packed.digest"
 ALIGNMENT_KEY = "general.alignment"
 ALIGNMENT = 64
 DIGEST_DIGITS = 32
-NUM_SAMPLES = 512
-SAMPLE_BYTES = 4096
 
 _LAYER_MATRIX = re.compile(
     r"blk\.\d+\.(attn_q|attn_k|attn_v|attn_qkv|attn_output|ffn_gate|ffn_up|ffn_down)\.weight"
@@ -122,15 +120,8 @@ def is_sound(contents: GgufContents, owner: str) -> bool:
 
 
 def data_digest(path: Path, data_start: int) -> str:
-    """Return the digest of a file's data: its size, and samples from beginning to end."""
-    num_bytes = path.stat().st_size - data_start
-    digest = hashlib.sha256(f"{num_bytes}\n".encode())
-    step = max(num_bytes // NUM_SAMPLES, SAMPLE_BYTES)
-    with path.open("rb", buffering=0) as file:
-        for offset in range(0, num_bytes, step):
-            file.seek(data_start + offset)
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()[:DIGEST_DIGITS]
+    """Return the digest of a file's data, `DIGEST_DIGITS` long."""
+    return samples_digest([(path, data_start)])
 
 
 def _entry(tensor: TensorInfo) -> bytes:

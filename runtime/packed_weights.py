@@ -28,14 +28,14 @@ def packed_copy(spec: ModelSpec, progress: Callable[[int], None] = lambda _: Non
     if spec.packed_tensors:
         return spec
     owner = file_fingerprint(spec.paths)
-    parts = [read_gguf(path) for path in spec.paths]
-    if not any(packable(part) for part in parts):
-        raise NotPacked(
-            f"none of the matrices of {spec.name} ({spec.quantisation}) has a packed form"
-        )
-    paths = [packed_path(part.path, owner) for part in parts]
-    for part, path in zip(parts, paths, strict=True):
-        if not _is_there(path, owner):
+    paths = [packed_path(path, owner) for path in spec.paths]
+    if not all(_is_there(path, owner) for path in paths):
+        parts = [read_gguf(path) for path in spec.paths]
+        if not any(packable(part) for part in parts):
+            raise NotPacked(
+                f"none of the matrices of {spec.name} ({spec.quantisation}) has a packed form"
+            )
+        for part, path in zip(parts, paths, strict=True):
             _write(part, path, owner, progress)
     # Of the rest the model's own headers say the same, and its fingerprint goes by its data.
     return replace(read_spec(paths[0]), name=spec.name, fingerprint=spec.fingerprint)
