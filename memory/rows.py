@@ -24,7 +24,6 @@ class PlanRows:
         self._sizes = sizes
         self._gpu_layers = GpuLayers(spec, options.gpu) if options.gpu else None
         self._gpus: dict[Choice, tuple[GpuPlan, ...]] = {}
-        self._is_packed = options.packed or bool(spec.packed_tensors)
 
     def gpus(self, choice: Choice) -> tuple[GpuPlan, ...]:
         """Return the plan of each device that takes layers."""
@@ -78,7 +77,9 @@ class PlanRows:
         """Whether the weights are mapped from their file: not where llama.cpp packs them anew, nor where it
         only passes them on to a device.
         """
-        repacked = not self._is_packed and footprint.is_repacked(self._spec, self._host.processor)
+        repacked = not self._options.packed and footprint.is_repacked(
+            self._spec, self._host.processor
+        )
         return choice.kept_layers is not None or not (repacked or self.gpus(choice))
 
     def _vocabulary(self) -> PlanRow:
@@ -111,7 +112,7 @@ class PlanRows:
         return PlanRow(
             owners.WEIGHTS,
             footprint.weight_bytes(spec, memory_map=memory_map),
-            f"{spec.quantisation}, {'packed, ' if self._is_packed else ''}"
+            f"{spec.quantisation}, {'packed, ' if self._options.packed else ''}"
             f"{'memory-mapped' if memory_map else 'copied and repacked'}"
             + (", and a copy packed anew" if spec.copied_bytes else ""),
         )
@@ -198,7 +199,7 @@ class PlanRows:
             num_bytes += footprint.selection_bytes(
                 spec, choice.context, self._options.selection_layers
             )
-        if self._is_packed:
+        if self._options.packed:
             num_bytes += footprint.product_bytes(spec, choice.max_rows)
         if self._options.first_pass is not None:
             num_bytes += footprint.filter_bytes(spec, choice.context, threads)
@@ -207,12 +208,12 @@ class PlanRows:
         return PlanRow(
             owners.SCRATCH,
             num_bytes,
-            _kernels_line(options, self._is_packed, spec.engine),
+            _kernels_line(options, spec.engine),
         )
 
 
-def _kernels_line(options: PlanOptions, is_packed: bool, engine: str) -> str:
-    if not options.attention_threads and not is_packed:
+def _kernels_line(options: PlanOptions, engine: str) -> str:
+    if not options.attention_threads and not options.packed:
         return f"{engine}'s kernels need none"
     groups = "" if options.key_groups is None else ", groups of keys beside the cache"
     return f"our kernels, {options.attention_threads or options.threads} threads{groups}"

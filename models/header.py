@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lowtide.models.errors import BadModelFile
 from lowtide.models.spec import ModelSpec
 
 ONNX_SUFFIX = ".onnx"
@@ -20,4 +21,14 @@ def read_spec(path: Path) -> ModelSpec:
         return read_onnx(path)
     from lowtide.models.gguf_header import read_spec as read_gguf
 
-    return read_gguf(path)
+    return of_a_model(read_gguf(path))
+
+
+def of_a_model(spec: ModelSpec) -> ModelSpec:
+    """Return the spec; raises `BadModelFile` where it is a packed copy, which llama.cpp would misread."""
+    if spec.packed_tensors:
+        raise BadModelFile(
+            f"{spec.path} is a packed copy, which --pack finds by itself: name the model that it was made "
+            "from, and --pack"
+        )
+    return spec

@@ -25,8 +25,6 @@ def packed_copy(spec: ModelSpec, progress: Callable[[int], None] = lambda _: Non
     `progress` is told of bytes as they are written. Raises `NotPacked`, with the reason, where none of its
     matrices has a packed form, or the copy cannot be written.
     """
-    if spec.packed_tensors:
-        return spec
     owner = file_fingerprint(spec.paths)
     paths = [packed_path(path, owner) for path in spec.paths]
     if not all(_is_there(path, owner) for path in paths):

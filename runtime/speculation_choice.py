@@ -11,6 +11,7 @@ from lowtide.memory.speculation_wish import SpeculationWish
 from lowtide.models.catalog import resolve
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf_header import read_spec
+from lowtide.models.header import of_a_model
 from lowtide.models.spec import ModelSpec
 
 OFF = "off"
@@ -74,7 +75,7 @@ class SpeculationChoice:
             return SpeculationWish(
                 num_rows=self.num_rows, table_bytes=TABLE_BYTES, token_bytes=TOKEN_BYTES
             )
-        draft = read_spec(resolve(self.model, offline=offline))
+        draft = of_a_model(read_spec(resolve(self.model, offline=offline)))
         require_vocabulary(draft, target)
         return SpeculationWish(num_rows=self.num_rows, token_bytes=TOKEN_BYTES, draft_model=draft)
 

@@ -16,7 +16,7 @@ from requantised import FILE_TYPES, requantised
 
 from lowtide import Runtime
 from lowtide.memory.units import MIB
-from lowtide.models.errors import BadOption
+from lowtide.models.errors import BadModelFile, BadOption
 from lowtide.models.gguf_header import read_spec
 from lowtide.runtime.errors import NotPacked
 from lowtide.runtime.loaded_model import LoadedModel
@@ -138,7 +138,16 @@ def test_a_copy_is_made_once_and_made_again_where_it_is_not_sound(models: dict[s
     foreign = packed_copy(read_spec(models["Q4_1"]))
     os.replace(foreign.path, packed.path)
     assert packed_copy(spec).path.read_bytes() == whole
-    assert packed_copy(packed) == packed
+
+
+def test_a_copy_is_not_opened_as_a_model(models: dict[str, Path]) -> None:
+    """llama.cpp would take its bytes for its own layout."""
+    path = packed_copy(read_spec(models["Q4_0"])).path
+    for options in ({"attention": "dense"}, {"pack": True}, {"gpu_layers": 1}):
+        with pytest.raises(BadModelFile, match="is a packed copy, which --pack finds by itself"):
+            Runtime.open(path, memory="1GiB", **options)  # type: ignore[arg-type]
+    with pytest.raises(BadModelFile, match="is a packed copy"):
+        Runtime.open(models["Q4_0"], memory="1GiB", speculate=str(path))
 
 
 def test_a_changed_model_has_another_copy(tmp_path: Path) -> None:
