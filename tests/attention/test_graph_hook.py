@@ -194,13 +194,13 @@ def test_two_models_in_two_threads_do_not_disturb_each_other(smollm2: Path, tmp_
 
 
 def test_a_ggml_that_is_laid_out_in_another_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = graph_hook._ggml_functions()
-    wrong = graph_hook._GgmlFunctions(*(getattr(real, f[0]) for f in real._fields_))
+    real = graph_hook.ggml_functions()
+    wrong = type(real)(*(getattr(real, f[0]) for f in real._fields_))
     # A function that answers with a tensor of another shape stands for another layout.
     wrong.view_tensor = real.set_name
     maker = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(lambda _c, t: t)
     wrong.view_tensor = ctypes.cast(maker, ctypes.c_void_p).value
-    monkeypatch.setattr(graph_hook, "_ggml_functions", lambda: wrong)
+    monkeypatch.setattr(graph_hook, "ggml_functions", lambda: wrong)
     with pytest.raises(LowtideError, match="laid out in another way.*--attention llama"):
         GraphHook(2)
 
@@ -208,11 +208,11 @@ def test_a_ggml_that_is_laid_out_in_another_way_is_refused(monkeypatch: pytest.M
 def test_what_lies_on_a_device_is_left_to_llama_cpp(
     monkeypatch: pytest.MonkeyPatch, smollm2: Path
 ) -> None:
-    real = graph_hook._ggml_functions()
+    real = graph_hook.ggml_functions()
     elsewhere = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(lambda _buffer: False)
-    told = graph_hook._GgmlFunctions(*(getattr(real, f[0]) for f in real._fields_))
+    told = type(real)(*(getattr(real, f[0]) for f in real._fields_))
     told.backend_buffer_is_host = ctypes.cast(elsewhere, ctypes.c_void_p).value
-    monkeypatch.setattr(graph_hook, "_ggml_functions", lambda: told)
+    monkeypatch.setattr(graph_hook, "ggml_functions", lambda: told)
     with Runtime.open(smollm2, memory="4GiB", context=512, threads=1, attention="dense") as runtime:
         stats = runtime.generate("The sea is", max_tokens=2, temperature=0).stats
     assert (stats.layers_ours, stats.layers) == (0, 30)
