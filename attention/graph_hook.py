@@ -205,6 +205,16 @@ class GraphHook:
         """Forget what is known of the cache's cells from `num_cells` on: other than passes changed them."""
         self._library.lowtide_hook_cut(self._hook, num_cells)
 
+    @property
+    def least_cells(self) -> int:
+        """The fewest cells, but for none, that the cache can go back to: groups replaced the rest."""
+        return int(self._library.lowtide_hook_least_cells(self._hook))
+
+    @property
+    def has_lost_keys(self) -> bool:
+        """Whether a pass has wanted cells that groups had replaced: what it computed means nothing."""
+        return bool(self._library.lowtide_hook_has_lost(self._hook))
+
     def score_prompt(self, layer: int, rule: ScoreRule, *, is_last: bool) -> None:
         """Have passes from now on end behind the attention of `layer`; the last one scores every key there.
 

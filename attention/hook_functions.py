@@ -68,6 +68,8 @@ def declare_hook(library: ctypes.CDLL) -> None:
     library.lowtide_hook_set_groups.argtypes = [pointer] * 4 + [ctypes.c_int] * 3
     library.lowtide_hook_start_grouped.argtypes = [pointer, ctypes.c_int]
     library.lowtide_hook_start_grouped.restype = None
+    library.lowtide_hook_least_cells.argtypes = [pointer]
+    library.lowtide_hook_has_lost.argtypes = [pointer]
     library.lowtide_hook_measure_groups.argtypes = [pointer]
     library.lowtide_hook_read_measures.argtypes = [pointer] * 3
     library.lowtide_hook_read_measures.restype = None

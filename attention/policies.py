@@ -15,7 +15,7 @@ from lowtide.models.errors import BadOption
 
 SETTINGS: dict[str, tuple[str, ...]] = {
     "llama": (),
-    "delta": ("sparsity", "window", "sinks", "prompts", "calibration"),
+    "delta": ("sparsity", "window", "sinks", "prompts", "store", "calibration"),
     "dense": ("prompts",),
     "gem": (
         *("k", "layer", "then", "min_prompt", "rows", "weights", "heads", "pool", "pool_size"),

@@ -34,7 +34,7 @@ def planned_as(policy: Delta, spec: ModelSpec) -> Delta:
     units = DeltaUnits.uniform(
         spec.num_layers, max(spec.num_kv_heads), spec.key_head_size, PAGE_KEYS - 1
     )
-    return replace(policy, units=units).fitted(spec)
+    return replace(policy, units=units, store=0).fitted(spec)
 
 
 def calibrated(

@@ -67,6 +67,7 @@ def command(
     lose. The likelihood is that of a text that goes on after what was kept of it: it gets worse, and so
     gem refuses to continue texts.
     """
+    from lowtide.attention.delta.policy import Delta
     from lowtide.attention.gem import Gem
     from lowtide.attention.policies import parse_policy
     from lowtide.attention.quality import WINDOW_TOKENS
@@ -81,6 +82,8 @@ def command(
     if isinstance(policy, Gem):
         _evaluate_gem(policy.fitted(spec), spec, text, windows, needles, as_json, enforce, options)
         return
+    if isinstance(policy, Delta):  # dense attention, which it is held against, reads all keys
+        options["attention"] = replace(policy, store=0)
     context = options["context"] or min(DEFAULT_CONTEXT, spec.context_length - SPARE_TOKENS)
     options["context"] = context + SPARE_TOKENS
     planned = plan_with(spec, replace(take_open_options(options), compared_rows=WINDOW_TOKENS))

@@ -212,6 +212,23 @@ def selection_bytes(spec: ModelSpec, context: int, selection_layers: int) -> int
     return scores + 4 * cells + selection_layers * 13 * cells
 
 
+def replaced_bytes(
+    spec: ModelSpec, groups: KeyGroups | None, num_tokens: int, max_rows: int, kv_type: str
+) -> int:
+    """Return what of the KV cache of `num_tokens` goes back to the system because groups stand for it."""
+    if groups is None or not groups.replaced_layers:
+        return 0
+    kept = groups.most_cells(num_tokens, max_rows) + CELL_STEP  # with pages that are kept in part
+    return sum(
+        max(
+            kv_layer_bytes(spec, layer, num_tokens, kv_type)
+            - kv_layer_bytes(spec, layer, kept, kv_type),
+            0,
+        )
+        for layer in groups.replaced_layers
+    )
+
+
 def group_bytes(spec: ModelSpec, groups: KeyGroups, context: int, threads: int) -> int:
     """Return what attention over groups takes beside that of every key: the groups, and a scratch alike."""
     cells = kv_cells(context)

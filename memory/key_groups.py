@@ -1,4 +1,7 @@
-"""KeyGroups: what a plan must know of keys that are kept in groups beside the cache. Knows no policy."""
+"""KeyGroups: what a plan must know of keys that are kept in groups, beside the cache or in its place.
+
+Knows no policy.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,18 @@ PAGE_KEYS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyGroups:
-    """`num_groups` of each page of 64 keys, of each KV head that is grouped; `window` keys are not."""
+    """`num_groups` of each page of 64 keys, of each KV head that is grouped; `window` keys are not.
+
+    The cells of `replaced_layers` are given back once groups stand for them.
+    """
 
     num_groups: tuple[int, ...]
     window: int
+    replaced_layers: tuple[int, ...] = ()
+
+    def most_cells(self, num_cells: int, max_rows: int) -> int:
+        """Return how many of so many cells a layer that is replaced keeps, in passes of `max_rows` rows."""
+        return min(self.window + 2 * PAGE_KEYS + max_rows, num_cells)
 
     def num_bytes(self, num_cells: int, key_size: int, value_size: int) -> int:
         """Return the bytes of the groups of so many cells, in half precision, with the masks of 64 rows."""

@@ -124,8 +124,13 @@ class PlanRows:
         elsewhere = sum(
             gpu.cache_bytes for gpu in self.gpus(choice) if not gpu.device.shares_memory
         )
-        num_bytes = self._sizes.kv_bytes(num_tokens, choice.kv_type) - elsewhere
+        replaced = footprint.replaced_bytes(
+            self._spec, self._options.key_groups, num_tokens, choice.max_rows, choice.kv_type
+        )
+        num_bytes = self._sizes.kv_bytes(num_tokens, choice.kv_type) - elsewhere - replaced
         why = f"{tokens} of {choice.kv_type}"
+        if replaced:
+            why += ", behind a window in groups alone"
         if elsewhere:
             why += ", of the other layers" if num_bytes > 0 else ", all of it on a device"
         return PlanRow(owners.CACHE, max(num_bytes, 0), why)
@@ -215,7 +220,10 @@ class PlanRows:
 def _kernels_line(options: PlanOptions, engine: str) -> str:
     if not options.attention_threads and not options.packed:
         return f"{engine}'s kernels need none"
-    groups = "" if options.key_groups is None else ", groups of keys beside the cache"
+    where = "beside the cache"
+    if options.key_groups is not None and options.key_groups.replaced_layers:
+        where = "in the cache's place"
+    groups = "" if options.key_groups is None else f", groups of keys {where}"
     return f"our kernels, {options.attention_threads or options.threads} threads{groups}"
 
 

@@ -53,6 +53,8 @@ class GgufModel(Model):
         self._kv_type = options.kv_type
         self.on_cut: Callable[[int, int], None] | None = None
         """Told, after tokens were forgotten, how many there had been and how many are kept."""
+        self.least_tokens: Callable[[], int] = lambda: 0
+        """Fewer tokens than these cannot be gone back to: everything is forgotten then."""
         self._model: Any = None
         self._context: Any = None
         self._batch: Any = None
@@ -147,6 +149,7 @@ class GgufModel(Model):
         if num_tokens < 0:
             raise ValueError(f"num_tokens is {num_tokens}, 0 or more is wanted")
         kept = min(num_tokens, self._num_tokens)
+        kept = kept if kept >= self.least_tokens() else 0
         used, self._num_tokens = self._num_tokens, self._forget_from(kept)
         if self.on_cut is not None:
             self.on_cut(used, self._num_tokens)
@@ -206,7 +209,7 @@ class GgufModel(Model):
 
     def close(self) -> None:
         """Free the context, and the weights where they are its own."""
-        self.on_cut = None
+        self.on_cut, self.least_tokens = None, lambda: 0
         if self._batch is not None:
             self._batch.free()
             self._batch = None

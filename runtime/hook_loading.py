@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lowtide.attention.graph_hook import GraphHook
+from lowtide.memory.key_groups import KeyGroups
 from lowtide.models.errors import LowtideError
 from lowtide.models.gguf_model import GgufModel
 from lowtide.models.model import Model
@@ -30,6 +31,14 @@ def graph_hook(planned: PlannedModel, profiler: Profiler) -> GraphHook | None:
     hook.set_active(planned.policy.uses_hook)
     profiler.time_layers(hook, planned.spec.num_layers)
     return hook
+
+
+def keep_from_going_back(model: Model, hook: GraphHook, groups: KeyGroups | None) -> None:
+    """Where groups replace the cache's cells, the model cannot go back to those, nor tell its state."""
+    if groups is None or not groups.replaced_layers or not isinstance(model, GgufModel):
+        return
+    model.keeps_state = model.copies_state = False
+    model.least_tokens = lambda: hook.least_cells
 
 
 def tell_cuts(model: Model, hook: GraphHook) -> None:

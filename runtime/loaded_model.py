@@ -8,7 +8,7 @@ from lowtide.attention.gem import Gem
 from lowtide.attention.graph_hook import GraphHook, HookCounts
 from lowtide.attention.policy import Steering
 from lowtide.memory.errors import OverBudget
-from lowtide.memory.footprint import first_layers_bytes, kv_bytes, tokenising_bytes
+from lowtide.memory.footprint import first_layers_bytes, kv_bytes, replaced_bytes, tokenising_bytes
 from lowtide.memory.heap import trim_heap
 from lowtide.memory.kv_growth import KvGrowth
 from lowtide.memory.ledger import Ledger
@@ -22,7 +22,7 @@ from lowtide.models.model import Model
 from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.runtime.generate import RunFacts
 from lowtide.runtime.gguf_loading import load_gguf, load_reader
-from lowtide.runtime.hook_loading import graph_hook, tell_cuts
+from lowtide.runtime.hook_loading import graph_hook, keep_from_going_back, tell_cuts
 from lowtide.runtime.memory_watch import WatchedModel
 from lowtide.runtime.onnx_loading import load_onnx
 from lowtide.runtime.options import GenerationOptions
@@ -86,6 +86,7 @@ class LoadedModel:
         if self.hook is not None:
             self.steering = planned.policy.install(self.hook, planned.spec)
             tell_cuts(model, self.hook)
+            keep_from_going_back(model, self.hook, planned.policy.key_groups)
         self.growth = KvGrowth(self.ledger, planned.plan.cache_tokens, self._kv_bytes)
         self.prompt_filter = self._prompt_filter()
         if planned.plan.kept_layers is not None or planned.spec.packed_tensors:
@@ -174,7 +175,10 @@ class LoadedModel:
             )
 
     def _kv_bytes(self, num_tokens: int) -> int:
-        return kv_bytes(self.planned.spec, num_tokens, self.planned.plan.kv_type)
+        spec, plan = self.planned.spec, self.planned.plan
+        groups = self.planned.policy.key_groups
+        replaced = replaced_bytes(spec, groups, num_tokens, plan.max_rows, plan.kv_type)
+        return kv_bytes(spec, num_tokens, plan.kv_type) - replaced
 
     def _first_layers_bytes(self, num_tokens: int) -> int:
         first = self.planned.policy.first_pass

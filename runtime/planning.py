@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lowtide.attention.delta.policy import Delta
 from lowtide.attention.policies import parse_policy
 from lowtide.attention.policy import AttentionPolicy
 from lowtide.memory.budget import Budget
@@ -69,7 +70,7 @@ class OpenOptions:
     def __post_init__(self) -> None:
         if self.threads is not None and not 1 <= self.threads <= 512:
             raise BadOption(f"threads is {self.threads}, 1 to 512 are wanted")
-        parse_policy(self.attention)
+        policy = parse_policy(self.attention)
         _ = self.prefix_bytes
         SpeculationChoice.parse(self.speculate)
         if parse_gpu_layers(self.gpu_layers) == 0 and self.gpu_memory is not None:
@@ -77,6 +78,10 @@ class OpenOptions:
         if self.pack and (self.gpu_layers or self.gpu_memory is not None):
             raise BadOption(
                 "pack is for products on the processor, and layers are to go to a GPU: give one of them up"
+            )
+        if isinstance(policy, Delta) and policy.store and self.prefix_bytes:
+            raise BadOption(
+                "a prefix cache is wanted, and delta's store keeps no states to put there: give one up"
             )
 
     def policy(self, spec: ModelSpec) -> AttentionPolicy:
@@ -215,6 +220,7 @@ def plan_spec(spec: ModelSpec, options: OpenOptions) -> PlannedModel:
         if gpu is not None and gpu.holds_cache:
             host = replace(host, kv_follows_use=False)
         chosen = options.plan_options(policy, gpu, speculation)
+        _require_replaceable(chosen, host)
         plan = plan_memory(spec, chosen, budget, host, sizes)
     return PlannedModel(
         spec=spec,
@@ -227,6 +233,16 @@ def plan_spec(spec: ModelSpec, options: OpenOptions) -> PlannedModel:
         gpu=gpu,
         speculation=speculation,
     )
+
+
+def _require_replaceable(options: PlanOptions, host: Host) -> None:
+    """Raise `BadOption` where groups are to replace the cache, and the cache cannot be given back."""
+    groups = options.key_groups
+    if groups is not None and groups.replaced_layers and not host.kv_follows_use:
+        raise BadOption(
+            "delta's store gives the cache's memory back, which this system, or this llama.cpp, does not "
+            "allow: leave delta:store=1 out"
+        )
 
 
 def _plan_onnx(

@@ -17,10 +17,15 @@ if TYPE_CHECKING:
 class DeltaRule(ctypes.Structure):
     """The C++ `DeltaRule`, field for field.
 
-    Each row's last `window` keys and the first `num_fixed` of all are never grouped.
+    Each row's last `window` keys and the first `num_fixed` of all are never grouped. `replaces` has a
+    layer's own cells given back once groups stand for them.
     """
 
-    _fields_ = [("window", ctypes.c_int32), ("num_fixed", ctypes.c_int32)]
+    _fields_ = [
+        ("window", ctypes.c_int32),
+        ("num_fixed", ctypes.c_int32),
+        ("replaces", ctypes.c_int32),
+    ]
 
 
 class GroupedLayer:

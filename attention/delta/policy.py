@@ -23,7 +23,7 @@ from lowtide.attention.delta.kernels import DeltaRule
 from lowtide.attention.delta.units import LEAST_GROUPS, DeltaUnits
 from lowtide.attention.policy import AttentionPolicy, Steering
 from lowtide.memory.key_groups import PAGE_KEYS, KeyGroups
-from lowtide.models.errors import BadOption
+from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -41,8 +41,10 @@ class Delta(AttentionPolicy):
 
     Of each row's keys the last `window` and the first `sinks` of all are attended to as they are, and of
     the pages of 64 behind them a share, 1 - `sparsity`, as groups. A stated `sparsity` groups every layer
-    and head alike. `prompts` "exact" has only decoding attend to groups. `calibration` is a file to take
-    instead of the model's own; `units` are what a calibration consists of.
+    and head alike. `prompts` "exact" has only decoding attend to groups. With `store` 1 the groups are all
+    that is kept of the keys and values behind the window: the cache's own memory goes back, and so the
+    cache cannot, but for a few tokens: it is read anew. `calibration` is a file to take instead of the
+    model's own; `units` are what a calibration consists of.
     """
 
     name: ClassVar[str] = "delta"
@@ -51,6 +53,7 @@ class Delta(AttentionPolicy):
     window: int = 128
     sinks: int = 4
     prompts: str = GROUPED
+    store: int = 0
     calibration: Path | None = None
     units: DeltaUnits | None = None
     origin: str = "stated"
@@ -66,6 +69,13 @@ class Delta(AttentionPolicy):
         if self.prompts not in (GROUPED, EXACT):
             raise BadOption(
                 f"delta's prompts is {self.prompts!r}, one of {GROUPED}, {EXACT} is wanted"
+            )
+        if self.store not in (0, 1):
+            raise BadOption(f"delta's store is {self.store}, 0 or 1 is wanted")
+        if self.store and self.prompts == EXACT:
+            raise BadOption(
+                "delta's store keeps nothing but groups, and its prompts are exact, which read all keys: "
+                "leave one out"
             )
         if self.sparsity is not None and self.calibration is not None:
             raise BadOption(
@@ -104,21 +114,25 @@ class Delta(AttentionPolicy):
 
     @property
     def key_groups(self) -> KeyGroups | None:
-        """What is kept beside the cache."""
+        """What is kept beside the cache, or in its place."""
         if self.units is None:
             return None
-        return KeyGroups(num_groups=self.units.grouped(), window=self.window)
+        layers = self.units.grouped_layers() if self.store else ()
+        return KeyGroups(
+            num_groups=self.units.grouped(), window=self.window, replaced_layers=layers
+        )
 
     def install(self, hook: GraphHook, spec: ModelSpec) -> Steering:
         """Give the hook each unit's groups and scales."""
         assert self.units is not None, "the policy is not fitted to a model"
-        hook.set_groups(DeltaRule(self.window, self.sinks), *self.units.arrays())
+        hook.set_groups(DeltaRule(self.window, self.sinks, self.store), *self.units.arrays())
         return DeltaSteering(hook, self.prompts)
 
     def __str__(self) -> str:
         share = 0.0 if self.units is None else self.units.sparsity
         prompts = "" if self.prompts == GROUPED else f", prompts {self.prompts}"
-        return f"delta, sparsity {share:.0%}, window {self.window} ({self.origin}){prompts}"
+        store = ", stored in the cache's place" if self.store else ""
+        return f"delta, sparsity {share:.0%}, window {self.window} ({self.origin}){prompts}{store}"
 
 
 class DeltaSteering(Steering):
@@ -132,10 +146,15 @@ class DeltaSteering(Steering):
         """Attend as prompts are to be read."""
         self._hook.start_pass(sparse=False)
         if not self.exact_prompts:
-            self._hook.start_grouped()
+            self.before_decode()
 
     def before_decode(self) -> None:
         """Attend to groups."""
+        if self._hook.has_lost_keys:
+            raise LowtideError(
+                "a pass has wanted keys that delta's store had replaced, and what it computed is wrong: "
+                "start anew, or leave delta:store=1 out"
+            )
         self._hook.start_grouped()
 
 

@@ -40,8 +40,13 @@ class DeltaUnits:
 
     def grouped(self) -> tuple[int, ...]:
         """Return the numbers of groups of all heads of layers that have groups."""
-        layers = (layer for layer in self.num_groups if min(layer) < PAGE_KEYS)
-        return tuple(count for layer in layers for count in layer)
+        return tuple(count for layer in self.grouped_layers() for count in self.num_groups[layer])
+
+    def grouped_layers(self) -> tuple[int, ...]:
+        """Return the layers that have groups."""
+        return tuple(
+            layer for layer, counts in enumerate(self.num_groups) if min(counts) < PAGE_KEYS
+        )
 
     def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         """Return both as arrays, (layers, kv_heads) and (layers, kv_heads, key_size)."""

@@ -3,10 +3,21 @@
 
 #include "delta_attend.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <new>
 
 namespace {
+
+// Gives whole pages back to the system, up to the one that `to` lies in. What lies before `from` went back before.
+void give_back_cells(const char* base, size_t cell_bytes, int from, int to) {
+    const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE)), begin = reinterpret_cast<uintptr_t>(base);
+    const uintptr_t whole = (begin + page - 1) / page * page, between = (begin + from * cell_bytes) / page * page;
+    const uintptr_t first = std::max(whole, between), last = (begin + to * cell_bytes) / page * page;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+}
 
 // Of a run's rows, all but the window and what a page still lacks: so many rows may lie beside the groups.
 int most_rows_beside(int window) { return window + 3 * kPageKeys; }
@@ -45,9 +56,45 @@ bool DeltaAttend::set_units(const DeltaRule& rule, const uint8_t* num_groups, co
 }
 
 void DeltaAttend::cut(int num_cells) {
-    for (Layer& layer : layers_)
+    for (Layer& layer : layers_) {
         for (auto& heads : layer.streams)
             for (KeyGroups& groups : heads) groups.cut(num_cells);
+        if (num_cells == 0) layer.num_given_back = 0;
+    }
+    if (num_cells == 0) has_lost_ = false;
+}
+
+void DeltaAttend::forget() {
+    for (Layer& layer : layers_)
+        for (auto& heads : layer.streams)
+            for (KeyGroups& groups : heads) groups.cut(0);
+}
+
+int DeltaAttend::least_cells() const {
+    int most = 0;
+    for (const Layer& layer : layers_) most = std::max(most, layer.num_given_back);
+    return most == 0 ? 0 : most + rule_.window - 1;
+}
+
+// Whether the groups of a layer, cut to the `first` cells, and the cache together have every cell that passes from
+// there on may read.
+bool DeltaAttend::holds(const Layer& layer, int stream, int first) const {
+    const int given_back = layer.num_given_back;
+    if (given_back == 0) return true;
+    if (!grouped_ || num_pages_before(first) * kPageKeys < given_back || stream >= int(layer.streams.size())) return false;
+    const auto& heads = layer.streams[stream];
+    return std::all_of(heads.begin(), heads.end(), [=](const KeyGroups& groups) { return groups.num_grouped_cells() >= given_back; });
+}
+
+// All but a page of what groups stand for behind the window of the row at `first`: rows before it may be taken off.
+void DeltaAttend::give_back(const AttentionProblem& p, Layer& layer, int stream, int first) {
+    int end = (num_pages_before(first) - 1) * kPageKeys;
+    for (const KeyGroups& groups : layer.streams[stream]) end = std::min(end, groups.num_grouped_cells());
+    const bool side_by_side = p.k_head_stride * p.num_kv_heads == p.k_key_stride && p.v_head_stride * p.num_kv_heads == p.v_key_stride;
+    if (layer.streams.size() != 1 || !side_by_side || end <= layer.num_given_back) return;
+    give_back_cells(p.k, p.k_key_stride, layer.num_given_back, end);
+    give_back_cells(p.v, p.v_key_stride, layer.num_given_back, end);
+    layer.num_given_back = end;
 }
 
 bool DeltaAttend::knows(const AttentionProblem& p, int layer) const {
@@ -59,10 +106,14 @@ bool DeltaAttend::takes(const AttentionProblem& p, int layer, int stream) {
     const int first = first_position(p);
     bool known = first >= 0;
     for (int row = 0; known && row < p.num_rows - 1; ++row) known = num_seen(p, row) == first + row + 1;
-    auto& streams = layers_[layer].streams;
-    if (stream < int(streams.size()))
-        for (KeyGroups& groups : streams[stream]) groups.cut(known ? first : 0);
-    return known && grouped_;
+    Layer& own = layers_[layer];
+    if (first == 0) own.num_given_back = 0;
+    if (stream < int(own.streams.size()))
+        for (KeyGroups& groups : own.streams[stream]) groups.cut(known ? first : 0);
+    const bool is_taken = known && grouped_, is_lost = !holds(own, stream, first);
+    has_lost_ |= is_lost;
+    if (is_taken && rule_.replaces != 0 && !measures_ && !is_lost) give_back(p, own, stream, first);
+    return is_taken;
 }
 
 bool DeltaAttend::reserve(const AttentionProblem& p, int layer, int stream, int num_threads) {

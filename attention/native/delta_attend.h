@@ -13,6 +13,7 @@
 struct DeltaRule {
     int32_t window;     // of each row's last keys so many, its own among them, are never grouped
     int32_t num_fixed;  // nor are so many of the first
+    int32_t replaces;   // whether a layer's own cells go back to the system once groups stand for them
 };
 
 // Attention over groups: behind a window, keys that are like one another share one score and one value
@@ -45,6 +46,15 @@ public:
     // Forgets the cells from `num_cells` on, in every layer: they are other ones now.
     void cut(int num_cells);
 
+    // Groups everything anew in passes to come.
+    void forget();
+
+    // Fewer cells than these cannot be gone back to, but for none: what lay there was given back.
+    int least_cells() const;
+
+    // Whether a pass has wanted cells that were given back: what it computed means nothing.
+    bool has_lost() const { return has_lost_; }
+
     // As for Attend.
     bool reserve(const AttentionProblem& problem, int layer, int stream, int num_threads);
 
@@ -57,6 +67,7 @@ public:
 private:
     struct Layer {
         bool is_grouped = false;
+        int num_given_back = 0;
         std::vector<std::vector<KeyGroups>> streams;  // of heads
     };
 
@@ -64,6 +75,8 @@ private:
     bool knows(const AttentionProblem& problem, int layer) const;
     GroupRule rule_of(int layer, int kv_head) const;
     int num_pages_before(int position) const;
+    bool holds(const Layer& layer, int stream, int first) const;
+    void give_back(const AttentionProblem& problem, Layer& layer, int stream, int first);
     void ready(const AttentionProblem& problem, const KeyGroups& groups, int kv_head, int first_row, int num_rows);
 
     Attend attend_;
@@ -75,7 +88,7 @@ private:
     std::vector<uint16_t> mask_;
     AttentionProblem of_head_{};
     int num_kv_heads_ = 0, key_size_ = 0;
-    bool grouped_ = false, taken_ = false, measures_ = false;
+    bool grouped_ = false, taken_ = false, measures_ = false, has_lost_ = false;
 
     struct Measure {
         double error = 0.0;

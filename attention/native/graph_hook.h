@@ -62,6 +62,11 @@ LOWTIDE_API int lowtide_hook_measure_groups(GraphHook* hook);
 LOWTIDE_API void lowtide_hook_read_measures(const GraphHook* hook, float* errors, float* squares);
 LOWTIDE_API void lowtide_hook_cut(GraphHook* hook, int num_cells);
 
+// Where groups replace cells (`DeltaRule`): the fewest cells, but for none, that a cut may leave, and whether a pass
+// has wanted what was given back.
+LOWTIDE_API int lowtide_hook_least_cells(const GraphHook* hook);
+LOWTIDE_API int lowtide_hook_has_lost(const GraphHook* hook);
+
 // Has passes from now on end behind the attention of `layer`; where `is_last`, each key of the cache is scored
 // there (`PromptScores`). Below 0, passes are whole again.
 LOWTIDE_API void lowtide_hook_score_prompt(GraphHook* hook, int layer, const ScoreRule* rule, int is_last);

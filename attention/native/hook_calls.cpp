@@ -21,7 +21,7 @@ template <class Work> int failed(const Work& work) {
 
 extern "C" LayerClock* lowtide_hook_clock(GraphHook* hook) { return &hook->clock; }
 
-extern "C" void lowtide_hook_set_active(GraphHook* hook, int active) { hook->active = active != 0, hook->delta.cut(0); }
+extern "C" void lowtide_hook_set_active(GraphHook* hook, int active) { hook->active = active != 0, hook->delta.forget(); }
 
 extern "C" int lowtide_hook_set_roles(GraphHook* hook, const uint8_t* roles, int num_layers, const SelectionRule* rule) {
     return failed([=] { hook->attend.set_roles(roles, num_layers < kMaxLayers ? num_layers : kMaxLayers, *rule); });
@@ -42,6 +42,10 @@ extern "C" int lowtide_hook_measure_groups(GraphHook* hook) { return failed([=] 
 extern "C" void lowtide_hook_read_measures(const GraphHook* hook, float* errors, float* squares) { hook->delta.read_measures(errors, squares); }
 
 extern "C" void lowtide_hook_cut(GraphHook* hook, int num_cells) { hook->delta.cut(num_cells); }
+
+extern "C" int lowtide_hook_least_cells(const GraphHook* hook) { return hook->delta.least_cells(); }
+
+extern "C" int lowtide_hook_has_lost(const GraphHook* hook) { return hook->delta.has_lost(); }
 
 extern "C" int lowtide_hook_stream_weights(GraphHook* hook, const WeightSpan* spans, int num_spans, const uint8_t* kept,
                                            int num_groups) {

@@ -33,6 +33,7 @@ public:
 
     int num_grouped() const { return num_pages_ * num_groups_; }
     int num_cells() const { return num_cells_; }
+    int num_grouped_cells() const { return num_pages_ * kPageKeys; }
     int num_keys() const { return num_grouped() + num_cells_ - num_pages_ * kPageKeys; }
     const uint16_t* keys() const { return keys_.data(); }
     const uint16_t* values() const { return values_.data(); }

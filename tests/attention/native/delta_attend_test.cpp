@@ -1,5 +1,6 @@
 // Attention over groups in passes of any size, with rows taken back on the way: bit for bit what one pass makes of the same
-// cache, with any number of threads. Measured passes change nothing.
+// cache, with any number of threads, also where the cache's own cells are given back on the way. Measured passes change
+// nothing.
 
 #include "delta_attend.h"
 
@@ -86,12 +87,41 @@ void check(const KernelSet& kernels) {
     for (const float square : squares) require(square > 0, "a channel has no queries");
 }
 
+// Of a cache that is used up by it.
+void check_replacing(const KernelSet& kernels) {
+    Cache cache;
+    DeltaAttend whole, parts;
+    set_units(whole, cache);
+    run(whole, cache, kernels, 0, kNumCells, 1);
+    const std::vector<float> expected = cache.out;
+
+    cache.rule.replaces = 1;
+    set_units(parts, cache);
+    std::fill(cache.out.begin(), cache.out.end(), 0.0f);
+    for (int at = 0; at < kNumCells;) {
+        const int end = std::min(at + (pick(0, 1) == 0 ? 1 : pick(1, 100)), kNumCells);
+        run(parts, cache, kernels, at, end, pick(1, 3));
+        const int least = parts.least_cells();
+        at = pick(0, 4) == 0 ? pick(std::min(std::max(at, least), end), end) : end;
+    }
+    run(parts, cache, kernels, kNumCells - 1, kNumCells, 1);
+    require(std::memcmp(expected.data(), cache.out.data(), sizeof(float) * expected.size()) == 0,
+            "passes over what was given back differ, window %d", cache.rule.window);
+    const int least = parts.least_cells();
+    require(least > cache.rule.window && least < kNumCells && !parts.has_lost(), "%d cells are the least", least);
+    parts.cut(least - 1);
+    run(parts, cache, kernels, least - 1, least, 1);
+    require(parts.has_lost(), "a cut below %d cells went unnoticed", least);
+    parts.cut(0);
+    require(parts.least_cells() == 0 && !parts.has_lost(), "an empty cache lacks something");
+}
+
 }  // namespace
 
 int main() {
     for (const char* name : {"avx512", "avx2", "neon", "portable"}) {
         const KernelSet* kernels = find_kernels(name);
-        for (int i = 0; kernels != nullptr && i < 3; ++i) check(*kernels);
+        for (int i = 0; kernels != nullptr && i < 3; ++i) check(*kernels), check_replacing(*kernels);
     }
     std::printf("agree\n");
 }
