@@ -28,7 +28,7 @@ format: $(VENV)/.dev ## let ruff mend what it can
 bench: $(VENV)/.dev ## every figure of the README; run it on an idle machine
 	$(BIN)/pytest -m benchmark --benchmark-only --benchmark-columns=median,iqr,rounds -s tests/benchmarks
 
-wheel-test: $(VENV)/.dev ## the tests once more, against the built wheel, outside the checkout
+wheel-test: $(VENV)/.dev ## the tests once more, but for the long ones, against the built wheel, outside the checkout
 	PYTHON=$(BIN)/python tests/wheel_test.sh
 
 test-arm: $(VENV)/.dev ## the NEON kernels under qemu; wants g++-aarch64-linux-gnu and qemu-user

@@ -26,4 +26,4 @@ for path in (*lowtide.__path__, *lowtide.runtime.__path__, native.native_library
     assert checkout not in home.parents or ".venv" in home.parts, f"{path} is in the checkout"
     assert "venv/lib" in str(home) and ".venv" not in home.parts, f"{path} is not from the wheel"
 PY
-"$outside/venv/bin/python" -m pytest -q -p no:cacheprovider
+"$outside/venv/bin/python" -m pytest -q -p no:cacheprovider -m "not benchmark and not once"

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from native_build import NATIVE, NativeBuild
 
+pytestmark = pytest.mark.once
+
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 
 

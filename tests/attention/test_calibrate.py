@@ -14,6 +14,8 @@ from lowtide.attention.graph_hook import GraphHook
 from lowtide.models.gguf_header import read_spec
 from lowtide.models.gguf_model import GgufModel, LoadOptions
 
+pytestmark = pytest.mark.once
+
 CONTEXT = 768
 
 

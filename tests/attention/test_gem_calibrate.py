@@ -24,6 +24,8 @@ from lowtide.models.gguf_header import read_spec
 from lowtide.models.gguf_model import GgufModel, LoadOptions
 from lowtide.runtime.prompt_filter import PromptFilter
 
+pytestmark = pytest.mark.once
+
 CONTEXT = 4096
 DOT = ord(".")
 TEXT = [DOT] * (2 * CONTEXT + 2)

@@ -9,6 +9,8 @@ import subprocess
 import pytest
 from native_build import NATIVE, PROGRAMS, NativeBuild
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module", params=["address,undefined", "thread"])
 def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> NativeBuild:

@@ -12,6 +12,8 @@ from lowtide.runtime.evaluation import SPARE_TOKENS, evaluate
 from lowtide.runtime.loaded_model import LoadedModel
 from lowtide.runtime.planning import OpenOptions, plan_reference
 
+pytestmark = pytest.mark.once
+
 WINDOWS = 8
 
 

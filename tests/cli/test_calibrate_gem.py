@@ -12,6 +12,8 @@ from gguf_files import write_model
 from lowtide.attention import gem_calibrate
 from lowtide.cli.main import main
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:

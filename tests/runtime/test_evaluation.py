@@ -12,6 +12,8 @@ from lowtide.runtime.evaluation import evaluate
 from lowtide.runtime.loaded_model import LoadedModel
 from lowtide.runtime.planning import OpenOptions, plan_reference
 
+pytestmark = pytest.mark.once
+
 
 def opened(path: Path, attention: str) -> LoadedModel:
     options = OpenOptions(memory="8GiB", context=1100, attention=attention, compared_rows=64)

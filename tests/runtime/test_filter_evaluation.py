@@ -14,6 +14,8 @@ from lowtide.runtime.filter_evaluation import Counts, evaluate_filter
 from lowtide.runtime.loaded_model import LoadedModel
 from lowtide.runtime.planning import OpenOptions, plan_reference
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def loaded(smollm2: Path) -> Iterator[LoadedModel]:
