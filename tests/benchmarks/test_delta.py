@@ -1,4 +1,7 @@
-"""Attention over groups against our dense attention: time, and what is read. Run with `make bench`."""
+"""Attention over groups against our dense attention: time, what is read, and what is resident.
+
+Run with `make bench`.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,12 @@ from typing import Any
 
 import pytest
 from essays import essays
+from grown_memory import grown
 from paired import paired
 
 from lowtide.attention.graph_hook import GraphHook
 from lowtide.attention.policies import parse_policy
+from lowtide.memory.footprint import kv_bytes
 from lowtide.models.gguf_header import read_spec
 from lowtide.models.gguf_model import GgufModel, LoadOptions
 
@@ -96,3 +101,19 @@ def test_prefill(benchmark: Any, bench: Bench, length: int) -> None:
         rounds=3,
         peer="our dense attention",
     )
+
+
+def test_memory(benchmark: Any, smollm2: Path) -> None:
+    """What a prompt leaves resident, of keys and values, with groups in the cache's place."""
+    whole, alone = (
+        grown(smollm2, attention, 7600) for attention in ("dense", "delta:sparsity=0.55,store=1")
+    )
+    cache_bytes = kv_bytes(read_spec(smollm2), 7600, "f16")
+    benchmark.pedantic(lambda: None, rounds=1)
+    benchmark.extra_info.update(whole=whole.num_bytes, alone=alone.num_bytes)
+    print(
+        f"\n7,600 tokens: grown by {whole.num_bytes:,} bytes with dense attention, by "
+        f"{alone.num_bytes:,} with groups of 45 % alone: {alone.num_bytes / cache_bytes:.2f} of an f16 "
+        f"cache; peak {alone.peak_bytes:,} of {alone.planned_bytes:,} planned"
+    )
+    assert alone.peak_bytes <= alone.planned_bytes

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from grown_memory import grown
 
 from lowtide import GenerationResult, Runtime
+from lowtide.memory.footprint import kv_bytes
 from lowtide.memory.owners import CACHE
-from lowtide.models.errors import BadOption
+from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.gguf_header import read_spec
 from lowtide.models.gguf_model import GgufModel
 from lowtide.runtime.loaded_model import LoadedModel
@@ -109,35 +108,12 @@ def test_the_plan_has_less_of_a_cache_and_keeps_to_it(smollm2: Path) -> None:
     assert "in groups alone" in short.why
 
 
-RESIDENT = """
-import json, sys
-from lowtide.memory.meter import read_process_memory
-from lowtide.runtime.loaded_model import LoadedModel
-from lowtide.runtime.planning import OpenOptions, plan_reference
-made = LoadedModel(plan_reference(sys.argv[1], OpenOptions(
-    attention=sys.argv[2], memory="2GiB", context=4096, threads=2)))
-before = read_process_memory().resident_bytes
-ids = list(range(1000, 1000 + 128))
-for _ in range(24):
-    made.steering.before_prompt()
-    made.model.forward(ids)
-print(json.dumps([read_process_memory().resident_bytes - before, made.planned.plan.total_bytes,
-                  read_process_memory().peak_bytes]))
-made.close()
-"""
-
-
 def test_what_is_resident_shrinks(smollm2: Path) -> None:
-    def grown(attention: str) -> int:
-        command = [sys.executable, "-c", RESIDENT, str(smollm2), attention]
-        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-        growth, planned, peak = json.loads(found.stdout)
-        assert peak <= planned
-        return int(growth)
-
-    # 3,072 tokens of 45 KiB each in the cache, half as many groups beside it or in its place.
-    beside, alone = grown(HALF), grown(f"{HALF},store=1")
-    assert alone < beside - 0.8 * 3072 * 30 * 2 * 384
+    """Half as many groups stand beside the cache, or in its place."""
+    beside, alone = (grown(smollm2, f"{HALF}{store}", 2048) for store in ("", ",store=1"))
+    assert alone.peak_bytes <= alone.planned_bytes < beside.planned_bytes
+    cache_bytes = kv_bytes(read_spec(smollm2), 2048, "f16")
+    assert alone.num_bytes < beside.num_bytes - 0.7 * cache_bytes
 
 
 @pytest.mark.parametrize(
@@ -156,8 +132,6 @@ def test_what_cannot_be_is_refused(
 
 
 def test_a_dense_pass_over_what_was_replaced_is_noticed(stored: LoadedModel) -> None:
-    from lowtide.models.errors import LowtideError
-
     stored.model.truncate(0)
     read(stored, 700, 128)
     assert stored.hook is not None
