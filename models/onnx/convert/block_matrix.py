@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,16 +24,17 @@ class BlockMatrix:
 
     bits: int
     block_size: int
-    quants: NDArray[np.uint8]
+    quants: NDArray[Any]
     scales: NDArray[np.float32]
     offsets: NDArray[np.float32] | None = None
 
-    def packed(self) -> NDArray[np.uint8]:
+    def packed(self) -> NDArray[Any]:
         """Return the rows' bytes: of 4 bits, the earlier quant is the lower half."""
         if self.bits == 8:
             return self.quants
         low, high = self.quants[:, 0::2], self.quants[:, 1::2]
-        return low | (high << 4)
+        both: NDArray[Any] = low | (high << 4)
+        return both
 
     def weights(self) -> NDArray[np.float32]:
         """Return the weights, (rows, columns)."""

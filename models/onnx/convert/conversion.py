@@ -21,6 +21,7 @@ from lowtide.models.onnx.convert.stored_matrices import FLOAT_ROWS, INT8_ROWS, S
 from lowtide.models.onnx.convert.tokenizer_json import GgufVocabulary
 from lowtide.models.onnx.convert.whole_folder import whole_folder
 from lowtide.models.onnx.libraries import onnx_library
+from lowtide.models.onnx.spec import ENGINE
 from lowtide.models.spec import ModelSpec
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
@@ -51,7 +52,7 @@ def convert(
     `BadOption` where `folder` exists and `replace` is not set; `ModelError` where it cannot be written.
     """
     onnx_library("onnx")
-    if not hasattr(spec, "paths") or spec.engine != "llama.cpp":
+    if spec.engine == ENGINE:
         raise UnsupportedModel(f"{spec.path} is no GGUF model: name a .gguf file to convert")
     keys = HeaderKeys(read_gguf(spec.path))
     shape, vocabulary = decoder_shape(spec, keys), GgufVocabulary(keys)

@@ -87,9 +87,7 @@ class DecoderGraph:
         ends = nodes.constant(2**31 - 1)
         return nodes.add("Slice", hidden, nodes.constant(-1), ends, nodes.constant(1))
 
-    def _layer(
-        self, layer: int, hidden: str, added: str, positions: _Positions
-    ) -> tuple[str, str]:
+    def _layer(self, layer: int, hidden: str, added: str, positions: _Positions) -> tuple[str, str]:
         """Add a layer; `added` is what is still to be added to `hidden`, before and after."""
         hidden, normed = self._normed_sum(hidden, added, f"blk.{layer}.attn_norm.weight")
         attended = self._attention(layer, normed, positions)
@@ -133,7 +131,9 @@ class DecoderGraph:
         if name not in self._weights:
             return ""
         numbers = self._weights.vector(name)
-        return self._nodes.vector(name, numbers[unpaired(len(numbers), heads)] if heads else numbers)
+        return self._nodes.vector(
+            name, numbers[unpaired(len(numbers), heads)] if heads else numbers
+        )
 
     def _attention(self, layer: int, x: str, positions: _Positions) -> str:
         shape, nodes = self._shape, self._nodes
@@ -151,9 +151,7 @@ class DecoderGraph:
             for part in ("key", "value")
         ]
         cells = (BATCH, kv_heads, TOTAL, shape.head_size)
-        present = [
-            nodes.output(f"present.{layer}.{part}", cells) for part in ("key", "value")
-        ]
+        present = [nodes.output(f"present.{layer}.{part}", cells) for part in ("key", "value")]
         tables = positions.local_tables if is_local else positions.tables
         made, *_ = nodes.add_many(
             "GroupQueryAttention",

@@ -86,7 +86,9 @@ def decoder_shape(spec: ModelSpec, keys: HeaderKeys) -> DecoderShape:
     if len(set(spec.num_kv_heads)) != 1 or len(set(spec.feed_forward_width)) != 1:
         raise _unsupported(spec, "its layers differ in heads or widths, equal ones")
     if spec.value_head_size != head_size or spec.num_heads % spec.num_kv_heads[0]:
-        raise _unsupported(spec, "keys and values differ in size, or heads do not share them evenly")
+        raise _unsupported(
+            spec, "keys and values differ in size, or heads do not share them evenly"
+        )
     if keys.number("rope.dimension_count", head_size) != head_size:
         raise _unsupported(spec, "rotary turns a part of each head, whole heads")
     is_gemma = architecture.is_gemma

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    Blocks = NDArray[np.uint8]
+    Blocks = NDArray[Any]
 
 ROUNDED_TYPES = frozenset({"F32", "F16", "BF16"})
 

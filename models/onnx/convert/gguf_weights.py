@@ -67,7 +67,9 @@ class GgufWeights:
         """Return a tensor of floating-point numbers, in its shape; raises `UnsupportedModel` for others."""
         tensor, data = self._found(name)
         if tensor.type_name not in ROUNDED_TYPES:
-            raise self._unsupported(f"{name} is {tensor.type_name}, floating-point numbers are wanted")
+            raise self._unsupported(
+                f"{name} is {tensor.type_name}, floating-point numbers are wanted"
+            )
         return floats(data, tensor.type_name).reshape(self.shape(name))
 
     def slices(self, name: str, heads: int = 0) -> Iterator[BlockMatrix]:
@@ -89,13 +91,19 @@ class GgufWeights:
         order = unpaired(rows, heads) if heads else None
         step = max(SLICE_BYTES // by_row.shape[1], 1)
         for start in range(0, rows, step):
-            part = by_row[start : start + step] if order is None else by_row[order[start : start + step]]
+            part = (
+                by_row[start : start + step]
+                if order is None
+                else by_row[order[start : start + step]]
+            )
             yield block_matrix(np.ascontiguousarray(part).reshape(-1), tensor.type_name, len(part))
 
     def require_all_read(self) -> None:
         """Raise `UnsupportedModel` where a tensor was never asked for: the graph would lack it."""
         if self._unread:
-            raise self._unsupported(f"{min(self._unread)} is a tensor that its graph has no place for")
+            raise self._unsupported(
+                f"{min(self._unread)} is a tensor that its graph has no place for"
+            )
 
     def close(self) -> None:
         """Let go of the files."""

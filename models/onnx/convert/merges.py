@@ -15,7 +15,9 @@ def merges_by_score(
     tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int]
 ) -> list[tuple[str, str]]:
     """Return every pair of normal pieces that are a third one, the highest score first."""
-    ids = {text: i for i, (text, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == NORMAL}
+    ids = {
+        text: i for i, (text, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == NORMAL
+    }
     found = []
     for whole, token_id in ids.items():
         for end in range(1, len(whole)):

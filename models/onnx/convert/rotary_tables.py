@@ -1,4 +1,4 @@
-"""Cosines and sines of rotary positions, as GroupQueryAttention looks them up (Su et al., RoFormer, 3.4)."""
+"""Cosines and sines of rotary positions, as GroupQueryAttention reads them (Su et al., RoFormer, 3.4)."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from lowtide.models.onnx.convert.header_keys import HeaderKeys
 from lowtide.models.onnx.convert.merges import merges_by_score
 
 TOKENS, KINDS = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 BYTE_PAIRS, PIECES = "gpt2", "llama"
 BLANK = "▁"
 _LLAMA3 = (
@@ -25,9 +25,11 @@ GPT2 = frozenset({"gpt-2", "default", *SINGLE_DIGITS})
 BEGINNING_FIRST = frozenset({"llama-bpe"})
 """Byte-pair vocabularies that begin a text with a token of their own where the header does not say."""
 ENDS = frozenset(
-    "<|im_end|> <|eot_id|> <|eom_id|> <|endoftext|> <end_of_turn> <EOT> <|end_of_text|> <|end|>".split()
+    "<|im_end|> <|eot_id|> <|eom_id|> <|endoftext|> <|end_of_text|> <|end|> <|return|> <|call|> "
+    "<end_of_turn> <end_of_utterance> <EOT> _<EOT> [EOT] [EOS] </s> <|file_sep|> <file_sep> "
+    "<|repo_name|> <reponame>".split()
 )
-"""Control tokens that end an answer whatever the header says, as llama.cpp has it."""
+"""Tokens that end an answer, and are control tokens, whatever the header says, as llama.cpp has it."""
 
 
 class GgufVocabulary:
@@ -36,11 +38,15 @@ class GgufVocabulary:
     def __init__(self, keys: HeaderKeys) -> None:
         self._keys = keys
         self.tokens: list[str] = keys.items(TOKENS, str)
-        self.kinds: list[int] = keys.items(KINDS, int) or [1] * len(self.tokens)
+        kinds: list[int] = keys.items(KINDS, int) or [NORMAL] * len(self.tokens)
         self.model = keys.get("tokenizer.ggml.model")
         self._before = keys.get("tokenizer.ggml.pre", "default")
-        if not self.tokens or len(self.kinds) != len(self.tokens):
-            raise BadModelFile(f"{keys.path}: its tokens and their types do not agree; fetch it again")
+        if not self.tokens or len(kinds) != len(self.tokens):
+            raise BadModelFile(
+                f"{keys.path}: its tokens and their types do not agree; fetch it again"
+            )
+        pairs = zip(self.tokens, kinds, strict=True)
+        self.kinds = [CONTROL if text in ENDS else kind for text, kind in pairs]
         if self.model not in (BYTE_PAIRS, PIECES):
             raise self._unsupported(f"its vocabulary is {self.model!r}, gpt2 or llama")
         if self.model == BYTE_PAIRS and self._before not in GPT2 | set(PATTERNS):
@@ -66,11 +72,7 @@ class GgufVocabulary:
     def end_ids(self) -> list[int]:
         """The tokens that end an answer; the header's own first."""
         stated = [self.special(name) for name in ("eos", "eot", "eom")]
-        known = [
-            token_id
-            for token_id, (text, kind) in enumerate(zip(self.tokens, self.kinds, strict=True))
-            if text in ENDS and kind in (CONTROL, USER_DEFINED)
-        ]
+        known = [token_id for token_id, text in enumerate(self.tokens) if text in ENDS]
         return list(dict.fromkeys(i for i in (*stated, *known) if i is not None))
 
     @property
@@ -152,7 +154,9 @@ class GgufVocabulary:
         }
 
     def _of_bytes(self) -> dict[str, Any]:
-        pairs = [tuple(text.split(" ", 1)) for text in self._keys.items("tokenizer.ggml.merges", str)]
+        pairs = [
+            tuple(text.split(" ", 1)) for text in self._keys.items("tokenizer.ggml.merges", str)
+        ]
         if not all(len(pair) == 2 for pair in pairs):
             raise BadModelFile(f"{self._keys.path}: a merge is no pair; fetch the file again")
         merges = [(pair[0], pair[-1]) for pair in pairs]
@@ -186,7 +190,9 @@ class GgufVocabulary:
         """SentencePiece's byte pairs: blanks are letters, bytes stand for what has no piece."""
         scores = self._keys.items("tokenizer.ggml.scores", float)
         if len(scores) != len(self.tokens):
-            raise BadModelFile(f"{self._keys.path}: its tokens and scores do not agree; fetch it again")
+            raise BadModelFile(
+                f"{self._keys.path}: its tokens and scores do not agree; fetch it again"
+            )
         blanks: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
         normaliser = blanks
         decoders: list[dict[str, Any]] = [

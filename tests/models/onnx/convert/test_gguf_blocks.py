@@ -5,6 +5,7 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
+
 from lowtide.models.onnx.convert.block_matrix import BlockMatrix
 from lowtide.models.onnx.convert.gguf_blocks import MATRIX_TYPES, ROUNDED_TYPES, block_matrix
 
