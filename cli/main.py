@@ -13,7 +13,7 @@ import click
 
 from lowtide.models.errors import LowtideError
 
-COMMANDS = ("chat", "run", "plan", "profile", "evaluate", "calibrate", "bench", "models", "doctor")
+COMMANDS = tuple("chat run plan profile evaluate calibrate bench models convert doctor".split())
 
 
 class CommandLine(click.Group):

@@ -1,0 +1,122 @@
+"""GGUF decoders as ONNX folders: the same next tokens, whole folders, and clear refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf_files import write_model
+from tiny_gguf import write_pair
+
+from lowtide import Runtime
+from lowtide.models.errors import BadOption, ModelError, UnsupportedModel
+from lowtide.models.header import read_spec
+from lowtide.models.onnx.convert.conversion import convert
+
+NEAR = 2e-5
+"""llama.cpp keeps keys and values, and a table of activations, in 16 bits."""
+TEXT = "tide tide de ti tide\n the Tide é 12 tide de de"
+
+
+def logits(path: Path, text: str = TEXT, chunks: int = 1) -> tuple[list[int], np.ndarray]:
+    """Return a text's ids and the logits after each of them, fed `chunks` at a time."""
+    with Runtime.open(path, memory="4GiB", context=256, threads=1) as runtime:
+        model = runtime._model
+        ids = model.tokenizer.encode(text, add_special=True, parse_special=False)
+        steps = [ids[start : start + chunks] for start in range(0, len(ids), chunks)]
+        return ids, np.stack([np.array(model.forward(step), np.float64) for step in steps])
+
+
+def divergence(wanted: np.ndarray, found: np.ndarray) -> float:
+    """Return the mean KL of next tokens, in nats."""
+    p, q = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (wanted, found))
+    return float((np.exp(p) * (p - q)).sum(axis=1).mean())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "tied"),
+    [
+        ("llama", "Q4_1", False),
+        ("llama", "Q5_1", True),
+        ("gemma3", "Q8_0", True),
+        ("gemma3", "Q4_0", False),
+        ("qwen2", "Q4_0", True),
+        ("qwen3", "Q5_0", True),
+    ],
+)
+def test_next_tokens_are_those_of_the_same_weights(
+    tmp_path: Path, architecture: str, kind: str, tied: bool
+) -> None:
+    quantised, exact = write_pair(tmp_path, architecture, kind, tied=tied)
+    made = convert(read_spec(quantised), tmp_path / "onnx", rows="float32")
+    assert not made.rounded
+    ids, wanted = logits(exact)
+    own_ids, found = logits(made.folder)
+    assert own_ids == ids and len(ids) > 20
+    assert divergence(wanted, found) < NEAR
+    _, in_chunks = logits(made.folder, chunks=7)
+    last = np.append(np.arange(6, len(ids), 7), len(ids) - 1)[: len(in_chunks)]
+    assert divergence(wanted[last], in_chunks) < NEAR
+
+
+def test_rounded_weights_are_told_and_near(tmp_path: Path) -> None:
+    _, exact = write_pair(tmp_path, "llama", "Q8_0")
+    made = convert(read_spec(exact), tmp_path / "onnx", rows="float32")
+    assert made.rounded == {"F32": 50}
+    assert 1e-9 < divergence(logits(exact)[1], logits(made.folder)[1]) < 5e-3
+
+
+def test_the_folder_says_what_it_is(tmp_path: Path) -> None:
+    quantised, _ = write_pair(tmp_path, "gemma3", "Q8_0")
+    folder = convert(read_spec(quantised), tmp_path / "onnx").folder
+    model = json.loads((folder / "genai_config.json").read_text())["model"]
+    assert model["type"] == "gemma3_text" and model["eos_token_id"] == [2]
+    lines = (folder / "SHA256SUMS").read_text().splitlines()
+    sums = {name: digest for digest, name in (line.split("  ") for line in lines)}
+    assert set(sums) == {file.name for file in folder.iterdir()} - {"SHA256SUMS"}
+    data = (folder / "model.onnx.data").read_bytes()
+    assert sums["model.onnx.data"] == hashlib.sha256(data).hexdigest()
+    spec = read_spec(folder)
+    assert spec.chat_template and spec.vocabulary.num_tokens == 320
+
+
+def test_an_older_folder_gives_way_only_where_that_was_asked_for(tmp_path: Path) -> None:
+    quantised, _ = write_pair(tmp_path, "llama", "Q4_0")
+    folder = tmp_path / "onnx"
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    with pytest.raises(BadOption, match="exists.*--force"):
+        convert(read_spec(quantised), folder)
+    assert (folder / "old").read_text() == "old"
+    convert(read_spec(quantised), folder, replace=True)
+    assert not (folder / "old").exists() and (folder / "model.onnx").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "exact.gguf",
+        "onnx",
+        "quantised.gguf",
+    ]
+
+
+def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
+    quantised, _ = write_pair(tmp_path, "llama", "Q4_0")
+    before = sorted(tmp_path.iterdir())
+
+    def full_disk(num_bytes: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(ModelError, match="cannot be written .No space left on device.: make room"):
+        convert(read_spec(quantised), tmp_path / "onnx", advance=full_disk)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_no_graph_is_written_for_is_refused(tmp_path: Path) -> None:
+    other = write_model(tmp_path / "phi.gguf", architecture="phi2")
+    with pytest.raises(UnsupportedModel, match="the architecture is 'phi2', one of llama, gemma3"):
+        convert(read_spec(other), tmp_path / "onnx")
+    partial = write_model(tmp_path / "part.gguf", overrides={"rope.dimension_count": 8})
+    with pytest.raises(UnsupportedModel, match="a part of each head"):
+        convert(read_spec(partial), tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
