@@ -70,6 +70,7 @@ class AnswerMeter:
             seed=self._seed,
             budget_bytes=self._facts.budget_bytes,
             planned_bytes=self._facts.planned_bytes,
+            batch=self._facts.batch,
             trims=self._facts.watchdog.trims,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowtide.attention.graph_hook import HookCounts
 from lowtide.models.model import Model
@@ -57,7 +57,7 @@ class RunFacts:
 
     `attention` is the policy in words; `hook_counts` is asked when needed: None where
     nothing is hooked. `watchdog` is asked before each step whether the budget is passed. Where there is a
-    `speculator`, it decodes.
+    `speculator`, it decodes. `batch` tells of answers that are generated together.
     """
 
     budget_bytes: int
@@ -68,6 +68,7 @@ class RunFacts:
     packed_tensors: int = 0
     unpacked_reason: str | None = None
     speculator: Speculator | None = None
+    batch: dict[str, Any] | None = None
 
 
 def generate(
