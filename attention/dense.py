@@ -18,6 +18,7 @@ class Llama(AttentionPolicy):
 
     name = "llama"
     uses_hook = False
+    takes_batches = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,7 @@ class Dense(AttentionPolicy):
     """
 
     name: ClassVar[str] = "dense"
+    takes_batches: ClassVar[bool] = True
 
     prompts: str = EXACT
 

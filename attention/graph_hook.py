@@ -19,6 +19,7 @@ from lowtide.attention.prompt_scores import ScoreRule
 from lowtide.attention.selection_rule import SelectionRule
 from lowtide.attention.weight_stream import NativeSpan
 from lowtide.models.errors import LowtideError
+from lowtide.models.sequences import PartCells
 
 if TYPE_CHECKING:
     import numpy as np
@@ -214,6 +215,28 @@ class GraphHook:
     def has_lost_keys(self) -> bool:
         """Whether a pass has wanted cells that groups had replaced: what it computed means nothing."""
         return bool(self._library.lowtide_hook_has_lost(self._hook))
+
+    def set_parts(self, cells: PartCells | None) -> None:
+        """Have the next pass attend to several sequences, each over its own cells; None: to one again."""
+        if cells is None:
+            failed = self._library.lowtide_hook_set_parts(self._hook, 0, 0, None, None, None)
+        else:
+            num = len(cells.num_rows)
+            failed = self._library.lowtide_hook_set_parts(
+                self._hook,
+                cells.num_shared,
+                num,
+                (ctypes.c_int32 * num)(*cells.num_rows),
+                (ctypes.c_void_p * num)(*(own.buffer_info()[0] for own in cells.own)),
+                (ctypes.c_int32 * num)(*map(len, cells.own)),
+            )
+        if failed:
+            raise MemoryError
+
+    @property
+    def parts_refused(self) -> int:
+        """How many masks showed other cells than `set_parts` was told: those passes took every cell."""
+        return int(self._library.lowtide_hook_parts_refused(self._hook))
 
     def score_prompt(self, layer: int, rule: ScoreRule, *, is_last: bool) -> None:
         """Have passes from now on end behind the attention of `layer`; the last one scores every key there.

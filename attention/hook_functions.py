@@ -77,6 +77,16 @@ def declare_hook(library: ctypes.CDLL) -> None:
     library.lowtide_hook_cut.restype = None
     library.lowtide_hook_score_prompt.argtypes = [pointer, ctypes.c_int, pointer, ctypes.c_int]
     library.lowtide_hook_score_prompt.restype = None
+    library.lowtide_hook_set_parts.argtypes = [
+        pointer,
+        ctypes.c_int,
+        ctypes.c_int,
+        pointer,
+        pointer,
+        pointer,
+    ]
+    library.lowtide_hook_parts_refused.argtypes = [pointer]
+    library.lowtide_hook_parts_refused.restype = ctypes.c_int64
     library.lowtide_hook_read_packed.argtypes = [
         pointer,
         ctypes.c_char_p,

@@ -22,6 +22,8 @@ class AttentionPolicy(ABC):
     name: ClassVar[str]
     uses_hook: ClassVar[bool] = True
     """Whether our kernels run it, in llama.cpp's graph."""
+    takes_batches: ClassVar[bool] = False
+    """Whether it attends in a cache that several sequences share."""
 
     def fitted(self, spec: ModelSpec) -> AttentionPolicy:
         """Return the policy with everything settled for the model.

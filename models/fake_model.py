@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from lowtide.models.errors import ForwardError, StateError
 from lowtide.models.model import Model
+from lowtide.models.sequences import Part, Sequences
 from lowtide.models.spec import ModelSpec, VocabularySpec
 from lowtide.models.tokenizer import Tokenizer
 
@@ -68,7 +69,7 @@ class FakeModel(Model):
     rows of every forward pass, for tests of what was computed again.
     """
 
-    keeps_state = copies_state = True
+    keeps_state = copies_state = keeps_sequences = True
 
     def __init__(
         self, replies: Sequence[str] = ("Hello.",), context: int = 512, max_rows: int = 64
@@ -176,6 +177,47 @@ class FakeModel(Model):
         if state[: len(_STATE_MAGIC)] != _STATE_MAGIC or len(state) != 4 + 4 * num_tokens:
             raise StateError("the state is not a fake model's")
         self._tokens = array("i", bytes(state[len(_STATE_MAGIC) :])).tolist()
+
+    def open_sequences(self, num_sequences: int, num_cells: int) -> Sequences:
+        """Return sequences, each of which is a model like this one."""
+        return FakeSequences(self, num_sequences, num_cells)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class FakeSequences(Sequences):
+    """A fake model for each sequence; `rows` of the one that they are of has those of every pass."""
+
+    def __init__(self, model: FakeModel, num_sequences: int, num_cells: int) -> None:
+        self.num_sequences, self.num_cells = num_sequences, num_cells
+        self.max_rows = model.max_rows
+        self._told = model.rows
+        replies = [reply.decode() for reply in model.replies]
+        self._models = [FakeModel(replies, num_cells) for _ in range(num_sequences)]
+        self._num_used = 0
+
+    def share(self) -> None:
+        """Give every sequence the tokens of the first."""
+        for other in self._models[1:]:
+            other._tokens = self._models[0]._tokens[:]
+
+    def forward(self, parts: Sequence[Part]) -> RowLogits:
+        """Append the parts; the logits are those of each sequence alone."""
+        import numpy as np
+
+        num_rows = sum(len(part.token_ids) for part in parts)
+        if not 0 < num_rows <= min(self.max_rows, self.num_cells - self._num_used):
+            raise ForwardError(f"{num_rows} rows do not fit")
+        self._num_used += num_rows
+        self._told.append(num_rows)
+        wanted = []
+        for part in parts:
+            model = self._models[part.sequence]
+            model._tokens.extend(part.token_ids)
+            if part.wants_logits:
+                wanted.append(model._logits())
+        return np.stack(wanted) if wanted else np.empty((0, NUM_TOKENS), np.float32)
 
     def close(self) -> None:
         """Nothing is held."""

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowtide.models.errors import ForwardError, ModelError, UnsupportedModel
 from lowtide.models.fingerprint import file_fingerprint
 from lowtide.models.gguf_options import LoadOptions, context_parameters, model_parameters
+from lowtide.models.gguf_sequences import GgufSequences
 from lowtide.models.gguf_state import (
     copy_state,
     put_state,
@@ -24,6 +27,7 @@ from lowtide.models.gguf_state import (
 from lowtide.models.gguf_tokenizer import GgufTokenizer
 from lowtide.models.llama_library import LlamaLibrary, llama_library
 from lowtide.models.model import Model
+from lowtide.models.sequences import Sequences
 from lowtide.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -50,7 +54,8 @@ class GgufModel(Model):
         self.spec = spec
         self.max_rows = options.max_rows
         self.max_verified_rows = min(options.verified_rows, options.max_rows)
-        self._kv_type = options.kv_type
+        self._options = options
+        self.keeps_sequences = not spec.recurrent_state_bytes and not options.gpu_layers
         self.on_cut: Callable[[int, int], None] | None = None
         """Told, after tokens were forgotten, how many there had been and how many are kept."""
         self.least_tokens: Callable[[], int] = lambda: 0
@@ -161,7 +166,7 @@ class GgufModel(Model):
         weights = file_fingerprint(spec.paths)
         return {
             "model": f"{spec.name}, {spec.quantisation}, {weights}",
-            "KV type": self._kv_type,
+            "KV type": self._options.kv_type,
             "llama-cpp-python": self._library.version,
         }
 
@@ -199,6 +204,25 @@ class GgufModel(Model):
             self._forget_from(0)
             raise
         self._num_tokens = num_tokens
+
+    def open_sequences(self, num_sequences: int, num_cells: int) -> Sequences:
+        """Make another context, of which every cell is cleared, so that all of it is resident."""
+        if not self.keeps_sequences:
+            return super().open_sequences(num_sequences, num_cells)
+        options = replace(
+            self._options,
+            context=num_cells,
+            verified_rows=num_sequences,
+            sequences=num_sequences,
+            stage=nullcontext,
+        )
+        return GgufSequences(
+            self._library,
+            self._create_context(options),
+            num_sequences=num_sequences,
+            max_rows=self.max_rows,
+            vocabulary_size=self._num_logits,
+        )
 
     def _forget_from(self, position: int) -> int:
         """Remove every cell from `position` on, also those of a pass that was interrupted."""

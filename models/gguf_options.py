@@ -35,7 +35,8 @@ class LoadOptions:
     a layout of its own; `eval_callback` is llama.cpp's evaluation callback (a C function pointer's address
     and its user data), for attention of our own; `stage` is entered around "weights" and "context" as they
     are made. `gpu_layers` go to devices, the output's matrix as the last of them; with `gpu_attention`
-    their KV cache and attention go there too. `verified_rows` is how many rows of a pass may have logits.
+    their KV cache and attention go there too. `verified_rows` is how many rows of a pass may have logits,
+    `sequences` how many sequences share the cache's cells.
     """
 
     context: int
@@ -49,6 +50,7 @@ class LoadOptions:
     gpu_layers: tuple[DeviceLayers, ...] = ()
     gpu_attention: bool = True
     verified_rows: int = 1
+    sequences: int = 1
 
 
 class _Override(ctypes.Structure):
@@ -90,11 +92,12 @@ def model_parameters(
 
 
 def context_parameters(api: Any, options: LoadOptions) -> Any:
-    """Return llama.cpp's parameters for a context of one sequence that computes few rows of logits."""
+    """Return llama.cpp's parameters for a context that computes few rows of logits."""
     params = api.llama_context_default_params()
     params.n_ctx = options.context
     params.n_batch = params.n_ubatch = options.max_rows
-    params.n_seq_max = 1
+    params.n_seq_max = options.sequences
+    params.kv_unified = options.sequences > 1  # what sequences share lies there once
     params.n_outputs_max = options.verified_rows
     params.n_threads = params.n_threads_batch = options.threads
     params.flash_attn_type = FLASH_ATTENTION_ON

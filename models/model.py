@@ -11,7 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeAlias
 
-from lowtide.models.errors import ForwardError, StateError
+from lowtide.models.errors import ForwardError, StateError, UnsupportedModel
+from lowtide.models.sequences import Sequences
 from lowtide.models.spec import ModelSpec
 from lowtide.models.tokenizer import Tokenizer
 
@@ -42,6 +43,9 @@ class Model(ABC):
     """Whether the KV cache can be written to a file and read again: the three methods on state."""
     copies_state: bool = False
     """Whether it can be copied into memory and put back: `state_bytes`, `copy_state`, `put_state`."""
+
+    keeps_sequences: bool = False
+    """Whether several sequences can go through it together: `open_sequences`."""
 
     @property
     @abstractmethod
@@ -111,6 +115,15 @@ class Model(ABC):
         cache is then empty.
         """
         raise StateError(f"{self.spec.name} cannot copy its KV cache")
+
+    def open_sequences(self, num_sequences: int, num_cells: int) -> Sequences:
+        """Return a cache of `num_cells` tokens for several sequences; this model's own stays as it is.
+
+        Raises `ModelError` where it cannot be made.
+        """
+        raise UnsupportedModel(
+            f"several sequences at once are wanted, {self.spec.name} computes one: ask one after another"
+        )
 
     @abstractmethod
     def close(self) -> None:

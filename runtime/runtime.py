@@ -21,6 +21,7 @@ from lowtide.models.chat_template import ChatTemplate, Message
 from lowtide.models.errors import BadOption
 from lowtide.models.model import Model
 from lowtide.models.spec import ModelSpec
+from lowtide.runtime.batch_answers import BatchAnswers
 from lowtide.runtime.conversation import ChatPrompt, Conversation, LastAnswer
 from lowtide.runtime.errors import PromptTooLong, RuntimeUnusable
 from lowtide.runtime.generate import Piece, Prompt, generate
@@ -34,11 +35,10 @@ from lowtide.runtime.result import GenerationResult
 from lowtide.runtime.session_store import SessionStore
 
 
-class Runtime:
+class Runtime(BatchAnswers):
     """A loaded model that answers inside its plan; made by `Runtime.open`, used as a context manager.
 
-    One answer at a time: starting another ends the one before. Not for several threads at once; one
-    runtime in each thread is fine.
+    One answer or batch at a time: another ends it. Not for several threads; one in each is fine.
     """
 
     def __init__(self, loaded: LoadedModel, profiler: Profiler = SILENT) -> None:
@@ -51,7 +51,7 @@ class Runtime:
         self._conversation: Conversation | None = None
         self._answer = 0
         self._lock = threading.Lock()
-        self._stepping = threading.Lock()
+        self._stepping = threading.RLock()
         self._closed = False
         self._store = SessionStore(
             loaded, self._session, self._last, begin=self._begin, require_open=self._require_open
@@ -224,6 +224,7 @@ class Runtime:
             return self._loaded.trim(level).given_back_bytes
 
     def _begin(self) -> int:
+        self._end_batch()
         with self._lock:
             self._require_open()
             self._answer += 1
@@ -286,6 +287,7 @@ class Runtime:
 
     def close(self) -> None:
         """Free the model; an answer that is still being read ends with an error."""
+        self._end_batch()
         with self._lock:
             if not self._closed:
                 self._closed = True

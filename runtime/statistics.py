@@ -19,7 +19,7 @@ class Statistics:
     attended to while decoding. `packed_tensors` matrices were multiplied by our kernels; `unpacked_reason`
     says why none was, where that was wanted. `peak_rss_bytes` is the process's peak so far. It, the share
     and `speculation` (None where nothing is drafted) are read at the end of an answer. `trims` are what was
-    given back because the process came near its budget.
+    given back because the process came near its budget, `batch` tells of answers generated together.
     """
 
     prompt_tokens: int
@@ -43,6 +43,7 @@ class Statistics:
     unpacked_reason: str | None = None
     peak_rss_bytes: int | None = None
     speculation: dict[str, Any] | None = None
+    batch: dict[str, Any] | None = None
     trims: tuple[Trim, ...] = ()
 
     @property

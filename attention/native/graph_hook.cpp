@@ -39,6 +39,12 @@ void attend_node(GgmlTensor* node, int thread, int num_threads, void* user_data)
     for (int stream = 0; stream < read.num_streams(); ++stream) {
         const AttentionProblem problem = problem_of(read, stream, layer);
         const int visible = thread == 0 && stream == 0 ? hook.visible.count(problem, index) : 0;
+        if (hook.parts.active() && hook.parts.agree(problem, index, num_threads)) {
+            for (int i = 0; i < hook.parts.num_parts(); ++i)
+                hook.attend.run(hook.parts.problem(problem, i), index, *hook.kernels, thread, num_threads);
+            keys_held += visible, keys_read += visible;
+            continue;
+        }
         int num_read = hook.delta.run(problem, index, stream, *hook.kernels, thread, num_threads);
         if (num_read == DeltaAttend::kNotTaken) {
             num_read = hook.attend.run(problem, index, *hook.kernels, thread, num_threads);
@@ -84,6 +90,9 @@ const char* learn(GraphHook& hook) {
 
 bool make_room(GraphHook& hook, const AttentionNode& read, int layer) {
     if (hook.prompt_scores.end_with(layer)) return read.num_streams() == 1 && hook.prompt_scores.reserve(read.problem(0), hook.num_threads);
+    if (hook.parts.active() && read.num_streams() != 1) return false;
+    for (int i = 0; i < hook.parts.num_parts(); ++i)
+        if (!hook.attend.reserve(hook.parts.problem(read.problem(0), i), layer, hook.num_threads)) return false;
     for (int stream = 0; stream < read.num_streams(); ++stream)
         if (!hook.attend.reserve(read.problem(stream), layer, hook.num_threads) ||
             !hook.delta.reserve(read.problem(stream), layer, stream, hook.num_threads))

@@ -67,6 +67,13 @@ LOWTIDE_API void lowtide_hook_cut(GraphHook* hook, int num_cells);
 LOWTIDE_API int lowtide_hook_least_cells(const GraphHook* hook);
 LOWTIDE_API int lowtide_hook_has_lost(const GraphHook* hook);
 
+// Has the rows of the next passes be those of several sequences (`PassParts`): part i has num_rows[i] of them, and
+// its keys lie in the first `num_shared` cells and in num_cells[i] cells of its own, in the order of its tokens. None:
+// a pass is one sequence's again. Returns 1 where there is no memory. How many masks said otherwise is counted.
+LOWTIDE_API int lowtide_hook_set_parts(GraphHook* hook, int num_shared, int num_parts, const int32_t* num_rows,
+                                       const int32_t* const* cells, const int32_t* num_cells);
+LOWTIDE_API int64_t lowtide_hook_parts_refused(const GraphHook* hook);
+
 // Has passes from now on end behind the attention of `layer`; where `is_last`, each key of the cache is scored
 // there (`PromptScores`). Below 0, passes are whole again.
 LOWTIDE_API void lowtide_hook_score_prompt(GraphHook* hook, int layer, const ScoreRule* rule, int is_last);

@@ -70,6 +70,13 @@ extern "C" void lowtide_hook_start_pass(GraphHook* hook, int sparse, int refresh
     hook->rounded = rounded != 0;
 }
 
+extern "C" int lowtide_hook_set_parts(GraphHook* hook, int num_shared, int num_parts, const int32_t* num_rows, const int32_t* const* cells,
+                                      const int32_t* num_cells) {
+    return failed([=] { hook->parts.set(num_shared, num_parts, num_rows, cells, num_cells); });
+}
+
+extern "C" int64_t lowtide_hook_parts_refused(const GraphHook* hook) { return hook->parts.num_refused(); }
+
 extern "C" void lowtide_hook_score_prompt(GraphHook* hook, int layer, const ScoreRule* rule, int is_last) {
     if (layer < 0)
         hook->prompt_scores.stop();
@@ -87,7 +94,7 @@ extern "C" int lowtide_hook_can_round(const GraphHook* hook) { return hook->kern
 
 extern "C" HookCounts lowtide_hook_counts(const GraphHook* hook) {
     const size_t scratch_bytes = hook->attend.scratch_bytes() + hook->delta.scratch_bytes() + hook->prompt_scores.scratch_bytes() +
-                                 hook->packed.scratch_bytes();
+                                 hook->packed.scratch_bytes() + hook->parts.num_bytes();
     HookCounts counts{0, 0, hook->nodes_ours, hook->nodes_theirs, hook->nanoseconds, int64_t(scratch_bytes),
                       hook->keys_read, hook->keys_held, hook->weights.given_back_bytes(), hook->products_sliced,
                       hook->packed.num_taken(), hook->packed.num_refused()};

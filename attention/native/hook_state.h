@@ -8,6 +8,7 @@
 #include "graph_hook.h"
 #include "layer_clock.h"
 #include "packed_products.h"
+#include "pass_parts.h"
 #include "prompt_scores.h"
 #include "tidal_attend.h"
 #include "visible_keys.h"
@@ -33,6 +34,7 @@ struct GraphHook {
     DeltaAttend delta;
     PromptScores prompt_scores;
     VisibleKeys visible;
+    PassParts parts;
     WeightStream weights;
     SlicedProduct product;
     PackedProducts packed{weights};

@@ -1,0 +1,72 @@
+"""BatchPlan: what several sequences take that go through a model together, beside what it holds already.
+
+By arithmetic alone: exact for the cache, an upper bound for the rest. Knows no tokens but their number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowtide.memory import footprint
+from lowtide.memory.context_sizes import ContextSizes
+from lowtide.memory.speculation_plan import LOGITS_COPIES
+from lowtide.models.spec import ModelSpec
+
+CELL_NOTES = 16
+"""Bytes of a cell in our lists of where a sequence's keys lie, and in llama.cpp's of whose it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchPlan:
+    """`num_cells` tokens of KV cache for so many sequences: what they share, once, and each one's own.
+
+    `beside_bytes` are the compute buffer, a row of logits for each sequence, and the kernels' scratch.
+    """
+
+    num_sequences: int
+    shared_tokens: int
+    num_cells: int
+    cache_bytes: int
+    beside_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Everything."""
+        return self.cache_bytes + self.beside_bytes
+
+
+def plan_batch(
+    spec: ModelSpec,
+    sizes: ContextSizes,
+    *,
+    num_sequences: int,
+    shared_tokens: int,
+    own_tokens: int,
+    max_rows: int,
+    kv_type: str,
+    context: int,
+    attention_threads: int,
+) -> BatchPlan:
+    """Plan sequences of `own_tokens` in all behind `shared_tokens`, in passes of `max_rows`.
+
+    `context` is what the model's own plan has the kernels' scratch for, `attention_threads` are the threads
+    of our kernels, 0 where they do not run.
+    """
+    num_cells = footprint.kv_cells(shared_tokens + own_tokens)
+    vocabulary_size = spec.vocabulary.num_tokens
+    logits = LOGITS_COPIES * 4 * vocabulary_size * num_sequences
+    scratch = 0
+    if attention_threads:
+        scratch = footprint.attention_bytes(spec, max(num_cells, context), attention_threads)
+        scratch -= footprint.attention_bytes(spec, context, attention_threads)
+    return BatchPlan(
+        num_sequences=num_sequences,
+        shared_tokens=shared_tokens,
+        num_cells=num_cells,
+        cache_bytes=sizes.kv_bytes(num_cells, kv_type),
+        beside_bytes=sizes.compute_bytes(num_cells, max_rows, kv_type)
+        + footprint.CONTEXT_BYTES
+        + logits
+        + scratch
+        + CELL_NOTES * (num_cells + num_sequences * (shared_tokens + 1)),
+    )

@@ -1,0 +1,137 @@
+"""GgufSequences: several sequences in a context of their own, on the weights of a model that is loaded.
+
+llama.cpp's sequence ids say whose a cell is: one that all share has all of them. Cells are taken one after
+the other, as nothing is forgotten: the n-th token of the cache lies in cell n. Knows no budget.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lowtide.models.errors import ForwardError
+from lowtide.models.llama_library import LlamaLibrary
+from lowtide.models.sequences import Part, PartCells, Sequences
+
+if TYPE_CHECKING:
+    from lowtide.models.model import RowLogits
+
+
+class GgufSequences(Sequences):
+    """Takes `context` over, made for these sequences, and frees it; a row has `vocabulary_size` logits."""
+
+    def __init__(
+        self,
+        library: LlamaLibrary,
+        context: Any,
+        *,
+        num_sequences: int,
+        max_rows: int,
+        vocabulary_size: int,
+    ) -> None:
+        self.num_sequences = num_sequences
+        self.max_rows = max_rows
+        self.before_pass: Callable[[PartCells], None] | None = None
+        """Told before each pass where the keys of its parts lie."""
+        self._library = library
+        self._api = library.api
+        self._context: Any = context
+        self._vocabulary_size = vocabulary_size
+        self.num_cells = int(self._api.llama_n_ctx(context))
+        self._memory = self._api.llama_get_memory(context)
+        self._num_used = self._num_shared = 0
+        self._own = [array("i") for _ in range(num_sequences)]
+        self._batch: Any = self._api.llama_batch_init(max_rows, 0, 1)
+
+    def share(self) -> None:
+        """Give every cell all sequence ids."""
+        assert self._num_used == len(self._own[0]), "another sequence has tokens"
+        for sequence in range(1, self.num_sequences):
+            self._api.llama_memory_seq_cp(self._memory, 0, sequence, -1, -1)
+        self._num_shared, self._own[0] = self._num_used, array("i")
+
+    def forward(self, parts: Sequence[Part]) -> RowLogits:
+        """Append the parts in one llama.cpp batch."""
+        import numpy as np
+
+        num_rows = sum(len(part.token_ids) for part in parts)
+        self._check(parts, num_rows)
+        self._fill(parts)
+        if self.before_pass is not None:
+            self.before_pass(
+                PartCells(
+                    num_shared=self._num_shared,
+                    num_rows=tuple(len(part.token_ids) for part in parts),
+                    own=tuple(self._own[part.sequence] for part in parts),
+                )
+            )
+        with self._library.collected_errors() as errors:
+            code = self._api.llama_decode(self._context, self._batch)
+        if code != 0:
+            reason = errors[-1] if errors else f"llama.cpp says {code}"
+            raise ForwardError(
+                f"a forward pass over {num_rows} rows of {len(parts)} sequences failed: {reason}"
+            )
+        wanted = sum(part.wants_logits for part in parts)
+        if not wanted:
+            return np.empty((0, self._vocabulary_size), np.float32)
+        pointer = self._api.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(pointer, shape=(wanted, self._vocabulary_size))
+
+    def rows_agree(self) -> bool:
+        """Compute a row alone and beside the others; what is in the cells does not matter after that."""
+        assert self._num_used == 0, "there are tokens"
+        last = self.num_sequences - 1
+        alone = self.forward([Part(last, [last % 251])])[0].copy()
+        self._forget()
+        parts = [Part(i, [i % 251]) for i in range(self.num_sequences)]
+        together = self.forward(parts)[-1]
+        agree = bool((alone == together).all())
+        self._forget()
+        return agree
+
+    def _forget(self) -> None:
+        self._api.llama_memory_clear(self._memory, False)
+        self._num_used, self._own = 0, [array("i") for _ in range(self.num_sequences)]
+
+    def _check(self, parts: Sequence[Part], num_rows: int) -> None:
+        if self._context is None:
+            raise ForwardError("the sequences are closed")
+        if not 0 < num_rows <= self.max_rows or not all(part.token_ids for part in parts):
+            raise ForwardError(f"{num_rows} rows given, 1 to {self.max_rows} are allowed")
+        if self._num_used + num_rows > self.num_cells:
+            raise ForwardError(
+                f"{self._num_used + num_rows} tokens do not fit the cache of {self.num_cells}"
+            )
+        tokens = [token_id for part in parts for token_id in part.token_ids]
+        if min(tokens) < 0 or max(tokens) >= self._vocabulary_size:
+            raise ForwardError(
+                f"token {max(tokens, key=abs)} is not in the vocabulary of {self._vocabulary_size}"
+            )
+
+    def _fill(self, parts: Sequence[Part]) -> None:
+        batch, row = self._batch, 0
+        for part in parts:
+            own = self._own[part.sequence]
+            for token_id in part.token_ids:
+                batch.token[row] = token_id
+                batch.pos[row] = self._num_shared + len(own)
+                batch.n_seq_id[row] = 1
+                batch.seq_id[row][0] = part.sequence
+                batch.logits[row] = False
+                own.append(self._num_used)
+                self._num_used += 1
+                row += 1
+            batch.logits[row - 1] = part.wants_logits
+        batch.n_tokens = row
+
+    def close(self) -> None:
+        """Free the context."""
+        self.before_pass = None
+        if self._batch is not None:
+            self._api.llama_batch_free(self._batch)
+            self._batch = None
+        if self._context is not None:
+            self._api.llama_free(self._context)
+            self._context = None

@@ -1,0 +1,87 @@
+"""The loop of several answers: what they share is read once, then each pass takes all of them a step on.
+
+Knows no budget and no text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lowtide.attention.policy import Steering
+from lowtide.models.sequences import Part, Sequences
+from lowtide.models.tokenizer import common_prefix
+from lowtide.runtime.batch_member import BatchMember, BatchPrompt
+from lowtide.runtime.generate import Piece
+from lowtide.runtime.profiler import DECODE, PREFILL, SILENT, Profiler
+from lowtide.runtime.watchdog import Watchdog
+
+
+def num_shared(prompts: Sequence[BatchPrompt]) -> int:
+    """Return how many tokens all prompts begin with; each has one more, whose logits are wanted."""
+    first, *others = (asked.prompt.token_ids for asked in prompts)
+    if not others:
+        return 0
+    shared = min(common_prefix(first, other) for other in others)
+    return max(min(shared, *(len(asked.prompt.token_ids) - 1 for asked in prompts)), 0)
+
+
+def generate_together(
+    sequences: Sequences,
+    members: Sequence[BatchMember],
+    shared_tokens: int,
+    steering: Steering,
+    watchdog: Watchdog,
+    profiler: Profiler = SILENT,
+) -> Iterator[tuple[int, Piece]]:
+    """Yield the pieces of all answers as they come, each with its member's index.
+
+    Member i is sequence i. Prompts are read to the end before anything is decoded after a first token.
+    """
+    _read_shared(sequences, members, shared_tokens, steering, profiler)
+    active = list(members)
+    while active:
+        reading = [member for member in active if member.is_reading]
+        takes_part = reading or active
+        kind = PREFILL if reading else DECODE
+        (steering.before_prompt if reading else steering.before_decode)()
+        parts, complete = _parts(takes_part, sequences.max_rows)
+        with profiler.span(kind, sum(len(part.token_ids) for part in parts)):
+            rows = sequences.forward(parts)
+        is_over = watchdog.is_over()
+        for member, logits in zip(complete, rows, strict=True):
+            with profiler.span("sampling"):
+                piece = member.answer(logits, is_over=is_over)
+            yield member.index, piece
+        active = [member for member in active if not member.is_done]
+
+
+def _read_shared(
+    sequences: Sequences,
+    members: Sequence[BatchMember],
+    num_tokens: int,
+    steering: Steering,
+    profiler: Profiler,
+) -> None:
+    token_ids = members[0].asked.prompt.token_ids[:num_tokens]
+    steering.before_prompt()
+    for start in range(0, num_tokens, sequences.max_rows):
+        taken = token_ids[start : start + sequences.max_rows]
+        with profiler.span(PREFILL, len(taken)):
+            sequences.forward([Part(0, taken, wants_logits=False)])
+    sequences.share()
+    for member in members:
+        member.begin_behind(num_tokens)
+
+
+def _parts(members: Sequence[BatchMember], max_rows: int) -> tuple[list[Part], list[BatchMember]]:
+    """Return what goes in next, in order, and the members whose next token can be sampled then."""
+    parts, complete, room = list[Part](), list[BatchMember](), max_rows
+    for member in members:
+        if room == 0:
+            break
+        taken = member.taken(room)
+        room -= len(taken)
+        parts.append(Part(member.index, taken, wants_logits=not member.pending))
+        if not member.pending:
+            complete.append(member)
+    return parts, complete

@@ -1,0 +1,120 @@
+"""Makes room for several sequences inside the budget, and the sequences in it; gives both back.
+
+Knows how a batch is planned, and nothing of its answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from lowtide.attention.abort_guard import guarded_aborts
+from lowtide.memory.batch_plan import BatchPlan
+from lowtide.memory.errors import OverBudget
+from lowtide.memory.footprint import CELL_STEP, kv_bytes
+from lowtide.memory.owners import BATCH, CACHE
+from lowtide.memory.units import format_bytes, format_bytes_up
+from lowtide.models.gguf_sequences import GgufSequences
+from lowtide.models.sequences import Sequences
+from lowtide.runtime.loaded_model import LoadedModel
+from lowtide.runtime.session import Session
+
+
+class BatchRoom:
+    """Room beside what a loaded model holds, or, where the budget has none, where its own cache would lie.
+
+    `session` is the one of that cache: it gives up what it holds then.
+    """
+
+    def __init__(self, loaded: LoadedModel, session: Session) -> None:
+        self._loaded = loaded
+        self._session = session
+        self._agree: dict[int, bool] = {}
+        self._open: Sequences | None = None
+
+    @contextlib.contextmanager
+    def opened(self, plan: BatchPlan) -> Iterator[Sequences]:
+        """Yield the sequences, which are closed behind the block.
+
+        Raises `OverBudget`, before anything is allocated, where there is no room for them.
+        """
+        self.close()
+        self._reserve(plan)
+        try:
+            with guarded_aborts():
+                model = self._loaded.model
+                self._open = opened = model.open_sequences(plan.num_sequences, plan.num_cells)
+            self._tell_hook(opened)
+            if plan.num_sequences not in self._agree:
+                self._loaded.steering.before_prompt()
+                self._agree[plan.num_sequences] = opened.rows_agree()
+        except BaseException:
+            self.close()
+            self._loaded.ledger.release(BATCH)
+            raise
+        try:
+            yield opened
+        finally:
+            if self._open is opened:
+                self.close()
+
+    def close(self) -> None:
+        """Close the sequences that are open, also those of an answer that nobody reads on."""
+        if self._open is None:
+            return
+        self._open.close()
+        self._open = None
+        if self._loaded.hook is not None:
+            self._loaded.hook.set_parts(None)
+        self._loaded.ledger.release(BATCH)
+        self._loaded.trim("background")
+
+    def rows_agree(self, num_sequences: int) -> bool:
+        """Whether rows of so many sequences were found to be what each is alone, when they were opened."""
+        return self._agree[num_sequences]
+
+    def _reserve(self, plan: BatchPlan) -> None:
+        ledger = self._loaded.ledger
+        try:
+            ledger.reserve(BATCH, plan.num_bytes)
+        except OverBudget:
+            lent_bytes = self._lent_bytes()
+            free_bytes = ledger.budget_bytes - ledger.reserved_bytes + self._grown_bytes()
+            if plan.num_bytes > free_bytes + lent_bytes:
+                raise self._no_room(plan, free_bytes + lent_bytes) from None
+            self._session.set_aside()
+            self._loaded.trim("background")
+            # The rest lies where the cache is empty meanwhile.
+            ledger.reserve(BATCH, max(plan.num_bytes - lent_bytes, 0))
+
+    def _lent_bytes(self) -> int:
+        """What the session's cache leaves free once it is empty: all but what is kept of it in any case."""
+        planned = self._loaded.planned
+        if not planned.host.kv_follows_use or planned.plan.gpus:
+            return 0
+        least_bytes = kv_bytes(planned.spec, CELL_STEP, planned.plan.kv_type)
+        return max(self._planned_cache_bytes() - least_bytes, 0)
+
+    def _planned_cache_bytes(self) -> int:
+        rows = self._loaded.planned.plan.rows
+        return next(row.num_bytes for row in rows if row.owner == CACHE)
+
+    def _grown_bytes(self) -> int:
+        """What the cache has beyond its row, and gives back with its tokens."""
+        return self._loaded.ledger.owners[CACHE] - self._planned_cache_bytes()
+
+    def _no_room(self, plan: BatchPlan, free_bytes: int) -> OverBudget:
+        budget_bytes = self._loaded.ledger.budget_bytes
+        return OverBudget(
+            f"a batch of {plan.num_sequences} sequences, {plan.num_cells:,} tokens of KV cache in all, "
+            f"takes {format_bytes_up(plan.num_bytes)} where {format_bytes(max(free_bytes, 0))} are free, "
+            "and with what is loaded",
+            budget_bytes + plan.num_bytes - free_bytes,
+            budget_bytes,
+            "lower max_tokens, ask fewer prompts at once, or raise --memory",
+        )
+
+    def _tell_hook(self, sequences: Sequences) -> None:
+        hook = self._loaded.hook
+        if hook is not None and isinstance(sequences, GgufSequences):
+            sequences.before_pass = hook.set_parts

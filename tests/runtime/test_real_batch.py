@@ -1,0 +1,174 @@
+"""Several prompts together on llama.cpp: the tokens of each prompt alone, in planned memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf_files import write_model
+from processes import run_python
+
+from lowtide import GenerationOptions, LowtideError, OverBudget, Runtime
+from lowtide.models.sequences import Part
+
+PREFIX = (
+    "The harbour lies behind a long wall of grey stone. At low tide the boats rest on the mud. " * 5
+)
+ENDS = (
+    "Why is the sea salty?",
+    "List the boats:",
+    "The children walk between them with buckets, and at high tide the ferry comes in. The",
+    "Nobody",
+)
+PROMPTS = [PREFIX + end for end in ENDS]
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "random.gguf", quantised=True, width=128)
+
+
+@pytest.fixture(scope="module")
+def dense(random_model: Path) -> Iterator[Runtime]:
+    with Runtime.open(
+        random_model, memory="4GiB", context=1024, threads=2, attention="dense"
+    ) as runtime:
+        yield runtime
+
+
+def test_greedy_answers_of_a_real_model_are_those_of_each_prompt_alone(smollm2: Path) -> None:
+    with Runtime.open(
+        smollm2, memory="4GiB", context=1024, threads=2, attention="dense"
+    ) as runtime:
+        options = [GenerationOptions(max_tokens=n, temperature=0) for n in (24, 12, 24, 8)]
+        alone = [runtime.generate(*one) for one in zip(PROMPTS, options, strict=True)]
+        together = runtime.generate_batch(PROMPTS, options)
+        assert [r.token_ids for r in together] == [r.token_ids for r in alone]
+        assert [r.finish_reason for r in together] == [r.finish_reason for r in alone]
+        batch = together[0].stats.batch
+        assert batch is not None and batch["identical"] and batch["shared_tokens"] > 90
+        assert together[0].stats.layers_ours == together[0].stats.layers == 30
+        hook = runtime._loaded.hook
+        assert hook is not None and hook.parts_refused == 0
+
+
+def test_logits_are_bit_for_bit_those_of_a_sequence_alone(dense: Runtime) -> None:
+    model, hook = dense._model, dense._loaded.hook
+    assert hook is not None
+    tails = [[(7 * i + k) % 300 for k in range(n)] for i, n in enumerate((1, 9, 40, 3))]
+    shared = [(3 * k) % 290 for k in range(270)]
+    expected = []
+    for i, tail in enumerate(tails):
+        model.truncate(0)
+        rows = [*shared, *tail]
+        for start in range(0, len(rows), 100):
+            logits = model.forward(rows[start : start + 100]).copy()
+        steps = [model.forward([i + step]).copy() for step in range(3)]
+        expected.append([logits, *steps])
+    sequences = model.open_sequences(4, 512)
+    try:
+        sequences.before_pass = hook.set_parts  # type: ignore[attr-defined]
+        for start in range(0, len(shared), 90):
+            sequences.forward([Part(0, shared[start : start + 90], wants_logits=False)])
+        sequences.share()
+        found = [sequences.forward([Part(i, tail) for i, tail in enumerate(tails)]).copy()]
+        for step in range(3):
+            parts = [Part(i, [i + step]) for i in range(4)]
+            found.append(sequences.forward(parts).copy())
+    finally:
+        sequences.close()
+        hook.set_parts(None)
+    for i in range(4):
+        for step in range(4):
+            assert np.array_equal(found[step][i], expected[i][step])
+    assert hook.parts_refused == 0
+
+
+def test_cells_that_are_not_as_told_are_noticed_and_all_keys_are_attended_to(
+    dense: Runtime,
+) -> None:
+    hook = dense._loaded.hook
+    assert hook is not None
+    refused = hook.parts_refused
+
+    def passes(*, lie: bool) -> np.ndarray:  # type: ignore[type-arg]
+        sequences = dense._model.open_sequences(2, 256)
+        try:
+            if lie:
+
+                def told_wrong(cells):  # type: ignore[no-untyped-def]
+                    cells.own[0][-1] = 200
+                    hook.set_parts(cells)
+
+                sequences.before_pass = told_wrong  # type: ignore[attr-defined]
+            logits = sequences.forward([Part(0, [1, 2, 3]), Part(1, [4, 5])]).copy()
+        finally:
+            sequences.close()
+            hook.set_parts(None)
+        return logits
+
+    expected, found = passes(lie=False), passes(lie=True)
+    assert hook.parts_refused > refused
+    assert np.allclose(found, expected, atol=1e-3)
+
+
+def test_what_cannot_be_promised_is_said(random_model: Path) -> None:
+    with Runtime.open(random_model, memory="4GiB", context=512, threads=1) as runtime:
+        before = runtime.generate("tide", max_tokens=4, temperature=0).token_ids
+        results = runtime.generate_batch(["tide", "sea"], max_tokens=4, temperature=0)
+        again = runtime.generate("tide", max_tokens=4, temperature=0)
+    assert len(results) == 2 and before == again.token_ids
+    batch = results[0].stats.batch
+    assert batch is not None and not batch["identical"]
+    assert "attention='dense'" in batch["why_not_identical"]
+
+
+@pytest.mark.parametrize("attention", ["tidal:k=100,layers=1", "gem:layer=1,k=100,continues=1"])
+def test_attention_that_chooses_keys_of_one_sequence_is_refused(
+    random_model: Path, attention: str
+) -> None:
+    with Runtime.open(random_model, memory="4GiB", context=512, attention=attention) as runtime:
+        with pytest.raises(LowtideError, match="open with attention='dense' or 'llama'"):
+            runtime.generate_batch(["tide", "sea"])
+        assert runtime.generate("tide", max_tokens=2).finish_reason == "length"
+
+
+def test_the_peak_stays_inside_the_budget_also_where_the_cache_lends_its_room(
+    smollm2: Path,
+) -> None:
+    """The plan takes all of the budget; the batch lies where the cache is empty meanwhile."""
+    measured = run_python(
+        f"""
+from lowtide import OverBudget, Runtime
+with Runtime.open({str(smollm2)!r}, memory="230MiB", context=4096, threads=1) as runtime:
+    runtime.generate("one two three four " * 40, max_tokens=2)
+    prompts = ["one two three four " * 60 + str(i) for i in range(8)]
+    results = runtime.generate_batch(prompts, max_tokens=8, temperature=0)
+    stats = results[0].stats
+    assert stats.batch["num_bytes"] > runtime.plan.budget.num_bytes - runtime.plan.total_bytes
+    assert stats.planned_bytes <= runtime.plan.budget.num_bytes
+    try:
+        runtime.generate_batch(["one " + str(i) for i in range(8)], max_tokens=1500)
+    except OverBudget as error:
+        print(error)
+    assert len(runtime.generate("one", max_tokens=2).token_ids) == 2
+    print(runtime.plan.budget.num_bytes)
+"""
+    )
+    assert measured.code == 0, measured.stderr
+    *_, said, budget = measured.stdout.splitlines()
+    assert "are free" in said
+    assert measured.peak_bytes <= int(budget)
+
+
+def test_a_batch_over_the_budget_is_refused_before_anything_is_allocated(dense: Runtime) -> None:
+    ledger = dense.ledger
+    budget_bytes, ledger.budget_bytes = ledger.budget_bytes, ledger.reserved_bytes
+    try:
+        with pytest.raises(OverBudget, match="lower max_tokens"):
+            dense.generate_batch([f"tide {i}" for i in range(30)], max_tokens=900)
+    finally:
+        ledger.budget_bytes = budget_bytes
+    assert dense.generate_batch(["tide"], max_tokens=2)[0].finish_reason == "length"
