@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from lowtide.attention.graph_hook import HookCounts
 from lowtide.attention.native_library import native_library
 from lowtide.attention.piece_masks import PieceMasks
 from lowtide.attention.selection_rule import SelectionRule
@@ -46,8 +47,8 @@ class _Rows(ctypes.Structure):
     ]
 
 
-class PieceCounts(ctypes.Structure):
-    """The C++ `PieceCounts`: of the `keys_held` that last rows could see, `keys_read` were attended to."""
+class _Counts(ctypes.Structure):
+    """The C++ `PieceCounts`."""
 
     _fields_ = [
         (name, ctypes.c_int64) for name in "keys_read keys_held nanoseconds scratch_bytes".split()
@@ -72,6 +73,7 @@ class PieceAttention(Attender):
         self._layers: list[LayerArrays] = []
         self._rows: list[_Rows] = []
         self._masks = PieceMasks()
+        self._num_nodes = 0
 
     @property
     def kernels(self) -> str:
@@ -98,10 +100,23 @@ class PieceAttention(Attender):
         """
         self._library.lowtide_pieces_start_pass(self._pieces, sparse, refresh, rounded)
 
-    def counts(self) -> PieceCounts:
-        """Return what was attended to so far."""
-        counts: PieceCounts = self._library.lowtide_pieces_counts(self._pieces)
-        return counts
+    def counts(self) -> HookCounts:
+        """Return what was attended to so far; all layers are ours."""
+        counts = self._library.lowtide_pieces_counts(self._pieces)
+        return HookCounts(
+            layers_ours=len(self._layers),
+            layers_theirs=0,
+            nodes_ours=self._num_nodes,
+            nodes_theirs=0,
+            seconds=counts.nanoseconds / 1e9,
+            scratch_bytes=counts.scratch_bytes,
+            keys_read=counts.keys_read,
+            keys_held=counts.keys_held,
+            weight_bytes_given_back=0,
+            products_sliced=0,
+            products_packed=0,
+            packed_refused=0,
+        )
 
     def bind(self, layers: list[LayerArrays]) -> None:
         """Know every layer's arrays; they are kept."""
@@ -124,6 +139,7 @@ class PieceAttention(Attender):
         if failure:
             reason = "of its shape" if failure == 2 else "for want of memory"
             raise ForwardError(f"the attention of layer {layer} failed {reason}")
+        self._num_nodes += 1
 
     def close(self) -> None:
         """Free the kernels' threads and scratch; closing twice is allowed."""
@@ -171,6 +187,6 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.lowtide_pieces_start_pass.restype = None
     library.lowtide_pieces_start_pass.argtypes = [pointer, number, number, number]
     library.lowtide_pieces_attend.argtypes = [pointer, pointer]
-    library.lowtide_pieces_counts.restype = PieceCounts
+    library.lowtide_pieces_counts.restype = _Counts
     library.lowtide_pieces_counts.argtypes = [pointer]
     return library

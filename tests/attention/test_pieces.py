@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from onnx_decoders import FORMS, Shape, write_decoder
 
+from lowtide.attention.dense import Dense
 from lowtide.attention.pieces import PieceAttention
+from lowtide.attention.tidal import Tidal
 from lowtide.models.errors import ForwardError, StateError, UnsupportedModel
 from lowtide.models.header import read_spec
 from lowtide.models.onnx.cut.model import CutModel
@@ -159,6 +161,32 @@ def test_threads_change_no_bit_of_attention(tmp_path: Path) -> None:
         attention.close()
     for one, other in zip(*found, strict=True):
         assert np.array_equal(one, other)
+
+
+def test_tidal_between_the_pieces(tmp_path: Path, attention: PieceAttention) -> None:
+    shape = shape_of("gqa", layers=4)
+    folder = write_decoder(tmp_path / "tiny", "gqa", shape)
+    found, shares = [], []
+    with opened(folder, attention) as cut:
+        for k in (None, 500, 40):
+            policy = Dense() if k is None else Tidal(k=k, selection_layers=(1,), recent=8)
+            steering = policy.install(attention, cut.spec)
+            cut.truncate(0)
+            steering.before_prompt()
+            cut.forward(IDS[:64])
+            before = attention.counts()
+            for token_id in IDS[64:80]:
+                steering.before_decode()
+                logits = cut.forward([token_id]).copy()
+            after = attention.counts()
+            found.append(logits)
+            shares.append(
+                (after.keys_read - before.keys_read) / (after.keys_held - before.keys_held)
+            )
+    assert np.array_equal(found[0], found[1]) and shares[:2] == [1, 1]
+    # Layers 0 and 1 read everything, 2 and 3 read 40 keys of 65 to 80.
+    assert shares[2] == pytest.approx((2 + 2 * 40 / 72.5) / 4, abs=1e-3)
+    assert 1e-4 < np.abs(found[2] - found[0]).max() < 2
 
 
 @pytest.mark.parametrize(

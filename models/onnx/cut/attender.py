@@ -52,3 +52,7 @@ class Attender(ABC):
     @abstractmethod
     def attend(self, layer: int) -> None:
         """Append the layer's keys and values to its cache, and write its attention to `out`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give everything back; closing twice is allowed."""

@@ -108,6 +108,7 @@ class CutModel(CachedModel):
         return logits.astype(np.float32, copy=False)
 
     def close(self) -> None:
-        """Free the sessions and the cache."""
+        """Free the sessions, what attends between them, and the cache."""
         self._chain.close()
+        self._attender.close()
         super().close()

@@ -43,12 +43,14 @@ class Piece:
 class Cut:
     """A graph cut at its attention: one piece more than layers.
 
-    `repeated_bytes` are of weights that more than one piece reads, once for each piece but the first.
+    `repeated_bytes` are of weights that more than one piece reads, once for each piece but the first,
+    `inline_bytes` of those inside the .onnx file.
     """
 
     layers: tuple[AttentionNode, ...]
     pieces: tuple[Piece, ...]
     repeated_bytes: int
+    inline_bytes: int
 
 
 def cut_graph(graph: OnnxGraph, ports: GraphPorts, config: OnnxConfig) -> Cut:
@@ -58,14 +60,19 @@ def cut_graph(graph: OnnxGraph, ports: GraphPorts, config: OnnxConfig) -> Cut:
         raise NotCut(f"has branches ({branch})")
     inline = sum(w.num_bytes for w in graph.weights.values() if w.location is None)
     if inline > MOST_INLINE_BYTES:
-        raise NotCut("keeps its weights inside the .onnx file: export it with external data")
+        raise NotCut("keeps its weights inside the .onnx file, not as external data")
     layers = read_attention_nodes(graph, config)
     if not layers:
         raise NotCut(f"has {DECOMPOSED}")
     check_layers(layers, ports.layers)
     _check_sizes(layers)
     pieces = _Stages(graph, ports, layers).pieces()
-    return Cut(layers=layers, pieces=pieces, repeated_bytes=_repeated(graph, pieces))
+    return Cut(
+        layers=layers,
+        pieces=pieces,
+        repeated_bytes=_repeated(graph, pieces),
+        inline_bytes=inline,
+    )
 
 
 def _check_sizes(layers: tuple[AttentionNode, ...]) -> None:
