@@ -10,7 +10,7 @@ from lowtide.attention.prompts import EXACT, check_hook, check_prompts
 from lowtide.models.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from lowtide.attention.graph_hook import GraphHook
+    from lowtide.attention.kernel_host import KernelHost
 
 
 class Llama(AttentionPolicy):
@@ -39,7 +39,7 @@ class Dense(AttentionPolicy):
         check_prompts(self.prompts)
         return self
 
-    def install(self, hook: GraphHook, spec: ModelSpec) -> Steering:
+    def install(self, hook: KernelHost, spec: ModelSpec) -> Steering:
         """Attend fully in every pass, whatever another policy left behind."""
         check_hook(hook, self.prompts)
         return DenseSteering(hook, self.prompts)
@@ -51,7 +51,7 @@ class Dense(AttentionPolicy):
 class DenseSteering(Steering):
     """Every pass attends to every key."""
 
-    def __init__(self, hook: GraphHook, prompts: str = EXACT) -> None:
+    def __init__(self, hook: KernelHost, prompts: str = EXACT) -> None:
         self._hook = hook
         self.exact_prompts = prompts == EXACT
 

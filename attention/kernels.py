@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 KERNEL_SETS = ("avx512", "avx2", "neon", "portable")
-KV_TYPES = {"f16": 0, "q8_0": 1, "q4_0": 2}
+KV_TYPES = {"f16": 0, "q8_0": 1, "q4_0": 2, "f32": 3}
 
 
 class _Problem(ctypes.Structure):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lowtide.models.errors import BadOption
 
 if TYPE_CHECKING:
-    from lowtide.attention.graph_hook import GraphHook
+    from lowtide.attention.kernel_host import KernelHost
 
 EXACT, BF16 = "exact", "bf16"
 PROMPTS = (EXACT, BF16)
@@ -25,7 +25,7 @@ def check_prompts(prompts: str) -> None:
         )
 
 
-def check_hook(hook: GraphHook, prompts: str) -> None:
+def check_hook(hook: KernelHost, prompts: str) -> None:
     """Raise `BadOption` where the hook's kernels have no units for it."""
     if prompts == BF16 and not hook.can_round:
         raise BadOption(

@@ -20,7 +20,7 @@ from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from lowtide.attention.graph_hook import GraphHook
+    from lowtide.attention.kernel_host import KernelHost
 
 DEFAULT_K = 1024
 DEFAULT_STEP = 6
@@ -117,7 +117,7 @@ class Tidal(AttentionPolicy):
         tokens, fraction = (int(k), 0.0) if k >= 1 else (0, float(k))
         return SelectionRule(tokens, fraction, self.sinks, self.recent, self.min_context)
 
-    def install(self, hook: GraphHook, spec: ModelSpec) -> Steering:
+    def install(self, hook: KernelHost, spec: ModelSpec) -> Steering:
         """Give the hook each layer's role."""
         assert self.selection_layers is not None, "the policy is not fitted to a model"
         check_hook(hook, self.prompts)
@@ -134,7 +134,7 @@ class Tidal(AttentionPolicy):
 class TidalSteering(Steering):
     """Prompts are dense, decoding is sparse and chooses anew every `refresh` tokens."""
 
-    def __init__(self, hook: GraphHook, policy: Tidal) -> None:
+    def __init__(self, hook: KernelHost, policy: Tidal) -> None:
         self._hook = hook
         self._refresh = policy.refresh
         self._num_decoded = 0

@@ -6,6 +6,7 @@ import gc
 
 from lowtide.attention.gem import Gem
 from lowtide.attention.graph_hook import GraphHook, HookCounts
+from lowtide.attention.pieces import PieceAttention
 from lowtide.attention.policy import Steering
 from lowtide.memory.errors import OverBudget
 from lowtide.memory.footprint import first_layers_bytes, kv_bytes, replaced_bytes, tokenising_bytes
@@ -24,7 +25,7 @@ from lowtide.runtime.generate import RunFacts
 from lowtide.runtime.gguf_loading import load_gguf, load_reader
 from lowtide.runtime.hook_loading import graph_hook, keep_from_going_back, tell_cuts
 from lowtide.runtime.memory_watch import WatchedModel
-from lowtide.runtime.onnx_loading import load_onnx
+from lowtide.runtime.onnx_loading import install_policy, load_onnx
 from lowtide.runtime.options import GenerationOptions
 from lowtide.runtime.packed_weights import with_packed_weights
 from lowtide.runtime.planning import PlannedModel
@@ -64,13 +65,14 @@ class LoadedModel:
         for row in planned.plan.rows:
             self.ledger.reserve(row.owner, row.num_bytes)
         self._callback: GraphHook | None = None
+        self._pieces: PieceAttention | None = None
         self._profiler = profiler
         self.prefixes = PrefixCache(self.ledger.owners.get(PREFIXES, 0))
         self.releasers = [Releaser("moderate", self.prefixes.clear)]
         self.speculator: Speculator | None = None
         profiler.watch(planned, self._watched())
         if model is None and isinstance(planned.spec, OnnxSpec):
-            model = load_onnx(planned, planned.spec, self.releasers, profiler)
+            model, self._pieces = load_onnx(planned, planned.spec, self.releasers, profiler)
         elif model is None:
             with profiler.span("libraries"):
                 self._callback = graph_hook(planned, profiler)
@@ -82,11 +84,7 @@ class LoadedModel:
                 raise
         self.model = model
         profiler.count_tokens(lambda: model.num_tokens)
-        self.steering = Steering()
-        if self.hook is not None:
-            self.steering = planned.policy.install(self.hook, planned.spec)
-            tell_cuts(model, self.hook)
-            keep_from_going_back(model, self.hook, planned.policy.key_groups)
+        self.steering = self._steering()
         self.growth = KvGrowth(self.ledger, planned.plan.cache_tokens, self._kv_bytes)
         self.prompt_filter = self._prompt_filter()
         if planned.plan.kept_layers is not None or planned.spec.packed_tensors:
@@ -94,6 +92,16 @@ class LoadedModel:
         self.speculator = self._loaded_speculator()
         self.releasers += (Releaser("moderate", gc.collect), Releaser("background", trim_heap))
         self._check_resident()
+
+    def _steering(self) -> Steering:
+        """Give our kernels the policy, wherever they run."""
+        if self._pieces is not None:
+            return install_policy(self.planned, self._pieces)
+        if self.hook is None:
+            return Steering()
+        tell_cuts(self.model, self.hook)
+        keep_from_going_back(self.model, self.hook, self.planned.policy.key_groups)
+        return self.planned.policy.install(self.hook, self.planned.spec)
 
     def _prompt_filter(self) -> PromptFilter | None:
         """Make what shortens prompts, where the policy has that done."""
@@ -203,7 +211,8 @@ class LoadedModel:
 
     def hook_counts(self) -> HookCounts | None:
         """Return what our kernels have done; None where llama.cpp's own run."""
-        return self.hook.counts() if self.hook is not None else None
+        ours = self._pieces or self.hook
+        return ours.counts() if ours is not None else None
 
     def has_room_to_tokenise(self, text_bytes: int, num_tokens: int) -> bool:
         """Whether a text can be tokenised while the cache holds `num_tokens`.
@@ -224,7 +233,7 @@ class LoadedModel:
             file_bytes=spec.file_bytes,
             memory_map=plan.memory_map,
             cache_bytes=kv_bytes(spec, plan.context, plan.kv_type) - plan.gpu_cache_bytes,
-            scratch_bytes=lambda: self.hook.counts().scratch_bytes if self.hook else 0,
+            scratch_bytes=lambda: getattr(self.hook_counts(), "scratch_bytes", 0),
             prefix_bytes=lambda: self.prefixes.num_bytes,
         )
 

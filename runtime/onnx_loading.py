@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from lowtide.attention.dense import Dense
+from lowtide.attention.pieces import PieceAttention
+from lowtide.attention.policy import Steering
+from lowtide.attention.tidal import Tidal
 from lowtide.memory.releaser import Releaser
+from lowtide.models.onnx.cut.model import CutModel
 from lowtide.models.onnx.model import OnnxModel
 from lowtide.models.onnx.options import OnnxOptions
 from lowtide.models.onnx.spec import OnnxSpec
@@ -12,15 +17,32 @@ from lowtide.runtime.profiler import SILENT, Profiler
 
 def load_onnx(
     planned: PlannedModel, spec: OnnxSpec, releasers: list[Releaser], profiler: Profiler = SILENT
-) -> OnnxModel:
-    """Open the session and make the cache, as the plan has them; `profiler` times both."""
+) -> tuple[OnnxModel | CutModel, PieceAttention | None]:
+    """Open the sessions and make the cache, as the plan has them; `profiler` times both.
+
+    Where our kernels attend between the pieces of the graph, they are returned too; the model closes them.
+    """
     plan = planned.plan
     options = OnnxOptions(
         context=plan.context,
         max_rows=plan.max_rows,
         threads=planned.options.num_threads,
+        kv_type=plan.kv_type,
         stage=profiler.span,
     )
-    model = OnnxModel(spec, options)
+    attention: PieceAttention | None = None
+    model: OnnxModel | CutModel
+    if planned.policy.uses_hook:
+        attention = PieceAttention(planned.options.num_threads)
+        model = CutModel(spec, options, attention)
+    else:
+        model = OnnxModel(spec, options)
     releasers.append(Releaser("background", model.trim))
-    return model
+    return model, attention
+
+
+def install_policy(planned: PlannedModel, attention: PieceAttention) -> Steering:
+    """Give the kernels between the pieces the plan's policy and return what tells it of each pass."""
+    policy = planned.policy
+    assert isinstance(policy, Dense | Tidal), "the plan allows no other"
+    return policy.install(attention, planned.spec)

@@ -27,6 +27,7 @@ from lowtide.models.gpu_device import require_gpus
 from lowtide.models.header import read_spec
 from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.spec import ModelSpec
+from lowtide.runtime.cut_planning import CutSizes, cut_spec
 from lowtide.runtime.measured_host import measured_host
 from lowtide.runtime.measured_onnx_host import measured_onnx_host
 from lowtide.runtime.onnx_sizes import OnnxSizes
@@ -165,7 +166,9 @@ class PlannedModel:
     @property
     def attention_in_words(self) -> str:
         """Return who attends and how: the policy, or the graph's own where that runs whole."""
-        return self.spec.attention if isinstance(self.spec, OnnxSpec) else str(self.policy)
+        if isinstance(self.spec, OnnxSpec) and not self.policy.uses_hook:
+            return self.spec.attention
+        return str(self.policy)
 
     def require_nothing_of_llama(self) -> None:
         """Raise `BadOption` where a model of the caller's own is to do what llama.cpp alone does."""
@@ -248,12 +251,12 @@ def _require_replaceable(options: PlanOptions, host: Host) -> None:
 def _plan_onnx(
     spec: OnnxSpec, options: OpenOptions, policy: AttentionPolicy, machine: Machine, budget: Budget
 ) -> PlannedModel:
-    """Plan a graph that onnxruntime runs whole; raises `BadOption` for what llama.cpp's alone can do."""
+    """Plan a graph that onnxruntime runs, whole or in pieces with our attention between them.
+
+    Raises `BadOption` for what llama.cpp alone can do, and for our attention where the graph cannot be cut.
+    """
     if policy.uses_hook:
-        raise BadOption(
-            f"attention is {policy.name!r}, and {spec.name} is an ONNX graph, which runs whole "
-            f"with its own {spec.attention}: leave attention out, or take the model as GGUF"
-        )
+        spec = cut_spec(spec, policy)
     if options.gpu_budget(policy) is not None:
         raise BadOption(
             f"layers are to go to a GPU, and {spec.name} is an ONNX graph, which runs on the processor: "
@@ -265,7 +268,9 @@ def _plan_onnx(
             f"{wanted} is for models that llama.cpp runs, and {spec.name} is an ONNX graph: leave it out, "
             "or take the model as GGUF"
         )
-    host, sizes = measured_onnx_host(spec, budget), OnnxSizes(spec)
+    is_cut = policy.uses_hook and not isinstance(spec.cut, str)
+    sizes: ContextSizes = CutSizes(spec) if is_cut else OnnxSizes(spec)
+    host = measured_onnx_host(spec, budget, is_cut=is_cut)
     return PlannedModel(
         spec=spec,
         machine=machine,

@@ -64,11 +64,13 @@ struct RoundedBlock {
             case KvType::f16: fill_keys<KvType::f16>(); break;
             case KvType::q8_0: fill_keys<KvType::q8_0>(); break;
             case KvType::q4_0: fill_keys<KvType::q4_0>(); break;
+            case KvType::f32: fill_keys<KvType::f32>(); break;
         }
         switch (p.v_type) {
             case KvType::f16: return fill_values<KvType::f16>();
             case KvType::q8_0: return fill_values<KvType::q8_0>();
             case KvType::q4_0: return fill_values<KvType::q4_0>();
+            case KvType::f32: return fill_values<KvType::f32>();
         }
     }
 
@@ -112,6 +114,7 @@ struct RoundedBlock {
                 case KvType::f16: return weigh_stored<KvType::f16, N>(lines, scores);
                 case KvType::q8_0: return weigh_stored<KvType::q8_0, N>(lines, scores);
                 case KvType::q4_0: return weigh_stored<KvType::q4_0, N>(lines, scores);
+                case KvType::f32: return weigh_stored<KvType::f32, N>(lines, scores);
             }
         }
         float factors[N];

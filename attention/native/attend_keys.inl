@@ -2,9 +2,8 @@
 // (lanes of a vector) and compiled with that set's flags.
 //
 // Keys are turned in registers, so that a vector holds one channel of as many keys: scores need no sums
-// across lanes. A few lines (query heads of rows) take the block as it is stored; many share one that is
-// converted once. Either way each line sums in the same order. Softmax is the online one (Milakov and
-// Gimelshein 2018).
+// across lanes. A few lines (query heads of rows) take the block as it is stored; many share one that is converted
+// once. Either way each line sums in the same order. Softmax is the online one (Milakov and Gimelshein 2018).
 
 #include "key_block.h"
 #include "lines.h"
@@ -98,8 +97,7 @@ template <KvType Type> struct StoredValues {
 };
 
 struct FloatValues {
-    const float* values;
-    int size;
+    const float* values; int size;
     Floats at(int key, int channel) const { return load(values + key * size + channel); }
     void ask_ahead(int) const {}
 };
@@ -148,11 +146,13 @@ struct StoredBlock {
             case KvType::f16: score_stored<KvType::f16, N>(block, ahead, lines, p.key_size, scores); break;
             case KvType::q8_0: score_stored<KvType::q8_0, N>(block, ahead, lines, p.key_size, scores); break;
             case KvType::q4_0: score_stored<KvType::q4_0, N>(block, ahead, lines, p.key_size, scores); break;
+            case KvType::f32: score_stored<KvType::f32, N>(block, ahead, lines, p.key_size, scores); break;
         }
         switch (p.v_type) {
             case KvType::f16: return weigh<KvType::f16, N>(lines, all_visible, scores);
             case KvType::q8_0: return weigh<KvType::q8_0, N>(lines, all_visible, scores);
             case KvType::q4_0: return weigh<KvType::q4_0, N>(lines, all_visible, scores);
+            case KvType::f32: return weigh<KvType::f32, N>(lines, all_visible, scores);
         }
     }
     template <KvType Type, int N> void weigh(const Lines& lines, bool all_visible, float* scores) const {
@@ -183,8 +183,7 @@ struct ConvertedBlock {
     template <KvType Type> void fill_values() const {
         for (int j = 0; j < block.count; ++j) {
             prefetch(ahead.values[j], Rows<Type>::num_bytes(p.value_size));
-            for (int d = 0; d < p.value_size; d += W)
-                store(values + j * p.value_size + d, Rows<Type>::load(block.values[j], d));
+            for (int d = 0; d < p.value_size; d += W) store(values + j * p.value_size + d, Rows<Type>::load(block.values[j], d));
         }
     }
     void fill() const {
@@ -192,11 +191,13 @@ struct ConvertedBlock {
             case KvType::f16: fill_keys<KvType::f16>(); break;
             case KvType::q8_0: fill_keys<KvType::q8_0>(); break;
             case KvType::q4_0: fill_keys<KvType::q4_0>(); break;
+            case KvType::f32: fill_keys<KvType::f32>(); break;
         }
         switch (p.v_type) {
             case KvType::f16: return fill_values<KvType::f16>();
             case KvType::q8_0: return fill_values<KvType::q8_0>();
             case KvType::q4_0: return fill_values<KvType::q4_0>();
+            case KvType::f32: return fill_values<KvType::f32>();
         }
     }
     template <int N> void attend(const Lines& lines, bool all_visible, float* scores) const {

@@ -12,7 +12,7 @@
 // that takes part in the softmax and has no value. Where `scores` is not null, the masked scores of the rows
 // from `first_scored_row` on are left there, (scored rows, num_heads, scores_stride) floats, and in `totals`,
 // (scored rows, num_heads, 2), the maximum and 1 / the sum of each softmax.
-enum class KvType { f16, q8_0, q4_0 };
+enum class KvType { f16, q8_0, q4_0, f32 };
 
 struct AttentionProblem {
     const char* q;

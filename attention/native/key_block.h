@@ -11,7 +11,7 @@
 namespace {
 
 // Stands in for the keys that a last, shorter block lacks; as any stored type it means zeros.
-alignas(64) constexpr char kMissingKey[2 * kMaxHeadSize] = {};
+alignas(64) constexpr char kMissingKey[4 * kMaxHeadSize] = {};
 
 struct KeyBlock {
     int begin, count;

@@ -25,6 +25,7 @@ void copy_row(KvType type, const char* row, int size, uint16_t* to) {
         case KvType::f16: return copy_row<KvType::f16>(row, size, to);
         case KvType::q8_0: return copy_row<KvType::q8_0>(row, size, to);
         case KvType::q4_0: return copy_row<KvType::q4_0>(row, size, to);
+        case KvType::f32: return copy_row<KvType::f32>(row, size, to);
     }
 }
 

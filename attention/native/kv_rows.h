@@ -42,6 +42,15 @@ template <> struct Rows<KvType::f16> {
     }
 };
 
+template <> struct Rows<KvType::f32> {
+    static size_t num_bytes(int size) { return size_t(size) * 4; }
+    static Floats load(const char* row, int channel) {
+        Floats floats;
+        std::memcpy(&floats, row + 4 * size_t(channel), sizeof floats);
+        return floats;
+    }
+};
+
 // ggml's q8_0: a half-precision scale, then 32 signed bytes.
 template <> struct Rows<KvType::q8_0> {
     static size_t num_bytes(int size) { return size_t(size) / kQuantisedBlock * 34; }

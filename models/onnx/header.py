@@ -9,6 +9,8 @@ from pathlib import Path
 from lowtide.models.errors import BadModelFile, UnsupportedModel
 from lowtide.models.onnx.attention_form import attention_form
 from lowtide.models.onnx.config import OnnxConfig, read_config, read_json
+from lowtide.models.onnx.cut.attention_node import NotCut
+from lowtide.models.onnx.cut.pieces import Cut, cut_graph
 from lowtide.models.onnx.graph import OnnxGraph, Port, read_graph
 from lowtide.models.onnx.products import Products
 from lowtide.models.onnx.spec import ENGINE, KV_TYPES, GraphPorts, LayerPorts, OnnxSpec
@@ -79,7 +81,15 @@ def read_spec(path: Path) -> OnnxSpec:
         end_ids=frozenset(config.end_ids),
         tokenizer_path=tokenizer,
         special_texts=texts,
+        cut=_cut(graph, ports, config),
     )
+
+
+def _cut(graph: OnnxGraph, ports: GraphPorts, config: OnnxConfig) -> Cut | str:
+    try:
+        return cut_graph(graph, ports, config)
+    except NotCut as reason:
+        return str(reason)
 
 
 def _name(config: OnnxConfig) -> str:

@@ -5,17 +5,18 @@ Layout of a tensor: (1, heads, cells, head size), as graphs have it. Knows no bu
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from lowtide.models.onnx.kv_buffer import KvBuffer
 from lowtide.models.onnx.spec import OnnxSpec
+from lowtide.models.onnx.token_cache import TokenCache
 
 ELEMENT_BYTES = {"float32": 4, "float16": 2}
 
 
-class KvCache(ABC):
+class KvCache(TokenCache):
     """Keys and values of every layer."""
 
     def __init__(self, spec: OnnxSpec, context: int) -> None:
@@ -42,18 +43,6 @@ class KvCache(ABC):
     @abstractmethod
     def appended(self) -> None:
         """Take what the pass has written as the cache."""
-
-    @abstractmethod
-    def cut(self, num_tokens: int, kept: int) -> None:
-        """Forget the tokens from `kept` on, of `num_tokens`, and give their pages back."""
-
-    @abstractmethod
-    def rows(self, num_tokens: int) -> Iterator[memoryview]:
-        """Yield the bytes of the tokens in every tensor, head by head; they can be written."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Give everything back."""
 
 
 class SharedCache(KvCache):

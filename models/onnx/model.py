@@ -9,9 +9,9 @@ import mmap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lowtide.models.errors import ForwardError, ModelError, StateError, UnsupportedModel
-from lowtide.models.model import Model
-from lowtide.models.onnx.kv_cache import KvCache, made_cache
+from lowtide.models.errors import ForwardError, ModelError, UnsupportedModel
+from lowtide.models.onnx.cached_model import CachedModel
+from lowtide.models.onnx.kv_cache import made_cache
 from lowtide.models.onnx.libraries import onnx_library
 from lowtide.models.onnx.options import OnnxOptions, session_options
 from lowtide.models.onnx.spec import OnnxSpec
@@ -23,27 +23,23 @@ if TYPE_CHECKING:
 PROVIDER = "CPUExecutionProvider"
 
 
-class OnnxModel(Model):
+class OnnxModel(CachedModel):
     """One session and its cache.
 
     Raises `UnsupportedModel` where onnxruntime refuses the graph, with its own reason.
     """
-
-    copies_state = True
 
     def __init__(self, spec: OnnxSpec, options: OnnxOptions) -> None:
         self.spec = spec
         self.context = options.context
         self.max_rows = options.max_rows
         self._ports = spec.ports
-        self._num_tokens = 0
         self._session: Any = None
-        self._cache: KvCache | None = None
         self.tokenizer = OnnxTokenizer(spec)
         with options.stage("weights"):
             self._session = _session(spec, options)
         with options.stage("context"):
-            self._cache = made_cache(spec)(spec, options.context)
+            self._cache = self._bound = made_cache(spec)(spec, options.context)
             self._binding = self._session.io_binding()
             self._make_rows(options)
 
@@ -70,11 +66,6 @@ class OnnxModel(Model):
         assert isinstance(self.spec, OnnxSpec), "it is made with one"
         return self.spec
 
-    @property
-    def num_tokens(self) -> int:
-        """How many tokens are in the KV cache."""
-        return self._num_tokens
-
     def forward(self, token_ids: Sequence[int]) -> Logits:
         """Append the tokens in one run of the session and return the last row's logits."""
         import numpy as np
@@ -89,22 +80,10 @@ class OnnxModel(Model):
             raise ForwardError(
                 f"a forward pass over {num_rows} rows at {self._num_tokens} failed: {error}"
             ) from None
-        self._kv.appended()
+        self._bound.appended()
         self._num_tokens += num_rows
         last: Logits = logits[0, -1]
         return last if last.dtype == np.float32 else last.astype(np.float32)
-
-    def _checked_rows(self, token_ids: Sequence[int]) -> int:
-        num_rows, room = len(token_ids), self.context - self._num_tokens
-        if not 0 < num_rows <= min(self.max_rows, room):
-            raise ForwardError(
-                f"{num_rows} rows do not go in: 1 to {self.max_rows} a pass, room for {room} tokens"
-            )
-        num_logits = self.spec.vocabulary.num_tokens
-        outside = next((i for i in token_ids if not 0 <= i < num_logits), None)
-        if outside is not None:
-            raise ForwardError(f"token {outside} is not in the vocabulary of {num_logits}")
-        return num_rows
 
     def _bind(self, num_rows: int, logits: Any) -> None:
         start, end = self._num_tokens, self._num_tokens + num_rows
@@ -114,7 +93,7 @@ class OnnxModel(Model):
             self._bind_input(ports.attention_mask, self._mask[:, :end])
         if ports.position_ids is not None:
             self._bind_input(ports.position_ids, self._positions[:, start:end])
-        self._kv.bind(binding, start, num_rows)
+        self._bound.bind(binding, start, num_rows)
         address = logits.ctypes.data
         binding.bind_output(ports.logits, "cpu", 0, logits.dtype, list(logits.shape), address)
 
@@ -123,54 +102,10 @@ class OnnxModel(Model):
         address = values.ctypes.data
         self._binding.bind_input(name, "cpu", 0, values.dtype, list(values.shape), address)
 
-    @property
-    def _kv(self) -> KvCache:
-        assert self._cache is not None, "the model is closed"
-        return self._cache
-
-    def truncate(self, num_tokens: int) -> int:
-        """Forget the tokens from `num_tokens` on; their pages go back to the system."""
-        kept = max(min(num_tokens, self._num_tokens), 0)
-        if kept < self._num_tokens:
-            self._kv.cut(self._num_tokens, kept)
-        self._num_tokens = kept
-        return kept
-
-    def trim(self) -> None:
-        """Give back the pages that hold no token."""
-        self._kv.cut(self._num_tokens, self._num_tokens)
-
-    def state_bytes(self) -> int:
-        """Return the bytes of the cells that hold tokens."""
-        return sum(row.nbytes for row in self._kv.rows(self._num_tokens))
-
-    def copy_state(self, into: memoryview) -> None:
-        """Copy the cells that hold tokens, head by head."""
-        if len(into) != self.state_bytes():
-            raise StateError(f"{len(into)} bytes are given, {self.state_bytes()} are wanted")
-        position = 0
-        for row in self._kv.rows(self._num_tokens):
-            into[position : position + row.nbytes] = row
-            position += row.nbytes
-
-    def put_state(self, state: memoryview, num_tokens: int) -> None:
-        """Put the cells back; those that hold no token stay untouched."""
-        self.truncate(0)
-        rows = list(self._kv.rows(num_tokens)) if 0 <= num_tokens <= self.context else []
-        if sum(row.nbytes for row in rows) != len(state):
-            raise StateError(f"the state has {len(state)} bytes, which is not {num_tokens} tokens'")
-        position = 0
-        for row in rows:
-            row[:] = state[position : position + row.nbytes]
-            position += row.nbytes
-        self._num_tokens = num_tokens
-
     def close(self) -> None:
         """Free the session and the cache."""
         self._binding = self._session = None
-        if self._cache is not None:
-            self._cache.close()
-            self._cache = None
+        super().close()
 
 
 def _session(spec: OnnxSpec, options: OnnxOptions) -> Any:

@@ -23,6 +23,7 @@ from lowtide.attention.selection_rule import SelectionRule
 from lowtide.models.errors import BadOption, LowtideError
 
 SETS = usable_kernel_sets()
+FLOATS = {"f16": np.float16, "f32": np.float32}
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ def inputs_of(case: Case, kv_type: str = "f16", seed: int = 0, hidden: float = 0
     stored, meant = [], []
     for _ in range(2):
         values = random.standard_normal(shape, dtype=np.float32)
-        if kv_type == "f16":
-            stored.append(values.astype(np.float16))
+        if kv_type in FLOATS:
+            stored.append(values.astype(FLOATS[kv_type]))
             meant.append(stored[-1].astype(np.float64))
         else:
             packed, means = (quantise_q8_0 if kv_type == "q8_0" else quantise_q4_0)(values)
@@ -115,11 +116,11 @@ POLICIES = ["dense", "tidal"]
 
 
 @pytest.mark.parametrize("kernels", SETS)
-@pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("kv_type", ["f16", "f32", "q8_0", "q4_0"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_against_the_reference(policy: str, case: Case, kv_type: str, kernels: str) -> None:
-    if kv_type != "f16" and case.size % 32:
+    if kv_type not in FLOATS and case.size % 32:
         pytest.skip("blocks of 32 do not divide this head size: llama.cpp makes no such cache")
     inputs = inputs_of(case, kv_type)
     cells = None

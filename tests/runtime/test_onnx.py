@@ -129,8 +129,8 @@ def test_the_lower_bound_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attention": "dense"}, "runs whole with its own GroupQueryAttention"),
-        ({"attention": "tidal"}, "leave attention out"),
+        ({"attention": "delta"}, "for which there are dense and tidal"),
+        ({"attention": "gem"}, "for which there are dense and tidal"),
         ({"pack": True}, "pack is for models that llama.cpp runs"),
         ({"speculate": "ngram"}, "speculate is for models that llama.cpp runs"),
         ({"kv_type": "q8_0"}, "the graph of tiny keeps f32"),

@@ -46,11 +46,15 @@ def write_decoder(
     bits: int | None = None,
     accuracy_level: int = 4,
     chat_template: str | None = None,
+    attributes: dict[str, object] | None = None,
 ) -> Path:
-    """Write a folder as exporters do: graph, weights, configuration and tokenizer."""
+    """Write a folder as exporters do: graph, weights, configuration and tokenizer.
+
+    `attributes` of attention are interleaved, window, softcap and scale, where the form has them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shape = shape or Shape()
-    model = _model(form, shape, np.dtype(element))
+    model = _model(form, shape, np.dtype(element), _attributes(attributes or {}))
     if bits is not None:
         model = _quantised(model, bits, accuracy_level)
     onnx.save_model(
@@ -80,7 +84,17 @@ def _quantised(model: onnx.ModelProto, bits: int, accuracy_level: int) -> onnx.M
     return made
 
 
-def _model(form: str, shape: Shape, element: np.dtype) -> onnx.ModelProto:
+def _attributes(wanted: dict[str, object]) -> dict[str, object]:
+    names = {"interleaved": "rotary_interleaved", "window": "local_window_size"}
+    return {
+        names.get(name, name): int(value) if name in names else value  # type: ignore[call-overload]
+        for name, value in wanted.items()
+    }
+
+
+def _model(
+    form: str, shape: Shape, element: np.dtype, attributes: dict[str, object]
+) -> onnx.ModelProto:
     graph, random = _Graph(element), np.random.default_rng(11)
     width, head_size = shape.width, shape.head_size
     kv_width = shape.kv_heads * head_size
@@ -108,7 +122,7 @@ def _model(form: str, shape: Shape, element: np.dtype) -> onnx.ModelProto:
         else:
             packed = np.concatenate([graph.weights.pop(matrices[n]) for n in "qkv"], axis=1)
             projected = [graph.add("MatMul", x, graph.keep(f"l{layer}.qkv", packed, np.float32))]
-        attended, present = _attention(graph, form, shape, layer, projected, positions)
+        attended, present = _attention(graph, form, shape, layer, projected, positions, attributes)
         outputs += present
         mixed = graph.add("MatMul", attended, matrix(f"l{layer}.out", width, width))
         hidden = graph.add("Add", hidden, mixed)
@@ -155,10 +169,11 @@ def _attention(
     layer: int,
     projected: list[str],
     positions: dict[str, str],
+    attributes: dict[str, object],
 ) -> tuple[str, list[str]]:
     past = [f"past_key_values.{layer}.{n}" for n in ("key", "value")]
     present = [f"present.{layer}.{n}" for n in ("key", "value")]
-    heads = {"num_heads": shape.heads, "kv_num_heads": shape.kv_heads}
+    heads = {"num_heads": shape.heads, "kv_num_heads": shape.kv_heads, **attributes}
     if form.startswith("gqa"):
         inside = form != "gqa rotary outside"
         if not inside:
@@ -184,7 +199,12 @@ def _attention(
         inputs = [q, k, v, "", "", positions["bias"], *past]
         graph.nodes.append(
             helper.make_node(
-                "MultiHeadAttention", inputs, made, domain=MICROSOFT, num_heads=shape.heads
+                "MultiHeadAttention",
+                inputs,
+                made,
+                domain=MICROSOFT,
+                num_heads=shape.heads,
+                **attributes,
             )
         )
         return made[0], present
@@ -196,6 +216,7 @@ def _attention(
                 made,
                 q_num_heads=shape.heads,
                 kv_num_heads=shape.kv_heads,
+                **attributes,
             )
         )
         return made[0], present

@@ -1,0 +1,25 @@
+"""KernelHost: where our kernels run, in llama.cpp's graph or between an ONNX graph's pieces."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from lowtide.attention.selection_rule import SelectionRule
+
+
+class KernelHost(Protocol):
+    """What dense and tidal attention set of it, between passes."""
+
+    @property
+    def kernels(self) -> str:
+        """The instruction set in use."""
+
+    @property
+    def can_round(self) -> bool:
+        """Whether these kernels can multiply in bfloat16."""
+
+    def set_roles(self, roles: bytes, rule: SelectionRule) -> None:
+        """Set what each layer does in a sparse pass (`LayerRole`)."""
+
+    def start_pass(self, *, sparse: bool, refresh: bool = True, rounded: bool = False) -> None:
+        """Say whether the passes from now on are sparse, whether they choose anew, and are rounded."""

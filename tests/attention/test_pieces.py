@@ -1,0 +1,215 @@
+"""A graph that is cut answers as onnxruntime answers for it whole, with our kernels between the pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx_decoders import FORMS, Shape, write_decoder
+
+from lowtide.attention.dense import Dense
+from lowtide.attention.pieces import PieceAttention
+from lowtide.attention.tidal import Tidal
+from lowtide.models.errors import ForwardError, StateError, UnsupportedModel
+from lowtide.models.header import read_spec
+from lowtide.models.onnx.cut.model import CutModel
+from lowtide.models.onnx.model import OnnxModel
+from lowtide.models.onnx.options import OnnxOptions
+from lowtide.models.onnx.spec import OnnxSpec
+
+IDS = [int(i) for i in np.random.default_rng(3).integers(0, 320, 90)]
+CUT_FORMS = [form for form in FORMS if form != "decomposed"]
+PARTS = (64, 66, 67, 68, 90)
+
+
+def opened(
+    folder: Path, attention: PieceAttention | None, *, context: int = 512, kv_type: str = "f32"
+) -> OnnxModel | CutModel:
+    spec = read_spec(folder)
+    assert isinstance(spec, OnnxSpec)
+    options = OnnxOptions(context=context, max_rows=64, threads=1, kv_type=kv_type)
+    if attention is None:
+        return OnnxModel(spec, options)
+    return CutModel(spec, options, attention)
+
+
+@pytest.fixture
+def attention() -> Iterator[PieceAttention]:
+    made = PieceAttention(2)
+    yield made
+    made.close()
+
+
+def passes(model: OnnxModel | CutModel) -> list[np.ndarray]:
+    starts = (0, *PARTS[:-1])
+    return [model.forward(IDS[start:end]).copy() for start, end in zip(starts, PARTS, strict=True)]
+
+
+def shape_of(form: str, **changes: object) -> Shape:
+    return Shape(**{"kv_heads": 4 if form == "mha" else 2, **changes})  # type: ignore[arg-type]
+
+
+CASES = [
+    *((form, {}) for form in CUT_FORMS),
+    ("gqa", {"interleaved": True}),
+    ("gqa packed", {"interleaved": True}),
+    ("gqa", {"window": 20}),
+    ("gqa", {"softcap": 2.0, "scale": 0.4}),
+    ("standard", {"softcap": 2.0, "scale": 0.4}),
+    ("mha", {"scale": 0.4}),
+    ("gqa", {"layers": 5}),
+]
+
+
+@pytest.mark.parametrize(("form", "changes"), CASES, ids=str)
+def test_pieces_answer_as_the_whole(
+    tmp_path: Path, attention: PieceAttention, form: str, changes: dict[str, object]
+) -> None:
+    shape = shape_of(form, **{k: v for k, v in changes.items() if k == "layers"})
+    attributes = {k: v for k, v in changes.items() if k != "layers"}
+    folder = write_decoder(tmp_path / "tiny", form, shape, attributes=attributes)
+    with opened(folder, None) as whole, opened(folder, attention) as cut:
+        for wanted, found in zip(passes(whole), passes(cut), strict=True):
+            assert np.abs(wanted).max() > 1
+            np.testing.assert_allclose(found, wanted, atol=1e-5)
+    plain = write_decoder(tmp_path / "plain", form, shape)
+    if attributes:  # they change what is answered
+        with opened(plain, None) as other:
+            assert np.abs(passes(other)[-1] - wanted).max() > 1e-3
+
+
+def test_half_precision(tmp_path: Path, attention: PieceAttention) -> None:
+    folder = write_decoder(tmp_path / "tiny", "gqa packed", shape_of("gqa"), element="float16")
+    with opened(folder, None) as whole, opened(folder, attention, kv_type="f16") as cut:
+        for wanted, found in zip(passes(whole), passes(cut), strict=True):
+            np.testing.assert_allclose(found, wanted, atol=0.01)
+
+
+def test_a_cache_of_halves(tmp_path: Path, attention: PieceAttention) -> None:
+    folder = write_decoder(tmp_path / "tiny", "gqa", shape_of("gqa"))
+    with opened(folder, None) as whole, opened(folder, attention, kv_type="f16") as cut:
+        np.testing.assert_allclose(passes(cut)[-1], passes(whole)[-1], atol=0.01)
+
+
+def test_weights_inside_the_file_and_quantised_ones(
+    tmp_path: Path, attention: PieceAttention
+) -> None:
+    for name, changes in (("in", {"external": False}), ("bits", {"bits": 4})):
+        folder = write_decoder(tmp_path / name, "gqa", shape_of("gqa"), **changes)  # type: ignore[arg-type]
+        with opened(folder, None) as whole, opened(folder, attention) as cut:
+            np.testing.assert_allclose(passes(cut)[-1], passes(whole)[-1], atol=1e-4)
+
+
+@pytest.fixture(params=CUT_FORMS)
+def model(
+    request: pytest.FixtureRequest, tmp_path: Path, attention: PieceAttention
+) -> Iterator[CutModel]:
+    folder = write_decoder(tmp_path / "tiny", request.param, shape_of(request.param))
+    with opened(folder, attention) as made:
+        assert isinstance(made, CutModel)
+        yield made
+
+
+def test_going_back_equals_never_having_been_there(model: CutModel) -> None:
+    model.forward(IDS[:40])
+    wanted = model.forward(IDS[40:80]).copy()
+    assert model.num_tokens == 80
+    for kept in (40, 17, 0):
+        model.forward(IDS[80:])
+        assert model.truncate(kept) == kept == model.num_tokens
+        if kept < 40:
+            model.forward(IDS[kept:40])
+        found = model.forward(IDS[40:80])
+        if kept in (40, 0):  # the same passes
+            assert np.array_equal(found, wanted)
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert model.truncate(500) == 80
+
+
+def test_a_copied_state_comes_back(model: CutModel) -> None:
+    model.forward(IDS[:50])
+    state = memoryview(bytearray(model.state_bytes()))
+    model.copy_state(state)
+    wanted = model.forward(IDS[50:60]).copy()
+    model.truncate(0)
+    model.forward(IDS[30:60])
+    model.put_state(state, 50)
+    assert np.array_equal(model.forward(IDS[50:60]), wanted)
+    with pytest.raises(StateError, match="which is not 49 tokens'"):
+        model.put_state(state, 49)
+
+
+def test_rows_that_do_not_go_in_change_nothing(model: CutModel) -> None:
+    model.forward(IDS[:10])
+    wanted = model.forward(IDS[10:12]).copy()
+    model.truncate(10)
+    for rows in ([], IDS[:65], [320], [-1]):
+        with pytest.raises(ForwardError):
+            model.forward(rows)
+    assert np.array_equal(model.forward(IDS[10:12]), wanted)
+
+
+def test_threads_change_no_bit_of_attention(tmp_path: Path) -> None:
+    folder = write_decoder(tmp_path / "tiny", "gqa", shape_of("gqa"))
+    found = []
+    for threads in (1, 3):
+        attention = PieceAttention(threads)
+        with opened(folder, attention) as cut:
+            found.append(passes(cut))
+        attention.close()
+    for one, other in zip(*found, strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_tidal_between_the_pieces(tmp_path: Path, attention: PieceAttention) -> None:
+    shape = shape_of("gqa", layers=4)
+    folder = write_decoder(tmp_path / "tiny", "gqa", shape)
+    found, shares = [], []
+    with opened(folder, attention) as cut:
+        for k in (None, 500, 40):
+            policy = Dense() if k is None else Tidal(k=k, selection_layers=(1,), recent=8)
+            steering = policy.install(attention, cut.spec)
+            cut.truncate(0)
+            steering.before_prompt()
+            cut.forward(IDS[:64])
+            before = attention.counts()
+            for token_id in IDS[64:80]:
+                steering.before_decode()
+                logits = cut.forward([token_id]).copy()
+            after = attention.counts()
+            found.append(logits)
+            shares.append(
+                (after.keys_read - before.keys_read) / (after.keys_held - before.keys_held)
+            )
+    assert np.array_equal(found[0], found[1]) and shares[:2] == [1, 1]
+    # Layers 0 and 1 read everything, 2 and 3 read 40 keys of 65 to 80.
+    assert shares[2] == pytest.approx((2 + 2 * 40 / 72.5) / 4, abs=1e-3)
+    assert 1e-4 < np.abs(found[2] - found[0]).max() < 2
+
+
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [
+        ("decomposed", "has decomposed attention"),
+    ],
+)
+def test_what_is_not_cut_says_why(
+    tmp_path: Path, attention: PieceAttention, form: str, reason: str
+) -> None:
+    folder = write_decoder(tmp_path / "tiny", form)
+    with pytest.raises(UnsupportedModel, match=f"runs whole, as its graph {reason}"):
+        opened(folder, attention)
+
+
+def test_a_whole_graph_runs_beside(tmp_path: Path, attention: PieceAttention) -> None:
+    folder = write_decoder(tmp_path / "tiny", "gqa", shape_of("gqa"))
+    with opened(folder, attention) as cut, opened(folder, None) as whole:
+        np.testing.assert_allclose(cut.forward(IDS[:5]), whole.forward(IDS[:5]), atol=1e-5)
+
+
+def test_closing_twice(tmp_path: Path, attention: PieceAttention) -> None:
+    made = opened(write_decoder(tmp_path / "tiny"), attention)
+    made.close()
+    made.close()

@@ -1,0 +1,101 @@
+"""ONNX folders with our attention between the pieces: planned, answered, and never over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from onnx_decoders import Shape, write_decoder
+from processes import run_lowtide
+
+from lowtide import Runtime
+from lowtide.models.errors import BadOption
+from lowtide.models.fake_model import CHAT_TEMPLATE
+
+BIG = Shape(
+    layers=4, width=384, heads=6, kv_heads=2, feed_forward=1024, vocabulary=4096, context=2048
+)
+WIDE = Shape(
+    layers=2, width=768, heads=12, kv_heads=4, feed_forward=2048, vocabulary=4096, context=2048
+)
+DEEP = Shape(layers=24, width=64, heads=4, kv_heads=2, context=2048)
+MANY_HEADS = Shape(layers=4, width=384, heads=6, kv_heads=6, feed_forward=1024, context=2048)
+TEXT = "The tide goes out. " * 60
+GREEDY = {"max_tokens": 12, "temperature": 0}
+
+
+@pytest.mark.parametrize("form", ["gqa", "gqa packed", "gqa rotary outside", "standard"])
+def test_the_same_tokens_as_the_whole_graph(tmp_path: Path, form: str) -> None:
+    folder = write_decoder(tmp_path / "tiny", form, Shape(kv_heads=2), chat_template=CHAT_TEMPLATE)
+    found = []
+    for attention in ("llama", "dense"):
+        with Runtime.open(folder, memory="2GiB", threads=1, attention=attention) as runtime:
+            result = runtime.generate(TEXT[:200], **GREEDY)
+            found.append(result.token_ids)
+            again = runtime.generate(TEXT[:150], **GREEDY)
+            assert again.stats.reused_tokens > 100
+            runtime.trim("complete")
+            assert runtime.generate(TEXT[:200], **GREEDY).token_ids == result.token_ids
+    assert found[0] == found[1] and len(found[0]) == 12
+    assert result.stats.attention == "dense" and result.stats.layers_ours == 2
+
+
+def test_tidal_runs_and_with_room_for_all_keys_answers_as_dense(tmp_path: Path) -> None:
+    folder = write_decoder(tmp_path / "tiny", "gqa", Shape(layers=4, kv_heads=2))
+    found = []
+    for attention in ("dense", "tidal:k=512,layers=1", "tidal:k=80,layers=1"):
+        with Runtime.open(folder, memory="2GiB", threads=1, attention=attention) as runtime:
+            result = runtime.generate(TEXT[:400], **GREEDY)
+            found.append(result.token_ids)
+    assert found[0] == found[1] and len(found[2]) == 12
+    assert result.stats.attention.startswith("tidal, k 80")
+
+
+CASES: list[tuple[str, Shape, dict[str, Any]]] = [
+    ("gqa", BIG, {}),
+    ("mha", MANY_HEADS, {}),
+    ("standard", BIG, {}),
+    ("gqa packed", WIDE, {"bits": 4}),
+    ("gqa", WIDE, {"element": "float16"}),
+    ("gqa", DEEP, {"external": False}),
+]
+
+
+@pytest.mark.parametrize(("form", "shape", "weights"), CASES, ids=str)
+def test_never_over_its_plan(
+    tmp_path: Path, form: str, shape: Shape, weights: dict[str, Any]
+) -> None:
+    folder = write_decoder(tmp_path / "big", form, shape, **weights)
+    prompt = TEXT.encode()
+    done = run_lowtide(
+        *("run", str(folder), "--raw", "--json", "-n", "8", "--temp", "0", "-t", "1"),
+        *("--attention", "dense"),
+        stdin=prompt,
+    )
+    assert done.code == 0, done.stderr
+    stats = json.loads(done.stdout)["stats"]
+    assert stats["prompt_tokens"] == len(prompt)
+    assert done.peak_bytes <= stats["planned_bytes"]
+
+
+def test_the_lower_bound_runs(tmp_path: Path) -> None:
+    folder = write_decoder(tmp_path / "big", "gqa", BIG)
+    words = ("--attention", "dense", "-t", "1", "--memory")
+    asked = run_lowtide("plan", str(folder), *words, "60MiB", "--json")
+    bound = json.loads(asked.stdout)["lower_bound_bytes"]
+    done = run_lowtide(
+        *("run", str(folder), "--raw", "-n", "4", *words, str(bound)), stdin=TEXT[:400].encode()
+    )
+    assert done.code == 0, done.stderr
+    assert done.peak_bytes <= bound
+
+
+def test_a_graph_that_is_not_cut_says_so(tmp_path: Path) -> None:
+    folder = write_decoder(tmp_path / "tiny", "decomposed")
+    with pytest.raises(BadOption, match="runs whole .* as it has decomposed attention: leave"):
+        Runtime.open(folder, memory="2GiB", attention="dense")
+    folder = write_decoder(tmp_path / "inside", "gqa", BIG, external=False)
+    with pytest.raises(BadOption, match="keeps its weights inside the .onnx file"):
+        Runtime.open(folder, memory="2GiB", attention="dense")
