@@ -13,11 +13,13 @@ from lowtide.attention.abort_guard import guarded_aborts
 from lowtide.attention.graph_hook import GraphHook
 from lowtide.attention.unpopulated_maps import unpopulated_maps
 from lowtide.attention.weight_stream import keep_spans_apart, mapped_spans
+from lowtide.memory.device import read_machine
 from lowtide.memory.file_maps import FileMap, give_back, read_file_maps
 from lowtide.memory.first_pass import FirstPass
 from lowtide.memory.footprint import kv_cells, kv_row_bytes, widest_product
 from lowtide.memory.kv_pages import KvPages
 from lowtide.memory.owners import FIRST_PASS
+from lowtide.memory.page_cache import hold_in_large_pieces
 from lowtide.memory.releaser import Releaser
 from lowtide.memory.untouched_buffers import UntouchedBuffer, untouched_buffers
 from lowtide.models.gguf_model import GgufModel
@@ -41,6 +43,8 @@ def load_gguf(
     Adds to `releasers` what can be given back of the model's memory.
     """
     plan, options = planned.plan, _options(planned, hook, profiler)
+    if plan.kept_layers is not None:
+        hold_in_large_pieces(planned.spec.paths, read_machine().available_bytes)
     with guarded_aborts(), untouched_buffers() as buffers, _new_maps(planned) as maps:
         model = GgufModel(planned.spec, options)
     if plan.kept_layers is not None and hook is not None:
