@@ -8,6 +8,7 @@ formulas of `memory.footprint` stand in.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import platform
 import sys
 from collections.abc import Iterator
@@ -138,5 +139,6 @@ def _load_what_answers_need(spec: ModelSpec) -> None:
     sampler = Sampler(GenerationOptions(top_p=0.9, min_p=0.1, repeat_penalty=1.1))
     logits = np.linspace(0, 1, SAMPLED_TOKENS, dtype=np.float32)
     sampler.choose(logits, (1, 2))
+    hashlib.sha256(bytes(SAMPLED_TOKENS)).digest()  # as of a session's file
     with contextlib.suppress(TemplateError):
         ChatTemplate(spec.chat_template, {})
