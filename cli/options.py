@@ -176,14 +176,9 @@ def take_open_options(options: dict[str, Any]) -> OpenOptions:
 
 
 def plan_with(spec: ModelSpec, options: OpenOptions) -> PlannedModel:
-    """Plan, and say what is odd about the budget.
-
-    The process is a command's own, so that what loading its libraries has left is let go of before.
-    """
-    from lowtide.memory.loaded_code import give_back_read_while_loaded
+    """Plan, and say what is odd about the budget."""
     from lowtide.runtime.planning import plan_spec
 
-    give_back_read_while_loaded()
     planned = plan_spec(spec, options)
     if planned.plan.budget.warning:
         click.echo(f"Warning: {planned.plan.budget.warning}", err=True)

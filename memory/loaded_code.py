@@ -62,7 +62,7 @@ def give_back_read_while_loaded(smaps: Path = SMAPS) -> None:
     """Let go of pages of the libraries that `READ_WHILE_LOADED` names; what is wanted of them comes again.
 
     Only of code and tables that nobody may write to and that are still the file's: others, such as tables
-    with addresses in them, would be lost. For a process that is ours: in another's the pages may be in use.
+    with addresses in them, would be lost. For a small process: a larger one may be using such pages.
     """
     with contextlib.suppress(OSError, ValueError):
         for begin, num_bytes in list(_unwritten_areas(smaps, READ_WHILE_LOADED)):

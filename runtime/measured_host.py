@@ -20,7 +20,7 @@ from lowtide.memory import footprint
 from lowtide.memory.budget import Budget
 from lowtide.memory.context_sizes import ContextSizes, FormulaSizes
 from lowtide.memory.heap import trim_heap
-from lowtide.memory.loaded_code import read_in
+from lowtide.memory.loaded_code import give_back_read_while_loaded, read_in
 from lowtide.memory.meter import read_process_memory
 from lowtide.memory.plan import Host
 from lowtide.memory.units import MIB
@@ -134,6 +134,8 @@ def _load_what_answers_need(spec: ModelSpec) -> None:
     from lowtide.runtime import runtime  # noqa: F401
     from lowtide.runtime.sampling import Sampler
 
+    if read_process_memory().resident_bytes < footprint.INTERPRETER_BYTES:  # nobody's but ours
+        give_back_read_while_loaded()
     native_library()
     read_in(llama_library().address("ggml_get_type_traits_cpu"))
     sampler = Sampler(GenerationOptions(top_p=0.9, min_p=0.1, repeat_penalty=1.1))
