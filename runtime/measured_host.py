@@ -8,6 +8,7 @@ formulas of `memory.footprint` stand in.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import platform
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from lowtide.memory import footprint
 from lowtide.memory.budget import Budget
 from lowtide.memory.context_sizes import ContextSizes, FormulaSizes
 from lowtide.memory.heap import trim_heap
-from lowtide.memory.loaded_code import read_in
+from lowtide.memory.loaded_code import give_back_read_while_loaded, read_in
 from lowtide.memory.meter import read_process_memory
 from lowtide.memory.plan import Host
 from lowtide.memory.units import MIB
@@ -133,10 +134,13 @@ def _load_what_answers_need(spec: ModelSpec) -> None:
     from lowtide.runtime import runtime  # noqa: F401
     from lowtide.runtime.sampling import Sampler
 
+    if read_process_memory().resident_bytes < footprint.INTERPRETER_BYTES:  # nobody's but ours
+        give_back_read_while_loaded()
     native_library()
     read_in(llama_library().address("ggml_get_type_traits_cpu"))
     sampler = Sampler(GenerationOptions(top_p=0.9, min_p=0.1, repeat_penalty=1.1))
     logits = np.linspace(0, 1, SAMPLED_TOKENS, dtype=np.float32)
     sampler.choose(logits, (1, 2))
+    hashlib.sha256(bytes(SAMPLED_TOKENS)).digest()  # as of a session's file
     with contextlib.suppress(TemplateError):
         ChatTemplate(spec.chat_template, {})

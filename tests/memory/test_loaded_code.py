@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import sys
 from pathlib import Path
 
 import pytest
+from processes import run_python
 
 from lowtide.memory.file_maps import read_file_maps
-from lowtide.memory.loaded_code import library_of, read_in
+from lowtide.memory.loaded_code import _unwritten_areas, library_of, read_in
 from lowtide.memory.meter import read_process_memory
 from lowtide.memory.pages import give_back
 from lowtide.models.llama_library import llama_library
@@ -38,3 +40,52 @@ def test_a_library_that_was_let_go_is_read_in_again() -> None:
     before = read_process_memory().file_bytes
     read_in(address)
     assert read_process_memory().file_bytes - before >= 0.9 * begin.num_bytes
+
+
+_GIVE_BACK = """
+import hashlib, json
+import numpy as np
+from lowtide.memory.loaded_code import give_back_read_while_loaded
+from lowtide.memory.meter import read_process_memory
+before = read_process_memory()
+give_back_read_while_loaded()
+after = read_process_memory()
+told = hashlib.sha256(b"tide").hexdigest(), np.linalg.solve(np.eye(3) * 2, np.ones(3)).tolist()
+anonymous_bytes = before.anonymous_bytes - after.anonymous_bytes
+print(json.dumps([before.file_bytes - after.file_bytes, anonymous_bytes, told]))
+"""
+TIDE = "8a28929ac7f9a17e97a421ac2cd63ac73568ebe87bc0cee641a193d91c761577"
+
+
+def test_what_was_read_while_a_library_was_loaded_goes_back_and_the_library_works() -> None:
+    done = run_python(_GIVE_BACK)
+    assert done.code == 0, done.stderr
+    file_bytes, anonymous_bytes, told = json.loads(done.stdout)
+    # Which libraries there are differs from build to build; that nothing written is lost does not.
+    assert file_bytes >= 0 and abs(anonymous_bytes) < 1 << 18
+    assert told == [TIDE, [0.5] * 3]
+
+
+_SMAPS = b"""\
+10000-30000 r--p 00000000 fe:00 11   /usr/lib/libcrypto.so.3
+Rss:                 128 kB
+Anonymous:             0 kB
+30000-50000 r-xp 00020000 fe:00 11   /usr/lib/libcrypto.so.3
+Rss:                 128 kB
+Anonymous:             4 kB
+50000-60000 rw-p 00040000 fe:00 11   /usr/lib/libcrypto.so.3
+Anonymous:             0 kB
+60000-70000 r-xp 00000000 fe:00 12   /usr/lib/libcryptography/libm.so.6
+Anonymous:             0 kB
+70000-80000 r-xp 00000000 00:00 0
+Anonymous:             0 kB
+80000-a0000 r-xp 00000000 fe:00 13   /a b/numpy.libs/libscipy_openblas64_-32a4.so
+Anonymous:             0 kB
+"""
+
+
+def test_only_what_nobody_wrote_to_is_let_go(tmp_path: Path) -> None:
+    smaps = tmp_path / "smaps"
+    smaps.write_bytes(_SMAPS)
+    found = list(_unwritten_areas(smaps, (b"libcrypto", b"openblas")))
+    assert found == [(0x10000, 0x20000), (0x80000, 0x20000)]
