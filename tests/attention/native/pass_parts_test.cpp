@@ -3,6 +3,7 @@
 
 #include "pass_parts.h"
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -85,6 +86,21 @@ void run(Attend& attend, const AttentionProblem& p, const KernelSet& kernels, in
     on_threads(num_threads, [&](int thread) { attend.run(p, kernels, thread, num_threads); });
 }
 
+// All parts at once are what they are one after another, which is what they left.
+void check_many(Case& c, PassParts& parts, const KernelSet& kernels, int num_threads) {
+    if (!sees_something(c)) return;
+    const size_t num_out = size_t(c.p.num_rows) * c.p.num_heads * c.p.value_size;
+    const std::vector<float> before(c.out.get(), c.out.get() + num_out);
+    std::fill_n(c.out.get(), num_out, 7.0f);
+    Attend attend;
+    require(attend.reserve_many(c.p, num_threads), "there is no memory");
+    on_threads(num_threads, [&](int thread) {
+        if (parts.agree(c.p, 0, num_threads)) attend.run_many(parts.problems(), parts.num_parts(), kernels, thread, num_threads);
+    });
+    require(std::memcmp(before.data(), c.out.get(), sizeof(float) * num_out) == 0, "%s: %d parts at once are others", kernels.name,
+            parts.num_parts());
+}
+
 void check(Case& c, const KernelSet& kernels) {
     c.p.rounded = 0;
     const Sequences s = deal(c);
@@ -107,6 +123,7 @@ void check(Case& c, const KernelSet& kernels) {
         require(std::memcmp(part.out, expected.out.data(), row_bytes * part.num_rows) == 0, "%s: part %d of %d is not as it is alone",
                 kernels.name, i, parts.num_parts());
     }
+    check_many(c, parts, kernels, num_threads);
     parts.set(0, 0, nullptr, nullptr, nullptr);
     require(!parts.active(), "parts stay when there are none");
 }
