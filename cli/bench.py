@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from lowtide.runtime.bench import BenchCase
 
 DEFAULT_DEPTHS = (512, 4096)
+DEFAULT_ATTENTIONS = ("dense", "tidal")
 
 
 @click.command("bench")
@@ -26,7 +28,7 @@ DEFAULT_DEPTHS = (512, 4096)
     "--attention",
     "attentions",
     multiple=True,
-    default=("dense", "tidal"),
+    default=DEFAULT_ATTENTIONS,
     show_default=True,
     metavar="POLICY",
     help="A policy to measure; repeatable.",
@@ -38,6 +40,19 @@ DEFAULT_DEPTHS = (512, 4096)
     multiple=True,
     type=click.IntRange(min=16),
     help="Tokens in the cache; repeatable.  [default: 512 and 4,096]",
+)
+@click.option(
+    "--speculate",
+    "speculations",
+    multiple=True,
+    metavar="DRAFT",
+    help="Measure answers with such drafts against answers without, by kind of prompt; repeatable.",
+)
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="With --speculate: prompts, a JSON object a line with category and turns; 2 of each are taken.",
 )
 @click.option("--rounds", type=click.IntRange(1, 100), default=5, show_default=True)
 @click.option(
@@ -58,6 +73,8 @@ DEFAULT_DEPTHS = (512, 4096)
 def command(
     attentions: tuple[str, ...],
     depths: tuple[int, ...],
+    speculations: tuple[str, ...],
+    prompts: Path | None,
     rounds: int,
     tokens: int,
     as_json: bool,
@@ -67,8 +84,22 @@ def command(
     """Measure prompts and decoding at each depth against plain llama.cpp on the same file.
 
     All cases run interleaved, each in a process of its own; ratios are medians over the rounds, above 1
-    we are faster. Run it on an idle machine.
+    we are faster. Run it on an idle machine. With --speculate, greedy answers to prompts of several kinds
+    are timed against those of the same model without.
     """
+    if speculations:
+        from lowtide.cli.speculation_bench import measure_answers
+
+        if depths:
+            raise click.UsageError(
+                "--depth and --speculate are given: answers fill the cache themselves"
+            )
+        chosen = ("dense",) if attentions == DEFAULT_ATTENTIONS else attentions
+        return measure_answers(
+            chosen, speculations, prompts, rounds, tokens, options, as_json=as_json, enforce=enforce
+        )
+    if prompts is not None:
+        raise click.UsageError("--prompts is for --speculate: name a draft, or leave it out")
     from lowtide.attention.policies import parse_policy
     from lowtide.cli.summary import json_object, note
     from lowtide.models.errors import BadOption

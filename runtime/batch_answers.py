@@ -27,6 +27,7 @@ from lowtide.runtime.session import Session
 
 MOST_SEQUENCES = 256
 """llama.cpp knows no more in one cache."""
+CELLS_DIFFER = "llama.cpp keeps keys of this model in other cells than those of other models"
 OptionsOfAll = GenerationOptions | Sequence[GenerationOptions] | None
 
 
@@ -157,6 +158,8 @@ class BatchAnswers(ABC):
                     piece = next(pieces, None)
                 if piece is None:
                     return
+                if facts.batch is not None and room.cells_differ:
+                    facts.batch.update(identical=False, why_not_identical=CELLS_DIFFER)
                 yield piece
 
     def _end_batch(self) -> None:

@@ -31,6 +31,7 @@ class BatchRoom:
         self._session = session
         self._agree: dict[int, bool] = {}
         self._open: Sequences | None = None
+        self._refused_before = 0
 
     @contextlib.contextmanager
     def opened(self, plan: BatchPlan) -> Iterator[Sequences]:
@@ -45,6 +46,7 @@ class BatchRoom:
                 model = self._loaded.model
                 self._open = opened = model.open_sequences(plan.num_sequences, plan.num_cells)
             self._tell_hook(opened)
+            self._refused_before = self._num_refused()
             if plan.num_sequences not in self._agree:
                 self._loaded.steering.before_prompt()
                 self._agree[plan.num_sequences] = opened.rows_agree()
@@ -72,6 +74,15 @@ class BatchRoom:
     def rows_agree(self, num_sequences: int) -> bool:
         """Whether rows of so many sequences were found to be what each is alone, when they were opened."""
         return self._agree[num_sequences]
+
+    @property
+    def cells_differ(self) -> bool:
+        """Whether keys of the open sequences were found to lie elsewhere than they were taken to lie."""
+        return self._num_refused() > self._refused_before
+
+    def _num_refused(self) -> int:
+        hook = self._loaded.hook
+        return hook.parts_refused if hook is not None else 0
 
     def _reserve(self, plan: BatchPlan) -> None:
         ledger = self._loaded.ledger

@@ -70,10 +70,17 @@ class BenchFailed(LowtideError):
         self.exit_code = exit_code
 
 
-class _Process:
-    """A worker, in `group` where there is one; asked one thing at a time."""
+class CaseProcess:
+    """A worker, in `group` where there is one; asked one thing at a time, `opening` first."""
 
-    def __init__(self, path: str, options: dict[str, Any], group: ControlGroup | None) -> None:
+    def __init__(
+        self,
+        path: str,
+        options: dict[str, Any],
+        group: ControlGroup | None,
+        *,
+        opening: str = "open",
+    ) -> None:
         self._group = group
         self._process = subprocess.Popen(
             [sys.executable, "-c", STARTING],
@@ -85,12 +92,13 @@ class _Process:
             if group is not None:
                 group.admit(self._process.pid)
                 group.hold(limit_for(options["memory"]))
-            self.ask("open", path=path, options=options)
+            self.ask(opening, path=path, options=options)
         except BaseException:
             self.close()
             raise
 
     def ask(self, name: str, **values: Any) -> dict[str, Any]:
+        """Return the worker's answer; raises `BenchFailed` with its error, `KilledByLimit` where it was."""
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps({"do": name, **values}) + "\n")
@@ -115,6 +123,7 @@ class _Process:
         return BenchFailed("a case's process ended on its own: run lowtide doctor")
 
     def close(self) -> None:
+        """End the worker."""
         try:
             self._process.kill()
             self._process.communicate()
@@ -139,14 +148,14 @@ class Bench:
         enforced: bool = False,
     ) -> None:
         self._peer_name = _peer_name()
-        self._processes: dict[str, _Process] = {}
+        self._processes: dict[str, CaseProcess] = {}
         try:
             for number, attention in enumerate((PEER, *attentions)):
                 opened = {**options, "attention": attention}
                 if number == 0:
                     opened["pack"] = False
                 group = ControlGroup.make(number=number) if enforced else None
-                self._processes[attention] = _Process(str(spec.path), opened, group)
+                self._processes[attention] = CaseProcess(str(spec.path), opened, group)
         except BaseException:
             self._close()
             raise

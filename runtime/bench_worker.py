@@ -19,6 +19,7 @@ from lowtide.attention.quality import extend
 from lowtide.memory.meter import read_process_memory
 from lowtide.models.errors import LowtideError
 from lowtide.models.gguf_header import read_spec
+from lowtide.runtime.answer_worker import AnswerWorker
 from lowtide.runtime.errors import NotPacked
 from lowtide.runtime.loaded_model import LoadedModel
 from lowtide.runtime.planning import OpenOptions, plan_spec
@@ -68,15 +69,22 @@ class BenchWorker:
         }
 
 
+WORKERS: dict[str, type[BenchWorker] | type[AnswerWorker]] = {
+    "open": BenchWorker,
+    "open_answers": AnswerWorker,
+}
+"""What answers the others of a process's requests, by its first one."""
+
+
 def serve(first: str) -> None:
     """Answer the first line, and what follows on standard input until it ends."""
-    worker: BenchWorker | None = None
+    worker: BenchWorker | AnswerWorker | None = None
     for line in filter(None, chain((first,), sys.stdin)):
         request = json.loads(line)
         name = request.pop("do")
         try:
-            if name == "open":
-                worker = BenchWorker(**request)
+            if name in WORKERS:
+                worker = WORKERS[name](**request)
                 answer: dict[str, Any] = worker.facts()
             else:
                 method: Callable[..., dict[str, Any]] = getattr(worker, name)

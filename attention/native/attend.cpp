@@ -85,6 +85,31 @@ void Attend::run(const AttentionProblem& p, const KernelSet& kernels, int thread
     barrier_.wait(num_threads, [this] { next_item_ = 0; });  // the partials are used again by the next node
 }
 
+bool Attend::reserve_many(const AttentionProblem& p, int num_threads) {
+    AttentionProblem tile = p;
+    tile.num_rows = kTileRows;
+    return reserve(tile, num_threads);
+}
+
+// Each takes the problems' tiles as they are free: there is one wait for all of them.
+void Attend::run_many(const AttentionProblem* problems, int count, const KernelSet& kernels, int thread, int num_threads) {
+    if (thread < num_workers(num_threads)) {
+        const size_t tile_floats = size_t(kTileRows) * problems->group_size() * partial_floats(*problems);
+        float* scratch = scratch_.data() + kScratchFloats * thread;
+        float* partials = partials_.data() + 2 * tile_floats * thread;
+        int mine = next_item_++, item = 0;
+        for (const AttentionProblem* p = problems; p != problems + count; ++p)
+            for (int kv_head = 0; kv_head < p->num_kv_heads; ++kv_head)
+                for (int begin = 0; begin < p->num_rows; begin += kTileRows, ++item) {
+                    if (item != mine) continue;
+                    attend_tile(*p, kernels, kv_head, begin, std::min(begin + kTileRows, p->num_rows), scratch, partials,
+                                partials + tile_floats);
+                    mine = next_item_++;
+                }
+    }
+    barrier_.wait(num_threads, [this] { next_item_ = 0; });
+}
+
 void Attend::attend_split(const AttentionProblem& p, const KernelSet& kernels, int thread, int num_workers) {
     const int num_chunks = num_chunks_of(p), group = p.group_size(), floats = partial_floats(p);
     const size_t item_floats = size_t(p.num_rows) * group * floats;

@@ -17,6 +17,11 @@ public:
     // Threads beyond those reserved for only wait. Results do not depend on the number of threads.
     void run(const AttentionProblem& problem, const KernelSet& kernels, int thread, int num_threads);
 
+    // The same for several problems that differ in rows and keys alone; there is room for all of them once there is
+    // for one that has the most of both.
+    bool reserve_many(const AttentionProblem& problem, int num_threads);
+    void run_many(const AttentionProblem* problems, int count, const KernelSet& kernels, int thread, int num_threads);
+
     int num_workers(int num_threads) const { return num_threads < reserved_threads_ ? num_threads : reserved_threads_; }
     size_t scratch_bytes() const { return sizeof(float) * (scratch_.size() + partials_.size()); }
 

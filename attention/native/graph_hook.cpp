@@ -40,8 +40,13 @@ void attend_node(GgmlTensor* node, int thread, int num_threads, void* user_data)
         const AttentionProblem problem = problem_of(read, stream, layer);
         const int visible = thread == 0 && stream == 0 ? hook.visible.count(problem, index) : 0;
         if (hook.parts.active() && hook.parts.agree(problem, index, num_threads)) {
-            for (int i = 0; i < hook.parts.num_parts(); ++i)
-                hook.attend.run(hook.parts.problem(problem, i), index, *hook.kernels, thread, num_threads);
+            const int count = hook.parts.num_parts();
+            if (count * problem.num_kv_heads >= 2 * num_threads) {
+                hook.attend.run_many(hook.parts.problems(), count, *hook.kernels, thread, num_threads);
+            } else {  // too few to go round: their keys are shared out
+                for (int i = 0; i < count; ++i)
+                    hook.attend.run(hook.parts.problems()[i], index, *hook.kernels, thread, num_threads);
+            }
             keys_held += visible, keys_read += visible;
             continue;
         }
@@ -92,7 +97,9 @@ bool make_room(GraphHook& hook, const AttentionNode& read, int layer) {
     if (hook.prompt_scores.end_with(layer)) return read.num_streams() == 1 && hook.prompt_scores.reserve(read.problem(0), hook.num_threads);
     if (hook.parts.active() && read.num_streams() != 1) return false;
     for (int i = 0; i < hook.parts.num_parts(); ++i)
-        if (!hook.attend.reserve(hook.parts.problem(read.problem(0), i), layer, hook.num_threads)) return false;
+        if (!hook.attend.reserve(hook.parts.problem(read.problem(0), i), layer, hook.num_threads) ||
+            !hook.attend.reserve_many(read.problem(0), hook.num_threads))
+            return false;
     for (int stream = 0; stream < read.num_streams(); ++stream)
         if (!hook.attend.reserve(read.problem(stream), layer, hook.num_threads) ||
             !hook.delta.reserve(read.problem(stream), layer, stream, hook.num_threads))

@@ -18,6 +18,7 @@ void PassParts::set(int num_shared, int num_parts, const int32_t* num_rows, cons
     masks_.clear();
     parts_.clear();
     parts_.reserve(num_parts);
+    problems_.resize(num_parts);
     for (int i = 0, first_row = 0; i < num_parts; first_row += num_rows[i++]) {
         Part part{first_row, num_rows[i], std::vector<int32_t>(size_t(num_shared) + num_cells[i])};
         std::iota(part.cells.begin(), part.cells.begin() + num_shared, 0);
@@ -28,7 +29,7 @@ void PassParts::set(int num_shared, int num_parts, const int32_t* num_rows, cons
 }
 
 size_t PassParts::num_bytes() const {
-    size_t total = sizeof(Part) * parts_.capacity();
+    size_t total = sizeof(Part) * parts_.capacity() + sizeof(AttentionProblem) * problems_.capacity();
     for (const Part& part : parts_) total += sizeof(int32_t) * part.cells.capacity();
     return total;
 }
@@ -47,16 +48,20 @@ bool PassParts::agree(const AttentionProblem& whole, int layer, int num_threads)
     barrier_.wait(num_threads, [&] {
         if (layer <= last_layer_) masks_.clear();  // layers come in order: this is another pass
         last_layer_ = layer;
-        for (const auto& [mask, found] : masks_)
-            if (mask == whole.mask) {
-                agree_ = found;
-                return;
-            }
-        agree_ = compare(whole);
-        num_refused_ += !agree_;
-        if (masks_.size() < kMostMasks) masks_.emplace_back(whole.mask, agree_);
+        agree_ = find(whole);
+        for (int i = 0; agree_ && i < num_parts(); ++i) problems_[i] = problem(whole, i);
     });
     return agree_;
+}
+
+// All layers over one cache share one mask: it is looked at once in a pass.
+bool PassParts::find(const AttentionProblem& whole) {
+    for (const auto& [mask, found] : masks_)
+        if (mask == whole.mask) return found;
+    const bool found = compare(whole);
+    num_refused_ += !found;
+    if (masks_.size() < kMostMasks) masks_.emplace_back(whole.mask, found);
+    return found;
 }
 
 // Every key that a row sees must be one of its part's: as many in all as in the part.

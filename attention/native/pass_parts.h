@@ -26,8 +26,10 @@ public:
     // The problem of part i inside that of the whole pass.
     AttentionProblem problem(const AttentionProblem& whole, int i) const;
 
-    // Whether the parts say what the mask says; the same for all threads, which call it together.
+    // Whether the parts say what the mask says; the same for all threads, which call it together. The parts'
+    // problems are there then, until the next call.
     bool agree(const AttentionProblem& whole, int layer, int num_threads);
+    const AttentionProblem* problems() const { return problems_.data(); }
 
 private:
     struct Part {
@@ -35,8 +37,10 @@ private:
         std::vector<int32_t> cells;
     };
     bool compare(const AttentionProblem& whole) const;
+    bool find(const AttentionProblem& whole);
 
     std::vector<Part> parts_;
+    std::vector<AttentionProblem> problems_;
     std::vector<std::pair<const char*, bool>> masks_;  // of this pass, and what was found
     Barrier barrier_;
     int last_layer_ = -1;

@@ -30,6 +30,12 @@ public:
     // Returns the number of keys that were attended to.
     int run(AttentionProblem problem, int layer, const KernelSet& kernels, int thread, int num_threads);
 
+    // Several problems, densely.
+    bool reserve_many(const AttentionProblem& problem, int num_threads) { return attend_.reserve_many(problem, num_threads); }
+    void run_many(const AttentionProblem* problems, int count, const KernelSet& kernels, int thread, int num_threads) {
+        attend_.run_many(problems, count, kernels, thread, num_threads);
+    }
+
     // The set that a layer of this role made or used last.
     const KeySet* set_of(int layer) const;
 

@@ -1,7 +1,8 @@
 """Eight prompts with the same 1,000 tokens before them: together, and one run after another. End to end.
 
 Run with `make bench`. Runs in the same runtime find the 1,000 tokens in the cache; runs that are each their
-own read them again. Both are timed, from our own kernels and with packed weights, greedily, with the same answers.
+own read them again. Both are timed, with our own kernels and with packed weights, greedily: the answers are
+the same.
 """
 
 from __future__ import annotations

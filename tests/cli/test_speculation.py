@@ -104,3 +104,22 @@ def test_profile_and_chat_take_it_too(model: str, tmp_path: Path) -> None:
     assert "speculation" in rows
     chat = CliRunner().invoke(main, ["chat", model, *options], input="tide\n/exit\n")
     assert chat.exit_code == 0, chat.stderr
+
+
+def test_bench_measures_answers_by_kind(model: str, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"category": "copies", "turns": ["tide tide tide tide"]}\n')
+    base = ("bench", model, "--memory", "4GiB", "-t", "1", "--rounds", "1", "-n", "4")
+    base += ("--speculate", "ngram")
+    told = json.loads(invoke(*base, "--prompts", str(prompts), "--json").stdout)
+    (case,) = told["cases"]
+    assert (case["kind"], case["speculate"], case["attention"]) == ("copies", "ngram", "dense")
+    assert case["decode_ratio"] > 0 and case["same"] and case["identical"]
+    shown = invoke(*base, "--prompts", str(prompts)).stdout
+    assert "the same" in shown and "speculation is faster" in shown
+    deep = invoke(*base, "-d", "100")
+    assert deep.exit_code == 2 and "answers fill the cache themselves" in deep.stderr
+    two = invoke(*base, "--attention", "dense", "--attention", "llama")
+    assert two.exit_code == 2 and "name one" in two.stderr
+    alone = invoke("bench", model, "--prompts", str(prompts))
+    assert alone.exit_code == 2 and "--prompts is for --speculate" in alone.stderr

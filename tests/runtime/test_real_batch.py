@@ -114,6 +114,24 @@ def test_cells_that_are_not_as_told_are_noticed_and_all_keys_are_attended_to(
     assert np.allclose(found, expected, atol=1e-3)
 
 
+def test_answers_from_other_cells_than_told_are_not_called_identical(
+    dense: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook = dense._loaded.hook
+    assert hook is not None
+    told = hook.set_parts
+
+    def wrong(cells):  # type: ignore[no-untyped-def]
+        if cells is not None:
+            cells.own[0][-1] = 0 if cells.own[0][-1] else 1
+        told(cells)
+
+    monkeypatch.setattr(hook, "set_parts", wrong)
+    batch = dense.generate_batch(PROMPTS, max_tokens=3, temperature=0)[0].stats.batch
+    assert batch is not None and not batch["identical"]
+    assert "other cells" in batch["why_not_identical"]
+
+
 def test_what_cannot_be_promised_is_said(random_model: Path) -> None:
     with Runtime.open(random_model, memory="4GiB", context=512, threads=1) as runtime:
         before = runtime.generate("tide", max_tokens=4, temperature=0).token_ids

@@ -21,6 +21,7 @@ PROGRAMS = {
         *MULTIPLIERS,
         *"cpu_features find_products pack product quantised_rows unpack".split(),
     ],
+    "pass_parts": [*KERNELS, "pass_parts"],
     "prompt_scores": [*KERNELS, "prompt_scores"],
     "sliced_product": ["sliced_product", "weight_stream"],
     "unpopulated_maps": ["unpopulated_maps"],
