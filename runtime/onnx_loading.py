@@ -19,6 +19,7 @@ def load_onnx(
         context=plan.context,
         max_rows=plan.max_rows,
         threads=planned.options.num_threads,
+        provider=planned.options.provider,
         stage=profiler.span,
     )
     model = OnnxModel(spec, options)

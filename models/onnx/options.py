@@ -8,15 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowtide.models.onnx.libraries import onnx_library
+from lowtide.models.onnx.providers import CPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxOptions:
-    """`context` and `max_rows` count tokens; `stage` is entered around "weights" and "context"."""
+    """`context` and `max_rows` count tokens; `stage` is entered around "weights" and "context".
+
+    `provider` is the short name of an execution provider.
+    """
 
     context: int
     max_rows: int
     threads: int
+    provider: str = CPU
     stage: Callable[[str], AbstractContextManager[object]] = nullcontext
 
 
