@@ -90,7 +90,10 @@ def test_an_older_folder_gives_way_only_where_that_was_asked_for(tmp_path: Path)
     (folder / "old").write_text("old")
     with pytest.raises(BadOption, match="exists.*--force"):
         convert(read_spec(quantised), folder)
+    with pytest.raises(BadOption, match="nothing that was converted here, and would be deleted"):
+        convert(read_spec(quantised), folder, replace=True)
     assert (folder / "old").read_text() == "old"
+    (folder / "SHA256SUMS").touch()
     convert(read_spec(quantised), folder, replace=True)
     assert not (folder / "old").exists() and (folder / "model.onnx").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
