@@ -62,6 +62,34 @@ def test_next_tokens_are_those_of_the_same_weights(
     assert divergence(wanted[last], in_chunks) < NEAR
 
 
+TEXTS = (
+    "tide 1234 12 123,  tide!!\n\n\t tide's TIDE'S\n tide",
+    "   leading\r\n\r\n12345 e\u0301é 日本語 🙂  ",
+    "<s>tide</s> de<unk>",
+)
+
+
+@pytest.mark.parametrize("before", ["gpt-2", "smollm", "llama-bpe", "qwen2", None])
+def test_texts_are_cut_alike(tmp_path: Path, before: str | None) -> None:
+    quantised, _ = write_pair(tmp_path, "llama", "Q4_0", before=before)
+    folder = convert(read_spec(quantised), tmp_path / "onnx").folder
+    assert vocabulary_facts(folder) == vocabulary_facts(quantised)
+
+
+def vocabulary_facts(path: Path) -> list[object]:
+    """Return how texts are cut, and what each token is."""
+    with Runtime.open(path, memory="4GiB", context=256, threads=1) as runtime:
+        tokenizer = runtime._model.tokenizer
+        return [
+            *(
+                tokenizer.encode(text, add_special=True, parse_special=parsed)
+                for text in TEXTS
+                for parsed in (False, True)
+            ),
+            *((tokenizer.token_bytes(i), tokenizer.is_end(i)) for i in range(320)),
+        ]
+
+
 def test_rounded_weights_are_told_and_near(tmp_path: Path) -> None:
     _, exact = write_pair(tmp_path, "llama", "Q8_0")
     made = convert(read_spec(exact), tmp_path / "onnx", rows="float32")
