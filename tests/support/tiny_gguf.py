@@ -10,8 +10,8 @@ import numpy as np
 LAYERS, WIDTH, FEED_FORWARD, HEADS, KV_HEADS, VOCABULARY = 7, 64, 96, 4, 2, 320
 WINDOW = 8
 MERGES = (
-    "1 2|3 4|12 3|12 34|Ġ t|Ġt i|t i|ti d|tid e|Ġ tide|Ġt ide|' s|' S|Ċ Ċ|! Ċ|! !|Ġ !|Ġ Ġ|Ġ 1|Ġ 12|d e|s 1|Ã ©"
-    "|ĠĠ Ġ|Ċ t|ĉ Ġ"
+    "1 2|3 4|12 3|12 34|Ġ t|Ġt i|t i|ti d|tid e|Ġ tide|Ġt ide|' s|' S|Ċ Ċ|! Ċ|! !|Ġ !|Ġ Ġ|Ġ 1|Ġ 12|d e"
+    "|s 1|Ã ©|ĠĠ Ġ|Ċ t|ĉ Ġ"
 ).split("|")
 HEAD_SIZES = {"qwen2": WIDTH // HEADS}
 """llama.cpp has no other size for this architecture; others have 32."""
