@@ -27,7 +27,10 @@ SLICE_BYTES = 4 << 20
 
 
 class GgufWeights:
-    """The tensors of all parts; what was asked for is counted, so that none is forgotten."""
+    """The tensors of all parts; what was asked for is counted, so that none is forgotten.
+
+    Raises `UnsupportedModel`, before anything is read, for a tensor of a type that has no conversion.
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         import numpy as np
@@ -42,7 +45,14 @@ class GgufWeights:
                 start = contents.data_start + tensor.offset
                 view = np.frombuffer(data, np.uint8, tensor.num_bytes, start)
                 self._tensors[tensor.name] = tensor, view
+                self._check_type(tensor)
         self._unread = set(self._tensors)
+
+    def _check_type(self, tensor: TensorInfo) -> None:
+        if tensor.type_name not in (MATRIX_TYPES if len(tensor.shape) > 1 else ROUNDED_TYPES):
+            raise self._unsupported(
+                f"{tensor.name} is {tensor.type_name}, one of {', '.join(MATRIX_TYPES)} is wanted"
+            )
 
     def _mapped(self, contents: GgufContents) -> mmap.mmap:
         file = self._files.enter_context(contents.path.open("rb"))
@@ -80,10 +90,6 @@ class GgufWeights:
         import numpy as np
 
         tensor, data = self._found(name)
-        if tensor.type_name not in MATRIX_TYPES:
-            raise self._unsupported(
-                f"{name} is {tensor.type_name}, one of {', '.join(MATRIX_TYPES)} is wanted"
-            )
         rows, columns = self.shape(name)
         if columns % ROUNDED_BLOCK:
             raise self._unsupported(f"{name} has {columns} columns, a multiple of 32 is wanted")

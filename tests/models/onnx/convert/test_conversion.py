@@ -150,4 +150,13 @@ def test_what_no_graph_is_written_for_is_refused(tmp_path: Path) -> None:
     partial = write_model(tmp_path / "part.gguf", overrides={"rope.dimension_count": 8})
     with pytest.raises(UnsupportedModel, match="a part of each head"):
         convert(read_spec(partial), tmp_path / "onnx")
+    more = tmp_path / "more.gguf"
+    write_pair(tmp_path, "llama", "Q4_0")
+    data = (tmp_path / "quantised.gguf").read_bytes()
+    name = b"token_embd.weight" + (2).to_bytes(4, "little")
+    at = data.index(name) + len(name) + 16
+    assert data[at : at + 4] == (2).to_bytes(4, "little"), "the number of Q4_0"
+    more.write_bytes(data[:at] + (20).to_bytes(4, "little") + data[at + 4 :])
+    with pytest.raises(UnsupportedModel, match="token_embd.weight is IQ4_NL, one of Q4_0, Q4_1"):
+        convert(read_spec(more), tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()

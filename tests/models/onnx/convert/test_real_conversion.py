@@ -30,15 +30,15 @@ def read(model: Path, text: str) -> tuple[list[int], np.ndarray]:
     """Return a text's ids and the log probabilities after each."""
     with Runtime.open(model, memory="4GiB", context=512, threads=2) as runtime:
         ids = runtime._model.tokenizer.encode(text, add_special=True, parse_special=False)
-        ids = ids[:NUM_TOKENS]
-        return ids, np.stack([log_softmax(runtime._model.forward((i,))) for i in ids])
+        found = [log_softmax(runtime._model.forward((i,))) for i in ids[:NUM_TOKENS]]
+        return ids, np.stack(found)
 
 
 def test_next_tokens_are_the_files(smollm2: Path, folder: Path) -> None:
-    text = essays()[3000:7000]
+    text = essays()[3000:43000]
     ids, wanted = read(smollm2, text)
     own_ids, found = read(folder, text)
-    assert own_ids == ids and len(ids) == NUM_TOKENS
+    assert own_ids == ids and len(ids) > 5000
     divergence = (np.exp(wanted) * (wanted - found)).sum(axis=1).mean()
     assert 0 <= divergence <= MOST_KL
     assert (wanted.argmax(axis=1) == found.argmax(axis=1)).mean() > 0.9
