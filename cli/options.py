@@ -59,6 +59,15 @@ _ATTENTION = click.option(
     "attends to is read); with settings, tidal:k=1024, delta:window=256, gem:k=512,layer=7.",
 )
 
+_PROVIDER = click.option(
+    "--provider",
+    default="cpu",
+    show_default=True,
+    metavar="NAME",
+    help="ONNX models: the execution provider of onnxruntime, such as cuda, coreml, qnn or xnnpack. What "
+    "it takes of a device's own memory is not planned.",
+)
+
 prefix_cache_option = click.option(
     "--prefix-cache",
     default="0",
@@ -131,7 +140,7 @@ _GENERATION = (
 
 def opening_options(command: Command) -> Command:
     """Add MODEL, --memory, --context and what else says how to open a model."""
-    return _decorated(command, (*_OPENING, _ATTENTION, *_GPU))
+    return _decorated(command, (*_OPENING, _ATTENTION, *_GPU, _PROVIDER))
 
 
 def opening_options_but_attention(command: Command) -> Command:
@@ -170,7 +179,8 @@ def take_open_options(options: dict[str, Any]) -> OpenOptions:
     from lowtide.runtime.planning import OpenOptions
 
     names = (
-        "memory context kv_type threads attention prefix_cache pack speculate gpu_layers gpu_memory"
+        "memory context kv_type threads attention prefix_cache pack speculate gpu_layers gpu_memory "
+        "provider"
     ).split()
     return OpenOptions(**{name: options.pop(name) for name in names if name in options})
 

@@ -28,6 +28,7 @@ def load_onnx(
         max_rows=plan.max_rows,
         threads=planned.options.num_threads,
         kv_type=plan.kv_type,
+        provider=planned.options.provider,
         stage=profiler.span,
     )
     attention: PieceAttention | None = None

@@ -25,6 +25,7 @@ from lowtide.models.catalog import resolve
 from lowtide.models.errors import BadOption
 from lowtide.models.gpu_device import require_gpus
 from lowtide.models.header import read_spec
+from lowtide.models.onnx.providers import CPU, provider_name
 from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.cut_planning import CutSizes, cut_spec
@@ -49,7 +50,7 @@ class OpenOptions:
     for KV states of prompts that others replaced; 0 keeps none. `pack` has matrix products computed by our
     kernels too, from a packed copy of the weights in the cache folder, which is made where there is none.
     `speculate` is "off", "ngram", "trigram", "auto" or a draft model, each with ":rows=N" for the most
-    rows of a verification.
+    rows of a verification. `provider` is the execution provider of an ONNX model, by its short name.
     """
 
     memory: str | int | None = None
@@ -67,6 +68,7 @@ class OpenOptions:
     prefix_cache: str | int = 0
     pack: bool = False
     speculate: str = "off"
+    provider: str = CPU
 
     def __post_init__(self) -> None:
         if self.threads is not None and not 1 <= self.threads <= 512:
@@ -214,6 +216,11 @@ def plan_spec(spec: ModelSpec, options: OpenOptions) -> PlannedModel:
     policy = options.policy(spec)
     if isinstance(spec, OnnxSpec):
         return _plan_onnx(spec, options, policy, machine, budget)
+    if options.provider != CPU:
+        raise BadOption(
+            f"provider is {options.provider!r}, which is for ONNX models, and {spec.name} is none: leave "
+            "it out; --gpu-layers is what puts a GGUF model on a GPU"
+        )
     gpu = options.gpu_budget(
         policy
     )  # before the host is measured: drivers take memory of their own
@@ -269,6 +276,11 @@ def _plan_onnx(
             "or take the model as GGUF"
         )
     is_cut = policy.uses_hook and not isinstance(spec.cut, str)
+    if provider_name(options.provider) != provider_name(CPU) and is_cut:
+        raise BadOption(
+            f"provider is {options.provider!r}, and attention is {policy.name!r}, which our kernels compute "
+            "on the processor: leave one of them out"
+        )
     sizes: ContextSizes = CutSizes(spec) if is_cut else OnnxSizes(spec)
     host = measured_onnx_host(spec, budget, is_cut=is_cut)
     return PlannedModel(

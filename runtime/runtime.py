@@ -1,7 +1,4 @@
-"""Runtime: open a model inside a budget, ask it, close it. The front door of the package.
-
-Knows how the parts are put together, and none of their insides.
-"""
+"""Runtime: open a model inside a budget, ask it, close it. Knows how parts fit, none of their insides."""
 
 from __future__ import annotations
 
@@ -73,6 +70,7 @@ class Runtime(BatchAnswers):
         gpu_layers: int | str | None = None,
         gpu_memory: str | int | None = None,
         speculate: str = "off",
+        provider: str = "cpu",
         offline: bool = False,
         profiler: Profiler | None = None,
     ) -> Runtime:
@@ -84,9 +82,10 @@ class Runtime(BatchAnswers):
         "dense" (ours), or an approximation: "tidal", "gem", or `Tidal(...)`, `Gem(...)`. `prefix_cache`
         is a size for KV states of earlier prompts. `pack` has products computed from a packed copy of the
         weights, made in the cache folder. `speculate` is "ngram", "trigram", "auto" or a draft model.
-        `gpu_layers`, a number or "auto", go to GPUs, each of which gives `gpu_memory`. `profiler` is told
-        where time and bytes go. Raises `OverBudget` before anything is loaded where it cannot fit,
-        `ModelError` for an unusable model, `NoGpu` where there is none, `BadOption` for wrong values.
+        `gpu_layers`, a number or "auto", go to GPUs, each of which gives `gpu_memory`. `provider` runs an
+        ONNX model ("cuda"). `profiler` is told where time and bytes go. Raises `OverBudget` before anything
+        is loaded where it cannot fit, `ModelError` for an unusable model, `NoGpu` where there is none,
+        `BadOption` for wrong values.
         """
         options = OpenOptions(
             memory=memory,
@@ -100,6 +99,7 @@ class Runtime(BatchAnswers):
             gpu_layers=gpu_layers,
             gpu_memory=gpu_memory,
             speculate=speculate,
+            provider=provider,
             offline=offline,
             profiled=profiler is not None,
         )

@@ -14,13 +14,12 @@ from lowtide.models.onnx.cached_model import CachedModel
 from lowtide.models.onnx.kv_cache import made_cache
 from lowtide.models.onnx.libraries import onnx_library
 from lowtide.models.onnx.options import OnnxOptions, session_options
+from lowtide.models.onnx.providers import session_providers
 from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.onnx.tokenizer import OnnxTokenizer
 
 if TYPE_CHECKING:
     from lowtide.models.model import Logits
-
-PROVIDER = "CPUExecutionProvider"
 
 
 class OnnxModel(CachedModel):
@@ -112,7 +111,9 @@ def _session(spec: OnnxSpec, options: OnnxOptions) -> Any:
     library = onnx_library("onnxruntime")
     try:
         return library.InferenceSession(
-            str(spec.path), session_options(options.threads), providers=[PROVIDER]
+            str(spec.path),
+            session_options(options.threads),
+            providers=session_providers(options.provider),
         )
     except MemoryError:
         raise ModelError(f"{spec.path} cannot be loaded: the system has no memory for it") from None

@@ -9,6 +9,7 @@ from typing import Any
 
 from lowtide.models.onnx.libraries import onnx_library
 from lowtide.models.onnx.thread_pool import set_threads
+from lowtide.models.onnx.providers import CPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,12 +17,14 @@ class OnnxOptions:
     """`context` and `max_rows` count tokens; `stage` is entered around "weights" and "context".
 
     `kv_type` is what a graph that is cut keeps keys and values as; a whole one keeps its own.
+    `provider` is the short name of an execution provider.
     """
 
     context: int
     max_rows: int
     threads: int
     kv_type: str = "f32"
+    provider: str = CPU
     stage: Callable[[str], AbstractContextManager[object]] = nullcontext
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from pathlib import Path
 
 from lowtide.models.onnx.graph import Node, OnnxGraph
 
@@ -10,8 +12,11 @@ QUANTISED = ("com.microsoft", "MatMulNBits")
 PLAIN = frozenset({"MatMul", "Gemm"})
 PACKED_BITS = (4, 8)
 PACKED_BLOCKS = (16, 32, 64, 128, 256)
+INT8_ROWS = 4
+"""The accuracy level that 8-bit weights have kernels for."""
 PACKED_SHARE = 1.35
 """Bytes of a packed copy for each byte of quantised weights: scales and sums of blocks become f32."""
+CPUINFO = Path("/proc/cpuinfo")
 
 
 class Products:
@@ -43,9 +48,22 @@ class Products:
         )
         types[f"int{bits}"] += num_bytes
         self.packed_bytes += int(PACKED_SHARE * num_bytes)
-        self.unpacked_bytes = max(self.unpacked_bytes, 4 * rows * columns)
+        if not self._has_kernel(node, bits):
+            self.unpacked_bytes = max(self.unpacked_bytes, 4 * rows * columns)
         if not is_last:
             self.widest = max(self.widest, rows)
+
+    def _has_kernel(self, node: Node, bits: int) -> bool:
+        """Whether onnxruntime multiplies the packed weights as they are (MLAS, "qnbitgemm")."""
+        zeros = self._graph.weights.get(node.input(3))
+        return (
+            _has_avx2()
+            and node.numbers.get("block_size") in PACKED_BLOCKS
+            and bits in PACKED_BITS
+            and (bits == 4 or node.numbers.get("accuracy_level") == INT8_ROWS)
+            and (not node.input(3) or (zeros is not None and zeros.element_type == "uint8"))
+            and not node.input(4)
+        )
 
     def _plain(self, node: Node, types: Counter[str], *, is_last: bool) -> None:
         weight = self._graph.weights.get(node.input(1))
@@ -55,3 +73,11 @@ class Products:
         self.packed_bytes += weight.num_bytes * 5 // 4
         if not is_last:
             self.widest = max(self.widest, *weight.shape)
+
+
+def _has_avx2() -> bool:
+    """Whether the processor is known to have what kernels want; others are planned without them."""
+    try:
+        return re.search(r"^flags\b.*\bavx2\b", CPUINFO.read_text(), re.MULTILINE) is not None
+    except OSError:
+        return False

@@ -9,21 +9,29 @@ import numpy as np
 
 LAYERS, WIDTH, FEED_FORWARD, HEADS, KV_HEADS, VOCABULARY = 7, 64, 96, 4, 2, 320
 WINDOW = 8
+MERGES = (
+    "1 2|3 4|12 3|12 34|Ġ t|Ġt i|t i|ti d|tid e|Ġ tide|Ġt ide|' s|' S|Ċ Ċ|! Ċ|! !|Ġ !|Ġ Ġ|Ġ 1|Ġ 12|d e"
+    "|s 1|Ã ©|ĠĠ Ġ|Ċ t|ĉ Ġ"
+).split("|")
 HEAD_SIZES = {"qwen2": WIDTH // HEADS}
 """llama.cpp has no other size for this architecture; others have 32."""
 EPSILON = "attention.layer_norm_rms_epsilon"
 
 
 def write_pair(
-    folder: Path, architecture: str, kind: str, *, tied: bool = True
+    folder: Path, architecture: str, kind: str, *, tied: bool = True, before: str | None = None
 ) -> tuple[Path, Path]:
-    """Write `quantised.gguf`, its matrices of `kind`, and `exact.gguf`, F32 of the same values."""
+    """Write `quantised.gguf`, its matrices of `kind`, and `exact.gguf`, F32 of the same values.
+
+    With `before` the vocabulary is byte pairs, cut by that pattern; else it is SentencePiece's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "quantised.gguf", folder / "exact.gguf"
     for path in paths:
         random = np.random.default_rng(11)
         writer = gguf.GGUFWriter(path, architecture)
         _add_header(writer, architecture)
+        _add_pieces(writer) if before is None else _add_byte_pairs(writer, before)
         for name, shape in _shapes(architecture, tied).items():
             numbers = _numbers(random, name, shape)
             quantised = len(shape) == 2
@@ -105,6 +113,10 @@ def _add_header(writer: gguf.GGUFWriter, architecture: str) -> None:
     writer.add_name("tiny")
     writer.add_float32(f"{architecture}.{EPSILON}", 1e-5)
     writer.add_float32(f"{architecture}.rope.freq_base", 50_000.0)
+    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+
+
+def _add_pieces(writer: gguf.GGUFWriter) -> None:
     texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     texts += ["▁", "t", "i", "d", "e", "ti", "de", "tide", "▁tide", "▁t", "id"]
     texts += [f"▁word{i}" for i in range(VOCABULARY - len(texts))]
@@ -116,4 +128,22 @@ def _add_header(writer: gguf.GGUFWriter, architecture: str) -> None:
     writer.add_token_types([int(kind) for kind in kinds])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+
+
+def _add_byte_pairs(writer: gguf.GGUFWriter, before: str) -> None:
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    letters = [chr(byte) for byte in printable] + [
+        chr(256 + i) for i in range(256 - len(printable))
+    ]
+    texts = ["<unk>", "<s>", "</s>", *letters]
+    texts += dict.fromkeys(merge.replace(" ", "") for merge in MERGES)
+    texts += [f"<spare{i}>" for i in range(VOCABULARY - len(texts))]
+    kinds = [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2]
+    kinds += [gguf.TokenType.NORMAL] * (VOCABULARY - len(kinds))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(before)
+    writer.add_token_list(texts)
+    writer.add_token_types([int(kind) for kind in kinds])
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)

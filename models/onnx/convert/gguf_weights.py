@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowtide.models.errors import UnsupportedModel
-from lowtide.models.gguf_reader import GgufContents, TensorInfo, read_gguf
+from lowtide.models.gguf_reader import TensorInfo, read_gguf
 from lowtide.models.onnx.convert.block_matrix import ROUNDED_BLOCK, BlockMatrix
 from lowtide.models.onnx.convert.gguf_blocks import (
     MATRIX_TYPES,
@@ -27,26 +27,31 @@ SLICE_BYTES = 4 << 20
 
 
 class GgufWeights:
-    """The tensors of all parts; what was asked for is counted, so that none is forgotten."""
+    """The tensors of all parts; what was asked for is counted, so that none is forgotten.
+
+    Raises `UnsupportedModel`, before anything is read, for a tensor of a type that has no conversion.
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         import numpy as np
 
         self._path = spec.path
-        self._files = ExitStack()
         self._tensors: dict[str, tuple[TensorInfo, Any]] = {}
         for path in spec.paths:
             contents = read_gguf(path)
-            data = self._mapped(contents)
+            data = _mapped(contents.path)
             for tensor in contents.tensors:
                 start = contents.data_start + tensor.offset
                 view = np.frombuffer(data, np.uint8, tensor.num_bytes, start)
                 self._tensors[tensor.name] = tensor, view
+                self._check_type(tensor)
         self._unread = set(self._tensors)
 
-    def _mapped(self, contents: GgufContents) -> mmap.mmap:
-        file = self._files.enter_context(contents.path.open("rb"))
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    def _check_type(self, tensor: TensorInfo) -> None:
+        if tensor.type_name not in (MATRIX_TYPES if len(tensor.shape) > 1 else ROUNDED_TYPES):
+            raise self._unsupported(
+                f"{tensor.name} is {tensor.type_name}, one of {', '.join(MATRIX_TYPES)} is wanted"
+            )
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -80,10 +85,6 @@ class GgufWeights:
         import numpy as np
 
         tensor, data = self._found(name)
-        if tensor.type_name not in MATRIX_TYPES:
-            raise self._unsupported(
-                f"{name} is {tensor.type_name}, one of {', '.join(MATRIX_TYPES)} is wanted"
-            )
         rows, columns = self.shape(name)
         if columns % ROUNDED_BLOCK:
             raise self._unsupported(f"{name} has {columns} columns, a multiple of 32 is wanted")
@@ -108,7 +109,6 @@ class GgufWeights:
     def close(self) -> None:
         """Let go of the files."""
         self._tensors.clear()
-        self._files.close()
 
     def _found(self, name: str) -> tuple[TensorInfo, Any]:
         if name not in self._tensors:
@@ -120,6 +120,11 @@ class GgufWeights:
         return UnsupportedModel(
             f"{self._path} cannot be converted: {reason}; run the GGUF file itself"
         )
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def unpaired(rows: int, heads: int) -> Sequence[int] | Any:

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+SLICE = 4096
+"""So many positions are computed in double precision at a time."""
+
 
 def rotary_tables(
     rotary: Rotary, head_size: int, num_positions: int, factors: NDArray[np.float32] | None
@@ -23,5 +26,10 @@ def rotary_tables(
     steps = rotary.base ** (-2.0 * np.arange(head_size // 2, dtype=np.float64) / head_size)
     if factors is not None:
         steps /= factors
-    angles = np.arange(num_positions, dtype=np.float64)[:, None] * (steps / rotary.divisor)
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    cosines, sines = (np.empty((num_positions, head_size // 2), np.float32) for _ in range(2))
+    for start in range(0, num_positions, SLICE):
+        positions = np.arange(start, min(start + SLICE, num_positions), dtype=np.float64)
+        angles = positions[:, None] * (steps / rotary.divisor)
+        cosines[start : start + SLICE] = np.cos(angles)
+        sines[start : start + SLICE] = np.sin(angles)
+    return cosines, sines

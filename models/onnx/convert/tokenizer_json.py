@@ -154,12 +154,7 @@ class GgufVocabulary:
         }
 
     def _of_bytes(self) -> dict[str, Any]:
-        pairs = [
-            tuple(text.split(" ", 1)) for text in self._keys.items("tokenizer.ggml.merges", str)
-        ]
-        if not all(len(pair) == 2 for pair in pairs):
-            raise BadModelFile(f"{self._keys.path}: a merge is no pair; fetch the file again")
-        merges = [(pair[0], pair[-1]) for pair in pairs]
+        merges = [self._halves(text) for text in self._keys.items("tokenizer.ggml.merges", str)]
         pattern = PATTERNS.get(self._before)
         by_bytes = {
             "type": "ByteLevel",
@@ -180,11 +175,27 @@ class GgufVocabulary:
                 }
             ]
         return {
-            "normalizer": {"type": "NFC"} if self._before == "qwen2" else None,
+            # Qwen's own composes letters and accents first; llama.cpp, whose answers these are, does not.
+            "normalizer": None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, by_bytes]},
             "decoder": {**by_bytes, "use_regex": True},
-            "model": self._model(merges, ignore_merges=self._before == "llama-bpe"),
+            "model": self._model(self._possible(merges), ignore_merges=self._before == "llama-bpe"),
         }
+
+    def _halves(self, text: str) -> tuple[str, str]:
+        left, blank, right = text.partition(" ")
+        if not (left and blank and right):
+            raise BadModelFile(f"{self._keys.path}: {text!r} is no merge; fetch the file again")
+        return left, right
+
+    def _possible(self, merges: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Leave out merges of or to what is no token: they never happen, and `tokenizers` refuses them."""
+        known = set(self.tokens)
+        return [
+            (left, right)
+            for left, right in merges
+            if left in known and right in known and left + right in known
+        ]
 
     def _of_pieces(self) -> dict[str, Any]:
         """SentencePiece's byte pairs: blanks are letters, bytes stand for what has no piece."""

@@ -20,14 +20,17 @@ _READ_BYTES = 1 << 20
 def whole_folder(path: Path, *, replace: bool) -> Iterator[Path]:
     """Yield a new folder beside `path`; it takes `path`'s place, with checksums, when the block ends well.
 
-    However the block ends otherwise, what was at `path` stays. `replace` has an older folder give way;
-    without it, one that is there is a `BadOption`. Raises `OSError` with the system's reason.
+    However the block ends otherwise, what was at `path` stays. `replace` has an older such folder give
+    way; without it, one that is there is a `BadOption`, as is any other folder that is not empty. Raises
+    `OSError` with the system's reason.
     """
     path = path.absolute()
     if not replace and (path.exists() or path.is_symlink()):
         raise BadOption(f"{path} exists, a new folder is wanted: name another one, or add --force")
-    if path.exists() and not path.is_dir():
-        raise BadOption(f"{path} is a file, a folder is wanted: name another one")
+    if path.exists() and not _may_give_way(path):
+        raise BadOption(
+            f"{path} is nothing that was converted here, and would be deleted: name another folder"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -38,6 +41,10 @@ def whole_folder(path: Path, *, replace: bool) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _may_give_way(path: Path) -> bool:
+    return path.is_dir() and ((path / CHECKSUMS).is_file() or not any(path.iterdir()))
 
 
 def _put(new: Path, path: Path) -> None:

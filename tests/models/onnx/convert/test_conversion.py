@@ -62,6 +62,34 @@ def test_next_tokens_are_those_of_the_same_weights(
     assert divergence(wanted[last], in_chunks) < NEAR
 
 
+TEXTS = (
+    "tide 1234 12 123,  tide!!\n\n\t tide's TIDE'S\n tide",
+    "   leading\r\n\r\n12345 e\u0301é 日本語 🙂  ",
+    "<s>tide</s> de<unk>",
+)
+
+
+@pytest.mark.parametrize("before", ["gpt-2", "smollm", "llama-bpe", "qwen2", None])
+def test_texts_are_cut_alike(tmp_path: Path, before: str | None) -> None:
+    quantised, _ = write_pair(tmp_path, "llama", "Q4_0", before=before)
+    folder = convert(read_spec(quantised), tmp_path / "onnx").folder
+    assert vocabulary_facts(folder) == vocabulary_facts(quantised)
+
+
+def vocabulary_facts(path: Path) -> list[object]:
+    """Return how texts are cut, and what each token is."""
+    with Runtime.open(path, memory="4GiB", context=256, threads=1) as runtime:
+        tokenizer = runtime._model.tokenizer
+        return [
+            *(
+                tokenizer.encode(text, add_special=True, parse_special=parsed)
+                for text in TEXTS
+                for parsed in (False, True)
+            ),
+            *((tokenizer.token_bytes(i), tokenizer.is_end(i)) for i in range(320)),
+        ]
+
+
 def test_rounded_weights_are_told_and_near(tmp_path: Path) -> None:
     _, exact = write_pair(tmp_path, "llama", "Q8_0")
     made = convert(read_spec(exact), tmp_path / "onnx", rows="float32")
@@ -90,7 +118,10 @@ def test_an_older_folder_gives_way_only_where_that_was_asked_for(tmp_path: Path)
     (folder / "old").write_text("old")
     with pytest.raises(BadOption, match="exists.*--force"):
         convert(read_spec(quantised), folder)
+    with pytest.raises(BadOption, match="nothing that was converted here, and would be deleted"):
+        convert(read_spec(quantised), folder, replace=True)
     assert (folder / "old").read_text() == "old"
+    (folder / "SHA256SUMS").touch()
     convert(read_spec(quantised), folder, replace=True)
     assert not (folder / "old").exists() and (folder / "model.onnx").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -119,4 +150,13 @@ def test_what_no_graph_is_written_for_is_refused(tmp_path: Path) -> None:
     partial = write_model(tmp_path / "part.gguf", overrides={"rope.dimension_count": 8})
     with pytest.raises(UnsupportedModel, match="a part of each head"):
         convert(read_spec(partial), tmp_path / "onnx")
+    more = tmp_path / "more.gguf"
+    write_pair(tmp_path, "llama", "Q4_0")
+    data = (tmp_path / "quantised.gguf").read_bytes()
+    name = b"token_embd.weight" + (2).to_bytes(4, "little")
+    at = data.index(name) + len(name) + 16
+    assert data[at : at + 4] == (2).to_bytes(4, "little"), "the number of Q4_0"
+    more.write_bytes(data[:at] + (20).to_bytes(4, "little") + data[at + 4 :])
+    with pytest.raises(UnsupportedModel, match="token_embd.weight is IQ4_NL, one of Q4_0, Q4_1"):
+        convert(read_spec(more), tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
