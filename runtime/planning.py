@@ -278,7 +278,7 @@ def _plan_onnx(
     is_cut = policy.uses_hook and not isinstance(spec.cut, str)
     if provider_name(options.provider) != provider_name(CPU) and is_cut:
         raise BadOption(
-            f"provider is {options.provider!r}, and attention is {policy.name!r}, which our kernels compute "
+            f"provider is {options.provider!r}, and attention is {policy.name!r}, which runs "
             "on the processor: leave one of them out"
         )
     sizes: ContextSizes = CutSizes(spec) if is_cut else OnnxSizes(spec)

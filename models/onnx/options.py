@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowtide.models.onnx.libraries import onnx_library
-from lowtide.models.onnx.thread_pool import set_threads
 from lowtide.models.onnx.providers import CPU
+from lowtide.models.onnx.thread_pool import set_threads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
