@@ -119,7 +119,11 @@ class PieceAttention(Attender):
         )
 
     def bind(self, layers: list[LayerArrays]) -> None:
-        """Know every layer's arrays; they are kept."""
+        """Know every layer's arrays; they are kept. Raises `LowtideError` where it is closed."""
+        if not self._pieces:
+            raise LowtideError(
+                "our attention is closed with the model that it attended for: make another"
+            )
         self._layers = layers
         self._rows = [_rows_of(layer, arrays) for layer, arrays in enumerate(layers)]
 

@@ -53,6 +53,17 @@ def test_tidal_runs_and_with_room_for_all_keys_answers_as_dense(tmp_path: Path) 
     assert result.stats.attention.startswith("tidal, k 80")
 
 
+def test_a_cache_of_halves_is_half_as_large(tmp_path: Path) -> None:
+    folder = write_decoder(tmp_path / "tiny", "gqa", Shape(kv_heads=2))
+    sizes = []
+    for kv_type in (None, "f16"):
+        options = {"memory": "2GiB", "threads": 1, "attention": "dense", "kv_type": kv_type}
+        with Runtime.open(folder, **options) as runtime:  # type: ignore[arg-type]
+            assert len(runtime.generate(TEXT[:100], **GREEDY).token_ids) == 12
+            sizes += [row.num_bytes for row in runtime.plan.rows if "KV" in row.owner]
+    assert sizes[0] == 2 * sizes[1] > 0
+
+
 CASES: list[tuple[str, Shape, dict[str, Any]]] = [
     ("gqa", BIG, {}),
     ("mha", MANY_HEADS, {}),
