@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowtide.models.errors import ForwardError, ModelError, UnsupportedModel
 from lowtide.models.fingerprint import file_fingerprint
+from lowtide.models.gguf_batch import RowBatch
 from lowtide.models.gguf_options import LoadOptions, context_parameters, model_parameters
 from lowtide.models.gguf_sequences import GgufSequences
 from lowtide.models.gguf_state import (
@@ -78,7 +79,7 @@ class GgufModel(Model):
             with options.stage("context"):
                 self._context = self._create_context(options)
             self._memory = self._api.llama_get_memory(self._context)
-            self._batch = _Batch(self._api, options.max_rows)
+            self._batch = RowBatch(self._api, options.max_rows)
         except BaseException:
             self.close()
             raise
@@ -243,30 +244,6 @@ class GgufModel(Model):
         if self._model is not None and self._owns_weights:
             self._api.llama_model_free(self._model)
         self._model = None
-
-
-class _Batch:
-    """llama.cpp's batch, allocated once for the largest forward pass."""
-
-    def __init__(self, api: Any, max_rows: int) -> None:
-        self._api = api
-        self.struct = api.llama_batch_init(max_rows, 0, 1)
-        for row in range(max_rows):
-            self.struct.n_seq_id[row] = 1
-            self.struct.seq_id[row][0] = 0
-
-    def fill(self, token_ids: Sequence[int], position: int, *, every_row: bool) -> None:
-        """Put the tokens in, at consecutive positions; logits are asked of every row or of the last."""
-        num_rows = len(token_ids)
-        struct = self.struct
-        struct.n_tokens = num_rows
-        for row, token_id in enumerate(token_ids):
-            struct.token[row] = token_id
-            struct.pos[row] = position + row
-            struct.logits[row] = every_row or row == num_rows - 1
-
-    def free(self) -> None:
-        self._api.llama_batch_free(self.struct)
 
 
 def _load_weights(library: LlamaLibrary, spec: ModelSpec, options: LoadOptions) -> Any:

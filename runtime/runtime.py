@@ -103,9 +103,8 @@ class Runtime(BatchAnswers):
             offline=offline,
             profiled=profiler is not None,
         )
-        told = profiler or SILENT
         own = model if isinstance(model, Model) else None
-        with told.span("plan"):
+        with (profiler or SILENT).span("plan"):
             if isinstance(model, Model):
                 planned = plan_spec(model.spec, options)
                 planned.require_nothing_of_llama()
