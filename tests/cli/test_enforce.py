@@ -182,6 +182,7 @@ def chatting() -> Iterator[subprocess.Popen[str]]:
         process.stdin.flush()
         try:
             assert process.stdout.readline().strip()
+            assert process.stderr and any("tokens/s" in line for line in process.stderr)
             yield process
         finally:
             deadline.cancel()
