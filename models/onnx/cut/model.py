@@ -54,7 +54,8 @@ class CutModel(CachedModel):
                 spec.num_layers, *heads, options.context, options.kv_type
             )
             attender.bind([self._layer(i, node) for i, node in enumerate(spec.cut.layers)])
-        self._check_positions(spec.cut.layers[0])
+        for node in spec.cut.layers:
+            self._check_positions(node)
 
     def _layer(self, layer: int, node: AttentionNode) -> LayerArrays:
         arrays, weights = self._chain.arrays, self._chain.weights
@@ -77,8 +78,16 @@ class CutModel(CachedModel):
         )
 
     def _check_positions(self, node: AttentionNode) -> None:
-        cosines = self._chain.weights.get(node.cosines)
-        if cosines is not None and len(cosines) < self.context:
+        """The kernels read as many rows of both tables as there are positions."""
+        cosines, sines = (self._chain.weights.get(name) for name in (node.cosines, node.sines))
+        if cosines is None or sines is None:
+            return
+        if cosines.ndim != 2 or cosines.shape != sines.shape:
+            raise UnsupportedModel(
+                f"{self.spec.name} has cosines of {cosines.shape} and sines of {sines.shape}, tables "
+                "of one shape are wanted: leave attention out, and the graph runs whole"
+            )
+        if len(cosines) < self.context:
             raise UnsupportedModel(
                 f"{self.spec.name} turns {len(cosines)} positions, a context of {self.context} is wanted: "
                 f"lower --context to {len(cosines)}"
