@@ -73,13 +73,14 @@ void PackedProducts::take(GgmlTensor* node, const OpNumbers& ops) {
     const bool reads = std::any_of(std::begin(node->src), std::end(node->src), [this](const GgmlTensor* s) { return is_packed(s); });
     if (reads && (node->op == ops.product || was_product) && !is_packed(node->src[1]) && is_known_product(node)) {
         num_uses_ = quantised_ == node->src[1] && num_uses_ < Product::kUses ? num_uses_ : 0;
-        quantised_ = node->src[1];
+        quantised_ = node->src[1], quantised_data_ = node->src[1]->data;
         const bool is_sliced = stream_.is_streamed_alone(node->src[0]);
         become(node, ops.custom, operations_[num_uses_++ + (is_sliced ? Product::kUses : 0)]);
         return;
     }
-    // Where its values are made anew, those that were quantised are old.
-    if (quantised_ != nullptr && node->data == quantised_->data) quantised_ = nullptr;
+    // Where its values are made anew, those that were quantised are old; a graph, which may lie where one that is freed
+    // lay, begins with rows that are read.
+    if (node->data == quantised_data_ || node->op == ops.rows || were_rows) quantised_ = nullptr;
     if (!reads) return;
     const GgmlTensor *weights = node->src[0], *ids = node->src[1];
     const bool known_rows = (node->op == ops.rows || were_rows) && can_be_packed(weights) && is_matrix(ids) && ids->type == kGgmlTypeI32 &&

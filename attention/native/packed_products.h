@@ -53,7 +53,8 @@ private:
     std::set<std::string, std::less<>> names_;
     Product product_;
     Operation operations_[2 * Product::kUses], rows_{};
-    const GgmlTensor* quantised_ = nullptr;  // whose rows the product holds
+    const GgmlTensor* quantised_ = nullptr;  // whose rows the product holds; its graph may be freed: it is compared alone
+    const void* quantised_data_ = nullptr;
     int num_uses_ = 0;                       // products that have taken them
     int64_t num_taken_ = 0, num_refused_ = 0;
 };

@@ -91,6 +91,23 @@ def test_passes_and_threads_change_nothing(models: dict[str, Path]) -> None:
             loaded.close()
 
 
+def test_answers_after_a_batch_are_those_before_it(models: dict[str, Path]) -> None:
+    """Its context is freed, and its graph with it: pages that are gone must not be read."""
+    code = f"""
+from lowtide import Runtime
+with Runtime.open({str(models["Q4_1"])!r}, memory="2GiB", pack=True, attention="dense", threads=2) as runtime:
+    alone, again = [], []
+    for told in (alone, again):
+        told += [runtime.generate(p, max_tokens=6, temperature=0).token_ids for p in ("a b", "c")]
+        together = runtime.generate_batch(["a b", "c"], max_tokens=6, temperature=0)
+        assert [r.token_ids for r in together] == told, (together, told)
+        runtime._session.forget()
+    assert alone == again
+"""
+    unmapped = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=65536"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=unmapped, timeout=120)
+
+
 def test_the_default_model_answers(smollm2: Path) -> None:
     with Runtime.open(smollm2, memory="1GiB", context=512, pack=True, threads=1) as runtime:
         messages = [{"role": "user", "content": "Why is the sea salty?"}]
