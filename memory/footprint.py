@@ -77,9 +77,10 @@ def vocabulary_bytes(vocabulary: VocabularySpec) -> int:
 
 
 def loading_bytes(spec: ModelSpec) -> int:
-    """Return what loading needs for a moment: the header's arrays as llama.cpp reads them."""
+    """Return what loading needs for a moment: the header's arrays as llama.cpp reads them, and copies."""
     vocabulary = spec.vocabulary
-    return 2 * MIB + 48 * (vocabulary.num_tokens + vocabulary.num_merges)
+    headers = 2 * MIB + 48 * (vocabulary.num_tokens + vocabulary.num_merges)
+    return headers + spec.copying_bytes
 
 
 def is_repacked(spec: ModelSpec, processor: str) -> bool:

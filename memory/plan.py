@@ -15,7 +15,7 @@ from lowtide.memory.speculation_wish import SpeculationWish
 from lowtide.memory.units import format_bytes
 from lowtide.models.errors import BadOption
 
-KV_TYPES = ("f16", "q8_0", "q4_0")
+KV_TYPES = ("f16", "q8_0", "q4_0", "f32")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +63,7 @@ class Host:
     `kv_follows_use` says whether cells without a token take no memory, `can_stream_weights` whether mapped
     weights can be given back between the layers. `vocabulary_bytes`, where it was measured, replaces the
     formula; `tolerance_bytes` is how much the measured figures may differ from one run to the next.
+    Before the weights are there, `vocabulary_loading_bytes` more than its own are needed for a moment.
     """
 
     interpreter_bytes: int
@@ -70,6 +71,7 @@ class Host:
     kv_follows_use: bool = False
     can_stream_weights: bool = False
     vocabulary_bytes: int | None = None
+    vocabulary_loading_bytes: int = 0
     tolerance_bytes: int = 0
 
 

@@ -52,7 +52,12 @@ class PlanRows:
             PlanRow(owners.SAMPLING, footprint.logits_bytes(spec), "a row of the vocabulary"),
             self._prompt(choice),
         )
-        loading = footprint.loading_bytes(spec) - sum(row.num_bytes for row in running)
+        weights, follows = self._weights(choice), sum(row.num_bytes for row in running)
+        loading = max(
+            footprint.loading_bytes(spec),
+            self._host.vocabulary_loading_bytes - weights.num_bytes,
+        )
+        loading -= follows
         if self._gpu_layers is not None and self.gpus(choice):
             loading += self._gpu_layers.loading_bytes
         return (
@@ -62,7 +67,7 @@ class PlanRows:
                 f"Python, numpy, {spec.engine}",
             ),
             self._vocabulary(),
-            self._weights(choice),
+            weights,
             *running,
             *self._first_pass(choice),
             *self._prefixes(choice),

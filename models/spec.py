@@ -61,9 +61,10 @@ class ModelSpec:
     are the names of those that only our kernels can read (`packed_gguf`).
 
     `engine` runs it. Its cache can have one of `kv_types`, and `cache_copies` of it are there at a time;
-    `copied_bytes` of weights are kept beside the mapped files. `tokenising_bytes` is the peak growth while
-    a text is tokenised, for each of its bytes; llama.cpp's is 123 at the worst (one word of blanks), 18 to
-    48 for natural text.
+    `copied_bytes` of weights are kept beside the mapped files, less what is let go of these, and making
+    the copies takes `copying_bytes` for a moment.
+    `tokenising_bytes` is the peak growth while a text is tokenised, for each of its bytes; llama.cpp's is
+    123 at the worst (one word of blanks), 18 to 48 for natural text.
     """
 
     paths: tuple[Path, ...]
@@ -92,6 +93,7 @@ class ModelSpec:
     kv_types: tuple[str, ...] = ("f16", "q8_0", "q4_0")
     cache_copies: int = 1
     copied_bytes: int = 0
+    copying_bytes: int = 0
     tokenising_bytes: int = 128
 
     @property

@@ -6,7 +6,7 @@ import gc
 
 from lowtide.attention.gem import Gem
 from lowtide.attention.graph_hook import GraphHook, HookCounts
-from lowtide.attention.pieces import PieceAttention
+from lowtide.attention.onnx_attention import OnnxAttention
 from lowtide.attention.policy import Steering
 from lowtide.memory.errors import OverBudget
 from lowtide.memory.footprint import first_layers_bytes, kv_bytes, replaced_bytes, tokenising_bytes
@@ -65,14 +65,14 @@ class LoadedModel:
         for row in planned.plan.rows:
             self.ledger.reserve(row.owner, row.num_bytes)
         self._callback: GraphHook | None = None
-        self._pieces: PieceAttention | None = None
+        self._onnx_attention: OnnxAttention | None = None
         self._profiler = profiler
         self.prefixes = PrefixCache(self.ledger.owners.get(PREFIXES, 0))
         self.releasers = [Releaser("moderate", self.prefixes.clear)]
         self.speculator: Speculator | None = None
         profiler.watch(planned, self._watched())
         if model is None and isinstance(planned.spec, OnnxSpec):
-            model, self._pieces = load_onnx(planned, planned.spec, self.releasers, profiler)
+            model, self._onnx_attention = load_onnx(planned, planned.spec, self.releasers, profiler)
         elif model is None:
             with profiler.span("libraries"):
                 self._callback = graph_hook(planned, profiler)
@@ -95,8 +95,8 @@ class LoadedModel:
 
     def _steering(self) -> Steering:
         """Give our kernels the policy, wherever they run."""
-        if self._pieces is not None:
-            return install_policy(self.planned, self._pieces)
+        if self._onnx_attention is not None:
+            return install_policy(self.planned, self._onnx_attention)
         if self.hook is None:
             return Steering()
         tell_cuts(self.model, self.hook)
@@ -211,7 +211,7 @@ class LoadedModel:
 
     def hook_counts(self) -> HookCounts | None:
         """Return what our kernels have done; None where llama.cpp's own run."""
-        ours = self._pieces or self.hook
+        ours = self._onnx_attention or self.hook
         return ours.counts() if ours is not None else None
 
     def has_room_to_tokenise(self, text_bytes: int, num_tokens: int) -> bool:
@@ -248,7 +248,8 @@ class LoadedModel:
             first = self._first_layers_bytes(plan.kv_tokens)
             # What is not kept lies where the cache is empty meanwhile.
             ahead = ahead + first if plan.keeps_first_pass else max(ahead, first)
-        needed = read_process_memory().peak_bytes + ahead
+        memory = read_process_memory()
+        needed = max(memory.peak_bytes, memory.resident_bytes + ahead)
         if needed > plan.budget.num_bytes:
             self.close()
             raise OverBudget(

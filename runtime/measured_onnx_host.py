@@ -24,13 +24,11 @@ from lowtide.models.onnx.tokenizer import OnnxTokenizer
 
 SESSION_BYTES = 10 * MIB
 """What onnxruntime takes for a session beside its weights: its code that is read in, nodes, threads."""
-PIECE_BYTES = 512 << 10
-"""What each session more takes, of a graph in pieces."""
 VOCABULARY_BYTES_PER_BYTE = 24
 """Memory for each byte of tokenizer.json at most, where it is not measured."""
 
 
-def measured_onnx_host(spec: OnnxSpec, budget: Budget, *, is_cut: bool = False) -> Host:
+def measured_onnx_host(spec: OnnxSpec, budget: Budget, *, is_swapped: bool = False) -> Host:
     """Return the host to plan `spec` with.
 
     Raises `ModelError` where the extra is missing or the vocabulary is another model's. A budget that
@@ -38,24 +36,28 @@ def measured_onnx_host(spec: OnnxSpec, budget: Budget, *, is_cut: bool = False) 
     """
     onnx_library("onnxruntime")
     onnx_library("tokenizers")
-    session_bytes = SESSION_BYTES
-    if is_cut:
+    if is_swapped:
         onnx_library("onnx")
-        session_bytes += PIECE_BYTES * spec.num_layers
     with contextlib.suppress(TemplateError):
         ChatTemplate(spec.chat_template, {})
     before = read_process_memory().resident_bytes
-    vocabulary = VOCABULARY_BYTES_PER_BYTE * spec.tokenizer_path.stat().st_size
-    if before + vocabulary + session_bytes <= budget.num_bytes:
-        OnnxTokenizer(spec)
-        vocabulary = max(read_process_memory().peak_bytes - before, 0)
+    vocabulary, loading = VOCABULARY_BYTES_PER_BYTE * spec.tokenizer_path.stat().st_size, 0
+    if before + vocabulary + SESSION_BYTES <= budget.num_bytes:
+        tokenizer = OnnxTokenizer(spec)
+        peak = read_process_memory().peak_bytes
+        gc.collect()
+        trim_heap()
+        vocabulary = max(read_process_memory().resident_bytes - before, 0)
+        loading = max(peak - before - vocabulary, 0)
+        del tokenizer
         gc.collect()
         trim_heap()
     return Host(
-        interpreter_bytes=before + session_bytes,
+        interpreter_bytes=before + SESSION_BYTES,
         processor=platform.machine(),
         kv_follows_use=sys.platform == "linux"
         and footprint.kv_row_bytes(spec, spec.kv_types[0]) is not None,
         vocabulary_bytes=vocabulary,
+        vocabulary_loading_bytes=loading,
         tolerance_bytes=MIB,
     )

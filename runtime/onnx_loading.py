@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from lowtide.attention.dense import Dense
-from lowtide.attention.pieces import PieceAttention
+from lowtide.attention.onnx_attention import OnnxAttention
 from lowtide.attention.policy import Steering
 from lowtide.attention.tidal import Tidal
 from lowtide.memory.releaser import Releaser
-from lowtide.models.onnx.cut.model import CutModel
 from lowtide.models.onnx.model import OnnxModel
 from lowtide.models.onnx.options import OnnxOptions
 from lowtide.models.onnx.spec import OnnxSpec
+from lowtide.models.onnx.swapped.model import SwappedModel
 from lowtide.runtime.planning import PlannedModel
 from lowtide.runtime.profiler import SILENT, Profiler
 
 
 def load_onnx(
     planned: PlannedModel, spec: OnnxSpec, releasers: list[Releaser], profiler: Profiler = SILENT
-) -> tuple[OnnxModel | CutModel, PieceAttention | None]:
-    """Open the sessions and make the cache, as the plan has them; `profiler` times both.
+) -> tuple[OnnxModel, OnnxAttention | None]:
+    """Open the session and make the cache, as the plan has them; `profiler` times both.
 
-    Where our kernels attend between the pieces of the graph, they are returned too; the model closes them.
+    Where our kernels attend in the graph, they are returned too; the model closes them.
     """
     plan = planned.plan
     options = OnnxOptions(
@@ -31,19 +31,19 @@ def load_onnx(
         provider=planned.options.provider,
         stage=profiler.span,
     )
-    attention: PieceAttention | None = None
-    model: OnnxModel | CutModel
+    attention: OnnxAttention | None = None
+    model: OnnxModel
     if planned.policy.uses_hook:
-        attention = PieceAttention(planned.options.num_threads)
-        model = CutModel(spec, options, attention)
+        attention = OnnxAttention(planned.options.num_threads)
+        model = SwappedModel(spec, options, attention)
     else:
         model = OnnxModel(spec, options)
     releasers.append(Releaser("background", model.trim))
     return model, attention
 
 
-def install_policy(planned: PlannedModel, attention: PieceAttention) -> Steering:
-    """Give the kernels between the pieces the plan's policy and return what tells it of each pass."""
+def install_policy(planned: PlannedModel, attention: OnnxAttention) -> Steering:
+    """Give the kernels in the graph the plan's policy and return what tells it of each pass."""
     policy = planned.policy
     assert isinstance(policy, Dense | Tidal), "the plan allows no other"
     return policy.install(attention, planned.spec)

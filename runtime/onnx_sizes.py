@@ -7,11 +7,13 @@ from lowtide.models.onnx.kv_cache import ELEMENT_BYTES
 from lowtide.models.onnx.spec import OnnxSpec
 
 ATTENTION_COPIES = 4
-"""Rows by keys alive at once in decomposed attention, where operators make one each; others need fewer."""
+"""Rows by keys alive at once in decomposed attention, where operators make one each, at most in others."""
+SHARING_COPIES = 1
+"""The same in GroupQueryAttention, which reads keys and values where they are."""
 
 
 class OnnxSizes:
-    """`ContextSizes` of a graph that is run whole, without an arena."""
+    """`ContextSizes` of a graph that is run whole."""
 
     def __init__(self, spec: OnnxSpec) -> None:
         self._spec = spec
@@ -25,9 +27,10 @@ class OnnxSizes:
         spec, cells = self._spec, footprint.kv_cells(context)
         heads = spec.num_heads * spec.key_head_size
         row = 4 * (6 * spec.widest_product + 8 * spec.embedding_width + 6 * heads)
-        scores = 4 * ATTENTION_COPIES * spec.num_heads * cells
+        copies = SHARING_COPIES if spec.shares_cache else ATTENTION_COPIES
+        scores = 4 * copies * spec.num_heads * cells
         # Keys and values of one layer, repeated for every head where attention is decomposed.
-        layer = 4 * 4 * cells * heads
+        layer = 0 if spec.shares_cache else 4 * 4 * cells * heads
         logits = ELEMENT_BYTES[spec.logits_element] * spec.vocabulary.num_tokens
         num_logits = 1 if spec.makes_last_row else max_rows
         inputs = 3 * 8 * cells

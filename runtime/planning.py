@@ -28,11 +28,11 @@ from lowtide.models.header import read_spec
 from lowtide.models.onnx.providers import CPU, provider_name
 from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.spec import ModelSpec
-from lowtide.runtime.cut_planning import CutSizes, cut_spec
 from lowtide.runtime.measured_host import measured_host
 from lowtide.runtime.measured_onnx_host import measured_onnx_host
 from lowtide.runtime.onnx_sizes import OnnxSizes
 from lowtide.runtime.speculation_choice import SpeculationChoice
+from lowtide.runtime.swap_planning import SwappedSizes, swapped_spec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,12 +258,12 @@ def _require_replaceable(options: PlanOptions, host: Host) -> None:
 def _plan_onnx(
     spec: OnnxSpec, options: OpenOptions, policy: AttentionPolicy, machine: Machine, budget: Budget
 ) -> PlannedModel:
-    """Plan a graph that onnxruntime runs, whole or in pieces with our attention between them.
+    """Plan a graph that onnxruntime runs, with its own attention or with ours.
 
-    Raises `BadOption` for what llama.cpp alone can do, and for our attention where the graph cannot be cut.
+    Raises `BadOption` for what llama.cpp alone can do, and for our attention where the graph keeps its own.
     """
     if policy.uses_hook:
-        spec = cut_spec(spec, policy)
+        spec = swapped_spec(spec, policy)
     if options.gpu_budget(policy) is not None:
         raise BadOption(
             f"layers are to go to a GPU, and {spec.name} is an ONNX graph, which runs on the processor: "
@@ -275,14 +275,14 @@ def _plan_onnx(
             f"{wanted} is for models that llama.cpp runs, and {spec.name} is an ONNX graph: leave it out, "
             "or take the model as GGUF"
         )
-    is_cut = policy.uses_hook and not isinstance(spec.cut, str)
-    if provider_name(options.provider) != provider_name(CPU) and is_cut:
+    is_swapped = policy.uses_hook and not isinstance(spec.swap, str)
+    if provider_name(options.provider) != provider_name(CPU) and is_swapped:
         raise BadOption(
             f"provider is {options.provider!r}, and attention is {policy.name!r}, which runs "
             "on the processor: leave one of them out"
         )
-    sizes: ContextSizes = CutSizes(spec) if is_cut else OnnxSizes(spec)
-    host = measured_onnx_host(spec, budget, is_cut=is_cut)
+    sizes: ContextSizes = SwappedSizes(spec) if is_swapped else OnnxSizes(spec)
+    host = measured_onnx_host(spec, budget, is_swapped=is_swapped)
     return PlannedModel(
         spec=spec,
         machine=machine,

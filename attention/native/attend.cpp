@@ -72,17 +72,25 @@ bool Attend::reserve(const AttentionProblem& p, int num_threads) {
     return true;
 }
 
-void Attend::run(const AttentionProblem& p, const KernelSet& kernels, int thread, int num_threads) {
-    const int num_workers = this->num_workers(num_threads);
-    const bool works = thread < num_workers;
+void Attend::run(const AttentionProblem& p, const KernelSet& kernels, Team& team) {
+    const int num_workers = this->num_workers(team.num_threads);
+    const auto begin_anew = [this] { next_item_ = 0; };  // the partials are used again by the next node
+    const auto by_workers = [&](auto work) {
+        team.all([&](int thread) {
+            if (thread < num_workers) work(thread);
+        }, begin_anew);
+    };
     if (p.num_rows > kFewRows) {
-        if (works) attend_tiled(p, kernels, thread, num_workers);
-    } else {
-        if (works) attend_split(p, kernels, thread, num_workers);
-        barrier_.wait(num_threads, [this] { next_item_ = 0; });
-        if (works) merge_split(p, thread, num_workers);
+        by_workers([&](int thread) { attend_tiled(p, kernels, thread, num_workers); });
+        return;
     }
-    barrier_.wait(num_threads, [this] { next_item_ = 0; });  // the partials are used again by the next node
+    by_workers([&](int thread) { attend_split(p, kernels, thread, num_workers); });
+    by_workers([&](int thread) { merge_split(p, thread, num_workers); });
+}
+
+void Attend::run(const AttentionProblem& p, const KernelSet& kernels, int thread, int num_threads) {
+    ThreadOfTeam team(barrier_, thread, num_threads);
+    run(p, kernels, team);
 }
 
 bool Attend::reserve_many(const AttentionProblem& p, int num_threads) {

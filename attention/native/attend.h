@@ -5,6 +5,7 @@
 
 #include "attention_problem.h"
 #include "barrier.h"
+#include "team.h"
 
 // Exact attention over a whole node, shared out between threads.
 class Attend {
@@ -13,8 +14,9 @@ public:
     // memory for it.
     bool reserve(const AttentionProblem& problem, int num_threads);
 
-    // Called by each of `num_threads` threads with its own `thread`, for a problem that there is room for.
-    // Threads beyond those reserved for only wait. Results do not depend on the number of threads.
+    // For a problem that there is room for; threads beyond those reserved for only wait. Results do not depend on the
+    // number of threads. The second form is called by each of `num_threads` threads with its own `thread`.
+    void run(const AttentionProblem& problem, const KernelSet& kernels, Team& team);
     void run(const AttentionProblem& problem, const KernelSet& kernels, int thread, int num_threads);
 
     // The same for several problems that differ in rows and keys alone; there is room for all of them once there is

@@ -50,34 +50,40 @@ bool TidalAttend::reserve(const AttentionProblem& p, int layer, int num_threads)
 }
 
 int TidalAttend::run(AttentionProblem p, int layer, const KernelSet& kernels, int thread, int num_threads) {
+    ThreadOfTeam team(barrier_, thread, num_threads);
+    return run(p, layer, kernels, team);
+}
+
+int TidalAttend::run(AttentionProblem p, int layer, const KernelSet& kernels, Team& team) {
     const Role role = role_now(p, layer);
-    if (role == Role::reuse) return reuse(p, sets_[set_of_layer_[layer]], kernels, thread, num_threads);
+    if (role == Role::reuse) return reuse(p, sets_[set_of_layer_[layer]], kernels, team);
     if (role == Role::select) {
         KeySet& set = sets_[set_of_layer_[layer]];
         if (!refresh_ && set.has_picks()) {
-            barrier_.wait(num_threads, [&] { set.renew(p, rule_); });
-            return reuse(p, set, kernels, thread, num_threads);
+            team.once([&] { set.renew(p, rule_); });
+            return reuse(p, set, kernels, team);
         }
-        select(p, set, kernels, thread, num_threads);
+        select(p, set, kernels, team);
     } else {
-        attend_.run(p, kernels, thread, num_threads);
+        attend_.run(p, kernels, team);
     }
     return p.num_keys;
 }
 
-void TidalAttend::select(AttentionProblem p, KeySet& set, const KernelSet& kernels, int thread, int num_threads) {
+void TidalAttend::select(AttentionProblem p, KeySet& set, const KernelSet& kernels, Team& team) {
     if (rule_.budget(p.num_keys) >= p.num_keys) {
-        if (thread == 0) set.take_all(p);
-        attend_.run(p, kernels, thread, num_threads);
+        team.once([&] { set.take_all(p); });
+        attend_.run(p, kernels, team);
         return;
     }
     p.first_scored_row = p.num_rows - num_scored_rows(p);
     p.scores_stride = padded_to_blocks(p.num_keys);
     p.scores = scores_.data(), p.totals = totals_.data();
-    attend_.run(p, kernels, thread, num_threads);
-    const int num_workers = attend_.num_workers(num_threads);
-    if (thread < num_workers) weigh(p, kernels, thread, num_workers);
-    barrier_.wait(num_threads, [&] { set.choose(p, rule_, weights_.data()); });
+    attend_.run(p, kernels, team);
+    const int num_workers = attend_.num_workers(team.num_threads);
+    team.all([&](int thread) {
+        if (thread < num_workers) weigh(p, kernels, thread, num_workers);
+    }, [&] { set.choose(p, rule_, weights_.data()); });
 }
 
 void TidalAttend::weigh(const AttentionProblem& p, const KernelSet& kernels, int thread, int num_workers) {
@@ -89,9 +95,9 @@ void TidalAttend::weigh(const AttentionProblem& p, const KernelSet& kernels, int
                             weights_.data() + begin);
 }
 
-int TidalAttend::reuse(AttentionProblem p, const KeySet& set, const KernelSet& kernels, int thread, int num_threads) {
+int TidalAttend::reuse(AttentionProblem p, const KeySet& set, const KernelSet& kernels, Team& team) {
     if (set.serves(p) && !set.is_all()) p.selected = set.cells().data(), p.num_keys = int(set.cells().size());
-    attend_.run(p, kernels, thread, num_threads);
+    attend_.run(p, kernels, team);
     return p.num_keys;
 }
 

@@ -9,6 +9,7 @@
 #include "barrier.h"
 #include "key_set.h"
 #include "selection_rule.h"
+#include "team.h"
 
 // TidalDecode (arXiv 2410.05076, section 3): some layers attend to every key and choose a few by weight; the
 // layers after them attend to those alone. One set serves all heads and all rows of a pass.
@@ -28,6 +29,7 @@ public:
     bool reserve(const AttentionProblem& problem, int layer, int num_threads);
 
     // Returns the number of keys that were attended to.
+    int run(AttentionProblem problem, int layer, const KernelSet& kernels, Team& team);
     int run(AttentionProblem problem, int layer, const KernelSet& kernels, int thread, int num_threads);
 
     // Several problems, densely.
@@ -43,9 +45,9 @@ public:
 
 private:
     Role role_now(const AttentionProblem& problem, int layer) const;
-    void select(AttentionProblem problem, KeySet& set, const KernelSet& kernels, int thread, int num_threads);
+    void select(AttentionProblem problem, KeySet& set, const KernelSet& kernels, Team& team);
     void weigh(const AttentionProblem& problem, const KernelSet& kernels, int thread, int num_workers);
-    int reuse(AttentionProblem problem, const KeySet& set, const KernelSet& kernels, int thread, int num_threads);
+    int reuse(AttentionProblem problem, const KeySet& set, const KernelSet& kernels, Team& team);
 
     Attend attend_;
     Barrier barrier_;

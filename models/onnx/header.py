@@ -9,11 +9,11 @@ from pathlib import Path
 from lowtide.models.errors import BadModelFile, UnsupportedModel
 from lowtide.models.onnx.attention_form import attention_form
 from lowtide.models.onnx.config import OnnxConfig, read_config, read_json
-from lowtide.models.onnx.cut.attention_node import NotCut
-from lowtide.models.onnx.cut.pieces import Cut, cut_graph
 from lowtide.models.onnx.graph import OnnxGraph, Port, read_graph
 from lowtide.models.onnx.products import Products
 from lowtide.models.onnx.spec import ENGINE, KV_TYPES, GraphPorts, LayerPorts, OnnxSpec
+from lowtide.models.onnx.swapped.attention_node import NotSwapped
+from lowtide.models.onnx.swapped.swap import Swap, swap_attention
 from lowtide.models.spec import VocabularySpec
 
 TOKENIZER = "tokenizer.json"
@@ -69,7 +69,8 @@ def read_spec(path: Path) -> OnnxSpec:
         tokenising_bytes=TOKENISING_BYTES,
         kv_types=(KV_TYPES[kv_element],),
         cache_copies=1 if form.shares_cache else 2,
-        copied_bytes=products.packed_bytes + _inline_bytes(graph),
+        copied_bytes=products.packed_bytes - products.released_bytes + _inline_bytes(graph),
+        copying_bytes=products.largest_copy_bytes,
         ports=ports,
         kv_element=kv_element,
         logits_element=graph.outputs[ports.logits].element_type,
@@ -81,14 +82,14 @@ def read_spec(path: Path) -> OnnxSpec:
         end_ids=frozenset(config.end_ids),
         tokenizer_path=tokenizer,
         special_texts=texts,
-        cut=_cut(graph, ports, config),
+        swap=_swap(graph, ports, config),
     )
 
 
-def _cut(graph: OnnxGraph, ports: GraphPorts, config: OnnxConfig) -> Cut | str:
+def _swap(graph: OnnxGraph, ports: GraphPorts, config: OnnxConfig) -> Swap | str:
     try:
-        return cut_graph(graph, ports, config)
-    except NotCut as reason:
+        return swap_attention(graph, ports, config)
+    except NotSwapped as reason:
         return str(reason)
 
 

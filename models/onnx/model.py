@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowtide.models.errors import ForwardError, ModelError, UnsupportedModel
@@ -20,6 +21,8 @@ from lowtide.models.onnx.tokenizer import OnnxTokenizer
 
 if TYPE_CHECKING:
     from lowtide.models.model import Logits
+
+_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class OnnxModel(CachedModel):
@@ -36,11 +39,17 @@ class OnnxModel(CachedModel):
         self._session: Any = None
         self.tokenizer = OnnxTokenizer(spec)
         with options.stage("weights"):
-            self._session = _session(spec, options)
+            self._session = self._opened(options)
         with options.stage("context"):
-            self._cache = self._bound = made_cache(spec)(spec, options.context)
+            self._make_cache(options)
             self._binding = self._session.io_binding()
             self._make_rows(options)
+
+    def _opened(self, options: OnnxOptions) -> Any:
+        return open_session(self._of_onnx, options)
+
+    def _make_cache(self, options: OnnxOptions) -> None:
+        self._cache = self._bound = made_cache(self._of_onnx)(self._of_onnx, options.context)
 
     def _make_rows(self, options: OnnxOptions) -> None:
         """Make what goes in and out of a pass beside the cache, once."""
@@ -79,7 +88,7 @@ class OnnxModel(CachedModel):
             raise ForwardError(
                 f"a forward pass over {num_rows} rows at {self._num_tokens} failed: {error}"
             ) from None
-        self._bound.appended()
+        self._appended()
         self._num_tokens += num_rows
         last: Logits = logits[0, -1]
         return last if last.dtype == np.float32 else last.astype(np.float32)
@@ -92,9 +101,15 @@ class OnnxModel(CachedModel):
             self._bind_input(ports.attention_mask, self._mask[:, :end])
         if ports.position_ids is not None:
             self._bind_input(ports.position_ids, self._positions[:, start:end])
-        self._bound.bind(binding, start, num_rows)
+        self._bind_cache(start, num_rows)
         address = logits.ctypes.data
         binding.bind_output(ports.logits, "cpu", 0, logits.dtype, list(logits.shape), address)
+
+    def _bind_cache(self, num_past: int, num_rows: int) -> None:
+        self._bound.bind(self._binding, num_past, num_rows)
+
+    def _appended(self) -> None:
+        self._bound.appended()
 
     def _bind_input(self, name: str, values: Any) -> None:
         """Bind an array of one row, which is contiguous wherever it is cut."""
@@ -107,12 +122,27 @@ class OnnxModel(CachedModel):
         super().close()
 
 
-def _session(spec: OnnxSpec, options: OnnxOptions) -> Any:
+def open_session(
+    spec: OnnxSpec,
+    options: OnnxOptions,
+    *,
+    model: bytes | None = None,
+    operators: Path | None = None,
+) -> Any:
+    """Return a session of the spec's graph, or of `model` over its weights; `operators` is a library.
+
+    Raises `UnsupportedModel` where onnxruntime refuses it, `ModelError` where there is no memory.
+    """
     library = onnx_library("onnxruntime")
+    given = session_options(options.threads)
+    if model is not None:
+        given.add_session_config_entry(_FOLDER, str(spec.path.parent))
     try:
+        if operators is not None:
+            given.register_custom_ops_library(str(operators))
         return library.InferenceSession(
-            str(spec.path),
-            session_options(options.threads),
+            str(spec.path) if model is None else model,
+            given,
             providers=session_providers(options.provider),
         )
     except MemoryError:

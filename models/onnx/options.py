@@ -9,14 +9,13 @@ from typing import Any
 
 from lowtide.models.onnx.libraries import onnx_library
 from lowtide.models.onnx.providers import CPU
-from lowtide.models.onnx.thread_pool import set_threads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxOptions:
     """`context` and `max_rows` count tokens; `stage` is entered around "weights" and "context".
 
-    `kv_type` is what a graph that is cut keeps keys and values as; a whole one keeps its own.
+    `kv_type` is what keys and values are kept as where attention is ours; a whole one keeps its own.
     `provider` is the short name of an execution provider.
     """
 
@@ -29,10 +28,16 @@ class OnnxOptions:
 
 
 def session_options(threads: int) -> Any:
-    """Return onnxruntime's options: nothing is kept between passes, and threads sleep between them."""
+    """Return onnxruntime's options: threads sleep between passes.
+
+    Activations lie in its arena, which keeps their room: in the C library's heap they now and then leave
+    holes of tens of MiB.
+    """
     options = onnx_library("onnxruntime").SessionOptions()
-    set_threads(options, threads)
-    options.enable_cpu_mem_arena = False
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.enable_cpu_mem_arena = True
     options.enable_mem_pattern = False
     options.log_severity_level = 4
     return options

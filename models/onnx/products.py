@@ -14,22 +14,29 @@ PACKED_BITS = (4, 8)
 PACKED_BLOCKS = (16, 32, 64, 128, 256)
 INT8_ROWS = 4
 """The accuracy level that 8-bit weights have kernels for."""
+BLOCK_BYTES = 8
+"""A packed block's scale and sum, both of f32."""
+PACKED_PADDING = 16384
+"""Of a product's copy: alignment, and what lies idle between copies."""
 PACKED_SHARE = 1.35
-"""Bytes of a packed copy for each byte of quantised weights: scales and sums of blocks become f32."""
+"""Bytes of a packed copy for each byte of quantised weights at most, where the kernels are not known."""
 CPUINFO = Path("/proc/cpuinfo")
 
 
 class Products:
     """What is told of a graph's products.
 
-    onnxruntime copies a product's weights into a layout of its own (`packed_bytes` in all); quantised ones
+    onnxruntime copies a product's weights into a layout of its own (`packed_bytes` in all), and lets go of
+    those that nothing else reads (`released_bytes`); making a copy takes as much again. Quantised ones
     without a kernel for that are unpacked in each pass, of which `unpacked_bytes` is the largest.
     """
 
     def __init__(self, graph: OnnxGraph, logits: str) -> None:
         self._graph = graph
         types = Counter[str]()
-        self.packed_bytes = self.unpacked_bytes = self.widest = 0
+        self.packed_bytes = self.released_bytes = self.largest_copy_bytes = 0
+        self.unpacked_bytes = self.widest = 0
+        self._num_readers = Counter(name for node in graph.nodes for name in node.inputs)
         for node in graph.nodes:
             if (node.domain, node.kind) == QUANTISED:
                 self._quantised(node, types, is_last=logits in node.outputs)
@@ -41,14 +48,22 @@ class Products:
     def _quantised(self, node: Node, types: Counter[str], *, is_last: bool) -> None:
         bits = int(node.numbers.get("bits", 4))
         rows, columns = (int(node.numbers.get(name, 0)) for name in ("N", "K"))
-        num_bytes = sum(
-            self._graph.weights[name].num_bytes
-            for name in node.inputs[1:4]
-            if name in self._graph.weights
-        )
+        read = [self._graph.weights[n] for n in node.inputs[1:4] if n in self._graph.weights]
+        num_bytes = sum(weight.num_bytes for weight in read)
         types[f"int{bits}"] += num_bytes
-        self.packed_bytes += int(PACKED_SHARE * num_bytes)
-        if not self._has_kernel(node, bits):
+        if self._has_kernel(node, bits):
+            block = int(node.numbers["block_size"])
+            packed_block = block * bits // 8 + BLOCK_BYTES
+            copy = rows * -(-columns // block) * packed_block + PACKED_PADDING
+            self.packed_bytes += copy
+            self.largest_copy_bytes = max(self.largest_copy_bytes, copy)
+            self.released_bytes += sum(
+                weight.num_bytes
+                for weight in read
+                if weight.location is not None and self._num_readers[weight.name] == 1
+            )
+        else:
+            self.packed_bytes += int(PACKED_SHARE * num_bytes)
             self.unpacked_bytes = max(self.unpacked_bytes, 4 * rows * columns)
         if not is_last:
             self.widest = max(self.widest, rows)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lowtide.models.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from lowtide.models.onnx.cut.pieces import Cut
+    from lowtide.models.onnx.swapped.swap import Swap
 
 ENGINE = "onnxruntime"
 KV_TYPES = {"float32": "f32", "float16": "f16"}
@@ -43,8 +43,8 @@ class OnnxSpec(ModelSpec):
     the old ones; else a pass makes a longer copy. With `makes_last_row` logits are of a pass's last row
     alone, not of all. `attention` says in words what the graph attends with.
     `widest_product` is the most columns of a product of a layer, `unpacked_bytes` the most that a product
-    without a kernel of its own unpacks for a moment. `cut` is how the graph is cut where attention is to be
-    ours, or says why it cannot be, in words that follow "its graph".
+    without a kernel of its own unpacks for a moment. `swap` is what stays of the graph where attention is
+    to be ours, or says why it cannot be, in words that follow "its graph".
     """
 
     ports: GraphPorts
@@ -58,4 +58,4 @@ class OnnxSpec(ModelSpec):
     end_ids: frozenset[int]
     tokenizer_path: Path
     special_texts: tuple[tuple[str, str], ...]
-    cut: Cut | str
+    swap: Swap | str

@@ -1,15 +1,19 @@
-"""Tokens and prompts of a converted folder against onnxruntime-genai on the same folder.
+"""A converted folder against onnxruntime-genai on the same folder: tokens and prompts, short and long.
 
-Skipped where onnxruntime-genai is not installed. Each round times it and then ours. Run with `make bench`.
+Skipped where onnxruntime-genai is not installed. Each round times it and then ours. Run with `make bench`;
+LOWTIDE_LONG is how long the long prompt is.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from essays import essays
 from paired import paired
 
 from lowtide.memory.units import GIB
@@ -21,31 +25,40 @@ from lowtide.runtime.planning import OpenOptions, plan_reference
 pytestmark = pytest.mark.benchmark
 genai = pytest.importorskip("onnxruntime_genai")
 
-TEXT = "The tide comes in, the tide goes out, and nobody on the shore knows what it is about. "
 NUM_DECODED = 24
-CONTEXT = 1024
+LONG = int(os.environ.get("LOWTIDE_LONG", "7600"))
+CONTEXT = LONG + 512
+TIDAL = "tidal:k=1536,layers=4+7+18+21"
 
 
 class Ours:
-    """The folder in our runtime."""
+    """The folder in our runtime, with the graph's own attention ("llama") or with ours."""
 
-    def __init__(self, folder: Path) -> None:
-        options = OpenOptions(memory=8 * GIB, context=CONTEXT, threads=2)
+    def __init__(self, folder: Path, attention: str) -> None:
+        options = OpenOptions(memory=8 * GIB, context=CONTEXT, threads=2, attention=attention)
         self.loaded = LoadedModel(plan_reference(folder, options))
         self.model = self.loaded.model
-        encode = self.model.tokenizer.encode
-        self.token_ids = encode(TEXT * 40, add_special=True, parse_special=False)
+        self.token_ids = self.model.tokenizer.encode(
+            essays(), add_special=True, parse_special=False
+        )
 
     def prefill(self, length: int) -> None:
         self.model.truncate(0)
+        self.loaded.steering.before_prompt()
         rows = self.model.max_rows
         for at in range(0, length, rows):
             self.model.forward(self.token_ids[at : min(at + rows, length)])
 
     def decode(self, depth: int) -> None:
+        for _row in self.rows(depth, NUM_DECODED):
+            pass
+
+    def rows(self, depth: int, count: int) -> Iterator[np.ndarray]:
+        """The logits of so many tokens of the text, from `depth` on."""
         self.model.truncate(depth)
-        for token_id in self.token_ids[depth : depth + NUM_DECODED]:
-            self.model.forward((token_id,)).argmax()
+        for token_id in self.token_ids[depth : depth + count]:
+            self.loaded.steering.before_decode()
+            yield self.model.forward((token_id,))
 
 
 class Theirs:
@@ -67,11 +80,13 @@ class Theirs:
     def prefill(self, length: int) -> None:
         self.generator = self._generator()
         self.generator.append_tokens(self.token_ids[:length])
+        self.generator.get_logits()
 
     def decode(self, depth: int) -> None:
         self.generator.rewind_to(depth)
         for token_id in self.token_ids[depth : depth + NUM_DECODED]:
             self.generator.append_tokens([token_id])
+            self.generator.get_logits()
 
 
 @pytest.fixture(scope="module")
@@ -79,38 +94,61 @@ def folder(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return convert(read_spec(smollm2), tmp_path_factory.mktemp("converted") / "smollm2").folder
 
 
-@pytest.fixture(scope="module")
-def ours(folder: Path) -> Iterator[Ours]:
-    made = Ours(folder)
+@pytest.fixture(scope="module", params=["llama", "dense", TIDAL])
+def ours(request: pytest.FixtureRequest, folder: Path) -> Iterator[Ours]:
+    made = Ours(folder, request.param)
     yield made
     made.loaded.close()
 
 
 @pytest.fixture(scope="module")
-def theirs(folder: Path, ours: Ours) -> Theirs:
-    return Theirs(folder, list(ours.token_ids))
+def theirs(folder: Path) -> Theirs:
+    dense = Ours(folder, "dense")
+    token_ids = list(dense.token_ids)
+    dense.loaded.close()
+    return Theirs(folder, token_ids)
 
 
-@pytest.mark.parametrize("depth", [256, 900])
+@pytest.mark.parametrize("depth", [256, LONG])
 def test_decode(benchmark: Any, ours: Ours, theirs: Theirs, depth: int) -> None:
     ours.prefill(depth)
     theirs.prefill(depth)
     paired(
         benchmark,
-        f"decode at {depth}",
+        f"{ours.loaded.planned.policy.name}: decode at {depth}",
         lambda: ours.decode(depth),
         lambda: theirs.decode(depth),
-        rounds=7,
+        rounds=9,
         peer="onnxruntime-genai",
     )
 
 
-def test_prefill(benchmark: Any, ours: Ours, theirs: Theirs) -> None:
+@pytest.mark.parametrize("length", [512, LONG])
+def test_prefill(benchmark: Any, ours: Ours, theirs: Theirs, length: int) -> None:
     paired(
         benchmark,
-        "prompt of 512 tokens",
-        lambda: ours.prefill(512),
-        lambda: theirs.prefill(512),
-        rounds=5,
+        f"{ours.loaded.planned.policy.name}: prompt of {length} tokens",
+        lambda: ours.prefill(length),
+        lambda: theirs.prefill(length),
+        rounds=5 if length < LONG else 1,
         peer="onnxruntime-genai",
     )
+
+
+def test_divergence_of_tidal(benchmark: Any, folder: Path) -> None:
+    """Mean KL to dense attention over 256 tokens behind the long prompt."""
+    found: list[list[np.ndarray]] = []
+
+    def measure() -> None:
+        for attention in ("dense", TIDAL):
+            made = Ours(folder, attention)
+            made.prefill(LONG)
+            found.append([row.astype(np.float64) for row in made.rows(LONG, 256)])
+            made.loaded.close()
+
+    benchmark.pedantic(measure, rounds=1)
+    divergences = []
+    for dense, tidal in zip(*found, strict=True):
+        one, other = (row - np.logaddexp.reduce(row) for row in (dense, tidal))
+        divergences.append(float((np.exp(one) * (one - other)).sum()))
+    print(f"\n{TIDAL} at {LONG}: KL {np.mean(divergences):.4f} to dense attention")

@@ -219,7 +219,7 @@ def test_kv_bytes_are_llama_cpps_own(smollm2_spec: ModelSpec) -> None:
     ("options", "message"),
     [
         ({"context": 0}, "context is 0"),
-        ({"kv_type": "q2"}, "one of f16, q8_0, q4_0"),
+        ({"kv_type": "q2"}, "one of f16, q8_0, q4_0, f32"),
         ({"max_rows": 0}, "max_rows is 0"),
         ({"context": 9000}, "was made for 8192"),
     ],

@@ -95,7 +95,8 @@ def test_answers_after_a_batch_are_those_before_it(models: dict[str, Path]) -> N
     """Its context is freed, and its graph with it: pages that are gone must not be read."""
     code = f"""
 from lowtide import Runtime
-with Runtime.open({str(models["Q4_1"])!r}, memory="2GiB", pack=True, attention="dense", threads=2) as runtime:
+options = dict(memory="2GiB", pack=True, attention="dense", threads=2)
+with Runtime.open({str(models["Q4_1"])!r}, **options) as runtime:
     alone, again = [], []
     for told in (alone, again):
         told += [runtime.generate(p, max_tokens=6, temperature=0).token_ids for p in ("a b", "c")]

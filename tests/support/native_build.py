@@ -17,7 +17,7 @@ PROGRAMS = {
     "attend": [*KERNELS, "key_set", "tidal_attend"],
     "delta_attend": [*KERNELS, "delta_attend", "key_groups", "page_clusters"],
     "layer_clock": ["layer_clock"],
-    "piece_attend": [*KERNELS, "crew", "key_set", "piece_attend", "tidal_attend"],
+    "onnx_attend": [*KERNELS, "key_set", "onnx_attend", "onnx_masks", "tidal_attend"],
     "product": [
         *MULTIPLIERS,
         *"cpu_features find_products pack product quantised_rows unpack".split(),

@@ -1,4 +1,4 @@
-"""A graph that is cut answers as onnxruntime answers for it whole, with our kernels between the pieces."""
+"""A graph with our kernels in its attention's place answers as onnxruntime answers for it."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ import pytest
 from onnx_decoders import FORMS, Shape, write_decoder
 
 from lowtide.attention.dense import Dense
-from lowtide.attention.pieces import PieceAttention
+from lowtide.attention.onnx_attention import OnnxAttention
 from lowtide.attention.tidal import Tidal
 from lowtide.models.errors import ForwardError, LowtideError, StateError, UnsupportedModel
 from lowtide.models.header import read_spec
-from lowtide.models.onnx.cut.model import CutModel
 from lowtide.models.onnx.model import OnnxModel
 from lowtide.models.onnx.options import OnnxOptions
 from lowtide.models.onnx.spec import OnnxSpec
+from lowtide.models.onnx.swapped.model import SwappedModel
 
 IDS = [int(i) for i in np.random.default_rng(3).integers(0, 320, 90)]
-CUT_FORMS = [form for form in FORMS if form != "decomposed"]
+SWAPPED_FORMS = [form for form in FORMS if form != "decomposed"]
 PARTS = (64, 66, 67, 68, 90)
 
 
 def opened(
-    folder: Path, attention: PieceAttention | None, *, context: int = 512, kv_type: str = "f32"
-) -> OnnxModel | CutModel:
+    folder: Path, attention: OnnxAttention | None, *, context: int = 512, kv_type: str = "f32"
+) -> OnnxModel:
     spec = read_spec(folder)
     assert isinstance(spec, OnnxSpec)
     options = OnnxOptions(context=context, max_rows=64, threads=1, kv_type=kv_type)
     if attention is None:
         return OnnxModel(spec, options)
-    return CutModel(spec, options, attention)
+    return SwappedModel(spec, options, attention)
 
 
 @pytest.fixture
-def attention() -> Iterator[PieceAttention]:
-    made = PieceAttention(2)
+def attention() -> Iterator[OnnxAttention]:
+    made = OnnxAttention(2)
     yield made
     made.close()
 
 
-def passes(model: OnnxModel | CutModel) -> list[np.ndarray]:
+def passes(model: OnnxModel) -> list[np.ndarray]:
     starts = (0, *PARTS[:-1])
     return [model.forward(IDS[start:end]).copy() for start, end in zip(starts, PARTS, strict=True)]
 
@@ -52,7 +52,7 @@ def shape_of(form: str, **changes: object) -> Shape:
 
 
 CASES = [
-    *((form, {}) for form in CUT_FORMS),
+    *((form, {}) for form in SWAPPED_FORMS),
     ("gqa", {"interleaved": True}),
     ("gqa packed", {"interleaved": True}),
     ("gqa", {"window": 20}),
@@ -64,14 +64,14 @@ CASES = [
 
 
 @pytest.mark.parametrize(("form", "changes"), CASES, ids=str)
-def test_pieces_answer_as_the_whole(
-    tmp_path: Path, attention: PieceAttention, form: str, changes: dict[str, object]
+def test_our_kernels_answer_as_the_graphs_own(
+    tmp_path: Path, attention: OnnxAttention, form: str, changes: dict[str, object]
 ) -> None:
     shape = shape_of(form, **{k: v for k, v in changes.items() if k == "layers"})
     attributes = {k: v for k, v in changes.items() if k != "layers"}
     folder = write_decoder(tmp_path / "tiny", form, shape, attributes=attributes)
-    with opened(folder, None) as whole, opened(folder, attention) as cut:
-        for wanted, found in zip(passes(whole), passes(cut), strict=True):
+    with opened(folder, None) as whole, opened(folder, attention) as swapped:
+        for wanted, found in zip(passes(whole), passes(swapped), strict=True):
             assert np.abs(wanted).max() > 1
             np.testing.assert_allclose(found, wanted, atol=1e-5)
     plain = write_decoder(tmp_path / "plain", form, shape)
@@ -80,37 +80,37 @@ def test_pieces_answer_as_the_whole(
             assert np.abs(passes(other)[-1] - wanted).max() > 1e-3
 
 
-def test_half_precision(tmp_path: Path, attention: PieceAttention) -> None:
+def test_half_precision(tmp_path: Path, attention: OnnxAttention) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa packed", shape_of("gqa"), element="float16")
-    with opened(folder, None) as whole, opened(folder, attention, kv_type="f16") as cut:
-        for wanted, found in zip(passes(whole), passes(cut), strict=True):
+    with opened(folder, None) as whole, opened(folder, attention, kv_type="f16") as swapped:
+        for wanted, found in zip(passes(whole), passes(swapped), strict=True):
             np.testing.assert_allclose(found, wanted, atol=0.01)
 
 
-def test_a_cache_of_halves(tmp_path: Path, attention: PieceAttention) -> None:
+def test_a_cache_of_halves(tmp_path: Path, attention: OnnxAttention) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", shape_of("gqa"))
-    with opened(folder, None) as whole, opened(folder, attention, kv_type="f16") as cut:
-        np.testing.assert_allclose(passes(cut)[-1], passes(whole)[-1], atol=0.01)
+    with opened(folder, None) as whole, opened(folder, attention, kv_type="f16") as swapped:
+        np.testing.assert_allclose(passes(swapped)[-1], passes(whole)[-1], atol=0.01)
 
 
 def test_weights_inside_the_file_and_quantised_ones(tmp_path: Path) -> None:
     for name, changes in (("in", {"external": False}), ("bits", {"bits": 4})):
         folder = write_decoder(tmp_path / name, "gqa", shape_of("gqa"), **changes)  # type: ignore[arg-type]
-        with opened(folder, None) as whole, opened(folder, PieceAttention(2)) as cut:
-            np.testing.assert_allclose(passes(cut)[-1], passes(whole)[-1], atol=1e-4)
+        with opened(folder, None) as whole, opened(folder, OnnxAttention(2)) as swapped:
+            np.testing.assert_allclose(passes(swapped)[-1], passes(whole)[-1], atol=1e-4)
 
 
-@pytest.fixture(params=CUT_FORMS)
+@pytest.fixture(params=SWAPPED_FORMS)
 def model(
-    request: pytest.FixtureRequest, tmp_path: Path, attention: PieceAttention
-) -> Iterator[CutModel]:
+    request: pytest.FixtureRequest, tmp_path: Path, attention: OnnxAttention
+) -> Iterator[SwappedModel]:
     folder = write_decoder(tmp_path / "tiny", request.param, shape_of(request.param))
     with opened(folder, attention) as made:
-        assert isinstance(made, CutModel)
+        assert isinstance(made, SwappedModel)
         yield made
 
 
-def test_going_back_equals_never_having_been_there(model: CutModel) -> None:
+def test_going_back_equals_never_having_been_there(model: SwappedModel) -> None:
     model.forward(IDS[:40])
     wanted = model.forward(IDS[40:80]).copy()
     assert model.num_tokens == 80
@@ -126,7 +126,7 @@ def test_going_back_equals_never_having_been_there(model: CutModel) -> None:
     assert model.truncate(500) == 80
 
 
-def test_a_copied_state_comes_back(model: CutModel) -> None:
+def test_a_copied_state_comes_back(model: SwappedModel) -> None:
     model.forward(IDS[:50])
     state = memoryview(bytearray(model.state_bytes()))
     model.copy_state(state)
@@ -139,7 +139,7 @@ def test_a_copied_state_comes_back(model: CutModel) -> None:
         model.put_state(state, 49)
 
 
-def test_rows_that_do_not_go_in_change_nothing(model: CutModel) -> None:
+def test_rows_that_do_not_go_in_change_nothing(model: SwappedModel) -> None:
     model.forward(IDS[:10])
     wanted = model.forward(IDS[10:12]).copy()
     model.truncate(10)
@@ -153,29 +153,29 @@ def test_threads_change_no_bit_of_attention(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", shape_of("gqa"))
     found = []
     for threads in (1, 3):
-        attention = PieceAttention(threads)
-        with opened(folder, attention) as cut:
-            found.append(passes(cut))
+        attention = OnnxAttention(threads)
+        with opened(folder, attention) as swapped:
+            found.append(passes(swapped))
         attention.close()
     for one, other in zip(*found, strict=True):
         assert np.array_equal(one, other)
 
 
-def test_tidal_between_the_pieces(tmp_path: Path, attention: PieceAttention) -> None:
+def test_tidal_in_a_graph(tmp_path: Path, attention: OnnxAttention) -> None:
     shape = shape_of("gqa", layers=4)
     folder = write_decoder(tmp_path / "tiny", "gqa", shape)
     found, shares = [], []
-    with opened(folder, attention) as cut:
+    with opened(folder, attention) as swapped:
         for k in (None, 500, 40):
             policy = Dense() if k is None else Tidal(k=k, selection_layers=(1,), recent=8)
-            steering = policy.install(attention, cut.spec)
-            cut.truncate(0)
+            steering = policy.install(attention, swapped.spec)
+            swapped.truncate(0)
             steering.before_prompt()
-            cut.forward(IDS[:64])
+            swapped.forward(IDS[:64])
             before = attention.counts()
             for token_id in IDS[64:80]:
                 steering.before_decode()
-                logits = cut.forward([token_id]).copy()
+                logits = swapped.forward([token_id]).copy()
             after = attention.counts()
             found.append(logits)
             shares.append(
@@ -193,21 +193,23 @@ def test_tidal_between_the_pieces(tmp_path: Path, attention: PieceAttention) -> 
         ("decomposed", "has decomposed attention"),
     ],
 )
-def test_what_is_not_cut_says_why(
-    tmp_path: Path, attention: PieceAttention, form: str, reason: str
+def test_what_is_not_swapped_says_why(
+    tmp_path: Path, attention: OnnxAttention, form: str, reason: str
 ) -> None:
     folder = write_decoder(tmp_path / "tiny", form)
-    with pytest.raises(UnsupportedModel, match=f"runs whole, as its graph {reason}"):
+    with pytest.raises(UnsupportedModel, match=f"keeps its own attention, as its graph {reason}"):
         opened(folder, attention)
 
 
-def test_a_whole_graph_runs_beside(tmp_path: Path, attention: PieceAttention) -> None:
+def test_a_graph_with_its_own_attention_runs_beside(
+    tmp_path: Path, attention: OnnxAttention
+) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", shape_of("gqa"))
-    with opened(folder, attention) as cut, opened(folder, None) as whole:
-        np.testing.assert_allclose(cut.forward(IDS[:5]), whole.forward(IDS[:5]), atol=1e-5)
+    with opened(folder, attention) as swapped, opened(folder, None) as whole:
+        np.testing.assert_allclose(swapped.forward(IDS[:5]), whole.forward(IDS[:5]), atol=1e-5)
 
 
-def test_closing_twice(tmp_path: Path, attention: PieceAttention) -> None:
+def test_closing_twice(tmp_path: Path, attention: OnnxAttention) -> None:
     made = opened(write_decoder(tmp_path / "tiny"), attention)
     made.close()
     made.close()

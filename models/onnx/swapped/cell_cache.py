@@ -1,4 +1,4 @@
-"""PieceCache: keys and values of a model that is cut, in the layout that our kernels read.
+"""CellCache: keys and values of a graph whose attention is ours, in the layout that our kernels read.
 
 Layout of a tensor: (cells, heads, head size), so that a token's lies together. Knows no budget.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 KV_DTYPES = {"f32": "float32", "f16": "float16"}
 
 
-class PieceCache(TokenCache):
+class CellCache(TokenCache):
     """Two buffers a layer, keys and values; `kv_type` is f32 or f16."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""ONNX folders with our attention between the pieces: planned, answered, and never over."""
+"""ONNX folders with our attention in the graph: planned, answered, and never over."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from processes import run_lowtide
 from lowtide import Runtime
 from lowtide.models.errors import BadOption
 from lowtide.models.fake_model import CHAT_TEMPLATE
+from lowtide.models.onnx.convert.conversion import convert
+from lowtide.models.spec import ModelSpec
 
 BIG = Shape(
     layers=4, width=384, heads=6, kv_heads=2, feed_forward=1024, vocabulary=4096, context=2048
@@ -30,8 +32,10 @@ GREEDY = {"max_tokens": 12, "temperature": 0}
 def test_the_same_tokens_as_the_whole_graph(tmp_path: Path, form: str) -> None:
     folder = write_decoder(tmp_path / "tiny", form, Shape(kv_heads=2), chat_template=CHAT_TEMPLATE)
     found = []
-    for attention in ("llama", "dense"):
-        with Runtime.open(folder, memory="2GiB", threads=1, attention=attention) as runtime:
+    for attention, kv_type in (("llama", None), ("dense", "f32")):
+        with Runtime.open(
+            folder, memory="2GiB", threads=1, attention=attention, kv_type=kv_type
+        ) as runtime:
             result = runtime.generate(TEXT[:200], **GREEDY)
             found.append(result.token_ids)
             again = runtime.generate(TEXT[:150], **GREEDY)
@@ -56,7 +60,7 @@ def test_tidal_runs_and_with_room_for_all_keys_answers_as_dense(tmp_path: Path) 
 def test_a_cache_of_halves_is_half_as_large(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", Shape(kv_heads=2))
     sizes = []
-    for kv_type in (None, "f16"):
+    for kv_type in ("f32", None):
         options = {"memory": "2GiB", "threads": 1, "attention": "dense", "kv_type": kv_type}
         with Runtime.open(folder, **options) as runtime:  # type: ignore[arg-type]
             assert len(runtime.generate(TEXT[:100], **GREEDY).token_ids) == 12
@@ -91,6 +95,32 @@ def test_never_over_its_plan(
     assert done.peak_bytes <= stats["planned_bytes"]
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("attention", ["llama", "dense"])
+def test_a_real_model_is_planned_closely(
+    tmp_path: Path, smollm2_spec: ModelSpec, attention: str
+) -> None:
+    folder = convert(smollm2_spec, tmp_path / "smollm2").folder
+    done = run_lowtide(
+        *("run", str(folder), "--raw", "--json", "-n", "8", "-c", "2048", "-t", "2"),
+        *("--attention", attention),
+        stdin=("The tide comes in. " * 400).encode(),
+        timeout=300,
+    )
+    assert done.code == 0, done.stderr
+    stats = json.loads(done.stdout)["stats"]
+    assert 1900 < stats["prompt_tokens"] + 8 <= 2048
+    assert 0.93 * stats["planned_bytes"] < done.peak_bytes <= stats["planned_bytes"]
+    words = ("--attention", attention, "-t", "2", "--memory")
+    asked = run_lowtide("plan", str(folder), *words, "60MiB", "--json")
+    bound = json.loads(asked.stdout)["lower_bound_bytes"]
+    least = run_lowtide(
+        *("run", str(folder), "--raw", "-n", "4", *words, str(bound)), stdin=TEXT[:400].encode()
+    )
+    assert least.code == 0, least.stderr
+    assert least.peak_bytes <= bound
+
+
 def test_the_lower_bound_runs(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "big", "gqa", BIG)
     words = ("--attention", "dense", "-t", "1", "--memory")
@@ -103,9 +133,9 @@ def test_the_lower_bound_runs(tmp_path: Path) -> None:
     assert done.peak_bytes <= bound
 
 
-def test_a_graph_that_is_not_cut_says_so(tmp_path: Path) -> None:
+def test_a_graph_that_keeps_its_own_attention_says_so(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", "decomposed")
-    with pytest.raises(BadOption, match="runs whole .* as it has decomposed attention: leave"):
+    with pytest.raises(BadOption, match="keeps its own .* as it has decomposed attention: leave"):
         Runtime.open(folder, memory="2GiB", attention="dense")
     folder = write_decoder(tmp_path / "inside", "gqa", BIG, external=False)
     with pytest.raises(BadOption, match="keeps its weights inside the .onnx file"):

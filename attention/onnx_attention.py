@@ -1,0 +1,191 @@
+"""OnnxAttention: our kernels in the place of an ONNX graph's attention.
+
+A graph's node calls them from onnxruntime's session, on onnxruntime's threads (`native/onnx_operator.cpp`):
+rows are turned (rotary embedding), appended to the layer's cache and attended in one call a layer. Knows
+no session and no model; policies install themselves here as in `GraphHook`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+from lowtide.attention.graph_hook import HookCounts
+from lowtide.attention.native_library import native_library
+from lowtide.attention.selection_rule import SelectionRule
+from lowtide.models.errors import LowtideError
+from lowtide.models.onnx.swapped.attender import Attender, LayerArrays
+
+ELEMENTS = {"float16": 0, "float32": 3}
+"""The C++ `KvType` of what arrays hold."""
+OPERATORS = {"float16": "AttentionHalf", "float32": "Attention"}
+
+
+class _Layer(ctypes.Structure):
+    """The C++ `OnnxLayer`, field for field."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "k_cache v_cache cosines sines".split()),
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "cache_type num_cells num_heads num_kv_heads head_size rotary_pairs interleaved "
+                "is_packed is_causal window mask"
+            ).split()
+        ),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    ]
+
+
+class _Counts(ctypes.Structure):
+    """The C++ `OnnxCounts`."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in "keys_read keys_held nodes nanoseconds scratch_bytes".split()
+    ]
+
+
+class OnnxAttention(Attender):
+    """Attends for one model on `threads` threads; `kernels` names an instruction set, None takes the best.
+
+    Raises `LowtideError` where this build and processor have no such kernels.
+    """
+
+    domain = "lowtide"
+
+    def __init__(self, threads: int, kernels: str | None = None) -> None:
+        self._library = _declared(native_library())
+        self._attend = self._library.lowtide_onnx_new(
+            kernels.encode() if kernels else None, threads
+        )
+        if not self._attend:
+            raise LowtideError(
+                f"our attention cannot run here: no {kernels or 'usable'} kernels, or no {threads} threads"
+            )
+        self.library = Path(self._library._name)
+        self.number = self._library.lowtide_onnx_number(self._attend)
+        self._layers: list[LayerArrays] = []
+
+    @property
+    def kernels(self) -> str:
+        """The instruction set in use."""
+        name: bytes = self._library.lowtide_onnx_kernels(self._attend)
+        return name.decode()
+
+    @property
+    def can_round(self) -> bool:
+        """Whether these kernels can multiply in bfloat16."""
+        return bool(self._library.lowtide_onnx_can_round(self._attend))
+
+    def operator(self, element: str) -> str:
+        """Return the operator's name for float32 or float16."""
+        return OPERATORS[element]
+
+    def set_roles(self, roles: bytes, rule: SelectionRule) -> None:
+        """Set what each layer does in a sparse pass (`LayerRole`); call it between passes."""
+        if self._library.lowtide_onnx_set_roles(
+            self._attend, roles, len(roles), ctypes.byref(rule)
+        ):
+            raise MemoryError
+
+    def start_pass(self, *, sparse: bool, refresh: bool = True, rounded: bool = False) -> None:
+        """Say whether the passes from now on are sparse, and whether they choose their keys anew.
+
+        `rounded` has a prompt's rows multiplied in bfloat16, where `can_round`.
+        """
+        self._library.lowtide_onnx_start_pass(self._attend, sparse, refresh, rounded)
+
+    def counts(self) -> HookCounts:
+        """Return what was attended to so far; all layers are ours."""
+        counts = self._library.lowtide_onnx_counts(self._attend)
+        return HookCounts(
+            layers_ours=len(self._layers),
+            layers_theirs=0,
+            nodes_ours=counts.nodes,
+            nodes_theirs=0,
+            seconds=counts.nanoseconds / 1e9,
+            scratch_bytes=counts.scratch_bytes,
+            keys_read=counts.keys_read,
+            keys_held=counts.keys_held,
+            weight_bytes_given_back=0,
+            products_sliced=0,
+            products_packed=0,
+            packed_refused=0,
+        )
+
+    def bind(self, layers: list[LayerArrays]) -> None:
+        """Know every layer's arrays; they are kept. Raises `LowtideError` where it is closed."""
+        if not self._attend:
+            raise LowtideError(
+                "our attention is closed with the model that it attended for: make another"
+            )
+        self._layers = layers
+        masks: dict[tuple[str, bool, int | None], int] = {}
+        described = (_Layer * len(layers))()
+        for layer, arrays in enumerate(layers):
+            node = arrays.node
+            mask = masks.setdefault((node.bias, node.is_causal, node.window), len(masks))
+            described[layer] = _described(arrays, mask)
+        failure = self._library.lowtide_onnx_set_layers(self._attend, described, len(layers))
+        if failure:
+            reason = "it has a shape that our kernels do not know" if failure == 2 else "no memory"
+            raise LowtideError(f"our attention cannot attend for this model: {reason}")
+
+    def begin(self, num_past: int, num_rows: int) -> None:
+        """Begin a pass: layers that see the same keys have one mask."""
+        self._library.lowtide_onnx_begin(self._attend, num_past, num_rows)
+
+    def close(self) -> None:
+        """Free the kernels' scratch; closing twice is allowed."""
+        if self._attend:
+            self._library.lowtide_onnx_free(self._attend)
+            self._attend = None
+        self._layers = []
+
+
+def _described(arrays: LayerArrays, mask: int) -> _Layer:
+    node = arrays.node
+    layer = _Layer(
+        k_cache=arrays.key_cache.ctypes.data,
+        v_cache=arrays.value_cache.ctypes.data,
+        cache_type=ELEMENTS[str(arrays.key_cache.dtype)],
+        num_cells=arrays.key_cache.shape[0],
+        num_heads=node.num_heads,
+        num_kv_heads=node.num_kv_heads,
+        head_size=node.head_size,
+        interleaved=node.is_interleaved,
+        is_packed=node.is_packed,
+        is_causal=node.is_causal,
+        window=node.window or 0,
+        mask=mask,
+        scale=node.scale,
+        softcap=node.softcap,
+    )
+    if arrays.cosines is not None and arrays.sines is not None:
+        layer.cosines, layer.sines = arrays.cosines.ctypes.data, arrays.sines.ctypes.data
+        layer.rotary_pairs = arrays.cosines.shape[1]
+    return layer
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    library.lowtide_onnx_new.restype = pointer
+    library.lowtide_onnx_new.argtypes = [ctypes.c_char_p, number]
+    library.lowtide_onnx_free.restype = None
+    library.lowtide_onnx_free.argtypes = [pointer]
+    library.lowtide_onnx_can_round.argtypes = [pointer]
+    library.lowtide_onnx_kernels.restype = ctypes.c_char_p
+    library.lowtide_onnx_kernels.argtypes = [pointer]
+    library.lowtide_onnx_number.restype = ctypes.c_int64
+    library.lowtide_onnx_number.argtypes = [pointer]
+    library.lowtide_onnx_set_layers.argtypes = [pointer, pointer, number]
+    library.lowtide_onnx_set_roles.argtypes = [pointer, ctypes.c_char_p, number, pointer]
+    library.lowtide_onnx_start_pass.restype = None
+    library.lowtide_onnx_start_pass.argtypes = [pointer, number, number, number]
+    library.lowtide_onnx_begin.restype = None
+    library.lowtide_onnx_begin.argtypes = [pointer, number, number]
+    library.lowtide_onnx_counts.restype = _Counts
+    library.lowtide_onnx_counts.argtypes = [pointer]
+    return library

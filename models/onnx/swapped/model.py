@@ -1,0 +1,102 @@
+"""SwappedModel: an ONNX decoder whose attention and KV cache are ours, inside one onnxruntime session.
+
+Knows no budget and no policy: `Attender` is handed in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lowtide.models.errors import UnsupportedModel
+from lowtide.models.onnx.model import OnnxModel, open_session
+from lowtide.models.onnx.options import OnnxOptions
+from lowtide.models.onnx.spec import OnnxSpec
+from lowtide.models.onnx.swapped.attender import Attender, LayerArrays
+from lowtide.models.onnx.swapped.attention_node import AttentionNode
+from lowtide.models.onnx.swapped.cell_cache import CellCache
+from lowtide.models.onnx.swapped.swapped_graph import SwappedGraph
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class SwappedModel(OnnxModel):
+    """The graph, with what `attender` attends to kept here.
+
+    Raises `UnsupportedModel` where the graph is left whole, or onnxruntime refuses it, with the reason.
+    """
+
+    def __init__(self, spec: OnnxSpec, options: OnnxOptions, attender: Attender) -> None:
+        if isinstance(spec.swap, str):
+            raise UnsupportedModel(f"{spec.name} keeps its own attention, as its graph {spec.swap}")
+        self._swap = spec.swap
+        self._attender = attender
+        self._tables: dict[str, NDArray[np.float32] | None] = {}
+        super().__init__(spec, options)
+
+    def _opened(self, options: OnnxOptions) -> Any:
+        spec, swap = self._of_onnx, self._swap
+        self._ports = replace(
+            spec.ports,
+            attention_mask=_if_read(spec.ports.attention_mask, swap.inputs),
+            position_ids=_if_read(spec.ports.position_ids, swap.inputs),
+        )
+        graph = SwappedGraph(spec.path, swap, spec.kv_element)
+        for node in swap.layers:
+            for name in (node.cosines, node.sines):
+                if name not in self._tables:
+                    self._tables[name] = graph.weight(name)
+            self._check_positions(node)
+        model = graph.serialised(self._attender, spec.ports.logits)
+        return open_session(spec, options, model=model, operators=self._attender.library)
+
+    def _make_cache(self, options: OnnxOptions) -> None:
+        spec = self._of_onnx
+        heads = spec.num_kv_heads[0], spec.key_head_size
+        self._cache = self._cells = CellCache(
+            spec.num_layers, *heads, options.context, options.kv_type
+        )
+        self._attender.bind([self._layer(i, node) for i, node in enumerate(self._swap.layers)])
+
+    def _layer(self, layer: int, node: AttentionNode) -> LayerArrays:
+        return LayerArrays(
+            node=node,
+            key_cache=self._cells.tensor(layer, 0),
+            value_cache=self._cells.tensor(layer, 1),
+            cosines=self._tables[node.cosines],
+            sines=self._tables[node.sines],
+        )
+
+    def _check_positions(self, node: AttentionNode) -> None:
+        """The kernels read as many rows of both tables as there are positions."""
+        cosines, sines = self._tables[node.cosines], self._tables[node.sines]
+        if cosines is None or sines is None:
+            return
+        if cosines.ndim != 2 or cosines.shape != sines.shape:
+            raise UnsupportedModel(
+                f"{self.spec.name} has cosines of {cosines.shape} and sines of {sines.shape}, tables "
+                "of one shape are wanted: leave attention out, and the graph runs whole"
+            )
+        if len(cosines) < self.context:
+            raise UnsupportedModel(
+                f"{self.spec.name} turns {len(cosines)} positions, a context of {self.context} is wanted: "
+                f"lower --context to {len(cosines)}"
+            )
+
+    def _bind_cache(self, num_past: int, num_rows: int) -> None:
+        self._attender.begin(num_past, num_rows)
+
+    def _appended(self) -> None:
+        """The rows are in the cells already."""
+
+    def close(self) -> None:
+        """Free the session, what attends in it, and the cache."""
+        self._binding = self._session = None
+        self._attender.close()
+        super().close()
+
+
+def _if_read(name: str | None, inputs: frozenset[str]) -> str | None:
+    return name if name in inputs else None

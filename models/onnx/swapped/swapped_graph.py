@@ -1,0 +1,77 @@
+"""SwappedGraph: a graph's model with our operator in its attention's place, as bytes for a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowtide.models.onnx.libraries import onnx_library
+from lowtide.models.onnx.swapped.attender import Attender
+from lowtide.models.onnx.swapped.swap import Swap
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+OPERATOR_VERSION = 1
+
+
+class SwappedGraph:
+    """Holds the graph of `path` without its external weights; `element` is what attention's rows hold."""
+
+    def __init__(self, path: Path, swap: Swap, element: str) -> None:
+        self._onnx = onnx_library("onnx")
+        self._folder = path.parent
+        self._swap = swap
+        self._element = element
+        self._model = self._onnx.load(str(path), load_external_data=False)
+        self._weights = {weight.name: weight for weight in self._model.graph.initializer}
+
+    def serialised(self, attender: Attender, logits: str) -> bytes:
+        """Return the model in which `attender` attends; of the graph's outputs `logits` is left."""
+        onnx, graph = self._onnx, self._model.graph
+        ours = {node.index: layer for layer, node in enumerate(self._swap.layers)}
+        nodes = [
+            self._our_node(ours[index], attender) if index in ours else node
+            for index, node in enumerate(graph.node)
+            if index in ours or index in self._swap.nodes
+        ]
+        made = onnx.helper.make_graph(
+            nodes,
+            graph.name or "decoder",
+            [port for port in graph.input if port.name in self._swap.inputs],
+            [port for port in graph.output if port.name == logits],
+            [self._weights[name] for name in sorted(self._swap.weights)],
+        )
+        version = onnx.helper.make_opsetid(attender.domain, OPERATOR_VERSION)
+        model = onnx.helper.make_model(
+            made,
+            opset_imports=[*self._model.opset_import, version],
+            ir_version=self._model.ir_version,
+        )
+        serialised: bytes = model.SerializeToString()
+        return serialised
+
+    def _our_node(self, layer: int, attender: Attender) -> Any:
+        node = self._swap.layers[layer]
+        inputs = [node.query, node.key, node.value, node.bias]
+        while not inputs[-1]:
+            inputs.pop()
+        return self._onnx.helper.make_node(
+            attender.operator(self._element),
+            inputs,
+            [node.output],
+            name=f"attention_{layer}",
+            domain=attender.domain,
+            attender=attender.number,
+            layer=layer,
+        )
+
+    def weight(self, name: str) -> NDArray[np.float32] | None:
+        """Return a weight as an array of its own; None for ""."""
+        import numpy as np
+
+        if not name:
+            return None
+        array = self._onnx.numpy_helper.to_array(self._weights[name], base_dir=str(self._folder))
+        return np.ascontiguousarray(array, np.float32)
