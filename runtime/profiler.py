@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     OnEvent = Callable[[Span | MemorySample | LayerPass], None]
 
 PREFILL, DECODE, FILTER = "prefill pass", "decode pass", "filter pass"
-DECODE_PACE = 8
-"""Layers are timed in one decode pass of so many: stopping at each costs about a twentieth of a pass."""
+DECODE_PACES = (8, 32)
+"""Layers are timed in one decode pass of so many, at first and later: stopping at each costs something."""
+FIRST_PASSES = 64
 STEP_BYTES = 1 << 20
 """A change by this much is sampled at once."""
 
@@ -114,7 +115,7 @@ class Profiler:
         self._open.append(span)
         span.before = self._watch.read()
         if self._clock is not None and span.name in (PREFILL, DECODE):
-            is_turn = self._num_decoded % DECODE_PACE == 0
+            is_turn = self._num_decoded % DECODE_PACES[self._num_decoded >= FIRST_PASSES] == 0
             self._num_decoded += span.name == DECODE
             span.is_timed = span.name == PREFILL or is_turn
             self._clock.start(timed=span.is_timed)

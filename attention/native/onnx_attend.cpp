@@ -15,7 +15,7 @@
 namespace {
 
 // Below so many products a second thread comes later than one is done.
-constexpr size_t kProductsWorthAThread = 200000;
+constexpr size_t kProductsWorthAThread = 30000;
 
 size_t element_bytes(KvType type) { return type == KvType::f32 ? 4 : 2; }
 
