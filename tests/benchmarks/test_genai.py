@@ -26,6 +26,7 @@ pytestmark = pytest.mark.benchmark
 genai = pytest.importorskip("onnxruntime_genai")
 
 NUM_DECODED = 24
+PAUSE_S = 0.3
 LONG = int(os.environ.get("LOWTIDE_LONG", "7600"))
 CONTEXT = LONG + 512
 TIDAL = "tidal:k=1536,layers=4+7+18+21"
@@ -120,6 +121,7 @@ def test_decode(benchmark: Any, ours: Ours, theirs: Theirs, depth: int) -> None:
         lambda: theirs.decode(depth),
         rounds=9,
         peer="onnxruntime-genai",
+        pause_s=PAUSE_S,
     )
 
 
@@ -132,6 +134,7 @@ def test_prefill(benchmark: Any, ours: Ours, theirs: Theirs, length: int) -> Non
         lambda: theirs.prefill(length),
         rounds=5 if length < LONG else 1,
         peer="onnxruntime-genai",
+        pause_s=PAUSE_S,
     )
 
 

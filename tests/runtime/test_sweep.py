@@ -103,5 +103,5 @@ def test_the_cases_are_of_every_kind() -> None:
     assert {None, 512, 8192} <= {case.context for case in CASES}
     assert {case.turns for case in CASES} == {1, 2, 3}
     assert {case.attention for case in CASES} == {"llama", "dense", "tidal"}
-    told = [run_lowtide("plan", *case.options(), "--json") for case in CASES[:12]]
-    assert 0 < sum(plan.code == 2 for plan in told) < 6  # some are refused, most are run
+    told = [run_lowtide("plan", *case.options(), "--json") for case in CASES[:24]]
+    assert 0 < sum(plan.code == 2 for plan in told) < len(told)  # some are refused, others run

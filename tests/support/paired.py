@@ -15,12 +15,17 @@ def paired(
     peers: Callable[[], Any],
     rounds: int,
     peer: str = "llama.cpp",
+    pause_s: float = 0.0,
 ) -> None:
-    """Run peers and ours `rounds` times in turn after one warm-up; print and keep the median ratio."""
+    """Run peers and ours `rounds` times in turn after one warm-up; print and keep the median ratio.
+
+    Before each it pauses for `pause_s`: a peer's threads may spin for a while after its work.
+    """
     peer_seconds: list[float] = []
     our_seconds: list[float] = []
 
     def timed(work: Callable[[], Any], seconds: list[float]) -> None:
+        time.sleep(pause_s)
         started = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - started)
