@@ -1,10 +1,13 @@
-"""KernelHost: where our kernels run, in llama.cpp's graph or between an ONNX graph's pieces."""
+"""KernelHost: where our kernels run, in llama.cpp's graph or in an ONNX graph's session."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lowtide.attention.selection_rule import SelectionRule
+
+if TYPE_CHECKING:
+    from lowtide.attention.graph_hook import HookCounts
 
 
 class KernelHost(Protocol):
@@ -20,6 +23,9 @@ class KernelHost(Protocol):
 
     def set_roles(self, roles: bytes, rule: SelectionRule) -> None:
         """Set what each layer does in a sparse pass (`LayerRole`)."""
+
+    def counts(self) -> HookCounts:
+        """Return what our kernels have done so far."""
 
     def start_pass(self, *, sparse: bool, refresh: bool = True, rounded: bool = False) -> None:
         """Say whether the passes from now on are sparse, whether they choose anew, and are rounded."""

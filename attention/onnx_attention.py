@@ -151,7 +151,7 @@ def _described(arrays: LayerArrays, mask: int) -> _Layer:
         k_cache=arrays.key_cache.ctypes.data,
         v_cache=arrays.value_cache.ctypes.data,
         cache_type=ELEMENTS[str(arrays.key_cache.dtype)],
-        num_cells=arrays.key_cache.shape[0],
+        num_cells=min(len(a) for a in (arrays.key_cache, arrays.cosines) if a is not None),
         num_heads=node.num_heads,
         num_kv_heads=node.num_kv_heads,
         head_size=node.head_size,

@@ -33,8 +33,9 @@ _OPENING = (
     ),
     click.option(
         "--kv-type",
-        type=click.Choice(["f16", "q8_0", "q4_0"]),
-        help="Type of the KV cache; the smaller ones change answers slightly.  [default: f16 if it fits]",
+        type=click.Choice(["f16", "q8_0", "q4_0", "f32"]),
+        help="Type of the KV cache; the smaller ones change answers slightly, and f32 is for ONNX models.  "
+        "[default: f16 if it fits]",
     ),
     click.option(
         "-t", "--threads", type=click.IntRange(1, 512), help="Threads.  [default: all cores]"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowtide.attention.dense import DenseSteering
-from lowtide.attention.graph_hook import GraphHook
+from lowtide.attention.kernel_host import KernelHost
 from lowtide.attention.needles import chat_framing, finds, hide_needle
 from lowtide.attention.policy import Steering
 from lowtide.attention.quality import WINDOW_TOKENS, Distance, Reference, read_prompt
@@ -92,13 +92,13 @@ def evaluate(
     """Measure the loaded model's policy at `windows` places up to `context` tokens deep.
 
     Needles are hidden at three depths of each of `needle_lengths` (None: half the context and all of it).
-    Raises `BadOption` where the text is too short or the policy is llama.cpp's own attention.
+    Raises `BadOption` where the text is too short or the policy is the engine's own attention.
     """
-    model, hook = loaded.model, loaded.hook
-    if hook is None:
+    model, kernels = loaded.model, loaded.kernel_host
+    if kernels is None:
         raise BadOption(
-            "attention is llama.cpp's own: its distance from our dense kernels is rounding; evaluate an "
-            "approximation such as --attention tidal"
+            f"attention is {model.spec.engine}'s own: its distance from our dense kernels is rounding; "
+            "evaluate an approximation such as --attention tidal"
         )
     if loaded.planned.policy.first_pass is not None:
         raise BadOption(
@@ -113,14 +113,14 @@ def evaluate(
     whose = BUILT_IN if text is None else str(text)
     sample = read_sample(text, model.context)
     token_ids = sample_tokens(model.tokenizer, sample, context + SPARE_TOKENS, whose=whose)
-    dense, steering = DenseSteering(hook), loaded.steering
+    dense, steering = DenseSteering(kernels), loaded.steering
     distances = []
     model.truncate(0)
     for depth in measured_depths(context, windows):
         progress(f"comparing {WINDOW_TOKENS} tokens at {depth:,}")
         place = Reference(model, dense, token_ids, depth)
         distances.append((depth, place.distance(steering)))
-    share = _keys_read(model, hook, steering, token_ids[: context + 1])
+    share = _keys_read(model, kernels, steering, token_ids[: context + 1])
     lengths = needle_lengths if needle_lengths is not None else (context // 2, context)
     needles = _needles(loaded, dense, token_ids[1:], lengths, progress)
     return Evaluation(
@@ -141,14 +141,14 @@ def measured_depths(context: int, windows: int) -> list[int]:
 
 
 def _keys_read(
-    model: Model, hook: GraphHook, steering: Steering, token_ids: Sequence[int]
+    model: Model, kernels: KernelHost, steering: Steering, token_ids: Sequence[int]
 ) -> float:
     """Return the share of the cached keys that a decoded token attends to."""
     with read_prompt(model, steering, token_ids[:-1]):
-        before = hook.counts()
+        before = kernels.counts()
         steering.before_decode()
         model.forward((token_ids[-1],))
-        after = hook.counts()
+        after = kernels.counts()
     return (after.keys_read - before.keys_read) / (after.keys_held - before.keys_held)
 
 

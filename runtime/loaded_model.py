@@ -6,6 +6,7 @@ import gc
 
 from lowtide.attention.gem import Gem
 from lowtide.attention.graph_hook import GraphHook, HookCounts
+from lowtide.attention.kernel_host import KernelHost
 from lowtide.attention.onnx_attention import OnnxAttention
 from lowtide.attention.policy import Steering
 from lowtide.memory.errors import OverBudget
@@ -209,9 +210,14 @@ class LoadedModel:
                 "attention='gem', or leave explain out"
             )
 
+    @property
+    def kernel_host(self) -> KernelHost | None:
+        """Where our kernels run; None where the engine's own do."""
+        return self._onnx_attention or self.hook
+
     def hook_counts(self) -> HookCounts | None:
-        """Return what our kernels have done; None where llama.cpp's own run."""
-        ours = self._onnx_attention or self.hook
+        """Return what our kernels have done; None where the engine's own run."""
+        ours = self.kernel_host
         return ours.counts() if ours is not None else None
 
     def has_room_to_tokenise(self, text_bytes: int, num_tokens: int) -> bool:

@@ -201,6 +201,19 @@ def test_what_is_not_swapped_says_why(
         opened(folder, attention)
 
 
+def test_positions_that_the_graph_does_not_turn_are_not_read(
+    tmp_path: Path, attention: OnnxAttention
+) -> None:
+    folder = write_decoder(tmp_path / "tiny", "gqa", shape_of("gqa", context=128))
+    with pytest.raises(UnsupportedModel, match="turns 128 positions.*lower --context to 128"):
+        opened(folder, attention, context=129)
+    with opened(folder, attention, context=128) as swapped:
+        swapped.forward(IDS[:64])
+        swapped.forward(IDS[:64])
+        with pytest.raises(ForwardError, match="room for 0 tokens"):
+            swapped.forward(IDS[:1])
+
+
 def test_a_graph_with_its_own_attention_runs_beside(
     tmp_path: Path, attention: OnnxAttention
 ) -> None:

@@ -21,7 +21,9 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         pytest.skip("the sources are not here: this runs against the wheel")
     flags = ["-O1", "-g", "-fPIC", f"-fsanitize={request.param}", "-fno-sanitize-recover=all"]
     folder = tmp_path_factory.mktemp("native")
-    return NativeBuild(compiler, folder, flags, x86=platform.machine() == "x86_64")
+    build = NativeBuild(compiler, folder, flags, x86=platform.machine() == "x86_64")
+    build.prepare()
+    return build
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -68,6 +68,30 @@ def test_a_cache_of_halves_is_half_as_large(tmp_path: Path) -> None:
     assert sizes[0] == 2 * sizes[1] > 0
 
 
+def test_a_policy_is_measured_against_dense_attention(tmp_path: Path) -> None:
+    folder = write_decoder(
+        tmp_path / "tiny",
+        "gqa",
+        Shape(layers=4, kv_heads=2, context=1024),
+        chat_template=CHAT_TEMPLATE,
+    )
+    text = tmp_path / "text.txt"
+    text.write_text("The tide goes out, and nobody knows why. " * 40)
+    told = {}
+    for policy in ("dense", "tidal:k=200,layers=1"):
+        done = run_lowtide(
+            *("evaluate", str(folder), "-c", "640", "-t", "1", "--attention", policy, "--json"),
+            *("--kv-type", "f32", "--text", str(text)),
+        )
+        assert done.code == 0, done.stderr
+        told[policy] = json.loads(done.stdout)
+    exact, sparse = told.values()
+    assert exact["kl"] == 0 and exact["keys_read"] == 1
+    assert sparse["kl"] > 0 and 0.3 < sparse["keys_read"] < 0.7
+    refused = run_lowtide("evaluate", str(folder), "-c", "640", "--attention", "llama")
+    assert refused.code == 2 and "attention is onnxruntime's own" in refused.stderr
+
+
 CASES: list[tuple[str, Shape, dict[str, Any]]] = [
     ("gqa", BIG, {}),
     ("mha", MANY_HEADS, {}),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1] / "attention" / "native"
@@ -64,6 +66,12 @@ class NativeBuild:
         if name in LIBRARIES:
             objects.append(self._linked(LIBRARIES[name], "-fPIC", "-shared"))
         return Path(self._linked(f"{name}_test", *objects, "-pthread", "-ldl"))
+
+    def prepare(self) -> None:
+        """Compile the sources of all tests, as many at a time as there are cores."""
+        sources = {source for sources in PROGRAMS.values() for source in sources}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(self._object, sources))
 
     def _object(self, source: str) -> Path:
         path = self._folder / f"{source}.o"
