@@ -40,4 +40,4 @@ def test_decode_with_a_profiler(benchmark: Any, smollm2: Path, attention: str) -
         paired(benchmark, name, decoding(profiled), decoding(plain), rounds=25, peer="without it")
         report = profiler.report()
     assert len(set(answers)) == 1
-    assert report.num_timed_passes[1] > 25 and len(report.layers) == 31
+    assert report.num_timed_passes[1] > 50 and len(report.layers) == 31

@@ -104,4 +104,6 @@ def test_the_cases_are_of_every_kind() -> None:
     assert {case.turns for case in CASES} == {1, 2, 3}
     assert {case.attention for case in CASES} == {"llama", "dense", "tidal"}
     told = [run_lowtide("plan", *case.options(), "--json") for case in CASES[:24]]
-    assert 0 < sum(plan.code == 2 for plan in told) < len(told)  # some are refused, others run
+    assert (
+        0 < sum(plan.code == 2 for plan in told) < len(told) / 2
+    )  # some are refused, most are run
