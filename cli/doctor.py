@@ -94,6 +94,9 @@ def _llama() -> dict[str, Any]:
     return {
         "llama_cpp_python": library.version,
         "llama_cpp_kernels": library.system_info,
+        "llama_cpp_layouts": "used"
+        if library.repacks
+        else "unused: it was compiled for AMX; --pack or a build without is faster",
         "kv_memory": "follows the tokens in use"
         if can_leave_untouched()
         else "whole from the start",

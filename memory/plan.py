@@ -63,6 +63,7 @@ class Host:
     `kv_follows_use` says whether cells without a token take no memory, `can_stream_weights` whether mapped
     weights can be given back between the layers. `vocabulary_bytes`, where it was measured, replaces the
     formula; `tolerance_bytes` is how much the measured figures may differ from one run to the next.
+    `repacks` says whether llama.cpp may copy weights into layouts of its own.
     Before the weights are there, `vocabulary_loading_bytes` more than its own are needed for a moment.
     """
 
@@ -70,6 +71,7 @@ class Host:
     processor: str
     kv_follows_use: bool = False
     can_stream_weights: bool = False
+    repacks: bool = True
     vocabulary_bytes: int | None = None
     vocabulary_loading_bytes: int = 0
     tolerance_bytes: int = 0

@@ -82,9 +82,8 @@ class PlanRows:
         """Whether the weights are mapped from their file: not where llama.cpp packs them anew, nor where it
         only passes them on to a device.
         """
-        repacked = not self._options.packed and footprint.is_repacked(
-            self._spec, self._host.processor
-        )
+        may_be = self._host.repacks and not self._options.packed
+        repacked = may_be and footprint.is_repacked(self._spec, self._host.processor)
         return choice.kept_layers is not None or not (repacked or self.gpus(choice))
 
     def _vocabulary(self) -> PlanRow:

@@ -250,7 +250,7 @@ def _load_weights(library: LlamaLibrary, spec: ModelSpec, options: LoadOptions) 
     params = model_parameters(
         library.api,
         memory_map=options.memory_map,
-        repack=options.repack,
+        repack=options.repack and library.repacks,
         gpu_layers=options.gpu_layers,
         gpu_attention=options.gpu_attention,
     )

@@ -86,6 +86,15 @@ class LlamaLibrary:
         return importlib.metadata.version("llama-cpp-python")
 
     @property
+    def repacks(self) -> bool:
+        """Whether weights may lie in layouts of its own: not where it was compiled for AMX.
+
+        GCC before 14 loses most of the tile configuration that its AMX products load, and then the first of
+        them ends the process; what such layouts take is not planned either.
+        """
+        return "AMX_INT8 = 1" not in self.system_info
+
+    @property
     def system_info(self) -> str:
         """The instruction sets that llama.cpp's own kernels use, in its words."""
         text: bytes = self.api.llama_print_system_info()

@@ -12,6 +12,7 @@ import hashlib
 import platform
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 from lowtide.attention.abort_guard import guarded_aborts
 from lowtide.attention.native_library import native_library
@@ -80,7 +81,8 @@ class SimulatedSizes:
 def measured_host(spec: ModelSpec, budget: Budget) -> Iterator[tuple[Host, ContextSizes]]:
     """Yield the host and the sizes to plan `spec` with; what was laid out is freed at the end.
 
-    A budget that could not even hold the vocabulary is planned by the formulas, so that nothing passes it.
+    A budget that could not hold the libraries, or not the vocabulary beside them, is planned by the
+    formulas, so that nothing passes it.
     """
     resident = footprint.interpreter_bytes(read_process_memory())
     # Not held against llama.cpp yet: who comes back with the bound that this gives is told if it is not so.
@@ -91,15 +93,18 @@ def measured_host(spec: ModelSpec, budget: Budget) -> Iterator[tuple[Host, Conte
         kv_follows_use=is_linux and footprint.kv_row_bytes(spec, "f16") is not None,
         can_stream_weights=is_linux,
     )
-    least = resident + footprint.vocabulary_bytes(spec.vocabulary) + footprint.loading_bytes(spec)
     if not spec.path.is_file():
         yield Host(interpreter_bytes=resident, processor=platform.machine()), FormulaSizes(spec)
         return
-    if least > budget.num_bytes:
+    if resident > budget.num_bytes:
         yield formulas, FormulaSizes(spec)
         return
     _load_what_answers_need(spec)
     before = read_process_memory().resident_bytes
+    laid_out = footprint.vocabulary_bytes(spec.vocabulary) + footprint.loading_bytes(spec)
+    if before + laid_out > budget.num_bytes:
+        yield replace(formulas, interpreter_bytes=before), FormulaSizes(spec)
+        return
     try:
         with guarded_aborts():
             simulated = SimulatedGguf(spec)
@@ -122,6 +127,7 @@ def _host(spec: ModelSpec, before_bytes: int, *, vocabulary: bool = True) -> Hos
         processor=platform.machine(),
         kv_follows_use=can_leave_untouched() and footprint.kv_row_bytes(spec, "f16") is not None,
         can_stream_weights=can_leave_unpopulated(),
+        repacks=llama_library().repacks,
         vocabulary_bytes=held_bytes if vocabulary else None,
         tolerance_bytes=TOLERANCE_BYTES,
     )

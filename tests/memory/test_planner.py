@@ -31,6 +31,17 @@ def plan_of(spec: ModelSpec, mebibytes: float, **options: object) -> MemoryPlan:
     return plan_memory(spec, chosen, budget_of(int(mebibytes * MIB)), HOST)
 
 
+def test_weights_that_llama_cpp_would_pack_anew_are_mapped_where_it_may_not() -> None:
+    spec = dataclasses.replace(fake_spec(512), tensor_types=frozenset({"Q4_0"}))
+    mapped = [
+        plan_memory(
+            spec, PlanOptions(), budget_of(400 * MIB), dataclasses.replace(HOST, repacks=may)
+        ).memory_map
+        for may in (True, False)
+    ]
+    assert mapped == [False, True]
+
+
 @st.composite
 def specs(draw: st.DrawFn) -> ModelSpec:
     layers = draw(st.integers(1, 40))

@@ -9,9 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import run_python
 
+from lowtide.models import gguf_model
 from lowtide.models.errors import ForwardError, ModelError, UnsupportedModel
 from lowtide.models.gguf_header import read_spec
 from lowtide.models.gguf_model import GgufModel, LoadOptions
+from lowtide.models.gguf_options import model_parameters
+from lowtide.models.llama_library import LlamaLibrary, llama_library
 
 OPTIONS = LoadOptions(context=256, max_rows=16, threads=1)
 
@@ -96,6 +99,25 @@ def test_kv_types(kv_type: str, tmp_path: Path) -> None:
     options = LoadOptions(context=256, max_rows=16, threads=2, kv_type=kv_type, memory_map=False)
     with GgufModel(read_spec(path), options) as model:
         assert model.forward([5, 6, 7]).shape == (320,)
+
+
+@pytest.mark.parametrize(
+    ("sets", "repacks"), [("AMX_INT8 = 1 | REPACK = 1", False), ("REPACK = 1", True)]
+)
+def test_layouts_of_a_llama_cpp_that_was_compiled_for_amx_are_not_used(
+    sets: str, repacks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def recorded(api: object, **options: object) -> object:
+        asked.append(bool(options["repack"]))
+        return model_parameters(api, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LlamaLibrary, "system_info", f"CPU : AVX2 = 1 | {sets} | ")
+    monkeypatch.setattr(gguf_model, "model_parameters", recorded)
+    with GgufModel(read_spec(write_model(tmp_path / "random.gguf")), OPTIONS):
+        assert llama_library().repacks == repacks
+    assert asked == [repacks]
 
 
 def test_the_users_own_import_of_llama_cpp_is_whole() -> None:
