@@ -238,6 +238,13 @@ class GraphHook:
         """How many masks showed other cells than `set_parts` was told: those passes took every cell."""
         return int(self._library.lowtide_hook_parts_refused(self._hook))
 
+    def copy_cell(self, source: int, target: int) -> int:
+        """Copy a cell's keys and values over another's; return in how many layers.
+
+        That is in those which attended to the last parts; none where that pass saw no such cells.
+        """
+        return int(self._library.lowtide_hook_copy_cell(self._hook, source, target))
+
     def score_prompt(self, layer: int, rule: ScoreRule, *, is_last: bool) -> None:
         """Have passes from now on end behind the attention of `layer`; the last one scores every key there.
 

@@ -87,6 +87,7 @@ def declare_hook(library: ctypes.CDLL) -> None:
     ]
     library.lowtide_hook_parts_refused.argtypes = [pointer]
     library.lowtide_hook_parts_refused.restype = ctypes.c_int64
+    library.lowtide_hook_copy_cell.argtypes = [pointer, ctypes.c_int, ctypes.c_int]
     library.lowtide_hook_read_packed.argtypes = [
         pointer,
         ctypes.c_char_p,

@@ -15,6 +15,7 @@ from lowtide.models.errors import ForwardError, StateError
 from lowtide.models.model import Model
 from lowtide.models.sequences import Part, Sequences
 from lowtide.models.spec import ModelSpec, VocabularySpec
+from lowtide.models.token_tree import TokenTree
 from lowtide.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class FakeModel(Model):
     rows of every forward pass, for tests of what was computed again.
     """
 
-    keeps_state = copies_state = keeps_sequences = True
+    keeps_state = copies_state = keeps_sequences = verifies_trees = True
 
     def __init__(
         self, replies: Sequence[str] = ("Hello.",), context: int = 512, max_rows: int = 64
@@ -81,6 +82,7 @@ class FakeModel(Model):
         self.spec = fake_spec(context)
         self.rows: list[int] = []
         self._tokens: list[int] = []
+        self._tree, self._tree_begins = TokenTree((), ()), 0
 
     @property
     def num_tokens(self) -> int:
@@ -107,6 +109,26 @@ class FakeModel(Model):
             self._tokens.append(token_id)
             rows.append(self._logits())
         return np.stack(rows)
+
+    def forward_tree(self, tree: TokenTree) -> RowLogits:
+        """Append the trunk; each row's logits are those behind its path."""
+        import numpy as np
+
+        if not 0 < len(tree) <= min(self.max_rows, self.context - len(self._tokens)):
+            raise ForwardError(f"{len(tree)} rows do not fit")
+        self.rows.append(len(tree))
+        text, rows = self._tokens, []
+        for row in range(len(tree)):
+            self._tokens = [*text, *(tree.token_ids[before] for before in tree.path(row))]
+            rows.append(self._logits())
+        self._tokens = [*text, *tree.token_ids[: tree.trunk_rows]]
+        self._tree, self._tree_begins = tree, len(text)
+        return np.stack(rows)
+
+    def adopt(self, row: int) -> None:
+        """Put the row's token at its depth."""
+        depth = len(self._tree.path(row)) - 1
+        self._tokens[self._tree_begins + depth] = self._tree.token_ids[row]
 
     def _logits(self) -> Logits:
         import numpy as np

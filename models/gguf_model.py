@@ -112,15 +112,21 @@ class GgufModel(Model):
 
     def forward_rows(self, token_ids: Sequence[int]) -> RowLogits:
         """Append the tokens in one llama.cpp batch and return every row's logits."""
+        self._check_verified(len(token_ids))
+        self._compute(token_ids, every_row=True)
+        return self._row_logits(len(token_ids))
+
+    def _row_logits(self, num_rows: int) -> RowLogits:
         import numpy as np
 
-        if len(token_ids) > self.max_verified_rows:
-            raise ForwardError(
-                f"logits of {len(token_ids)} rows are wanted, {self.max_verified_rows} are planned"
-            )
-        self._compute(token_ids, every_row=True)
         pointer = self._api.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(pointer, shape=(len(token_ids), self._num_logits))
+        return np.ctypeslib.as_array(pointer, shape=(num_rows, self._num_logits))
+
+    def _check_verified(self, num_rows: int) -> None:
+        if num_rows > self.max_verified_rows:
+            raise ForwardError(
+                f"logits of {num_rows} rows are wanted, {self.max_verified_rows} are planned"
+            )
 
     def _compute(self, token_ids: Sequence[int], *, every_row: bool = False) -> None:
         self._check_rows(token_ids)

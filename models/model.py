@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from lowtide.models.errors import ForwardError, StateError, UnsupportedModel
 from lowtide.models.sequences import Sequences
 from lowtide.models.spec import ModelSpec
+from lowtide.models.token_tree import TokenTree
 from lowtide.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class Model(ABC):
     copies_state: bool = False
     """Whether it can be copied into memory and put back: `state_bytes`, `copy_state`, `put_state`."""
 
+    verifies_trees: bool = False
+    """Whether `forward_tree` takes branches beside the trunk."""
     keeps_sequences: bool = False
     """Whether several sequences can go through it together: `open_sequences`."""
 
@@ -70,6 +73,21 @@ class Model(ABC):
                 f"{self.spec.name} computes the logits of one row, not {len(token_ids)}"
             )
         return self.forward(token_ids)[None]
+
+    def forward_tree(self, tree: TokenTree) -> RowLogits:
+        """Append a tree's trunk, which comes first in it; return the logits of rows, (rows, vocabulary).
+
+        Those are the first rows of the tree: all of them, or the trunk's, where branches could not be
+        computed. At most `max_verified_rows` tokens go in at once.
+        """
+        return self.forward_rows(tree.token_ids[: tree.trunk_rows])
+
+    def adopt(self, row: int) -> None:
+        """Have a row of the last `forward_tree` be the token at its depth.
+
+        Of a path, each row in turn, from the text on, before anything else goes in.
+        """
+        return None
 
     @abstractmethod
     def truncate(self, num_tokens: int) -> int:

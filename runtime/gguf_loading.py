@@ -24,6 +24,7 @@ from lowtide.memory.releaser import Releaser
 from lowtide.memory.untouched_buffers import UntouchedBuffer, untouched_buffers
 from lowtide.models.gguf_model import GgufModel
 from lowtide.models.gguf_options import DeviceLayers, LoadOptions
+from lowtide.models.gguf_tree_model import GgufTreeModel
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.planning import PlannedModel
 from lowtide.runtime.profiler import SILENT, Profiler
@@ -46,7 +47,10 @@ def load_gguf(
     if plan.kept_layers is not None:
         hold_in_large_pieces(planned.spec.paths, read_machine().available_bytes)
     with guarded_aborts(), untouched_buffers() as buffers, _new_maps(planned) as maps:
-        model = GgufModel(planned.spec, options)
+        if verifies_trees(planned) and hook is not None:
+            model: GgufModel = GgufTreeModel(planned.spec, options, hook)
+        else:
+            model = GgufModel(planned.spec, options)
     if plan.kept_layers is not None and hook is not None:
         try:
             _stream_weights(planned.spec, maps, hook, plan.kept_layers)
@@ -97,7 +101,15 @@ def _options(planned: PlannedModel, hook: GraphHook | None, profiler: Profiler) 
         gpu_layers=tuple(DeviceLayers(gpu.device.name, gpu.num_layers) for gpu in plan.gpus),
         gpu_attention=not planned.policy.uses_hook,
         verified_rows=max(plan.verified_rows, 1),
+        sequences=plan.verified_rows if verifies_trees(planned) else 1,
     )
+
+
+def verifies_trees(planned: PlannedModel) -> bool:
+    """Whether drafts may have branches: our attention reads all keys of every layer, in one cache here."""
+    spec, plan, policy = planned.spec, planned.plan, planned.policy
+    one_cache = spec.sliding_window is None and not spec.recurrent_state_bytes and not plan.gpus
+    return plan.verified_rows > 2 and policy.uses_hook and policy.takes_batches and one_cache
 
 
 def _follow_use(

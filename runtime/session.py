@@ -11,6 +11,7 @@ from lowtide.memory.errors import OverBudget
 from lowtide.memory.kv_growth import KvGrowth
 from lowtide.models.errors import StateError
 from lowtide.models.model import Model
+from lowtide.models.token_tree import TokenTree
 from lowtide.models.tokenizer import common_prefix
 from lowtide.runtime.prefix_cache import KeptState, PrefixCache
 from lowtide.runtime.profiler import DECODE, FILTER, PREFILL, SILENT, Profiler
@@ -182,23 +183,24 @@ class Session:
             return self._correct()
         return logits
 
-    def verify(self, token_ids: Sequence[int]) -> RowLogits:
-        """Compute a token and drafts after it in one pass; return the logits of every row.
+    def verify(self, tree: TokenTree) -> RowLogits:
+        """Compute a token and the drafts after it in one pass; return the logits of the tree's first rows.
 
-        The first is the session's, the others once they are accepted: until then, and where they never
-        are, the cache holds more than the session, which the next pass takes off. Their cells are the
-        plan's for speculation.
+        Row 0 is the session's, the others once they are accepted: until then, and where they never are,
+        the cache holds more than the session, which the next pass takes off. Their cells are the plan's
+        for speculation. Branches may be left out, as in `Model.forward_tree`.
         """
         self._take_off_drafts()
         self.admit(len(self.token_ids) + 1)
         self._steering.before_decode()
-        with self._profiler.span(DECODE, len(token_ids)):
-            rows = self._model.forward_rows(token_ids)
-        self.token_ids.append(token_ids[0])
+        with self._profiler.span(DECODE, len(tree)):
+            rows = self._model.forward_tree(tree)
+        self.token_ids.append(tree.token_ids[0])
         return rows
 
-    def accept(self, token_id: int) -> None:
-        """Take the next draft of the last verification, which is in the cache already, as a token."""
+    def accept(self, token_id: int, row: int) -> None:
+        """Take a row of the last verification, which is in the cache already, as the next token."""
+        self._model.adopt(row)
         self.token_ids.append(token_id)
 
     def _take_off_drafts(self) -> None:

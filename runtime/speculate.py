@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lowtide.memory.speculation_plan import CostCurve
+from lowtide.models.token_tree import TokenTree
 from lowtide.runtime.accept import Verification
 from lowtide.runtime.drafts.draft import Draft
 from lowtide.runtime.pass_costs import PassCosts
@@ -70,30 +71,33 @@ class Speculator:
         """Return the logits after `token_id`, which was chosen from those returned before."""
         self._control.came(token_id)
         if self._verification is not None:
-            row = self._verification.accept(token_id)
-            if row is not None:
-                session.accept(token_id)
-                self._record.accepted()
-                return row
+            logits = self._verification.accept(token_id)
+            if logits is not None:
+                session.accept(token_id, self._verification.row)
+                self._record.accepted(on_branch=self._verification.is_branch)
+                return logits
             self._control.settled(self._verification.num_accepted + 1, self._verifying_s)
             self._verification = None
         drafted = self._drafted(session, token_id)
-        if not drafted:
+        if drafted is None:
             return self._plain(session, token_id)
-        return self._verified(session, token_id, drafted)
+        return self._verified(session, drafted.behind(token_id).trunk_first())
 
-    def _drafted(self, session: Session, token_id: int) -> tuple[int, ...]:
+    def _drafted(self, session: Session, token_id: int) -> TokenTree | None:
         if self._given_up is not None:
-            return ()
+            return None
         clock = self._control.costs.clock
         before = clock()
         most_rows = min(self._most_rows, session.num_free)
         chosen = self._control.chosen([*session.token_ids, token_id], most_rows)
         self._record.drafting(clock() - before)
-        if chosen is None or not all(0 <= t < self._vocabulary_size for t in chosen[1]):
-            return ()
-        self._record.drafted(*chosen)
-        return chosen[1]
+        if chosen is None:
+            return None
+        name, tree = chosen
+        if not all(0 <= drafted < self._vocabulary_size for drafted in tree.token_ids):
+            return None
+        self._record.drafted(name, len(tree))
+        return tree
 
     def _plain(self, session: Session, token_id: int) -> Logits:
         clock = self._control.costs.clock
@@ -102,15 +106,15 @@ class Speculator:
         self._control.passed(1, clock() - before)
         return logits
 
-    def _verified(self, session: Session, token_id: int, drafted: tuple[int, ...]) -> Logits:
+    def _verified(self, session: Session, tree: TokenTree) -> Logits:
         clock = self._control.costs.clock
         before = clock()
-        rows = session.verify((token_id, *drafted))
+        rows = session.verify(tree)
         seconds = clock() - before
-        self._control.passed(len(drafted) + 1, seconds)
+        self._control.passed(len(tree), seconds)
         self._record.verified(seconds)
         self._verifying_s = seconds
-        self._verification = Verification(drafted, rows)
+        self._verification = Verification(tree, rows)
         return self._verification.first
 
     def statistics(self) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lowtide.memory.speculation_plan import expected_tokens
-from lowtide.runtime.accept import Acceptance
-from lowtide.runtime.drafts.draft import Draft, Proposal
+from lowtide.models.token_tree import TokenTree
+from lowtide.runtime.accept import Acceptance, chances
+from lowtide.runtime.drafts.draft import NOTHING, Draft, Proposal
 from lowtide.runtime.pass_costs import PassCosts
 
 LEAST_GAIN = 1.08
@@ -33,20 +33,29 @@ MOST_CREDIT_STEPS = 8
 class _Watched:
     """A proposal that is being compared with what comes."""
 
-    proposal: Proposal
+    tree: TokenTree
+    path: tuple[int, ...]
     acceptance: Acceptance
     num_right: int = 0
 
     def is_open_after(self, token_id: int) -> bool:
-        drafted = self.proposal.token_ids
-        if drafted[self.num_right] != token_id:
+        row = self.path[self.num_right]
+        if self.tree.token_ids[row] != token_id:
             self.acceptance.count(self.num_right, 1)
+            self._count_others(row, token_id)
             return False
         self.num_right += 1
-        if self.num_right == len(drafted):
+        if self.num_right == len(self.path):
             self.acceptance.count(self.num_right, 0)
             return False
         return True
+
+    def _count_others(self, row: int, token_id: int) -> None:
+        for other in self.tree.later_siblings(row):
+            is_right = self.tree.token_ids[other] == token_id
+            self.acceptance.count_other(is_right=is_right)
+            if is_right:
+                return
 
 
 @dataclass(slots=True)
@@ -60,10 +69,16 @@ class _Record:
 
 
 class SpeculationControl:
-    """Chooses for each step among `drafts` and numbers of rows up to those of `costs`."""
+    """Chooses for each step among `drafts` and numbers of rows up to those of `costs`.
 
-    def __init__(self, drafts: Sequence[Draft], costs: PassCosts) -> None:
+    Without `branches`, of what a draft proposes only its likeliest chain is taken.
+    """
+
+    def __init__(
+        self, drafts: Sequence[Draft], costs: PassCosts, *, branches: bool = False
+    ) -> None:
         self.costs = costs
+        self._branches = branches
         positions = max(costs.most_rows - 1, 1)
         self._records = [
             _Record(
@@ -103,32 +118,37 @@ class SpeculationControl:
         for record in self._records:
             record.watched = [w for w in record.watched if w.is_open_after(token_id)]
 
-    def chosen(
-        self, token_ids: Sequence[int], most_rows: int
-    ) -> tuple[str, tuple[int, ...]] | None:
-        """Return a draft's name and the tokens to verify after `token_ids`; None for a plain step."""
+    def chosen(self, token_ids: Sequence[int], most_rows: int) -> tuple[str, TokenTree] | None:
+        """Return a draft's name and what to verify after `token_ids`; None for a plain step.
+
+        It is the best of trees each of which is the one before with the next likeliest token.
+        """
         most = min(most_rows, self.costs.most_rows) - 1
         if most < 1:
             return None
-        best: tuple[float, str, tuple[int, ...]] = (LEAST_GAIN, "", ())
+        best = LEAST_GAIN, "", NOTHING
         for record in self._records:
             if not self._may_propose(record, most):
                 continue
             before = self.costs.clock()
             proposal = self._proposed(record, token_ids, most)
             drafting_s = self.costs.clock() - before
-            if not proposal.token_ids:
+            path = proposal.tree.first_path()
+            if not path:
                 self.wasted_s += drafting_s
                 continue
-            record.token_s += 0.1 * (drafting_s / len(proposal.token_ids) - record.token_s)
-            gain, num_drafted = self._best_number(record, proposal)
+            record.token_s += 0.1 * (drafting_s / len(path) - record.token_s)
+            acceptance = record.classes[proposal.sureness]
+            gain, tree = self._best_tree(record, acceptance, proposal.tree, most)
             self.best_promise = max(gain, self.best_promise or 0.0)
-            self._watch(record, proposal, always=gain > best[0] and not self.has_lost)
-            if gain > best[0] and not self.has_lost:
-                best = gain, record.draft.name, proposal.token_ids[:num_drafted]
+            is_best = gain > best[0] and not self.has_lost
+            if is_best or len(record.watched) < MOST_WATCHED:
+                record.watched.append(_Watched(proposal.tree, path, acceptance))
+            if is_best:
+                best = gain, record.draft.name, tree
             else:
                 self.wasted_s += drafting_s
-        return best[1:] if best[2] else None
+        return best[1:] if best[1] else None
 
     def _may_propose(self, record: _Record, most: int) -> bool:
         """Whether proposing pays, or there is time to waste on finding out."""
@@ -136,37 +156,42 @@ class SpeculationControl:
             return True
         if record.draft.is_free:
             return False
-        return self._best_gain(record, 0, most)[0] > LEAST_GAIN
+        return self._best_gain(record, 0, most) > LEAST_GAIN
 
     def _proposed(self, record: _Record, token_ids: Sequence[int], most: int) -> Proposal:
         """A draft that fails, or proposes nonsense, proposes nothing."""
         try:
             record.draft.follow(token_ids)
             proposal = record.draft.propose(most)
+            tree = proposal.tree
+            known = 0 <= proposal.sureness < len(record.classes)
+            if not known or max(tree.depths(), default=0) >= most:
+                return Proposal()
         except Exception:  # whatever a draft does, the answer goes on without it
             return Proposal()
-        known = 0 <= proposal.sureness < len(record.classes)
-        return proposal if known and len(proposal.token_ids) <= most else Proposal()
+        if self._branches:
+            return proposal
+        return Proposal(tree.of_rows(tree.first_path()), proposal.sureness)
 
-    def _best_number(self, record: _Record, proposal: Proposal) -> tuple[float, int]:
-        return self._best_gain(record, proposal.sureness, len(proposal.token_ids))
+    def _best_gain(self, record: _Record, sureness: int, most: int) -> float:
+        """Return what the best chain of this class promises before there is one."""
+        chain = TokenTree.chain((0,) * most)
+        return self._best_tree(record, record.classes[sureness], chain, most)[0]
 
-    def _best_gain(self, record: _Record, sureness: int, most: int) -> tuple[float, int]:
-        """Return what the best number of drafted tokens promises, and that number."""
-        acceptance = record.classes[sureness].by_position()
-        plain_s = self.costs.of(1)
-        drafting_s = 0.0 if record.draft.is_free else record.token_s
-        return max(
-            (
-                expected_tokens(acceptance, number)
-                * plain_s
-                / (self.costs.of(number + 1) + number * drafting_s),
-                number,
-            )
-            for number in range(1, most + 1)
-        )
-
-    def _watch(self, record: _Record, proposal: Proposal, *, always: bool) -> None:
-        if always or len(record.watched) < MOST_WATCHED:
-            watched = _Watched(proposal, record.classes[proposal.sureness])
-            record.watched.append(watched)
+    def _best_tree(
+        self, record: _Record, acceptance: Acceptance, tree: TokenTree, most: int
+    ) -> tuple[float, TokenTree]:
+        """Return what the best number of a tree's likeliest rows promises, and those rows."""
+        reached = chances(tree, acceptance)
+        likeliest = sorted(range(len(tree)), key=lambda row: -reached[row])[:most]
+        path = set(tree.first_path())
+        plain_s, token_s = self.costs.of(1), 0.0 if record.draft.is_free else record.token_s
+        tokens, drafting_s = 1.0, 0.0
+        best, num_best = 0.0, 1
+        for number, row in enumerate(likeliest, start=1):
+            tokens += reached[row]
+            drafting_s += token_s * (row in path)
+            gain = tokens * plain_s / (self.costs.of(number + 1) + drafting_s)
+            if gain > best:
+                best, num_best = gain, number
+        return best, tree.of_rows(sorted(likeliest[:num_best]))

@@ -47,7 +47,7 @@ def load_speculator(planned: PlannedModel, model: Model, steering: Steering) -> 
     drafts = _drafts(planned, model)
     return Speculator(
         drafts,
-        SpeculationControl(drafts, PassCosts(passes.costs)),
+        SpeculationControl(drafts, PassCosts(passes.costs), branches=model.verifies_trees),
         most_rows=num_rows,
         vocabulary_size=planned.spec.vocabulary.num_tokens,
         not_identical=_not_identical(planned, model, passes),

@@ -14,6 +14,17 @@
 // (scored rows, num_heads, 2), the maximum and 1 / the sum of each softmax.
 enum class KvType { f16, q8_0, q4_0, f32 };
 
+// What a row of `size` elements takes; ggml quantises in blocks of 32, with a scale each.
+inline size_t stored_bytes(KvType type, int size) {
+    switch (type) {
+        case KvType::f16: return size_t(size) * 2;
+        case KvType::q8_0: return size_t(size) / 32 * 34;
+        case KvType::q4_0: return size_t(size) / 32 * 18;
+        case KvType::f32: return size_t(size) * 4;
+    }
+    return 0;
+}
+
 struct AttentionProblem {
     const char* q;
     size_t q_row_stride, q_head_stride;

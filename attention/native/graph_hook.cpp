@@ -40,6 +40,7 @@ void attend_node(GgmlTensor* node, int thread, int num_threads, void* user_data)
         const AttentionProblem problem = problem_of(read, stream, layer);
         const int visible = thread == 0 && stream == 0 ? hook.visible.count(problem, index) : 0;
         if (hook.parts.active() && hook.parts.agree(problem, index, num_threads)) {
+            if (thread == 0) hook.layers[index].cells.set(problem);
             const int count = hook.parts.num_parts();
             if (count * problem.num_kv_heads >= 2 * num_threads) {
                 hook.attend.run_many(hook.parts.problems(), count, *hook.kernels, thread, num_threads);

@@ -74,6 +74,10 @@ LOWTIDE_API int lowtide_hook_set_parts(GraphHook* hook, int num_shared, int num_
                                        const int32_t* const* cells, const int32_t* num_cells);
 LOWTIDE_API int64_t lowtide_hook_parts_refused(const GraphHook* hook);
 
+// Copies the keys and values of a cell over those of another, in every layer that attended to the last parts; both
+// lay before the end of what that pass saw. Returns the number of layers.
+LOWTIDE_API int lowtide_hook_copy_cell(GraphHook* hook, int from, int to);
+
 // Has passes from now on end behind the attention of `layer`; where `is_last`, each key of the cache is scored
 // there (`PromptScores`). Below 0, passes are whole again.
 LOWTIDE_API void lowtide_hook_score_prompt(GraphHook* hook, int layer, const ScoreRule* rule, int is_last);

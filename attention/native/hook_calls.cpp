@@ -72,7 +72,17 @@ extern "C" void lowtide_hook_start_pass(GraphHook* hook, int sparse, int refresh
 
 extern "C" int lowtide_hook_set_parts(GraphHook* hook, int num_shared, int num_parts, const int32_t* num_rows, const int32_t* const* cells,
                                       const int32_t* num_cells) {
-    return failed([=] { hook->parts.set(num_shared, num_parts, num_rows, cells, num_cells); });
+    return failed([=] {
+        if (num_parts > 0)
+            for (HookedLayer& layer : hook->layers) layer.cells.clear();
+        hook->parts.set(num_shared, num_parts, num_rows, cells, num_cells);
+    });
+}
+
+extern "C" int lowtide_hook_copy_cell(GraphHook* hook, int from, int to) {
+    int num_copied = 0;
+    for (const HookedLayer& layer : hook->layers) num_copied += layer.cells.copy(from, to);
+    return num_copied;
 }
 
 extern "C" int64_t lowtide_hook_parts_refused(const GraphHook* hook) { return hook->parts.num_refused(); }

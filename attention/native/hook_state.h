@@ -6,6 +6,7 @@
 #include "delta_attend.h"
 #include "ggml_tensor.h"
 #include "graph_hook.h"
+#include "layer_cells.h"
 #include "layer_clock.h"
 #include "packed_products.h"
 #include "pass_parts.h"
@@ -20,6 +21,7 @@ struct HookedLayer {
     int32_t op_params[16];        // of the custom operation
     int32_t their_op_params[16];  // of the node as llama.cpp made it
     bool ours, theirs;
+    LayerCells cells;  // of the last pass in parts
 };
 
 // What a hook keeps: `graph_hook.cpp` uses it while a graph runs, `hook_calls.cpp` sets and tells it between passes.

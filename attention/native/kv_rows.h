@@ -25,7 +25,7 @@ inline float half_at(const char* from) {
 template <KvType Type> struct Rows;
 
 template <> struct Rows<KvType::f16> {
-    static size_t num_bytes(int size) { return size_t(size) * 2; }
+    static size_t num_bytes(int size) { return stored_bytes(KvType::f16, size); }
     static Floats load(const char* row, int channel) {
         const auto* halves = reinterpret_cast<const uint16_t*>(row) + channel;
 #if VECTOR_FLOATS == 16 && defined(__AVX512F__)
@@ -43,7 +43,7 @@ template <> struct Rows<KvType::f16> {
 };
 
 template <> struct Rows<KvType::f32> {
-    static size_t num_bytes(int size) { return size_t(size) * 4; }
+    static size_t num_bytes(int size) { return stored_bytes(KvType::f32, size); }
     static Floats load(const char* row, int channel) {
         Floats floats;
         std::memcpy(&floats, row + 4 * size_t(channel), sizeof floats);
@@ -53,7 +53,7 @@ template <> struct Rows<KvType::f32> {
 
 // ggml's q8_0: a half-precision scale, then 32 signed bytes.
 template <> struct Rows<KvType::q8_0> {
-    static size_t num_bytes(int size) { return size_t(size) / kQuantisedBlock * 34; }
+    static size_t num_bytes(int size) { return stored_bytes(KvType::q8_0, size); }
     static Floats load(const char* row, int channel) {
         const char* block = row + channel / kQuantisedBlock * 34;
         SignedBytes codes;
@@ -64,7 +64,7 @@ template <> struct Rows<KvType::q8_0> {
 
 // ggml's q4_0: a half-precision scale, then 16 bytes whose low halves are the first 16 elements.
 template <> struct Rows<KvType::q4_0> {
-    static size_t num_bytes(int size) { return size_t(size) / kQuantisedBlock * 18; }
+    static size_t num_bytes(int size) { return stored_bytes(KvType::q4_0, size); }
     static Floats load(const char* row, int channel) {
         const char* block = row + channel / kQuantisedBlock * 18;
         Bytes pairs;

@@ -7,23 +7,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lowtide.models.token_tree import TokenTree
 from lowtide.models.tokenizer import common_prefix
 
 TAIL = 32
 """Tokens that must agree for a text to be taken for the same one, gone on. Another one with this very end
 is followed wrongly: proposals are worse then, and answers the same."""
+NOTHING = TokenTree((), ())
+MOST_OTHERS = 2
+"""Tokens that may stand beside another one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """Tokens that may come next, in order, and how sure the draft is of them.
+    """Tokens that may come next, and how sure the draft is of them.
 
-    `sureness` is a class from 0 to the draft's `num_classes` - 1: acceptance is counted for each by itself,
-    so that a draft that is right only where it is sure is used only there.
+    Of the tokens that may come after another one, the likelier stand before the others. `sureness` is a
+    class from 0 to the draft's `num_classes` - 1: acceptance is counted for each by itself, so that a draft
+    that is right only where it is sure is used only there.
     """
 
-    token_ids: tuple[int, ...] = ()
+    tree: TokenTree = NOTHING
     sureness: int = 0
+
+    @classmethod
+    def chain(cls, token_ids: Sequence[int], sureness: int = 0) -> Proposal:
+        """Return what proposes these tokens, one after the other."""
+        return cls(TokenTree.chain(token_ids), sureness)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The likeliest tokens, one after the other, without what stands beside them."""
+        return tuple(self.tree.token_ids[row] for row in self.tree.first_path())
 
 
 class Draft(ABC):
@@ -43,7 +58,10 @@ class Draft(ABC):
 
     @abstractmethod
     def propose(self, num_tokens: int) -> Proposal:
-        """Return at most `num_tokens` tokens that may come after the text that is followed."""
+        """Return tokens that may come after the text that is followed, in `num_tokens` places at most.
+
+        At each place there may be others beside a token, up to `MOST_OTHERS` of them.
+        """
 
     def prior(self, sureness: int) -> float:
         """Return the acceptance to believe in for a class before anything is counted: rather too little."""

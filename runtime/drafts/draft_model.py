@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lowtide.models.errors import BadOption, ForwardError
 from lowtide.models.model import Model
+from lowtide.models.token_tree import TEXT, TokenTree
 from lowtide.models.tokenizer import Tokenizer
 from lowtide.runtime.drafts.draft import Draft, Proposal, num_kept
 
@@ -14,7 +15,9 @@ COMPARED_TOKENS = 2048
 
 
 class ModelDraft(Draft):
-    """Proposes the model's greedy continuation; it owns the model, and closes it.
+    """Proposes the model's greedy continuation, and beside each token the one that it would say next to it.
+
+    It owns the model, and closes it.
 
     Its cache follows the text: only what is new of it is read. A text that is longer than its context gets
     no proposal.
@@ -36,34 +39,39 @@ class ModelDraft(Draft):
         """Return the likeliest tokens, one after the other, up to the one that would end the answer."""
         if not self._wanted or len(self._wanted) + num_tokens > self._model.context:
             return Proposal()
-        drafted: list[int] = []
-        token_id = self._read()
-        while not self._model.tokenizer.is_end(token_id):
-            drafted.append(token_id)
-            if len(drafted) == num_tokens:
+        token_ids, parents, last = list[int](), list[int](), TEXT
+        likeliest = self._read()
+        for place in range(num_tokens):
+            if self._model.tokenizer.is_end(likeliest[0]):
                 break
-            token_id = self._forward((token_id,))
-        return Proposal(tuple(drafted))
+            parents += (last, last)
+            last = len(token_ids)
+            token_ids += likeliest
+            if place + 1 < num_tokens:
+                likeliest = self._forward((likeliest[0],))
+        return Proposal(TokenTree(tuple(token_ids), tuple(parents)))
 
-    def _read(self) -> int:
-        """Read what the cache has not of the text, and return the likeliest token after it."""
+    def _read(self) -> tuple[int, int]:
+        """Read what the cache has not of the text, and return the two likeliest tokens after it."""
         # The last token is read again where all of them are held: its logits are wanted.
         kept = min(num_kept(self._held, self._wanted), len(self._wanted) - 1)
         del self._held[self._model.truncate(kept) :]
-        token_id = 0
+        likeliest = 0, 0
         for start in range(len(self._held), len(self._wanted), self._model.max_rows):
-            token_id = self._forward(self._wanted[start : start + self._model.max_rows])
-        return token_id
+            likeliest = self._forward(self._wanted[start : start + self._model.max_rows])
+        return likeliest
 
-    def _forward(self, token_ids: Sequence[int]) -> int:
+    def _forward(self, token_ids: Sequence[int]) -> tuple[int, int]:
         try:
-            likeliest = int(self._model.forward(token_ids).argmax())
+            logits = self._model.forward(token_ids)
         except ForwardError:
             self._model.truncate(0)
             self._held.clear()
             raise
         self._held.extend(token_ids)
-        return likeliest
+        first = int(logits.argmax())
+        logits[first] = -float("inf")  # they are ours until the next call
+        return first, int(logits.argmax())
 
     def close(self) -> None:
         """Free the model."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-from lowtide.runtime.drafts.draft import Draft, Proposal, num_kept
+from lowtide.models.token_tree import TEXT, TokenTree
+from lowtide.runtime.drafts.draft import MOST_OTHERS, Draft, Proposal, num_kept
 
 LEAST_MATCH = 3
 MOST_MATCH = 32
@@ -51,22 +52,52 @@ class NgramDraft(Draft):
             self._heads[head] = len(self._text) - 1
 
     def propose(self, num_tokens: int) -> Proposal:
-        """Return what followed the longest match of at least `LEAST_MATCH` tokens."""
+        """Return what followed the longest match of at least `LEAST_MATCH` tokens.
+
+        Beside it stands what followed shorter ones, where that began otherwise.
+        """
         if num_tokens < 1 or len(self._text) <= LEAST_MATCH:
             return Proposal()
-        best, longest = -1, LEAST_MATCH - 1
+        matches = self._matches()
+        if not matches:
+            return Proposal()
+        longest, best = matches[0]
+        sureness = sum(longest >= least for least in CLASSES)
+        if longest >= MOST_MATCH:
+            return Proposal.chain(self._copied(best, num_tokens), sureness)
+        return Proposal(self._branched([place for _, place in matches], num_tokens), sureness)
+
+    def _matches(self) -> list[tuple[int, int]]:
+        """Return earlier places that match the text's end, and how long, the best first.
+
+        None is looked for behind one that is as long as can be.
+        """
+        matches: list[tuple[int, int]] = []
         place = self._earlier[-1]
         for _ in range(MOST_CANDIDATES):
-            if place < 0 or longest >= MOST_MATCH:
+            if place < 0:
                 break
             length = self._match(place)
-            if length > longest:
-                best, longest = place, length
+            if length >= LEAST_MATCH:
+                matches.append((length, place))
+            if length >= MOST_MATCH:
+                break
             place = self._earlier[place]
-        if best < 0:
-            return Proposal()
-        sureness = sum(longest >= least for least in CLASSES)
-        return Proposal(self._copied(best, num_tokens), sureness)
+        return sorted(matches, reverse=True)
+
+    def _branched(self, places: Sequence[int], num_tokens: int) -> TokenTree:
+        """What follows each place, one copy beside the other, those alone that begin with a new token."""
+        token_ids, parents, begun = list[int](), list[int](), set[int]()
+        for place in places:
+            copied = self._copied(place, num_tokens)
+            if copied[0] in begun:
+                continue
+            begun.add(copied[0])
+            parents += [TEXT, *range(len(token_ids), len(token_ids) + len(copied) - 1)]
+            token_ids += copied
+            if len(begun) > MOST_OTHERS:
+                break
+        return TokenTree(tuple(token_ids), tuple(parents))
 
     def prior(self, sureness: int) -> float:
         """Return more for longer matches."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-from lowtide.runtime.drafts.draft import Draft, Proposal, num_kept
+from lowtide.models.token_tree import TEXT, TokenTree
+from lowtide.runtime.drafts.draft import MOST_OTHERS, Draft, Proposal, num_kept
 
 NUM_KEYS = 1 << 14
 """Pairs of tokens that the table has room for; a pair takes the place of one that fell behind."""
@@ -47,33 +48,38 @@ class TrigramDraft(Draft):
             self._text.append(token_id)
 
     def propose(self, num_tokens: int) -> Proposal:
-        """Return the chain of likeliest followers."""
+        """Return the chain of likeliest followers, and beside each the next likeliest ones."""
         if len(self._text) < 2:
             return Proposal()
         left, right = self._text[-2:]
-        chain: list[int] = []
-        sureness = 0
-        while len(chain) < num_tokens:
-            token_id, share, weight = self._likeliest(left, right)
+        token_ids, parents = list[int](), list[int]()
+        sureness, last = 0, TEXT
+        for _ in range(num_tokens):
+            followers = self._followers_of(left, right)
+            if not followers:
+                break
+            weight, likeliest = followers[0]
+            share = weight / sum(weight for weight, _ in followers)
             if share < LEAST_SHARE:
                 break
-            if not chain:
+            if last == TEXT:
                 sureness = 2 * sum(share >= least for least in CLASSES) + (weight > 1)
-            chain.append(token_id)
-            left, right = right, token_id
-        return Proposal(tuple(chain), sureness)
+            taken = followers[: MOST_OTHERS + 1]
+            parents += [last] * len(taken)
+            last = len(token_ids)
+            token_ids += (token_id for _, token_id in taken)
+            left, right = right, likeliest
+        return Proposal(TokenTree(tuple(token_ids), tuple(parents)), sureness)
 
-    def _likeliest(self, left: int, right: int) -> tuple[int, float, int]:
-        """Return a pair's likeliest follower, its share of the weight, and its weight."""
+    def _followers_of(self, left: int, right: int) -> list[tuple[int, int]]:
+        """Return the weights of a pair's followers and those, the likeliest first."""
         slot, key = _slot(left, right)
         if self._keys[slot] != key:
-            return -1, 0.0, 0
+            return []
         first = slot * NUM_FOLLOWERS
-        weights = self._weights[first : first + NUM_FOLLOWERS]
-        most = max(weights)
-        if not most:
-            return -1, 0.0, 0
-        return self._followers[first + weights.index(most)], most / sum(weights), most
+        places = range(first, first + NUM_FOLLOWERS)
+        found = [(self._weights[p], self._followers[p]) for p in places if self._weights[p]]
+        return sorted(found, key=lambda one: -one[0])
 
     def _learn(self, left: int, right: int, token_id: int) -> None:
         slot, key = _slot(left, right)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from speculating import CHEAP, DEAR, ToldDraft, speculator_of
+from speculating import CHEAP, DEAR, BranchingDraft, ToldDraft, mixed_tree, speculator_of
 
 from lowtide import FakeModel, Piece, Runtime
 from lowtide.models.fake_model import TURN_END
+from lowtide.models.token_tree import TokenTree
 from lowtide.runtime.drafts.ngram import NgramDraft
 from lowtide.runtime.drafts.trigram import TrigramDraft
 from lowtide.runtime.speculate import Speculator
@@ -47,6 +48,18 @@ def oracle(reply: str = REPLY) -> ToldDraft:
         return tokens[said:]
 
     return ToldDraft(rest)
+
+
+def branching(seed: int) -> BranchingDraft:
+    """A draft whose trees have the reply's next tokens somewhere in them."""
+    chance = random.Random(seed)
+    right = oracle()
+
+    def tree(text: Sequence[int]) -> TokenTree:
+        right.follow(text)
+        return mixed_tree(right.propose(8).token_ids, chance.randrange(1 << 30))
+
+    return BranchingDraft(tree)
 
 
 def half_right(seed: int) -> ToldDraft:
@@ -92,6 +105,33 @@ def test_answers_are_those_of_the_plain_loop(
         assert told(ask(drafting, **options)) == told(ask(plain, **options))
     assert drafting._session.token_ids == plain._session.token_ids
     assert model._tokens[: len(plain._session.token_ids)] == plain._session.token_ids
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 1 << 30),
+    max_tokens=st.integers(1, 80),
+    temperature=st.sampled_from([0, 0.8, 5.0]),
+    context=st.sampled_from([512, 40]),
+)
+def test_answers_behind_trees_of_any_shape_are_those_of_the_plain_loop(
+    seed: int, max_tokens: int, temperature: float, context: int
+) -> None:
+    options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    plain, unhelped = opened(context=context)
+    drafting, model = opened(speculator_of(branching(seed)), context=context)
+    for _ in range(2):
+        assert told(ask(drafting, **options)) == told(ask(plain, **options))
+    assert drafting._session.token_ids == plain._session.token_ids
+    drafting._session.settle()
+    plain._session.settle()
+    assert model._tokens == unhelped._tokens
+
+
+def test_branches_are_accepted_and_counted() -> None:
+    runtime, _ = opened(speculator_of(branching(3)))
+    stats = ask(runtime)[-1].stats.speculation
+    assert stats is not None and stats["accepted"] >= stats["accepted_on_branches"] > 0
 
 
 def test_a_draft_that_knows_the_answer_saves_passes() -> None:

@@ -9,7 +9,8 @@ import pytest
 from speculating import CHEAP, DEAR, Ticks, ToldDraft
 
 from lowtide.memory.speculation_plan import CostCurve
-from lowtide.runtime.accept import Acceptance, Verification
+from lowtide.models.token_tree import TokenTree
+from lowtide.runtime.accept import Acceptance, Verification, chances
 from lowtide.runtime.drafts.draft import Draft, Proposal
 from lowtide.runtime.pass_costs import PassCosts
 from lowtide.runtime.speculation_control import FIRST_WASTE_S, WASTED_SHARE, SpeculationControl
@@ -36,7 +37,7 @@ class OftenRight(Draft):
         self.num_asked += 1
         if self._clock is not None:
             self._clock.now += self._takes_s * num_tokens
-        return Proposal(
+        return Proposal.chain(
             tuple(
                 self._at + i if self._random.random() < self.chance else -1
                 for i in range(num_tokens)
@@ -49,7 +50,7 @@ def simulated(control: SpeculationControl, clock: Ticks, cost: CostCurve, num_to
     started, text = clock.now, [0]
     while len(text) < num_tokens:
         chosen = control.chosen(text, 8)
-        drafted = chosen[1] if chosen else ()
+        drafted = chosen[1].token_ids if chosen else ()
         clock.now += cost.of(len(drafted) + 1)
         control.passed(len(drafted) + 1, cost.of(len(drafted) + 1))
         num_before = len(text)
@@ -139,7 +140,7 @@ def test_no_more_rows_than_there_is_room_for() -> None:
 
 def test_a_draft_that_claims_a_class_that_it_has_not_is_not_heard() -> None:
     draft = ToldDraft(lambda text: (1, 2))
-    draft.propose = lambda num_tokens: Proposal((1, 2), sureness=7)  # type: ignore[method-assign]
+    draft.propose = lambda num_tokens: Proposal.chain((1, 2), sureness=7)  # type: ignore[method-assign]
     assert SpeculationControl([draft], PassCosts(CHEAP, Ticks())).chosen([0], 8) is None
 
 
@@ -160,7 +161,7 @@ def test_a_walk_through_a_verification() -> None:
     import numpy as np
 
     rows = np.arange(12, dtype=np.float32).reshape(3, 4)
-    walk = Verification((5, 6), rows)
+    walk = Verification(TokenTree.chain((4, 5, 6)), rows)
     assert walk.first is not None and (walk.first == rows[0]).all()
     row = walk.accept(5)
     assert row is not None and (row == rows[1]).all()
@@ -168,6 +169,93 @@ def test_a_walk_through_a_verification() -> None:
     row = walk.accept(6)
     assert row is not None and (row == rows[2]).all()
     assert walk.accept(7) is None and walk.num_accepted == 2
+
+
+def test_a_walk_onto_a_branch() -> None:
+    import numpy as np
+
+    rows = np.arange(16, dtype=np.float32).reshape(4, 4)
+    tree = TokenTree((4, 5, 6, 7), (-1, 0, 1, 0))
+    walk = Verification(tree, rows)
+    logits = walk.accept(7)
+    assert logits is not None and (logits == rows[3]).all()
+    assert walk.row == 3 and walk.is_branch and walk.accept(6) is None
+    # Where branches could not be computed there are rows of the trunk alone.
+    alone = Verification(tree, rows[:3])
+    assert alone.accept(7) is None and alone.row == 0
+    assert alone.accept(5) is not None and not alone.is_branch
+
+
+class SecondIsRight(Draft):
+    """Proposes two tokens for each of four places, of which the first is right with a chance."""
+
+    name = "second"
+
+    def __init__(self, chance: float) -> None:
+        self._chance = chance
+        self._random = random.Random(2)
+
+    def follow(self, token_ids: Sequence[int]) -> None:
+        self._at = len(token_ids)
+
+    def propose(self, num_tokens: int) -> Proposal:
+        token_ids, parents, last = list[int](), list[int](), -1
+        for place in range(min(num_tokens, 4)):
+            right, wrong = self._at + place, -1
+            is_first = self._random.random() < self._chance
+            parents += (last, last)
+            last = len(token_ids)
+            token_ids += (right, wrong) if is_first else (wrong, right)
+        return Proposal(TokenTree(tuple(token_ids), tuple(parents)))
+
+
+def branched(chance: float, *, branches: bool) -> tuple[float, TokenTree]:
+    """The gain over a text, and what is verified at its end."""
+    clock = Ticks()
+    draft = SecondIsRight(chance)
+    control = SpeculationControl([draft], PassCosts(CHEAP, clock), branches=branches)
+    text, started = [0], clock.now
+    while len(text) < 600:
+        chosen = control.chosen(text, 8)
+        tree = (chosen[1] if chosen else TokenTree((), ())).behind(text[-1]).trunk_first()
+        clock.now += CHEAP.of(len(tree))
+        control.passed(len(tree), CHEAP.of(len(tree)))
+        row: int | None = 0
+        num_before = len(text)
+        while row is not None:
+            came = len(text)
+            control.came(came)
+            text.append(came)
+            row = tree.child(row, came)
+        control.settled(len(text) - num_before, CHEAP.of(len(tree)))
+    return (len(text) - 1) / (clock.now - started), tree
+
+
+def test_branches_are_verified_where_the_second_token_is_often_right() -> None:
+    without, chain = branched(0.5, branches=False)
+    gain, tree = branched(0.5, branches=True)
+    assert len(chain) == chain.trunk_rows and len(tree) > tree.trunk_rows
+    assert gain > 1.3 * without
+    # A chain that is always right leaves nothing for what stands beside it.
+    assert branched(1.0, branches=True)[1].trunk_rows == 5
+
+
+def test_each_tree_is_the_one_before_with_its_next_likeliest_row() -> None:
+    acceptance = Acceptance(4, 0.6)
+    for i in range(200):
+        acceptance.count(i % 4, 1)
+        acceptance.count_other(is_right=i % 2 == 0)
+    draft = SecondIsRight(1.0)
+    draft.follow([0])
+    tree = draft.propose(4).tree
+    reached = chances(tree, acceptance)
+    by_position = acceptance.by_position()
+    assert reached[0] == pytest.approx(by_position[0])
+    assert reached[1] == pytest.approx((1 - by_position[0]) * acceptance.of_others)
+    assert reached[2] == pytest.approx(by_position[0] * by_position[1])
+    assert all(
+        reached[row] <= reached[parent] for row, parent in enumerate(tree.parents) if parent >= 0
+    )
 
 
 def test_costs_follow_the_machine_and_forgive_one_slow_pass() -> None:

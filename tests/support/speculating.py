@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 
 from lowtide import FakeModel
 from lowtide.memory.speculation_plan import CostCurve
+from lowtide.models.token_tree import TEXT, TokenTree
 from lowtide.runtime.drafts.draft import Draft, Proposal
 from lowtide.runtime.pass_costs import PassCosts
 from lowtide.runtime.speculate import Speculator
@@ -31,10 +33,26 @@ class ToldDraft(Draft):
         self._text = list(token_ids)
 
     def propose(self, num_tokens: int) -> Proposal:
-        return Proposal(tuple(self._told(self._text))[:num_tokens])
+        return Proposal.chain(tuple(self._told(self._text))[:num_tokens])
 
     def close(self) -> None:
         self.is_closed = True
+
+
+class BranchingDraft(Draft):
+    """Proposes trees that a function of the text makes."""
+
+    name = "branching"
+
+    def __init__(self, told: Callable[[Sequence[int]], TokenTree]) -> None:
+        self._told = told
+        self._text: list[int] = []
+
+    def follow(self, token_ids: Sequence[int]) -> None:
+        self._text = list(token_ids)
+
+    def propose(self, num_tokens: int) -> Proposal:
+        return Proposal(self._told(self._text))
 
 
 class Ticks:
@@ -50,10 +68,29 @@ class Ticks:
 def speculator_of(
     *drafts: Draft, cost: CostCurve = CHEAP, most_rows: int = 8, clock: Ticks | None = None
 ) -> Speculator:
-    control = SpeculationControl(drafts, PassCosts(cost, clock or Ticks()))
+    control = SpeculationControl(drafts, PassCosts(cost, clock or Ticks()), branches=True)
     return Speculator(
         drafts,
         control,
         most_rows=most_rows,
         vocabulary_size=FakeModel().spec.vocabulary.num_tokens,
     )
+
+
+def mixed_tree(
+    rest: Sequence[int], seed: int, *, num_rows: int = 7, num_tokens: int = 259
+) -> TokenTree:
+    """A tree of any shape in which some path begins as `rest` does, and other tokens stand beside it."""
+    chance = random.Random(seed)
+    token_ids, parents, right = list[int](), list[int](), {TEXT: 0}
+    """Of each row that is right so far, how many tokens of the rest it has said."""
+    for row in range(chance.randint(1, num_rows)):
+        parent = chance.randrange(-1, row)
+        at = right.get(parent)
+        if at is not None and at < len(rest) and chance.random() < 0.7:
+            token_ids.append(rest[at])
+            right[row] = at + 1
+        else:
+            token_ids.append(chance.randrange(num_tokens))
+        parents.append(parent)
+    return TokenTree(tuple(token_ids), tuple(parents))

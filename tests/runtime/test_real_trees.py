@@ -1,0 +1,177 @@
+"""Trees of drafts on llama.cpp: every row as its path alone, and a cache as if only the path had been."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf_files import write_model
+from processes import run_python
+from speculating import CHEAP, BranchingDraft, mixed_tree
+
+from lowtide import Runtime
+from lowtide.models.gguf_header import read_spec
+from lowtide.models.gguf_simulation import SimulatedGguf
+from lowtide.models.gguf_tree_model import GgufTreeModel
+from lowtide.models.token_tree import TokenTree
+from lowtide.runtime.pass_costs import PassCosts
+from lowtide.runtime.speculation_control import SpeculationControl
+
+OPTIONS = {"memory": "4GiB", "context": 512, "threads": 2, "attention": "dense"}
+PROMPT = "The harbour lies behind a wall of grey stone, and at low tide"
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "random.gguf", quantised=True, width=128)
+
+
+@pytest.fixture(scope="module", params=["f16", "q8_0", "q4_0"])
+def trees(request: pytest.FixtureRequest, random_model: Path) -> Iterator[Runtime]:
+    options = {**OPTIONS, "kv_type": request.param, "speculate": "ngram:rows=8"}
+    with Runtime.open(random_model, **options) as runtime:
+        yield runtime
+
+
+def model_of(runtime: Runtime) -> GgufTreeModel:
+    model = runtime._model
+    assert isinstance(model, GgufTreeModel) and model.verifies_trees
+    return model
+
+
+def read(model: GgufTreeModel, token_ids: Sequence[int]) -> None:
+    model.truncate(0)
+    for start in range(0, len(token_ids), 32):
+        model.forward(token_ids[start : start + 32])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_row_is_bit_for_bit_its_path_and_so_is_what_comes_after_it(
+    trees: Runtime, seed: int
+) -> None:
+    model, chance = model_of(trees), random.Random(seed)
+    text = [chance.randrange(300) for _ in range(chance.choice((3, 63, 70, 260)))]
+    tree = mixed_tree((), seed, num_tokens=300).behind(7).trunk_first()
+    read(model, text)
+    found = model.forward_tree(tree).copy()
+    assert model.verifies_trees and len(found) == len(tree)
+    for row in range(len(tree)):
+        path = [tree.token_ids[before] for before in tree.path(row)]
+        read(model, text)
+        for token_id in path:
+            alone = model.forward((token_id,)).copy()
+        after = model.forward((11,)).copy()
+        assert np.array_equal(found[row], alone)
+        read(model, text)
+        model.forward_tree(tree)
+        for before in tree.path(row):
+            model.adopt(before)
+        assert model.truncate(len(text) + len(path)) == len(text) + len(path)
+        assert np.array_equal(model.forward((11,)), after)
+    assert model.verifies_trees
+
+
+def test_answers_of_a_real_model_behind_trees_are_the_plain_loops(smollm2: Path) -> None:
+    asked = {"max_tokens": 40, "temperature": 0.7, "seed": 5}
+    with Runtime.open(smollm2, **OPTIONS) as plain:  # type: ignore[arg-type]
+        expected = plain.generate(PROMPT, **asked)
+        plain._session.settle()
+        logits = plain._session.decode((11,)).copy()
+    with Runtime.open(smollm2, **OPTIONS, speculate="ngram") as runtime:  # type: ignore[arg-type]
+        begun = len(runtime._model.tokenizer.encode(PROMPT, add_special=True, parse_special=False))
+
+        def tree(text: Sequence[int]) -> TokenTree:
+            rest = expected.token_ids[len(text) - begun :]
+            return mixed_tree(rest, len(text), num_tokens=49_000)
+
+        speculator = runtime._loaded.speculator
+        assert speculator is not None
+        drafts = [BranchingDraft(tree)]
+        speculator._control = SpeculationControl(drafts, PassCosts(CHEAP), branches=True)
+        result = runtime.generate(PROMPT, **asked)
+        runtime._session.settle()
+        assert np.array_equal(runtime._session.decode((11,)), logits)
+        assert model_of(runtime).verifies_trees
+    assert result.token_ids == expected.token_ids
+    stats = result.stats.speculation
+    assert stats is not None and stats["identical"]
+    assert stats["accepted_on_branches"] > 3
+
+
+def test_where_cells_are_elsewhere_trunks_are_verified_from_then_on(
+    random_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = TokenTree((5, 6, 7, 8), (-1, 0, 1, 0))
+    with Runtime.open(random_model, **OPTIONS, speculate="ngram") as runtime:  # type: ignore[arg-type]
+        model, hook = model_of(runtime), runtime._loaded.hook
+        assert hook is not None
+        read(model, [3] * 40)
+        expected = model.forward_tree(tree)[:3].copy()
+        model.truncate(40)
+        tell = hook.set_parts
+        monkeypatch.setattr(
+            hook,
+            "set_parts",
+            lambda cells: tell(cells and type(cells)(num_shared=39, **_without_shared(cells))),
+        )
+        found = model.forward_tree(tree)
+        assert not model.verifies_trees and model.num_tokens == 43
+        assert np.array_equal(found, expected)
+        monkeypatch.undo()
+        assert len(model.forward_tree(tree)) == 3
+
+
+def _without_shared(cells: object) -> dict[str, object]:
+    return {name: getattr(cells, name) for name in ("num_rows", "own")}
+
+
+@pytest.mark.parametrize("cell", [-1, 43, 1 << 20])
+def test_no_cell_beyond_the_pass_is_copied(random_model: Path, cell: int) -> None:
+    with Runtime.open(random_model, **OPTIONS, speculate="ngram") as runtime:  # type: ignore[arg-type]
+        model, hook = model_of(runtime), runtime._loaded.hook
+        assert hook is not None
+        read(model, [3] * 40)
+        assert hook.copy_cell(1, 2) == 0, "no pass in parts yet"
+        model.forward_tree(TokenTree((5, 6, 7), (-1, 0, 0)))
+        assert hook.copy_cell(41, 41) == runtime.spec.num_layers
+        if cell != 43:  # llama.cpp pads what a pass sees
+            assert hook.copy_cell(cell, 41) == hook.copy_cell(41, cell) == 0
+
+
+def test_room_for_branches_takes_no_memory_of_llama_cpps(smollm2: Path) -> None:
+    import dataclasses
+
+    simulated = SimulatedGguf(read_spec(smollm2))
+    try:
+        simulated.context(1024, 32, "f16")
+        options = next(iter(simulated._contexts))
+        alone, many = (
+            simulated._measured(dataclasses.replace(options, verified_rows=8, sequences=sequences))
+            for sequences in (1, 8)
+        )
+    finally:
+        simulated.close()
+    assert many == alone
+
+
+def test_branches_stay_inside_the_plan(smollm2: Path) -> None:
+    measured = run_python(
+        f"""
+from lowtide import Runtime
+from lowtide.memory.speculation_plan import CostCurve
+from lowtide.runtime.pass_costs import PassCosts
+with Runtime.open({str(smollm2)!r}, memory="400MiB", context=512, threads=1, attention="dense", speculate="auto:rows=16") as runtime:
+    control = runtime._loaded.speculator._control
+    control.costs = PassCosts(CostCurve(num_rows=(1, 16), seconds=(1.0, 1.01)))
+    result = runtime.generate("one two three one two four one two five " * 40, max_tokens=80, temperature=1.5, seed=3)
+    stats = result.stats.speculation
+    assert stats["rounds"] > 0 and stats["accepted_on_branches"] > 0, stats
+    print(runtime.plan.total_bytes)
+"""
+    )
+    assert measured.code == 0, measured.stderr
+    planned = int(measured.stdout.split()[-1])
+    assert measured.peak_bytes <= planned
