@@ -163,10 +163,12 @@ def test_branches_stay_inside_the_plan(smollm2: Path) -> None:
 from lowtide import Runtime
 from lowtide.memory.speculation_plan import CostCurve
 from lowtide.runtime.pass_costs import PassCosts
-with Runtime.open({str(smollm2)!r}, memory="400MiB", context=512, threads=1, attention="dense", speculate="auto:rows=16") as runtime:
+options = dict(memory="400MiB", context=512, threads=1, attention="dense", speculate="auto:rows=16")
+with Runtime.open({str(smollm2)!r}, **options) as runtime:
     control = runtime._loaded.speculator._control
     control.costs = PassCosts(CostCurve(num_rows=(1, 16), seconds=(1.0, 1.01)))
-    result = runtime.generate("one two three one two four one two five " * 40, max_tokens=80, temperature=1.5, seed=3)
+    prompt = "one two three one two four one two five " * 40
+    result = runtime.generate(prompt, max_tokens=80, temperature=1.5, seed=3)
     stats = result.stats.speculation
     assert stats["rounds"] > 0 and stats["accepted_on_branches"] > 0, stats
     print(runtime.plan.total_bytes)

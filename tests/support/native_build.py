@@ -18,6 +18,7 @@ MULTIPLIERS = "multiply_avx2 multiply_dot multiply_portable multiply_vnni multip
 PROGRAMS = {
     "attend": [*KERNELS, "key_set", "tidal_attend"],
     "delta_attend": [*KERNELS, "delta_attend", "key_groups", "page_clusters"],
+    "layer_cells": ["layer_cells"],
     "layer_clock": ["layer_clock"],
     "onnx_attend": [*KERNELS, "key_set", "onnx_attend", "onnx_masks", "tidal_attend"],
     "product": [
