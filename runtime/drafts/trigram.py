@@ -40,12 +40,12 @@ class TrigramDraft(Draft):
 
     def follow(self, token_ids: Sequence[int]) -> None:
         """Learn from what is new of the text; what it has not any more stays learned."""
-        kept = num_kept(self._text, token_ids)
-        del self._text[kept:]
-        for token_id in token_ids[kept:]:
-            if len(self._text) >= 2:
-                self._learn(self._text[-2], self._text[-1], token_id)
-            self._text.append(token_id)
+        text = self._text
+        kept = num_kept(text, token_ids)
+        del text[kept:]
+        text.extend(token_ids[kept:])
+        for at in range(max(kept, 2), len(text)):
+            self._learn(text[at - 2], text[at - 1], text[at])
 
     def propose(self, num_tokens: int) -> Proposal:
         """Return the chain of likeliest followers, and beside each the next likeliest ones."""
@@ -83,15 +83,17 @@ class TrigramDraft(Draft):
 
     def _learn(self, left: int, right: int, token_id: int) -> None:
         slot, key = _slot(left, right)
+        weights, followers = self._weights, self._followers
         first = slot * NUM_FOLLOWERS
         places = range(first, first + NUM_FOLLOWERS)
         if self._keys[slot] != key:
             if not self._gives_way(places):
                 return
             self._keys[slot] = key
-        weights, followers = self._weights, self._followers
-        place = next((p for p in places if weights[p] and followers[p] == token_id), None)
-        if place is None:
+        for place in places:
+            if followers[place] == token_id and weights[place]:
+                break
+        else:
             place = min(places, key=weights.__getitem__)
             followers[place], weights[place] = token_id, 0
         if weights[place] == MOST_WEIGHT:
@@ -101,9 +103,12 @@ class TrigramDraft(Draft):
 
     def _gives_way(self, places: range) -> bool:
         """Halve what another pair has learned in a slot that is wanted; it is empty at last."""
+        weights = self._weights
+        if not any(weights[places.start : places.stop]):
+            return True
         for place in places:
-            self._weights[place] //= 2
-        return not any(self._weights[place] for place in places)
+            weights[place] //= 2
+        return not any(weights[places.start : places.stop])
 
 
 def _slot(left: int, right: int) -> tuple[int, int]:
