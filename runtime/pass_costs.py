@@ -119,6 +119,7 @@ class PassCosts:
         self._measured = [measured.of(rows) / one_s for rows in range(most + 1)]
         self._ratios = self._measured[:]
         self._one_s = one_s
+        self._num_plain = 0
 
     @property
     def most_rows(self) -> int:
@@ -134,7 +135,9 @@ class PassCosts:
         surprise = seconds / max(self.of(num_rows), 1e-9)
         surprise = min(max(surprise, 1 / MOST_SURPRISE), MOST_SURPRISE)
         if num_rows == 1:
-            self._one_s *= surprise**FOLLOWING
+            # What was measured is of another day, maybe: the first steps count for more.
+            self._num_plain += 1
+            self._one_s *= surprise ** max(FOLLOWING, 1 / (1 + self._num_plain))
             for rows in range(2, len(self._ratios)):
                 back = self._measured[rows] / self._ratios[rows]
                 self._ratios[rows] *= back**RETURNING

@@ -2,7 +2,8 @@
 
 Times a whole prompt through llama.cpp and then through gem, in turn, and the first question on a text
 against a second one. What is found: a pass key, a fact, and two facts, hidden in essays; counts the answers
-of the whole prompt under exact attention, and how many of these gem gives too. Run with `make bench`.
+of the whole prompt under exact attention, and how many of these gem gives too; beside that, how many the
+whole prompt gives when another text stands around the same sentences. Run with `make bench`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lowtide import GenerationResult, Runtime
 from lowtide.attention.dense import DenseSteering
 from lowtide.attention.gem import Gem
 from lowtide.attention.gem_calibrate import questions_alone
-from lowtide.attention.haystack import Haystack, is_answered
+from lowtide.attention.haystack import Haystack, HiddenQuestion, is_answered
 from lowtide.attention.needles import chat_framing
 from lowtide.attention.questions import KINDS, Question, ask
 from lowtide.attention.whole_prompt import WholePrompt
@@ -31,6 +32,8 @@ from lowtide.runtime.planning import OpenOptions, plan_reference
 pytestmark = pytest.mark.benchmark
 
 LAYERS = {"smollm2": 7, "gemma3-270m": 5}
+NUM_KEYS = 4
+"""Each kind is asked so often, with another key."""
 
 
 def hidden(model: Model, num_tokens: int, depth: float, question: Question) -> str:
@@ -99,37 +102,56 @@ def test_a_second_question(benchmark: Any, model: str, num_tokens: int) -> None:
 
 @pytest.mark.parametrize(
     ("model", "num_tokens"),
-    [("smollm2", 1000), ("smollm2", 2000), ("gemma3-270m", 4000), ("gemma3-270m", 8000)],
+    [("smollm2", 1000), ("smollm2", 2000), ("gemma3-270m", 4000), ("gemma3-270m", 7900)],
 )
 def test_what_is_found(benchmark: Any, model: str, num_tokens: int) -> None:
-    attention = f"gem:k=512,min_prompt=600,layer={LAYERS[model]}"
-    options = OpenOptions(memory="4GiB", context=num_tokens + 100, threads=2, attention=attention)
+    """As calibrated. A text for each of four keys, and four others around the same sentences."""
+    options = OpenOptions(
+        memory="4GiB",
+        context=num_tokens + 100,
+        threads=2,
+        attention="gem:min_prompt=600",
+        pack=True,
+    )
     loaded = LoadedModel(plan_reference(model, options))
     hook, prompt_filter, tokenizer = loaded.hook, loaded.prompt_filter, loaded.model.tokenizer
     assert hook is not None and prompt_filter is not None and isinstance(loaded.planned.policy, Gem)
     text = tokenizer.encode(essays(), add_special=False, parse_special=False)
-    haystack = Haystack(tokenizer, text, chat_framing(loaded.model))
-    whole, steering = (
-        WholePrompt(loaded.model, hook, loaded.planned.policy.rule),
-        DenseSteering(hook),
-    )
-    found = {kind: [0, 0] for kind in KINDS}
+    whole = WholePrompt(loaded.model, hook, loaded.planned.policy.rule)
+    steering, framing = DenseSteering(hook), chat_framing(loaded.model)
+    found = {kind: [0, 0, 0] for kind in KINDS}
+
+    def asked(seed: int, place: int) -> list[HiddenQuestion]:
+        step = (len(text) - num_tokens) // (2 * NUM_KEYS - 1)
+        return questions_alone(
+            Haystack(tokenizer, text[place * step :], framing), (num_tokens,), seed
+        )
+
+    def answers_whole(hidden: HiddenQuestion) -> bool:
+        whole.forget()
+        whole.hold(hidden.token_ids)
+        return whole.answers(hidden)
 
     def look() -> None:
-        for seed in range(4):
-            for hidden in questions_alone(haystack, (num_tokens,), seed):
-                whole.hold(hidden.token_ids)
-                if whole.answers(hidden):
-                    kept = prompt_filter.filtered(hidden.token_ids)
-                    loaded.model.truncate(0)
-                    found[hidden.question.kind][0] += 1
-                    found[hidden.question.kind][1] += is_answered(
-                        loaded.model, steering, kept, hidden
-                    )
-                    whole.forget()
+        for seed in range(NUM_KEYS):
+            for hidden, elsewhere in zip(
+                asked(seed, seed), asked(seed, NUM_KEYS + seed), strict=True
+            ):
+                if not answers_whole(hidden):
+                    continue
+                kept = prompt_filter.filtered(hidden.token_ids)
+                loaded.model.truncate(0)
+                counts = found[hidden.question.kind]
+                counts[0] += 1
+                counts[1] += is_answered(loaded.model, steering, kept, hidden)
+                counts[2] += answers_whole(elsewhere)
+        whole.forget()
 
     benchmark.pedantic(look, rounds=1)
     benchmark.extra_info.update(found)
     loaded.close()
-    counts = ", ".join(f"{kind} {both} of {one}" for kind, (one, both) in found.items())
+    counts = ", ".join(
+        f"{kind} {ours} of {all_} ({others} with another text around)"
+        for kind, (all_, ours, others) in found.items()
+    )
     print(f"\n{model} at {num_tokens:,}: gem answers as the whole prompt does: {counts}")

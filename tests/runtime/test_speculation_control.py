@@ -271,6 +271,14 @@ def test_costs_follow_the_machine_and_forgive_one_slow_pass() -> None:
     assert costs.of(4) == pytest.approx(4.4, rel=0.02)
 
 
+def test_what_another_day_measured_is_soon_forgotten() -> None:
+    costs = PassCosts(MODERATE)
+    for _ in range(4):
+        costs.observe(1, 0.6)
+    assert costs.of(1) == pytest.approx(0.6, rel=0.15)
+    assert costs.of(4) == pytest.approx(2.2 * costs.of(1), rel=0.01)
+
+
 def test_after_a_loss_verifying_waits_until_it_is_a_small_share_of_the_time() -> None:
     control = SpeculationControl([OftenRight(1.0)], PassCosts(CHEAP, Ticks()))
     assert control.chosen([0], 8) is not None
