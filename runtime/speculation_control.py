@@ -17,9 +17,9 @@ from lowtide.runtime.pass_costs import PassCosts
 
 LEAST_GAIN = 1.08
 """A verification has to promise so many times a plain step's throughput."""
-WASTED_SHARE = 0.02
+WASTED_SHARE = 0.01
 """Of the time spent decoding, what proposals that come to nothing may take."""
-FIRST_WASTE_S = 0.002
+FIRST_WASTE_S = 0.001
 """What they may take before anything is decoded."""
 LOST_SHARE = 0.01
 """Of the time spent decoding, what verifications may have lost in all, whatever they promised."""
