@@ -44,7 +44,7 @@ class PackedArray:
 
 
 def can_pack(type_name: str, num_rows: int, num_columns: int) -> bool:
-    """Whether such a matrix has a packed form: known blocks, whole ones, and rows in sixteens."""
+    """Whether such a matrix has a packed form: whole blocks (of floats, 32 columns), rows in sixteens."""
     return _packed_bytes(type_name, num_rows, num_columns) > 0
 
 
@@ -96,8 +96,9 @@ def multiply(
 ) -> NDArray[np.float32]:
     """Return (rows, num_rows): each of `rows`, (rows, num_columns), times the matrix.
 
-    The rows are rounded to 8 bits in blocks of 32, as ggml does. `kernels` names an instruction set; None
-    takes the best. It is done `rounds` times, for measurements.
+    The rows stay float32 where weights are F16 or BF16; else they are rounded to 8 bits in blocks of 32, as
+    ggml does. `kernels` names an instruction set; None takes the best. It is done `rounds` times, for
+    measurements.
     """
     import numpy as np
 

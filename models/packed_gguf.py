@@ -17,9 +17,9 @@ from pathlib import Path
 from lowtide.models.fingerprint import samples_digest
 from lowtide.models.gguf_reader import TYPE_NUMBERS, GgufContents, TensorInfo
 
-LAYOUT = 1
-"""Counts the ways that matrices were laid out in: a file of another one is made again."""
-PACKED_TYPES = frozenset("Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K Q5_K Q6_K".split())
+LAYOUT = 2
+"""Counts the ways that matrices were laid out in, and which ones: a file of another one is made again."""
+PACKED_TYPES = frozenset("F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K Q5_K Q6_K".split())
 """The types that have a packed form."""
 
 LAYOUT_KEY = "lowtide.packed.layout"

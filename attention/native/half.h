@@ -1,6 +1,6 @@
 #pragma once
 
-// Half precision to single. Included by the kernels, compiled with their flags.
+// Half precision and bfloat16 to single. Included by the kernels, compiled with their flags.
 
 #include <cstdint>
 #include <cstring>
@@ -33,6 +33,14 @@ inline float half_to_float(uint16_t half) {
     std::memcpy(&result, &bits, sizeof result);
     return result;
 #endif
+}
+
+// The upper half of a float.
+inline float bfloat_to_float(uint16_t upper) {
+    const uint32_t bits = uint32_t(upper) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
 }
 
 // Rounds to the nearest, to even where two are; beyond the largest half it is infinity.

@@ -72,8 +72,10 @@ void PackedProducts::take(GgmlTensor* node, const OpNumbers& ops) {
     });
     const bool reads = std::any_of(std::begin(node->src), std::end(node->src), [this](const GgmlTensor* s) { return is_packed(s); });
     if (reads && (node->op == ops.product || was_product) && !is_packed(node->src[1]) && is_known_product(node)) {
-        num_uses_ = quantised_ == node->src[1] && num_uses_ < Product::kUses ? num_uses_ : 0;
-        quantised_ = node->src[1], quantised_data_ = node->src[1]->data;
+        const bool by_floats = shape_of(Format(node->src[0]->type)).is_float();
+        const bool is_next = quantised_ == node->src[1] && by_floats_ == by_floats && num_uses_ < Product::kUses;
+        num_uses_ = is_next ? num_uses_ : 0;
+        quantised_ = node->src[1], quantised_data_ = node->src[1]->data, by_floats_ = by_floats;
         const bool is_sliced = stream_.is_streamed_alone(node->src[0]);
         become(node, ops.custom, operations_[num_uses_++ + (is_sliced ? Product::kUses : 0)]);
         return;

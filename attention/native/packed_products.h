@@ -55,6 +55,7 @@ private:
     Operation operations_[2 * Product::kUses], rows_{};
     const GgmlTensor* quantised_ = nullptr;  // whose rows the product holds; its graph may be freed: it is compared alone
     const void* quantised_data_ = nullptr;
+    bool by_floats_ = false;                 // whether those products' weights are not quantised, nor the rows then
     int num_uses_ = 0;                       // products that have taken them
     int64_t num_taken_ = 0, num_refused_ = 0;
 };

@@ -21,6 +21,7 @@ from lowtide.models.gguf_reader import TENSOR_TYPES, TYPE_NUMBERS
 from lowtide.models.packed_gguf import PACKED_TYPES
 
 SETS = usable_product_sets()
+FLOATS = ("BF16", "F16")
 HALVES = {
     **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0"), (0,)),
     **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
@@ -30,8 +31,14 @@ HALVES = {
 
 
 def random_blocks(type_name: str, num_rows: int, num_columns: int) -> Any:
-    """Rows of ggml's blocks: random bits in every value, small scales, the row's bytes last."""
+    """Rows of ggml's blocks: random bits in every value, small scales, the row's bytes last.
+
+    Of weights that are not quantised: numbers of a normal distribution.
+    """
     random = np.random.default_rng(num_rows + num_columns)
+    if type_name in FLOATS:
+        values = random.standard_normal((num_rows, num_columns)).astype(np.float32)
+        return quants.quantize(values, GGMLQuantizationType[type_name]).view(np.uint8)
     _, size, num_bytes = TENSOR_TYPES[TYPE_NUMBERS[type_name]]
     blocks = random.integers(0, 256, (num_rows, num_columns // size, num_bytes), np.uint8)
     for offset in HALVES[type_name]:
@@ -44,8 +51,13 @@ def dequantised(type_name: str, rows: Any) -> Any:
     return quants.dequantize(rows, GGMLQuantizationType[type_name])
 
 
-def rounded(rows: Any) -> Any:
-    """Rows to the nearest of 255 steps of each block's largest value, as they are multiplied."""
+def rounded(rows: Any, type_name: str) -> Any:
+    """Rows as weights of a type are multiplied with them.
+
+    That is to the nearest of 255 steps of each block's largest value; as they are where weights are floats.
+    """
+    if type_name in FLOATS:
+        return rows.astype(np.float64)
     blocks = rows.reshape(len(rows), -1, 32).astype(np.float64)
     scales = np.abs(blocks).max(-1, keepdims=True) / 127
     steps = np.divide(blocks, scales, out=np.zeros_like(blocks), where=scales > 0)
@@ -62,13 +74,13 @@ def test_products_are_those_of_double_precision(
     weights = dequantised(type_name, blocks).astype(np.float64)
     rows = np.random.default_rng(3).standard_normal((13, shape[1])).astype(np.float32)
     rows[7] = 0
-    expected = rounded(rows) @ weights.T
+    expected = rounded(rows, type_name) @ weights.T
     found = multiply(pack_array(type_name, blocks, shape[1]), rows, kernels=kernels)
     assert np.abs(found - expected).max() < 2e-6 * np.abs(expected).max()
     assert not found[7].any()
 
 
-@pytest.mark.parametrize("type_name", ["Q4_1", "Q8_0", "Q6_K"])
+@pytest.mark.parametrize("type_name", ["Q4_1", "Q8_0", "Q6_K", "F16", "BF16"])
 @pytest.mark.parametrize("kernels", SETS)
 def test_a_row_is_the_same_alone_and_among_others(kernels: str, type_name: str) -> None:
     packed = pack_array(type_name, random_blocks(type_name, 112, 512), 512)
@@ -80,14 +92,37 @@ def test_a_row_is_the_same_alone_and_among_others(kernels: str, type_name: str) 
             assert np.array_equal(some, together[first:last])
 
 
+@pytest.mark.parametrize("num_rows", [16, 80])
+@pytest.mark.parametrize("type_name", ["Q4_0", "F16", "BF16"])
 @pytest.mark.parametrize("kernels", SETS)
-def test_odd_numbers_of_blocks(kernels: str) -> None:
-    """A panel then begins in the middle of a cache line."""
-    blocks = random_blocks("Q4_0", 32, 96)
-    rows = np.random.default_rng(5).standard_normal((3, 96)).astype(np.float32)
-    found = multiply(pack_array("Q4_0", blocks, 96), rows, kernels=kernels)
-    expected = rounded(rows) @ dequantised("Q4_0", blocks).astype(np.float64).T
+def test_odd_numbers_of_blocks_and_panels(kernels: str, type_name: str, num_rows: int) -> None:
+    """A panel of Q4_0 then begins in the middle of a cache line."""
+    blocks = random_blocks(type_name, num_rows, 96)
+    rows = np.random.default_rng(5).standard_normal((11, 96)).astype(np.float32)
+    found = multiply(pack_array(type_name, blocks, 96), rows, kernels=kernels)
+    expected = rounded(rows, type_name) @ dequantised(type_name, blocks).astype(np.float64).T
     assert np.abs(found - expected).max() < 2e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("type_name", FLOATS)
+@pytest.mark.parametrize("kernels", SETS)
+def test_every_float_of_two_bytes_is_widened_exactly(kernels: str, type_name: str) -> None:
+    """Times a row of ones and zeros each weight comes back: subnormal ones, too."""
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    bits[~np.isfinite(dequantised(type_name, bits.view(np.uint8).reshape(1, -1))[0])] = 0
+    blocks = bits.view(np.uint8).reshape(1024, -1)
+    packed = pack_array(type_name, blocks, 64)
+    found = multiply(packed, np.eye(64, dtype=np.float32), kernels=kernels)
+    assert np.array_equal(found.T, dequantised(type_name, blocks))
+
+
+@pytest.mark.parametrize("kernels", SETS)
+def test_endless_halves_are_endless(kernels: str) -> None:
+    blocks = np.zeros((16, 32), np.float16)
+    blocks[1, 3], blocks[2, 4], blocks[3, 5] = np.inf, -np.inf, np.nan
+    packed = pack_array("F16", blocks.view(np.uint8), 32)
+    found = multiply(packed, np.ones((1, 32), np.float32), kernels=kernels)[0]
+    assert np.array_equal(found[:5], [0, np.inf, -np.inf, np.nan, 0], equal_nan=True)
 
 
 @pytest.mark.parametrize("kernels", SETS)
@@ -114,7 +149,8 @@ def test_rows_come_back_as_ggml_reads_them(type_name: str) -> None:
 def test_what_has_no_packed_form() -> None:
     assert can_pack("Q4_1", 16, 32) and not can_pack("Q4_1", 15, 32)
     assert not can_pack("Q4_K", 16, 128) and not can_pack("Q4_1", 16, 40)
-    assert not can_pack("F16", 16, 32) and not can_pack("nonsense", 16, 32)
+    assert can_pack("F16", 16, 32) and not can_pack("F16", 8, 32) and not can_pack("BF16", 16, 48)
+    assert not can_pack("F32", 16, 32) and not can_pack("nonsense", 16, 32)
     assert not can_pack("Q4_1", 0, 32) and not can_pack("Q4_1", -16, 32)
     with pytest.raises(BadOption, match="no packed form"):
         pack_array("Q4_0", np.zeros((7, 18), np.uint8), 32)

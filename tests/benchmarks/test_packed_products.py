@@ -1,5 +1,5 @@
-"""Tokens and prompts with packed weights against llama.cpp on the same file, and on its fastest format;
-and how far both are from the same weights in float32.
+"""Tokens and prompts with packed weights against llama.cpp on the same file, and on its fastest format,
+and of F16 and BF16 copies; and how far both are from the same weights in float32.
 
 Each round times llama.cpp through its C API and then ours, so a ratio holds on a noisy machine. Above 1
 ours is faster. Run with `make bench`.
@@ -7,8 +7,8 @@ ours is faster. Run with `make bench`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +66,16 @@ def q4_0(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return requantised(smollm2, tmp_path_factory.mktemp("models") / "Q4_0.gguf", "Q4_0")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="module")
-def ours(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ours]:
-    folder, before = tmp_path_factory.mktemp("cache"), os.environ.get("XDG_CACHE_HOME")
-    os.environ["XDG_CACHE_HOME"] = str(folder)
+def ours(smollm2: Path) -> Iterator[Ours]:
     made = Ours(smollm2)
-    if before is None:
-        del os.environ["XDG_CACHE_HOME"]
-    else:
-        os.environ["XDG_CACHE_HOME"] = before
     yield made
     made.loaded.close()
 
@@ -87,9 +88,19 @@ def peer(request: pytest.FixtureRequest, smollm2: Path, q4_0: Path) -> Iterator[
     made.close()
 
 
-@pytest.mark.parametrize("depth", [256, 1024])
-def test_decode(benchmark: Any, ours: Ours, peer: tuple[str, Peer], depth: int) -> None:
-    name, theirs = peer
+@pytest.fixture(scope="module", params=["F16", "BF16"])
+def floats(
+    request: pytest.FixtureRequest, smollm2: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Ours, Peer]]:
+    """A copy of weights that are not quantised, packed and with llama.cpp."""
+    kind = request.param
+    path = requantised(smollm2, tmp_path_factory.mktemp("floats") / f"{kind}.gguf", kind)
+    ours = Ours(path)
+    with closing(ours.loaded), closing(Peer(path, context=2048, max_rows=ROWS, threads=2)) as peer:
+        yield kind, ours, peer
+
+
+def compare_decode(benchmark: Any, name: str, ours: Ours, theirs: Peer, depth: int) -> None:
     ours.prefill(depth)
 
     def peers() -> None:
@@ -103,9 +114,7 @@ def test_decode(benchmark: Any, ours: Ours, peer: tuple[str, Peer], depth: int) 
     )
 
 
-@pytest.mark.parametrize("length", [256, 512])
-def test_prefill(benchmark: Any, ours: Ours, peer: tuple[str, Peer], length: int) -> None:
-    name, theirs = peer
+def compare_prefill(benchmark: Any, name: str, ours: Ours, theirs: Peer, length: int) -> None:
     token_ids = ours.token_ids[:length]
     paired(
         benchmark, f"packed, prompt of {length}", lambda: ours.prefill(length),
@@ -113,8 +122,7 @@ def test_prefill(benchmark: Any, ours: Ours, peer: tuple[str, Peer], length: int
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("num_rows", [2, 4, 8])
-def test_verification(benchmark: Any, ours: Ours, num_rows: int) -> None:
+def compare_verification(benchmark: Any, ours: Ours, num_rows: int) -> None:
     """How much less than so many single rows; rows / ratio is the cost in single rows."""
     ours.prefill(256)
 
@@ -126,6 +134,38 @@ def test_verification(benchmark: Any, ours: Ours, num_rows: int) -> None:
         benchmark, f"packed, {num_rows} rows at once", lambda: ours.verify(256, num_rows), alone, 9,
         peer=f"{num_rows} single rows",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("depth", [256, 1024])
+def test_decode(benchmark: Any, ours: Ours, peer: tuple[str, Peer], depth: int) -> None:
+    compare_decode(benchmark, peer[0], ours, peer[1], depth)
+
+
+@pytest.mark.parametrize("length", [256, 512])
+def test_prefill(benchmark: Any, ours: Ours, peer: tuple[str, Peer], length: int) -> None:
+    compare_prefill(benchmark, peer[0], ours, peer[1], length)
+
+
+@pytest.mark.parametrize("num_rows", [2, 4, 8])
+def test_verification(benchmark: Any, ours: Ours, num_rows: int) -> None:
+    compare_verification(benchmark, ours, num_rows)
+
+
+def test_decode_of_floats(benchmark: Any, floats: tuple[str, Ours, Peer]) -> None:
+    kind, ours, theirs = floats
+    compare_decode(benchmark, f"llama.cpp on {kind}", ours, theirs, 256)
+
+
+def test_prefill_of_floats(benchmark: Any, floats: tuple[str, Ours, Peer]) -> None:
+    kind, ours, theirs = floats
+    compare_prefill(benchmark, f"llama.cpp on {kind}", ours, theirs, 512)
+
+
+@pytest.mark.parametrize("num_rows", [4, 8])
+def test_verification_of_floats(
+    benchmark: Any, floats: tuple[str, Ours, Peer], num_rows: int
+) -> None:
+    compare_verification(benchmark, floats[1], num_rows)
 
 
 NUM_READ, NUM_COMPARED = 384, 300

@@ -22,10 +22,11 @@ def write_model(
     chat_template: str | None = None,
     overrides: dict[str, int] | None = None,
     quantised: bool = False,
+    halves: tuple[str, ...] = (),
 ) -> Path:
     """Write a llama-shaped model in F32 with a byte vocabulary; `overrides` replaces header numbers.
 
-    `quantised` writes the matrices as Q4_0.
+    `quantised` writes the matrices as Q4_0, but for those with one of `halves` in their names: F16.
     """
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("random")
@@ -46,7 +47,7 @@ def write_model(
     if chat_template is not None:
         writer.add_chat_template(chat_template)
     shape = (layers, width, heads, kv_heads, feed_forward, vocabulary)
-    _add_tensors(writer, *shape, quantised=quantised)
+    _add_tensors(writer, *shape, quantised=quantised, halves=halves)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -77,20 +78,21 @@ def _add_tensors(
     vocabulary: int,
     *,
     quantised: bool,
+    halves: tuple[str, ...],
 ) -> None:
     random = np.random.default_rng(7)
     kv_width = width // heads * kv_heads
 
     def add(name: str, rows: int, columns: int) -> None:
         scale = 1 / np.sqrt(columns)
-        if quantised:
+        is_half = any(part in name for part in halves)
+        if quantised and not is_half:
             blocks = _q4_0(random, rows * columns // 32, scale / 8)
             data = blocks.reshape(rows, columns // 32 * 18)
             writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
             return
-        writer.add_tensor(
-            name, (random.standard_normal((rows, columns)) * scale).astype(np.float32)
-        )
+        values = random.standard_normal((rows, columns)) * scale
+        writer.add_tensor(name, values.astype(np.float16 if is_half else np.float32))
 
     def add_norm(name: str) -> None:
         writer.add_tensor(name, np.ones(width, np.float32))

@@ -1,4 +1,4 @@
-// The product kernels of one instruction set: include it after VECTOR_FLOATS and its flags are set.
+// The product kernels of one instruction set for quantised weights: include it after VECTOR_FLOATS and its flags are set.
 //
 // A strip is W rows of a panel. Its blocks are unpacked once for up to kTileRows rows; every row's sum goes through
 // the blocks in order, whatever rows are beside it.
@@ -125,6 +125,7 @@ void multiply(const PackedMatrix& matrix, const QuantisedRows& rows, int begin, 
         case Format::q4_k: return multiply_panels<Format::q4_k>(matrix, rows, begin, end, out, out_stride);
         case Format::q5_k: return multiply_panels<Format::q5_k>(matrix, rows, begin, end, out, out_stride);
         case Format::q6_k: return multiply_panels<Format::q6_k>(matrix, rows, begin, end, out, out_stride);
+        case Format::f16: case Format::bf16: break;  // not quantised: `multiply_floats`
     }
 }
 

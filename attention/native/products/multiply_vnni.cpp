@@ -2,8 +2,9 @@
 #define VECTOR_FLOATS 8
 #define LOWTIDE_VNNI
 #include "multiply.inl"
+#include "multiply_floats.inl"
 const ProductKernels* vnni_products() {
-    static const ProductKernels kernels = {"avx-vnni", quantise, multiply};
+    static const ProductKernels kernels = {"avx-vnni", quantise, multiply, multiply_floats};
     return &kernels;
 }
 #else

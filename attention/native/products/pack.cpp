@@ -15,6 +15,7 @@ struct GgmlBlock {
 
 constexpr GgmlBlock ggml_block(Format format) {
     switch (format) {
+        case Format::f16: case Format::bf16: return {32, 64};
         case Format::q4_0: return {32, 18};
         case Format::q4_1: return {32, 20};
         case Format::q5_0: return {32, 22};
@@ -30,7 +31,7 @@ constexpr GgmlBlock ggml_block(Format format) {
 // One row's part of a block, or of a super block: values with their offset, and what scales them.
 struct Values {
     uint8_t values[kSuperSize];
-    uint16_t scale, minimum;  // halves
+    uint16_t scale = 0, minimum = 0;  // halves
     uint8_t scales[2 * kSuperBlocks];  // of the K formats, as ggml has them
 };
 
@@ -73,6 +74,7 @@ void read_q6_k(const uint8_t* from, Values& to) {
 
 void read_block(Format format, const uint8_t* from, Values& to) {
     switch (format) {
+        case Format::f16: case Format::bf16: break;  // not quantised: `pack_floats`
         case Format::q4_0: to.scale = half_at(from), read_nibbles(from + 2, to.values); break;
         case Format::q4_1: to.scale = half_at(from), to.minimum = half_at(from + 2), read_nibbles(from + 4, to.values); break;
         case Format::q5_0:
@@ -129,6 +131,15 @@ private:
     uint8_t* panel_;
 };
 
+// Values of two bytes to their places in pairs of columns.
+void pack_floats(Format format, const uint8_t* rows, int64_t num_rows, int64_t num_columns, uint8_t* panels) {
+    for (int64_t row = 0; row < num_rows; ++row) {
+        uint8_t* panel = panels + row / kPanelRows * kPanelRows * kFloatBytes * num_columns;
+        for (int64_t column = 0; column < num_columns; ++column, rows += kFloatBytes)
+            std::memcpy(panel + float_place(format, int(row % kPanelRows), column), rows, kFloatBytes);
+    }
+}
+
 }  // namespace
 
 size_t lowtide_packed_bytes(int32_t format, int64_t num_rows, int64_t num_columns) {
@@ -140,6 +151,10 @@ size_t lowtide_packed_bytes(int32_t format, int64_t num_rows, int64_t num_column
 int lowtide_pack(int32_t format, const uint8_t* rows, int64_t num_rows, int64_t num_columns, uint8_t* panels) {
     const size_t num_bytes = lowtide_packed_bytes(format, num_rows, num_columns);
     if (num_bytes == 0) return 2;
+    if (shape_of(Format(format)).is_float()) {
+        pack_floats(Format(format), rows, num_rows, num_columns, panels);
+        return 0;
+    }
     std::memset(panels, 0, num_bytes);
     const GgmlBlock block = ggml_block(Format(format));
     const size_t panel_bytes = layout_of(Format(format), num_columns).num_bytes;

@@ -30,9 +30,11 @@ void Product::run(const PackedMatrix& matrix, const float* rows, size_t row_stri
                   size_t out_stride, const ProductKernels& kernels, const PanelReader* reader, int thread, int num_threads) {
     const int num_workers = std::min(num_threads, reserved_threads_), panels = matrix.num_panels();
     const size_t panel_bytes = layout_of(Format(matrix.format), matrix.num_columns).num_bytes;
+    const bool is_float = shape_of(Format(matrix.format)).is_float();
     const QuantisedRows quantised = quantised_rows(num_rows, matrix.num_columns, memory_.data()->bytes);
     if (use == 0) {
-        for (int i = thread; i < num_rows && thread < num_workers; i += num_workers) kernels.quantise(rows + i * row_stride, quantised, i);
+        for (int i = thread; i < num_rows && thread < num_workers && !is_float; i += num_workers)
+            kernels.quantise(rows + i * row_stride, quantised, i);
         barrier_.wait(num_threads, [this] {
             for (std::atomic<int>& next : next_panels_) next = 0;
         });
@@ -42,7 +44,10 @@ void Product::run(const PackedMatrix& matrix, const float* rows, size_t row_stri
     for (int first = next_panel; first < panels;) {
         const int last = first + panels_to_take(panels - first, num_workers, panel_bytes, reader != nullptr);
         if (!next_panel.compare_exchange_weak(first, last)) continue;
-        kernels.multiply(matrix, quantised, first, last, out, out_stride);
+        if (is_float)
+            kernels.multiply_floats(matrix, {num_rows, row_stride, rows}, first, last, out, out_stride);
+        else
+            kernels.multiply(matrix, quantised, first, last, out, out_stride);
         if (reader != nullptr) reader->leave(reader->context, matrix.panels + first * panel_bytes, matrix.panels + last * panel_bytes);
         first = next_panel;
     }

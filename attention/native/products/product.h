@@ -25,7 +25,7 @@ public:
     bool has_room(int num_rows, int num_columns) const { return quantised_bytes(num_rows, num_columns) <= scratch_bytes(); }
 
     // Called by each of `num_threads` threads with its own `thread`. `use` is 0 where rows are new; products of the
-    // same rows that follow count up to kUses - 1, and wait for nobody. Strides are in floats. `reader` may be null; with one, panels are read in slices.
+    // same rows that follow count up to kUses - 1, and wait for nobody: all by weights that are quantised, or none. Strides are in floats. `reader` may be null; with one, panels are read in slices.
     // Threads beyond those reserved for only wait.
     void run(const PackedMatrix& matrix, const float* rows, size_t row_stride, int num_rows, int use, float* out,
              size_t out_stride, const ProductKernels& kernels, const PanelReader* reader, int thread, int num_threads);

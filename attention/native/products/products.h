@@ -22,6 +22,13 @@ size_t quantised_bytes(int num_rows, int num_columns);
 // The parts of `memory`, which has so many bytes.
 QuantisedRows quantised_rows(int num_rows, int num_columns, uint8_t* memory);
 
+// Rows of float32 as they are, `stride` floats apart.
+struct FloatRows {
+    int num_rows;
+    size_t stride;
+    const float* values;
+};
+
 // The kernels of one instruction set. A row's result is the same bit for bit alone and among others.
 struct ProductKernels {
     const char* name;
@@ -32,6 +39,9 @@ struct ProductKernels {
     // out[i][j], `out_stride` floats between rows, becomes row i of `rows` times row j of the matrix, for every i
     // and the js of panels `begin` to `end`.
     void (*multiply)(const PackedMatrix& matrix, const QuantisedRows& rows, int begin, int end, float* out, size_t out_stride);
+
+    // The same of weights that are not quantised, nor are the rows.
+    void (*multiply_floats)(const PackedMatrix& matrix, const FloatRows& rows, int begin, int end, float* out, size_t out_stride);
 };
 
 // The best set that the processor can run, or the one of that name; null where there is none.

@@ -63,9 +63,21 @@ private:
     int row_;
 };
 
+float float_at(const PackedMatrix& matrix, int row, int column) {
+    const Format format = Format(matrix.format);
+    const uint8_t* panel = matrix.panels + layout_of(format, matrix.num_columns).num_bytes * (row / kPanelRows);
+    uint16_t value;
+    std::memcpy(&value, panel + float_place(format, row % kPanelRows, column), sizeof value);
+    return format == Format::f16 ? half_to_float(value) : bfloat_to_float(value);
+}
+
 }  // namespace
 
 void unpack_row(const PackedMatrix& matrix, int row, float* out) {
+    if (shape_of(Format(matrix.format)).is_float()) {
+        for (int column = 0; column < matrix.num_columns; ++column) out[column] = float_at(matrix, row, column);
+        return;
+    }
     const PanelRow from(matrix, row);
     for (int block = 0; block < matrix.num_columns / kBlockSize; ++block) from.unpack_block(block, out + kBlockSize * block);
 }

@@ -17,16 +17,18 @@
 
 namespace {
 
-constexpr Format kFormats[] = {Format::q4_0, Format::q4_1, Format::q5_0, Format::q5_1, Format::q8_0, Format::q4_k, Format::q5_k, Format::q6_k};
+constexpr Format kFormats[] = {Format::f16,  Format::bf16, Format::q4_0, Format::q4_1, Format::q5_0,
+                               Format::q5_1, Format::q8_0, Format::q4_k, Format::q5_k, Format::q6_k};
 const char* const kSets[] = {"avx512-vnni", "avx-vnni", "avx2", "neon-dot", "neon", "portable"};
 
 bool is_super(Format format) { return shape_of(format).is_super; }
 
-// Random bits, and halves that are small numbers.
+// Random bits, and halves that are small numbers; of weights that are not quantised these alone.
 std::vector<uint8_t> random_blocks(Format format, int num_rows, int num_columns) {
     std::vector<uint8_t> blocks(lowtide_packed_bytes(int32_t(format), num_rows, num_columns));
     for (uint8_t& byte : blocks) byte = uint8_t(pick(0, 255));
-    const size_t block_bytes = blocks.size() / num_rows / (num_columns / (is_super(format) ? 256 : 32));
+    const int block_size = shape_of(format).is_float() ? 1 : is_super(format) ? 256 : 32;
+    const size_t block_bytes = blocks.size() / num_rows / (num_columns / block_size);
     const bool is_last = format == Format::q6_k, two = shape_of(format).has_minima;
     for (size_t at = 0; at < blocks.size(); at += block_bytes)
         for (int i = 0; i < (two ? 2 : 1); ++i) {
