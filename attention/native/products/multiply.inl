@@ -54,6 +54,12 @@ template <Format F> inline Scales scales_of(const uint8_t* panel, const PanelLay
     return scales;
 }
 
+// Asks for a block's share of the next panel: where a page ends the processor itself looks no further ahead.
+template <Format F> inline void fetch_ahead(const uint8_t* next_panel, int block) {
+    constexpr size_t kShare = layout_of(F, kSuperBlocks * kBlockSize).num_bytes / kSuperBlocks;
+    for (size_t line = 0; line < kShare; line += 64) __builtin_prefetch(next_panel + block * kShare + line);
+}
+
 template <bool Wide> inline Ints dots_of(const Bytes* groups, const int8_t* row, Ints sum) {
     Ints other = Ints{};
     for (int g = 0; g < kGroups / 2; g += 2) {
@@ -71,6 +77,7 @@ inline void multiply_strip(const uint8_t* panel, const PanelLayout& at, int stri
     const int num_blocks = rows.num_blocks();
     for (int i = 0; i < Rows; ++i) sums[i] = Floats{};
     for (int block = 0; block < num_blocks; ++block) {
+        if (first == 0 && strip == 0) fetch_ahead<F>(panel + at.num_bytes, block);
         Bytes groups[kGroups];
         unpack_group<F, 0>(panel + size_t(block) * shape.value_bits * 4 * kPanelRows + 4 * W * strip,
                            panel + at.high + size_t(block) * shape.high_bits * 4 * kPanelRows + 4 * W * strip, groups);

@@ -12,6 +12,7 @@ namespace {
 constexpr int kStrips = kPanelRows / W;  // of a panel
 constexpr int kFloatRows = VECTOR_FLOATS == 4 ? 4 : 8;
 constexpr int kSums = VECTOR_FLOATS == 16 ? 16 : 8;  // that fit the registers beside what they are made from
+constexpr size_t kAheadBytes = 2048;  // asked for early: where a page ends the processor itself looks no further
 
 // W rows of weights in two columns that are neighbours.
 struct Pair {
@@ -40,6 +41,7 @@ inline void multiply_float_tile(const PackedMatrix& matrix, int strip, const Flo
     for (int column = 0; column < matrix.num_columns; column += 2) {
         Pair pairs[Strips];
         for (int s = 0; s < Strips; ++s) pairs[s] = load_pair<F>(from[s] + size_t(column / 2) * kPairBytes);
+        for (int s = 0; s < Strips && first == 0; s += kStrips) __builtin_prefetch(from[s] + size_t(column / 2) * kPairBytes + kAheadBytes);
         for (int i = 0; i < Rows; ++i) {
             const Floats even = splat(values[i][column]), odd = splat(values[i][column + 1]);
             for (int s = 0; s < Strips; ++s) sums[i][s] = fused(pairs[s].odd, odd, fused(pairs[s].even, even, sums[i][s]));
