@@ -42,14 +42,15 @@ void PackedProducts::want(std::vector<CustomOp>& wanted) {
 }
 
 bool PackedProducts::set(std::string_view names, int max_rows, int max_columns, int num_threads) {
-    std::set<std::string, std::less<>> found;
+    std::vector<char> text(names.begin(), names.end());
+    std::unordered_set<std::string_view> found;
     for (size_t begin = 0; begin < names.size();) {
         const size_t end = std::min(names.find('\n', begin), names.size());
-        found.emplace(names.substr(begin, end - begin));
+        found.emplace(text.data() + begin, end - begin);
         begin = end + 1;
     }
     if (kernels_ == nullptr || !product_.reserve(max_rows, max_columns, num_threads)) return false;
-    names_.swap(found);
+    names_.swap(found), text_.swap(text);
     return true;
 }
 

@@ -1,9 +1,8 @@
 #pragma once
 
 #include <cstdint>
-#include <set>
-#include <string>
 #include <string_view>
+#include <unordered_set>
 #include <vector>
 
 #include "custom_ops.h"
@@ -50,7 +49,8 @@ private:
 
     const ProductKernels* kernels_;
     const WeightStream& stream_;
-    std::set<std::string, std::less<>> names_;
+    std::vector<char> text_;  // of the names
+    std::unordered_set<std::string_view> names_;
     Product product_;
     Operation operations_[2 * Product::kUses], rows_{};
     const GgmlTensor* quantised_ = nullptr;  // whose rows the product holds; its graph may be freed: it is compared alone
