@@ -5,6 +5,7 @@
 // `attender` and `layer` say whose cache it is.
 
 #include <algorithm>
+#include <mutex>
 #include <new>
 
 #include "onnx_attend.h"
@@ -157,6 +158,8 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
     if (api == nullptr) return Ort(base->get_api(1)).failure("lowtide: this onnxruntime is too old, 1.18 is wanted");
     static const OrtCustomOp operators[] = {operator_of(false), operator_of(true)};
     static OrtCustomOpDomain* domain = nullptr;
+    static std::mutex making;  // two threads may open a model each
+    const std::lock_guard<std::mutex> lock(making);
     const Ort ort(api);
     if (domain == nullptr) {
         if (OrtStatus* failure = ort.make_domain("lowtide", &domain)) return failure;
