@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from lowtide.models.errors import ForwardError, StateError
 from lowtide.models.model import Model
+from lowtide.models.onnx.cache_file import read_cells, write_cells
 from lowtide.models.onnx.token_cache import TokenCache
 
 
 class CachedModel(Model):
-    """What is the same however the graph is run: going back, and copies of the cache."""
+    """What is the same however the graph is run: going back, and the cache in a file or a copy."""
 
-    copies_state = True
+    keeps_state = copies_state = True
     _num_tokens: int = 0
     _cache: TokenCache | None = None
 
@@ -50,9 +52,32 @@ class CachedModel(Model):
         """Give back the pages that hold no token."""
         self._kv.cut(self._num_tokens, self._num_tokens)
 
+    def save_state(self, path: Path, token_ids: Sequence[int]) -> int:
+        """Write the tokens and the cells that hold them, from where they lie."""
+        assert len(token_ids) == self._num_tokens, "these are not the tokens in the cache"
+        return write_cells(path, token_ids, self._kv)
+
+    def load_state(self, path: Path, num_bytes: int, num_tokens: int) -> list[int]:
+        """Put a file's tokens and cells back; cells that hold no token stay untouched."""
+        self.truncate(0)
+        if not 0 <= num_tokens <= self.context:
+            raise StateError(f"it holds {num_tokens:,} tokens, there is room for {self.context:,}")
+        self._num_tokens = num_tokens  # what is read is given back where reading fails
+        try:
+            return read_cells(
+                path,
+                num_bytes,
+                self._kv,
+                num_tokens=num_tokens,
+                vocabulary=self.spec.vocabulary.num_tokens,
+            )
+        except BaseException:
+            self.truncate(0)
+            raise
+
     def state_bytes(self) -> int:
         """Return the bytes of the cells that hold tokens."""
-        return sum(row.nbytes for row in self._kv.rows(self._num_tokens))
+        return self._kv.num_bytes(self._num_tokens)
 
     def copy_state(self, into: memoryview) -> None:
         """Copy the cells that hold tokens, head by head."""
@@ -66,11 +91,11 @@ class CachedModel(Model):
     def put_state(self, state: memoryview, num_tokens: int) -> None:
         """Put the cells back; those that hold no token stay untouched."""
         self.truncate(0)
-        rows = list(self._kv.rows(num_tokens)) if 0 <= num_tokens <= self.context else []
-        if sum(row.nbytes for row in rows) != len(state):
+        is_held = 0 <= num_tokens <= self.context
+        if not is_held or self._kv.num_bytes(num_tokens) != len(state):
             raise StateError(f"the state has {len(state)} bytes, which is not {num_tokens} tokens'")
         position = 0
-        for row in rows:
+        for row in self._kv.rows(num_tokens):
             row[:] = state[position : position + row.nbytes]
             position += row.nbytes
         self._num_tokens = num_tokens

@@ -78,7 +78,8 @@ class SharedCache(KvCache):
         for buffer in self._buffers:
             head_bytes = buffer.num_cells * self._row_bytes
             for start in range(0, buffer.num_bytes, head_bytes):
-                yield buffer.view[start : start + num_tokens * self._row_bytes]
+                with buffer.view[start : start + num_tokens * self._row_bytes] as part:
+                    yield part
 
     def close(self) -> None:
         """Close the buffers."""
@@ -122,7 +123,8 @@ class CopiedCache(KvCache):
         length = num_tokens * self._row_bytes
         for buffer in self._old:
             for head in range(self._heads):
-                yield buffer.view[head * length : (head + 1) * length]
+                with buffer.view[head * length : (head + 1) * length] as part:
+                    yield part
 
     def close(self) -> None:
         """Close the buffers."""

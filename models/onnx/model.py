@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowtide.models.errors import ForwardError, ModelError, UnsupportedModel
+from lowtide.models.fingerprint import file_fingerprint
 from lowtide.models.onnx.cached_model import CachedModel
 from lowtide.models.onnx.kv_cache import made_cache
 from lowtide.models.onnx.libraries import onnx_library
@@ -115,6 +116,24 @@ class OnnxModel(CachedModel):
         """Bind an array of one row, which is contiguous wherever it is cut."""
         address = values.ctypes.data
         self._binding.bind_input(name, "cpu", 0, values.dtype, list(values.shape), address)
+
+    def state_owner(self) -> dict[str, str]:
+        """Return the weights, how the cells are kept and by whom, and the onnxruntime they came from."""
+        spec = self._of_onnx
+        return {
+            "model": f"{spec.name}, {spec.quantisation}, {file_fingerprint(spec.paths)}",
+            "KV type": self._kv_type,
+            "attention": self._attention,
+            "onnxruntime": str(onnx_library("onnxruntime").__version__),
+        }
+
+    @property
+    def _kv_type(self) -> str:
+        return self._of_onnx.kv_types[0]
+
+    @property
+    def _attention(self) -> str:
+        return self._of_onnx.attention
 
     def close(self) -> None:
         """Free the session and the cache."""

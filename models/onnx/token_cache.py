@@ -15,7 +15,14 @@ class TokenCache(ABC):
 
     @abstractmethod
     def rows(self, num_tokens: int) -> Iterator[memoryview]:
-        """Yield the bytes of the tokens in every tensor, part by part; they can be written."""
+        """Yield the bytes of the tokens in every tensor, part by part; they can be written.
+
+        A part is released as the next one is asked for: whoever keeps one would keep a buffer from closing.
+        """
+
+    def num_bytes(self, num_tokens: int) -> int:
+        """Return the bytes of all parts."""
+        return sum(part.nbytes for part in self.rows(num_tokens))
 
     @abstractmethod
     def close(self) -> None:

@@ -139,6 +139,22 @@ def test_a_copied_state_comes_back(model: SwappedModel) -> None:
         model.put_state(state, 49)
 
 
+def test_a_saved_state_comes_back(model: SwappedModel, tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    model.forward(IDS[:50])
+    num_bytes = model.save_state(path, IDS[:50])
+    wanted = model.forward(IDS[50:60]).copy()
+    model.truncate(0)
+    model.forward(IDS[30:60])
+    assert model.load_state(path, num_bytes, 50) == IDS[:50]
+    assert np.array_equal(model.forward(IDS[50:60]), wanted)
+    assert model.state_owner()["attention"] == "ours"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(StateError, match="it ends before its cells do"):
+        model.load_state(path, num_bytes, 50)
+    assert model.num_tokens == 0
+
+
 def test_rows_that_do_not_go_in_change_nothing(model: SwappedModel) -> None:
     model.forward(IDS[:10])
     wanted = model.forward(IDS[10:12]).copy()

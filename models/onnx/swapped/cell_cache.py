@@ -26,6 +26,7 @@ class CellCache(TokenCache):
     ) -> None:
         import numpy as np
 
+        self.kv_type = kv_type
         self._dtype = np.dtype(KV_DTYPES[kv_type])
         self._shape = (num_heads, head_size)
         self._row_bytes = num_heads * head_size * self._dtype.itemsize
@@ -50,7 +51,8 @@ class CellCache(TokenCache):
     def rows(self, num_tokens: int) -> Iterator[memoryview]:
         """Yield a view a tensor."""
         for buffer in self._buffers:
-            yield buffer.view[: num_tokens * self._row_bytes]
+            with buffer.view[: num_tokens * self._row_bytes] as part:
+                yield part
 
     def close(self) -> None:
         """Close the buffers; their tensors must not be read any more."""

@@ -91,6 +91,14 @@ class SwappedModel(OnnxModel):
     def _appended(self) -> None:
         """The rows are in the cells already."""
 
+    @property
+    def _kv_type(self) -> str:
+        return self._cells.kv_type
+
+    @property
+    def _attention(self) -> str:
+        return "ours"
+
     def close(self) -> None:
         """Free the session, what attends in it, and the cache."""
         self._binding = self._session = None

@@ -1,0 +1,140 @@
+"""The KV cache of a graph in a file: coming back equals never having left, and other bytes are refused."""
+
+from __future__ import annotations
+
+import signal
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx_decoders import FORMS, Shape, write_decoder
+from processes import run_python
+
+from lowtide.models.errors import StateError
+from lowtide.models.header import read_spec
+from lowtide.models.onnx.model import OnnxModel
+from lowtide.models.onnx.options import OnnxOptions
+from lowtide.models.onnx.spec import OnnxSpec
+
+IDS = [int(i) for i in np.random.default_rng(5).integers(0, 320, 90)]
+HEADER_BYTES = 16
+
+
+def opened(folder: Path, context: int = 512) -> OnnxModel:
+    spec = read_spec(folder)
+    assert isinstance(spec, OnnxSpec)
+    return OnnxModel(spec, OnnxOptions(context=context, max_rows=64, threads=1))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Iterator[OnnxModel]:
+    with opened(write_decoder(tmp_path / "tiny")) as made:
+        yield made
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_loading_equals_never_having_left(tmp_path: Path, form: str) -> None:
+    folder = write_decoder(tmp_path / "tiny", form)
+    path = tmp_path / "state"
+    with opened(folder) as stayed, opened(folder) as came_back:
+        stayed.forward(IDS[:50])
+        num_bytes = stayed.save_state(path, IDS[:50])
+        assert num_bytes == path.stat().st_size
+        with path.open("ab") as more:
+            more.write(b"what stands behind it")
+        came_back.forward(IDS[20:80])
+        assert came_back.load_state(path, num_bytes, 50) == IDS[:50]
+        assert came_back.num_tokens == 50
+        for token_ids in (IDS[50:51], IDS[51:90]):
+            expected = stayed.forward(token_ids).tobytes()
+            assert came_back.forward(token_ids).tobytes() == expected
+        assert came_back.truncate(7) == stayed.truncate(7)
+        assert came_back.forward([9]).tobytes() == stayed.forward([9]).tobytes()
+
+
+def test_only_cells_that_hold_tokens_are_written(model: OnnxModel, tmp_path: Path) -> None:
+    sizes = []
+    for num_tokens in (10, 30):
+        model.truncate(0)
+        model.forward(IDS[:num_tokens])
+        sizes.append(model.save_state(tmp_path / "state", IDS[:num_tokens]))
+    cell_bytes = 2 * 2 * 64 * 4  # layers, keys and values, width, f32
+    assert sizes == [HEADER_BYTES + n * (4 + cell_bytes) for n in (10, 30)]
+
+
+def test_bytes_that_are_no_state_of_this_model_are_an_error(
+    model: OnnxModel, tmp_path: Path
+) -> None:
+    path = tmp_path / "state"
+    model.forward([5, 6, 7])
+    num_bytes = model.save_state(path, [5, 6, 7])
+    state = path.read_bytes()
+
+    def forged(at: int, number: int) -> bytes:
+        return state[:at] + struct.pack("=i", number) + state[at + 4 :]
+
+    cases = (
+        (b"", 0, 3, "it is no KV cache of an ONNX model"),
+        (b"x" * 500, 500, 3, "it is no KV cache of an ONNX model"),
+        (forged(8, 2), num_bytes, 3, "or one of another version"),
+        (forged(12, 2), num_bytes, 3, "it holds 2 tokens, 3 are wanted"),
+        (state, num_bytes, 4, "it holds 3 tokens, 4 are wanted"),
+        (state, num_bytes, -1, "it holds -1 tokens, there is room for 512"),
+        (state, num_bytes, 513, "it holds 513 tokens, there is room for 512"),
+        (state, num_bytes - 1, 3, f"it has {num_bytes - 1:,} bytes, {num_bytes:,} are wanted"),
+        (state + b"x", num_bytes + 1, 3, "bytes, .* are wanted"),
+        (forged(HEADER_BYTES, 320), num_bytes, 3, "not in the vocabulary"),
+        (forged(HEADER_BYTES + 4, -1), num_bytes, 3, "not in the vocabulary"),
+        (state[:18], num_bytes, 3, "it ends before"),
+        (state[:-5], num_bytes, 3, "it ends before its cells do"),
+    )
+    for data, length, num_tokens, sentence in cases:
+        path.write_bytes(data)
+        with pytest.raises(StateError, match=sentence):
+            model.load_state(path, length, num_tokens)
+        assert model.num_tokens == 0
+    with pytest.raises(StateError, match="No such file"):
+        model.load_state(tmp_path / "nowhere", num_bytes, 3)
+    path.write_bytes(state)
+    assert model.load_state(path, num_bytes, 3) == [5, 6, 7]
+
+
+def test_whose_a_state_is(model: OnnxModel, tmp_path: Path) -> None:
+    """The same folder is the same; other weights of the same shape, or elements, are not."""
+    owner = model.state_owner()
+    assert set(owner) == {"model", "KV type", "attention", "onnxruntime"}
+    with opened(tmp_path / "tiny", context=64) as again:
+        assert again.state_owner() == owner
+    with opened(write_decoder(tmp_path / "half" / "tiny", element="float16")) as half:
+        theirs = half.state_owner()
+        assert theirs["model"] != owner["model"] and theirs["KV type"] == "f16"
+    weights = tmp_path / "tiny" / "model.onnx.data"
+    weights.write_bytes(b"\x3c" + weights.read_bytes()[1:])
+    with opened(tmp_path / "tiny") as changed:
+        assert changed.state_owner()["model"] != owner["model"]
+
+
+def test_a_write_that_the_system_cuts_short_is_an_error(tmp_path: Path) -> None:
+    folder = write_decoder(tmp_path / "tiny", shape=Shape(context=128))
+    done = run_python(
+        "import resource, signal\n"
+        "from pathlib import Path\n"
+        "from lowtide.models.header import read_spec\n"
+        "from lowtide.models.onnx.model import OnnxModel\n"
+        "from lowtide.models.onnx.options import OnnxOptions\n"
+        f"signal.signal({int(signal.SIGXFSZ)}, signal.SIG_IGN)\n"
+        "options = OnnxOptions(context=128, max_rows=64, threads=1)\n"
+        f"with OnnxModel(read_spec(Path({str(folder)!r})), options) as model:\n"
+        "    model.forward([5] * 60)\n"
+        f"    path = Path({str(tmp_path / 'state')!r})\n"
+        "    whole = model.save_state(path, [5] * 60)\n"
+        "    for limit in (4096, whole - 1):\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"
+        "        try:\n"
+        "            model.save_state(path, [5] * 60)\n"
+        "        except Exception as error:\n"
+        "            print(type(error).__name__, error)\n"
+    )
+    assert done.stdout.splitlines() == ["StateError File too large"] * 2, done.stderr
