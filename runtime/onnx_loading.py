@@ -29,6 +29,7 @@ def load_onnx(
         threads=planned.options.num_threads,
         kv_type=plan.kv_type,
         provider=planned.options.provider,
+        verified_rows=max(plan.verified_rows, 1),
         stage=profiler.span,
     )
     attention: OnnxAttention | None = None

@@ -269,11 +269,10 @@ def _plan_onnx(
             f"layers are to go to a GPU, and {spec.name} is an ONNX graph, which runs on the processor: "
             "leave gpu_layers and gpu_memory out"
         )
-    if options.pack or options.speculate != "off":
-        wanted = "pack" if options.pack else "speculate"
+    if options.pack:
         raise BadOption(
-            f"{wanted} is for models that llama.cpp runs, and {spec.name} is an ONNX graph: leave it out, "
-            "or take the model as GGUF"
+            f"pack is for models that llama.cpp runs, and {spec.name} is an ONNX graph: leave it out, or "
+            "take the model as GGUF"
         )
     is_swapped = policy.uses_hook and not isinstance(spec.swap, str)
     if provider_name(options.provider) != provider_name(CPU) and is_swapped:
@@ -282,13 +281,16 @@ def _plan_onnx(
             "on the processor: leave one of them out"
         )
     sizes: ContextSizes = SwappedSizes(spec) if is_swapped else OnnxSizes(spec)
+    speculation = SpeculationChoice.parse(options.speculate).wish(spec, offline=options.offline)
     host = measured_onnx_host(spec, budget, is_swapped=is_swapped)
+    chosen = options.plan_options(policy, speculation=speculation)
     return PlannedModel(
         spec=spec,
         machine=machine,
-        plan=plan_memory(spec, options.plan_options(policy), budget, host, sizes),
+        plan=plan_memory(spec, chosen, budget, host, sizes),
         options=options,
         policy=policy,
         host=host,
         sizes=sizes,
+        speculation=speculation,
     )

@@ -12,6 +12,7 @@ from lowtide.models.catalog import resolve
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf_header import read_spec
 from lowtide.models.header import of_a_model
+from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.spec import ModelSpec
 
 OFF = "off"
@@ -67,13 +68,19 @@ class SpeculationChoice:
     def wish(self, target: ModelSpec, *, offline: bool = False) -> SpeculationWish | None:
         """Return what the plan must know; finds a draft model and reads its headers.
 
-        Raises `ModelNotFound` where it is not there, and `BadOption` where its vocabulary is another one.
+        Raises `ModelNotFound` where it is not there, and `BadOption` where its vocabulary is another one or
+        the target an ONNX graph.
         """
         if self.is_off:
             return None
         if self.model is None:
             return SpeculationWish(
                 num_rows=self.num_rows, table_bytes=TABLE_BYTES, token_bytes=TOKEN_BYTES
+            )
+        if isinstance(target, OnnxSpec):
+            raise BadOption(
+                f"speculate is the draft model {self.model}, and {target.name} is an ONNX graph, for which "
+                f"there are {', '.join(FREE_DRAFTS)} and {AUTO}: take one of them, or the model as GGUF"
             )
         draft = of_a_model(read_spec(resolve(self.model, offline=offline)))
         require_vocabulary(draft, target)

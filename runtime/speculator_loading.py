@@ -11,6 +11,7 @@ from lowtide.memory.speculation_wish import DRAFT_PASS_ROWS
 from lowtide.models.gguf_model import GgufModel
 from lowtide.models.gguf_options import LoadOptions
 from lowtide.models.model import Model
+from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.drafts.draft import Draft
 from lowtide.runtime.drafts.draft_model import ModelDraft, require_same_tokens
@@ -37,6 +38,11 @@ def load_speculator(planned: PlannedModel, model: Model, steering: Steering) -> 
     if planned.speculation is None:
         return None
     num_rows = min(planned.plan.verified_rows, model.max_verified_rows)
+    if planned.plan.verified_rows >= 2 > num_rows:
+        return Speculator.without(
+            f"the graph of {planned.spec.name} makes logits of a pass's last row alone"
+            + ("" if planned.policy.uses_hook else ": open with attention='dense'")
+        )
     if num_rows < 2:
         return Speculator.without("the plan has no room for it")
     if steering.correction_interval is not None:
@@ -87,7 +93,7 @@ def _key(planned: PlannedModel) -> str:
         spec.fingerprint, sorted(spec.tensor_types), spec.weight_bytes, platform.node(),
         platform.machine(), planned.options.num_threads, planned.policy, plan.kv_type,
         plan.kept_layers, len(spec.packed_tensors),
-        [(gpu.device.name, gpu.num_layers) for gpu in plan.gpus],
+        [(gpu.device.name, gpu.num_layers) for gpu in plan.gpus], spec.engine, planned.options.provider,
     )  # fmt: skip
     return " ".join(map(str, parts))
 
@@ -99,7 +105,14 @@ def _not_identical(planned: PlannedModel, model: Model, passes: MeasuredPasses) 
         return f"{policy.name} chooses keys once for all rows of a verification"
     if not passes.rows_agree:
         types = ", ".join(sorted(planned.spec.tensor_types - {"F32"}))
+        if isinstance(planned.spec, OnnxSpec):
+            types = planned.spec.quantisation
         return f"this machine's products of {types} round a row by the rows beside it"
+    if isinstance(planned.spec, OnnxSpec) and not policy.uses_hook:
+        return (
+            f"onnxruntime's {planned.spec.attention} may sum a row alone in another order than among "
+            "others: open with attention='dense'"
+        )
     if isinstance(model, GgufModel) and not policy.uses_hook and planned.options.num_threads > 1:
         return (
             "llama.cpp's attention sums a single row in another order with several threads: open with "

@@ -21,7 +21,7 @@ from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.onnx.tokenizer import OnnxTokenizer
 
 if TYPE_CHECKING:
-    from lowtide.models.model import Logits
+    from lowtide.models.model import Logits, RowLogits
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
 
@@ -36,11 +36,14 @@ class OnnxModel(CachedModel):
         self.spec = spec
         self.context = options.context
         self.max_rows = options.max_rows
+        self.max_verified_rows = max(min(options.verified_rows, options.max_rows), 1)
         self._ports = spec.ports
         self._session: Any = None
         self.tokenizer = OnnxTokenizer(spec)
         with options.stage("weights"):
             self._session = self._opened(options)
+            if not self._makes_more_rows:
+                self.max_verified_rows = 1
         with options.stage("context"):
             self._make_cache(options)
             self._binding = self._session.io_binding()
@@ -60,7 +63,7 @@ class OnnxModel(CachedModel):
         self._mask = np.ones((1, options.context), np.int64)
         self._positions = np.arange(options.context, dtype=np.int64)[None]
         num_logits = self.spec.vocabulary.num_tokens
-        rows = 1 if self._last_row_only else options.max_rows
+        rows = self.max_verified_rows if self._last_row_only else options.max_rows
         # Pages of its own: rows that only a prompt's passes write take no memory before.
         element = np.dtype(self._of_onnx.logits_element)
         self._logits_pages = mmap.mmap(-1, rows * num_logits * element.itemsize)
@@ -71,17 +74,35 @@ class OnnxModel(CachedModel):
         return self._of_onnx.makes_last_row
 
     @property
+    def _makes_more_rows(self) -> bool:
+        """Whether a pass can have the logits of several rows."""
+        return not self._last_row_only
+
+    @property
     def _of_onnx(self) -> OnnxSpec:
         assert isinstance(self.spec, OnnxSpec), "it is made with one"
         return self.spec
 
     def forward(self, token_ids: Sequence[int]) -> Logits:
         """Append the tokens in one run of the session and return the last row's logits."""
+        last: Logits = self._computed(token_ids, 1)[-1]
+        return last
+
+    def forward_rows(self, token_ids: Sequence[int]) -> RowLogits:
+        """Append the tokens in one run of the session and return every row's logits."""
+        if len(token_ids) > self.max_verified_rows:
+            raise ForwardError(
+                f"logits of {len(token_ids)} rows are wanted, {self.max_verified_rows} are planned"
+            )
+        return self._computed(token_ids, len(token_ids))
+
+    def _computed(self, token_ids: Sequence[int], num_wanted: int) -> RowLogits:
+        """Append the tokens and return the logits of the last `num_wanted` rows."""
         import numpy as np
 
         num_rows = self._checked_rows(token_ids)
         self._token_ids[0, :num_rows] = token_ids
-        logits = self._logits if self._last_row_only else self._logits[:, :num_rows]
+        logits = self._logits[:, : num_wanted if self._last_row_only else num_rows]
         self._bind(num_rows, logits)
         try:
             self._session.run_with_iobinding(self._binding)
@@ -91,17 +112,17 @@ class OnnxModel(CachedModel):
             ) from None
         self._appended()
         self._num_tokens += num_rows
-        last: Logits = logits[0, -1]
-        return last if last.dtype == np.float32 else last.astype(np.float32)
+        rows: RowLogits = logits[0, -num_wanted:]
+        return rows if rows.dtype == np.float32 else rows.astype(np.float32)
 
     def _bind(self, num_rows: int, logits: Any) -> None:
         start, end = self._num_tokens, self._num_tokens + num_rows
         ports, binding = self._ports, self._binding
-        self._bind_input(ports.token_ids, self._token_ids[:, :num_rows])
+        self._bind_array(ports.token_ids, self._token_ids[:, :num_rows])
         if ports.attention_mask is not None:
-            self._bind_input(ports.attention_mask, self._mask[:, :end])
+            self._bind_array(ports.attention_mask, self._mask[:, :end])
         if ports.position_ids is not None:
-            self._bind_input(ports.position_ids, self._positions[:, start:end])
+            self._bind_array(ports.position_ids, self._positions[:, start:end])
         self._bind_cache(start, num_rows)
         address = logits.ctypes.data
         binding.bind_output(ports.logits, "cpu", 0, logits.dtype, list(logits.shape), address)
@@ -112,8 +133,8 @@ class OnnxModel(CachedModel):
     def _appended(self) -> None:
         self._bound.appended()
 
-    def _bind_input(self, name: str, values: Any) -> None:
-        """Bind an array of one row, which is contiguous wherever it is cut."""
+    def _bind_array(self, name: str, values: Any) -> None:
+        """Bind an input to an array of one row, which is contiguous wherever it is cut."""
         address = values.ctypes.data
         self._binding.bind_input(name, "cpu", 0, values.dtype, list(values.shape), address)
 

@@ -16,7 +16,8 @@ class OnnxOptions:
     """`context` and `max_rows` count tokens; `stage` is entered around "weights" and "context".
 
     `kv_type` is what keys and values are kept as where attention is ours; a whole one keeps its own.
-    `provider` is the short name of an execution provider.
+    `provider` is the short name of an execution provider, `verified_rows` how many rows of a pass may have
+    logits.
     """
 
     context: int
@@ -24,6 +25,7 @@ class OnnxOptions:
     threads: int
     kv_type: str = "f32"
     provider: str = CPU
+    verified_rows: int = 1
     stage: Callable[[str], AbstractContextManager[object]] = nullcontext
 
 

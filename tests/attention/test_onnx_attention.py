@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from onnx_decoders import FORMS, Shape, write_decoder
 
@@ -25,11 +26,18 @@ PARTS = (64, 66, 67, 68, 90)
 
 
 def opened(
-    folder: Path, attention: OnnxAttention | None, *, context: int = 512, kv_type: str = "f32"
+    folder: Path,
+    attention: OnnxAttention | None,
+    *,
+    context: int = 512,
+    kv_type: str = "f32",
+    verified_rows: int = 1,
 ) -> OnnxModel:
     spec = read_spec(folder)
     assert isinstance(spec, OnnxSpec)
-    options = OnnxOptions(context=context, max_rows=64, threads=1, kv_type=kv_type)
+    options = OnnxOptions(
+        context=context, max_rows=64, threads=1, kv_type=kv_type, verified_rows=verified_rows
+    )
     if attention is None:
         return OnnxModel(spec, options)
     return SwappedModel(spec, options, attention)
@@ -163,6 +171,42 @@ def test_rows_that_do_not_go_in_change_nothing(model: SwappedModel) -> None:
         with pytest.raises(ForwardError):
             model.forward(rows)
     assert np.array_equal(model.forward(IDS[10:12]), wanted)
+
+
+@pytest.mark.parametrize("weights", [{}, {"bits": 4}, {"element": "float16"}], ids=str)
+@pytest.mark.parametrize("last_row", [False, True])
+def test_rows_of_a_pass_have_logits_of_their_own(
+    tmp_path: Path, attention: OnnxAttention, weights: dict[str, object], last_row: bool
+) -> None:
+    """Also where the graph leaves the last row: our copy of it leaves as many as are asked for."""
+    shape = shape_of("gqa")
+    folder = write_decoder(tmp_path / "tiny", "gqa", shape, last_row=last_row, **weights)  # type: ignore[arg-type]
+    with opened(folder, None) as whole, opened(folder, attention, verified_rows=8) as swapped:
+        assert swapped.max_verified_rows == 8
+        atol = 0.01 if weights else 1e-5
+        np.testing.assert_allclose(swapped.forward(IDS[:40]), whole.forward(IDS[:40]), atol=atol)
+        alone = [swapped.forward([token_id]).copy() for token_id in IDS[40:48]]
+        for num_rows in (1, 2, 5, 8):
+            assert swapped.truncate(40) == 40
+            rows = swapped.forward_rows(IDS[40 : 40 + num_rows])
+            assert rows.shape == (num_rows, 320) and rows.dtype == np.float32
+            np.testing.assert_allclose(rows, alone[:num_rows], atol=atol)
+        with pytest.raises(ForwardError, match="logits of 9 rows are wanted, 8 are planned"):
+            swapped.forward_rows(IDS[:9])
+
+
+def test_a_graph_whose_last_row_is_not_known_is_not_widened(
+    tmp_path: Path, attention: OnnxAttention
+) -> None:
+    folder = write_decoder(tmp_path / "tiny", "gqa", shape_of("gqa"), last_row=True)
+    graph = onnx.load(folder / "model.onnx", load_external_data=False)
+    cut = next(node for node in graph.graph.node if node.op_type == "Slice")
+    gathered = onnx.helper.make_node("Gather", [cut.input[0], "last0"], cut.output, axis=1)
+    cut.CopyFrom(gathered)
+    onnx.save(graph, folder / "model.onnx")
+    with opened(folder, attention, verified_rows=8) as swapped:
+        assert swapped.max_verified_rows == 1
+        assert swapped.forward_rows(IDS[:1]).shape == (1, 320)
 
 
 def test_threads_change_no_bit_of_attention(tmp_path: Path) -> None:

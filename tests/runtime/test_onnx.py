@@ -132,7 +132,7 @@ def test_the_lower_bound_runs(tmp_path: Path) -> None:
         ({"attention": "delta"}, "for which there are dense and tidal"),
         ({"attention": "gem"}, "for which there are dense and tidal"),
         ({"pack": True}, "pack is for models that llama.cpp runs"),
-        ({"speculate": "ngram"}, "speculate is for models that llama.cpp runs"),
+        ({"speculate": "draft.gguf"}, "for which there are ngram, trigram and auto"),
         ({"kv_type": "q8_0"}, "the graph of tiny keeps f32"),
         ({"context": 1000}, "was made for 512"),
     ],

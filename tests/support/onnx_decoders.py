@@ -44,17 +44,20 @@ def write_decoder(
     external: bool = True,
     element: str = "float32",
     bits: int | None = None,
+    last_row: bool = False,
     accuracy_level: int = 4,
     chat_template: str | None = None,
     attributes: dict[str, object] | None = None,
 ) -> Path:
     """Write a folder as exporters do: graph, weights, configuration and tokenizer.
 
+    With `last_row` logits are of a pass's last row alone.
     `attributes` of attention are interleaved, window, softcap and scale, where the form has them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shape = shape or Shape()
-    model = _model(form, shape, np.dtype(element), _attributes(attributes or {}))
+    wanted = _attributes(attributes or {})
+    model = _model(form, shape, np.dtype(element), wanted, last_row=last_row)
     if bits is not None:
         model = _quantised(model, bits, accuracy_level)
     onnx.save_model(
@@ -93,7 +96,12 @@ def _attributes(wanted: dict[str, object]) -> dict[str, object]:
 
 
 def _model(
-    form: str, shape: Shape, element: np.dtype, attributes: dict[str, object]
+    form: str,
+    shape: Shape,
+    element: np.dtype,
+    attributes: dict[str, object],
+    *,
+    last_row: bool,
 ) -> onnx.ModelProto:
     graph, random = _Graph(element), np.random.default_rng(11)
     width, head_size = shape.width, shape.head_size
@@ -133,10 +141,13 @@ def _model(
         down = graph.add("Mul", gate, up)
         down = graph.add("MatMul", down, matrix(f"l{layer}.down", shape.feed_forward, width))
         hidden = graph.add("Add", hidden, down)
+    if last_row:
+        cut = [graph.keep(f"last{i}", [value]) for i, value in enumerate((-1, 2**31 - 1, 1))]
+        hidden = graph.add("Slice", hidden, *cut)
     x = norm(hidden, "norm")
     head = matrix("head", width, shape.vocabulary)
     graph.nodes.append(helper.make_node("MatMul", [x, head], ["logits"]))
-    return _closed(graph, form, shape, outputs)
+    return _closed(graph, form, shape, outputs, last_row=last_row)
 
 
 def _positions(graph: _Graph, form: str, shape: Shape) -> dict[str, str]:
@@ -265,7 +276,9 @@ def _repeated(graph: _Graph, shape: Shape, x: str) -> str:
     return str(graph.add("Reshape", wide, target))
 
 
-def _closed(graph: _Graph, form: str, shape: Shape, outputs: list[str]) -> onnx.ModelProto:
+def _closed(
+    graph: _Graph, form: str, shape: Shape, outputs: list[str], *, last_row: bool
+) -> onnx.ModelProto:
     """The graph with its inputs and outputs."""
     element = helper.np_dtype_to_tensor_dtype(graph.element)
     ids = [("input_ids", ["batch", "rows"]), ("attention_mask", ["batch", "total"])]
@@ -277,7 +290,7 @@ def _closed(graph: _Graph, form: str, shape: Shape, outputs: list[str]) -> onnx.
             dims = ["batch", shape.kv_heads, "past", shape.head_size]
             name = f"past_key_values.{layer}.{which}"
             inputs.append(helper.make_tensor_value_info(name, element, dims))
-    dims = ["batch", "rows", shape.vocabulary]
+    dims = ["batch", 1 if last_row else "rows", shape.vocabulary]
     results = [helper.make_tensor_value_info("logits", element, dims)]
     dims = ["batch", shape.kv_heads, "total", shape.head_size]
     results += [helper.make_tensor_value_info(n, element, dims) for n in outputs]

@@ -15,6 +15,7 @@ from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.onnx.swapped.attender import Attender, LayerArrays
 from lowtide.models.onnx.swapped.attention_node import AttentionNode
 from lowtide.models.onnx.swapped.cell_cache import CellCache
+from lowtide.models.onnx.swapped.last_rows import BEGIN, ROWS_AXIS
 from lowtide.models.onnx.swapped.swapped_graph import SwappedGraph
 
 if TYPE_CHECKING:
@@ -43,13 +44,15 @@ class SwappedModel(OnnxModel):
             attention_mask=_if_read(spec.ports.attention_mask, swap.inputs),
             position_ids=_if_read(spec.ports.position_ids, swap.inputs),
         )
-        graph = SwappedGraph(spec.path, swap, spec.kv_element)
+        widens = spec.makes_last_row and options.verified_rows > 1
+        graph = SwappedGraph(spec.path, swap, spec.kv_element, spec.ports.logits, widens=widens)
+        self._is_widened = graph.is_widened
         for node in swap.layers:
             for name in (node.cosines, node.sines):
                 if name not in self._tables:
                     self._tables[name] = graph.weight(name)
             self._check_positions(node)
-        model = graph.serialised(self._attender, spec.ports.logits)
+        model = graph.serialised(self._attender)
         return open_session(spec, options, model=model, operators=self._attender.library)
 
     def _make_cache(self, options: OnnxOptions) -> None:
@@ -59,6 +62,12 @@ class SwappedModel(OnnxModel):
             spec.num_layers, *heads, options.context, options.kv_type
         )
         self._attender.bind([self._layer(i, node) for i, node in enumerate(self._swap.layers)])
+
+    def _make_rows(self, options: OnnxOptions) -> None:
+        import numpy as np
+
+        super()._make_rows(options)
+        self._begin = np.full(1, -1, np.int64)
 
     def _layer(self, layer: int, node: AttentionNode) -> LayerArrays:
         return LayerArrays(
@@ -84,6 +93,16 @@ class SwappedModel(OnnxModel):
                 f"{self.spec.name} turns {len(cosines)} positions, a context of {self.context} is wanted: "
                 f"lower --context to {len(cosines)}"
             )
+
+    @property
+    def _makes_more_rows(self) -> bool:
+        return self._is_widened or super()._makes_more_rows
+
+    def _bind(self, num_rows: int, logits: Any) -> None:
+        super()._bind(num_rows, logits)
+        if self._is_widened:
+            self._begin[0] = -logits.shape[ROWS_AXIS]
+            self._bind_array(BEGIN, self._begin)
 
     def _bind_cache(self, num_past: int, num_rows: int) -> None:
         self._attender.begin(num_past, num_rows)

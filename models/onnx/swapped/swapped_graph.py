@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowtide.models.onnx.libraries import onnx_library
 from lowtide.models.onnx.swapped.attender import Attender
+from lowtide.models.onnx.swapped.last_rows import LastRows
 from lowtide.models.onnx.swapped.swap import Swap
 
 if TYPE_CHECKING:
@@ -17,30 +18,43 @@ OPERATOR_VERSION = 1
 
 
 class SwappedGraph:
-    """Holds the graph of `path` without its external weights; `element` is what attention's rows hold."""
+    """Holds the graph of `path` without its external weights; `element` is what attention's rows hold.
 
-    def __init__(self, path: Path, swap: Swap, element: str) -> None:
+    With `widens` an input says how many of the last rows have logits, where the graph leaves one.
+    """
+
+    def __init__(
+        self, path: Path, swap: Swap, element: str, logits: str, *, widens: bool = False
+    ) -> None:
         self._onnx = onnx_library("onnx")
         self._folder = path.parent
         self._swap = swap
         self._element = element
         self._model = self._onnx.load(str(path), load_external_data=False)
+        self._logits = logits
+        last_rows = LastRows(self._model.graph, logits) if widens else None
+        self._last_rows = last_rows if last_rows is not None and last_rows.is_found else None
         self._weights = {weight.name: weight for weight in self._model.graph.initializer}
 
-    def serialised(self, attender: Attender, logits: str) -> bytes:
-        """Return the model in which `attender` attends; of the graph's outputs `logits` is left."""
+    @property
+    def is_widened(self) -> bool:
+        """Whether the graph has the input `last_rows.BEGIN`."""
+        return self._last_rows is not None
+
+    def serialised(self, attender: Attender) -> bytes:
+        """Return the model in which `attender` attends; of the graph's outputs the logits are left."""
         onnx, graph = self._onnx, self._model.graph
         ours = {node.index: layer for layer, node in enumerate(self._swap.layers)}
         nodes = [
-            self._our_node(ours[index], attender) if index in ours else node
+            self._our_node(ours[index], attender) if index in ours else self._theirs(node)
             for index, node in enumerate(graph.node)
             if index in ours or index in self._swap.nodes
         ]
         made = onnx.helper.make_graph(
             nodes,
             graph.name or "decoder",
-            [port for port in graph.input if port.name in self._swap.inputs],
-            [port for port in graph.output if port.name == logits],
+            self._inputs(),
+            self._outputs(),
             [self._weights[name] for name in sorted(self._swap.weights)],
         )
         version = onnx.helper.make_opsetid(attender.domain, OPERATOR_VERSION)
@@ -51,6 +65,17 @@ class SwappedGraph:
         )
         serialised: bytes = model.SerializeToString()
         return serialised
+
+    def _theirs(self, node: Any) -> Any:
+        return node if self._last_rows is None else self._last_rows.node(node)
+
+    def _inputs(self) -> list[Any]:
+        kept = [port for port in self._model.graph.input if port.name in self._swap.inputs]
+        return kept if self._last_rows is None else [*kept, self._last_rows.input()]
+
+    def _outputs(self) -> list[Any]:
+        kept = [port for port in self._model.graph.output if port.name == self._logits]
+        return kept if self._last_rows is None else list(map(self._last_rows.output, kept))
 
     def _our_node(self, layer: int, attender: Attender) -> Any:
         node = self._swap.layers[layer]

@@ -18,10 +18,12 @@ IDS = [int(i) for i in np.random.default_rng(3).integers(0, 320, 90)]
 SHAPE = Shape(kv_heads=4)
 
 
-def opened(folder: Path, context: int = 512) -> OnnxModel:
+def opened(folder: Path, context: int = 512, verified_rows: int = 1) -> OnnxModel:
     spec = read_spec(folder)
     assert isinstance(spec, OnnxSpec)
-    return OnnxModel(spec, OnnxOptions(context=context, max_rows=64, threads=1))
+    return OnnxModel(
+        spec, OnnxOptions(context=context, max_rows=64, threads=1, verified_rows=verified_rows)
+    )
 
 
 @pytest.fixture(params=FORMS)
@@ -97,6 +99,31 @@ def test_the_context_is_the_limit(tmp_path: Path) -> None:
         made.forward(IDS[:20])
         with pytest.raises(ForwardError, match="room for 0 tokens"):
             made.forward(IDS[:1])
+
+
+def test_rows_of_a_pass_have_logits_of_their_own(tmp_path: Path) -> None:
+    folder = write_decoder(tmp_path / "tiny", "gqa")
+    with opened(folder, verified_rows=5) as made:
+        assert made.max_verified_rows == 5
+        made.forward(IDS[:30])
+        rows = made.forward_rows(IDS[30:35]).copy()
+        assert rows.shape == (5, 320) and made.num_tokens == 35
+        assert made.truncate(32) == 32
+        alone = [made.forward([token_id]).copy() for token_id in IDS[32:35]]
+        np.testing.assert_allclose(rows[2:], alone, atol=2e-5)
+        with pytest.raises(ForwardError, match="logits of 6 rows are wanted, 5 are planned"):
+            made.forward_rows(IDS[:6])
+        assert made.num_tokens == 35
+
+
+def test_a_graph_that_leaves_one_row_makes_logits_of_that(tmp_path: Path) -> None:
+    folder, all_rows = write_decoder(tmp_path / "one", last_row=True), tmp_path / "all"
+    with opened(folder, verified_rows=5) as one, opened(write_decoder(all_rows)) as every:
+        assert one.max_verified_rows == 1
+        np.testing.assert_allclose(one.forward(IDS[:30]), every.forward(IDS[:30]), atol=2e-5)
+        assert one.forward_rows(IDS[:1]).shape == (1, 320)
+        with pytest.raises(ForwardError, match="logits of 2 rows are wanted, 1 are planned"):
+            one.forward_rows(IDS[:2])
 
 
 def test_half_precision(tmp_path: Path) -> None:

@@ -1,0 +1,130 @@
+"""Speculation in ONNX graphs: tokens and logits of the plain loop, in planned memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx_decoders import Shape, write_decoder
+from processes import run_python
+from speculating import CHEAP
+
+from lowtide import Runtime
+from lowtide.memory.owners import SPECULATION
+from lowtide.models.fake_model import CHAT_TEMPLATE
+from lowtide.models.onnx.convert.conversion import convert
+from lowtide.models.spec import ModelSpec
+from lowtide.runtime.pass_costs import PassCosts
+
+OPTIONS = {"memory": "4GiB", "threads": 2, "attention": "dense"}
+TEXT = "one two three four one two three four one two three four one two"
+SHAPE = Shape(layers=4, kv_heads=2)
+
+
+def eager(runtime: Runtime) -> Runtime:
+    """Have everything verified, whatever this machine's passes cost."""
+    speculator = runtime._loaded.speculator
+    assert speculator is not None
+    speculator._control.costs = PassCosts(CHEAP)
+    return runtime
+
+
+@pytest.mark.parametrize("last_row", [False, True])
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_answers_are_the_plain_loops_and_so_is_the_cache_after_them(
+    tmp_path: Path, last_row: bool, temperature: float
+) -> None:
+    folder = write_decoder(
+        tmp_path / "tiny", "gqa", SHAPE, bits=4, last_row=last_row, chat_template=CHAT_TEMPLATE
+    )
+    told = []
+    for speculate in ("off", "auto"):
+        with Runtime.open(folder, **OPTIONS, speculate=speculate) as runtime:  # type: ignore[arg-type]
+            if speculate != "off":
+                eager(runtime)
+            result = runtime.generate(TEXT, max_tokens=60, temperature=temperature, seed=7)
+            runtime._session.settle()
+            logits = runtime._session.decode((11,)).copy()
+            told.append((result.token_ids, result.text, logits))
+    stats = result.stats.speculation
+    assert stats is not None and stats["rounds"] > 0 and stats["off_reason"] is None
+    if stats["identical"]:  # as this machine's products are
+        assert told[0][:2] == told[1][:2]
+        assert np.array_equal(told[0][2], told[1][2])
+    else:
+        assert stats["why_not_identical"].startswith("this machine's products of int4 round")
+
+
+@pytest.mark.once
+def test_a_converted_models_answers_are_the_plain_loops(
+    tmp_path: Path, smollm2_spec: ModelSpec
+) -> None:
+    folder = convert(smollm2_spec, tmp_path / "smollm2").folder
+    messages = [{"role": "user", "content": "Write three times: the harbour master counts boats."}]
+    told = []
+    for speculate in ("off", "auto"):
+        with Runtime.open(folder, **OPTIONS, context=512, speculate=speculate) as runtime:  # type: ignore[arg-type]
+            if speculate != "off":
+                eager(runtime)
+            pieces = list(runtime.chat(messages, max_tokens=60, temperature=0))
+            told.append([piece.token_id for piece in pieces])
+    stats = pieces[-1].stats.speculation
+    assert stats is not None and stats["accepted"] > 5
+    assert told[0] == told[1] or not stats["identical"]
+
+
+@pytest.mark.parametrize(
+    ("options", "last_row", "words"),
+    [
+        ({"attention": "llama"}, False, "GroupQueryAttention may sum a row alone"),
+        ({"attention": "tidal:k=80,layers=1"}, False, "tidal chooses keys once for all rows"),
+    ],
+)
+def test_what_cannot_be_promised_is_said(
+    tmp_path: Path, options: dict[str, str], last_row: bool, words: str
+) -> None:
+    folder = write_decoder(tmp_path / "tiny", "gqa", SHAPE, bits=4, last_row=last_row)
+    with Runtime.open(folder, **{**OPTIONS, **options}, speculate="ngram") as runtime:  # type: ignore[arg-type]
+        stats = eager(runtime).generate(TEXT, max_tokens=20, temperature=0).stats.speculation
+    assert stats is not None and stats["rounds"] > 0 and not stats["identical"]
+    assert words in stats["why_not_identical"] or "round a row" in stats["why_not_identical"]
+
+
+def test_a_whole_graph_that_leaves_one_row_verifies_nothing_and_says_so(tmp_path: Path) -> None:
+    folder = write_decoder(tmp_path / "tiny", "gqa", SHAPE, last_row=True)
+    with Runtime.open(folder, **{**OPTIONS, "attention": "llama"}, speculate="ngram") as runtime:  # type: ignore[arg-type]
+        stats = runtime.generate(TEXT, max_tokens=8, temperature=0).stats.speculation
+    assert stats is not None and stats["rounds"] == 0
+    assert stats["off_reason"] == (
+        "the graph of tiny makes logits of a pass's last row alone: open with attention='dense'"
+    )
+
+
+@pytest.mark.parametrize("last_row", [False, True])
+def test_the_peak_stays_inside_the_plan(tmp_path: Path, last_row: bool) -> None:
+    """A vocabulary so large that rows of logits are most of what verifications take."""
+    shape = Shape(layers=2, kv_heads=2, vocabulary=32768)
+    folder = write_decoder(tmp_path / "wide", "gqa", shape, last_row=last_row)
+    measured = run_python(
+        f"""
+from lowtide import Runtime
+from lowtide.memory.speculation_plan import CostCurve
+from lowtide.runtime.pass_costs import PassCosts
+options = {{"memory": "1GiB", "threads": 1, "attention": "dense", "speculate": "auto"}}
+with Runtime.open({str(folder)!r}, **options) as runtime:
+    runtime._loaded.speculator._control.costs = PassCosts(CostCurve(num_rows=(1, 8), seconds=(1.0, 1.1)))
+    result = runtime.generate({TEXT!r}, max_tokens=60, temperature=0)
+    assert result.stats.speculation["rounds"] > 0, result.stats.speculation
+    print(runtime.plan.total_bytes)
+"""
+    )
+    assert measured.code == 0, measured.stderr
+    assert measured.peak_bytes <= int(measured.stdout.split()[-1])
+
+
+def test_more_rows_are_a_row_of_the_plan(tmp_path: Path) -> None:
+    folder = write_decoder(tmp_path / "tiny", "gqa", SHAPE, last_row=True)
+    with Runtime.open(folder, **OPTIONS, speculate="auto:rows=4") as runtime:  # type: ignore[arg-type]
+        owners = {row.owner: row.num_bytes for row in runtime.plan.rows}
+        assert runtime.plan.verified_rows == 4 and owners[SPECULATION] > 3 * 2 * 4 * 320
