@@ -1,4 +1,4 @@
-"""`lowtide bench`: speed and memory by depth, each policy against plain llama.cpp on the same file."""
+"""`lowtide bench`: speed and memory by depth, each policy against the engine's own on the same model."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ def command(
     enforce: bool,
     **options: Any,
 ) -> None:
-    """Measure prompts and decoding at each depth against plain llama.cpp on the same file.
+    """Measure prompts and decoding at each depth against plain llama.cpp on the same file; an ONNX model
+    against its graph in onnxruntime, with its own attention.
 
     All cases run interleaved, each in a process of its own; ratios are medians over the rounds, above 1
     we are faster. Run it on an idle machine. With --speculate, greedy answers to prompts of several kinds
@@ -157,14 +158,21 @@ def _print_table(cases: list[BenchCase]) -> None:
     for attention, policy in {case.attention: case.policy for case in cases}.items():
         if policy != attention:
             console.print(f"{attention}: {policy}", highlight=False)
-    console.print(f"llama is {cases[0].peer}; a ratio above 1: we are faster", highlight=False)
+    console.print(
+        f"{_short_name(cases[0])} is {cases[0].peer}; a ratio above 1: we are faster",
+        highlight=False,
+    )
 
 
 def _peer_row(case: BenchCase) -> list[str]:
     from lowtide.memory.units import format_bytes
 
     rates = f"{case.peer_decode_tokens_per_s:.1f}", "", f"{case.peer_prefill_tokens_per_s:.0f}", ""
-    return ["llama", f"{case.depth:,}", *rates, format_bytes(case.peer_peak_rss_bytes)]
+    return [_short_name(case), f"{case.depth:,}", *rates, format_bytes(case.peer_peak_rss_bytes)]
+
+
+def _short_name(case: BenchCase) -> str:
+    return "llama" if case.peer.startswith("llama") else "graph"
 
 
 def _row(case: BenchCase) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from lowtide.memory.meter import read_process_memory
 from lowtide.models.chat_template import ChatTemplate
 from lowtide.models.errors import BadOption
-from lowtide.models.gguf_header import read_spec
+from lowtide.models.header import read_spec
 from lowtide.runtime.conversation import Conversation, LastAnswer
 from lowtide.runtime.generate import Prompt, generate
 from lowtide.runtime.loaded_model import LoadedModel

@@ -1,4 +1,6 @@
-"""Bench: speed by depth of each attention policy against plain llama.cpp, interleaved.
+"""Bench: speed by depth of each attention policy against the engine's own attention, interleaved.
+
+The engine is llama.cpp, and of an ONNX graph onnxruntime, which runs it whole.
 
 Every case has a process of its own and they take turns, so that a machine whose speed drifts is as fair to
 one as to the other. Ratios are medians over the rounds; above 1 we are faster.
@@ -20,6 +22,7 @@ from lowtide.memory.control_group import ControlGroup, limit_for
 from lowtide.memory.errors import KilledByLimit
 from lowtide.memory.units import format_bytes
 from lowtide.models.errors import BadOption, LowtideError
+from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.spec import ModelSpec
 
 PEER = "llama"
@@ -34,7 +37,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchCase:
-    """One policy at one depth against llama.cpp; rates in tokens a second, memory of the case's process.
+    """One policy at one depth against the engine's own; tokens a second, memory of its process.
 
     `attention` is the policy as it was asked for, `policy` what that meant for this model.
     """
@@ -147,13 +150,15 @@ class Bench:
         *,
         enforced: bool = False,
     ) -> None:
-        self._peer_name = _peer_name()
+        self._peer_name = _peer_name(spec)
         self._processes: dict[str, CaseProcess] = {}
         try:
             for number, attention in enumerate((PEER, *attentions)):
                 opened = {**options, "attention": attention}
                 if number == 0:
                     opened["pack"] = False
+                    if isinstance(spec, OnnxSpec):  # it keeps what the graph keeps
+                        opened["kv_type"] = None
                 group = ControlGroup.make(number=number) if enforced else None
                 self._processes[attention] = CaseProcess(str(spec.path), opened, group)
         except BaseException:
@@ -239,7 +244,9 @@ def _ratio(peers: Sequence[float], ours: Sequence[float]) -> float:
     return statistics.median(peer / our for peer, our in zip(peers, ours, strict=True))
 
 
-def _peer_name() -> str:
+def _peer_name(spec: ModelSpec) -> str:
     from importlib.metadata import version
 
+    if isinstance(spec, OnnxSpec):
+        return f"{spec.engine} {version(spec.engine)}, the graph with its own {spec.attention}"
     return f"llama.cpp, by llama-cpp-python {version('llama-cpp-python')}"

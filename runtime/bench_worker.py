@@ -18,7 +18,7 @@ from typing import Any
 from lowtide.attention.quality import extend
 from lowtide.memory.meter import read_process_memory
 from lowtide.models.errors import LowtideError
-from lowtide.models.gguf_header import read_spec
+from lowtide.models.header import read_spec
 from lowtide.runtime.answer_worker import AnswerWorker
 from lowtide.runtime.errors import NotPacked
 from lowtide.runtime.loaded_model import LoadedModel
