@@ -27,21 +27,25 @@ bool PromptScores::reserve(const AttentionProblem& p, int num_threads) {
     return attend_.reserve(row_of(p, 0), num_threads);
 }
 
-void PromptScores::run(const AttentionProblem& p, const KernelSet& kernels, int thread, int num_threads) {
+void PromptScores::run(const AttentionProblem& p, const KernelSet& kernels, Team& team) {
     if (!is_last_) return;
-    const int num_workers = attend_.num_workers(num_threads);
-    const int begin = p.num_keys * std::min(thread, num_workers) / num_workers;
-    const int end = p.num_keys * std::min(thread + 1, num_workers) / num_workers;
+    const int num_workers = attend_.num_workers(team.num_threads);
     const bool from_nothing = rule_.use_maximum && !rule_.use_softmax;
-    std::fill(scores_.begin() + begin, scores_.begin() + end, from_nothing ? -std::numeric_limits<float>::infinity() : 0.0f);
+    team.once([&] { std::fill_n(scores_.begin(), p.num_keys, from_nothing ? -std::numeric_limits<float>::infinity() : 0.0f); });
     for (int i = std::max(p.num_rows - rule_.num_rows, 0); i < p.num_rows; ++i) {
         AttentionProblem row = row_of(p, i);
         row.scores = lines_.data(), row.scores_stride = padded_to_blocks(p.num_keys), row.totals = totals_.data();
-        attend_.run(row, kernels, thread, num_threads);
-        reduce(row, begin, end);
-        barrier_.wait(num_threads);  // the next row's lines take the place of these
+        attend_.run(row, kernels, team);
+        team.all([&](int thread) {
+            if (thread < num_workers) reduce(row, p.num_keys * thread / num_workers, p.num_keys * (thread + 1) / num_workers);
+        }, [] {});  // the next row's lines take the place of these
     }
-    if (thread == 0) num_scored_ = p.num_keys;
+    team.once([&] { num_scored_ = p.num_keys; });
+}
+
+void PromptScores::run(const AttentionProblem& p, const KernelSet& kernels, int thread, int num_threads) {
+    ThreadOfTeam team(barrier_, thread, num_threads);
+    run(p, kernels, team);
 }
 
 void PromptScores::reduce(const AttentionProblem& row, int begin, int end) {

@@ -5,6 +5,7 @@
 #include "attend.h"
 #include "attention_problem.h"
 #include "barrier.h"
+#include "team.h"
 
 // How the rows and heads of a layer become one score a key. Python fills it.
 struct ScoreRule {
@@ -27,7 +28,8 @@ public:
     // Makes room for the problem before any thread runs; false where there is no memory for it.
     bool reserve(const AttentionProblem& problem, int num_threads);
 
-    // Called by each of `num_threads` threads, instead of attention.
+    // Instead of attention. The second form is called by each of `num_threads` threads.
+    void run(const AttentionProblem& problem, const KernelSet& kernels, Team& team);
     void run(const AttentionProblem& problem, const KernelSet& kernels, int thread, int num_threads);
 
     // One for each key of the last pass's cache; none where it did not come so far.
