@@ -77,6 +77,7 @@ class Session:
             return token_ids
         if not self._filter.keeps:
             self.set_aside()
+        self._steering.before_prompt()  # its passes are a prompt's, whatever was decoded before
         with self._profiler.span(FILTER, len(token_ids)):
             kept = self._filter.filtered(token_ids)
         self._profiler.filtered(self._filter.heat)
