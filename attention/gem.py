@@ -23,6 +23,7 @@ from lowtide.attention.gem_calibration import (
 )
 from lowtide.attention.policy import AttentionPolicy, Steering
 from lowtide.attention.prompt_scores import ScoreRule
+from lowtide.attention.tidal import Tidal
 from lowtide.memory.first_pass import FirstPass, kept_tokens
 from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from lowtide.attention.graph_hook import GraphHook
+    from lowtide.attention.kernel_host import KernelHost
 
 DEFAULT_K = 512
 DEFAULT_MIN_PROMPT = 1024
@@ -155,8 +156,9 @@ class Gem(AttentionPolicy):
         k = DEFAULT_K if self.k is None else self.k
         return max(kept_tokens(k, num_tokens), self.first + self.last)
 
-    def install(self, hook: GraphHook, spec: ModelSpec) -> Steering:
+    def install(self, hook: KernelHost, spec: ModelSpec) -> Steering:
         """Attend to what was kept as the other policy does."""
+        assert isinstance(self.then, Dense | Tidal), "the policy is fitted to a model"
         return self.then.install(hook, spec)
 
     def __str__(self) -> str:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from lowtide.attention.prompt_scorer import PromptScorer
 from lowtide.attention.selection_rule import SelectionRule
 
 if TYPE_CHECKING:
     from lowtide.attention.graph_hook import HookCounts
 
 
-class KernelHost(Protocol):
-    """What dense and tidal attention set of it, between passes."""
+class KernelHost(PromptScorer, Protocol):
+    """What dense, tidal and gem attention set of it, between passes."""
 
     @property
     def kernels(self) -> str:

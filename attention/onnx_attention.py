@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lowtide.attention.graph_hook import HookCounts
 from lowtide.attention.native_library import native_library
+from lowtide.attention.prompt_scores import ScoreRule
 from lowtide.attention.selection_rule import SelectionRule
 from lowtide.models.errors import LowtideError
 from lowtide.models.onnx.swapped.attender import Attender, LayerArrays
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 ELEMENTS = {"float16": 0, "float32": 3}
 """The C++ `KvType` of what arrays hold."""
@@ -97,6 +103,32 @@ class OnnxAttention(Attender):
         """
         self._library.lowtide_onnx_start_pass(self._attend, sparse, refresh, rounded)
 
+    def score_prompt(self, layer: int, rule: ScoreRule, *, is_last: bool) -> None:
+        """Have passes from now on end in the attention of `layer`; the last one scores every key there.
+
+        Such a pass `has_ended`; what it returns as logits means nothing.
+        """
+        self._library.lowtide_onnx_score_prompt(self._attend, layer, ctypes.byref(rule), is_last)
+
+    def run_whole_passes(self) -> None:
+        """Have passes go through all layers again."""
+        self._library.lowtide_onnx_score_prompt(self._attend, -1, None, False)
+
+    def prompt_scores(self, num_keys: int) -> NDArray[np.float32] | None:
+        """Return the scores of the first `num_keys` keys; None where the last pass did not make them."""
+        import numpy as np
+
+        scores = np.empty(num_keys, np.float32)
+        num_made = self._library.lowtide_onnx_prompt_scores(
+            self._attend, scores.ctypes.data, num_keys
+        )
+        return scores if num_made >= num_keys else None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the last pass ended in a layer, as `score_prompt` had it."""
+        return bool(self._attend and self._library.lowtide_onnx_has_ended(self._attend))
+
     def counts(self) -> HookCounts:
         """Return what was attended to so far; all layers are ours."""
         counts = self._library.lowtide_onnx_counts(self._attend)
@@ -121,6 +153,8 @@ class OnnxAttention(Attender):
             raise LowtideError(
                 "our attention is closed with the model that it attended for: make another"
             )
+        if layers is self._layers:
+            return
         self._layers = layers
         masks: dict[tuple[str, bool, int | None], int] = {}
         described = (_Layer * len(layers))()
@@ -186,6 +220,10 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.lowtide_onnx_start_pass.argtypes = [pointer, number, number, number]
     library.lowtide_onnx_begin.restype = None
     library.lowtide_onnx_begin.argtypes = [pointer, number, number]
+    library.lowtide_onnx_score_prompt.restype = None
+    library.lowtide_onnx_score_prompt.argtypes = [pointer, number, pointer, number]
+    library.lowtide_onnx_has_ended.argtypes = [pointer]
+    library.lowtide_onnx_prompt_scores.argtypes = [pointer, pointer, number]
     library.lowtide_onnx_counts.restype = _Counts
     library.lowtide_onnx_counts.argtypes = [pointer]
     return library

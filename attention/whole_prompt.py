@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lowtide.attention.dense import DenseSteering
-from lowtide.attention.graph_hook import GraphHook
 from lowtide.attention.haystack import HiddenQuestion, is_answered
+from lowtide.attention.kernel_host import KernelHost
 from lowtide.attention.prompt_scores import ScoreRule
 from lowtide.attention.quality import extend, text_nll
 from lowtide.models.model import Model
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 class WholePrompt:
     """One prompt after another on one model; `rule` is how a layer scores."""
 
-    def __init__(self, model: Model, hook: GraphHook, rule: ScoreRule) -> None:
+    def __init__(self, model: Model, host: KernelHost, rule: ScoreRule) -> None:
         self._model = model
-        self._hook = hook
+        self._host = host
         self._rule = rule
-        self._dense = DenseSteering(hook)
+        self._dense = DenseSteering(host)
         self.token_ids: Sequence[int] = ()
 
     def hold(self, token_ids: Sequence[int]) -> None:
@@ -46,12 +46,12 @@ class WholePrompt:
     def scores(self, layer: int) -> NDArray[np.float32] | None:
         """Return every token's score by a layer, shape (tokens,); None where its attention is not ours."""
         extend(self._model, self._dense, self._head)
-        self._hook.score_prompt(layer, self._rule, is_last=True)
+        self._host.score_prompt(layer, self._rule, is_last=True)
         try:
             self._model.forward(self.token_ids[len(self._head) :])
-            return self._hook.prompt_scores(len(self.token_ids))
+            return self._host.prompt_scores(len(self.token_ids))
         finally:
-            self._hook.run_whole_passes()
+            self._host.run_whole_passes()
             self._model.truncate(len(self._head))
 
     def answers(self, hidden: HiddenQuestion) -> bool:

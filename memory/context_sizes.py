@@ -19,6 +19,10 @@ class ContextSizes(Protocol):
         """Return the compute buffer's bytes."""
         ...
 
+    def reader_bytes(self, context: int, max_rows: int, kv_type: str) -> int:
+        """Return what a second context on the same weights takes beside its cache."""
+        ...
+
 
 class FormulaSizes:
     """The formulas of `footprint`: exact for the cache, an upper bound for the compute buffer."""
@@ -33,3 +37,8 @@ class FormulaSizes:
     def compute_bytes(self, context: int, max_rows: int, kv_type: str) -> int:
         """Return at least the compute buffer's bytes."""
         return footprint.compute_bytes(self._spec, context, max_rows, kv_type)
+
+    def reader_bytes(self, context: int, max_rows: int, kv_type: str) -> int:
+        """Return a compute buffer of its own, and a row of logits."""
+        computing = self.compute_bytes(context, max_rows, kv_type)
+        return footprint.second_context_bytes(self._spec, computing)

@@ -175,6 +175,11 @@ def compute_bytes(spec: ModelSpec, context: int, max_rows: int, kv_type: str) ->
     return total if kv_type == "f16" else total * 3 // 2
 
 
+def second_context_bytes(spec: ModelSpec, compute_bytes: int) -> int:
+    """Return what another llama.cpp context takes beside its cache, with a compute buffer of so much."""
+    return compute_bytes + CONTEXT_BYTES + 4 * spec.vocabulary.num_tokens
+
+
 def logits_bytes(spec: ModelSpec) -> int:
     """Return one row of logits in llama.cpp and the sampler's scratch over it."""
     return 4 * SAMPLING_COPIES * spec.vocabulary.num_tokens

@@ -159,11 +159,7 @@ class PlanRows:
                 cache_bytes = max(cache_bytes - self._cache(choice).num_bytes, 0)
         else:
             cache_bytes = self._sizes.kv_bytes(choice.context, choice.kv_type)
-        beside = (
-            self._sizes.compute_bytes(choice.context, choice.max_rows, choice.kv_type)
-            + footprint.CONTEXT_BYTES
-            + 4 * spec.vocabulary.num_tokens
-        )
+        beside = self._sizes.reader_bytes(choice.context, choice.max_rows, choice.kv_type)
         kept = "" if choice.keeps_first_pass else ", not kept"
         why = f"{first.num_layers} of {spec.num_layers} layers, {choice.kv_tokens:,} tokens{kept}"
         return (PlanRow(owners.FIRST_PASS, cache_bytes + beside, why),)

@@ -138,8 +138,8 @@ def evaluate_filter(
     continued at `windows` places up to `context`. Raises `BadOption` where the text is too short, or
     prompts of half the context are not filtered.
     """
-    model, hook = loaded.model, loaded.hook
-    assert hook is not None, "what follows a filter runs in our kernels"
+    model, host = loaded.model, loaded.kernel_host
+    assert host is not None, "what follows a filter runs in our kernels"
     lengths = (context // 2, context)
     if not policy.applies_to(min(lengths)):
         raise BadOption(
@@ -153,7 +153,7 @@ def evaluate_filter(
     whose = BUILT_IN if text is None else str(text)
     sample = read_sample(text, model.context)
     token_ids = sample_tokens(model.tokenizer, sample, context + SPARE_TOKENS, whose=whose)
-    filtered = _Filtered(loaded, policy, WholePrompt(model, hook, policy.rule))
+    filtered = _Filtered(loaded, policy, WholePrompt(model, host, policy.rule))
     places = list(_read_places(filtered, token_ids, measured_depths(context, windows), progress))
     haystack = Haystack(model.tokenizer, token_ids[1:], chat_framing(model))
     hidden = questions_alone(haystack, lengths if kinds else (), SEED, kinds)

@@ -10,6 +10,7 @@ from lowtide.attention.kernel_host import KernelHost
 from lowtide.attention.onnx_attention import OnnxAttention
 from lowtide.attention.policy import Steering
 from lowtide.memory.errors import OverBudget
+from lowtide.memory.first_pass import FirstPass
 from lowtide.memory.footprint import first_layers_bytes, kv_bytes, replaced_bytes, tokenising_bytes
 from lowtide.memory.heap import trim_heap
 from lowtide.memory.kv_growth import KvGrowth
@@ -22,11 +23,12 @@ from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.gguf_model import GgufModel
 from lowtide.models.model import Model
 from lowtide.models.onnx.spec import OnnxSpec
+from lowtide.models.onnx.swapped.model import SwappedModel
 from lowtide.runtime.generate import RunFacts
 from lowtide.runtime.gguf_loading import load_gguf, load_reader
 from lowtide.runtime.hook_loading import graph_hook, keep_from_going_back, tell_cuts
 from lowtide.runtime.memory_watch import WatchedModel
-from lowtide.runtime.onnx_loading import install_policy, load_onnx
+from lowtide.runtime.onnx_loading import install_policy, load_onnx, load_onnx_reader
 from lowtide.runtime.options import GenerationOptions
 from lowtide.runtime.packed_weights import with_packed_weights
 from lowtide.runtime.planning import PlannedModel
@@ -106,22 +108,31 @@ class LoadedModel:
 
     def _prompt_filter(self) -> PromptFilter | None:
         """Make what shortens prompts, where the policy has that done."""
-        planned, hook = self.planned, self.hook
-        policy, first = planned.policy, planned.policy.first_pass
-        if hook is None or first is None or not isinstance(policy, Gem):
+        plan, policy, first = self.planned.plan, self.planned.policy, self.planned.policy.first_pass
+        scorer = self._onnx_attention or self.hook
+        if scorer is None or first is None or not isinstance(policy, Gem):
             return None
-        assert isinstance(self.model, GgufModel), "there is a hook"
-        reader = load_reader(self.model, planned, hook, first, self.releasers, self._profiler)
-        plan, row_bytes = planned.plan, self.ledger.owners[FIRST_PASS]
+        reader, row_bytes = self._reader(first), self.ledger.owners[FIRST_PASS]
 
         def bytes_of(num_tokens: int) -> int:
             more = self._first_layers_bytes(num_tokens) - self._first_layers_bytes(plan.kv_tokens)
             return row_bytes + max(more, 0)
 
         growth = KvGrowth(self.ledger, plan.kv_tokens, bytes_of, owner=FIRST_PASS)
-        made = PromptFilter(reader, hook, policy, growth, keeps=plan.keeps_first_pass)
+        made = PromptFilter(reader, scorer, policy, growth, keeps=plan.keeps_first_pass)
         self.releasers.insert(0, Releaser("moderate", made.forget))
         return made
+
+    def _reader(self, first: FirstPass) -> Model:
+        """Make a second cache on the model's weights, for passes that end early."""
+        planned, releasers, model = self.planned, self.releasers, self.model
+        if self._onnx_attention is not None and isinstance(model, SwappedModel):
+            attention = self._onnx_attention
+            return load_onnx_reader(model, planned, attention, releasers, self._profiler)
+        assert isinstance(model, GgufModel) and self.hook is not None, (
+            "our kernels run in its graph"
+        )
+        return load_reader(model, planned, self.hook, first, releasers, self._profiler)
 
     def _loaded_speculator(self) -> Speculator | None:
         try:

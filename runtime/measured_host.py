@@ -46,6 +46,7 @@ class SimulatedSizes:
     """`ContextSizes` as llama.cpp lays them out, and the formulas where it does not tell."""
 
     def __init__(self, spec: ModelSpec, simulated: SimulatedGguf) -> None:
+        self._spec = spec
         self._formulas = FormulaSizes(spec)
         self._simulated: SimulatedGguf | None = simulated
 
@@ -61,6 +62,11 @@ class SimulatedSizes:
         if laid_out is None:
             return self._formulas.compute_bytes(context, max_rows, kv_type)
         return laid_out.compute_bytes
+
+    def reader_bytes(self, context: int, max_rows: int, kv_type: str) -> int:
+        """Return a compute buffer of its own, and a row of logits."""
+        computing = self.compute_bytes(context, max_rows, kv_type)
+        return footprint.second_context_bytes(self._spec, computing)
 
     def _context(self, context: int, max_rows: int, kv_type: str) -> SimulatedContext | None:
         if self._simulated is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lowtide.attention.dense import Dense
+from lowtide.attention.gem import Gem
 from lowtide.attention.onnx_attention import OnnxAttention
 from lowtide.attention.policy import Steering
 from lowtide.attention.tidal import Tidal
@@ -22,16 +23,7 @@ def load_onnx(
 
     Where our kernels attend in the graph, they are returned too; the model closes them.
     """
-    plan = planned.plan
-    options = OnnxOptions(
-        context=plan.context,
-        max_rows=plan.max_rows,
-        threads=planned.options.num_threads,
-        kv_type=plan.kv_type,
-        provider=planned.options.provider,
-        verified_rows=max(plan.verified_rows, 1),
-        stage=profiler.span,
-    )
+    options = _options(planned, profiler)
     attention: OnnxAttention | None = None
     model: OnnxModel
     if planned.policy.uses_hook:
@@ -43,8 +35,36 @@ def load_onnx(
     return model, attention
 
 
+def load_onnx_reader(
+    model: SwappedModel,
+    planned: PlannedModel,
+    attention: OnnxAttention,
+    releasers: list[Releaser],
+    profiler: Profiler = SILENT,
+) -> SwappedModel:
+    """Make another cache in the session of `model`, for passes that end early; to be closed before it."""
+    assert isinstance(planned.spec, OnnxSpec), "the model has such a one"
+    options = _options(planned, profiler)
+    reader = SwappedModel(planned.spec, options, attention, weights_of=model)
+    releasers.append(Releaser("background", reader.trim))
+    return reader
+
+
+def _options(planned: PlannedModel, profiler: Profiler) -> OnnxOptions:
+    plan = planned.plan
+    return OnnxOptions(
+        context=plan.context,
+        max_rows=plan.max_rows,
+        threads=planned.options.num_threads,
+        kv_type=plan.kv_type,
+        provider=planned.options.provider,
+        verified_rows=max(plan.verified_rows, 1),
+        stage=profiler.span,
+    )
+
+
 def install_policy(planned: PlannedModel, attention: OnnxAttention) -> Steering:
     """Give the kernels in the graph the plan's policy and return what tells it of each pass."""
     policy = planned.policy
-    assert isinstance(policy, Dense | Tidal), "the plan allows no other"
+    assert isinstance(policy, Dense | Tidal | Gem), "the plan allows no other"
     return policy.install(attention, planned.spec)

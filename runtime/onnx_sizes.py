@@ -22,6 +22,10 @@ class OnnxSizes:
         """Return the whole cache's bytes, with the longer copy that some graphs make of it."""
         return footprint.kv_bytes(self._spec, context, kv_type)
 
+    def reader_bytes(self, context: int, max_rows: int, kv_type: str) -> int:
+        """Return nothing: a graph that is run whole has no second cache."""
+        return 0
+
     def compute_bytes(self, context: int, max_rows: int, kv_type: str) -> int:
         """Return the activations of a pass, attention's among them, what goes in, and the logits."""
         spec, cells = self._spec, footprint.kv_cells(context)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lowtide.attention.gem import Gem, kept_positions
-from lowtide.attention.graph_hook import GraphHook
+from lowtide.attention.prompt_scorer import PromptScorer
 from lowtide.memory.kv_growth import KvGrowth
 from lowtide.models.errors import LowtideError
 from lowtide.models.model import Model
@@ -46,14 +46,14 @@ class FilteredPrompt:
 class PromptFilter:
     """Filters prompts by one policy, fitted to the model; `last` is what it did last.
 
-    `reader` is a context of its own on the model's weights, with `hook` in its graph, and `growth` reserves
-    its cache. Where it `keeps` what it has read, another question on the same text costs its own rows.
+    `reader` has a cache of its own on the model's weights, with `scorer` in its graph, and `growth`
+    reserves that. Where it `keeps` what it has read, another question on the same text costs its own rows.
     """
 
     def __init__(
         self,
         reader: Model,
-        hook: GraphHook,
+        scorer: PromptScorer,
         policy: Gem,
         growth: KvGrowth | None = None,
         *,
@@ -61,7 +61,7 @@ class PromptFilter:
     ) -> None:
         assert policy.layer is not None, "the policy is not fitted to a model"
         self._reader = reader
-        self._hook = hook
+        self._scorer = scorer
         self._policy = policy
         self._layer = policy.layer
         self._growth = growth
@@ -88,9 +88,9 @@ class PromptFilter:
             self._growth.admit(len(token_ids))
         try:
             self._read(token_ids)
-            scores = self._hook.prompt_scores(len(token_ids))
+            scores = self._scorer.prompt_scores(len(token_ids))
         finally:
-            self._hook.run_whole_passes()
+            self._scorer.run_whole_passes()
             if not self.keeps:
                 self.forget()
         if scores is None:
@@ -139,7 +139,7 @@ class PromptFilter:
         rows = self._reader.max_rows
         ends = [*range(len(token_ids), begin, -rows)][::-1]
         for start, end in zip([begin, *ends], ends, strict=False):
-            self._hook.score_prompt(self._layer, self._policy.rule, is_last=end == ends[-1])
+            self._scorer.score_prompt(self._layer, self._policy.rule, is_last=end == ends[-1])
             self._reader.forward(token_ids[start:end])
             self._held.extend(token_ids[start:end])
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lowtide.attention.dense import Dense
+from lowtide.attention.gem import Gem
 from lowtide.attention.policy import AttentionPolicy
 from lowtide.attention.tidal import Tidal
 from lowtide.memory import footprint
+from lowtide.memory.units import MIB
 from lowtide.models.errors import BadOption
 from lowtide.models.onnx.kv_cache import ELEMENT_BYTES
 from lowtide.models.onnx.spec import OnnxSpec
 
-POLICIES = (Dense, Tidal)
+POLICIES = (Dense, Tidal, Gem)
+READER_BYTES = MIB
 KV_TYPES = ("f16", "f32")
 """What keys and values may be kept as, whatever the graph computes in; halves unless said otherwise."""
 INLINE_COPIES = 3
@@ -29,10 +32,10 @@ def swapped_spec(spec: OnnxSpec, policy: AttentionPolicy) -> OnnxSpec:
             f"own {spec.attention}, as it {spec.swap}: leave attention out, or take the model as GGUF"
         )
     if not isinstance(policy, POLICIES):
-        names = " and ".join(known.name for known in POLICIES)
+        *names, last = (known.name for known in POLICIES)
         raise BadOption(
-            f"attention is {policy.name!r}, and {spec.name} is an ONNX graph, for which there are {names}: "
-            "take one of them, or the model as GGUF"
+            f"attention is {policy.name!r}, and {spec.name} is an ONNX graph, for which there are "
+            f"{', '.join(names)} and {last}: take one of them, or the model as GGUF"
         )
     return replace(
         spec,
@@ -53,6 +56,10 @@ class SwappedSizes:
     def kv_bytes(self, context: int, kv_type: str) -> int:
         """Return the whole cache's bytes."""
         return footprint.kv_bytes(self._spec, context, kv_type)
+
+    def reader_bytes(self, context: int, max_rows: int, kv_type: str) -> int:
+        """Return what another cache in the same session takes beside it: bindings and views."""
+        return READER_BYTES
 
     def compute_bytes(self, context: int, max_rows: int, kv_type: str) -> int:
         """Return the activations of a pass, masks, what goes in, and the logits."""

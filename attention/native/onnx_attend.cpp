@@ -10,6 +10,7 @@
 
 #include "half.h"
 #include "onnx_masks.h"
+#include "prompt_scores.h"
 #include "tidal_attend.h"
 
 namespace {
@@ -89,8 +90,9 @@ public:
     std::vector<OnnxLayer> layers;
     OnnxMasks masks;
     TidalAttend attend;
+    PromptScores prompt_scores;
     OnnxCounts counts{};
-    bool rounded = false;
+    bool rounded = false, has_ended = false;
 
     const char* run(int index, const OnnxRows& rows, Team& team) {
         const auto start = std::chrono::steady_clock::now();
@@ -101,8 +103,15 @@ public:
         if (mask == nullptr) return "its bias is not of all rows and keys";
         AttentionProblem problem = problem_of(layer, rows);
         problem.mask = reinterpret_cast<const char*>(mask), problem.mask_row_stride = sizeof(uint16_t) * masks.num_keys();
-        if (!attend.reserve(problem, index, team.num_threads)) return "there is no memory for it";
+        const bool ends = prompt_scores.end_with(index);
+        if (!(ends ? prompt_scores.reserve(problem, team.num_threads) : attend.reserve(problem, index, team.num_threads)))
+            return "there is no memory for it";
         team.all([&](int thread) { append(layer, rows, thread, team.num_threads); }, [] {});
+        if (ends) {
+            prompt_scores.run(problem, kernels, team);
+            has_ended = true;
+            return "the pass ends here, as it was asked to";
+        }
         const int num_read = attend.run(problem, index, kernels, team);
         team.all([&](int thread) { give_out(layer, rows, thread, team.num_threads); }, [] {});
         counts.keys_read += num_read, counts.keys_held += problem.num_keys, ++counts.nodes;
@@ -116,7 +125,7 @@ public:
     }
 
     size_t scratch_bytes() const {
-        return attend.scratch_bytes() + sizeof(float) * (queries_.size() + keys_.size() + out_.size()) + masks.num_bytes();
+        return attend.scratch_bytes() + prompt_scores.scratch_bytes() + sizeof(float) * (queries_.size() + keys_.size() + out_.size()) + masks.num_bytes();
     }
 
 private:
@@ -241,7 +250,25 @@ extern "C" void lowtide_onnx_start_pass(OnnxAttend* attend, int sparse, int refr
     attend->rounded = rounded != 0;
 }
 
-extern "C" void lowtide_onnx_begin(OnnxAttend* attend, int num_past, int num_rows) { attend->masks.begin(num_past, num_rows); }
+extern "C" void lowtide_onnx_begin(OnnxAttend* attend, int num_past, int num_rows) {
+    attend->masks.begin(num_past, num_rows);
+    attend->has_ended = false;
+}
+
+extern "C" void lowtide_onnx_score_prompt(OnnxAttend* attend, int layer, const ScoreRule* rule, int is_last) {
+    if (layer < 0)
+        attend->prompt_scores.stop();
+    else
+        attend->prompt_scores.start(layer, *rule, is_last != 0);
+}
+
+extern "C" int lowtide_onnx_has_ended(const OnnxAttend* attend) { return attend->has_ended; }
+
+extern "C" int lowtide_onnx_prompt_scores(const OnnxAttend* attend, float* scores, int size) {
+    const int num_scored = attend->prompt_scores.num_scored();
+    if (num_scored >= size) std::memcpy(scores, attend->prompt_scores.scores(), sizeof(float) * size);
+    return num_scored;
+}
 
 extern "C" OnnxCounts lowtide_onnx_counts(const OnnxAttend* attend) {
     OnnxCounts counts = attend->counts;

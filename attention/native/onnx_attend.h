@@ -5,6 +5,7 @@
 
 #include "api.h"
 #include "attention_problem.h"
+#include "prompt_scores.h"
 #include "selection_rule.h"
 #include "team.h"
 
@@ -50,6 +51,16 @@ LOWTIDE_API void lowtide_onnx_start_pass(OnnxAttend* attend, int sparse, int ref
 
 // The next pass has so many rows, which become cells from `num_past` on.
 LOWTIDE_API void lowtide_onnx_begin(OnnxAttend* attend, int num_past, int num_rows);
+
+// Passes from now on end with a layer, whose node fails: the session's run does, and nothing behind it is computed. The
+// last one scores the layer's keys (`prompt_scores.h`). Below 0 passes go through all layers again.
+LOWTIDE_API void lowtide_onnx_score_prompt(OnnxAttend* attend, int layer, const ScoreRule* rule, int is_last);
+
+// Whether the pass that was begun last has ended so.
+LOWTIDE_API int lowtide_onnx_has_ended(const OnnxAttend* attend);
+
+// The scores of the first `size` keys; returns how many there are, and writes nothing where that is fewer.
+LOWTIDE_API int lowtide_onnx_prompt_scores(const OnnxAttend* attend, float* scores, int size);
 
 // Keys that were attended to and that a last row could see, over all layers and passes, and the scratch's bytes.
 struct OnnxCounts {

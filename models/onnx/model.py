@@ -19,6 +19,7 @@ from lowtide.models.onnx.options import OnnxOptions, session_options
 from lowtide.models.onnx.providers import session_providers
 from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.onnx.tokenizer import OnnxTokenizer
+from lowtide.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from lowtide.models.model import Logits, RowLogits
@@ -39,7 +40,7 @@ class OnnxModel(CachedModel):
         self.max_verified_rows = max(min(options.verified_rows, options.max_rows), 1)
         self._ports = spec.ports
         self._session: Any = None
-        self.tokenizer = OnnxTokenizer(spec)
+        self.tokenizer = self._read_tokenizer()
         with options.stage("weights"):
             self._session = self._opened(options)
             if not self._makes_more_rows:
@@ -48,6 +49,9 @@ class OnnxModel(CachedModel):
             self._make_cache(options)
             self._binding = self._session.io_binding()
             self._make_rows(options)
+
+    def _read_tokenizer(self) -> Tokenizer:
+        return OnnxTokenizer(self._of_onnx)
 
     def _opened(self, options: OnnxOptions) -> Any:
         return open_session(self._of_onnx, options)
@@ -107,9 +111,10 @@ class OnnxModel(CachedModel):
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # onnxruntime has no class of its own for it
-            raise ForwardError(
-                f"a forward pass over {num_rows} rows at {self._num_tokens} failed: {error}"
-            ) from None
+            if not self._ended_early:
+                raise ForwardError(
+                    f"a forward pass over {num_rows} rows at {self._num_tokens} failed: {error}"
+                ) from None
         self._appended()
         self._num_tokens += num_rows
         rows: RowLogits = logits[0, -num_wanted:]
@@ -132,6 +137,11 @@ class OnnxModel(CachedModel):
 
     def _appended(self) -> None:
         self._bound.appended()
+
+    @property
+    def _ended_early(self) -> bool:
+        """Whether the last pass was to end before its last layer."""
+        return False
 
     def _bind_array(self, name: str, values: Any) -> None:
         """Bind an input to an array of one row, which is contiguous wherever it is cut."""

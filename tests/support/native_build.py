@@ -20,7 +20,7 @@ PROGRAMS = {
     "delta_attend": [*KERNELS, "delta_attend", "key_groups", "page_clusters"],
     "layer_cells": ["layer_cells"],
     "layer_clock": ["layer_clock"],
-    "onnx_attend": [*KERNELS, "key_set", "onnx_attend", "onnx_masks", "tidal_attend"],
+    "onnx_attend": [*KERNELS, *"key_set onnx_attend onnx_masks prompt_scores tidal_attend".split()],
     "product": [
         *MULTIPLIERS,
         *"cpu_features find_products pack product quantised_rows unpack".split(),

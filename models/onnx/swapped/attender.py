@@ -42,11 +42,19 @@ class Attender(ABC):
 
     @abstractmethod
     def bind(self, layers: list[LayerArrays]) -> None:
-        """Know every layer's arrays, which the model keeps as long as it lives."""
+        """Attend in every layer's arrays from the next pass on, until others are bound.
+
+        The model keeps them as long as it lives. The same list again costs nothing.
+        """
 
     @abstractmethod
     def begin(self, num_past: int, num_rows: int) -> None:
         """Say that the next pass has `num_rows` after `num_past` tokens."""
+
+    @property
+    @abstractmethod
+    def has_ended(self) -> bool:
+        """Whether the last pass ended in a layer's attention, as was wanted, and not in an error."""
 
     @abstractmethod
     def close(self) -> None:

@@ -17,6 +17,7 @@ from lowtide.models.onnx.swapped.attention_node import AttentionNode
 from lowtide.models.onnx.swapped.cell_cache import CellCache
 from lowtide.models.onnx.swapped.last_rows import BEGIN, ROWS_AXIS
 from lowtide.models.onnx.swapped.swapped_graph import SwappedGraph
+from lowtide.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,19 +27,37 @@ if TYPE_CHECKING:
 class SwappedModel(OnnxModel):
     """The graph, with what `attender` attends to kept here.
 
-    Raises `UnsupportedModel` where the graph is left whole, or onnxruntime refuses it, with the reason.
+    `weights_of` another one, which is closed later, it runs in that one's session with a cache of its own;
+    its attender is the other's, and one of them passes at a time. Raises `UnsupportedModel` where the
+    graph is left whole, or onnxruntime refuses it, with the reason.
     """
 
-    def __init__(self, spec: OnnxSpec, options: OnnxOptions, attender: Attender) -> None:
+    def __init__(
+        self,
+        spec: OnnxSpec,
+        options: OnnxOptions,
+        attender: Attender,
+        weights_of: SwappedModel | None = None,
+    ) -> None:
         if isinstance(spec.swap, str):
             raise UnsupportedModel(f"{spec.name} keeps its own attention, as its graph {spec.swap}")
         self._swap = spec.swap
         self._attender = attender
+        self._weights_of = weights_of
         self._tables: dict[str, NDArray[np.float32] | None] = {}
+        self._is_widened = False
         super().__init__(spec, options)
 
+    def _read_tokenizer(self) -> Tokenizer:
+        other = self._weights_of
+        return super()._read_tokenizer() if other is None else other.tokenizer
+
     def _opened(self, options: OnnxOptions) -> Any:
-        spec, swap = self._of_onnx, self._swap
+        other, spec, swap = self._weights_of, self._of_onnx, self._swap
+        if other is not None:
+            self._ports, self._tables = other._ports, other._tables
+            self._is_widened = other._is_widened
+            return other._session
         self._ports = replace(
             spec.ports,
             attention_mask=_if_read(spec.ports.attention_mask, swap.inputs),
@@ -61,13 +80,18 @@ class SwappedModel(OnnxModel):
         self._cache = self._cells = CellCache(
             spec.num_layers, *heads, options.context, options.kv_type
         )
-        self._attender.bind([self._layer(i, node) for i, node in enumerate(self._swap.layers)])
+        self._layers = [self._layer(i, node) for i, node in enumerate(self._swap.layers)]
+        self._attender.bind(self._layers)
 
     def _make_rows(self, options: OnnxOptions) -> None:
         import numpy as np
 
+        other, self._begin = self._weights_of, np.full(1, -1, np.int64)
+        if other is not None:  # they pass in turn
+            self._token_ids, self._mask = other._token_ids, other._mask
+            self._positions, self._logits = other._positions, other._logits
+            return
         super()._make_rows(options)
-        self._begin = np.full(1, -1, np.int64)
 
     def _layer(self, layer: int, node: AttentionNode) -> LayerArrays:
         return LayerArrays(
@@ -105,10 +129,15 @@ class SwappedModel(OnnxModel):
             self._bind_array(BEGIN, self._begin)
 
     def _bind_cache(self, num_past: int, num_rows: int) -> None:
+        self._attender.bind(self._layers)
         self._attender.begin(num_past, num_rows)
 
     def _appended(self) -> None:
         """The rows are in the cells already."""
+
+    @property
+    def _ended_early(self) -> bool:
+        return self._attender.has_ended
 
     @property
     def _kv_type(self) -> str:
@@ -121,7 +150,8 @@ class SwappedModel(OnnxModel):
     def close(self) -> None:
         """Free the session, what attends in it, and the cache."""
         self._binding = self._session = None
-        self._attender.close()
+        if self._weights_of is None:
+            self._attender.close()
         super().close()
 
 

@@ -4,6 +4,7 @@
 #include "onnx_attend.h"
 
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -184,6 +185,56 @@ void check_pass(OnnxAttend* attend, Layer& layer, int num_past, int num_rows, Te
     require(attend_rows(*attend, 0, rows.given, team) != nullptr, "a bias of another shape is taken");
 }
 
+// A pass that ends with the layer: its cells are there, its keys are scored by the last row, and the next is whole.
+void check_end(OnnxAttend* attend, Layer& layer, int num_past, Team& team) {
+    const int num_rows = pick(1, 20), num_keys = num_past + num_rows, width = layer.width, kv_width = layer.kv_width;
+    Rows rows(layer, num_rows, num_keys);
+    lowtide_onnx_begin(attend, num_past, num_rows);
+    require(attend_rows(*attend, 0, rows.given, team) == nullptr && !lowtide_onnx_has_ended(attend), "a whole pass ends");
+    const std::vector<double> expected = channels_of(layer.k_cache, size_t(num_past) * kv_width, num_rows * kv_width);
+    std::memset(layer.k_cache.data() + layer.k_cache.stride(num_past * kv_width), 0, layer.k_cache.stride(num_rows * kv_width));
+
+    ScoreRule rule{1, 1, 0};
+    lowtide_onnx_score_prompt(attend, 0, &rule, 1);
+    lowtide_onnx_begin(attend, num_past, num_rows);
+    require(attend_rows(*attend, 0, rows.given, team) != nullptr && lowtide_onnx_has_ended(attend), "a pass does not end");
+    require(channels_of(layer.k_cache, size_t(num_past) * kv_width, num_rows * kv_width) == expected, "its cells are others");
+
+    const size_t stride = layer.rows.is_packed ? width + 2 * kv_width : width;
+    const int last = num_rows - 1, size = layer.rows.head_size;
+    const std::vector<double> query = layer.turned(channels_of(rows.packed, last * stride, width), num_past + last);
+    const std::vector<double> bias = rows.bias_of(last, num_keys);
+    std::vector<double> wanted(num_keys, 0.0);
+    for (int head = 0; head < layer.rows.num_heads; ++head) {
+        const int kv = head / (layer.rows.num_heads / layer.rows.num_kv_heads) * size;
+        std::vector<double> weights(num_keys, 0.0);
+        double total = 0;
+        for (int cell = 0; cell < num_keys; ++cell) {
+            if (!layer.sees(num_past + last, cell)) continue;
+            double score = 0;
+            for (int d = 0; d < size; ++d) score += query[head * size + d] * layer.k_cache.at(size_t(cell) * kv_width + kv + d);
+            score *= layer.rows.scale;
+            if (layer.rows.softcap != 0) score = layer.rows.softcap * std::tanh(score / layer.rows.softcap);
+            total += weights[cell] = std::exp(score + bias[cell]);
+        }
+        for (int cell = 0; cell < num_keys && total > 0; ++cell) wanted[cell] += weights[cell] / total;
+    }
+    std::vector<float> found(num_keys);
+    require(lowtide_onnx_prompt_scores(attend, found.data(), num_keys) == num_keys, "not every key is scored");
+    for (int cell = 0; cell < num_keys; ++cell)
+        require(std::fabs(found[cell] - wanted[cell]) < 1e-3, "key %d scores %g, %g is wanted", cell, found[cell], wanted[cell]);
+    float none = 7;
+    require(lowtide_onnx_prompt_scores(attend, &none, num_keys + 1) == num_keys && none == 7, "too many scores are written");
+
+    lowtide_onnx_score_prompt(attend, 0, &rule, 0);
+    lowtide_onnx_begin(attend, num_past, num_rows);
+    require(attend_rows(*attend, 0, rows.given, team) != nullptr, "a pass before the last one does not end");
+    require(lowtide_onnx_prompt_scores(attend, &none, 1) == 0, "a prompt that goes on is scored");
+    lowtide_onnx_score_prompt(attend, -1, nullptr, 0);
+    lowtide_onnx_begin(attend, num_past, num_rows);
+    require(attend_rows(*attend, 0, rows.given, team) == nullptr && !lowtide_onnx_has_ended(attend), "passes are not whole again");
+}
+
 void check_layer() {
     const int num_threads = pick(1, 3);
     OnnxAttend* attend = lowtide_onnx_new(nullptr, num_threads);
@@ -198,6 +249,7 @@ void check_layer() {
         num_tokens += num_rows;
         if (pick(0, 3) == 0) num_tokens = pick(0, num_tokens);  // going back
     }
+    check_end(attend, layer, pick(0, int(layer.keys.size())), team);
     const Rows none(layer, 1, 1);
     lowtide_onnx_begin(attend, 400, 1);
     require(attend_rows(*attend, 0, none.given, team) != nullptr, "a row is put behind the last cell");

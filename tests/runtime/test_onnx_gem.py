@@ -1,0 +1,196 @@
+"""Long prompts under `gem` in ONNX graphs: what is kept, what is answered, what it takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from onnx_decoders import Shape, write_decoder
+from processes import run_lowtide, run_python
+
+from lowtide import Dense, Gem, GenerationResult, Runtime, Tidal
+from lowtide.attention.policy import AttentionPolicy
+from lowtide.memory.owners import FIRST_PASS
+from lowtide.models.errors import BadOption
+from lowtide.models.fake_model import CHAT_TEMPLATE
+from lowtide.models.onnx.convert.conversion import convert
+from lowtide.models.spec import ModelSpec
+
+SHAPE = Shape(layers=4, kv_heads=2, context=2048)
+SENTENCES = [f"Boat {i} left the harbour with {i * 7 % 100} crates of fish. " for i in range(90)]
+NEEDLE = "The secret pass key is 48213. Remember it: 48213 is the pass key. "
+LONG = "".join([*SENTENCES[:40], NEEDLE, *SENTENCES[40:]])
+TEXT = "".join(SENTENCES[:24])
+QUESTION = [{"role": "user", "content": TEXT + "How many crates did Boat 3 leave with?"}]
+ANOTHER = [{"role": "user", "content": TEXT + "What floats?"}]
+POLICY = Gem(k=300, layer=1)
+OPTIONS = {"memory": "2GiB", "threads": 2}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return write_decoder(
+        tmp_path / "tiny", "gqa", SHAPE, bits=4, last_row=True, chat_template=CHAT_TEMPLATE
+    )
+
+
+def ask(runtime: Runtime, messages: list[dict[str, str]], num_tokens: int = 8) -> GenerationResult:
+    return GenerationResult.of(runtime.chat(messages, max_tokens=num_tokens, temperature=0))
+
+
+def test_a_long_prompt_is_filtered_and_its_answer_explained(tiny: Path) -> None:
+    with Runtime.open(tiny, **OPTIONS, attention=POLICY) as runtime:  # type: ignore[arg-type]
+        pieces = list(runtime.chat(QUESTION, max_tokens=4, temperature=0, explain=True))
+        stats = pieces[-1].stats
+        assert stats.prompt_tokens > 1100 and stats.kept_tokens == 300
+        assert stats.attention == "gem, k 300, layer 1 (stated), then dense"
+        assert list(pieces[-1].kept) == runtime.kept_passages()
+        assert sum(passage.tokens for passage in runtime.kept_passages()) == 300
+        assert len(runtime._session.token_ids) < 310
+        short = ask(runtime, [{"role": "user", "content": "What floats?"}])
+        assert short.stats.kept_tokens == short.stats.prompt_tokens
+        with pytest.raises(BadOption, match="ask in a chat, or set gem:continues=1"):
+            runtime.generate("Once upon a time")
+
+
+def test_a_k_beyond_the_prompt_is_the_whole_prompt(tiny: Path) -> None:
+    answers = []
+    for attention in ("dense", Gem(k=1900, layer=2)):
+        with Runtime.open(tiny, **OPTIONS, attention=attention) as runtime:  # type: ignore[arg-type]
+            answers.append(ask(runtime, QUESTION).token_ids)
+    assert answers[0] == answers[1] and len(answers[0]) == 8
+
+
+@pytest.mark.parametrize("then", [Dense(), Tidal(k=80, selection_layers=(1,))], ids=str)
+def test_another_question_on_the_same_text_reads_its_own_rows_alone(
+    tiny: Path, then: AttentionPolicy
+) -> None:
+    """And chooses as if it were the first: what was decoded sparsely before leaves no trace."""
+    attention = Gem(k=300, layer=3, then=then)
+    with Runtime.open(tiny, **OPTIONS, attention=attention) as runtime:  # type: ignore[arg-type]
+        prompt_filter = runtime._loaded.prompt_filter
+        assert prompt_filter is not None and runtime.plan.keeps_first_pass
+        fresh = ask(runtime, ANOTHER), runtime.kept_passages()
+        runtime.trim("moderate")
+        assert prompt_filter._reader.num_tokens == 0
+        first = ask(runtime, QUESTION)
+        read = prompt_filter._reader.num_tokens
+        again = ask(runtime, ANOTHER), runtime.kept_passages()
+        assert first.stats.prompt_tokens == read > 1100
+        assert again[0].token_ids == fresh[0].token_ids
+        assert again[1] == fresh[1]
+
+
+def test_a_stopped_filter_pass_leaves_the_runtime_usable(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Runtime.open(tiny, **OPTIONS, attention=POLICY) as runtime:  # type: ignore[arg-type]
+        expected = ask(runtime, QUESTION).token_ids
+        assert runtime._loaded.prompt_filter is not None
+        reader = runtime._loaded.prompt_filter._reader
+        forward, passes = reader.forward, []
+        runtime.trim("moderate")
+
+        def interrupted(token_ids: tuple[int, ...]) -> object:
+            passes.append(token_ids)
+            if len(passes) == 3:
+                raise KeyboardInterrupt
+            return forward(token_ids)
+
+        monkeypatch.setattr(reader, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ask(runtime, QUESTION)
+        monkeypatch.undo()
+        assert ask(runtime, QUESTION).token_ids == expected
+
+
+PEAK = """
+from lowtide import Gem, GenerationResult, Runtime
+from lowtide.memory.owners import FIRST_PASS
+options = dict(memory={memory!r}, threads=1, attention={attention})
+with Runtime.open({path!r}, **options) as runtime:
+    message = [dict(role="user", content={text!r})]
+    for _ in range(2):
+        result = GenerationResult.of(runtime.chat(message, max_tokens=4, temperature=0))
+    rows = {{row.owner: row.num_bytes for row in runtime.plan.rows}}
+    print(runtime.plan.total_bytes, rows.get(FIRST_PASS, 0), *result.token_ids)
+"""
+
+
+def test_the_first_pass_takes_the_cache_of_its_layers(tmp_path: Path) -> None:
+    shape = Shape(layers=12, width=256, heads=4, kv_heads=4, feed_forward=256, context=8192)
+    folder = write_decoder(tmp_path / "deep", "gqa", shape, chat_template=CHAT_TEMPLATE)
+    text = "".join(SENTENCES) + "What floats?"
+    told, peaks = {}, {}
+    for name, attention in (("dense", "'dense'"), ("gem", "Gem(k=400, layer=2)")):
+        code = PEAK.format(attention=attention, path=str(folder), text=text, memory="2GiB")
+        done = run_python(code)
+        assert done.code == 0, done.stderr
+        told[name], peaks[name] = list(map(int, done.stdout.split())), done.peak_bytes
+    for name, peak in peaks.items():
+        assert peak <= told[name][0], name
+    # About 4,200 tokens take 1 KiB in each of 12 layers, of 3 layers a quarter, the kept ones a tenth.
+    assert peaks["gem"] < peaks["dense"] - (20 << 20)
+    assert told["gem"][1] > 3 * 8192 * 1024
+
+
+def test_what_is_kept_takes_a_row_of_the_plan(tiny: Path) -> None:
+    planned = run_lowtide(
+        *("plan", str(tiny), "--attention", "gem:k=300,layer=1", "-t", "1", "--json")
+    )
+    assert planned.code == 0, planned.stderr
+    plan = json.loads(planned.stdout)
+    rows = {row["owner"]: row["bytes"] for row in plan["rows"]}
+    assert rows[FIRST_PASS] > 0 and plan["keeps_first_pass"]
+    words = ("--attention", "gem:k=300,layer=1", "-t", "1", "--memory")
+    bound = json.loads(run_lowtide("plan", str(tiny), *words, "60MiB", "--json").stdout)
+    prompt = json.dumps(QUESTION)[:1500].encode()
+    done = run_lowtide(
+        "run", str(tiny), "-n", "4", *words, str(bound["lower_bound_bytes"]), stdin=prompt
+    )
+    assert done.code in (0, 2), done.stderr  # a prompt beyond what there is room for is refused
+    assert done.peak_bytes <= bound["lower_bound_bytes"]
+
+
+def test_commands(tiny: Path) -> None:
+    words = ("--attention", "gem:k=300,layer=1", "-t", "1", "-n", "4", "--temp", "0")
+    asked = QUESTION[0]["content"].encode()
+    done = run_lowtide("run", str(tiny), *words, "--explain", stdin=asked)
+    assert done.code == 0 and "(300 kept)" in done.stderr, done.stderr
+    as_json = run_lowtide("run", str(tiny), *words, "--explain", "--json", stdin=asked)
+    assert sum(passage["tokens"] for passage in json.loads(as_json.stdout)["kept"]) == 300
+    profiled = run_lowtide("profile", str(tiny), *words, "--json", "-p", asked.decode())
+    assert profiled.code == 0, profiled.stderr
+    assert json.loads(profiled.stdout)["heat"]["num_kept"] == 300
+
+
+def test_what_a_filter_keeps_is_measured(tiny: Path) -> None:
+    words = ("-c", "640", "-t", "1", "--windows", "2", "--no-needles", "--json", "--attention")
+    told = {}
+    for k in (100, 319):
+        policy = f"gem:k={k},layer=1,min_prompt=0"
+        done = run_lowtide("evaluate", str(tiny), *words, policy)
+        assert done.code == 0, done.stderr
+        told[k] = json.loads(done.stdout)
+    assert told[100]["tokens"] == 128 and told[100]["dense_nll"] == told[319]["dense_nll"]
+    assert told[100]["nll"] != told[319]["nll"]
+
+
+def test_a_graph_that_keeps_its_own_attention_says_so(tmp_path: Path) -> None:
+    folder = write_decoder(tmp_path / "tiny", "decomposed")
+    with pytest.raises(BadOption, match="attention is 'gem'.*keeps its own"):
+        Runtime.open(folder, memory="2GiB", attention="gem")
+
+
+@pytest.mark.once
+def test_a_pass_key_is_found_in_what_is_kept(tmp_path: Path, smollm2_spec: ModelSpec) -> None:
+    folder = convert(smollm2_spec, tmp_path / "smollm2").folder
+    asked = [{"role": "user", "content": LONG + "What is the secret pass key in the text?"}]
+    options = {**OPTIONS, "context": 4096, "attention": Gem(k=400, layer=7)}
+    with Runtime.open(folder, **options) as runtime:  # type: ignore[arg-type]
+        result = ask(runtime, asked, 24)
+        assert "48213" in result.text
+        assert result.stats.prompt_tokens > 1400 and result.stats.kept_tokens == 400
+        passages = runtime.kept_passages()
+    assert [p for p in passages if "48213" in p.text and p.score > 0.05]
