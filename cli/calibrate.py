@@ -102,6 +102,7 @@ def command(
     policy = _wanted_policy(options["attention"])
     options["attention"] = "dense"
     spec = take_spec(options)
+    _check_graph(spec)
     options["context"] = options["context"] or min(DEFAULT_CONTEXT, spec.context_length)
     if isinstance(policy, Gem):
         _check_gem(policy, spec, k_choices)
@@ -180,6 +181,17 @@ def _wanted_policy(attention: str) -> Tidal | Gem | Delta:
             f"--{stated[0].replace('_', '-')} is for tidal: leave it out, or {policy.name}"
         )
     return policy
+
+
+def _check_graph(spec: ModelSpec) -> None:
+    from lowtide.models.errors import BadOption
+    from lowtide.models.onnx.spec import OnnxSpec
+
+    if isinstance(spec, OnnxSpec):
+        raise BadOption(
+            f"calibrate is for models that llama.cpp runs, and {spec.name} is an ONNX graph: calibrate the "
+            "model as GGUF and state what was found, as in --attention tidal:k=1536,layers=4+7+18"
+        )
 
 
 def _check_gem(policy: Gem, spec: ModelSpec, k_choices: tuple[int, ...]) -> None:

@@ -156,6 +156,10 @@ def test_commands(tiny: Path) -> None:
     assert chat.code == 0, chat.stderr
     profile = run_lowtide("profile", str(tiny), "-p", "Hi", "-n", "4", "-t", "1")
     assert profile.code == 0, profile.stderr
+    calibrated = run_lowtide("calibrate", str(tiny))
+    assert (
+        calibrated.code == 2 and "calibrate is for models that llama.cpp runs" in calibrated.stderr
+    )
     (tiny / "model.onnx.data").unlink()
     broken = run_lowtide("run", str(tiny), "-p", "Hi")
     assert broken.code == 2 and "is missing beside" in broken.stderr
