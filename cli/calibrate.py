@@ -190,7 +190,7 @@ def _check_graph(spec: ModelSpec) -> None:
     if isinstance(spec, OnnxSpec):
         raise BadOption(
             f"calibrate is for models that llama.cpp runs, and {spec.name} is an ONNX graph: calibrate the "
-            "model as GGUF and state what was found, as in --attention tidal:k=1536,layers=4+7+18"
+            "GGUF file, whose calibration lowtide convert passes on, or state what was found"
         )
 
 

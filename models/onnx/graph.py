@@ -76,7 +76,7 @@ class Port:
 
 @dataclass(slots=True, kw_only=True)
 class OnnxGraph:
-    """What one .onnx file says; `num_bytes` is the file's own size."""
+    """What one .onnx file says; `num_bytes` is the file's own size, `metadata` what its writer noted."""
 
     path: Path
     num_bytes: int
@@ -84,6 +84,7 @@ class OnnxGraph:
     weights: dict[str, Weight] = field(default_factory=dict)
     inputs: dict[str, Port] = field(default_factory=dict)
     outputs: dict[str, Port] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
 def read_graph(path: Path) -> OnnxGraph:
@@ -119,6 +120,9 @@ class _Reader:
         body = None
         for part in self._wire.fields(0, num_bytes):
             body = part if part.number == 7 else body
+            if part.number == 14:
+                key, value = self._pair(part)
+                graph.metadata[key] = value
         if body is None:
             raise self._wire.broken(0, "it has no graph")
         for part in self._wire.fields(body.start, body.end):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from lowtide.models.onnx.attention_form import attention_form
 from lowtide.models.onnx.config import OnnxConfig, read_config, read_json
 from lowtide.models.onnx.graph import OnnxGraph, Port, read_graph
 from lowtide.models.onnx.products import Products
-from lowtide.models.onnx.spec import ENGINE, KV_TYPES, GraphPorts, LayerPorts, OnnxSpec
+from lowtide.models.onnx.spec import ENGINE, FINGERPRINT, KV_TYPES, GraphPorts, LayerPorts, OnnxSpec
 from lowtide.models.onnx.swapped.attention_node import NotSwapped
 from lowtide.models.onnx.swapped.swap import Swap, swap_attention
 from lowtide.models.spec import VocabularySpec
@@ -21,6 +22,7 @@ TEMPLATE = "chat_template.jinja"
 LONGEST_TOKEN_BYTES = 256
 TOKENISING_BYTES = 512
 """Memory for each byte of text while `tokenizers` works on it: 219 to 383 measured, a token a byte."""
+WRITTEN_FINGERPRINT = re.compile("[0-9a-f]{32}")
 SPECIAL_TEXTS = ("bos_token", "eos_token")
 
 
@@ -224,7 +226,13 @@ def _special_texts(folder: Path) -> tuple[tuple[tuple[str, str], ...], str | Non
 
 
 def _fingerprint(graph: OnnxGraph) -> str:
-    """Return 32 hexadecimal digits: names and shapes of all weights, and what the nodes are."""
+    """Return 32 hexadecimal digits: of the model that the graph was converted from, where it says so.
+
+    Else of names and shapes of all weights, and of what the nodes are.
+    """
+    stated = graph.metadata.get(FINGERPRINT, "")
+    if WRITTEN_FINGERPRINT.fullmatch(stated):
+        return stated
     digest = hashlib.sha256()
     for name, weight in sorted(graph.weights.items()):
         digest.update(f"{name} {weight.shape} {weight.element_type}\n".encode())

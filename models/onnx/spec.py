@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 ENGINE = "onnxruntime"
 KV_TYPES = {"float32": "f32", "float16": "f16"}
 """Element types that keys and values may have in a graph, and the names that a plan has for them."""
+FINGERPRINT = "lowtide.fingerprint"
+"""The note in a graph's metadata that has the fingerprint of the model that it was converted from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from lowtide.attention.policy import AttentionPolicy
 from lowtide.memory.owners import FIRST_PASS
 from lowtide.models.errors import BadOption
 from lowtide.models.fake_model import CHAT_TEMPLATE
+from lowtide.models.header import read_spec
 from lowtide.models.onnx.convert.conversion import convert
 from lowtide.models.spec import ModelSpec
 
@@ -186,6 +187,8 @@ def test_a_graph_that_keeps_its_own_attention_says_so(tmp_path: Path) -> None:
 @pytest.mark.once
 def test_a_pass_key_is_found_in_what_is_kept(tmp_path: Path, smollm2_spec: ModelSpec) -> None:
     folder = convert(smollm2_spec, tmp_path / "smollm2").folder
+    found = Gem().fitted(read_spec(folder))
+    assert found.layer == 7 and "calibrated" in str(found)  # as of the GGUF file
     asked = [{"role": "user", "content": LONG + "What is the secret pass key in the text?"}]
     options = {**OPTIONS, "context": 4096, "attention": Gem(k=400, layer=7)}
     with Runtime.open(folder, **options) as runtime:  # type: ignore[arg-type]

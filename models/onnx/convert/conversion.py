@@ -21,7 +21,7 @@ from lowtide.models.onnx.convert.stored_matrices import FLOAT_ROWS, INT8_ROWS, S
 from lowtide.models.onnx.convert.tokenizer_json import GgufVocabulary
 from lowtide.models.onnx.convert.whole_folder import whole_folder
 from lowtide.models.onnx.libraries import onnx_library
-from lowtide.models.onnx.spec import ENGINE
+from lowtide.models.onnx.spec import ENGINE, FINGERPRINT
 from lowtide.models.spec import ModelSpec
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
@@ -90,7 +90,7 @@ def _write_model(
         weights.require_all_read()
     finally:
         weights.close()
-    (folder / GRAPH).write_bytes(nodes.model(shape.name))
+    (folder / GRAPH).write_bytes(nodes.model(shape.name, {FINGERPRINT: spec.fingerprint}))
     return dict(matrices.rounded)
 
 

@@ -91,8 +91,8 @@ class GraphNodes:
         kind = self._types.INT64 if element == "int64" else self._types.FLOAT
         return self._helper.make_tensor_value_info(name, kind, shape)
 
-    def model(self, name: str) -> bytes:
-        """Return the file's bytes."""
+    def model(self, name: str, notes: dict[str, str]) -> bytes:
+        """Return the file's bytes, with `notes` as its metadata."""
         graph = self._helper.make_graph(
             self._nodes, name, self._inputs, self._outputs, self._weights
         )
@@ -103,4 +103,5 @@ class GraphNodes:
             ir_version=IR_VERSION,
             opset_imports=[self._helper.make_opsetid(*opset) for opset in opsets],
         )
+        self._helper.set_model_props(model, notes)
         return bytes(model.SerializeToString())

@@ -111,6 +111,17 @@ def test_the_folder_says_what_it_is(tmp_path: Path) -> None:
     assert spec.chat_template and spec.vocabulary.num_tokens == 320
 
 
+def test_calibrations_of_the_model_are_the_folders_too(tmp_path: Path) -> None:
+    """A graph that says nothing, or no fingerprint, has one of its own."""
+    quantised, _ = write_pair(tmp_path, "llama", "Q4_0")
+    graph = convert(read_spec(quantised), tmp_path / "onnx").folder / "model.onnx"
+    written = read_spec(quantised).fingerprint
+    assert read_spec(graph).fingerprint == written
+    graph.write_bytes(graph.read_bytes().replace(written.encode(), b"../" + written[3:].encode()))
+    own = read_spec(graph).fingerprint
+    assert len(own) == 32 and own != written and "." not in own
+
+
 def test_an_older_folder_gives_way_only_where_that_was_asked_for(tmp_path: Path) -> None:
     quantised, _ = write_pair(tmp_path, "llama", "Q4_0")
     folder = tmp_path / "onnx"
