@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from onnx_decoders import Shape, write_decoder
 from processes import run_python
-from speculating import CHEAP
+from speculating import CHEAP, Ticks
 
 from lowtide import Runtime
 from lowtide.memory.owners import SPECULATION
@@ -23,10 +23,10 @@ SHAPE = Shape(layers=4, kv_heads=2)
 
 
 def eager(runtime: Runtime) -> Runtime:
-    """Have everything verified, whatever this machine's passes cost."""
+    """Have everything verified, whatever passes and drafts cost on this machine."""
     speculator = runtime._loaded.speculator
     assert speculator is not None
-    speculator._control.costs = PassCosts(CHEAP)
+    speculator._control.costs = PassCosts(CHEAP, Ticks())
     return runtime
 
 
@@ -113,7 +113,8 @@ from lowtide.memory.speculation_plan import CostCurve
 from lowtide.runtime.pass_costs import PassCosts
 options = {{"memory": "1GiB", "threads": 1, "attention": "dense", "speculate": "auto"}}
 with Runtime.open({str(folder)!r}, **options) as runtime:
-    runtime._loaded.speculator._control.costs = PassCosts(CostCurve(num_rows=(1, 8), seconds=(1.0, 1.1)))
+    cheap = CostCurve(num_rows=(1, 8), seconds=(1.0, 1.1))
+    runtime._loaded.speculator._control.costs = PassCosts(cheap, lambda: 0.0)
     result = runtime.generate({TEXT!r}, max_tokens=60, temperature=0)
     assert result.stats.speculation["rounds"] > 0, result.stats.speculation
     print(runtime.plan.total_bytes)
