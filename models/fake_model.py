@@ -200,9 +200,11 @@ class FakeModel(Model):
             raise StateError("the state is not a fake model's")
         self._tokens = array("i", bytes(state[len(_STATE_MAGIC) :])).tolist()
 
-    def open_sequences(self, num_sequences: int, num_cells: int) -> Sequences:
+    def open_sequences(
+        self, num_sequences: int, num_cells: int, max_wanted: int | None = None
+    ) -> Sequences:
         """Return sequences, each of which is a model like this one."""
-        return FakeSequences(self, num_sequences, num_cells)
+        return FakeSequences(self, num_sequences, num_cells, max(max_wanted or 0, num_sequences))
 
     def close(self) -> None:
         """Nothing is held."""
@@ -211,18 +213,21 @@ class FakeModel(Model):
 class FakeSequences(Sequences):
     """A fake model for each sequence; `rows` of the one that they are of has those of every pass."""
 
-    def __init__(self, model: FakeModel, num_sequences: int, num_cells: int) -> None:
+    def __init__(
+        self, model: FakeModel, num_sequences: int, num_cells: int, max_wanted: int
+    ) -> None:
         self.num_sequences, self.num_cells = num_sequences, num_cells
-        self.max_rows = model.max_rows
+        self.max_rows, self.max_wanted = model.max_rows, max_wanted
         self._told = model.rows
         replies = [reply.decode() for reply in model.replies]
         self._models = [FakeModel(replies, num_cells) for _ in range(num_sequences)]
-        self._num_used = 0
+        self._num_used = self._num_shared = 0
 
     def share(self) -> None:
         """Give every sequence the tokens of the first."""
         for other in self._models[1:]:
             other._tokens = self._models[0]._tokens[:]
+        self._num_shared = self._num_used
 
     def forward(self, parts: Sequence[Part]) -> RowLogits:
         """Append the parts; the logits are those of each sequence alone."""
@@ -231,15 +236,25 @@ class FakeSequences(Sequences):
         num_rows = sum(len(part.token_ids) for part in parts)
         if not 0 < num_rows <= min(self.max_rows, self.num_cells - self._num_used):
             raise ForwardError(f"{num_rows} rows do not fit")
+        if sum(part.num_wanted for part in parts) > self.max_wanted:
+            raise ForwardError(f"logits of more than {self.max_wanted} rows are wanted")
         self._num_used += num_rows
         self._told.append(num_rows)
         wanted = []
         for part in parts:
             model = self._models[part.sequence]
-            model._tokens.extend(part.token_ids)
-            if part.wants_logits:
-                wanted.append(model._logits())
+            first_wanted = len(part.token_ids) - part.num_wanted
+            for row, token_id in enumerate(part.token_ids):
+                model._tokens.append(token_id)
+                if row >= first_wanted:
+                    wanted.append(model._logits())
         return np.stack(wanted) if wanted else np.empty((0, NUM_TOKENS), np.float32)
+
+    def truncate(self, sequence: int, num_tokens: int) -> None:
+        """Forget the sequence's tokens from `num_tokens` on."""
+        model, kept = self._models[sequence], max(num_tokens, self._num_shared)
+        self._num_used -= max(model.num_tokens - kept, 0)
+        model.truncate(kept)
 
     def close(self) -> None:
         """Nothing is held."""

@@ -212,14 +212,17 @@ class GgufModel(Model):
             raise
         self._num_tokens = num_tokens
 
-    def open_sequences(self, num_sequences: int, num_cells: int) -> Sequences:
+    def open_sequences(
+        self, num_sequences: int, num_cells: int, max_wanted: int | None = None
+    ) -> Sequences:
         """Make another context, of which every cell is cleared, so that all of it is resident."""
         if not self.keeps_sequences:
             return super().open_sequences(num_sequences, num_cells)
+        wanted = max(max_wanted or 0, num_sequences)
         options = replace(
             self._options,
             context=num_cells,
-            verified_rows=num_sequences,
+            verified_rows=wanted,
             sequences=num_sequences,
             stage=nullcontext,
         )
@@ -228,6 +231,7 @@ class GgufModel(Model):
             self._create_context(options),
             num_sequences=num_sequences,
             max_rows=self.max_rows,
+            max_wanted=wanted,
             vocabulary_size=self._num_logits,
         )
 

@@ -1,7 +1,7 @@
 """GgufSequences: several sequences in a context of their own, on the weights of a model that is loaded.
 
-llama.cpp's sequence ids say whose a cell is: one that all share has all of them. Cells are taken one after
-the other, as nothing is forgotten: the n-th token of the cache lies in cell n. Knows no budget.
+llama.cpp's sequence ids say whose a cell is: one that all share has all of them. It puts each token into
+the lowest cell that is free; where it does otherwise, our attention notices and counts it. Knows no budget.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lowtide.models.errors import ForwardError
+from lowtide.models.free_cells import FreeCells
 from lowtide.models.llama_library import LlamaLibrary
 from lowtide.models.sequences import Part, PartCells, Sequences
 
@@ -28,10 +29,11 @@ class GgufSequences(Sequences):
         *,
         num_sequences: int,
         max_rows: int,
+        max_wanted: int,
         vocabulary_size: int,
     ) -> None:
         self.num_sequences = num_sequences
-        self.max_rows = max_rows
+        self.max_rows, self.max_wanted = max_rows, max_wanted
         self.before_pass: Callable[[PartCells], None] | None = None
         """Told before each pass where the keys of its parts lie."""
         self._library = library
@@ -40,16 +42,17 @@ class GgufSequences(Sequences):
         self._vocabulary_size = vocabulary_size
         self.num_cells = int(self._api.llama_n_ctx(context))
         self._memory = self._api.llama_get_memory(context)
-        self._num_used = self._num_shared = 0
+        self._free = FreeCells(self.num_cells)
+        self._num_shared = 0
         self._own = [array("i") for _ in range(num_sequences)]
         self._batch: Any = self._api.llama_batch_init(max_rows, 0, 1)
 
     def share(self) -> None:
         """Give every cell all sequence ids."""
-        assert self._num_used == len(self._own[0]), "another sequence has tokens"
+        assert not any(self._own[1:]), "another sequence has tokens"
         for sequence in range(1, self.num_sequences):
             self._api.llama_memory_seq_cp(self._memory, 0, sequence, -1, -1)
-        self._num_shared, self._own[0] = self._num_used, array("i")
+        self._num_shared, self._own[0] = len(self._own[0]), array("i")
 
     def forward(self, parts: Sequence[Part]) -> RowLogits:
         """Append the parts in one llama.cpp batch."""
@@ -73,15 +76,28 @@ class GgufSequences(Sequences):
             raise ForwardError(
                 f"a forward pass over {num_rows} rows of {len(parts)} sequences failed: {reason}"
             )
-        wanted = sum(part.wants_logits for part in parts)
+        wanted = sum(part.num_wanted for part in parts)
         if not wanted:
             return np.empty((0, self._vocabulary_size), np.float32)
         pointer = self._api.llama_get_logits(self._context)
         return np.ctypeslib.as_array(pointer, shape=(wanted, self._vocabulary_size))
 
+    def truncate(self, sequence: int, num_tokens: int) -> None:
+        """Have llama.cpp forget the tokens; it fills their cells with those that come next."""
+        if self._context is None:
+            raise ForwardError("the sequences are closed")
+        own, kept = self._own[sequence], max(num_tokens - self._num_shared, 0)
+        if kept >= len(own):
+            return
+        position = self._num_shared + kept
+        if not self._api.llama_memory_seq_rm(self._memory, sequence, position, -1):
+            raise ForwardError(f"llama.cpp cannot forget a sequence's tokens from {position} on")
+        self._free.give_back(own[kept:])
+        del own[kept:]
+
     def rows_agree(self) -> bool:
         """Compute a row alone and beside the others; what is in the cells does not matter after that."""
-        assert self._num_used == 0, "there are tokens"
+        assert len(self._free) == self.num_cells, "there are tokens"
         last = self.num_sequences - 1
         alone = self.forward([Part(last, [last % 251])])[0].copy()
         self._forget()
@@ -93,16 +109,25 @@ class GgufSequences(Sequences):
 
     def _forget(self) -> None:
         self._api.llama_memory_clear(self._memory, False)
-        self._num_used, self._own = 0, [array("i") for _ in range(self.num_sequences)]
+        self._free = FreeCells(self.num_cells)
+        self._own = [array("i") for _ in range(self.num_sequences)]
 
     def _check(self, parts: Sequence[Part], num_rows: int) -> None:
         if self._context is None:
             raise ForwardError("the sequences are closed")
         if not 0 < num_rows <= self.max_rows or not all(part.token_ids for part in parts):
             raise ForwardError(f"{num_rows} rows given, 1 to {self.max_rows} are allowed")
-        if self._num_used + num_rows > self.num_cells:
+        if num_rows > len(self._free):
             raise ForwardError(
-                f"{self._num_used + num_rows} tokens do not fit the cache of {self.num_cells}"
+                f"{num_rows} tokens do not fit the cache: {len(self._free)} of {self.num_cells} cells are "
+                "free"
+            )
+        wanted = sum(part.num_wanted for part in parts)
+        if wanted > self.max_wanted or any(
+            not 0 <= part.num_wanted <= len(part.token_ids) for part in parts
+        ):
+            raise ForwardError(
+                f"logits of {wanted} rows of {num_rows} are wanted, {self.max_wanted} are planned"
             )
         tokens = [token_id for part in parts for token_id in part.token_ids]
         if min(tokens) < 0 or max(tokens) >= self._vocabulary_size:
@@ -114,16 +139,15 @@ class GgufSequences(Sequences):
         batch, row = self._batch, 0
         for part in parts:
             own = self._own[part.sequence]
+            first_wanted = row + len(part.token_ids) - part.num_wanted
             for token_id in part.token_ids:
                 batch.token[row] = token_id
                 batch.pos[row] = self._num_shared + len(own)
                 batch.n_seq_id[row] = 1
                 batch.seq_id[row][0] = part.sequence
-                batch.logits[row] = False
-                own.append(self._num_used)
-                self._num_used += 1
+                batch.logits[row] = row >= first_wanted
+                own.append(self._free.take())
                 row += 1
-            batch.logits[row - 1] = part.wants_logits
         batch.n_tokens = row
 
     def close(self) -> None:

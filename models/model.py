@@ -134,10 +134,13 @@ class Model(ABC):
         """
         raise StateError(f"{self.spec.name} cannot copy its KV cache")
 
-    def open_sequences(self, num_sequences: int, num_cells: int) -> Sequences:
+    def open_sequences(
+        self, num_sequences: int, num_cells: int, max_wanted: int | None = None
+    ) -> Sequences:
         """Return a cache of `num_cells` tokens for several sequences; this model's own stays as it is.
 
-        Raises `ModelError` where it cannot be made.
+        Logits of `max_wanted` rows of a pass come out, of one a sequence in any case. Raises `ModelError`
+        where it cannot be made.
         """
         raise UnsupportedModel(
             f"several sequences at once are wanted, {self.spec.name} computes one: ask one after another"

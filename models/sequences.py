@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Tokens that go in at the end of a sequence; `wants_logits` of the last one."""
+    """Tokens that go in at the end of a sequence; the logits of the last `num_wanted` are wanted."""
 
     sequence: int
     token_ids: Sequence[int]
-    wants_logits: bool = True
+    num_wanted: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,13 +40,14 @@ class PartCells:
 class Sequences(ABC):
     """`num_sequences` sequences in a cache of `num_cells` tokens, of which `max_rows` go in at once.
 
-    What the first one holds when `share` is called is the beginning of all of them, and lies there once.
-    A token's cell is not used again. Close it before the model that it is of.
+    The logits of `max_wanted` rows of a pass come out. What the first sequence holds when `share` is called
+    is the beginning of all of them, and lies there once. Close it before the model that it is of.
     """
 
     num_sequences: int
     num_cells: int
     max_rows: int
+    max_wanted: int
 
     @abstractmethod
     def share(self) -> None:
@@ -56,9 +57,16 @@ class Sequences(ABC):
     def forward(self, parts: Sequence[Part]) -> RowLogits:
         """Append each part to its sequence, in one pass; a sequence has one part at most.
 
-        Returns the logits of the parts that want them, in order, shape (those parts, vocabulary): a view
+        Returns the logits of the rows that are wanted, in order, shape (those rows, vocabulary): a view
         that the next call overwrites. Raises `ForwardError` where native code fails; the sequences are
         of no use then.
+        """
+
+    @abstractmethod
+    def truncate(self, sequence: int, num_tokens: int) -> None:
+        """Forget a sequence's tokens from `num_tokens` on, but for shared ones; their cells are used again.
+
+        Truncating and appending again equals never having appended.
         """
 
     def rows_agree(self) -> bool:

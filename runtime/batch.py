@@ -67,7 +67,7 @@ def _read_shared(
     for start in range(0, num_tokens, sequences.max_rows):
         taken = token_ids[start : start + sequences.max_rows]
         with profiler.span(PREFILL, len(taken)):
-            sequences.forward([Part(0, taken, wants_logits=False)])
+            sequences.forward([Part(0, taken, num_wanted=0)])
     sequences.share()
     for member in members:
         member.begin_behind(num_tokens)
@@ -81,7 +81,7 @@ def _parts(members: Sequence[BatchMember], max_rows: int) -> tuple[list[Part], l
             break
         taken = member.taken(room)
         room -= len(taken)
-        parts.append(Part(member.index, taken, wants_logits=not member.pending))
+        parts.append(Part(member.index, taken, num_wanted=0 if member.pending else 1))
         if not member.pending:
             complete.append(member)
     return parts, complete

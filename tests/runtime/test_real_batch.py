@@ -71,7 +71,7 @@ def test_logits_are_bit_for_bit_those_of_a_sequence_alone(dense: Runtime) -> Non
     try:
         sequences.before_pass = hook.set_parts  # type: ignore[attr-defined]
         for start in range(0, len(shared), 90):
-            sequences.forward([Part(0, shared[start : start + 90], wants_logits=False)])
+            sequences.forward([Part(0, shared[start : start + 90], num_wanted=0)])
         sequences.share()
         found = [sequences.forward([Part(i, tail) for i, tail in enumerate(tails)]).copy()]
         for step in range(3):

@@ -1,0 +1,32 @@
+"""Which cells are handed out: always the lowest ones that are free."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowtide.models.free_cells import FreeCells
+
+
+@given(steps=st.lists(st.one_of(st.none(), st.integers(0, 30)), max_size=60))
+def test_the_lowest_free_cell_is_taken_and_none_twice(steps: list[int | None]) -> None:
+    cells, free, held = FreeCells(20), set(range(20)), list[int]()
+    for step in steps:
+        if step is None and free:
+            lowest = min(free)
+            assert cells.take() == lowest
+            free.remove(lowest)
+            held.append(lowest)
+        elif step is not None and held:
+            given_back = [held.pop(step % len(held))]
+            cells.give_back(given_back)
+            free.update(given_back)
+        assert len(cells) == len(free)
+
+
+def test_a_full_cache_has_none() -> None:
+    cells = FreeCells(1)
+    assert cells.take() == 0
+    with pytest.raises(IndexError, match="no cell is free"):
+        cells.take()
