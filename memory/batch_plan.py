@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from lowtide.memory import footprint
 from lowtide.memory.context_sizes import ContextSizes
 from lowtide.memory.speculation_plan import LOGITS_COPIES
+from lowtide.memory.speculation_wish import SpeculationWish
 from lowtide.models.spec import ModelSpec
 
 CELL_NOTES = 16
@@ -20,14 +21,22 @@ CELL_NOTES = 16
 class BatchPlan:
     """`num_cells` tokens of KV cache for so many sequences: what they share, once, and each one's own.
 
-    `beside_bytes` are the compute buffer, a row of logits for each sequence, and the kernels' scratch.
+    The logits of `num_wanted` rows of a pass come out: one for each sequence, and one for each draft that
+    is verified. Drafts take no cells beyond, as none is verified that has no cell in its sequence's share.
+    `beside_bytes` are the compute buffer, rows of logits, the kernels' scratch, and what drafts hold.
     """
 
     num_sequences: int
     shared_tokens: int
     num_cells: int
+    num_wanted: int
     cache_bytes: int
     beside_bytes: int
+
+    @property
+    def most_drafted(self) -> int:
+        """How many drafts a pass verifies at most, of all sequences."""
+        return self.num_wanted - self.num_sequences
 
     @property
     def num_bytes(self) -> int:
@@ -46,15 +55,23 @@ def plan_batch(
     kv_type: str,
     context: int,
     attention_threads: int,
+    most_drafted: int = 0,
+    speculation: SpeculationWish | None = None,
 ) -> BatchPlan:
     """Plan sequences of `own_tokens` in all behind `shared_tokens`, in passes of `max_rows`.
 
-    `context` is what the model's own plan has the kernels' scratch for, `attention_threads` are the threads
-    of our kernels, 0 where they do not run.
+    At most `most_drafted` tokens of a pass are drafts, whose bytes `speculation` knows. `context` is what
+    the model's own plan has the kernels' scratch for, `attention_threads` are the threads of our kernels,
+    0 where they do not run.
     """
     num_cells = footprint.kv_cells(shared_tokens + own_tokens)
     vocabulary_size = spec.vocabulary.num_tokens
-    logits = LOGITS_COPIES * 4 * vocabulary_size * num_sequences
+    num_wanted = num_sequences + most_drafted
+    logits = LOGITS_COPIES * 4 * vocabulary_size * num_wanted
+    drafts = 0
+    if most_drafted and speculation is not None:
+        text_tokens = own_tokens + num_sequences * shared_tokens
+        drafts = num_sequences * speculation.table_bytes + speculation.token_bytes * text_tokens
     scratch = 0
     if attention_threads:
         scratch = footprint.attention_bytes(spec, max(num_cells, context), attention_threads)
@@ -63,10 +80,12 @@ def plan_batch(
         num_sequences=num_sequences,
         shared_tokens=shared_tokens,
         num_cells=num_cells,
+        num_wanted=num_wanted,
         cache_bytes=sizes.kv_bytes(num_cells, kv_type),
         beside_bytes=sizes.compute_bytes(num_cells, max_rows, kv_type)
         + footprint.CONTEXT_BYTES
         + logits
         + scratch
+        + drafts
         + CELL_NOTES * (num_cells + num_sequences * (shared_tokens + 1)),
     )

@@ -1,0 +1,37 @@
+"""What a batch takes with drafts, beside what it takes without."""
+
+from __future__ import annotations
+
+from lowtide.memory.batch_plan import BatchPlan, plan_batch
+from lowtide.memory.context_sizes import FormulaSizes
+from lowtide.memory.speculation_wish import SpeculationWish
+from lowtide.models.fake_model import fake_spec
+
+SPEC = fake_spec(512)
+WISH = SpeculationWish(num_rows=8, table_bytes=1000, token_bytes=9)
+
+
+def plan_of(most_drafted: int) -> BatchPlan:
+    return plan_batch(
+        SPEC,
+        FormulaSizes(SPEC),
+        num_sequences=3,
+        shared_tokens=100,
+        own_tokens=50,
+        max_rows=64,
+        kv_type="f16",
+        context=512,
+        attention_threads=0,
+        most_drafted=most_drafted,
+        speculation=WISH,
+    )
+
+
+def test_drafts_take_rows_of_logits_and_what_they_hold_of_each_text_and_no_cells() -> None:
+    without, drafting = plan_of(0), plan_of(5)
+    logits = 5 * 2 * 4 * SPEC.vocabulary.num_tokens
+    held = 3 * 1000 + 9 * (3 * 100 + 50)
+    assert drafting.num_bytes - without.num_bytes == logits + held
+    assert drafting.cache_bytes == without.cache_bytes
+    assert (drafting.num_wanted, drafting.most_drafted) == (8, 5)
+    assert (without.num_wanted, without.most_drafted) == (3, 0)
