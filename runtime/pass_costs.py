@@ -10,14 +10,16 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lowtide.attention.calibration_file import CalibrationError, find_file, write_values
 from lowtide.memory.speculation_plan import CostCurve
-from lowtide.models.model import Model
+
+if TYPE_CHECKING:
+    from lowtide.models.model import Logits, RowLogits
 
 ENOUGH_S = 0.15
 """Time after which no further round of measurements is begun."""
@@ -28,6 +30,22 @@ RETURNING = 0.005
 """How far it moves back to what was measured at first with each plain step: one slow pass is forgiven."""
 MOST_SURPRISE = 2.0
 """A pass that took longer than this many times what was expected was disturbed, and counts as so many."""
+
+
+class Passes(Protocol):
+    """A sequence that rows are appended to and taken off again, as `Model` has it."""
+
+    def forward(self, token_ids: Sequence[int]) -> Logits:
+        """Append the tokens and return the logits of the last row."""
+        ...
+
+    def forward_rows(self, token_ids: Sequence[int]) -> RowLogits:
+        """Append the tokens and return the logits of every row."""
+        ...
+
+    def truncate(self, num_tokens: int) -> int | None:
+        """Forget every token from position `num_tokens` on."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +59,7 @@ class MeasuredPasses:
     rows_agree: bool
 
 
-def measured_passes(model: Model, num_rows: int, key: str) -> MeasuredPasses:
+def measured_passes(model: Passes, num_rows: int, key: str) -> MeasuredPasses:
     """Return what passes of 1 to `num_rows` rows are like; `key` says of which model, machine and setting.
 
     The model's cache is empty before and after. What was measured under the key is not measured again.
@@ -63,7 +81,7 @@ def _measured_rows(num_rows: int) -> tuple[int, ...]:
     return tuple(sorted({1, num_rows, *(n for n in (2, 4, 8, 16, 32) if n < num_rows)}))
 
 
-def _measured(model: Model, rows: tuple[int, ...]) -> list[float]:
+def _measured(model: Passes, rows: tuple[int, ...]) -> list[float]:
     """The least of a few rounds: whatever else the machine did only adds."""
     best = [float("inf")] * len(rows)
     model.truncate(0)
@@ -81,17 +99,21 @@ def _measured(model: Model, rows: tuple[int, ...]) -> list[float]:
     return best
 
 
-def _rows_agree(model: Model, num_rows: int) -> bool:
-    """Compare each row of a pass with the same row computed alone."""
+def _rows_agree(model: Passes, num_rows: int) -> bool:
+    """Compare each row of a pass with the same row computed alone; rows are as long as a vocabulary."""
     token_ids = [row * 7 % 251 for row in range(num_rows)]
-    together = model.forward_rows(token_ids).copy()
+    together = [_digest(row) for row in model.forward_rows(token_ids)]
     model.truncate(0)
     agree = all(
-        (model.forward((token_id,)) == row).all()
-        for token_id, row in zip(token_ids, together, strict=True)
+        _digest(model.forward((token_id,))) == digest
+        for token_id, digest in zip(token_ids, together, strict=True)
     )
     model.truncate(0)
     return agree
+
+
+def _digest(row: Logits) -> bytes:
+    return hashlib.blake2b(row.data, digest_size=16).digest()
 
 
 def _read(path: Path | None, rows: tuple[int, ...]) -> MeasuredPasses | None:
@@ -130,11 +152,11 @@ class PassCosts:
         """Return the seconds that a pass of so many rows takes."""
         return self._one_s * self._ratios[num_rows]
 
-    def observe(self, num_rows: int, seconds: float) -> None:
-        """Hold the curve against a pass."""
+    def observe(self, num_rows: int, seconds: float, plain_rows: int = 1) -> None:
+        """Hold the curve against a pass; one of `plain_rows` verified nothing: it tells the pace."""
         surprise = seconds / max(self.of(num_rows), 1e-9)
         surprise = min(max(surprise, 1 / MOST_SURPRISE), MOST_SURPRISE)
-        if num_rows == 1:
+        if num_rows == plain_rows:
             # What was measured is of another day, maybe: the first steps count for more.
             self._num_plain += 1
             self._one_s *= surprise ** max(FOLLOWING, 1 / (1 + self._num_plain))

@@ -49,7 +49,7 @@ def load_speculator(planned: PlannedModel, model: Model, steering: Steering) -> 
         return Speculator.without(
             f"{planned.policy.name}'s correction computes decoded tokens again"
         )
-    passes = measured_passes(model, num_rows, _key(planned))
+    passes = measured_passes(model, num_rows, passes_key(planned))
     drafts = _drafts(planned, model)
     return Speculator(
         drafts,
@@ -86,8 +86,8 @@ def _draft_model(planned: PlannedModel, spec: ModelSpec, model: Model) -> ModelD
     return ModelDraft(draft)
 
 
-def _key(planned: PlannedModel) -> str:
-    """Everything that the cost of a pass depends on."""
+def passes_key(planned: PlannedModel) -> str:
+    """Return everything that the cost of a pass depends on."""
     spec, plan = planned.spec, planned.plan
     parts = (
         spec.fingerprint, sorted(spec.tensor_types), spec.weight_bytes, platform.node(),
