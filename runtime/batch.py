@@ -1,19 +1,25 @@
-"""The loop of several answers: what they share is read once, then each pass takes all of them a step on.
-
-Knows no budget and no text.
+"""The loop of several answers: what they share is read once, then each pass takes all of them a step on, or
+several steps, where drafts are verified. Knows no budget and no text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from lowtide.attention.policy import Steering
 from lowtide.models.sequences import Part, Sequences
+from lowtide.models.token_tree import TokenTree
 from lowtide.models.tokenizer import common_prefix
+from lowtide.runtime.accept import Verification
 from lowtide.runtime.batch_member import BatchMember, BatchPrompt
+from lowtide.runtime.batch_speculation import BatchSpeculation
 from lowtide.runtime.generate import Piece
 from lowtide.runtime.profiler import DECODE, PREFILL, SILENT, Profiler
 from lowtide.runtime.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from lowtide.models.model import Logits, RowLogits
 
 
 def num_shared(prompts: Sequence[BatchPrompt]) -> int:
@@ -31,11 +37,13 @@ def generate_together(
     shared_tokens: int,
     steering: Steering,
     watchdog: Watchdog,
+    speculation: BatchSpeculation | None = None,
     profiler: Profiler = SILENT,
 ) -> Iterator[tuple[int, Piece]]:
     """Yield the pieces of all answers as they come, each with its member's index.
 
-    Member i is sequence i. Prompts are read to the end before anything is decoded after a first token.
+    Member i is sequence i. Prompts are read to the end before anything is decoded after a first token. With
+    `speculation` a pass may take an answer on by several tokens; they are the same tokens.
     """
     _read_shared(sequences, members, shared_tokens, steering, profiler)
     active = list(members)
@@ -43,15 +51,24 @@ def generate_together(
         reading = [member for member in active if member.is_reading]
         takes_part = reading or active
         kind = PREFILL if reading else DECODE
+        drafting = None if reading else speculation
+        if drafting is not None:
+            drafting.draft(active)
         (steering.before_prompt if reading else steering.before_decode)()
         parts, complete = _parts(takes_part, sequences.max_rows)
         with profiler.span(kind, sum(len(part.token_ids) for part in parts)):
             rows = sequences.forward(parts)
-        is_over = watchdog.is_over()
-        for member, logits in zip(complete, rows, strict=True):
-            with profiler.span("sampling"):
-                piece = member.answer(logits, is_over=is_over)
-            yield member.index, piece
+        if drafting is not None:
+            drafting.passed()
+        is_over, num_tokens = watchdog.is_over(), 0
+        for member, its_rows in zip(complete, _by_member(rows, complete), strict=True):
+            for piece in _answered(member, its_rows, profiler, is_over=is_over):
+                num_tokens += 1
+                yield member.index, piece
+            if member.drafted:
+                sequences.truncate(member.index, member.computed)
+        if drafting is not None:
+            drafting.settled(num_tokens)
         active = [member for member in active if not member.is_done]
 
 
@@ -79,9 +96,36 @@ def _parts(members: Sequence[BatchMember], max_rows: int) -> tuple[list[Part], l
     for member in members:
         if room == 0:
             break
-        taken = member.taken(room)
+        taken = [*member.taken(room), *member.drafted]
         room -= len(taken)
-        parts.append(Part(member.index, taken, num_wanted=0 if member.pending else 1))
+        num_wanted = 0 if member.pending else 1 + len(member.drafted)
+        parts.append(Part(member.index, taken, num_wanted))
         if not member.pending:
             complete.append(member)
     return parts, complete
+
+
+def _by_member(rows: RowLogits, members: Sequence[BatchMember]) -> Iterator[RowLogits]:
+    """Yield of a pass's rows those of each member: one, and one for each of its drafts."""
+    start = 0
+    for member in members:
+        end = start + 1 + len(member.drafted)
+        yield rows[start:end]
+        start = end
+
+
+def _answered(
+    member: BatchMember, rows: RowLogits, profiler: Profiler, *, is_over: bool
+) -> Iterator[Piece]:
+    """Yield the piece that each row gives, up to the first whose token is not what was drafted."""
+    tree = TokenTree.chain(member.drafted).behind(member.text[-1])
+    verification = Verification(tree, rows)
+    logits: Logits | None = verification.first
+    while logits is not None:
+        with profiler.span("sampling"):
+            piece = member.answer(logits, is_over=is_over)
+        yield piece
+        if member.is_done or piece.token_id is None:
+            return
+        logits = verification.accept(piece.token_id)
+        member.follows(piece.token_id, is_accepted=logits is not None)

@@ -10,13 +10,16 @@ from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lowtide.memory.batch_plan import BatchPlan, plan_batch
+from lowtide.memory.batch_plan import BatchPlan
 from lowtide.memory.owners import BATCH
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf_model import GgufModel
-from lowtide.runtime.batch import generate_together, num_shared
+from lowtide.runtime.batch import generate_together
 from lowtide.runtime.batch_member import BatchMember, BatchPrompt
+from lowtide.runtime.batch_planning import batch_plans, why_not_drafted
 from lowtide.runtime.batch_room import BatchRoom
+from lowtide.runtime.batch_speculation import BatchSpeculation
+from lowtide.runtime.batch_speculation_loading import load_batch_speculation
 from lowtide.runtime.generate import Piece, Prompt, RunFacts
 from lowtide.runtime.loaded_model import LoadedModel
 from lowtide.runtime.options import GenerationOptions
@@ -24,6 +27,7 @@ from lowtide.runtime.overflow import fit_tokens
 from lowtide.runtime.profiler import Profiler
 from lowtide.runtime.result import GenerationResult
 from lowtide.runtime.session import Session
+from lowtide.runtime.speculate import Speculator
 
 MOST_SEQUENCES = 256
 """llama.cpp knows no more in one cache."""
@@ -59,7 +63,8 @@ class BatchAnswers(ABC):
         for token, where `stats.batch["identical"]` says so. Takes memory beside the plan's, inside the
         budget: the KV cache of all tokens that are asked for. Raises `OverBudget` before anything is
         allocated where there is no room, `BadOption` where the model or the attention computes one
-        sequence at a time. Nothing is drafted.
+        sequence at a time. Where the runtime speculates, each answer has drafts of its own, and a pass
+        verifies those of all; a draft model drafts nothing here.
         """
         collected: list[list[Piece]] = [[] for _ in prompts]
         for index, piece in self.stream_batch(prompts, options, **named):
@@ -114,42 +119,39 @@ class BatchAnswers(ABC):
                 + (", or raise max_rows" if most < MOST_SEQUENCES else "")
             )
 
-    def _planned_batch(self, asked: Sequence[BatchPrompt]) -> BatchPlan:
-        planned, model = self._loaded.planned, self._loaded.model
-        shared = num_shared(asked)
-        threads = planned.options.num_threads if planned.policy.uses_hook else 0
-        return plan_batch(
-            planned.spec,
-            planned.sizes,
-            num_sequences=len(asked),
-            shared_tokens=shared,
-            own_tokens=sum(one.most_cells(model.context) - shared for one in asked),
-            max_rows=model.max_rows,
-            kv_type=planned.plan.kv_type,
-            context=planned.plan.context,
-            attention_threads=threads,
-        )
-
     def _together(
         self, answer: int, asked: Sequence[BatchPrompt]
     ) -> Generator[tuple[int, Piece], None, None]:
-        plan = self._planned_batch(asked)
-        room = self._room = self._room or BatchRoom(self._loaded, self._session)
+        loaded = self._loaded
+        room = self._room = self._room or BatchRoom(loaded, self._session)
+        plan = room.largest(batch_plans(loaded.planned, loaded.model, asked))
         with contextlib.ExitStack() as stack:
             with self._stepping:
                 self._check_goes_on(answer)
                 sequences = stack.enter_context(room.opened(plan))
-            facts = self._facts(plan, room)
+                speculation = load_batch_speculation(
+                    loaded.planned, plan, sequences, loaded.steering
+                )
+                if speculation is not None:
+                    stack.callback(speculation.close)
+            facts = self._facts(plan, room, speculation, asked)
             members = [
-                BatchMember(index, one, self._loaded.model, facts)
+                BatchMember(
+                    index,
+                    one,
+                    loaded.model,
+                    facts,
+                    speculation.members[index] if speculation is not None else None,
+                )
                 for index, one in enumerate(asked)
             ]
             pieces = generate_together(
                 sequences,
                 members,
                 plan.shared_tokens,
-                self._loaded.steering,
+                loaded.steering,
                 facts.watchdog,
+                speculation,
                 self._profiler,
             )
             while True:
@@ -158,8 +160,10 @@ class BatchAnswers(ABC):
                     piece = next(pieces, None)
                 if piece is None:
                     return
-                if facts.batch is not None and room.cells_differ:
-                    facts.batch.update(identical=False, why_not_identical=CELLS_DIFFER)
+                if room.cells_differ:
+                    for told in (facts.batch, piece[1].stats.speculation):
+                        if told is not None:
+                            told.update(identical=False, why_not_identical=CELLS_DIFFER)
                 yield piece
 
     def _end_batch(self) -> None:
@@ -168,9 +172,18 @@ class BatchAnswers(ABC):
             with self._stepping:
                 self._room.close()
 
-    def _facts(self, plan: BatchPlan, room: BatchRoom) -> RunFacts:
-        alone = self._loaded.run_facts()
-        reason = self._why_not_identical(room.rows_agree(plan.num_sequences))
+    def _facts(
+        self,
+        plan: BatchPlan,
+        room: BatchRoom,
+        speculation: BatchSpeculation | None,
+        asked: Sequence[BatchPrompt],
+    ) -> RunFacts:
+        loaded, alone = self._loaded, self._loaded.run_facts()
+        rows_agree = room.rows_agree(plan.num_sequences)
+        if speculation is not None:
+            rows_agree = rows_agree and speculation.rows_agree
+        reason = self._why_not_identical(rows_agree)
         told = {
             "sequences": plan.num_sequences,
             "shared_tokens": plan.shared_tokens,
@@ -179,8 +192,11 @@ class BatchAnswers(ABC):
             "identical": reason is None,
             "why_not_identical": reason,
         }
-        planned_bytes = alone.planned_bytes + self._loaded.ledger.owners[BATCH]
-        return replace(alone, speculator=None, batch=told, planned_bytes=planned_bytes)
+        planned_bytes = alone.planned_bytes + loaded.ledger.owners[BATCH]
+        speculator = None
+        if loaded.planned.speculation is not None and speculation is None:
+            speculator = Speculator.without(why_not_drafted(loaded.planned, loaded.model, asked))
+        return replace(alone, speculator=speculator, batch=told, planned_bytes=planned_bytes)
 
     def _why_not_identical(self, rows_agree: bool) -> str | None:
         """Say why a greedy answer may differ from that of its prompt alone; None where it cannot."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lowtide.models.model import Model
 from lowtide.models.tokenizer import TextStream
 from lowtide.runtime.answer_meter import AnswerMeter
 from lowtide.runtime.generate import Piece, Prompt, RunFacts
+from lowtide.runtime.member_speculation import MemberSpeculation
 from lowtide.runtime.options import GenerationOptions
 from lowtide.runtime.sampling import Sampler
+from lowtide.runtime.statistics import Statistics
 from lowtide.runtime.stopping import StopMatcher
 
 if TYPE_CHECKING:
@@ -36,13 +39,16 @@ class BatchPrompt:
 class BatchMember:
     """Samples, and ends, as the loop of one answer does.
 
-    `pending` are its tokens that are not computed yet, `computed` how many are.
+    `pending` are its tokens that are not computed yet, `computed` how many are. `drafted` are computed
+    behind the pending one, and count once they are accepted: `speculation` proposes them.
     """
 
     index: int
     asked: BatchPrompt
     model: Model
     facts: RunFacts
+    speculation: MemberSpeculation | None = None
+    drafted: tuple[int, ...] = field(init=False, default=())
     pending: list[int] = field(init=False)
     computed: int = field(init=False, default=0)
     is_reading: bool = field(init=False, default=True)
@@ -73,6 +79,24 @@ class BatchMember:
         self.computed += len(taken)
         return taken
 
+    @property
+    def text(self) -> Sequence[int]:
+        """The prompt's tokens and those that were chosen."""
+        return self._history
+
+    @property
+    def num_free(self) -> int:
+        """How many drafts the cache has a cell for, behind what is pending."""
+        most = self.asked.most_cells(self.model.context)
+        return most - self.computed - len(self.pending)
+
+    def follows(self, token_id: int, *, is_accepted: bool) -> None:
+        """Go on behind a token that was chosen; where it `is_accepted` it is computed already."""
+        if is_accepted:
+            self.taken(1)
+        if self.speculation is not None:
+            self.speculation.came(token_id, is_accepted=is_accepted)
+
     def answer(self, logits: Logits, *, is_over: bool) -> Piece:
         """Return the next piece; `is_over` says that the budget has no room for another token."""
         if self.is_reading:
@@ -81,7 +105,7 @@ class BatchMember:
         token_id = self._sampler.choose(logits, self._history)
         if self.model.tokenizer.is_end(token_id):
             self.is_done = True
-            return Piece(self._stops.rest(), None, "stop", self._meter.final())
+            return Piece(self._stops.rest(), None, "stop", self._final())
         self._meter.sampled()
         text, stopped = self._stops.push(self._stream.push(token_id))
         finish_reason = self._finish_reason(stopped)
@@ -90,10 +114,17 @@ class BatchMember:
         if finish_reason is not None:
             self.is_done = True
             rest = "" if stopped else self._stops.rest()
-            return Piece(text + rest, token_id, finish_reason, self._meter.final())
+            return Piece(text + rest, token_id, finish_reason, self._final())
         self._history.append(token_id)
         self.pending.append(token_id)
         return Piece(text, token_id, None, self._meter.statistics())
+
+    def _final(self) -> Statistics:
+        stats = self._meter.final()
+        if self.speculation is None or self.facts.batch is None:
+            return stats
+        not_identical = self.facts.batch["why_not_identical"]
+        return replace(stats, speculation=self.speculation.statistics(not_identical))
 
     def _finish_reason(self, stopped: bool) -> str | None:
         if stopped:

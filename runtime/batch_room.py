@@ -6,7 +6,7 @@ Knows how a batch is planned, and nothing of its answers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from lowtide.attention.abort_guard import guarded_aborts
 from lowtide.memory.batch_plan import BatchPlan
@@ -33,6 +33,18 @@ class BatchRoom:
         self._open: Sequences | None = None
         self._refused_before = 0
 
+    def largest(self, plans: Sequence[BatchPlan]) -> BatchPlan:
+        """Return the first that there is room for, the last in any case.
+
+        The session's cache is given up only where the last one cannot do without.
+        """
+        ledger = self._loaded.ledger
+        free_bytes = ledger.budget_bytes - ledger.reserved_bytes
+        *larger, last = plans
+        if last.num_bytes > free_bytes:
+            free_bytes += self._grown_bytes() + self._lent_bytes()
+        return next((plan for plan in larger if plan.num_bytes <= free_bytes), last)
+
     @contextlib.contextmanager
     def opened(self, plan: BatchPlan) -> Iterator[Sequences]:
         """Yield the sequences, which are closed behind the block.
@@ -44,7 +56,9 @@ class BatchRoom:
         try:
             with guarded_aborts():
                 model = self._loaded.model
-                self._open = opened = model.open_sequences(plan.num_sequences, plan.num_cells)
+                self._open = opened = model.open_sequences(
+                    plan.num_sequences, plan.num_cells, plan.num_wanted
+                )
             self._tell_hook(opened)
             self._refused_before = self._num_refused()
             if plan.num_sequences not in self._agree:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from lowtide.models.token_tree import TokenTree
 from lowtide.runtime.accept import Acceptance, chances
 from lowtide.runtime.drafts.draft import NOTHING, Draft, Proposal
+from lowtide.runtime.offer import Offer
 from lowtide.runtime.pass_costs import PassCosts
 
 LEAST_GAIN = 1.08
@@ -149,6 +150,34 @@ class SpeculationControl:
             else:
                 self.wasted_s += drafting_s
         return best[1:] if best[1] else None
+
+    def offered(self, token_ids: Sequence[int], most_tokens: int) -> Offer | None:
+        """Return what promises the most tokens after `token_ids`; others decide what of it is verified."""
+        best: Offer | None = None
+        for record in self._records:
+            if most_tokens < 1 or not self._may_propose(record, most_tokens):
+                continue
+            before = self.costs.clock()
+            proposal = self._proposed(record, token_ids, most_tokens)
+            drafting_s = self.costs.clock() - before
+            path, acceptance = proposal.tree.first_path(), record.classes[proposal.sureness]
+            believed = acceptance.by_position()
+            offer = Offer(record.draft.name, proposal.token_ids, believed, drafting_s)
+            is_best = bool(path) and (best is None or offer.promise > best.promise)
+            if is_best or (path and len(record.watched) < MOST_WATCHED):
+                record.watched.append(_Watched(proposal.tree, path, acceptance))
+            declined = best if is_best else offer
+            best = offer if is_best else best
+            self.wasted_s += declined.drafting_s if declined is not None else 0.0
+        return best
+
+    def declined(self, offer: Offer) -> None:
+        """Nothing of an offer is verified."""
+        self.wasted_s += offer.drafting_s
+
+    def shared(self, seconds: float) -> None:
+        """A pass of several answers, whose costs another observes, took so long."""
+        self._useful_s += seconds
 
     def _may_propose(self, record: _Record, most: int) -> bool:
         """Whether proposing pays, or there is time to waste on finding out."""

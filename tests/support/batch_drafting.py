@@ -1,0 +1,93 @@
+"""Batches that draft what a test tells them to, with costs of its own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from speculating import Ticks, ToldDraft
+
+from lowtide.attention.policy import Steering
+from lowtide.memory.batch_plan import BatchPlan
+from lowtide.memory.speculation_plan import CostCurve
+from lowtide.models.fake_model import FakeSequences
+from lowtide.models.sequences import Part, Sequences
+from lowtide.runtime import batch_answers
+from lowtide.runtime.batch_speculation import BatchSpeculation
+from lowtide.runtime.drafts.draft import Draft
+from lowtide.runtime.member_speculation import MemberSpeculation
+from lowtide.runtime.pass_costs import PassCosts
+from lowtide.runtime.planning import PlannedModel
+from lowtide.runtime.speculation_control import SpeculationControl
+
+CHEAP = CostCurve(num_rows=(1, 64), seconds=(1.0, 1.1))
+"""Rows cost next to nothing, so that everything is verified."""
+FAIR = CostCurve(num_rows=(1, 64), seconds=(1.0, 7.3))
+"""Ten rows cost a pass: what is often right pays."""
+DEAR = CostCurve(num_rows=(1, 64), seconds=(1.0, 64.0))
+"""Every row costs a pass: nothing pays."""
+
+
+def draft_in_batches(
+    monkeypatch: pytest.MonkeyPatch,
+    drafts_of: Callable[[int], Sequence[Draft]],
+    believed: CostCurve = CHEAP,
+    cost: CostCurve | None = None,
+) -> None:
+    """Have batches draft with what `drafts_of` returns for a member.
+
+    Passes are taken to cost what is `believed`; they do so, unless `cost` says otherwise.
+    """
+    clock, forward = Ticks(), FakeSequences.forward
+
+    def ticking(sequences: FakeSequences, parts: Sequence[Part]) -> Any:
+        clock.now += (cost or believed).of(sum(len(part.token_ids) for part in parts))
+        return forward(sequences, parts)
+
+    def load(
+        planned: PlannedModel, plan: BatchPlan, _sequences: Sequences, _steering: Steering
+    ) -> BatchSpeculation | None:
+        if not plan.most_drafted:
+            return None
+        rows = tuple(sorted({1, plan.num_sequences, plan.num_wanted}))
+        seconds = tuple(believed.of(num_rows) for num_rows in rows)
+        costs = PassCosts(CostCurve(num_rows=rows, seconds=seconds), clock)
+        members = [_member(drafts_of(i), costs, planned) for i in range(plan.num_sequences)]
+        return BatchSpeculation(members, costs, rows_agree=True)
+
+    monkeypatch.setattr(FakeSequences, "forward", ticking)
+    monkeypatch.setattr(batch_answers, "load_batch_speculation", load)
+
+
+def _member(drafts: Sequence[Draft], costs: PassCosts, planned: PlannedModel) -> MemberSpeculation:
+    return MemberSpeculation(
+        drafts,
+        SpeculationControl(drafts, costs),
+        most_drafted=planned.plan.verified_rows - 1,
+        vocabulary_size=planned.spec.vocabulary.num_tokens,
+    )
+
+
+def knowing(tokens: Sequence[int]) -> ToldDraft:
+    """A draft that knows what comes behind the text's last newline."""
+
+    def rest(text: Sequence[int]) -> Sequence[int]:
+        said = list(reversed(text)).index(ord("\n"))
+        return tokens[said:]
+
+    return ToldDraft(rest)
+
+
+def half_knowing(tokens: Sequence[int], seed: int) -> ToldDraft:
+    """One that is right for a random number of tokens and then says anything, also what is no token."""
+    chance, right = random.Random(seed), knowing(tokens)
+
+    def mixed(text: Sequence[int]) -> Sequence[int]:
+        right.follow(text)
+        rest = right.propose(chance.randrange(6)).token_ids
+        least, most = chance.choice(((0, 259), (-3, 300)))
+        return (*rest, *(chance.randrange(least, most) for _ in range(chance.randrange(5))))
+
+    return ToldDraft(mixed)
