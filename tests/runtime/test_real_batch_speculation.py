@@ -135,9 +135,9 @@ def test_the_peak_stays_inside_the_budget_also_where_costs_are_measured(smollm2:
 from lowtide import Runtime
 from lowtide.runtime.pass_costs import PassCosts
 PassCosts.of = lambda self, num_rows: 1.0 + 0.001 * num_rows
-with Runtime.open({str(smollm2)!r}, memory="330MiB", context=2048, threads=1, speculate="auto",
+with Runtime.open({str(smollm2)!r}, memory="330MiB", context=512, threads=1, speculate="auto",
                   max_rows=64, attention="dense") as runtime:
-    runtime.generate("one two three four " * 40, max_tokens=2)
+    runtime.generate("one two three four " * 120, max_tokens=2)
     prompts = ["one two three four " * 60 + str(i) for i in range(8)]
     results = runtime.generate_batch(prompts, max_tokens=40, temperature=0)
     stats = results[0].stats
