@@ -2,12 +2,17 @@
 
 Run with `make bench`. Runs in the same runtime find the 1,000 tokens in the cache; runs that are each their
 own read them again. Both are timed, with our own kernels and with packed weights, greedily: the answers are
-the same.
+the same. Then eight texts that copy themselves, in a batch that speculates and in one that does not:
+LOWTIDE_PROMPTS names a file of prompts, a JSON object a line with `category` and `turns` (Spec-Bench's
+form), of which those of LOWTIDE_KIND are taken (summarization); without it they are made here.
+LOWTIDE_THREADS is how many threads these have.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +27,13 @@ pytestmark = pytest.mark.benchmark
 LENGTH = 1000
 MAX_TOKENS = 64
 ROUNDS = int(os.environ.get("LOWTIDE_ROUNDS", "3"))
+THREADS = int(os.environ.get("LOWTIDE_THREADS", "2"))
+PARAGRAPH = (
+    "The harbour lies behind a long wall of grey stone. At low tide the boats rest on the mud, and the "
+    "children walk between them with buckets. At high tide the ferry comes in, and the bell on the quay is "
+    "rung three times. Nobody remembers who hung the bell there."
+)
+PLACES = ("harbour", "village", "market", "station", "school", "museum", "garden", "theatre")
 QUESTIONS = (
     "What is said first?",
     "What is said last?",
@@ -82,3 +94,59 @@ def test_eight_together(benchmark: Any, smollm2: Path, *, pack: bool, anew: bool
     batch = together[0][0].stats.batch
     assert batch is not None and batch["identical"]
     assert abs(batch["shared_tokens"] - LENGTH) < 10
+
+
+def copying_prompts() -> list[str]:
+    """Eight prompts whose answers copy from them: those of a file, or texts to be written once more."""
+    path = os.environ.get("LOWTIDE_PROMPTS")
+    if path is None:
+        texts = [PARAGRAPH.replace("harbour", place) for place in PLACES]
+        return [f"{text}\n\nThe same text once more:\n\n{text[:40]}" for text in texts]
+    kind = os.environ.get("LOWTIDE_KIND", "summarization")
+    entries = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
+    prompts = [entry["turns"][0] for entry in entries if entry["category"] == kind][:8]
+    if not prompts:
+        pytest.skip(f"{path} has no prompts of the kind {kind}")
+    return prompts
+
+
+@pytest.mark.parametrize("pack", [False, True], ids=["dense", "packed"])
+def test_eight_that_speculate(benchmark: Any, smollm2: Path, *, pack: bool) -> None:
+    options: dict[str, Any] = {"memory": "4GiB", "context": 2048, "threads": THREADS}
+    wanted: dict[str, Any] = {"max_tokens": MAX_TOKENS, "temperature": 0, "overflow": "drop-oldest"}
+    prompts = copying_prompts()
+    without: list[list[GenerationResult]] = []
+    drafting: list[list[GenerationResult]] = []
+    with (
+        Runtime.open(smollm2, **options, attention="dense", pack=pack) as plain,
+        Runtime.open(
+            smollm2, **options, attention="dense", pack=pack, speculate="auto"
+        ) as speculating,
+    ):
+        paired(
+            benchmark,
+            f"{len(prompts)} prompts that copy, {MAX_TOKENS} new tokens, speculating together",
+            lambda: drafting.append(speculating.generate_batch(prompts, **wanted)),
+            lambda: without.append(plain.generate_batch(prompts, **wanted)),
+            rounds=ROUNDS,
+            peer="the same batch without drafts",
+        )
+    for one, other in zip(without, drafting, strict=True):
+        assert [r.token_ids for r in one] == [r.token_ids for r in other]
+    told = [result.stats.speculation for result in drafting[-1]]
+    rounds, drafted, accepted = (
+        sum(stats[name] for stats in told if stats is not None)
+        for name in ("rounds", "drafted", "accepted")
+    )
+    ratios = [decode_s(one) / decode_s(other) for one, other in zip(without, drafting, strict=True)]
+    ratio = statistics.median(ratios[1:])
+    benchmark.extra_info.update(decode_ratio=ratio, drafted=drafted, accepted=accepted)
+    print(
+        f"decoding alone: {ratio:.3f} x ({min(ratios[1:]):.3f} to {max(ratios[1:]):.3f}); {accepted} of "
+        f"{drafted} drafts accepted in {rounds} rounds"
+    )
+
+
+def decode_s(results: list[GenerationResult]) -> float:
+    """Return the seconds from the first answer's first token to the last answer's end."""
+    return max(result.stats.decode_s for result in results)
