@@ -50,14 +50,16 @@ class BatchSpeculation:
         self._started_at = self._costs.clock()
 
     def passed(self) -> None:
-        """The pass is over: its time goes into the costs, and to each answer."""
+        """The pass is over: its time goes into the costs, and each answer has its share of it."""
         self._pass_s = self._costs.clock() - self._started_at
         self._decoded_s += self._pass_s
         num_plain = len(self._passing)
         num_rows = num_plain + sum(len(member.drafted) for member in self._passing)
         self._costs.observe(num_rows, self._pass_s, plain_rows=num_plain)
         for member in self._passing:
-            self.members[member.index].passed(self._pass_s, has_drafts=bool(member.drafted))
+            self.members[member.index].passed(
+                self._pass_s, num_members=num_plain, has_drafts=bool(member.drafted)
+            )
 
     def settled(self, num_tokens: int) -> None:
         """All answers together have so many tokens of the pass: what verifying won or lost is kept.

@@ -60,9 +60,9 @@ class MemberSpeculation:
         self._record.drafted(self._offer.draft, len(drafted))
         return drafted
 
-    def passed(self, seconds: float, *, has_drafts: bool) -> None:
-        """The pass of all members took so long."""
-        self._control.shared(seconds)
+    def passed(self, seconds: float, *, num_members: int, has_drafts: bool) -> None:
+        """A pass of so many members took so long; what drafting may waste is a share of this one's part."""
+        self._control.shared(seconds / num_members)
         if has_drafts:
             self._record.verified(seconds)
 

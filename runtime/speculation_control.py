@@ -176,7 +176,7 @@ class SpeculationControl:
         self.wasted_s += offer.drafting_s
 
     def shared(self, seconds: float) -> None:
-        """A pass of several answers, whose costs another observes, took so long."""
+        """This answer's part of a pass of several, whose costs another observes, took so long."""
         self._useful_s += seconds
 
     def _may_propose(self, record: _Record, most: int) -> bool:
