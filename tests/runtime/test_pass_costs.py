@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from lowtide import FakeModel
-from lowtide.runtime.pass_costs import measured_passes
+from lowtide.memory.speculation_plan import CostCurve
+from lowtide.runtime.pass_costs import PassCosts, measured_passes
 
 
 def test_they_are_measured_once_for_each_key(tmp_path: Path) -> None:
@@ -55,3 +56,15 @@ def test_rows_that_depend_on_their_batch_are_found_out() -> None:
 
     assert not measured_passes(Rounding(), 8, "key").rows_agree
     assert measured_passes(Rounding(), 3, "key").rows_agree
+
+
+def test_passes_that_verify_nothing_tell_the_pace_of_all() -> None:
+    curve = CostCurve(num_rows=(1, 8, 16), seconds=(1.0, 4.0, 8.0))
+    costs = PassCosts(curve)
+    for _ in range(60):
+        costs.observe(8, 2.0, plain_rows=8)
+    assert costs.of(8) == pytest.approx(2.0, rel=0.01)
+    assert costs.of(16) == pytest.approx(4.0, rel=0.01)
+    for _ in range(60):
+        costs.observe(16, 6.0, plain_rows=8)
+    assert costs.of(16) == pytest.approx(6.0, rel=0.01) and costs.of(8) < 3.0

@@ -1,0 +1,86 @@
+"""What one answer of a batch offers, and what it learns of what became of that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from speculating import Ticks, ToldDraft
+
+from lowtide.memory.speculation_plan import CostCurve
+from lowtide.runtime.drafts.draft import Draft, Proposal
+from lowtide.runtime.member_speculation import MemberSpeculation
+from lowtide.runtime.pass_costs import PassCosts
+from lowtide.runtime.speculation_control import FIRST_WASTE_S, SpeculationControl
+
+CURVE = CostCurve(num_rows=(1, 8), seconds=(1.0, 2.0))
+
+
+def speculation_of(*drafts: Draft, clock: Ticks | None = None) -> MemberSpeculation:
+    control = SpeculationControl(drafts, PassCosts(CURVE, clock or Ticks()))
+    return MemberSpeculation(drafts, control, most_drafted=5, vocabulary_size=100)
+
+
+class Sure(ToldDraft):
+    """A draft that is believed from the start."""
+
+    name = "sure"
+
+    def prior(self, sureness: int) -> float:
+        return 0.9
+
+
+def test_what_promises_the_most_tokens_is_offered() -> None:
+    long, sure = ToldDraft(lambda _: (1, 2, 3, 4, 5)), Sure(lambda _: (7, 8))
+    speculation = speculation_of(long, sure)
+    believed = speculation.offered([0], 9)
+    assert len(believed) == 2 and believed[0] == pytest.approx(0.9)
+    assert speculation.taken(1, 1.5) == (7,)
+    stats = speculation.statistics(None)
+    assert (stats["rounds"], stats["drafted"], stats["rounds_by_draft"]) == (1, 1, {"sure": 1})
+
+
+def test_no_more_is_offered_than_there_is_room_for() -> None:
+    speculation = speculation_of(ToldDraft(lambda _: range(30)))
+    assert [len(speculation.offered([0], free)) for free in (9, 3, 1, 0, -1)] == [5, 3, 1, 0, 0]
+    assert speculation.taken(0, None) == ()
+
+
+@pytest.mark.parametrize("wrong", [(3, 100), (-1,)])
+def test_what_is_no_token_is_not_offered(wrong: Sequence[int]) -> None:
+    speculation = speculation_of(ToldDraft(lambda _: wrong))
+    assert not speculation.offered([0], 9)
+    assert speculation.statistics(None)["off_reason"] == "no draft had anything to propose"
+
+
+def test_acceptance_is_counted_also_where_nothing_is_verified() -> None:
+    speculation = speculation_of(ToldDraft(lambda text: ((text[-1] + 1) % 50,)))
+    first = speculation.offered([0], 9)[0]
+    for token_id in range(1, 20):
+        speculation.taken(0, 0.9)
+        speculation.came(token_id, is_accepted=False)
+        last = speculation.offered([token_id], 9)[0]
+    assert first == pytest.approx(0.3) and last > 0.8
+    stats = speculation.statistics("a reason")
+    assert stats["off_reason"].endswith("0.90 x a pass without drafts")
+    assert (stats["identical"], stats["why_not_identical"]) == (False, "a reason")
+
+
+def test_drafts_waste_no_more_than_a_share_of_this_answers_part_of_the_passes() -> None:
+    clock = Ticks()
+    asked: list[int] = []
+
+    class Slow(ToldDraft):
+        def propose(self, num_tokens: int) -> Proposal:
+            clock.now += FIRST_WASTE_S
+            asked.append(num_tokens)
+            return super().propose(num_tokens)
+
+    speculation = speculation_of(Slow(lambda _: (1, 2)), clock=clock)
+    for _ in range(100):
+        speculation.offered([0], 9)
+        speculation.taken(0, 1.0)
+        speculation.passed(0.08, num_members=8, has_drafts=False)
+    # Each takes 2 ms, and 2 % of 10 ms of each pass may be wasted: one in ten passes, and the first two.
+    assert 10 <= len(asked) <= 12
+    assert speculation.statistics(None)["drafting_s"] == pytest.approx(len(asked) * FIRST_WASTE_S)
