@@ -135,19 +135,13 @@ class BatchAnswers(ABC):
                 if speculation is not None:
                     stack.callback(speculation.close)
             facts = self._facts(plan, room, speculation, asked)
-            members = [
-                BatchMember(
-                    index,
-                    one,
-                    loaded.model,
-                    facts,
-                    speculation.members[index] if speculation is not None else None,
-                )
-                for index, one in enumerate(asked)
-            ]
+            drafting = speculation.members if speculation is not None else [None] * len(asked)
             pieces = generate_together(
                 sequences,
-                members,
+                [
+                    BatchMember(index, one, loaded.model, facts, drafts)
+                    for index, (one, drafts) in enumerate(zip(asked, drafting, strict=True))
+                ],
                 plan.shared_tokens,
                 loaded.steering,
                 facts.watchdog,
@@ -161,9 +155,7 @@ class BatchAnswers(ABC):
                 if piece is None:
                     return
                 if room.cells_differ:
-                    for told in (facts.batch, piece[1].stats.speculation):
-                        if told is not None:
-                            told.update(identical=False, why_not_identical=CELLS_DIFFER)
+                    _tell_cells_differ(facts.batch, piece[1].stats.speculation)
                 yield piece
 
     def _end_batch(self) -> None:
@@ -214,6 +206,12 @@ class BatchAnswers(ABC):
         if not loaded.steering.exact_prompts:
             return "prompts in bfloat16 are rounded by how many rows are read together"
         return None
+
+
+def _tell_cells_differ(*told: dict[str, Any] | None) -> None:
+    for values in told:
+        if values is not None:
+            values.update(identical=False, why_not_identical=CELLS_DIFFER)
 
 
 def _options_of(
