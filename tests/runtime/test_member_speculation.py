@@ -11,7 +11,11 @@ from lowtide.memory.speculation_plan import CostCurve
 from lowtide.runtime.drafts.draft import Draft, Proposal
 from lowtide.runtime.member_speculation import MemberSpeculation
 from lowtide.runtime.pass_costs import PassCosts
-from lowtide.runtime.speculation_control import FIRST_WASTE_S, SpeculationControl
+from lowtide.runtime.speculation_control import (
+    FIRST_WASTE_S,
+    WASTED_SHARE,
+    SpeculationControl,
+)
 
 CURVE = CostCurve(num_rows=(1, 8), seconds=(1.0, 2.0))
 
@@ -76,11 +80,11 @@ def test_drafts_waste_no_more_than_a_share_of_this_answers_part_of_the_passes() 
             asked.append(num_tokens)
             return super().propose(num_tokens)
 
+    part_s = FIRST_WASTE_S / WASTED_SHARE / 10  # of a pass; ten of them pay for a proposal
     speculation = speculation_of(Slow(lambda _: (1, 2)), clock=clock)
     for _ in range(100):
         speculation.offered([0], 9)
         speculation.taken(0, 1.0)
-        speculation.passed(0.08, num_members=8, has_drafts=False)
-    # Each takes 2 ms, and 2 % of 10 ms of each pass may be wasted: one in ten passes, and the first two.
+        speculation.passed(8 * part_s, num_members=8, has_drafts=False)
     assert 10 <= len(asked) <= 12
     assert speculation.statistics(None)["drafting_s"] == pytest.approx(len(asked) * FIRST_WASTE_S)
