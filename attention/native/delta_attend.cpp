@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <new>
 
+#include "seen_cells.h"
+
 namespace {
 
 // Gives whole pages back to the system, up to the one that `to` lies in. What lies before `from` went back before.
@@ -21,22 +23,6 @@ void give_back_cells(const char* base, size_t cell_bytes, int from, int to) {
 
 // Of a run's rows, all but the window and what a page still lacks: so many rows may lie beside the groups.
 int most_rows_beside(int window) { return window + 3 * kPageKeys; }
-
-const uint16_t* mask_of(const AttentionProblem& p, int row) {
-    return reinterpret_cast<const uint16_t*>(p.mask + row * p.mask_row_stride);
-}
-
-// How many cells a row sees, where those are the first ones; -1 where they are others.
-int num_seen(const AttentionProblem& p, int row) {
-    const uint16_t* mask = mask_of(p, row);
-    int seen = p.num_keys;
-    while (seen > 0 && mask[seen - 1] == kHiddenKey) --seen;
-    uint16_t any = 0;
-    for (int j = 0; j < seen; ++j) any |= mask[j];
-    return any == 0 ? seen : -1;
-}
-
-int first_position(const AttentionProblem& p) { return num_seen(p, p.num_rows - 1) - p.num_rows; }
 
 }  // namespace
 
@@ -103,16 +89,15 @@ bool DeltaAttend::knows(const AttentionProblem& p, int layer) const {
 
 // Where the node is not ours, the cells that it writes are forgotten all the same.
 bool DeltaAttend::takes(const AttentionProblem& p, int layer, int stream) {
-    const int first = first_position(p);
-    bool known = first >= 0;
-    for (int row = 0; known && row < p.num_rows - 1; ++row) known = num_seen(p, row) == first + row + 1;
+    const int first = first_ = first_position(p);
+    const bool known = first >= 0;
     Layer& own = layers_[layer];
     if (first == 0) own.num_given_back = 0;
     if (stream < int(own.streams.size()))
         for (KeyGroups& groups : own.streams[stream]) groups.cut(known ? first : 0);
     const bool is_taken = known && grouped_, is_lost = !holds(own, stream, first);
     has_lost_ |= is_lost;
-    if (is_taken && rule_.replaces != 0 && !measures_ && !is_lost) give_back(p, own, stream, first);
+    if (is_taken && rule_.replaces != 0 && !measures_.is_on() && !is_lost) give_back(p, own, stream, first);
     return is_taken;
 }
 
@@ -132,8 +117,7 @@ bool DeltaAttend::reserve(const AttentionProblem& p, int layer, int stream, int 
             streams[stream][head].reserve(p, num_groups, p.num_keys, num_beside);
             most_keys = std::max(most_keys, size_t(p.num_keys / kPageKeys) * num_groups + num_beside);
         }
-        const size_t out_size = measures_ ? size_t(p.num_rows) * p.num_heads * p.value_size : 0;
-        if (out_.size() < out_size) out_.resize(out_size);
+        measures_.reserve(p);
         const size_t mask_size = most_keys * std::min(p.num_rows, kPageKeys);
         if (mask_.size() < mask_size) mask_.reserve(mask_size), mask_.resize(mask_size);
         largest.num_keys = int(std::max(size_t(largest.num_keys), most_keys));
@@ -159,7 +143,7 @@ int DeltaAttend::run(const AttentionProblem& p, int layer, int stream, const Ker
     barrier_.wait(num_threads, [&] { taken_ = takes(p, layer, stream); });
     if (!taken_) return kNotTaken;
     auto& heads = layers_[layer].streams[stream];
-    const int first = first_position(p);
+    const int first = first_;
     for (int row = 0, end = 0; row < p.num_rows; row = end) {
         const int num_pages = num_pages_before(first + row);
         while (end < p.num_rows && num_pages_before(first + end) == num_pages && end - row < kPageKeys) ++end;
@@ -172,7 +156,7 @@ int DeltaAttend::run(const AttentionProblem& p, int layer, int stream, const Ker
     }
     int num_read = 0;
     for (const KeyGroups& groups : heads) num_read += groups.num_keys();
-    return measures_ ? kNotTaken : num_read / num_kv_heads_;
+    return measures_.is_on() ? kNotTaken : num_read / num_kv_heads_;
 }
 
 // Makes the problem of some rows, which see all groups, and of the rows beside those what is not behind them.
@@ -186,6 +170,7 @@ void DeltaAttend::ready(const AttentionProblem& p, const KeyGroups& groups, int 
         std::fill(mask + num_visible, mask + num_keys, kHiddenKey);
     }
     AttentionProblem& own = of_head_ = p;
+    if (measures_.is_on()) measures_.take_results(own);
     own.q += first_row * p.q_row_stride + heads_before * p.q_head_stride;
     own.out += first_row * p.out_row_stride + heads_before * p.out_head_stride;
     own.k = reinterpret_cast<const char*>(groups.keys()), own.k_key_stride = sizeof(uint16_t) * p.key_size, own.k_head_stride = 0;
@@ -194,49 +179,19 @@ void DeltaAttend::ready(const AttentionProblem& p, const KeyGroups& groups, int 
     own.mask = reinterpret_cast<const char*>(mask_.data()), own.mask_row_stride = sizeof(uint16_t) * num_keys;
     own.num_rows = num_rows, own.num_heads = p.group_size(), own.num_kv_heads = 1, own.num_keys = num_keys;
     if (own.sinks != nullptr) own.sinks += heads_before;
-    if (!measures_) return;
-    own.out_head_stride = sizeof(float) * p.value_size, own.out_row_stride = own.out_head_stride * p.num_heads;
-    own.out = reinterpret_cast<char*>(out_.data()) + first_row * own.out_row_stride + heads_before * own.out_head_stride;
 }
 
 void DeltaAttend::start_measuring() {
-    grouped_ = measures_ = true;
-    measured_.assign(num_groups_.size(), {});
-    for (Measure& unit : measured_) unit.squares.assign(key_size_, 0.0);
+    measures_.start(int(layers_.size()), num_kv_heads_, key_size_);
+    grouped_ = true;
 }
 
 void DeltaAttend::measure(const AttentionProblem& p, int layer) {
-    if (!measures_ || !knows(p, layer)) return;
-    if (!taken_) {
-        for (int head = 0; head < num_kv_heads_; ++head) measured_[layer * num_kv_heads_ + head].is_left_out = true;
-        return;
-    }
-    const int first = first_position(p), group = p.group_size();
-    for (int row = 0; row < p.num_rows; ++row)
-        for (int kv_head = 0; kv_head < num_kv_heads_; ++kv_head) {
-            Measure& unit = measured_[layer * num_kv_heads_ + kv_head];
-            double wrong = 0.0, whole = 0.0;
-            for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-                const auto* q = reinterpret_cast<const float*>(p.q + row * p.q_row_stride + head * p.q_head_stride);
-                const auto* exact = reinterpret_cast<const float*>(p.out + row * p.out_row_stride + head * p.out_head_stride);
-                const float* grouped = out_.data() + (size_t(row) * p.num_heads + head) * p.value_size;
-                for (int d = 0; d < p.key_size; ++d) unit.squares[d] += double(q[d]) * q[d] / group;
-                for (int d = 0; d < p.value_size; ++d) {
-                    const double apart = double(exact[d]) - grouped[d];
-                    wrong += apart * apart, whole += double(exact[d]) * exact[d];
-                }
-            }
-            ++unit.num_queries;
-            if (num_pages_before(first + row) == 0) continue;
-            unit.error += wrong / std::max(whole, 1e-30), ++unit.num_compared;
-        }
-}
-
-void DeltaAttend::read_measures(float* errors, float* squares) const {
-    for (const Measure& unit : measured_) {
-        *errors++ = unit.is_left_out ? -1.0f : float(unit.error / double(std::max<int64_t>(unit.num_compared, 1)));
-        for (const double square : unit.squares) *squares++ = float(square / double(std::max<int64_t>(unit.num_queries, 1)));
-    }
+    if (!measures_.is_on() || !knows(p, layer)) return;
+    if (!taken_) return measures_.leave_out(layer);
+    int first_grouped = 0;
+    while (first_grouped < p.num_rows && num_pages_before(first_ + first_grouped) == 0) ++first_grouped;
+    measures_.compare(p, layer, first_grouped);
 }
 
 size_t DeltaAttend::scratch_bytes() const {

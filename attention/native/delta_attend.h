@@ -8,6 +8,7 @@
 #include "attention_problem.h"
 #include "barrier.h"
 #include "key_groups.h"
+#include "unit_measures.h"
 
 // What every layer's groups are made by. Python fills it.
 struct DeltaRule {
@@ -30,7 +31,7 @@ public:
     bool set_units(const DeltaRule& rule, const uint8_t* num_groups, const float* scales, int num_layers, int num_kv_heads, int key_size);
 
     // Whether passes from now on are taken.
-    void start_pass(bool grouped) { grouped_ = grouped, measures_ = false; }
+    void start_pass(bool grouped) { grouped_ = grouped, measures_.stop(); }
 
     // Has passes be measured: what groups would make of them is held against dense attention, which they get;
     // what was measured before is forgotten.
@@ -41,7 +42,7 @@ public:
 
     // Of each unit, the relative squared errors of rows that have groups, -1 where a pass was not taken, and the
     // squares of all rows' queries by channel, as means.
-    void read_measures(float* errors, float* squares) const;
+    void read_measures(float* errors, float* squares) const { measures_.read(errors, squares); }
 
     // Forgets the cells from `num_cells` on, in every layer: they are other ones now.
     void cut(int num_cells);
@@ -87,15 +88,7 @@ private:
     std::vector<float> scales_;
     std::vector<uint16_t> mask_;
     AttentionProblem of_head_{};
-    int num_kv_heads_ = 0, key_size_ = 0;
-    bool grouped_ = false, taken_ = false, measures_ = false, has_lost_ = false;
-
-    struct Measure {
-        double error = 0.0;
-        bool is_left_out = false;
-        int64_t num_compared = 0, num_queries = 0;
-        std::vector<double> squares;
-    };
-    std::vector<Measure> measured_;  // of units
-    std::vector<float> out_;         // of a pass that is measured
+    UnitMeasures measures_;
+    int num_kv_heads_ = 0, key_size_ = 0, first_ = 0;  // `first_` is the cell of a pass's first row
+    bool grouped_ = false, taken_ = false, has_lost_ = false;
 };

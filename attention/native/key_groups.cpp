@@ -1,33 +1,12 @@
-#define VECTOR_FLOATS 4
 #include "key_groups.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
-#include "kv_rows.h"
+#include "half_rows.h"
 
 namespace {
-
-template <KvType Type> void copy_row(const char* row, int size, uint16_t* to) {
-    if constexpr (Type == KvType::f16) {
-        std::memcpy(to, row, sizeof(uint16_t) * size);
-    } else {
-        for (int d = 0; d < size; d += W) {
-            const Floats floats = Rows<Type>::load(row, d);
-            for (int lane = 0; lane < W; ++lane) to[d + lane] = float_to_half(floats[lane]);
-        }
-    }
-}
-
-void copy_row(KvType type, const char* row, int size, uint16_t* to) {
-    switch (type) {
-        case KvType::f16: return copy_row<KvType::f16>(row, size, to);
-        case KvType::q8_0: return copy_row<KvType::q8_0>(row, size, to);
-        case KvType::q4_0: return copy_row<KvType::q4_0>(row, size, to);
-        case KvType::f32: return copy_row<KvType::f32>(row, size, to);
-    }
-}
 
 // Means of the rows of each group, (groups, size), in the place of the rows.
 void average(const PageClusters& clusters, int num_groups, int size, uint16_t* rows) {

@@ -17,7 +17,7 @@ KERNELS = (
 MULTIPLIERS = "multiply_avx2 multiply_dot multiply_portable multiply_vnni multiply_vnni512".split()
 PROGRAMS = {
     "attend": [*KERNELS, "key_set", "tidal_attend"],
-    "delta_attend": [*KERNELS, "delta_attend", "key_groups", "page_clusters"],
+    "delta_attend": [*KERNELS, *"delta_attend key_groups page_clusters unit_measures".split()],
     "layer_cells": ["layer_cells"],
     "layer_clock": ["layer_clock"],
     "onnx_attend": [*KERNELS, *"key_set onnx_attend onnx_masks prompt_scores tidal_attend".split()],
