@@ -56,6 +56,7 @@ class _Problem(ctypes.Structure):
         ("first_scored_row", ctypes.c_int),
         ("scores_stride", ctypes.c_int),
         ("rounded", ctypes.c_int),
+        ("states", ctypes.c_void_p),
     ]
 
 
@@ -94,7 +95,7 @@ class AttentionInputs:
             key_size, self.value_size, self.scale, self.softcap,
             None if self.sinks is None else self.sinks.ctypes.data,
             None if cells is None else cells.ctypes.data,
-            None, None, 0, 0, self.rounded,
+            None, None, 0, 0, self.rounded, None,
         )  # fmt: skip
 
 

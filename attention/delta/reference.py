@@ -53,17 +53,19 @@ def delta_attention(
     *,
     scale: float,
     window: int,
+    page: int = 1,
 ) -> NDArray[np.float64]:
     """Return attention of the last rows, (rows, heads, value_size), with states for the keys behind them.
 
     Shapes as for `reference.attention`; row i of `q` sees all keys but the rows after it, and its last
-    `window` keys, its own among them, as they are.
+    `window` keys, its own among them, as they are; of those behind them whole pages of `page` keys as
+    states.
     """
     num_rows, num_keys = len(q), len(k)
     out = []
     for row in range(num_rows):
         seen = num_keys - num_rows + row + 1
-        behind = max(seen - window, 0)
+        behind = max(seen - window, 0) // page * page
         keys = np.concatenate([states[:behind], k[behind:seen]])
         visible = np.zeros((1, seen), np.float16)
         out.append(attention(q[row : row + 1], keys, v[:seen], visible, scale=scale)[0])

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "delta_attend.h"
+#include "state_attend.h"
 #include "tidal_attend.h"
 
 namespace {
@@ -81,3 +82,29 @@ extern "C" int lowtide_delta_attend(DeltaAttend* delta, const AttentionProblem* 
 }
 
 extern "C" void lowtide_delta_free(DeltaAttend* delta) { delete delta; }
+
+extern "C" StateAttend* lowtide_states_new(const StatesRule* rule, const float* thresholds, const float* shares, const float* scales,
+                                           int num_kv_heads, int key_size) {
+    auto* states = new (std::nothrow) StateAttend();
+    if (states == nullptr) return nullptr;
+    try {
+        states->start_pass(true);
+        if (states->set_units(*rule, thresholds, shares, scales, 1, num_kv_heads, key_size)) return states;
+    } catch (const std::bad_alloc&) {
+    }
+    delete states;
+    return nullptr;
+}
+
+extern "C" int lowtide_states_attend(StateAttend* states, const AttentionProblem* problem, const char* kernels, int num_threads,
+                                     ScoreCounts* counts) {
+    const KernelSet* found = find_kernels(kernels);
+    if (found == nullptr) return 1;
+    if (!known_shape(*problem) || num_threads < 1) return 2;
+    if (!states->reserve(*problem, 0, 0, num_threads)) return 1;
+    run_threads(num_threads, [&](int thread) { states->run(*problem, 0, 0, *found, thread, num_threads); });
+    *counts = states->counts();
+    return 0;
+}
+
+extern "C" void lowtide_states_free(StateAttend* states) { delete states; }

@@ -24,3 +24,13 @@ LOWTIDE_API DeltaAttend* lowtide_delta_new(const DeltaRule* rule, const uint8_t*
 LOWTIDE_API int lowtide_delta_attend(DeltaAttend* delta, const AttentionProblem* problem, const char* kernels, int num_threads,
                                      int* num_read);
 LOWTIDE_API void lowtide_delta_free(DeltaAttend* delta);
+
+// The same over states. `counts` are those of all passes up to this one; a pass that is not taken adds nothing.
+class StateAttend;
+struct StatesRule;
+struct ScoreCounts;
+LOWTIDE_API StateAttend* lowtide_states_new(const StatesRule* rule, const float* thresholds, const float* shares, const float* scales,
+                                            int num_kv_heads, int key_size);
+LOWTIDE_API int lowtide_states_attend(StateAttend* states, const AttentionProblem* problem, const char* kernels, int num_threads,
+                                      ScoreCounts* counts);
+LOWTIDE_API void lowtide_states_free(StateAttend* states);

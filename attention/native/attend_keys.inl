@@ -8,6 +8,7 @@
 #include "key_block.h"
 #include "key_scores.h"
 #include "lines.h"
+#include "state_scores.h"
 #include "vectors.h"
 
 namespace {
@@ -71,14 +72,17 @@ struct StoredBlock {
             case KvType::q4_0: score_stored<KvType::q4_0, N>(block, ahead, lines, p.key_size, scores); break;
             case KvType::f32: score_stored<KvType::f32, N>(block, ahead, lines, p.key_size, scores); break;
         }
+        weigh<N>(lines, all_visible, scores);
+    }
+    template <int N> void weigh(const Lines& lines, bool all_visible, float* scores) const {
         switch (p.v_type) {
-            case KvType::f16: return weigh<KvType::f16, N>(lines, all_visible, scores);
-            case KvType::q8_0: return weigh<KvType::q8_0, N>(lines, all_visible, scores);
-            case KvType::q4_0: return weigh<KvType::q4_0, N>(lines, all_visible, scores);
-            case KvType::f32: return weigh<KvType::f32, N>(lines, all_visible, scores);
+            case KvType::f16: return weigh_stored<KvType::f16, N>(lines, all_visible, scores);
+            case KvType::q8_0: return weigh_stored<KvType::q8_0, N>(lines, all_visible, scores);
+            case KvType::q4_0: return weigh_stored<KvType::q4_0, N>(lines, all_visible, scores);
+            case KvType::f32: return weigh_stored<KvType::f32, N>(lines, all_visible, scores);
         }
     }
-    template <KvType Type, int N> void weigh(const Lines& lines, bool all_visible, float* scores) const {
+    template <KvType Type, int N> void weigh_stored(const Lines& lines, bool all_visible, float* scores) const {
         const StoredValues<Type> values{block, ahead, Rows<Type>::num_bytes(p.value_size)};
         soften_and_weigh<N>(p, values, lines, block.count, all_visible, scores);
     }
@@ -116,6 +120,9 @@ struct ConvertedBlock {
             case KvType::q4_0: fill_keys<KvType::q4_0>(); break;
             case KvType::f32: fill_keys<KvType::f32>(); break;
         }
+        fill_values();
+    }
+    void fill_values() const {
         switch (p.v_type) {
             case KvType::f16: return fill_values<KvType::f16>();
             case KvType::q8_0: return fill_values<KvType::q8_0>();
@@ -125,7 +132,19 @@ struct ConvertedBlock {
     }
     template <int N> void attend(const Lines& lines, bool all_visible, float* scores) const {
         score_turned<N>(keys, lines, p.key_size, scores);
+        weigh<N>(lines, all_visible, scores);
+    }
+    template <int N> void weigh(const Lines& lines, bool all_visible, float* scores) const {
         soften_and_weigh<N>(p, FloatValues{values, p.value_size}, lines, block.count, all_visible, scores);
+    }
+};
+
+// A block whose scores are there already.
+template <class Block> struct ScoredBlock {
+    const Block& block;
+    static constexpr int kMostLines = Block::kMostLines;
+    template <int N> void attend(const Lines& lines, bool all_visible, float* scores) const {
+        block.template weigh<N>(lines, all_visible, scores);
     }
 };
 
@@ -154,10 +173,13 @@ struct RowGroup {
         if (p.scores == nullptr || row < p.first_scored_row) return nullptr;
         return p.scores + (size_t(row - p.first_scored_row) * p.num_heads + head) * p.scores_stride + key;
     }
-    void add(Lines& lines, int line, const BlockMask* masks, int key) const {
+    const float* query(int line) const {
         const int row = row_begin + line / p.group_size(), head = kv_head * p.group_size() + line % p.group_size();
-        lines.q[lines.count] = reinterpret_cast<const float*>(p.q + row * p.q_row_stride + head * p.q_head_stride);
-        lines.bias[lines.count] = masks[row - row_begin].bias;
+        return reinterpret_cast<const float*>(p.q + row * p.q_row_stride + head * p.q_head_stride);
+    }
+    void add(Lines& lines, int line, const float* bias, int key) const {
+        const int row = row_begin + line / p.group_size(), head = kv_head * p.group_size() + line % p.group_size();
+        lines.q[lines.count] = query(line), lines.bias[lines.count] = bias;
         lines.partials[lines.count] = partials + line * partial_floats(p);
         lines.exported[lines.count] = exported(row, head, key);
         ++lines.count;
@@ -176,8 +198,26 @@ struct RowGroup {
             for (int line = first * p.group_size(); line < end * p.group_size();) {
                 Lines lines;
                 lines.count = 0;
-                while (line < end * p.group_size() && lines.count < Block::kMostLines) add(lines, line++, masks, block.begin);
+                for (; line < end * p.group_size() && lines.count < Block::kMostLines; ++line)
+                    add(lines, line, masks[line / p.group_size()].bias, block.begin);
                 attend_lines(of_rows, lines, sees_all(first), scores);
+            }
+        }
+    }
+    // Rows for which the block lies behind their windows: they see states in place of its keys, all of them.
+    template <class Block>
+    void attend_states(const Block& of_rows, const StateScores& states, int key, int first_row, int num_rows, float* scores) const {
+        for (int line = first_row * p.group_size(), end = num_rows * p.group_size(), count = 0; line < end; line += count) {
+            count = end - line < W ? end - line : W;
+            const float* queries[W];
+            for (int i = 0; i < count; ++i) queries[i] = query(line + i);
+            states.score(queries, count, scores);
+            for (int i = 0; i < count;) {
+                const int first = i;
+                Lines lines;
+                lines.count = 0;
+                for (; i < count && lines.count < Block::kMostLines; ++i) add(lines, line + i, kNoBias, key);
+                attend_lines(ScoredBlock<Block>{of_rows}, lines, true, scores + first * kBlockKeys);
             }
         }
     }
@@ -188,6 +228,13 @@ struct RowGroup {
         }
     }
 };
+
+// Of a call's rows, so many first ones do not have a page of keys behind their windows.
+inline int num_dense_rows(const AttentionProblem& p, int row_begin, int num_rows, int page) {
+    int num_dense = 0;
+    while (num_dense < num_rows && (p.states == nullptr || p.states->num_pages(row_begin + num_dense) <= page)) ++num_dense;
+    return num_dense;
+}
 
 template <class ManyLinesBlock>
 void attend_blocks(const AttentionProblem& p, int kv_head, int row_begin, int row_end, int key_begin, int key_end, float* scratch,
@@ -203,18 +250,30 @@ void attend_blocks(const AttentionProblem& p, int kv_head, int row_begin, int ro
     for (int begin = key_begin; begin < key_end; begin += kBlockKeys) {
         locate(p, kv_head, begin, block);
         locate(p, kv_head, begin + kAhead < p.num_keys ? begin + kAhead : begin, ahead);
+        const int num_dense = num_dense_rows(p, row_begin, num_rows, begin / kBlockKeys);
+        if (num_dense < num_rows) {
+            const StateScores states(p, kv_head, begin / kBlockKeys, keys);
+            const ConvertedBlock converted{p, block, ahead, keys, values};
+            if (few) {
+                rows.attend_states(StoredBlock{p, block, ahead}, states, begin, num_dense, num_rows, bias);
+            } else {
+                converted.fill_values();
+                rows.attend_states(converted, states, begin, num_dense, num_rows, bias);
+            }
+        }
+        if (num_dense == 0) continue;
         BlockMask masks[kTileRows];
         bool seen = false;
-        for (int i = 0; i < num_rows; ++i) {
+        for (int i = 0; i < num_dense; ++i) {
             masks[i] = read_mask(p, row_begin + i, block, bias + i * kBlockKeys);
             seen |= masks[i].num_visible != 0;
         }
         if (few || !seen) {
-            rows.attend(StoredBlock{p, block, ahead}, block, masks, num_rows, scores);
+            rows.attend(StoredBlock{p, block, ahead}, block, masks, num_dense, scores);
         } else {
             const ManyLinesBlock converted{p, block, ahead, keys, values};
             converted.fill();
-            rows.attend(converted, block, masks, num_rows, scores);
+            rows.attend(converted, block, masks, num_dense, scores);
         }
     }
 }

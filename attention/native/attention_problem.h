@@ -12,6 +12,7 @@
 // that takes part in the softmax and has no value. Where `scores` is not null, the masked scores of the rows
 // from `first_scored_row` on are left there, (scored rows, num_heads, scores_stride) floats, and in `totals`,
 // (scored rows, num_heads, 2), the maximum and 1 / the sum of each softmax.
+// Where `states` is not null, keys behind a row's window are states of our own instead.
 enum class KvType { f16, q8_0, q4_0, f32 };
 
 // What a row of `size` elements takes; ggml quantises in blocks of 32, with a scale each.
@@ -24,6 +25,8 @@ inline size_t stored_bytes(KvType type, int size) {
     }
     return 0;
 }
+
+struct StatesOfRows;
 
 struct AttentionProblem {
     const char* q;
@@ -44,6 +47,7 @@ struct AttentionProblem {
     float *scores, *totals;
     int first_scored_row, scores_stride;
     int rounded;  // whether a prompt's rows may be multiplied in bfloat16
+    const StatesOfRows* states;
 
     int group_size() const { return num_heads / num_kv_heads; }
     int cell_of(int key) const { return selected == nullptr ? key : selected[key]; }
@@ -58,6 +62,34 @@ constexpr int kChunkKeys = 256;
 constexpr int kMaxHeadSize = 256;
 constexpr int kDraftRows = 32;  // a pass of more rows is a prompt's
 constexpr int kTileRows = 64;   // the most rows of one call of a kernel
+
+// One KV head's keys as states (KeyStates): of each page of kBlockKeys keys the bits of the blocks of channels that were
+// sent, key after key, the state before it, and the channels that were sent as halves, from `begins` on.
+struct StateStore {
+    const uint64_t* sent;
+    const uint16_t *before, *values;
+    const uint32_t* begins;
+};
+
+struct StatesOfRows {
+    const StateStore* stores;  // (num_kv_heads)
+    int block;                 // channels of a block
+    int first_position;        // of the first row; each row sees one cell more than the one before
+    int window;
+
+    // How many pages lie behind the window of a row.
+    int num_pages(int row) const {
+        const int behind = first_position + row + 1 - window;
+        return behind > 0 ? behind / kBlockKeys : 0;
+    }
+};
+
+// How many bits a key has for its blocks: a power of two, so that a page's bits are whole words.
+inline int bits_of_key(int key_size, int block) {
+    int bits = 1;
+    while (bits * block < key_size) bits *= 2;
+    return bits;
+}
 
 inline int padded_to_blocks(int num_keys) { return (num_keys + kBlockKeys - 1) / kBlockKeys * kBlockKeys; }
 

@@ -27,6 +27,7 @@ PROGRAMS = {
     ],
     "pass_parts": [*KERNELS, "pass_parts"],
     "prompt_scores": [*KERNELS, "prompt_scores"],
+    "state_attend": [*KERNELS, "key_states", "state_attend", "unit_measures"],
     "sliced_product": ["sliced_product", "weight_stream"],
     "unpopulated_maps": ["unpopulated_maps"],
     "weight_stream": ["weight_stream"],

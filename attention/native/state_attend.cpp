@@ -1,0 +1,143 @@
+#include "state_attend.h"
+
+#include <algorithm>
+#include <new>
+
+#include "seen_cells.h"
+
+namespace {
+
+size_t row_bytes(KvType type, int size) {
+    switch (type) {
+        case KvType::f16: return size_t(size) * 2;
+        case KvType::q8_0: return size_t(size) / 32 * 34;
+        case KvType::q4_0: return size_t(size) / 32 * 18;
+        case KvType::f32: break;
+    }
+    return size_t(size) * 4;
+}
+
+}  // namespace
+
+bool StateAttend::set_units(const StatesRule& rule, const float* thresholds, const float* shares, const float* scales, int num_layers,
+                            int num_kv_heads, int key_size) {
+    const bool known_block = rule.block == 1 || rule.block == 8 || rule.block == 16;
+    if (!known_block || key_size > kMaxHeadSize || key_size % 16 != 0 || rule.num_first < 0 || rule.window < 1) return false;
+    const size_t num_units = size_t(num_layers) * num_kv_heads;
+    thresholds_.assign(thresholds, thresholds + num_units), shares_.assign(shares, shares + num_units);
+    scales_.assign(scales, scales + num_units * key_size);
+    stores_.resize(num_kv_heads);
+    rule_ = rule, num_kv_heads_ = num_kv_heads, key_size_ = key_size;
+    layers_.clear(), layers_.resize(num_layers);
+    for (size_t unit = 0; unit < num_units; ++unit)
+        if (!(thresholds_[unit] >= 0.0f)) layers_[unit / num_kv_heads].is_taken = false;
+    return true;
+}
+
+void StateAttend::cut(int num_cells) {
+    for (Layer& layer : layers_)
+        for (auto& heads : layer.streams)
+            for (KeyStates& states : heads) states.cut(num_cells);
+}
+
+bool StateAttend::knows(const AttentionProblem& p, int layer) const {
+    return layer < int(layers_.size()) && layers_[layer].is_taken && p.num_kv_heads == num_kv_heads_ && p.key_size == key_size_;
+}
+
+// Where the node is not ours, the cells that it writes are forgotten all the same.
+bool StateAttend::takes(const AttentionProblem& p, int layer, int stream) {
+    const int first = first_position(p);
+    auto& streams = layers_[layer].streams;
+    if (stream < int(streams.size()))
+        for (KeyStates& states : streams[stream]) states.cut(std::max(first, 0));
+    states_ = {stores_.data(), rule_.block, first, rule_.window};
+    return first >= 0 && is_on_;
+}
+
+bool StateAttend::reserve(const AttentionProblem& p, int layer, int stream, int num_threads) {
+    if (!is_on_ || !knows(p, layer)) return true;
+    auto& streams = layers_[layer].streams;
+    try {
+        if (int(streams.size()) <= stream) streams.resize(stream + 1);
+        if (streams[stream].empty()) streams[stream].resize(num_kv_heads_);
+        for (int head = 0; head < num_kv_heads_; ++head) streams[stream][head].reserve(p, rule_of(layer, head), p.num_keys);
+        measures_.reserve(p);
+    } catch (const std::bad_alloc&) {
+        return false;
+    }
+    return attend_.reserve(p, num_threads);
+}
+
+StateRule StateAttend::rule_of(int layer, int kv_head) const {
+    const int unit = layer * num_kv_heads_ + kv_head;
+    return {rule_.block, rule_.num_first, thresholds_[unit], shares_[unit], scales_.data() + size_t(unit) * key_size_};
+}
+
+int StateAttend::run(const AttentionProblem& p, int layer, int stream, const KernelSet& kernels, int thread, int num_threads) {
+    if (!knows(p, layer)) return kNotTaken;
+    barrier_.wait(num_threads, [&] { taken_ = takes(p, layer, stream); });
+    if (!taken_) return kNotTaken;
+    auto& heads = layers_[layer].streams[stream];
+    const int num_pages = states_.num_pages(p.num_rows - 1);
+    for (int head = thread; head < num_kv_heads_; head += num_threads) heads[head].advance(p, head, rule_of(layer, head), num_pages);
+    barrier_.wait(num_threads, [&] { ready(p, heads); });
+    attend_.run(own_, kernels, thread, num_threads);
+    return measures_.is_on() ? kNotTaken : p.num_keys;
+}
+
+void StateAttend::ready(const AttentionProblem& p, const std::vector<KeyStates>& heads) {
+    for (int head = 0; head < num_kv_heads_; ++head) stores_[head] = heads[head].view();
+    own_ = p;
+    own_.states = &states_;
+    if (measures_.is_on())
+        measures_.take_results(own_);
+    else
+        count(p, heads);
+}
+
+void StateAttend::count(const AttentionProblem& p, const std::vector<KeyStates>& heads) {
+    const int last = p.num_rows - 1, num_pages = states_.num_pages(last), seen = states_.first_position + p.num_rows;
+    const int64_t num_behind = int64_t(num_pages) * kBlockKeys, key_bytes = int64_t(row_bytes(p.k_type, key_size_));
+    const int64_t beside = seen - num_behind, bits_bytes = int64_t(num_pages) * bits_of_key(key_size_, rule_.block) * 8;
+    for (const KeyStates& states : heads) {
+        const int64_t num_sent = int64_t(states.num_sent(num_pages)), begun = int64_t(num_pages) * key_size_;
+        counts_.channels_held += int64_t(seen) * key_size_, counts_.channels_behind += num_behind * key_size_;
+        counts_.channels_sent += num_sent, counts_.channels_multiplied += num_sent + begun + beside * key_size_;
+        counts_.key_bytes_held += seen * key_bytes;
+        counts_.key_bytes_read += int64_t(sizeof(uint16_t)) * (num_sent + begun) + bits_bytes + beside * key_bytes;
+    }
+}
+
+void StateAttend::start_measuring() {
+    measures_.start(int(layers_.size()), num_kv_heads_, key_size_);
+    is_on_ = true;
+}
+
+void StateAttend::measure(const AttentionProblem& p, int layer) {
+    if (!measures_.is_on() || !knows(p, layer)) return;
+    if (!taken_) return measures_.leave_out(layer);
+    int first_compared = 0;
+    while (first_compared < p.num_rows && states_.num_pages(first_compared) == 0) ++first_compared;
+    measures_.compare(p, layer, first_compared);
+}
+
+void StateAttend::read_shares(float* shares) const {
+    for (const Layer& layer : layers_)
+        for (int head = 0; head < num_kv_heads_; ++head) {
+            size_t num_sent = 0, num_held = 0;
+            for (const auto& heads : layer.streams)
+                if (!heads.empty()) {
+                    num_sent += heads[head].num_sent(heads[head].num_pages());
+                    num_held += size_t(heads[head].num_pages()) * kBlockKeys * key_size_;
+                }
+            *shares++ = num_held == 0 ? 1.0f : float(num_sent) / float(num_held);
+        }
+}
+
+size_t StateAttend::scratch_bytes() const {
+    size_t total = attend_.scratch_bytes();
+    for (const Layer& layer : layers_)
+        for (const auto& heads : layer.streams)
+            for (const KeyStates& states : heads) total += states.num_bytes();
+    return total;
+}
