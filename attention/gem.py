@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lowtide.attention.delta.block_policy import DeltaBlocks
 from lowtide.attention.delta.policy import Delta
 from lowtide.attention.dense import Dense
 from lowtide.attention.gem_calibration import (
@@ -100,7 +101,7 @@ class Gem(AttentionPolicy):
             raise BadOption(
                 f"gem's layer is {layer}; {spec.name} has layers 0 to {spec.num_layers - 1}"
             )
-        if not self.then.uses_hook or isinstance(self.then, Gem | Delta):
+        if not self.then.uses_hook or isinstance(self.then, Gem | Delta | DeltaBlocks):
             raise BadOption(f"gem's then is {self.then.name!r}, dense or tidal is wanted")
         return replace(self, k=k, layer=layer, then=self.then.fitted(spec), origin=origin)
 

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lowtide.attention.hook_functions import declare_hook, ggml_functions
+from lowtide.attention.hook_states import HookStates
 from lowtide.attention.native_library import native_library
 from lowtide.attention.prompt_scores import ScoreRule
+from lowtide.attention.score_cost import NO_COST, ScoreCost
 from lowtide.attention.selection_rule import SelectionRule
 from lowtide.attention.weight_stream import NativeSpan
 from lowtide.models.errors import LowtideError
@@ -37,7 +39,7 @@ class HookCounts:
     all layers and passes, `keys_read` were attended to. `weight_bytes_given_back` counts mapped weights
     whose pages went back to the system, `products_sliced` the products that gave theirs back on the way,
     `products_packed` those that were computed from packed weights, `packed_refused` the nodes that read
-    such weights in a way that is not known.
+    such weights in a way that is not known. `scores` is what they cost where keys were states.
     """
 
     layers_ours: int
@@ -52,6 +54,7 @@ class HookCounts:
     products_sliced: int
     products_packed: int
     packed_refused: int
+    scores: ScoreCost = NO_COST
 
 
 class GraphHook:
@@ -75,6 +78,7 @@ class GraphHook:
                 f"our attention cannot run in this llama.cpp ({reason.value.decode()}): use "
                 "--attention llama, or another version of llama-cpp-python"
             )
+        self.states = HookStates(self._library, self._hook)
 
     @property
     def callback(self) -> tuple[int, int]:
@@ -111,6 +115,7 @@ class GraphHook:
             counts.products_sliced,
             counts.products_packed,
             counts.packed_refused,
+            self.states.cost(),
         )
 
     def set_active(self, active: bool) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lowtide.attention.delta.block_policy import DeltaBlocks
 from lowtide.attention.delta.policy import Delta
 from lowtide.attention.dense import Dense, Llama
 from lowtide.attention.gem import Gem
@@ -15,7 +16,10 @@ from lowtide.models.errors import BadOption
 
 SETTINGS: dict[str, tuple[str, ...]] = {
     "llama": (),
-    "delta": ("sparsity", "window", "sinks", "prompts", "store", "calibration"),
+    "delta": (
+        *("sparsity", "window", "sinks", "prompts", "store", "calibration"),
+        *("granularity", "block", "threshold"),
+    ),
     "dense": ("prompts",),
     "gem": (
         *("k", "layer", "then", "min_prompt", "rows", "weights", "heads", "pool", "pool_size"),
@@ -26,9 +30,25 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         *("correction", "prompts", "calibration"),
     ),
 }
+_OF_BLOCKS, _OF_ROWS = ("block", "threshold"), ("store",)
+
+
+def _delta(*, granularity: str = "row", **settings: Any) -> Delta | DeltaBlocks:
+    """Return delta of a granularity; settings that are another one's are a mistake."""
+    is_row = granularity == "row"
+    others = [name for name in (_OF_BLOCKS if is_row else _OF_ROWS) if name in settings]
+    if others:
+        fitting = "granularity=block" if is_row else "granularity=row"
+        raise BadOption(
+            f"delta's {others[0]} is given and its granularity is {granularity}: leave {others[0]} out, or "
+            f"say {fitting}"
+        )
+    return Delta(**settings) if is_row else DeltaBlocks(granularity=granularity, **settings)
+
+
 _POLICIES: dict[str, Callable[..., AttentionPolicy]] = {
     "llama": Llama,
-    "delta": Delta,
+    "delta": _delta,
     "dense": Dense,
     "gem": Gem,
     "tidal": Tidal,
@@ -56,6 +76,8 @@ def _setting(policy: str, part: str) -> tuple[str, Any]:
         "layers": _read_layers,
         "prompts": str,
         "sparsity": _read_share,
+        "threshold": float,
+        "granularity": str,
         **dict.fromkeys(("weights", "heads", "pool"), str),
         "then": parse_policy,
         "calibration": Path,
@@ -68,6 +90,7 @@ def _setting(policy: str, part: str) -> tuple[str, Any]:
             "layers": "layer numbers joined by +",
             "then": "dense or tidal",
             "sparsity": "a share or a percentage",
+            "threshold": "a number",
         }
         raise BadOption(
             f"{policy}'s {name} is {value!r}, {wanted.get(name, 'a whole number')} is wanted"

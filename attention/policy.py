@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from lowtide.memory.first_pass import FirstPass
 from lowtide.memory.key_groups import KeyGroups
+from lowtide.memory.key_states import KeyStates
 from lowtide.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -45,6 +46,11 @@ class AttentionPolicy(ABC):
     @property
     def key_groups(self) -> KeyGroups | None:
         """What of the keys is kept in groups beside the cache."""
+        return None
+
+    @property
+    def key_states(self) -> KeyStates | None:
+        """What of the keys is kept as states beside the cache."""
         return None
 
     @property

@@ -221,6 +221,8 @@ def _print_table(found: Evaluation) -> None:
         "keys",
         highlight=False,
     )
+    if found.scores is not None:
+        console.print(f"{found.scores} in decoding", highlight=False)
     for needle in found.needles:
         answer = "found" if needle.found else "lost"
         if not needle.found and not needle.dense:

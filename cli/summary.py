@@ -74,6 +74,8 @@ def _out_of_the_ordinary(stats: Statistics) -> list[str]:
     parts = []
     if stats.attended_share is not None and stats.attended_share < 1:
         parts.append(f"{stats.attended_share:.0%} of the cache attended to")
+    if stats.scores is not None:
+        parts.append(f"{stats.scores['skipped']:.0%} of score multiplications skipped")
     if stats.speculation is not None:
         parts.append(_speculation(stats.speculation))
     if stats.layers_ours and stats.layers_ours < stats.layers:

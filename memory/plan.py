@@ -10,6 +10,7 @@ from lowtide.memory.first_pass import FirstPass
 from lowtide.memory.gpu_budget import GpuBudget
 from lowtide.memory.gpu_plan import GpuPlan
 from lowtide.memory.key_groups import KeyGroups
+from lowtide.memory.key_states import KeyStates
 from lowtide.memory.plan_row import PlanRow
 from lowtide.memory.speculation_wish import SpeculationWish
 from lowtide.memory.units import format_bytes
@@ -32,6 +33,7 @@ class PlanOptions:
     """How many layers choose keys for the others."""
     first_pass: FirstPass | None = None
     key_groups: KeyGroups | None = None
+    key_states: KeyStates | None = None
     """What reads long prompts whole, so that the other layers read less; None where all of them do."""
     profiled: bool = False
     """Whether a profiler watches."""

@@ -7,6 +7,7 @@ from lowtide.memory.choice import Choice
 from lowtide.memory.context_sizes import ContextSizes
 from lowtide.memory.gpu_layers import GpuLayers
 from lowtide.memory.gpu_plan import GpuPlan
+from lowtide.memory.key_states import state_bytes
 from lowtide.memory.plan import Host, PlanOptions
 from lowtide.memory.plan_row import PlanRow
 from lowtide.models.spec import ModelSpec
@@ -210,6 +211,8 @@ class PlanRows:
             num_bytes += footprint.filter_bytes(spec, choice.context, threads)
         if options.key_groups is not None:
             num_bytes += footprint.group_bytes(spec, options.key_groups, choice.context, threads)
+        if options.key_states is not None:
+            num_bytes += state_bytes(spec, options.key_states, choice.context, threads)
         return PlanRow(
             owners.SCRATCH,
             num_bytes,
@@ -223,8 +226,10 @@ def _kernels_line(options: PlanOptions, engine: str) -> str:
     where = "beside the cache"
     if options.key_groups is not None and options.key_groups.replaced_layers:
         where = "in the cache's place"
-    groups = "" if options.key_groups is None else f", groups of keys {where}"
-    return f"our kernels, {options.attention_threads or options.threads} threads{groups}"
+    kept = "" if options.key_groups is None else f", groups of keys {where}"
+    if options.key_states is not None:
+        kept = ", states of keys beside the cache at the most"
+    return f"our kernels, {options.attention_threads or options.threads} threads{kept}"
 
 
 def _comparison(spec: ModelSpec, num_rows: int) -> tuple[PlanRow, ...]:

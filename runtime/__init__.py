@@ -1,5 +1,6 @@
 """Runs a model inside its plan. The front door."""
 
+from lowtide.attention.delta.block_policy import DeltaBlocks
 from lowtide.attention.delta.policy import Delta
 from lowtide.attention.dense import Dense
 from lowtide.attention.gem import Gem
@@ -16,6 +17,7 @@ from lowtide.runtime.statistics import Statistics
 
 __all__ = [
     "Delta",
+    "DeltaBlocks",
     "Dense",
     "FakeModel",
     "Gem",

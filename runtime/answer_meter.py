@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowtide.attention.graph_hook import HookCounts
 from lowtide.memory.meter import read_process_memory
@@ -80,6 +80,7 @@ class AnswerMeter:
             self.statistics(),
             peak_rss_bytes=read_process_memory().peak_bytes,
             attended_share=self._attended_share(),
+            scores=self._scores(),
             speculation=self._facts.speculator.statistics() if self._facts.speculator else None,
         )
 
@@ -90,3 +91,11 @@ class AnswerMeter:
             return None
         held = now.keys_held - self._at_prompt.keys_held
         return (now.keys_read - self._at_prompt.keys_read) / held if held else None
+
+    def _scores(self) -> dict[str, Any] | None:
+        """Return what the scores of decoding cost since the prompt; None where no key was a state."""
+        now = self._facts.hook_counts()
+        if now is None or self._at_prompt is None:
+            return None
+        cost = now.scores - self._at_prompt.scores
+        return cost.to_dict() if cost.channels_behind else None

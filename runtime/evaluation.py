@@ -12,6 +12,7 @@ from lowtide.attention.kernel_host import KernelHost
 from lowtide.attention.needles import chat_framing, finds, hide_needle
 from lowtide.attention.policy import Steering
 from lowtide.attention.quality import WINDOW_TOKENS, Distance, Reference, read_prompt
+from lowtide.attention.score_cost import ScoreCost
 from lowtide.models.errors import BadOption
 from lowtide.models.model import Model
 from lowtide.runtime.loaded_model import LoadedModel
@@ -44,6 +45,7 @@ class Evaluation:
     distances: tuple[tuple[int, Distance], ...]
     needles: tuple[NeedleResult, ...]
     keys_read: float
+    scores: ScoreCost | None = None
 
     @property
     def distance(self) -> Distance:
@@ -59,6 +61,7 @@ class Evaluation:
             "tokens": self.distance.num_tokens,
             **_measures(self.distance),
             "keys_read": self.keys_read,
+            "scores": self.scores.to_dict() if self.scores else None,
             "places": [{"depth": depth, **_measures(found)} for depth, found in self.distances],
             "needles": {
                 "asked": len(self.needles),
@@ -120,7 +123,7 @@ def evaluate(
         progress(f"comparing {WINDOW_TOKENS} tokens at {depth:,}")
         place = Reference(model, dense, token_ids, depth)
         distances.append((depth, place.distance(steering)))
-    share = _keys_read(model, kernels, steering, token_ids[: context + 1])
+    share, scores = _read_at(model, kernels, steering, token_ids[: context + 1])
     lengths = needle_lengths if needle_lengths is not None else (context // 2, context)
     needles = _needles(loaded, dense, token_ids[1:], lengths, progress)
     return Evaluation(
@@ -130,6 +133,7 @@ def evaluate(
         distances=tuple(distances),
         needles=needles,
         keys_read=share,
+        scores=scores if scores.channels_behind else None,
     )
 
 
@@ -140,16 +144,17 @@ def measured_depths(context: int, windows: int) -> list[int]:
     return sorted({context - (context - start) * step // steps for step in range(windows)})
 
 
-def _keys_read(
+def _read_at(
     model: Model, kernels: KernelHost, steering: Steering, token_ids: Sequence[int]
-) -> float:
-    """Return the share of the cached keys that a decoded token attends to."""
+) -> tuple[float, ScoreCost]:
+    """Return the share of the cached keys that a decoded token attends to, and what its scores cost."""
     with read_prompt(model, steering, token_ids[:-1]):
         before = kernels.counts()
         steering.before_decode()
         model.forward((token_ids[-1],))
         after = kernels.counts()
-    return (after.keys_read - before.keys_read) / (after.keys_held - before.keys_held)
+    share = (after.keys_read - before.keys_read) / (after.keys_held - before.keys_held)
+    return share, after.scores - before.scores
 
 
 def _needles(

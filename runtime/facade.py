@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lowtide.runtime import (
         Delta,
+        DeltaBlocks,
         Dense,
         FakeModel,
         Gem,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Delta",
+    "DeltaBlocks",
     "Dense",
     "FakeModel",
     "Gem",

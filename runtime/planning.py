@@ -123,6 +123,7 @@ class OpenOptions:
             selection_layers=max(policy.num_selections, self.selection_layers),
             first_pass=policy.first_pass,
             key_groups=policy.key_groups,
+            key_states=policy.key_states,
             compared_rows=self.compared_rows,
             profiled=self.profiled,
             prefix_bytes=self.prefix_bytes,

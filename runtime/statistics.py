@@ -16,7 +16,8 @@ class Statistics:
     prefix cache put them back; `kept_tokens` of it are seen by all of the model (a policy may filter it),
     `dropped_tokens` and `dropped_messages` went to `--overflow drop-oldest`. `layers_ours` of `layers`
     ran our attention kernels under the policy `attention`; `attended_share` of the cached keys were
-    attended to while decoding. `packed_tensors` matrices were multiplied by our kernels; `unpacked_reason`
+    attended to while decoding. `scores` is what those of decoding cost and saved where keys are states
+    (`ScoreCost`). `packed_tensors` matrices were multiplied by our kernels; `unpacked_reason`
     says why none was, where that was wanted. `peak_rss_bytes` is the process's peak so far. It, the share
     and `speculation` (None where nothing is drafted) are read at the end of an answer. `trims` are what was
     given back because the process came near its budget, `batch` tells of answers generated together.
@@ -39,6 +40,7 @@ class Statistics:
     restored_tokens: int = 0
     attention: str = "llama"
     attended_share: float | None = None
+    scores: dict[str, Any] | None = None
     packed_tensors: int = 0
     unpacked_reason: str | None = None
     peak_rss_bytes: int | None = None

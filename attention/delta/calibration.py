@@ -51,7 +51,7 @@ def save_delta_calibration(calibration: DeltaCalibration, path: Path | None = No
 def load_delta_calibration(path: Path, spec: ModelSpec) -> DeltaCalibration:
     """Read and check a calibration of the model; raises `CalibrationError`."""
     fields = Fields(path, policy="delta", format=FORMAT)
-    units = DeltaUnits(num_groups=_groups(fields, spec), scales=_scales(fields, spec))
+    units = DeltaUnits(num_groups=_groups(fields, spec), scales=scales_of(fields, spec))
     found = DeltaCalibration(units=units, **fields.closeness())
     fields.check_model(spec)
     return found
@@ -59,7 +59,7 @@ def load_delta_calibration(path: Path, spec: ModelSpec) -> DeltaCalibration:
 
 def _groups(fields: Fields, spec: ModelSpec) -> tuple[tuple[int, ...], ...]:
     wanted = f"{LEAST_GROUPS} to {PAGE_KEYS} for each KV head of {spec.num_layers} layers"
-    layers = _layers(fields, "num_groups", spec, wanted)
+    layers = layer_words(fields, "num_groups", spec, wanted)
     numbers = [tuple(int(word) for word in layer if word.isdecimal()) for layer in layers]
     if any(
         len(layer) != heads or not all(LEAST_GROUPS <= n <= PAGE_KEYS for n in layer)
@@ -69,12 +69,13 @@ def _groups(fields: Fields, spec: ModelSpec) -> tuple[tuple[int, ...], ...]:
     return tuple(numbers)
 
 
-def _scales(fields: Fields, spec: ModelSpec) -> tuple[tuple[bytes, ...], ...]:
+def scales_of(fields: Fields, spec: ModelSpec) -> tuple[tuple[bytes, ...], ...]:
+    """Return each KV head's scales, a byte a channel."""
     wanted = f"{spec.key_head_size} bytes in hex for each KV head of {spec.num_layers} layers"
     try:
         layers = [
             tuple(bytes.fromhex(word) for word in layer)
-            for layer in _layers(fields, "scales", spec, wanted)
+            for layer in layer_words(fields, "scales", spec, wanted)
         ]
     except ValueError:
         raise fields.wrong("scales", wanted) from None
@@ -84,7 +85,7 @@ def _scales(fields: Fields, spec: ModelSpec) -> tuple[tuple[bytes, ...], ...]:
     return tuple(layers)
 
 
-def _layers(fields: Fields, field: str, spec: ModelSpec, wanted: str) -> list[list[str]]:
+def layer_words(fields: Fields, field: str, spec: ModelSpec, wanted: str) -> list[list[str]]:
     """Return the words of each layer's text."""
     layers = fields.value(field)
     if (

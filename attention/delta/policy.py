@@ -5,7 +5,8 @@ Inference", arXiv 2507.19608, computes scores from what changed between keys, ou
 construction rule is not published. Ours reuses whole rows, with changes that measured better: a row is not
 compared with the last one that was sent but joins the likest rows of its page of 64, what stands for a
 group is its mean, and values are merged with keys, which loses nothing more: rows of one score weigh the
-same. So half of attention is not only not multiplied but not read, of V as of K.
+same. So half of attention is not only not multiplied but not read, of V as of K. `block_policy` has the
+other granularities.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Delta(AttentionPolicy):
 
     def fitted(self, spec: ModelSpec) -> Delta:
         """Settle the units for the model; see the class."""
-        _check(spec)
+        check_kv_heads(spec)
         if self.units is not None:
             return self
         found: DeltaCalibration | None = None
@@ -158,7 +159,7 @@ class DeltaSteering(Steering):
         self._hook.start_grouped()
 
 
-def _check(spec: ModelSpec) -> None:
+def check_kv_heads(spec: ModelSpec) -> None:
     """Raise `BadOption` where the model's heads are not as the kernels group them."""
     if len(set(spec.num_kv_heads)) != 1 or max(spec.num_kv_heads) == 0:
         counts = ", ".join(map(str, sorted(set(spec.num_kv_heads))))

@@ -139,11 +139,13 @@ struct ConvertedBlock {
     }
 };
 
-// A block whose scores are there already.
-template <class Block> struct ScoredBlock {
+// A block of either kind with states in place of its keys.
+template <class Block> struct StateBlock {
     const Block& block;
+    const StatePage page;
     static constexpr int kMostLines = Block::kMostLines;
     template <int N> void attend(const Lines& lines, bool all_visible, float* scores) const {
+        score_states<N>(page, block.p, lines, scores);
         block.template weigh<N>(lines, all_visible, scores);
     }
 };
@@ -173,13 +175,10 @@ struct RowGroup {
         if (p.scores == nullptr || row < p.first_scored_row) return nullptr;
         return p.scores + (size_t(row - p.first_scored_row) * p.num_heads + head) * p.scores_stride + key;
     }
-    const float* query(int line) const {
-        const int row = row_begin + line / p.group_size(), head = kv_head * p.group_size() + line % p.group_size();
-        return reinterpret_cast<const float*>(p.q + row * p.q_row_stride + head * p.q_head_stride);
-    }
     void add(Lines& lines, int line, const float* bias, int key) const {
         const int row = row_begin + line / p.group_size(), head = kv_head * p.group_size() + line % p.group_size();
-        lines.q[lines.count] = query(line), lines.bias[lines.count] = bias;
+        lines.q[lines.count] = reinterpret_cast<const float*>(p.q + row * p.q_row_stride + head * p.q_head_stride);
+        lines.bias[lines.count] = bias;
         lines.partials[lines.count] = partials + line * partial_floats(p);
         lines.exported[lines.count] = exported(row, head, key);
         ++lines.count;
@@ -204,21 +203,13 @@ struct RowGroup {
             }
         }
     }
-    // Rows for which the block lies behind their windows: they see states in place of its keys, all of them.
-    template <class Block>
-    void attend_states(const Block& of_rows, const StateScores& states, int key, int first_row, int num_rows, float* scores) const {
-        for (int line = first_row * p.group_size(), end = num_rows * p.group_size(), count = 0; line < end; line += count) {
-            count = end - line < W ? end - line : W;
-            const float* queries[W];
-            for (int i = 0; i < count; ++i) queries[i] = query(line + i);
-            states.score(queries, count, scores);
-            for (int i = 0; i < count;) {
-                const int first = i;
-                Lines lines;
-                lines.count = 0;
-                for (; i < count && lines.count < Block::kMostLines; ++i) add(lines, line + i, kNoBias, key);
-                attend_lines(ScoredBlock<Block>{of_rows}, lines, true, scores + first * kBlockKeys);
-            }
+    // Rows for which the block lies behind their windows: all of it is seen.
+    template <class Block> void attend_all(const Block& of_rows, int key, int first_row, int num_rows, float* scores) const {
+        for (int line = first_row * p.group_size(), end = num_rows * p.group_size(); line < end;) {
+            Lines lines;
+            lines.count = 0;
+            for (; line < end && lines.count < Block::kMostLines; ++line) add(lines, line, kNoBias, key);
+            attend_lines(of_rows, lines, true, scores);
         }
     }
     void hide(int index, int key) const {
@@ -252,13 +243,14 @@ void attend_blocks(const AttentionProblem& p, int kv_head, int row_begin, int ro
         locate(p, kv_head, begin + kAhead < p.num_keys ? begin + kAhead : begin, ahead);
         const int num_dense = num_dense_rows(p, row_begin, num_rows, begin / kBlockKeys);
         if (num_dense < num_rows) {
-            const StateScores states(p, kv_head, begin / kBlockKeys, keys);
+            const StatePage page = page_of(p, kv_head, begin / kBlockKeys);
+            const StoredBlock stored{p, block, ahead};
             const ConvertedBlock converted{p, block, ahead, keys, values};
             if (few) {
-                rows.attend_states(StoredBlock{p, block, ahead}, states, begin, num_dense, num_rows, bias);
+                rows.attend_all(StateBlock<StoredBlock>{stored, page}, begin, num_dense, num_rows, scores);
             } else {
                 converted.fill_values();
-                rows.attend_states(converted, states, begin, num_dense, num_rows, bias);
+                rows.attend_all(StateBlock<ConvertedBlock>{converted, page}, begin, num_dense, num_rows, scores);
             }
         }
         if (num_dense == 0) continue;

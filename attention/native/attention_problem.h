@@ -63,11 +63,14 @@ constexpr int kMaxHeadSize = 256;
 constexpr int kDraftRows = 32;  // a pass of more rows is a prompt's
 constexpr int kTileRows = 64;   // the most rows of one call of a kernel
 
-// One KV head's keys as states (KeyStates): of each page of kBlockKeys keys the bits of the blocks of channels that were
-// sent, key after key, the state before it, and the channels that were sent as halves, from `begins` on.
+// One KV head's keys as states (KeyStates), page by page of kBlockKeys keys. Of each block of channels a page has a word,
+// whose bits are the keys that sent it, the page's first key among them whether it did or not; and, from `begins` on,
+// what was sent as halves: blocks outermost, then channels. So many halves more than there are may be read.
+constexpr int kSpareHalves = 16;
+
 struct StateStore {
     const uint64_t* sent;
-    const uint16_t *before, *values;
+    const uint16_t* values;
     const uint32_t* begins;
 };
 
@@ -83,13 +86,6 @@ struct StatesOfRows {
         return behind > 0 ? behind / kBlockKeys : 0;
     }
 };
-
-// How many bits a key has for its blocks: a power of two, so that a page's bits are whole words.
-inline int bits_of_key(int key_size, int block) {
-    int bits = 1;
-    while (bits * block < key_size) bits *= 2;
-    return bits;
-}
 
 inline int padded_to_blocks(int num_keys) { return (num_keys + kBlockKeys - 1) / kBlockKeys * kBlockKeys; }
 

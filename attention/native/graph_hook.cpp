@@ -52,9 +52,10 @@ void attend_node(GgmlTensor* node, int thread, int num_threads, void* user_data)
             continue;
         }
         int num_read = hook.delta.run(problem, index, stream, *hook.kernels, thread, num_threads);
-        if (num_read == DeltaAttend::kNotTaken) {
+        if (num_read == DeltaAttend::kNotTaken) num_read = hook.states.run(problem, index, stream, *hook.kernels, thread, num_threads);
+        if (num_read == StateAttend::kNotTaken) {
             num_read = hook.attend.run(problem, index, *hook.kernels, thread, num_threads);
-            if (thread == 0) hook.delta.measure(problem, index);
+            if (thread == 0) hook.delta.measure(problem, index), hook.states.measure(problem, index);
         }
         keys_held += visible;
         keys_read += num_read < visible ? num_read : visible;
@@ -103,7 +104,8 @@ bool make_room(GraphHook& hook, const AttentionNode& read, int layer) {
             return false;
     for (int stream = 0; stream < read.num_streams(); ++stream)
         if (!hook.attend.reserve(read.problem(stream), layer, hook.num_threads) ||
-            !hook.delta.reserve(read.problem(stream), layer, stream, hook.num_threads))
+            !hook.delta.reserve(read.problem(stream), layer, stream, hook.num_threads) ||
+            !hook.states.reserve(read.problem(stream), layer, stream, hook.num_threads))
             return false;
     return true;
 }

@@ -13,6 +13,8 @@
 struct GraphHook;
 class LayerClock;
 struct DeltaRule;
+struct ScoreCounts;
+struct StatesRule;
 
 // Counts of one hook since it was made.
 struct HookCounts {
@@ -61,6 +63,15 @@ LOWTIDE_API void lowtide_hook_start_grouped(GraphHook* hook, int grouped);
 LOWTIDE_API int lowtide_hook_measure_groups(GraphHook* hook);
 LOWTIDE_API void lowtide_hook_read_measures(const GraphHook* hook, float* errors, float* squares);
 LOWTIDE_API void lowtide_hook_cut(GraphHook* hook, int num_cells);
+
+// The same for StateAttend, whose `set_units` says what the arrays are; what was measured comes with the share that each
+// unit sent of its states. The counts are those of all passes.
+LOWTIDE_API int lowtide_hook_set_states(GraphHook* hook, const StatesRule* rule, const float* thresholds, const float* shares,
+                                        const float* scales, int num_layers, int num_kv_heads, int key_size);
+LOWTIDE_API void lowtide_hook_start_states(GraphHook* hook);
+LOWTIDE_API int lowtide_hook_measure_states(GraphHook* hook);
+LOWTIDE_API void lowtide_hook_read_state_measures(const GraphHook* hook, float* errors, float* squares, float* shares);
+LOWTIDE_API ScoreCounts lowtide_hook_score_counts(const GraphHook* hook);
 
 // Where groups replace cells (`DeltaRule`): the fewest cells, but for none, that a cut may leave, and whether a pass
 // has wanted what was given back.

@@ -11,6 +11,7 @@
 #include "packed_products.h"
 #include "pass_parts.h"
 #include "prompt_scores.h"
+#include "state_attend.h"
 #include "tidal_attend.h"
 #include "visible_keys.h"
 
@@ -34,6 +35,7 @@ struct GraphHook {
     int num_threads;
     TidalAttend attend;
     DeltaAttend delta;
+    StateAttend states;
     PromptScores prompt_scores;
     VisibleKeys visible;
     PassParts parts;

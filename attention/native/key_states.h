@@ -32,20 +32,21 @@ public:
     void cut(int num_cells);
 
     int num_pages() const { return num_pages_; }
-    StateStore view() const { return {sent_.data(), before_.data(), values_.data(), begins_.data()}; }
-    // Of the first pages, how many channels were sent.
-    size_t num_sent(int num_pages) const { return begins_[num_pages]; }
+    StateStore view() const { return {sent_.data(), values_.data(), begins_.data()}; }
+    // Of the first pages, how many channels were sent, and how many are kept and multiplied: those, and each page's first.
+    int64_t num_sent(int num_pages) const { return num_sent_[num_pages]; }
+    int64_t num_kept(int num_pages) const { return begins_[num_pages]; }
     size_t num_bytes() const {
-        return sizeof(uint16_t) * (before_.capacity() + values_.capacity()) + sizeof(uint64_t) * sent_.capacity() +
-               sizeof(uint32_t) * begins_.capacity();
+        return sizeof(uint16_t) * values_.capacity() + sizeof(uint64_t) * sent_.capacity() +
+               sizeof(uint32_t) * (begins_.capacity() + num_sent_.capacity());
     }
 
 private:
     void append_page(const AttentionProblem& problem, int kv_head, const StateRule& rule);
+    void read_last_state(const StateRule& rule, int key_size, float* state) const;
 
-    std::vector<uint64_t> sent_;     // bits, (pages, kBlockKeys, bits of a key)
-    std::vector<uint16_t> before_;   // (pages + 1, key_size), the state that a page begins with
-    std::vector<uint16_t> values_;   // channels that were sent, one after another
-    std::vector<uint32_t> begins_{0};  // (pages + 1), where a page's channels begin
+    std::vector<uint64_t> sent_;    // (pages, blocks)
+    std::vector<uint16_t> values_;  // channels that were sent, and kSpareHalves
+    std::vector<uint32_t> begins_{0}, num_sent_{0};  // (pages + 1), sums over the pages before
     int num_pages_ = 0;
 };

@@ -98,13 +98,13 @@ void StateAttend::ready(const AttentionProblem& p, const std::vector<KeyStates>&
 void StateAttend::count(const AttentionProblem& p, const std::vector<KeyStates>& heads) {
     const int last = p.num_rows - 1, num_pages = states_.num_pages(last), seen = states_.first_position + p.num_rows;
     const int64_t num_behind = int64_t(num_pages) * kBlockKeys, key_bytes = int64_t(row_bytes(p.k_type, key_size_));
-    const int64_t beside = seen - num_behind, bits_bytes = int64_t(num_pages) * bits_of_key(key_size_, rule_.block) * 8;
+    const int64_t beside = seen - num_behind, words_bytes = int64_t(num_pages) * (key_size_ / rule_.block) * 8;
     for (const KeyStates& states : heads) {
-        const int64_t num_sent = int64_t(states.num_sent(num_pages)), begun = int64_t(num_pages) * key_size_;
+        const int64_t num_kept = states.num_kept(num_pages);
         counts_.channels_held += int64_t(seen) * key_size_, counts_.channels_behind += num_behind * key_size_;
-        counts_.channels_sent += num_sent, counts_.channels_multiplied += num_sent + begun + beside * key_size_;
+        counts_.channels_sent += states.num_sent(num_pages), counts_.channels_multiplied += num_kept + beside * key_size_;
         counts_.key_bytes_held += seen * key_bytes;
-        counts_.key_bytes_read += int64_t(sizeof(uint16_t)) * (num_sent + begun) + bits_bytes + beside * key_bytes;
+        counts_.key_bytes_read += int64_t(sizeof(uint16_t)) * num_kept + words_bytes + beside * key_bytes;
     }
 }
 
@@ -124,11 +124,11 @@ void StateAttend::measure(const AttentionProblem& p, int layer) {
 void StateAttend::read_shares(float* shares) const {
     for (const Layer& layer : layers_)
         for (int head = 0; head < num_kv_heads_; ++head) {
-            size_t num_sent = 0, num_held = 0;
+            int64_t num_sent = 0, num_held = 0;
             for (const auto& heads : layer.streams)
                 if (!heads.empty()) {
                     num_sent += heads[head].num_sent(heads[head].num_pages());
-                    num_held += size_t(heads[head].num_pages()) * kBlockKeys * key_size_;
+                    num_held += int64_t(heads[head].num_pages()) * kBlockKeys * key_size_;
                 }
             *shares++ = num_held == 0 ? 1.0f : float(num_sent) / float(num_held);
         }

@@ -144,12 +144,14 @@ def test_what_was_sent_is_counted(block: int) -> None:
     assert counts.channels_behind == pages * PAGE * SIZE * KV_HEADS
     assert counts.channels_sent == num_sent
     assert 0.1 < num_sent / counts.channels_behind < 0.9
-    begun, beside = pages * SIZE * KV_HEADS, (410 - pages * PAGE) * SIZE * KV_HEADS
+    kept = sent[:, : pages * PAGE].copy()
+    kept[:, ::PAGE] = True  # what a page begins with
+    beside = (410 - pages * PAGE) * SIZE * KV_HEADS
     assert counts.channels_held == 410 * SIZE * KV_HEADS
-    assert counts.channels_multiplied == num_sent + begun + beside
-    bits = pages * PAGE * (SIZE // block) * KV_HEADS // 8
+    assert counts.channels_multiplied == int(kept.sum()) * block + beside
+    words = pages * (SIZE // block) * 8 * KV_HEADS
     assert counts.key_bytes_held == 2 * counts.channels_held
-    assert counts.key_bytes_read == 2 * counts.channels_multiplied + bits
+    assert counts.key_bytes_read == 2 * counts.channels_multiplied + words
 
 
 def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_number_of_threads() -> None:

@@ -1,0 +1,191 @@
+"""DeltaLLM's attention by blocks of channels, or single ones: what a key repeats is not multiplied again.
+
+Qi et al., "DeltaLLM: A Training-Free Framework Exploiting Temporal Sparsity for Efficient Edge LLM
+Inference", arXiv 2507.19608. Its construction rule is not published: ours is a reconstruction. Behind a
+window a key is seen as a state that takes a block of the key's channels only where these have left it;
+a score changes by what was sent. Values are seen as they are: at the most half of attention is saved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from lowtide.attention.delta.policy import EXACT, GROUPED, MOST_WINDOW, check_kv_heads
+from lowtide.attention.delta.state_calibration import (
+    StateCalibration,
+    find_state_calibration,
+    load_state_calibration,
+)
+from lowtide.attention.delta.state_kernels import StatesRule
+from lowtide.attention.delta.state_units import StateUnits
+from lowtide.attention.delta.units import LEAST_GROUPS
+from lowtide.attention.policy import AttentionPolicy, Steering
+from lowtide.memory.key_states import KeyStates
+from lowtide.models.errors import BadOption
+from lowtide.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from lowtide.attention.graph_hook import GraphHook
+
+BLOCK, ELEMENT = "block", "element"
+BLOCK_SIZES = (8, 16)
+DEFAULT_SPARSITY = 0.25
+"""Without a calibration every layer and head sends alike, which loses much sooner."""
+MOST_SPARSITY = 0.95
+MOST_THRESHOLD = 1e6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaBlocks(AttentionPolicy):
+    """Attention over states of keys; what is None comes from the model's calibration.
+
+    Of each row's keys the last `window` are seen as they are, and whole pages of 64 behind them as states;
+    the first `sinks` of all are sent whole. `granularity` "block" sends `block` channels together, 8 or 16;
+    "element" single ones. A stated `threshold` is how far they may be off in every layer and head, as a
+    multiple of 1 over the root mean square of the query's channels, as the calibration has it, 1 without
+    one; a stated `sparsity` has every page of every head send no more than the rest. `prompts` "exact" has
+    only decoding see states. `calibration` is a file to take instead of the model's own; `units` are what
+    a calibration consists of.
+    """
+
+    name: ClassVar[str] = "delta"
+
+    granularity: str = BLOCK
+    block: int | None = None
+    threshold: float | None = None
+    sparsity: float | None = None
+    window: int = 128
+    sinks: int = 4
+    prompts: str = GROUPED
+    calibration: Path | None = None
+    units: StateUnits | None = None
+    origin: str = "stated"
+
+    def __post_init__(self) -> None:
+        if self.granularity not in (BLOCK, ELEMENT):
+            raise BadOption(
+                f"delta's granularity is {self.granularity!r}, one of row, {BLOCK}, {ELEMENT} is wanted"
+            )
+        if self.granularity == ELEMENT and self.block is not None:
+            raise BadOption(
+                f"delta's block is {self.block} and its granularity element, which is one channel: leave "
+                "one out"
+            )
+        if self.block is not None and self.block not in BLOCK_SIZES:
+            raise BadOption(f"delta's block is {self.block}, 8 or 16 channels are wanted")
+        if not 1 <= self.window <= MOST_WINDOW:
+            raise BadOption(f"delta's window is {self.window}, 1 to {MOST_WINDOW:,} is wanted")
+        if not 0 <= self.sinks < LEAST_GROUPS:
+            raise BadOption(f"delta's sinks is {self.sinks}, 0 to {LEAST_GROUPS - 1} is wanted")
+        if self.prompts not in (GROUPED, EXACT):
+            raise BadOption(
+                f"delta's prompts is {self.prompts!r}, one of {GROUPED}, {EXACT} is wanted"
+            )
+        self._check_stated()
+
+    def _check_stated(self) -> None:
+        threshold, sparsity = self.threshold, self.sparsity
+        if threshold is not None and not 0 <= threshold <= MOST_THRESHOLD:
+            raise BadOption(
+                f"delta's threshold is {threshold:g}, 0 to {MOST_THRESHOLD:,.0f} is wanted"
+            )
+        if sparsity is not None and not 0 <= sparsity <= MOST_SPARSITY:
+            raise BadOption(f"delta's sparsity is {sparsity:g}, 0 to {MOST_SPARSITY:g} is wanted")
+        if threshold is not None and sparsity is not None:
+            raise BadOption(
+                "delta's threshold and sparsity are given, and each follows from the other: leave one out"
+            )
+        if sparsity is not None and self.calibration is not None:
+            raise BadOption(
+                "delta's sparsity and calibration are given, and a calibration has its own: leave one out"
+            )
+
+    @property
+    def channels(self) -> int:
+        """How many channels are sent together."""
+        return 1 if self.granularity == ELEMENT else self.block or BLOCK_SIZES[0]
+
+    def fitted(self, spec: ModelSpec) -> DeltaBlocks:
+        """Settle the units for the model; see the class."""
+        check_kv_heads(spec)
+        if self.units is not None:
+            return self
+        found: StateCalibration | None = None
+        if self.calibration is not None:
+            found = load_state_calibration(self.calibration, spec, self.channels)
+        elif self.sparsity is None:
+            found = find_state_calibration(spec, self.channels)
+        if found is not None and self.threshold is None:
+            return replace(self, units=found.units, origin=found.summary)
+        if found is not None and self.threshold is not None:
+            return replace(self, units=found.units.all_at(self.threshold))
+        if spec.sliding_window is not None:
+            raise BadOption(
+                f"{spec.name} has layers that see a sliding window, and which of them is not known: run "
+                f"lowtide calibrate --attention {self.told}, or name a calibration"
+            )
+        is_stated = self.threshold is not None or self.sparsity is not None
+        sparsity = self.sparsity if is_stated else DEFAULT_SPARSITY
+        units = StateUnits.uniform(
+            spec.num_layers,
+            max(spec.num_kv_heads),
+            spec.key_head_size,
+            block=self.channels,
+            threshold=self.threshold or 0.0,
+            share=1.0 if sparsity is None else 1 - sparsity,
+        )
+        origin = self.origin if is_stated else "not calibrated for this model"
+        return replace(self, units=units, origin=origin)
+
+    @property
+    def told(self) -> str:
+        """The granularity as it is typed."""
+        size = f",block={self.channels}" if self.granularity == BLOCK else ""
+        return f"delta:granularity={self.granularity}{size}"
+
+    @property
+    def identity(self) -> str:
+        """Every setting, wherever it came from."""
+        settled = replace(self, threshold=None, sparsity=None, calibration=None, origin="")
+        return repr(settled)
+
+    @property
+    def key_states(self) -> KeyStates | None:
+        """What is kept beside the cache."""
+        if self.units is None:
+            return None
+        return KeyStates(num_units=self.units.num_taken, block=self.units.block)
+
+    def install(self, hook: GraphHook, spec: ModelSpec) -> Steering:
+        """Give the hook each unit's threshold and scales."""
+        assert self.units is not None, "the policy is not fitted to a model"
+        rule = StatesRule(self.window, self.sinks, self.units.block)
+        hook.states.set_units(rule, *self.units.arrays())
+        return StateSteering(hook, self.prompts)
+
+    def __str__(self) -> str:
+        of = "elements" if self.channels == 1 else f"blocks of {self.channels}"
+        found = "" if self.units is None else f", {self.units}"
+        prompts = "" if self.prompts == GROUPED else f", prompts {self.prompts}"
+        return f"delta, {of}{found}, window {self.window} ({self.origin}){prompts}"
+
+
+class StateSteering(Steering):
+    """Every pass sees states, or those of decoding alone."""
+
+    def __init__(self, hook: GraphHook, prompts: str) -> None:
+        self._hook = hook
+        self.exact_prompts = prompts == EXACT
+
+    def before_prompt(self) -> None:
+        """Attend as prompts are to be read."""
+        self._hook.start_pass(sparse=False)
+        if not self.exact_prompts:
+            self._hook.states.start()
+
+    def before_decode(self) -> None:
+        """Attend to states."""
+        self._hook.start_pass(sparse=False)
+        self._hook.states.start()

@@ -1,0 +1,36 @@
+"""KeyStates: what a plan must know of keys that are kept as states beside the cache.
+
+Knows no policy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowtide.memory.footprint import attention_bytes, kv_cells
+from lowtide.models.spec import ModelSpec
+
+PAGE_KEYS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyStates:
+    """Of `num_units` layers and KV heads the blocks of `block` channels that were sent, in pages of 64."""
+
+    num_units: int
+    block: int
+
+    def num_bytes(self, num_cells: int, key_size: int) -> int:
+        """Return the most that states of so many cells take: every block sent, in half precision, a word
+        for each block of a page, and where the page begins."""
+        pages = num_cells // PAGE_KEYS
+        sent = 2 * (pages * PAGE_KEYS * key_size + 16)
+        words = 8 * pages * (key_size // self.block)
+        return self.num_units * (sent + words + 8 * (pages + 1))
+
+
+def state_bytes(spec: ModelSpec, states: KeyStates, context: int, threads: int) -> int:
+    """Return the most that attention over states takes beside that of every key: the states, were every
+    block sent, and a scratch alike."""
+    held = states.num_bytes(kv_cells(context), spec.key_head_size)
+    return held + attention_bytes(spec, context, threads)
