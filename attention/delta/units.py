@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowtide.memory.key_groups import PAGE_KEYS
 
@@ -74,22 +74,39 @@ def allocate(
     """Return how many groups each unit gets, so that all keep `share` of the keys at the least error.
 
     `errors` (choices, layers, kv_heads) are each unit's with so many groups, of ascending `choices`; with
-    all 64 there is none. Lagrange's way: each unit takes what a common price of a group makes best, and
-    the price is the least at which they keep no more than `share`. A unit whose errors are infinite keeps
-    everything, and does not count.
+    all 64 there is none. A unit whose errors are infinite keeps everything, and does not count.
     """
     import numpy as np
 
+    shares = np.broadcast_to(np.array(choices)[:, None, None] / PAGE_KEYS, errors.shape)
+    picked = cheapest(np.minimum.accumulate(errors, axis=0), shares, share)
+    assert picked is not None, "no unit takes part, or a share below the smallest choice is wanted"
     counts = np.array([*choices, PAGE_KEYS])
-    costs = np.concatenate([np.minimum.accumulate(errors, axis=0), np.zeros_like(errors[:1])])
+    return tuple(tuple(map(int, layer)) for layer in counts[picked])
+
+
+def cheapest(
+    errors: NDArray[np.float32], shares: NDArray[np.floating[Any]], most: float
+) -> NDArray[np.intp] | None:
+    """Return which choice each unit takes, (layers, kv_heads), so that all keep `most` at the least error.
+
+    `errors` and `shares` (choices, layers, kv_heads) are what each unit loses and keeps with a choice; one
+    more keeps everything and loses nothing. Lagrange's way: each unit takes what a common price of what it
+    keeps makes best, and the price is the least at which the mean is no more than `most`. A unit whose
+    errors are infinite does not count. None where no price is high enough.
+    """
+    import numpy as np
+
+    costs = np.concatenate([errors, np.zeros_like(errors[:1])])
+    kept = np.concatenate([shares, np.ones_like(shares[:1])])
     taking = np.isfinite(errors).all(axis=0)
-    low, high, best = -30.0, 10.0, None
+    low, high, best = -30.0, 15.0, None
     for _ in range(60):
         price = (low + high) / 2
-        picked = counts[(costs + np.exp(price) * counts[:, None, None]).argmin(axis=0)]
-        if picked[taking].mean() <= share * PAGE_KEYS:
+        picked = (costs + np.exp(price) * kept).argmin(axis=0)
+        of_units = np.take_along_axis(kept, picked[None], axis=0)[0]
+        if of_units[taking].mean() <= most:
             high, best = price, picked
         else:
             low = price
-    assert best is not None, "no unit takes part, or a share below the smallest choice is wanted"
-    return tuple(tuple(map(int, layer)) for layer in best)
+    return best
