@@ -14,8 +14,10 @@ from lowtide.cli.options import opening_options, plan_with, take_open_options, t
 if TYPE_CHECKING:
     from lowtide.attention.calibrate import Targets
     from lowtide.attention.calibration import Calibration
+    from lowtide.attention.delta.block_policy import DeltaBlocks
     from lowtide.attention.delta.calibration import DeltaCalibration
     from lowtide.attention.delta.policy import Delta
+    from lowtide.attention.delta.state_calibration import StateCalibration
     from lowtide.attention.gem import Gem
     from lowtide.attention.gem_calibration import GemCalibration
     from lowtide.attention.tidal import Tidal
@@ -88,10 +90,12 @@ def command(
     and searches for the layer and the k that cost the least, keep them all with a quarter of k to spare,
     and lose at most one in twenty of the answers of whole prompts; gem:layer=N looks at that layer alone,
     other settings are the rule to search with. For delta, measures what each layer and KV head loses with
-    so many groups of keys, and takes the highest sparsity inside --target-kl and --target-key-loss. Each
-    is held against text and questions that the search did not see, and written. Takes minutes.
+    so many groups of keys (delta:granularity=block or element: with each threshold of its blocks), and
+    takes the highest sparsity inside --target-kl and --target-key-loss. Each is held against text and
+    questions that the search did not see, and written. Takes minutes.
     """
     from lowtide.attention.calibrate import Targets
+    from lowtide.attention.delta.block_policy import DeltaBlocks
     from lowtide.attention.delta.policy import Delta
     from lowtide.attention.gem import Gem
     from lowtide.attention.quality import WINDOW_TOKENS
@@ -106,7 +110,7 @@ def command(
     options["context"] = options["context"] or min(DEFAULT_CONTEXT, spec.context_length)
     if isinstance(policy, Gem):
         _check_gem(policy, spec, k_choices)
-    elif isinstance(policy, Delta):
+    elif isinstance(policy, Delta | DeltaBlocks):
         delta_calibration.check_delta(policy, k_choices)
         options["attention"] = delta_calibration.planned_as(policy, spec)
     elif policy.selection_layers is not None:
@@ -127,34 +131,38 @@ def command(
         click.echo(json_object(planned, path=str(path), **found.to_dict()))
         return
     click.echo(said)
+    typed = policy.told if isinstance(policy, DeltaBlocks) else policy.name
     if output is None:
-        click.echo(f"written to {path}; --attention {policy.name} takes it from now on")
+        click.echo(f"written to {path}; --attention {typed} takes it from now on")
     else:
-        click.echo(f"written to {path}; --attention {policy.name}:calibration={path} takes it")
+        also = "," if ":" in typed else ":"
+        click.echo(f"written to {path}; --attention {typed}{also}calibration={path} takes it")
 
 
 def _searched(
     loaded: LoadedModel,
     text: Path | None,
-    policy: Tidal | Gem | Delta,
+    policy: Tidal | Gem | Delta | DeltaBlocks,
     targets: Targets,
     max_layers: int,
     k_choices: tuple[int, ...],
-) -> Calibration | GemCalibration | DeltaCalibration:
+) -> Calibration | GemCalibration | DeltaCalibration | StateCalibration:
+    from lowtide.attention.delta.block_policy import DeltaBlocks
     from lowtide.attention.delta.policy import Delta
     from lowtide.attention.gem import Gem
     from lowtide.cli import delta_calibration
 
     if isinstance(policy, Gem):
         return _gem_calibrated(loaded, text, policy, k_choices)
-    if isinstance(policy, Delta):
+    if isinstance(policy, Delta | DeltaBlocks):
         token_ids, whose = _sample(loaded, text)
         return delta_calibration.calibrated(loaded, token_ids, whose, targets, policy)
     return _calibrated(loaded, text, targets, policy, max_layers, k_choices)
 
 
-def _wanted_policy(attention: str) -> Tidal | Gem | Delta:
+def _wanted_policy(attention: str) -> Tidal | Gem | Delta | DeltaBlocks:
     """Return the policy to calibrate; what is said for the other one is a mistake."""
+    from lowtide.attention.delta.block_policy import DeltaBlocks
     from lowtide.attention.delta.policy import Delta
     from lowtide.attention.gem import Gem
     from lowtide.attention.policies import parse_policy
@@ -168,7 +176,7 @@ def _wanted_policy(attention: str) -> Tidal | Gem | Delta:
     policy = parse_policy(attention)
     if isinstance(policy, Tidal) and policy == Tidal(selection_layers=policy.selection_layers):
         return policy
-    if not isinstance(policy, Gem | Delta):
+    if not isinstance(policy, Gem | Delta | DeltaBlocks):
         raise BadOption(
             f"attention is {attention!r}: tidal, with its layers at the most (k is what is searched for), "
             "gem or delta is wanted"
