@@ -23,23 +23,33 @@ inline StatePage page_of(const AttentionProblem& p, int kv_head, int page) {
     return {store.sent + size_t(page) * (p.key_size / p.states->block), store.values + store.begins[page]};
 }
 
-// Products of one line with what a block sent, behind a 0 that stands before the first one.
-struct Products {
-    float standing[1 + kBlockKeys + W] = {};
+// So many blocks are multiplied before their products are read: what was just stored is not there yet.
+constexpr int kBlocksTogether = 8;
+
+// By how much one line's product with each key that sent a block differs from the one before.
+struct Changes {
+    alignas(64) float of_sent[kBlockKeys + W];
 };
 
-// Adds by how much products differ from those before to the keys that sent them.
-inline void add_changes(uint64_t sent, const Products& products, float* scores) {
-    const float* at = products.standing + 1;
+// Adds the changes of blocks to the keys that sent them; block i's of a line are changes[i * stride].
+inline void add_changes(const uint64_t* sent, int num_blocks, const Changes* changes, int stride, float* scores) {
 #if VECTOR_FLOATS == 16 && defined(__AVX512F__)
+    const float* at[kBlocksTogether];
+    for (int i = 0; i < num_blocks; ++i) at[i] = changes[i * stride].of_sent;
     for (int key = 0; key < kBlockKeys; key += W) {
-        const auto keys = uint16_t(sent >> key);
-        const Floats changes = load(at) - load(at - 1);
-        store(scores + key, load(scores + key) + Floats(_mm512_maskz_expand_ps(keys, __m512(changes))));
-        at += __builtin_popcount(keys);
+        Floats changed = load(scores + key);
+        for (int i = 0; i < num_blocks; ++i) {
+            const auto keys = uint16_t(sent[i] >> key);
+            changed += Floats(_mm512_maskz_expand_ps(keys, __m512(load(at[i]))));
+            at[i] += __builtin_popcount(keys);
+        }
+        store(scores + key, changed);
     }
 #else
-    for (; sent != 0; sent &= sent - 1, ++at) scores[__builtin_ctzll(sent)] += at[0] - at[-1];
+    for (int i = 0; i < num_blocks; ++i) {
+        const float* at = changes[i * stride].of_sent;
+        for (uint64_t left = sent[i]; left != 0; left &= left - 1) scores[__builtin_ctzll(left)] += *at++;
+    }
 #endif
 }
 
@@ -60,25 +70,41 @@ inline void sum_along_keys(float* scores) {
     }
 }
 
-// Scores (N, kBlockKeys) of blocks of so many channels.
+// Multiplies N lines with the `count` keys that sent a block, whose channels begin at `channel`.
+template <int Block, int N>
+inline void multiply_sent(const uint16_t* values, int count, const Lines& lines, int channel, Changes* changes) {
+    Floats before[N] = {};
+    Ints one_up;
+    for (int i = 0; i < W; ++i) one_up[i] = W - 1 + i;
+    for (int i = 0; i < count; i += W) {
+        Floats sums[N] = {};
+#pragma GCC unroll 16
+        for (int c = 0; c < Block; ++c) {
+            const Floats k = Rows<KvType::f16>::load(reinterpret_cast<const char*>(values), c * count + i);
+            for (int n = 0; n < N; ++n) sums[n] += lines.q[n][channel + c] * k;
+        }
+        for (int n = 0; n < N; ++n) {
+            store(changes[n].of_sent + i, sums[n] - __builtin_shuffle(before[n], sums[n], one_up));
+            before[n] = sums[n];
+        }
+    }
+}
+
+// Scores (N, kBlockKeys), of blocks of so many channels.
 template <int Block, int N> void score_blocks(const StatePage& page, int key_size, const Lines& lines, float* scores) {
     std::memset(scores, 0, sizeof(float) * N * kBlockKeys);
-    Products products[N];
-    const char* values = reinterpret_cast<const char*>(page.values);
-    for (int first = 0; first < key_size; first += Block) {
-        const uint64_t sent = page.sent[first / Block];
-        const int count = __builtin_popcountll(sent);
-        for (int i = 0; i < count; i += W) {
-            Floats sums[N] = {};
-#pragma GCC unroll 16
-            for (int c = 0; c < Block; ++c) {
-                const Floats k = Rows<KvType::f16>::load(values, c * count + i);
-                for (int n = 0; n < N; ++n) sums[n] += lines.q[n][first + c] * k;
-            }
-            for (int n = 0; n < N; ++n) store(products[n].standing + 1 + i, sums[n]);
+    Changes changes[kBlocksTogether][N];
+    const uint16_t* values = page.values;
+    const int num_blocks = key_size / Block;
+    for (int first = 0; first < num_blocks; first += kBlocksTogether) {
+        const uint64_t* sent = page.sent + first;
+        const int num_together = num_blocks - first < kBlocksTogether ? num_blocks - first : kBlocksTogether;
+        for (int i = 0; i < num_together; ++i) {
+            const int count = __builtin_popcountll(sent[i]);
+            multiply_sent<Block, N>(values, count, lines, (first + i) * Block, changes[i]);
+            values += Block * count;
         }
-        values += sizeof(uint16_t) * Block * count;
-        for (int n = 0; n < N; ++n) add_changes(sent, products[n], scores + n * kBlockKeys);
+        for (int n = 0; n < N; ++n) add_changes(sent, num_together, changes[0] + n, N, scores + n * kBlockKeys);
     }
     for (int n = 0; n < N; ++n) sum_along_keys(scores + n * kBlockKeys);
 }

@@ -5,7 +5,8 @@ Run with `make bench`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import statistics
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ pytestmark = pytest.mark.benchmark
 
 NUM_DECODED, ROWS = 16, 128
 POLICIES = ("delta", "delta:sparsity=0.5")
+BLOCKS = (
+    "delta:granularity=block,sparsity=0.5",
+    "delta:granularity=block,sparsity=0.7",
+    "delta:granularity=block,block=16,sparsity=0.5",
+    "delta:granularity=element,sparsity=0.7",
+)
 
 
 class Bench:
@@ -51,6 +58,10 @@ class Bench:
         parse_policy(policy).fitted(self.spec).install(self.hook, self.spec).before_decode()
         if policy == "dense":
             self.hook.start_pass(sparse=False)
+        self.step(depth)
+
+    def step(self, depth: int) -> None:
+        """Decode after the cache's prompt, as the hook attends."""
         self.model.truncate(depth)
         for token_id in self.token_ids[depth : depth + NUM_DECODED]:
             self.model.forward((token_id,))
@@ -89,6 +100,37 @@ def test_decode(benchmark: Any, bench: Bench, depth: int, policy: str) -> None:
     counts = bench.hook.counts()
     print(f"{shares[-1]:.1%} of the keys and values read, {counts.scratch_bytes:,} bytes of groups")
     assert shares[-1] < 0.9
+
+
+@pytest.mark.parametrize("policy", BLOCKS)
+def test_decode_by_blocks(benchmark: Any, bench: Bench, policy: str) -> None:
+    """Whole tokens, and attention alone: values are read as ever, the keys' blocks where they were sent."""
+    depth, before = 7600, bench.hook.counts()
+    bench.read("dense", depth)
+    steering = parse_policy(policy).fitted(bench.spec).install(bench.hook, bench.spec)
+    of_ours, of_dense = list[float](), list[float]()
+
+    def decode(start: Callable[[], None], seconds: list[float]) -> None:
+        start()
+        before = bench.hook.counts().seconds
+        bench.step(depth)
+        seconds.append((bench.hook.counts().seconds - before) / NUM_DECODED)
+
+    paired(
+        benchmark,
+        f"{policy}, decode at {depth}",
+        lambda: decode(steering.before_decode, of_ours),
+        lambda: decode(lambda: bench.hook.start_pass(sparse=False), of_dense),
+        rounds=15,
+        peer="our dense attention",
+    )
+    ours, dense = statistics.median(of_ours), statistics.median(of_dense)
+    cost = bench.hook.counts().scores - before.scores
+    print(
+        f"attention {1000 * ours:.2f} ms a token, dense {1000 * dense:.2f} ms, {ours / dense:.2f} of it; "
+        f"{cost}, {1 - cost.key_bytes_read / cost.key_bytes_held:.0%} of the bytes of keys not read"
+    )
+    assert cost.skipped > 0.4
 
 
 @pytest.mark.parametrize("length", [2048, 7600])

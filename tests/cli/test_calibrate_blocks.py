@@ -51,7 +51,9 @@ def test_calibrate_then_use_it(attention: str, of: str, model: str, tmp_path: Pa
     )
     assert used.exit_code == 0, used.stderr
     stats = json.loads(used.stdout)["stats"]
-    assert stats["attention"].startswith(f"delta, {of}, sparsity {kept['sparsity']:.0%}, window 128")
+    assert stats["attention"].startswith(
+        f"delta, {of}, sparsity {kept['sparsity']:.0%}, window 128"
+    )
     assert stats["scores"]["sparsity"] > 0.2
     assert stats["scores"]["skipped"] < stats["scores"]["sparsity"]
 
@@ -67,9 +69,7 @@ def test_a_person_is_told_what_was_skipped(model: str) -> None:
 
 
 def test_targets_that_nothing_reaches_are_an_error(model: str, tmp_path: Path) -> None:
-    done = calibrate(
-        model, tmp_path / "c.json", "delta:granularity=block", "--target-kl", "0.0001"
-    )
+    done = calibrate(model, tmp_path / "c.json", "delta:granularity=block", "--target-kl", "0.0001")
     assert done.exit_code == 1 and not (tmp_path / "c.json").exists()
     assert "keeps random within a KL of 0.0001" in done.stderr
 
