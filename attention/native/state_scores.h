@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "attention_problem.h"
+#include "expand.h"
 #include "kv_rows.h"
 #include "lines.h"
 #include "vectors.h"
@@ -33,15 +34,15 @@ struct Changes {
 
 // Adds the changes of blocks to the keys that sent them; block i's of a line are changes[i * stride].
 inline void add_changes(const uint64_t* sent, int num_blocks, const Changes* changes, int stride, float* scores) {
-#if VECTOR_FLOATS == 16 && defined(__AVX512F__)
+#ifdef LOWTIDE_CAN_EXPAND
     const float* at[kBlocksTogether];
     for (int i = 0; i < num_blocks; ++i) at[i] = changes[i * stride].of_sent;
     for (int key = 0; key < kBlockKeys; key += W) {
         Floats changed = load(scores + key);
         for (int i = 0; i < num_blocks; ++i) {
-            const auto keys = uint16_t(sent[i] >> key);
-            changed += Floats(_mm512_maskz_expand_ps(keys, __m512(load(at[i]))));
-            at[i] += __builtin_popcount(keys);
+            const uint64_t keys = sent[i] >> key & ((uint64_t(1) << W) - 1);
+            changed += expanded(keys, load(at[i]));
+            at[i] += __builtin_popcountll(keys);
         }
         store(scores + key, changed);
     }
