@@ -117,3 +117,12 @@ def test_the_plan_has_the_states(model: str) -> None:
     dense, states = scratch("dense"), scratch("delta:granularity=block")
     keys = 2 * 2048 * 32 * 2  # of two layers with one head of 32 channels, in half precision
     assert states - dense >= keys
+
+
+def test_evaluate_says_what_was_skipped(model: str) -> None:
+    base = ("evaluate", model, "--memory", "4GiB", "-c", "512", "--windows", "1", "--no-needles")
+    base += ("--attention", "delta:granularity=element,sparsity=60%")
+    scores = json.loads(invoke(*base, "--json").stdout)["scores"]
+    assert 0.58 <= scores["sparsity"] <= 0.6 and 0.2 < scores["skipped"] < 0.5
+    assert scores["key_bytes_read"] < scores["key_bytes_held"]
+    assert "score multiplications skipped (" in invoke(*base).stdout
