@@ -5,20 +5,6 @@
 
 #include "seen_cells.h"
 
-namespace {
-
-size_t row_bytes(KvType type, int size) {
-    switch (type) {
-        case KvType::f16: return size_t(size) * 2;
-        case KvType::q8_0: return size_t(size) / 32 * 34;
-        case KvType::q4_0: return size_t(size) / 32 * 18;
-        case KvType::f32: break;
-    }
-    return size_t(size) * 4;
-}
-
-}  // namespace
-
 bool StateAttend::set_units(const StatesRule& rule, const float* thresholds, const float* shares, const float* scales, int num_layers,
                             int num_kv_heads, int key_size) {
     const bool known_block = rule.block == 1 || rule.block == 8 || rule.block == 16;
@@ -97,7 +83,7 @@ void StateAttend::ready(const AttentionProblem& p, const std::vector<KeyStates>&
 
 void StateAttend::count(const AttentionProblem& p, const std::vector<KeyStates>& heads) {
     const int last = p.num_rows - 1, num_pages = states_.num_pages(last), seen = states_.first_position + p.num_rows;
-    const int64_t num_behind = int64_t(num_pages) * kBlockKeys, key_bytes = int64_t(row_bytes(p.k_type, key_size_));
+    const int64_t num_behind = int64_t(num_pages) * kBlockKeys, key_bytes = int64_t(stored_bytes(p.k_type, key_size_));
     const int64_t beside = seen - num_behind, words_bytes = int64_t(num_pages) * (key_size_ / rule_.block) * 8;
     for (const KeyStates& states : heads) {
         const int64_t num_kept = states.num_kept(num_pages);
