@@ -53,12 +53,7 @@ class StateCalibrator:
 
         Raises `NotCalibrated` where there are none.
         """
-        of_roots, errors, shares = self._measured()
-        of_sparsity = [
-            units
-            for sparsity in SPARSITIES
-            if (units := _spread(of_roots, errors, shares, 1 - sparsity)) is not None
-        ]
+        of_sparsity = self.spread(SPARSITIES)
         candidates = [
             Candidate(replace(self._policy, units=units), units.sparsity or 0.0)
             for units in of_sparsity
@@ -76,6 +71,12 @@ class StateCalibrator:
             keys_read=round(found.keys_read, 4),
             text=text,
         )
+
+    def spread(self, sparsities: Sequence[float]) -> list[StateUnits]:
+        """Return the units that lose the least with each sparsity, but those that no threshold reaches."""
+        of_roots, errors, shares = self._measured()
+        spread = (_spread(of_roots, errors, shares, 1 - sparsity) for sparsity in sparsities)
+        return [units for units in spread if units is not None]
 
     def _measured(self) -> tuple[StateUnits, NDArray[np.float32], NDArray[np.float32]]:
         """Return units with their queries' roots, and each one's error with each threshold and the share
