@@ -148,7 +148,7 @@ class SpeculationControl:
             if is_best:
                 best = gain, record.draft.name, tree
             else:
-                self.wasted_s += drafting_s
+                self.wasted_s += self.costs.clock() - before
         return best[1:] if best[1] else None
 
     def offered(self, token_ids: Sequence[int], most_tokens: int) -> Offer | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 from batch_drafting import DEAR, FAIR, draft_in_batches, half_knowing, knowing
 from hypothesis import given, settings
@@ -294,27 +293,3 @@ def test_a_batch_takes_fewer_drafts_where_there_is_less_room(
         results = ask(runtime)
         assert max(rows_of(runtime)[2:]) == 4 + 14
     assert [result.text for result in results] == [REPLY] * 4
-
-
-def test_sampled_tokens_have_the_targets_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the plain loop with other seeds: draws of one token after a draft that is often right."""
-    draft_in_batches(monkeypatch, lambda _: [ToldDraft(lambda _text: b"th")])
-    options = {"temperature": 20.0, "top_k": 8, "top_p": 1.0, "min_p": 0.0, "max_tokens": 3}
-
-    def second_tokens(runtime: Runtime, first_seed: int) -> dict[int, int]:
-        counts: dict[int, int] = {}
-        for seed in range(first_seed, first_seed + 1500, 50):
-            some = [GenerationOptions(seed=seed + i, **options) for i in range(50)]  # type: ignore[arg-type]
-            for result in runtime.generate_batch(["Say it.\n"] * 50, some):
-                counts[result.token_ids[1]] = counts.get(result.token_ids[1], 0) + 1
-        return counts
-
-    with opened(max_rows=128) as drafting, opened("off", max_rows=128) as plain:
-        counts, expected = second_tokens(drafting, 0), second_tokens(plain, 1500)
-        assert max(rows_of(drafting)) > 50
-    tokens = sorted(set(counts) | set(expected))
-    ours = np.array([counts.get(t, 0) for t in tokens], dtype=float)
-    theirs = np.array([expected.get(t, 0) for t in tokens], dtype=float)
-    statistic = float((((ours - theirs) ** 2) / (ours + theirs)).sum())
-    degrees = len(tokens) - 1
-    assert statistic < degrees + 5 * (2 * degrees) ** 0.5
