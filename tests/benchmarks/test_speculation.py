@@ -173,21 +173,22 @@ def test_streamed_weights(benchmark: Any, smollm2: Path, tmp_path: Path) -> None
     told(benchmark, f"F16 in {BELOW_FILE}, weights read again for every pass", ratios)
 
 
-def test_a_draft_of_its_own(benchmark: Any, smollm2: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pack", [False, True], ids=["llama.cpp's products", "packed"])
+def test_a_draft_of_its_own(benchmark: Any, smollm2: Path, tmp_path: Path, *, pack: bool) -> None:
     target = requantised(smollm2, tmp_path / "f16.gguf", "F16")
     draft = requantised(smollm2, tmp_path / "q4_0.gguf", "Q4_0")
     ratios: dict[str, float] = {}
 
     def ask() -> None:
         with (
-            Runtime.open(target, **DENSE) as plain,
-            Runtime.open(target, **DENSE, speculate=str(draft)) as drafting,
+            Runtime.open(target, **DENSE, pack=pack) as plain,
+            Runtime.open(target, **DENSE, pack=pack, speculate=str(draft)) as drafting,
         ):
             for kind, prompt in COPIES.items():
                 ratios[kind] = ratio_of(plain, drafting, prompt, same=False)
 
     benchmark.pedantic(ask, rounds=1)
-    told(benchmark, "F16 with its own Q4_0 copy as draft", ratios)
+    told(benchmark, f"F16 with its own Q4_0 copy as draft{', packed' * pack}", ratios)
 
 
 def generation_bytes(runtime: Runtime) -> int:
