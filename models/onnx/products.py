@@ -55,6 +55,7 @@ class Products:
             block = int(node.numbers["block_size"])
             packed_block = block * bits // 8 + BLOCK_BYTES
             copy = rows * -(-columns // block) * packed_block + PACKED_PADDING
+            copy += self._widened_bytes(node)
             self.packed_bytes += copy
             self.largest_copy_bytes = max(self.largest_copy_bytes, copy)
             self.released_bytes += sum(
@@ -67,6 +68,13 @@ class Products:
             self.unpacked_bytes = max(self.unpacked_bytes, 4 * rows * columns)
         if not is_last:
             self.widest = max(self.widest, rows)
+
+    def _widened_bytes(self, node: Node) -> int:
+        """Return what scales of two bytes take beside the copy: they are kept as f32, too."""
+        scales = self._graph.weights.get(node.input(2))
+        if scales is None or scales.element_type != "float16":
+            return 0
+        return 2 * scales.num_bytes
 
     def _has_kernel(self, node: Node, bits: int) -> bool:
         """Whether onnxruntime multiplies the packed weights as they are (MLAS, "qnbitgemm")."""

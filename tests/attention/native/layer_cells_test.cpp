@@ -60,4 +60,5 @@ void copies_are_exact() {
 
 int main() {
     for (int i = 0; i < 2000; ++i) copies_are_exact();
+    std::printf("2000 copies of cells agree\n");
 }
