@@ -53,13 +53,6 @@ class Bench:
         for at in range(0, depth, ROWS):
             self.model.forward(self.token_ids[at : min(at + ROWS, depth)])
 
-    def decode(self, policy: str, depth: int) -> None:
-        """Decode after the cache's prompt; only the attention differs."""
-        parse_policy(policy).fitted(self.spec).install(self.hook, self.spec).before_decode()
-        if policy == "dense":
-            self.hook.start_pass(sparse=False)
-        self.step(depth)
-
     def step(self, depth: int) -> None:
         """Decode after the cache's prompt, as the hook attends."""
         self.model.truncate(depth)
@@ -75,37 +68,11 @@ def bench(smollm2: Path) -> Iterator[Bench]:
     made.hook.close()
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("depth", [2048, 7600])
-def test_decode(benchmark: Any, bench: Bench, depth: int, policy: str) -> None:
-    """Whole tokens. The dense pass before each forgets what lies behind the prompt, and no more."""
-    bench.read(policy, depth)
-    shares = []
+def attention_beside_dense(benchmark: Any, bench: Bench, policy: str, depth: int) -> float:
+    """Time whole tokens behind a dense prompt, and return the share of dense attention's time that is ours.
 
-    def ours() -> None:
-        before = bench.hook.counts()
-        bench.decode(policy, depth)
-        after = bench.hook.counts()
-        read, held = after.keys_read - before.keys_read, after.keys_held - before.keys_held
-        shares.append(read / held)
-
-    paired(
-        benchmark,
-        f"{policy}, decode at {depth}",
-        ours,
-        lambda: bench.decode("dense", depth),
-        rounds=15,
-        peer="our dense attention",
-    )
-    counts = bench.hook.counts()
-    print(f"{shares[-1]:.1%} of the keys and values read, {counts.scratch_bytes:,} bytes of groups")
-    assert shares[-1] < 0.9
-
-
-@pytest.mark.parametrize("policy", BLOCKS)
-def test_decode_by_blocks(benchmark: Any, bench: Bench, policy: str) -> None:
-    """Whole tokens, and attention alone: values are read as ever, the keys' blocks where they were sent."""
-    depth, before = 7600, bench.hook.counts()
+    What the policy keeps of the prompt is made in the first round.
+    """
     bench.read("dense", depth)
     steering = parse_policy(policy).fitted(bench.spec).install(bench.hook, bench.spec)
     of_ours, of_dense = list[float](), list[float]()
@@ -125,9 +92,32 @@ def test_decode_by_blocks(benchmark: Any, bench: Bench, policy: str) -> None:
         peer="our dense attention",
     )
     ours, dense = statistics.median(of_ours), statistics.median(of_dense)
-    cost = bench.hook.counts().scores - before.scores
     print(
-        f"attention {1000 * ours:.2f} ms a token, dense {1000 * dense:.2f} ms, {ours / dense:.2f} of it; "
+        f"attention {1000 * ours:.2f} ms a token, dense {1000 * dense:.2f} ms: {ours / dense:.2f} of it"
+    )
+    return ours / dense
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("depth", [2048, 7600])
+def test_decode(benchmark: Any, bench: Bench, depth: int, policy: str) -> None:
+    attention_beside_dense(benchmark, bench, policy, depth)
+    bench.hook.start_grouped()
+    before = bench.hook.counts()
+    bench.step(depth)
+    counts = bench.hook.counts()
+    share = (counts.keys_read - before.keys_read) / (counts.keys_held - before.keys_held)
+    print(f"{share:.1%} of the keys and values read, {counts.scratch_bytes:,} bytes of groups")
+    assert share < 0.9
+
+
+@pytest.mark.parametrize("policy", BLOCKS)
+def test_decode_by_blocks(benchmark: Any, bench: Bench, policy: str) -> None:
+    """Values are read as ever, the keys' blocks where they were sent."""
+    before = bench.hook.counts().scores
+    attention_beside_dense(benchmark, bench, policy, 7600)
+    cost = bench.hook.counts().scores - before
+    print(
         f"{cost}, {1 - cost.key_bytes_read / cost.key_bytes_held:.0%} of the bytes of keys not read"
     )
     assert cost.skipped > 0.4
