@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := runtime memory attention models cli
 # GCC before 14 loses the tile configuration that llama.cpp's AMX products load: the first of them ends the process.
-ifneq ($(filter-out 0,$(shell grep -sc amx_int8 /proc/cpuinfo)),)
+ifneq ($(filter-out 0,$(shell echo | $(CXX) -march=native -dM -E -x c++ - 2>/dev/null | grep -c __AMX_INT8__)),)
 export CMAKE_ARGS := -DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8 $(CMAKE_ARGS)
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lowtide.memory.footprint import attention_bytes, kv_cells
+from lowtide.memory.key_groups import PAGE_KEYS
 from lowtide.models.spec import ModelSpec
-
-PAGE_KEYS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

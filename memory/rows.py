@@ -10,6 +10,7 @@ from lowtide.memory.gpu_plan import GpuPlan
 from lowtide.memory.key_states import state_bytes
 from lowtide.memory.plan import Host, PlanOptions
 from lowtide.memory.plan_row import PlanRow
+from lowtide.memory.speculation_plan import branch_bytes
 from lowtide.models.spec import ModelSpec
 
 
@@ -209,6 +210,9 @@ class PlanRows:
             num_bytes += footprint.product_bytes(spec, choice.max_rows)
         if self._options.first_pass is not None:
             num_bytes += footprint.filter_bytes(spec, choice.context, threads)
+        if threads:
+            cells = footprint.kv_cells(choice.context)
+            num_bytes += branch_bytes(choice.verified_rows, cells)
         if options.key_groups is not None:
             num_bytes += footprint.group_bytes(spec, options.key_groups, choice.context, threads)
         if options.key_states is not None:

@@ -92,6 +92,12 @@ def verification_bytes(num_rows: int, cell_bytes: int, vocabulary_size: int) -> 
     return num_rows * cell_bytes + (num_rows - 1) * LOGITS_COPIES * 4 * vocabulary_size
 
 
+def branch_bytes(num_rows: int, num_cells: int) -> int:
+    """Return what our attention keeps of the branches of a verification: of each row at the most, the
+    numbers of the cells on its path."""
+    return 4 * num_rows * num_cells if num_rows > 2 else 0
+
+
 def points(
     drafts: Iterable[DraftPromise],
     cost: CostCurve,

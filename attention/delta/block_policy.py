@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from lowtide.attention.delta.policy import EXACT, GROUPED, MOST_WINDOW, check_kv_heads
+from lowtide.attention.delta.policy import EXACT, GROUPED, check_kv_heads, check_span
 from lowtide.attention.delta.state_calibration import (
     StateCalibration,
     find_state_calibration,
@@ -20,7 +20,6 @@ from lowtide.attention.delta.state_calibration import (
 )
 from lowtide.attention.delta.state_kernels import StatesRule
 from lowtide.attention.delta.state_units import StateUnits
-from lowtide.attention.delta.units import LEAST_GROUPS
 from lowtide.attention.policy import AttentionPolicy, Steering
 from lowtide.memory.key_states import KeyStates
 from lowtide.models.errors import BadOption
@@ -75,14 +74,7 @@ class DeltaBlocks(AttentionPolicy):
             )
         if self.block is not None and self.block not in BLOCK_SIZES:
             raise BadOption(f"delta's block is {self.block}, 8 or 16 channels are wanted")
-        if not 1 <= self.window <= MOST_WINDOW:
-            raise BadOption(f"delta's window is {self.window}, 1 to {MOST_WINDOW:,} is wanted")
-        if not 0 <= self.sinks < LEAST_GROUPS:
-            raise BadOption(f"delta's sinks is {self.sinks}, 0 to {LEAST_GROUPS - 1} is wanted")
-        if self.prompts not in (GROUPED, EXACT):
-            raise BadOption(
-                f"delta's prompts is {self.prompts!r}, one of {GROUPED}, {EXACT} is wanted"
-            )
+        check_span(self.window, self.sinks, self.prompts)
         self._check_stated()
 
     def _check_stated(self) -> None:

@@ -60,17 +60,10 @@ class Delta(AttentionPolicy):
     origin: str = "stated"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.window <= MOST_WINDOW:
-            raise BadOption(f"delta's window is {self.window}, 1 to {MOST_WINDOW:,} is wanted")
-        if not 0 <= self.sinks < LEAST_GROUPS:
-            raise BadOption(f"delta's sinks is {self.sinks}, 0 to {LEAST_GROUPS - 1} is wanted")
+        check_span(self.window, self.sinks, self.prompts)
         most = 1 - LEAST_GROUPS / PAGE_KEYS
         if self.sparsity is not None and not 0 <= self.sparsity <= most:
             raise BadOption(f"delta's sparsity is {self.sparsity:g}, 0 to {most:g} is wanted")
-        if self.prompts not in (GROUPED, EXACT):
-            raise BadOption(
-                f"delta's prompts is {self.prompts!r}, one of {GROUPED}, {EXACT} is wanted"
-            )
         if self.store not in (0, 1):
             raise BadOption(f"delta's store is {self.store}, 0 or 1 is wanted")
         if self.store and self.prompts == EXACT:
@@ -157,6 +150,16 @@ class DeltaSteering(Steering):
                 "start anew, or leave delta:store=1 out"
             )
         self._hook.start_grouped()
+
+
+def check_span(window: int, sinks: int, prompts: str) -> None:
+    """Raise `BadOption` where these do not say which keys of which passes stay as they are."""
+    if not 1 <= window <= MOST_WINDOW:
+        raise BadOption(f"delta's window is {window}, 1 to {MOST_WINDOW:,} is wanted")
+    if not 0 <= sinks < LEAST_GROUPS:
+        raise BadOption(f"delta's sinks is {sinks}, 0 to {LEAST_GROUPS - 1} is wanted")
+    if prompts not in (GROUPED, EXACT):
+        raise BadOption(f"delta's prompts is {prompts!r}, one of {GROUPED}, {EXACT} is wanted")
 
 
 def check_kv_heads(spec: ModelSpec) -> None:

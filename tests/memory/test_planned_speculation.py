@@ -8,8 +8,15 @@ import pytest
 
 from lowtide.memory.budget import Budget
 from lowtide.memory.errors import OverBudget
-from lowtide.memory.footprint import kv_bytes
-from lowtide.memory.owners import DRAFT_CACHE, DRAFT_COMPUTE, DRAFT_WEIGHTS, PREFIXES, SPECULATION
+from lowtide.memory.footprint import kv_bytes, kv_cells
+from lowtide.memory.owners import (
+    DRAFT_CACHE,
+    DRAFT_COMPUTE,
+    DRAFT_WEIGHTS,
+    PREFIXES,
+    SCRATCH,
+    SPECULATION,
+)
 from lowtide.memory.plan import Host, MemoryPlan, PlanOptions
 from lowtide.memory.planner import plan_memory, require_fit
 from lowtide.memory.speculation_plan import verification_bytes
@@ -46,6 +53,14 @@ def test_its_row_is_cells_logits_and_tables() -> None:
     without = plan_of(1 << 30)
     assert without.verified_rows == 0 and SPECULATION not in rows_of(without)
     assert plan.total_bytes - without.total_bytes == rows_of(plan)[SPECULATION]
+
+
+def test_our_attention_has_room_for_the_paths_of_branches() -> None:
+    for threads, path_bytes in ((0, 0), (2, 4 * 8)):
+        without = plan_of(1 << 30, attention_threads=threads)
+        plan = plan_of(1 << 30, attention_threads=threads, speculation=WISH)
+        more = rows_of(plan)[SCRATCH] - rows_of(without)[SCRATCH]
+        assert more == path_bytes * kv_cells(plan.context)
 
 
 def test_rows_are_given_up_one_after_the_other_before_anything_else() -> None:
