@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-PRODUCT_SETS = ("avx512-vnni", "avx-vnni", "avx2", "neon-dot", "neon", "portable")
+PRODUCT_SETS = ("avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dot", "neon", "portable")
 
 
 class _Matrix(ctypes.Structure):

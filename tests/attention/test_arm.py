@@ -14,8 +14,9 @@ pytestmark = pytest.mark.once
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 
 
-# Of the first one kernel set, of the second both: with the dot products of later processors, and without.
-@pytest.mark.parametrize(("name", "told"), [("attend", "40 problems"), ("product", "60 problems")])
+# Of the first one kernel set, of the second three: with dot products of later processors, with products of
+# matrices of still later ones, and without.
+@pytest.mark.parametrize(("name", "told"), [("attend", "40 problems"), ("product", "90 problems")])
 def test_the_kernels_on_arm(name: str, told: str, tmp_path: Path) -> None:
     missing = [tool for tool in (COMPILER, EMULATOR) if shutil.which(tool) is None]
     if missing:

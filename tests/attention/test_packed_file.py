@@ -20,7 +20,7 @@ from lowtide.models.packed_gguf import is_sound, packed_names
 
 @pytest.fixture
 def source(tmp_path: Path) -> GgufContents:
-    return read_gguf(write_model(tmp_path / "m.gguf", width=64, feed_forward=96, quantised=True))
+    return read_gguf(write_model(tmp_path / "m.gguf", width=64, feed_forward=96, quantised="Q4_0"))
 
 
 def written(source: GgufContents, tmp_path: Path, owner: str = "owner") -> GgufContents:

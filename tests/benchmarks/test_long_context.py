@@ -80,7 +80,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deep]:
     path = write_model(
         tmp_path_factory.mktemp("large") / "llama-1b-shape.gguf",
         layers=16, width=2048, heads=32, kv_heads=8, feed_forward=8192, vocabulary=128_256,
-        context=33_024, quantised=True,
+        context=33_024, quantised="Q4_0",
     )  # fmt: skip
     made = Deep(path, 32_768)
     yield made

@@ -15,7 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 from essays import essays
-from paired import paired
+from packed_beside import (
+    ROWS,
+    PackedModel,
+    compare_decode,
+    compare_prefill,
+    compare_verification,
+)
 from peer import Peer
 from requantised import requantised
 
@@ -26,39 +32,7 @@ from lowtide.runtime.planning import OpenOptions, plan_reference
 
 pytestmark = pytest.mark.benchmark
 
-TEXT = "The tide comes in, the tide goes out, and nobody on the shore knows what it is about. "
-NUM_DECODED = 24
 KINDS = ("llama.cpp's products", "packed")
-ROWS = 128
-
-
-class Ours:
-    """The model from its packed copy, with our exact attention."""
-
-    def __init__(self, path: Path) -> None:
-        options = OpenOptions(
-            memory=8 * GIB, context=2048, max_rows=ROWS, threads=2, attention="dense", pack=True
-        )
-        self.loaded = LoadedModel(plan_reference(path, options))
-        self.model = self.loaded.model
-        self.token_ids = self.model.tokenizer.encode(
-            TEXT * 100, add_special=True, parse_special=False
-        )
-
-    def prefill(self, length: int) -> None:
-        self.model.truncate(0)
-        for at in range(0, length, ROWS):
-            self.model.forward(self.token_ids[at : min(at + ROWS, length)])
-
-    def decode(self, depth: int) -> None:
-        self.model.truncate(depth)
-        for token_id in self.token_ids[depth : depth + NUM_DECODED]:
-            self.model.forward((token_id,)).argmax()
-
-    def verify(self, depth: int, num_rows: int) -> None:
-        for _ in range(NUM_DECODED):
-            self.model.truncate(depth)
-            self.model.forward(self.token_ids[depth : depth + num_rows])
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +48,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def ours(smollm2: Path) -> Iterator[Ours]:
-    made = Ours(smollm2)
+def ours(smollm2: Path) -> Iterator[PackedModel]:
+    made = PackedModel(smollm2)
     yield made
     made.loaded.close()
 
@@ -91,79 +65,43 @@ def peer(request: pytest.FixtureRequest, smollm2: Path, q4_0: Path) -> Iterator[
 @pytest.fixture(scope="module", params=["F16", "BF16"])
 def floats(
     request: pytest.FixtureRequest, smollm2: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[str, Ours, Peer]]:
+) -> Iterator[tuple[str, PackedModel, Peer]]:
     """A copy of weights that are not quantised, packed and with llama.cpp."""
     kind = request.param
     path = requantised(smollm2, tmp_path_factory.mktemp("floats") / f"{kind}.gguf", kind)
-    ours = Ours(path)
+    ours = PackedModel(path)
     with closing(ours.loaded), closing(Peer(path, context=2048, max_rows=ROWS, threads=2)) as peer:
         yield kind, ours, peer
 
 
-def compare_decode(benchmark: Any, name: str, ours: Ours, theirs: Peer, depth: int) -> None:
-    ours.prefill(depth)
-
-    def peers() -> None:
-        theirs.api.llama_memory_seq_rm(theirs.memory, 0, depth, -1)
-        for token_id in ours.token_ids[depth : depth + NUM_DECODED]:
-            theirs._decode([token_id])
-
-    theirs.prefill(ours.token_ids[:depth])
-    paired(
-        benchmark, f"packed, decode at {depth}", lambda: ours.decode(depth), peers, 15, peer=name
-    )
-
-
-def compare_prefill(benchmark: Any, name: str, ours: Ours, theirs: Peer, length: int) -> None:
-    token_ids = ours.token_ids[:length]
-    paired(
-        benchmark, f"packed, prompt of {length}", lambda: ours.prefill(length),
-        lambda: theirs.prefill(token_ids), 9, peer=name,
-    )  # fmt: skip
-
-
-def compare_verification(benchmark: Any, ours: Ours, num_rows: int) -> None:
-    """How much less than so many single rows; rows / ratio is the cost in single rows."""
-    ours.prefill(256)
-
-    def alone() -> None:
-        for _ in range(num_rows):
-            ours.verify(256, 1)
-
-    paired(
-        benchmark, f"packed, {num_rows} rows at once", lambda: ours.verify(256, num_rows), alone, 9,
-        peer=f"{num_rows} single rows",
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("depth", [256, 1024])
-def test_decode(benchmark: Any, ours: Ours, peer: tuple[str, Peer], depth: int) -> None:
+def test_decode(benchmark: Any, ours: PackedModel, peer: tuple[str, Peer], depth: int) -> None:
     compare_decode(benchmark, peer[0], ours, peer[1], depth)
 
 
 @pytest.mark.parametrize("length", [256, 512])
-def test_prefill(benchmark: Any, ours: Ours, peer: tuple[str, Peer], length: int) -> None:
+def test_prefill(benchmark: Any, ours: PackedModel, peer: tuple[str, Peer], length: int) -> None:
     compare_prefill(benchmark, peer[0], ours, peer[1], length)
 
 
 @pytest.mark.parametrize("num_rows", [2, 4, 8])
-def test_verification(benchmark: Any, ours: Ours, num_rows: int) -> None:
+def test_verification(benchmark: Any, ours: PackedModel, num_rows: int) -> None:
     compare_verification(benchmark, ours, num_rows)
 
 
-def test_decode_of_floats(benchmark: Any, floats: tuple[str, Ours, Peer]) -> None:
+def test_decode_of_floats(benchmark: Any, floats: tuple[str, PackedModel, Peer]) -> None:
     kind, ours, theirs = floats
     compare_decode(benchmark, f"llama.cpp on {kind}", ours, theirs, 256)
 
 
-def test_prefill_of_floats(benchmark: Any, floats: tuple[str, Ours, Peer]) -> None:
+def test_prefill_of_floats(benchmark: Any, floats: tuple[str, PackedModel, Peer]) -> None:
     kind, ours, theirs = floats
     compare_prefill(benchmark, f"llama.cpp on {kind}", ours, theirs, 512)
 
 
 @pytest.mark.parametrize("num_rows", [4, 8])
 def test_verification_of_floats(
-    benchmark: Any, floats: tuple[str, Ours, Peer], num_rows: int
+    benchmark: Any, floats: tuple[str, PackedModel, Peer], num_rows: int
 ) -> None:
     compare_verification(benchmark, floats[1], num_rows)
 
@@ -186,7 +124,7 @@ def distributions(path: Path, token_ids: list[int], *, pack: bool) -> np.ndarray
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_how_far_from_the_same_weights_in_float32(
-    benchmark: Any, smollm2: Path, ours: Ours, tmp_path: Path, share: float
+    benchmark: Any, smollm2: Path, ours: PackedModel, tmp_path: Path, share: float
 ) -> None:
     text = essays()
     encode = ours.model.tokenizer.encode

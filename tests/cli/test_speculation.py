@@ -20,7 +20,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def _written(folder: Path) -> Path:
-    return write_model(folder / "random.gguf", quantised=True, chat_template=CHAT_TEMPLATE)
+    return write_model(folder / "random.gguf", quantised="Q4_0", chat_template=CHAT_TEMPLATE)
 
 
 def invoke(*arguments: str) -> Result:

@@ -18,7 +18,9 @@ SHARED = [(3 * k) % 290 for k in range(70)]
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
-    path = write_model(tmp_path_factory.mktemp("models") / "random.gguf", quantised=True, width=128)
+    path = write_model(
+        tmp_path_factory.mktemp("models") / "random.gguf", quantised="Q4_0", width=128
+    )
     with Runtime.open(path, memory="4GiB", context=1024, threads=2, attention="dense") as runtime:
         yield runtime
 

@@ -44,7 +44,7 @@ def test_packed_weights_are_measured_against_llamas_own(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    path = write_model(tmp_path / "quantised.gguf", quantised=True)
+    path = write_model(tmp_path / "quantised.gguf", quantised="Q4_0")
     options = {**OPTIONS, "pack": True}
     with Bench(read_spec(path), ("dense",), options) as bench:
         (case,) = bench.run(64, rounds=1, tokens=2)

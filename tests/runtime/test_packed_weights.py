@@ -94,7 +94,9 @@ def test_passes_and_threads_change_nothing(name: str, models: dict[str, Path]) -
 
 def test_rows_are_shared_by_matrices_of_a_kind_alone(tmp_path: Path) -> None:
     """Products of F16 read rows as they are, and those of Q4_0 beside them in 8 bits."""
-    mixed = write_model(tmp_path / "m.gguf", quantised=True, halves=("attn_q", "attn_v", "ffn_up"))
+    mixed = write_model(
+        tmp_path / "m.gguf", quantised="Q4_0", halves=("attn_q", "attn_v", "ffn_up")
+    )
     llamas, ours = (logits(mixed, pack=pack) for pack in (False, True))
     assert 0 < np.abs(ours - llamas).max() < 0.05 * llamas.std()
 
@@ -177,9 +179,9 @@ def test_a_copy_is_not_opened_as_a_model(models: dict[str, Path]) -> None:
 
 
 def test_a_changed_model_has_another_copy(tmp_path: Path) -> None:
-    path = write_model(tmp_path / "m.gguf", quantised=True)
+    path = write_model(tmp_path / "m.gguf", quantised="Q4_0")
     first = packed_copy(read_spec(path)).path
-    write_model(path, quantised=True, vocabulary=336)
+    write_model(path, quantised="Q4_0", vocabulary=336)
     assert packed_copy(read_spec(path)).path != first
 
 

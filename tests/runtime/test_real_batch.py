@@ -27,7 +27,9 @@ PROMPTS = [PREFIX + end for end in ENDS]
 
 @pytest.fixture(scope="module")
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "random.gguf", quantised=True, width=128)
+    return write_model(
+        tmp_path_factory.mktemp("models") / "random.gguf", quantised="Q4_0", width=128
+    )
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,9 @@ def drafting(smollm2: Path) -> Iterator[Runtime]:
 
 @pytest.fixture(scope="module")
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "random.gguf", quantised=True, width=128)
+    return write_model(
+        tmp_path_factory.mktemp("models") / "random.gguf", quantised="Q4_0", width=128
+    )
 
 
 @pytest.mark.usefixtures("eager")

@@ -118,7 +118,9 @@ with Runtime.open({str(smollm2)!r}, memory="400MiB", context=512, threads=1, spe
 
 @pytest.fixture(scope="module")
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "random.gguf", quantised=True, width=128)
+    return write_model(
+        tmp_path_factory.mktemp("models") / "random.gguf", quantised="Q4_0", width=128
+    )
 
 
 def test_a_draft_model_drafts_and_its_bytes_are_planned(random_model: Path) -> None:

@@ -26,7 +26,9 @@ PROMPT = "The harbour lies behind a wall of grey stone, and at low tide"
 
 @pytest.fixture(scope="module")
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "random.gguf", quantised=True, width=128)
+    return write_model(
+        tmp_path_factory.mktemp("models") / "random.gguf", quantised="Q4_0", width=128
+    )
 
 
 @pytest.fixture(scope="module", params=["f16", "q8_0", "q4_0"])

@@ -27,7 +27,7 @@ OPTIONS = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "random.gguf"
-    return write_model(path, quantised=True, width=128, chat_template=CHAT_TEMPLATE)
+    return write_model(path, quantised="Q4_0", width=128, chat_template=CHAT_TEMPLATE)
 
 
 def test_every_kind_is_measured_against_the_plain_loop(

@@ -21,12 +21,13 @@ def write_model(
     architecture: str = "llama",
     chat_template: str | None = None,
     overrides: dict[str, int] | None = None,
-    quantised: bool = False,
+    quantised: str | None = None,
     halves: tuple[str, ...] = (),
 ) -> Path:
     """Write a llama-shaped model in F32 with a byte vocabulary; `overrides` replaces header numbers.
 
-    `quantised` writes the matrices as Q4_0, but for those with one of `halves` in their names: F16.
+    `quantised`, "Q4_0" or "Q4_K", is the matrices' type, but for those with one of `halves` in their names:
+    F16.
     """
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("random")
@@ -77,7 +78,7 @@ def _add_tensors(
     feed_forward: int,
     vocabulary: int,
     *,
-    quantised: bool,
+    quantised: str | None,
     halves: tuple[str, ...],
 ) -> None:
     random = np.random.default_rng(7)
@@ -86,10 +87,9 @@ def _add_tensors(
     def add(name: str, rows: int, columns: int) -> None:
         scale = 1 / np.sqrt(columns)
         is_half = any(part in name for part in halves)
-        if quantised and not is_half:
-            blocks = _q4_0(random, rows * columns // 32, scale / 8)
-            data = blocks.reshape(rows, columns // 32 * 18)
-            writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+        if quantised is not None and not is_half:
+            data = BLOCKS[quantised](random, rows * columns, scale).reshape(rows, -1)
+            writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[quantised])
             return
         values = random.standard_normal((rows, columns)) * scale
         writer.add_tensor(name, values.astype(np.float16 if is_half else np.float32))
@@ -112,9 +112,21 @@ def _add_tensors(
     add("output.weight", vocabulary, width)
 
 
-def _q4_0(random: np.random.Generator, num_blocks: int, scale: float) -> np.ndarray:
+def _q4_0(random: np.random.Generator, num_weights: int, scale: float) -> np.ndarray:
     """Blocks of 32 random weights, 18 bytes each."""
-    blocks = np.empty((num_blocks, 18), np.uint8)
-    blocks[:, :2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
-    blocks[:, 2:] = random.integers(0, 256, (num_blocks, 16), np.uint8)
+    blocks = np.empty((num_weights // 32, 18), np.uint8)
+    blocks[:, :2] = np.frombuffer(np.float16(scale / 8).tobytes(), np.uint8)
+    blocks[:, 2:] = random.integers(0, 256, (len(blocks), 16), np.uint8)
     return blocks
+
+
+def _q4_k(random: np.random.Generator, num_weights: int, scale: float) -> np.ndarray:
+    """Blocks of 256 random weights, 144 bytes each; their mean is about zero."""
+    blocks = np.empty((num_weights // 256, 144), np.uint8)
+    halves = np.array([scale / 150, 7.5 * scale / 150], np.float16)
+    blocks[:, :4] = np.frombuffer(halves.tobytes(), np.uint8)
+    blocks[:, 4:] = random.integers(0, 256, (len(blocks), 140), np.uint8)
+    return blocks
+
+
+BLOCKS = {"Q4_0": _q4_0, "Q4_K": _q4_k}

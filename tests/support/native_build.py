@@ -14,7 +14,7 @@ PRODUCTS = NATIVE / "products"
 KERNELS = (
     "attend attend_avx2 attend_avx512 attend_bf16 attend_portable cpu_features find_kernels".split()
 )
-MULTIPLIERS = "multiply_avx2 multiply_dot multiply_portable multiply_vnni multiply_vnni512".split()
+MULTIPLIERS = [f"multiply_{name}" for name in "avx2 dot i8mm portable vnni vnni512".split()]
 PROGRAMS = {
     "attend": [*KERNELS, "key_set", "tidal_attend"],
     "delta_attend": [*KERNELS, *"delta_attend key_groups page_clusters unit_measures".split()],
@@ -44,7 +44,10 @@ X86_FLAGS = {
     "multiply_vnni512": [*AVX512, "-mavx512vnni"],
 }
 
-ARM_FLAGS = {"multiply_dot": ["-march=armv8.2-a+dotprod"]}
+ARM_FLAGS = {
+    "multiply_dot": ["-march=armv8.2-a+dotprod"],
+    "multiply_i8mm": ["-march=armv8.2-a+dotprod+i8mm"],
+}
 
 
 class NativeBuild:

@@ -110,6 +110,30 @@ template <bool Wide> inline Ints add_dots(Ints sum, Bytes weights, int32_t row) 
 #endif
 }
 
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#define LOWTIDE_I8MM
+// Sums of four lanes of weights with two rows: two lanes with both rows lie in each vector.
+class RowPair {
+public:
+    explicit RowPair(const Ints (&sums)[2])
+        : low_(vzip1q_s32(int32x4_t(sums[0]), int32x4_t(sums[1]))), high_(vzip2q_s32(int32x4_t(sums[0]), int32x4_t(sums[1]))) {}
+
+    // Adds the products of two groups of four columns, one after the other, with eight bytes of each row; see `add_dots`.
+    template <bool Wide> void add(Bytes first, Bytes second, const int8_t* row, const int8_t* next_row) {
+        if constexpr (Wide) first ^= uint8_t(128), second ^= uint8_t(128);
+        const int32x4_t left = int32x4_t(first), right = int32x4_t(second);
+        const int8x16_t rows = vcombine_s8(vld1_s8(row), vld1_s8(next_row));
+        low_ = vmmlaq_s32(low_, int8x16_t(vzip1q_s32(left, right)), rows);
+        high_ = vmmlaq_s32(high_, int8x16_t(vzip2q_s32(left, right)), rows);
+    }
+
+    void give(Ints (&sums)[2]) const { sums[0] = Ints(vuzp1q_s32(low_, high_)), sums[1] = Ints(vuzp2q_s32(low_, high_)); }
+
+private:
+    int32x4_t low_, high_;
+};
+#endif
+
 // What of a wide weight's offset `add_dots` leaves in.
 #if defined(LOWTIDE_VNNI512) || defined(LOWTIDE_VNNI)
 constexpr int kWideOffset = 128;

@@ -12,6 +12,7 @@ const ProductKernels* find_product_kernels(const char* name) {
         avx512 && processor_has("avx512_vnni") ? vnni512_products() : nullptr,
         avx2 && processor_has("avx_vnni") ? vnni_products() : nullptr,
         avx2 ? avx2_products() : nullptr,
+        processor_has("i8mm") ? i8mm_products() : nullptr,
         processor_has("dotprod") ? dot_products() : nullptr,
         portable_products(),
     };

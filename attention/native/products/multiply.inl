@@ -60,20 +60,34 @@ template <Format F> inline void fetch_ahead(const uint8_t* next_panel, int block
     for (size_t line = 0; line < kShare; line += 64) __builtin_prefetch(next_panel + block * kShare + line);
 }
 
-template <bool Wide> inline Ints dots_of(const Bytes* groups, const int8_t* row, Ints sum) {
+// Adds half a block's products with a row of it to `dots`.
+template <bool Wide> inline void add_half_block(const Bytes* groups, const int8_t* row, size_t, Ints (&dots)[1]) {
     Ints other = Ints{};
     for (int g = 0; g < kGroups / 2; g += 2) {
-        sum = add_dots<Wide>(sum, groups[g], four_bytes(row + 4 * g));
+        dots[0] = add_dots<Wide>(dots[0], groups[g], four_bytes(row + 4 * g));
         other = add_dots<Wide>(other, groups[g + 1], four_bytes(row + 4 * g + 4));
     }
-    return sum + other;
+    dots[0] += other;
 }
+
+#if defined(LOWTIDE_I8MM)
+// The same with two rows, `row_bytes` apart.
+template <bool Wide> inline void add_half_block(const Bytes* groups, const int8_t* row, size_t row_bytes, Ints (&dots)[2]) {
+    RowPair pair(dots);
+    for (int g = 0; g < kGroups / 2; g += 2) pair.add<Wide>(groups[g], groups[g + 1], row + 4 * g, row + row_bytes + 4 * g);
+    pair.give(dots);
+}
+constexpr int kMostRowsAtOnce = 2;
+#else
+constexpr int kMostRowsAtOnce = 1;
+#endif
 
 template <Format F, int Rows>
 inline void multiply_strip(const uint8_t* panel, const PanelLayout& at, int strip, const QuantisedRows& rows, int first, Floats (&sums)[Rows]) {
     constexpr FormatShape shape = shape_of(F);
     constexpr bool kWide = shape.value_bits == 8;
     constexpr int kOffset = kWide ? kWideOffset : shape.offset;
+    constexpr int kAtOnce = Rows < kMostRowsAtOnce ? Rows : kMostRowsAtOnce;
     const int num_blocks = rows.num_blocks();
     for (int i = 0; i < Rows; ++i) sums[i] = Floats{};
     for (int block = 0; block < num_blocks; ++block) {
@@ -82,20 +96,29 @@ inline void multiply_strip(const uint8_t* panel, const PanelLayout& at, int stri
         unpack_group<F, 0>(panel + size_t(block) * shape.value_bits * 4 * kPanelRows + 4 * W * strip,
                            panel + at.high + size_t(block) * shape.high_bits * 4 * kPanelRows + 4 * W * strip, groups);
         const Scales scales = scales_of<F>(panel, at, block, strip);
-        for (int i = 0; i < Rows; ++i) {
+        for (int i = 0; i < Rows; i += kAtOnce) {
             const size_t at_block = size_t(first + i) * num_blocks + block;
             const int8_t* row = rows.q + at_block * kBlockSize;
-            const int32_t first_sum = rows.sums[2 * at_block], second_sum = rows.sums[2 * at_block + 1];
-            const float scale = rows.scales[at_block];
-            const Ints first_dots = dots_of<kWide>(groups, row, splat_int(-kOffset * first_sum));
-            const Ints second_dots = dots_of<kWide>(groups + kGroups / 2, row + kBlockSize / 2, splat_int(-kOffset * second_sum));
-            if constexpr (shape.scales_a_block == 2) {
-                sums[i] = fused(to_floats(first_dots), scales.first * scale, sums[i]);
-                sums[i] = fused(to_floats(second_dots), scales.second * scale, sums[i]);
-            } else {
-                sums[i] = fused(to_floats(first_dots + second_dots), scales.first * scale, sums[i]);
+            Ints first_dots[kAtOnce], second_dots[kAtOnce];
+            for (int j = 0; j < kAtOnce; ++j) {
+                const int32_t* own = rows.sums + 2 * (at_block + j * num_blocks);
+                first_dots[j] = splat_int(-kOffset * own[0]), second_dots[j] = splat_int(-kOffset * own[1]);
             }
-            if constexpr (shape.has_minima) sums[i] = fused(scales.minimum, splat(scale * float(first_sum + second_sum)), sums[i]);
+            add_half_block<kWide>(groups, row, num_blocks * kBlockSize, first_dots);
+            add_half_block<kWide>(groups + kGroups / 2, row + kBlockSize / 2, num_blocks * kBlockSize, second_dots);
+            for (int j = 0; j < kAtOnce; ++j) {
+                const size_t at_row = at_block + j * num_blocks;
+                const float scale = rows.scales[at_row];
+                Floats& sum = sums[i + j];
+                if constexpr (shape.scales_a_block == 2) {
+                    sum = fused(to_floats(first_dots[j]), scales.first * scale, sum);
+                    sum = fused(to_floats(second_dots[j]), scales.second * scale, sum);
+                } else {
+                    sum = fused(to_floats(first_dots[j] + second_dots[j]), scales.first * scale, sum);
+                }
+                if constexpr (shape.has_minima)
+                    sum = fused(scales.minimum, splat(scale * float(rows.sums[2 * at_row] + rows.sums[2 * at_row + 1])), sum);
+            }
         }
     }
 }

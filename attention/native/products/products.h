@@ -50,5 +50,6 @@ const ProductKernels* find_product_kernels(const char* name);
 const ProductKernels* vnni512_products();
 const ProductKernels* vnni_products();
 const ProductKernels* avx2_products();
+const ProductKernels* i8mm_products();
 const ProductKernels* dot_products();
 const ProductKernels* portable_products();

@@ -19,7 +19,7 @@ namespace {
 
 constexpr Format kFormats[] = {Format::f16,  Format::bf16, Format::q4_0, Format::q4_1, Format::q5_0,
                                Format::q5_1, Format::q8_0, Format::q4_k, Format::q5_k, Format::q6_k};
-const char* const kSets[] = {"avx512-vnni", "avx-vnni", "avx2", "neon-dot", "neon", "portable"};
+const char* const kSets[] = {"avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dot", "neon", "portable"};
 
 bool is_super(Format format) { return shape_of(format).is_super; }
 

@@ -1,0 +1,122 @@
+"""Packed weights deep in a context, in Gemma-3-270m, and in files of the shape of Llama-3.2-1B.
+
+Each round times llama.cpp through its C API and then ours: above 1 ours is faster. Of a token of the large
+shape it also says how fast its weights are read, beside what two threads can read of memory at the most.
+Run with `make bench`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf_files import write_model
+from packed_beside import NUM_DECODED, ROWS, PackedModel, compare_decode, compare_prefill
+from peer import Peer
+
+from lowtide.memory.units import GIB, MIB
+from lowtide.models.catalog import resolve
+
+pytestmark = pytest.mark.benchmark
+
+DEPTH = 7600
+LARGE = {
+    "layers": 16, "width": 2048, "heads": 32, "kv_heads": 8, "feed_forward": 8192,
+    "vocabulary": 128_256, "context": 2048,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def deep(smollm2: Path) -> Iterator[tuple[PackedModel, Peer]]:
+    ours = PackedModel(smollm2, 8192)
+    peer = Peer(smollm2, context=8192, max_rows=ROWS, threads=2)
+    with closing(ours.loaded), closing(peer):
+        ours.prefill(DEPTH)
+        peer.prefill(ours.token_ids[:DEPTH])
+        yield ours, peer
+
+
+@pytest.mark.parametrize("attention", ["dense", "tidal"])
+def test_decode_at_7600(
+    benchmark: Any, deep: tuple[PackedModel, Peer], smollm2: Path, attention: str
+) -> None:
+    ours, peer = deep
+    compare_decode(benchmark, "llama.cpp", ours, peer, DEPTH, attention=attention, is_filled=True)
+
+
+def test_prefill_of_7600(benchmark: Any, deep: tuple[PackedModel, Peer]) -> None:
+    compare_prefill(benchmark, "llama.cpp", *deep, DEPTH, rounds=2)
+
+
+@pytest.fixture(scope="module")
+def gemma() -> Iterator[tuple[PackedModel, Peer]]:
+    path = Path(resolve("gemma3-270m"))
+    ours, peer = PackedModel(path), Peer(path, context=2048, max_rows=ROWS, threads=2)
+    with closing(ours.loaded), closing(peer):
+        yield ours, peer
+
+
+def test_decode_of_gemma(benchmark: Any, gemma: tuple[PackedModel, Peer]) -> None:
+    compare_decode(benchmark, "llama.cpp, Gemma-3-270m", *gemma, 256)
+
+
+def test_prefill_of_gemma(benchmark: Any, gemma: tuple[PackedModel, Peer]) -> None:
+    compare_prefill(benchmark, "llama.cpp, Gemma-3-270m", *gemma, 256)
+
+
+@pytest.fixture(scope="module", params=["Q4_0", "Q4_K"])
+def large(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, int, PackedModel, Peer]]:
+    """The format, the bytes of weights that a token reads, and both."""
+    path = tmp_path_factory.mktemp("large") / f"{request.param}.gguf"
+    write_model(path, **LARGE, quantised=request.param)
+    ours, peer = PackedModel(path), Peer(path, context=2048, max_rows=ROWS, threads=2)
+    embedding = LARGE["vocabulary"] * LARGE["width"] * 18 // 32  # 4.5 bits in both formats
+    with closing(ours.loaded), closing(peer):
+        yield request.param, path.stat().st_size - embedding, ours, peer
+
+
+def read_rate() -> float:
+    """Bytes a second that two threads read of memory that no cache holds, the best of five rounds."""
+    halves = np.split(np.ones(GIB // 8, np.int64), 2)
+    seconds = []
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            started = time.perf_counter()
+            list(pool.map(np.bitwise_or.reduce, halves))
+            seconds.append(time.perf_counter() - started)
+    return GIB / min(seconds)
+
+
+def test_decode_of_the_shape_of_llama_1b(
+    benchmark: Any, large: tuple[str, int, PackedModel, Peer]
+) -> None:
+    kind, num_bytes, ours, peer = large
+    compare_decode(benchmark, f"llama.cpp, 1B in {kind}", ours, peer, 256, rounds=5)
+    rate, most = num_bytes * NUM_DECODED / benchmark.stats.stats.median, read_rate()
+    benchmark.extra_info.update(bytes_per_s=rate, most_bytes_per_s=most)
+    print(
+        f"{num_bytes // MIB:,} MiB of weights a token, {rate / 1e9:.1f} GB/s of {most / 1e9:.1f} that two "
+        f"threads read: {rate / most:.0%}"
+    )
+
+
+def test_prefill_of_the_shape_of_llama_1b(
+    benchmark: Any, large: tuple[str, int, PackedModel, Peer]
+) -> None:
+    kind, _, ours, peer = large
+    compare_prefill(benchmark, f"llama.cpp, 1B in {kind}", ours, peer, 256, rounds=3)

@@ -1,0 +1,108 @@
+"""A model with packed weights, timed beside llama.cpp through its C API, in turn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from paired import paired
+from peer import Peer
+
+from lowtide.attention.policies import parse_policy
+from lowtide.memory.units import GIB
+from lowtide.runtime.loaded_model import LoadedModel
+from lowtide.runtime.planning import OpenOptions, plan_reference
+
+TEXT = "The tide comes in, the tide goes out, and nobody on the shore knows what it is about. "
+NUM_DECODED = 24
+ROWS = 128
+
+
+class PackedModel:
+    """The model from its packed copy, with our exact attention."""
+
+    def __init__(self, path: Path, context: int = 2048) -> None:
+        options = OpenOptions(
+            memory=8 * GIB, context=context, max_rows=ROWS, threads=2, attention="dense", pack=True
+        )
+        self.loaded = LoadedModel(plan_reference(path, options))
+        self.model = self.loaded.model
+        self.token_ids = self.model.tokenizer.encode(
+            TEXT * (context // 18), add_special=True, parse_special=False
+        )
+
+    def prefill(self, length: int) -> None:
+        """Read the text's first tokens into an empty cache."""
+        self.model.truncate(0)
+        for at in range(0, length, ROWS):
+            self.model.forward(self.token_ids[at : min(at + ROWS, length)])
+
+    def decode(self, depth: int, attention: str | None = None) -> None:
+        """Decode the text from `depth` on; with another attention if one is named."""
+        hook = self.loaded.hook
+        assert hook is not None
+        steering = None
+        if attention is not None:
+            policy = parse_policy(attention).fitted(self.model.spec)
+            steering = policy.install(hook, self.model.spec)
+        self.model.truncate(depth)
+        for token_id in self.token_ids[depth : depth + NUM_DECODED]:
+            if steering is not None:
+                steering.before_decode()
+            self.model.forward((token_id,)).argmax()
+
+    def verify(self, depth: int, num_rows: int) -> None:
+        """Compute so many rows behind `depth` others, again and again."""
+        for _ in range(NUM_DECODED):
+            self.model.truncate(depth)
+            self.model.forward(self.token_ids[depth : depth + num_rows])
+
+
+def compare_decode(
+    benchmark: Any,
+    name: str,
+    ours: PackedModel,
+    theirs: Peer,
+    depth: int,
+    *,
+    attention: str | None = None,
+    rounds: int = 15,
+    is_filled: bool = False,
+) -> None:
+    """Time tokens behind `depth` others, which both read first unless they have."""
+    if not is_filled:
+        ours.prefill(depth)
+        theirs.prefill(ours.token_ids[:depth])
+
+    def peers() -> None:
+        theirs.api.llama_memory_seq_rm(theirs.memory, 0, depth, -1)
+        for token_id in ours.token_ids[depth : depth + NUM_DECODED]:
+            theirs._decode([token_id])
+
+    told = f"packed, {attention or 'dense'}, decode at {depth}"
+    paired(benchmark, told, lambda: ours.decode(depth, attention), peers, rounds, peer=name)
+
+
+def compare_prefill(
+    benchmark: Any, name: str, ours: PackedModel, theirs: Peer, length: int, rounds: int = 9
+) -> None:
+    """Time a whole prompt."""
+    token_ids = ours.token_ids[:length]
+    paired(
+        benchmark, f"packed, prompt of {length}", lambda: ours.prefill(length),
+        lambda: theirs.prefill(token_ids), rounds, peer=name,
+    )  # fmt: skip
+
+
+def compare_verification(benchmark: Any, ours: PackedModel, num_rows: int) -> None:
+    """How much less than so many single rows; rows / ratio is the cost in single rows."""
+    ours.prefill(256)
+
+    def alone() -> None:
+        for _ in range(num_rows):
+            ours.verify(256, 1)
+
+    paired(
+        benchmark, f"packed, {num_rows} rows at once", lambda: ours.verify(256, num_rows), alone, 9,
+        peer=f"{num_rows} single rows",
+    )  # fmt: skip
