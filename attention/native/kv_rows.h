@@ -6,20 +6,22 @@
 #include <cstring>
 
 #include "attention_problem.h"
+#include "byte_lanes.h"
 #include "half.h"
 #include "vectors.h"
 
 namespace {
-
-typedef uint8_t Bytes __attribute__((vector_size(W), aligned(1), may_alias));
-typedef int8_t SignedBytes __attribute__((vector_size(W), aligned(1), may_alias));
 
 constexpr int kQuantisedBlock = 32;
 
 inline float half_at(const char* from) {
     uint16_t half;
     std::memcpy(&half, from, sizeof half);
+#if defined(__F16C__)
+    return _cvtsh_ss(half);
+#else
     return half_to_float(half);
+#endif
 }
 
 template <KvType Type> struct Rows;
@@ -56,9 +58,8 @@ template <> struct Rows<KvType::q8_0> {
     static size_t num_bytes(int size) { return stored_bytes(KvType::q8_0, size); }
     static Floats load(const char* row, int channel) {
         const char* block = row + channel / kQuantisedBlock * 34;
-        SignedBytes codes;
-        std::memcpy(&codes, block + 2 + channel % kQuantisedBlock, sizeof codes);
-        return half_at(block) * __builtin_convertvector(codes, Floats);
+        const auto* codes = reinterpret_cast<const uint8_t*>(block + 2 + channel % kQuantisedBlock);
+        return half_at(block) * __builtin_convertvector(load_small_signed(codes), Floats);
     }
 };
 
@@ -67,9 +68,8 @@ template <> struct Rows<KvType::q4_0> {
     static size_t num_bytes(int size) { return stored_bytes(KvType::q4_0, size); }
     static Floats load(const char* row, int channel) {
         const char* block = row + channel / kQuantisedBlock * 18;
-        Bytes pairs;
-        std::memcpy(&pairs, block + 2 + channel % 16, sizeof pairs);
-        const Bytes codes = channel % kQuantisedBlock < 16 ? pairs & 15 : pairs >> 4;
+        const Ints pairs = load_small(reinterpret_cast<const uint8_t*>(block + 2 + channel % 16));
+        const Ints codes = channel % kQuantisedBlock < 16 ? pairs & 15 : pairs >> 4;
         return half_at(block) * (__builtin_convertvector(codes, Floats) - 8.0f);
     }
 };

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "byte_lanes.h"
 #include "half.h"
 #include "vectors.h"
 
@@ -65,15 +66,18 @@ inline Floats load_halves(const uint8_t* from) {
 #endif
 }
 
-// W bytes as whole numbers, without and with a sign.
-inline Ints load_small(const uint8_t* from) {
-    typedef uint8_t Few __attribute__((vector_size(W), aligned(1), may_alias));
-    return __builtin_convertvector(*reinterpret_cast<const Few*>(from), Ints);
-}
-
-inline Floats load_signed(const uint8_t* from) {
+// Whole numbers from -128 to 127, as bytes.
+inline void store_small(int8_t* to, Ints values) {
+#if VECTOR_FLOATS == 16
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(__m512i(values)));
+#elif VECTOR_FLOATS == 8
+    const __m256i sixteens = _mm256_packs_epi32(__m256i(values), __m256i(values)), bytes = _mm256_packs_epi16(sixteens, sixteens);
+    const int32_t halves[2] = {_mm256_extract_epi32(bytes, 0), _mm256_extract_epi32(bytes, 4)};
+    std::memcpy(to, halves, sizeof halves);
+#else
     typedef int8_t Few __attribute__((vector_size(W), aligned(1), may_alias));
-    return to_floats(__builtin_convertvector(*reinterpret_cast<const Few*>(from), Ints));
+    *reinterpret_cast<Few*>(to) = __builtin_convertvector(values, Few);
+#endif
 }
 
 // Adds to each lane the products of its four bytes of `weights` with the four of `row`, which have a sign. Wide

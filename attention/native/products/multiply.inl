@@ -9,7 +9,7 @@
 namespace {
 
 constexpr int kGroups = kBlockSize / 4;
-constexpr int kTileRows = VECTOR_FLOATS == 4 ? 4 : 8;
+constexpr int kTileRows = VECTOR_FLOATS == 4 ? 4 : VECTOR_FLOATS;
 
 template <Format F, int Group> inline void unpack_group(const uint8_t* values, const uint8_t* high, Bytes (&groups)[kGroups]) {
     constexpr FormatShape shape = shape_of(F);
@@ -22,9 +22,9 @@ template <Format F, int Group> inline void unpack_group(const uint8_t* values, c
     if constexpr (Group + 1 < kGroups) unpack_group<F, Group + 1>(values, high, groups);
 }
 
-// What a strip's values are multiplied with, and what is added to them.
-struct Scales {
-    Floats first, second, minimum;
+// What each part of a block's values is multiplied with, and what is added to them.
+template <int Parts> struct Scales {
+    Floats factors[Parts], added[Parts];
 };
 
 // The six bits of a block's scale or minimum in ggml's twelve bytes (get_scale_min_k4), for W rows.
@@ -35,21 +35,24 @@ template <bool Minimum> inline Floats six_bits(const uint8_t* lines, int block) 
     return to_floats(low | line(Minimum ? block : block - 4) >> 6 << 4);
 }
 
-template <Format F> inline Scales scales_of(const uint8_t* panel, const PanelLayout& at, int block, int strip) {
+// `offset` is what zero is in the values.
+template <Format F> inline auto scales_of(const uint8_t* panel, const PanelLayout& at, int block, int strip, int offset) {
     constexpr FormatShape shape = shape_of(F);
     const int lane = W * strip, super = block / kSuperBlocks, line = kPanelRows * (shape.is_super ? super : block) + lane;
     const Floats halves = load_halves(panel + at.halves + 2 * line);
-    Scales scales{};
-    if constexpr (shape.has_minima) scales.minimum = load_halves(panel + at.minima + 2 * line);
+    Scales<shape.scales_a_block> scales{};
     if constexpr (shape.has_six_bits()) {
         const uint8_t* lines = panel + at.scales + kPanelRows * kSixBitBytes * super + lane;
-        scales.first = halves * six_bits<false>(lines, block % kSuperBlocks);
-        scales.minimum *= -six_bits<true>(lines, block % kSuperBlocks);
-    } else if constexpr (shape.scales_a_block == 2) {
-        const uint8_t* bytes = panel + at.scales + 2 * kPanelRows * block + lane;
-        scales.first = halves * load_signed(bytes), scales.second = halves * load_signed(bytes + kPanelRows);
+        scales.factors[0] = halves * six_bits<false>(lines, block % kSuperBlocks);
+        scales.added[0] = load_halves(panel + at.minima + 2 * line) * -six_bits<true>(lines, block % kSuperBlocks);
+    } else if constexpr (shape.has_minima) {
+        scales.factors[0] = halves, scales.added[0] = load_halves(panel + at.minima + 2 * line);
     } else {
-        scales.first = halves;
+        const uint8_t* bytes = panel + at.scales + kPanelRows * shape.scales_a_block * block + lane;
+        for (int part = 0; part < shape.scales_a_block; ++part) {
+            scales.factors[part] = shape.is_super ? halves * to_floats(load_small_signed(bytes + kPanelRows * part)) : halves;
+            scales.added[part] = scales.factors[part] * float(-offset);
+        }
     }
     return scales;
 }
@@ -60,23 +63,24 @@ template <Format F> inline void fetch_ahead(const uint8_t* next_panel, int block
     for (size_t line = 0; line < kShare; line += 64) __builtin_prefetch(next_panel + block * kShare + line);
 }
 
-// Adds half a block's products with a row of it to `dots`.
-template <bool Wide> inline void add_half_block(const Bytes* groups, const int8_t* row, size_t, Ints (&dots)[1]) {
-    Ints other = Ints{};
-    for (int g = 0; g < kGroups / 2; g += 2) {
-        dots[0] = add_dots<Wide>(dots[0], groups[g], four_bytes(row + 4 * g));
-        other = add_dots<Wide>(other, groups[g + 1], four_bytes(row + 4 * g + 4));
+// Adds the products of some groups with some rows' shares of a block, `row_bytes` apart, to `dots`.
+template <bool Wide, int Groups, int Rows>
+inline void add_groups(const Bytes* groups, const int8_t* row, size_t row_bytes, Ints (&dots)[Rows]) {
+#if defined(LOWTIDE_I8MM)
+    if constexpr (Rows == 2) {
+        RowPair pair(dots);
+        for (int g = 0; g < Groups; g += 2) pair.add<Wide>(groups[g], groups[g + 1], row + 4 * g, row + row_bytes + 4 * g);
+        return pair.give(dots);
     }
-    dots[0] += other;
+#endif
+    for (int g = 0; g < Groups; ++g)
+        for (int i = 0; i < Rows; ++i) dots[i] = add_dots<Wide>(dots[i], groups[g], four_bytes(row + i * row_bytes + 4 * g));
 }
 
-#if defined(LOWTIDE_I8MM)
-// The same with two rows, `row_bytes` apart.
-template <bool Wide> inline void add_half_block(const Bytes* groups, const int8_t* row, size_t row_bytes, Ints (&dots)[2]) {
-    RowPair pair(dots);
-    for (int g = 0; g < kGroups / 2; g += 2) pair.add<Wide>(groups[g], groups[g + 1], row + 4 * g, row + row_bytes + 4 * g);
-    pair.give(dots);
-}
+// Side by side, so that none waits for its own last step.
+#if VECTOR_FLOATS == 16
+constexpr int kMostRowsAtOnce = 4;
+#elif defined(LOWTIDE_I8MM)
 constexpr int kMostRowsAtOnce = 2;
 #else
 constexpr int kMostRowsAtOnce = 1;
@@ -87,37 +91,30 @@ inline void multiply_strip(const uint8_t* panel, const PanelLayout& at, int stri
     constexpr FormatShape shape = shape_of(F);
     constexpr bool kWide = shape.value_bits == 8;
     constexpr int kOffset = kWide ? kWideOffset : shape.offset;
+    constexpr int kParts = shape.scales_a_block, kPartGroups = kGroups / kParts, kPartSize = kBlockSize / kParts;
     constexpr int kAtOnce = Rows < kMostRowsAtOnce ? Rows : kMostRowsAtOnce;
     const int num_blocks = rows.num_blocks();
+    const size_t row_bytes = size_t(rows.num_columns);
     for (int i = 0; i < Rows; ++i) sums[i] = Floats{};
     for (int block = 0; block < num_blocks; ++block) {
         if (first == 0 && strip == 0) fetch_ahead<F>(panel + at.num_bytes, block);
         Bytes groups[kGroups];
         unpack_group<F, 0>(panel + size_t(block) * shape.value_bits * 4 * kPanelRows + 4 * W * strip,
                            panel + at.high + size_t(block) * shape.high_bits * 4 * kPanelRows + 4 * W * strip, groups);
-        const Scales scales = scales_of<F>(panel, at, block, strip);
+        const Scales<kParts> scales = scales_of<F>(panel, at, block, strip, kOffset);
+#pragma GCC unroll 16
         for (int i = 0; i < Rows; i += kAtOnce) {
-            const size_t at_block = size_t(first + i) * num_blocks + block;
-            const int8_t* row = rows.q + at_block * kBlockSize;
-            Ints first_dots[kAtOnce], second_dots[kAtOnce];
-            for (int j = 0; j < kAtOnce; ++j) {
-                const int32_t* own = rows.sums + 2 * (at_block + j * num_blocks);
-                first_dots[j] = splat_int(-kOffset * own[0]), second_dots[j] = splat_int(-kOffset * own[1]);
-            }
-            add_half_block<kWide>(groups, row, num_blocks * kBlockSize, first_dots);
-            add_half_block<kWide>(groups + kGroups / 2, row + kBlockSize / 2, num_blocks * kBlockSize, second_dots);
-            for (int j = 0; j < kAtOnce; ++j) {
-                const size_t at_row = at_block + j * num_blocks;
-                const float scale = rows.scales[at_row];
-                Floats& sum = sums[i + j];
-                if constexpr (shape.scales_a_block == 2) {
-                    sum = fused(to_floats(first_dots[j]), scales.first * scale, sum);
-                    sum = fused(to_floats(second_dots[j]), scales.second * scale, sum);
-                } else {
-                    sum = fused(to_floats(first_dots[j] + second_dots[j]), scales.first * scale, sum);
+            const int8_t* row = rows.q + (first + i) * row_bytes + block * kBlockSize;
+            const BlockScale* of_rows = rows.scales + size_t(first + i) * num_blocks + block;
+            for (int part = 0; part < kParts; ++part) {
+                Ints dots[kAtOnce] = {};
+                add_groups<kWide, kPartGroups>(groups + part * kPartGroups, row + part * kPartSize, row_bytes, dots);
+                for (int j = 0; j < kAtOnce; ++j) {
+                    const BlockScale& of_row = of_rows[j * num_blocks];
+                    sums[i + j] = fused(to_floats(dots[j]), scales.factors[part] * of_row.scale, sums[i + j]);
+                    if constexpr (shape.has_minima || kOffset != 0)
+                        sums[i + j] = fused(scales.added[part], splat(kParts == 1 ? of_row.sum : of_row.half_sums[part]), sums[i + j]);
                 }
-                if constexpr (shape.has_minima)
-                    sum = fused(scales.minimum, splat(scale * float(rows.sums[2 * at_row] + rows.sums[2 * at_row + 1])), sum);
             }
         }
     }
@@ -161,7 +158,6 @@ void multiply(const PackedMatrix& matrix, const QuantisedRows& rows, int begin, 
 
 // To the nearest of 255 steps of the block's largest value. A value that is no number counts as none.
 void quantise(const float* from, const QuantisedRows& to, int row) {
-    typedef int8_t Few __attribute__((vector_size(W), aligned(1), may_alias));
     constexpr int kVectors = kBlockSize / W;
     constexpr float kToWhole = 12582912.0f;  // added and taken off again, it rounds
     for (int block = 0; block < to.num_blocks(); ++block, from += kBlockSize) {
@@ -178,11 +174,11 @@ void quantise(const float* from, const QuantisedRows& to, int row) {
             const Floats steps = values[i] * inverse, known = steps == steps ? steps : Floats{};
             const Floats above = known > splat(-127.0f) ? known : splat(-127.0f), inside = above < splat(127.0f) ? above : splat(127.0f);
             const Floats nearest = inside + kToWhole - kToWhole;
-            *reinterpret_cast<Few*>(to.q + at * kBlockSize + W * i) = __builtin_convertvector(__builtin_convertvector(nearest, Ints), Few);
+            store_small(to.q + at * kBlockSize + W * i, __builtin_convertvector(nearest, Ints));
             sums[2 * i / kVectors] += nearest;
         }
-        for (int half = 0; half < 2; ++half) to.sums[2 * at + half] = int32_t(sum_of_lanes(sums[half]));
-        to.scales[at] = scale;
+        const float first = sum_of_lanes(sums[0]), second = sum_of_lanes(sums[1]);
+        to.scales[at] = {scale, scale * (first + second), {scale * first, scale * second}};
     }
 }
 

@@ -5,13 +5,16 @@
 
 #include "packed_matrix.h"
 
-// Rows of float32 in 8 bits, with a scale for every block of columns: q * scales[block]. `sums` are those of q
-// over each half of a block.
+// What a block of columns in 8 bits is multiplied with, and so multiplied the sums of its values and of its halves'.
+struct BlockScale {
+    float scale, sum, half_sums[2];
+};
+
+// Rows of float32 in 8 bits, with a scale for every block of columns: q * scales[block].scale.
 struct QuantisedRows {
     int num_rows, num_columns;
-    int8_t* q;        // (rows, columns)
-    float* scales;    // (rows, blocks)
-    int32_t* sums;    // (rows, blocks, 2)
+    int8_t* q;           // (rows, columns)
+    BlockScale* scales;  // (rows, blocks)
 
     int num_blocks() const { return num_columns / kBlockSize; }
 };
