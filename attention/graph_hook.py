@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lowtide.attention.hook_functions import declare_hook, ggml_functions
-from lowtide.attention.hook_states import HookStates
 from lowtide.attention.native_library import native_library
+from lowtide.attention.policy_kernels import PolicyKernels
 from lowtide.attention.prompt_scores import ScoreRule
 from lowtide.attention.score_cost import NO_COST, ScoreCost
-from lowtide.attention.selection_rule import SelectionRule
 from lowtide.attention.weight_stream import NativeSpan
 from lowtide.models.errors import LowtideError
 from lowtide.models.sequences import PartCells
@@ -57,7 +56,7 @@ class HookCounts:
     scores: ScoreCost = NO_COST
 
 
-class GraphHook:
+class GraphHook(PolicyKernels):
     """One hook for one llama.cpp context of `threads` threads; keep it as long as the context lives.
 
     `kernels` names an instruction set (see `lowtide.attention.kernels`); None takes the best. Raises
@@ -65,12 +64,12 @@ class GraphHook:
     """
 
     def __init__(self, threads: int, kernels: str | None = None) -> None:
-        self._library = native_library()
-        declare_hook(self._library)
+        library = native_library()
+        declare_hook(library)
         reason = ctypes.create_string_buffer(REASON_BYTES)
         name = kernels.encode() if kernels else None
         functions = ggml_functions()
-        self._hook = self._library.lowtide_hook_new(
+        self._hook = library.lowtide_hook_new(
             ctypes.byref(functions), name, threads, reason, REASON_BYTES
         )
         if not self._hook:
@@ -78,7 +77,7 @@ class GraphHook:
                 f"our attention cannot run in this llama.cpp ({reason.value.decode()}): use "
                 "--attention llama, or another version of llama-cpp-python"
             )
-        self.states = HookStates(self._library, self._hook)
+        super().__init__(library, library.lowtide_hook_policy(self._hook))
 
     @property
     def callback(self) -> tuple[int, int]:
@@ -122,11 +121,6 @@ class GraphHook:
         """Let attention be ours from the next pass on, or llama.cpp's again."""
         self._library.lowtide_hook_set_active(self._hook, active)
 
-    def set_roles(self, roles: bytes, rule: SelectionRule) -> None:
-        """Set what each layer does in a sparse pass (`LayerRole`); call it between passes."""
-        if self._library.lowtide_hook_set_roles(self._hook, roles, len(roles), ctypes.byref(rule)):
-            raise MemoryError
-
     def stream_weights(self, spans: Sequence[NativeSpan], kept: bytes) -> None:
         """Have the weights of the groups without a flag in `kept` given back once they were read.
 
@@ -154,72 +148,6 @@ class GraphHook:
     def can_round(self) -> bool:
         """Whether these kernels can multiply in bfloat16."""
         return bool(self._library.lowtide_hook_can_round(self._hook))
-
-    def start_pass(self, *, sparse: bool, refresh: bool = True, rounded: bool = False) -> None:
-        """Say whether the passes from now on are sparse, and whether they choose their keys anew.
-
-        `rounded` has a prompt's rows multiplied in bfloat16, where `can_round`.
-        """
-        self._library.lowtide_hook_start_pass(self._hook, sparse, refresh, rounded)
-
-    def set_groups(
-        self,
-        rule: ctypes.Structure,
-        num_groups: NDArray[np.uint8],
-        scales: NDArray[np.float32],
-    ) -> None:
-        """Set how keys are grouped (`DeltaRule`), (layers, kv_heads) and (layers, kv_heads, key_size).
-
-        Raises `ValueError` where a page of keys cannot have so many groups.
-        """
-        failed = self._library.lowtide_hook_set_groups(
-            self._hook,
-            ctypes.byref(rule),
-            num_groups.ctypes.data,
-            scales.ctypes.data,
-            *scales.shape,
-        )
-        if failed == 2:
-            raise ValueError("a page cannot have so many groups")
-        if failed:
-            raise MemoryError
-
-    def start_grouped(self) -> None:
-        """Have passes attend to groups of keys, until a `start_pass`."""
-        self._library.lowtide_hook_start_grouped(self._hook, True)
-
-    def measure_groups(self) -> None:
-        """Have passes attend to every key and measure what groups would lose, until a `start_pass`."""
-        if self._library.lowtide_hook_measure_groups(self._hook):
-            raise MemoryError
-
-    def group_measures(
-        self, num_layers: int, num_kv_heads: int, key_size: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return each unit's relative squared error, (layers, kv_heads), and the mean squares of its
-        queries' channels, (layers, kv_heads, key_size), since they are measured."""
-        import numpy as np
-
-        errors = np.zeros((num_layers, num_kv_heads), np.float32)
-        squares = np.zeros((num_layers, num_kv_heads, key_size), np.float32)
-        self._library.lowtide_hook_read_measures(
-            self._hook, errors.ctypes.data, squares.ctypes.data
-        )
-        return errors, squares
-
-    def cut(self, num_cells: int) -> None:
-        """Forget what is known of the cache's cells from `num_cells` on: other than passes changed them."""
-        self._library.lowtide_hook_cut(self._hook, num_cells)
-
-    @property
-    def least_cells(self) -> int:
-        """The fewest cells, but for none, that the cache can go back to: groups replaced the rest."""
-        return int(self._library.lowtide_hook_least_cells(self._hook))
-
-    @property
-    def has_lost_keys(self) -> bool:
-        """Whether a pass has wanted cells that groups had replaced: what it computed means nothing."""
-        return bool(self._library.lowtide_hook_has_lost(self._hook))
 
     def set_parts(self, cells: PartCells | None) -> None:
         """Have the next pass attend to several sequences, each over its own cells; None: to one again."""

@@ -55,9 +55,8 @@ def declare_hook(library: ctypes.CDLL) -> None:
     library.lowtide_hook_kernels.restype = ctypes.c_char_p
     library.lowtide_hook_clock.argtypes = [pointer]
     library.lowtide_hook_clock.restype = pointer
-    library.lowtide_hook_set_roles.argtypes = [pointer, ctypes.c_char_p, ctypes.c_int, pointer]
-    library.lowtide_hook_start_pass.argtypes = [pointer, ctypes.c_int, ctypes.c_int, ctypes.c_int]
-    library.lowtide_hook_start_pass.restype = None
+    library.lowtide_hook_policy.argtypes = [pointer]
+    library.lowtide_hook_policy.restype = pointer
     library.lowtide_hook_stream_weights.argtypes = [
         pointer,
         pointer,
@@ -65,16 +64,6 @@ def declare_hook(library: ctypes.CDLL) -> None:
         ctypes.c_char_p,
         ctypes.c_int,
     ]
-    library.lowtide_hook_set_groups.argtypes = [pointer] * 4 + [ctypes.c_int] * 3
-    library.lowtide_hook_start_grouped.argtypes = [pointer, ctypes.c_int]
-    library.lowtide_hook_start_grouped.restype = None
-    library.lowtide_hook_least_cells.argtypes = [pointer]
-    library.lowtide_hook_has_lost.argtypes = [pointer]
-    library.lowtide_hook_measure_groups.argtypes = [pointer]
-    library.lowtide_hook_read_measures.argtypes = [pointer] * 3
-    library.lowtide_hook_read_measures.restype = None
-    library.lowtide_hook_cut.argtypes = [pointer, ctypes.c_int]
-    library.lowtide_hook_cut.restype = None
     library.lowtide_hook_score_prompt.argtypes = [pointer, ctypes.c_int, pointer, ctypes.c_int]
     library.lowtide_hook_score_prompt.restype = None
     library.lowtide_hook_set_parts.argtypes = [

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from lowtide.attention.graph_hook import HookCounts
 from lowtide.attention.native_library import native_library
+from lowtide.attention.policy_kernels import PolicyKernels
 from lowtide.attention.prompt_scores import ScoreRule
-from lowtide.attention.selection_rule import SelectionRule
 from lowtide.models.errors import LowtideError
 from lowtide.models.onnx.swapped.attender import Attender, LayerArrays
 
@@ -53,7 +53,7 @@ class _Counts(ctypes.Structure):
     ]
 
 
-class OnnxAttention(Attender):
+class OnnxAttention(PolicyKernels, Attender):
     """Attends for one model on `threads` threads; `kernels` names an instruction set, None takes the best.
 
     Raises `LowtideError` where this build and processor have no such kernels.
@@ -62,15 +62,14 @@ class OnnxAttention(Attender):
     domain = "lowtide"
 
     def __init__(self, threads: int, kernels: str | None = None) -> None:
-        self._library = _declared(native_library())
-        self._attend = self._library.lowtide_onnx_new(
-            kernels.encode() if kernels else None, threads
-        )
+        library = _declared(native_library())
+        self._attend = library.lowtide_onnx_new(kernels.encode() if kernels else None, threads)
         if not self._attend:
             raise LowtideError(
                 f"our attention cannot run here: no {kernels or 'usable'} kernels, or no {threads} threads"
             )
-        self.library = Path(self._library._name)
+        super().__init__(library, library.lowtide_onnx_policy(self._attend))
+        self.library = Path(library._name)
         self.number = self._library.lowtide_onnx_number(self._attend)
         self._layers: list[LayerArrays] = []
 
@@ -88,20 +87,6 @@ class OnnxAttention(Attender):
     def operator(self, element: str) -> str:
         """Return the operator's name for float32 or float16."""
         return OPERATORS[element]
-
-    def set_roles(self, roles: bytes, rule: SelectionRule) -> None:
-        """Set what each layer does in a sparse pass (`LayerRole`); call it between passes."""
-        if self._library.lowtide_onnx_set_roles(
-            self._attend, roles, len(roles), ctypes.byref(rule)
-        ):
-            raise MemoryError
-
-    def start_pass(self, *, sparse: bool, refresh: bool = True, rounded: bool = False) -> None:
-        """Say whether the passes from now on are sparse, and whether they choose their keys anew.
-
-        `rounded` has a prompt's rows multiplied in bfloat16, where `can_round`.
-        """
-        self._library.lowtide_onnx_start_pass(self._attend, sparse, refresh, rounded)
 
     def score_prompt(self, layer: int, rule: ScoreRule, *, is_last: bool) -> None:
         """Have passes from now on end in the attention of `layer`; the last one scores every key there.
@@ -215,9 +200,8 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.lowtide_onnx_number.restype = ctypes.c_int64
     library.lowtide_onnx_number.argtypes = [pointer]
     library.lowtide_onnx_set_layers.argtypes = [pointer, pointer, number]
-    library.lowtide_onnx_set_roles.argtypes = [pointer, ctypes.c_char_p, number, pointer]
-    library.lowtide_onnx_start_pass.restype = None
-    library.lowtide_onnx_start_pass.argtypes = [pointer, number, number, number]
+    library.lowtide_onnx_policy.restype = pointer
+    library.lowtide_onnx_policy.argtypes = [pointer]
     library.lowtide_onnx_begin.restype = None
     library.lowtide_onnx_begin.argtypes = [pointer, number, number]
     library.lowtide_onnx_score_prompt.restype = None

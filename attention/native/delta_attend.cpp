@@ -139,19 +139,28 @@ GroupRule DeltaAttend::rule_of(int layer, int kv_head) const {
 int DeltaAttend::num_pages_before(int position) const { return std::max(position + 1 - rule_.window, 0) / kPageKeys; }
 
 int DeltaAttend::run(const AttentionProblem& p, int layer, int stream, const KernelSet& kernels, int thread, int num_threads) {
+    ThreadOfTeam team(barrier_, thread, num_threads);
+    return run(p, layer, stream, kernels, team);
+}
+
+int DeltaAttend::run(const AttentionProblem& p, int layer, int stream, const KernelSet& kernels, Team& team) {
     if (!knows(p, layer)) return kNotTaken;
-    barrier_.wait(num_threads, [&] { taken_ = takes(p, layer, stream); });
+    team.once([&] { taken_ = takes(p, layer, stream); });
     if (!taken_) return kNotTaken;
     auto& heads = layers_[layer].streams[stream];
     const int first = first_;
     for (int row = 0, end = 0; row < p.num_rows; row = end) {
         const int num_pages = num_pages_before(first + row);
         while (end < p.num_rows && num_pages_before(first + end) == num_pages && end - row < kPageKeys) ++end;
-        for (int head = thread; head < num_kv_heads_; head += num_threads)
-            heads[head].advance(p, head, rule_of(layer, head), num_pages, first + end);
-        for (int head = 0; head < num_kv_heads_; ++head) {
-            barrier_.wait(num_threads, [&] { ready(p, heads[head], head, row, end - row); });
-            attend_.run(of_head_, kernels, thread, num_threads);
+        const auto advance = [&](int thread) {
+            for (int head = thread; head < num_kv_heads_; head += team.num_threads)
+                heads[head].advance(p, head, rule_of(layer, head), num_pages, first + end);
+        };
+        team.all(advance, [&] { ready(p, heads[0], 0, row, end - row); });
+        attend_.run(of_head_, kernels, team);
+        for (int head = 1; head < num_kv_heads_; ++head) {
+            team.once([&] { ready(p, heads[head], head, row, end - row); });
+            attend_.run(of_head_, kernels, team);
         }
     }
     int num_read = 0;

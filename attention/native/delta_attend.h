@@ -8,6 +8,7 @@
 #include "attention_problem.h"
 #include "barrier.h"
 #include "key_groups.h"
+#include "team.h"
 #include "unit_measures.h"
 
 // What every layer's groups are made by. Python fills it.
@@ -36,6 +37,7 @@ public:
     // Has passes be measured: what groups would make of them is held against dense attention, which they get;
     // what was measured before is forgotten.
     void start_measuring();
+    bool is_measuring() const { return measures_.is_on(); }
 
     // Holds a pass that was measured against `problem.out`. By one thread.
     void measure(const AttentionProblem& problem, int layer);
@@ -60,7 +62,8 @@ public:
     bool reserve(const AttentionProblem& problem, int layer, int stream, int num_threads);
 
     // Returns the number of keys and groups that the last row attended to, a mean of the heads; kNotTaken where
-    // nothing was done but to forget what the pass writes.
+    // nothing was done but to forget what the pass writes. The second form is called by each of `num_threads` threads.
+    int run(const AttentionProblem& problem, int layer, int stream, const KernelSet& kernels, Team& team);
     int run(const AttentionProblem& problem, int layer, int stream, const KernelSet& kernels, int thread, int num_threads);
 
     size_t scratch_bytes() const;

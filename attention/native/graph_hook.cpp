@@ -19,7 +19,7 @@ namespace {
 AttentionProblem problem_of(const AttentionNode& read, int stream, const HookedLayer& layer) {
     AttentionProblem problem = read.problem(stream);
     problem.scale = layer.scale, problem.softcap = layer.softcap;
-    problem.rounded = layer.hook->rounded;
+    problem.rounded = layer.hook->attend.rounded;
     return problem;
 }
 
@@ -27,12 +27,13 @@ AttentionProblem problem_of(const AttentionNode& read, int stream, const HookedL
 void attend_node(GgmlTensor* node, int thread, int num_threads, void* user_data) {
     const HookedLayer& layer = *static_cast<const HookedLayer*>(user_data);
     GraphHook& hook = *layer.hook;
+    ThreadOfTeam team(hook.barrier, thread, num_threads);
     AttentionNode read;
     read.read(node);
     const auto started = std::chrono::steady_clock::now();
     const int index = int(&layer - hook.layers);
     if (hook.prompt_scores.end_with(index)) {
-        hook.prompt_scores.run(problem_of(read, 0, layer), *hook.kernels, thread, num_threads);
+        hook.prompt_scores.run(problem_of(read, 0, layer), *hook.kernels, team);
         return;
     }
     int64_t keys_read = 0, keys_held = 0;
@@ -43,20 +44,14 @@ void attend_node(GgmlTensor* node, int thread, int num_threads, void* user_data)
             if (thread == 0) hook.layers[index].cells.set(problem);
             const int count = hook.parts.num_parts();
             if (count * problem.num_kv_heads >= 2 * num_threads) {
-                hook.attend.run_many(hook.parts.problems(), count, *hook.kernels, thread, num_threads);
+                hook.attend.tidal.run_many(hook.parts.problems(), count, *hook.kernels, thread, num_threads);
             } else {  // too few to go round: their keys are shared out
-                for (int i = 0; i < count; ++i)
-                    hook.attend.run(hook.parts.problems()[i], index, *hook.kernels, thread, num_threads);
+                for (int i = 0; i < count; ++i) hook.attend.tidal.run(hook.parts.problems()[i], index, *hook.kernels, team);
             }
             keys_held += visible, keys_read += visible;
             continue;
         }
-        int num_read = hook.delta.run(problem, index, stream, *hook.kernels, thread, num_threads);
-        if (num_read == DeltaAttend::kNotTaken) num_read = hook.states.run(problem, index, stream, *hook.kernels, thread, num_threads);
-        if (num_read == StateAttend::kNotTaken) {
-            num_read = hook.attend.run(problem, index, *hook.kernels, thread, num_threads);
-            if (thread == 0) hook.delta.measure(problem, index), hook.states.measure(problem, index);
-        }
+        const int num_read = hook.attend.run(problem, index, stream, *hook.kernels, team);
         keys_held += visible;
         keys_read += num_read < visible ? num_read : visible;
     }
@@ -99,14 +94,11 @@ bool make_room(GraphHook& hook, const AttentionNode& read, int layer) {
     if (hook.prompt_scores.end_with(layer)) return read.num_streams() == 1 && hook.prompt_scores.reserve(read.problem(0), hook.num_threads);
     if (hook.parts.active() && read.num_streams() != 1) return false;
     for (int i = 0; i < hook.parts.num_parts(); ++i)
-        if (!hook.attend.reserve(hook.parts.problem(read.problem(0), i), layer, hook.num_threads) ||
-            !hook.attend.reserve_many(read.problem(0), hook.num_threads))
+        if (!hook.attend.tidal.reserve(hook.parts.problem(read.problem(0), i), layer, hook.num_threads) ||
+            !hook.attend.tidal.reserve_many(read.problem(0), hook.num_threads))
             return false;
     for (int stream = 0; stream < read.num_streams(); ++stream)
-        if (!hook.attend.reserve(read.problem(stream), layer, hook.num_threads) ||
-            !hook.delta.reserve(read.problem(stream), layer, stream, hook.num_threads) ||
-            !hook.states.reserve(read.problem(stream), layer, stream, hook.num_threads))
-            return false;
+        if (!hook.attend.reserve(read.problem(stream), layer, stream, hook.num_threads)) return false;
     return true;
 }
 

@@ -6,15 +6,12 @@
 #include "api.h"
 #include "custom_ops.h"
 #include "prompt_scores.h"
-#include "selection_rule.h"
 #include "weight_stream.h"
 
 // Swaps llama.cpp's attention nodes for our kernels, through the evaluation callback of a context.
 struct GraphHook;
 class LayerClock;
-struct DeltaRule;
-struct ScoreCounts;
-struct StatesRule;
+class PolicyAttend;
 
 // Counts of one hook since it was made.
 struct HookCounts {
@@ -47,36 +44,8 @@ LOWTIDE_API const char* lowtide_hook_kernels(const GraphHook* hook);
 // The clock of the hook's passes, alive as long as the hook.
 LOWTIDE_API LayerClock* lowtide_hook_clock(GraphHook* hook);
 
-// TidalDecode's part of each layer (`TidalAttend::Role`) and its rule, between passes. Returns 1 where there is
-// no memory. Passes are dense until one is started as sparse; `refresh` has its selection layers choose anew,
-// `rounded` lets a prompt's rows be multiplied in bfloat16 where the kernels can, which is not exact.
-LOWTIDE_API int lowtide_hook_set_roles(GraphHook* hook, const uint8_t* roles, int num_layers, const SelectionRule* rule);
-LOWTIDE_API void lowtide_hook_start_pass(GraphHook* hook, int sparse, int refresh, int rounded);
-
-// What DeltaAttend groups, between passes; returns 1 where there is no memory, 2 where a page cannot have so many
-// groups. Passes are grouped from a start with `grouped` on, up to a `start_pass`; or are measured
-// (`start_measuring`, 1 where there is no memory). Whoever changes cells in another way than by a pass says from
-// which on, with a cut.
-LOWTIDE_API int lowtide_hook_set_groups(GraphHook* hook, const DeltaRule* rule, const uint8_t* num_groups, const float* scales,
-                                        int num_layers, int num_kv_heads, int key_size);
-LOWTIDE_API void lowtide_hook_start_grouped(GraphHook* hook, int grouped);
-LOWTIDE_API int lowtide_hook_measure_groups(GraphHook* hook);
-LOWTIDE_API void lowtide_hook_read_measures(const GraphHook* hook, float* errors, float* squares);
-LOWTIDE_API void lowtide_hook_cut(GraphHook* hook, int num_cells);
-
-// The same for StateAttend, whose `set_units` says what the arrays are; what was measured comes with the share that each
-// unit sent of its states. The counts are those of all passes.
-LOWTIDE_API int lowtide_hook_set_states(GraphHook* hook, const StatesRule* rule, const float* thresholds, const float* shares,
-                                        const float* scales, int num_layers, int num_kv_heads, int key_size);
-LOWTIDE_API void lowtide_hook_start_states(GraphHook* hook);
-LOWTIDE_API int lowtide_hook_measure_states(GraphHook* hook);
-LOWTIDE_API void lowtide_hook_read_state_measures(const GraphHook* hook, float* errors, float* squares, float* shares);
-LOWTIDE_API ScoreCounts lowtide_hook_score_counts(const GraphHook* hook);
-
-// Where groups replace cells (`DeltaRule`): the fewest cells, but for none, that a cut may leave, and whether a pass
-// has wanted what was given back.
-LOWTIDE_API int lowtide_hook_least_cells(const GraphHook* hook);
-LOWTIDE_API int lowtide_hook_has_lost(const GraphHook* hook);
+// What attends in the hook's passes, alive as long as the hook: policies are set on it (`policy_attend.h`).
+LOWTIDE_API PolicyAttend* lowtide_hook_policy(GraphHook* hook);
 
 // Has the rows of the next passes be those of several sequences (`PassParts`): part i has num_rows[i] of them, and
 // its keys lie in the first `num_shared` cells and in num_cells[i] cells of its own, in the order of its tokens. None:

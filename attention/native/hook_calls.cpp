@@ -21,55 +21,12 @@ template <class Work> int failed(const Work& work) {
 
 extern "C" LayerClock* lowtide_hook_clock(GraphHook* hook) { return &hook->clock; }
 
+extern "C" PolicyAttend* lowtide_hook_policy(GraphHook* hook) { return &hook->attend; }
+
 extern "C" void lowtide_hook_set_active(GraphHook* hook, int active) {
     hook->active = active != 0;
-    hook->delta.forget(), hook->states.cut(0);
+    hook->attend.forget();
 }
-
-extern "C" int lowtide_hook_set_roles(GraphHook* hook, const uint8_t* roles, int num_layers, const SelectionRule* rule) {
-    return failed([=] { hook->attend.set_roles(roles, num_layers < kMaxLayers ? num_layers : kMaxLayers, *rule); });
-}
-
-extern "C" int lowtide_hook_set_groups(GraphHook* hook, const DeltaRule* rule, const uint8_t* num_groups, const float* scales, int num_layers,
-                                       int num_kv_heads, int key_size) {
-    const int num_known = num_layers < kMaxLayers ? num_layers : kMaxLayers;
-    bool can_be = false;
-    const int failure = failed([&] { can_be = hook->delta.set_units(*rule, num_groups, scales, num_known, num_kv_heads, key_size); });
-    return failure != 0 || can_be ? failure : 2;
-}
-
-extern "C" int lowtide_hook_set_states(GraphHook* hook, const StatesRule* rule, const float* thresholds, const float* shares,
-                                       const float* scales, int num_layers, int num_kv_heads, int key_size) {
-    const int num_known = num_layers < kMaxLayers ? num_layers : kMaxLayers;
-    bool can_be = false;
-    const int failure =
-        failed([&] { can_be = hook->states.set_units(*rule, thresholds, shares, scales, num_known, num_kv_heads, key_size); });
-    return failure != 0 || can_be ? failure : 2;
-}
-
-extern "C" void lowtide_hook_start_states(GraphHook* hook) { hook->states.start_pass(true); }
-
-extern "C" int lowtide_hook_measure_states(GraphHook* hook) { return failed([=] { hook->states.start_measuring(); }); }
-
-extern "C" void lowtide_hook_read_state_measures(const GraphHook* hook, float* errors, float* squares, float* shares) {
-    hook->states.read_measures(errors, squares), hook->states.read_shares(shares);
-}
-
-extern "C" ScoreCounts lowtide_hook_score_counts(const GraphHook* hook) { return hook->states.counts(); }
-
-extern "C" void lowtide_hook_start_grouped(GraphHook* hook, int grouped) { hook->delta.start_pass(grouped != 0); }
-
-extern "C" int lowtide_hook_measure_groups(GraphHook* hook) { return failed([=] { hook->delta.start_measuring(); }); }
-
-extern "C" void lowtide_hook_read_measures(const GraphHook* hook, float* errors, float* squares) { hook->delta.read_measures(errors, squares); }
-
-extern "C" void lowtide_hook_cut(GraphHook* hook, int num_cells) {
-    hook->delta.cut(num_cells), hook->states.cut(num_cells);
-}
-
-extern "C" int lowtide_hook_least_cells(const GraphHook* hook) { return hook->delta.least_cells(); }
-
-extern "C" int lowtide_hook_has_lost(const GraphHook* hook) { return hook->delta.has_lost(); }
 
 extern "C" int lowtide_hook_stream_weights(GraphHook* hook, const WeightSpan* spans, int num_spans, const uint8_t* kept,
                                            int num_groups) {
@@ -86,12 +43,6 @@ extern "C" int lowtide_hook_read_packed(GraphHook* hook, const char* names, int 
     } catch (const std::bad_alloc&) {
         return 1;
     }
-}
-
-extern "C" void lowtide_hook_start_pass(GraphHook* hook, int sparse, int refresh, int rounded) {
-    hook->attend.start_pass(sparse != 0, refresh != 0);
-    hook->delta.start_pass(false), hook->states.start_pass(false);
-    hook->rounded = rounded != 0;
 }
 
 extern "C" int lowtide_hook_set_parts(GraphHook* hook, int num_shared, int num_parts, const int32_t* num_rows, const int32_t* const* cells,
@@ -127,8 +78,7 @@ extern "C" int lowtide_hook_prompt_scores(const GraphHook* hook, float* scores, 
 extern "C" int lowtide_hook_can_round(const GraphHook* hook) { return hook->kernels->attend_rounded != nullptr; }
 
 extern "C" HookCounts lowtide_hook_counts(const GraphHook* hook) {
-    const size_t scratch_bytes = hook->attend.scratch_bytes() + hook->delta.scratch_bytes() + hook->states.scratch_bytes() +
-                                 hook->prompt_scores.scratch_bytes() + hook->packed.scratch_bytes() + hook->parts.num_bytes();
+    const size_t scratch_bytes = hook->attend.scratch_bytes() + hook->prompt_scores.scratch_bytes() + hook->packed.scratch_bytes() + hook->parts.num_bytes();
     HookCounts counts{0, 0, hook->nodes_ours, hook->nodes_theirs, hook->nanoseconds, int64_t(scratch_bytes),
                       hook->keys_read, hook->keys_held, hook->weights.given_back_bytes(), hook->products_sliced,
                       hook->packed.num_taken(), hook->packed.num_refused()};

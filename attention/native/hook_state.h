@@ -2,17 +2,16 @@
 
 #include "attention_node.h"
 #include "attention_problem.h"
+#include "barrier.h"
 #include "custom_ops.h"
-#include "delta_attend.h"
 #include "ggml_tensor.h"
 #include "graph_hook.h"
 #include "layer_cells.h"
 #include "layer_clock.h"
 #include "packed_products.h"
 #include "pass_parts.h"
+#include "policy_attend.h"
 #include "prompt_scores.h"
-#include "state_attend.h"
-#include "tidal_attend.h"
 #include "visible_keys.h"
 
 // What a node says beside its sources, and where its kernel finds everything else.
@@ -31,11 +30,10 @@ struct GraphHook {
     GgmlFunctions ggml;
     OpNumbers ops;
     int32_t product_params[16];  // of the custom operation that a large product becomes
-    bool active, rounded;
+    bool active;
     int num_threads;
-    TidalAttend attend;
-    DeltaAttend delta;
-    StateAttend states;
+    PolicyAttend attend;
+    Barrier barrier;
     PromptScores prompt_scores;
     VisibleKeys visible;
     PassParts parts;

@@ -10,8 +10,8 @@
 
 #include "half.h"
 #include "onnx_masks.h"
+#include "policy_attend.h"
 #include "prompt_scores.h"
-#include "tidal_attend.h"
 
 namespace {
 
@@ -89,10 +89,10 @@ public:
     int64_t number;
     std::vector<OnnxLayer> layers;
     OnnxMasks masks;
-    TidalAttend attend;
+    PolicyAttend attend;
     PromptScores prompt_scores;
     OnnxCounts counts{};
-    bool rounded = false, has_ended = false;
+    bool has_ended = false;
 
     const char* run(int index, const OnnxRows& rows, Team& team) {
         const auto start = std::chrono::steady_clock::now();
@@ -104,7 +104,7 @@ public:
         AttentionProblem problem = problem_of(layer, rows);
         problem.mask = reinterpret_cast<const char*>(mask), problem.mask_row_stride = sizeof(uint16_t) * masks.num_keys();
         const bool ends = prompt_scores.end_with(index);
-        if (!(ends ? prompt_scores.reserve(problem, team.num_threads) : attend.reserve(problem, index, team.num_threads)))
+        if (!(ends ? prompt_scores.reserve(problem, team.num_threads) : attend.reserve(problem, index, 0, team.num_threads)))
             return "there is no memory for it";
         team.all([&](int thread) { append(layer, rows, thread, team.num_threads); }, [] {});
         if (ends) {
@@ -112,7 +112,7 @@ public:
             has_ended = true;
             return "the pass ends here, as it was asked to";
         }
-        const int num_read = attend.run(problem, index, kernels, team);
+        const int num_read = attend.run(problem, index, 0, kernels, team);
         team.all([&](int thread) { give_out(layer, rows, thread, team.num_threads); }, [] {});
         counts.keys_read += num_read, counts.keys_held += problem.num_keys, ++counts.nodes;
         counts.nanoseconds += (std::chrono::steady_clock::now() - start).count();
@@ -171,7 +171,7 @@ private:
         p.k_type = p.v_type = KvType(layer.cache_type);
         p.num_rows = masks.num_rows(), p.num_keys = masks.num_keys();
         p.num_heads = layer.num_heads, p.num_kv_heads = layer.num_kv_heads, p.key_size = p.value_size = layer.head_size;
-        p.scale = layer.scale, p.softcap = layer.softcap, p.rounded = rounded;
+        p.scale = layer.scale, p.softcap = layer.softcap, p.rounded = attend.rounded;
         return p;
     }
 
@@ -223,6 +223,8 @@ extern "C" int lowtide_onnx_can_round(const OnnxAttend* attend) { return attend-
 
 extern "C" const char* lowtide_onnx_kernels(const OnnxAttend* attend) { return attend->kernels.name; }
 
+extern "C" PolicyAttend* lowtide_onnx_policy(OnnxAttend* attend) { return &attend->attend; }
+
 extern "C" int64_t lowtide_onnx_number(const OnnxAttend* attend) { return attend->number; }
 
 extern "C" int lowtide_onnx_set_layers(OnnxAttend* attend, const OnnxLayer* layers, int num_layers) {
@@ -234,20 +236,6 @@ extern "C" int lowtide_onnx_set_layers(OnnxAttend* attend, const OnnxLayer* laye
         return 1;
     }
     return 0;
-}
-
-extern "C" int lowtide_onnx_set_roles(OnnxAttend* attend, const uint8_t* roles, int num_layers, const SelectionRule* rule) {
-    try {
-        attend->attend.set_roles(roles, num_layers, *rule);
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
-    return 0;
-}
-
-extern "C" void lowtide_onnx_start_pass(OnnxAttend* attend, int sparse, int refresh, int rounded) {
-    attend->attend.start_pass(sparse != 0, refresh != 0);
-    attend->rounded = rounded != 0;
 }
 
 extern "C" void lowtide_onnx_begin(OnnxAttend* attend, int num_past, int num_rows) {

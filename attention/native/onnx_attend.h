@@ -6,7 +6,6 @@
 #include "api.h"
 #include "attention_problem.h"
 #include "prompt_scores.h"
-#include "selection_rule.h"
 #include "team.h"
 
 // The attention of one layer of an ONNX graph, as long as the model is open. Python fills it.
@@ -41,13 +40,15 @@ LOWTIDE_API void lowtide_onnx_free(OnnxAttend* attend);
 LOWTIDE_API int lowtide_onnx_can_round(const OnnxAttend* attend);
 LOWTIDE_API const char* lowtide_onnx_kernels(const OnnxAttend* attend);
 
+// What attends in the graph's passes, alive as long as this: policies are set on it (`policy_attend.h`).
+class PolicyAttend;
+LOWTIDE_API PolicyAttend* lowtide_onnx_policy(OnnxAttend* attend);
+
 // The number by which nodes of a graph name it; never that of another.
 LOWTIDE_API int64_t lowtide_onnx_number(const OnnxAttend* attend);
 
-// As for the hook in a graph: between passes. 1 where there is no memory, 2 for shapes that no kernel knows.
+// Between passes. 1 where there is no memory, 2 for shapes that no kernel knows.
 LOWTIDE_API int lowtide_onnx_set_layers(OnnxAttend* attend, const OnnxLayer* layers, int num_layers);
-LOWTIDE_API int lowtide_onnx_set_roles(OnnxAttend* attend, const uint8_t* roles, int num_layers, const SelectionRule* rule);
-LOWTIDE_API void lowtide_onnx_start_pass(OnnxAttend* attend, int sparse, int refresh, int rounded);
 
 // The next pass has so many rows, which become cells from `num_past` on.
 LOWTIDE_API void lowtide_onnx_begin(OnnxAttend* attend, int num_past, int num_rows);

@@ -60,14 +60,21 @@ StateRule StateAttend::rule_of(int layer, int kv_head) const {
 }
 
 int StateAttend::run(const AttentionProblem& p, int layer, int stream, const KernelSet& kernels, int thread, int num_threads) {
+    ThreadOfTeam team(barrier_, thread, num_threads);
+    return run(p, layer, stream, kernels, team);
+}
+
+int StateAttend::run(const AttentionProblem& p, int layer, int stream, const KernelSet& kernels, Team& team) {
     if (!knows(p, layer)) return kNotTaken;
-    barrier_.wait(num_threads, [&] { taken_ = takes(p, layer, stream); });
+    team.once([&] { taken_ = takes(p, layer, stream); });
     if (!taken_) return kNotTaken;
     auto& heads = layers_[layer].streams[stream];
     const int num_pages = states_.num_pages(p.num_rows - 1);
-    for (int head = thread; head < num_kv_heads_; head += num_threads) heads[head].advance(p, head, rule_of(layer, head), num_pages);
-    barrier_.wait(num_threads, [&] { ready(p, heads); });
-    attend_.run(own_, kernels, thread, num_threads);
+    const auto advance = [&](int thread) {
+        for (int head = thread; head < num_kv_heads_; head += team.num_threads) heads[head].advance(p, head, rule_of(layer, head), num_pages);
+    };
+    team.all(advance, [&] { ready(p, heads); });
+    attend_.run(own_, kernels, team);
     return measures_.is_on() ? kNotTaken : p.num_keys;
 }
 

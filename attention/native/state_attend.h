@@ -8,6 +8,7 @@
 #include "attention_problem.h"
 #include "barrier.h"
 #include "key_states.h"
+#include "team.h"
 #include "unit_measures.h"
 
 // What every layer's states are made by. Python fills it.
@@ -47,6 +48,7 @@ public:
 
     // As for DeltaAttend.
     void start_measuring();
+    bool is_measuring() const { return measures_.is_on(); }
     void measure(const AttentionProblem& problem, int layer);
     void read_measures(float* errors, float* squares) const { measures_.read(errors, squares); }
 
@@ -59,7 +61,8 @@ public:
     bool reserve(const AttentionProblem& problem, int layer, int stream, int num_threads);
 
     // Returns the number of keys that the last row attended to; kNotTaken where nothing was done but to forget what the
-    // pass writes.
+    // pass writes. The second form is called by each of `num_threads` threads.
+    int run(const AttentionProblem& problem, int layer, int stream, const KernelSet& kernels, Team& team);
     int run(const AttentionProblem& problem, int layer, int stream, const KernelSet& kernels, int thread, int num_threads);
 
     const ScoreCounts& counts() const { return counts_; }

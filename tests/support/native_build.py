@@ -15,12 +15,16 @@ KERNELS = (
     "attend attend_avx2 attend_avx512 attend_bf16 attend_portable cpu_features find_kernels".split()
 )
 MULTIPLIERS = [f"multiply_{name}" for name in "avx2 dot i8mm portable vnni vnni512".split()]
+POLICIES = (
+    "delta_attend key_groups key_set key_states page_clusters policy_attend state_attend tidal_attend "
+    "unit_measures"
+).split()
 PROGRAMS = {
     "attend": [*KERNELS, "key_set", "tidal_attend"],
     "delta_attend": [*KERNELS, *"delta_attend key_groups page_clusters unit_measures".split()],
     "layer_cells": ["layer_cells"],
     "layer_clock": ["layer_clock"],
-    "onnx_attend": [*KERNELS, *"key_set onnx_attend onnx_masks prompt_scores tidal_attend".split()],
+    "onnx_attend": [*KERNELS, *POLICIES, *"onnx_attend onnx_masks prompt_scores".split()],
     "product": [
         *MULTIPLIERS,
         *"cpu_features find_products pack product quantised_rows unpack".split(),

@@ -1,6 +1,6 @@
 // Attention over groups in passes of any size, with rows taken back on the way: bit for bit what one pass makes of the same
-// cache, with any number of threads, also where the cache's own cells are given back on the way. Measured passes change
-// nothing.
+// cache, with any number of threads, whoever owns them, also where the cache's own cells are given back on the way. Measured
+// passes change nothing.
 
 #include "delta_attend.h"
 
@@ -10,6 +10,7 @@
 
 #include "checks.h"
 #include "random_problem.h"
+#include "some_team.h"
 
 namespace {
 
@@ -53,10 +54,14 @@ void set_units(DeltaAttend& delta, const Cache& cache) {
 void run(DeltaAttend& delta, Cache& cache, const KernelSet& kernels, int begin, int end, int num_threads, bool is_taken = true) {
     const AttentionProblem p = cache.rows(begin, end);
     require(delta.reserve(p, 0, 0, num_threads), "there is no memory");
-    on_threads(num_threads, [&](int thread) {
-        const int num_read = delta.run(p, 0, 0, kernels, thread, num_threads);
+    const auto check_taken = [=](int num_read) {
         require((num_read != DeltaAttend::kNotTaken) == is_taken, "a pass was taken, or left, against what is expected");
-    });
+    };
+    SomeTeam team(num_threads);
+    if (pick(0, 1))
+        check_taken(delta.run(p, 0, 0, kernels, team));
+    else
+        on_threads(num_threads, [&](int thread) { check_taken(delta.run(p, 0, 0, kernels, thread, num_threads)); });
 }
 
 void check(const KernelSet& kernels) {

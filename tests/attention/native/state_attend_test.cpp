@@ -1,6 +1,6 @@
 // Attention over states in passes of any size, with rows taken back on the way: bit for bit what one pass makes of the
-// same cache, with any number of threads and whatever is sent; with no threshold what dense attention makes of it.
-// Measured passes change nothing.
+// same cache, with any number of threads, whoever owns them, and whatever is sent; with no threshold what dense attention
+// makes of it. Measured passes change nothing.
 
 #include "state_attend.h"
 
@@ -11,6 +11,7 @@
 
 #include "checks.h"
 #include "random_problem.h"
+#include "some_team.h"
 
 namespace {
 
@@ -57,10 +58,14 @@ void set_units(StateAttend& states, const Cache& cache) {
 void run(StateAttend& states, Cache& cache, const KernelSet& kernels, int begin, int end, int num_threads, bool is_taken = true) {
     const AttentionProblem p = cache.rows(begin, end);
     require(states.reserve(p, 0, 0, num_threads), "there is no memory");
-    on_threads(num_threads, [&](int thread) {
-        const int num_read = states.run(p, 0, 0, kernels, thread, num_threads);
+    const auto check_taken = [=](int num_read) {
         require((num_read != StateAttend::kNotTaken) == is_taken, "a pass was taken, or left, against what is expected");
-    });
+    };
+    SomeTeam team(num_threads);
+    if (pick(0, 1))
+        check_taken(states.run(p, 0, 0, kernels, team));
+    else
+        on_threads(num_threads, [&](int thread) { check_taken(states.run(p, 0, 0, kernels, thread, num_threads)); });
 }
 
 void require_results(const Cache& cache, const std::vector<float>& expected, const char* what) {

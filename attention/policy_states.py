@@ -1,4 +1,4 @@
-"""HookStates: attention over states inside llama.cpp's graph, as `native/state_attend.h` has it."""
+"""PolicyStates: attention over states where our kernels run, as `native/state_attend.h` has it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-class HookStates:
-    """That part of one hook; alive as long as it. Everything is called between passes."""
+class PolicyStates:
+    """That part of one host's `PolicyKernels`; alive as long as it. Everything is called between passes."""
 
-    def __init__(self, library: ctypes.CDLL, hook: int) -> None:
-        self._library, self._hook = library, hook
+    def __init__(self, library: ctypes.CDLL, attend: int) -> None:
+        self._library, self._attend = library, attend
         pointer, number = ctypes.c_void_p, ctypes.c_int
-        library.lowtide_hook_set_states.argtypes = [pointer] * 5 + [number] * 3
-        library.lowtide_hook_start_states.argtypes = [pointer]
-        library.lowtide_hook_start_states.restype = None
-        library.lowtide_hook_measure_states.argtypes = [pointer]
-        library.lowtide_hook_read_state_measures.argtypes = [pointer] * 4
-        library.lowtide_hook_read_state_measures.restype = None
-        library.lowtide_hook_score_counts.argtypes = [pointer]
-        library.lowtide_hook_score_counts.restype = ScoreCounts
+        library.lowtide_policy_set_states.argtypes = [pointer] * 5 + [number] * 3
+        library.lowtide_policy_start_states.argtypes = [pointer]
+        library.lowtide_policy_start_states.restype = None
+        library.lowtide_policy_measure_states.argtypes = [pointer]
+        library.lowtide_policy_read_state_measures.argtypes = [pointer] * 4
+        library.lowtide_policy_read_state_measures.restype = None
+        library.lowtide_policy_score_counts.argtypes = [pointer]
+        library.lowtide_policy_score_counts.restype = ScoreCounts
 
     def set_units(
         self,
@@ -40,8 +40,8 @@ class HookStates:
         See `StatesLayer`; a layer with a threshold below 0 keeps its attention dense. Raises `ValueError`
         where blocks cannot be of that size.
         """
-        failed = self._library.lowtide_hook_set_states(
-            self._hook,
+        failed = self._library.lowtide_policy_set_states(
+            self._attend,
             ctypes.byref(rule),
             thresholds.ctypes.data,
             shares.ctypes.data,
@@ -54,12 +54,12 @@ class HookStates:
             raise MemoryError
 
     def start(self) -> None:
-        """Have passes attend to states, until the hook's `start_pass`."""
-        self._library.lowtide_hook_start_states(self._hook)
+        """Have passes attend to states, until a `start_pass`."""
+        self._library.lowtide_policy_start_states(self._attend)
 
     def measure(self) -> None:
         """Have passes attend to every key and measure what states would lose, until a `start_pass`."""
-        if self._library.lowtide_hook_measure_states(self._hook):
+        if self._library.lowtide_policy_measure_states(self._attend):
             raise MemoryError
 
     def measures(
@@ -73,12 +73,12 @@ class HookStates:
         errors = np.zeros((num_layers, num_kv_heads), np.float32)
         shares = np.zeros_like(errors)
         squares = np.zeros((num_layers, num_kv_heads, key_size), np.float32)
-        self._library.lowtide_hook_read_state_measures(
-            self._hook, errors.ctypes.data, squares.ctypes.data, shares.ctypes.data
+        self._library.lowtide_policy_read_state_measures(
+            self._attend, errors.ctypes.data, squares.ctypes.data, shares.ctypes.data
         )
         return errors, shares, squares
 
     def cost(self) -> ScoreCost:
         """Return what the scores of all passes over states have cost."""
-        counts = self._library.lowtide_hook_score_counts(self._hook)
+        counts = self._library.lowtide_policy_score_counts(self._attend)
         return ScoreCost(*(getattr(counts, name) for name, *_ in ScoreCounts._fields_))
