@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from lowtide.attention.policy_states import PolicyStates
 from lowtide.attention.prompt_scorer import PromptScorer
 from lowtide.attention.selection_rule import SelectionRule
 
 if TYPE_CHECKING:
+    import ctypes
+
+    import numpy as np
+    from numpy.typing import NDArray
+
     from lowtide.attention.graph_hook import HookCounts
 
 
 class KernelHost(PromptScorer, Protocol):
-    """What dense, tidal and gem attention set of it, between passes."""
+    """What policies set of it and ask of it, between passes."""
 
     @property
     def kernels(self) -> str:
@@ -30,3 +36,23 @@ class KernelHost(PromptScorer, Protocol):
 
     def start_pass(self, *, sparse: bool, refresh: bool = True, rounded: bool = False) -> None:
         """Say whether the passes from now on are sparse, whether they choose anew, and are rounded."""
+
+    def set_groups(
+        self, rule: ctypes.Structure, num_groups: NDArray[np.uint8], scales: NDArray[np.float32]
+    ) -> None:
+        """Set how keys are grouped (`DeltaRule`)."""
+
+    def start_grouped(self) -> None:
+        """Have passes attend to groups of keys, until a `start_pass`."""
+
+    @property
+    def least_cells(self) -> int:
+        """The fewest cells, but for none, that the cache can go back to: groups replaced the rest."""
+
+    @property
+    def has_lost_keys(self) -> bool:
+        """Whether a pass has wanted cells that groups had replaced."""
+
+    @property
+    def states(self) -> PolicyStates:
+        """What has passes attend to states of keys."""

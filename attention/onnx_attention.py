@@ -130,6 +130,7 @@ class OnnxAttention(PolicyKernels, Attender):
             products_sliced=0,
             products_packed=0,
             packed_refused=0,
+            scores=self.states.cost(),
         )
 
     def bind(self, layers: list[LayerArrays]) -> None:
@@ -155,6 +156,11 @@ class OnnxAttention(PolicyKernels, Attender):
     def begin(self, num_past: int, num_rows: int) -> None:
         """Begin a pass: layers that see the same keys have one mask."""
         self._library.lowtide_onnx_begin(self._attend, num_past, num_rows)
+
+    def cut(self, num_cells: int) -> None:
+        """Forget what is kept of the cells from `num_cells` on."""
+        if self._attend:
+            super().cut(num_cells)
 
     def close(self) -> None:
         """Free the kernels' scratch; closing twice is allowed."""

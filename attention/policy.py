@@ -11,7 +11,7 @@ from lowtide.memory.key_states import KeyStates
 from lowtide.models.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from lowtide.attention.graph_hook import GraphHook
+    from lowtide.attention.kernel_host import KernelHost
 
 
 class AttentionPolicy(ABC):
@@ -58,7 +58,7 @@ class AttentionPolicy(ABC):
         """Everything that the keys and values of a pass depend on."""
         return str(self)
 
-    def install(self, hook: GraphHook, spec: ModelSpec) -> Steering:
+    def install(self, hook: KernelHost, spec: ModelSpec) -> Steering:
         """Give the hook the policy and return what tells it of each pass."""
         return Steering()
 

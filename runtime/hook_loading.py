@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from lowtide.attention.graph_hook import GraphHook
+from lowtide.attention.kernel_host import KernelHost
 from lowtide.memory.key_groups import KeyGroups
 from lowtide.models.errors import LowtideError
 from lowtide.models.gguf_model import GgufModel
 from lowtide.models.model import Model
+from lowtide.models.onnx.swapped.model import SwappedModel
 from lowtide.runtime.planning import PlannedModel
 from lowtide.runtime.profiler import Profiler
 
@@ -33,12 +35,13 @@ def graph_hook(planned: PlannedModel, profiler: Profiler) -> GraphHook | None:
     return hook
 
 
-def keep_from_going_back(model: Model, hook: GraphHook, groups: KeyGroups | None) -> None:
+def keep_from_going_back(model: Model, host: KernelHost, groups: KeyGroups | None) -> None:
     """Where groups replace the cache's cells, the model cannot go back to those, nor tell its state."""
-    if groups is None or not groups.replaced_layers or not isinstance(model, GgufModel):
+    if groups is None or not groups.replaced_layers:
         return
+    assert isinstance(model, GgufModel | SwappedModel), "our kernels run in its graph"
     model.keeps_state = model.copies_state = False
-    model.least_tokens = lambda: hook.least_cells
+    model.least_tokens = lambda: host.least_cells
 
 
 def tell_cuts(model: Model, hook: GraphHook) -> None:

@@ -28,7 +28,7 @@ from lowtide.runtime.generate import RunFacts
 from lowtide.runtime.gguf_loading import load_gguf, load_reader
 from lowtide.runtime.hook_loading import graph_hook, keep_from_going_back, tell_cuts
 from lowtide.runtime.memory_watch import WatchedModel
-from lowtide.runtime.onnx_loading import install_policy, load_onnx, load_onnx_reader
+from lowtide.runtime.onnx_loading import load_onnx, load_onnx_reader
 from lowtide.runtime.options import GenerationOptions
 from lowtide.runtime.packed_weights import with_packed_weights
 from lowtide.runtime.planning import PlannedModel
@@ -98,13 +98,13 @@ class LoadedModel:
 
     def _steering(self) -> Steering:
         """Give our kernels the policy, wherever they run."""
-        if self._onnx_attention is not None:
-            return install_policy(self.planned, self._onnx_attention)
-        if self.hook is None:
+        host, policy = self.kernel_host, self.planned.policy
+        if host is None:
             return Steering()
-        tell_cuts(self.model, self.hook)
-        keep_from_going_back(self.model, self.hook, self.planned.policy.key_groups)
-        return self.planned.policy.install(self.hook, self.planned.spec)
+        if self.hook is not None:
+            tell_cuts(self.model, self.hook)
+        keep_from_going_back(self.model, host, policy.key_groups)
+        return policy.install(host, self.planned.spec)
 
     def _prompt_filter(self) -> PromptFilter | None:
         """Make what shortens prompts, where the policy has that done."""

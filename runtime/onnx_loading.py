@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from lowtide.attention.dense import Dense
-from lowtide.attention.gem import Gem
 from lowtide.attention.onnx_attention import OnnxAttention
-from lowtide.attention.policy import Steering
-from lowtide.attention.tidal import Tidal
 from lowtide.memory.releaser import Releaser
 from lowtide.models.onnx.model import OnnxModel
 from lowtide.models.onnx.options import OnnxOptions
@@ -61,10 +57,3 @@ def _options(planned: PlannedModel, profiler: Profiler) -> OnnxOptions:
         verified_rows=max(plan.verified_rows, 1),
         stage=profiler.span,
     )
-
-
-def install_policy(planned: PlannedModel, attention: OnnxAttention) -> Steering:
-    """Give the kernels in the graph the plan's policy and return what tells it of each pass."""
-    policy = planned.policy
-    assert isinstance(policy, Dense | Tidal | Gem), "the plan allows no other"
-    return policy.install(attention, planned.spec)

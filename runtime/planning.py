@@ -251,7 +251,7 @@ def _require_replaceable(options: PlanOptions, host: Host) -> None:
     groups = options.key_groups
     if groups is not None and groups.replaced_layers and not host.kv_follows_use:
         raise BadOption(
-            "delta's store gives the cache's memory back, which this system, or this llama.cpp, does not "
+            "delta's store gives the cache's memory back, which this system, or this engine, does not "
             "allow: leave delta:store=1 out"
         )
 
@@ -285,6 +285,7 @@ def _plan_onnx(
     speculation = SpeculationChoice.parse(options.speculate).wish(spec, offline=options.offline)
     host = measured_onnx_host(spec, budget, is_swapped=is_swapped)
     chosen = options.plan_options(policy, speculation=speculation)
+    _require_replaceable(chosen, host)
     return PlannedModel(
         spec=spec,
         machine=machine,

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lowtide.attention.dense import Dense
-from lowtide.attention.gem import Gem
 from lowtide.attention.policy import AttentionPolicy
-from lowtide.attention.tidal import Tidal
 from lowtide.memory import footprint
 from lowtide.memory.units import MIB
 from lowtide.models.errors import BadOption
 from lowtide.models.onnx.kv_cache import ELEMENT_BYTES
 from lowtide.models.onnx.spec import OnnxSpec
 
-POLICIES = (Dense, Tidal, Gem)
 READER_BYTES = MIB
 KV_TYPES = ("f16", "f32")
 """What keys and values may be kept as, whatever the graph computes in; halves unless said otherwise."""
@@ -30,12 +26,6 @@ def swapped_spec(spec: OnnxSpec, policy: AttentionPolicy) -> OnnxSpec:
         raise BadOption(
             f"attention is {policy.name!r}, and {spec.name} is an ONNX graph, which keeps its "
             f"own {spec.attention}, as it {spec.swap}: leave attention out, or take the model as GGUF"
-        )
-    if not isinstance(policy, POLICIES):
-        *names, last = (known.name for known in POLICIES)
-        raise BadOption(
-            f"attention is {policy.name!r}, and {spec.name} is an ONNX graph, for which there are "
-            f"{', '.join(names)} and {last}: take one of them, or the model as GGUF"
         )
     return replace(
         spec,

@@ -26,7 +26,7 @@ from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from lowtide.attention.graph_hook import GraphHook
+    from lowtide.attention.kernel_host import KernelHost
 
 BLOCK, ELEMENT = "block", "element"
 BLOCK_SIZES = (8, 16)
@@ -150,7 +150,7 @@ class DeltaBlocks(AttentionPolicy):
             return None
         return KeyStates(num_units=self.units.num_taken, block=self.units.block)
 
-    def install(self, hook: GraphHook, spec: ModelSpec) -> Steering:
+    def install(self, hook: KernelHost, spec: ModelSpec) -> Steering:
         """Give the hook each unit's threshold and scales."""
         assert self.units is not None, "the policy is not fitted to a model"
         rule = StatesRule(self.window, self.sinks, self.units.block)
@@ -167,7 +167,7 @@ class DeltaBlocks(AttentionPolicy):
 class StateSteering(Steering):
     """Every pass sees states, or those of decoding alone."""
 
-    def __init__(self, hook: GraphHook, prompts: str) -> None:
+    def __init__(self, hook: KernelHost, prompts: str) -> None:
         self._hook = hook
         self.exact_prompts = prompts == EXACT
 

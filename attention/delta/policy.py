@@ -28,7 +28,7 @@ from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from lowtide.attention.graph_hook import GraphHook
+    from lowtide.attention.kernel_host import KernelHost
 
 DEFAULT_SPARSITY = 0.25
 """Without a calibration every layer and head is grouped alike, which loses much sooner."""
@@ -116,7 +116,7 @@ class Delta(AttentionPolicy):
             num_groups=self.units.grouped(), window=self.window, replaced_layers=layers
         )
 
-    def install(self, hook: GraphHook, spec: ModelSpec) -> Steering:
+    def install(self, hook: KernelHost, spec: ModelSpec) -> Steering:
         """Give the hook each unit's groups and scales."""
         assert self.units is not None, "the policy is not fitted to a model"
         hook.set_groups(DeltaRule(self.window, self.sinks, self.store), *self.units.arrays())
@@ -132,7 +132,7 @@ class Delta(AttentionPolicy):
 class DeltaSteering(Steering):
     """Every pass attends to groups, or those of decoding alone."""
 
-    def __init__(self, hook: GraphHook, prompts: str) -> None:
+    def __init__(self, hook: KernelHost, prompts: str) -> None:
         self._hook = hook
         self.exact_prompts = prompts == EXACT
 

@@ -87,6 +87,11 @@ struct StatesOfRows {
     }
 };
 
+// What is kept beside a cache gets room in steps of so many cells, as llama.cpp's own is seen.
+constexpr int kCellStep = 256;
+
+inline int padded_to_cells(int num_keys) { return (num_keys + kCellStep - 1) / kCellStep * kCellStep; }
+
 inline int padded_to_blocks(int num_keys) { return (num_keys + kBlockKeys - 1) / kBlockKeys * kBlockKeys; }
 
 // What one query head of one row has seen so far: maximum, sum of exponentials, and the weighted sum of

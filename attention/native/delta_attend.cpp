@@ -104,18 +104,18 @@ bool DeltaAttend::takes(const AttentionProblem& p, int layer, int stream) {
 bool DeltaAttend::reserve(const AttentionProblem& p, int layer, int stream, int num_threads) {
     if (!grouped_ || !knows(p, layer)) return true;
     auto& streams = layers_[layer].streams;
-    const int num_beside = std::min(most_rows_beside(rule_.window), p.num_keys);
+    const int num_cells = padded_to_cells(p.num_keys), num_beside = std::min(most_rows_beside(rule_.window), num_cells);
     AttentionProblem largest = p;
     largest.num_kv_heads = 1, largest.num_heads = p.group_size();
-    largest.num_keys = std::max(p.num_keys, num_beside);
+    largest.num_keys = num_cells;
     try {
         if (int(streams.size()) <= stream) streams.resize(stream + 1);
         if (streams[stream].empty()) streams[stream].resize(num_kv_heads_);
         size_t most_keys = 0;
         for (int head = 0; head < num_kv_heads_; ++head) {
             const int num_groups = num_groups_[layer * num_kv_heads_ + head];
-            streams[stream][head].reserve(p, num_groups, p.num_keys, num_beside);
-            most_keys = std::max(most_keys, size_t(p.num_keys / kPageKeys) * num_groups + num_beside);
+            streams[stream][head].reserve(p, num_groups, num_cells, num_beside);
+            most_keys = std::max(most_keys, size_t(num_cells / kPageKeys) * num_groups + num_beside);
         }
         measures_.reserve(p);
         const size_t mask_size = most_keys * std::min(p.num_rows, kPageKeys);

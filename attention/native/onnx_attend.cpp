@@ -232,6 +232,7 @@ extern "C" int lowtide_onnx_set_layers(OnnxAttend* attend, const OnnxLayer* laye
         if (!known_shape(layers[i], num_layers)) return 2;
     try {
         attend->layers.assign(layers, layers + num_layers);
+        attend->attend.cut(0);  // the caches are others
     } catch (const std::bad_alloc&) {
         return 1;
     }

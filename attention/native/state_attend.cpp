@@ -46,7 +46,8 @@ bool StateAttend::reserve(const AttentionProblem& p, int layer, int stream, int 
     try {
         if (int(streams.size()) <= stream) streams.resize(stream + 1);
         if (streams[stream].empty()) streams[stream].resize(num_kv_heads_);
-        for (int head = 0; head < num_kv_heads_; ++head) streams[stream][head].reserve(p, rule_of(layer, head), p.num_keys);
+        const int num_cells = padded_to_cells(p.num_keys);
+        for (int head = 0; head < num_kv_heads_; ++head) streams[stream][head].reserve(p, rule_of(layer, head), num_cells);
         measures_.reserve(p);
     } catch (const std::bad_alloc&) {
         return false;

@@ -44,6 +44,8 @@ def _next_turn(runtime: Runtime, said: str) -> tuple[GenerationResult, list[byte
         ("dense", "f16"),
         ("dense", "f32"),
         ("tidal:k=80,layers=1,correction=5", None),
+        ("delta:sparsity=0.5,window=20", None),
+        ("delta:granularity=element,sparsity=0.5,window=20", "f32"),
     ],
 )
 def test_going_on_is_the_same_bit_for_bit(

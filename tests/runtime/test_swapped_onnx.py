@@ -78,16 +78,19 @@ def test_a_policy_is_measured_against_dense_attention(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The tide goes out, and nobody knows why. " * 40)
     told = {}
-    for policy in ("dense", "tidal:k=200,layers=1"):
+    skipping = "delta:granularity=block,sparsity=0.5"
+    for policy in ("dense", "tidal:k=200,layers=1", "delta:sparsity=0.5,store=1", skipping):
         done = run_lowtide(
             *("evaluate", str(folder), "-c", "640", "-t", "1", "--attention", policy, "--json"),
             *("--kv-type", "f32", "--text", str(text)),
         )
         assert done.code == 0, done.stderr
         told[policy] = json.loads(done.stdout)
-    exact, sparse = told.values()
-    assert exact["kl"] == 0 and exact["keys_read"] == 1
-    assert sparse["kl"] > 0 and 0.3 < sparse["keys_read"] < 0.7
+    exact, *sparse, blocks = told.values()
+    assert exact["kl"] == 0 and exact["keys_read"] == blocks["keys_read"] == 1
+    for found in sparse:
+        assert found["kl"] > 0 and 0.3 < found["keys_read"] < 0.7 and found["scores"] is None
+    assert blocks["kl"] > 0 and 0.4 < blocks["scores"]["sparsity"] < 0.6
     refused = run_lowtide("evaluate", str(folder), "-c", "640", "--attention", "llama")
     assert refused.code == 2 and "attention is onnxruntime's own" in refused.stderr
 
@@ -120,7 +123,7 @@ def test_never_over_its_plan(
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("attention", ["llama", "dense"])
+@pytest.mark.parametrize("attention", ["llama", "dense", "delta:sparsity=0.5"])
 def test_a_real_model_is_planned_closely(
     tmp_path: Path, smollm2_spec: ModelSpec, attention: str
 ) -> None:

@@ -51,6 +51,10 @@ class Attender(ABC):
     def begin(self, num_past: int, num_rows: int) -> None:
         """Say that the next pass has `num_rows` after `num_past` tokens."""
 
+    @abstractmethod
+    def cut(self, num_cells: int) -> None:
+        """Say that the tokens from `num_cells` on are forgotten: what is kept of their cells is, too."""
+
     @property
     @abstractmethod
     def has_ended(self) -> bool:

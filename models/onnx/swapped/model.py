@@ -5,6 +5,7 @@ Knows no budget and no policy: `Attender` is handed in.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,8 @@ class SwappedModel(OnnxModel):
         self._weights_of = weights_of
         self._tables: dict[str, NDArray[np.float32] | None] = {}
         self._is_widened = False
+        self.least_tokens: Callable[[], int] = lambda: 0
+        """Fewer tokens than these cannot be gone back to: everything is forgotten then."""
         super().__init__(spec, options)
 
     def _read_tokenizer(self) -> Tokenizer:
@@ -135,6 +138,13 @@ class SwappedModel(OnnxModel):
     def _appended(self) -> None:
         """The rows are in the cells already."""
 
+    def truncate(self, num_tokens: int) -> int:
+        """Forget the tokens from `num_tokens` on; everything, where attention has none to go back to."""
+        wanted = min(num_tokens, self._num_tokens)
+        kept = super().truncate(wanted if wanted >= self.least_tokens() else 0)
+        self._attender.cut(kept)
+        return kept
+
     @property
     def _ended_early(self) -> bool:
         return self._attender.has_ended
@@ -150,6 +160,7 @@ class SwappedModel(OnnxModel):
     def close(self) -> None:
         """Free the session, what attends in it, and the cache."""
         self._binding = self._session = None
+        self.least_tokens = lambda: 0
         if self._weights_of is None:
             self._attender.close()
         super().close()

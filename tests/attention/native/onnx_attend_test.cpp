@@ -10,6 +10,7 @@
 
 #include "checks.h"
 #include "half.h"
+#include "policy_attend.h"
 #include "some_team.h"
 
 namespace {
@@ -42,6 +43,7 @@ struct Layer {
     OnnxLayer rows{};
     int element;
     int width, kv_width;
+    bool keeps_halves = false;  // beside its cache
     Array k_cache, v_cache;
     std::vector<float> cosines, sines;
     std::vector<std::vector<double>> keys, values;  // by cell
@@ -153,7 +155,8 @@ void check_pass(OnnxAttend* attend, Layer& layer, int num_past, int num_rows, Te
                                   : channels_of(rows.value, size_t(row) * kv_width, kv_width);
         layer.keys.push_back(layer.turned(key, num_past + row)), layer.values.push_back(value);
     }
-    const double allowed = layer.element == kF16 || layer.rows.cache_type == kF16 ? 2e-2 : 1e-4;
+    const bool has_halves = layer.element == kF16 || layer.rows.cache_type == kF16 || layer.keeps_halves;
+    const double allowed = has_halves ? 2e-2 : 1e-4;
     for (int row = 0; row < num_rows; ++row) {
         const std::vector<double> query = layer.turned(channels_of(rows.packed, row * stride, width), num_past + row);
         const int head = pick(0, layer.rows.num_heads - 1), channel = pick(0, layer.rows.head_size - 1);
@@ -216,6 +219,24 @@ void check_end(OnnxAttend* attend, Layer& layer, int num_past, Team& team) {
     require(attend_rows(*attend, 0, rows.given, team) == nullptr && !lowtide_onnx_has_ended(attend), "passes are not whole again");
 }
 
+// Everything is seen as it is: as rows in front of which there is no group, as states that are sent whole, or in the cache.
+void set_policy(OnnxAttend* attend, Layer& layer) {
+    PolicyAttend* policy = lowtide_onnx_policy(attend);
+    const int kv_heads = layer.rows.num_kv_heads, size = layer.rows.head_size, kind = pick(0, 2);
+    layer.keeps_halves = kind != 0;
+    const std::vector<float> scales(size_t(kv_heads) * size, 1.0f), nothing(kv_heads, 0.0f), all(kv_heads, 1.0f);
+    if (kind == 1) {
+        const DeltaRule rule{layer.rows.num_cells, 4, 0};
+        const std::vector<uint8_t> num_groups(kv_heads, 32);
+        require(lowtide_policy_set_groups(policy, &rule, num_groups.data(), scales.data(), 1, kv_heads, size) == 0, "groups are refused");
+        lowtide_policy_start_grouped(policy);
+    } else if (kind == 2) {
+        const StatesRule rule{pick(1, 50), 4, pick(0, 1) ? 1 : 8};
+        require(lowtide_policy_set_states(policy, &rule, nothing.data(), all.data(), scales.data(), 1, kv_heads, size) == 0, "states are refused");
+        lowtide_policy_start_states(policy);
+    }
+}
+
 void check_layer() {
     const int num_threads = pick(1, 3);
     OnnxAttend* attend = lowtide_onnx_new(nullptr, num_threads);
@@ -224,6 +245,7 @@ void check_layer() {
     SomeTeam team(num_threads);
     Layer layer(16 * pick(1, 5), pick(1, 3), pick(1, 3), 400, pick(0, 1) ? kF16 : kF32);
     require(lowtide_onnx_set_layers(attend, &layer.rows, 1) == 0, "the layer is refused");
+    set_policy(attend, layer);
     for (int num_tokens = 0, pass = 0; pass < 6; ++pass) {
         const int num_rows = pick(0, 1) ? 1 : pick(1, 60);
         check_pass(attend, layer, num_tokens, num_rows, team);

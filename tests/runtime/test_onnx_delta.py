@@ -1,0 +1,140 @@
+"""Delta in ONNX models: opened, answered, speculated on, and taken back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx_decoders import Shape, write_decoder
+from speculating import CHEAP, Ticks
+from tiny_gguf import write_pair
+
+from lowtide import Delta, Runtime
+from lowtide.attention.delta.block_policy import DeltaBlocks
+from lowtide.attention.delta.calibration import DeltaCalibration, save_delta_calibration
+from lowtide.attention.delta.state_calibration import StateCalibration, save_state_calibration
+from lowtide.attention.delta.state_units import StateUnits
+from lowtide.attention.delta.units import DeltaUnits
+from lowtide.memory.owners import CACHE, SCRATCH
+from lowtide.models.errors import BadOption
+from lowtide.models.header import read_spec
+from lowtide.models.onnx.convert.conversion import convert
+from lowtide.runtime.pass_costs import PassCosts
+from lowtide.runtime.planning import OpenOptions, plan_reference
+
+TEXT = "The tide goes out. " * 40
+ROWS, BLOCKS = "delta:sparsity=0.5,window=70", "delta:granularity=block,sparsity=0.5,window=70"
+STORED = f"{ROWS},store=1"
+OPTIONS = {"memory": "2GiB", "context": 1024, "threads": 2}
+GREEDY = {"max_tokens": 12, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shape = Shape(layers=4, kv_heads=2, context=1024)
+    folder = tmp_path_factory.mktemp("onnx") / "tiny"
+    return write_decoder(folder, "gqa", shape, bits=4, last_row=True)
+
+
+def test_an_answer_says_what_it_skipped(tiny: Path) -> None:
+    stats = []
+    for attention in ("dense", ROWS, BLOCKS):
+        with Runtime.open(tiny, attention=attention, **OPTIONS) as runtime:  # type: ignore[arg-type]
+            stats.append(runtime.generate(TEXT, **GREEDY).stats)
+            assert stats[-1].layers_ours == 4
+    dense, rows, blocks = stats
+    assert rows.attention.startswith("delta, sparsity 50%, window 70")
+    assert blocks.attention.startswith("delta, blocks of 8, sparsity 50%, window 70")
+    assert dense.attended_share == blocks.attended_share == 1 > 0.7 > rows.attended_share  # type: ignore[operator]
+    assert dense.scores is None is rows.scores
+    assert blocks.scores is not None and 0.3 < blocks.scores["skipped"] < 0.55
+
+
+@pytest.mark.parametrize("attention", [ROWS, BLOCKS])
+def test_a_prompt_that_comes_back_is_answered_the_same(tiny: Path, attention: str) -> None:
+    with Runtime.open(tiny, attention=attention, prefix_cache="16MiB", **OPTIONS) as runtime:  # type: ignore[arg-type]
+        first = runtime.generate(TEXT, **GREEDY)
+        runtime.generate(TEXT[::-1], **GREEDY)
+        back = runtime.generate(TEXT, **GREEDY)
+    assert back.token_ids == first.token_ids and back.stats.restored_tokens > 700
+
+
+@pytest.mark.parametrize("attention", [ROWS, BLOCKS, STORED])
+def test_speculation_answers_as_the_plain_loop(tiny: Path, attention: str) -> None:
+    told = []
+    for speculate in ("off", "auto"):
+        with Runtime.open(tiny, attention=attention, speculate=speculate, **OPTIONS) as runtime:  # type: ignore[arg-type]
+            speculator = runtime._loaded.speculator
+            if speculator is not None:
+                speculator._control.costs = PassCosts(CHEAP, Ticks())
+            result = runtime.generate(TEXT, max_tokens=60, temperature=0)
+            runtime._session.settle()
+            told.append((result.token_ids, runtime._session.decode((11,)).copy()))
+    stats = result.stats.speculation
+    assert stats is not None and stats["rounds"] > 0
+    if stats["identical"]:  # as this machine's products are
+        assert told[0][0] == told[1][0] and np.array_equal(told[0][1], told[1][1])
+    else:
+        assert stats["why_not_identical"].startswith("this machine's products of int4 round")
+
+
+def test_with_a_store_the_beginning_is_read_anew_and_no_state_is_kept(
+    tiny: Path, tmp_path: Path
+) -> None:
+    answers = []
+    for attention in (ROWS, STORED):
+        with Runtime.open(tiny, attention=attention, **OPTIONS) as runtime:  # type: ignore[arg-type]
+            results = [runtime.generate(text, **GREEDY) for text in (TEXT, TEXT[:400], TEXT)]
+            answers.append([result.token_ids for result in results])
+            reused = results[1].stats.reused_tokens
+            assert reused == 0 if attention == STORED else reused > 390
+            assert runtime._model.keeps_state is (attention == ROWS)
+    assert answers[0] == answers[1]
+    with pytest.raises(BadOption, match="delta's store keeps no states to put there"):
+        Runtime.open(tiny, attention=STORED, prefix_cache="16MiB", **OPTIONS)  # type: ignore[arg-type]
+
+
+def test_the_plan_has_what_is_kept(tiny: Path) -> None:
+    def rows(attention: str) -> dict[str, tuple[int, str]]:
+        planned = plan_reference(tiny, OpenOptions(attention=attention, **OPTIONS))  # type: ignore[arg-type]
+        return {row.owner: (row.num_bytes, row.why) for row in planned.plan.rows}
+
+    dense, grouped, states, stored = map(rows, ("dense", ROWS, BLOCKS, STORED))
+    assert "groups of keys beside the cache" in grouped[SCRATCH][1]
+    assert "groups of keys in the cache's place" in stored[SCRATCH][1]
+    assert "states of keys beside the cache" in states[SCRATCH][1]
+    assert grouped[SCRATCH][0] == stored[SCRATCH][0]
+    assert min(grouped[SCRATCH][0], states[SCRATCH][0]) > dense[SCRATCH][0]
+    assert dense[CACHE] == grouped[CACHE] == states[CACHE]
+    assert "in groups alone" in stored[CACHE][1] and stored[CACHE][0] < dense[CACHE][0]
+
+
+def test_calibrations_of_the_model_are_the_folders_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    quantised, _ = write_pair(tmp_path, "llama", "Q4_0")
+    written = read_spec(quantised)
+    shape = (written.num_layers, written.num_kv_heads[0], written.key_head_size)
+    squares = np.ones(shape, np.float32)
+    measured = {
+        **dict(fingerprint=written.fingerprint, model=written.name, text="a text", context=2048),
+        **dict(kl=0.01, target_kl=0.012, key_loss=0.02, target_key_loss=0.1, keys_read=0.4),
+    }
+    units = DeltaUnits.uniform(*shape, 24)
+    thresholds = np.full(shape[:2], 0.75, np.float32)
+    states = StateUnits.of_squares(squares, block=8, thresholds=thresholds)
+    save_delta_calibration(DeltaCalibration(units=units, **measured))  # type: ignore[arg-type]
+    save_state_calibration(StateCalibration(units=states, **measured))  # type: ignore[arg-type]
+    spec = read_spec(convert(written, tmp_path / "onnx").folder)
+    assert Delta().fitted(spec).units == units
+    found = DeltaBlocks().fitted(spec).units
+    assert found is not None and found.thresholds == states.thresholds
+
+
+@pytest.mark.parametrize("attention", [ROWS, BLOCKS])
+def test_a_graph_that_keeps_its_own_attention_says_so(tmp_path: Path, attention: str) -> None:
+    folder = write_decoder(tmp_path / "tiny", "decomposed")
+    with pytest.raises(BadOption, match="'delta'.* keeps its own .*: leave attention out"):
+        Runtime.open(folder, memory="2GiB", attention=attention)
