@@ -1,5 +1,7 @@
 """Attention over groups against our dense attention: time, what is read, and what is resident.
 
+In llama.cpp's graph, and in that of the converted model.
+
 Run with `make bench`.
 """
 
@@ -16,10 +18,17 @@ from grown_memory import grown
 from paired import paired
 
 from lowtide.attention.graph_hook import GraphHook
+from lowtide.attention.onnx_attention import OnnxAttention
 from lowtide.attention.policies import parse_policy
 from lowtide.memory.footprint import kv_bytes
 from lowtide.models.gguf_header import read_spec
 from lowtide.models.gguf_model import GgufModel, LoadOptions
+from lowtide.models.header import read_spec as read_header
+from lowtide.models.model import Model
+from lowtide.models.onnx.convert.conversion import convert
+from lowtide.models.onnx.options import OnnxOptions
+from lowtide.models.onnx.spec import OnnxSpec
+from lowtide.models.onnx.swapped.model import SwappedModel
 
 pytestmark = pytest.mark.benchmark
 
@@ -34,18 +43,11 @@ BLOCKS = (
 
 
 class Bench:
-    """A hooked model and a text; each policy decodes after a prompt that it has read itself."""
+    """A model with our kernels and a text; each policy decodes after a prompt that it has read itself."""
 
-    def __init__(self, path: Path) -> None:
-        self.hook = GraphHook(threads=2)
-        options = LoadOptions(
-            context=8192, max_rows=ROWS, threads=2, eval_callback=self.hook.callback
-        )
-        self.spec = read_spec(path)
-        self.model = GgufModel(self.spec, options)
-        self.token_ids = self.model.tokenizer.encode(
-            essays(), add_special=True, parse_special=False
-        )
+    def __init__(self, model: Model, hook: GraphHook | OnnxAttention) -> None:
+        self.hook, self.spec, self.model = hook, model.spec, model
+        self.token_ids = model.tokenizer.encode(essays(), add_special=True, parse_special=False)
 
     def read(self, policy: str, depth: int) -> None:
         parse_policy(policy).fitted(self.spec).install(self.hook, self.spec).before_prompt()
@@ -62,10 +64,23 @@ class Bench:
 
 @pytest.fixture(scope="module")
 def bench(smollm2: Path) -> Iterator[Bench]:
-    made = Bench(smollm2)
-    yield made
-    made.model.close()
-    made.hook.close()
+    hook = GraphHook(threads=2)
+    options = LoadOptions(context=8192, max_rows=ROWS, threads=2, eval_callback=hook.callback)
+    model = GgufModel(read_spec(smollm2), options)
+    yield Bench(model, hook)
+    model.close()
+    hook.close()
+
+
+@pytest.fixture(scope="module")
+def onnx_bench(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    folder = convert(read_spec(smollm2), tmp_path_factory.mktemp("converted") / "smollm2").folder
+    attention, spec = OnnxAttention(2), read_header(folder)
+    assert isinstance(spec, OnnxSpec)
+    options = OnnxOptions(context=8192, max_rows=ROWS, threads=2, kv_type="f16")
+    model = SwappedModel(spec, options, attention)
+    yield Bench(model, attention)
+    model.close()
 
 
 def attention_beside_dense(benchmark: Any, bench: Bench, policy: str, depth: int) -> float:
@@ -121,6 +136,11 @@ def test_decode_by_blocks(benchmark: Any, bench: Bench, policy: str) -> None:
         f"{cost}, {1 - cost.key_bytes_read / cost.key_bytes_held:.0%} of the bytes of keys not read"
     )
     assert cost.skipped > 0.4
+
+
+@pytest.mark.parametrize("policy", [POLICIES[1], BLOCKS[0]])
+def test_decode_in_an_onnx_graph(benchmark: Any, onnx_bench: Bench, policy: str) -> None:
+    attention_beside_dense(benchmark, onnx_bench, policy, 7600)
 
 
 @pytest.mark.parametrize("length", [2048, 7600])
