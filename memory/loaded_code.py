@@ -9,6 +9,7 @@ import ctypes
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 from lowtide.memory import pages
 from lowtide.memory.file_maps import read_file_maps
@@ -30,6 +31,11 @@ class _SymbolInfo(ctypes.Structure):
         ("name", ctypes.c_char_p),
         ("address", ctypes.c_void_p),
     ]
+
+
+def address_of(function: Any) -> int:
+    """Return the address of a C function that ctypes found in a library."""
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def library_of(address: int | None) -> bytes | None:

@@ -21,7 +21,7 @@ from lowtide.memory import footprint
 from lowtide.memory.budget import Budget
 from lowtide.memory.context_sizes import ContextSizes, FormulaSizes
 from lowtide.memory.heap import trim_heap
-from lowtide.memory.loaded_code import give_back_read_while_loaded, read_in
+from lowtide.memory.loaded_code import address_of, give_back_read_while_loaded, read_in
 from lowtide.memory.meter import read_process_memory
 from lowtide.memory.plan import Host
 from lowtide.memory.units import MIB
@@ -148,7 +148,7 @@ def _load_what_answers_need(spec: ModelSpec) -> None:
 
     if read_process_memory().resident_bytes < footprint.INTERPRETER_BYTES:  # nobody's but ours
         give_back_read_while_loaded()
-    native_library()
+    read_in(address_of(native_library().lowtide_native_version))
     read_in(llama_library().address("ggml_get_type_traits_cpu"))
     sampler = Sampler(GenerationOptions(top_p=0.9, min_p=0.1, repeat_penalty=1.1))
     logits = np.linspace(0, 1, SAMPLED_TOKENS, dtype=np.float32)

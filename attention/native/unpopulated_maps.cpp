@@ -38,25 +38,32 @@ void* map_unpopulated(void* address, size_t length, int protection, int flags, i
 struct Image {
     uintptr_t base, begin, end;
     const ElfW(Dyn) * dynamic;
-    const void* function;  // that is looked for
 };
 
-int find_image(dl_phdr_info* info, size_t, void* data) {
-    auto& image = *static_cast<Image*>(data);
-    uintptr_t begin = UINTPTR_MAX, end = 0;
-    const ElfW(Dyn)* dynamic = nullptr;
-    for (int i = 0; i < info->dlpi_phnum; ++i) {
-        const ElfW(Phdr)& header = info->dlpi_phdr[i];
-        const uintptr_t at = info->dlpi_addr + header.p_vaddr;
-        if (header.p_type == PT_DYNAMIC) dynamic = reinterpret_cast<const ElfW(Dyn)*>(at);
+// Reads the headers of that one library: walking through all of them would make pages of each resident.
+bool find_image(const void* function, Image& image) {
+    Dl_info info;
+    if (dladdr(function, &info) == 0 || info.dli_fbase == nullptr) return false;
+    const auto start = reinterpret_cast<uintptr_t>(info.dli_fbase);
+    const auto& file = *static_cast<const ElfW(Ehdr)*>(info.dli_fbase);
+    if (std::memcmp(file.e_ident, ELFMAG, SELFMAG) != 0 || file.e_phentsize != sizeof(ElfW(Phdr))) return false;
+    const auto* headers = reinterpret_cast<const ElfW(Phdr)*>(start + file.e_phoff);
+    uintptr_t begin = UINTPTR_MAX, end = 0, dynamic = 0;
+    for (int i = 0; i < file.e_phnum; ++i) {
+        const ElfW(Phdr)& header = headers[i];
+        const uintptr_t at = header.p_vaddr;
+        if (header.p_type == PT_DYNAMIC) dynamic = at;
         if (header.p_type != PT_LOAD) continue;
         begin = at < begin ? at : begin;
         end = at + header.p_memsz > end ? at + header.p_memsz : end;
     }
-    const auto wanted = reinterpret_cast<uintptr_t>(image.function);
-    if (dynamic == nullptr || wanted < begin || wanted >= end) return 0;
-    image.base = info->dlpi_addr, image.begin = begin, image.end = end, image.dynamic = dynamic;
-    return 1;
+    if (dynamic == 0 || end == 0) return false;
+    const auto page_bytes = uintptr_t(sysconf(_SC_PAGESIZE));
+    image.base = start - begin / page_bytes * page_bytes;
+    image.begin = image.base + begin, image.end = image.base + end;
+    image.dynamic = reinterpret_cast<const ElfW(Dyn)*>(image.base + dynamic);
+    const auto wanted = reinterpret_cast<uintptr_t>(function);
+    return wanted >= image.begin && wanted < image.end;
 }
 
 struct Tables {
@@ -98,9 +105,8 @@ bool is_as_known(const Image& image, const void* value) {
 
 bool find_slots(const void* function, Slots& found) {
     Image image{};
-    image.function = function;
     found.count = 0;
-    if (dl_iterate_phdr(find_image, &image) == 0) return false;
+    if (!find_image(function, image)) return false;
     const Tables tables = tables_of(image);
     for (int table = 0; table < 2; ++table)
         for (size_t i = 0; i < tables.counts[table]; ++i) {

@@ -66,6 +66,35 @@ def test_what_was_read_while_a_library_was_loaded_goes_back_and_the_library_work
     assert told == [TIDE, [0.5] * 3]
 
 
+_FILL_NO_MAP = """
+import json
+import numpy as np
+from pathlib import Path
+from lowtide.attention.unpopulated_maps import can_leave_unpopulated
+from lowtide.memory.file_maps import read_file_maps
+from lowtide.memory.meter import read_process_memory
+from lowtide.memory.pages import give_back
+from lowtide.models.llama_library import llama_library
+llama_library(), can_leave_unpopulated()
+can_leave_unpopulated.cache_clear()
+with open("/proc/self/maps") as lines:
+    paths = {line.split()[-1] for line in lines if "umath_linalg" in line and "r-xp" in line}
+(library,) = paths
+first = min(read_file_maps(Path(library)), key=lambda file_map: file_map.address)
+given_back = give_back(first.address, first.num_bytes)
+before = read_process_memory().file_bytes
+can_leave_unpopulated()
+print(json.dumps([given_back, read_process_memory().file_bytes - before]))
+"""
+
+
+def test_leaving_maps_unfilled_reads_in_no_library_that_has_nothing_to_do_with_it() -> None:
+    """One page of it would be enough: with that, Linux maps what the page cache holds in one piece."""
+    done = run_python(_FILL_NO_MAP)
+    assert done.code == 0, done.stderr
+    assert json.loads(done.stdout) == [True, 0]
+
+
 _SMAPS = b"""\
 10000-30000 r--p 00000000 fe:00 11   /usr/lib/libcrypto.so.3
 Rss:                 128 kB
