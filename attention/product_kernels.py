@@ -6,6 +6,7 @@ Knows no model and no file. Inside a graph the same kernels are called by `graph
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -87,30 +88,46 @@ def unpack_row(packed: PackedArray, row: int) -> NDArray[np.float32]:
 
 
 def multiply(
-    packed: PackedArray,
-    rows: NDArray[np.float32],
-    *,
-    kernels: str | None = None,
-    threads: int = 1,
-    rounds: int = 1,
+    packed: PackedArray, rows: NDArray[np.float32], *, kernels: str | None = None, threads: int = 1
 ) -> NDArray[np.float32]:
     """Return (rows, num_rows): each of `rows`, (rows, num_columns), times the matrix.
 
     The rows stay float32 where weights are F16 or BF16; else they are rounded to 8 bits in blocks of 32, as
-    ggml does. `kernels` names an instruction set; None takes the best. It is done `rounds` times, for
-    measurements.
+    ggml does. `kernels` names an instruction set; None takes the best.
+    """
+    import numpy as np
+
+    out = np.empty((1, len(rows), packed.num_rows), np.float32)
+    multiply_in_turn([packed], rows, out, kernels=kernels, threads=threads)
+    product: NDArray[np.float32] = out[0]
+    return product
+
+
+def multiply_in_turn(
+    matrices: Sequence[PackedArray],
+    rows: NDArray[np.float32],
+    out: NDArray[np.float32],
+    *,
+    kernels: str | None = None,
+    threads: int = 1,
+) -> None:
+    """Multiply `rows` by one matrix after another, all of one shape, with threads that are made once.
+
+    As `multiply` does; `out` is (matrices, rows, num_rows).
     """
     import numpy as np
 
     rows = np.ascontiguousarray(rows, np.float32)
-    out = np.empty((len(rows), packed.num_rows), np.float32)
+    expected = (len(matrices), len(rows), matrices[0].num_rows)
+    if out.shape != expected or out.dtype != np.float32 or not out.flags.c_contiguous:
+        raise ValueError(f"out is {out.dtype} of {out.shape}: float32 of {expected} is wanted")
     name = kernels.encode() if kernels else None
+    packed = (_Matrix * len(matrices))(*(matrix._matrix() for matrix in matrices))
     failed = _library().lowtide_multiply(
-        ctypes.byref(packed._matrix()), rows.ctypes.data, len(rows), out.ctypes.data, name, threads, rounds
-    )  # fmt: skip
+        packed, len(packed), rows.ctypes.data, len(rows), out.ctypes.data, name, threads
+    )
     if failed:
         raise LowtideError(f"{len(rows)} rows cannot be multiplied with the kernels {kernels!r}")
-    return out
 
 
 def usable_product_sets() -> tuple[str, ...]:
@@ -134,7 +151,7 @@ def _library() -> ctypes.CDLL:
     library.lowtide_unpack_row.argtypes = [pointer, ctypes.c_int, pointer]
     library.lowtide_has_products.argtypes = [ctypes.c_char_p]
     library.lowtide_multiply.argtypes = [
-        *(pointer, pointer, ctypes.c_int, pointer),
-        *(ctypes.c_char_p, ctypes.c_int, ctypes.c_int),
+        *(pointer, ctypes.c_int, pointer, ctypes.c_int, pointer),
+        *(ctypes.c_char_p, ctypes.c_int),
     ]
     return library

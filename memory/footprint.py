@@ -207,8 +207,8 @@ def widest_product(spec: ModelSpec) -> int:
 
 def product_bytes(spec: ModelSpec, max_rows: int) -> int:
     """Return what products of packed weights take: a pass's rows in 8 bits, with a scale and three sums for
-    every 32 values."""
-    return max_rows * widest_product(spec) * 3 // 2 + 256
+    every 32 values, both in an odd number of cache lines a row."""
+    return max_rows * (widest_product(spec) * 3 // 2 + 256) + 256
 
 
 def selection_bytes(spec: ModelSpec, context: int, selection_layers: int) -> int:

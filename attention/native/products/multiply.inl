@@ -94,7 +94,7 @@ inline void multiply_strip(const uint8_t* panel, const PanelLayout& at, int stri
     constexpr int kParts = shape.scales_a_block, kPartGroups = kGroups / kParts, kPartSize = kBlockSize / kParts;
     constexpr int kAtOnce = Rows < kMostRowsAtOnce ? Rows : kMostRowsAtOnce;
     const int num_blocks = rows.num_blocks();
-    const size_t row_bytes = size_t(rows.num_columns);
+    const size_t row_bytes = rows.row_bytes(), scale_stride = rows.scale_stride();
     for (int i = 0; i < Rows; ++i) sums[i] = Floats{};
     for (int block = 0; block < num_blocks; ++block) {
         if (first == 0 && strip == 0) fetch_ahead<F>(panel + at.num_bytes, block);
@@ -105,12 +105,12 @@ inline void multiply_strip(const uint8_t* panel, const PanelLayout& at, int stri
 #pragma GCC unroll 16
         for (int i = 0; i < Rows; i += kAtOnce) {
             const int8_t* row = rows.q + (first + i) * row_bytes + block * kBlockSize;
-            const BlockScale* of_rows = rows.scales + size_t(first + i) * num_blocks + block;
+            const BlockScale* of_rows = rows.scales + (first + i) * scale_stride + block;
             for (int part = 0; part < kParts; ++part) {
                 Ints dots[kAtOnce] = {};
                 add_groups<kWide, kPartGroups>(groups + part * kPartGroups, row + part * kPartSize, row_bytes, dots);
                 for (int j = 0; j < kAtOnce; ++j) {
-                    const BlockScale& of_row = of_rows[j * num_blocks];
+                    const BlockScale& of_row = of_rows[j * scale_stride];
                     sums[i + j] = fused(to_floats(dots[j]), scales.factors[part] * of_row.scale, sums[i + j]);
                     if constexpr (shape.has_minima || kOffset != 0)
                         sums[i + j] = fused(scales.added[part], splat(kParts == 1 ? of_row.sum : of_row.half_sums[part]), sums[i + j]);
@@ -131,15 +131,24 @@ void multiply_tile(const PackedMatrix& matrix, int panel, const QuantisedRows& r
     }
 }
 
+// Panels that rows are multiplied with before the next rows are read: long rows do not stay in a core's own cache.
+constexpr size_t kGroupBytes = 256 << 10;
+
 template <Format F, int Rows = kTileRows>
-inline void multiply_rest(const PackedMatrix& matrix, int panel, const QuantisedRows& rows, int first, float* out, size_t out_stride) {
-    for (; first + Rows <= rows.num_rows; first += Rows) multiply_tile<F, Rows>(matrix, panel, rows, first, out, out_stride);
-    if constexpr (Rows > 1) multiply_rest<F, Rows / 2>(matrix, panel, rows, first, out, out_stride);
+inline void multiply_rest(const PackedMatrix& matrix, int begin, int end, const QuantisedRows& rows, int first, float* out, size_t out_stride) {
+    for (; first + Rows <= rows.num_rows; first += Rows)
+        for (int panel = begin; panel < end; ++panel) multiply_tile<F, Rows>(matrix, panel, rows, first, out, out_stride);
+    if constexpr (Rows > 1) multiply_rest<F, Rows / 2>(matrix, begin, end, rows, first, out, out_stride);
 }
 
 template <Format F>
 void multiply_panels(const PackedMatrix& matrix, const QuantisedRows& rows, int begin, int end, float* out, size_t out_stride) {
-    for (int panel = begin; panel < end; ++panel) multiply_rest<F>(matrix, panel, rows, 0, out, out_stride);
+    const size_t panel_bytes = layout_of(F, matrix.num_columns).num_bytes;
+    const int of_group = panel_bytes < kGroupBytes ? int(kGroupBytes / panel_bytes) : 1;
+    for (int first = begin; first < end; first += of_group) {
+        const int last = end - first < of_group ? end : first + of_group;
+        multiply_rest<F>(matrix, first, last, rows, 0, out, out_stride);
+    }
 }
 
 void multiply(const PackedMatrix& matrix, const QuantisedRows& rows, int begin, int end, float* out, size_t out_stride) {
@@ -161,7 +170,7 @@ void quantise(const float* from, const QuantisedRows& to, int row) {
     constexpr int kVectors = kBlockSize / W;
     constexpr float kToWhole = 12582912.0f;  // added and taken off again, it rounds
     for (int block = 0; block < to.num_blocks(); ++block, from += kBlockSize) {
-        const size_t at = size_t(row) * to.num_blocks() + block;
+        int8_t* q = to.q + size_t(row) * to.row_bytes() + block * kBlockSize;
         Floats values[kVectors], most = Floats{};
         for (int i = 0; i < kVectors; ++i) {
             values[i] = load(from + W * i);
@@ -174,11 +183,11 @@ void quantise(const float* from, const QuantisedRows& to, int row) {
             const Floats steps = values[i] * inverse, known = steps == steps ? steps : Floats{};
             const Floats above = known > splat(-127.0f) ? known : splat(-127.0f), inside = above < splat(127.0f) ? above : splat(127.0f);
             const Floats nearest = inside + kToWhole - kToWhole;
-            store_small(to.q + at * kBlockSize + W * i, __builtin_convertvector(nearest, Ints));
+            store_small(q + W * i, __builtin_convertvector(nearest, Ints));
             sums[2 * i / kVectors] += nearest;
         }
         const float first = sum_of_lanes(sums[0]), second = sum_of_lanes(sums[1]);
-        to.scales[at] = {scale, scale * (first + second), {scale * first, scale * second}};
+        to.scales[size_t(row) * to.scale_stride() + block] = {scale, scale * (first + second), {scale * first, scale * second}};
     }
 }
 

@@ -13,18 +13,26 @@ bool is_sound(const PackedMatrix& matrix) {
     return matrix.panels != nullptr && lowtide_packed_bytes(matrix.format, matrix.num_rows, matrix.num_columns) != 0;
 }
 
+bool is_like(const PackedMatrix& a, const PackedMatrix& b) {
+    return a.format == b.format && a.num_rows == b.num_rows && a.num_columns == b.num_columns;
+}
+
 }  // namespace
 
-int lowtide_multiply(const PackedMatrix* matrix, const float* rows, int num_rows, float* out, const char* kernels, int num_threads,
-                     int num_rounds) {
-    if (!is_sound(*matrix) || num_rows < 1 || num_threads < 1) return 2;
+int lowtide_multiply(const PackedMatrix* matrices, int num_matrices, const float* rows, int num_rows, float* out,
+                     const char* kernels, int num_threads) {
+    if (num_matrices < 1 || num_rows < 1 || num_threads < 1) return 2;
+    const PackedMatrix& first = matrices[0];
+    for (int i = 0; i < num_matrices; ++i)
+        if (!is_sound(matrices[i]) || !is_like(matrices[i], first)) return 2;
     const ProductKernels* found = find_product_kernels(kernels);
     Product product;
-    if (found == nullptr || !product.reserve(num_rows, matrix->num_columns, num_threads)) return 1;
+    if (found == nullptr || !product.reserve(num_rows, first.num_columns, num_threads)) return 1;
+    const size_t of_one = size_t(num_rows) * size_t(first.num_rows);
     const auto work = [&](int thread) {
-        for (int round = 0; round < num_rounds; ++round)
-            product.run(*matrix, rows, size_t(matrix->num_columns), num_rows, 0, out, size_t(matrix->num_rows), *found, nullptr,
-                        thread, num_threads);
+        for (int i = 0; i < num_matrices; ++i)
+            product.run(matrices[i], rows, size_t(first.num_columns), num_rows, 0, out + size_t(i) * of_one,
+                        size_t(first.num_rows), *found, nullptr, thread, num_threads);
     };
     std::vector<std::thread> others;
     for (int thread = 1; thread < num_threads; ++thread) others.emplace_back(work, thread);

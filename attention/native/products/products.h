@@ -10,13 +10,19 @@ struct BlockScale {
     float scale, sum, half_sums[2];
 };
 
-// Rows of float32 in 8 bits, with a scale for every block of columns: q * scales[block].scale.
+// Rows of float32 in 8 bits, with a scale for every block of columns: q * scales[block].scale. Both take an odd number
+// of cache lines a row, so that the same columns of a tile's rows do not compete for one place in the cache.
 struct QuantisedRows {
     int num_rows, num_columns;
-    int8_t* q;           // (rows, columns)
-    BlockScale* scales;  // (rows, blocks)
+    int8_t* q;           // (rows, columns), row_bytes() apart
+    BlockScale* scales;  // (rows, blocks), scale_stride() apart
 
     int num_blocks() const { return num_columns / kBlockSize; }
+    size_t row_bytes() const { return odd_lines(size_t(num_columns)); }
+    size_t scale_stride() const { return odd_lines(size_t(num_blocks()) * sizeof(BlockScale)) / sizeof(BlockScale); }
+
+private:
+    static constexpr size_t odd_lines(size_t num_bytes) { return ((num_bytes + 63) / 64 | 1) * 64; }
 };
 
 // What a QuantisedRows of this size takes; every part of it begins on 64 bytes.
