@@ -62,11 +62,18 @@ def first_token(runtime: Runtime, text: str, *, afresh: bool) -> None:
     said(runtime, text, 1)
 
 
+@pytest.mark.parametrize("pack", [False, True], ids=["llama.cpp's products", "packed"])
 @pytest.mark.parametrize(("model", "num_tokens"), [("smollm2", 7500), ("gemma3-270m", 7900)])
-def test_time_to_first_token(benchmark: Any, model: str, num_tokens: int) -> None:
+def test_time_to_first_token(benchmark: Any, model: str, num_tokens: int, *, pack: bool) -> None:
     path = resolve(model)
-    attention = f"gem:k=512,layer={LAYERS[model]},continues=1"
-    with Runtime.open(path, memory="4GiB", context=8192, threads=2, attention=attention) as runtime:
+    opening: dict[str, Any] = {
+        "memory": "4GiB",
+        "context": 8192,
+        "threads": 2,
+        "attention": f"gem:k=512,layer={LAYERS[model]},continues=1",
+        "pack": pack,
+    }
+    with Runtime.open(path, **opening) as runtime:
         text = hidden(runtime._model, num_tokens, 0.5, ask("pass key", 1))
         prompt = chat_framing(runtime._model)(text)
         token_ids = runtime._model.tokenizer.encode(prompt, add_special=True, parse_special=True)
@@ -74,7 +81,7 @@ def test_time_to_first_token(benchmark: Any, model: str, num_tokens: int) -> Non
         peer = Peer(Path(path), context=8192, max_rows=max(rows, 128), threads=2)
         paired(
             benchmark,
-            f"{model}, first token of {len(token_ids):,}",
+            f"{model}{', packed' * pack}, first token of {len(token_ids):,}",
             lambda: first_token(runtime, text, afresh=True),
             lambda: (peer.prefill(list(token_ids)), peer.decode(1)),
             rounds=3,
