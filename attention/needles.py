@@ -50,11 +50,20 @@ def chat_framing(model: Model) -> Framing:
     return lambda text: template.render([{"role": "user", "content": text}])
 
 
+def pass_key(seed: int, *, doubled: bool = False) -> str:
+    """Return five digits; `doubled` has two neighbours equal, which an approximation may take for one."""
+    random_digits = random.Random(seed)
+    if not doubled:
+        return str(random_digits.randint(10_000, 99_999))
+    four = str(random_digits.randint(1000, 9999))
+    at = random_digits.randrange(4)
+    return four[:at] + four[at] + four[at:]
+
+
 def hide_needle(
-    model: Model, haystack: Sequence[int], framing: Framing, length: int, depth: float, seed: int
+    model: Model, haystack: Sequence[int], framing: Framing, length: int, depth: float, key: str
 ) -> Needle:
     """Build a prompt of about `length` tokens; raises `ValueError` where the haystack is too short."""
-    key = str(random.Random(seed).randint(10_000, 99_999))
     before, _, after = framing(OPENING + "\0" + QUESTION).partition("\0")
     start = model.tokenizer.encode(before, add_special=True, parse_special=True)
     end = model.tokenizer.encode(after + ANSWER, add_special=False, parse_special=True)

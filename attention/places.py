@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from lowtide.attention.dense import DenseSteering
 from lowtide.attention.graph_hook import GraphHook
-from lowtide.attention.needles import Framing, hide_needle
+from lowtide.attention.needles import Framing, hide_needle, pass_key
 from lowtide.attention.policy import AttentionPolicy, Steering
 from lowtide.attention.quality import Distance, Reference
 from lowtide.models.model import Model
@@ -60,7 +60,7 @@ class Places:
         last = context - PLACE_STEP
         self._starts = [last - PLACE_STEP * i for i in reversed(range(NUM_PLACES))]
         self._needles = [
-            hide_needle(model, token_ids, framing, last, depth, seed * len(KEY_DEPTHS) + i)
+            hide_needle(model, token_ids, framing, last, depth, pass_key(seed * len(KEY_DEPTHS) + i))
             for i, depth in enumerate(KEY_DEPTHS)
         ]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lowtide.attention.dense import DenseSteering
 from lowtide.attention.kernel_host import KernelHost
-from lowtide.attention.needles import chat_framing, finds, hide_needle
+from lowtide.attention.needles import chat_framing, finds, hide_needle, pass_key
 from lowtide.attention.policy import Steering
 from lowtide.attention.quality import WINDOW_TOKENS, Distance, Reference, read_prompt
 from lowtide.attention.score_cost import ScoreCost
@@ -171,7 +171,7 @@ def _needles(
         for depth in NEEDLE_DEPTHS:
             progress(f"a pass key at {depth:.0%} of {length:,} tokens")
             seed = length * 10 + round(depth * 10)
-            needle = hide_needle(model, haystack, framing, length, depth, seed)
+            needle = hide_needle(model, haystack, framing, length, depth, pass_key(seed))
             model.truncate(0)
             by_dense = finds(model, dense, needle)
             by_policy = finds(model, loaded.steering, needle)

@@ -52,11 +52,7 @@ class DeltaCalibrator:
 
         Raises `NotCalibrated` where there are none.
         """
-        scales, errors = self._measured()
-        of_sparsity = [
-            DeltaUnits(num_groups=allocate(errors, COUNTS, 1 - sparsity), scales=scales)
-            for sparsity in SPARSITIES
-        ]
+        of_sparsity = self.spread(SPARSITIES)
         candidates = [
             Candidate(replace(self._policy, units=units), units.sparsity) for units in of_sparsity
         ]
@@ -73,6 +69,14 @@ class DeltaCalibrator:
             keys_read=round(found.keys_read, 4),
             text=text,
         )
+
+    def spread(self, sparsities: Sequence[float]) -> list[DeltaUnits]:
+        """Return the units that lose the least with each sparsity."""
+        scales, errors = self._measured()
+        return [
+            DeltaUnits(num_groups=allocate(errors, COUNTS, 1 - sparsity), scales=scales)
+            for sparsity in sparsities
+        ]
 
     def _measured(self) -> tuple[tuple[tuple[bytes, ...], ...], NDArray[np.float32]]:
         """Return the scales, and each unit's error with each number of groups."""

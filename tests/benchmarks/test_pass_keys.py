@@ -13,7 +13,7 @@ import pytest
 from essays import essays
 
 from lowtide.attention.dense import DenseSteering
-from lowtide.attention.needles import chat_framing, finds, hide_needle
+from lowtide.attention.needles import chat_framing, finds, hide_needle, pass_key
 from lowtide.attention.tidal import Tidal
 from lowtide.models.tokenizer import common_prefix
 from lowtide.runtime.loaded_model import LoadedModel
@@ -41,7 +41,7 @@ def test_pass_keys(benchmark: Any, smollm2: Path, share: float) -> None:
         for depth in DEPTHS:
             for seed in range(2):
                 key = seed + round(depth * 100)
-                needle = hide_needle(model, haystack, framing, LENGTH, depth, key)
+                needle = hide_needle(model, haystack, framing, LENGTH, depth, pass_key(key))
                 common = common_prefix(held, needle.token_ids)
                 model.truncate(common)
                 held[:] = needle.token_ids
