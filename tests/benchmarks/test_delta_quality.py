@@ -79,9 +79,8 @@ class Essays:
         return dense, lost
 
 
-@pytest.fixture(scope="module")
-def held(smollm2: Path) -> Iterator[Essays]:
-    attention = "delta:granularity=element,threshold=0"  # what takes the most memory
+@pytest.fixture
+def held(smollm2: Path, attention: str) -> Iterator[Essays]:
     options = OpenOptions(
         memory="4GiB", context=CONTEXT + 256, threads=2, attention=attention, pack=True
     )
@@ -108,11 +107,11 @@ def of_sparsity(held: Essays, policy: Policy, sparsity: float) -> Policy:
 
 
 @pytest.mark.parametrize(
-    ("policy", "sparsity"),
+    ("attention", "policy", "sparsity"),
     [
-        (Delta(), 0.5),
-        (DeltaBlocks(), 0.5),
-        (DeltaBlocks(granularity="element"), 0.7),
+        ("delta", Delta(), 0.5),
+        ("delta:granularity=block,threshold=0", DeltaBlocks(), 0.5),
+        ("delta:granularity=element,threshold=0", DeltaBlocks(granularity="element"), 0.7),
     ],
     ids=["rows", "block of 8", "element"],
 )
