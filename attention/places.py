@@ -60,7 +60,9 @@ class Places:
         last = context - PLACE_STEP
         self._starts = [last - PLACE_STEP * i for i in reversed(range(NUM_PLACES))]
         self._needles = [
-            hide_needle(model, token_ids, framing, last, depth, pass_key(seed * len(KEY_DEPTHS) + i))
+            hide_needle(
+                model, token_ids, framing, last, depth, pass_key(seed * len(KEY_DEPTHS) + i)
+            )
             for i, depth in enumerate(KEY_DEPTHS)
         ]
 
