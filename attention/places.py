@@ -6,6 +6,7 @@ divergence that counts, but how much less likely the right answer becomes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -22,6 +23,8 @@ PLACE_STEP = 160
 """Tokens between the places that are compared."""
 KEY_DEPTHS = (0.8, 0.65, 0.5, 0.35, 0.2)
 """Where keys are hidden, as shares of the context: what two prompts begin with is read once."""
+LEAST_LENGTH = 512
+"""A question in a wordy chat template takes some hundred tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +32,21 @@ class Distances:
     """From dense attention: along the text, and at the keys.
 
     `key_loss` is by how much the log likelihood of a hidden key falls, as a mean over all keys, in nats
-    (a gain counts as 0); `keys_read` the share of the cached keys that a token of the text attended to.
+    (a gain counts as 0), `keys_lost` how many that dense attention answers the policy does not; `keys_read`
+    is the share of the cached keys that a token of the text attended to.
     """
 
     text: Distance = field(default_factory=Distance)
     key_loss: float = 0.0
+    keys_lost: int = 0
     keys_read: float = 0.0
 
 
 class Places:
     """Those of one text, of at least `context` + 1 tokens, read by `model` up to the context.
 
-    `seed` says which keys are hidden: another one hides others. A comparison leaves the cache with some
+    `seed` says which keys are hidden: another one hides others. With `is_thorough` they are hidden in half
+    of the context, too, and every other has two neighbours equal. A comparison leaves the cache with some
     beginning of a prompt.
     """
 
@@ -52,6 +58,8 @@ class Places:
         context: int,
         framing: Framing,
         seed: int,
+        *,
+        is_thorough: bool = False,
     ) -> None:
         self._model = model
         self._hook = hook
@@ -59,11 +67,11 @@ class Places:
         self._text = token_ids
         last = context - PLACE_STEP
         self._starts = [last - PLACE_STEP * i for i in reversed(range(NUM_PLACES))]
+        lengths = (last, max(last // 2, LEAST_LENGTH)) if is_thorough else (last,)
+        hidden = itertools.product(lengths, KEY_DEPTHS)
         self._needles = [
-            hide_needle(
-                model, token_ids, framing, last, depth, pass_key(seed * len(KEY_DEPTHS) + i)
-            )
-            for i, depth in enumerate(KEY_DEPTHS)
+            hide_needle(model, token_ids, framing, length, depth, key)
+            for (length, depth), key in zip(hidden, _keys(seed, is_thorough), strict=False)
         ]
 
     def distances(self, policies: Sequence[AttentionPolicy]) -> list[Distances]:
@@ -84,8 +92,12 @@ class Places:
         for place in self._at_keys():
             for index, policy in enumerate(policies):
                 distance, total = place.distance(self._installed(policy)), totals[index]
-                lost = max(distance.nll_sum - distance.dense_nll_sum, 0.0) / len(KEY_DEPTHS)
-                totals[index] = replace(total, key_loss=total.key_loss + lost)
+                lost = max(distance.nll_sum - distance.dense_nll_sum, 0.0) / len(self._needles)
+                totals[index] = replace(
+                    total,
+                    key_loss=total.key_loss + lost,
+                    keys_lost=total.keys_lost + distance.is_lost,
+                )
         return totals
 
     def _installed(self, policy: AttentionPolicy) -> Steering:
@@ -104,3 +116,10 @@ class Places:
             held = needle.token_ids[:-1]
             token_ids = [*needle.token_ids, *needle.answer_ids]
             yield Reference(self._model, self._dense, token_ids, len(held), len(needle.answer_ids))
+
+
+def _keys(seed: int, is_thorough: bool) -> Iterator[str]:
+    """Yield keys, other ones for another seed."""
+    first = seed * len(KEY_DEPTHS) * (2 if is_thorough else 1)
+    for number in itertools.count(first):
+        yield pass_key(number, doubled=is_thorough and number % 2 == 1)

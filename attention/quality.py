@@ -28,7 +28,8 @@ class Distance:
     """Sums over the compared tokens; divide by `num_tokens`, or read the properties.
 
     `kl` is in nats a token, `nll_change` the relative change of the text's negative log likelihood,
-    `top1_agreement` how often both find the same token likeliest.
+    `top1_agreement` how often both find the same token likeliest; `num_dense_right` and `num_right` count
+    the tokens that dense attention, and that the policy, finds likeliest.
     """
 
     num_tokens: int = 0
@@ -36,6 +37,8 @@ class Distance:
     dense_nll_sum: float = 0.0
     nll_sum: float = 0.0
     num_agreeing: int = 0
+    num_dense_right: int = 0
+    num_right: int = 0
 
     def __add__(self, other: Distance) -> Distance:
         return Distance(
@@ -44,6 +47,8 @@ class Distance:
             dense_nll_sum=self.dense_nll_sum + other.dense_nll_sum,
             nll_sum=self.nll_sum + other.nll_sum,
             num_agreeing=self.num_agreeing + other.num_agreeing,
+            num_dense_right=self.num_dense_right + other.num_dense_right,
+            num_right=self.num_right + other.num_right,
         )
 
     @property
@@ -55,6 +60,11 @@ class Distance:
     def nll_change(self) -> float:
         """Change of the negative log likelihood, as a share of dense attention's."""
         return self.nll_sum / self.dense_nll_sum - 1
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether dense attention says all of the tokens, one after another, and the policy does not."""
+        return self.num_dense_right == self.num_tokens > self.num_right
 
     @property
     def top1_agreement(self) -> float:
@@ -149,11 +159,14 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _compare(dense: NDArray[np.float32], other: NDArray[np.float32], target: int) -> Distance:
+    dense_says, says = int(dense.argmax()), int(other.argmax())
     divergence = (np.exp(dense) * (dense - other)).sum(dtype=np.float64)
     return Distance(
         num_tokens=1,
         kl_sum=max(float(divergence), 0.0),
         dense_nll_sum=-float(dense[target]),
         nll_sum=-float(other[target]),
-        num_agreeing=int(dense.argmax() == other.argmax()),
+        num_agreeing=int(dense_says == says),
+        num_dense_right=int(dense_says == target),
+        num_right=int(says == target),
     )

@@ -91,8 +91,8 @@ def command(
     and lose at most one in twenty of the answers of whole prompts; gem:layer=N looks at that layer alone,
     other settings are the rule to search with. For delta, measures what each layer and KV head loses with
     so many groups of keys (delta:granularity=block or element: with each threshold of its blocks), and
-    takes the highest sparsity inside --target-kl and --target-key-loss. Each is held against text and
-    questions that the search did not see, and written. Takes minutes.
+    takes the highest sparsity inside --target-kl and --target-key-loss that loses no pass key. Each is held
+    against text and questions that the search did not see, and written. Takes minutes.
     """
     from lowtide.attention.calibrate import Targets
     from lowtide.attention.delta.block_policy import DeltaBlocks
