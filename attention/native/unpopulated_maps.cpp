@@ -40,30 +40,28 @@ struct Image {
     const ElfW(Dyn) * dynamic;
 };
 
-// Reads the headers of that one library: walking through all of them would make pages of each resident.
-bool find_image(const void* function, Image& image) {
-    Dl_info info;
-    if (dladdr(function, &info) == 0 || info.dli_fbase == nullptr) return false;
-    const auto start = reinterpret_cast<uintptr_t>(info.dli_fbase);
-    const auto& file = *static_cast<const ElfW(Ehdr)*>(info.dli_fbase);
-    if (std::memcmp(file.e_ident, ELFMAG, SELFMAG) != 0 || file.e_phentsize != sizeof(ElfW(Phdr))) return false;
-    const auto* headers = reinterpret_cast<const ElfW(Phdr)*>(start + file.e_phoff);
-    uintptr_t begin = UINTPTR_MAX, end = 0, dynamic = 0;
-    for (int i = 0; i < file.e_phnum; ++i) {
-        const ElfW(Phdr)& header = headers[i];
-        const uintptr_t at = header.p_vaddr;
-        if (header.p_type == PT_DYNAMIC) dynamic = at;
+// Looks at the library that lies at `base` alone: the headers of others would make pages of them resident.
+int find_image(dl_phdr_info* info, size_t, void* data) {
+    auto& image = *static_cast<Image*>(data);
+    if (info->dlpi_addr != image.base) return 0;
+    image.begin = UINTPTR_MAX, image.end = 0;
+    for (int i = 0; i < info->dlpi_phnum; ++i) {
+        const ElfW(Phdr)& header = info->dlpi_phdr[i];
+        const uintptr_t at = image.base + header.p_vaddr;
+        if (header.p_type == PT_DYNAMIC) image.dynamic = reinterpret_cast<const ElfW(Dyn)*>(at);
         if (header.p_type != PT_LOAD) continue;
-        begin = at < begin ? at : begin;
-        end = at + header.p_memsz > end ? at + header.p_memsz : end;
+        image.begin = at < image.begin ? at : image.begin;
+        image.end = at + header.p_memsz > image.end ? at + header.p_memsz : image.end;
     }
-    if (dynamic == 0 || end == 0) return false;
-    const auto page_bytes = uintptr_t(sysconf(_SC_PAGESIZE));
-    image.base = start - begin / page_bytes * page_bytes;
-    image.begin = image.base + begin, image.end = image.base + end;
-    image.dynamic = reinterpret_cast<const ElfW(Dyn)*>(image.base + dynamic);
+    return 1;
+}
+
+bool find_image_of(const void* function, Image& image) {
+    Dl_info info;
+    if (dladdr(function, &info) == 0) return false;
+    image.base = reinterpret_cast<uintptr_t>(info.dli_fbase);
     const auto wanted = reinterpret_cast<uintptr_t>(function);
-    return wanted >= image.begin && wanted < image.end;
+    return dl_iterate_phdr(find_image, &image) != 0 && image.dynamic != nullptr && wanted >= image.begin && wanted < image.end;
 }
 
 struct Tables {
@@ -106,7 +104,7 @@ bool is_as_known(const Image& image, const void* value) {
 bool find_slots(const void* function, Slots& found) {
     Image image{};
     found.count = 0;
-    if (!find_image(function, image)) return false;
+    if (!find_image_of(function, image)) return false;
     const Tables tables = tables_of(image);
     for (int table = 0; table < 2; ++table)
         for (size_t i = 0; i < tables.counts[table]; ++i) {
