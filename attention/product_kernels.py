@@ -118,6 +118,8 @@ def multiply_in_turn(
     import numpy as np
 
     rows = np.ascontiguousarray(rows, np.float32)
+    if rows.ndim != 2 or any(matrix.num_columns != rows.shape[1] for matrix in matrices):
+        raise ValueError(f"rows are {rows.shape}: as many columns as every matrix are wanted")
     expected = (len(matrices), len(rows), matrices[0].num_rows)
     if out.shape != expected or out.dtype != np.float32 or not out.flags.c_contiguous:
         raise ValueError(f"out is {out.dtype} of {out.shape}: float32 of {expected} is wanted")

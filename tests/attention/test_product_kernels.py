@@ -165,3 +165,10 @@ def test_wrong_calls() -> None:
             unpack_row(packed, row)
     with pytest.raises(LowtideError, match="cannot be multiplied"):
         multiply(packed, np.zeros((1, 32), np.float32), kernels="mmx")
+
+
+@pytest.mark.parametrize("shape", [(2, 32), (2, 128), (64,)])
+def test_rows_of_another_width_are_refused(shape: tuple[int, ...]) -> None:
+    packed = pack_array("Q4_0", np.zeros((16, 36), np.uint8), 64)
+    with pytest.raises(ValueError, match="as many columns as every matrix"):
+        multiply(packed, np.zeros(shape, np.float32))
