@@ -34,7 +34,7 @@ class _SymbolInfo(ctypes.Structure):
 
 
 def address_of(function: Any) -> int:
-    """Return the address of a C function that ctypes found in a library."""
+    """Return the address of a C function that ctypes knows, found in a library or made of ours."""
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lowtide.memory.loaded_code import library_of
+from lowtide.memory.loaded_code import address_of, library_of
 from lowtide.memory.pages import PAGE_BYTES, give_back, keep_small, round_down, round_up
 from lowtide.models.llama_library import llama_library
 
@@ -103,7 +103,7 @@ class _Patch:
         with self._lock:
             theirs = self._type.allocate
             self._local.cleared = cleared
-            self._type.allocate = _address(self._our_allocate)
+            self._type.allocate = address_of(self._our_allocate)
             try:
                 yield cleared
             finally:
@@ -115,7 +115,7 @@ class _Patch:
         if made:
             buffer = _Buffer.from_address(made)
             if buffer.num_bytes == num_bytes and buffer.base:
-                buffer.clear = _address(self._our_clear)
+                buffer.clear = address_of(self._our_clear)
         return made
 
     def _on_clear(self, address: int, value: int) -> None:
@@ -174,9 +174,3 @@ class _Patch:
 
 def _function(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
     return ctypes.CFUNCTYPE(result, *arguments)(llama_library().address(name))
-
-
-def _address(function: Any) -> int:
-    address = ctypes.cast(function, _P).value
-    assert address is not None
-    return address
