@@ -68,10 +68,17 @@ class Places:
         last = context - PLACE_STEP
         self._starts = [last - PLACE_STEP * i for i in reversed(range(NUM_PLACES))]
         lengths = (last, max(last // 2, LEAST_LENGTH)) if is_thorough else (last,)
-        hidden = itertools.product(lengths, KEY_DEPTHS)
+        hidden = list(itertools.product(lengths, KEY_DEPTHS))
         self._needles = [
-            hide_needle(model, token_ids, framing, length, depth, key)
-            for (length, depth), key in zip(hidden, _keys(seed, is_thorough), strict=False)
+            hide_needle(
+                model,
+                token_ids,
+                framing,
+                length,
+                depth,
+                pass_key(number, doubled=number % 2 == 1 and is_thorough),
+            )
+            for number, (length, depth) in enumerate(hidden, seed * len(hidden))
         ]
 
     def distances(self, policies: Sequence[AttentionPolicy]) -> list[Distances]:
@@ -116,10 +123,3 @@ class Places:
             held = needle.token_ids[:-1]
             token_ids = [*needle.token_ids, *needle.answer_ids]
             yield Reference(self._model, self._dense, token_ids, len(held), len(needle.answer_ids))
-
-
-def _keys(seed: int, is_thorough: bool) -> Iterator[str]:
-    """Yield keys, other ones for another seed."""
-    first = seed * len(KEY_DEPTHS) * (2 if is_thorough else 1)
-    for number in itertools.count(first):
-        yield pass_key(number, doubled=is_thorough and number % 2 == 1)
