@@ -1,14 +1,12 @@
 #include "onnx_attend.h"
 
-#include <atomic>
 #include <chrono>
 #include <cstring>
-#include <map>
-#include <mutex>
 #include <new>
 #include <vector>
 
 #include "half.h"
+#include "numbered.h"
 #include "onnx_masks.h"
 #include "policy_attend.h"
 #include "prompt_scores.h"
@@ -60,33 +58,14 @@ bool known_shape(const OnnxLayer& p, int num_layers) {
            p.rotary_pairs >= 0 && 2 * p.rotary_pairs <= p.head_size && p.mask >= 0 && p.mask < num_layers;
 }
 
-// Nodes of a graph name what attends for them: a number is safe where the object is gone.
-std::mutex all_mutex;
-std::map<int64_t, OnnxAttend*>& all_attends() {
-    static std::map<int64_t, OnnxAttend*> all;
-    return all;
-}
-
 }  // namespace
 
-class OnnxAttend {
+class OnnxAttend : public Numbered<OnnxAttend> {
 public:
-    OnnxAttend(const KernelSet& kernels, int num_threads) : kernels(kernels), num_threads(num_threads) {
-        static std::atomic<int64_t> last{0};
-        const std::lock_guard<std::mutex> lock(all_mutex);
-        number = ++last;
-        all_attends()[number] = this;
-    }
-    ~OnnxAttend() {
-        const std::lock_guard<std::mutex> lock(all_mutex);
-        all_attends().erase(number);
-    }
-    OnnxAttend(const OnnxAttend&) = delete;
-    OnnxAttend& operator=(const OnnxAttend&) = delete;
+    OnnxAttend(const KernelSet& kernels, int num_threads) : kernels(kernels), num_threads(num_threads) {}
 
     const KernelSet& kernels;
     const int num_threads;
-    int64_t number;
     std::vector<OnnxLayer> layers;
     OnnxMasks masks;
     PolicyAttend attend;
@@ -185,11 +164,7 @@ private:
     std::vector<float> queries_, keys_, out_;
 };
 
-OnnxAttend* onnx_attend_of(int64_t number) {
-    const std::lock_guard<std::mutex> lock(all_mutex);
-    const auto found = all_attends().find(number);
-    return found == all_attends().end() ? nullptr : found->second;
-}
+OnnxAttend* onnx_attend_of(int64_t number) { return OnnxAttend::find(number); }
 
 int num_rows_of(const OnnxAttend& attend) { return attend.masks.num_rows(); }
 

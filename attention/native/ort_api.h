@@ -15,7 +15,7 @@ struct OrtKernelContext;
 struct OrtValue;
 struct OrtTensorTypeAndShapeInfo;
 
-enum OrtElement : int32_t { kOrtUndefined = 0, kOrtFloat = 1, kOrtBool = 9, kOrtFloat16 = 10 };
+enum OrtElement : int32_t { kOrtUndefined = 0, kOrtFloat = 1, kOrtInt64 = 7, kOrtBool = 9, kOrtFloat16 = 10 };
 enum OrtPresence : int32_t { kOrtRequired = 0, kOrtOptional = 1 };
 
 struct OrtApi {

@@ -15,6 +15,10 @@ KERNELS = (
     "attend attend_avx2 attend_avx512 attend_bf16 attend_portable cpu_features find_kernels".split()
 )
 MULTIPLIERS = [f"multiply_{name}" for name in "avx2 dot i8mm portable vnni vnni512".split()]
+PRODUCT = [
+    *MULTIPLIERS,
+    *"cpu_features find_products pack product quantised_rows unpack".split(),
+]
 POLICIES = (
     "delta_attend key_groups key_set key_states page_clusters policy_attend state_attend tidal_attend "
     "unit_measures"
@@ -25,10 +29,8 @@ PROGRAMS = {
     "layer_cells": ["layer_cells"],
     "layer_clock": ["layer_clock"],
     "onnx_attend": [*KERNELS, *POLICIES, *"onnx_attend onnx_masks prompt_scores".split()],
-    "product": [
-        *MULTIPLIERS,
-        *"cpu_features find_products pack product quantised_rows unpack".split(),
-    ],
+    "onnx_products": [*PRODUCT, "onnx_products"],
+    "product": PRODUCT,
     "pass_parts": [*KERNELS, "pass_parts"],
     "prompt_scores": [*KERNELS, "prompt_scores"],
     "state_attend": [*KERNELS, "key_states", "state_attend", "unit_measures"],

@@ -30,9 +30,19 @@ public:
     void run(const PackedMatrix& matrix, const float* rows, size_t row_stride, int num_rows, int use, float* out,
              size_t out_stride, const ProductKernels& kernels, const PanelReader* reader, int thread, int num_threads);
 
+    // The two halves of `run`, for threads that cannot wait for one another: every thread's part of `quantise` is done
+    // before any part of `multiply`, and `restart` is called once before each product's. Of weights that are not
+    // quantised nothing is to be done before.
+    void quantise(const float* rows, size_t row_stride, int num_rows, int num_columns, const ProductKernels& kernels, int thread, int num_threads);
+    void restart(int use) { next_panels_[use] = 0; }
+    void multiply(const PackedMatrix& matrix, const FloatRows& rows, int use, float* out, size_t out_stride, const ProductKernels& kernels,
+                  const PanelReader* reader, int thread, int num_threads);
+
     size_t scratch_bytes() const { return memory_.size() * sizeof(Line); }
 
 private:
+    int workers_of(int num_threads) const { return num_threads < reserved_threads_ ? num_threads : reserved_threads_; }
+
     struct alignas(64) Line {
         uint8_t bytes[64];
     };
