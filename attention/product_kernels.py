@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 PRODUCT_SETS = ("avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dot", "neon", "portable")
 
 
-class _Matrix(ctypes.Structure):
-    """The C++ `PackedMatrix`, field for field."""
+class MatrixView(ctypes.Structure):
+    """The C++ `PackedMatrix`, field for field: `panels` is an address that somebody keeps."""
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in "format num_rows num_columns".split()),
@@ -39,9 +39,9 @@ class PackedArray:
     num_columns: int
     panels: NDArray[np.uint8]
 
-    def _matrix(self) -> _Matrix:
+    def _matrix(self) -> MatrixView:
         number = TYPE_NUMBERS[self.type_name]
-        return _Matrix(number, self.num_rows, self.num_columns, self.panels.ctypes.data)
+        return MatrixView(number, self.num_rows, self.num_columns, self.panels.ctypes.data)
 
 
 def can_pack(type_name: str, num_rows: int, num_columns: int) -> bool:
@@ -124,7 +124,7 @@ def multiply_in_turn(
     if out.shape != expected or out.dtype != np.float32 or not out.flags.c_contiguous:
         raise ValueError(f"out is {out.dtype} of {out.shape}: float32 of {expected} is wanted")
     name = kernels.encode() if kernels else None
-    packed = (_Matrix * len(matrices))(*(matrix._matrix() for matrix in matrices))
+    packed = (MatrixView * len(matrices))(*(matrix._matrix() for matrix in matrices))
     failed = _library().lowtide_multiply(
         packed, len(packed), rows.ctypes.data, len(rows), out.ctypes.data, name, threads
     )

@@ -45,7 +45,7 @@ _OPENING = (
         default=False,
         show_default=True,
         help="Compute matrix products with our kernels, from a packed copy of the weights, which is made "
-        "in the cache folder the first time.",
+        "in the cache folder the first time; of an ONNX model attention is ours then, too.",
     ),
     click.option("--offline", is_flag=True, help="Never reach for the network."),
 )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from lowtide.attention.onnx_attention import OnnxAttention
+from lowtide.attention.onnx_products import OnnxProducts
+from lowtide.memory.heap import trim_heap
 from lowtide.memory.releaser import Releaser
 from lowtide.models.onnx.model import OnnxModel
 from lowtide.models.onnx.options import OnnxOptions
+from lowtide.models.onnx.packed_form import PackedForm
 from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.onnx.swapped.model import SwappedModel
 from lowtide.runtime.planning import PlannedModel
@@ -24,11 +27,18 @@ def load_onnx(
     model: OnnxModel
     if planned.policy.uses_hook:
         attention = OnnxAttention(planned.options.num_threads)
-        model = SwappedModel(spec, options, attention)
+        model = SwappedModel(spec, options, attention, _products(spec, options))
     else:
         model = OnnxModel(spec, options)
+    trim_heap()  # the tokenizer is read with twice what it keeps, which no packed copy takes up
     releasers.append(Releaser("background", model.trim))
     return model, attention
+
+
+def _products(spec: OnnxSpec, options: OnnxOptions) -> OnnxProducts | None:
+    if spec.panels is None or not isinstance(spec.packed, PackedForm):
+        return None
+    return OnnxProducts(spec.packed, spec.panels, options.max_rows, options.threads)
 
 
 def load_onnx_reader(

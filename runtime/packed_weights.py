@@ -12,9 +12,11 @@ from lowtide.models.errors import LowtideError
 from lowtide.models.fingerprint import file_fingerprint
 from lowtide.models.gguf_header import read_spec
 from lowtide.models.gguf_reader import GgufContents, read_gguf
+from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.packed_gguf import is_sound
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.errors import NotPacked
+from lowtide.runtime.packed_onnx import packed_onnx
 from lowtide.runtime.planning import PlannedModel
 from lowtide.runtime.profiler import Profiler
 
@@ -25,6 +27,8 @@ def packed_copy(spec: ModelSpec, progress: Callable[[int], None] = lambda _: Non
     `progress` is told of bytes as they are written. Raises `NotPacked`, with the reason, where none of its
     matrices has a packed form, or the copy cannot be written.
     """
+    if isinstance(spec, OnnxSpec):
+        return packed_onnx(spec, progress)
     owner = file_fingerprint(spec.paths)
     paths = [packed_path(path, owner) for path in spec.paths]
     if not all(_is_there(path, owner) for path in paths):
@@ -66,9 +70,14 @@ def _write(part: GgufContents, path: Path, owner: str, progress: Callable[[int],
 def with_packed_weights(
     planned: PlannedModel, profiler: Profiler
 ) -> tuple[PlannedModel, str | None]:
-    """Have the weights read from the model's packed copy, or say why it has none."""
+    """Have the weights read from the model's packed copy, or say why it has none.
+
+    Raises `NotPacked` for an ONNX graph, whose plan is another without.
+    """
     with profiler.span("packing"):
         try:
             return replace(planned, spec=packed_copy(planned.spec)), None
         except NotPacked as reason:
+            if isinstance(planned.spec, OnnxSpec):
+                raise
             return planned, str(reason)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowtide.attention.delta.policy import Delta
+from lowtide.attention.dense import Dense
 from lowtide.attention.policies import parse_policy
 from lowtide.attention.policy import AttentionPolicy
 from lowtide.memory.budget import Budget
@@ -48,7 +49,8 @@ class OpenOptions:
     `compared_rows` is how many distributions a measurement keeps, `selection_layers` how many layers it
     tries beside the policy's own, `profiled` whether a profiler watches. `prefix_cache` is a size ("64MiB")
     for KV states of prompts that others replaced; 0 keeps none. `pack` has matrix products computed by our
-    kernels too, from a packed copy of the weights in the cache folder, which is made where there is none.
+    kernels too, from a packed copy of the weights in the cache folder, which is made where there is none;
+    an ONNX graph's attention is "dense" then where it would be its own.
     `speculate` is "off", "ngram", "trigram", "auto" or a draft model, each with ":rows=N" for the most
     rows of a verification. `provider` is the execution provider of an ONNX model, by its short name.
     """
@@ -261,25 +263,24 @@ def _plan_onnx(
 ) -> PlannedModel:
     """Plan a graph that onnxruntime runs, with its own attention or with ours.
 
-    Raises `BadOption` for what llama.cpp alone can do, and for our attention where the graph keeps its own.
+    Where products are packed, attention is always ours. Raises `BadOption` for what llama.cpp alone can do,
+    and for what is to be ours where the graph keeps its own.
     """
+    if options.pack and not policy.uses_hook:
+        policy = Dense()
     if policy.uses_hook:
-        spec = swapped_spec(spec, policy)
+        spec = swapped_spec(spec, policy, packed=options.pack)
     if options.gpu_budget(policy) is not None:
         raise BadOption(
             f"layers are to go to a GPU, and {spec.name} is an ONNX graph, which runs on the processor: "
             "leave gpu_layers and gpu_memory out"
         )
-    if options.pack:
-        raise BadOption(
-            f"pack is for models that llama.cpp runs, and {spec.name} is an ONNX graph: leave it out, or "
-            "take the model as GGUF"
-        )
     is_swapped = policy.uses_hook and not isinstance(spec.swap, str)
     if provider_name(options.provider) != provider_name(CPU) and is_swapped:
+        wanted = "pack is wanted" if options.pack else f"attention is {policy.name!r}"
         raise BadOption(
-            f"provider is {options.provider!r}, and attention is {policy.name!r}, which runs "
-            "on the processor: leave one of them out"
+            f"provider is {options.provider!r}, and {wanted}, which runs on the processor: leave one of "
+            "them out"
         )
     sizes: ContextSizes = SwappedSizes(spec) if is_swapped else OnnxSizes(spec)
     speculation = SpeculationChoice.parse(options.speculate).wish(spec, offline=options.offline)

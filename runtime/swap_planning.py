@@ -9,6 +9,7 @@ from lowtide.memory import footprint
 from lowtide.memory.units import MIB
 from lowtide.models.errors import BadOption
 from lowtide.models.onnx.kv_cache import ELEMENT_BYTES
+from lowtide.models.onnx.packed_form import packed_spec
 from lowtide.models.onnx.spec import OnnxSpec
 
 READER_BYTES = MIB
@@ -20,8 +21,18 @@ BIAS_COPIES = 6
 """Rows by keys alive at once while a graph makes the bias that hides keys."""
 
 
-def swapped_spec(spec: OnnxSpec, policy: AttentionPolicy) -> OnnxSpec:
-    """Return the spec of the graph under `policy`; raises `BadOption` where that cannot be."""
+def swapped_spec(spec: OnnxSpec, policy: AttentionPolicy, *, packed: bool) -> OnnxSpec:
+    """Return the spec of the graph under `policy`, its products ours too where they are `packed`.
+
+    Raises `BadOption` where that cannot be.
+    """
+    if packed:
+        if isinstance(spec.packed, str):
+            raise BadOption(
+                f"pack is wanted, and {spec.name} is an ONNX graph that {spec.packed}: leave it out, "
+                "or take the model as GGUF"
+            )
+        spec = packed_spec(spec, spec.packed)
     if isinstance(spec.swap, str):
         raise BadOption(
             f"attention is {policy.name!r}, and {spec.name} is an ONNX graph, which keeps its "

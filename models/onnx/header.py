@@ -11,6 +11,7 @@ from lowtide.models.errors import BadModelFile, UnsupportedModel
 from lowtide.models.onnx.attention_form import attention_form
 from lowtide.models.onnx.config import OnnxConfig, read_config, read_json
 from lowtide.models.onnx.graph import OnnxGraph, Port, read_graph
+from lowtide.models.onnx.packed_form import PackedForm, read_packed_form
 from lowtide.models.onnx.products import Products
 from lowtide.models.onnx.spec import ENGINE, FINGERPRINT, KV_TYPES, GraphPorts, LayerPorts, OnnxSpec
 from lowtide.models.onnx.swapped.attention_node import NotSwapped
@@ -85,7 +86,15 @@ def read_spec(path: Path) -> OnnxSpec:
         tokenizer_path=tokenizer,
         special_texts=texts,
         swap=_swap(graph, ports, config),
+        packed=_packed(graph, ports, config),
     )
+
+
+def _packed(graph: OnnxGraph, ports: GraphPorts, config: OnnxConfig) -> PackedForm | str:
+    try:
+        return read_packed_form(graph, ports, config)
+    except NotSwapped as reason:
+        return str(reason)
 
 
 def _swap(graph: OnnxGraph, ports: GraphPorts, config: OnnxConfig) -> Swap | str:

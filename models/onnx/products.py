@@ -29,15 +29,17 @@ class Products:
     onnxruntime copies a product's weights into a layout of its own (`packed_bytes` in all), and lets go of
     those that nothing else reads (`released_bytes`); making a copy takes as much again. Quantised ones
     without a kernel for that are unpacked in each pass, of which `unpacked_bytes` is the largest.
+    With `nodes`, of those alone: what else reads their weights is not run.
     """
 
-    def __init__(self, graph: OnnxGraph, logits: str) -> None:
+    def __init__(self, graph: OnnxGraph, logits: str, nodes: frozenset[int] | None = None) -> None:
         self._graph = graph
         types = Counter[str]()
         self.packed_bytes = self.released_bytes = self.largest_copy_bytes = 0
         self.unpacked_bytes = self.widest = 0
-        self._num_readers = Counter(name for node in graph.nodes for name in node.inputs)
-        for node in graph.nodes:
+        run = [node for i, node in enumerate(graph.nodes) if nodes is None or i in nodes]
+        self._num_readers = Counter(name for node in run for name in node.inputs)
+        for node in run:
             if (node.domain, node.kind) == QUANTISED:
                 self._quantised(node, types, is_last=logits in node.outputs)
             elif node.kind in PLAIN:

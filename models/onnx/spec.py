@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lowtide.models.spec import ModelSpec
 
 if TYPE_CHECKING:
+    from lowtide.models.onnx.packed_form import PackedForm
     from lowtide.models.onnx.swapped.swap import Swap
 
 ENGINE = "onnxruntime"
@@ -46,7 +47,8 @@ class OnnxSpec(ModelSpec):
     alone, not of all. `attention` says in words what the graph attends with.
     `widest_product` is the most columns of a product of a layer, `unpacked_bytes` the most that a product
     without a kernel of its own unpacks for a moment. `swap` is what stays of the graph where attention is
-    to be ours, or says why it cannot be, in words that follow "its graph".
+    to be ours, or says why it cannot be, in words that follow "its graph"; `packed` the same where products
+    are to be ours, too. `panels` is the file of packed weights, where one is read.
     """
 
     ports: GraphPorts
@@ -61,3 +63,5 @@ class OnnxSpec(ModelSpec):
     tokenizer_path: Path
     special_texts: tuple[tuple[str, str], ...]
     swap: Swap | str
+    packed: PackedForm | str
+    panels: Path | None = None

@@ -33,10 +33,13 @@ TIDAL = "tidal:k=1536,layers=4+7+18+21"
 
 
 class Ours:
-    """The folder in our runtime, with the graph's own attention ("llama") or with ours."""
+    """The folder in our runtime, with the graph's own attention ("llama") or ours, and products alike."""
 
-    def __init__(self, folder: Path, attention: str) -> None:
-        options = OpenOptions(memory=8 * GIB, context=CONTEXT, threads=2, attention=attention)
+    def __init__(self, folder: Path, attention: str, *, pack: bool = False) -> None:
+        options = OpenOptions(
+            memory=8 * GIB, context=CONTEXT, threads=2, attention=attention, pack=pack
+        )
+        self.words = attention.partition(":")[0] + (", packed" if pack else "")
         self.loaded = LoadedModel(plan_reference(folder, options))
         self.model = self.loaded.model
         self.token_ids = self.model.tokenizer.encode(
@@ -95,9 +98,14 @@ def folder(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return convert(read_spec(smollm2), tmp_path_factory.mktemp("converted") / "smollm2").folder
 
 
-@pytest.fixture(scope="module", params=["llama", "dense", TIDAL])
+@pytest.fixture(
+    scope="module",
+    params=[("llama", False), ("dense", False), (TIDAL, False), ("dense", True), (TIDAL, True)],
+    ids=["graph", "dense", "tidal", "dense-packed", "tidal-packed"],
+)
 def ours(request: pytest.FixtureRequest, folder: Path) -> Iterator[Ours]:
-    made = Ours(folder, request.param)
+    attention, pack = request.param
+    made = Ours(folder, attention, pack=pack)
     yield made
     made.loaded.close()
 
@@ -116,7 +124,7 @@ def test_decode(benchmark: Any, ours: Ours, theirs: Theirs, depth: int) -> None:
     theirs.prefill(depth)
     paired(
         benchmark,
-        f"{ours.loaded.planned.policy.name}: decode at {depth}",
+        f"{ours.words}: decode at {depth}",
         lambda: ours.decode(depth),
         lambda: theirs.decode(depth),
         rounds=9,
@@ -129,7 +137,7 @@ def test_decode(benchmark: Any, ours: Ours, theirs: Theirs, depth: int) -> None:
 def test_prefill(benchmark: Any, ours: Ours, theirs: Theirs, length: int) -> None:
     paired(
         benchmark,
-        f"{ours.loaded.planned.policy.name}: prompt of {length} tokens",
+        f"{ours.words}: prompt of {length} tokens",
         lambda: ours.prefill(length),
         lambda: theirs.prefill(length),
         rounds=5 if length < LONG else 1,

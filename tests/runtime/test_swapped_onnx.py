@@ -123,14 +123,23 @@ def test_never_over_its_plan(
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("attention", ["llama", "dense", "delta:sparsity=0.5"])
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ("--attention", "llama"),
+        ("--attention", "dense"),
+        ("--attention", "delta:sparsity=0.5"),
+        ("--pack",),
+    ],
+    ids=" ".join,
+)
 def test_a_real_model_is_planned_closely(
-    tmp_path: Path, smollm2_spec: ModelSpec, attention: str
+    tmp_path: Path, smollm2_spec: ModelSpec, chosen: tuple[str, ...]
 ) -> None:
     folder = convert(smollm2_spec, tmp_path / "smollm2").folder
     done = run_lowtide(
         *("run", str(folder), "--raw", "--json", "-n", "8", "-c", "2048", "-t", "2"),
-        *("--attention", attention),
+        *chosen,
         stdin=("The tide comes in. " * 400).encode(),
         timeout=300,
     )
@@ -138,7 +147,7 @@ def test_a_real_model_is_planned_closely(
     stats = json.loads(done.stdout)["stats"]
     assert 1900 < stats["prompt_tokens"] + 8 <= 2048
     assert 0.93 * stats["planned_bytes"] < done.peak_bytes <= stats["planned_bytes"]
-    words = ("--attention", attention, "-t", "2", "--memory")
+    words = (*chosen, "-t", "2", "--memory")
     asked = run_lowtide("plan", str(folder), *words, "60MiB", "--json")
     bound = json.loads(asked.stdout)["lower_bound_bytes"]
     least = run_lowtide(

@@ -46,6 +46,8 @@ def write_decoder(
     bits: int | None = None,
     last_row: bool = False,
     accuracy_level: int = 4,
+    block_size: int = 32,
+    symmetric: bool = True,
     chat_template: str | None = None,
     attributes: dict[str, object] | None = None,
 ) -> Path:
@@ -59,7 +61,7 @@ def write_decoder(
     wanted = _attributes(attributes or {})
     model = _model(form, shape, np.dtype(element), wanted, last_row=last_row)
     if bits is not None:
-        model = _quantised(model, bits, accuracy_level)
+        model = _quantised(model, bits, accuracy_level, block_size, symmetric=symmetric)
     onnx.save_model(
         model,
         folder / "model.onnx",
@@ -75,12 +77,18 @@ def write_decoder(
     return folder
 
 
-def _quantised(model: onnx.ModelProto, bits: int, accuracy_level: int) -> onnx.ModelProto:
-    """The matrices as MatMulNBits of blocks of 32."""
+def _quantised(
+    model: onnx.ModelProto, bits: int, accuracy_level: int, block_size: int, *, symmetric: bool
+) -> onnx.ModelProto:
+    """The matrices as MatMulNBits; those that are not `symmetric` have zero points."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     quantiser = MatMulNBitsQuantizer(
-        model, bits=bits, block_size=32, is_symmetric=True, accuracy_level=accuracy_level
+        model,
+        bits=bits,
+        block_size=block_size,
+        is_symmetric=symmetric,
+        accuracy_level=accuracy_level,
     )
     quantiser.process()
     made: onnx.ModelProto = quantiser.model.model

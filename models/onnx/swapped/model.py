@@ -1,6 +1,6 @@
 """SwappedModel: an ONNX decoder whose attention and KV cache are ours, inside one onnxruntime session.
 
-Knows no budget and no policy: `Attender` is handed in.
+Knows no budget, no policy and no kernel: `Attender` and `Multiplier` are handed in.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from lowtide.models.onnx.swapped.attender import Attender, LayerArrays
 from lowtide.models.onnx.swapped.attention_node import AttentionNode
 from lowtide.models.onnx.swapped.cell_cache import CellCache
 from lowtide.models.onnx.swapped.last_rows import BEGIN, ROWS_AXIS
+from lowtide.models.onnx.swapped.multiplier import Multiplier
 from lowtide.models.onnx.swapped.swapped_graph import SwappedGraph
 from lowtide.models.tokenizer import Tokenizer
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class SwappedModel(OnnxModel):
-    """The graph, with what `attender` attends to kept here.
+    """The graph, with what `attender` attends to kept here; `multiplier` has the spec's packed matrices.
 
     `weights_of` another one, which is closed later, it runs in that one's session with a cache of its own;
     its attender is the other's, and one of them passes at a time. Raises `UnsupportedModel` where the
@@ -38,12 +39,14 @@ class SwappedModel(OnnxModel):
         spec: OnnxSpec,
         options: OnnxOptions,
         attender: Attender,
+        multiplier: Multiplier | None = None,
         weights_of: SwappedModel | None = None,
     ) -> None:
         if isinstance(spec.swap, str):
             raise UnsupportedModel(f"{spec.name} keeps its own attention, as its graph {spec.swap}")
         self._swap = spec.swap
         self._attender = attender
+        self._multiplier = multiplier
         self._weights_of = weights_of
         self._tables: dict[str, NDArray[np.float32] | None] = {}
         self._is_widened = False
@@ -74,7 +77,7 @@ class SwappedModel(OnnxModel):
                 if name not in self._tables:
                     self._tables[name] = graph.weight(name)
             self._check_positions(node)
-        model = graph.serialised(self._attender)
+        model = graph.serialised(self._attender, self._multiplier)
         return open_session(spec, options, model=model, operators=self._attender.library)
 
     def _make_cache(self, options: OnnxOptions) -> None:
@@ -134,6 +137,8 @@ class SwappedModel(OnnxModel):
     def _bind_cache(self, num_past: int, num_rows: int) -> None:
         self._attender.bind(self._layers)
         self._attender.begin(num_past, num_rows)
+        if self._multiplier is not None:
+            self._multiplier.begin()
 
     def _appended(self) -> None:
         """The rows are in the cells already."""
@@ -163,6 +168,8 @@ class SwappedModel(OnnxModel):
         self.least_tokens = lambda: 0
         if self._weights_of is None:
             self._attender.close()
+            if self._multiplier is not None:
+                self._multiplier.close()
         super().close()
 
 

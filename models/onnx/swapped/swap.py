@@ -1,4 +1,4 @@
-"""Swap: which nodes of a graph stay when its attention is ours. Reads headers alone.
+"""Swap: which nodes of a graph stay when its attention, and products, are ours. Reads headers alone.
 
 Requires the attention nodes, layer by layer. Ensures that what stays is all that the logits depend on, and
 that what only attention needed (masks of lengths, caches) does not.
@@ -18,16 +18,18 @@ from lowtide.models.onnx.swapped.attention_node import (
     check_layers,
     read_attention_nodes,
 )
+from lowtide.models.onnx.swapped.product_nodes import ProductNodes
 
 BRANCHES = frozenset({"If", "Loop", "Scan"})
 MOST_INLINE_BYTES = 16 << 20
 """Weights inside of the .onnx file are read into memory to be given on: no more than this."""
 LARGEST_HEAD = 256
+NO_PRODUCTS = ProductNodes()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Swap:
-    """The attention nodes, the places of the nodes that stay, and the weights that these read.
+    """The nodes that become ours, the places of those that stay, and the weights that these read.
 
     `inputs` are those of the graph that are still read, `inline_bytes` of weights inside the .onnx file.
     """
@@ -37,10 +39,19 @@ class Swap:
     weights: frozenset[str]
     inputs: frozenset[str]
     inline_bytes: int
+    products: ProductNodes
 
 
-def swap_attention(graph: OnnxGraph, ports: GraphPorts, config: OnnxConfig) -> Swap:
-    """Return what is swapped; raises `NotSwapped` with the reason where the graph is left whole."""
+def swap_attention(
+    graph: OnnxGraph,
+    ports: GraphPorts,
+    config: OnnxConfig,
+    products: ProductNodes = NO_PRODUCTS,
+) -> Swap:
+    """Return what is swapped, `products` too.
+
+    Raises `NotSwapped` with the reason where the graph is left whole.
+    """
     branch = next((node.kind for node in graph.nodes if node.kind in BRANCHES), None)
     if branch is not None:
         raise NotSwapped(f"has branches ({branch})")
@@ -52,13 +63,18 @@ def swap_attention(graph: OnnxGraph, ports: GraphPorts, config: OnnxConfig) -> S
         raise NotSwapped(f"has {DECOMPOSED}")
     check_layers(layers, ports.layers)
     _check_sizes(layers)
-    nodes, read = _reached(graph, ports, layers)
+    reached, read = _reached(graph, ports, layers, products)
+    products = products.among(reached)
+    ours = {node.index for node in (*layers, *products.nodes)}
+    nodes = frozenset(reached - ours)
+    read -= {graph.nodes[index].outputs[0] for index in ours}
     return Swap(
         layers=layers,
         nodes=nodes,
         weights=read & frozenset(graph.weights),
         inputs=read - frozenset(graph.weights) - {n for i in nodes for n in graph.nodes[i].outputs},
         inline_bytes=inline,
+        products=products,
     )
 
 
@@ -72,11 +88,15 @@ def _check_sizes(layers: tuple[AttentionNode, ...]) -> None:
 
 
 def _reached(
-    graph: OnnxGraph, ports: GraphPorts, layers: tuple[AttentionNode, ...]
+    graph: OnnxGraph,
+    ports: GraphPorts,
+    layers: tuple[AttentionNode, ...],
+    products: ProductNodes,
 ) -> tuple[frozenset[int], frozenset[str]]:
-    """The nodes that the logits depend on, without attention, and all values that are read."""
+    """The nodes that the logits depend on, ours among them, and all values that are read."""
     maker = {name: i for i, node in enumerate(graph.nodes) for name in node.outputs if name}
-    attention = {node.index: node for node in layers}
+    attention = {node.index for node in layers}
+    ours = {node.index: node.reads for node in (*layers, *products.nodes)}
     caches = {name for node in layers for name in (*node.past, *node.present)}
     reached: set[int] = set()
     read: set[str] = set()
@@ -92,9 +112,7 @@ def _reached(
         if index is None or index in reached:
             continue
         reached.add(index)
-        found = attention.get(index)
-        wanted += [n for n in (graph.nodes[index].inputs if found is None else found.reads) if n]
-    if not set(attention) <= reached:
+        wanted += [n for n in ours.get(index, graph.nodes[index].inputs) if n]
+    if not attention <= reached:
         raise NotSwapped("has attention that its logits do not depend on")
-    made_by_attention = {node.output for node in layers}
-    return frozenset(reached - set(attention)), frozenset(read - made_by_attention)
+    return frozenset(reached), frozenset(read)

@@ -1,4 +1,4 @@
-"""SwappedGraph: a graph's model with our operator in its attention's place, as bytes for a session."""
+"""SwappedGraph: a graph's model with our operators in their places, as bytes for a session."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lowtide.models.onnx.libraries import onnx_library
 from lowtide.models.onnx.swapped.attender import Attender
 from lowtide.models.onnx.swapped.last_rows import LastRows
+from lowtide.models.onnx.swapped.multiplier import Multiplier
 from lowtide.models.onnx.swapped.swap import Swap
 
 if TYPE_CHECKING:
@@ -41,12 +42,20 @@ class SwappedGraph:
         """Whether the graph has the input `last_rows.BEGIN`."""
         return self._last_rows is not None
 
-    def serialised(self, attender: Attender) -> bytes:
-        """Return the model in which `attender` attends; of the graph's outputs the logits are left."""
+    def serialised(self, attender: Attender, multiplier: Multiplier | None = None) -> bytes:
+        """Return the model in which both compute what is theirs; of its outputs the logits are left.
+
+        A swap with products wants a multiplier.
+        """
         onnx, graph = self._onnx, self._model.graph
-        ours = {node.index: layer for layer, node in enumerate(self._swap.layers)}
+        ours = {
+            node.index: self._attention(layer, attender)
+            for layer, node in enumerate(self._swap.layers)
+        }
+        if multiplier is not None:
+            ours |= self._products(multiplier, attender.domain)
         nodes = [
-            self._our_node(ours[index], attender) if index in ours else self._theirs(node)
+            ours[index] if index in ours else self._theirs(node)
             for index, node in enumerate(graph.node)
             if index in ours or index in self._swap.nodes
         ]
@@ -77,7 +86,7 @@ class SwappedGraph:
         kept = [port for port in self._model.graph.output if port.name == self._logits]
         return kept if self._last_rows is None else list(map(self._last_rows.output, kept))
 
-    def _our_node(self, layer: int, attender: Attender) -> Any:
+    def _attention(self, layer: int, attender: Attender) -> Any:
         node = self._swap.layers[layer]
         inputs = [node.query, node.key, node.value, node.bias]
         while not inputs[-1]:
@@ -91,6 +100,35 @@ class SwappedGraph:
             attender=attender.number,
             layer=layer,
         )
+
+    def _products(self, multiplier: Multiplier, domain: str) -> dict[int, Any]:
+        """Nodes for products and look-ups, by the place of the node that each stands for."""
+        products, make = self._swap.products, self._onnx.helper.make_node
+        names: dict[str, int] = {}
+        made = {
+            node.index: make(
+                multiplier.product_operator,
+                node.reads,
+                [node.output],
+                name=f"product_{node.index}",
+                domain=domain,
+                products=multiplier.number,
+                matrix=node.matrix,
+                rows=names.setdefault(node.rows, len(names)),
+            )
+            for node in products.products
+        }
+        for node in products.look_ups:
+            made[node.index] = make(
+                multiplier.look_up_operator,
+                node.reads,
+                [node.output],
+                name=f"rows_{node.index}",
+                domain=domain,
+                products=multiplier.number,
+                matrix=node.matrix,
+            )
+        return made
 
     def weight(self, name: str) -> NDArray[np.float32] | None:
         """Return a weight as an array of its own; None for ""."""

@@ -1,0 +1,173 @@
+"""A graph with our kernels in its products' places answers as the same weights do elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx_decoders import Shape, write_decoder
+from tiny_gguf import write_pair
+
+from lowtide.attention.onnx_attention import OnnxAttention
+from lowtide.attention.onnx_products import OnnxProducts
+from lowtide.attention.panel_file import is_sound, write_panels
+from lowtide.models.errors import LowtideError
+from lowtide.models.header import read_spec
+from lowtide.models.onnx.convert.conversion import convert
+from lowtide.models.onnx.model import OnnxModel
+from lowtide.models.onnx.options import OnnxOptions
+from lowtide.models.onnx.packed_form import PackedForm, packed_spec
+from lowtide.models.onnx.spec import OnnxSpec
+from lowtide.models.onnx.swapped.model import SwappedModel
+
+IDS = [int(i) for i in np.random.default_rng(3).integers(0, 320, 90)]
+PARTS = (0, 64, 66, 67, 68, 90)
+WIDE = Shape(width=256, heads=4, kv_heads=4, feed_forward=128)
+
+
+def ignored(_: int) -> None:
+    pass
+
+
+def form_of(folder: Path) -> tuple[OnnxSpec, PackedForm]:
+    spec = read_spec(folder)
+    assert isinstance(spec, OnnxSpec) and isinstance(spec.packed, PackedForm), spec
+    return spec, spec.packed
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Callable[..., OnnxModel]]:
+    """Opens a folder's graph, packed or whole, with a cache of floats; closes what it opened."""
+    models = []
+
+    def open_one(folder: Path, *, pack: bool, threads: int = 2, kv_type: str = "f32") -> OnnxModel:
+        spec, form = form_of(folder)
+        options = OnnxOptions(context=256, max_rows=64, threads=threads, kv_type=kv_type)
+        if pack:
+            panels = tmp_path / f"{folder.name}.panels"
+            write_panels(form, folder, panels, ignored)
+            products = OnnxProducts(form, panels, 64, threads)
+            spec = packed_spec(spec, form)
+            models.append(SwappedModel(spec, options, OnnxAttention(threads), products))
+        else:
+            models.append(OnnxModel(spec, options))
+        return models[-1]
+
+    yield open_one
+    for model in models:
+        model.close()
+
+
+def passes(model: OnnxModel) -> np.ndarray:
+    pairs = pairwise(PARTS)
+    return np.stack([np.array(model.forward(IDS[a:b]), np.float64) for a, b in pairs])
+
+
+def divergence(wanted: np.ndarray, found: np.ndarray) -> float:
+    p, q = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (wanted, found))
+    return float((np.exp(p) * (p - q)).sum(axis=1).mean())
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"bits": 4},
+        {"bits": 4, "symmetric": False},
+        {"bits": 4, "block_size": 64},
+        {"bits": 8},
+        {"bits": 4, "last_row": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("form", ["gqa", "standard", "gqa packed"])
+def test_packed_products_answer_as_onnxruntimes(
+    tmp_path: Path, opened: Callable[..., OnnxModel], form: str, written: dict[str, Any]
+) -> None:
+    """Both round rows to 8 bits in blocks; against rows of floats both are as far."""
+    folder = write_decoder(tmp_path / "int8", form, WIDE, **written)
+    floats = write_decoder(tmp_path / "floats", form, WIDE, **written, accuracy_level=1)
+    exact = passes(opened(floats, pack=False))
+    theirs, ours = (divergence(exact, passes(opened(folder, pack=p))) for p in (False, True))
+    assert 0 < ours < max(2 * theirs, 2e-3)
+
+
+def test_a_row_is_the_same_among_others_and_on_any_threads(
+    tmp_path: Path, opened: Callable[..., OnnxModel]
+) -> None:
+    folder = write_decoder(tmp_path / "tiny", "gqa", WIDE, bits=4)
+    together = opened(folder, pack=True, threads=2)
+    found = together.forward(IDS[:60])
+    one = opened(folder, pack=True, threads=1)
+    for token_id in IDS[:60]:
+        alone = one.forward([token_id])
+    np.testing.assert_array_equal(alone, found)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "tied"),
+    [
+        ("llama", "Q4_1", True),
+        ("gemma3", "Q8_0", True),
+        ("qwen2", "Q4_0", False),
+        ("qwen3", "Q5_0", True),
+    ],
+)
+def test_converted_folders_answer_as_the_packed_gguf(
+    tmp_path: Path, opened: Callable[..., OnnxModel], architecture: str, kind: str, tied: bool
+) -> None:
+    """The same weights: what is left is what rounding rows to 8 bits makes of sums in another order."""
+    from lowtide import Runtime
+
+    quantised, _ = write_pair(tmp_path, architecture, kind, tied=tied)
+    folder = convert(read_spec(quantised), tmp_path / "onnx").folder
+    options = {"memory": "4GiB", "context": 256, "threads": 1, "attention": "dense", "pack": True}
+    with Runtime.open(quantised, **options) as runtime:  # type: ignore[arg-type]
+        pairs = pairwise(PARTS)
+        wanted = np.stack(
+            [np.array(runtime._model.forward(IDS[a:b]), np.float64) for a, b in pairs]
+        )
+    assert divergence(wanted, passes(opened(folder, pack=True, kv_type="f16"))) < 2e-3
+
+
+def test_what_no_product_reads_is_onnxruntimes(
+    tmp_path: Path, opened: Callable[..., OnnxModel]
+) -> None:
+    quantised, _ = write_pair(tmp_path, "llama", "Q8_0")
+    folder = convert(read_spec(quantised), tmp_path / "onnx").folder
+    model = opened(folder, pack=True)
+    model.forward(IDS[:5])
+    assert isinstance(model, SwappedModel) and isinstance(model._multiplier, OnnxProducts)
+    _, form = form_of(folder)
+    assert model._multiplier.num_nodes == len(form.swap.products.nodes) == 51
+    assert model._multiplier.scratch_bytes > 64 * 64
+
+
+def test_a_file_of_panels_is_whole_or_not_believed(tmp_path: Path) -> None:
+    folder = write_decoder(tmp_path / "tiny", "gqa", WIDE, bits=4)
+    _, form = form_of(folder)
+    path = tmp_path / "new" / "tiny.panels"
+    assert not is_sound(path, form)
+    told: list[int] = []
+    write_panels(form, folder, path, told.append)
+    assert is_sound(path, form) and path.stat().st_size == form.offsets[-1]
+    assert sum(told) == sum(matrix.num_bytes for matrix in form.swap.products.matrices)
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert not is_sound(path, form)
+    path.write_bytes(data[:-64])
+    assert not is_sound(path, form)
+    with pytest.raises(LowtideError, match="remove it, and it is made again"):
+        OnnxProducts(form, path, 64, 1)
+
+
+def test_closing_twice(tmp_path: Path) -> None:
+    folder = write_decoder(tmp_path / "tiny", "gqa", WIDE, bits=4)
+    _, form = form_of(folder)
+    write_panels(form, folder, tmp_path / "panels", ignored)
+    products = OnnxProducts(form, tmp_path / "panels", 64, 1)
+    products.close()
+    products.close()

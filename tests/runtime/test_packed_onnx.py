@@ -1,0 +1,148 @@
+"""ONNX folders whose products are ours: planned, answered, never over, and clear where they cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from onnx_decoders import Shape, write_decoder
+from processes import run_lowtide
+
+from lowtide import Runtime
+from lowtide.models.errors import BadOption
+from lowtide.runtime.errors import NotPacked
+
+BIG = Shape(
+    layers=4, width=768, heads=12, kv_heads=4, feed_forward=2048, vocabulary=4096, context=2048
+)
+SMALL = Shape(layers=4, width=256, heads=4, kv_heads=4, feed_forward=128)
+TEXT = "The tide goes out. " * 60
+GREEDY: dict[str, Any] = {"max_tokens": 12, "temperature": 0}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def panels(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache").rglob("*.panels"))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_never_over_its_plan_and_below_the_copies(tmp_path: Path, bits: int) -> None:
+    """The first run writes the packed weights, in the same process."""
+    folder = write_decoder(tmp_path / "big", "gqa", BIG, bits=bits)
+    planned = {}
+    for words in (("--attention", "dense"), ("--pack",), ("--pack",)):
+        done = run_lowtide(
+            *("run", str(folder), "--raw", "--json", "-n", "8", "--temp", "0", "-t", "1", *words),
+            stdin=TEXT.encode(),
+        )
+        assert done.code == 0, done.stderr
+        stats = json.loads(done.stdout)["stats"]
+        assert stats["prompt_tokens"] == len(TEXT) and stats["attention"] == "dense"
+        assert done.peak_bytes <= stats["planned_bytes"]
+        assert stats["packed_tensors"] == (29 if words == ("--pack",) else 0)
+        planned[words] = stats["planned_bytes"]
+    assert planned["--pack",] < planned["--attention", "dense"]
+    assert len(panels(tmp_path)) == 1
+
+
+def test_the_lower_bound_runs(tmp_path: Path) -> None:
+    folder = write_decoder(tmp_path / "big", "gqa", BIG, bits=4)
+    words = ("--pack", "-t", "1", "--memory")
+    asked = run_lowtide("plan", str(folder), *words, "60MiB", "--json")
+    bound = json.loads(asked.stdout)["lower_bound_bytes"]
+    assert not panels(tmp_path), "a plan writes nothing"
+    for _ in ("packing", "packed"):
+        done = run_lowtide(
+            *("run", str(folder), "--raw", "-n", "4", *words, str(bound)), stdin=TEXT[:400].encode()
+        )
+        assert done.code == 0, done.stderr
+        assert done.peak_bytes <= bound
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention": "tidal:k=512,layers=1"},
+        {"attention": "delta:sparsity=0"},
+        {"speculate": "ngram"},
+        {"prefix_cache": "1MiB"},
+        {"threads": 2},
+    ],
+    ids=str,
+)
+def test_it_goes_with_what_else_there_is(tmp_path: Path, options: dict[str, Any]) -> None:
+    folder = write_decoder(tmp_path / "tiny", "gqa", SMALL, bits=4)
+    found = []
+    for more in ({}, options):
+        wanted = {"memory": "2GiB", "threads": 1, "pack": True, **more}
+        with Runtime.open(folder, **wanted) as runtime:
+            result = runtime.generate(TEXT[:300], **GREEDY)
+            assert result.stats.packed_tensors == 29
+            found.append(result.token_ids)
+            again = runtime.generate(TEXT[:200], **GREEDY)
+            assert again.stats.reused_tokens > 100
+    assert found[0] == found[1] and len(found[0]) == 12
+
+
+def test_gem_reads_its_first_pass_from_the_same_weights(tmp_path: Path) -> None:
+    folder = write_decoder(tmp_path / "tiny", "gqa", SMALL, bits=4)
+    policy = "gem:k=80,layer=2,continues=1"
+    with Runtime.open(folder, memory="2GiB", threads=1, pack=True, attention=policy) as runtime:
+        first = runtime.generate(TEXT[:300], **GREEDY)
+        assert runtime.generate(TEXT[:300], **GREEDY).token_ids == first.token_ids
+
+
+def test_models_pack_writes_what_pack_reads(tmp_path: Path) -> None:
+    folder = write_decoder(tmp_path / "tiny", "gqa", SMALL, bits=4)
+    done = run_lowtide("models", "pack", str(folder))
+    assert done.code == 0 and "29 matrices are packed" in done.stderr
+    (path,) = panels(tmp_path)
+    assert done.stdout.split()[-1] == str(path)
+    written = path.stat().st_mtime_ns
+    with Runtime.open(folder, memory="2GiB", threads=1, pack=True) as runtime:
+        assert runtime.generate(TEXT[:50], **GREEDY).token_ids
+    assert path.stat().st_mtime_ns == written
+    path.write_bytes(path.read_bytes()[:-64])
+    with Runtime.open(folder, memory="2GiB", threads=1, pack=True) as runtime:
+        assert runtime.generate(TEXT[:50], **GREEDY).token_ids
+    assert path.stat().st_mtime_ns != written, "a damaged file is made again"
+
+
+def test_other_weights_have_another_file(tmp_path: Path) -> None:
+    for bits in (4, 8):
+        folder = write_decoder(tmp_path / str(bits), "gqa", SMALL, bits=bits)
+        Runtime.open(folder, memory="2GiB", threads=1, pack=True).close()
+    assert len(panels(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("form", "written", "options", "told"),
+    [
+        ("gqa", {}, {}, "is an ONNX graph that has no product .* can be packed: leave it out"),
+        ("decomposed", {"bits": 4}, {}, "that has decomposed attention: leave it out"),
+        ("gqa", {"bits": 4}, {"provider": "cuda"}, "'cuda'"),
+    ],
+)
+def test_what_cannot_be_packed_is_told_before_loading(
+    tmp_path: Path, form: str, written: dict[str, Any], options: dict[str, Any], told: str
+) -> None:
+    folder = write_decoder(tmp_path / "tiny", form, SMALL, **written)
+    with pytest.raises(BadOption, match=told):
+        Runtime.open(folder, memory="2GiB", pack=True, **options)
+
+
+def test_a_cache_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan is another without: it does not go on unpacked."""
+    folder = write_decoder(tmp_path / "tiny", "gqa", SMALL, bits=4)
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(NotPacked, match="cannot be written to .*: make room, or leave --pack out"):
+        Runtime.open(folder, memory="2GiB", pack=True)
