@@ -5,9 +5,12 @@ Knows no command's insides; each is imported when it is used.
 
 from __future__ import annotations
 
+import atexit
+import errno
 import importlib
+import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -71,3 +74,29 @@ def main() -> None:
             reconfigure(
                 errors="replace"
             )  # a terminal without the character must not end the answer
+
+
+def run() -> NoReturn:
+    """Do what the command's words say, and end the process without its libraries' destructors.
+
+    These read pages that nothing needed before: up to 3 MiB, beyond what was planned.
+    """
+    try:
+        main()
+        code = 0
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        click.echo(
+            "Error: the output cannot be written, as there is no space left: make room", err=True
+        )
+        os._exit(1)  # what is left of it cannot be written either
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # whoever read it is gone
+        code = code or 1
+    os._exit(code)

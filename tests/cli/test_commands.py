@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 from gguf_files import write_model
-from processes import run_lowtide
+from processes import run_lowtide, run_measured
 
 import lowtide as package
 from lowtide.cli.main import COMMANDS, main
@@ -197,3 +199,40 @@ def test_doctor_names_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     done = invoke("doctor")
     assert done.exit_code == 1
     assert "Problem: the native library is of version 0.0.1" in done.stdout
+
+
+ENDING = """
+import atexit, sys
+class Late:
+    def __del__(self):
+        print("destroyed")
+late = Late()
+atexit.register(print, "registered")
+from lowtide.cli.main import run
+run()
+"""
+
+
+@pytest.mark.parametrize(("words", "code"), [(("--version",), 0), (("nothing",), 2)])
+def test_the_command_ends_with_what_was_registered_and_nothing_else(
+    words: tuple[str, ...], code: int
+) -> None:
+    """Destructors would read pages of libraries that nothing needed before: more than was planned."""
+    done = run_measured(sys.executable, "-c", ENDING, *words)
+    assert done.code == code
+    assert done.stdout.endswith("registered\n") and "destroyed" not in done.stdout
+
+
+def test_a_full_disk_is_a_sentence() -> None:
+    program = "from lowtide.cli.main import run; run()"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program, "models", "show", "smollm2"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: the output cannot be written, as there is no space left")
+    assert done.stderr.count("\n") == 1

@@ -11,7 +11,7 @@ from pathlib import Path
 from processes import run_lowtide
 from tiny_gguf import write_pair
 
-PROGRAM = "from lowtide.cli.main import main; main()"
+PROGRAM = "from lowtide.cli.main import run; run()"
 
 
 def test_a_model_is_converted_and_runs(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ real = pytest.mark.skipif(bool(reason_against_enforcing()), reason=reason_agains
 SMALL = ("--memory", "200MiB", "-c", "512", "--temp", "0", "-t", "1")
 START = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell may ignore it
-    "from lowtide.cli.main import main; main()"
+    "from lowtide.cli.main import run; run()"
 )
 
 
@@ -57,17 +57,19 @@ def test_at_the_lower_bound_the_answer_is_the_same_and_nothing_is_killed() -> No
     refused = run_lowtide("run", "--enforce", "--memory", "40MiB", "-p", "Hi")
     assert (refused.code, refused.stdout) == (2, "")
     assert "Traceback" not in refused.stderr
-    plan = json.loads(run_lowtide("plan", "--memory", "1GiB", "--json").stdout)
+    # Stated, or what is measured decides between two contexts and types that answer otherwise.
+    shape = ("-c", "512", "--kv-type", "q4_0", "-t", "1")
+    plan = json.loads(run_lowtide("plan", *shape, "--memory", "1GiB", "--json").stdout)
     least = -(-plan["lower_bound_bytes"] // MIB) + 1
     bound = f"{least}MiB"
-    arguments = ("--temp", "0", "-n", "48", "-t", "1", "--memory", bound)
+    arguments = (*shape, "--temp", "0", "-n", "48", "--memory", bound)
     question = b"Why is the sea salty?"
     plain = run_lowtide("run", *arguments, stdin=question)
     held = run_lowtide("run", "--enforce", *arguments, stdin=question)
     assert (held.code, held.stdout) == (plain.code, plain.stdout) == (0, plain.stdout)
     assert held.peak_bytes <= least * MIB
     assert "the kernel ends this process" in held.stderr
-    below = run_lowtide("run", "--enforce", "--memory", f"{least - 8}MiB", "-p", "Hi")
+    below = run_lowtide("run", "--enforce", *shape, "--memory", f"{least - 8}MiB", "-p", "Hi")
     assert below.code == 2 and "needs at least" in below.stderr
     assert not groups_left()
 

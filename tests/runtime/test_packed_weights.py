@@ -25,7 +25,7 @@ from lowtide.runtime.planning import OpenOptions, plan_reference
 from lowtide.runtime.result import GenerationResult
 
 FORMATS = [name for name in FILE_TYPES if name != "F32"]
-PROGRAM = "from lowtide.cli.main import main; main()"
+PROGRAM = "from lowtide.cli.main import run; run()"
 PROMPT = tuple(range(5, 75))
 
 

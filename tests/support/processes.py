@@ -48,7 +48,7 @@ def run_measured(*command: str, stdin: bytes = b"", timeout: float = 120) -> Fin
 
 def run_lowtide(*arguments: str, stdin: bytes = b"", timeout: float = 120) -> Finished:
     """Run the command line as a user would."""
-    program = "from lowtide.cli.main import main; main()"
+    program = "from lowtide.cli.main import run; run()"
     return run_measured(sys.executable, "-c", program, *arguments, stdin=stdin, timeout=timeout)
 
 
