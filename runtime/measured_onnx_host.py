@@ -10,9 +10,11 @@ import gc
 import platform
 import sys
 
+from lowtide.attention.native_library import native_library
 from lowtide.memory import footprint
 from lowtide.memory.budget import Budget
 from lowtide.memory.heap import trim_heap
+from lowtide.memory.loaded_code import address_of, read_in
 from lowtide.memory.meter import read_process_memory
 from lowtide.memory.plan import Host
 from lowtide.memory.units import MIB
@@ -38,6 +40,7 @@ def measured_onnx_host(spec: OnnxSpec, budget: Budget, *, is_swapped: bool = Fal
     onnx_library("tokenizers")
     if is_swapped:
         onnx_library("onnx")
+        read_in(address_of(native_library().lowtide_native_version))
     with contextlib.suppress(TemplateError):
         ChatTemplate(spec.chat_template, {})
     before = read_process_memory().resident_bytes
