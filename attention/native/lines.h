@@ -25,22 +25,20 @@ struct Lines {
 // multiplied by. The lines go step by step together: alone, each would wait for its own sums across lanes.
 template <int N> void soften(const AttentionProblem& p, const Lines& lines, float* scores, float* factors) {
     float largest[N];
+    Floats most[N];
     for (int n = 0; n < N; ++n) {
         float* line = scores + n * kBlockKeys;
         const float* bias = lines.bias[n];
-        if (p.softcap != 0.0f)
+        const bool is_capped = p.softcap != 0.0f;
+        if (is_capped)
             for (int j = 0; j < kBlockKeys; ++j) line[j] = p.softcap * std::tanh(line[j] * p.scale / p.softcap) + bias[j];
-        else
-            for (int j = 0; j < kBlockKeys; j += W) store(line + j, load(line + j) * p.scale + load(bias + j));
-        if (lines.exported[n] != nullptr) std::memcpy(lines.exported[n], line, sizeof(float) * kBlockKeys);
-    }
-    Floats most[N];
-    for (int n = 0; n < N; ++n) {
         most[n] = splat(lines.partials[n][0]);
         for (int j = 0; j < kBlockKeys; j += W) {
-            const Floats some = load(scores + n * kBlockKeys + j);
+            const Floats some = is_capped ? load(line + j) : load(line + j) * p.scale + load(bias + j);
+            store(line + j, some);
             most[n] = some > most[n] ? some : most[n];
         }
+        if (lines.exported[n] != nullptr) std::memcpy(lines.exported[n], line, sizeof(float) * kBlockKeys);
     }
     for (int n = 0; n < N; ++n) {
         largest[n] = largest_of_lanes(most[n]);

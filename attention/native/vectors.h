@@ -23,11 +23,24 @@ inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(
 inline void store(float* to, Floats value) { *reinterpret_cast<Floats*>(to) = value; }
 inline Floats splat(float value) { return value - Floats{}; }
 
+// value * 2^n for a whole n from -126 on; of others the result means nothing, and of n that no integer holds only
+// vectors of 16 lanes may be asked.
+inline Floats times_power_of_two(Floats value, Floats n) {
+#if VECTOR_FLOATS == 16
+    return Floats(_mm512_scalef_ps(__m512(value), __m512(n)));
+#else
+    const Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
+    Floats power;
+    std::memcpy(&power, &exponent, sizeof power);
+    return value * power;
+#endif
+}
+
 // exp of values at or below zero: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' coefficients), within
 // 2 units in the last place; exactly 0 below -87 and for NaN.
 inline Floats exp_nonpositive(Floats x) {
     const Ints alive = x > splat(-87.0f);
-    x = alive ? x : splat(-87.0f);
+    if constexpr (W != 16) x = alive ? x : splat(-87.0f);
     const Floats shifted = x * 1.44269504f + 12582912.0f;  // rounds to the nearest whole number
     const Floats n = shifted - 12582912.0f;
     Floats r = x - n * 0.693359375f;
@@ -39,11 +52,7 @@ inline Floats exp_nonpositive(Floats x) {
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
     y = y * (r * r) + r + 1.0f;
-    const Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
-    Floats power;
-    std::memcpy(&power, &exponent, sizeof power);
-    const Floats result = y * power;
-    return alive ? result : splat(0.0f);
+    return alive ? times_power_of_two(y, n) : splat(0.0f);
 }
 
 inline float exp_one(float x) {
