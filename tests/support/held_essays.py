@@ -1,0 +1,150 @@
+"""Essays held in a loaded model: what delta loses there, with units from a text of another kind."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from essays import essays
+
+from lowtide.attention.delta.block_policy import DeltaBlocks
+from lowtide.attention.delta.calibrate import DeltaCalibrator
+from lowtide.attention.delta.policy import Delta
+from lowtide.attention.delta.state_calibrate import StateCalibrator
+from lowtide.attention.dense import DenseSteering
+from lowtide.attention.graph_hook import GraphHook
+from lowtide.attention.needles import Needle, chat_framing, continued, hide_needle, pass_key
+from lowtide.attention.policy import Steering
+from lowtide.attention.quality import Distance, Reference
+from lowtide.attention.score_cost import ScoreCost
+from lowtide.cli.delta_calibration import planned_as
+from lowtide.models.gguf_header import read_spec
+from lowtide.runtime.loaded_model import LoadedModel
+from lowtide.runtime.planning import OpenOptions, plan_reference
+from lowtide.runtime.sample_text import read_sample, sample_tokens
+
+SCORED = 200
+DEPTHS = (0.9, 0.5, 0.1)
+
+Policy = Delta | DeltaBlocks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """What is asked: `SCORED` tokens after `prefix` of essays at each offset, and `num_keys` pass keys,
+    of which every other has two neighbours equal, hidden at each depth of each of `lengths`.
+
+    Units are from `context` tokens of Python's language reference.
+    """
+
+    context: int
+    prefix: int
+    offsets: tuple[int, ...]
+    lengths: tuple[int, ...]
+    num_keys: int
+
+
+SHORT = Trial(context=2048, prefix=1600, offsets=(0, 6000, 12000), lengths=(1000, 2000), num_keys=6)
+LONG = Trial(context=4096, prefix=3600, offsets=(0, 6000, 12000), lengths=(2000, 4000), num_keys=3)
+
+
+@dataclass(frozen=True, slots=True)
+class Essays:
+    """A loaded model and a text that nothing was calibrated on."""
+
+    loaded: LoadedModel
+    token_ids: list[int]
+    trial: Trial
+
+    @staticmethod
+    @contextlib.contextmanager
+    def opened(
+        path: Path, policy: Policy, trial: Trial = SHORT, kv_type: str = "f16", threads: int = 2
+    ) -> Iterator[Essays]:
+        """Load a model with room for whatever units the policy may get."""
+        options = OpenOptions(
+            memory="4GiB",
+            context=trial.context + 256,
+            threads=threads,
+            attention=planned_as(policy, read_spec(path)),
+            pack=True,
+            kv_type=kv_type,
+        )
+        loaded = LoadedModel(plan_reference(path, options))
+        text = loaded.model.tokenizer.encode(essays(), add_special=True, parse_special=False)
+        try:
+            yield Essays(loaded, text, trial)
+        finally:
+            loaded.close()
+
+    @property
+    def hook(self) -> GraphHook:
+        assert self.loaded.hook is not None
+        return self.loaded.hook
+
+    @property
+    def dense(self) -> Steering:
+        return DenseSteering(self.hook)
+
+    def steering(self, policy: Policy) -> Steering:
+        spec = self.loaded.model.spec
+        return policy.fitted(spec).install(self.hook, spec)
+
+    def texts(self) -> Iterator[list[int]]:
+        """Yield what is read and scored at each place."""
+        for offset in self.trial.offsets:
+            end = 1 + offset + self.trial.prefix + SCORED
+            yield [self.token_ids[0], *self.token_ids[1 + offset : end]]
+
+    def distance(self, policy: Policy) -> tuple[Distance, ScoreCost]:
+        """From dense attention over all places, prompts read by the policy; and what scores cost."""
+        model, total, before = self.loaded.model, Distance(), self.hook.counts()
+        for text in self.texts():
+            model.truncate(0)
+            place = Reference(model, self.dense, text, self.trial.prefix, SCORED)
+            total += place.distance(self.steering(policy))
+        return total, self.hook.counts().scores - before.scores
+
+    def needles(self) -> Iterator[Needle]:
+        """Yield the prompts in which keys are hidden."""
+        model, trial = self.loaded.model, self.trial
+        framing = chat_framing(model)
+        for length, depth, seed in itertools.product(trial.lengths, DEPTHS, range(trial.num_keys)):
+            key = pass_key(90 + seed, doubled=seed % 2 == 1)
+            haystack = self.token_ids[1 + 3000 * seed :]
+            yield hide_needle(model, haystack, framing, length, depth, key)
+
+    def answer(self, policy: Policy | None, needle: Needle) -> str:
+        """Return what is said of a key, by dense attention where there is no policy."""
+        self.loaded.model.truncate(0)
+        steering = self.dense if policy is None else self.steering(policy)
+        return continued(self.loaded.model, steering, needle.token_ids)
+
+    def keys_found(self, policy: Policy) -> tuple[int, list[str]]:
+        """How many pass keys dense attention finds, and what the policy says instead of which of these."""
+        dense, lost = 0, []
+        for needle in self.needles():
+            if needle.key not in self.answer(None, needle):
+                continue
+            dense += 1
+            answer = self.answer(policy, needle)
+            if needle.key not in answer:
+                where = f"{needle.depth:.0%} of {needle.length:,}"
+                lost.append(f"{needle.key} at {where}: {answer!r}")
+        return dense, lost
+
+    def of_sparsity(self, policy: Policy, sparsity: float) -> Policy:
+        """Return the policy with the sparsity spread over layers and heads, on the reference."""
+        model, context = self.loaded.model, self.trial.context
+        sample = read_sample(None, 2 * context)
+        text = sample_tokens(model.tokenizer, sample, 2 * context + 2, whose="the reference")
+        place = (model, self.hook, text, context, chat_framing(model))
+        origin = "spread over layers and heads"
+        if isinstance(policy, Delta):
+            (groups,) = DeltaCalibrator(*place, policy).spread([sparsity])
+            return replace(policy, units=groups, origin=origin)
+        (units,) = StateCalibrator(*place, policy).spread([sparsity])
+        return replace(policy, units=units, origin=origin)
