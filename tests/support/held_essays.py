@@ -48,7 +48,6 @@ class Trial:
 
 
 SHORT = Trial(context=2048, prefix=1600, offsets=(0, 6000, 12000), lengths=(1000, 2000), num_keys=6)
-LONG = Trial(context=4096, prefix=3600, offsets=(0, 6000, 12000), lengths=(2000, 4000), num_keys=3)
 
 
 @dataclass(frozen=True, slots=True)
