@@ -66,8 +66,24 @@ void score_stored(const KeyBlock& block, const KeyBlock& ahead, const Lines& lin
     }
 }
 
+// The sums of every fourth channel stand in registers side by side: none is stored and read again.
+template <int N> void score_turned_at_once(const float* keys, const Lines& lines, int key_size, float* scores) {
+    for (int j = 0; j < kBlockKeys; j += W) {
+        Floats sums[4][N] = {};
+        for (int d = 0; d < key_size; d += 4) {
+#pragma GCC unroll 4
+            for (int c = 0; c < 4; ++c) {
+                const Floats k = load(keys + (d + c) * kBlockKeys + j);
+                for (int n = 0; n < N; ++n) sums[c][n] += lines.q[n][d + c] * k;
+            }
+        }
+        for (int n = 0; n < N; ++n) store(scores + n * kBlockKeys + j, ((sums[0][n] + sums[1][n]) + sums[2][n]) + sums[3][n]);
+    }
+}
+
 // Scores from a turned block: keys (key_size, kBlockKeys). Every fourth channel first, as above.
 template <int N> void score_turned(const float* keys, const Lines& lines, int key_size, float* scores) {
+    if constexpr (W == 16 && N <= 6) return score_turned_at_once<N>(keys, lines, key_size, scores);
     constexpr int V = vectors_beside(N);
     for (int j = 0; j < kBlockKeys; j += V * W) {
         for (int first = 0; first < 4; ++first) {
