@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from essays import essays
 
+from lowtide.attention.delta.block_policy import DeltaBlocks
+from lowtide.attention.delta.policy import Delta
 from lowtide.models.catalog import resolve
 from lowtide.runtime.evaluation import SPARE_TOKENS, evaluate
 from lowtide.runtime.loaded_model import LoadedModel
@@ -15,6 +17,7 @@ from lowtide.runtime.planning import OpenOptions, plan_reference
 pytestmark = pytest.mark.once
 
 WINDOWS = 8
+DELTA_CONTEXT = 1024
 
 
 @pytest.mark.parametrize(
@@ -40,5 +43,41 @@ def test_they_stay_close_and_find_what_dense_finds(
     assert found.distance.top1_agreement >= 0.9
     # The relative change of 512 tokens' likelihood scatters by a third of a percent.
     assert abs(found.distance.nll_change) <= 0.015
+    assert any(needle.dense for needle in found.needles)
+    assert all(needle.found for needle in found.needles if needle.dense)
+
+
+@pytest.mark.parametrize(
+    ("attention", "sparsity"),
+    [
+        ("delta", 0.2),
+        ("delta:granularity=element", 0.6),
+    ],
+)
+def test_those_of_delta_are_found_and_lose_no_key(
+    attention: str, sparsity: float, tmp_path: Path
+) -> None:
+    text = tmp_path / "essays.txt"
+    text.write_text(essays(), encoding="utf-8")
+    options = OpenOptions(
+        memory="2GiB",
+        context=DELTA_CONTEXT + SPARE_TOKENS,
+        threads=1,
+        attention=attention,
+        compared_rows=64,
+        pack=True,
+    )
+    loaded = LoadedModel(plan_reference(resolve("smollm2"), options))
+    try:
+        policy = loaded.planned.policy
+        assert isinstance(policy, Delta | DeltaBlocks) and policy.units is not None
+        assert (policy.units.sparsity or 0.0) >= sparsity and "calibrated: KL" in str(policy)
+        found = evaluate(
+            loaded, context=DELTA_CONTEXT, text=text, windows=2, needle_lengths=(DELTA_CONTEXT,)
+        )
+    finally:
+        loaded.close()
+    assert 0 < found.distance.kl <= 0.012
+    assert found.distance.top1_agreement >= 0.9
     assert any(needle.dense for needle in found.needles)
     assert all(needle.found for needle in found.needles if needle.dense)
