@@ -97,6 +97,11 @@ def calibration(spec: ModelSpec) -> StateCalibration:
 
 
 def test_what_is_stated_is_of_every_unit(spec: ModelSpec) -> None:
+    """A model that no calibration is for; with one, thresholds are multiples of its queries' channels."""
+    calibrated = DeltaBlocks(granularity="element", threshold=0.25).fitted(spec).units
+    assert calibrated is not None
+    assert calibrated.roots != StateUnits.uniform(30, 3, 64, block=1).roots
+    spec = replace(spec, fingerprint="0" * 32)
     fitted = DeltaBlocks(sparsity=0.5).fitted(spec)
     assert fitted.units == StateUnits.uniform(30, 3, 64, block=8, share=0.5)
     assert str(fitted) == "delta, blocks of 8, sparsity 50%, window 128 (stated)"
