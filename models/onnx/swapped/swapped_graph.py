@@ -9,6 +9,7 @@ from lowtide.models.onnx.libraries import onnx_library
 from lowtide.models.onnx.swapped.attender import Attender
 from lowtide.models.onnx.swapped.last_rows import LastRows
 from lowtide.models.onnx.swapped.multiplier import Multiplier
+from lowtide.models.onnx.swapped.product_nodes import ProductNode
 from lowtide.models.onnx.swapped.swap import Swap
 
 if TYPE_CHECKING:
@@ -103,30 +104,22 @@ class SwappedGraph:
 
     def _products(self, multiplier: Multiplier, domain: str) -> dict[int, Any]:
         """Nodes for products and look-ups, by the place of the node that each stands for."""
-        products, make = self._swap.products, self._onnx.helper.make_node
         names: dict[str, int] = {}
-        made = {
-            node.index: make(
-                multiplier.product_operator,
+        made = {}
+        for node in self._swap.products.nodes:
+            kind, more = multiplier.look_up_operator, {}
+            if isinstance(node, ProductNode):
+                kind = multiplier.product_operator
+                more = {"rows": names.setdefault(node.rows, len(names))}
+            made[node.index] = self._onnx.helper.make_node(
+                kind,
                 node.reads,
                 [node.output],
-                name=f"product_{node.index}",
+                name=f"{kind}_{node.index}",
                 domain=domain,
                 products=multiplier.number,
                 matrix=node.matrix,
-                rows=names.setdefault(node.rows, len(names)),
-            )
-            for node in products.products
-        }
-        for node in products.look_ups:
-            made[node.index] = make(
-                multiplier.look_up_operator,
-                node.reads,
-                [node.output],
-                name=f"rows_{node.index}",
-                domain=domain,
-                products=multiplier.number,
-                matrix=node.matrix,
+                **more,
             )
         return made
 
