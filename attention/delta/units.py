@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 LEAST_GROUPS = 8
 FULL_SCALE = 255
+STEPS = 8 * PAGE_KEYS
+"""In which what a unit keeps is shared out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,22 +93,31 @@ def cheapest(
     """Return which choice each unit takes, (layers, kv_heads), so that all keep `most` at the least error.
 
     `errors` and `shares` (choices, layers, kv_heads) are what each unit loses and keeps with a choice; one
-    more keeps everything and loses nothing. Lagrange's way: each unit takes what a common price of what it
-    keeps makes best, and the price is the least at which the mean is no more than `most`. A unit whose
-    errors are infinite does not count. None where no price is high enough.
+    more keeps everything and loses nothing. The least there is, by dynamic programming over what the units
+    up to each one keep, in steps of `1 / STEPS`, rounded up. A unit whose errors are infinite does not
+    count. None where the smallest choices keep more.
     """
     import numpy as np
 
-    costs = np.concatenate([errors, np.zeros_like(errors[:1])])
-    kept = np.concatenate([shares, np.ones_like(shares[:1])])
     taking = np.isfinite(errors).all(axis=0)
-    low, high, best = -30.0, 15.0, None
-    for _ in range(60):
-        price = (low + high) / 2
-        picked = (costs + np.exp(price) * kept).argmin(axis=0)
-        of_units = np.take_along_axis(kept, picked[None], axis=0)[0]
-        if of_units[taking].mean() <= most:
-            high, best = price, picked
-        else:
-            low = price
-    return best
+    costs = np.concatenate([errors, np.zeros_like(errors[:1])])[:, taking].astype(np.float64)
+    kept = np.concatenate([shares, np.ones_like(shares[:1])])[:, taking]
+    steps = np.ceil(kept * STEPS - 1e-6).astype(int)
+    num_units = int(taking.sum())
+    room = int(most * STEPS * num_units + 1e-6)
+    least, choices = np.zeros(room + 1), []
+    for unit in range(num_units):
+        of_choices = np.full((len(costs), room + 1), np.inf)
+        for choice, step in enumerate(steps[:, unit].tolist()):
+            of_choices[choice, step:] = least[: max(room + 1 - step, 0)] + costs[choice, unit]
+        choices.append(of_choices.argmin(axis=0))
+        least = of_choices.min(axis=0)
+    if not num_units or not np.isfinite(least[room]):
+        return None
+    of_units = np.zeros(num_units, np.intp)
+    for unit in reversed(range(num_units)):
+        of_units[unit] = choices[unit][room]
+        room -= int(steps[of_units[unit], unit])
+    found = np.full(taking.shape, len(errors), np.intp)
+    found[taking] = of_units
+    return found
