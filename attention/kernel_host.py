@@ -38,7 +38,11 @@ class KernelHost(PromptScorer, Protocol):
         """Say whether the passes from now on are sparse, whether they choose anew, and are rounded."""
 
     def set_groups(
-        self, rule: ctypes.Structure, num_groups: NDArray[np.uint8], scales: NDArray[np.float32]
+        self,
+        rule: ctypes.Structure,
+        num_groups: NDArray[np.uint8],
+        lifts: NDArray[np.float32],
+        scales: NDArray[np.float32],
     ) -> None:
         """Set how keys are grouped (`DeltaRule`)."""
 

@@ -39,9 +39,11 @@ class PolicyKernels:
         self,
         rule: ctypes.Structure,
         num_groups: NDArray[np.uint8],
+        lifts: NDArray[np.float32],
         scales: NDArray[np.float32],
     ) -> None:
-        """Set how keys are grouped (`DeltaRule`), (layers, kv_heads) and (layers, kv_heads, key_size).
+        """Set how keys are grouped (`DeltaRule`): groups of a page and their lifts, (layers, kv_heads), and
+        scales, (layers, kv_heads, key_size).
 
         Raises `ValueError` where a page of keys cannot have so many groups.
         """
@@ -49,6 +51,7 @@ class PolicyKernels:
             self._policy,
             ctypes.byref(rule),
             num_groups.ctypes.data,
+            lifts.ctypes.data,
             scales.ctypes.data,
             *scales.shape,
         )
@@ -100,7 +103,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.lowtide_policy_set_roles.argtypes = [pointer, ctypes.c_char_p, number, pointer]
     library.lowtide_policy_start_pass.argtypes = [pointer, number, number, number]
     library.lowtide_policy_start_pass.restype = None
-    library.lowtide_policy_set_groups.argtypes = [pointer] * 4 + [number] * 3
+    library.lowtide_policy_set_groups.argtypes = [pointer] * 5 + [number] * 3
     library.lowtide_policy_start_grouped.argtypes = [pointer]
     library.lowtide_policy_start_grouped.restype = None
     library.lowtide_policy_measure_groups.argtypes = [pointer]

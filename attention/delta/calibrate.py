@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from lowtide.attention.calibrate import Targets
 from lowtide.attention.calibration_file import NotCalibrated
 from lowtide.attention.delta.calibration import DeltaCalibration
+from lowtide.attention.delta.lifts import fitted_lifts
 from lowtide.attention.delta.policy import Delta
 from lowtide.attention.delta.sparsest import Candidate, Progress, SparsestPolicy
 from lowtide.attention.delta.units import DeltaUnits, allocate, scale_bytes
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 COUNTS = (8, 12, 16, 24, 32, 40, 48, 56)
 """Of a page of 64: the numbers of groups that a unit may get."""
+FITTED_COUNT = 32
+"""Lifts are fitted with so many groups."""
 SPARSITIES = (0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
 
 
@@ -72,36 +75,45 @@ class DeltaCalibrator:
 
     def spread(self, sparsities: Sequence[float]) -> list[DeltaUnits]:
         """Return the units that lose the least with each sparsity."""
-        scales, errors = self._measured()
+        units, errors = self._measured()
         return [
-            DeltaUnits(num_groups=allocate(errors, COUNTS, 1 - sparsity), scales=scales)
+            replace(units, num_groups=allocate(errors, COUNTS, 1 - sparsity))
             for sparsity in sparsities
         ]
 
-    def _measured(self) -> tuple[tuple[tuple[bytes, ...], ...], NDArray[np.float32]]:
-        """Return the scales, and each unit's error with each number of groups."""
+    def _measured(self) -> tuple[DeltaUnits, NDArray[np.float32]]:
+        """Return units with their scales and lifts, and each one's error with each number of groups."""
         import numpy as np
 
         spec = self._spec
         shape = (spec.num_layers, max(spec.num_kv_heads), spec.key_head_size)
-        scales = DeltaUnits.uniform(*shape, COUNTS[0]).scales
+        self._progress("measuring every layer's queries")
+        units = DeltaUnits.uniform(*shape, FITTED_COUNT)
+        _, squares = self._read_under(units, shape)
+        units = replace(units, scales=scale_bytes(squares))
+        self._progress("measuring what the scores of groups are lifted by")
+        lifts = fitted_lifts(
+            squares.max(axis=2),
+            lambda lifts: self._read_under(replace(units, lifts=lifts), shape)[0],
+        )
         errors = []
-        for at, count in enumerate((COUNTS[0], *COUNTS)):
+        for count in COUNTS:
             self._progress(f"measuring every layer with {count} groups of 64 keys")
             groups = ((count,) * shape[1],) * shape[0]
-            units = DeltaUnits(num_groups=groups, scales=scales)
-            replace(self._policy, units=units).install(self._hook, spec)
-            self._hook.measure_groups()
-            self._search.read_text()
-            error, squares = self._hook.group_measures(*shape)
-            if at == 0:
-                scales = scale_bytes(squares)
-            else:
-                errors.append(error)
+            units = replace(units, num_groups=groups, lifts=lifts)
+            errors.append(self._read_under(units, shape)[0])
         # A layer with a sliding window is none to group, and keeps everything.
         found = np.where(np.stack(errors) < 0, np.inf, np.stack(errors))
         if not np.isfinite(found).any():
             raise NotCalibrated(
                 f"no layer of {spec.name} sees the whole context: delta has nothing to group there"
             )
-        return scales, found
+        return units, found
+
+    def _read_under(
+        self, units: DeltaUnits, shape: tuple[int, int, int]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        replace(self._policy, units=units).install(self._hook, self._spec)
+        self._hook.measure_groups()
+        self._search.read_text()
+        return self._hook.group_measures(*shape)

@@ -15,7 +15,7 @@ from lowtide.attention.delta.units import LEAST_GROUPS, DeltaUnits
 from lowtide.memory.key_groups import PAGE_KEYS
 from lowtide.models.spec import ModelSpec
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +33,7 @@ class DeltaCalibration(Closeness):
             **measured,
             "sparsity": round(self.units.sparsity, 4),
             "num_groups": [" ".join(map(str, layer)) for layer in self.units.num_groups],
+            "lifts": number_words(self.units.lifts),
             "scales": [" ".join(unit.hex() for unit in layer) for layer in self.units.scales],
         }
 
@@ -51,7 +52,11 @@ def save_delta_calibration(calibration: DeltaCalibration, path: Path | None = No
 def load_delta_calibration(path: Path, spec: ModelSpec) -> DeltaCalibration:
     """Read and check a calibration of the model; raises `CalibrationError`."""
     fields = Fields(path, policy="delta", format=FORMAT)
-    units = DeltaUnits(num_groups=_groups(fields, spec), scales=scales_of(fields, spec))
+    units = DeltaUnits(
+        num_groups=_groups(fields, spec),
+        lifts=numbers_of(fields, "lifts", spec, 0.0),
+        scales=scales_of(fields, spec),
+    )
     found = DeltaCalibration(units=units, **fields.closeness())
     fields.check_model(spec)
     return found
@@ -83,6 +88,28 @@ def scales_of(fields: Fields, spec: ModelSpec) -> tuple[tuple[bytes, ...], ...]:
         if len(layer) != heads or any(len(unit) != spec.key_head_size for unit in layer):
             raise fields.wrong("scales", wanted)
     return tuple(layers)
+
+
+def number_words(numbers: tuple[tuple[float, ...], ...]) -> list[str]:
+    """Return each layer's numbers as a text."""
+    return [" ".join(f"{number:g}" for number in layer) for layer in numbers]
+
+
+def numbers_of(
+    fields: Fields, field: str, spec: ModelSpec, least: float
+) -> tuple[tuple[float, ...], ...]:
+    """Return each KV head's number."""
+    wanted = f"numbers of {least:g} to 1e9 for each KV head of {spec.num_layers} layers"
+    try:
+        numbers = [tuple(map(float, words)) for words in layer_words(fields, field, spec, wanted)]
+    except ValueError:
+        raise fields.wrong(field, wanted) from None
+    if any(
+        len(layer) != heads or not all(least <= number <= 1e9 for number in layer)
+        for layer, heads in zip(numbers, spec.num_kv_heads, strict=True)
+    ):
+        raise fields.wrong(field, wanted)
+    return tuple(numbers)
 
 
 def layer_words(fields: Fields, field: str, spec: ModelSpec, wanted: str) -> list[list[str]]:

@@ -32,17 +32,23 @@ class GroupedLayer:
     """One layer that keeps its groups from pass to pass; close it.
 
     `num_groups` (kv_heads,) is how many groups each page of 64 keys becomes, `scales` (kv_heads, key_size)
-    what distances between keys are measured with. Raises `LowtideError` where that cannot be.
+    what distances between keys are measured with; `lifts` (kv_heads,) times the mean square of a group's
+    distances is added to its scores. Raises `LowtideError` where that cannot be.
     """
 
     def __init__(
-        self, rule: DeltaRule, num_groups: NDArray[np.uint8], scales: NDArray[np.float32]
+        self,
+        rule: DeltaRule,
+        num_groups: NDArray[np.uint8],
+        lifts: NDArray[np.float32],
+        scales: NDArray[np.float32],
     ) -> None:
         self._library = native_library()
         self._library.lowtide_delta_new.restype = ctypes.c_void_p
         self._layer = self._library.lowtide_delta_new(
             ctypes.byref(rule),
             ctypes.c_void_p(num_groups.ctypes.data),
+            ctypes.c_void_p(lifts.ctypes.data),
             ctypes.c_void_p(scales.ctypes.data),
             *scales.shape,
         )

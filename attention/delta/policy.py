@@ -3,10 +3,11 @@
 Qi et al., "DeltaLLM: A Training-Free Framework Exploiting Temporal Sparsity for Efficient Edge LLM
 Inference", arXiv 2507.19608, computes scores from what changed between keys, outside a local window. Its
 construction rule is not published. Ours reuses whole rows, with changes that measured better: a row is not
-compared with the last one that was sent but joins the likest rows of its page of 64, what stands for a
-group is its mean, and values are merged with keys, which loses nothing more: rows of one score weigh the
-same. So half of attention is not only not multiplied but not read, of V as of K. `block_policy` has the
-other granularities.
+compared with the last one that was sent but joins the likest rows of its page of 64, by key and value; what
+stands for a group is its mean, in the scores lifted by what the mean of its rows' weights is more than the
+weight of the mean (`lifts`); and values are merged with keys, as rows of one score weigh the same. So half
+of attention is not only not multiplied but not read, of V as of K. `block_policy` has the other
+granularities.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class Delta(AttentionPolicy):
         )
 
     def install(self, hook: KernelHost, spec: ModelSpec) -> Steering:
-        """Give the hook each unit's groups and scales."""
+        """Give the hook each unit's groups, lifts and scales."""
         assert self.units is not None, "the policy is not fitted to a model"
         hook.set_groups(DeltaRule(self.window, self.sinks, self.store), *self.units.arrays())
         return DeltaSteering(hook, self.prompts)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PAGE_KEYS = 64
+VALUE_SHARE = 0.5
+MOST_LIFT = 8.0
 
 
 def reference_states(
@@ -72,20 +74,29 @@ def delta_attention(
     return np.stack(out)
 
 
-def page_groups(
-    k: NDArray[np.float64], scales: NDArray[np.float64], num_groups: int, num_fixed: int = 0
-) -> list[list[int]]:
-    """Return the groups of a page's keys, (keys, key_size), each a list of rows, by their first ones.
-
-    Ward's method on the keys times `scales` (key_size,): joins the two groups whose union raises the sum
-    of squared distances from the means the least, until `num_groups` are left. The first `num_fixed` rows
-    stay alone.
-    """
+def page_points(
+    k: NDArray[np.float64], v: NDArray[np.float64], scales: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return what rows of a page are compared by, (keys, key_size + value_size): the keys times `scales`
+    (key_size,), and the values, which vary half as much over the page, in all."""
     points = k * scales
+    of_values = v.var(axis=0).sum()
+    factor = np.sqrt(VALUE_SHARE * points.var(axis=0).sum() / of_values) if of_values else 0.0
+    return np.concatenate([points, v * factor], axis=1)
+
+
+def page_groups(
+    points: NDArray[np.float64], num_groups: int, num_fixed: int = 0
+) -> list[list[int]]:
+    """Return the groups of a page's rows, (keys, size), each a list of rows, by their first ones.
+
+    Ward's method: joins the two groups whose union raises the sum of squared distances from the means the
+    least, until `num_groups` are left. The first `num_fixed` rows stay alone.
+    """
     distances = ((points[:, None] - points[None]) ** 2).sum(axis=2)
-    distances[np.tril_indices(len(k))] = np.inf
+    distances[np.tril_indices(len(points))] = np.inf
     distances[:num_fixed] = np.inf
-    groups = {row: [row] for row in range(len(k))}
+    groups = {row: [row] for row in range(len(points))}
     while len(groups) > num_groups:
         first, second = map(int, np.unravel_index(distances.argmin(), distances.shape))
         groups[first] += groups.pop(second)
@@ -110,32 +121,33 @@ def grouped_attention(
     window: int,
     num_groups: int,
     num_fixed: int = 0,
+    lift: float = 0.0,
 ) -> NDArray[np.float64]:
     """Return attention of the last rows, (rows, heads, value_size), over groups of one KV head's keys.
 
     `q` (rows, heads, key_size), `k` (keys, key_size), `v` (keys, value_size). A row sees every key but
     the rows after it; whole pages behind its last `window` keys as groups, each with its mean key and its
-    mean value, as heavy as its keys are many.
+    mean value, as heavy as its keys are many, and lifted: see `lifts`.
     """
     num_rows, num_keys = len(q), len(k)
-    pages = [
-        [
-            [begin + key for key in rows]
-            for rows in page_groups(
-                k[begin : begin + PAGE_KEYS], scales, num_groups, 0 if begin else num_fixed
-            )
-        ]
-        for begin in range(0, num_keys - window - PAGE_KEYS + 1, PAGE_KEYS)
-    ]
+    pages = []
+    for begin in range(0, num_keys - window - PAGE_KEYS + 1, PAGE_KEYS):
+        page = slice(begin, begin + PAGE_KEYS)
+        of_page = page_groups(
+            page_points(k[page], v[page], scales), num_groups, 0 if begin else num_fixed
+        )
+        pages.append([[begin + key for key in rows] for rows in of_page])
     out = []
     for row in range(num_rows):
         seen = num_keys - num_rows + row + 1
         num_pages = max(seen - window, 0) // PAGE_KEYS
-        groups = [rows for page in pages[:num_pages] for rows in page]
+        groups = [rows for page_rows in pages[:num_pages] for rows in page_rows]
         groups += [[key] for key in range(num_pages * PAGE_KEYS, seen)]
         keys = np.stack([k[rows].mean(axis=0) for rows in groups])
         values = np.stack([v[rows].mean(axis=0) for rows in groups])
+        spread = np.array([(k[rows] * scales).var(axis=0).sum() for rows in groups])
         heavy = np.log([len(rows) for rows in groups])
+        heavy += np.minimum(lift * scale**2 * spread, MOST_LIFT)
         out.append(_weighted(q[row], keys, values, heavy, scale))
     return np.stack(out)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowtide.attention.calibration_file import Closeness, Fields, find_file, write_values
-from lowtide.attention.delta.calibration import layer_words, scales_of
+from lowtide.attention.delta.calibration import number_words, numbers_of, scales_of
 from lowtide.attention.delta.state_units import LEFT_DENSE, StateUnits
 from lowtide.models.spec import ModelSpec
 
@@ -33,8 +33,8 @@ class StateCalibration(Closeness):
             "policy": policy_name(units.block),
             **measured,
             "sparsity": round(units.sparsity or 0.0, 4),
-            "thresholds": [" ".join(f"{t:g}" for t in layer) for layer in units.thresholds],
-            "roots": [" ".join(f"{root:g}" for root in layer) for layer in units.roots],
+            "thresholds": number_words(units.thresholds),
+            "roots": number_words(units.roots),
             "scales": [" ".join(unit.hex() for unit in layer) for layer in units.scales],
         }
 
@@ -61,27 +61,11 @@ def load_state_calibration(path: Path, spec: ModelSpec, block: int) -> StateCali
     fields = Fields(path, policy=policy_name(block), format=FORMAT)
     units = StateUnits(
         block=block,
-        thresholds=_numbers(fields, "thresholds", spec, LEFT_DENSE),
-        roots=_numbers(fields, "roots", spec, 0.0),
+        thresholds=numbers_of(fields, "thresholds", spec, LEFT_DENSE),
+        roots=numbers_of(fields, "roots", spec, 0.0),
         scales=scales_of(fields, spec),
         sparsity=fields.number("sparsity"),
     )
     found = StateCalibration(units=units, **fields.closeness())
     fields.check_model(spec)
     return found
-
-
-def _numbers(
-    fields: Fields, field: str, spec: ModelSpec, least: float
-) -> tuple[tuple[float, ...], ...]:
-    wanted = f"numbers of {least:g} to 1e9 for each KV head of {spec.num_layers} layers"
-    try:
-        numbers = [tuple(map(float, words)) for words in layer_words(fields, field, spec, wanted)]
-    except ValueError:
-        raise fields.wrong(field, wanted) from None
-    if any(
-        len(layer) != heads or not all(least <= number <= 1e9 for number in layer)
-        for layer, heads in zip(numbers, spec.num_kv_heads, strict=True)
-    ):
-        raise fields.wrong(field, wanted)
-    return tuple(numbers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lowtide.attention.delta.lifts import Lifts
 from lowtide.memory.key_groups import PAGE_KEYS
 
 if TYPE_CHECKING:
@@ -21,9 +22,12 @@ STEPS = 8 * PAGE_KEYS
 class DeltaUnits:
     """Of every layer and KV head, `num_groups` of a page of 64 keys (64: none is grouped), and `scales`,
     a byte a channel: how much it counts in the distance of two keys, against the unit's other channels.
+    `lifts` times the mean square of a group's distances from its mean is added to its scores (as if scores
+    were not scaled): see `fitted_lifts`; 0 where queries are not known.
     """
 
     num_groups: tuple[tuple[int, ...], ...]
+    lifts: Lifts
     scales: tuple[tuple[bytes, ...], ...]
 
     @staticmethod
@@ -31,6 +35,7 @@ class DeltaUnits:
         """Return units that are all grouped alike, with channels that all count alike."""
         return DeltaUnits(
             num_groups=((num_groups,) * num_kv_heads,) * num_layers,
+            lifts=((0.0,) * num_kv_heads,) * num_layers,
             scales=((bytes([FULL_SCALE]) * key_size,) * num_kv_heads,) * num_layers,
         )
 
@@ -50,13 +55,15 @@ class DeltaUnits:
             layer for layer, counts in enumerate(self.num_groups) if min(counts) < PAGE_KEYS
         )
 
-    def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        """Return both as arrays, (layers, kv_heads) and (layers, kv_heads, key_size)."""
+    def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
+        """Return groups and lifts, (layers, kv_heads), and scales, (layers, kv_heads, key_size)."""
         import numpy as np
 
-        scales = [[list(unit) for unit in layer] for layer in self.scales]
-        return np.array(self.num_groups, np.uint8), (np.array(scales) / FULL_SCALE).astype(
-            np.float32
+        scales = np.array([[list(unit) for unit in layer] for layer in self.scales]) / FULL_SCALE
+        return (
+            np.array(self.num_groups, np.uint8),
+            np.array(self.lifts, np.float32),
+            scales.astype(np.float32),
         )
 
 

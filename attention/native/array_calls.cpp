@@ -55,13 +55,13 @@ extern "C" int lowtide_select(const AttentionProblem* problem, const SelectionRu
     return 0;
 }
 
-extern "C" DeltaAttend* lowtide_delta_new(const DeltaRule* rule, const uint8_t* num_groups, const float* scales, int num_kv_heads,
-                                          int key_size) {
+extern "C" DeltaAttend* lowtide_delta_new(const DeltaRule* rule, const uint8_t* num_groups, const float* lifts, const float* scales,
+                                          int num_kv_heads, int key_size) {
     auto* delta = new (std::nothrow) DeltaAttend();
     if (delta == nullptr) return nullptr;
     try {
         delta->start_pass(true);
-        if (delta->set_units(*rule, num_groups, scales, 1, num_kv_heads, key_size)) return delta;
+        if (delta->set_units(*rule, num_groups, lifts, scales, 1, num_kv_heads, key_size)) return delta;
     } catch (const std::bad_alloc&) {
     }
     delete delta;

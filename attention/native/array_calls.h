@@ -19,8 +19,8 @@ LOWTIDE_API int lowtide_select(const AttentionProblem* problem, const SelectionR
 // memory. `num_read` is what `DeltaAttend::run` returns; the rest is as above.
 class DeltaAttend;
 struct DeltaRule;
-LOWTIDE_API DeltaAttend* lowtide_delta_new(const DeltaRule* rule, const uint8_t* num_groups, const float* scales, int num_kv_heads,
-                                           int key_size);
+LOWTIDE_API DeltaAttend* lowtide_delta_new(const DeltaRule* rule, const uint8_t* num_groups, const float* lifts,
+                                           const float* scales, int num_kv_heads, int key_size);
 LOWTIDE_API int lowtide_delta_attend(DeltaAttend* delta, const AttentionProblem* problem, const char* kernels, int num_threads,
                                      int* num_read);
 LOWTIDE_API void lowtide_delta_free(DeltaAttend* delta);

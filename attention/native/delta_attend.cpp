@@ -26,15 +26,15 @@ int most_rows_beside(int window) { return window + 3 * kPageKeys; }
 
 }  // namespace
 
-bool DeltaAttend::set_units(const DeltaRule& rule, const uint8_t* num_groups, const float* scales, int num_layers, int num_kv_heads,
-                            int key_size) {
+bool DeltaAttend::set_units(const DeltaRule& rule, const uint8_t* num_groups, const float* lifts, const float* scales, int num_layers,
+                            int num_kv_heads, int key_size) {
     const size_t num_units = size_t(num_layers) * num_kv_heads;
     const bool can_be = key_size <= kMaxHeadSize && rule.num_fixed >= 0 && rule.window >= 0 &&
                         std::all_of(num_groups, num_groups + num_units, [&](int n) { return n > rule.num_fixed && n <= kPageKeys; });
     if (!can_be) return false;
     rule_ = rule, num_kv_heads_ = num_kv_heads, key_size_ = key_size;
     num_groups_.assign(num_groups, num_groups + num_units);
-    scales_.assign(scales, scales + num_units * key_size);
+    lifts_.assign(lifts, lifts + num_units), scales_.assign(scales, scales + num_units * key_size);
     layers_.clear(), layers_.resize(num_layers);
     for (int layer = 0; layer < num_layers; ++layer)
         for (int head = 0; head < num_kv_heads; ++head) layers_[layer].is_grouped |= num_groups_[layer * num_kv_heads + head] < kPageKeys;
@@ -131,9 +131,9 @@ bool DeltaAttend::reserve(const AttentionProblem& p, int layer, int stream, int 
     return attend_.reserve(largest, num_threads);
 }
 
-GroupRule DeltaAttend::rule_of(int layer, int kv_head) const {
+GroupRule DeltaAttend::rule_of(const AttentionProblem& p, int layer, int kv_head) const {
     const int unit = layer * num_kv_heads_ + kv_head;
-    return {num_groups_[unit], rule_.num_fixed, scales_.data() + size_t(unit) * key_size_};
+    return {num_groups_[unit], rule_.num_fixed, lifts_[unit] * p.scale * p.scale, scales_.data() + size_t(unit) * key_size_};
 }
 
 int DeltaAttend::num_pages_before(int position) const { return std::max(position + 1 - rule_.window, 0) / kPageKeys; }
@@ -154,7 +154,7 @@ int DeltaAttend::run(const AttentionProblem& p, int layer, int stream, const Ker
         while (end < p.num_rows && num_pages_before(first + end) == num_pages && end - row < kPageKeys) ++end;
         const auto advance = [&](int thread) {
             for (int head = thread; head < num_kv_heads_; head += team.num_threads)
-                heads[head].advance(p, head, rule_of(layer, head), num_pages, first + end);
+                heads[head].advance(p, head, rule_of(p, layer, head), num_pages, first + end);
         };
         team.all(advance, [&] { ready(p, heads[0], 0, row, end - row); });
         attend_.run(of_head_, kernels, team);

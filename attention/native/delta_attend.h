@@ -26,10 +26,11 @@ public:
     static constexpr int kNotTaken = -1;
 
     // Of each layer and KV head, (num_layers, num_kv_heads): how many groups a page has, kPageKeys where it is
-    // not grouped, and the scales of its channels, (..., key_size). A layer without a head that is grouped is not
-    // taken. Between passes only. False, and nothing changes, where a page cannot have so many groups; throws
-    // std::bad_alloc.
-    bool set_units(const DeltaRule& rule, const uint8_t* num_groups, const float* scales, int num_layers, int num_kv_heads, int key_size);
+    // not grouped, the lifts of groups (GroupRule) where scores are not scaled, and the scales of its channels, (...,
+    // key_size). A layer without a head that is grouped is not taken. Between passes only. False, and nothing changes,
+    // where a page cannot have so many groups; throws std::bad_alloc.
+    bool set_units(const DeltaRule& rule, const uint8_t* num_groups, const float* lifts, const float* scales, int num_layers,
+                   int num_kv_heads, int key_size);
 
     // Whether passes from now on are taken.
     void start_pass(bool grouped) { grouped_ = grouped, measures_.stop(); }
@@ -77,7 +78,7 @@ private:
 
     bool takes(const AttentionProblem& problem, int layer, int stream);
     bool knows(const AttentionProblem& problem, int layer) const;
-    GroupRule rule_of(int layer, int kv_head) const;
+    GroupRule rule_of(const AttentionProblem& problem, int layer, int kv_head) const;
     int num_pages_before(int position) const;
     bool holds(const Layer& layer, int stream, int first) const;
     void give_back(const AttentionProblem& problem, Layer& layer, int stream, int first);
@@ -88,7 +89,7 @@ private:
     DeltaRule rule_{};
     std::vector<Layer> layers_;
     std::vector<uint8_t> num_groups_;
-    std::vector<float> scales_;
+    std::vector<float> lifts_, scales_;
     std::vector<uint16_t> mask_;
     AttentionProblem of_head_{};
     UnitMeasures measures_;

@@ -8,6 +8,60 @@
 
 namespace {
 
+// What two groups' values are apart counts beside what their keys are, over a page this much in all.
+constexpr float kValueShare = 0.5f;
+// In a score. Where keys are further apart, their scores say nothing of one another.
+constexpr float kMostLift = 8.0f;
+
+// The keys of a page, scaled, each with its value beside it.
+struct PagePoints {
+    int key_size, size;
+    float rows[kPageKeys * 2 * kMaxHeadSize];
+
+    // How far the rows are from their mean, in those channels: the sum of the channels' variances.
+    float variance(int begin, int end) const {
+        float total = 0.0f;
+        for (int d = begin; d < end; ++d) {
+            float sum = 0.0f, squares = 0.0f;
+            for (int i = 0; i < kPageKeys; ++i) sum += rows[i * size + d];
+            for (int i = 0; i < kPageKeys; ++i) {
+                const float apart = rows[i * size + d] - sum / kPageKeys;
+                squares += apart * apart;
+            }
+            total += squares / kPageKeys;
+        }
+        return total;
+    }
+};
+
+void read_points(const uint16_t* keys, const uint16_t* values, int key_size, int value_size, const float* scales, PagePoints& points) {
+    points.key_size = key_size, points.size = key_size + value_size;
+    for (int i = 0; i < kPageKeys; ++i) {
+        float* row = points.rows + i * points.size;
+        for (int d = 0; d < key_size; ++d) row[d] = half_to_float(keys[i * key_size + d]) * scales[d];
+        for (int d = 0; d < value_size; ++d) row[key_size + d] = half_to_float(values[i * value_size + d]);
+    }
+    const float of_keys = points.variance(0, key_size), of_values = points.variance(key_size, points.size);
+    const float factor = of_values > 0.0f ? std::sqrt(kValueShare * of_keys / of_values) : 0.0f;
+    for (int i = 0; i < kPageKeys; ++i)
+        for (int d = key_size; d < points.size; ++d) points.rows[i * points.size + d] *= factor;
+}
+
+// The mean square of the distances of each group's keys from their mean, (groups).
+void measure_spread(const PagePoints& points, const PageClusters& clusters, int num_groups, float* spread) {
+    std::fill(spread, spread + num_groups, 0.0f);
+    for (int d = 0; d < points.key_size; ++d) {
+        float means[kPageKeys] = {};
+        for (int i = 0; i < kPageKeys; ++i) means[clusters.group_of()[i]] += points.rows[i * points.size + d];
+        for (int group = 0; group < num_groups; ++group) means[group] /= float(clusters.counts()[group]);
+        for (int i = 0; i < kPageKeys; ++i) {
+            const float apart = points.rows[i * points.size + d] - means[clusters.group_of()[i]];
+            spread[clusters.group_of()[i]] += apart * apart;
+        }
+    }
+    for (int group = 0; group < num_groups; ++group) spread[group] /= float(clusters.counts()[group]);
+}
+
 // Means of the rows of each group, (groups, size), in the place of the rows.
 void average(const PageClusters& clusters, int num_groups, int size, uint16_t* rows) {
     float sums[kPageKeys * kMaxHeadSize];
@@ -71,14 +125,16 @@ void KeyGroups::group_page(const GroupRule& rule) {
         ++num_pages_;
         return;
     }
-    float points[kPageKeys * kMaxHeadSize];
-    for (int i = 0; i < kPageKeys; ++i)
-        for (int d = 0; d < key_size_; ++d) points[i * key_size_ + d] = half_to_float(keys[i * key_size_ + d]) * rule.scales[d];
+    uint16_t* values = values_.data() + size_t(first) * value_size_;
+    PagePoints points;
+    read_points(keys, values, key_size_, value_size_, rule.scales, points);
     PageClusters clusters;
-    clusters.join(points, key_size_, num_pages_ == 0 ? rule.num_fixed : 0, num_groups_);
-    average(clusters, num_groups_, key_size_, keys);
-    average(clusters, num_groups_, value_size_, values_.data() + size_t(first) * value_size_);
-    for (int group = 0; group < num_groups_; ++group) biases[group] = float_to_half(std::log(float(clusters.counts()[group])));
+    clusters.join(points.rows, points.size, num_pages_ == 0 ? rule.num_fixed : 0, num_groups_);
+    float spread[kPageKeys];
+    measure_spread(points, clusters, num_groups_, spread);
+    average(clusters, num_groups_, key_size_, keys), average(clusters, num_groups_, value_size_, values);
+    for (int group = 0; group < num_groups_; ++group)
+        biases[group] = float_to_half(std::log(float(clusters.counts()[group])) + std::min(rule.lift * spread[group], kMostLift));
     shift_rows(first + kPageKeys, first + num_groups_, num_beside);
     ++num_pages_;
 }

@@ -12,11 +12,12 @@
 struct GroupRule {
     int num_groups;  // of a page of kPageKeys keys
     int num_fixed;   // the cache's first keys, which stay alone
+    float lift;      // times the mean square of a group's distances from its mean is added to its scores
     const float* scales;
 };
 
 // One KV head's cache in our own form: of pages behind the window, the mean key and the mean value of each
-// group, with the logarithm of its size; then the rows behind those pages as they are, all in half precision.
+// group, with what it adds to scores; then the rows behind those pages as they are, all in half precision.
 // A page's groups depend on its own keys alone, so that cutting and appending again is never having cut.
 class KeyGroups {
 public:
@@ -37,7 +38,8 @@ public:
     int num_keys() const { return num_grouped() + num_cells_ - num_pages_ * kPageKeys; }
     const uint16_t* keys() const { return keys_.data(); }
     const uint16_t* values() const { return values_.data(); }
-    // What a group of so many keys adds to its scores, in half precision, (num_grouped).
+    // What a group adds to its scores, in half precision, (num_grouped): the logarithm of how many keys it has, and
+    // its lift, as the mean of their weights is more than the weight of their mean.
     const uint16_t* biases() const { return biases_.data(); }
     size_t num_bytes() const { return sizeof(uint16_t) * (keys_.capacity() + values_.capacity() + biases_.capacity()); }
 

@@ -43,9 +43,9 @@ extern "C" void lowtide_policy_start_pass(PolicyAttend* attend, int sparse, int 
     attend->start_pass(sparse != 0, refresh != 0, rounded != 0);
 }
 
-extern "C" int lowtide_policy_set_groups(PolicyAttend* attend, const DeltaRule* rule, const uint8_t* num_groups, const float* scales,
-                                         int num_layers, int num_kv_heads, int key_size) {
-    return failed([=] { return attend->delta.set_units(*rule, num_groups, scales, num_layers, num_kv_heads, key_size); });
+extern "C" int lowtide_policy_set_groups(PolicyAttend* attend, const DeltaRule* rule, const uint8_t* num_groups, const float* lifts,
+                                         const float* scales, int num_layers, int num_kv_heads, int key_size) {
+    return failed([=] { return attend->delta.set_units(*rule, num_groups, lifts, scales, num_layers, num_kv_heads, key_size); });
 }
 
 extern "C" void lowtide_policy_start_grouped(PolicyAttend* attend) { attend->delta.start_pass(true); }

@@ -43,12 +43,12 @@ public:
 LOWTIDE_API int lowtide_policy_set_roles(PolicyAttend* attend, const uint8_t* roles, int num_layers, const SelectionRule* rule);
 LOWTIDE_API void lowtide_policy_start_pass(PolicyAttend* attend, int sparse, int refresh, int rounded);
 
-// What DeltaAttend groups, between passes; returns 1 where there is no memory, 2 where a page cannot have so many
+// What DeltaAttend groups (its `set_units`), between passes; returns 1 where there is no memory, 2 where a page cannot have so many
 // groups. Passes are grouped from a start with `grouped` on, up to a `start_pass`; or are measured
 // (`start_measuring`, 1 where there is no memory). Whoever changes cells in another way than by a pass says from
 // which on, with a cut.
-LOWTIDE_API int lowtide_policy_set_groups(PolicyAttend* attend, const DeltaRule* rule, const uint8_t* num_groups, const float* scales,
-                                          int num_layers, int num_kv_heads, int key_size);
+LOWTIDE_API int lowtide_policy_set_groups(PolicyAttend* attend, const DeltaRule* rule, const uint8_t* num_groups, const float* lifts,
+                                          const float* scales, int num_layers, int num_kv_heads, int key_size);
 LOWTIDE_API void lowtide_policy_start_grouped(PolicyAttend* attend);
 LOWTIDE_API int lowtide_policy_measure_groups(PolicyAttend* attend);
 LOWTIDE_API void lowtide_policy_read_group_measures(const PolicyAttend* attend, float* errors, float* squares);

@@ -17,6 +17,7 @@ from lowtide.models.errors import LowtideError
 
 WINDOW, FIXED = 96, 4
 NUM_GROUPS = np.array([24, 40, 64], np.uint8)
+LIFTS = np.array([0, 0.2, 0.4], np.float32)
 KV_HEADS, HEADS = 3, 6
 CELLS, SIZE = 512, 64
 SCALES = np.linspace(0.5, 2, KV_HEADS * SIZE).reshape(KV_HEADS, SIZE).astype(np.float32)
@@ -66,6 +67,7 @@ class Cache:
                 window=WINDOW,
                 num_groups=int(NUM_GROUPS[head]),
                 num_fixed=FIXED,
+                lift=float(LIFTS[head]),
             )
             for head in range(KV_HEADS)
         ]
@@ -79,7 +81,7 @@ def layer() -> Iterator[GroupedLayer]:
 
 
 def new_layer(window: int = WINDOW, num_groups: np.ndarray = NUM_GROUPS) -> GroupedLayer:
-    return GroupedLayer(DeltaRule(window, FIXED), num_groups, SCALES)
+    return GroupedLayer(DeltaRule(window, FIXED), num_groups, LIFTS, SCALES)
 
 
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
@@ -176,4 +178,4 @@ def test_soft_caps_and_sinks(layer: GroupedLayer) -> None:
 @pytest.mark.parametrize("count", [0, FIXED, 65, 255])
 def test_groups_that_a_page_cannot_have(count: int) -> None:
     with pytest.raises(LowtideError, match="a page cannot have so many groups"):
-        GroupedLayer(DeltaRule(WINDOW, FIXED), np.array([24, count, 64], np.uint8), SCALES)
+        GroupedLayer(DeltaRule(WINDOW, FIXED), np.array([24, count, 64], np.uint8), LIFTS, SCALES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,8 +14,9 @@ import pytest
 
 from lowtide.attention.calibration_file import CalibrationError
 from lowtide.attention.delta.calibration import DeltaCalibration, save_delta_calibration
+from lowtide.attention.delta.lifts import fitted_lifts
 from lowtide.attention.delta.policy import Delta
-from lowtide.attention.delta.units import DeltaUnits, allocate, scale_bytes
+from lowtide.attention.delta.units import DeltaUnits, allocate, cheapest, scale_bytes
 from lowtide.attention.policies import parse_policy
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf_header import read_spec
@@ -67,7 +69,7 @@ def calibration(spec: ModelSpec) -> DeltaCalibration:
     return DeltaCalibration(
         fingerprint=spec.fingerprint,
         model=spec.name,
-        units=DeltaUnits.uniform(30, 3, 64, 24),
+        units=replace(DeltaUnits.uniform(30, 3, 64, 24), lifts=((0.0, 0.25, 12.5),) * 30),
         kl=0.01,
         target_kl=0.012,
         key_loss=0.02,
@@ -101,13 +103,15 @@ def test_a_calibration_is_kept_and_read_again(
     ("change", "message"),
     [
         ({"policy": "tidal"}, "is of 'tidal', one of 'delta' is wanted"),
-        ({"format": 7}, "format is 7, 1 is wanted"),
+        ({"format": 7}, "format is 7, 2 is wanted"),
         ({"fingerprint": "0" * 32}, "of another model|fingerprint"),
         ({"num_groups": ["8 8 8"] * 29}, "num_groups is .*8 to 64 for each KV head of 30 layers"),
         ({"num_groups": ["8 8 7"] * 30}, "num_groups is"),
         ({"num_groups": ["8 8"] * 30}, "num_groups is"),
         ({"num_groups": ["8 8 x"] * 30}, "num_groups is"),
         ({"num_groups": "8"}, "num_groups is '8'"),
+        ({"lifts": ["0 0 -1"] * 30}, "lifts is .*numbers of 0 to 1e9"),
+        ({"lifts": ["0 0"] * 30}, "lifts is"),
         ({"scales": ["zz zz zz"] * 30}, "scales is .*64 bytes in hex"),
         ({"scales": ["ff ff ff"] * 30}, "scales is"),
         ({"kl": -1}, "kl is -1"),
@@ -160,6 +164,40 @@ def test_a_unit_that_cannot_be_grouped_keeps_everything_and_does_not_count() -> 
     found = np.array(allocate(errors, (8, 16, 32), 0.25)).ravel()
     assert found[0] == 64
     assert 8 <= found[1:].mean() <= 16
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("most", [0.3, 0.5, 0.8])
+def test_what_few_units_take_is_the_best_there_is(seed: int, most: float) -> None:
+    rng = np.random.default_rng(seed)
+    shares = np.sort(rng.random((4, 3)), axis=0) * 0.3 + 0.1
+    errors = -np.sort(-rng.random((4, 3)), axis=0)
+    found = cheapest(errors[:, None].astype(np.float32), shares[:, None], most)
+    assert found is not None
+    kept, costs = np.vstack([shares, np.ones(3)]), np.vstack([errors, np.zeros(3)])
+    units = range(3)
+    of_each = {
+        picked: (kept[picked, units].mean(), costs[picked, units].sum())
+        for picked in itertools.product(range(5), repeat=3)
+    }
+    own = of_each[tuple(map(int, found[0]))]
+    assert own[0] <= most
+    step = 1 / 512  # what is kept is rounded up to that
+    assert own[1] <= min(cost for share, cost in of_each.values() if share <= most - step) + 1e-6
+
+
+def test_what_no_unit_can_keep_is_not_found() -> None:
+    errors, shares = np.ones((1, 1, 2), np.float32), np.full((1, 1, 2), 0.4)
+    assert cheapest(errors, shares, 0.39) is None
+    assert cheapest(np.full_like(errors, np.inf), shares, 0.9) is None
+
+
+def test_each_unit_takes_the_lift_that_is_best_for_it() -> None:
+    best = np.array([[0.0, 0.3], [1.0, 0.12]])
+    squares = np.array([[2.0, 8.0], [1.0, 6.0]], np.float32)
+    wanted = best * squares / 2
+    found = fitted_lifts(squares, lambda lifts: np.abs(np.array(lifts) - wanted).astype(np.float32))
+    assert np.allclose(found, wanted, rtol=1e-3)
 
 
 def test_scales_are_those_of_the_queries() -> None:

@@ -12,6 +12,7 @@ from lowtide.attention.delta.reference import (
     delta_attention,
     grouped_attention,
     page_groups,
+    page_points,
     reference_states,
 )
 from lowtide.attention.reference import attention
@@ -88,7 +89,7 @@ def test_a_window_over_everything_is_dense() -> None:
 @given(seed=st.integers(0, 2**32 - 1), wanted=st.integers(8, PAGE_KEYS), fixed=st.integers(0, 4))
 @settings(deadline=None, max_examples=20)
 def test_groups_are_a_partition(seed: int, wanted: int, fixed: int) -> None:
-    groups = page_groups(keys_of(seed, PAGE_KEYS), np.ones(SIZE), wanted, fixed)
+    groups = page_groups(keys_of(seed, PAGE_KEYS), wanted, fixed)
     assert len(groups) == wanted
     assert sorted(key for rows in groups for key in rows) == list(range(PAGE_KEYS))
     assert groups[:fixed] == [[key] for key in range(fixed)]
@@ -98,12 +99,43 @@ def test_groups_are_a_partition(seed: int, wanted: int, fixed: int) -> None:
 def test_equal_keys_are_joined_first_and_cost_nothing() -> None:
     q, k, v = drawn(5, rows=2, keys=3 * PAGE_KEYS)
     k[1::2] = k[::2]
-    groups = page_groups(k[:PAGE_KEYS], np.ones(SIZE), PAGE_KEYS // 2)
+    groups = page_groups(k[:PAGE_KEYS], PAGE_KEYS // 2)
     assert groups == [[key, key + 1] for key in range(0, PAGE_KEYS, 2)]
     found = grouped_attention(
         q, k, v, np.ones(SIZE), scale=0.2, window=20, num_groups=PAGE_KEYS // 2
     )
     assert np.allclose(found, dense(q, k, v), rtol=1e-12, atol=1e-12)
+
+
+def test_of_keys_that_are_as_far_apart_those_of_like_values_are_joined() -> None:
+    k = np.eye(PAGE_KEYS)
+    v = np.repeat(np.random.default_rng(8).standard_normal((32, SIZE)), 2, axis=0)
+    groups = page_groups(page_points(k, v, np.ones(PAGE_KEYS)), 32)
+    assert groups == [[key, key + 1] for key in range(0, PAGE_KEYS, 2)]
+
+
+def test_lifted_groups_weigh_what_their_keys_do() -> None:
+    rng, scale, num_grouped = np.random.default_rng(9), 0.25, 20 * PAGE_KEYS
+    q = rng.standard_normal((200, 2, SIZE)).astype(np.float32)
+    k = rng.standard_normal((num_grouped + 8, SIZE))
+    v = np.zeros((len(k), 1))
+    v[:num_grouped] = 1  # so that the result is what grouped keys weigh
+    wanted = attention(
+        q, k[:, None], v[:, None], np.zeros((len(q), len(k)), np.float16), scale=scale
+    )
+    off = []
+    for lift in (0.0, 0.5):
+        found = [
+            grouped_attention(
+                q[i : i + 1], k, v, np.ones(SIZE), scale=scale, window=8, num_groups=16, lift=lift
+            )
+            for i in range(0, 200, 20)
+        ]
+        ratio = (np.concatenate(found) / (1 - np.concatenate(found))) / (
+            wanted[::20] / (1 - wanted[::20])
+        )
+        off.append(abs(np.log(ratio).mean()))
+    assert off[1] < 0.2 * off[0]
 
 
 def test_scales_say_which_channels_count() -> None:
@@ -112,7 +144,7 @@ def test_scales_say_which_channels_count() -> None:
     k[:, 0] = np.repeat(np.arange(16), 4)
     scales = np.zeros(SIZE)
     scales[0] = 1
-    groups = page_groups(k, scales, 16)
+    groups = page_groups(page_points(k, np.ones((PAGE_KEYS, 1)), scales), 16)
     assert groups == [list(range(key, key + 4)) for key in range(0, PAGE_KEYS, 4)]
 
 

@@ -21,7 +21,7 @@ struct Cache {
     std::vector<uint16_t> mask;
     std::vector<float> q, out;
     std::vector<uint8_t> num_groups;
-    std::vector<float> scales;
+    std::vector<float> lifts, scales;
     DeltaRule rule{pick(1, 200), pick(0, 7)};
 
     Cache() {
@@ -32,6 +32,7 @@ struct Cache {
         for (float& value : q) value = half_to_float(some_half());
         for (int head = 0; head < c.p.num_kv_heads; ++head) num_groups.push_back(uint8_t(pick(8, 64)));
         num_groups[0] = uint8_t(pick(8, 63));
+        for (int head = 0; head < c.p.num_kv_heads; ++head) lifts.push_back(1e-5f * float(pick(0, 1000)));
         for (int i = 0; i < c.p.num_kv_heads * c.p.key_size; ++i) scales.push_back(float(pick(1, 255)));
     }
     AttentionProblem rows(int begin, int end) {
@@ -47,7 +48,8 @@ struct Cache {
 };
 
 void set_units(DeltaAttend& delta, const Cache& cache) {
-    delta.set_units(cache.rule, cache.num_groups.data(), cache.scales.data(), 1, cache.c.p.num_kv_heads, cache.c.p.key_size);
+    delta.set_units(cache.rule, cache.num_groups.data(), cache.lifts.data(), cache.scales.data(), 1, cache.c.p.num_kv_heads,
+                    cache.c.p.key_size);
     delta.start_pass(true);
 }
 
