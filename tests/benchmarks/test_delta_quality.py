@@ -1,46 +1,78 @@
 """Delta by rows, blocks and elements: what is lost with units that were found on a text of another kind.
 
 With units for a sparsity from Python's language reference; held against dense attention over 200 tokens
-after 1,600 of essays, and at pass keys, of which every other has two neighbours
-equal. Run with `make bench`; takes minutes.
+after a beginning of essays, and at pass keys, of which every other has two neighbours equal. Run with
+`make bench`; takes minutes.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from held_essays import Essays, Policy
+from held_essays import LONG, LONGER, SHORT, Essays, Policy, Trial
 
 from lowtide.attention.delta.block_policy import DeltaBlocks
 from lowtide.attention.delta.policy import Delta
+from lowtide.attention.quality import Distance
+from lowtide.attention.score_cost import ScoreCost
+from lowtide.models.catalog import resolve
 
 pytestmark = pytest.mark.benchmark
 
 MOST_KL = 0.012
+MOST_NLL_CHANGE = 0.01
 
 
-@pytest.mark.parametrize(
+def held_against_dense(
+    benchmark: Any, path: Path, policy: Policy, sparsity: float, *trials: Trial
+) -> None:
+    """Print and check what is lost in each trial; the last one wants the most room."""
+    with Essays.opened(path, policy, trials[-1]) as opened:
+        spread = opened.of_sparsity(policy, sparsity)
+        results = benchmark.pedantic(
+            lambda: [measured(replace(opened, trial=trial), spread) for trial in trials], rounds=1
+        )
+    for distance, cost in results:
+        assert distance.kl <= MOST_KL
+        assert abs(distance.nll_change) <= MOST_NLL_CHANGE
+        if isinstance(policy, DeltaBlocks):  # of groups the units say it
+            assert abs(cost.sparsity - sparsity) < 0.05
+
+
+def measured(held: Essays, spread: Policy) -> tuple[Distance, ScoreCost]:
+    """Print what is lost and skipped."""
+    distance, cost = held.distance(spread)
+    dense, lost = held.keys_found(spread)
+    print(
+        f"\n{spread}, after {held.trial.prefix:,} tokens: KL {distance.kl:.4f}, NLL "
+        f"{distance.nll_change:+.2%}, pass keys {dense - len(lost)} of {dense}; lost: "
+        f"{'; '.join(lost) or 'none'}"
+    )
+    if isinstance(spread, DeltaBlocks):
+        print(
+            f"{cost}, {1 - cost.key_bytes_read / cost.key_bytes_held:.0%} of the bytes of keys not read"
+        )
+    return distance, cost
+
+
+GRANULARITIES = pytest.mark.parametrize(
     ("policy", "sparsity"),
     [(Delta(), 0.5), (DeltaBlocks(), 0.5), (DeltaBlocks(granularity="element"), 0.7)],
     ids=["rows", "block of 8", "element"],
 )
+
+
+@GRANULARITIES
 def test_what_is_lost_and_skipped(
     benchmark: Any, smollm2: Path, policy: Policy, sparsity: float
 ) -> None:
-    with Essays.opened(smollm2, policy) as held:
-        spread = held.of_sparsity(policy, sparsity)
-        distance, cost = benchmark.pedantic(lambda: held.distance(spread), rounds=1)
-        dense, lost = held.keys_found(spread)
-    benchmark.extra_info.update(kl=distance.kl, found=dense - len(lost), of=dense)
-    print(
-        f"\n{spread}: KL {distance.kl:.4f}, NLL {distance.nll_change:+.2%}, pass keys "
-        f"{dense - len(lost)} of {dense}; lost: {'; '.join(lost) or 'none'}"
-    )
-    assert distance.kl <= MOST_KL
-    if isinstance(policy, DeltaBlocks):  # of groups the units say it
-        print(
-            f"{cost}, {1 - cost.key_bytes_read / cost.key_bytes_held:.0%} of the bytes of keys not read"
-        )
-        assert abs(cost.sparsity - sparsity) < 0.03
+    held_against_dense(benchmark, smollm2, policy, sparsity, SHORT)
+
+
+@GRANULARITIES
+def test_in_layers_without_a_window(benchmark: Any, policy: Policy, sparsity: float) -> None:
+    """Of Gemma-3-270m, whose other layers have a sliding window and stay dense."""
+    held_against_dense(benchmark, resolve("gemma3-270m"), policy, sparsity, LONG, LONGER)

@@ -46,8 +46,15 @@ class Trial:
     lengths: tuple[int, ...]
     num_keys: int
 
+    @property
+    def room(self) -> int:
+        """The tokens of context that all of it wants."""
+        return max(self.context, self.prefix + SCORED, *self.lengths) + 256
+
 
 SHORT = Trial(context=2048, prefix=1600, offsets=(0, 6000, 12000), lengths=(1000, 2000), num_keys=6)
+LONG = Trial(context=4096, prefix=4000, offsets=(0, 8000), lengths=(4000,), num_keys=4)
+LONGER = Trial(context=4096, prefix=8000, offsets=(0, 8000), lengths=(8000,), num_keys=4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +73,7 @@ class Essays:
         """Load a model with room for whatever units the policy may get."""
         options = OpenOptions(
             memory="4GiB",
-            context=trial.context + 256,
+            context=trial.room,
             threads=threads,
             attention=planned_as(policy, read_spec(path)),
             pack=True,
