@@ -228,7 +228,8 @@ void set_policy(OnnxAttend* attend, Layer& layer) {
     if (kind == 1) {
         const DeltaRule rule{layer.rows.num_cells, 4, 0};
         const std::vector<uint8_t> num_groups(kv_heads, 32);
-        require(lowtide_policy_set_groups(policy, &rule, num_groups.data(), scales.data(), 1, kv_heads, size) == 0, "groups are refused");
+        require(lowtide_policy_set_groups(policy, &rule, num_groups.data(), nothing.data(), scales.data(), 1, kv_heads, size) == 0,
+                "groups are refused");
         lowtide_policy_start_grouped(policy);
     } else if (kind == 2) {
         const StatesRule rule{pick(1, 50), 4, pick(0, 1) ? 1 : 8};
