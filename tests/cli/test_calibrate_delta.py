@@ -48,7 +48,8 @@ def test_calibrate_then_use_it(model: str, tmp_path: Path) -> None:
 
 
 def test_targets_that_nothing_reaches_are_an_error(model: str, tmp_path: Path) -> None:
-    done = calibrate(model, tmp_path / "c.json", "--target-kl", "0.0001")
+    targets = ("--target-kl", "0.0001", "--target-key-loss", "0.001")
+    done = calibrate(model, tmp_path / "c.json", *targets)
     assert done.exit_code == 1 and not (tmp_path / "c.json").exists()
     assert "keeps random within a KL of 0.0001" in done.stderr
 
