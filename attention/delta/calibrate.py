@@ -1,8 +1,8 @@
 """Finds how much of each layer and KV head delta may group while it stays close to dense attention.
 
 How much a unit loses with so many groups is measured on its own output, while every layer attends to all
-keys; a common price of a group then spreads a sparsity over the units, and `SparsestPolicy` says which
-sparsity is harmless.
+keys, once each takes the lift that is best for it (`fitted_lifts`); a sparsity is then spread so that the
+units lose the least together (`cheapest`), and `SparsestPolicy` says which sparsity is harmless.
 """
 
 from __future__ import annotations

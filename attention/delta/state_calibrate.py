@@ -1,8 +1,8 @@
 """Finds the thresholds of each layer and KV head with which delta by blocks stays close to dense attention.
 
 How much a unit loses with each of a few thresholds, and how much it sends, is measured on its own output,
-while every layer attends to all keys; a common price of what is sent then spreads a sparsity over the
-units, and `SparsestPolicy` says which sparsity is harmless.
+while every layer attends to all keys; a sparsity is then spread so that the units lose the least together
+(`cheapest`), and `SparsestPolicy` says which sparsity is harmless.
 """
 
 from __future__ import annotations

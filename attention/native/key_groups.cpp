@@ -8,7 +8,7 @@
 
 namespace {
 
-// What two groups' values are apart counts beside what their keys are, over a page this much in all.
+// Values count beside keys: over a page they are made to vary, in all, by this share of what keys do.
 constexpr float kValueShare = 0.5f;
 // In a score. Where keys are further apart, their scores say nothing of one another.
 constexpr float kMostLift = 8.0f;
