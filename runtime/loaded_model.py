@@ -232,15 +232,19 @@ class LoadedModel:
         return ours.counts() if ours is not None else None
 
     def has_room_to_tokenise(self, text_bytes: int, num_tokens: int) -> bool:
-        """Whether a text can be tokenised while the cache holds `num_tokens`.
+        """Whether a text can be tokenised while the cache holds `num_tokens`."""
+        return tokenising_bytes(self.planned.spec, text_bytes) <= self.idle_bytes(num_tokens)
 
-        The row for it is there for that, and the memory that the cache does not use yet.
+    def idle_bytes(self, num_tokens: int) -> int:
+        """Return what of the plan nothing holds between prompts, while the cache holds `num_tokens`.
+
+        The row for tokenising is there for that, and the memory that the cache does not use yet.
         """
         reserved = self.ledger.owners
-        room = reserved[PROMPT]
+        idle = reserved[PROMPT]
         if self.planned.host.kv_follows_use:
-            room += reserved[CACHE] - self._kv_bytes(num_tokens)
-        return tokenising_bytes(self.planned.spec, text_bytes) <= room
+            idle += max(reserved[CACHE] - self._kv_bytes(num_tokens), 0)
+        return idle
 
     def _watched(self) -> WatchedModel:
         """What a profiler may ask of the model, while it is loaded and later."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from lowtide.attention.abort_guard import guarded_aborts
 from lowtide.memory.errors import OverBudget
 from lowtide.memory.footprint import session_bytes
-from lowtide.memory.owners import PREFIXES, PROMPT
+from lowtide.memory.owners import PREFIXES
 from lowtide.models.chat_template import Message, checked_message
 from lowtide.models.errors import StateError
 from lowtide.runtime.conversation import LastAnswer
@@ -108,10 +108,10 @@ class SessionStore:
                 return LoadedSession(
                     messages=transcript.messages, model=transcript.model, num_tokens=0
                 )
-            context = self._loaded.model.context
-            with self._reserved(context, file.num_head_bytes, file.num_state_bytes):
+            with self._reserved(0, file.num_head_bytes):
                 head = SessionHead.from_dict(path, file.head())
-                head.require_match(path, self._owner(), context)
+            head.require_match(path, self._owner(), self._loaded.model.context)
+            with self._reserved(head.num_tokens, file.num_head_bytes, file.num_state_bytes):
                 self._session.admit(head.num_tokens)
                 self._put_back(file, head)
         return LoadedSession(
@@ -159,14 +159,14 @@ class SessionStore:
     ) -> Iterator[None]:
         """Hold what a file takes for a moment.
 
-        No prompt is tokenised meanwhile, so its bytes are used; where that is too little, the prefix
-        cache's are, too.
+        No prompt is tokenised meanwhile and no token added, so what is there for them is used; where that
+        is too little, the prefix cache's is, too.
         """
         planned, ledger = self._loaded.planned, self._loaded.ledger
         needed = session_bytes(
             planned.spec, num_tokens, planned.plan.kv_type, num_text_bytes, num_state_bytes
         )
-        needed -= ledger.owners.get(PROMPT, 0)
+        needed -= self._loaded.idle_bytes(max(num_tokens, len(self._session.token_ids)))
         try:
             ledger.reserve(OWNER, max(needed, 0))
         except OverBudget:

@@ -150,6 +150,19 @@ def test_a_few_tokens_touch_a_few_pages(smollm2: Path, tmp_path: Path) -> None:
     assert after_load - before < 4 * MIB
 
 
+def test_a_plan_without_a_byte_to_spare_saves_and_loads(smollm2: Path, tmp_path: Path) -> None:
+    """Of a cache that is hardly used, and of one that is used by half."""
+    path = tmp_path / "talk"
+    with Runtime.open(smollm2, memory="2GiB", context=4096) as runtime:
+        ledger = runtime.ledger
+        ledger.reserve("all that is left", ledger.budget_bytes - ledger.reserved_bytes)
+        for num_tokens in (64, 2048):
+            while len(runtime._session.token_ids) < num_tokens:
+                runtime._session.append([7] * min(64, runtime._model.max_rows))
+            assert runtime.session.save(path).num_tokens == num_tokens
+            assert runtime.session.load(path).num_tokens == num_tokens
+
+
 def test_the_peak_of_saving_and_loading_is_what_is_reserved(
     wide_model: Path, tmp_path: Path
 ) -> None:
