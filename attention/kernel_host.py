@@ -46,8 +46,9 @@ class KernelHost(PromptScorer, Protocol):
     ) -> None:
         """Set how keys are grouped (`DeltaRule`)."""
 
-    def start_grouped(self) -> None:
-        """Have passes attend to groups of keys, until a `start_pass`."""
+    def start_grouped(self, *, opens: bool = False) -> None:
+        """Have passes attend to groups of keys, until a `start_pass`; `opens` has them look into those that
+        get much of a head's weight, as the rule has it."""
 
     @property
     def least_cells(self) -> int:

@@ -60,9 +60,9 @@ class PolicyKernels:
         if failed:
             raise MemoryError
 
-    def start_grouped(self) -> None:
-        """Have passes attend to groups of keys, until a `start_pass`."""
-        self._library.lowtide_policy_start_grouped(self._policy)
+    def start_grouped(self, *, opens: bool = False) -> None:
+        """Have passes attend to groups, and with `opens` to some groups' keys, until a `start_pass`."""
+        self._library.lowtide_policy_start_grouped(self._policy, opens)
 
     def measure_groups(self) -> None:
         """Have passes attend to every key and measure what groups would lose, until a `start_pass`."""
@@ -104,7 +104,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.lowtide_policy_start_pass.argtypes = [pointer, number, number, number]
     library.lowtide_policy_start_pass.restype = None
     library.lowtide_policy_set_groups.argtypes = [pointer] * 5 + [number] * 3
-    library.lowtide_policy_start_grouped.argtypes = [pointer]
+    library.lowtide_policy_start_grouped.argtypes = [pointer, ctypes.c_int]
     library.lowtide_policy_start_grouped.restype = None
     library.lowtide_policy_measure_groups.argtypes = [pointer]
     library.lowtide_policy_read_group_measures.argtypes = [pointer] * 3

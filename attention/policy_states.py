@@ -20,7 +20,7 @@ class PolicyStates:
         self._library, self._attend = library, attend
         pointer, number = ctypes.c_void_p, ctypes.c_int
         library.lowtide_policy_set_states.argtypes = [pointer] * 5 + [number] * 3
-        library.lowtide_policy_start_states.argtypes = [pointer]
+        library.lowtide_policy_start_states.argtypes = [pointer, number]
         library.lowtide_policy_start_states.restype = None
         library.lowtide_policy_measure_states.argtypes = [pointer]
         library.lowtide_policy_read_state_measures.argtypes = [pointer] * 4
@@ -53,9 +53,10 @@ class PolicyStates:
         if failed:
             raise MemoryError
 
-    def start(self) -> None:
-        """Have passes attend to states, until a `start_pass`."""
-        self._library.lowtide_policy_start_states(self._attend)
+    def start(self, *, opens: bool = False) -> None:
+        """Have passes attend to states, until a `start_pass`; `opens` has them see keys themselves where a
+        state gets much of a head's weight, as the rule has it."""
+        self._library.lowtide_policy_start_states(self._attend, opens)
 
     def measure(self) -> None:
         """Have passes attend to every key and measure what states would lose, until a `start_pass`."""

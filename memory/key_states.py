@@ -14,10 +14,14 @@ from lowtide.models.spec import ModelSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyStates:
-    """Of `num_units` layers and KV heads the blocks of `block` channels that were sent, in pages of 64."""
+    """Of `num_units` layers and KV heads the blocks of `block` channels that were sent, in pages of 64.
+
+    `opened`: decoding looks at some keys themselves.
+    """
 
     num_units: int
     block: int
+    opened: bool = False
 
     def num_bytes(self, num_cells: int, key_size: int) -> int:
         """Return the most that states of so many cells take: every block sent, in half precision, a word

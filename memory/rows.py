@@ -8,6 +8,7 @@ from lowtide.memory.context_sizes import ContextSizes
 from lowtide.memory.gpu_layers import GpuLayers
 from lowtide.memory.gpu_plan import GpuPlan
 from lowtide.memory.key_states import state_bytes
+from lowtide.memory.opened_keys import opened_bytes
 from lowtide.memory.plan import Host, PlanOptions
 from lowtide.memory.plan_row import PlanRow
 from lowtide.memory.speculation_plan import branch_bytes
@@ -199,6 +200,13 @@ class PlanRows:
         row = PlanRow(owners.SPECULATION, num_bytes, why)
         return (row, *wish.draft_model_rows(num_rows, kv_tokens))
 
+    def _opened(self, choice: Choice) -> int:
+        options, cells = self._options, footprint.kv_cells(choice.context)
+        num_keys = cells if options.key_states is not None and options.key_states.opened else 0
+        if options.key_groups is not None and options.key_groups.opened:
+            num_keys = options.key_groups.most_keys(cells)
+        return opened_bytes(self._spec, num_keys, options.attention_threads) if num_keys else 0
+
     def _attention(self, choice: Choice) -> PlanRow:
         spec, options, threads = self._spec, self._options, self._options.attention_threads
         num_bytes = footprint.attention_bytes(spec, choice.context, threads) if threads else 0
@@ -217,6 +225,7 @@ class PlanRows:
             num_bytes += footprint.group_bytes(spec, options.key_groups, choice.context, threads)
         if options.key_states is not None:
             num_bytes += state_bytes(spec, options.key_states, choice.context, threads)
+        num_bytes += self._opened(choice)
         return PlanRow(
             owners.SCRATCH,
             num_bytes,

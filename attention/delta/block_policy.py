@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 BLOCK, ELEMENT = "block", "element"
 BLOCK_SIZES = (8, 16)
+OPENS = 0.001
+"""Less than of groups: a state is further from its key than a group from its keys."""
 DEFAULT_SPARSITY = 0.25
 """Without a calibration every layer and head sends alike, which loses much sooner."""
 MOST_SPARSITY = 0.95
@@ -45,8 +47,9 @@ class DeltaBlocks(AttentionPolicy):
     "element" single ones. A stated `threshold` is how far they may be off in every layer and head, as a
     multiple of 1 over the root mean square of the query's channels, as the calibration has it, 1 without
     one; a stated `sparsity` has every page of every head send no more than the rest. `prompts` "exact" has
-    only decoding see states. `calibration` is a file to take instead of the model's own; `units` are what
-    a calibration consists of.
+    only decoding see states. In decoding a state that gets more than the share `opens` of some head's
+    weight is opened: its key takes its place; 0 opens none. `calibration` is a file to take instead of the
+    model's own; `units` are what a calibration consists of.
     """
 
     name: ClassVar[str] = "delta"
@@ -58,6 +61,7 @@ class DeltaBlocks(AttentionPolicy):
     window: int = 128
     sinks: int = 4
     prompts: str = GROUPED
+    opens: float = OPENS
     calibration: Path | None = None
     units: StateUnits | None = None
     origin: str = "stated"
@@ -74,7 +78,7 @@ class DeltaBlocks(AttentionPolicy):
             )
         if self.block is not None and self.block not in BLOCK_SIZES:
             raise BadOption(f"delta's block is {self.block}, 8 or 16 channels are wanted")
-        check_span(self.window, self.sinks, self.prompts)
+        check_span(self.window, self.sinks, self.prompts, self.opens)
         self._check_stated()
 
     def _check_stated(self) -> None:
@@ -148,12 +152,14 @@ class DeltaBlocks(AttentionPolicy):
         """What is kept beside the cache."""
         if self.units is None:
             return None
-        return KeyStates(num_units=self.units.num_taken, block=self.units.block)
+        return KeyStates(
+            num_units=self.units.num_taken, block=self.units.block, opened=self.opens > 0
+        )
 
     def install(self, hook: KernelHost, spec: ModelSpec) -> Steering:
         """Give the hook each unit's threshold and scales."""
         assert self.units is not None, "the policy is not fitted to a model"
-        rule = StatesRule(self.window, self.sinks, self.units.block)
+        rule = StatesRule(self.window, self.sinks, self.units.block, self.opens)
         hook.states.set_units(rule, *self.units.arrays())
         return StateSteering(hook, self.prompts)
 
@@ -161,7 +167,8 @@ class DeltaBlocks(AttentionPolicy):
         of = "elements" if self.channels == 1 else f"blocks of {self.channels}"
         found = "" if self.units is None else f", {self.units}"
         prompts = "" if self.prompts == GROUPED else f", prompts {self.prompts}"
-        return f"delta, {of}{found}, window {self.window} ({self.origin}){prompts}"
+        opens = "" if self.opens == OPENS else f", opens {self.opens:.2%}"
+        return f"delta, {of}{found}, window {self.window} ({self.origin}){prompts}{opens}"
 
 
 class StateSteering(Steering):
@@ -178,6 +185,6 @@ class StateSteering(Steering):
             self._hook.states.start()
 
     def before_decode(self) -> None:
-        """Attend to states."""
+        """Attend to states, and to some keys themselves."""
         self._hook.start_pass(sparse=False)
-        self._hook.states.start()
+        self._hook.states.start(opens=True)

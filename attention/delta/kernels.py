@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 class DeltaRule(ctypes.Structure):
     """The C++ `DeltaRule`, field for field.
 
-    Each row's last `window` keys and the first `num_fixed` of all are never grouped. `replaces` has a
-    layer's own cells given back once groups stand for them.
+    Each row's last `window` keys and the first `num_fixed` of all are never grouped. A group with more than
+    the share `opens` of a head's weight is replaced by its keys in decoding; 0: none. `replaces` has a
+    layer's own cells given back once groups stand for them, and no group opened.
     """
 
     _fields_ = [
         ("window", ctypes.c_int32),
         ("num_fixed", ctypes.c_int32),
+        ("opens", ctypes.c_float),
         ("replaces", ctypes.c_int32),
     ]
 

@@ -56,12 +56,14 @@ def delta_attention(
     scale: float,
     window: int,
     page: int = 1,
+    opens: float = 0.0,
 ) -> NDArray[np.float64]:
     """Return attention of the last rows, (rows, heads, value_size), with states for the keys behind them.
 
     Shapes as for `reference.attention`; row i of `q` sees all keys but the rows after it, and its last
     `window` keys, its own among them, as they are; of those behind them whole pages of `page` keys as
-    states.
+    states, but for those that get more than the share `opens`, above 0, of the weight of one of a KV head's
+    heads.
     """
     num_rows, num_keys = len(q), len(k)
     out = []
@@ -69,9 +71,23 @@ def delta_attention(
         seen = num_keys - num_rows + row + 1
         behind = max(seen - window, 0) // page * page
         keys = np.concatenate([states[:behind], k[behind:seen]])
+        if opens:
+            much = _most_weights(q[row], keys, scale)[:behind] > opens
+            keys[:behind][much] = k[:behind][much]
         visible = np.zeros((1, seen), np.float16)
         out.append(attention(q[row : row + 1], keys, v[:seen], visible, scale=scale)[0])
     return np.stack(out)
+
+
+def _most_weights(
+    q: NDArray[np.float32], keys: NDArray[np.float64], scale: float
+) -> NDArray[np.float64]:
+    """What each key gets at the most of one row's heads, (keys, kv_heads)."""
+    of_heads = q.astype(np.float64).reshape(keys.shape[1], -1, keys.shape[2])
+    scores = np.einsum("hgd,khd->hgk", of_heads, keys) * scale
+    weights = np.exp(scores - scores.max(axis=2, keepdims=True))
+    most: NDArray[np.float64] = (weights / weights.sum(axis=2, keepdims=True)).max(axis=1).T
+    return most
 
 
 def page_points(
@@ -122,14 +138,24 @@ def grouped_attention(
     num_groups: int,
     num_fixed: int = 0,
     lift: float = 0.0,
+    opens: float = 0.0,
 ) -> NDArray[np.float64]:
     """Return attention of the last rows, (rows, heads, value_size), over groups of one KV head's keys.
 
     `q` (rows, heads, key_size), `k` (keys, key_size), `v` (keys, value_size). A row sees every key but
     the rows after it; whole pages behind its last `window` keys as groups, each with its mean key and its
-    mean value, as heavy as its keys are many, and lifted: see `lifts`.
+    mean value, as heavy as its keys are many, and lifted: see `lifts`. With `opens` above 0 the keys of
+    groups that get more than such a share of a head's weight take their place.
     """
     num_rows, num_keys = len(q), len(k)
+
+    def weights(row: int, groups: list[list[int]]) -> NDArray[np.float64]:
+        keys = np.stack([k[rows].mean(axis=0) for rows in groups])
+        spread = np.array([(k[rows] * scales).var(axis=0).sum() for rows in groups])
+        heavy = np.log([len(rows) for rows in groups])
+        heavy += np.minimum(lift * scale**2 * spread, MOST_LIFT)
+        return _weights(q[row], keys, heavy, scale)
+
     pages = []
     for begin in range(0, num_keys - window - PAGE_KEYS + 1, PAGE_KEYS):
         page = slice(begin, begin + PAGE_KEYS)
@@ -143,24 +169,22 @@ def grouped_attention(
         num_pages = max(seen - window, 0) // PAGE_KEYS
         groups = [rows for page_rows in pages[:num_pages] for rows in page_rows]
         groups += [[key] for key in range(num_pages * PAGE_KEYS, seen)]
-        keys = np.stack([k[rows].mean(axis=0) for rows in groups])
-        values = np.stack([v[rows].mean(axis=0) for rows in groups])
-        spread = np.array([(k[rows] * scales).var(axis=0).sum() for rows in groups])
-        heavy = np.log([len(rows) for rows in groups])
-        heavy += np.minimum(lift * scale**2 * spread, MOST_LIFT)
-        out.append(_weighted(q[row], keys, values, heavy, scale))
+        if opens:
+            much = weights(row, groups).max(axis=0) > opens
+            parts = [
+                [[key] for key in rows] if is_much else [rows]
+                for rows, is_much in zip(groups, much, strict=True)
+            ]
+            groups = [rows for of_group in parts for rows in of_group]
+        out.append(weights(row, groups) @ np.stack([v[rows].mean(axis=0) for rows in groups]))
     return np.stack(out)
 
 
-def _weighted(
-    q: NDArray[np.float32],
-    keys: NDArray[np.float64],
-    values: NDArray[np.float64],
-    heavy: NDArray[np.float64],
-    scale: float,
+def _weights(
+    q: NDArray[np.float32], keys: NDArray[np.float64], heavy: NDArray[np.float64], scale: float
 ) -> NDArray[np.float64]:
-    """One row's attention, (heads, value_size), to groups of exp(`heavy`) keys."""
+    """What one row's heads give to groups of exp(`heavy`) keys, (heads, groups)."""
     scores = q.astype(np.float64) @ keys.T * scale + heavy
     weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-    result: NDArray[np.float64] = weights @ values / weights.sum(axis=1, keepdims=True)
+    result: NDArray[np.float64] = weights / weights.sum(axis=1, keepdims=True)
     return result

@@ -19,12 +19,14 @@ class StatesRule(ctypes.Structure):
 
     Each row sees its last `window` keys as they are, and of those behind them whole pages of 64 as states.
     The first `num_first` keys of all are sent whole; of others blocks of `block` channels, 1, 8 or 16.
+    A state with more than the share `opens` of a head's weight is replaced by its key in decoding; 0: none.
     """
 
     _fields_ = [
         ("window", ctypes.c_int32),
         ("num_first", ctypes.c_int32),
         ("block", ctypes.c_int32),
+        ("opens", ctypes.c_float),
     ]
 
 

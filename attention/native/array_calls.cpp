@@ -60,7 +60,7 @@ extern "C" DeltaAttend* lowtide_delta_new(const DeltaRule* rule, const uint8_t* 
     auto* delta = new (std::nothrow) DeltaAttend();
     if (delta == nullptr) return nullptr;
     try {
-        delta->start_pass(true);
+        delta->start_pass(true, true);
         if (delta->set_units(*rule, num_groups, lifts, scales, 1, num_kv_heads, key_size)) return delta;
     } catch (const std::bad_alloc&) {
     }
@@ -88,7 +88,7 @@ extern "C" StateAttend* lowtide_states_new(const StatesRule* rule, const float* 
     auto* states = new (std::nothrow) StateAttend();
     if (states == nullptr) return nullptr;
     try {
-        states->start_pass(true);
+        states->start_pass(true, true);
         if (states->set_units(*rule, thresholds, shares, scales, 1, num_kv_heads, key_size)) return states;
     } catch (const std::bad_alloc&) {
     }

@@ -118,6 +118,16 @@ void Attend::run_many(const AttentionProblem* problems, int count, const KernelS
     barrier_.wait(num_threads, [this] { next_item_ = 0; });
 }
 
+void Attend::start(const AttentionProblem& p, int count, float* partials) {
+    for (int i = 0; i < count; ++i) start_partial(partials + i * partial_floats(p), p.value_size);
+}
+
+void Attend::add(const AttentionProblem& p, const KernelSet& kernels, int thread, float* partials) {
+    float* scratch = scratch_.data() + kScratchFloats * thread;
+    for (int begin = 0; begin < p.num_keys; begin += kChunkKeys)
+        kernels.attend_keys(p, 0, 0, 1, begin, std::min(begin + kChunkKeys, p.num_keys), scratch, partials);
+}
+
 void Attend::attend_split(const AttentionProblem& p, const KernelSet& kernels, int thread, int num_workers) {
     const int num_chunks = num_chunks_of(p), group = p.group_size(), floats = partial_floats(p);
     const size_t item_floats = size_t(p.num_rows) * group * floats;

@@ -24,6 +24,11 @@ public:
     bool reserve_many(const AttentionProblem& problem, int num_threads);
     void run_many(const AttentionProblem* problems, int count, const KernelSet& kernels, int thread, int num_threads);
 
+    // A row's partials over the problem's keys, as one of the reserved threads adds them: `count` partials that have seen
+    // nothing, and all heads of a problem of one row and one KV head.
+    static void start(const AttentionProblem& problem, int count, float* partials);
+    void add(const AttentionProblem& problem, const KernelSet& kernels, int thread, float* partials);
+
     int num_workers(int num_threads) const { return num_threads < reserved_threads_ ? num_threads : reserved_threads_; }
     size_t scratch_bytes() const { return sizeof(float) * (scratch_.size() + partials_.size()); }
 

@@ -118,6 +118,7 @@ bool DeltaAttend::reserve(const AttentionProblem& p, int layer, int stream, int 
             most_keys = std::max(most_keys, size_t(num_cells / kPageKeys) * num_groups + num_beside);
         }
         measures_.reserve(p);
+        if (is_opening()) opened_.reserve(p, int(most_keys), num_threads);
         const size_t mask_size = most_keys * std::min(p.num_rows, kPageKeys);
         if (mask_.size() < mask_size) mask_.reserve(mask_size), mask_.resize(mask_size);
         largest.num_keys = int(std::max(size_t(largest.num_keys), most_keys));
@@ -145,13 +146,14 @@ int DeltaAttend::run(const AttentionProblem& p, int layer, int stream, const Ker
 
 int DeltaAttend::run(const AttentionProblem& p, int layer, int stream, const KernelSet& kernels, Team& team) {
     if (!knows(p, layer)) return kNotTaken;
-    team.once([&] { taken_ = takes(p, layer, stream); });
+    team.once([&] { taken_ = takes(p, layer, stream), num_opened_ = 0; });
     if (!taken_) return kNotTaken;
     auto& heads = layers_[layer].streams[stream];
     const int first = first_;
+    const int most_rows = is_opening() ? WatchedScores::kMostRows : kPageKeys;
     for (int row = 0, end = 0; row < p.num_rows; row = end) {
         const int num_pages = num_pages_before(first + row);
-        while (end < p.num_rows && num_pages_before(first + end) == num_pages && end - row < kPageKeys) ++end;
+        while (end < p.num_rows && num_pages_before(first + end) == num_pages && end - row < most_rows) ++end;
         const auto advance = [&](int thread) {
             for (int head = thread; head < num_kv_heads_; head += team.num_threads)
                 heads[head].advance(p, head, rule_of(p, layer, head), num_pages, first + end);
@@ -162,10 +164,22 @@ int DeltaAttend::run(const AttentionProblem& p, int layer, int stream, const Ker
             team.once([&] { ready(p, heads[head], head, row, end - row); });
             attend_.run(of_head_, kernels, team);
         }
+        if (!is_opening() || num_pages == 0) continue;
+        team.all([&](int thread) { open(p, heads, row, end - row, kernels, thread, team.num_threads); }, [] {});
     }
-    int num_read = 0;
+    int num_read = num_opened_.load();
     for (const KeyGroups& groups : heads) num_read += groups.num_keys();
     return measures_.is_on() ? kNotTaken : num_read / num_kv_heads_;
+}
+
+void DeltaAttend::open(const AttentionProblem& p, const std::vector<KeyGroups>& heads, int first_row, int num_rows,
+                       const KernelSet& kernels, int thread, int num_threads) {
+    const int num_workers = attend_.num_workers(num_threads), num_items = thread < num_workers ? num_rows * num_kv_heads_ : 0;
+    for (int item = thread; item < num_items; item += num_workers) {
+        const int head = item % num_kv_heads_, row = first_row + item / num_kv_heads_;
+        const int num_opened = opened_.open(p, heads[head], head, first_row, row, rule_.opens, kernels, attend_, thread);
+        if (row == p.num_rows - 1) num_opened_ += num_opened;
+    }
 }
 
 // Makes the problem of some rows, which see all groups, and of the rows beside those what is not behind them.
@@ -188,6 +202,7 @@ void DeltaAttend::ready(const AttentionProblem& p, const KeyGroups& groups, int 
     own.mask = reinterpret_cast<const char*>(mask_.data()), own.mask_row_stride = sizeof(uint16_t) * num_keys;
     own.num_rows = num_rows, own.num_heads = p.group_size(), own.num_kv_heads = 1, own.num_keys = num_keys;
     if (own.sinks != nullptr) own.sinks += heads_before;
+    if (is_opening()) opened_.watch(own, kv_head);
 }
 
 void DeltaAttend::start_measuring() {
@@ -204,7 +219,7 @@ void DeltaAttend::measure(const AttentionProblem& p, int layer) {
 }
 
 size_t DeltaAttend::scratch_bytes() const {
-    size_t total = attend_.scratch_bytes() + sizeof(uint16_t) * mask_.capacity();
+    size_t total = attend_.scratch_bytes() + opened_.num_bytes() + sizeof(uint16_t) * mask_.capacity();
     for (const Layer& layer : layers_)
         for (const auto& heads : layer.streams)
             for (const KeyGroups& groups : heads) total += groups.num_bytes();

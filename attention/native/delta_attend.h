@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -8,6 +9,7 @@
 #include "attention_problem.h"
 #include "barrier.h"
 #include "key_groups.h"
+#include "opened_groups.h"
 #include "team.h"
 #include "unit_measures.h"
 
@@ -15,6 +17,7 @@
 struct DeltaRule {
     int32_t window;     // of each row's last keys so many, its own among them, are never grouped
     int32_t num_fixed;  // nor are so many of the first
+    float opens;        // groups that get more than such a share of a head's weight are opened in decoding; 0: none
     int32_t replaces;   // whether a layer's own cells go back to the system once groups stand for them
 };
 
@@ -32,8 +35,8 @@ public:
     bool set_units(const DeltaRule& rule, const uint8_t* num_groups, const float* lifts, const float* scales, int num_layers,
                    int num_kv_heads, int key_size);
 
-    // Whether passes from now on are taken.
-    void start_pass(bool grouped) { grouped_ = grouped, measures_.stop(); }
+    // Whether passes from now on are taken, and whether they open groups, as the rule has it.
+    void start_pass(bool grouped, bool opens = false) { grouped_ = grouped, opens_ = opens, measures_.stop(); }
 
     // Has passes be measured: what groups would make of them is held against dense attention, which they get;
     // what was measured before is forgotten.
@@ -76,15 +79,19 @@ private:
         std::vector<std::vector<KeyGroups>> streams;  // of heads
     };
 
+    bool is_opening() const { return opens_ && rule_.opens > 0.0f && rule_.replaces == 0 && !measures_.is_on(); }
     bool takes(const AttentionProblem& problem, int layer, int stream);
     bool knows(const AttentionProblem& problem, int layer) const;
     GroupRule rule_of(const AttentionProblem& problem, int layer, int kv_head) const;
     int num_pages_before(int position) const;
     bool holds(const Layer& layer, int stream, int first) const;
     void give_back(const AttentionProblem& problem, Layer& layer, int stream, int first);
+    void open(const AttentionProblem& problem, const std::vector<KeyGroups>& heads, int first_row, int num_rows, const KernelSet& kernels,
+              int thread, int num_threads);
     void ready(const AttentionProblem& problem, const KeyGroups& groups, int kv_head, int first_row, int num_rows);
 
     Attend attend_;
+    OpenedGroups opened_;
     Barrier barrier_;
     DeltaRule rule_{};
     std::vector<Layer> layers_;
@@ -93,6 +100,7 @@ private:
     std::vector<uint16_t> mask_;
     AttentionProblem of_head_{};
     UnitMeasures measures_;
+    std::atomic<int> num_opened_{0};  // by the last row
     int num_kv_heads_ = 0, key_size_ = 0, first_ = 0;  // `first_` is the cell of a pass's first row
-    bool grouped_ = false, taken_ = false, has_lost_ = false;
+    bool grouped_ = false, opens_ = false, taken_ = false, has_lost_ = false;
 };

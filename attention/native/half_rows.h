@@ -1,6 +1,6 @@
 #pragma once
 
-// Rows of the KV cache, of any type, as halves. For what keeps them in a form of its own, outside the kernels.
+// Rows of the KV cache, of any type, as halves or floats. For what is done with them outside the kernels.
 
 #ifndef VECTOR_FLOATS
 #define VECTOR_FLOATS 4
@@ -26,6 +26,19 @@ inline void copy_row(KvType type, const char* row, int size, uint16_t* to) {
         case KvType::q8_0: return copy_row<KvType::q8_0>(row, size, to);
         case KvType::q4_0: return copy_row<KvType::q4_0>(row, size, to);
         case KvType::f32: return copy_row<KvType::f32>(row, size, to);
+    }
+}
+
+template <KvType Type> void read_row(const char* row, int size, float* to) {
+    for (int d = 0; d < size; d += W) store(to + d, Rows<Type>::load(row, d));
+}
+
+inline void read_row(KvType type, const char* row, int size, float* to) {
+    switch (type) {
+        case KvType::f16: return read_row<KvType::f16>(row, size, to);
+        case KvType::q8_0: return read_row<KvType::q8_0>(row, size, to);
+        case KvType::q4_0: return read_row<KvType::q4_0>(row, size, to);
+        case KvType::f32: return read_row<KvType::f32>(row, size, to);
     }
 }
 

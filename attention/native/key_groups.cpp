@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "grown.h"
 #include "half_rows.h"
 
 namespace {
@@ -76,12 +77,6 @@ void average(const PageClusters& clusters, int num_groups, int size, uint16_t* r
     }
 }
 
-void grow(std::vector<uint16_t>& room, size_t size) {
-    if (room.size() >= size) return;
-    room.reserve(size);  // no more than that
-    room.resize(size);
-}
-
 }  // namespace
 
 void KeyGroups::reserve(const AttentionProblem& p, int num_groups, int num_cells, int num_rows_beside) {
@@ -89,7 +84,7 @@ void KeyGroups::reserve(const AttentionProblem& p, int num_groups, int num_cells
     if (num_groups_ != num_groups) cut(0);
     num_groups_ = num_groups;
     const size_t grouped = size_t(num_cells / kPageKeys) * num_groups, rows = grouped + num_rows_beside;
-    grow(keys_, rows * key_size_), grow(values_, rows * value_size_), grow(biases_, grouped);
+    grow(keys_, rows * key_size_), grow(values_, rows * value_size_), grow(biases_, grouped), grow(group_of_, num_cells);
 }
 
 void KeyGroups::advance(const AttentionProblem& p, int kv_head, const GroupRule& rule, int num_pages, int end) {
@@ -130,6 +125,7 @@ void KeyGroups::group_page(const GroupRule& rule) {
     read_points(keys, values, key_size_, value_size_, rule.scales, points);
     PageClusters clusters;
     clusters.join(points.rows, points.size, num_pages_ == 0 ? rule.num_fixed : 0, num_groups_);
+    std::copy(clusters.group_of(), clusters.group_of() + kPageKeys, group_of_.begin() + size_t(num_pages_) * kPageKeys);
     float spread[kPageKeys];
     measure_spread(points, clusters, num_groups_, spread);
     average(clusters, num_groups_, key_size_, keys), average(clusters, num_groups_, value_size_, values);

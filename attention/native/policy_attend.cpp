@@ -48,7 +48,7 @@ extern "C" int lowtide_policy_set_groups(PolicyAttend* attend, const DeltaRule* 
     return failed([=] { return attend->delta.set_units(*rule, num_groups, lifts, scales, num_layers, num_kv_heads, key_size); });
 }
 
-extern "C" void lowtide_policy_start_grouped(PolicyAttend* attend) { attend->delta.start_pass(true); }
+extern "C" void lowtide_policy_start_grouped(PolicyAttend* attend, int opens) { attend->delta.start_pass(true, opens != 0); }
 
 extern "C" int lowtide_policy_measure_groups(PolicyAttend* attend) {
     return failed([=] { return attend->delta.start_measuring(), true; });
@@ -65,7 +65,7 @@ extern "C" int lowtide_policy_set_states(PolicyAttend* attend, const StatesRule*
     return failed([=] { return attend->states.set_units(*rule, thresholds, shares, scales, num_layers, num_kv_heads, key_size); });
 }
 
-extern "C" void lowtide_policy_start_states(PolicyAttend* attend) { attend->states.start_pass(true); }
+extern "C" void lowtide_policy_start_states(PolicyAttend* attend, int opens) { attend->states.start_pass(true, opens != 0); }
 
 extern "C" int lowtide_policy_measure_states(PolicyAttend* attend) {
     return failed([=] { return attend->states.start_measuring(), true; });

@@ -44,12 +44,12 @@ LOWTIDE_API int lowtide_policy_set_roles(PolicyAttend* attend, const uint8_t* ro
 LOWTIDE_API void lowtide_policy_start_pass(PolicyAttend* attend, int sparse, int refresh, int rounded);
 
 // What DeltaAttend groups (its `set_units`), between passes; returns 1 where there is no memory, 2 where a page cannot
-// have so many groups. Passes are grouped from a start with `grouped` on, up to a `start_pass`; or are measured
+// have so many groups. Passes are grouped from a `start_grouped` on, up to a `start_pass`, and open groups where it says so; or are measured
 // (`start_measuring`, 1 where there is no memory). Whoever changes cells in another way than by a pass says from
 // which on, with a cut.
 LOWTIDE_API int lowtide_policy_set_groups(PolicyAttend* attend, const DeltaRule* rule, const uint8_t* num_groups, const float* lifts,
                                           const float* scales, int num_layers, int num_kv_heads, int key_size);
-LOWTIDE_API void lowtide_policy_start_grouped(PolicyAttend* attend);
+LOWTIDE_API void lowtide_policy_start_grouped(PolicyAttend* attend, int opens);
 LOWTIDE_API int lowtide_policy_measure_groups(PolicyAttend* attend);
 LOWTIDE_API void lowtide_policy_read_group_measures(const PolicyAttend* attend, float* errors, float* squares);
 LOWTIDE_API void lowtide_policy_cut(PolicyAttend* attend, int num_cells);
@@ -58,7 +58,7 @@ LOWTIDE_API void lowtide_policy_cut(PolicyAttend* attend, int num_cells);
 // unit sent of its states. The counts are those of all passes.
 LOWTIDE_API int lowtide_policy_set_states(PolicyAttend* attend, const StatesRule* rule, const float* thresholds, const float* shares,
                                           const float* scales, int num_layers, int num_kv_heads, int key_size);
-LOWTIDE_API void lowtide_policy_start_states(PolicyAttend* attend);
+LOWTIDE_API void lowtide_policy_start_states(PolicyAttend* attend, int opens);
 LOWTIDE_API int lowtide_policy_measure_states(PolicyAttend* attend);
 LOWTIDE_API void lowtide_policy_read_state_measures(const PolicyAttend* attend, float* errors, float* squares, float* shares);
 LOWTIDE_API ScoreCounts lowtide_policy_score_counts(const PolicyAttend* attend);

@@ -32,7 +32,7 @@ bool StateAttend::knows(const AttentionProblem& p, int layer) const {
 
 // Where the node is not ours, the cells that it writes are forgotten all the same.
 bool StateAttend::takes(const AttentionProblem& p, int layer, int stream) {
-    const int first = first_position(p);
+    const int first = first_ = first_position(p);
     auto& streams = layers_[layer].streams;
     if (stream < int(streams.size()))
         for (KeyStates& states : streams[stream]) states.cut(std::max(first, 0));
@@ -49,10 +49,13 @@ bool StateAttend::reserve(const AttentionProblem& p, int layer, int stream, int 
         const int num_cells = padded_to_cells(p.num_keys);
         for (int head = 0; head < num_kv_heads_; ++head) streams[stream][head].reserve(p, rule_of(layer, head), num_cells);
         measures_.reserve(p);
+        if (is_opening()) opened_.reserve(p, num_threads);
     } catch (const std::bad_alloc&) {
         return false;
     }
-    return attend_.reserve(p, num_threads);
+    AttentionProblem few = p;
+    few.num_rows = std::min(p.num_rows, WatchedScores::kMostRows);
+    return attend_.reserve(p, num_threads) && (!is_opening() || attend_.reserve(few, num_threads));
 }
 
 StateRule StateAttend::rule_of(int layer, int kv_head) const {
@@ -74,19 +77,51 @@ int StateAttend::run(const AttentionProblem& p, int layer, int stream, const Ker
     const auto advance = [&](int thread) {
         for (int head = thread; head < num_kv_heads_; head += team.num_threads) heads[head].advance(p, head, rule_of(layer, head), num_pages);
     };
-    team.all(advance, [&] { ready(p, heads); });
+    const int most_rows = is_opening() ? WatchedScores::kMostRows : p.num_rows;
+    team.all(advance, [&] { ready(p, heads), start_rows(p, 0, std::min(most_rows, p.num_rows)); });
     attend_.run(own_, kernels, team);
-    return measures_.is_on() ? kNotTaken : p.num_keys;
+    if (measures_.is_on()) return kNotTaken;
+    if (!is_opening()) return p.num_keys;
+    open_rows(kernels, team);
+    for (int row = most_rows; row < p.num_rows; row += most_rows) {
+        team.once([&] { start_rows(p, row, std::min(most_rows, p.num_rows - row)); });
+        attend_.run(own_, kernels, team);
+        open_rows(kernels, team);
+    }
+    team.once([&] { count_opened(p); });
+    return p.num_keys;
+}
+
+void StateAttend::open_rows(const KernelSet& kernels, Team& team) {
+    const int num_workers = attend_.num_workers(team.num_threads), num_items = own_.num_rows * num_kv_heads_;
+    team.all([&](int thread) {
+        for (int item = thread; thread < num_workers && item < num_items; item += num_workers) {
+            const int row = item / num_kv_heads_, num_states = states_.num_pages(row) * kBlockKeys;
+            const int num_opened = opened_.open(own_, num_states, item % num_kv_heads_, row, rule_.opens, kernels, attend_, thread);
+            if (row == own_.num_rows - 1) num_opened_ += num_opened;
+        }
+    }, [] {});
 }
 
 void StateAttend::ready(const AttentionProblem& p, const std::vector<KeyStates>& heads) {
     for (int head = 0; head < num_kv_heads_; ++head) stores_[head] = heads[head].view();
+    if (!measures_.is_on()) count(p, heads);
+}
+
+void StateAttend::start_rows(const AttentionProblem& p, int first_row, int num_rows) {
     own_ = p;
     own_.states = &states_;
-    if (measures_.is_on())
-        measures_.take_results(own_);
-    else
-        count(p, heads);
+    if (measures_.is_on()) return measures_.take_results(own_);
+    own_.q += first_row * p.q_row_stride, own_.out += first_row * p.out_row_stride, own_.mask += first_row * p.mask_row_stride;
+    own_.num_rows = num_rows;
+    states_.first_position = first_ + first_row;
+    num_opened_ = 0;
+    if (is_opening()) opened_.watch(own_);
+}
+
+void StateAttend::count_opened(const AttentionProblem& p) {
+    counts_.channels_multiplied += int64_t(num_opened_) * key_size_;
+    counts_.key_bytes_read += num_opened_ * int64_t(stored_bytes(p.k_type, key_size_));
 }
 
 void StateAttend::count(const AttentionProblem& p, const std::vector<KeyStates>& heads) {
@@ -129,7 +164,7 @@ void StateAttend::read_shares(float* shares) const {
 }
 
 size_t StateAttend::scratch_bytes() const {
-    size_t total = attend_.scratch_bytes();
+    size_t total = attend_.scratch_bytes() + opened_.num_bytes();
     for (const Layer& layer : layers_)
         for (const auto& heads : layer.streams)
             for (const KeyStates& states : heads) total += states.num_bytes();

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -8,6 +9,7 @@
 #include "attention_problem.h"
 #include "barrier.h"
 #include "key_states.h"
+#include "opened_states.h"
 #include "team.h"
 #include "unit_measures.h"
 
@@ -16,6 +18,7 @@ struct StatesRule {
     int32_t window;     // of each row's last keys so many, its own among them, are seen as they are
     int32_t num_first;  // the first keys of all are sent whole
     int32_t block;      // so many channels are sent together: 1, 8 or 16
+    float opens;        // keys whose states get more than such a share of a head's weight are opened in decoding; 0: none
 };
 
 // What scores cost, summed over passes, for each pass's last row and all KV heads. A channel of a key is multiplied
@@ -43,8 +46,8 @@ public:
     bool set_units(const StatesRule& rule, const float* thresholds, const float* shares, const float* scales, int num_layers,
                    int num_kv_heads, int key_size);
 
-    // Whether passes from now on are taken.
-    void start_pass(bool taken) { is_on_ = taken, measures_.stop(); }
+    // Whether passes from now on are taken, and whether they open states, as the rule has it.
+    void start_pass(bool taken, bool opens = false) { is_on_ = taken, opens_ = opens, measures_.stop(); }
 
     // As for DeltaAttend.
     void start_measuring();
@@ -77,10 +80,15 @@ private:
     bool knows(const AttentionProblem& problem, int layer) const;
     bool takes(const AttentionProblem& problem, int layer, int stream);
     StateRule rule_of(int layer, int kv_head) const;
+    bool is_opening() const { return opens_ && rule_.opens > 0.0f && !measures_.is_on(); }
     void ready(const AttentionProblem& problem, const std::vector<KeyStates>& heads);
+    void start_rows(const AttentionProblem& problem, int first_row, int num_rows);
+    void open_rows(const KernelSet& kernels, Team& team);
     void count(const AttentionProblem& problem, const std::vector<KeyStates>& heads);
+    void count_opened(const AttentionProblem& problem);
 
     Attend attend_;
+    OpenedStates opened_;
     Barrier barrier_;
     StatesRule rule_{};
     std::vector<Layer> layers_;
@@ -91,5 +99,7 @@ private:
     UnitMeasures measures_;
     ScoreCounts counts_{};
     int num_kv_heads_ = 0, key_size_ = 0;
-    bool is_on_ = false, taken_ = false;
+    std::atomic<int> num_opened_{0};  // by the last row that was attended to
+    int first_ = 0;                   // the cell of a pass's first row
+    bool is_on_ = false, opens_ = false, taken_ = false;
 };

@@ -117,7 +117,7 @@ def attention_beside_dense(benchmark: Any, bench: Bench, policy: str, depth: int
 @pytest.mark.parametrize("depth", [2048, 7600])
 def test_decode(benchmark: Any, bench: Bench, depth: int, policy: str) -> None:
     attention_beside_dense(benchmark, bench, policy, depth)
-    bench.hook.start_grouped()
+    bench.hook.start_grouped(opens=True)
     before = bench.hook.counts()
     bench.step(depth)
     counts = bench.hook.counts()

@@ -70,7 +70,7 @@ def test_it_stays_close_to_dense_and_skips(bench: Bench, kind: str) -> None:
     found, costs = [], []
     for settings in ("threshold=0", "sparsity=0.2", "sparsity=0.9,window=1", "window=2048"):
         before = bench.hook.counts()
-        policy = parse_policy(f"delta:{kind},{settings}").fitted(bench.spec)
+        policy = parse_policy(f"delta:{kind},{settings},opens=0").fitted(bench.spec)
         found.append(place.distance(policy.install(bench.hook, bench.spec)))
         costs.append(bench.hook.counts().scores - before.scores)
     whole, few, many, none = found

@@ -26,6 +26,7 @@ from lowtide.models.spec import ModelSpec
     [
         ("delta:granularity=row,sparsity=0.5", Delta(sparsity=0.5)),
         ("delta:granularity=block", DeltaBlocks()),
+        ("delta:granularity=block,opens=2%", DeltaBlocks(opens=0.02)),
         ("delta:granularity=block,block=16,sparsity=30%", DeltaBlocks(block=16, sparsity=0.3)),
         (
             "delta:granularity=element,threshold=0.5,window=64",
@@ -60,6 +61,7 @@ def test_policies_by_name(text: str, expected: Delta | DeltaBlocks) -> None:
         ("delta:granularity=block,sparsity=0.96", "sparsity is 0.96, 0 to 0.95 is wanted"),
         ("delta:granularity=block,sparsity=0.5,threshold=1", "threshold and sparsity are given"),
         ("delta:granularity=block,sparsity=0.5,calibration=x", "sparsity and calibration are"),
+        ("delta:granularity=block,opens=-1", "delta's opens is -1, 0"),
         ("delta:granularity=block,window=0", "delta's window is 0, 1 to 65,536 is wanted"),
         ("delta:granularity=block,sinks=-1", "delta's sinks is -1, 0 to 7 is wanted"),
         ("delta:granularity=block,prompts=bf16", "one of grouped, exact is wanted"),

@@ -145,8 +145,8 @@ def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         "delta:sparsity=0.5,window=70",
         "delta:sparsity=0.25,window=1,sinks=0",
-        "delta:granularity=block,threshold=1,window=70",
-        "delta:granularity=block,block=16,threshold=0.7,window=1",
+        "delta:granularity=block,threshold=1,window=70,opens=0.01",
+        "delta:granularity=block,block=16,threshold=0.7,window=1,opens=0",
         "delta:granularity=element,threshold=0.5,window=70",
     ],
 )
@@ -163,7 +163,11 @@ def test_it_attends_as_the_oracle_does(one_layer: Path, text: str) -> None:
     for head in range(SHAPE.kv_heads):
         q = oracle.query[-num_rows:, head * group : (head + 1) * group]
         k, v = oracle.key[:, head], oracle.value[:, head]
-        common = {"scale": SHAPE.head_size**-0.5, "window": policy.window}  # type: ignore[attr-defined]
+        common = {
+            "scale": SHAPE.head_size**-0.5,
+            "window": policy.window,  # type: ignore[attr-defined]
+            "opens": policy.opens,  # type: ignore[attr-defined]
+        }
         if "granularity" not in text:
             count = policy.units.num_groups[0][head]  # type: ignore[attr-defined]
             sinks = policy.sinks  # type: ignore[attr-defined]

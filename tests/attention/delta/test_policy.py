@@ -30,6 +30,8 @@ from lowtide.models.spec import ModelSpec
         ("delta:sparsity=0.5", Delta(sparsity=0.5)),
         ("delta:sparsity=30%,window=256", Delta(sparsity=0.3, window=256)),
         ("delta:sinks=0,prompts=exact", Delta(sinks=0, prompts="exact")),
+        ("delta:opens=0", Delta(opens=0)),
+        ("delta:opens=0.5%", Delta(opens=0.005)),
         ("delta:calibration=/x.json", Delta(calibration=Path("/x.json"))),
     ],
 )
@@ -49,6 +51,9 @@ def test_policies_by_name(text: str, expected: Delta) -> None:
         ("delta:sparsity=-0.1", "sparsity is -0.1"),
         ("delta:sparsity=nan", "sparsity is nan"),
         ("delta:sparsity=half", "delta's sparsity is 'half', a share or a percentage is wanted"),
+        ("delta:opens=2", r"delta's opens is 2, 0 \(none\) to 1 is wanted"),
+        ("delta:opens=nan", "opens is nan"),
+        ("delta:opens=many", "delta's opens is 'many', a share or a percentage is wanted"),
         ("delta:prompts=bf16", "delta's prompts is 'bf16', one of grouped, exact is wanted"),
         ("delta:sparsity=0.5,calibration=x", "sparsity and calibration are given"),
         ("gem:then=delta", "gem's then is 'delta', dense or tidal is wanted"),

@@ -73,7 +73,7 @@ class Cache:
         ]
         return np.stack([states for states, _ in found]), np.stack([sent for _, sent in found])
 
-    def expected(self, begin: int, end: int, block: int) -> np.ndarray:
+    def expected(self, begin: int, end: int, block: int, opens: float = 0.0) -> np.ndarray:
         """What numpy makes of it."""
         group, states = HEADS // KV_HEADS, self.states(block)[0]
         of_heads = [
@@ -85,6 +85,7 @@ class Cache:
                 scale=0.125,
                 window=WINDOW,
                 page=PAGE,
+                opens=opens,
             )
             for head in range(KV_HEADS)
         ]
@@ -97,9 +98,10 @@ def new_layer(
     thresholds: np.ndarray = THRESHOLDS,
     shares: np.ndarray = ANY,
     size: int = SIZE,
+    opens: float = 0.0,
 ) -> StatesLayer:
     scales = np.ascontiguousarray(SCALES[:, :size])
-    return StatesLayer(StatesRule(window, FIXED, block), thresholds, shares, scales)
+    return StatesLayer(StatesRule(window, FIXED, block, opens), thresholds, shares, scales)
 
 
 @pytest.fixture
@@ -120,6 +122,42 @@ def test_prompt_and_decode(kernels: str, kv_type: str, block: int) -> None:
             # What a quantised type stands for is kept in half precision.
             most = 2e-5 if kv_type == "f16" else 1e-3
             assert np.abs(found - expected).max() <= most * np.abs(expected).max()
+
+
+@BLOCKS
+@pytest.mark.parametrize("kernels", usable_kernel_sets())
+def test_states_that_get_much_of_a_heads_weight_are_opened(kernels: str, block: int) -> None:
+    cache = Cache()
+    with closing(new_layer(block, opens=0.01)) as layer, closing(new_layer(block)) as closed:
+        for begin, end in ((0, 300), (300, 301), (301, 310)):
+            found = layer.attend(cache.rows(begin, end), kernels=kernels, threads=2)[-9:]
+            unopened = closed.attend(cache.rows(begin, end), kernels=kernels)[-9:]
+            expected = cache.expected(max(end - 9, begin), end, block, opens=0.01)
+            assert np.abs(found - expected).max() <= 2e-5 * np.abs(expected).max()
+            assert np.abs(found - unopened).max() > 1e-2 * np.abs(expected).max()
+        num_opened, left = divmod(
+            layer.counts.channels_multiplied - closed.counts.channels_multiplied, SIZE
+        )
+        more_bytes = layer.counts.key_bytes_read - closed.counts.key_bytes_read
+    assert left == 0 and 0 < num_opened < 3 * 310 * KV_HEADS
+    assert more_bytes == 2 * SIZE * num_opened
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("kernels", usable_kernel_sets())
+def test_with_every_state_opened_attention_is_dense(kernels: str, kv_type: str) -> None:
+    cache = Cache(kv_type, seed=8)
+    with closing(new_layer(8, opens=1e-12)) as layer:
+        for rows in (cache.rows(0, 400), cache.rows(400, 401), cache.rows(401, 407)):
+            for inputs in (
+                rows,
+                replace(rows, softcap=5.0),
+                replace(rows, sinks=np.linspace(-1, 3, HEADS).astype(np.float32)),
+            ):
+                found = layer.attend(inputs, kernels=kernels, threads=3)
+                # What a quantised type stands for is kept in half precision where it was sent whole.
+                most = 1e-4 if kv_type == "f16" else 2e-3
+                assert np.abs(found - attend(inputs)).max() <= most
 
 
 @BLOCKS
@@ -154,7 +192,10 @@ def test_what_was_sent_is_counted(block: int) -> None:
     assert counts.key_bytes_read == 2 * counts.channels_multiplied + words
 
 
-def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_number_of_threads() -> None:
+@pytest.mark.parametrize("opens", [0.0, 0.01])
+def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_number_of_threads(
+    opens: float,
+) -> None:
     cache, results = Cache(), []
     for block in (1, 8, 16):
         for passes, threads in (
@@ -163,7 +204,7 @@ def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_number_of_threads()
             ([(0, 130), (130, 399), (399, 400)], 2),
             ([(row, row + 1) for row in range(400)], 1),
         ):
-            with closing(new_layer(block)) as layer:
+            with closing(new_layer(block, opens=opens)) as layer:
                 found = [layer.attend(cache.rows(*rows), threads=threads) for rows in passes]
             results.append(np.concatenate(found))
         assert all(np.array_equal(results[-4], other) for other in results[-3:])

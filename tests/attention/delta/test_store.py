@@ -81,7 +81,7 @@ def test_a_conversation_that_changes_its_beginning_is_answered_all_the_same(smol
         for begin in (0, 900, 0)
     ]
     answers = []
-    for attention in (HALF, f"{HALF},store=1"):
+    for attention in (f"{HALF},opens=0", f"{HALF},store=1"):
         with Runtime.open(smollm2, attention=attention, **OPTIONS) as runtime:
             answers.append(
                 [

@@ -226,15 +226,15 @@ void set_policy(OnnxAttend* attend, Layer& layer) {
     layer.keeps_halves = kind != 0;
     const std::vector<float> scales(size_t(kv_heads) * size, 1.0f), nothing(kv_heads, 0.0f), all(kv_heads, 1.0f);
     if (kind == 1) {
-        const DeltaRule rule{layer.rows.num_cells, 4, 0};
+        const DeltaRule rule{layer.rows.num_cells, 4, 0.01f, 0};
         const std::vector<uint8_t> num_groups(kv_heads, 32);
         require(lowtide_policy_set_groups(policy, &rule, num_groups.data(), nothing.data(), scales.data(), 1, kv_heads, size) == 0,
                 "groups are refused");
-        lowtide_policy_start_grouped(policy);
+        lowtide_policy_start_grouped(policy, pick(0, 1));
     } else if (kind == 2) {
-        const StatesRule rule{pick(1, 50), 4, pick(0, 1) ? 1 : 8};
+        const StatesRule rule{pick(1, 50), 4, pick(0, 1) ? 1 : 8, 0.01f};
         require(lowtide_policy_set_states(policy, &rule, nothing.data(), all.data(), scales.data(), 1, kv_heads, size) == 0, "states are refused");
-        lowtide_policy_start_states(policy);
+        lowtide_policy_start_states(policy, pick(0, 1));
     }
 }
 

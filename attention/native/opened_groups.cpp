@@ -1,0 +1,57 @@
+#include "opened_groups.h"
+
+#include "grown.h"
+
+namespace {
+
+constexpr int kMostWaiting = kChunkKeys;
+
+AttentionProblem of_groups_alone(const AttentionProblem& of_row, const KeyGroups& groups) {
+    AttentionProblem own = of_row;
+    own.k = reinterpret_cast<const char*>(groups.keys()), own.k_key_stride = sizeof(uint16_t) * own.key_size;
+    own.v = reinterpret_cast<const char*>(groups.values()), own.v_key_stride = sizeof(uint16_t) * own.value_size;
+    own.k_type = own.v_type = KvType::f16;
+    own.mask = reinterpret_cast<const char*>(groups.biases());
+    return own;
+}
+
+}  // namespace
+
+void OpenedGroups::reserve(const AttentionProblem& p, int most_keys, int num_threads) {
+    watched_.reserve(p.num_kv_heads, p.num_rows, p.group_size(), most_keys);
+    grow(partials_, size_t(2 * p.group_size()) * partial_floats(p) * num_threads);
+    grow(cells_, size_t(2 * kMostWaiting) * num_threads);
+}
+
+int OpenedGroups::open(const AttentionProblem& p, const KeyGroups& groups, int kv_head, int first_row, int row, float share,
+                       const KernelSet& kernels, Attend& attend, int thread) {
+    const SeenByHeads seen = watched_.seen(kv_head, row - first_row, 0, p.group_size());
+    const size_t floats = size_t(p.group_size()) * partial_floats(p);
+    float *in = partials_.data() + 2 * floats * thread, *out = in + floats;
+    int32_t *keys = cells_.data() + size_t(2 * kMostWaiting) * thread, *picks = keys + kMostWaiting;
+    AttentionProblem of_keys = of_row_and_head(p, kv_head, row), of_groups = of_groups_alone(of_keys, groups);
+    of_keys.selected = keys, of_groups.selected = picks;
+    of_keys.num_keys = of_groups.num_keys = 0;
+    int num_opened = 0;
+    const auto attend_to_waiting = [&] {
+        if (num_opened == 0) Attend::start(p, p.group_size(), in), Attend::start(p, p.group_size(), out);
+        attend.add(of_keys, kernels, thread, in), attend.add(of_groups, kernels, thread, out);
+        num_opened += of_keys.num_keys;
+        of_keys.num_keys = of_groups.num_keys = 0;
+    };
+    const int page_groups = groups.page_groups();
+    for (int page = 0, first = 0; first < groups.num_grouped(); ++page, first += page_groups) {
+        if (!seen.give_more_than(share, first, first + page_groups)) continue;
+        for (int group = 0; group < page_groups; ++group) {
+            const bool is_one_key = groups.biases()[first + group] == 0;
+            if (is_one_key || !seen.give_more_than(share, first + group, first + group + 1)) continue;
+            if (of_keys.num_keys + kPageKeys > kMostWaiting) attend_to_waiting();
+            for (int i = 0; i < kPageKeys; ++i)
+                if (groups.group_of(page)[i] == group) keys[of_keys.num_keys++] = page * kPageKeys + i;
+            picks[of_groups.num_keys++] = first + group;
+        }
+    }
+    if (of_keys.num_keys > 0) attend_to_waiting();
+    if (num_opened > 0) seen.exchange(of_keys, out, in);
+    return num_opened;
+}

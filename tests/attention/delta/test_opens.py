@@ -1,0 +1,78 @@
+"""Decoding looks behind groups and states that get much of a head's weight; reading prompts does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lowtide.attention.dense import DenseSteering
+from lowtide.attention.policies import parse_policy
+from lowtide.attention.policy import Steering
+from lowtide.attention.quality import Reference
+from lowtide.memory.owners import SCRATCH
+from lowtide.runtime.loaded_model import LoadedModel
+from lowtide.runtime.planning import OpenOptions, plan_reference
+
+TEXT = (Path(__file__).resolve().parents[1] / "test_kernels.py").read_text()
+LENGTH, NUM_DECODED = 700, 12
+
+
+@pytest.fixture(
+    params=["sparsity=0.6", "granularity=block,sparsity=0.6", "granularity=element,sparsity=0.7"]
+)
+def opened(smollm2: Path, request: pytest.FixtureRequest) -> Iterator[tuple[LoadedModel, str]]:
+    attention = f"delta:window=96,{request.param}"
+    options = OpenOptions(memory="2GiB", context=1024, threads=2, attention=attention)
+    made = LoadedModel(plan_reference(smollm2, options))
+    yield made, attention
+    made.close()
+
+
+def installed(made: LoadedModel, attention: str) -> Steering:
+    assert made.hook is not None
+    spec = made.model.spec
+    return parse_policy(attention).fitted(spec).install(made.hook, spec)
+
+
+def read(made: LoadedModel, attention: str) -> tuple[np.ndarray, np.ndarray]:
+    """The logits after a prompt, and after some tokens more that are decoded."""
+    model, steering = made.model, installed(made, attention)
+    token_ids = model.tokenizer.encode(TEXT, add_special=True, parse_special=False)
+    model.truncate(0)
+    for begin in range(0, LENGTH, 100):
+        steering.before_prompt()
+        prompt = np.array(model.forward(token_ids[begin : begin + 100]))
+    for token_id in token_ids[LENGTH : LENGTH + NUM_DECODED]:
+        steering.before_decode()
+        last = np.array(model.forward((token_id,)))
+    return prompt, last
+
+
+def test_decoding_alone_opens_inside_the_plan(
+    opened: tuple[LoadedModel, str],
+) -> None:
+    made, attention = opened
+    prompt, last = read(made, attention)
+    closed_prompt, closed_last = read(made, f"{attention},opens=0")
+    assert np.array_equal(prompt, closed_prompt)
+    assert not np.array_equal(last, closed_last)
+    assert made.hook is not None
+    row = next(row for row in made.planned.plan.rows if row.owner == SCRATCH)
+    assert made.hook.counts().scratch_bytes <= row.num_bytes
+
+
+def test_what_is_opened_brings_it_nearer_to_dense_attention(
+    opened: tuple[LoadedModel, str],
+) -> None:
+    made, attention = opened
+    assert made.hook is not None
+    token_ids = made.model.tokenizer.encode(TEXT, add_special=True, parse_special=False)
+    place = Reference(made.model, DenseSteering(made.hook), token_ids, LENGTH, 60)
+    none, some, more = (
+        place.distance(installed(made, f"{attention},opens={share}")).kl
+        for share in ("0", "1%", "0.1%")
+    )
+    assert none > some > more
