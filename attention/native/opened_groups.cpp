@@ -25,7 +25,7 @@ void OpenedGroups::reserve(const AttentionProblem& p, int most_keys, int num_thr
 
 int OpenedGroups::open(const AttentionProblem& p, const KeyGroups& groups, int kv_head, int first_row, int row, float share,
                        const KernelSet& kernels, Attend& attend, int thread) {
-    const SeenByHeads seen = watched_.seen(kv_head, row - first_row, 0, p.group_size());
+    const SeenByHeads seen = watched_.seen(kv_head, row - first_row, p.group_size(), 0, p.group_size());
     const size_t floats = size_t(p.group_size()) * partial_floats(p);
     float *in = partials_.data() + 2 * floats * thread, *out = in + floats;
     int32_t *keys = cells_.data() + size_t(2 * kMostWaiting) * thread, *picks = keys + kMostWaiting;

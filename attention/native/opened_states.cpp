@@ -45,12 +45,11 @@ void OpenedStates::reserve(const AttentionProblem& p, int num_threads) {
 
 int OpenedStates::open(const AttentionProblem& p, int num_states, int kv_head, int row, float share, const KernelSet& kernels,
                        Attend& attend, int thread) {
-    const SeenByHeads seen = watched_.seen(0, row, kv_head * p.group_size(), p.group_size());
+    const SeenByHeads seen = watched_.seen(0, row, p.num_heads, kv_head * p.group_size(), p.group_size());
     const size_t floats = size_t(p.group_size()) * partial_floats(p);
     float *in = partials_.data() + 2 * floats * thread, *out = in + floats;
     int32_t* keys = cells_.data() + size_t(kMostWaiting) * thread;
     AttentionProblem of_keys = of_row_and_head(p, kv_head, row);
-    of_keys.states = nullptr, of_keys.scores = nullptr;
     of_keys.selected = keys, of_keys.num_keys = 0;
     int num_opened = 0;
     const auto attend_to_waiting = [&] {

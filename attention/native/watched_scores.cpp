@@ -22,13 +22,14 @@ void SeenByHeads::exchange(const AttentionProblem& of_row, const float* less, co
         const float before = std::exp(totals[2 * head] - largest) / totals[2 * head + 1];
         const float of_less = std::exp(less[0] - largest), of_more = std::exp(more[0] - largest);
         const float sum = before - less[1] * of_less + more[1] * of_more;
+        if (!(sum > 0.0f)) continue;  // nothing but rounding is left
         for (int d = 0; d < of_row.value_size; ++d) out[d] = (out[d] * before - less[2 + d] * of_less + more[2 + d] * of_more) / sum;
     }
 }
 
 void WatchedScores::reserve(int num_problems, int num_rows, int num_heads, int num_keys) {
-    num_heads_ = num_heads, stride_ = padded_to_blocks(num_keys);
-    problem_lines_ = size_t(std::min(num_rows, kMostRows)) * num_heads;
+    stride_ = std::max(stride_, padded_to_blocks(num_keys));
+    problem_lines_ = std::max(problem_lines_, size_t(std::min(num_rows, kMostRows)) * num_heads);
     grow(scores_, num_problems * problem_lines_ * stride_), grow(totals_, num_problems * problem_lines_ * 2);
 }
 
@@ -37,8 +38,8 @@ void WatchedScores::watch(AttentionProblem& problem, int index) {
     problem.first_scored_row = 0, problem.scores_stride = stride_;
 }
 
-SeenByHeads WatchedScores::seen(int index, int row, int first_head, int num_heads) const {
-    const size_t line = index * problem_lines_ + size_t(row) * num_heads_ + first_head;
+SeenByHeads WatchedScores::seen(int index, int row, int all_heads, int first_head, int num_heads) const {
+    const size_t line = index * problem_lines_ + size_t(row) * all_heads + first_head;
     return {scores_.data() + line * stride_, totals_.data() + line * 2, num_heads, stride_};
 }
 
@@ -49,5 +50,6 @@ AttentionProblem of_row_and_head(const AttentionProblem& p, int kv_head, int row
     own.k += kv_head * p.k_head_stride, own.v += kv_head * p.v_head_stride;
     own.mask += row * p.mask_row_stride;
     own.num_rows = 1, own.num_heads = p.group_size(), own.num_kv_heads = 1;
+    own.sinks = nullptr, own.scores = nullptr, own.states = nullptr;
     return own;
 }

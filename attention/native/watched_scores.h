@@ -23,22 +23,22 @@ class WatchedScores {
 public:
     static constexpr int kMostRows = 4;
 
-    // Room for `num_problems`, each of so many rows, up to kMostRows, heads and keys; throws std::bad_alloc.
+    // Room for `num_problems`, each of so many rows, up to kMostRows, heads and keys at the most; throws std::bad_alloc.
     void reserve(int num_problems, int num_rows, int num_heads, int num_keys);
 
     // Has a problem leave its scores.
     void watch(AttentionProblem& problem, int index);
 
-    // What heads of a row of a watched problem have seen.
-    SeenByHeads seen(int index, int row, int first_head, int num_heads) const;
+    // What `num_heads` of the `all_heads` of a watched problem have seen of a row.
+    SeenByHeads seen(int index, int row, int all_heads, int first_head, int num_heads) const;
 
     size_t num_bytes() const { return sizeof(float) * (scores_.capacity() + totals_.capacity()); }
 
 private:
     std::vector<float> scores_, totals_;
     size_t problem_lines_ = 0;
-    int num_heads_ = 0, stride_ = 0;
+    int stride_ = 0;
 };
 
-// The part of a problem that one row and the heads of one KV head are.
+// The part of a problem that one row and the heads of one KV head are, of keys alone.
 AttentionProblem of_row_and_head(const AttentionProblem& problem, int kv_head, int row);
