@@ -20,12 +20,14 @@ PRODUCT = [
     *"cpu_features find_products pack product quantised_rows unpack".split(),
 ]
 POLICIES = (
-    "delta_attend key_groups key_set key_states page_clusters policy_attend state_attend tidal_attend "
-    "unit_measures"
+    "delta_attend key_groups key_set key_states opened_groups opened_states page_clusters "
+    "policy_attend state_attend tidal_attend unit_measures watched_scores"
 ).split()
+GROUPS = "delta_attend key_groups opened_groups page_clusters unit_measures watched_scores".split()
+STATES = "key_states opened_states state_attend unit_measures watched_scores".split()
 PROGRAMS = {
     "attend": [*KERNELS, "key_set", "tidal_attend"],
-    "delta_attend": [*KERNELS, *"delta_attend key_groups page_clusters unit_measures".split()],
+    "delta_attend": [*KERNELS, *GROUPS],
     "layer_cells": ["layer_cells"],
     "layer_clock": ["layer_clock"],
     "onnx_attend": [*KERNELS, *POLICIES, *"onnx_attend onnx_masks prompt_scores".split()],
@@ -33,7 +35,7 @@ PROGRAMS = {
     "product": PRODUCT,
     "pass_parts": [*KERNELS, "pass_parts"],
     "prompt_scores": [*KERNELS, "prompt_scores"],
-    "state_attend": [*KERNELS, "key_states", "state_attend", "unit_measures"],
+    "state_attend": [*KERNELS, *STATES],
     "sliced_product": ["sliced_product", "weight_stream"],
     "unpopulated_maps": ["unpopulated_maps"],
     "weight_stream": ["weight_stream"],
