@@ -103,6 +103,14 @@ void KeyGroups::cut(int num_cells) {
     num_cells_ = among_rows ? num_cells : num_pages_ * kPageKeys;  // of a page that was grouped no row is left
 }
 
+int KeyGroups::list_keys(int group, int32_t* cells) const {
+    const int first = group / num_groups_ * kPageKeys;
+    int count = 0;
+    for (int i = 0; i < kPageKeys; ++i)
+        if (group_of_[first + i] == group % num_groups_) cells[count++] = first + i;
+    return count;
+}
+
 void KeyGroups::append(const AttentionProblem& p, int kv_head, int end) {
     for (; num_cells_ < end; ++num_cells_) {
         const size_t row = num_keys(), cell = num_cells_;

@@ -41,9 +41,8 @@ public:
     // What a group adds to its scores, in half precision, (num_grouped): the logarithm of how many keys it has, and
     // its lift, as the mean of their weights is more than the weight of their mean.
     const uint16_t* biases() const { return biases_.data(); }
-    // Which of its page's groups, (page_groups), each key of a page is in.
-    const uint8_t* group_of(int page) const { return group_of_.data() + size_t(page) * kPageKeys; }
-    int page_groups() const { return num_groups_; }
+    // Writes the cells of a group's keys, up to kPageKeys, and returns how many they are.
+    int list_keys(int group, int32_t* cells) const;
     size_t num_bytes() const {
         return sizeof(uint16_t) * (keys_.capacity() + values_.capacity() + biases_.capacity()) + group_of_.capacity();
     }
@@ -54,7 +53,7 @@ private:
     void shift_rows(int from, int to, int count);
 
     std::vector<uint16_t> keys_, values_, biases_;
-    std::vector<uint8_t> group_of_;
+    std::vector<uint8_t> group_of_;  // of its page's groups that which each key is in
     int key_size_ = 0, value_size_ = 0, num_groups_ = 0;
     int num_pages_ = 0, num_cells_ = 0;
 };

@@ -1,5 +1,7 @@
 #include "opened_groups.h"
 
+#include <algorithm>
+
 #include "grown.h"
 
 namespace {
@@ -25,7 +27,7 @@ void OpenedGroups::reserve(const AttentionProblem& p, int most_keys, int num_thr
 
 int OpenedGroups::open(const AttentionProblem& p, const KeyGroups& groups, int kv_head, int first_row, int row, float share,
                        const KernelSet& kernels, Attend& attend, int thread) {
-    const SeenByHeads seen = watched_.seen(kv_head, row - first_row, p.group_size(), 0, p.group_size());
+    const SeenByHeads seen = watched_.seen(kv_head, row - first_row, p.group_size(), 0, p.group_size(), share);
     const size_t floats = size_t(p.group_size()) * partial_floats(p);
     float *in = partials_.data() + 2 * floats * thread, *out = in + floats;
     int32_t *keys = cells_.data() + size_t(2 * kMostWaiting) * thread, *picks = keys + kMostWaiting;
@@ -39,16 +41,14 @@ int OpenedGroups::open(const AttentionProblem& p, const KeyGroups& groups, int k
         num_opened += of_keys.num_keys;
         of_keys.num_keys = of_groups.num_keys = 0;
     };
-    const int page_groups = groups.page_groups();
-    for (int page = 0, first = 0; first < groups.num_grouped(); ++page, first += page_groups) {
-        if (!seen.give_more_than(share, first, first + page_groups)) continue;
-        for (int group = 0; group < page_groups; ++group) {
-            const bool is_one_key = groups.biases()[first + group] == 0;
-            if (is_one_key || !seen.give_more_than(share, first + group, first + group + 1)) continue;
+    for (int first = 0; first < groups.num_grouped(); first += kBlockKeys) {
+        if (!seen.favour_some(first)) continue;
+        for (int group = first; group < std::min(first + kBlockKeys, groups.num_grouped()); ++group) {
+            const bool is_one_key = groups.biases()[group] == 0;
+            if (is_one_key || !seen.favour(group)) continue;
             if (of_keys.num_keys + kPageKeys > kMostWaiting) attend_to_waiting();
-            for (int i = 0; i < kPageKeys; ++i)
-                if (groups.group_of(page)[i] == group) keys[of_keys.num_keys++] = page * kPageKeys + i;
-            picks[of_groups.num_keys++] = first + group;
+            picks[of_groups.num_keys++] = group;
+            of_keys.num_keys += groups.list_keys(group, keys + of_keys.num_keys);
         }
     }
     if (of_keys.num_keys > 0) attend_to_waiting();

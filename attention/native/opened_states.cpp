@@ -45,7 +45,7 @@ void OpenedStates::reserve(const AttentionProblem& p, int num_threads) {
 
 int OpenedStates::open(const AttentionProblem& p, int num_states, int kv_head, int row, float share, const KernelSet& kernels,
                        Attend& attend, int thread) {
-    const SeenByHeads seen = watched_.seen(0, row, p.num_heads, kv_head * p.group_size(), p.group_size());
+    const SeenByHeads seen = watched_.seen(0, row, p.num_heads, kv_head * p.group_size(), p.group_size(), share);
     const size_t floats = size_t(p.group_size()) * partial_floats(p);
     float *in = partials_.data() + 2 * floats * thread, *out = in + floats;
     int32_t* keys = cells_.data() + size_t(kMostWaiting) * thread;
@@ -59,11 +59,11 @@ int OpenedStates::open(const AttentionProblem& p, int num_states, int kv_head, i
         of_keys.num_keys = 0;
     };
     for (int first = 0; first < num_states; first += kBlockKeys) {
-        if (!seen.give_more_than(share, first, first + kBlockKeys)) continue;
+        if (!seen.favour_some(first)) continue;
         if (of_keys.num_keys + kBlockKeys > kMostWaiting) attend_to_waiting();
         const uint64_t whole = sent_whole(p, kv_head, first / kBlockKeys);
         for (int i = 0; i < kBlockKeys; ++i)
-            if ((whole >> i & 1) == 0 && seen.give_more_than(share, first + i, first + i + 1)) keys[of_keys.num_keys++] = first + i;
+            if ((whole >> i & 1) == 0 && seen.favour(first + i)) keys[of_keys.num_keys++] = first + i;
     }
     if (of_keys.num_keys > 0) attend_to_waiting();
     if (num_opened > 0) seen.exchange(of_keys, out, in);

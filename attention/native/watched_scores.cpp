@@ -5,14 +5,27 @@
 
 #include "grown.h"
 
-bool SeenByHeads::give_more_than(float share, int begin, int end) const {
-    bool found = false;
+#ifndef VECTOR_FLOATS
+#define VECTOR_FLOATS 4
+#endif
+#include "vectors.h"
+
+bool SeenByHeads::favour(int key) const {
+    for (int head = 0; head < num_heads; ++head)
+        if (scores[size_t(head) * stride + key] > least[head]) return true;
+    return false;
+}
+
+bool SeenByHeads::favour_some(int first) const {
+    Ints found = {};
     for (int head = 0; head < num_heads; ++head) {
-        const float least = totals[2 * head] + std::log(share / totals[2 * head + 1]);
-        const float* of_head = scores + size_t(head) * stride;
-        for (int key = begin; key < end; ++key) found |= of_head[key] > least;
+        const float* of_head = scores + size_t(head) * stride + first;
+        const Floats bound = splat(least[head]);
+        for (int i = 0; i < kBlockKeys; i += W) found |= load(of_head + i) > bound;
     }
-    return found;
+    for (int lane = 0; lane < W; ++lane)
+        if (found[lane] != 0) return true;
+    return false;
 }
 
 void SeenByHeads::exchange(const AttentionProblem& of_row, const float* less, const float* more) const {
@@ -31,6 +44,7 @@ void WatchedScores::reserve(int num_problems, int num_rows, int num_heads, int n
     stride_ = std::max(stride_, padded_to_blocks(num_keys));
     problem_lines_ = std::max(problem_lines_, size_t(std::min(num_rows, kMostRows)) * num_heads);
     grow(scores_, num_problems * problem_lines_ * stride_), grow(totals_, num_problems * problem_lines_ * 2);
+    grow(least_, num_problems * problem_lines_);
 }
 
 void WatchedScores::watch(AttentionProblem& problem, int index) {
@@ -38,9 +52,12 @@ void WatchedScores::watch(AttentionProblem& problem, int index) {
     problem.first_scored_row = 0, problem.scores_stride = stride_;
 }
 
-SeenByHeads WatchedScores::seen(int index, int row, int all_heads, int first_head, int num_heads) const {
+SeenByHeads WatchedScores::seen(int index, int row, int all_heads, int first_head, int num_heads, float share) {
     const size_t line = index * problem_lines_ + size_t(row) * all_heads + first_head;
-    return {scores_.data() + line * stride_, totals_.data() + line * 2, num_heads, stride_};
+    const float* totals = totals_.data() + line * 2;
+    float* least = least_.data() + line;
+    for (int head = 0; head < num_heads; ++head) least[head] = totals[2 * head] + std::log(share / totals[2 * head + 1]);
+    return {scores_.data() + line * stride_, totals, least, num_heads, stride_};
 }
 
 AttentionProblem of_row_and_head(const AttentionProblem& p, int kv_head, int row) {

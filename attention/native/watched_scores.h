@@ -9,10 +9,12 @@
 struct SeenByHeads {
     const float* scores;  // (num_heads, stride)
     const float* totals;  // (num_heads, 2): as AttentionProblem has them
+    const float* least;   // (num_heads): what is above it got much of the head's weight
     int num_heads, stride;
 
-    // Whether one of the keys [begin, end) got more than `share` of a head's weight.
-    bool give_more_than(float share, int begin, int end) const;
+    // Whether a key, or one of the kBlockKeys from `first` on, which begins a block, got much of a head's weight.
+    bool favour(int key) const;
+    bool favour_some(int first) const;
 
     // Takes the partials `less` off what the heads of `of_row`, a problem of one row, have seen, and adds `more`.
     void exchange(const AttentionProblem& of_row, const float* less, const float* more) const;
@@ -29,13 +31,14 @@ public:
     // Has a problem leave its scores.
     void watch(AttentionProblem& problem, int index);
 
-    // What `num_heads` of the `all_heads` of a watched problem have seen of a row.
-    SeenByHeads seen(int index, int row, int all_heads, int first_head, int num_heads) const;
+    // What `num_heads` of the `all_heads` of a watched problem have seen of a row; more than `share` is much. By one
+    // thread for each row and head.
+    SeenByHeads seen(int index, int row, int all_heads, int first_head, int num_heads, float share);
 
-    size_t num_bytes() const { return sizeof(float) * (scores_.capacity() + totals_.capacity()); }
+    size_t num_bytes() const { return sizeof(float) * (scores_.capacity() + totals_.capacity() + least_.capacity()); }
 
 private:
-    std::vector<float> scores_, totals_;
+    std::vector<float> scores_, totals_, least_;
     size_t problem_lines_ = 0;
     int stride_ = 0;
 };

@@ -33,7 +33,7 @@ from lowtide.models.onnx.swapped.model import SwappedModel
 pytestmark = pytest.mark.benchmark
 
 NUM_DECODED, ROWS = 16, 128
-POLICIES = ("delta", "delta:sparsity=0.5")
+POLICIES = ("delta", "delta:sparsity=0.5", "delta:sparsity=0.5,opens=0")
 BLOCKS = (
     "delta:granularity=block,sparsity=0.5",
     "delta:granularity=block,sparsity=0.7",
