@@ -10,8 +10,7 @@
 #include "watched_scores.h"
 
 // Groups that a row looks into. One that gets more than a share of a head's weight is opened: its keys take its place,
-// each with its own score and value, for all heads of the KV head. So nothing that only stands for keys ever has more
-// of a head's weight than that.
+// each with its own score and value, for all heads of the KV head.
 class OpenedGroups {
 public:
     // Room for problems of so many keys and groups at most; throws std::bad_alloc.
