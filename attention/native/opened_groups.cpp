@@ -2,11 +2,8 @@
 
 #include <algorithm>
 
-#include "grown.h"
 
 namespace {
-
-constexpr int kMostWaiting = kChunkKeys;
 
 AttentionProblem of_groups_alone(const AttentionProblem& of_row, const KeyGroups& groups) {
     AttentionProblem own = of_row;
@@ -21,16 +18,15 @@ AttentionProblem of_groups_alone(const AttentionProblem& of_row, const KeyGroups
 
 void OpenedGroups::reserve(const AttentionProblem& p, int most_keys, int num_threads) {
     watched_.reserve(p.num_kv_heads, p.num_rows, p.group_size(), most_keys);
-    grow(partials_, size_t(2 * p.group_size()) * partial_floats(p) * num_threads);
-    grow(cells_, size_t(2 * kMostWaiting) * num_threads);
+    room_.reserve(p, num_threads);
 }
 
 int OpenedGroups::open(const AttentionProblem& p, const KeyGroups& groups, int kv_head, int first_row, int row, float share,
                        const KernelSet& kernels, Attend& attend, int thread) {
     const SeenByHeads seen = watched_.seen(kv_head, row - first_row, p.group_size(), 0, p.group_size(), share);
-    const size_t floats = size_t(p.group_size()) * partial_floats(p);
-    float *in = partials_.data() + 2 * floats * thread, *out = in + floats;
-    int32_t *keys = cells_.data() + size_t(2 * kMostWaiting) * thread, *picks = keys + kMostWaiting;
+    const ExchangeRoom::OfThread room = room_.of_thread(p, thread);
+    float *in = room.in, *out = room.out;
+    int32_t *keys = room.keys, *picks = room.picks;
     AttentionProblem of_keys = of_row_and_head(p, kv_head, row), of_groups = of_groups_alone(of_keys, groups);
     of_keys.selected = keys, of_groups.selected = picks;
     of_keys.num_keys = of_groups.num_keys = 0;
@@ -46,7 +42,7 @@ int OpenedGroups::open(const AttentionProblem& p, const KeyGroups& groups, int k
         for (int group = first; group < std::min(first + kBlockKeys, groups.num_grouped()); ++group) {
             const bool is_one_key = groups.biases()[group] == 0;
             if (is_one_key || !seen.favour(group)) continue;
-            if (of_keys.num_keys + kPageKeys > kMostWaiting) attend_to_waiting();
+            if (of_keys.num_keys + kPageKeys > ExchangeRoom::kMostWaiting) attend_to_waiting();
             picks[of_groups.num_keys++] = group;
             of_keys.num_keys += groups.list_keys(group, keys + of_keys.num_keys);
         }

@@ -4,12 +4,9 @@
 #include <functional>
 #include <numeric>
 
-#include "grown.h"
 #include "half_rows.h"
 
 namespace {
-
-constexpr int kMostWaiting = kChunkKeys;
 
 // Adds to the partials of heads what they saw of keys, with the weights that they gave them.
 void add_seen(const AttentionProblem& of_row, const SeenByHeads& seen, float* partials) {
@@ -39,16 +36,15 @@ uint64_t sent_whole(const AttentionProblem& p, int kv_head, int page) {
 
 void OpenedStates::reserve(const AttentionProblem& p, int num_threads) {
     watched_.reserve(1, p.num_rows, p.num_heads, p.num_keys);
-    grow(partials_, size_t(2 * p.group_size()) * partial_floats(p) * num_threads);
-    grow(cells_, size_t(kMostWaiting) * num_threads);
+    room_.reserve(p, num_threads);
 }
 
 int OpenedStates::open(const AttentionProblem& p, int num_states, int kv_head, int row, float share, const KernelSet& kernels,
                        Attend& attend, int thread) {
     const SeenByHeads seen = watched_.seen(0, row, p.num_heads, kv_head * p.group_size(), p.group_size(), share);
-    const size_t floats = size_t(p.group_size()) * partial_floats(p);
-    float *in = partials_.data() + 2 * floats * thread, *out = in + floats;
-    int32_t* keys = cells_.data() + size_t(kMostWaiting) * thread;
+    const ExchangeRoom::OfThread room = room_.of_thread(p, thread);
+    float *in = room.in, *out = room.out;
+    int32_t* keys = room.keys;
     AttentionProblem of_keys = of_row_and_head(p, kv_head, row);
     of_keys.selected = keys, of_keys.num_keys = 0;
     int num_opened = 0;
@@ -60,7 +56,7 @@ int OpenedStates::open(const AttentionProblem& p, int num_states, int kv_head, i
     };
     for (int first = 0; first < num_states; first += kBlockKeys) {
         if (!seen.favour_some(first)) continue;
-        if (of_keys.num_keys + kBlockKeys > kMostWaiting) attend_to_waiting();
+        if (of_keys.num_keys + kBlockKeys > ExchangeRoom::kMostWaiting) attend_to_waiting();
         const uint64_t whole = sent_whole(p, kv_head, first / kBlockKeys);
         for (int i = 0; i < kBlockKeys; ++i)
             if ((whole >> i & 1) == 0 && seen.favour(first + i)) keys[of_keys.num_keys++] = first + i;

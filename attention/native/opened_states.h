@@ -1,11 +1,10 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
-#include <vector>
 
 #include "attend.h"
 #include "attention_problem.h"
+#include "exchange_room.h"
 #include "watched_scores.h"
 
 // States that a row looks at. Where one gets more than a share of a head's weight, its key is seen as it is by all heads
@@ -23,12 +22,9 @@ public:
     int open(const AttentionProblem& problem, int num_states, int kv_head, int row, float share, const KernelSet& kernels,
              Attend& attend, int thread);
 
-    size_t num_bytes() const {
-        return watched_.num_bytes() + sizeof(float) * partials_.capacity() + sizeof(int32_t) * cells_.capacity();
-    }
+    size_t num_bytes() const { return watched_.num_bytes() + room_.num_bytes(); }
 
 private:
     WatchedScores watched_;
-    std::vector<float> partials_;  // of each thread, those that come in and those that go
-    std::vector<int32_t> cells_;
+    ExchangeRoom room_;
 };
