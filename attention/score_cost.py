@@ -12,8 +12,9 @@ class ScoreCost:
 
     A channel of a key is counted once, for all query heads that it is multiplied with: `channels_held` of
     all keys that were seen, `channels_behind` of those seen as states, of which `channels_sent` were sent;
-    `channels_multiplied` is what was multiplied, of the window and of what pages begin with, too.
-    `key_bytes_held` are those keys in the cache, `key_bytes_read` what was read in their place.
+    `channels_multiplied` is what was multiplied, of the window and of opened keys, too; what each key adds
+    up, one product a block, is not counted. `key_bytes_held` are those keys in the cache,
+    `key_bytes_read` what was read in their place, with which keys are alike.
     """
 
     channels_held: int = 0
@@ -39,7 +40,7 @@ class ScoreCost:
 
     @property
     def key_bytes_skipped(self) -> int:
-        """Bytes of keys that were not read."""
+        """Bytes of keys that were not read; below 0 where of single channels little is skipped."""
         return self.key_bytes_held - self.key_bytes_read
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from lowtide.models.spec import ModelSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyStates:
-    """Of `num_units` layers and KV heads the blocks of `block` channels that were sent, in pages of 64.
+    """Of `num_units` layers and KV heads what stands for blocks of `block` channels, in pages of 64.
 
     `opened`: decoding looks at some keys themselves.
     """
@@ -24,12 +24,12 @@ class KeyStates:
     opened: bool = False
 
     def num_bytes(self, num_cells: int, key_size: int) -> int:
-        """Return the most that states of so many cells take: every block sent, in half precision, a word
-        for each block of a page, and where the page begins."""
+        """Return the most that states of so many cells take: every block sent, in half precision, of each
+        block of a page which keys are alike, and where the page begins."""
         pages = num_cells // PAGE_KEYS
         sent = 2 * (pages * PAGE_KEYS * key_size + 16)
-        words = 8 * pages * (key_size // self.block)
-        return self.num_units * (sent + words + 8 * (pages + 1))
+        groups = (PAGE_KEYS + 1) * pages * (key_size // self.block)
+        return self.num_units * (sent + groups + 16 * (pages + 1))
 
 
 def state_bytes(spec: ModelSpec, states: KeyStates, context: int, threads: int) -> int:

@@ -1,9 +1,10 @@
 """DeltaLLM's attention by blocks of channels, or single ones: what a key repeats is not multiplied again.
 
 Qi et al., "DeltaLLM: A Training-Free Framework Exploiting Temporal Sparsity for Efficient Edge LLM
-Inference", arXiv 2507.19608. Its construction rule is not published: ours is a reconstruction. Behind a
-window a key is seen as a state that takes a block of the key's channels only where these have left it;
-a score changes by what was sent. Values are seen as they are: at the most half of attention is saved.
+Inference", arXiv 2507.19608. Its construction rule is not published: ours is a reconstruction, with a
+change that measured much better. Behind a window a key's block of channels is not compared with the last
+that was sent but joins the likest that its page of 64 has sent, wherever that stands: what joined shares
+its product, and is seen as the mean. Values are seen as they are: at the most half of attention is saved.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Three granularities of one idea (Qi et al., "DeltaLLM", arXiv 2507.19608; a reconstruction, its construction
 rule is not published): behind a window of recent keys a query does not see a key itself but a state that
-stands for it, so that what the state repeats costs nothing. `reference_states` sends single channels or
-blocks of them where they have left the last state, never where they have left the key before: the error
-does not walk away. `page_groups` takes whole rows: like keys of a page share one state.
+stands for it, so that what is like something else costs nothing. `reference_states` joins single channels
+or blocks of them to the nearest that their page has sent, never to the key before: the error does not walk
+away. `page_groups` takes whole rows: like keys of a page share one state.
 """
 
 from __future__ import annotations
@@ -29,22 +29,40 @@ def reference_states(
     """Return the states that stand for keys, and which blocks were sent, (keys, key_size / block).
 
     `k` (keys, key_size) are one KV head's, `thresholds` (key_size,) how far a channel may be off: that of
-    a query's root mean square, say, divided into a constant. A block of `block` channels is sent, and the
-    state takes the key's channels, where the root mean square of its differences, each as a multiple of
-    its threshold, is above 1. The first `num_first` keys are sent whole.
+    a query's root mean square, say, divided into a constant. A block of `block` channels is sent where it
+    is further from each that was sent before on its page than 1, as the root mean square of its
+    differences, each as a multiple of its threshold. Others join the nearest that was sent, and all that
+    joined are seen as their mean. The first `num_first` keys are sent whole, and none joins them.
     """
     num_keys, key_size = k.shape
     states = np.empty_like(k)
-    sent = np.ones((num_keys, key_size // block), bool)
-    state = np.zeros(key_size)
-    for key in range(num_keys):
-        if key >= max(num_first, 1):
-            off = np.abs(k[key] - state)
-            scaled = np.where(off == 0, 0.0, off / np.maximum(thresholds, 1e-100))
-            sent[key] = np.sqrt((scaled.reshape(-1, block) ** 2).mean(axis=1)) > 1
-        state = np.where(np.repeat(sent[key], block), k[key], state)
-        states[key] = state
+    sent = np.empty((num_keys, key_size // block), bool)
+    for begin in range(0, num_keys, PAGE_KEYS):
+        page = slice(begin, begin + PAGE_KEYS)
+        for first in range(0, key_size, block):
+            channels = slice(first, first + block)
+            states[page, channels], sent[page, first // block] = _joined(
+                k[page, channels], thresholds[channels], max(num_first - begin, 0)
+            )
     return states, sent
+
+
+def _joined(
+    k: NDArray[np.float64], thresholds: NDArray[np.float64], num_whole: int
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """The states of a page's keys in one block of channels, (keys, block), and which of them were sent."""
+    off = np.abs(k[:, None] - k[None])
+    scaled = np.where(off == 0, 0.0, off / np.maximum(thresholds, 1e-100))
+    apart = np.sqrt((scaled**2).mean(axis=2))
+    apart[:, :num_whole] = np.inf
+    leaders: list[int] = []
+    for key in range(len(k)):
+        if key < num_whole or not (apart[key, leaders] <= 1).any():
+            leaders.append(key)
+    nearest = np.array(leaders)[apart[:, leaders].argmin(axis=1)]
+    nearest[leaders] = leaders
+    states = np.stack([k[nearest == leader].mean(axis=0) for leader in nearest])
+    return states, nearest == np.arange(len(k))
 
 
 def delta_attention(

@@ -15,7 +15,8 @@ from lowtide.attention.delta.calibration import number_words, numbers_of, scales
 from lowtide.attention.delta.state_units import LEFT_DENSE, StateUnits
 from lowtide.models.spec import ModelSpec
 
-FORMAT = 1
+FORMAT = 2
+"""1 had thresholds for keys that were compared with the last one sent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,7 +34,7 @@ class ScoreCounts(ctypes.Structure):
     """The C++ `ScoreCounts`, field for field; of each pass's last row, a channel of a key counted once.
 
     `channels_held` are all that it sees, `channels_behind` those of states, of which `channels_sent` were
-    sent; `channels_multiplied` is what scores really cost, the window and what pages begin with among it.
+    sent; `channels_multiplied` is what scores really cost, the window and opened keys among it.
     `key_bytes_held` are those of all keys in the cache, `key_bytes_read` of states and the other keys.
     """
 

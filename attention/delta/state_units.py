@@ -19,11 +19,11 @@ LEFT_DENSE = -1.0
 class StateUnits:
     """Of every layer and KV head a threshold, and the root mean squares of its queries' channels.
 
-    A block of `block` channels is sent where it is off by more than `thresholds`, as multiples of 1 over
-    the channels' roots: `roots` is the largest, `scales` a byte a channel, how large the channel's is
-    against that. Below a `share` of 1 each page of 64 keys has a threshold of its own instead, with which
-    it sends no more than that share of its blocks. `sparsity` is the share that was not sent where
-    thresholds were found; None where that is not known.
+    A block of `block` channels is sent where it is further than `thresholds` from all that its page has
+    sent, as multiples of 1 over the channels' roots: `roots` is the largest, `scales` a byte a channel, how
+    large the channel's is against that. Below a `share` of 1 each page of 64 keys has a threshold of its
+    own instead, with which it sends no more than that share of its blocks. `sparsity` is the share that
+    was not sent where thresholds were found; None where that is not known.
     """
 
     block: int

@@ -63,15 +63,19 @@ constexpr int kMaxHeadSize = 256;
 constexpr int kDraftRows = 32;  // a pass of more rows is a prompt's
 constexpr int kTileRows = 64;   // the most rows of one call of a kernel
 
-// One KV head's keys as states (KeyStates), page by page of kBlockKeys keys. Of each block of channels a page has a word,
-// whose bits are the keys that sent it, the page's first key among them whether it did or not; and, from `begins` on,
-// what was sent as halves: blocks outermost, then channels. So many halves more than there are may be read.
-constexpr int kSpareHalves = 16;
+// One KV head's keys as states (KeyStates), page by page of kBlockKeys keys. Of each block of channels a page has some
+// groups of keys that are seen alike there: their number, which one each key is in, and, from `begins` on, what they are
+// seen as, as halves: blocks outermost, then channels, then groups. So many halves more than there are may be read. Up to
+// kFewGroups half a byte says which one, of a key in the page's first half the lower one of its byte, and of the key
+// that lies half a page behind it the upper one.
+constexpr int kSpareHalves = 16, kFewGroups = 16;
 
 struct StateStore {
-    const uint64_t* sent;
+    const uint8_t* counts;   // (pages, blocks)
+    const uint8_t* members;  // (pages, blocks, kBlockKeys), of few groups the first half of it
     const uint16_t* values;
-    const uint32_t* begins;
+    const uint32_t* begins;  // (pages)
+    const uint64_t* exact;   // (pages), the keys that are seen as they are, as bits
 };
 
 struct StatesOfRows {

@@ -15,10 +15,10 @@ struct StateRule {
     const float* scales;    // (key_size), what a channel's distances are multiplied with
 };
 
-// One KV head's keys as states, page by page of kBlockKeys keys: a state repeats the one before it but for the blocks
-// of channels that were sent, where the key had left it by more than the threshold (the root mean square of the
-// block's distances). Errors do not add up: a key is compared with the state, never with the key before. A page
-// depends on the keys up to its end alone, so that cutting and appending again is never having cut.
+// One KV head's keys as states, page by page of kBlockKeys keys: of each block of channels a page sends what is further
+// from all that it has sent there than the threshold (the root mean square of the block's distances); what is not
+// joins the nearest that was sent, and what joined is seen as its mean. Errors do not add up: a key is never compared
+// with the key before. A page depends on its own keys alone, so that cutting and appending again is never having cut.
 class KeyStates {
 public:
     // Room for so many cells of the problem's cache, whatever is sent; what is not used is not touched. Throws
@@ -31,22 +31,22 @@ public:
     // Forgets the cells from `num_cells` on.
     void cut(int num_cells);
 
-    int num_pages() const { return num_pages_; }
-    StateStore view() const { return {sent_.data(), values_.data(), begins_.data()}; }
-    // Of the first pages, how many channels were sent, and how many are kept and multiplied: those, and each page's first.
-    int64_t num_sent(int num_pages) const { return num_sent_[num_pages]; }
-    int64_t num_kept(int num_pages) const { return begins_[num_pages]; }
+    int num_pages() const { return int(exact_.size()); }
+    StateStore view() const { return {counts_.data(), members_.data(), values_.data(), begins_.data(), exact_.data()}; }
+    // Of the first pages, how many channels were sent.
+    int64_t num_sent(int num_pages) const { return begins_[num_pages]; }
+    // And what says which groups keys are in.
+    int64_t member_bytes(int num_pages) const { return member_bytes_[num_pages]; }
     size_t num_bytes() const {
-        return sizeof(uint16_t) * values_.capacity() + sizeof(uint64_t) * sent_.capacity() +
-               sizeof(uint32_t) * (begins_.capacity() + num_sent_.capacity());
+        return counts_.capacity() + members_.capacity() + sizeof(uint16_t) * values_.capacity() +
+               sizeof(uint32_t) * (begins_.capacity() + member_bytes_.capacity()) + sizeof(uint64_t) * exact_.capacity();
     }
 
 private:
     void append_page(const AttentionProblem& problem, int kv_head, const StateRule& rule);
-    void read_last_state(const StateRule& rule, int key_size, float* state) const;
 
-    std::vector<uint64_t> sent_;    // (pages, blocks)
-    std::vector<uint16_t> values_;  // channels that were sent, and kSpareHalves
-    std::vector<uint32_t> begins_{0}, num_sent_{0};  // (pages + 1), sums over the pages before
-    int num_pages_ = 0;
+    std::vector<uint8_t> counts_, members_;  // (pages, blocks), (pages, blocks, kBlockKeys)
+    std::vector<uint16_t> values_;           // channels that were sent, and kSpareHalves
+    std::vector<uint32_t> begins_{0}, member_bytes_{0};  // (pages + 1), sums over the pages before
+    std::vector<uint64_t> exact_;            // (pages)
 };

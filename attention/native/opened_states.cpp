@@ -1,8 +1,6 @@
 #include "opened_states.h"
 
 #include <cmath>
-#include <functional>
-#include <numeric>
 
 #include "half_rows.h"
 
@@ -22,14 +20,6 @@ void add_seen(const AttentionProblem& of_row, const SeenByHeads& seen, float* pa
             for (int d = 0; d < of_row.value_size; ++d) partial[2 + d] += weight * value[d];
         }
     }
-}
-
-// The keys of a page that sent all of their blocks, as bits: their states are themselves. Of its first one a page has all
-// blocks in any case.
-uint64_t sent_whole(const AttentionProblem& p, int kv_head, int page) {
-    const int num_blocks = p.key_size / p.states->block;
-    const uint64_t* sent = p.states->stores[kv_head].sent + size_t(page) * num_blocks;
-    return std::accumulate(sent, sent + num_blocks, ~uint64_t(1), std::bit_and<uint64_t>());
 }
 
 }  // namespace
@@ -57,9 +47,9 @@ int OpenedStates::open(const AttentionProblem& p, int num_states, int kv_head, i
     for (int first = 0; first < num_states; first += kBlockKeys) {
         if (!seen.favour_some(first)) continue;
         if (of_keys.num_keys + kBlockKeys > ExchangeRoom::kMostWaiting) attend_to_waiting();
-        const uint64_t whole = sent_whole(p, kv_head, first / kBlockKeys);
+        const uint64_t exact = p.states->stores[kv_head].exact[first / kBlockKeys];
         for (int i = 0; i < kBlockKeys; ++i)
-            if ((whole >> i & 1) == 0 && seen.favour(first + i)) keys[of_keys.num_keys++] = first + i;
+            if ((exact >> i & 1) == 0 && seen.favour(first + i)) keys[of_keys.num_keys++] = first + i;
     }
     if (of_keys.num_keys > 0) attend_to_waiting();
     if (num_opened > 0) seen.exchange(of_keys, out, in);

@@ -127,13 +127,13 @@ void StateAttend::count_opened(const AttentionProblem& p) {
 void StateAttend::count(const AttentionProblem& p, const std::vector<KeyStates>& heads) {
     const int last = p.num_rows - 1, num_pages = states_.num_pages(last), seen = states_.first_position + p.num_rows;
     const int64_t num_behind = int64_t(num_pages) * kBlockKeys, key_bytes = int64_t(stored_bytes(p.k_type, key_size_));
-    const int64_t beside = seen - num_behind, words_bytes = int64_t(num_pages) * (key_size_ / rule_.block) * 8;
+    const int64_t beside = seen - num_behind, num_blocks = int64_t(num_pages) * (key_size_ / rule_.block);
     for (const KeyStates& states : heads) {
-        const int64_t num_kept = states.num_kept(num_pages);
+        const int64_t num_sent = states.num_sent(num_pages);
         counts_.channels_held += int64_t(seen) * key_size_, counts_.channels_behind += num_behind * key_size_;
-        counts_.channels_sent += states.num_sent(num_pages), counts_.channels_multiplied += num_kept + beside * key_size_;
+        counts_.channels_sent += num_sent, counts_.channels_multiplied += num_sent + beside * key_size_;
         counts_.key_bytes_held += seen * key_bytes;
-        counts_.key_bytes_read += int64_t(sizeof(uint16_t)) * num_kept + words_bytes + beside * key_bytes;
+        counts_.key_bytes_read += int64_t(sizeof(uint16_t)) * num_sent + num_blocks + states.member_bytes(num_pages) + beside * key_bytes;
     }
 }
 

@@ -27,13 +27,13 @@ struct ScoreCounts {
     int64_t channels_held;        // of all keys that are seen
     int64_t channels_behind;      // of those that are seen as states
     int64_t channels_sent;        // of these, what was sent
-    int64_t channels_multiplied;  // of all, with what pages begin with
+    int64_t channels_multiplied;  // of all: what was sent, and the keys beside
     int64_t key_bytes_held;       // of all keys, in the cache
-    int64_t key_bytes_read;       // of states with their bits, and of the other keys in the cache
+    int64_t key_bytes_read;       // of states with the groups that keys are in, and of the other keys in the cache
 };
 
 // Attention over states: behind a window a query does not see a key but a state that stands for it (KeyStates), and
-// what a state repeats of the one before costs neither a multiplication nor a read. Values are seen as they are.
+// blocks of channels that keys of a page see alike cost one multiplication and one read. Values are seen as they are.
 // Rows see a beginning of the cache each, one cell more than the row before; what is otherwise is not taken.
 class StateAttend {
 public:

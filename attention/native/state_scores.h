@@ -1,13 +1,12 @@
 #pragma once
 
-// Scores of a page of states. Of each block of channels what was sent is multiplied, once, and each product stands until
-// the next: a score is the sum of the blocks' products that stand. So by how much each product differs from the one
-// before goes to the key that sent it, and a sum along the keys makes scores of the changes. Included by the kernels.
+// Scores of a page of states. Of each block of channels what was sent is multiplied, once; a key's score is the sum of the
+// products of the groups that it is in, one a block. Included by the kernels.
 
 #include <cstdint>
 
 #include "attention_problem.h"
-#include "expand.h"
+#include "byte_lanes.h"
 #include "kv_rows.h"
 #include "lines.h"
 #include "vectors.h"
@@ -15,68 +14,71 @@
 namespace {
 
 struct StatePage {
-    const uint64_t* sent;
+    const uint8_t* counts;
+    const uint8_t* members;
     const uint16_t* values;
 };
 
 inline StatePage page_of(const AttentionProblem& p, int kv_head, int page) {
     const StateStore& store = p.states->stores[kv_head];
-    return {store.sent + size_t(page) * (p.key_size / p.states->block), store.values + store.begins[page]};
+    const size_t first_block = size_t(page) * (p.key_size / p.states->block);
+    return {store.counts + first_block, store.members + first_block * kBlockKeys, store.values + store.begins[page]};
 }
 
 // So many blocks are multiplied before their products are read: what was just stored is not there yet.
 constexpr int kBlocksTogether = 8;
 
-// By how much one line's product with each key that sent a block differs from the one before.
-struct Changes {
-    alignas(64) float of_sent[kBlockKeys + W];
+// One line's product with each group of a block.
+struct Products {
+    alignas(64) float of_groups[kBlockKeys + W];
 };
 
-// Adds the changes of blocks to the keys that sent them; block i's of a line are changes[i * stride].
-inline void add_changes(const uint64_t* sent, int num_blocks, const Changes* changes, int stride, float* scores) {
-#ifdef LOWTIDE_CAN_EXPAND
-    const float* at[kBlocksTogether];
-    for (int i = 0; i < num_blocks; ++i) at[i] = changes[i * stride].of_sent;
-    for (int key = 0; key < kBlockKeys; key += W) {
-        Floats changed = load(scores + key);
-        for (int i = 0; i < num_blocks; ++i) {
-            const uint64_t keys = sent[i] >> key & ((uint64_t(1) << W) - 1);
-            changed += expanded(keys, load(at[i]));
-            at[i] += __builtin_popcountll(keys);
-        }
-        store(scores + key, changed);
-    }
+// The groups that W keys are in, of so many.
+inline Ints groups_of(const uint8_t* members, int key, int count) {
+    if (count > kFewGroups) return load_small(members + key);
+    constexpr int kHalf = kBlockKeys / 2;
+    return load_small(members + key % kHalf) >> (key < kHalf ? 0 : 4) & 15;
+}
+
+// The products of those groups, one each.
+inline Floats products_of(const Products& products, Ints groups, int count) {
+    const float* from = products.of_groups;
+#if VECTOR_FLOATS == 16
+    const Floats low = Floats(_mm512_permutex2var_ps(__m512(load(from)), __m512i(groups), __m512(load(from + W))));
+    if (count <= 2 * W) return low;
+    const Floats high = Floats(_mm512_permutex2var_ps(__m512(load(from + 2 * W)), __m512i(groups), __m512(load(from + 3 * W))));
+    return groups < 2 * W ? low : high;
+#elif VECTOR_FLOATS == 8
+    const Floats low = Floats(_mm256_permutevar8x32_ps(__m256(load(from)), __m256i(groups)));
+    if (count <= W) return low;
+    const Floats second = Floats(_mm256_permutevar8x32_ps(__m256(load(from + W)), __m256i(groups)));
+    if (count <= 2 * W) return groups < W ? low : second;
+    return Floats(_mm256_i32gather_ps(from, __m256i(groups), sizeof(float)));
 #else
-    for (int i = 0; i < num_blocks; ++i) {
-        const float* at = changes[i * stride].of_sent;
-        for (uint64_t left = sent[i]; left != 0; left &= left - 1) scores[__builtin_ctzll(left)] += *at++;
-    }
+    Floats found;
+    for (int i = 0; i < W; ++i) found[i] = from[groups[i]];
+    return found;
 #endif
 }
 
-template <int Step = 1> inline Floats sums_up_to(Floats values) {
-    Ints pick;
-    for (int i = 0; i < W; ++i) pick[i] = i < Step ? i : W + i - Step;
-    values += __builtin_shuffle(Floats{}, values, pick);
-    if constexpr (2 * Step < W) return sums_up_to<2 * Step>(values);
-    return values;
-}
-
-inline void sum_along_keys(float* scores) {
-    float sum = 0.0f;
+// Adds the products of blocks to the scores of keys, (N, kBlockKeys).
+template <int N> void add_products(const StatePage& page, int first_block, int num_blocks, const Products (*products)[N], float* scores) {
+    const uint8_t* members = page.members + size_t(first_block) * kBlockKeys;
     for (int key = 0; key < kBlockKeys; key += W) {
-        const Floats sums = sums_up_to(load(scores + key)) + sum;
-        store(scores + key, sums);
-        sum = sums[W - 1];
+        Floats sums[N];
+        for (int n = 0; n < N; ++n) sums[n] = load(scores + n * kBlockKeys + key);
+        for (int i = 0; i < num_blocks; ++i) {
+            const int count = page.counts[first_block + i];
+            const Ints groups = groups_of(members + i * kBlockKeys, key, count);
+            for (int n = 0; n < N; ++n) sums[n] += products_of(products[i][n], groups, count);
+        }
+        for (int n = 0; n < N; ++n) store(scores + n * kBlockKeys + key, sums[n]);
     }
 }
 
-// Multiplies N lines with the `count` keys that sent a block, whose channels begin at `channel`.
+// Multiplies N lines with the `count` groups of a block, whose channels begin at `channel`.
 template <int Block, int N>
-inline void multiply_sent(const uint16_t* values, int count, const Lines& lines, int channel, Changes* changes) {
-    Floats before[N] = {};
-    Ints one_up;
-    for (int i = 0; i < W; ++i) one_up[i] = W - 1 + i;
+inline void multiply_groups(const uint16_t* values, int count, const Lines& lines, int channel, Products* products) {
     for (int i = 0; i < count; i += W) {
         Floats sums[N] = {};
 #pragma GCC unroll 16
@@ -84,30 +86,25 @@ inline void multiply_sent(const uint16_t* values, int count, const Lines& lines,
             const Floats k = Rows<KvType::f16>::load(reinterpret_cast<const char*>(values), c * count + i);
             for (int n = 0; n < N; ++n) sums[n] += lines.q[n][channel + c] * k;
         }
-        for (int n = 0; n < N; ++n) {
-            store(changes[n].of_sent + i, sums[n] - __builtin_shuffle(before[n], sums[n], one_up));
-            before[n] = sums[n];
-        }
+        for (int n = 0; n < N; ++n) store(products[n].of_groups + i, sums[n]);
     }
 }
 
 // Scores (N, kBlockKeys), of blocks of so many channels.
 template <int Block, int N> void score_blocks(const StatePage& page, int key_size, const Lines& lines, float* scores) {
     std::memset(scores, 0, sizeof(float) * N * kBlockKeys);
-    Changes changes[kBlocksTogether][N];
+    Products products[kBlocksTogether][N];
     const uint16_t* values = page.values;
     const int num_blocks = key_size / Block;
     for (int first = 0; first < num_blocks; first += kBlocksTogether) {
-        const uint64_t* sent = page.sent + first;
         const int num_together = num_blocks - first < kBlocksTogether ? num_blocks - first : kBlocksTogether;
         for (int i = 0; i < num_together; ++i) {
-            const int count = __builtin_popcountll(sent[i]);
-            multiply_sent<Block, N>(values, count, lines, (first + i) * Block, changes[i]);
+            const int count = page.counts[first + i];
+            multiply_groups<Block, N>(values, count, lines, (first + i) * Block, products[i]);
             values += Block * count;
         }
-        for (int n = 0; n < N; ++n) add_changes(sent, num_together, changes[0] + n, N, scores + n * kBlockKeys);
+        add_products<N>(page, first, num_together, products, scores);
     }
-    for (int n = 0; n < N; ++n) sum_along_keys(scores + n * kBlockKeys);
 }
 
 template <int N> void score_states(const StatePage& page, const AttentionProblem& p, const Lines& lines, float* scores) {

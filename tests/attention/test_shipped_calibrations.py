@@ -51,8 +51,8 @@ def test_they_stay_close_and_find_what_dense_finds(
     ("attention", "sparsity"),
     [
         ("delta", 0.25),
-        ("delta:granularity=block", 0.25),
-        ("delta:granularity=element", 0.6),
+        ("delta:granularity=block", 0.4),
+        ("delta:granularity=element", 0.85),
     ],
 )
 def test_those_of_delta_are_found_and_lose_no_key(

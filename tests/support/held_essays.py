@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from essays import essays
 
 from lowtide.attention.delta.block_policy import DeltaBlocks
@@ -18,7 +19,7 @@ from lowtide.attention.dense import DenseSteering
 from lowtide.attention.graph_hook import GraphHook
 from lowtide.attention.needles import Needle, chat_framing, continued, hide_needle, pass_key
 from lowtide.attention.policy import Steering
-from lowtide.attention.quality import Distance, Reference
+from lowtide.attention.quality import Distance, Reference, read_prompt
 from lowtide.attention.score_cost import ScoreCost
 from lowtide.cli.delta_calibration import planned_as
 from lowtide.models.gguf_header import read_spec
@@ -139,8 +140,25 @@ class Essays:
             answer = self.answer(policy, needle)
             if needle.key not in answer:
                 where = f"{needle.depth:.0%} of {needle.length:,}"
-                lost.append(f"{needle.key} at {where}: {answer!r}")
+                lead = self.lead(needle)
+                lost.append(f"{needle.key} at {where} (dense by {lead:.2f} nats): {answer!r}")
         return dense, lost
+
+    def lead(self, needle: Needle) -> float:
+        """By how much dense attention prefers the key to all else, in nats, at its most doubtful token.
+
+        Near 0 any rounding decides; below 0 the key is answered in other words than these.
+        """
+        model, dense = self.loaded.model, self.dense
+        model.truncate(0)
+        leads = []
+        with read_prompt(model, dense, needle.token_ids[:-1]):
+            inputs = (needle.token_ids[-1], *needle.answer_ids[:-1])
+            for token_id, wanted in zip(inputs, needle.answer_ids, strict=True):
+                dense.before_decode()
+                logits = np.array(model.forward((token_id,)))
+                leads.append(float(logits[wanted] - np.delete(logits, wanted).max()))
+        return min(leads)
 
     def of_sparsity(self, policy: Policy, sparsity: float) -> Policy:
         """Return the policy with the sparsity spread over layers and heads, on the reference."""

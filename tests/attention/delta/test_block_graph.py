@@ -68,7 +68,7 @@ def bench(smollm2: Path) -> Iterator[Bench]:
 def test_it_stays_close_to_dense_and_skips(bench: Bench, kind: str) -> None:
     place = Reference(bench.model, DenseSteering(bench.hook), bench.token_ids, LENGTH, 16)
     found, costs = [], []
-    for settings in ("threshold=0", "sparsity=0.2", "sparsity=0.9,window=1", "window=2048"):
+    for settings in ("threshold=0", "sparsity=0.2", "threshold=5,window=1", "window=2048"):
         before = bench.hook.counts()
         policy = parse_policy(f"delta:{kind},{settings},opens=0").fitted(bench.spec)
         found.append(place.distance(policy.install(bench.hook, bench.spec)))
@@ -82,7 +82,8 @@ def test_it_stays_close_to_dense_and_skips(bench: Bench, kind: str) -> None:
     assert 0.19 <= costs[1].sparsity <= 0.22 < 0.88 <= costs[2].sparsity
     for cost in costs[1:3]:
         assert 0 < cost.skipped < cost.sparsity
-        assert 0 < cost.key_bytes_skipped < cost.skipped * cost.key_bytes_held
+        assert cost.key_bytes_skipped < cost.skipped * cost.key_bytes_held
+    assert costs[2].key_bytes_skipped > 0  # of few left out, which groups keys are in may take more
 
 
 def test_keys_in_the_cache_may_be_of_any_type(smollm2: Path) -> None:

@@ -21,7 +21,7 @@ LENGTH, NUM_DECODED = 700, 12
 
 
 @pytest.fixture(
-    params=["sparsity=0.6", "granularity=block,sparsity=0.6", "granularity=element,sparsity=0.7"]
+    params=["sparsity=0.6", "granularity=block,sparsity=0.9", "granularity=element,threshold=3"]
 )
 def opened(smollm2: Path, request: pytest.FixtureRequest) -> Iterator[tuple[LoadedModel, str]]:
     attention = f"delta:window=96,{request.param}"
