@@ -1,6 +1,7 @@
 #include "key_states.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "half_rows.h"
 
@@ -25,10 +26,10 @@ void read_page(const AttentionProblem& p, int kv_head, int first_cell, Page& pag
 class Sent {
 public:
     Sent(const Page& page, const StateRule& rule, float threshold, int num_whole, int first_channel)
-        : keys_(page.keys + first_channel), scales_(rule.scales + first_channel), block_(rule.block), num_whole_(num_whole),
-          most_(threshold * threshold * float(rule.block)) {
+        : keys_(page.keys + first_channel), scales_(rule.scales + first_channel), block_(rule.block), num_whole_(num_whole) {
+        const float most = threshold * threshold * float(rule.block);
         for (int key = 0; key < kBlockKeys; ++key)
-            if (key < num_whole || nearest(key) < 0) send(key);
+            if (key < num_whole || !(nearest(key).off <= most)) send(key);
     }
 
     int count() const { return count_; }
@@ -36,7 +37,7 @@ public:
     // The group of a key: its own where it was sent, or the nearest that was.
     int group_of(int key) const {
         const int* own = std::lower_bound(sent_, sent_ + count_, key);
-        return own < sent_ + count_ && *own == key ? int(own - sent_) : nearest(key);
+        return own < sent_ + count_ && *own == key ? int(own - sent_) : nearest(key).group;
     }
 
 private:
@@ -45,24 +46,27 @@ private:
         sent_[count_++] = key;
     }
 
-    // Which one that was sent is the nearest within the threshold; -1: none, as for keys without a finite distance.
-    int nearest(int key) const {
+    struct Nearest {
+        int group;
+        float off;  // infinity where there is none, as for keys without a finite distance
+    };
+
+    Nearest nearest(int key) const {
         float off[kBlockKeys] = {};
         for (int c = 0; c < block_; ++c)
             for (int i = 0; i < count_; ++i) {
                 const float scaled = (keys_[c][key] - channels_[c][i]) * scales_[c];
                 off[i] += scaled * scaled;
             }
-        int found = -1;
+        Nearest found{0, std::numeric_limits<float>::infinity()};
         for (int i = num_whole_; i < count_; ++i)
-            if (off[i] <= most_ && (found < 0 || off[i] < off[found])) found = i;
+            if (off[i] < found.off) found = {i, off[i]};
         return found;
     }
 
     const float (*keys_)[kBlockKeys];
     const float* scales_;
     int block_, num_whole_, count_ = 0;
-    float most_;
     int sent_[kBlockKeys];
     float channels_[16][kBlockKeys];
 };

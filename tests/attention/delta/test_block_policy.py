@@ -145,7 +145,7 @@ def test_a_stated_threshold_is_a_multiple_of_the_calibrations_roots(
     [
         ({"policy": "delta"}, "is of 'delta', one of 'delta-block8' is wanted"),
         ({"policy": "delta-block16"}, "is of 'delta-block16', one of 'delta-block8' is wanted"),
-        ({"format": 7}, "format is 7, 1 is wanted"),
+        ({"format": 7}, "format is 7, 2 is wanted"),
         ({"fingerprint": "0" * 32}, "of another model|fingerprint"),
         ({"thresholds": ["1 1 1"] * 29}, "thresholds is .*for each KV head of 30 layers"),
         ({"thresholds": ["1 1 -2"] * 30}, "thresholds is"),
