@@ -45,7 +45,7 @@ class DeltaBlocks(AttentionPolicy):
 
     Of each row's keys the last `window` are seen as they are, and whole pages of 64 behind them as states;
     the first `sinks` of all are sent whole. `granularity` "block" sends `block` channels together, 8 or 16;
-    "element" single ones. A stated `threshold` is how far they may be off in every layer and head, as a
+    "element" single ones. A stated `threshold` is how far they may be from what they join, everywhere, as a
     multiple of 1 over the root mean square of the query's channels, as the calibration has it, 1 without
     one; a stated `sparsity` has every page of every head send no more than the rest. `prompts` "exact" has
     only decoding see states. In decoding a state that gets more than the share `opens` of some head's

@@ -83,7 +83,8 @@ def test_it_stays_close_to_dense_and_skips(bench: Bench, kind: str) -> None:
     for cost in costs[1:3]:
         assert 0 < cost.skipped < cost.sparsity
         assert cost.key_bytes_skipped < cost.skipped * cost.key_bytes_held
-    assert costs[2].key_bytes_skipped > 0  # of few left out, which groups keys are in may take more
+        # Of single channels, of which few are left out, it takes more to say which keys are alike.
+        assert cost.key_bytes_skipped > 0 or ("element" in kind and cost is costs[1])
 
 
 def test_keys_in_the_cache_may_be_of_any_type(smollm2: Path) -> None:

@@ -36,6 +36,11 @@ def test_what_is_seen_alike_is_alike(block: int, seed: int, least: float) -> Non
     states, sent = reference_states(k, thresholds, num_first=4, block=block)
     off = ((k - states) / thresholds).reshape(80, -1, block)
     assert np.sqrt((off**2).mean(axis=2)).max() <= 2 + 1e-12
+    blocks = (k / thresholds).reshape(80, -1, block)
+    apart = np.sqrt(((blocks[:, None] - blocks[None]) ** 2).mean(axis=3))
+    same_page = np.arange(80) // PAGE_KEYS == np.arange(80)[:, None] // PAGE_KEYS
+    may_be_joined = sent[None] & same_page[:, :, None]
+    assert np.where(may_be_joined, apart, np.inf).min(axis=1).max() <= 1 + 1e-12
     assert sent[:4].all()
     assert (states[:4] == k[:4]).all()
     for page in (slice(0, PAGE_KEYS), slice(PAGE_KEYS, 80)):
