@@ -40,6 +40,7 @@ BLOCKS = (
     "delta:granularity=block,block=16,sparsity=0.5",
     "delta:granularity=element,sparsity=0.7",
 )
+CALIBRATED = ("delta", "delta:granularity=block", "delta:granularity=element")
 
 
 class Bench:
@@ -143,12 +144,14 @@ def test_decode_in_an_onnx_graph(benchmark: Any, onnx_bench: Bench, policy: str)
     attention_beside_dense(benchmark, onnx_bench, policy, 7600)
 
 
+@pytest.mark.parametrize("policy", CALIBRATED)
 @pytest.mark.parametrize("length", [2048, 7600])
-def test_prefill(benchmark: Any, bench: Bench, length: int) -> None:
+def test_prefill(benchmark: Any, bench: Bench, length: int, policy: str) -> None:
+    """As calibrated, what is kept of the prompt made anew."""
     paired(
         benchmark,
-        f"delta, prompt of {length}",
-        lambda: bench.read("delta", length),
+        f"{policy}, prompt of {length}",
+        lambda: bench.read(policy, length),
         lambda: bench.read("dense", length),
         rounds=3,
         peer="our dense attention",
