@@ -48,15 +48,16 @@ def test_they_stay_close_and_find_what_dense_finds(
 
 
 @pytest.mark.parametrize(
-    ("attention", "sparsity"),
+    ("model", "attention", "sparsity"),
     [
-        ("delta", 0.25),
-        ("delta:granularity=block", 0.4),
-        ("delta:granularity=element", 0.85),
+        ("smollm2", "delta", 0.25),
+        ("smollm2", "delta:granularity=block", 0.4),
+        ("smollm2", "delta:granularity=element", 0.85),
+        ("gemma3-270m", "delta:granularity=block", 0.7),
     ],
 )
 def test_those_of_delta_are_found_and_lose_no_key(
-    attention: str, sparsity: float, tmp_path: Path
+    model: str, attention: str, sparsity: float, tmp_path: Path
 ) -> None:
     text = tmp_path / "essays.txt"
     text.write_text(essays(), encoding="utf-8")
@@ -68,7 +69,7 @@ def test_those_of_delta_are_found_and_lose_no_key(
         compared_rows=64,
         pack=True,
     )
-    loaded = LoadedModel(plan_reference(resolve("smollm2"), options))
+    loaded = LoadedModel(plan_reference(resolve(model), options))
     try:
         policy = loaded.planned.policy
         assert isinstance(policy, Delta | DeltaBlocks) and policy.units is not None

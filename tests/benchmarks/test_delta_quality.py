@@ -1,8 +1,8 @@
 """Delta by rows, blocks and elements: what is lost with units that were found on a text of another kind.
 
-With units for a sparsity from Python's language reference; held against dense attention over 200 tokens
-after a beginning of essays, and at pass keys, of which every other has two neighbours equal. Run with
-`make bench`; takes minutes.
+With units for a sparsity from Python's language reference, or as calibrated; held against dense attention
+over 200 tokens after a beginning of essays, and at pass keys, of which every other has two neighbours
+equal. Run with `make bench`; takes a quarter of an hour a case.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from lowtide.attention.delta.policy import Delta
 from lowtide.attention.quality import Distance
 from lowtide.attention.score_cost import ScoreCost
 from lowtide.models.catalog import resolve
+from lowtide.models.gguf_header import read_spec
 
 pytestmark = pytest.mark.benchmark
 
@@ -28,11 +29,15 @@ MOST_NLL_CHANGE = 0.01
 
 
 def held_against_dense(
-    benchmark: Any, path: Path, policy: Policy, sparsity: float, *trials: Trial
+    benchmark: Any, path: Path, policy: Policy, sparsity: float | None, *trials: Trial
 ) -> list[tuple[Distance, ScoreCost]]:
-    """Return what is lost in each trial; the last one wants the most room."""
+    """Return what is lost in each trial, without a sparsity as calibrated; the last one wants the most
+    room."""
     with Essays.opened(path, policy, trials[-1]) as opened:
-        spread = opened.of_sparsity(policy, sparsity)
+        if sparsity is None:
+            spread: Policy = policy.fitted(read_spec(path))
+        else:
+            spread = opened.of_sparsity(policy, sparsity)
         results: list[tuple[Distance, ScoreCost]] = benchmark.pedantic(
             lambda: [measured(replace(opened, trial=trial), spread) for trial in trials], rounds=1
         )
@@ -80,4 +85,10 @@ def test_what_is_lost_and_skipped(
 def test_in_layers_without_a_window(benchmark: Any, policy: Policy, sparsity: float) -> None:
     """Of Gemma-3-270m, whose other layers have a sliding window and stay dense: more is lost there."""
     results = held_against_dense(benchmark, resolve("gemma3-270m"), policy, sparsity, LONG, LONGER)
+    assert all(distance.kl <= MOST_KL_OF_FEW_LAYERS for distance, _ in results)
+
+
+def test_as_calibrated_in_layers_without_a_window(benchmark: Any) -> None:
+    gemma, by_blocks = resolve("gemma3-270m"), DeltaBlocks()
+    results = held_against_dense(benchmark, gemma, by_blocks, None, LONG, LONGER)
     assert all(distance.kl <= MOST_KL_OF_FEW_LAYERS for distance, _ in results)
