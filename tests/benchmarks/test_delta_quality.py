@@ -70,7 +70,11 @@ BY_GRANULARITY: list[tuple[Policy, float]] = [
 GRANULARITY_IDS = ["rows", "block of 8", "block of 8, 70 %", "element", "element, 90 %"]
 
 
-@pytest.mark.parametrize(("policy", "sparsity"), BY_GRANULARITY, ids=GRANULARITY_IDS)
+@pytest.mark.parametrize(
+    ("policy", "sparsity"),
+    [*BY_GRANULARITY, (Delta(opens=0.0), 0.6)],
+    ids=[*GRANULARITY_IDS, "rows as stored, 60 %"],
+)
 def test_what_is_lost_and_skipped(
     benchmark: Any, smollm2: Path, policy: Policy, sparsity: float
 ) -> None:
