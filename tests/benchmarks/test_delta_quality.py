@@ -2,7 +2,7 @@
 
 With units for a sparsity from Python's language reference, or as calibrated; held against dense attention
 over 200 tokens after a beginning of essays, and at pass keys, of which every other has two neighbours
-equal. Run with `make bench`; takes a quarter of an hour a case.
+equal. Run with `make bench`; takes minutes a case.
 """
 
 from __future__ import annotations
