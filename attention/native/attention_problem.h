@@ -16,7 +16,7 @@
 enum class KvType { f16, q8_0, q4_0, f32 };
 
 // What a row of `size` elements takes; ggml quantises in blocks of 32, with a scale each.
-inline size_t stored_bytes(KvType type, int size) {
+static inline size_t stored_bytes(KvType type, int size) {
     switch (type) {
         case KvType::f16: return size_t(size) * 2;
         case KvType::q8_0: return size_t(size) / 32 * 34;
@@ -94,13 +94,13 @@ struct StatesOfRows {
 // What is kept beside a cache gets room in steps of so many cells, as llama.cpp's own is seen.
 constexpr int kCellStep = 256;
 
-inline int padded_to_cells(int num_keys) { return (num_keys + kCellStep - 1) / kCellStep * kCellStep; }
+static inline int padded_to_cells(int num_keys) { return (num_keys + kCellStep - 1) / kCellStep * kCellStep; }
 
-inline int padded_to_blocks(int num_keys) { return (num_keys + kBlockKeys - 1) / kBlockKeys * kBlockKeys; }
+static inline int padded_to_blocks(int num_keys) { return (num_keys + kBlockKeys - 1) / kBlockKeys * kBlockKeys; }
 
 // What one query head of one row has seen so far: maximum, sum of exponentials, and the weighted sum of
 // values, (2 + value_size) floats.
-inline int partial_floats(const AttentionProblem& problem) { return 2 + problem.value_size; }
+static inline int partial_floats(const AttentionProblem& problem) { return 2 + problem.value_size; }
 
 // Scratch of one thread, in floats: a block of keys and one of values, the rows' masks over the block, and
 // the scores of a few heads.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import subprocess
 
 import pytest
-from native_build import NATIVE, PROGRAMS, NativeBuild
+from native_build import NATIVE, PROGRAMS, X86_FLAGS, NativeBuild
 
 pytestmark = pytest.mark.once
 
@@ -34,3 +35,16 @@ def test_the_core_under_sanitizers(name: str, build: NativeBuild) -> None:
         pytest.skip("this kernel's address layout is beyond the thread sanitizer")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("agree\n") and not done.stderr
+
+
+@pytest.mark.parametrize("source", X86_FLAGS)
+def test_no_function_of_one_instruction_set_is_linked_into_other_files(
+    source: str, build: NativeBuild
+) -> None:
+    if platform.machine() != "x86_64":
+        pytest.skip("the kernels of other processors are built without such flags")
+    symbols = subprocess.run(
+        ["nm", "--defined-only", build.object(source)], capture_output=True, text=True, check=True
+    ).stdout
+    assert re.search(r" T ", symbols), "its kernels"
+    assert not re.findall(r" [Wu] (.+)", symbols), "the linker may choose these for every processor"

@@ -75,7 +75,7 @@ class NativeBuild:
 
     def program(self, name: str) -> Path:
         """Build the test called `name` and return the program's path."""
-        objects = [str(self._object(source)) for source in PROGRAMS[name]]
+        objects = [str(self.object(source)) for source in PROGRAMS[name]]
         if name in LIBRARIES:
             objects.append(self._linked(LIBRARIES[name], "-fPIC", "-shared"))
         return Path(self._linked(f"{name}_test", *objects, "-pthread", "-ldl"))
@@ -84,9 +84,10 @@ class NativeBuild:
         """Compile the sources of all tests, as many at a time as there are cores."""
         sources = {source for sources in PROGRAMS.values() for source in sources}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(self._object, sources))
+            list(pool.map(self.object, sources))
 
-    def _object(self, source: str) -> Path:
+    def object(self, source: str) -> Path:
+        """The object of `source`, a file's name without its ending: compiled when first asked for."""
         path = self._folder / f"{source}.o"
         if not path.exists():
             own = self._own_flags.get(source, [])

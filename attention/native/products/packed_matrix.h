@@ -20,6 +20,9 @@
 //
 // A panel takes the very bytes that its rows take in ggml's layout: a file of packed weights has the size and the
 // places of the one that it was made from.
+//
+// Its functions are static, here and in every header that a kernel of one instruction set includes: of a function that
+// several files define the linker keeps one, which may be the one that was built for AVX-512.
 constexpr int kPanelRows = 16;
 constexpr int kBlockSize = 32;
 constexpr int kSuperBlocks = 8;  // blocks that share halves in the K formats
@@ -40,7 +43,7 @@ struct FormatShape {
     constexpr bool has_six_bits() const { return is_super && has_minima; }
 };
 
-constexpr FormatShape shape_of(Format format) {
+static constexpr FormatShape shape_of(Format format) {
     switch (format) {
         case Format::f16: case Format::bf16: return {16, 0, 0, false, false, 0};
         case Format::q4_0: return {4, 0, 8, false, false, 1};
@@ -55,7 +58,7 @@ constexpr FormatShape shape_of(Format format) {
     return {};
 }
 
-constexpr bool is_known(int32_t format) {
+static constexpr bool is_known(int32_t format) {
     switch (Format(format)) {
         case Format::q4_0: case Format::q4_1: case Format::q5_0: case Format::q5_1:
         case Format::q8_0: case Format::q4_k: case Format::q5_k: case Format::q6_k:
@@ -69,7 +72,7 @@ struct PanelLayout {
     size_t high, scales, halves, minima, num_bytes;
 };
 
-constexpr PanelLayout layout_of(Format format, int64_t num_columns) {
+static constexpr PanelLayout layout_of(Format format, int64_t num_columns) {
     const FormatShape shape = shape_of(format);
     const size_t blocks = size_t(num_columns / kBlockSize), supers = blocks / kSuperBlocks;
     const size_t halves = 2 * kPanelRows * (shape.is_super ? supers : blocks), bytes = kPanelRows * blocks * shape.scales_a_block;
@@ -86,7 +89,7 @@ constexpr int kFloatBytes = 2;  // of a weight that is not quantised
 constexpr int kPairBytes = 2 * kPanelRows * kFloatBytes;
 
 // Where in its panel such a weight lies.
-constexpr size_t float_place(Format format, int row, int64_t column) {
+static constexpr size_t float_place(Format format, int row, int64_t column) {
     const int parity = int(column % 2), within = format == Format::f16 ? kPanelRows * parity + row : 2 * row + parity;
     return size_t(column / 2) * kPairBytes + within * kFloatBytes;
 }
