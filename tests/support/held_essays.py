@@ -69,7 +69,13 @@ class Essays:
     @staticmethod
     @contextlib.contextmanager
     def opened(
-        path: Path, policy: Policy, trial: Trial = SHORT, kv_type: str = "f16", threads: int = 2
+        path: Path,
+        policy: Policy,
+        trial: Trial = SHORT,
+        kv_type: str = "f16",
+        threads: int = 2,
+        *,
+        pack: bool = True,
     ) -> Iterator[Essays]:
         """Load a model with room for whatever units the policy may get."""
         options = OpenOptions(
@@ -77,7 +83,7 @@ class Essays:
             context=trial.room,
             threads=threads,
             attention=planned_as(policy, read_spec(path)),
-            pack=True,
+            pack=pack,
             kv_type=kv_type,
         )
         loaded = LoadedModel(plan_reference(path, options))
