@@ -121,6 +121,7 @@ def test_sliding_windows_and_another_head_size() -> None:
     assert mean_kl(theirs, ours) <= 0.02
 
 
+@pytest.mark.once
 def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_threads(smollm2: Path) -> None:
     """llama.cpp's own attention is not: exact speculation rests on this."""
     seen = set()
@@ -148,6 +149,7 @@ def test_an_answer_through_the_front_door(smollm2: Path) -> None:
         assert runtime.generate("The tide is", max_tokens=2).stats.layers_ours == 0
 
 
+@pytest.mark.once
 def test_the_scratch_stays_inside_its_row_at_every_batch(smollm2: Path) -> None:
     from lowtide.memory.footprint import attention_bytes
 

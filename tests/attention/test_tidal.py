@@ -217,6 +217,7 @@ def test_a_prompt_is_exact_under_every_policy(bench: Bench) -> None:
     bench.model.truncate(0)
 
 
+@pytest.mark.once
 def test_threads_change_nothing(smollm2: Path) -> None:
     seen = set()
     for threads in (1, 2, 3):
@@ -233,6 +234,7 @@ def test_threads_change_nothing(smollm2: Path) -> None:
     assert len(seen) == 1
 
 
+@pytest.mark.once
 def test_correction_makes_the_cache_exact_again(smollm2: Path) -> None:
     """Corrected after every token, all but the last row's own attention is dense attention's."""
     answers = {}
@@ -254,6 +256,7 @@ def test_the_scratch_stays_inside_its_row(bench: Bench) -> None:
     assert bench.hook.counts().scratch_bytes <= planned
 
 
+@pytest.mark.once
 def test_two_policies_in_two_runtimes_do_not_disturb_each_other(smollm2: Path) -> None:
     def answer(attention: str, other: str | None = None) -> Any:
         with Runtime.open(smollm2, memory="8GiB", context=1024, attention=attention) as runtime:

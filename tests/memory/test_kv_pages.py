@@ -119,6 +119,7 @@ def test_a_ggml_that_is_laid_out_in_another_way_is_left_alone(
     assert not module._Patch().fits() and patch._type.allocate == theirs
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
 @pytest.mark.parametrize("model", ["smollm2", "gemma3-270m"])
 def test_logits_are_the_same_bit_for_bit(

@@ -169,6 +169,7 @@ with Runtime.open({path!r}, memory={memory}, context=4096, threads=1, attention=
 """
 
 
+@pytest.mark.once
 @pytest.mark.skipif(not can_leave_untouched(), reason="the cache is whole from the start here")
 def test_the_first_pass_takes_the_cache_of_its_layers_and_stays_where_there_is_room(
     smollm2: Path,

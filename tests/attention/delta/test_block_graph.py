@@ -18,6 +18,8 @@ from lowtide.memory.key_states import state_bytes
 from lowtide.models.gguf_header import read_spec
 from lowtide.models.gguf_model import GgufModel, LoadOptions
 
+pytestmark = pytest.mark.once
+
 TEXT = (Path(__file__).resolve().parents[1] / "test_kernels.py").read_text()
 LENGTH, CONTEXT = 400, 768
 HALF = "delta:granularity=block,sparsity=0.5,window=96"

@@ -16,6 +16,8 @@ from lowtide.memory.owners import SCRATCH
 from lowtide.runtime.loaded_model import LoadedModel
 from lowtide.runtime.planning import OpenOptions, plan_reference
 
+pytestmark = pytest.mark.once
+
 TEXT = (Path(__file__).resolve().parents[1] / "test_kernels.py").read_text()
 LENGTH, NUM_DECODED = 700, 12
 
