@@ -43,6 +43,7 @@ def test_answers_are_the_plain_loops_and_so_is_the_cache_after_them(
         with Runtime.open(folder, **OPTIONS, speculate=speculate) as runtime:  # type: ignore[arg-type]
             if speculate != "off":
                 eager(runtime)
+            # Of two likely tokens: of all, random weights may repeat nothing that could be drafted.
             result = runtime.generate(TEXT, max_tokens=60, temperature=temperature, top_k=2, seed=7)
             runtime._session.settle()
             logits = runtime._session.decode((11,)).copy()

@@ -21,8 +21,9 @@
 // A panel takes the very bytes that its rows take in ggml's layout: a file of packed weights has the size and the
 // places of the one that it was made from.
 //
-// Its functions are static, here and in every header that a kernel of one instruction set includes: of a function that
-// several files define the linker keeps one, which may be the one that was built for AVX-512.
+// Free functions are static, here and in every header that a kernel of one instruction set includes: of a function that
+// several files define the linker keeps one, which may be the one that was built for AVX-512. Members must be small
+// enough to be inlined; tests/attention/test_sanitizers.py holds the kernels to it.
 constexpr int kPanelRows = 16;
 constexpr int kBlockSize = 32;
 constexpr int kSuperBlocks = 8;  // blocks that share halves in the K formats
