@@ -45,7 +45,7 @@ clean:
 	rm -rf build dist $(VENV)
 
 # Installed once, and again when pyproject.toml or the native sources change.
-NATIVE := $(wildcard attention/native/* attention/native/products/*) runtime/facade.py
+NATIVE := $(wildcard attention/native/* attention/native/products/*) __init__.py
 
 $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
@@ -65,6 +65,6 @@ $(VENV)/.dev: $(VENV)/.user
 build/types: Makefile
 	@mkdir -p build/types/lowtide
 	@for folder in $(SOURCES); do ln -sfn ../../../$$folder build/types/lowtide/$$folder; done
-	@ln -sf ../../../runtime/facade.py build/types/lowtide/__init__.py
+	@ln -sf ../../../__init__.py build/types/lowtide/__init__.py
 	@ln -sf ../../../runtime/py.typed build/types/lowtide/py.typed
 	@touch build/types

@@ -5,13 +5,12 @@ from __future__ import annotations
 from abc import ABC
 from typing import TYPE_CHECKING, ClassVar
 
-from lowtide.memory.first_pass import FirstPass
-from lowtide.memory.key_groups import KeyGroups
-from lowtide.memory.key_states import KeyStates
+from lowtide.memory.plan.attention import FirstPass, KeyStates
+from lowtide.memory.plan.estimates import KeyGroups
 from lowtide.models.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from lowtide.attention.kernel_host import KernelHost
+    from lowtide.attention.bindings.policy import KernelHost
 
 
 class AttentionPolicy(ABC):

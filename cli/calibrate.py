@@ -1,4 +1,8 @@
-"""`lowtide calibrate`: finds and keeps the settings of an approximation for one model."""
+"""`lowtide calibrate`: finds and keeps the settings of an approximation for one model.
+
+What `lowtide calibrate --attention delta` does beyond the command.
+
+What `lowtide calibrate` does with what it found: writes it, and says what it is."""
 
 from __future__ import annotations
 
@@ -12,17 +16,14 @@ import click
 from lowtide.cli.options import opening_options, plan_with, take_open_options, take_spec
 
 if TYPE_CHECKING:
-    from lowtide.attention.calibrate import Targets
-    from lowtide.attention.calibration import Calibration
-    from lowtide.attention.delta.block_policy import DeltaBlocks
-    from lowtide.attention.delta.calibration import DeltaCalibration
-    from lowtide.attention.delta.policy import Delta
-    from lowtide.attention.delta.state_calibration import StateCalibration
-    from lowtide.attention.gem import Gem
-    from lowtide.attention.gem_calibration import GemCalibration
-    from lowtide.attention.tidal import Tidal
+    from lowtide.attention.delta.blocks import DeltaBlocks, StateCalibration
+    from lowtide.attention.delta.tokens import Delta, DeltaCalibration
+    from lowtide.attention.gem.policy.policy import Gem, GemCalibration
+    from lowtide.attention.tidal.policy.calibrate import Targets
+    from lowtide.attention.tidal.policy.policy import Calibration, Tidal
     from lowtide.models.spec import ModelSpec
-    from lowtide.runtime.loaded_model import LoadedModel
+    from lowtide.runtime.loading.load import LoadedModel
+
 
 DEFAULT_CONTEXT = 4096
 NOT_FOR = {"gem": ("target_kl", "target_key_loss", "max_layers"), "delta": ("max_layers",)}
@@ -94,14 +95,15 @@ def command(
     takes the highest sparsity inside --target-kl and --target-key-loss that loses no pass key. Each is held
     against text and questions that the search did not see, and written. Takes minutes.
     """
-    from lowtide.attention.calibrate import Targets
-    from lowtide.attention.delta.block_policy import DeltaBlocks
-    from lowtide.attention.delta.policy import Delta
-    from lowtide.attention.gem import Gem
-    from lowtide.attention.quality import WINDOW_TOKENS
-    from lowtide.cli import delta_calibration, found_calibration
-    from lowtide.cli.summary import json_object, note, plan_line
-    from lowtide.runtime.loaded_model import LoadedModel
+    from lowtide.attention.delta.blocks import DeltaBlocks
+    from lowtide.attention.delta.tokens import Delta
+    from lowtide.attention.evaluation.divergence import WINDOW_TOKENS
+    from lowtide.attention.gem.policy import Gem
+    from lowtide.attention.tidal.calibrate import Targets
+    from lowtide.cli import calibrate as delta_calibration
+    from lowtide.cli import calibrate as found_calibration
+    from lowtide.cli.output import json_object, note, plan_line
+    from lowtide.runtime.loading.load import LoadedModel
 
     policy = _wanted_policy(options["attention"])
     options["attention"] = "dense"
@@ -147,10 +149,10 @@ def _searched(
     max_layers: int,
     k_choices: tuple[int, ...],
 ) -> Calibration | GemCalibration | DeltaCalibration | StateCalibration:
-    from lowtide.attention.delta.block_policy import DeltaBlocks
-    from lowtide.attention.delta.policy import Delta
-    from lowtide.attention.gem import Gem
-    from lowtide.cli import delta_calibration
+    from lowtide.attention.delta.blocks import DeltaBlocks
+    from lowtide.attention.delta.tokens import Delta
+    from lowtide.attention.gem.policy import Gem
+    from lowtide.cli import calibrate as delta_calibration
 
     if isinstance(policy, Gem):
         return _gem_calibrated(loaded, text, policy, k_choices)
@@ -162,11 +164,11 @@ def _searched(
 
 def _wanted_policy(attention: str) -> Tidal | Gem | Delta | DeltaBlocks:
     """Return the policy to calibrate; what is said for the other one is a mistake."""
-    from lowtide.attention.delta.block_policy import DeltaBlocks
-    from lowtide.attention.delta.policy import Delta
-    from lowtide.attention.gem import Gem
-    from lowtide.attention.policies import parse_policy
-    from lowtide.attention.tidal import Tidal
+    from lowtide.attention.delta.blocks import DeltaBlocks
+    from lowtide.attention.delta.tokens import Delta
+    from lowtide.attention.gem.policy import Gem
+    from lowtide.attention.parse import parse_policy
+    from lowtide.attention.tidal.policy import Tidal
     from lowtide.models.errors import BadOption
 
     context = click.get_current_context()
@@ -204,7 +206,7 @@ def _check_graph(spec: ModelSpec) -> None:
 
 def _check_gem(policy: Gem, spec: ModelSpec, k_choices: tuple[int, ...]) -> None:
     """Refuse, before anything is loaded, what cannot be calibrated."""
-    from lowtide.attention.gem import DEFAULT_K
+    from lowtide.attention.gem.policy import DEFAULT_K
     from lowtide.models.errors import BadOption
 
     if policy.calibration is not None:
@@ -226,10 +228,10 @@ def _calibrated(
     max_layers: int,
     k_choices: tuple[int, ...],
 ) -> Calibration:
-    from lowtide.attention.calibrate import K_CHOICES, Calibrator
-    from lowtide.attention.calibration import Calibration
-    from lowtide.attention.needles import chat_framing
-    from lowtide.cli.summary import note
+    from lowtide.attention.evaluation.passkeys import chat_framing
+    from lowtide.attention.tidal.calibrate import K_CHOICES, Calibrator
+    from lowtide.attention.tidal.policy import Calibration
+    from lowtide.cli.output import note
 
     model, hook, context = loaded.model, loaded.hook, loaded.planned.plan.context
     assert hook is not None
@@ -258,9 +260,9 @@ def _calibrated(
 def _gem_calibrated(
     loaded: LoadedModel, text: Path | None, policy: Gem, k_choices: tuple[int, ...]
 ) -> GemCalibration:
-    from lowtide.attention.gem_calibrate import CONTEXTS_OF_K, K_CHOICES, GemCalibrator
-    from lowtide.attention.needles import chat_framing
-    from lowtide.cli.summary import note
+    from lowtide.attention.evaluation.passkeys import chat_framing
+    from lowtide.attention.gem.calibrate import CONTEXTS_OF_K, K_CHOICES, GemCalibrator
+    from lowtide.cli.output import note
     from lowtide.models.errors import BadOption
 
     if policy.k is not None and (policy.k < 1 or k_choices):
@@ -283,7 +285,7 @@ def _gem_calibrated(
 def _sample(loaded: LoadedModel, text: Path | None) -> tuple[Sequence[int], str]:
     """The text to measure on, twice the context, and whose it is."""
     from lowtide.models.errors import BadOption
-    from lowtide.runtime.sample_text import BUILT_IN, read_sample, sample_tokens
+    from lowtide.runtime.evaluation.text import BUILT_IN, read_sample, sample_tokens
 
     context = loaded.planned.plan.context
     if context < 1024:
@@ -291,3 +293,101 @@ def _sample(loaded: LoadedModel, text: Path | None) -> tuple[Sequence[int], str]
     whose = BUILT_IN if text is None else str(text)
     sample = read_sample(text, 2 * context)
     return sample_tokens(loaded.model.tokenizer, sample, 2 * context + 2, whose=whose), whose
+
+
+def check_delta(policy: Delta | DeltaBlocks, k_choices: tuple[int, ...]) -> None:
+    """Refuse, before anything is loaded, what is searched for or has no meaning."""
+    from lowtide.models.errors import BadOption
+
+    stated = [
+        name
+        for name in ("calibration", "sparsity", "threshold")
+        if getattr(policy, name, None) is not None
+    ]
+    if stated:
+        raise BadOption(f"delta's {stated[0]} is given, and is what calibrate finds: leave it out")
+    if k_choices:
+        raise BadOption("--k is for tidal and gem: leave it out, or delta")
+
+
+def planned_as(policy: Delta | DeltaBlocks, spec: ModelSpec) -> Delta | DeltaBlocks:
+    """Return a policy whose memory is the most that the search takes."""
+    from lowtide.attention.delta.blocks import DeltaBlocks, StateUnits
+    from lowtide.attention.delta.tokens import DeltaUnits
+    from lowtide.memory.plan.estimates import PAGE_KEYS
+
+    shape = (spec.num_layers, max(spec.num_kv_heads), spec.key_head_size)
+    if isinstance(policy, DeltaBlocks):
+        return replace(policy, units=StateUnits.uniform(*shape, block=policy.channels)).fitted(spec)
+    return replace(policy, units=DeltaUnits.uniform(*shape, PAGE_KEYS - 1), store=0).fitted(spec)
+
+
+def calibrated(
+    loaded: LoadedModel,
+    token_ids: Sequence[int],
+    whose: str,
+    targets: Targets,
+    policy: Delta | DeltaBlocks,
+) -> DeltaCalibration | StateCalibration:
+    """Search with the loaded model."""
+    from lowtide.attention.delta.blocks import DeltaBlocks
+    from lowtide.attention.delta.calibrate import DeltaCalibrator, StateCalibrator
+    from lowtide.attention.evaluation.passkeys import chat_framing
+    from lowtide.cli.output import note
+
+    model, hook, context = loaded.model, loaded.hook, loaded.planned.plan.context
+    assert hook is not None
+    place = (model, hook, token_ids, context, chat_framing(model))
+    if isinstance(policy, DeltaBlocks):
+        return StateCalibrator(*place, policy, progress=note).calibration(targets, text=whose)
+    return DeltaCalibrator(*place, policy, progress=note).calibration(targets, text=whose)
+
+
+def saved(
+    found: Calibration | GemCalibration | DeltaCalibration | StateCalibration, output: Path | None
+) -> tuple[Path, str]:
+    """Write what was found, to `output` or its place in the cache; return where, and what to say of it."""
+    from lowtide.attention.delta.blocks import StateCalibration, save_state_calibration
+    from lowtide.attention.delta.tokens import DeltaCalibration, save_delta_calibration
+    from lowtide.attention.gem.policy import save_gem_calibration
+    from lowtide.attention.tidal.policy import Calibration, save_calibration
+
+    if isinstance(found, Calibration):
+        return save_calibration(found, output), _tidal_line(found)
+    if isinstance(found, DeltaCalibration):
+        return save_delta_calibration(found, output), _delta_line(found)
+    if isinstance(found, StateCalibration):
+        return save_state_calibration(found, output), _state_line(found)
+    return save_gem_calibration(found, output), _gem_line(found)
+
+
+def _tidal_line(found: Calibration) -> str:
+    layers = ", ".join(map(str, found.selection_layers))
+    return (
+        f"k {found.k}, selection layers {layers}: KL {found.kl:.4f} at {found.context:,} tokens, "
+        f"loss {found.key_loss:.3f} at pass keys; a token attends to {found.keys_read:.1%} of the cached "
+        "keys"
+    )
+
+
+def _gem_line(found: GemCalibration) -> str:
+    return (
+        f"k {found.k}, layer {found.layer}: of {found.num_asked} questions on up to {found.context:,} "
+        f"tokens {found.num_kept} had their sentences kept, with {found.margin:.0%} of k to spare; whole "
+        f"prompts answer {found.num_dense_answered}, what was kept {found.num_answered} of these"
+    )
+
+
+def _delta_line(found: DeltaCalibration) -> str:
+    return (
+        f"sparsity {found.units.sparsity:.1%}: KL {found.kl:.4f} at {found.context:,} tokens, loss "
+        f"{found.key_loss:.3f} at pass keys; a token attends to {found.keys_read:.1%} of the cached keys, "
+        "groups counted once"
+    )
+
+
+def _state_line(found: StateCalibration) -> str:
+    return (
+        f"sparsity {found.units.sparsity:.1%} behind the window: KL {found.kl:.4f} at {found.context:,} "
+        f"tokens, loss {found.key_loss:.3f} at pass keys"
+    )

@@ -27,9 +27,9 @@ def command(model: str, folder: Path, rows: str, force: bool, offline: bool) -> 
     Quantised weights stay quantised, with the values that they have; floating-point ones are rounded to 8
     bits, and it says so. FOLDER appears whole, with checksums, or not at all.
     """
-    from lowtide.cli.summary import note
-    from lowtide.models.onnx.convert.conversion import convert
-    from lowtide.runtime.planning import find_spec
+    from lowtide.cli.output import note
+    from lowtide.models.convert.convert import convert
+    from lowtide.runtime.planning.plan import find_spec
 
     spec = find_spec(model, offline=offline)
     with click.progressbar(length=spec.weight_bytes, label=spec.name, file=sys.stderr) as bar:

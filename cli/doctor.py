@@ -54,7 +54,7 @@ def _examined(
 
 
 def _machine() -> dict[str, Any]:
-    from lowtide.memory.device import read_machine
+    from lowtide.memory.machine import read_machine
 
     machine = read_machine()
     problems = []
@@ -68,8 +68,8 @@ def _machine() -> dict[str, Any]:
 
 def _native() -> dict[str, Any]:
     import lowtide
-    from lowtide.attention.kernels import usable_kernel_sets
-    from lowtide.attention.native_library import cpu_features, native_version
+    from lowtide.attention.bindings.library import cpu_features, native_version
+    from lowtide.attention.bindings.structs import usable_kernel_sets
 
     version = native_version()
     problems = []
@@ -86,9 +86,9 @@ def _native() -> dict[str, Any]:
 
 
 def _llama() -> dict[str, Any]:
-    from lowtide.attention.unpopulated_maps import can_leave_unpopulated
-    from lowtide.memory.untouched_buffers import can_leave_untouched
-    from lowtide.models.llama_library import llama_library
+    from lowtide.attention.bindings.library import can_leave_unpopulated
+    from lowtide.memory.os.kv_pages import can_leave_untouched
+    from lowtide.models.gguf.llama_cpp import llama_library
 
     library = llama_library()
     return {
@@ -107,7 +107,7 @@ def _llama() -> dict[str, Any]:
 
 
 def _gpus() -> dict[str, Any]:
-    from lowtide.models.gpu_device import gpu_backends, read_gpu_devices
+    from lowtide.models.gguf.gpu import gpu_backends, read_gpu_devices
 
     devices = [asdict(device) for device in read_gpu_devices()]
     return {"gpu_backends": list(gpu_backends()), "gpus": devices}
@@ -123,10 +123,10 @@ def _models() -> dict[str, Any]:
 
 def _attention(reference: str | None) -> dict[str, Any]:
     """Run a token under the policy that a person would try first."""
-    from lowtide.attention.graph_hook import GraphHook
+    from lowtide.attention.bindings.llama_hook import GraphHook
     from lowtide.models.catalog import NAMED_MODELS, is_installed
-    from lowtide.runtime.loaded_model import LoadedModel
-    from lowtide.runtime.planning import OpenOptions, plan_reference
+    from lowtide.runtime.loading.load import LoadedModel
+    from lowtide.runtime.planning.plan import OpenOptions, plan_reference
 
     hook = GraphHook(threads=1)
     kernels = hook.kernels
@@ -174,7 +174,7 @@ def _print(findings: dict[str, Any], problems: list[str]) -> None:
 
 def _print_gpus(devices: list[dict[str, Any]], backends: list[str]) -> None:
     from lowtide.memory.units import format_bytes
-    from lowtide.models.gpu_device import HOW_TO_GET_ONE
+    from lowtide.models.gguf.gpu import HOW_TO_GET_ONE
 
     for device in devices:
         free, total = format_bytes(device["free_bytes"]), format_bytes(device["total_bytes"])

@@ -17,7 +17,7 @@ import click
 
 if TYPE_CHECKING:
     from lowtide.memory.budget import Budget
-    from lowtide.memory.control_group import ControlGroup
+    from lowtide.memory.os.cgroup import ControlGroup
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -55,7 +55,7 @@ def _entered_group(
 ) -> ControlGroup | None:
     if not wanted or ctx.resilient_parsing:
         return None
-    from lowtide.memory.control_group import ControlGroup
+    from lowtide.memory.os.cgroup import ControlGroup
 
     group = ControlGroup.joined(os.getppid())
     if group is None:
@@ -78,8 +78,8 @@ def hold(group: ControlGroup | None, budget: Budget) -> None:
     """Set the group's limit to what a process inside `budget` may be charged, and say so."""
     if group is None:
         return
-    from lowtide.cli.summary import note
-    from lowtide.memory.control_group import limit_for
+    from lowtide.cli.output import note
+    from lowtide.memory.os.cgroup import limit_for
     from lowtide.memory.units import format_bytes
 
     limit_bytes = limit_for(budget.num_bytes)
@@ -88,7 +88,7 @@ def hold(group: ControlGroup | None, budget: Budget) -> None:
 
 
 def _run_again() -> int:
-    from lowtide.memory.control_group import ControlGroup
+    from lowtide.memory.os.cgroup import ControlGroup
 
     # From here on signals wait until they can be passed on: none may end us while there is a group.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON | {signal.SIGCHLD})
@@ -111,8 +111,7 @@ def _ended_in(group: ControlGroup, mask: set[int]) -> int:
 
 
 def _killed(group: ControlGroup) -> Exception:
-    from lowtide.memory.errors import KilledByLimit
-    from lowtide.memory.units import format_bytes
+    from lowtide.memory.units import KilledByLimit, format_bytes
 
     limit = f" of {format_bytes(group.limit_bytes)}" if group.limit_bytes else ""
     return KilledByLimit(

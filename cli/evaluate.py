@@ -14,13 +14,13 @@ from lowtide.cli.enforce import enforce_option, hold
 from lowtide.cli.options import opening_options, plan_with, take_open_options, take_spec
 
 if TYPE_CHECKING:
-    from lowtide.attention.gem import Gem
-    from lowtide.memory.control_group import ControlGroup
+    from lowtide.attention.gem.policy import Gem
+    from lowtide.memory.os.cgroup import ControlGroup
     from lowtide.models.spec import ModelSpec
-    from lowtide.runtime.evaluation import Evaluation
-    from lowtide.runtime.filter_evaluation import FilteredAnswer, FilterEvaluation
-    from lowtide.runtime.loaded_model import LoadedModel
-    from lowtide.runtime.planning import PlannedModel
+    from lowtide.runtime.evaluation.evaluate import Evaluation
+    from lowtide.runtime.evaluation.prompt_filter import FilteredAnswer, FilterEvaluation
+    from lowtide.runtime.loading.load import LoadedModel
+    from lowtide.runtime.planning.plan import PlannedModel
 
 DEFAULT_CONTEXT = 4096
 
@@ -67,12 +67,12 @@ def command(
     lose. The likelihood is that of a text that goes on after what was kept of it: it gets worse, and so
     gem refuses to continue texts.
     """
-    from lowtide.attention.delta.policy import Delta
-    from lowtide.attention.gem import Gem
-    from lowtide.attention.policies import parse_policy
-    from lowtide.attention.quality import WINDOW_TOKENS
-    from lowtide.cli.summary import json_object, note
-    from lowtide.runtime.evaluation import SPARE_TOKENS, evaluate
+    from lowtide.attention.delta.tokens import Delta
+    from lowtide.attention.evaluation.divergence import WINDOW_TOKENS
+    from lowtide.attention.gem.policy import Gem
+    from lowtide.attention.parse import parse_policy
+    from lowtide.cli.output import json_object, note
+    from lowtide.runtime.evaluation.evaluate import SPARE_TOKENS, evaluate
 
     source = click.get_current_context().get_parameter_source("attention")
     if source is click.core.ParameterSource.DEFAULT:
@@ -113,10 +113,10 @@ def _evaluate_gem(
     options: dict[str, Any],
 ) -> None:
     """Plan what follows the filter, which holds whole prompts here, and measure the filter."""
-    from lowtide.attention.questions import HARD_KINDS, KINDS
-    from lowtide.cli.summary import json_object, note
-    from lowtide.runtime.evaluation import SPARE_TOKENS
-    from lowtide.runtime.filter_evaluation import evaluate_filter
+    from lowtide.attention.evaluation.questions import HARD_KINDS, KINDS
+    from lowtide.cli.output import json_object, note
+    from lowtide.runtime.evaluation.evaluate import SPARE_TOKENS
+    from lowtide.runtime.evaluation.prompt_filter import evaluate_filter
 
     context = options["context"] or min(DEFAULT_CONTEXT, spec.context_length - SPARE_TOKENS)
     options.update(context=context + SPARE_TOKENS, attention=policy.then)
@@ -141,8 +141,8 @@ def _evaluate_gem(
 @contextlib.contextmanager
 def _loaded(planned: PlannedModel, enforce: ControlGroup | None) -> Iterator[LoadedModel]:
     """Say the plan, hold it, and load the model for the block."""
-    from lowtide.cli.summary import note, plan_line
-    from lowtide.runtime.loaded_model import LoadedModel
+    from lowtide.cli.output import note, plan_line
+    from lowtide.runtime.loading.load import LoadedModel
 
     planned.require_fit()
     note(plan_line(planned))
@@ -159,7 +159,7 @@ def _print_filter_table(found: FilterEvaluation) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from lowtide.runtime.filter_evaluation import Counts
+    from lowtide.runtime.evaluation.prompt_filter import Counts
 
     console = Console()
     console.print(f"{found.attention}, against the whole prompt on {found.text}", highlight=False)
@@ -182,7 +182,7 @@ def _print_filter_table(found: FilterEvaluation) -> None:
 
 def _groups(found: FilterEvaluation) -> Iterator[tuple[str, list[FilteredAnswer]]]:
     """The answers by kind, depth and length, and those to hard questions by kind."""
-    from lowtide.attention.questions import HARD_KINDS, KINDS
+    from lowtide.attention.evaluation.questions import HARD_KINDS, KINDS
 
     answers = found.of_kinds(KINDS)
     for kind in KINDS:

@@ -32,9 +32,9 @@ def command() -> None:
 @click.option("--offline", is_flag=True, help="Never reach for the network.")
 def pack(model: str | None, offline: bool) -> None:
     """Lay the weights of MODEL out for our kernels, in a copy in the cache folder."""
-    from lowtide.cli.summary import note
-    from lowtide.runtime.packed_weights import packed_copy
-    from lowtide.runtime.planning import find_spec
+    from lowtide.cli.output import note
+    from lowtide.runtime.loading.repack import packed_copy
+    from lowtide.runtime.planning.plan import find_spec
 
     spec = find_spec(model, offline=offline)
     with click.progressbar(length=spec.weight_bytes, label=spec.name, file=sys.stderr) as bar:
@@ -102,9 +102,9 @@ def _print_known(rows: list[dict[str, Any]]) -> None:
 
 
 def _described(reference: str) -> dict[str, Any]:
-    from lowtide.memory.footprint import kv_bytes
+    from lowtide.memory.plan.estimates import kv_bytes
     from lowtide.models.catalog import resolve
-    from lowtide.models.header import read_spec
+    from lowtide.models.read_spec import read_spec
 
     spec = read_spec(resolve(reference))
     return {

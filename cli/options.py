@@ -10,7 +10,7 @@ import click
 if TYPE_CHECKING:
     from lowtide.models.spec import ModelSpec
     from lowtide.runtime.options import GenerationOptions
-    from lowtide.runtime.planning import OpenOptions, PlannedModel
+    from lowtide.runtime.planning.plan import OpenOptions, PlannedModel
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -167,7 +167,7 @@ def planned_model(options: dict[str, Any]) -> PlannedModel:
 
 def take_spec(options: dict[str, Any]) -> ModelSpec:
     """Take MODEL out of a command's `options` and read its headers."""
-    from lowtide.runtime.planning import find_spec
+    from lowtide.runtime.planning.plan import find_spec
 
     argument, option = options.pop("model"), options.pop("model_option")
     if argument and option and argument != option:
@@ -177,7 +177,7 @@ def take_spec(options: dict[str, Any]) -> ModelSpec:
 
 def take_open_options(options: dict[str, Any]) -> OpenOptions:
     """Take out what says how to open a model; raise `BadOption` for a value that cannot be."""
-    from lowtide.runtime.planning import OpenOptions
+    from lowtide.runtime.planning.plan import OpenOptions
 
     names = (
         "memory context kv_type threads attention prefix_cache pack speculate gpu_layers gpu_memory "
@@ -188,7 +188,7 @@ def take_open_options(options: dict[str, Any]) -> OpenOptions:
 
 def plan_with(spec: ModelSpec, options: OpenOptions) -> PlannedModel:
     """Plan, and say what is odd about the budget."""
-    from lowtide.runtime.planning import plan_spec
+    from lowtide.runtime.planning.plan import plan_spec
 
     planned = plan_spec(spec, options)
     if planned.plan.budget.warning:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from lowtide.memory.plan_row import PlanRow
-    from lowtide.runtime.planning import PlannedModel
+    from lowtide.memory.plan.line import PlanRow
+    from lowtide.runtime.planning.plan import PlannedModel
 
 
 @click.command("plan")
@@ -34,8 +34,8 @@ def command(as_json: bool, **options: Any) -> None:
     Exits with 2 where the model does not fit. MODEL is a .gguf file, an ONNX folder, a name from
     `lowtide models`, or hf:user/repo[:quant].
     """
-    from lowtide.cli.summary import json_object
-    from lowtide.memory.errors import OverBudget
+    from lowtide.cli.output import json_object
+    from lowtide.memory.units import OverBudget
 
     planned = planned_model(options)
     if as_json:

@@ -1,4 +1,6 @@
-"""`lowtide profile`: runs a prompt or a script of turns, and shows where bytes and time went."""
+"""`lowtide profile`: runs a prompt or a script of turns, and shows where bytes and time went.
+
+A profile as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -19,12 +21,17 @@ from lowtide.cli.options import (
     take_open_options,
     take_spec,
 )
+from lowtide.cli.output import gpu_line
+from lowtide.memory.units import format_bytes
 
 if TYPE_CHECKING:
-    from lowtide.runtime import Runtime
+    from rich.table import Table
+
+    from lowtide import Runtime
+    from lowtide.runtime.generation.statistics import Statistics
     from lowtide.runtime.options import GenerationOptions
-    from lowtide.runtime.profile_report import ProfileReport
-    from lowtide.runtime.statistics import Statistics
+    from lowtide.runtime.profiling.report import ProfileReport
+
 
 MAX_SCRIPT_BYTES = 1 << 20
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -55,9 +62,9 @@ def command(
     matplotlib (pip install 'lowtide[report]'), after the run and in a process of its own beside --memory.
     MODEL is a .gguf file, an ONNX folder, a name from `lowtide models`, or hf:user/repo[:quant].
     """
-    from lowtide.cli.summary import json_object, note, plan_line
-    from lowtide.memory.footprint import prompt_limit_bytes
-    from lowtide.runtime import Profiler, Runtime
+    from lowtide import Profiler, Runtime
+    from lowtide.cli.output import json_object, note, plan_line
+    from lowtide.memory.plan.estimates import prompt_limit_bytes
 
     _check_outputs(report, trace, png)
     generation = take_generation_options(options)
@@ -75,8 +82,6 @@ def command(
         told = {**found.to_dict(), "turns": [stats.to_dict() for stats in answers]}
         click.echo(json_object(planned, **told))
     else:
-        from lowtide.cli.profile_table import print_profile
-
         print_profile(found)
     _write(found, report, trace, png)
 
@@ -115,8 +120,8 @@ def _turns(prompt: str | None, script: Path | None, limit_bytes: int) -> list[st
 
 def _run(runtime: Runtime, turns: list[str], options: GenerationOptions) -> list[Statistics]:
     """Answer the turns as a chat does, and tell each answer's cost."""
-    from lowtide.cli.summary import note, statistics_line
-    from lowtide.runtime import GenerationResult
+    from lowtide import GenerationResult
+    from lowtide.cli.output import note, statistics_line
 
     messages: list[dict[str, str]] = []
     answers = []
@@ -135,18 +140,113 @@ def _write(found: ProfileReport, report: Path | None, trace: Path | None, png: P
 
     try:
         if trace is not None:
-            from lowtide.runtime.chrome_trace import chrome_trace
+            from lowtide.runtime.profiling.export import chrome_trace
 
             trace.write_text(json.dumps(chrome_trace(found)), encoding="utf-8")
         if report is not None:
-            from lowtide.runtime.profile_drawing import drawn
+            from lowtide.runtime.profiling.export import drawn
 
             report.write_bytes(drawn(found, "page"))
         if png is not None:
-            from lowtide.runtime.profile_drawing import drawn
+            from lowtide.runtime.profiling.export import drawn
 
             png.write_bytes(drawn(found, "picture"))
     except OSError as error:
         raise LowtideError(
             f"{error.filename} cannot be written: {error.strerror or error}"
         ) from None
+
+
+MOST_LAYERS = 8
+"""More layers than these are shown as the slowest ones."""
+
+
+def print_profile(report: ProfileReport) -> None:
+    """Print memory by owner, time by phase, and the layers that take the most."""
+    from rich.console import Console
+
+    console = Console()
+    console.print(_memory(report))
+    for gpu in report.plan.gpus:
+        console.print(f"{gpu_line(gpu)}; not measured", highlight=False)
+    console.print(_phases(report))
+    if report.layers:
+        console.print(_layers(report))
+    console.print(
+        f"peak {format_bytes(report.peak_rss_bytes)} of {format_bytes(report.plan.budget.num_bytes)}"
+        f" · {report.seconds:.2f} s",
+        highlight=False,
+    )
+
+
+def _memory(report: ProfileReport) -> Table:
+    planned = {row.owner: row.num_bytes for row in report.plan.rows}
+    table = _table()
+    table.add_column("owner", footer="in all", no_wrap=True)
+    table.add_column(
+        "planned", justify="right", no_wrap=True, footer=format_bytes(report.plan.total_bytes)
+    )
+    table.add_column(
+        "measured", justify="right", no_wrap=True, footer=format_bytes(report.resident_bytes)
+    )
+    table.add_column("how", footer="the highest resident set that was sampled")
+    for row in report.measured:
+        plan = format_bytes(planned[row.owner]) if row.owner in planned else ""
+        measured = "-" if row.num_bytes is None else format_bytes(row.num_bytes)
+        table.add_row(row.owner, plan, measured, row.how)
+    return table
+
+
+def _phases(report: ProfileReport) -> Table:
+    table = _table()
+    table.add_column("phase", footer="in all", no_wrap=True)
+    table.add_column("seconds", justify="right", footer=f"{report.seconds:.3f}")
+    table.add_column("share", justify="right")
+    table.add_column("calls", justify="right")
+    table.add_column("ms a call", justify="right")
+    for phase in sorted(report.phases, key=lambda some: -some.seconds):
+        share = phase.seconds / report.seconds if report.seconds else 0.0
+        each = 1000 * phase.seconds / phase.calls
+        table.add_row(
+            phase.name, f"{phase.seconds:.3f}", f"{share:.1%}", f"{phase.calls:,}", f"{each:.3f}"
+        )
+    return table
+
+
+def _layers(report: ProfileReport) -> Table:
+    slowest = sorted(
+        report.layers,
+        key=lambda layer: -((layer.decode_pass_s or 0.0) + (layer.prefill_pass_s or 0.0)),
+    )[:MOST_LAYERS]
+    prefill, decode = report.num_timed_passes
+    table = _table()
+    table.add_column("layer" if len(report.layers) <= MOST_LAYERS else "slowest layers")
+    table.add_column("ms a prefill pass", justify="right", footer=f"{prefill} timed")
+    table.add_column("our attention", justify="right")
+    table.add_column("ms a decode pass", justify="right", footer=f"{decode} timed")
+    table.add_column("our attention", justify="right")
+    for layer in slowest:
+        table.add_row(
+            layer.name,
+            *map(
+                _milliseconds,
+                (
+                    layer.prefill_pass_s,
+                    layer.prefill_attention_s,
+                    layer.decode_pass_s,
+                    layer.decode_attention_s,
+                ),
+            ),
+        )
+    return table
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1000 * seconds:.3f}"
+
+
+def _table() -> Table:
+    from rich import box
+    from rich.table import Table
+
+    return Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)

@@ -18,8 +18,8 @@ from lowtide.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from lowtide.memory.control_group import ControlGroup
-    from lowtide.runtime import Piece, Runtime
+    from lowtide import Piece, Runtime
+    from lowtide.memory.os.cgroup import ControlGroup
     from lowtide.runtime.options import GenerationOptions
 
 
@@ -50,10 +50,10 @@ def command(
 
     MODEL is a .gguf file, an ONNX folder, a name from `lowtide models`, or hf:user/repo[:quant].
     """
+    from lowtide import GenerationResult, Runtime
     from lowtide.cli.input import prompt_text
-    from lowtide.cli.summary import json_object, note, plan_line, statistics_line
-    from lowtide.memory.footprint import prompt_limit_bytes
-    from lowtide.runtime import GenerationResult, Runtime
+    from lowtide.cli.output import json_object, note, plan_line, statistics_line
+    from lowtide.memory.plan.estimates import prompt_limit_bytes
 
     if system is not None and raw:
         raise click.UsageError("--system needs a chat template, --raw goes without: drop one")

@@ -1,8 +1,12 @@
-"""Sizes as people write them. Knows no machine: a percentage needs its whole from the caller."""
+"""Sizes as people write them. Knows no machine: a percentage needs its whole from the caller.
+
+What can go wrong with memory. Knows no model."""
 
 from __future__ import annotations
 
 import re
+
+from lowtide.models.errors import LowtideError
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -24,7 +28,6 @@ def parse_size(text: str | int, whole_bytes: int | None = None) -> int:
     "1GiB", "512MiB", "2G" (1024-based, as "2GiB"), "2GB" (1000-based), plain bytes, or "50%" of
     `whole_bytes`. Raises `BadSize` with an example where it is none of these, or not above zero.
     """
-    from lowtide.memory.errors import BadSize
 
     match = _SIZE.match(str(text))
     if match is None:
@@ -57,3 +60,37 @@ def format_bytes(num_bytes: int) -> str:
 def format_bytes_up(num_bytes: int) -> str:
     """Return the size in whole MiB, rounded up: what can be typed back and is enough."""
     return f"{-(-num_bytes // MIB)} MiB"
+
+
+class BadSize(LowtideError):
+    """A size that cannot be read."""
+
+    exit_code = 2
+
+
+class OverBudget(LowtideError):
+    """What was asked for cannot be done inside the budget; nothing was allocated.
+
+    `needed_bytes` is the least that would do, `budget_bytes` what is allowed, `hint` what to change.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, needed_bytes: int, budget_bytes: int, hint: str) -> None:
+        self.needed_bytes = needed_bytes
+        self.budget_bytes = budget_bytes
+        self.hint = hint
+        super().__init__(
+            f"{what} needs at least {format_bytes_up(needed_bytes)}, "
+            f"{format_bytes(budget_bytes)} allowed: {hint}"
+        )
+
+
+class NotEnforceable(LowtideError):
+    """The kernel cannot be made to hold the budget; nothing was loaded."""
+
+    exit_code = 2
+
+
+class KilledByLimit(LowtideError):
+    """The kernel ended the process at its limit; what it had in memory is lost."""

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowtide.models.draft_tree import TokenTree
 from lowtide.models.errors import ForwardError, StateError
-from lowtide.models.model import Model
-from lowtide.models.sequences import Part, Sequences
+from lowtide.models.model import Model, Part, Sequences
 from lowtide.models.spec import ModelSpec, VocabularySpec
-from lowtide.models.token_tree import TokenTree
 from lowtide.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowtide.models.gguf_reader import GgufContents, TensorInfo
+from lowtide.models.gguf.reader import GgufContents, TensorInfo
 
 NORM = "output_norm.weight"
 NUM_SAMPLES = 512

@@ -1,20 +1,26 @@
 """Model: the one seam between a runtime and whatever computes.
 
 Knows no budget, no policy and no sampling. `GgufModel` and `FakeModel` implement it.
-"""
+
+Sequences: several sequences of tokens in one KV cache, which go through a model together.
+
+Knows no text and no sampling. `GgufSequences` and `FakeSequences` implement it.
+
+SingleSequence: the first of several sequences, as a model has its only one: passes are measured so."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeAlias
 
+from lowtide.models.draft_tree import TokenTree
 from lowtide.models.errors import ForwardError, StateError, UnsupportedModel
-from lowtide.models.sequences import Sequences
 from lowtide.models.spec import ModelSpec
-from lowtide.models.token_tree import TokenTree
 from lowtide.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -23,6 +29,72 @@ if TYPE_CHECKING:
 
     Logits: TypeAlias = NDArray[np.float32]
     RowLogits: TypeAlias = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Tokens that go in at the end of a sequence; the logits of the last `num_wanted` are wanted."""
+
+    sequence: int
+    token_ids: Sequence[int]
+    num_wanted: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartCells:
+    """Where the keys of a pass's parts lie, once it is computed, in the order of their tokens.
+
+    Every part sees the first `num_shared` cells; part i has `num_rows[i]` rows, one after the other, and
+    sees the cells `own[i]`, too.
+    """
+
+    num_shared: int
+    num_rows: tuple[int, ...]
+    own: tuple[array[int], ...]
+
+
+class Sequences(ABC):
+    """`num_sequences` sequences in a cache of `num_cells` tokens, of which `max_rows` go in at once.
+
+    The logits of `max_wanted` rows of a pass come out. What the first sequence holds when `share` is called
+    is the beginning of all of them, and lies there once. Close it before the model that it is of.
+    """
+
+    num_sequences: int
+    num_cells: int
+    max_rows: int
+    max_wanted: int
+
+    @abstractmethod
+    def share(self) -> None:
+        """Have all sequences begin with what the first holds; called once, before any other has tokens."""
+
+    @abstractmethod
+    def forward(self, parts: Sequence[Part]) -> RowLogits:
+        """Append each part to its sequence, in one pass; a sequence has one part at most.
+
+        Returns the logits of the rows that are wanted, in order, shape (those rows, vocabulary): a view
+        that the next call overwrites. Raises `ForwardError` where native code fails; the sequences are
+        of no use then.
+        """
+
+    @abstractmethod
+    def truncate(self, sequence: int, num_tokens: int) -> None:
+        """Forget a sequence's tokens from `num_tokens` on, but for shared ones; their cells are used again.
+
+        Truncating and appending again equals never having appended.
+        """
+
+    def rows_agree(self) -> bool:
+        """Whether a row beside those of the other sequences is bit for bit what it is alone, by trying.
+
+        Called before there are tokens; there are none after it.
+        """
+        return True
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give everything back. Closing twice is allowed."""
 
 
 class Model(ABC):
@@ -160,3 +232,23 @@ class Model(ABC):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class SingleSequence:
+    """Appends to the first sequence, and takes off again; `sequences` hold no tokens before and after."""
+
+    def __init__(self, sequences: Sequences) -> None:
+        self._sequences = sequences
+
+    def forward(self, token_ids: Sequence[int]) -> Logits:
+        """Append the tokens and return the logits of the last row, shape (vocabulary,)."""
+        row: Logits = self._sequences.forward([Part(0, token_ids)])[0]
+        return row
+
+    def forward_rows(self, token_ids: Sequence[int]) -> RowLogits:
+        """Append the tokens and return the logits of every row, shape (rows, vocabulary)."""
+        return self._sequences.forward([Part(0, token_ids, num_wanted=len(token_ids))])
+
+    def truncate(self, num_tokens: int) -> None:
+        """Forget every token from position `num_tokens` on."""
+        self._sequences.truncate(0, num_tokens)

@@ -26,8 +26,8 @@ LowtideError                 everything a user can act on; `exit_code` 1
 
 from __future__ import annotations
 
-from lowtide.attention.calibration_file import CalibrationError, NotCalibrated
-from lowtide.memory.errors import BadSize, KilledByLimit, NotEnforceable, OverBudget
+from lowtide.attention.calibration import CalibrationError, NotCalibrated
+from lowtide.memory.units import BadSize, KilledByLimit, NotEnforceable, OverBudget
 from lowtide.models.errors import (
     BadModelFile,
     BadOption,

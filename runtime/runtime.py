@@ -10,26 +10,30 @@ from pathlib import Path
 from typing import Any
 
 from lowtide.attention.policy import AttentionPolicy
-from lowtide.memory.footprint import prompt_limit_bytes
-from lowtide.memory.ledger import Ledger
-from lowtide.memory.plan import MemoryPlan
-from lowtide.memory.releaser import Releaser
+from lowtide.memory.budget import Ledger
+from lowtide.memory.plan.estimates import prompt_limit_bytes
+from lowtide.memory.plan.plan import MemoryPlan
+from lowtide.memory.reclaim import Releaser
 from lowtide.models.chat_template import ChatTemplate, Message
 from lowtide.models.errors import BadOption
 from lowtide.models.model import Model
 from lowtide.models.spec import ModelSpec
-from lowtide.runtime.batch_answers import BatchAnswers
-from lowtide.runtime.conversation import ChatPrompt, Conversation, LastAnswer
+from lowtide.runtime.batch.api import BatchAnswers
 from lowtide.runtime.errors import PromptTooLong, RuntimeUnusable
-from lowtide.runtime.generate import Piece, Prompt, generate
-from lowtide.runtime.loaded_model import LoadedModel
+from lowtide.runtime.generation.chat import (
+    ChatPrompt,
+    Conversation,
+    LastAnswer,
+    fit_messages,
+    fit_tokens,
+)
+from lowtide.runtime.generation.generate import GenerationResult, Piece, Prompt, generate
+from lowtide.runtime.loading.load import LoadedModel
 from lowtide.runtime.options import GenerationOptions
-from lowtide.runtime.overflow import fit_messages, fit_tokens
-from lowtide.runtime.planning import OpenOptions, PlannedModel, plan_reference, plan_spec
-from lowtide.runtime.profiler import SILENT, Profiler
-from lowtide.runtime.prompt_heat import Passage
-from lowtide.runtime.result import GenerationResult
-from lowtide.runtime.session_store import SessionStore
+from lowtide.runtime.planning.plan import OpenOptions, PlannedModel, plan_reference, plan_spec
+from lowtide.runtime.profiling.profiler import SILENT, Profiler
+from lowtide.runtime.profiling.retention_map import Passage
+from lowtide.runtime.sessions.store import SessionStore
 
 
 class Runtime(BatchAnswers):

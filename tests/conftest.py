@@ -14,7 +14,7 @@ sys.path[:] = [entry for entry in sys.path if entry != _PARENT]
 
 from lowtide import FakeModel, Runtime  # noqa: E402
 from lowtide.models.catalog import resolve  # noqa: E402
-from lowtide.models.gguf_header import read_spec  # noqa: E402
+from lowtide.models.gguf.spec import read_spec  # noqa: E402
 from lowtide.models.spec import ModelSpec  # noqa: E402
 
 
@@ -22,7 +22,7 @@ from lowtide.models.spec import ModelSpec  # noqa: E402
 def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(
-        "lowtide.attention.calibration_file.calibration_folder", lambda: tmp_path / "calibrations"
+        "lowtide.attention.calibration.calibration_folder", lambda: tmp_path / "calibrations"
     )
 
 

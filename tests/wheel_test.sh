@@ -19,7 +19,7 @@ cp -r tests "$outside/tests"
 cp pyproject.toml README.md "$outside/"
 cd "$outside"
 "$outside/venv/bin/python" - "$checkout" <<'PY'
-import sys, pathlib, lowtide.runtime, lowtide.attention.native_library as native
+import sys, pathlib, lowtide.runtime, lowtide.attention.bindings.library as native
 checkout = pathlib.Path(sys.argv[1])
 for path in (*lowtide.__path__, *lowtide.runtime.__path__, native.native_library()._name):
     home = pathlib.Path(path).resolve()

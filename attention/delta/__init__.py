@@ -1,1 +1,1 @@
-"""DeltaLLM's attention: of the keys behind a window, what is like another key is not computed again."""
+"""DeltaLLM: similar keys are merged, so that decoding reads fewer of them."""

@@ -1,16 +1,24 @@
 """OnnxConfig: what the JSON files of a model's folder say of its shape. Reads no graph.
 
 onnxruntime-genai writes genai_config.json; Optimum copies config.json from where the model came.
-"""
+
+onnxruntime's execution providers by short names. Loads no model.
+
+OnnxOptions: what to allocate for an ONNX model, and where it runs. Allocates nothing.
+
+The libraries of the extra `onnx`, imported when needed; without them an error names the extra."""
 
 from __future__ import annotations
 
+import importlib
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowtide.models.errors import BadModelFile, ModelNotFound
+from lowtide.models.errors import BadModelFile, BadOption, ModelNotFound, UnsupportedModel
 
 GENAI = "genai_config.json"
 OPTIMUM = "config.json"
@@ -181,3 +189,82 @@ def _optimum(path: Path, graph: Path | None) -> OnnxConfig:
         present_names=("present.%d.key", "present.%d.value"),
         input_names={},
     )
+
+
+EXTRA = "pip install 'lowtide[onnx]'"
+
+
+def onnx_library(name: str) -> Any:
+    """Return the module `name`; raises `UnsupportedModel` with what to install where it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UnsupportedModel(
+            f"ONNX models need {name.partition('.')[0]}, which cannot be imported ({error}): {EXTRA}"
+        ) from None
+
+
+CPU = "cpu"
+_SUFFIX = "ExecutionProvider"
+NOT_ON_THIS_MACHINE = frozenset({"azure"})
+"""Providers that run models elsewhere."""
+
+
+def provider_name(provider: str) -> str:
+    """Return onnxruntime's own name of `provider` ("cuda" is CUDAExecutionProvider).
+
+    Raises `BadOption` with those that are installed where it is none of them.
+    """
+    library = onnx_library("onnxruntime")
+    installed = {
+        name.removesuffix(_SUFFIX).lower(): name
+        for name in library.get_available_providers()
+        if name.removesuffix(_SUFFIX).lower() not in NOT_ON_THIS_MACHINE
+    }
+    if provider.lower() not in installed:
+        raise BadOption(
+            f"provider is {provider!r}, and onnxruntime {library.__version__} has "
+            f"{', '.join(sorted(installed))} here: choose one of these, or install a build of onnxruntime "
+            "that has it"
+        )
+    return str(installed[provider.lower()])
+
+
+def session_providers(provider: str) -> list[str]:
+    """Return what a session is told: the provider, and the processor for what it does not run."""
+    name, processor = provider_name(provider), provider_name(CPU)
+    return [name] if name == processor else [name, processor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxOptions:
+    """`context` and `max_rows` count tokens; `stage` is entered around "weights" and "context".
+
+    `kv_type` is what keys and values are kept as where attention is ours; a whole one keeps its own.
+    `provider` is the short name of an execution provider, `verified_rows` how many rows of a pass may have
+    logits.
+    """
+
+    context: int
+    max_rows: int
+    threads: int
+    kv_type: str = "f32"
+    provider: str = CPU
+    verified_rows: int = 1
+    stage: Callable[[str], AbstractContextManager[object]] = nullcontext
+
+
+def session_options(threads: int) -> Any:
+    """Return onnxruntime's options: threads sleep between passes.
+
+    Activations lie in its arena, which keeps their room: in the C library's heap they now and then leave
+    holes of tens of MiB.
+    """
+    options = onnx_library("onnxruntime").SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.enable_cpu_mem_arena = True
+    options.enable_mem_pattern = False
+    options.log_severity_level = 4
+    return options

@@ -1,17 +1,100 @@
 """The KV cache of a whole graph: its buffers, bound to a session before each pass.
 
 Layout of a tensor: (1, heads, cells, head size), as graphs have it. Knows no budget.
-"""
+
+KvBuffer: one tensor of a KV cache, in pages that follow its use. Knows no graph.
+
+TokenCache: keys and values that follow the tokens in use, whoever attends to them.
+
+The KV cache of an ONNX model in a file: its tokens and their cells, part by part, and back.
+
+Parts are written from where they lie and read to where they belong: no copy of them is made, and cells
+without a token stay untouched. Knows no checksum.
+
+CellCache: keys and values of a graph whose attention is ours, in the layout that our kernels read.
+
+Layout of a tensor: (cells, heads, head size), so that a token's lies together. Knows no budget."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from typing import Any
+import contextlib
+import ctypes
+import mmap
+import struct
+import sys
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from lowtide.models.onnx.kv_buffer import KvBuffer
+from lowtide.models.errors import StateError
 from lowtide.models.onnx.spec import OnnxSpec
-from lowtide.models.onnx.token_cache import TokenCache
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+CELL_STEP = 256
+"""Cells of a buffer are a multiple of this: then a head's begin with a page, in every head size."""
+_IS_LINUX = sys.platform == "linux"
+
+
+class KvBuffer:
+    """Room for `num_cells` cells of `num_heads` heads; untouched pages take no memory (on Linux)."""
+
+    def __init__(self, num_heads: int, num_cells: int, row_bytes: int) -> None:
+        self.num_heads = num_heads
+        self.num_cells = -(-num_cells // CELL_STEP) * CELL_STEP
+        self.row_bytes = row_bytes
+        self.num_bytes = num_heads * self.num_cells * row_bytes
+        self._pages = mmap.mmap(-1, self.num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if _IS_LINUX:
+            with contextlib.suppress(OSError):  # a kernel without huge pages
+                self._pages.madvise(mmap.MADV_NOHUGEPAGE)
+        self.view = memoryview(self._pages)
+        self._byte = ctypes.c_char.from_buffer(self._pages)
+        self.address = ctypes.addressof(self._byte)
+
+    def release(self, start: int, end: int) -> None:
+        """Give back the whole pages inside [start, end), in bytes; they are zeros when read again."""
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = end // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if _IS_LINUX and length > 0:
+            self._pages.madvise(mmap.MADV_DONTNEED, first, length)
+
+    def close(self) -> None:
+        """Give everything back; closing twice is allowed."""
+        if self._pages.closed:
+            return
+        self.view.release()
+        del self._byte
+        self._pages.close()
+
+
+class TokenCache(ABC):
+    """Keys and values of every layer, for one sequence of tokens."""
+
+    @abstractmethod
+    def cut(self, num_tokens: int, kept: int) -> None:
+        """Forget the tokens from `kept` on, of `num_tokens`, and give their pages back."""
+
+    @abstractmethod
+    def rows(self, num_tokens: int) -> Iterator[memoryview]:
+        """Yield the bytes of the tokens in every tensor, part by part; they can be written.
+
+        A part is released as the next one is asked for: whoever keeps one would keep a buffer from closing.
+        """
+
+    def num_bytes(self, num_tokens: int) -> int:
+        """Return the bytes of all parts."""
+        return sum(part.nbytes for part in self.rows(num_tokens))
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give everything back."""
+
 
 ELEMENT_BYTES = {"float32": 4, "float16": 2}
 
@@ -141,3 +224,107 @@ def _type(element: str) -> Any:
     import numpy as np
 
     return np.dtype(element)
+
+
+MAGIC, VERSION = b"onnx-kv\0", 1
+_HEADER = struct.Struct("<8sII")
+"""Magic, version, how many tokens; their numbers follow, four bytes each, and then the cells."""
+_ID_BYTES = array("i").itemsize
+
+
+def write_cells(path: Path, token_ids: Sequence[int], cache: TokenCache) -> int:
+    """Write the tokens and their cells, and return the file's bytes.
+
+    Raises `StateError` with the system's reason.
+    """
+    try:
+        with path.open("wb") as file:
+            file.write(_HEADER.pack(MAGIC, VERSION, len(token_ids)))
+            file.write(array("i", token_ids))
+            for part in cache.rows(len(token_ids)):
+                file.write(part)
+            return file.tell()
+    except OSError as error:
+        raise StateError(error.strerror or str(error)) from None
+
+
+def read_cells(
+    path: Path, num_bytes: int, cache: TokenCache, *, num_tokens: int, vocabulary: int
+) -> list[int]:
+    """Read the cells of `num_tokens` from the first `num_bytes` of a file, and return its tokens.
+
+    Raises `StateError` where the file has others, or another number of bytes; cells may then hold anything.
+    """
+    num_id_bytes = num_tokens * _ID_BYTES
+    wanted = _HEADER.size + num_id_bytes + cache.num_bytes(num_tokens)
+    try:
+        with path.open("rb") as file:
+            header = file.read(min(num_bytes, _HEADER.size))
+            _check_header(header, num_tokens)
+            if num_bytes != wanted:
+                raise StateError(f"it has {num_bytes:,} bytes, {wanted:,} are wanted")
+            id_bytes = file.read(num_id_bytes)
+            if len(id_bytes) < num_id_bytes:
+                raise StateError(f"it ends before its {num_tokens:,} tokens do")
+            token_ids = array("i", id_bytes)
+            if not all(0 <= token_id < vocabulary for token_id in token_ids):
+                raise StateError("it holds tokens that are not in the vocabulary")
+            for part in cache.rows(num_tokens):
+                if file.readinto(part) != part.nbytes:
+                    raise StateError("it ends before its cells do")
+    except OSError as error:
+        raise StateError(error.strerror or str(error)) from None
+    return token_ids.tolist()
+
+
+def _check_header(header: bytes, num_tokens: int) -> None:
+    if len(header) < _HEADER.size or _HEADER.unpack(header)[:2] != (MAGIC, VERSION):
+        raise StateError("it is no KV cache of an ONNX model, or one of another version")
+    num_held = _HEADER.unpack(header)[2]
+    if num_held != num_tokens:
+        raise StateError(f"it holds {num_held:,} tokens, {num_tokens:,} are wanted")
+
+
+KV_DTYPES = {"f32": "float32", "f16": "float16"}
+
+
+class CellCache(TokenCache):
+    """Two buffers a layer, keys and values; `kv_type` is f32 or f16."""
+
+    def __init__(
+        self, num_layers: int, num_heads: int, head_size: int, context: int, kv_type: str
+    ) -> None:
+        import numpy as np
+
+        self.kv_type = kv_type
+        self._dtype = np.dtype(KV_DTYPES[kv_type])
+        self._shape = (num_heads, head_size)
+        self._row_bytes = num_heads * head_size * self._dtype.itemsize
+        self._buffers = [KvBuffer(1, context, self._row_bytes) for _ in range(2 * num_layers)]
+
+    def tensor(self, layer: int, which: int) -> NDArray[np.generic]:
+        """Return a layer's keys (0) or values (1), (cells, heads, head size), over the buffer's pages."""
+        import ctypes
+
+        import numpy as np
+
+        buffer = self._buffers[2 * layer + which]
+        pages = (ctypes.c_ubyte * buffer.num_bytes).from_address(buffer.address)
+        tensor: NDArray[np.generic] = np.ctypeslib.as_array(pages).view(self._dtype)
+        return tensor.reshape(buffer.num_cells, *self._shape)
+
+    def cut(self, num_tokens: int, kept: int) -> None:
+        """Give back the pages from the first forgotten token on."""
+        for buffer in self._buffers:
+            buffer.release(kept * self._row_bytes, buffer.num_bytes)
+
+    def rows(self, num_tokens: int) -> Iterator[memoryview]:
+        """Yield a view a tensor."""
+        for buffer in self._buffers:
+            with buffer.view[: num_tokens * self._row_bytes] as part:
+                yield part
+
+    def close(self) -> None:
+        """Close the buffers; their tensors must not be read any more."""
+        for buffer in self._buffers:
+            buffer.close()

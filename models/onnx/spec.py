@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from lowtide.models.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from lowtide.models.onnx.packed_form import PackedForm
-    from lowtide.models.onnx.swapped.swap import Swap
+    from lowtide.models.onnx.read_spec import PackedForm
+    from lowtide.models.onnx.rewrite.rewrite import Swap
 
 ENGINE = "onnxruntime"
 KV_TYPES = {"float32": "f32", "float16": "f16"}

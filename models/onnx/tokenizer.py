@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowtide.models.errors import BadModelFile, ModelError
-from lowtide.models.onnx.libraries import onnx_library
+from lowtide.models.onnx.config import onnx_library
 from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.tokenizer import Tokenizer
 

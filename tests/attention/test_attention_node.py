@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from ggml_graph import AttentionGraph
+from reference import attention, quantise_q4_0, quantise_q8_0
 
-from lowtide.attention.graph_hook import GraphHook
-from lowtide.attention.reference import attention, quantise_q4_0, quantise_q8_0
+from lowtide.attention.bindings.llama_hook import GraphHook
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 from gguf_files import write_model
 
-from lowtide.attention.calibrate import Calibrator, Targets
-from lowtide.attention.calibration_file import NotCalibrated
-from lowtide.attention.graph_hook import GraphHook
-from lowtide.models.gguf_header import read_spec
-from lowtide.models.gguf_model import GgufModel, LoadOptions
+from lowtide.attention.bindings.llama_hook import GraphHook
+from lowtide.attention.calibration import NotCalibrated
+from lowtide.attention.tidal.calibrate import Calibrator, Targets
+from lowtide.models.gguf.model import GgufModel, LoadOptions
+from lowtide.models.gguf.spec import read_spec
 
 pytestmark = pytest.mark.once
 

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from lowtide.attention import calibration_file
-from lowtide.attention.calibration import (
+from lowtide.attention.calibration import CalibrationError
+from lowtide.attention.tidal import policy as calibration_file
+from lowtide.attention.tidal.policy import (
     Calibration,
+    Tidal,
     find_calibration,
     load_calibration,
     save_calibration,
 )
-from lowtide.attention.calibration_file import CalibrationError
-from lowtide.attention.tidal import Tidal
 from lowtide.models.catalog import resolve
-from lowtide.models.gguf_header import read_spec
+from lowtide.models.gguf.spec import read_spec
 from lowtide.models.spec import ModelSpec
 
 

@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 from dumped_nodes import DumpedNodes
 from gguf_files import write_model
+from reference import attention_weights
 
+from lowtide.attention.bindings.llama_hook import GraphHook
 from lowtide.attention.dense import Dense, DenseSteering
-from lowtide.attention.gem import Gem, kept_positions, pooled
-from lowtide.attention.graph_hook import GraphHook
-from lowtide.attention.policies import parse_policy
-from lowtide.attention.reference import attention_weights
-from lowtide.attention.tidal import Tidal
-from lowtide.memory.footprint import filter_bytes, kv_cells
+from lowtide.attention.gem.policy import Gem, kept_positions, pooled
+from lowtide.attention.parse import parse_policy
+from lowtide.attention.tidal.policy import Tidal
+from lowtide.memory.plan.estimates import filter_bytes, kv_cells
 from lowtide.models.errors import BadOption
-from lowtide.models.gguf_header import read_spec
-from lowtide.models.gguf_model import GgufModel, LoadOptions
+from lowtide.models.gguf.model import GgufModel, LoadOptions
+from lowtide.models.gguf.spec import read_spec
 from lowtide.models.spec import ModelSpec
-from lowtide.runtime.prompt_filter import PromptFilter
+from lowtide.runtime.kv.prompt_filter import PromptFilter
 
 PAPER = "gem:k=40,rows=1,weights=raw,heads=sum,pool=mean,pool_size=5,first=0,last=0"
 PROMPT = [5 + i * i % 300 for i in range(700)]

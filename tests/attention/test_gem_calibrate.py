@@ -11,18 +11,17 @@ import numpy as np
 import pytest
 from gguf_files import write_model
 
-from lowtide.attention import gem_calibrate
-from lowtide.attention.calibration_file import NotCalibrated
-from lowtide.attention.gem import Gem, are_kept, kept_positions, needed_k
-from lowtide.attention.gem_calibrate import GemCalibrator
-from lowtide.attention.graph_hook import GraphHook
-from lowtide.attention.haystack import Haystack
-from lowtide.attention.whole_prompt import WholePrompt
+from lowtide.attention.bindings.llama_hook import GraphHook
+from lowtide.attention.calibration import NotCalibrated
+from lowtide.attention.evaluation.questions import Haystack, WholePrompt
+from lowtide.attention.gem.calibrate import GemCalibrator
+from lowtide.attention.gem.policy import Gem, are_kept, kept_positions, needed_k
+from lowtide.attention.gem.policy import calibrate as gem_calibrate
 from lowtide.models.errors import BadOption
 from lowtide.models.fake_model import ByteTokenizer, FakeModel
-from lowtide.models.gguf_header import read_spec
-from lowtide.models.gguf_model import GgufModel, LoadOptions
-from lowtide.runtime.prompt_filter import PromptFilter
+from lowtide.models.gguf.model import GgufModel, LoadOptions
+from lowtide.models.gguf.spec import read_spec
+from lowtide.runtime.kv.prompt_filter import PromptFilter
 
 pytestmark = pytest.mark.once
 

@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 
-from lowtide.attention import calibration_file
-from lowtide.attention.calibration_file import CalibrationError
-from lowtide.attention.gem import Gem
-from lowtide.attention.gem_calibrate import most_lost
-from lowtide.attention.gem_calibration import (
+from lowtide.attention.calibration import CalibrationError
+from lowtide.attention.gem.calibrate import most_lost
+from lowtide.attention.gem.policy import (
+    Gem,
     GemCalibration,
     find_gem_calibration,
     load_gem_calibration,
     save_gem_calibration,
 )
+from lowtide.attention.tidal import policy as calibration_file
 from lowtide.models.catalog import resolve
 from lowtide.models.errors import BadOption
-from lowtide.models.gguf_header import read_spec
+from lowtide.models.gguf.spec import read_spec
 from lowtide.models.spec import ModelSpec
 
 

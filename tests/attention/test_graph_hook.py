@@ -15,12 +15,12 @@ from gguf_files import write_model
 from requantised import requantised
 
 from lowtide import Runtime
-from lowtide.attention import graph_hook
-from lowtide.attention.graph_hook import GraphHook
+from lowtide.attention.bindings import llama_hook as graph_hook
+from lowtide.attention.bindings.llama_hook import GraphHook
 from lowtide.models.catalog import resolve
 from lowtide.models.errors import LowtideError
-from lowtide.models.gguf_header import read_spec
-from lowtide.models.gguf_model import GgufModel, LoadOptions
+from lowtide.models.gguf.model import GgufModel, LoadOptions
+from lowtide.models.gguf.spec import read_spec
 
 TEXT = (Path(__file__).resolve().parents[1] / "models" / "test_gguf_model.py").read_text()
 
@@ -151,7 +151,7 @@ def test_an_answer_through_the_front_door(smollm2: Path) -> None:
 
 @pytest.mark.once
 def test_the_scratch_stays_inside_its_row_at_every_batch(smollm2: Path) -> None:
-    from lowtide.memory.footprint import attention_bytes
+    from lowtide.memory.plan.estimates import attention_bytes
 
     for path in (smollm2, resolve("gemma3-270m")):
         with hooked(path, context=2048, threads=2) as (model, hook):
@@ -227,7 +227,7 @@ def test_kernels_that_are_not_here() -> None:
 
 @pytest.mark.parametrize("kernels", ["avx2", "portable"])
 def test_other_kernel_sets_in_the_graph(kernels: str, smollm2: Path) -> None:
-    from lowtide.attention.kernels import usable_kernel_sets
+    from lowtide.attention.bindings.structs import usable_kernel_sets
 
     if kernels not in usable_kernel_sets():
         pytest.skip(f"this processor has no {kernels}")

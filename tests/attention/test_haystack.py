@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from lowtide.attention.haystack import Haystack, HiddenQuestion, is_answered
+from lowtide.attention.evaluation.questions import (
+    HARD_KINDS,
+    KINDS,
+    Haystack,
+    HiddenQuestion,
+    Question,
+    Reply,
+    ask,
+    is_answered,
+)
 from lowtide.attention.policy import Steering
-from lowtide.attention.questions import HARD_KINDS, KINDS, Question, Reply, ask
 from lowtide.models.errors import BadOption
 from lowtide.models.fake_model import ByteTokenizer, FakeModel
 from lowtide.models.tokenizer import common_prefix

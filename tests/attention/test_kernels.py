@@ -9,17 +9,22 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from lowtide.attention.kernels import AttentionInputs, attend, select, usable_kernel_sets
-from lowtide.attention.native_library import cpu_features
-from lowtide.attention.reference import (
+from reference import (
     attention,
     attention_weights,
     quantise_q4_0,
     quantise_q8_0,
     tidal_selection,
 )
-from lowtide.attention.selection_rule import SelectionRule
+
+from lowtide.attention.bindings.library import cpu_features
+from lowtide.attention.bindings.structs import (
+    AttentionInputs,
+    SelectionRule,
+    attend,
+    select,
+    usable_kernel_sets,
+)
 from lowtide.models.errors import BadOption, LowtideError
 
 SETS = usable_kernel_sets()

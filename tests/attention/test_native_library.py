@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import lowtide
-from lowtide.attention import native_library as native
+from lowtide.attention.bindings import library as native
 from lowtide.models.errors import LowtideError
 
 

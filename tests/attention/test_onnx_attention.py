@@ -10,15 +10,15 @@ import onnx
 import pytest
 from onnx_decoders import FORMS, Shape, write_decoder
 
+from lowtide.attention.bindings.onnx_ops import OnnxAttention
 from lowtide.attention.dense import Dense
-from lowtide.attention.onnx_attention import OnnxAttention
-from lowtide.attention.tidal import Tidal
+from lowtide.attention.tidal.policy import Tidal
 from lowtide.models.errors import ForwardError, LowtideError, StateError, UnsupportedModel
-from lowtide.models.header import read_spec
+from lowtide.models.onnx.config import OnnxOptions
 from lowtide.models.onnx.model import OnnxModel
-from lowtide.models.onnx.options import OnnxOptions
+from lowtide.models.onnx.rewrite.model import SwappedModel
 from lowtide.models.onnx.spec import OnnxSpec
-from lowtide.models.onnx.swapped.model import SwappedModel
+from lowtide.models.read_spec import read_spec
 
 IDS = [int(i) for i in np.random.default_rng(3).integers(0, 320, 90)]
 SWAPPED_FORMS = [form for form in FORMS if form != "decomposed"]

@@ -10,17 +10,17 @@ import numpy as np
 import onnx
 import pytest
 from onnx_decoders import Shape, write_decoder
+from reference import attention_weights
 
-from lowtide.attention.gem import Gem, kept_positions
-from lowtide.attention.onnx_attention import OnnxAttention
-from lowtide.attention.reference import attention_weights
-from lowtide.memory.footprint import filter_bytes, kv_cells
+from lowtide.attention.bindings.onnx_ops import OnnxAttention
+from lowtide.attention.gem.policy import Gem, kept_positions
+from lowtide.memory.plan.estimates import filter_bytes, kv_cells
 from lowtide.models.errors import ForwardError
-from lowtide.models.header import read_spec
-from lowtide.models.onnx.options import OnnxOptions
+from lowtide.models.onnx.config import OnnxOptions
+from lowtide.models.onnx.rewrite.model import SwappedModel
 from lowtide.models.onnx.spec import OnnxSpec
-from lowtide.models.onnx.swapped.model import SwappedModel
-from lowtide.runtime.prompt_filter import PromptFilter
+from lowtide.models.read_spec import read_spec
+from lowtide.runtime.kv.prompt_filter import PromptFilter
 
 PROMPT = [int(i) for i in np.random.default_rng(9).integers(3, 320, 300)]
 SHAPE = Shape(layers=5, kv_heads=2)

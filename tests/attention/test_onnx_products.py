@@ -12,17 +12,16 @@ import pytest
 from onnx_decoders import Shape, write_decoder
 from tiny_gguf import write_pair
 
-from lowtide.attention.onnx_attention import OnnxAttention
-from lowtide.attention.onnx_products import OnnxProducts
-from lowtide.attention.panel_file import is_sound, write_panels
+from lowtide.attention.bindings.matmul import is_sound, write_panels
+from lowtide.attention.bindings.onnx_ops import OnnxAttention, OnnxProducts
+from lowtide.models.convert.convert import convert
 from lowtide.models.errors import LowtideError
-from lowtide.models.header import read_spec
-from lowtide.models.onnx.convert.conversion import convert
+from lowtide.models.onnx.config import OnnxOptions
 from lowtide.models.onnx.model import OnnxModel
-from lowtide.models.onnx.options import OnnxOptions
-from lowtide.models.onnx.packed_form import PackedForm, packed_spec
+from lowtide.models.onnx.read_spec import PackedForm, packed_spec
+from lowtide.models.onnx.rewrite.model import SwappedModel
 from lowtide.models.onnx.spec import OnnxSpec
-from lowtide.models.onnx.swapped.model import SwappedModel
+from lowtide.models.read_spec import read_spec
 
 IDS = [int(i) for i in np.random.default_rng(3).integers(0, 320, 90)]
 PARTS = (0, 64, 66, 67, 68, 90)

@@ -11,11 +11,16 @@ import numpy as np
 import pytest
 from gguf_files import write_model
 
-from lowtide.attention.packed_file import packable, write_packed
-from lowtide.attention.product_kernels import PackedArray, pack_array, unpack_row
-from lowtide.models.gguf_header import read_spec
-from lowtide.models.gguf_reader import GgufContents, read_gguf
-from lowtide.models.packed_gguf import is_sound, packed_names
+from lowtide.attention.bindings.matmul import (
+    PackedArray,
+    pack_array,
+    packable,
+    unpack_row,
+    write_packed,
+)
+from lowtide.models.gguf.reader import GgufContents, read_gguf
+from lowtide.models.gguf.repacked import is_sound, packed_names
+from lowtide.models.gguf.spec import read_spec
 
 
 @pytest.fixture
@@ -86,7 +91,7 @@ def test_a_full_disk_leaves_nothing_behind(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(f"lowtide.models.whole_file.os.{failing}", full)
+    monkeypatch.setattr(f"lowtide.models.atomic_file.os.{failing}", full)
     with pytest.raises(OSError, match="No space"):
         write_packed(source, tmp_path / "packed" / "m.gguf", "owner", lambda _: None)
     assert list((tmp_path / "packed").iterdir()) == []

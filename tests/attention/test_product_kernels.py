@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
-from lowtide.attention.product_kernels import (
+from lowtide.attention.bindings.matmul import (
     can_pack,
     multiply,
     pack_array,
@@ -17,8 +17,8 @@ from lowtide.attention.product_kernels import (
     usable_product_sets,
 )
 from lowtide.models.errors import BadOption, LowtideError
-from lowtide.models.gguf_reader import TENSOR_TYPES, TYPE_NUMBERS
-from lowtide.models.packed_gguf import PACKED_TYPES
+from lowtide.models.gguf.reader import TENSOR_TYPES, TYPE_NUMBERS
+from lowtide.models.gguf.repacked import PACKED_TYPES
 
 SETS = usable_product_sets()
 FLOATS = ("BF16", "F16")

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from lowtide.attention.questions import HARD_KINDS, KINDS, Reply, ask
+from lowtide.attention.evaluation.questions import HARD_KINDS, KINDS, Reply, ask
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "paraphrase", "two questions", "question first"])

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from dumped_nodes import DumpedNodes
+from reference import attention, attention_weights
 
-from lowtide.attention.kernels import AttentionInputs, attend, usable_kernel_sets
-from lowtide.attention.reference import attention, attention_weights
+from lowtide.attention.bindings.structs import AttentionInputs, attend, usable_kernel_sets
 from lowtide.models.catalog import resolve
-from lowtide.models.gguf_header import read_spec
-from lowtide.models.gguf_model import GgufModel, LoadOptions
+from lowtide.models.gguf.model import GgufModel, LoadOptions
+from lowtide.models.gguf.spec import read_spec
 
 TEXT = (Path(__file__).resolve().parent / "test_kernels.py").read_text()
 NUM_TOKENS = 900

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowtide.attention.score_cost import NO_COST, ScoreCost
+from lowtide.attention.bindings.policy import NO_COST, ScoreCost
 
 BEFORE = ScoreCost(1000, 600, 300, 750, 2000, 1600)
 AFTER = ScoreCost(3000, 1600, 500, 1700, 6000, 3900)

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from essays import essays
 
-from lowtide.attention.delta.block_policy import DeltaBlocks
-from lowtide.attention.delta.policy import Delta
+from lowtide.attention.delta.blocks import DeltaBlocks
+from lowtide.attention.delta.tokens import Delta
 from lowtide.models.catalog import resolve
-from lowtide.runtime.evaluation import SPARE_TOKENS, evaluate
-from lowtide.runtime.loaded_model import LoadedModel
-from lowtide.runtime.planning import OpenOptions, plan_reference
+from lowtide.runtime.evaluation.evaluate import SPARE_TOKENS, evaluate
+from lowtide.runtime.loading.load import LoadedModel
+from lowtide.runtime.planning.plan import OpenOptions, plan_reference
 
 pytestmark = pytest.mark.once
 

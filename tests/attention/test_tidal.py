@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 
 from lowtide import FakeModel, Runtime
+from lowtide.attention.bindings.library import cpu_features
+from lowtide.attention.bindings.llama_hook import GraphHook
 from lowtide.attention.dense import Dense, DenseSteering
-from lowtide.attention.graph_hook import GraphHook
-from lowtide.attention.native_library import cpu_features
-from lowtide.attention.policies import parse_policy
-from lowtide.attention.quality import Reference
-from lowtide.attention.tidal import Tidal, default_selection_layers
-from lowtide.memory.footprint import attention_bytes, selection_bytes
+from lowtide.attention.evaluation.divergence import Reference
+from lowtide.attention.parse import parse_policy
+from lowtide.attention.tidal.policy import Tidal, default_selection_layers
+from lowtide.memory.plan.estimates import attention_bytes, selection_bytes
 from lowtide.models.errors import BadOption
-from lowtide.models.gguf_header import read_spec
-from lowtide.models.gguf_model import GgufModel, LoadOptions
+from lowtide.models.gguf.model import GgufModel, LoadOptions
+from lowtide.models.gguf.spec import read_spec
 from lowtide.models.spec import ModelSpec
 
 TEXT = (Path(__file__).resolve().parent / "test_kernels.py").read_text()
@@ -276,7 +276,7 @@ def test_two_policies_in_two_runtimes_do_not_disturb_each_other(smollm2: Path) -
 
 
 def test_the_reference_distance_is_plain_arithmetic() -> None:
-    from lowtide.attention.quality import Distance, log_softmax
+    from lowtide.attention.evaluation.divergence import Distance, log_softmax
 
     logits = np.array([0.0, 1.0, -2.0], np.float32)
     expected = np.exp(logits) / np.exp(logits).sum()

@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 from requantised import requantised
 
-from lowtide.attention.graph_hook import GraphHook
-from lowtide.attention.unpopulated_maps import can_leave_unpopulated
-from lowtide.attention.weight_stream import NativeSpan, mapped_spans
-from lowtide.memory.file_maps import FileMap
-from lowtide.memory.pages import PAGE_BYTES
+from lowtide.attention.bindings.library import can_leave_unpopulated
+from lowtide.attention.bindings.llama_hook import GraphHook, NativeSpan, mapped_spans
+from lowtide.memory.os.file_mappings import FileMap
+from lowtide.memory.os.pages import PAGE_BYTES
 from lowtide.models.errors import LowtideError
 from lowtide.models.fake_model import fake_spec
 from lowtide.models.spec import ModelSpec, WeightGroup, WeightSpan
-from lowtide.runtime.loaded_model import LoadedModel
-from lowtide.runtime.planning import OpenOptions, PlannedModel, plan_reference
+from lowtide.runtime.loading.load import LoadedModel
+from lowtide.runtime.planning.plan import OpenOptions, PlannedModel, plan_reference
 
 
 def spec_of(*groups: WeightGroup) -> ModelSpec:

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from paired import paired
 
-from lowtide.attention.graph_hook import GraphHook
-from lowtide.models.gguf_header import read_spec
-from lowtide.models.gguf_model import GgufModel, LoadOptions
+from lowtide.attention.bindings.llama_hook import GraphHook
+from lowtide.models.gguf.model import GgufModel, LoadOptions
+from lowtide.models.gguf.spec import read_spec
 
 pytestmark = pytest.mark.benchmark
 

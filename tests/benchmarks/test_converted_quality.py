@@ -15,10 +15,10 @@ from essays import essays
 
 from lowtide.memory.units import GIB
 from lowtide.models.catalog import resolve
-from lowtide.models.header import read_spec
-from lowtide.models.onnx.convert.conversion import convert
-from lowtide.runtime.loaded_model import LoadedModel
-from lowtide.runtime.planning import OpenOptions, plan_reference
+from lowtide.models.convert.convert import convert
+from lowtide.models.read_spec import read_spec
+from lowtide.runtime.loading.load import LoadedModel
+from lowtide.runtime.planning.plan import OpenOptions, plan_reference
 
 pytestmark = pytest.mark.benchmark
 

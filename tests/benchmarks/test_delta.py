@@ -17,18 +17,18 @@ from essays import essays
 from grown_memory import grown
 from paired import paired
 
-from lowtide.attention.graph_hook import GraphHook
-from lowtide.attention.onnx_attention import OnnxAttention
-from lowtide.attention.policies import parse_policy
-from lowtide.memory.footprint import kv_bytes
-from lowtide.models.gguf_header import read_spec
-from lowtide.models.gguf_model import GgufModel, LoadOptions
-from lowtide.models.header import read_spec as read_header
+from lowtide.attention.bindings.llama_hook import GraphHook
+from lowtide.attention.bindings.onnx_ops import OnnxAttention
+from lowtide.attention.parse import parse_policy
+from lowtide.memory.plan.estimates import kv_bytes
+from lowtide.models.convert.convert import convert
+from lowtide.models.gguf.model import GgufModel, LoadOptions
+from lowtide.models.gguf.spec import read_spec
 from lowtide.models.model import Model
-from lowtide.models.onnx.convert.conversion import convert
-from lowtide.models.onnx.options import OnnxOptions
+from lowtide.models.onnx.config import OnnxOptions
+from lowtide.models.onnx.rewrite.model import SwappedModel
 from lowtide.models.onnx.spec import OnnxSpec
-from lowtide.models.onnx.swapped.model import SwappedModel
+from lowtide.models.read_spec import read_spec as read_header
 
 pytestmark = pytest.mark.benchmark
 

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from held_essays import LONG, LONGER, SHORT, Essays, Policy, Trial
 
-from lowtide.attention.delta.block_policy import DeltaBlocks
-from lowtide.attention.delta.policy import Delta
-from lowtide.attention.quality import Distance
-from lowtide.attention.score_cost import ScoreCost
+from lowtide.attention.bindings.policy import ScoreCost
+from lowtide.attention.delta.blocks import DeltaBlocks
+from lowtide.attention.delta.tokens import Delta
+from lowtide.attention.evaluation.divergence import Distance
 from lowtide.models.catalog import resolve
-from lowtide.models.gguf_header import read_spec
+from lowtide.models.gguf.spec import read_spec
 
 pytestmark = pytest.mark.benchmark
 

@@ -18,16 +18,22 @@ from peer import Peer
 
 from lowtide import GenerationResult, Runtime
 from lowtide.attention.dense import DenseSteering
-from lowtide.attention.gem import Gem
-from lowtide.attention.gem_calibrate import questions_alone
-from lowtide.attention.haystack import Haystack, HiddenQuestion, is_answered
-from lowtide.attention.needles import chat_framing
-from lowtide.attention.questions import KINDS, Question, ask
-from lowtide.attention.whole_prompt import WholePrompt
+from lowtide.attention.evaluation.passkeys import chat_framing
+from lowtide.attention.evaluation.questions import (
+    KINDS,
+    Haystack,
+    HiddenQuestion,
+    Question,
+    WholePrompt,
+    ask,
+    is_answered,
+)
+from lowtide.attention.gem.calibrate import questions_alone
+from lowtide.attention.gem.policy import Gem
 from lowtide.models.catalog import resolve
 from lowtide.models.model import Model
-from lowtide.runtime.loaded_model import LoadedModel
-from lowtide.runtime.planning import OpenOptions, plan_reference
+from lowtide.runtime.loading.load import LoadedModel
+from lowtide.runtime.planning.plan import OpenOptions, plan_reference
 
 pytestmark = pytest.mark.benchmark
 

@@ -17,11 +17,11 @@ from essays import essays
 from paired import paired
 
 from lowtide.memory.units import GIB
+from lowtide.models.convert.convert import convert
 from lowtide.models.errors import BadOption
-from lowtide.models.header import read_spec
-from lowtide.models.onnx.convert.conversion import convert
-from lowtide.runtime.loaded_model import LoadedModel
-from lowtide.runtime.planning import OpenOptions, plan_reference
+from lowtide.models.read_spec import read_spec
+from lowtide.runtime.loading.load import LoadedModel
+from lowtide.runtime.planning.plan import OpenOptions, plan_reference
 
 pytestmark = pytest.mark.benchmark
 genai = pytest.importorskip("onnxruntime_genai")

@@ -16,10 +16,10 @@ import pytest
 from held_essays import Essays, Policy
 from numpy.typing import NDArray
 
-from lowtide.attention.delta.policy import Delta
+from lowtide.attention.delta.tokens import Delta
+from lowtide.attention.evaluation.divergence import extend, log_softmax
 from lowtide.attention.policy import Steering
-from lowtide.attention.quality import extend, log_softmax
-from lowtide.runtime.planning import OpenOptions, plan_reference
+from lowtide.runtime.planning.plan import OpenOptions, plan_reference
 
 pytestmark = pytest.mark.benchmark
 

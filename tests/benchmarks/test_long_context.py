@@ -19,10 +19,10 @@ from filled_cache import fill_cache
 from gguf_files import write_model
 from paired import paired
 
-from lowtide.attention.graph_hook import GraphHook
-from lowtide.attention.policies import parse_policy
-from lowtide.models.gguf_header import read_spec
-from lowtide.models.gguf_model import GgufModel, LoadOptions
+from lowtide.attention.bindings.llama_hook import GraphHook
+from lowtide.attention.parse import parse_policy
+from lowtide.models.gguf.model import GgufModel, LoadOptions
+from lowtide.models.gguf.spec import read_spec
 
 pytestmark = pytest.mark.benchmark
 

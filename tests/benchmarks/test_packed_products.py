@@ -25,10 +25,10 @@ from packed_beside import (
 from peer import Peer
 from requantised import requantised
 
-from lowtide.attention.quality import log_softmax
+from lowtide.attention.evaluation.divergence import log_softmax
 from lowtide.memory.units import GIB
-from lowtide.runtime.loaded_model import LoadedModel
-from lowtide.runtime.planning import OpenOptions, plan_reference
+from lowtide.runtime.loading.load import LoadedModel
+from lowtide.runtime.planning.plan import OpenOptions, plan_reference
 
 pytestmark = pytest.mark.benchmark
 

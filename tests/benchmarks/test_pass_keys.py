@@ -13,11 +13,11 @@ import pytest
 from essays import essays
 
 from lowtide.attention.dense import DenseSteering
-from lowtide.attention.needles import chat_framing, finds, hide_needle, pass_key
-from lowtide.attention.tidal import Tidal
+from lowtide.attention.evaluation.passkeys import chat_framing, finds, hide_needle, pass_key
+from lowtide.attention.tidal.policy import Tidal
 from lowtide.models.tokenizer import common_prefix
-from lowtide.runtime.loaded_model import LoadedModel
-from lowtide.runtime.planning import OpenOptions, plan_reference
+from lowtide.runtime.loading.load import LoadedModel
+from lowtide.runtime.planning.plan import OpenOptions, plan_reference
 
 pytestmark = pytest.mark.benchmark
 LENGTH = 7600

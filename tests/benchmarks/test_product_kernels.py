@@ -19,7 +19,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from paired import paired
 
-from lowtide.attention.product_kernels import PackedArray, multiply_in_turn, pack_array
+from lowtide.attention.bindings.matmul import PackedArray, multiply_in_turn, pack_array
 from lowtide.memory.units import MIB
 
 pytestmark = pytest.mark.benchmark

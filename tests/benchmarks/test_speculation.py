@@ -19,11 +19,11 @@ import pytest
 from requantised import requantised
 
 from lowtide import Runtime
-from lowtide.memory.owners import CACHE, COMPUTE, SAMPLING, SPECULATION
+from lowtide.memory.plan.line import CACHE, COMPUTE, SAMPLING, SPECULATION
 from lowtide.memory.units import GIB
-from lowtide.runtime.loaded_model import LoadedModel
-from lowtide.runtime.planning import OpenOptions, PlannedModel, plan_reference
-from lowtide.runtime.speculator_loading import load_speculator
+from lowtide.runtime.loading.load import LoadedModel
+from lowtide.runtime.loading.speculation import load_speculator
+from lowtide.runtime.planning.plan import OpenOptions, PlannedModel, plan_reference
 
 pytestmark = pytest.mark.benchmark
 ROUNDS = 3

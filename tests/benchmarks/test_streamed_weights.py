@@ -16,8 +16,8 @@ from paired import paired
 from requantised import requantised
 
 from lowtide.memory.units import GIB
-from lowtide.runtime.loaded_model import LoadedModel
-from lowtide.runtime.planning import OpenOptions, plan_reference
+from lowtide.runtime.loading.load import LoadedModel
+from lowtide.runtime.planning.plan import OpenOptions, plan_reference
 
 pytestmark = pytest.mark.benchmark
 NUM_DECODED = 16

@@ -30,8 +30,8 @@ def lowtide(monkeypatch: pytest.MonkeyPatch) -> Invoke:
             return opened[-1]
 
         spec = FakeModel(context=context).spec
-        monkeypatch.setattr("lowtide.runtime.planning.read_spec", lambda _path: spec)
-        monkeypatch.setattr("lowtide.runtime.gguf_loading.GgufModel", load)
+        monkeypatch.setattr("lowtide.runtime.planning.plan.read_spec", lambda _path: spec)
+        monkeypatch.setattr("lowtide.runtime.loading.gguf.GgufModel", load)
         runner = CliRunner()
         return runner.invoke(
             main, [*arguments, "--memory", "8GiB"], input=input, catch_exceptions=False

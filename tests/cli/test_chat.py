@@ -138,7 +138,7 @@ def test_without_room_for_the_state_the_messages_are_saved_and_loaded(
     lowtide: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "talk"
-    monkeypatch.setattr("lowtide.runtime.session_store.session_bytes", lambda *_: 1 << 40)
+    monkeypatch.setattr("lowtide.runtime.sessions.store.session_bytes", lambda *_: 1 << 40)
     done = lowtide("chat", input=f"Hi\n/save {path}\nMore\n", replies=("One.", "Two."))
     assert f"2 messages saved to {path} without their KV state, because session file" in done.stderr
     assert done.stdout == "One.\nTwo.\n" and done.exit_code == 0

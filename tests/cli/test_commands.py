@@ -195,7 +195,7 @@ def test_doctor_looks_at_a_model_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_doctor_names_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowtide.attention.native_library.native_version", lambda: "0.0.1")
+    monkeypatch.setattr("lowtide.attention.bindings.library.native_version", lambda: "0.0.1")
     done = invoke("doctor")
     assert done.exit_code == 1
     assert "Problem: the native library is of version 0.0.1" in done.stdout

@@ -48,8 +48,8 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(tmp_path: Path) -> None
     code = (
         "import time\n"
         "from pathlib import Path\n"
-        "from lowtide.models.header import read_spec\n"
-        "from lowtide.models.onnx.convert.conversion import convert\n"
+        "from lowtide.models.read_spec import read_spec\n"
+        "from lowtide.models.convert.convert import convert\n"
         f"convert(read_spec(Path({str(quantised)!r})), Path({str(folder)!r}), "
         "advance=lambda num_bytes: time.sleep(60))\n"
     )

@@ -18,9 +18,9 @@ from control_groups import reason_against_enforcing
 from gguf_files import write_model
 from processes import run_lowtide, run_measured, run_python
 
-from lowtide.memory import control_group
-from lowtide.memory.control_group import ControlGroup
-from lowtide.memory.device import CGROUP_ROOT, PROC
+from lowtide.memory.machine import CGROUP_ROOT, PROC
+from lowtide.memory.os import cgroup as control_group
+from lowtide.memory.os.cgroup import ControlGroup
 from lowtide.memory.units import MIB
 
 Invoke = Callable[..., Result]
@@ -133,7 +133,7 @@ def test_a_bench_that_is_ended_leaves_no_group(
 
 GREEDY = """
 from lowtide.cli.main import main
-from lowtide.runtime import Runtime
+from lowtide import Runtime
 blocks = []
 chat = Runtime.chat
 def growing(self, messages, **options):
@@ -141,7 +141,7 @@ def growing(self, messages, **options):
         yield piece
         blocks.append(bytearray(b"x") * (16 << 20))
 Runtime.chat = growing
-from lowtide.runtime.watchdog import Watchdog
+from lowtide.runtime.generation.watchdog import Watchdog
 Watchdog.is_over = lambda self: False  # nobody watches but the kernel
 main()
 """

@@ -12,7 +12,7 @@ from processes import run_lowtide
 from lowtide import FakeModel, Runtime
 from lowtide.cli.main import main
 from lowtide.models.errors import BadOption
-from lowtide.models.gpu_device import GpuDevice, read_gpu_devices
+from lowtide.models.gguf.gpu import GpuDevice, read_gpu_devices
 
 
 def invoke(*arguments: str) -> Result:
@@ -29,7 +29,7 @@ def told(*arguments: str) -> dict[str, object]:
 @pytest.fixture
 def one_gpu(monkeypatch: pytest.MonkeyPatch) -> GpuDevice:
     device = gpu("GPU0", 150)
-    monkeypatch.setattr("lowtide.models.gpu_device.read_gpu_devices", lambda: (device,))
+    monkeypatch.setattr("lowtide.models.gguf.gpu.read_gpu_devices", lambda: (device,))
     return device
 
 

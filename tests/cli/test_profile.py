@@ -238,7 +238,7 @@ def test_at_the_lower_bound_what_is_drawn_leaves_the_budget_alone(tmp_path: Path
 def test_what_cannot_be_drawn_is_a_sentence_and_the_numbers_are_told(
     starting: str, reason: str, lowtide: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lowtide.runtime.profile_drawing.STARTING", starting)
+    monkeypatch.setattr("lowtide.runtime.profiling.export.STARTING", starting)
     png = tmp_path / "p.png"
     done = lowtide("profile", "-p", "Hi", "--json", "--png", str(png))
     assert done.exit_code == 1 and set(json.loads(done.stdout)) == KEYS

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lowtide.memory.batch_plan import BatchPlan, plan_batch
-from lowtide.memory.context_sizes import FormulaSizes
-from lowtide.memory.speculation_wish import SpeculationWish
+from lowtide.memory.plan.batch import BatchPlan, plan_batch
+from lowtide.memory.plan.estimates import FormulaSizes
+from lowtide.memory.plan.speculation import SpeculationWish
 from lowtide.models.fake_model import fake_spec
 
 SPEC = fake_spec(512)

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from control_groups import PretendedKernel, reason_against_enforcing
 
-from lowtide.memory.control_group import ControlGroup, limit_for
-from lowtide.memory.errors import NotEnforceable
-from lowtide.memory.units import MIB
+from lowtide.memory.os.cgroup import ControlGroup, limit_for
+from lowtide.memory.units import MIB, NotEnforceable
 
 NAME = f"lowtide-{os.getpid()}"
 real = pytest.mark.skipif(bool(reason_against_enforcing()), reason=reason_against_enforcing())

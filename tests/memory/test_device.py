@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from lowtide.memory import device
+from lowtide.memory import machine as device
 from lowtide.memory.budget import Budget
-from lowtide.memory.device import CgroupMemory, Machine, cgroup_limits, read_machine
-from lowtide.memory.errors import BadSize
+from lowtide.memory.machine import CgroupMemory, Machine, cgroup_limits, read_machine
+from lowtide.memory.units import BadSize
 
 GIB = 1 << 30
 

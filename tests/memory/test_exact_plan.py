@@ -12,8 +12,8 @@ import os
 import pytest
 from processes import run_python
 
+from lowtide.memory.os.kv_pages import can_leave_untouched
 from lowtide.memory.units import MIB
-from lowtide.memory.untouched_buffers import can_leave_untouched
 
 ALL = list(
     itertools.product(

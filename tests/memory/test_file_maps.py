@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lowtide.memory.file_maps import MAPS, FileMap, read_file_maps
+from lowtide.memory.os.file_mappings import MAPS, FileMap, read_file_maps
 
 
 @pytest.mark.skipif(not MAPS.exists(), reason="this system does not tell its maps")

@@ -90,7 +90,7 @@ def test_other_shapes_stay_under_the_plan_too(shape: dict[str, int], tmp_path: P
 def test_the_meter_sees_what_is_allocated() -> None:
     """In a process of its own: a used heap has room that an allocation takes without growing."""
     done = run_python(
-        "from lowtide.memory.meter import read_process_memory as read\n"
+        "from lowtide.memory.process import read_process_memory as read\n"
         "before = read(); block = bytearray(b'x') * (48 << 20); after = read(); del block; later = read()\n"
         "print(after.resident_bytes - before.resident_bytes, later.peak_bytes - before.resident_bytes)\n"
         "print(after.anonymous_bytes + after.file_bytes - after.resident_bytes)"

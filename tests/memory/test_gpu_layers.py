@@ -7,14 +7,13 @@ from gpus import gpu, gpu_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowtide.memory import footprint, owners
 from lowtide.memory.budget import Budget
-from lowtide.memory.errors import BadSize, OverBudget
-from lowtide.memory.gpu_budget import GpuBudget, parse_gpu_layers
-from lowtide.memory.gpu_plan import GpuPlan
-from lowtide.memory.plan import Host, MemoryPlan, PlanOptions
-from lowtide.memory.planner import plan_memory, require_fit
-from lowtide.memory.units import MIB
+from lowtide.memory.plan.gpu import GpuBudget, GpuPlan, parse_gpu_layers
+from lowtide.memory.plan.plan import Host, MemoryPlan, PlanOptions
+from lowtide.memory.plan.plan import estimates as footprint
+from lowtide.memory.plan.plan import line as owners
+from lowtide.memory.plan.planner import plan_memory, require_fit
+from lowtide.memory.units import MIB, BadSize, OverBudget
 from lowtide.models.errors import BadOption
 from lowtide.models.fake_model import fake_spec
 from lowtide.models.spec import ModelSpec

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from lowtide.memory.errors import OverBudget
-from lowtide.memory.kv_growth import KvGrowth
-from lowtide.memory.ledger import Ledger
-from lowtide.memory.owners import CACHE
+from lowtide.memory.budget import Ledger
+from lowtide.memory.plan.kv_reservation import KvGrowth
+from lowtide.memory.plan.line import CACHE
+from lowtide.memory.units import OverBudget
 
 
 def test_the_cache_grows_while_the_ledger_has_room() -> None:

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from processes import run_python
 
 from lowtide import Runtime
-from lowtide.memory import untouched_buffers as module
-from lowtide.memory.kv_pages import KvPages
-from lowtide.memory.untouched_buffers import (
+from lowtide.memory.os import kv_pages as module
+from lowtide.memory.os.kv_pages import (
     PAGE_BYTES,
+    KvPages,
     UntouchedBuffer,
     can_leave_untouched,
     untouched_buffers,
@@ -149,7 +149,7 @@ def test_the_resident_cache_follows_the_tokens(smollm2: Path) -> None:
     def peaks(context: int) -> tuple[int, int, int]:
         done = run_python(
             "from lowtide import Runtime\n"
-            "from lowtide.memory.meter import read_process_memory as read\n"
+            "from lowtide.memory.process import read_process_memory as read\n"
             f"with Runtime.open({str(smollm2)!r}, memory='8GiB', context={context}) as runtime:\n"
             "    opened = read().resident_bytes\n"
             "    runtime.generate('word ' * 420, max_tokens=16)\n"

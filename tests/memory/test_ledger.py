@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowtide.memory.errors import OverBudget
-from lowtide.memory.ledger import Ledger
+from lowtide.memory.budget import Ledger
+from lowtide.memory.units import OverBudget
 
 ACTIONS = st.lists(st.tuples(st.sampled_from("abc"), st.none() | st.integers(0, 120)), max_size=40)
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from processes import run_python
 
-from lowtide.memory.file_maps import read_file_maps
-from lowtide.memory.loaded_code import _unwritten_areas, library_of, read_in
-from lowtide.memory.meter import read_process_memory
-from lowtide.memory.pages import give_back
-from lowtide.models.llama_library import llama_library
+from lowtide.memory.os.file_mappings import read_file_maps
+from lowtide.memory.os.pages import give_back
+from lowtide.memory.os.shared_libraries import _unwritten_areas, library_of, read_in
+from lowtide.memory.process import read_process_memory
+from lowtide.models.gguf.llama_cpp import llama_library
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="Linux tells where files are mapped"
@@ -45,8 +45,8 @@ def test_a_library_that_was_let_go_is_read_in_again() -> None:
 _GIVE_BACK = """
 import hashlib, json
 import numpy as np
-from lowtide.memory.loaded_code import give_back_read_while_loaded
-from lowtide.memory.meter import read_process_memory
+from lowtide.memory.os.shared_libraries import give_back_read_while_loaded
+from lowtide.memory.process import read_process_memory
 before = read_process_memory()
 give_back_read_while_loaded()
 after = read_process_memory()
@@ -70,11 +70,11 @@ _FILL_NO_MAP = """
 import json
 import numpy as np
 from pathlib import Path
-from lowtide.attention.unpopulated_maps import can_leave_unpopulated
-from lowtide.memory.file_maps import read_file_maps
-from lowtide.memory.meter import read_process_memory
-from lowtide.memory.pages import give_back
-from lowtide.models.llama_library import llama_library
+from lowtide.attention.bindings.library import can_leave_unpopulated
+from lowtide.memory.os.file_mappings import read_file_maps
+from lowtide.memory.process import read_process_memory
+from lowtide.memory.os.pages import give_back
+from lowtide.models.gguf.llama_cpp import llama_library
 llama_library(), can_leave_unpopulated()
 can_leave_unpopulated.cache_clear()
 with open("/proc/self/maps") as lines:

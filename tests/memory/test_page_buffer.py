@@ -5,8 +5,7 @@ import mmap
 import pytest
 from processes import run_python
 
-from lowtide.memory.page_buffer import PageBuffer
-from lowtide.memory.pages import PAGE_BYTES
+from lowtide.memory.os.pages import PAGE_BYTES, PageBuffer
 from lowtide.memory.units import MIB
 
 
@@ -40,8 +39,8 @@ def test_where_the_system_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_closing_gives_everything_back_at_once() -> None:
     done = run_python(
-        "from lowtide.memory.meter import read_process_memory as read\n"
-        "from lowtide.memory.page_buffer import PageBuffer\n"
+        "from lowtide.memory.process import read_process_memory as read\n"
+        "from lowtide.memory.os.pages import PageBuffer\n"
         "content = b'x' * (16 << 20)\n"
         "before = read().resident_bytes\n"
         "buffers = [PageBuffer(16 << 20) for _ in range(3)]\n"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lowtide.memory import page_cache
-from lowtide.memory.page_cache import (
+from lowtide.memory.os import file_mappings as page_cache
+from lowtide.memory.os.file_mappings import (
     CHUNK_BYTES,
     TRIED_BYTES,
     hold_in_large_pieces,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lowtide.memory.file_maps import read_file_maps
-from lowtide.memory.pages import PAGE_BYTES, keep_apart, keep_small
+from lowtide.memory.os.file_mappings import read_file_maps
+from lowtide.memory.os.pages import PAGE_BYTES, keep_apart, keep_small
 
 KIB, MIB = 1 << 10, 1 << 20
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux tells what is resident")

@@ -7,9 +7,8 @@ import dataclasses
 import pytest
 
 from lowtide.memory.budget import Budget
-from lowtide.memory.errors import OverBudget
-from lowtide.memory.footprint import kv_bytes, kv_cells
-from lowtide.memory.owners import (
+from lowtide.memory.plan.estimates import kv_bytes, kv_cells
+from lowtide.memory.plan.line import (
     DRAFT_CACHE,
     DRAFT_COMPUTE,
     DRAFT_WEIGHTS,
@@ -17,11 +16,10 @@ from lowtide.memory.owners import (
     SCRATCH,
     SPECULATION,
 )
-from lowtide.memory.plan import Host, MemoryPlan, PlanOptions
-from lowtide.memory.planner import plan_memory, require_fit
-from lowtide.memory.speculation_plan import verification_bytes
-from lowtide.memory.speculation_wish import SpeculationWish
-from lowtide.memory.units import MIB
+from lowtide.memory.plan.plan import Host, MemoryPlan, PlanOptions
+from lowtide.memory.plan.planner import plan_memory, require_fit
+from lowtide.memory.plan.speculation import SpeculationWish, verification_bytes
+from lowtide.memory.units import MIB, OverBudget
 from lowtide.models.fake_model import fake_spec
 from lowtide.models.spec import ModelSpec, VocabularySpec
 

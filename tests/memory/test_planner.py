@@ -8,13 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowtide.memory.budget import Budget
-from lowtide.memory.errors import OverBudget
-from lowtide.memory.footprint import kv_bytes
-from lowtide.memory.owners import PREFIXES
-from lowtide.memory.plan import Host, MemoryPlan, PlanOptions
-from lowtide.memory.planner import plan_memory, require_fit
-from lowtide.memory.speculation_wish import SpeculationWish
-from lowtide.memory.units import MIB, format_bytes, parse_size
+from lowtide.memory.plan.estimates import kv_bytes
+from lowtide.memory.plan.line import PREFIXES
+from lowtide.memory.plan.plan import Host, MemoryPlan, PlanOptions
+from lowtide.memory.plan.planner import plan_memory, require_fit
+from lowtide.memory.plan.speculation import SpeculationWish
+from lowtide.memory.units import MIB, OverBudget, format_bytes, parse_size
 from lowtide.models.errors import BadOption
 from lowtide.models.fake_model import fake_spec
 from lowtide.models.spec import ModelSpec

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from processes import run_python
 
-from lowtide.memory import residence
-from lowtide.memory.residence import ResidenceMeter, resident_file_bytes
+from lowtide.memory.os import residency as residence
+from lowtide.memory.os.residency import ResidenceMeter, resident_file_bytes
 
 
 def test_the_meter_tells_memory_from_pages_of_files(tmp_path: Path) -> None:
@@ -17,7 +17,7 @@ def test_the_meter_tells_memory_from_pages_of_files(tmp_path: Path) -> None:
     done = run_python(
         "import mmap\n"
         "from pathlib import Path\n"
-        "from lowtide.memory.residence import ResidenceMeter, resident_file_bytes\n"
+        "from lowtide.memory.os.residency import ResidenceMeter, resident_file_bytes\n"
         f"path = Path({str(path)!r})\n"
         "meter = ResidenceMeter(); before = meter.read()\n"
         "block = bytearray(b'x') * (32 << 20); anonymous = meter.read()\n"
@@ -39,8 +39,8 @@ def test_the_meter_tells_memory_from_pages_of_files(tmp_path: Path) -> None:
 def test_pages_of_a_buffer() -> None:
     done = run_python(
         "import mmap, ctypes\n"
-        "from lowtide.memory.residence import resident_buffer_bytes\n"
-        "from lowtide.memory.untouched_buffers import UntouchedBuffer\n"
+        "from lowtide.memory.os.residency import resident_buffer_bytes\n"
+        "from lowtide.memory.os.kv_pages import UntouchedBuffer\n"
         "pages = 20000\n"
         "block = mmap.mmap(-1, pages * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
         "block.madvise(mmap.MADV_NOHUGEPAGE)\n"

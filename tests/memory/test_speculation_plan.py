@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowtide.memory.speculation_plan import (
+from lowtide.memory.plan.speculation import (
     KEPT_SHARE,
     LEAST_SPEED_UP,
     CostCurve,

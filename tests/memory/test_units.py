@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowtide.memory.errors import BadSize
-from lowtide.memory.units import MIB, format_bytes, format_bytes_up, parse_size
+from lowtide.memory.units import MIB, BadSize, format_bytes, format_bytes_up, parse_size
 
 
 @pytest.mark.parametrize(

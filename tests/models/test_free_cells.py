@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowtide.models.free_cells import FreeCells
+from lowtide.models.gguf.sequences import FreeCells
 
 
 @given(steps=st.lists(st.one_of(st.none(), st.integers(0, 30)), max_size=60))

@@ -9,7 +9,7 @@ import pytest
 from gguf_files import write_model
 
 from lowtide.models.errors import BadModelFile
-from lowtide.models.gguf_header import read_spec
+from lowtide.models.gguf.spec import read_spec
 from lowtide.models.spec import ModelSpec
 
 
@@ -30,7 +30,7 @@ def test_reading_a_spec_touches_no_weights(smollm2: Path) -> None:
     from processes import run_python
 
     done = run_python(
-        "from lowtide.models.gguf_header import read_spec; from pathlib import Path;"
+        "from lowtide.models.gguf.spec import read_spec; from pathlib import Path;"
         f"print(read_spec(Path({str(smollm2)!r})).num_layers)"
     )
     assert (done.code, done.stdout) == (0, "30\n")
@@ -77,7 +77,7 @@ def test_a_split_model_counts_all_its_parts(split: list[Path]) -> None:
 
 
 def test_a_split_model_runs_like_the_whole(split: list[Path]) -> None:
-    from lowtide.models.gguf_model import GgufModel, LoadOptions
+    from lowtide.models.gguf.model import GgufModel, LoadOptions
 
     options = LoadOptions(context=256, max_rows=8, threads=1)
     results = []

@@ -9,12 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import run_python
 
-from lowtide.models import gguf_model
 from lowtide.models.errors import ForwardError, ModelError, UnsupportedModel
-from lowtide.models.gguf_header import read_spec
-from lowtide.models.gguf_model import GgufModel, LoadOptions
-from lowtide.models.gguf_options import model_parameters
-from lowtide.models.llama_library import LlamaLibrary, llama_library
+from lowtide.models.gguf import model as gguf_model
+from lowtide.models.gguf.llama_cpp import LlamaLibrary, llama_library
+from lowtide.models.gguf.model import GgufModel, LoadOptions, model_parameters
+from lowtide.models.gguf.spec import read_spec
 
 OPTIONS = LoadOptions(context=256, max_rows=16, threads=1)
 
@@ -122,7 +121,7 @@ def test_layouts_of_a_llama_cpp_that_was_compiled_for_amx_are_not_used(
 
 def test_the_users_own_import_of_llama_cpp_is_whole() -> None:
     done = run_python(
-        "from lowtide.models.llama_library import llama_library\n"
+        "from lowtide.models.gguf.llama_cpp import llama_library\n"
         "api = llama_library().api\n"
         "import sys; assert 'llama_cpp' not in sys.modules\n"
         "import llama_cpp; print(llama_cpp.Llama.__name__)"
@@ -132,7 +131,7 @@ def test_the_users_own_import_of_llama_cpp_is_whole() -> None:
 
 def test_only_the_bindings_are_imported() -> None:
     done = run_python(
-        "from lowtide.models.llama_library import llama_library; llama_library()\n"
+        "from lowtide.models.gguf.llama_cpp import llama_library; llama_library()\n"
         "import sys; print('numpy' in sys.modules, 'diskcache' in sys.modules)"
     )
     assert done.stdout == "False False\n", done.stderr

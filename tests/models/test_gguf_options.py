@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from lowtide.models import gguf_options
-from lowtide.models.gguf_options import (
+from lowtide.models.gguf import model as gguf_options
+from lowtide.models.gguf.gpu import cpu_buffer_type
+from lowtide.models.gguf.llama_cpp import llama_library
+from lowtide.models.gguf.model import (
     DeviceLayers,
     LoadOptions,
     context_parameters,
     model_parameters,
 )
-from lowtide.models.gpu_device import cpu_buffer_type
-from lowtide.models.llama_library import llama_library
 
 LAYERS = (DeviceLayers("CUDA0", 20), DeviceLayers("CUDA1", 11))
 

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lowtide.models.errors import BadModelFile, LowtideError, ModelNotFound
-from lowtide.models.gguf_header import read_spec
-from lowtide.models.gguf_reader import read_gguf
+from lowtide.models.gguf.reader import read_gguf
+from lowtide.models.gguf.spec import read_spec
 
 
 @pytest.fixture(scope="module")

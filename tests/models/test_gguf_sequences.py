@@ -11,7 +11,7 @@ from gguf_files import write_model
 
 from lowtide import Runtime
 from lowtide.models.errors import ForwardError
-from lowtide.models.sequences import Part, Sequences
+from lowtide.models.model import Part, Sequences
 
 SHARED = [(3 * k) % 290 for k in range(70)]
 

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 from gguf_files import write_model
 
-from lowtide.memory.footprint import kv_bytes
+from lowtide.memory.plan.estimates import kv_bytes
 from lowtide.models.catalog import resolve
 from lowtide.models.errors import ModelError
-from lowtide.models.gguf_header import read_spec
-from lowtide.models.gguf_model import GgufModel
-from lowtide.models.gguf_options import LoadOptions
-from lowtide.models.gguf_simulation import SimulatedGguf
-from lowtide.models.llama_library import llama_library
+from lowtide.models.gguf.dry_run import SimulatedGguf
+from lowtide.models.gguf.llama_cpp import llama_library
+from lowtide.models.gguf.model import GgufModel, LoadOptions
+from lowtide.models.gguf.spec import read_spec
 
 CASES = [(512, 32, "f16"), (2048, 128, "f16"), (2048, 64, "q8_0"), (1024, 32, "q4_0")]
 

@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import run_python
 
-from lowtide.attention.abort_guard import guarded_aborts
+from lowtide.attention.bindings.library import guarded_aborts
 from lowtide.models.errors import StateError
 from lowtide.models.fake_model import FakeModel
 from lowtide.models.fingerprint import file_fingerprint
-from lowtide.models.gguf_header import read_spec
-from lowtide.models.gguf_model import GgufModel, LoadOptions
+from lowtide.models.gguf.model import GgufModel, LoadOptions
+from lowtide.models.gguf.spec import read_spec
 from lowtide.models.model import Model
 
 OPTIONS = LoadOptions(context=256, max_rows=16, threads=1)
@@ -222,8 +222,8 @@ def test_a_write_that_the_system_cuts_short_is_an_error(file: Path, tmp_path: Pa
     done = run_python(
         "import resource, signal\n"
         "from pathlib import Path\n"
-        "from lowtide.models.gguf_header import read_spec\n"
-        "from lowtide.models.gguf_model import GgufModel, LoadOptions\n"
+        "from lowtide.models.gguf.spec import read_spec\n"
+        "from lowtide.models.gguf.model import GgufModel, LoadOptions\n"
         f"signal.signal({int(signal.SIGXFSZ)}, signal.SIG_IGN)\n"
         "options = LoadOptions(context=256, max_rows=16, threads=1)\n"
         f"with GgufModel(read_spec(Path({str(file)!r})), options) as model:\n"

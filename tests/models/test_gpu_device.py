@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from lowtide.models import gpu_device
 from lowtide.models.errors import NoGpu
-from lowtide.models.gpu_device import GpuDevice, gpu_backends, read_gpu_devices, require_gpus
+from lowtide.models.gguf import gpu as gpu_device
+from lowtide.models.gguf.gpu import GpuDevice, gpu_backends, read_gpu_devices, require_gpus
 
 CPU, GPU, INTEGRATED = 0, 1, 2
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from gguf_files import write_model
 
-from lowtide.models import hub
+from lowtide.models import catalog as hub
 from lowtide.models.errors import DownloadError, ModelNotFound
 
 COMMIT = "a" * 40

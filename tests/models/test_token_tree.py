@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowtide.models.token_tree import TEXT, TokenTree
+from lowtide.models.draft_tree import TEXT, TokenTree
 
 
 @st.composite

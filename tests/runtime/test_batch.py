@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from lowtide import FakeModel, GenerationOptions, OverBudget, PromptTooLong, Runtime
-from lowtide.memory.owners import BATCH
+from lowtide.memory.plan.line import BATCH
 from lowtide.models.errors import BadOption, ForwardError
 from lowtide.models.fake_model import FakeSequences
 from lowtide.runtime.errors import RuntimeUnusable

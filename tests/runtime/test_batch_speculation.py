@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from speculating import ToldDraft
 
 from lowtide import FakeModel, GenerationOptions, GenerationResult, Runtime
-from lowtide.memory.owners import BATCH
-from lowtide.memory.speculation_plan import CostCurve
+from lowtide.memory.plan.line import BATCH
+from lowtide.memory.plan.speculation import CostCurve
 from lowtide.models.fake_model import TURN_END
-from lowtide.runtime.drafts.ngram import NgramDraft
 from lowtide.runtime.errors import RuntimeUnusable
+from lowtide.runtime.speculation.drafts import NgramDraft
 
 REPLY = "the tide comes in, the tide goes out, the tide comes in again."
 TOKENS = (*REPLY.encode(), TURN_END)

@@ -9,7 +9,7 @@ import pytest
 from processes import run_lowtide, run_python
 from requantised import requantised
 
-from lowtide.attention.unpopulated_maps import can_leave_unpopulated
+from lowtide.attention.bindings.library import can_leave_unpopulated
 from lowtide.memory.units import MIB
 
 pytestmark = pytest.mark.skipif(

@@ -8,11 +8,11 @@ import pytest
 from control_groups import reason_against_enforcing
 from gguf_files import write_model
 
-from lowtide.memory.control_group import ControlGroup
-from lowtide.memory.errors import KilledByLimit
+from lowtide.memory.os.cgroup import ControlGroup
+from lowtide.memory.units import KilledByLimit
 from lowtide.models.errors import BadOption
-from lowtide.models.gguf_header import read_spec
-from lowtide.runtime.bench import Bench, BenchFailed, check_attentions
+from lowtide.models.gguf.spec import read_spec
+from lowtide.runtime.benchmark.attention import Bench, BenchFailed, check_attentions
 
 OPTIONS = {"memory": 4 << 30, "context": 512, "kv_type": "f16", "threads": 1, "max_rows": 64}
 
@@ -78,7 +78,7 @@ def test_a_case_that_passes_its_limit_is_killed_alone(
         }
         assert not any(group.num_kills for group in made)
         bench.run(100, rounds=1, tokens=2)
-    monkeypatch.setattr("lowtide.runtime.bench.STARTING", GREEDY)
+    monkeypatch.setattr("lowtide.runtime.benchmark.attention.STARTING", GREEDY)
     with pytest.raises(KilledByLimit, match="at its enforced limit of 166.5 MiB: raise --memory"):
         Bench(read_spec(model), ("dense",), options, enforced=True)
     assert len({group.folder for group in made[:2]}) == 2

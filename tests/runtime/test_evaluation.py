@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from lowtide.models.errors import BadOption
-from lowtide.runtime.evaluation import evaluate
-from lowtide.runtime.loaded_model import LoadedModel
-from lowtide.runtime.planning import OpenOptions, plan_reference
+from lowtide.runtime.evaluation.evaluate import evaluate
+from lowtide.runtime.loading.load import LoadedModel
+from lowtide.runtime.planning.plan import OpenOptions, plan_reference
 
 pytestmark = pytest.mark.once
 

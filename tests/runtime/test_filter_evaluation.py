@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from lowtide.attention import gem_calibrate
-from lowtide.attention.gem import Gem
+from lowtide.attention.gem.policy import Gem
+from lowtide.attention.gem.policy import calibrate as gem_calibrate
 from lowtide.models.errors import BadOption
-from lowtide.runtime.filter_evaluation import Counts, evaluate_filter
-from lowtide.runtime.loaded_model import LoadedModel
-from lowtide.runtime.planning import OpenOptions, plan_reference
+from lowtide.runtime.evaluation.prompt_filter import Counts, evaluate_filter
+from lowtide.runtime.loading.load import LoadedModel
+from lowtide.runtime.planning.plan import OpenOptions, plan_reference
 
 pytestmark = pytest.mark.once
 

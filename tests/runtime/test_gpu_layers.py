@@ -10,7 +10,7 @@ from gpus import gpu
 
 from lowtide import Runtime
 from lowtide.models.errors import ModelError
-from lowtide.models.gguf_options import DeviceLayers, LoadOptions
+from lowtide.models.gguf.model import DeviceLayers, LoadOptions
 
 
 @pytest.fixture
@@ -23,8 +23,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[LoadOptions]:
         raise ModelError("nothing is loaded here")
 
     devices = (gpu("A", 110), gpu("B", 1000))
-    monkeypatch.setattr("lowtide.models.gpu_device.read_gpu_devices", lambda: devices)
-    monkeypatch.setattr("lowtide.runtime.gguf_loading.GgufModel", load)
+    monkeypatch.setattr("lowtide.models.gguf.gpu.read_gpu_devices", lambda: devices)
+    monkeypatch.setattr("lowtide.runtime.loading.gguf.GgufModel", load)
     return wanted
 
 

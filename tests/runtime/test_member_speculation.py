@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import pytest
 from speculating import Ticks, ToldDraft
 
-from lowtide.memory.speculation_plan import CostCurve
-from lowtide.runtime.drafts.draft import Draft, Proposal
-from lowtide.runtime.member_speculation import MemberSpeculation
-from lowtide.runtime.pass_costs import PassCosts
-from lowtide.runtime.speculation_control import (
+from lowtide.memory.plan.speculation import CostCurve
+from lowtide.runtime.batch.speculation import MemberSpeculation
+from lowtide.runtime.speculation.control import (
     FIRST_WASTE_S,
     WASTED_SHARE,
     SpeculationControl,
 )
+from lowtide.runtime.speculation.drafts import Draft, Proposal
+from lowtide.runtime.speculation.step_cost import PassCosts
 
 CURVE = CostCurve(num_rows=(1, 8), seconds=(1.0, 2.0))
 

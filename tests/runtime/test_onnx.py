@@ -13,7 +13,7 @@ from processes import run_lowtide
 from lowtide import OverBudget, Runtime
 from lowtide.models.errors import BadModelFile, BadOption
 from lowtide.models.fake_model import CHAT_TEMPLATE
-from lowtide.models.header import read_spec
+from lowtide.models.read_spec import read_spec
 
 BIG = Shape(
     layers=4, width=384, heads=6, kv_heads=2, feed_forward=1024, vocabulary=4096, context=2048

@@ -11,17 +11,19 @@ from speculating import CHEAP, Ticks
 from tiny_gguf import write_pair
 
 from lowtide import Delta, Runtime
-from lowtide.attention.delta.block_policy import DeltaBlocks
-from lowtide.attention.delta.calibration import DeltaCalibration, save_delta_calibration
-from lowtide.attention.delta.state_calibration import StateCalibration, save_state_calibration
-from lowtide.attention.delta.state_units import StateUnits
-from lowtide.attention.delta.units import DeltaUnits
-from lowtide.memory.owners import CACHE, SCRATCH
+from lowtide.attention.delta.blocks import (
+    DeltaBlocks,
+    StateCalibration,
+    StateUnits,
+    save_state_calibration,
+)
+from lowtide.attention.delta.tokens import DeltaCalibration, DeltaUnits, save_delta_calibration
+from lowtide.memory.plan.line import CACHE, SCRATCH
+from lowtide.models.convert.convert import convert
 from lowtide.models.errors import BadOption
-from lowtide.models.header import read_spec
-from lowtide.models.onnx.convert.conversion import convert
-from lowtide.runtime.pass_costs import PassCosts
-from lowtide.runtime.planning import OpenOptions, plan_reference
+from lowtide.models.read_spec import read_spec
+from lowtide.runtime.planning.plan import OpenOptions, plan_reference
+from lowtide.runtime.speculation.step_cost import PassCosts
 
 TEXT = "The tide goes out. " * 40
 ROWS, BLOCKS = "delta:sparsity=0.5,window=70", "delta:granularity=block,sparsity=0.5,window=70"

@@ -11,11 +11,11 @@ from processes import run_lowtide, run_python
 
 from lowtide import Dense, Gem, GenerationResult, Runtime, Tidal
 from lowtide.attention.policy import AttentionPolicy
-from lowtide.memory.owners import FIRST_PASS
+from lowtide.memory.plan.line import FIRST_PASS
+from lowtide.models.convert.convert import convert
 from lowtide.models.errors import BadOption
 from lowtide.models.fake_model import CHAT_TEMPLATE
-from lowtide.models.header import read_spec
-from lowtide.models.onnx.convert.conversion import convert
+from lowtide.models.read_spec import read_spec
 from lowtide.models.spec import ModelSpec
 
 SHAPE = Shape(layers=4, kv_heads=2, context=2048)
@@ -108,7 +108,7 @@ def test_a_stopped_filter_pass_leaves_the_runtime_usable(
 
 PEAK = """
 from lowtide import Gem, GenerationResult, Runtime
-from lowtide.memory.owners import FIRST_PASS
+from lowtide.memory.plan.line import FIRST_PASS
 options = dict(memory={memory!r}, threads=1, attention={attention})
 with Runtime.open({path!r}, **options) as runtime:
     message = [dict(role="user", content={text!r})]

@@ -107,8 +107,8 @@ def test_the_peak_of_saving_and_loading_is_what_is_reserved(tmp_path: Path, atte
     folder = write_decoder(tmp_path / "wide", "gqa", WIDE)
     done = run_python(
         "from lowtide import Runtime\n"
-        "from lowtide.memory.footprint import session_bytes\n"
-        "from lowtide.memory.meter import read_process_memory as read\n"
+        "from lowtide.memory.plan.estimates import session_bytes\n"
+        "from lowtide.memory.process import read_process_memory as read\n"
         f"options = {{'memory': '2GiB', 'threads': 1, 'attention': {attention!r}}}\n"
         f"with Runtime.open({str(folder)!r}, **options) as runtime:\n"
         "    runtime._session.append([7])\n"

@@ -11,11 +11,11 @@ from processes import run_python
 from speculating import CHEAP, Ticks
 
 from lowtide import Runtime
-from lowtide.memory.owners import SPECULATION
+from lowtide.memory.plan.line import SPECULATION
+from lowtide.models.convert.convert import convert
 from lowtide.models.fake_model import CHAT_TEMPLATE
-from lowtide.models.onnx.convert.conversion import convert
 from lowtide.models.spec import ModelSpec
-from lowtide.runtime.pass_costs import PassCosts
+from lowtide.runtime.speculation.step_cost import PassCosts
 
 OPTIONS = {"memory": "4GiB", "threads": 2, "attention": "dense"}
 TEXT = "one two three four one two three four one two three four one two"
@@ -110,8 +110,8 @@ def test_the_peak_stays_inside_the_plan(tmp_path: Path, last_row: bool) -> None:
     measured = run_python(
         f"""
 from lowtide import Runtime
-from lowtide.memory.speculation_plan import CostCurve
-from lowtide.runtime.pass_costs import PassCosts
+from lowtide.memory.plan.speculation import CostCurve
+from lowtide.runtime.speculation.step_cost import PassCosts
 options = {{"memory": "1GiB", "threads": 1, "attention": "dense", "speculate": "auto"}}
 with Runtime.open({str(folder)!r}, **options) as runtime:
     cheap = CostCurve(num_rows=(1, 8), seconds=(1.0, 1.1))

@@ -17,12 +17,12 @@ from requantised import FILE_TYPES, requantised
 from lowtide import Runtime
 from lowtide.memory.units import MIB
 from lowtide.models.errors import BadModelFile, BadOption
-from lowtide.models.gguf_header import read_spec
+from lowtide.models.gguf.spec import read_spec
 from lowtide.runtime.errors import NotPacked
-from lowtide.runtime.loaded_model import LoadedModel
-from lowtide.runtime.packed_weights import packed_copy, packed_path
-from lowtide.runtime.planning import OpenOptions, plan_reference
-from lowtide.runtime.result import GenerationResult
+from lowtide.runtime.generation.generate import GenerationResult
+from lowtide.runtime.loading.load import LoadedModel
+from lowtide.runtime.loading.repack import packed_copy, packed_path
+from lowtide.runtime.planning.plan import OpenOptions, plan_reference
 
 FORMATS = [name for name in FILE_TYPES if name != "F32"]
 PROGRAM = "from lowtide.cli.main import run; run()"

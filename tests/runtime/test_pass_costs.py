@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from lowtide import FakeModel
-from lowtide.memory.speculation_plan import CostCurve
-from lowtide.runtime.pass_costs import PassCosts, measured_passes
+from lowtide.memory.plan.speculation import CostCurve
+from lowtide.runtime.speculation.step_cost import PassCosts, measured_passes
 
 
 def test_they_are_measured_once_for_each_key(tmp_path: Path) -> None:

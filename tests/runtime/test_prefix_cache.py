@@ -10,16 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowtide import FakeModel, GenerationResult, Runtime
-from lowtide.memory.errors import BadSize, OverBudget
-from lowtide.memory.kv_growth import KvGrowth
-from lowtide.memory.ledger import Ledger
-from lowtide.memory.owners import PREFIXES
-from lowtide.memory.units import KIB, MIB
+from lowtide.memory.budget import Ledger
+from lowtide.memory.plan.kv_reservation import KvGrowth
+from lowtide.memory.plan.line import PREFIXES
+from lowtide.memory.units import KIB, MIB, BadSize, OverBudget
 from lowtide.models.errors import BadOption, StateError
-from lowtide.runtime import session_store
-from lowtide.runtime.planning import OpenOptions
-from lowtide.runtime.prefix_cache import PrefixCache, kept_bytes
-from lowtide.runtime.session import Session
+from lowtide.runtime.kv.prefix_cache import PrefixCache, kept_bytes
+from lowtide.runtime.kv.session import Session
+from lowtide.runtime.planning.plan import OpenOptions
+from lowtide.runtime.sessions import store as session_store
 
 IDS = st.lists(st.integers(0, 3), min_size=1, max_size=40)
 ONE = kept_bytes(40, 4 + 4 * 40)
@@ -140,7 +139,7 @@ def test_without_memory_or_where_native_code_fails_nothing_is_kept(
     def none_left(_num_bytes: int) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("lowtide.runtime.prefix_cache.PageBuffer", none_left)
+    monkeypatch.setattr("lowtide.runtime.kv.prefix_cache.PageBuffer", none_left)
     keep(cache, prompt(1))
     assert cache.num_bytes == 0
 

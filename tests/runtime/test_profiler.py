@@ -11,11 +11,18 @@ import pytest
 from processes import run_python
 
 from lowtide import FakeModel, Profiler, Runtime
-from lowtide.memory.footprint import profiler_bytes
+from lowtide.memory.plan.estimates import profiler_bytes
 from lowtide.memory.units import MIB
 from lowtide.models.errors import BadOption
-from lowtide.runtime.profile_report import ProfileReport, layer_seconds
-from lowtide.runtime.timeline import MAX_SAMPLES, MAX_SPANS, LayerPass, MemorySample, Span, Timeline
+from lowtide.runtime.profiling.report import ProfileReport, layer_seconds
+from lowtide.runtime.profiling.timeline import (
+    MAX_SAMPLES,
+    MAX_SPANS,
+    LayerPass,
+    MemorySample,
+    Span,
+    Timeline,
+)
 
 
 def profiled_fake(**options: object) -> tuple[Profiler, list[object]]:
@@ -87,7 +94,7 @@ def test_a_callback_that_fails_is_the_callers_and_leaves_the_runtime_usable() ->
 
 
 def test_without_a_profiler_nothing_is_kept(fake_runtime: Callable[..., Runtime]) -> None:
-    from lowtide.runtime.profiler import SILENT
+    from lowtide.runtime.profiling.profiler import SILENT
 
     before = dict(vars(SILENT))
     runtime = fake_runtime()
@@ -208,7 +215,7 @@ def test_a_llama_cpp_that_cannot_be_hooked_has_no_layers(
     def refused(_threads: int) -> None:
         raise LowtideError("laid out in another way")
 
-    monkeypatch.setattr("lowtide.runtime.hook_loading.GraphHook", refused)
+    monkeypatch.setattr("lowtide.runtime.loading.load.GraphHook", refused)
     profiler = Profiler()
     with Runtime.open(smollm2, memory="8GiB", context=512, profiler=profiler) as runtime:
         runtime.generate("The tide", max_tokens=2)

@@ -10,11 +10,11 @@ import pytest
 from processes import run_lowtide, run_python
 
 from lowtide import Gem, GenerationResult, Profiler, Runtime
-from lowtide.memory.owners import COMPUTE, FIRST_PASS
+from lowtide.memory.os.kv_pages import can_leave_untouched
+from lowtide.memory.plan.line import COMPUTE, FIRST_PASS
 from lowtide.memory.units import MIB
-from lowtide.memory.untouched_buffers import can_leave_untouched
 from lowtide.models.errors import BadOption
-from lowtide.runtime.profile_page import profile_page
+from lowtide.runtime.profiling.export import profile_page
 
 SENTENCES = [f"Boat {i} left the harbour with {i * 7 % 100} crates of fish. " for i in range(90)]
 NEEDLE = "The secret pass key is 48213. Remember it: 48213 is the pass key. "

@@ -11,7 +11,7 @@ from gguf_files import write_model
 from processes import run_python
 
 from lowtide import GenerationOptions, LowtideError, OverBudget, Runtime
-from lowtide.models.sequences import Part
+from lowtide.models.model import Part
 
 PREFIX = (
     "The harbour lies behind a long wall of grey stone. At low tide the boats rest on the mud. " * 5

@@ -13,9 +13,9 @@ from gguf_files import write_model
 from processes import run_python
 
 from lowtide import GenerationOptions, Runtime
-from lowtide.memory.speculation_plan import CostCurve
-from lowtide.runtime import batch_speculation_loading
-from lowtide.runtime.pass_costs import MeasuredPasses, PassCosts, measured_passes
+from lowtide.memory.plan.speculation import CostCurve
+from lowtide.runtime.batch.batch import speculation as batch_speculation_loading
+from lowtide.runtime.speculation.step_cost import MeasuredPasses, PassCosts, measured_passes
 
 PARAGRAPH = (
     "The harbour lies behind a long wall of grey stone. At low tide the boats rest on the mud. "
@@ -135,7 +135,7 @@ def test_the_peak_stays_inside_the_budget_also_where_costs_are_measured(smollm2:
     measured = run_python(
         f"""
 from lowtide import Runtime
-from lowtide.runtime.pass_costs import PassCosts
+from lowtide.runtime.speculation.step_cost import PassCosts
 PassCosts.of = lambda self, num_rows: 1.0 + 0.001 * num_rows
 with Runtime.open({str(smollm2)!r}, memory="330MiB", context=512, threads=1, speculate="auto",
                   max_rows=64, attention="dense") as runtime:

@@ -13,11 +13,11 @@ from processes import run_python
 from speculating import CHEAP
 
 from lowtide import OverBudget, Runtime
-from lowtide.memory.owners import DRAFT_WEIGHTS, SPECULATION
+from lowtide.memory.plan.line import DRAFT_WEIGHTS, SPECULATION
 from lowtide.models.errors import BadOption
-from lowtide.models.gguf_header import read_spec
-from lowtide.models.gguf_simulation import SimulatedGguf
-from lowtide.runtime.pass_costs import PassCosts
+from lowtide.models.gguf.dry_run import SimulatedGguf
+from lowtide.models.gguf.spec import read_spec
+from lowtide.runtime.speculation.step_cost import PassCosts
 
 PROMPTS = (
     "Write this sentence three times: The harbour master counts the boats that come in with the tide.",
@@ -102,8 +102,8 @@ def test_the_peak_stays_inside_the_plan(smollm2: Path) -> None:
     measured = run_python(
         f"""
 from lowtide import Runtime
-from lowtide.memory.speculation_plan import CostCurve
-from lowtide.runtime.pass_costs import PassCosts
+from lowtide.memory.plan.speculation import CostCurve
+from lowtide.runtime.speculation.step_cost import PassCosts
 with Runtime.open({str(smollm2)!r}, memory="400MiB", context=512, threads=1, speculate="auto") as runtime:
     runtime._loaded.speculator._control.costs = PassCosts(CostCurve(num_rows=(1, 8), seconds=(1.0, 1.1)))
     result = runtime.generate("one two three four " * 60, max_tokens=60, temperature=0)

@@ -13,12 +13,12 @@ from processes import run_python
 from speculating import CHEAP, BranchingDraft, mixed_tree
 
 from lowtide import Runtime
-from lowtide.models.gguf_header import read_spec
-from lowtide.models.gguf_simulation import SimulatedGguf
-from lowtide.models.gguf_tree_model import GgufTreeModel
-from lowtide.models.token_tree import TokenTree
-from lowtide.runtime.pass_costs import PassCosts
-from lowtide.runtime.speculation_control import SpeculationControl
+from lowtide.models.draft_tree import TokenTree
+from lowtide.models.gguf.draft_tree import GgufTreeModel
+from lowtide.models.gguf.dry_run import SimulatedGguf
+from lowtide.models.gguf.spec import read_spec
+from lowtide.runtime.speculation.control import SpeculationControl
+from lowtide.runtime.speculation.step_cost import PassCosts
 
 OPTIONS = {"memory": "4GiB", "context": 512, "threads": 2, "attention": "dense"}
 PROMPT = "The harbour lies behind a wall of grey stone, and at low tide"
@@ -162,8 +162,8 @@ def test_branches_stay_inside_the_plan(smollm2: Path) -> None:
     measured = run_python(
         f"""
 from lowtide import Runtime
-from lowtide.memory.speculation_plan import CostCurve
-from lowtide.runtime.pass_costs import PassCosts
+from lowtide.memory.plan.speculation import CostCurve
+from lowtide.runtime.speculation.step_cost import PassCosts
 options = dict(memory="400MiB", context=512, threads=1, attention="dense", speculate="auto:rows=16")
 with Runtime.open({str(smollm2)!r}, **options) as runtime:
     control = runtime._loaded.speculator._control

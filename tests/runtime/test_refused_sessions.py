@@ -16,9 +16,9 @@ from saved_talk import NEXT, SAID, TURNS, chat
 
 from lowtide import FakeModel, Runtime
 from lowtide.models.errors import StateError
-from lowtide.models.llama_library import llama_library
+from lowtide.models.gguf.llama_cpp import llama_library
 from lowtide.runtime.errors import SessionMismatch, TranscriptError
-from lowtide.runtime.session_file import opened_session, write_session
+from lowtide.runtime.sessions.file import opened_session, write_session
 
 Opened = Callable[..., Runtime]
 

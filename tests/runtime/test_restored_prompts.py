@@ -11,8 +11,8 @@ from processes import run_lowtide, run_python
 from recorded import recorded_logits
 
 from lowtide import GenerationResult, Runtime
+from lowtide.memory.os.kv_pages import can_leave_untouched
 from lowtide.memory.units import MIB
-from lowtide.memory.untouched_buffers import can_leave_untouched
 
 TALE = "Tell me about the sea. " * 16
 OTHER = "Ships are made of wood or of steel. " * 12
@@ -82,7 +82,7 @@ _ALTERNATE = """
 import json
 from lowtide import Runtime
 from lowtide.memory.units import MIB
-from lowtide.runtime.planning import OpenOptions, plan_reference
+from lowtide.runtime.planning.plan import OpenOptions, plan_reference
 options = dict(context=1024, kv_type="f16", threads=1)
 without = plan_reference({path!r}, OpenOptions(memory="4GiB", **options)).plan.total_bytes
 budget = int((without + {room_bytes}) / 0.95) + 1
@@ -119,7 +119,7 @@ def test_the_peak_stays_under_a_tight_budget(wide_model: Path, room: int, num_st
 def test_keeping_takes_its_own_bytes_and_putting_back_none(wide_model: Path) -> None:
     done = run_python(
         "from lowtide import Runtime\n"
-        "from lowtide.memory.meter import read_process_memory as read\n"
+        "from lowtide.memory.process import read_process_memory as read\n"
         f"with Runtime.open({str(wide_model)!r}, memory='4GiB', context=1024, threads=1,\n"
         "        prefix_cache='50MiB') as runtime:\n"
         "    runtime.generate('b' * 1000, max_tokens=2)\n"

@@ -224,7 +224,7 @@ def test_a_process_that_is_already_over_is_told_so() -> None:
     """The budget bounds the peak, and a peak cannot be taken back."""
     block = bytearray(b"x") * (96 << 20)
     del block
-    from lowtide.memory.meter import read_process_memory
+    from lowtide.memory.process import read_process_memory
 
     memory = read_process_memory()
     assert memory.peak_bytes - memory.resident_bytes > 64 << 20

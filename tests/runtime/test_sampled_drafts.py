@@ -10,9 +10,9 @@ from batch_drafting import draft_in_batches
 from speculating import BranchingDraft, ToldDraft, speculator_of
 
 from lowtide import FakeModel, GenerationOptions, GenerationResult, Runtime
+from lowtide.models.draft_tree import TokenTree
 from lowtide.models.fake_model import TURN_END
-from lowtide.models.token_tree import TokenTree
-from lowtide.runtime.drafts.draft import Draft
+from lowtide.runtime.speculation.drafts import Draft
 
 REPLY = "the tide comes in, the tide goes out, the tide comes in again."
 PROMPT = "Say it.\n"

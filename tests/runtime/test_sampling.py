@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lowtide import GenerationOptions
 from lowtide.models.errors import BadOption
-from lowtide.runtime.sampling import Sampler
+from lowtide.runtime.generation.sampling import Sampler
 
 
 def logits_of(*values: float) -> np.ndarray:

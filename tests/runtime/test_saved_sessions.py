@@ -16,8 +16,8 @@ from processes import run_lowtide, run_python
 from recorded import recorded_logits
 
 from lowtide import GenerationResult, Runtime
+from lowtide.memory.os.kv_pages import can_leave_untouched
 from lowtide.memory.units import MIB
-from lowtide.memory.untouched_buffers import can_leave_untouched
 from lowtide.runtime.errors import SessionMismatch, TranscriptError
 
 QUESTION = "Tell me about the sea. " * 12
@@ -131,7 +131,7 @@ def test_a_few_tokens_touch_a_few_pages(smollm2: Path, tmp_path: Path) -> None:
         pytest.skip("this system cannot leave a cache untouched")
     done = run_python(
         "from lowtide import Runtime\n"
-        "from lowtide.memory.meter import read_process_memory as read\n"
+        "from lowtide.memory.process import read_process_memory as read\n"
         f"with Runtime.open({str(smollm2)!r}, memory='1GiB', context=8192) as runtime:\n"
         "    runtime.generate('word ' * 100, max_tokens=4)\n"
         "    before = read().peak_bytes\n"
@@ -169,8 +169,8 @@ def test_the_peak_of_saving_and_loading_is_what_is_reserved(
     """A copy of the state as a whole would be sixteen times as much."""
     done = run_python(
         "from lowtide import Runtime\n"
-        "from lowtide.memory.footprint import session_bytes\n"
-        "from lowtide.memory.meter import read_process_memory as read\n"
+        "from lowtide.memory.plan.estimates import session_bytes\n"
+        "from lowtide.memory.process import read_process_memory as read\n"
         f"with Runtime.open({str(wide_model)!r}, memory='2GiB', context=4096, threads=1) as runtime:\n"
         f"    runtime.session.save({str(tmp_path / 'first')!r}, state=False)\n"
         "    while len(runtime._session.token_ids) < 3968:\n"

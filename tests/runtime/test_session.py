@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from lowtide import FakeModel
 from lowtide.attention.policy import Steering
-from lowtide.runtime.session import Session
+from lowtide.runtime.kv.session import Session
 
 IDS = st.lists(st.integers(0, 5), min_size=1, max_size=30)
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from processes import run_python
 
 from lowtide.models.errors import StateError
-from lowtide.runtime import session_file as module
 from lowtide.runtime.errors import TranscriptError
-from lowtide.runtime.session_file import opened_session, write_session
+from lowtide.runtime.sessions import file as module
+from lowtide.runtime.sessions.file import opened_session, write_session
 
 STATE = random.Random(1).randbytes(3000)
 HEAD = {"messages": [{"role": "user", "content": "Hi 😀\n"}], "num_tokens": 3}
@@ -153,8 +153,8 @@ def test_a_state_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
     done = run_python(
         "import os\n"
         "from pathlib import Path\n"
-        "from lowtide.memory.meter import read_process_memory as read\n"
-        "from lowtide.runtime.session_file import opened_session, write_session\n"
+        "from lowtide.memory.process import read_process_memory as read\n"
+        "from lowtide.runtime.sessions.file import opened_session, write_session\n"
         "def state(path):\n"
         "    with path.open('wb') as file:\n"
         "        return sum(file.write(os.urandom(1 << 16)) for _ in range(1024))\n"

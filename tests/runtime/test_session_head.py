@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from lowtide.memory.footprint import JSON_COPIES
-from lowtide.runtime.conversation import LastAnswer
-from lowtide.runtime.session_head import SessionHead
-from lowtide.runtime.transcript import Transcript
+from lowtide.memory.plan.estimates import JSON_COPIES
+from lowtide.runtime.generation.chat import LastAnswer
+from lowtide.runtime.sessions.file import SessionHead, Transcript
 
 
 def head(text: str, token_ids: list[int], messages: list[str]) -> SessionHead:

@@ -11,12 +11,12 @@ import pytest
 from saved_talk import NEXT, SAID, TURNS, chat
 
 from lowtide import FakeModel, OverBudget, Runtime
-from lowtide.memory.meter import read_process_memory
+from lowtide.memory.process import read_process_memory
 from lowtide.memory.units import MIB
 from lowtide.models.errors import LowtideError, TemplateError
-from lowtide.runtime import session_store as module
 from lowtide.runtime.errors import RuntimeUnusable, TranscriptError
-from lowtide.runtime.transcript import Transcript
+from lowtide.runtime.sessions import store as module
+from lowtide.runtime.sessions.file import Transcript
 
 Opened = Callable[..., Runtime]
 

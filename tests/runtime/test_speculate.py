@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from speculating import DEAR, BranchingDraft, ToldDraft, mixed_tree, speculator_of
 
 from lowtide import FakeModel, Piece, Runtime
+from lowtide.models.draft_tree import TokenTree
 from lowtide.models.fake_model import TURN_END
-from lowtide.models.token_tree import TokenTree
-from lowtide.runtime.drafts.ngram import NgramDraft
-from lowtide.runtime.drafts.trigram import TrigramDraft
-from lowtide.runtime.speculate import Speculator
+from lowtide.runtime.speculation.drafts import NgramDraft, TrigramDraft
+from lowtide.runtime.speculation.speculator import Speculator
 
 REPLY = "the tide comes in, the tide goes out, the tide comes in again."
 

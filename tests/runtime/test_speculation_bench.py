@@ -9,10 +9,14 @@ from gguf_files import write_model
 
 from lowtide.models.errors import BadOption
 from lowtide.models.fake_model import CHAT_TEMPLATE
-from lowtide.models.gguf_header import read_spec
-from lowtide.runtime.bench import BenchFailed
-from lowtide.runtime.prompt_kinds import OWN_PROMPTS, read_prompts
-from lowtide.runtime.speculation_bench import SpeculationBench, check_speculations
+from lowtide.models.gguf.spec import read_spec
+from lowtide.runtime.benchmark.attention import BenchFailed
+from lowtide.runtime.benchmark.speculation import (
+    OWN_PROMPTS,
+    SpeculationBench,
+    check_speculations,
+    read_prompts,
+)
 
 OPTIONS = {
     "memory": 4 << 30,

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import pytest
 from speculating import CHEAP, DEAR, Ticks, ToldDraft
 
-from lowtide.memory.speculation_plan import CostCurve
-from lowtide.models.token_tree import TokenTree
-from lowtide.runtime.accept import Acceptance, Verification, chances
-from lowtide.runtime.drafts.draft import Draft, Proposal
-from lowtide.runtime.pass_costs import PassCosts
-from lowtide.runtime.speculation_control import FIRST_WASTE_S, WASTED_SHARE, SpeculationControl
+from lowtide.memory.plan.speculation import CostCurve
+from lowtide.models.draft_tree import TokenTree
+from lowtide.runtime.speculation.acceptance import Acceptance, Verification, chances
+from lowtide.runtime.speculation.control import FIRST_WASTE_S, WASTED_SHARE, SpeculationControl
+from lowtide.runtime.speculation.drafts import Draft, Proposal
+from lowtide.runtime.speculation.step_cost import PassCosts
 
 MODERATE = CostCurve(num_rows=(1, 2, 4, 8), seconds=(1.0, 1.4, 2.2, 3.5))
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowtide.runtime.stopping import StopMatcher
+from lowtide.runtime.generation.generate import StopMatcher
 
 TEXTS = st.text(alphabet="abc", max_size=12)
 STOPS = st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=3)

@@ -11,9 +11,9 @@ from onnx_decoders import Shape, write_decoder
 from processes import run_lowtide
 
 from lowtide import Runtime
+from lowtide.models.convert.convert import convert
 from lowtide.models.errors import BadOption
 from lowtide.models.fake_model import CHAT_TEMPLATE
-from lowtide.models.onnx.convert.conversion import convert
 from lowtide.models.spec import ModelSpec
 
 BIG = Shape(

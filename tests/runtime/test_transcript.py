@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from processes import run_python
 
 from lowtide.runtime.errors import TranscriptError
-from lowtide.runtime.transcript import Transcript
+from lowtide.runtime.sessions.file import Transcript
 
 TALK = Transcript(
     model="m",
@@ -107,7 +107,7 @@ def test_a_write_that_the_system_cuts_short_leaves_the_old_file_whole(tmp_path: 
     done = run_python(
         "import resource, signal\n"
         "from pathlib import Path\n"
-        "from lowtide.runtime.transcript import Transcript\n"
+        "from lowtide.runtime.sessions.file import Transcript\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "long = Transcript(model='m', messages=({'role': 'user', 'content': 'x' * 100000},))\n"

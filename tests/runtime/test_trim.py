@@ -10,7 +10,7 @@ import pytest
 from processes import run_python
 
 from lowtide import GenerationResult, Runtime
-from lowtide.memory.releaser import LEVELS, Releaser, trim
+from lowtide.memory.reclaim import LEVELS, Releaser, trim
 from lowtide.memory.units import MIB
 from lowtide.models.errors import BadOption
 from lowtide.runtime.errors import RuntimeUnusable
@@ -40,7 +40,7 @@ def test_a_level_calls_what_is_milder_too_and_in_order() -> None:
 def test_what_is_given_back_is_counted() -> None:
     """In a process of its own, whose heap is small."""
     done = run_python(
-        "from lowtide.memory.releaser import Releaser, trim\n"
+        "from lowtide.memory.reclaim import Releaser, trim\n"
         "blocks = [bytearray(b'x') * (48 << 20)]\n"
         "print(trim([Releaser('background', blocks.clear)], 'background').given_back_bytes)\n"
         "print(trim([], 'complete').given_back_bytes)"
@@ -110,7 +110,7 @@ def test_another_thread_waits_for_the_pass_in_work(fake_runtime: Opened) -> None
 REAL = """
 import json
 from lowtide import GenerationResult, Runtime
-from lowtide.memory.meter import read_process_memory as read
+from lowtide.memory.process import read_process_memory as read
 with Runtime.open("smollm2", memory="8GiB", context=8192, threads=1, attention={attention!r}) as runtime:
     history = [{{"role": "user", "content": "The tide is low. " * 90}}]
     def answer():

@@ -9,9 +9,9 @@ import pytest
 from processes import run_python
 
 from lowtide import FakeModel, GenerationResult, Runtime
-from lowtide.memory.releaser import Trim
-from lowtide.runtime import watchdog as module
-from lowtide.runtime.watchdog import Watchdog
+from lowtide.memory.reclaim import Trim
+from lowtide.runtime.generation import watchdog as module
+from lowtide.runtime.generation.watchdog import Watchdog
 
 Opened = Callable[..., Runtime]
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -10,17 +10,16 @@ import pytest
 from speculating import Ticks, ToldDraft
 
 from lowtide.attention.policy import Steering
-from lowtide.memory.batch_plan import BatchPlan
-from lowtide.memory.speculation_plan import CostCurve
+from lowtide.memory.plan.batch import BatchPlan
+from lowtide.memory.plan.speculation import CostCurve
 from lowtide.models.fake_model import FakeSequences
-from lowtide.models.sequences import Part, Sequences
-from lowtide.runtime import batch_answers
-from lowtide.runtime.batch_speculation import BatchSpeculation
-from lowtide.runtime.drafts.draft import Draft
-from lowtide.runtime.member_speculation import MemberSpeculation
-from lowtide.runtime.pass_costs import PassCosts
-from lowtide.runtime.planning import PlannedModel
-from lowtide.runtime.speculation_control import SpeculationControl
+from lowtide.models.model import Part, Sequences
+from lowtide.runtime.batch.batch import api as batch_answers
+from lowtide.runtime.batch.speculation import BatchSpeculation, MemberSpeculation
+from lowtide.runtime.planning.plan import PlannedModel
+from lowtide.runtime.speculation.control import SpeculationControl
+from lowtide.runtime.speculation.drafts import Draft
+from lowtide.runtime.speculation.step_cost import PassCosts
 
 CHEAP = CostCurve(num_rows=(1, 64), seconds=(1.0, 1.1))
 """Rows cost next to nothing, so that everything is verified."""

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lowtide.memory.control_group import ControlGroup
-from lowtide.memory.errors import NotEnforceable
+from lowtide.memory.os.cgroup import ControlGroup
+from lowtide.memory.units import NotEnforceable
 
 V1_FILES = {
     "memory.limit_in_bytes": "9223372036854771712",

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lowtide.attention.kernels import AttentionInputs
-from lowtide.models.llama_library import llama_library
+from lowtide.attention.bindings.structs import AttentionInputs
+from lowtide.models.gguf.llama_cpp import llama_library
 
 _P = ctypes.c_void_p
 

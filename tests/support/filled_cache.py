@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lowtide.models.gguf_model import GgufModel
+from lowtide.models.gguf.model import GgufModel
 
 HEADER_WORDS = 2  # magic and sequence, as the library wrote them
 WORD = 4

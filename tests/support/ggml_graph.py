@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lowtide.attention.graph_hook import GraphHook
-from lowtide.models.llama_library import llama_library
+from lowtide.attention.bindings.llama_hook import GraphHook
+from lowtide.models.gguf.llama_cpp import llama_library
 
 F32, F16 = 0, 1
 TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lowtide.memory.gpu_budget import GpuBudget
+from lowtide.memory.plan.gpu import GpuBudget
 from lowtide.memory.units import MIB
-from lowtide.models.gpu_device import GpuDevice
+from lowtide.models.gguf.gpu import GpuDevice
 
 
 def gpu(

@@ -11,9 +11,9 @@ from pathlib import Path
 ROWS = 128
 _PROGRAM = """
 import json, sys
-from lowtide.memory.meter import read_process_memory
-from lowtide.runtime.loaded_model import LoadedModel
-from lowtide.runtime.planning import OpenOptions, plan_reference
+from lowtide.memory.process import read_process_memory
+from lowtide.runtime.loading.load import LoadedModel
+from lowtide.runtime.planning.plan import OpenOptions, plan_reference
 path, attention, num_tokens, rows = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 planned = plan_reference(
     path, OpenOptions(attention=attention, memory="2GiB", context=num_tokens, threads=2)

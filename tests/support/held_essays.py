@@ -11,21 +11,26 @@ from pathlib import Path
 import numpy as np
 from essays import essays
 
-from lowtide.attention.delta.block_policy import DeltaBlocks
-from lowtide.attention.delta.calibrate import DeltaCalibrator
-from lowtide.attention.delta.policy import Delta
-from lowtide.attention.delta.state_calibrate import StateCalibrator
+from lowtide.attention.bindings.llama_hook import GraphHook
+from lowtide.attention.bindings.policy import ScoreCost
+from lowtide.attention.delta.blocks import DeltaBlocks
+from lowtide.attention.delta.calibrate import DeltaCalibrator, StateCalibrator
+from lowtide.attention.delta.tokens import Delta
 from lowtide.attention.dense import DenseSteering
-from lowtide.attention.graph_hook import GraphHook
-from lowtide.attention.needles import Needle, chat_framing, continued, hide_needle, pass_key
+from lowtide.attention.evaluation.divergence import Distance, Reference, read_prompt
+from lowtide.attention.evaluation.passkeys import (
+    Needle,
+    chat_framing,
+    continued,
+    hide_needle,
+    pass_key,
+)
 from lowtide.attention.policy import Steering
-from lowtide.attention.quality import Distance, Reference, read_prompt
-from lowtide.attention.score_cost import ScoreCost
-from lowtide.cli.delta_calibration import planned_as
-from lowtide.models.gguf_header import read_spec
-from lowtide.runtime.loaded_model import LoadedModel
-from lowtide.runtime.planning import OpenOptions, plan_reference
-from lowtide.runtime.sample_text import read_sample, sample_tokens
+from lowtide.cli.calibrate import planned_as
+from lowtide.models.gguf.spec import read_spec
+from lowtide.runtime.evaluation.text import read_sample, sample_tokens
+from lowtide.runtime.loading.load import LoadedModel
+from lowtide.runtime.planning.plan import OpenOptions, plan_reference
 
 SCORED = 200
 DEPTHS = (0.9, 0.5, 0.1)

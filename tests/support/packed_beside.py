@@ -8,10 +8,10 @@ from typing import Any
 from paired import paired
 from peer import Peer
 
-from lowtide.attention.policies import parse_policy
+from lowtide.attention.parse import parse_policy
 from lowtide.memory.units import GIB
-from lowtide.runtime.loaded_model import LoadedModel
-from lowtide.runtime.planning import OpenOptions, plan_reference
+from lowtide.runtime.loading.load import LoadedModel
+from lowtide.runtime.planning.plan import OpenOptions, plan_reference
 
 TEXT = "The tide comes in, the tide goes out, and nobody on the shore knows what it is about. "
 NUM_DECODED = 24

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lowtide.models.llama_library import llama_library
+from lowtide.models.gguf.llama_cpp import llama_library
 
 
 class Peer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
-from lowtide.models.llama_library import llama_library
+from lowtide.models.gguf.llama_cpp import llama_library
 
 FILE_TYPES = {
     "F32": 0,

@@ -6,12 +6,12 @@ import random
 from collections.abc import Callable, Sequence
 
 from lowtide import FakeModel
-from lowtide.memory.speculation_plan import CostCurve
-from lowtide.models.token_tree import TEXT, TokenTree
-from lowtide.runtime.drafts.draft import Draft, Proposal
-from lowtide.runtime.pass_costs import PassCosts
-from lowtide.runtime.speculate import Speculator
-from lowtide.runtime.speculation_control import SpeculationControl
+from lowtide.memory.plan.speculation import CostCurve
+from lowtide.models.draft_tree import TEXT, TokenTree
+from lowtide.runtime.speculation.control import SpeculationControl
+from lowtide.runtime.speculation.drafts import Draft, Proposal
+from lowtide.runtime.speculation.speculator import Speculator
+from lowtide.runtime.speculation.step_cost import PassCosts
 
 CHEAP = CostCurve(num_rows=(1, 8), seconds=(1.0, 1.1))
 """Rows cost next to nothing, so that everything is verified."""

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from lowtide import Runtime
+from lowtide.attention.bindings.llama_hook import GraphHook
 from lowtide.attention.dense import DenseSteering
-from lowtide.attention.graph_hook import GraphHook
-from lowtide.attention.policies import parse_policy
-from lowtide.attention.quality import Reference
-from lowtide.memory.footprint import attention_bytes
-from lowtide.memory.key_states import state_bytes
-from lowtide.models.gguf_header import read_spec
-from lowtide.models.gguf_model import GgufModel, LoadOptions
+from lowtide.attention.evaluation.divergence import Reference
+from lowtide.attention.parse import parse_policy
+from lowtide.memory.plan.attention import state_bytes
+from lowtide.memory.plan.estimates import attention_bytes
+from lowtide.models.gguf.model import GgufModel, LoadOptions
+from lowtide.models.gguf.spec import read_spec
 
 pytestmark = pytest.mark.once
 

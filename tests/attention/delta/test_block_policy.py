@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lowtide.attention.calibration_file import CalibrationError
-from lowtide.attention.delta.block_policy import DeltaBlocks
-from lowtide.attention.delta.policy import Delta
-from lowtide.attention.delta.state_calibration import StateCalibration, save_state_calibration
-from lowtide.attention.delta.state_units import StateUnits
-from lowtide.attention.policies import parse_policy
+from lowtide.attention.calibration import CalibrationError
+from lowtide.attention.delta.blocks import (
+    DeltaBlocks,
+    StateCalibration,
+    StateUnits,
+    save_state_calibration,
+)
+from lowtide.attention.delta.tokens import Delta
+from lowtide.attention.parse import parse_policy
 from lowtide.models.errors import BadOption
-from lowtide.models.gguf_header import read_spec
+from lowtide.models.gguf.spec import read_spec
 from lowtide.models.spec import ModelSpec
 
 

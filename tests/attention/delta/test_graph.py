@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from lowtide import Runtime
+from lowtide.attention.bindings.llama_hook import GraphHook
 from lowtide.attention.dense import DenseSteering
-from lowtide.attention.graph_hook import GraphHook
-from lowtide.attention.policies import parse_policy
-from lowtide.attention.quality import Reference
-from lowtide.memory.footprint import attention_bytes, group_bytes
-from lowtide.models.gguf_header import read_spec
-from lowtide.models.gguf_model import GgufModel, LoadOptions
+from lowtide.attention.evaluation.divergence import Reference
+from lowtide.attention.parse import parse_policy
+from lowtide.memory.plan.estimates import attention_bytes, group_bytes
+from lowtide.models.gguf.model import GgufModel, LoadOptions
+from lowtide.models.gguf.spec import read_spec
 
 TEXT = (Path(__file__).resolve().parents[1] / "test_kernels.py").read_text()
 LENGTH, CONTEXT = 400, 768

@@ -8,11 +8,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from reference import grouped_attention, quantise_q4_0, quantise_q8_0
 
-from lowtide.attention.delta.kernels import DeltaRule, GroupedLayer
-from lowtide.attention.delta.reference import grouped_attention
-from lowtide.attention.kernels import AttentionInputs, attend, usable_kernel_sets
-from lowtide.attention.reference import quantise_q4_0, quantise_q8_0
+from lowtide.attention.bindings.structs import (
+    AttentionInputs,
+    DeltaRule,
+    GroupedLayer,
+    attend,
+    usable_kernel_sets,
+)
 from lowtide.models.errors import LowtideError
 
 WINDOW, FIXED = 96, 4

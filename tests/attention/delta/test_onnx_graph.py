@@ -10,18 +10,18 @@ import onnx
 import onnxruntime
 import pytest
 from onnx_decoders import Shape, write_decoder
+from reference import delta_attention, grouped_attention, reference_states
 
-from lowtide.attention.delta.reference import delta_attention, grouped_attention, reference_states
-from lowtide.attention.onnx_attention import OnnxAttention
-from lowtide.attention.policies import parse_policy
+from lowtide.attention.bindings.onnx_ops import OnnxAttention
+from lowtide.attention.parse import parse_policy
 from lowtide.attention.policy import Steering
-from lowtide.memory.footprint import attention_bytes, group_bytes
-from lowtide.memory.key_states import state_bytes
+from lowtide.memory.plan.attention import state_bytes
+from lowtide.memory.plan.estimates import attention_bytes, group_bytes
 from lowtide.models.errors import LowtideError
-from lowtide.models.header import read_spec
-from lowtide.models.onnx.options import OnnxOptions
+from lowtide.models.onnx.config import OnnxOptions
+from lowtide.models.onnx.rewrite.model import SwappedModel
 from lowtide.models.onnx.spec import OnnxSpec
-from lowtide.models.onnx.swapped.model import SwappedModel
+from lowtide.models.read_spec import read_spec
 
 SHAPE = Shape(layers=3, kv_heads=2, context=1024)
 IDS = [int(i) for i in np.random.default_rng(5).integers(3, 320, 700)]

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from lowtide.attention.dense import DenseSteering
-from lowtide.attention.policies import parse_policy
+from lowtide.attention.evaluation.divergence import Reference
+from lowtide.attention.parse import parse_policy
 from lowtide.attention.policy import Steering
-from lowtide.attention.quality import Reference
-from lowtide.memory.owners import SCRATCH
-from lowtide.runtime.loaded_model import LoadedModel
-from lowtide.runtime.planning import OpenOptions, plan_reference
+from lowtide.memory.plan.line import SCRATCH
+from lowtide.runtime.loading.load import LoadedModel
+from lowtide.runtime.planning.plan import OpenOptions, plan_reference
 
 pytestmark = pytest.mark.once
 

@@ -12,14 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lowtide.attention.calibration_file import CalibrationError
-from lowtide.attention.delta.calibration import DeltaCalibration, save_delta_calibration
-from lowtide.attention.delta.lifts import fitted_lifts
-from lowtide.attention.delta.policy import Delta
-from lowtide.attention.delta.units import DeltaUnits, allocate, cheapest, scale_bytes
-from lowtide.attention.policies import parse_policy
+from lowtide.attention.calibration import CalibrationError
+from lowtide.attention.delta.tokens import (
+    Delta,
+    DeltaCalibration,
+    DeltaUnits,
+    allocate,
+    cheapest,
+    fitted_lifts,
+    save_delta_calibration,
+    scale_bytes,
+)
+from lowtide.attention.parse import parse_policy
 from lowtide.models.errors import BadOption
-from lowtide.models.gguf_header import read_spec
+from lowtide.models.gguf.spec import read_spec
 from lowtide.models.spec import ModelSpec
 
 

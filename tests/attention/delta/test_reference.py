@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from lowtide.attention.delta.reference import (
+from reference import (
     PAGE_KEYS,
+    attention,
     delta_attention,
     grouped_attention,
     page_groups,
     page_points,
     reference_states,
 )
-from lowtide.attention.reference import attention
 
 SIZE = 32
 BLOCKS = pytest.mark.parametrize("block", [1, 8, 16, SIZE], ids="element 8 16 row".split())

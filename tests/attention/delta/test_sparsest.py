@@ -7,14 +7,14 @@ from typing import Any, cast
 
 import pytest
 
-from lowtide.attention.calibrate import Targets
-from lowtide.attention.calibration_file import NotCalibrated
-from lowtide.attention.delta import sparsest
-from lowtide.attention.delta.policy import Delta
-from lowtide.attention.delta.sparsest import Candidate, SparsestPolicy
-from lowtide.attention.needles import pass_key
-from lowtide.attention.places import Distances
-from lowtide.attention.quality import Distance
+from lowtide.attention.calibration import NotCalibrated
+from lowtide.attention.delta import calibrate as sparsest
+from lowtide.attention.delta.calibrate import Candidate, SparsestPolicy
+from lowtide.attention.delta.tokens import Delta
+from lowtide.attention.evaluation.compare import Distances
+from lowtide.attention.evaluation.divergence import Distance
+from lowtide.attention.evaluation.passkeys import pass_key
+from lowtide.attention.tidal.calibrate import Targets
 
 CANDIDATES = [Candidate(Delta(sparsity=share), share) for share in (0.5, 0.4, 0.3)]
 TARGETS = Targets(kl=0.1, key_loss=0.1)

@@ -10,11 +10,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import (
+    delta_attention,
+    quantise_q4_0,
+    quantise_q8_0,
+    reference_states,
+)
 
-from lowtide.attention.delta.reference import delta_attention, reference_states
-from lowtide.attention.delta.state_kernels import StatesLayer, StatesRule
-from lowtide.attention.kernels import AttentionInputs, attend, usable_kernel_sets
-from lowtide.attention.reference import quantise_q4_0, quantise_q8_0
+from lowtide.attention.bindings.structs import (
+    AttentionInputs,
+    StatesLayer,
+    StatesRule,
+    attend,
+    usable_kernel_sets,
+)
 from lowtide.models.errors import LowtideError
 
 WINDOW, FIXED, PAGE = 96, 4, 64

@@ -9,13 +9,13 @@ import pytest
 from grown_memory import grown
 
 from lowtide import GenerationResult, Runtime
-from lowtide.memory.footprint import kv_bytes
-from lowtide.memory.owners import CACHE
+from lowtide.memory.plan.estimates import kv_bytes
+from lowtide.memory.plan.line import CACHE
 from lowtide.models.errors import BadOption, LowtideError
-from lowtide.models.gguf_header import read_spec
-from lowtide.models.gguf_model import GgufModel
-from lowtide.runtime.loaded_model import LoadedModel
-from lowtide.runtime.planning import OpenOptions, plan_reference
+from lowtide.models.gguf.model import GgufModel
+from lowtide.models.gguf.spec import read_spec
+from lowtide.runtime.loading.load import LoadedModel
+from lowtide.runtime.planning.plan import OpenOptions, plan_reference
 
 TEXT = (Path(__file__).resolve().parents[1] / "test_kernels.py").read_text()
 HALF = "delta:sparsity=0.5,window=96"

@@ -9,10 +9,10 @@ import pytest
 from onnx_decoders import FORMS, Shape, write_decoder
 
 from lowtide.models.errors import ForwardError, StateError, UnsupportedModel
-from lowtide.models.header import read_spec
+from lowtide.models.onnx.config import OnnxOptions
 from lowtide.models.onnx.model import OnnxModel
-from lowtide.models.onnx.options import OnnxOptions
 from lowtide.models.onnx.spec import OnnxSpec
+from lowtide.models.read_spec import read_spec
 
 IDS = [int(i) for i in np.random.default_rng(3).integers(0, 320, 90)]
 SHAPE = Shape(kv_heads=4)

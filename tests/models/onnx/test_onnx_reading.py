@@ -11,9 +11,9 @@ from onnx_decoders import FORMS, Shape, write_decoder
 from onnx_folders import write_genai_config, write_optimum_config, write_tokenizer
 
 from lowtide.models.errors import BadModelFile, LowtideError, ModelNotFound, UnsupportedModel
-from lowtide.models.header import read_spec
 from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.onnx.tokenizer import OnnxTokenizer
+from lowtide.models.read_spec import read_spec
 
 
 def read(path: Path) -> OnnxSpec:

@@ -13,10 +13,10 @@ from onnx_decoders import FORMS, Shape, write_decoder
 from processes import run_python
 
 from lowtide.models.errors import StateError
-from lowtide.models.header import read_spec
+from lowtide.models.onnx.config import OnnxOptions
 from lowtide.models.onnx.model import OnnxModel
-from lowtide.models.onnx.options import OnnxOptions
 from lowtide.models.onnx.spec import OnnxSpec
+from lowtide.models.read_spec import read_spec
 
 IDS = [int(i) for i in np.random.default_rng(5).integers(0, 320, 90)]
 HEADER_BYTES = 16
@@ -121,9 +121,9 @@ def test_a_write_that_the_system_cuts_short_is_an_error(tmp_path: Path) -> None:
     done = run_python(
         "import resource, signal\n"
         "from pathlib import Path\n"
-        "from lowtide.models.header import read_spec\n"
+        "from lowtide.models.read_spec import read_spec\n"
         "from lowtide.models.onnx.model import OnnxModel\n"
-        "from lowtide.models.onnx.options import OnnxOptions\n"
+        "from lowtide.models.onnx.config import OnnxOptions\n"
         f"signal.signal({int(signal.SIGXFSZ)}, signal.SIG_IGN)\n"
         "options = OnnxOptions(context=128, max_rows=64, threads=1)\n"
         f"with OnnxModel(read_spec(Path({str(folder)!r})), options) as model:\n"

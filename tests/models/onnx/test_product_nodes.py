@@ -13,14 +13,13 @@ from onnx import numpy_helper
 from onnx_decoders import Shape, write_decoder
 from tiny_gguf import write_pair
 
+from lowtide.models.convert.convert import convert
 from lowtide.models.errors import BadModelFile
-from lowtide.models.header import read_spec
-from lowtide.models.onnx.convert.conversion import convert
 from lowtide.models.onnx.graph import read_graph
-from lowtide.models.onnx.packed_form import PackedForm
+from lowtide.models.onnx.read_spec import PackedForm
+from lowtide.models.onnx.rewrite.matmul_nodes import BlockWeights, read_product_nodes
 from lowtide.models.onnx.spec import OnnxSpec
-from lowtide.models.onnx.swapped.block_weights import BlockWeights
-from lowtide.models.onnx.swapped.product_nodes import read_product_nodes
+from lowtide.models.read_spec import read_spec
 
 LAYER = 7
 """Products of a layer: queries, keys, values, what joins them, and three of the feed-forward part."""

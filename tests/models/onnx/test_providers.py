@@ -10,8 +10,8 @@ from onnx_decoders import write_decoder
 
 from lowtide import Runtime
 from lowtide.models.errors import BadOption
-from lowtide.models.onnx import providers
-from lowtide.models.onnx.providers import provider_name, session_providers
+from lowtide.models.onnx import config as providers
+from lowtide.models.onnx.config import provider_name, session_providers
 
 
 def test_the_processor_is_always_there() -> None:

@@ -7,8 +7,13 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowtide.runtime.drafts.draft import Proposal
-from lowtide.runtime.drafts.ngram import CLASSES, LEAST_MATCH, MOST_MATCH, NgramDraft
+from lowtide.runtime.speculation.drafts import (
+    CLASSES,
+    LEAST_MATCH,
+    MOST_MATCH,
+    NgramDraft,
+    Proposal,
+)
 
 texts = st.lists(st.integers(0, 3), max_size=60)
 

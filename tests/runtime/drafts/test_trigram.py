@@ -8,8 +8,13 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowtide.runtime.drafts.draft import Proposal
-from lowtide.runtime.drafts.trigram import MOST_WEIGHT, NUM_FOLLOWERS, TABLE_BYTES, TrigramDraft
+from lowtide.runtime.speculation.drafts import (
+    MOST_WEIGHT,
+    NUM_FOLLOWERS,
+    TABLE_BYTES,
+    Proposal,
+    TrigramDraft,
+)
 
 
 def taught(*texts: list[int]) -> TrigramDraft:

@@ -12,9 +12,9 @@ from gguf_files import write_model
 from tiny_gguf import write_pair
 
 from lowtide import Runtime
+from lowtide.models.convert.convert import convert
 from lowtide.models.errors import BadOption, ModelError, UnsupportedModel
-from lowtide.models.header import read_spec
-from lowtide.models.onnx.convert.conversion import convert
+from lowtide.models.read_spec import read_spec
 
 NEAR = 2e-5
 """llama.cpp keeps keys and values, and a table of activations, in 16 bits."""

@@ -8,8 +8,8 @@ import pytest
 from tiny_gguf import write_pair
 
 from lowtide import Runtime
-from lowtide.models.header import read_spec
-from lowtide.models.onnx.convert.conversion import convert
+from lowtide.models.convert.convert import convert
+from lowtide.models.read_spec import read_spec
 
 genai = pytest.importorskip("onnxruntime_genai")
 

@@ -6,8 +6,7 @@ import gguf
 import numpy as np
 import pytest
 
-from lowtide.models.onnx.convert.block_matrix import BlockMatrix
-from lowtide.models.onnx.convert.gguf_blocks import MATRIX_TYPES, ROUNDED_TYPES, block_matrix
+from lowtide.models.convert.dequantize import MATRIX_TYPES, ROUNDED_TYPES, BlockMatrix, block_matrix
 
 ROWS, COLUMNS = 6, 512
 

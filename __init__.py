@@ -1,0 +1,65 @@
+"""lowtide: quantised language models inside a memory budget stated in bytes.
+
+Installed as the package's `__init__`. Each public name is imported when it is first used, so that
+`import lowtide` loads nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowtide.attention.delta.blocks import DeltaBlocks as DeltaBlocks
+    from lowtide.attention.delta.tokens import Delta as Delta
+    from lowtide.attention.dense import Dense as Dense
+    from lowtide.attention.gem.policy import Gem as Gem
+    from lowtide.attention.tidal.policy import Tidal as Tidal
+    from lowtide.memory.plan.plan import MemoryPlan as MemoryPlan
+    from lowtide.models.fake_model import FakeModel as FakeModel
+    from lowtide.runtime.errors import LowtideError as LowtideError
+    from lowtide.runtime.errors import OverBudget as OverBudget
+    from lowtide.runtime.errors import PromptTooLong as PromptTooLong
+    from lowtide.runtime.generation.generate import GenerationResult as GenerationResult
+    from lowtide.runtime.generation.generate import Piece as Piece
+    from lowtide.runtime.generation.statistics import Statistics as Statistics
+    from lowtide.runtime.options import GenerationOptions as GenerationOptions
+    from lowtide.runtime.profiling.profiler import Profiler as Profiler
+    from lowtide.runtime.runtime import Runtime as Runtime
+
+    __version__: str
+
+_MODULES = {
+    "Delta": "attention.delta.tokens",
+    "DeltaBlocks": "attention.delta.blocks",
+    "Dense": "attention.dense",
+    "FakeModel": "models.fake_model",
+    "Gem": "attention.gem.policy",
+    "GenerationOptions": "runtime.options",
+    "GenerationResult": "runtime.generation.generate",
+    "LowtideError": "runtime.errors",
+    "MemoryPlan": "memory.plan.plan",
+    "OverBudget": "runtime.errors",
+    "Piece": "runtime.generation.generate",
+    "Profiler": "runtime.profiling.profiler",
+    "PromptTooLong": "runtime.errors",
+    "Runtime": "runtime.runtime",
+    "Statistics": "runtime.generation.statistics",
+    "Tidal": "attention.tidal.policy",
+}
+
+__all__ = [*_MODULES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("lowtide")
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"lowtide.{_MODULES[name]}"), name)
+    raise AttributeError(f"module 'lowtide' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

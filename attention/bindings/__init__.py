@@ -1,0 +1,1 @@
+"""The ctypes bindings of the native library."""

@@ -1,0 +1,313 @@
+"""OnnxAttention: our kernels in the place of an ONNX graph's attention.
+
+A graph's node calls them from onnxruntime's session, on onnxruntime's threads (`native/onnx_operator.cpp`):
+rows are turned (rotary embedding), appended to the layer's cache and attended in one call a layer. Knows
+no session and no model; policies install themselves here as in `GraphHook`.
+
+OnnxProducts: our matrix kernels in the place of an ONNX graph's quantised products.
+
+A graph's nodes call them from onnxruntime's session, on onnxruntime's threads
+(`native/onnx_product_operators.cpp`), over panels that are mapped from a file (`panel_file`). Knows no
+session."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowtide.attention.bindings.library import native_library
+from lowtide.attention.bindings.llama_hook import HookCounts
+from lowtide.attention.bindings.matmul import MatrixView
+from lowtide.attention.bindings.policy import PolicyKernels
+from lowtide.attention.bindings.structs import ScoreRule
+from lowtide.models.errors import LowtideError
+from lowtide.models.gguf.reader import TYPE_NUMBERS
+from lowtide.models.onnx.read_spec import PackedForm
+from lowtide.models.onnx.rewrite.rewrite import Attender, LayerArrays, Multiplier
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+ELEMENTS = {"float16": 0, "float32": 3}
+"""The C++ `KvType` of what arrays hold."""
+OPERATORS = {"float16": "AttentionHalf", "float32": "Attention"}
+
+
+class _Layer(ctypes.Structure):
+    """The C++ `OnnxLayer`, field for field."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "k_cache v_cache cosines sines".split()),
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "cache_type num_cells num_heads num_kv_heads head_size rotary_pairs interleaved "
+                "is_packed is_causal window mask"
+            ).split()
+        ),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    ]
+
+
+class _Counts(ctypes.Structure):
+    """The C++ `OnnxCounts`."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in "keys_read keys_held nodes nanoseconds scratch_bytes".split()
+    ]
+
+
+class OnnxAttention(PolicyKernels, Attender):
+    """Attends for one model on `threads` threads; `kernels` names an instruction set, None takes the best.
+
+    Raises `LowtideError` where this build and processor have no such kernels.
+    """
+
+    domain = "lowtide"
+
+    def __init__(self, threads: int, kernels: str | None = None) -> None:
+        library = _declared(native_library())
+        self._attend = library.lowtide_onnx_new(kernels.encode() if kernels else None, threads)
+        if not self._attend:
+            raise LowtideError(
+                f"our attention cannot run here: no {kernels or 'usable'} kernels, or no {threads} threads"
+            )
+        super().__init__(library, library.lowtide_onnx_policy(self._attend))
+        self.library = Path(library._name)
+        self.number = self._library.lowtide_onnx_number(self._attend)
+        self._layers: list[LayerArrays] = []
+
+    @property
+    def kernels(self) -> str:
+        """The instruction set in use."""
+        name: bytes = self._library.lowtide_onnx_kernels(self._attend)
+        return name.decode()
+
+    @property
+    def can_round(self) -> bool:
+        """Whether these kernels can multiply in bfloat16."""
+        return bool(self._library.lowtide_onnx_can_round(self._attend))
+
+    def operator(self, element: str) -> str:
+        """Return the operator's name for float32 or float16."""
+        return OPERATORS[element]
+
+    def score_prompt(self, layer: int, rule: ScoreRule, *, is_last: bool) -> None:
+        """Have passes from now on end in the attention of `layer`; the last one scores every key there.
+
+        Such a pass `has_ended`; what it returns as logits means nothing.
+        """
+        self._library.lowtide_onnx_score_prompt(self._attend, layer, ctypes.byref(rule), is_last)
+
+    def run_whole_passes(self) -> None:
+        """Have passes go through all layers again."""
+        self._library.lowtide_onnx_score_prompt(self._attend, -1, None, False)
+
+    def prompt_scores(self, num_keys: int) -> NDArray[np.float32] | None:
+        """Return the scores of the first `num_keys` keys; None where the last pass did not make them."""
+        import numpy as np
+
+        scores = np.empty(num_keys, np.float32)
+        num_made = self._library.lowtide_onnx_prompt_scores(
+            self._attend, scores.ctypes.data, num_keys
+        )
+        return scores if num_made >= num_keys else None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the last pass ended in a layer, as `score_prompt` had it."""
+        return bool(self._attend and self._library.lowtide_onnx_has_ended(self._attend))
+
+    def counts(self) -> HookCounts:
+        """Return what was attended to so far; all layers are ours."""
+        counts = self._library.lowtide_onnx_counts(self._attend)
+        return HookCounts(
+            layers_ours=len(self._layers),
+            layers_theirs=0,
+            nodes_ours=counts.nodes,
+            nodes_theirs=0,
+            seconds=counts.nanoseconds / 1e9,
+            scratch_bytes=counts.scratch_bytes,
+            keys_read=counts.keys_read,
+            keys_held=counts.keys_held,
+            weight_bytes_given_back=0,
+            products_sliced=0,
+            products_packed=0,
+            packed_refused=0,
+            scores=self.states.cost(),
+        )
+
+    def bind(self, layers: list[LayerArrays]) -> None:
+        """Know every layer's arrays; they are kept. Raises `LowtideError` where it is closed."""
+        if not self._attend:
+            raise LowtideError(
+                "our attention is closed with the model that it attended for: make another"
+            )
+        if layers is self._layers:
+            return
+        self._layers = layers
+        masks: dict[tuple[str, bool, int | None], int] = {}
+        described = (_Layer * len(layers))()
+        for layer, arrays in enumerate(layers):
+            node = arrays.node
+            mask = masks.setdefault((node.bias, node.is_causal, node.window), len(masks))
+            described[layer] = _described(arrays, mask)
+        failure = self._library.lowtide_onnx_set_layers(self._attend, described, len(layers))
+        if failure:
+            reason = "it has a shape that our kernels do not know" if failure == 2 else "no memory"
+            raise LowtideError(f"our attention cannot attend for this model: {reason}")
+
+    def begin(self, num_past: int, num_rows: int) -> None:
+        """Begin a pass: layers that see the same keys have one mask."""
+        self._library.lowtide_onnx_begin(self._attend, num_past, num_rows)
+
+    def cut(self, num_cells: int) -> None:
+        """Forget what is kept of the cells from `num_cells` on."""
+        if self._attend:
+            super().cut(num_cells)
+
+    def close(self) -> None:
+        """Free the kernels' scratch; closing twice is allowed."""
+        if self._attend:
+            self._library.lowtide_onnx_free(self._attend)
+            self._attend = None
+        self._layers = []
+
+
+def _described(arrays: LayerArrays, mask: int) -> _Layer:
+    node = arrays.node
+    layer = _Layer(
+        k_cache=arrays.key_cache.ctypes.data,
+        v_cache=arrays.value_cache.ctypes.data,
+        cache_type=ELEMENTS[str(arrays.key_cache.dtype)],
+        num_cells=min(len(a) for a in (arrays.key_cache, arrays.cosines) if a is not None),
+        num_heads=node.num_heads,
+        num_kv_heads=node.num_kv_heads,
+        head_size=node.head_size,
+        interleaved=node.is_interleaved,
+        is_packed=node.is_packed,
+        is_causal=node.is_causal,
+        window=node.window or 0,
+        mask=mask,
+        scale=node.scale,
+        softcap=node.softcap,
+    )
+    if arrays.cosines is not None and arrays.sines is not None:
+        layer.cosines, layer.sines = arrays.cosines.ctypes.data, arrays.sines.ctypes.data
+        layer.rotary_pairs = arrays.cosines.shape[1]
+    return layer
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    library.lowtide_onnx_new.restype = pointer
+    library.lowtide_onnx_new.argtypes = [ctypes.c_char_p, number]
+    library.lowtide_onnx_free.restype = None
+    library.lowtide_onnx_free.argtypes = [pointer]
+    library.lowtide_onnx_can_round.argtypes = [pointer]
+    library.lowtide_onnx_kernels.restype = ctypes.c_char_p
+    library.lowtide_onnx_kernels.argtypes = [pointer]
+    library.lowtide_onnx_number.restype = ctypes.c_int64
+    library.lowtide_onnx_number.argtypes = [pointer]
+    library.lowtide_onnx_set_layers.argtypes = [pointer, pointer, number]
+    library.lowtide_onnx_policy.restype = pointer
+    library.lowtide_onnx_policy.argtypes = [pointer]
+    library.lowtide_onnx_begin.restype = None
+    library.lowtide_onnx_begin.argtypes = [pointer, number, number]
+    library.lowtide_onnx_score_prompt.restype = None
+    library.lowtide_onnx_score_prompt.argtypes = [pointer, number, pointer, number]
+    library.lowtide_onnx_has_ended.argtypes = [pointer]
+    library.lowtide_onnx_prompt_scores.argtypes = [pointer, pointer, number]
+    library.lowtide_onnx_counts.restype = _Counts
+    library.lowtide_onnx_counts.argtypes = [pointer]
+    return library
+
+
+class _MatmulCounts(ctypes.Structure):
+    """The C++ `OnnxProductCounts`."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("nodes", "scratch_bytes")]
+
+
+class OnnxProducts(Multiplier):
+    """The packed matrices of `form` in the file `panels`, for passes of `max_rows` rows at most.
+
+    Raises `LowtideError` where there is no memory for the rows, or the file is no such one.
+    """
+
+    product_operator = "Product"
+    look_up_operator = "Rows"
+
+    def __init__(self, form: PackedForm, panels: Path, max_rows: int, threads: int) -> None:
+        import numpy as np
+
+        self._library = _matmul_declared(native_library())
+        self._panels = np.memmap(panels, np.uint8, "r")
+        *starts, end = form.offsets
+        if len(self._panels) < end:
+            raise LowtideError(
+                f"{panels} has {len(self._panels)} bytes of packed weights, {end} are wanted: remove it, "
+                "and it is made again"
+            )
+        address = self._panels.ctypes.data
+        matrices = form.swap.products.matrices
+        described = (MatrixView * len(matrices))(
+            *(
+                MatrixView(
+                    TYPE_NUMBERS[matrix.type_name],
+                    matrix.num_rows,
+                    matrix.num_columns,
+                    address + start,
+                )
+                for matrix, start in zip(matrices, starts, strict=True)
+            )
+        )
+        self._products = self._library.lowtide_onnx_products_new(
+            described, len(described), max_rows, threads
+        )
+        if not self._products:
+            raise LowtideError(
+                f"our kernels cannot multiply here: no memory for {max_rows} rows, or no kernels"
+            )
+        self.number = self._library.lowtide_onnx_products_number(self._products)
+
+    def begin(self) -> None:
+        """Forget the last pass's rows."""
+        self._library.lowtide_onnx_products_begin(self._products)
+
+    @property
+    def num_nodes(self) -> int:
+        """How many nodes have been computed, products and look-ups."""
+        return int(self._library.lowtide_onnx_products_counts(self._products).nodes)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What a pass's rows take in 8 bits."""
+        return int(self._library.lowtide_onnx_products_counts(self._products).scratch_bytes)
+
+    def close(self) -> None:
+        """Free the rows and let go of the file; closing twice is allowed."""
+        if self._products:
+            self._library.lowtide_onnx_products_free(self._products)
+            self._products = None
+            del self._panels
+
+
+def _matmul_declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    library.lowtide_onnx_products_new.restype = pointer
+    library.lowtide_onnx_products_new.argtypes = [pointer, number, number, number]
+    library.lowtide_onnx_products_free.restype = None
+    library.lowtide_onnx_products_free.argtypes = [pointer]
+    library.lowtide_onnx_products_number.restype = ctypes.c_int64
+    library.lowtide_onnx_products_number.argtypes = [pointer]
+    library.lowtide_onnx_products_begin.restype = None
+    library.lowtide_onnx_products_begin.argtypes = [pointer]
+    library.lowtide_onnx_products_counts.restype = _MatmulCounts
+    library.lowtide_onnx_products_counts.argtypes = [pointer]
+    return library

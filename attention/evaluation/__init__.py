@@ -1,0 +1,1 @@
+"""Compares a policy with dense attention: KL divergence, passkeys, questions."""

@@ -1,0 +1,105 @@
+"""Needles: a pass key hidden in a long text, and whether a policy still finds it.
+
+A divergence averaged over a text does not show that one number is lost; this does (Kamradt's "needle in a
+haystack", the pass-key form of Mohtashami and Jaggi 2023).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lowtide.attention.evaluation.divergence import read_prompt
+from lowtide.attention.policy import Steering
+from lowtide.models.chat_template import ChatTemplate
+from lowtide.models.errors import TemplateError
+from lowtide.models.model import Model
+from lowtide.models.tokenizer import common_prefix
+
+ANSWER_TOKENS = 10
+OPENING = "Read this text.\n"
+QUESTION = "\nWhat is the secret pass key mentioned in the text?"
+ANSWER = "The secret pass key is"
+
+Framing = Callable[[str], str]
+"""Puts a user's message into the model's chat template, up to where the answer begins."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needle:
+    """A prompt of `length` tokens with `key` hidden at `depth`, a share of the length.
+
+    `answer_ids` are the key's tokens where the prompt ends.
+    """
+
+    key: str
+    length: int
+    depth: float
+    token_ids: Sequence[int]
+    answer_ids: Sequence[int]
+
+
+def chat_framing(model: Model) -> Framing:
+    """Return the model's chat template, or the bare text where it has none that works."""
+    try:
+        template = ChatTemplate(model.spec.chat_template, model.tokenizer.special_texts)
+        template.render([{"role": "user", "content": "x"}])
+    except TemplateError:
+        return lambda text: text + "\n"
+    return lambda text: template.render([{"role": "user", "content": text}])
+
+
+def pass_key(seed: int, *, doubled: bool = False) -> str:
+    """Return five digits; `doubled` has two neighbours equal, which an approximation may take for one."""
+    random_digits = random.Random(seed)
+    if not doubled:
+        return str(random_digits.randint(10_000, 99_999))
+    four = str(random_digits.randint(1000, 9999))
+    at = random_digits.randrange(4)
+    return four[:at] + four[at] + four[at:]
+
+
+def hide_needle(
+    model: Model, haystack: Sequence[int], framing: Framing, length: int, depth: float, key: str
+) -> Needle:
+    """Build a prompt of about `length` tokens; raises `ValueError` where the haystack is too short."""
+    before, _, after = framing(OPENING + "\0" + QUESTION).partition("\0")
+    start = model.tokenizer.encode(before, add_special=True, parse_special=True)
+    end = model.tokenizer.encode(after + ANSWER, add_special=False, parse_special=True)
+    answered = model.tokenizer.encode(
+        f"{after}{ANSWER} {key}", add_special=False, parse_special=True
+    )
+    sentence = f"\nThe secret pass key is {key}. Remember it: {key} is the pass key.\n"
+    needle = model.tokenizer.encode(sentence, add_special=False, parse_special=False)
+    room = length - len(start) - len(end) - len(needle)
+    if not 0 < room <= len(haystack):
+        raise ValueError(f"{room} tokens of text are wanted, {len(haystack)} given")
+    at = int(room * depth)
+    token_ids = [*start, *haystack[:at], *needle, *haystack[at:room], *end]
+    return Needle(
+        key=key,
+        length=length,
+        depth=depth,
+        token_ids=token_ids,
+        answer_ids=answered[common_prefix(end, answered) :],
+    )
+
+
+def finds(model: Model, steering: Steering, needle: Needle) -> bool:
+    """Read the prompt and answer greedily, both as a policy does, and look for the key.
+
+    What the cache holds must be a beginning of the prompt, read exactly; see `read_prompt`.
+    """
+    return needle.key in continued(model, steering, needle.token_ids)
+
+
+def continued(model: Model, steering: Steering, token_ids: Sequence[int]) -> str:
+    """Return what a prompt is likeliest to go on with, for a few tokens; the cache as for `finds`."""
+    token_id, answer = token_ids[-1], list[int]()
+    with read_prompt(model, steering, token_ids[:-1]):
+        for _ in range(ANSWER_TOKENS):
+            steering.before_decode()
+            token_id = int(model.forward((token_id,)).argmax())
+            answer.append(token_id)
+    return model.tokenizer.decode(answer)

@@ -1,0 +1,1 @@
+"""GemFilter: an early layer chooses which prompt tokens the other layers read."""

@@ -1,0 +1,1 @@
+"""TidalDecode: a few layers select keys, the others reuse the selection."""

@@ -1,0 +1,1 @@
+"""What the operating system keeps resident: pages, mappings, shared libraries, cgroups."""

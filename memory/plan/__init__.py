@@ -1,0 +1,1 @@
+"""The memory plan: one line per component, computed before anything is loaded."""

@@ -1,0 +1,90 @@
+"""SimulatedGguf: what llama.cpp would allocate for a model's contexts, without allocating it.
+
+llama.cpp can lay a model out with `no_alloc`: the vocabulary is read, and nothing of the weights, of the KV
+cache and of the compute buffer is allocated; a context takes milliseconds. The sizes are read from what it
+tells of its work, to a hundredth of a MiB, and rounded up by as much. Knows no budget.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from lowtide.models.errors import ModelError
+from lowtide.models.gguf.llama_cpp import llama_library
+from lowtide.models.gguf.model import LoadOptions, context_parameters, model_parameters
+from lowtide.models.spec import ModelSpec
+
+_COMPUTE = re.compile(r"compute buffer size = +(\d+\.\d+) MiB")
+_CACHE = re.compile(r"^llama_(?:kv_cache|memory_recurrent).*: size = +(\d+\.\d+) MiB")
+_ROUNDING_BYTES = (1 << 20) // 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatedContext:
+    """What one context would take, in bytes: the cache for all its tokens, and the compute buffer.
+
+    The cache is rounded down, so that where a formula is exact the formula is the larger.
+    """
+
+    cache_bytes: int
+    compute_bytes: int
+
+
+class SimulatedGguf:
+    """A model that is laid out and not loaded; close it before the real one is loaded.
+
+    Raises `ModelError` where this llama.cpp cannot do that.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+        self._library = llama_library()
+        self._api = self._library.api
+        self._contexts: dict[LoadOptions, SimulatedContext] = {}
+        params = model_parameters(self._api, memory_map=False, repack=True)
+        if not hasattr(params, "no_alloc"):
+            raise ModelError("this llama-cpp-python cannot lay a model out without loading it")
+        params.no_alloc = True
+        with self._library.collected_errors() as errors:
+            self._model: Any = self._api.llama_model_load_from_file(os.fsencode(spec.path), params)
+        if not self._model:
+            reason = errors[0] if errors else "no reason given"
+            raise ModelError(f"llama.cpp cannot lay out {spec.path}: {reason}")
+
+    def context(self, context: int, max_rows: int, kv_type: str) -> SimulatedContext:
+        """Return what a context of `context` tokens and `max_rows` rows a pass would take."""
+        options = LoadOptions(context=context, max_rows=max_rows, threads=1, kv_type=kv_type)
+        if options not in self._contexts:
+            self._contexts[options] = self._measured(options)
+        return self._contexts[options]
+
+    def _measured(self, options: LoadOptions) -> SimulatedContext:
+        with self._library.collected_messages() as messages:
+            made = self._api.llama_init_from_model(
+                self._model, context_parameters(self._api, options)
+            )
+        if not made:
+            raise ModelError(f"llama.cpp cannot lay out a context for {self._spec.name}")
+        self._api.llama_free(made)
+        compute = [_num_bytes(found[1]) for m in messages if (found := _COMPUTE.search(m))]
+        cache = [
+            _num_bytes(found[1]) - 2 * _ROUNDING_BYTES
+            for m in messages
+            if (found := _CACHE.search(m))
+        ]
+        if not compute:
+            raise ModelError("llama.cpp does not tell the size of its compute buffer")
+        return SimulatedContext(cache_bytes=sum(cache), compute_bytes=sum(compute))
+
+    def close(self) -> None:
+        """Free what the layout took; closing twice is allowed."""
+        if self._model is not None:
+            self._api.llama_model_free(self._model)
+            self._model = None
+
+
+def _num_bytes(mebibytes: str) -> int:
+    return int(float(mebibytes) * (1 << 20)) + _ROUNDING_BYTES

@@ -1,0 +1,115 @@
+"""GpuDevice: what the loaded llama.cpp can reach beside the processor. Asks ggml; decides nothing."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lowtide.models.errors import NoGpu
+from lowtide.models.gguf.llama_cpp import llama_library
+
+_P = ctypes.c_void_p
+_GPU, _INTEGRATED_GPU = 1, 2
+"""ggml's numbers of kinds of devices."""
+_ON_THE_PROCESSOR = frozenset({"CPU", "BLAS"})
+_APPLE = ("MTL", "Metal")
+
+HOW_TO_GET_ONE = (
+    "build it with one, CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-cache-dir --no-deps "
+    "llama-cpp-python (or GGML_VULKAN, GGML_HIP, GGML_METAL, GGML_SYCL)"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuDevice:
+    """A device that layers can be given to, as ggml tells of it.
+
+    `shares_memory` is true where its bytes are the machine's own: of the same memory that a process has.
+    """
+
+    name: str
+    description: str
+    total_bytes: int
+    free_bytes: int
+    shares_memory: bool = False
+
+
+def gpu_backends() -> tuple[str, ...]:
+    """Return the backends that llama.cpp was built with, beside those of the processor."""
+    count = _function("ggml_backend_reg_count", ctypes.c_size_t)()
+    at = _function("ggml_backend_reg_get", _P, ctypes.c_size_t)
+    name = _function("ggml_backend_reg_name", ctypes.c_char_p, _P)
+    names = [name(at(i)).decode() for i in range(count)]
+    return tuple(name for name in names if name not in _ON_THE_PROCESSOR)
+
+
+def read_gpu_devices() -> tuple[GpuDevice, ...]:
+    """Return the devices that llama.cpp would use: integrated ones only where there are no others.
+
+    The first question makes a device's driver take memory of its own in this process.
+    """
+    count = _function("ggml_backend_dev_count", ctypes.c_size_t)()
+    at = _function("ggml_backend_dev_get", _P, ctypes.c_size_t)
+    kind = _function("ggml_backend_dev_type", ctypes.c_int, _P)
+    handles = [at(i) for i in range(count)]
+    for wanted in (_GPU, _INTEGRATED_GPU):
+        found = tuple(_device(handle) for handle in handles if kind(handle) == wanted)
+        if found:
+            return found
+    return ()
+
+
+def require_gpus(wanted_by: str) -> tuple[GpuDevice, ...]:
+    """Return the devices; raises `NoGpu`, which says how to come by one, where the option has none."""
+    devices = read_gpu_devices()
+    if devices:
+        return devices
+    backends = gpu_backends()
+    if backends:
+        raise NoGpu(
+            f"{wanted_by} wants a GPU, llama.cpp's backend {', '.join(backends)} finds none: look at its "
+            f"driver, or leave {wanted_by} out"
+        )
+    raise NoGpu(
+        f"{wanted_by} wants a GPU, llama-cpp-python {llama_library().version} is built for the "
+        f"processor alone: {HOW_TO_GET_ONE}, or leave {wanted_by} out"
+    )
+
+
+def device_address(name: str) -> int:
+    """Return ggml's handle of a device."""
+    found: int | None = _function("ggml_backend_dev_by_name", _P, ctypes.c_char_p)(name.encode())
+    if found is None:
+        raise NoGpu(f"{name} is wanted, and is no longer there: plan again")
+    return found
+
+
+def cpu_buffer_type() -> int:
+    """Return ggml's handle of the processor's memory."""
+    found: int = _function("ggml_backend_cpu_buffer_type", _P)()
+    return found
+
+
+def _device(handle: int) -> GpuDevice:
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    _function("ggml_backend_dev_memory", None, _P, _P, _P)(
+        handle, ctypes.addressof(free), ctypes.addressof(total)
+    )
+    kind = _function("ggml_backend_dev_type", ctypes.c_int, _P)(handle)
+    name, description = (
+        _function(f"ggml_backend_dev_{what}", ctypes.c_char_p, _P)(handle).decode(errors="replace")
+        for what in ("name", "description")
+    )
+    return GpuDevice(
+        name=name,
+        description=description.strip(),
+        total_bytes=total.value,
+        free_bytes=free.value,
+        shares_memory=kind == _INTEGRATED_GPU or name.startswith(_APPLE),
+    )
+
+
+def _function(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
+    return ctypes.CFUNCTYPE(result, *arguments)(llama_library().address(name))

@@ -1,0 +1,216 @@
+"""GGUF headers -> ModelSpec. Knows what the keys mean; reads no weights.
+
+Key names follow the GGUF specification ("general.*", "<architecture>.*", "tokenizer.*").
+
+Which weights a pass reads together, and where they lie in the files. Reads no weights."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from lowtide.models.errors import BadModelFile
+from lowtide.models.fingerprint import fingerprint
+from lowtide.models.gguf.reader import ArrayValue, GgufContents, read_gguf
+from lowtide.models.gguf.repacked import packed_names
+from lowtide.models.spec import ModelSpec, VocabularySpec, WeightGroup, WeightSpan
+
+ATTENTION_OUTPUT = ".attn_output"
+"""In the name of every tensor between a layer's attention and what is added to its input."""
+_LAYER = re.compile(r"^blk\.(\d+)\.")
+
+
+def weight_groups(parts: Sequence[GgufContents]) -> tuple[WeightGroup, ...]:
+    """Return a group for each layer, in order, and one for each tensor outside of them."""
+    layers = defaultdict[int, list[WeightSpan]](list)
+    projection_bytes = Counter[int]()
+    others = []
+    for number, part in enumerate(parts):
+        for tensor in part.tensors:
+            span = WeightSpan(number, part.data_start + tensor.offset, tensor.num_bytes)
+            layer = _LAYER.match(tensor.name)
+            if layer is None:
+                others.append(WeightGroup(None, (span,), tensor.name))
+                continue
+            number_of_layer = int(layer[1])
+            layers[number_of_layer].append(span)
+            if ATTENTION_OUTPUT in tensor.name:
+                projection_bytes[number_of_layer] += tensor.num_bytes
+    by_layer = (
+        WeightGroup(layer, _joined(layers[layer]), projection_bytes=projection_bytes[layer])
+        for layer in sorted(layers)
+    )
+    return (*by_layer, *others)
+
+
+def _joined(spans: Iterable[WeightSpan]) -> tuple[WeightSpan, ...]:
+    """Spans in order, those that touch (but for the alignment between tensors) as one."""
+    joined: list[WeightSpan] = []
+    for span in sorted(spans, key=lambda s: (s.part, s.offset)):
+        last = joined[-1] if joined else None
+        gap = span.offset - (last.offset + last.num_bytes) if last else -1
+        if last is not None and last.part == span.part and 0 <= gap < 4096:
+            end = span.offset + span.num_bytes
+            joined[-1] = WeightSpan(last.part, last.offset, end - last.offset)
+        else:
+            joined.append(span)
+    return tuple(joined)
+
+
+MAX_REASONABLE = 1 << 24
+"""No width, head or layer count of a real model comes near: more is a broken header."""
+
+MAX_LAYERS = 4096
+_SPLIT_NAME = re.compile(r"^(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf$")
+
+
+def read_spec(path: Path) -> ModelSpec:
+    """Read the `ModelSpec` of the model at `path`; a split model is opened from its first part.
+
+    Raises `ModelNotFound` or `BadModelFile` with what is wrong and what to change.
+    """
+    first = read_gguf(path)
+    parts = [first, *(read_gguf(part) for part in _other_parts(first))]
+    return _Keys(first).spec(parts)
+
+
+def _other_parts(first: GgufContents) -> list[Path]:
+    num_parts = first.metadata.get("split.count", 1)
+    if not isinstance(num_parts, int) or num_parts <= 1:
+        return []
+    match = _SPLIT_NAME.match(first.path.name)
+    if match is None or int(match["parts"]) != num_parts:
+        raise BadModelFile(
+            f"{first.path} is one of {num_parts} parts and not named like one: "
+            f"name the files NAME-00001-of-{num_parts:05}.gguf as they were published"
+        )
+    if int(match["part"]) != 1:
+        raise BadModelFile(
+            f"{first.path} is part {int(match['part'])} of {num_parts}: open the first, "
+            f"{match['stem']}-00001-of-{num_parts:05}.gguf"
+        )
+    others = []
+    for part in range(2, num_parts + 1):
+        other = first.path.with_name(f"{match['stem']}-{part:05}-of-{num_parts:05}.gguf")
+        if not other.is_file():
+            raise BadModelFile(
+                f"{other} is missing: the model has {num_parts} parts, all are needed in one folder"
+            )
+        others.append(other)
+    return others
+
+
+class _Keys:
+    """Typed look-ups in one file's metadata, with errors that name the key."""
+
+    def __init__(self, contents: GgufContents) -> None:
+        self.contents = contents
+        self.architecture = self.text("general.architecture")
+
+    def spec(self, parts: list[GgufContents]) -> ModelSpec:
+        num_layers = self.number("block_count", most=MAX_LAYERS)
+        width = self.number("embedding_length")
+        num_heads = max(self.per_layer("attention.head_count", num_layers, default=1))
+        kv_heads = self.per_layer("attention.head_count_kv", num_layers, default=num_heads)
+        head_size = -(-width // max(num_heads, 1))
+        tensors = [tensor for part in parts for tensor in part.tensors]
+        layer_bytes = Counter[str]()
+        for tensor in tensors:
+            layer_bytes[tensor.type_name] += tensor.num_bytes if "blk." in tensor.name else 1
+        return ModelSpec(
+            paths=tuple(part.path for part in parts),
+            name=self.text("general.name", default=self.contents.path.stem),
+            architecture=self.architecture,
+            quantisation=layer_bytes.most_common(1)[0][0] if layer_bytes else "none",
+            num_layers=num_layers,
+            embedding_width=width,
+            feed_forward_width=self._feed_forward_width(num_layers),
+            num_heads=num_heads,
+            num_kv_heads=kv_heads,
+            key_head_size=self.number("attention.key_length", default=head_size),
+            value_head_size=self.number("attention.value_length", default=head_size),
+            context_length=self.number("context_length"),
+            sliding_window=self.number("attention.sliding_window", default=0) or None,
+            recurrent_state_bytes=self._recurrent_state_bytes(num_layers),
+            vocabulary=self._vocabulary(),
+            weight_bytes=sum(tensor.num_bytes for tensor in tensors),
+            file_bytes=sum(part.file_bytes for part in parts),
+            tensor_types=frozenset(layer_bytes),
+            chat_template=self.optional_text("tokenizer.chat_template"),
+            fingerprint=fingerprint(parts),
+            weight_groups=weight_groups(parts),
+            packed_tensors=tuple(name for part in parts for name in packed_names(part)),
+        )
+
+    def _feed_forward_width(self, num_layers: int) -> tuple[int, ...]:
+        """Return the width of each layer's feed-forward rows: of all experts that a row goes through."""
+        experts = self.number("expert_feed_forward_length", default=0) * self.number(
+            "expert_used_count", default=0
+        ) + self.number("expert_shared_feed_forward_length", default=0)
+        dense = self.per_layer("feed_forward_length", num_layers, default=0)
+        return tuple(max(width, experts) for width in dense)
+
+    def _recurrent_state_bytes(self, num_layers: int) -> int:
+        inner = self.number("ssm.inner_size", default=0)
+        state = self.number("ssm.state_size", default=0)
+        convolution = self.number("ssm.conv_kernel", default=0)
+        groups = self.number("ssm.group_count", default=0)
+        rows = inner * state + max(convolution - 1, 0) * (inner + 2 * groups * state)
+        return 4 * num_layers * rows
+
+    def _vocabulary(self) -> VocabularySpec:
+        tokens = self.contents.metadata.get("tokenizer.ggml.tokens")
+        merges = self.contents.metadata.get("tokenizer.ggml.merges")
+        if not isinstance(tokens, ArrayValue) or tokens.length == 0:
+            raise self.wrong("tokenizer.ggml.tokens", "is missing: a vocabulary is wanted")
+        return VocabularySpec(
+            num_tokens=tokens.length,
+            num_merges=merges.length if isinstance(merges, ArrayValue) else 0,
+            text_bytes=tokens.text_bytes,
+            longest_token_bytes=tokens.longest_bytes,
+        )
+
+    def wrong(self, key: str, reason: str) -> BadModelFile:
+        return BadModelFile(
+            f"{self.contents.path}: the header's {key} {reason}; "
+            "the file is broken or not a language model"
+        )
+
+    def optional_text(self, key: str) -> str | None:
+        value = self.contents.metadata.get(key)
+        if value is not None and not isinstance(value, str):
+            raise self.wrong(key, f"is {value!r}, a text is wanted")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self.optional_text(key) or default
+        if value is None:
+            raise self.wrong(key, "is missing")
+        return value
+
+    def number(self, name: str, default: int | None = None, most: int = MAX_REASONABLE) -> int:
+        key = f"{self.architecture}.{name}"
+        value = self.contents.metadata.get(key, default)
+        if isinstance(value, ArrayValue) and value.values:
+            value = max((item for item in value.values if isinstance(item, int)), default=default)
+        if value is None:
+            raise self.wrong(key, "is missing")
+        return self._checked(key, value, least=1 if default is None else 0, most=most)
+
+    def per_layer(self, name: str, num_layers: int, default: int) -> tuple[int, ...]:
+        key = f"{self.architecture}.{name}"
+        value = self.contents.metadata.get(key, default)
+        if not isinstance(value, ArrayValue):
+            return (self._checked(key, value, least=0),) * num_layers
+        if value.values is None or value.length < num_layers:
+            raise self.wrong(key, f"has {value.length} entries for {num_layers} layers")
+        return tuple(self._checked(key, item, least=0) for item in value.values[:num_layers])
+
+    def _checked(self, key: str, value: object, least: int, most: int = MAX_REASONABLE) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.wrong(key, f"is {value!r}, a whole number is wanted")
+        if not least <= value <= most:
+            raise self.wrong(key, f"is {value}, between {least} and {most} is wanted")
+        return value

@@ -1,0 +1,1 @@
+"""Rewrites ONNX graphs so that lowtide's kernels run in them."""

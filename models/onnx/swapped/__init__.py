@@ -1,1 +1,0 @@
-"""Puts our attention in the place of a decoder's attention nodes; the rest of the graph stays as it is."""

@@ -1,0 +1,1 @@
+"""Several prompts generated together, one forward pass for all."""

@@ -1,0 +1,1 @@
+"""Paired benchmarks: two configurations in turn, in processes of their own."""

@@ -1,1 +1,0 @@
-"""What proposes the next tokens, cheaply, for the model to verify. One draft, one file."""

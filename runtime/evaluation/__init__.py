@@ -1,0 +1,1 @@
+"""Measures how much an approximate attention policy changes the answers."""

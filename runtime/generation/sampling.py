@@ -1,0 +1,116 @@
+"""Sampler: from logits to one token. Pure but for its own random generator; knows no model.
+
+The order of the steps is llama.cpp's default: penalty, top-k, top-p, min-p, temperature, draw.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lowtide.runtime.options import GenerationOptions
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from lowtide.models.model import Logits
+
+    Indices = NDArray[np.int32]
+
+WIDE_MARGIN = 12.0
+"""Logits this far below the largest are rarely among the first k: they are looked at only if need be."""
+FEW_SHARE = 8
+"""Up to this part of the vocabulary is sorted by itself; for more, everything is."""
+
+
+class Sampler:
+    """Chooses tokens under `options`; `seed` is the one in use, drawn where none was given."""
+
+    def __init__(self, options: GenerationOptions) -> None:
+        self._options = options
+        self.seed = (
+            int.from_bytes(os.urandom(6), "little") if options.seed is None else options.seed
+        )
+        self._random = random.Random(self.seed)
+
+    def choose(self, logits: Logits, history: Sequence[int]) -> int:
+        """Return the next token after `history`, given its `logits` of shape (vocabulary,)."""
+        logits = self._penalised(logits, history)
+        if self._options.temperature == 0:
+            return int(logits.argmax())
+        candidates, probabilities = self.distribution(logits)
+        np.cumsum(probabilities, out=probabilities)
+        return int(candidates[np.searchsorted(probabilities, self._random.random())])
+
+    def distribution(self, logits: Logits) -> tuple[Indices, NDArray[np.float64]]:
+        """Return the tokens that can be drawn, most likely first, and their probabilities (sum 1).
+
+        Holds no more than four arrays of the vocabulary's size, in floats, at once.
+        """
+        options = self._options
+        candidates = _largest(logits, options.top_k)
+        kept = logits[candidates]
+        count = len(kept)
+        if options.top_p < 1:
+            count = _num_until(kept, options.top_p)
+        if options.min_p > 0:
+            count = min(count, int(np.count_nonzero(kept >= kept[0] + math.log(options.min_p))))
+        tempered = _softmax(kept[:count], options.temperature)
+        tempered[-1] += 1.0 - tempered.sum()  # the cumulative sum must reach 1
+        return candidates[:count], tempered
+
+    def _penalised(self, logits: Logits, history: Sequence[int]) -> Logits:
+        penalty, last_n = self._options.repeat_penalty, self._options.repeat_last_n
+        if penalty == 1 or last_n == 0 or not history:
+            return logits
+        recent = np.unique(np.asarray(history[-last_n:]))
+        changed = logits.copy()
+        values = changed[recent]
+        changed[recent] = np.where(values > 0, values / penalty, values * penalty)
+        return changed
+
+
+def _largest(logits: Logits, count: int) -> Indices:
+    """Return the indices of the `count` largest logits (0: all), largest first."""
+    if not 0 < count <= len(logits) // FEW_SHARE:
+        order = np.argsort(-logits, kind="stable").astype(np.int32)
+        return order[: count or None]
+    near = np.flatnonzero(logits > logits.max() - WIDE_MARGIN)
+    if len(near) < count or len(near) > len(logits) // FEW_SHARE:
+        return _largest(logits, 0)[:count]
+    values = logits[near]
+    candidates = near[np.argpartition(values, len(values) - count)[-count:]]
+    return candidates[np.argsort(-logits[candidates], kind="stable")].astype(np.int32)
+
+
+def _num_until(logits: Logits, share: float) -> int:
+    """Return how many of the sorted logits it takes until their probabilities reach `share`."""
+    reached = _softmax(logits)
+    np.cumsum(reached, out=reached)
+    return min(int(np.searchsorted(reached, share)) + 1, len(reached))
+
+
+def _softmax(logits: Logits, temperature: float = 1.0) -> NDArray[np.float64]:
+    """Return the probabilities of the logits under a temperature; their order is kept."""
+    values = logits.astype(np.float64)
+    values -= values.max()
+    values /= temperature
+    np.exp(values, out=values)
+    values /= values.sum()
+    return values
+
+
+def preload() -> None:
+    """Run every sampling step once on a small vocabulary.
+
+    The first call of a numpy function reads its code from disk, which makes the process larger. The memory
+    planner calls this before it measures the process (`runtime/planning/gguf.py`). A new sampling option
+    must be switched on here.
+    """
+    options = GenerationOptions(top_p=0.9, min_p=0.1, repeat_penalty=1.1)
+    Sampler(options).choose(np.linspace(0, 1, 1024, dtype=np.float32), (1, 2))

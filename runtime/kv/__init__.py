@@ -1,0 +1,1 @@
+"""What the KV cache holds: sessions, the prefix cache, filtered prompts."""

@@ -1,0 +1,231 @@
+"""Profiler: an observer of one runtime that keeps where its time and its bytes went.
+
+Give one to `Runtime.open`; afterwards `report` has the figures. Knows no prompt and draws nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from lowtide.attention.bindings.llama_hook import GraphHook, LayerClock
+from lowtide.memory.os.kv_pages import UntouchedBuffer
+from lowtide.memory.os.residency import Residence
+from lowtide.memory.plan.line import CACHE
+from lowtide.models.errors import BadOption
+from lowtide.runtime.profiling.memory import PACE, MemoryWatch, WatchedModel
+from lowtide.runtime.profiling.retention_map import PromptHeat
+from lowtide.runtime.profiling.timeline import LayerPass, MemorySample, Span, Timeline
+
+if TYPE_CHECKING:
+    from lowtide.runtime.planning.plan import PlannedModel
+    from lowtide.runtime.profiling.report import ProfileReport
+
+    OnEvent = Callable[[Span | MemorySample | LayerPass], None]
+
+PREFILL, DECODE, FILTER = "prefill pass", "decode pass", "filter pass"
+DECODE_PACES = (8, 32)
+"""Layers are timed in one decode pass of so many, at first and later: stopping at each costs something."""
+FIRST_PASSES = 64
+STEP_BYTES = 1 << 20
+"""A change by this much is sampled at once."""
+
+
+class Profiler:
+    """Spans, memory by owner, and time by layer, of one runtime.
+
+    `on_event`, where given, is called with each `Span`, `MemorySample` and `LayerPass` as it ends, in the
+    runtime's own thread: keep it short. Spans of your own go in with `span`. One runtime for each profiler.
+    """
+
+    def __init__(self, on_event: OnEvent | None = None) -> None:
+        self.timeline = Timeline()
+        self._on_event = on_event
+        self._watch = MemoryWatch()
+        self._clock: LayerClock | None = None
+        self._planned: PlannedModel | None = None
+        self._num_tokens: Callable[[], int] = lambda: 0
+        self._seconds: dict[str, tuple[int, int]] = {}
+        self._open: list[_OpenSpan] = []
+        self._num_decoded = 0
+        self.heat: PromptHeat | None = None
+        self._is_finished = False
+        self._sampled_bytes = 0
+        self._next_sample_ns = 0
+        self.begin_ns = self.end_ns = time.perf_counter_ns()
+
+    @property
+    def wants_layers(self) -> bool:
+        """Whether the time of layers is wanted, for which a hook is needed."""
+        return True
+
+    def span(self, name: str, num_rows: int = 0) -> contextlib.AbstractContextManager[object]:
+        """Time what is done inside the block under `name`; spans may lie in one another."""
+        return _OpenSpan(self, name, num_rows)
+
+    def watch(self, planned: PlannedModel, model: WatchedModel) -> None:
+        """Begin with a runtime, before its model is loaded. Raises `BadOption` for a second one."""
+        if self._planned is not None:
+            raise BadOption("this profiler has a runtime already: make one for each runtime")
+        self._planned = planned
+        self._watch.start(model)
+
+    def cache_lies_in(self, buffers: Sequence[UntouchedBuffer], owner: str = CACHE) -> None:
+        """Say where an owner's KV cache is, once it is made."""
+        self._watch.cache_lies_in(buffers, owner)
+
+    def count_tokens(self, num_tokens: Callable[[], int]) -> None:
+        """Ask `num_tokens` how many are in the KV cache, from now on."""
+        self._num_tokens = num_tokens
+
+    def filtered(self, heat: Callable[[], PromptHeat]) -> None:
+        """A prompt was filtered: ask what was kept of it."""
+        self.heat = heat()
+
+    def time_layers(self, hook: GraphHook, num_layers: int) -> None:
+        """Take the time of layers from a hook's passes, until `finish`."""
+        self._clock = LayerClock(hook, num_layers)
+
+    def finish(self) -> None:
+        """The runtime closes: what is known stays known, nothing else is measured."""
+        if self._planned is not None and not self._is_finished:
+            self._sample(self._watch.read(), time.perf_counter_ns())
+        self._is_finished = True
+        self._clock = None
+        self._num_tokens = lambda: 0
+        self._watch.close()
+
+    def report(self) -> ProfileReport:
+        """Return the figures so far. Raises `BadOption` where no runtime was opened with this profiler."""
+        from lowtide.runtime.profiling.report import ProfileReport
+
+        if self._planned is None:
+            raise BadOption("no runtime was opened with this profiler: Runtime.open(profiler=...)")
+        return ProfileReport.of(self._planned, self, self._watch.how)
+
+    @property
+    def phases(self) -> list[tuple[str, int, int]]:
+        """Name, nanoseconds outside of nested spans, and number of each kind of span."""
+        return [(name, *values) for name, values in self._seconds.items()]
+
+    def _begin(self, span: _OpenSpan) -> None:
+        self._open.append(span)
+        span.before = self._watch.read()
+        if self._clock is not None and span.name in (PREFILL, DECODE):
+            is_turn = self._num_decoded % DECODE_PACES[self._num_decoded >= FIRST_PASSES] == 0
+            self._num_decoded += span.name == DECODE
+            span.is_timed = span.name == PREFILL or is_turn
+            self._clock.start(timed=span.is_timed)
+        span.begin_ns = time.perf_counter_ns()
+
+    def _end(self, span: _OpenSpan) -> None:
+        end_ns = self.end_ns = time.perf_counter_ns()
+        after = self._watch.read()
+        self._open.remove(span)
+        taken = end_ns - span.begin_ns
+        if self._open:
+            self._open[-1].nested_ns += taken
+        self._charge(span.name, taken - span.nested_ns)
+        self._watch.charge(span.name, span.before, after)
+        depth = len(self._open)
+        ended = Span(span.name, span.begin_ns, end_ns, depth, span.num_rows)
+        self.timeline.add_span(ended)
+        self._tell(ended)
+        if span.is_timed and self._clock is not None:
+            self._keep_layers(ended, self._clock)
+        if self._is_time_to_sample(after, end_ns):
+            self._sample(after, end_ns)
+
+    def _charge(self, name: str, nanoseconds: int) -> None:
+        before, calls = self._seconds.get(name, (0, 0))
+        self._seconds[name] = before + nanoseconds, calls + 1
+
+    def _keep_layers(self, span: Span, clock: LayerClock) -> None:
+        ends, attention = clock.read()
+        if not any(ends):
+            return
+        timed = LayerPass(span.name, span.begin_ns, span.end_ns, tuple(ends), tuple(attention))
+        self.timeline.add_pass(timed)
+        self._tell(timed)
+
+    def _is_time_to_sample(self, now: Residence, at_ns: int) -> bool:
+        changed = abs(now.num_bytes - self._sampled_bytes)
+        return at_ns >= self._next_sample_ns or changed >= STEP_BYTES
+
+    def _sample(self, now: Residence, at_ns: int) -> None:
+        """Take the bytes of every owner; what that costs is a phase of its own."""
+        sample = MemorySample(at_ns, now.num_bytes, self._watch.sample(now), self._num_tokens())
+        self.timeline.add_sample(sample)
+        self._sampled_bytes = now.num_bytes
+        self.end_ns = time.perf_counter_ns()
+        cost = self.end_ns - at_ns
+        self._next_sample_ns = at_ns + (1 + PACE) * cost
+        self._charge("profiling", cost)
+        if self._open:
+            self._open[-1].nested_ns += cost
+        self._tell(sample)
+
+    def _tell(self, event: Span | MemorySample | LayerPass) -> None:
+        if self._on_event is not None:
+            self._on_event(event)
+
+
+class _OpenSpan:
+    """A span that has not ended. A class, not a generator: there are three of them in every token."""
+
+    __slots__ = ("_profiler", "before", "begin_ns", "is_timed", "name", "nested_ns", "num_rows")
+
+    def __init__(self, profiler: Profiler, name: str, num_rows: int) -> None:
+        self._profiler = profiler
+        self.name = name
+        self.num_rows = num_rows
+        self.before = Residence(0, 0)
+        self.begin_ns = self.nested_ns = 0
+        self.is_timed = False
+
+    def __enter__(self) -> None:
+        self._profiler._begin(self)
+
+    def __exit__(self, *_error: object) -> None:
+        self._profiler._end(self)
+
+
+class _Silent(Profiler):
+    """Stands where no profiler was given: keeps nothing and takes no time."""
+
+    _NOTHING = contextlib.nullcontext()
+
+    def __init__(self) -> None:
+        """Nothing is kept."""
+
+    @property
+    def wants_layers(self) -> bool:
+        """No hook is made for it."""
+        return False
+
+    def span(self, name: str, num_rows: int = 0) -> contextlib.AbstractContextManager[object]:
+        """Do what is in the block."""
+        return self._NOTHING
+
+    def watch(self, planned: PlannedModel, model: WatchedModel) -> None:
+        """Watch nothing."""
+
+    def cache_lies_in(self, buffers: Sequence[UntouchedBuffer], owner: str = CACHE) -> None:
+        """Remember nothing."""
+
+    def count_tokens(self, num_tokens: Callable[[], int]) -> None:
+        """Count nothing."""
+
+    def filtered(self, heat: Callable[[], PromptHeat]) -> None:
+        """Ask nothing."""
+
+    def time_layers(self, hook: GraphHook, num_layers: int) -> None:
+        """Time nothing."""
+
+    def finish(self) -> None:
+        """Nothing was begun."""
+
+
+SILENT: Profiler = _Silent()

@@ -1,0 +1,1 @@
+"""Saved chats: the messages and the KV cache in one file."""

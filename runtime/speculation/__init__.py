@@ -1,0 +1,1 @@
+"""Speculative decoding: drafts, verification, and when it pays."""
