@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from lowtide.runtime.errors import LowtideError as LowtideError
     from lowtide.runtime.errors import OverBudget as OverBudget
     from lowtide.runtime.errors import PromptTooLong as PromptTooLong
+    from lowtide.runtime.generation.generate import GenerationChunk as GenerationChunk
     from lowtide.runtime.generation.generate import GenerationResult as GenerationResult
-    from lowtide.runtime.generation.generate import Piece as Piece
     from lowtide.runtime.generation.statistics import Statistics as Statistics
-    from lowtide.runtime.options import GenerationOptions as GenerationOptions
+    from lowtide.runtime.options import SamplingParams as SamplingParams
     from lowtide.runtime.profiling.profiler import Profiler as Profiler
     from lowtide.runtime.runtime import Runtime as Runtime
 
@@ -35,12 +35,12 @@ _MODULES = {
     "Dense": "attention.dense",
     "FakeModel": "models.fake_model",
     "Gem": "attention.gem.policy",
-    "GenerationOptions": "runtime.options",
+    "SamplingParams": "runtime.options",
     "GenerationResult": "runtime.generation.generate",
     "LowtideError": "runtime.errors",
     "MemoryPlan": "memory.plan.plan",
     "OverBudget": "runtime.errors",
-    "Piece": "runtime.generation.generate",
+    "GenerationChunk": "runtime.generation.generate",
     "Profiler": "runtime.profiling.profiler",
     "PromptTooLong": "runtime.errors",
     "Runtime": "runtime.runtime",

@@ -29,7 +29,7 @@ class NotCalibrated(LowtideError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Closeness:
+class CalibrationMetrics:
     """Of which model a calibration is, and how far from dense attention its settings measured.
 
     On text that the search did not see, at `context` tokens: `kl` is the mean KL divergence in nats a
@@ -139,8 +139,8 @@ class Fields:
             raise self.wrong(field, "a number of 0 or more" if least == 0 else "a number")
         return float(value)
 
-    def closeness(self) -> dict[str, Any]:
-        """Return the fields of a `Closeness`, checked."""
+    def calibration_metrics(self) -> dict[str, Any]:
+        """Return the fields of a `CalibrationMetrics`, checked."""
         return {
             **{name: self.text(name) for name in ("fingerprint", "model", "text")},
             **{name: self.number(name) for name in ("kl", "target_kl", "keys_read")},

@@ -7,12 +7,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lowtide.attention.policy import AttentionPolicy, Steering
+from lowtide.attention.policy import AttentionPolicy, PassController
 from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from lowtide.attention.bindings.policy import KernelHost
+    from lowtide.attention.bindings.policy import AttentionKernels
 
 
 EXACT, BF16 = "exact", "bf16"
@@ -31,9 +31,9 @@ def check_prompts(prompts: str) -> None:
         )
 
 
-def check_hook(hook: KernelHost, prompts: str) -> None:
+def check_kernels(hook: AttentionKernels, prompts: str) -> None:
     """Raise `BadOption` where the hook's kernels have no units for it."""
-    if prompts == BF16 and not hook.can_round:
+    if prompts == BF16 and not hook.supports_bf16:
         raise BadOption(
             f"prompts is 'bf16', and the {hook.kernels} kernels multiply exactly: leave prompts out"
         )
@@ -43,8 +43,8 @@ class Llama(AttentionPolicy):
     """llama.cpp's own kernels; nothing is hooked."""
 
     name = "llama"
-    uses_hook = False
-    takes_batches = True
+    uses_native_kernels = False
+    supports_batch = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,35 +56,35 @@ class Dense(AttentionPolicy):
     """
 
     name: ClassVar[str] = "dense"
-    takes_batches: ClassVar[bool] = True
+    supports_batch: ClassVar[bool] = True
 
     prompts: str = EXACT
 
-    def fitted(self, spec: ModelSpec) -> Dense:
+    def resolve(self, spec: ModelSpec) -> Dense:
         """Check that this processor can."""
         check_prompts(self.prompts)
         return self
 
-    def install(self, hook: KernelHost, spec: ModelSpec) -> Steering:
+    def install(self, hook: AttentionKernels, spec: ModelSpec) -> PassController:
         """Attend fully in every pass, whatever another policy left behind."""
-        check_hook(hook, self.prompts)
-        return DenseSteering(hook, self.prompts)
+        check_kernels(hook, self.prompts)
+        return DenseController(hook, self.prompts)
 
     def __str__(self) -> str:
         return "dense" if self.prompts == EXACT else f"dense, prompts in {self.prompts}"
 
 
-class DenseSteering(Steering):
+class DenseController(PassController):
     """Every pass attends to every key."""
 
-    def __init__(self, hook: KernelHost, prompts: str = EXACT) -> None:
+    def __init__(self, hook: AttentionKernels, prompts: str = EXACT) -> None:
         self._hook = hook
-        self.exact_prompts = prompts == EXACT
+        self.exact_prefill = prompts == EXACT
 
-    def before_prompt(self) -> None:
+    def begin_prefill(self) -> None:
         """Attend fully."""
-        self._hook.start_pass(sparse=False, rounded=not self.exact_prompts)
+        self._hook.start_pass(sparse=False, use_bf16=not self.exact_prefill)
 
-    def before_decode(self) -> None:
+    def begin_decode(self) -> None:
         """Attend fully."""
         self._hook.start_pass(sparse=False)

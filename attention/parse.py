@@ -17,7 +17,7 @@ from lowtide.models.errors import BadOption
 SETTINGS: dict[str, tuple[str, ...]] = {
     "llama": (),
     "delta": (
-        *("sparsity", "window", "sinks", "prompts", "opens", "store", "calibration"),
+        *("sparsity", "window", "sinks", "prompts", "refine", "store", "calibration"),
         *("granularity", "block", "threshold"),
     ),
     "dense": ("prompts",),
@@ -75,7 +75,7 @@ def _setting(policy: str, part: str) -> tuple[str, Any]:
         "k": _read_k,
         "layers": _read_layers,
         "prompts": str,
-        **dict.fromkeys(("sparsity", "opens"), _read_share),
+        **dict.fromkeys(("sparsity", "refine"), _read_share),
         "threshold": float,
         "granularity": str,
         **dict.fromkeys(("weights", "heads", "pool"), str),
@@ -89,7 +89,7 @@ def _setting(policy: str, part: str) -> tuple[str, Any]:
             "k": "tokens or a percentage",
             "layers": "layer numbers joined by +",
             "then": "dense or tidal",
-            **dict.fromkeys(("sparsity", "opens"), "a share or a percentage"),
+            **dict.fromkeys(("sparsity", "refine"), "a share or a percentage"),
             "threshold": "a number",
         }
         raise BadOption(

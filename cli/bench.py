@@ -113,7 +113,7 @@ def command(
     spec = take_spec(options)
     options["attention"] = attentions[0]
     for attention in attentions:
-        if parse_policy(attention).fitted(spec).first_pass is not None:
+        if parse_policy(attention).resolve(spec).filter_prefill is not None:
             raise BadOption(
                 "attention is gem, which shortens prompts before they are read, and bench fills the cache "
                 "itself: name dense or tidal"
@@ -129,8 +129,8 @@ def command(
         "context": planned.plan.context,
         "kv_type": planned.plan.kv_type,
         "threads": planned.options.num_threads,
-        "max_rows": planned.plan.max_rows,
-        "pack": planned.options.pack,
+        "batch_size": planned.plan.batch_size,
+        "repack": planned.options.repack,
     }
     cases = []
     with tidy_termination(), Bench(spec, attentions, opened, enforced=enforce) as bench:
@@ -233,9 +233,9 @@ def measure_answers(
         "context": planned.plan.context,
         "kv_type": planned.plan.kv_type,
         "threads": planned.options.num_threads,
-        "max_rows": planned.plan.max_rows,
+        "batch_size": planned.plan.batch_size,
         "attention": attentions[0],
-        "pack": planned.options.pack,
+        "repack": planned.options.repack,
     }
     with (
         tidy_termination(),

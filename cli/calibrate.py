@@ -16,13 +16,13 @@ import click
 from lowtide.cli.options import opening_options, plan_with, take_open_options, take_spec
 
 if TYPE_CHECKING:
-    from lowtide.attention.delta.blocks import DeltaBlocks, StateCalibration
+    from lowtide.attention.delta.blocks import DeltaBlocks, DeltaBlocksCalibration
     from lowtide.attention.delta.tokens import Delta, DeltaCalibration
-    from lowtide.attention.gem.policy.policy import Gem, GemCalibration
-    from lowtide.attention.tidal.policy.calibrate import Targets
-    from lowtide.attention.tidal.policy.policy import Calibration, Tidal
+    from lowtide.attention.gem.policy import Gem, GemCalibration
+    from lowtide.attention.tidal.calibrate import Targets
+    from lowtide.attention.tidal.policy import Tidal, TidalCalibration
     from lowtide.models.spec import ModelSpec
-    from lowtide.runtime.loading.load import LoadedModel
+    from lowtide.runtime.loading.load import Engine
 
 
 DEFAULT_CONTEXT = 4096
@@ -103,7 +103,7 @@ def command(
     from lowtide.cli import calibrate as delta_calibration
     from lowtide.cli import calibrate as found_calibration
     from lowtide.cli.output import json_object, note, plan_line
-    from lowtide.runtime.loading.load import LoadedModel
+    from lowtide.runtime.loading.load import Engine
 
     policy = _wanted_policy(options["attention"])
     options["attention"] = "dense"
@@ -116,12 +116,12 @@ def command(
         delta_calibration.check_delta(policy, k_choices)
         options["attention"] = delta_calibration.planned_as(policy, spec)
     elif policy.selection_layers is not None:
-        policy.fitted(spec)
-    compared_rows = 1 if isinstance(policy, Gem) else WINDOW_TOKENS
-    wanted = replace(take_open_options(options), compared_rows=compared_rows)
+        policy.resolve(spec)
+    compared_tokens = 1 if isinstance(policy, Gem) else WINDOW_TOKENS
+    wanted = replace(take_open_options(options), compared_tokens=compared_tokens)
     planned = plan_with(spec, replace(wanted, selection_layers=spec.num_layers))
     note(plan_line(planned))
-    loaded = LoadedModel(planned)
+    loaded = Engine(planned)
     try:
         found = _searched(
             loaded, text, policy, Targets(target_kl, target_key_loss), max_layers, k_choices
@@ -142,13 +142,13 @@ def command(
 
 
 def _searched(
-    loaded: LoadedModel,
+    loaded: Engine,
     text: Path | None,
     policy: Tidal | Gem | Delta | DeltaBlocks,
     targets: Targets,
     max_layers: int,
     k_choices: tuple[int, ...],
-) -> Calibration | GemCalibration | DeltaCalibration | StateCalibration:
+) -> TidalCalibration | GemCalibration | DeltaCalibration | DeltaBlocksCalibration:
     from lowtide.attention.delta.blocks import DeltaBlocks
     from lowtide.attention.delta.tokens import Delta
     from lowtide.attention.gem.policy import Gem
@@ -217,32 +217,32 @@ def _check_gem(policy: Gem, spec: ModelSpec, k_choices: tuple[int, ...]) -> None
             "tokens, what to calibrate for"
         )
     if policy.layer is not None:
-        replace(policy, k=policy.k or DEFAULT_K).fitted(spec)
+        replace(policy, k=policy.k or DEFAULT_K).resolve(spec)
 
 
 def _calibrated(
-    loaded: LoadedModel,
+    loaded: Engine,
     text: Path | None,
     targets: Targets,
     policy: Tidal,
     max_layers: int,
     k_choices: tuple[int, ...],
-) -> Calibration:
+) -> TidalCalibration:
     from lowtide.attention.evaluation.passkeys import chat_framing
-    from lowtide.attention.tidal.calibrate import K_CHOICES, Calibrator
-    from lowtide.attention.tidal.policy import Calibration
+    from lowtide.attention.tidal.calibrate import K_CHOICES, TidalSearch
+    from lowtide.attention.tidal.policy import TidalCalibration
     from lowtide.cli.output import note
 
     model, hook, context = loaded.model, loaded.hook, loaded.planned.plan.context
     assert hook is not None
     token_ids, whose = _sample(loaded, text)
-    search = Calibrator(model, hook, token_ids, context, chat_framing(model), progress=note)
+    search = TidalSearch(model, hook, token_ids, context, chat_framing(model), progress=note)
     ks = k_choices or tuple(k for k in K_CHOICES if k <= context // 4)
     if policy.selection_layers is None:
         best = search.best(targets, max_layers, ks)
     else:
         best = search.of_layers(targets, policy.selection_layers, ks)
-    return Calibration(
+    return TidalCalibration(
         fingerprint=loaded.planned.spec.fingerprint,
         model=loaded.planned.spec.name,
         k=best.k,
@@ -258,10 +258,10 @@ def _calibrated(
 
 
 def _gem_calibrated(
-    loaded: LoadedModel, text: Path | None, policy: Gem, k_choices: tuple[int, ...]
+    loaded: Engine, text: Path | None, policy: Gem, k_choices: tuple[int, ...]
 ) -> GemCalibration:
     from lowtide.attention.evaluation.passkeys import chat_framing
-    from lowtide.attention.gem.calibrate import CONTEXTS_OF_K, K_CHOICES, GemCalibrator
+    from lowtide.attention.gem.calibrate import CONTEXTS_OF_K, K_CHOICES, GemSearch
     from lowtide.cli.output import note
     from lowtide.models.errors import BadOption
 
@@ -272,9 +272,7 @@ def _gem_calibrated(
     model, hook, context = loaded.model, loaded.hook, loaded.planned.plan.context
     assert hook is not None
     token_ids, whose = _sample(loaded, text)
-    search = GemCalibrator(
-        model, hook, token_ids, context, chat_framing(model), policy, progress=note
-    )
+    search = GemSearch(model, hook, token_ids, context, chat_framing(model), policy, progress=note)
     most = context // CONTEXTS_OF_K
     ks = tuple(k for k in K_CHOICES if k <= most) or (most,)
     if policy.k is not None:
@@ -282,7 +280,7 @@ def _gem_calibrated(
     return search.calibration(k_choices or ks, text=whose)
 
 
-def _sample(loaded: LoadedModel, text: Path | None) -> tuple[Sequence[int], str]:
+def _sample(loaded: Engine, text: Path | None) -> tuple[Sequence[int], str]:
     """The text to measure on, twice the context, and whose it is."""
     from lowtide.models.errors import BadOption
     from lowtide.runtime.evaluation.text import BUILT_IN, read_sample, sample_tokens
@@ -312,26 +310,28 @@ def check_delta(policy: Delta | DeltaBlocks, k_choices: tuple[int, ...]) -> None
 
 def planned_as(policy: Delta | DeltaBlocks, spec: ModelSpec) -> Delta | DeltaBlocks:
     """Return a policy whose memory is the most that the search takes."""
-    from lowtide.attention.delta.blocks import DeltaBlocks, StateUnits
-    from lowtide.attention.delta.tokens import DeltaUnits
+    from lowtide.attention.delta.blocks import DeltaBlocks, HeadThresholds
+    from lowtide.attention.delta.tokens import HeadGroups
     from lowtide.memory.plan.estimates import PAGE_KEYS
 
-    shape = (spec.num_layers, max(spec.num_kv_heads), spec.key_head_size)
+    shape = (spec.num_layers, max(spec.num_kv_heads), spec.key_head_dim)
     if isinstance(policy, DeltaBlocks):
-        return replace(policy, units=StateUnits.uniform(*shape, block=policy.channels)).fitted(spec)
-    return replace(policy, units=DeltaUnits.uniform(*shape, PAGE_KEYS - 1), store=0).fitted(spec)
+        return replace(policy, units=HeadThresholds.uniform(*shape, block=policy.channels)).resolve(
+            spec
+        )
+    return replace(policy, units=HeadGroups.uniform(*shape, PAGE_KEYS - 1), store=0).resolve(spec)
 
 
 def calibrated(
-    loaded: LoadedModel,
+    loaded: Engine,
     token_ids: Sequence[int],
     whose: str,
     targets: Targets,
     policy: Delta | DeltaBlocks,
-) -> DeltaCalibration | StateCalibration:
+) -> DeltaCalibration | DeltaBlocksCalibration:
     """Search with the loaded model."""
     from lowtide.attention.delta.blocks import DeltaBlocks
-    from lowtide.attention.delta.calibrate import DeltaCalibrator, StateCalibrator
+    from lowtide.attention.delta.calibrate import DeltaBlocksSearch, DeltaSearch
     from lowtide.attention.evaluation.passkeys import chat_framing
     from lowtide.cli.output import note
 
@@ -339,29 +339,30 @@ def calibrated(
     assert hook is not None
     place = (model, hook, token_ids, context, chat_framing(model))
     if isinstance(policy, DeltaBlocks):
-        return StateCalibrator(*place, policy, progress=note).calibration(targets, text=whose)
-    return DeltaCalibrator(*place, policy, progress=note).calibration(targets, text=whose)
+        return DeltaBlocksSearch(*place, policy, progress=note).calibration(targets, text=whose)
+    return DeltaSearch(*place, policy, progress=note).calibration(targets, text=whose)
 
 
 def saved(
-    found: Calibration | GemCalibration | DeltaCalibration | StateCalibration, output: Path | None
+    found: TidalCalibration | GemCalibration | DeltaCalibration | DeltaBlocksCalibration,
+    output: Path | None,
 ) -> tuple[Path, str]:
     """Write what was found, to `output` or its place in the cache; return where, and what to say of it."""
-    from lowtide.attention.delta.blocks import StateCalibration, save_state_calibration
+    from lowtide.attention.delta.blocks import DeltaBlocksCalibration, save_blocks_calibration
     from lowtide.attention.delta.tokens import DeltaCalibration, save_delta_calibration
     from lowtide.attention.gem.policy import save_gem_calibration
-    from lowtide.attention.tidal.policy import Calibration, save_calibration
+    from lowtide.attention.tidal.policy import TidalCalibration, save_tidal_calibration
 
-    if isinstance(found, Calibration):
-        return save_calibration(found, output), _tidal_line(found)
+    if isinstance(found, TidalCalibration):
+        return save_tidal_calibration(found, output), _tidal_line(found)
     if isinstance(found, DeltaCalibration):
         return save_delta_calibration(found, output), _delta_line(found)
-    if isinstance(found, StateCalibration):
-        return save_state_calibration(found, output), _state_line(found)
+    if isinstance(found, DeltaBlocksCalibration):
+        return save_blocks_calibration(found, output), _state_line(found)
     return save_gem_calibration(found, output), _gem_line(found)
 
 
-def _tidal_line(found: Calibration) -> str:
+def _tidal_line(found: TidalCalibration) -> str:
     layers = ", ".join(map(str, found.selection_layers))
     return (
         f"k {found.k}, selection layers {layers}: KL {found.kl:.4f} at {found.context:,} tokens, "
@@ -386,7 +387,7 @@ def _delta_line(found: DeltaCalibration) -> str:
     )
 
 
-def _state_line(found: StateCalibration) -> str:
+def _state_line(found: DeltaBlocksCalibration) -> str:
     return (
         f"sparsity {found.units.sparsity:.1%} behind the window: KL {found.kl:.4f} at {found.context:,} "
         f"tokens, loss {found.key_loss:.3f} at pass keys"

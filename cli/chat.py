@@ -30,9 +30,9 @@ from lowtide.models.errors import LowtideError
 from lowtide.runtime.errors import OverBudget, SessionMismatch
 
 if TYPE_CHECKING:
-    from lowtide import Piece, Runtime
+    from lowtide import GenerationChunk, Runtime
     from lowtide.memory.os.cgroup import ControlGroup
-    from lowtide.runtime.options import GenerationOptions
+    from lowtide.runtime.options import SamplingParams
 
 
 @click.command("chat")
@@ -85,12 +85,12 @@ Ctrl-C stops an answer.'''
 class Repl:
     """One conversation with one runtime."""
 
-    def __init__(self, runtime: Runtime, options: GenerationOptions, system: str | None) -> None:
+    def __init__(self, runtime: Runtime, options: SamplingParams, system: str | None) -> None:
         self._runtime = runtime
         self._options = options
         self._system = system
         self._turns: list[dict[str, str]] = []
-        self._last: Piece | None = None
+        self._last: GenerationChunk | None = None
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: click.echo(HELP, err=True),
             "/reset": self._reset,

@@ -34,8 +34,8 @@ def command(model: str, folder: Path, rows: str, force: bool, offline: bool) -> 
     spec = find_spec(model, offline=offline)
     with click.progressbar(length=spec.weight_bytes, label=spec.name, file=sys.stderr) as bar:
         made = convert(spec, folder, rows=rows, replace=force, advance=bar.update)
-    for type_name, count in sorted(made.rounded.items()):
+    for type_name, count in sorted(made.use_bf16.items()):
         note(f"{count} matrices of {type_name} were rounded to 8 bits in blocks of 32")
-    if not made.rounded:
+    if not made.use_bf16:
         note("all weights have the values that they had")
     click.echo(made.folder)

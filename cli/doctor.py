@@ -86,8 +86,8 @@ def _native() -> dict[str, Any]:
 
 
 def _llama() -> dict[str, Any]:
-    from lowtide.attention.bindings.library import can_leave_unpopulated
-    from lowtide.memory.os.kv_pages import can_leave_untouched
+    from lowtide.attention.bindings.library import can_map_lazily
+    from lowtide.memory.os.kv_pages import can_use_demand_zero
     from lowtide.models.gguf.llama_cpp import llama_library
 
     library = llama_library()
@@ -96,12 +96,12 @@ def _llama() -> dict[str, Any]:
         "llama_cpp_kernels": library.system_info,
         "llama_cpp_layouts": "used"
         if library.repacks
-        else "unused: it was compiled for AMX; --pack or a build without is faster",
+        else "unused: it was compiled for AMX; --repack or a build without is faster",
         "kv_memory": "follows the tokens in use"
-        if can_leave_untouched()
+        if can_use_demand_zero()
         else "whole from the start",
         "weights_memory": "can be given back and read again for every pass"
-        if can_leave_unpopulated()
+        if can_map_lazily()
         else "stays resident",
     }
 
@@ -123,28 +123,28 @@ def _models() -> dict[str, Any]:
 
 def _attention(reference: str | None) -> dict[str, Any]:
     """Run a token under the policy that a person would try first."""
-    from lowtide.attention.bindings.llama_hook import GraphHook
+    from lowtide.attention.bindings.llama_hook import LlamaHook
     from lowtide.models.catalog import NAMED_MODELS, is_installed
-    from lowtide.runtime.loading.load import LoadedModel
-    from lowtide.runtime.planning.plan import OpenOptions, plan_reference
+    from lowtide.runtime.loading.load import Engine
+    from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 
-    hook = GraphHook(threads=1)
+    hook = LlamaHook(threads=1)
     kernels = hook.kernels
     hook.close()
     if reference is None and not is_installed(NAMED_MODELS[0]):
         return {"attention_dense": f"works, with the {kernels} kernels; no model to try it on"}
-    options = OpenOptions(context=MIN_CONTEXT, max_rows=32, attention="tidal")
-    loaded = LoadedModel(plan_reference(reference, options))
+    options = LoadConfig(context=MIN_CONTEXT, batch_size=32, attention="tidal")
+    loaded = Engine(plan_reference(reference, options))
     try:
         loaded.model.forward((0,))
-        counts, policy = loaded.hook_counts(), str(loaded.planned.policy)
+        counts, policy = loaded.kernel_counts(), str(loaded.planned.policy)
         name, num_layers = loaded.planned.spec.name, loaded.planned.spec.num_layers
     finally:
         loaded.close()
     assert counts is not None
     return {
         "attention_dense": (
-            f"{counts.layers_ours} of {num_layers} layers ours in {name}, with the {kernels} kernels"
+            f"{counts.layers_native} of {num_layers} layers ours in {name}, with the {kernels} kernels"
         ),
         "attention_tidal": policy,
     }

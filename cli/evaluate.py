@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from lowtide.models.spec import ModelSpec
     from lowtide.runtime.evaluation.evaluate import Evaluation
     from lowtide.runtime.evaluation.prompt_filter import FilteredAnswer, FilterEvaluation
-    from lowtide.runtime.loading.load import LoadedModel
-    from lowtide.runtime.planning.plan import PlannedModel
+    from lowtide.runtime.loading.load import Engine
+    from lowtide.runtime.planning.plan import ResolvedModel
 
 DEFAULT_CONTEXT = 4096
 
@@ -40,7 +40,7 @@ DEFAULT_CONTEXT = 4096
     help="Places of 64 tokens that are compared.",
 )
 @click.option(
-    "--needles/--no-needles",
+    "--passkeys/--no-passkeys",
     default=True,
     help="Also hide pass keys and ask for them; for gem, sentences of several kinds.",
 )
@@ -49,7 +49,7 @@ DEFAULT_CONTEXT = 4096
 def command(
     text: Path | None,
     windows: int,
-    needles: bool,
+    passkeys: bool,
     as_json: bool,
     enforce: ControlGroup | None,
     **options: Any,
@@ -80,20 +80,22 @@ def command(
     spec = take_spec(options)
     policy = parse_policy(options["attention"])
     if isinstance(policy, Gem):
-        _evaluate_gem(policy.fitted(spec), spec, text, windows, needles, as_json, enforce, options)
+        _evaluate_gem(
+            policy.resolve(spec), spec, text, windows, passkeys, as_json, enforce, options
+        )
         return
     if isinstance(policy, Delta):  # dense attention, which it is held against, reads all keys
         options["attention"] = replace(policy, store=0)
     context = options["context"] or min(DEFAULT_CONTEXT, spec.context_length - SPARE_TOKENS)
     options["context"] = context + SPARE_TOKENS
-    planned = plan_with(spec, replace(take_open_options(options), compared_rows=WINDOW_TOKENS))
+    planned = plan_with(spec, replace(take_open_options(options), compared_tokens=WINDOW_TOKENS))
     with _loaded(planned, enforce) as loaded:
         found = evaluate(
             loaded,
             context=context,
             text=text,
             windows=windows,
-            needle_lengths=None if needles else (),
+            passkey_lengths=None if passkeys else (),
             progress=note,
         )
     if as_json:
@@ -107,7 +109,7 @@ def _evaluate_gem(
     spec: ModelSpec,
     text: Path | None,
     windows: int,
-    needles: bool,
+    passkeys: bool,
     as_json: bool,
     enforce: ControlGroup | None,
     options: dict[str, Any],
@@ -120,7 +122,9 @@ def _evaluate_gem(
 
     context = options["context"] or min(DEFAULT_CONTEXT, spec.context_length - SPARE_TOKENS)
     options.update(context=context + SPARE_TOKENS, attention=policy.then)
-    wanted = replace(take_open_options(options), compared_rows=1, selection_layers=spec.num_layers)
+    wanted = replace(
+        take_open_options(options), compared_tokens=1, selection_layers=spec.num_layers
+    )
     planned = plan_with(spec, wanted)
     with _loaded(planned, enforce) as loaded:
         found = evaluate_filter(
@@ -129,7 +133,7 @@ def _evaluate_gem(
             context=context,
             text=text,
             windows=windows,
-            kinds=(*KINDS, *HARD_KINDS) if needles else (),
+            kinds=(*KINDS, *HARD_KINDS) if passkeys else (),
             progress=note,
         )
     if as_json:
@@ -139,15 +143,15 @@ def _evaluate_gem(
 
 
 @contextlib.contextmanager
-def _loaded(planned: PlannedModel, enforce: ControlGroup | None) -> Iterator[LoadedModel]:
+def _loaded(planned: ResolvedModel, enforce: ControlGroup | None) -> Iterator[Engine]:
     """Say the plan, hold it, and load the model for the block."""
     from lowtide.cli.output import note, plan_line
-    from lowtide.runtime.loading.load import LoadedModel
+    from lowtide.runtime.loading.load import Engine
 
     planned.require_fit()
     note(plan_line(planned))
     hold(enforce, planned.plan.budget)
-    loaded = LoadedModel(planned)
+    loaded = Engine(planned)
     try:
         yield loaded
     finally:
@@ -223,9 +227,9 @@ def _print_table(found: Evaluation) -> None:
     )
     if found.scores is not None:
         console.print(f"{found.scores} in decoding", highlight=False)
-    for needle in found.needles:
-        answer = "found" if needle.found else "lost"
-        if not needle.found and not needle.dense:
+    for passkey in found.passkeys:
+        answer = "found" if passkey.found else "lost"
+        if not passkey.found and not passkey.dense:
             answer = "not found, and not by dense attention either"
-        where = f"pass key at {needle.depth:.0%} of {needle.length:,} tokens"
+        where = f"pass key at {passkey.depth:.0%} of {passkey.length:,} tokens"
         console.print(f"{where}: {answer}", highlight=False)

@@ -23,23 +23,23 @@ def command() -> None:
     """List the models that have names, describe one MODEL from its headers, or pack its weights.
 
     `lowtide models [MODEL]` lists or describes; `lowtide models pack MODEL` writes the packed copy that
-    --pack reads.
+    --repack reads.
     """
 
 
-@command.command("pack")
+@command.command("repack")
 @click.argument("model", required=False)
 @click.option("--offline", is_flag=True, help="Never reach for the network.")
-def pack(model: str | None, offline: bool) -> None:
+def repack(model: str | None, offline: bool) -> None:
     """Lay the weights of MODEL out for our kernels, in a copy in the cache folder."""
     from lowtide.cli.output import note
-    from lowtide.runtime.loading.repack import packed_copy
+    from lowtide.runtime.loading.repack import repacked_copy
     from lowtide.runtime.planning.plan import find_spec
 
     spec = find_spec(model, offline=offline)
     with click.progressbar(length=spec.weight_bytes, label=spec.name, file=sys.stderr) as bar:
-        packed = packed_copy(spec, bar.update)
-    note(f"{len(packed.packed_tensors)} matrices are packed")
+        packed = repacked_copy(spec, bar.update)
+    note(f"{len(packed.repacked_tensors)} matrices are packed")
     for path in packed.paths:
         click.echo(path)
 
@@ -116,7 +116,7 @@ def _described(reference: str) -> dict[str, Any]:
         "layers": spec.num_layers,
         "heads": spec.num_heads,
         "kv_heads": max(spec.num_kv_heads),
-        "head_size": spec.key_head_size,
+        "head_size": spec.key_head_dim,
         "embedding_width": spec.embedding_width,
         "vocabulary": spec.vocabulary.num_tokens,
         "context_length": spec.context_length,

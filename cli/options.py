@@ -9,8 +9,8 @@ import click
 
 if TYPE_CHECKING:
     from lowtide.models.spec import ModelSpec
-    from lowtide.runtime.options import GenerationOptions
-    from lowtide.runtime.planning.plan import OpenOptions, PlannedModel
+    from lowtide.runtime.options import SamplingParams
+    from lowtide.runtime.planning.plan import LoadConfig, ResolvedModel
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -41,7 +41,7 @@ _OPENING = (
         "-t", "--threads", type=click.IntRange(1, 512), help="Threads.  [default: all cores]"
     ),
     click.option(
-        "--pack/--no-pack",
+        "--repack/--no-pack",
         default=False,
         show_default=True,
         help="Compute matrix products with our kernels, from a packed copy of the weights, which is made "
@@ -160,7 +160,7 @@ def _decorated(command: Command, decorators: tuple[Callable[..., Any], ...]) -> 
     return command
 
 
-def planned_model(options: dict[str, Any]) -> PlannedModel:
+def planned_model(options: dict[str, Any]) -> ResolvedModel:
     """Take the opening options out of a command's `options` and plan with them."""
     return plan_with(take_spec(options), take_open_options(options))
 
@@ -175,18 +175,18 @@ def take_spec(options: dict[str, Any]) -> ModelSpec:
     return find_spec(argument or option, offline=options.pop("offline"))
 
 
-def take_open_options(options: dict[str, Any]) -> OpenOptions:
+def take_open_options(options: dict[str, Any]) -> LoadConfig:
     """Take out what says how to open a model; raise `BadOption` for a value that cannot be."""
-    from lowtide.runtime.planning.plan import OpenOptions
+    from lowtide.runtime.planning.plan import LoadConfig
 
     names = (
         "memory context kv_type threads attention prefix_cache pack speculate gpu_layers gpu_memory "
         "provider"
     ).split()
-    return OpenOptions(**{name: options.pop(name) for name in names if name in options})
+    return LoadConfig(**{name: options.pop(name) for name in names if name in options})
 
 
-def plan_with(spec: ModelSpec, options: OpenOptions) -> PlannedModel:
+def plan_with(spec: ModelSpec, options: LoadConfig) -> ResolvedModel:
     """Plan, and say what is odd about the budget."""
     from lowtide.runtime.planning.plan import plan_spec
 
@@ -196,12 +196,12 @@ def plan_with(spec: ModelSpec, options: OpenOptions) -> PlannedModel:
     return planned
 
 
-def take_generation_options(options: dict[str, Any]) -> GenerationOptions:
+def take_generation_options(options: dict[str, Any]) -> SamplingParams:
     """Take the generation options out of a command's `options`; raise `BadOption` for a bad one."""
-    from lowtide.runtime.options import GenerationOptions
+    from lowtide.runtime.options import SamplingParams
 
     names = "max_tokens temperature top_k top_p min_p repeat_penalty seed stop overflow".split()
     values = {name: options.pop(name) for name in names}
     if values["max_tokens"] == -1:
         values["max_tokens"] = None
-    return GenerationOptions(**values)
+    return SamplingParams(**values)

@@ -12,7 +12,7 @@ from lowtide.memory.units import format_bytes
 if TYPE_CHECKING:
     from lowtide.memory.plan.gpu import GpuPlan
     from lowtide.runtime.generation.statistics import Statistics
-    from lowtide.runtime.planning.plan import PlannedModel
+    from lowtide.runtime.planning.plan import ResolvedModel
 
 
 ENDINGS = {
@@ -24,7 +24,7 @@ ENDINGS = {
 """What is said of an answer that the model did not end itself."""
 
 
-def plan_line(planned: PlannedModel) -> str:
+def plan_line(planned: ResolvedModel) -> str:
     """Return the plan in a line: model, context, planned peak, what was given up."""
     plan = planned.plan
     line = (
@@ -32,12 +32,12 @@ def plan_line(planned: PlannedModel) -> str:
         f"{format_bytes(plan.total_bytes)} of {format_bytes(plan.budget.num_bytes)} "
         f"({plan.budget.source})"
     )
-    if planned.policy.uses_hook:
+    if planned.policy.uses_native_kernels:
         line += f" · attention {planned.policy}"
-    if planned.options.pack:
+    if planned.options.repack:
         line += " · packed weights"
     line += "".join(f" · {gpu_line(gpu)}" for gpu in plan.gpus)
-    return line + "".join(f" · gave up {step}" for step in plan.gave_up)
+    return line + "".join(f" · gave up {step}" for step in plan.downgrades)
 
 
 def gpu_line(gpu: GpuPlan) -> str:
@@ -58,8 +58,8 @@ def statistics_line(stats: Statistics, finish_reason: str | None) -> str:
     reused = f"{stats.reused_tokens} reused"
     if stats.restored_tokens:
         reused += " (from the prefix cache)"
-    filtered = stats.kept_tokens < stats.prompt_tokens - stats.dropped_tokens
-    kept = f" ({stats.kept_tokens} kept)" if filtered else ""
+    filtered = stats.retained_tokens < stats.prompt_tokens - stats.dropped_tokens
+    kept = f" ({stats.retained_tokens} kept)" if filtered else ""
     parts.append(f"prompt {stats.prompt_tokens}{kept}, {reused}")
     parts += _out_of_the_ordinary(stats)
     if finish_reason in ENDINGS:
@@ -78,13 +78,13 @@ def _out_of_the_ordinary(stats: Statistics) -> list[str]:
         parts.append(f"{stats.scores['skipped']:.0%} of score multiplications skipped")
     if stats.speculation is not None:
         parts.append(_speculation(stats.speculation))
-    if stats.layers_ours and stats.layers_ours < stats.layers:
-        parts.append(f"our attention in {stats.layers_ours} of {stats.layers} layers")
-    if stats.unpacked_reason is not None:
-        parts.append(f"weights not packed: {stats.unpacked_reason}")
+    if stats.layers_native and stats.layers_native < stats.layers:
+        parts.append(f"our attention in {stats.layers_native} of {stats.layers} layers")
+    if stats.not_repacked_reason is not None:
+        parts.append(f"weights not packed: {stats.not_repacked_reason}")
     if stats.dropped_tokens:
         parts.append(f"{stats.dropped_tokens} oldest tokens dropped")
-    trims = [f"gave {format_bytes(t.given_back_bytes)} back ({t.level})" for t in stats.trims]
+    trims = [f"gave {format_bytes(t.freed_bytes)} back ({t.level})" for t in stats.trims]
     return [*parts, *trims]
 
 
@@ -93,8 +93,8 @@ def _speculation(told: dict[str, Any]) -> str:
     if told["off_reason"] is not None:
         return f"no speculation: {told['off_reason']}"
     line = f"{told['accepted']} of {told['drafted']} drafted tokens accepted"
-    if told["why_not_identical"] is not None:
-        line += f" (perhaps not the plain loop's answer: {told['why_not_identical']})"
+    if told["nondeterminism"] is not None:
+        line += f" (perhaps not the plain loop's answer: {told['nondeterminism']})"
     return line
 
 
@@ -103,7 +103,7 @@ def note(text: str) -> None:
     click.secho(text, dim=True, err=True)
 
 
-def json_object(planned: PlannedModel, **values: Any) -> str:
+def json_object(planned: ResolvedModel, **values: Any) -> str:
     """Return the documented JSON object: version, model and machine, then `values`."""
     import lowtide
 

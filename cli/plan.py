@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from lowtide.memory.plan.line import PlanRow
-    from lowtide.runtime.planning.plan import PlannedModel
+    from lowtide.memory.plan.line import PlanLine
+    from lowtide.runtime.planning.plan import ResolvedModel
 
 
 @click.command("plan")
@@ -49,7 +49,7 @@ def command(as_json: bool, **options: Any) -> None:
         sys.exit(error.exit_code)
 
 
-def _print_table(planned: PlannedModel) -> None:
+def _print_table(planned: ResolvedModel) -> None:
     from rich.console import Console
 
     from lowtide.memory.units import format_bytes_up
@@ -72,7 +72,7 @@ def _print_table(planned: PlannedModel) -> None:
         console.print(
             _rows_table(gpu.rows, gpu.total_bytes, gpu.budget_bytes, f"on {gpu.device.name}")
         )
-    for step in plan.gave_up:
+    for step in plan.downgrades:
         console.print(f"gave up {step}", highlight=False)
     console.print(
         f"lower bound {format_bytes_up(plan.lower_bound_bytes)}: the least budget it runs in",
@@ -81,7 +81,7 @@ def _print_table(planned: PlannedModel) -> None:
 
 
 def _rows_table(
-    rows: Sequence[PlanRow], total_bytes: int, budget_bytes: int, total: str, source: str = ""
+    rows: Sequence[PlanLine], total_bytes: int, budget_bytes: int, total: str, source: str = ""
 ) -> Table:
     """Return the rows of the process or of a device, with their sum against the limit."""
     from rich import box
@@ -90,13 +90,13 @@ def _rows_table(
     from lowtide.memory.units import format_bytes
 
     table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
-    table.add_column("owner", footer=total, no_wrap=True)
+    table.add_column("component", footer=total, no_wrap=True)
     table.add_column("bytes", justify="right", no_wrap=True, footer=format_bytes(total_bytes))
     table.add_column("", no_wrap=True, footer=_bar(total_bytes, budget_bytes))
     table.add_column("why", footer=f"of {format_bytes(budget_bytes)}{source}")
     for row in rows:
         bar = _bar(row.num_bytes, budget_bytes)
-        table.add_row(row.owner, format_bytes(row.num_bytes), bar, row.why)
+        table.add_row(row.component, format_bytes(row.num_bytes), bar, row.why)
     return table
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from lowtide import Runtime
     from lowtide.runtime.generation.statistics import Statistics
-    from lowtide.runtime.options import GenerationOptions
+    from lowtide.runtime.options import SamplingParams
     from lowtide.runtime.profiling.report import ProfileReport
 
 
@@ -118,7 +118,7 @@ def _turns(prompt: str | None, script: Path | None, limit_bytes: int) -> list[st
     return turns
 
 
-def _run(runtime: Runtime, turns: list[str], options: GenerationOptions) -> list[Statistics]:
+def _run(runtime: Runtime, turns: list[str], options: SamplingParams) -> list[Statistics]:
     """Answer the turns as a chat does, and tell each answer's cost."""
     from lowtide import GenerationResult
     from lowtide.cli.output import note, statistics_line
@@ -180,9 +180,9 @@ def print_profile(report: ProfileReport) -> None:
 
 
 def _memory(report: ProfileReport) -> Table:
-    planned = {row.owner: row.num_bytes for row in report.plan.rows}
+    planned = {row.component: row.num_bytes for row in report.plan.rows}
     table = _table()
-    table.add_column("owner", footer="in all", no_wrap=True)
+    table.add_column("component", footer="in all", no_wrap=True)
     table.add_column(
         "planned", justify="right", no_wrap=True, footer=format_bytes(report.plan.total_bytes)
     )
@@ -191,9 +191,9 @@ def _memory(report: ProfileReport) -> Table:
     )
     table.add_column("how", footer="the highest resident set that was sampled")
     for row in report.measured:
-        plan = format_bytes(planned[row.owner]) if row.owner in planned else ""
+        plan = format_bytes(planned[row.component]) if row.component in planned else ""
         measured = "-" if row.num_bytes is None else format_bytes(row.num_bytes)
-        table.add_row(row.owner, plan, measured, row.how)
+        table.add_row(row.component, plan, measured, row.how)
     return table
 
 

@@ -18,9 +18,9 @@ from lowtide.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from lowtide import Piece, Runtime
+    from lowtide import GenerationChunk, Runtime
     from lowtide.memory.os.cgroup import ControlGroup
-    from lowtide.runtime.options import GenerationOptions
+    from lowtide.runtime.options import SamplingParams
 
 
 @click.command("run")
@@ -59,7 +59,7 @@ def command(
         raise click.UsageError("--system needs a chat template, --raw goes without: drop one")
     generation = take_generation_options(options)
     planned = planned_model(options)
-    if explain and planned.policy.first_pass is None:
+    if explain and planned.policy.filter_prefill is None:
         raise click.UsageError("--explain shows what --attention gem kept of a prompt: add it")
     planned.require_fit()
     text = prompt_text(prompt, file, prompt_limit_bytes(planned.plan.kv_tokens))
@@ -68,7 +68,7 @@ def command(
     with Runtime.load(planned) as runtime:
         pieces = _answer(runtime, text, system, raw, generation)
         result = GenerationResult.of(pieces if as_json else _shown(pieces))
-        kept = runtime.kept_passages() if explain else None
+        kept = runtime.retained_spans() if explain else None
     if as_json:
         click.echo(
             json_object(
@@ -88,8 +88,8 @@ def command(
 
 
 def _answer(
-    runtime: Runtime, text: str, system: str | None, raw: bool, generation: GenerationOptions
-) -> Iterator[Piece]:
+    runtime: Runtime, text: str, system: str | None, raw: bool, generation: SamplingParams
+) -> Iterator[GenerationChunk]:
     if raw:
         return runtime.stream(text, options=generation)
     messages = [{"role": "user", "content": text}]
@@ -98,7 +98,7 @@ def _answer(
     return runtime.chat(messages, options=generation)
 
 
-def _shown(pieces: Iterator[Piece]) -> Iterator[Piece]:
+def _shown(pieces: Iterator[GenerationChunk]) -> Iterator[GenerationChunk]:
     for piece in pieces:
         if piece.text:
             click.echo(piece.text, nl=False)

@@ -60,29 +60,29 @@ class Ledger:
         return sum(self._reserved.values())
 
     @property
-    def owners(self) -> Mapping[str, int]:
+    def components(self) -> Mapping[str, int]:
         """Bytes by owner, read only."""
         return MappingProxyType(dict(self._reserved))
 
-    def reserve(self, owner: str, num_bytes: int) -> None:
-        """Set what `owner` may hold to `num_bytes`, more or less than before.
+    def reserve(self, component: str, num_bytes: int) -> None:
+        """Set what `component` may hold to `num_bytes`, more or less than before.
 
         Raises `OverBudget`, and changes nothing, where the sum would pass the budget.
         """
         if num_bytes < 0:
-            raise ValueError(f"{owner} reserves {num_bytes} bytes, 0 or more is wanted")
+            raise ValueError(f"{component} reserves {num_bytes} bytes, 0 or more is wanted")
         with self._lock:
-            others = self.reserved_bytes - self._reserved.get(owner, 0)
+            others = self.reserved_bytes - self._reserved.get(component, 0)
             if others + num_bytes > self.budget_bytes:
                 raise OverBudget(
-                    f"{owner}, with what is reserved already,",
+                    f"{component}, with what is reserved already,",
                     others + num_bytes,
                     self.budget_bytes,
                     "raise --memory or ask for less",
                 )
-            self._reserved[owner] = num_bytes
+            self._reserved[component] = num_bytes
 
-    def release(self, owner: str) -> None:
-        """Give back what `owner` has reserved; nothing where it has nothing."""
+    def release(self, component: str) -> None:
+        """Give back what `component` has reserved; nothing where it has nothing."""
         with self._lock:
-            self._reserved.pop(owner, None)
+            self._reserved.pop(component, None)

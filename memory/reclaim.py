@@ -17,7 +17,7 @@ LEVELS = ("background", "moderate", "complete")
 
 
 @dataclass(frozen=True, slots=True)
-class Releaser:
+class Reclaimer:
     """`release` gives something back and changes no answer; `level` is the mildest that calls it."""
 
     level: str
@@ -26,19 +26,19 @@ class Releaser:
 
 @dataclass(frozen=True, slots=True)
 class Trim:
-    """What a trim did: `given_back_bytes` is the resident set before less that after, 0 where it grew."""
+    """What a trim did: `freed_bytes` is the resident set before less that after, 0 where it grew."""
 
     level: str
-    given_back_bytes: int
+    freed_bytes: int
 
 
-def trim(releasers: Iterable[Releaser], level: str) -> Trim:
+def trim(reclaimers: Iterable[Reclaimer], level: str) -> Trim:
     """Call the releasers of `level` and of the milder ones, in order. Raises `BadOption` for no level."""
     if level not in LEVELS:
         raise BadOption(f"level is {level!r}, one of {', '.join(LEVELS)} is wanted")
     before = read_resident_bytes()
     called = LEVELS[: LEVELS.index(level) + 1]
-    for releaser in releasers:
-        if releaser.level in called:
-            releaser.release()
+    for reclaimer in reclaimers:
+        if reclaimer.level in called:
+            reclaimer.release()
     return Trim(level, max(before - read_resident_bytes(), 0))

@@ -56,5 +56,5 @@ class ForwardError(LowtideError):
     """A forward pass failed in native code; the runtime stays usable."""
 
 
-class StateError(LowtideError):
+class SnapshotError(LowtideError):
     """A KV cache could not be written to a file or read from one; the runtime stays usable."""

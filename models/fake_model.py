@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowtide.models.draft_tree import TokenTree
-from lowtide.models.errors import ForwardError, StateError
-from lowtide.models.model import Model, Part, Sequences
+from lowtide.models.errors import ForwardError, SnapshotError
+from lowtide.models.model import Model, SequenceBatch, SequenceSlice
 from lowtide.models.spec import ModelSpec, VocabularySpec
 from lowtide.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from lowtide.models.model import Logits, RowLogits
+    from lowtide.models.model import Logits, Logits2D
 
 BOS, TURN_START, TURN_END = 256, 257, 258
 NUM_TOKENS = 259
@@ -69,14 +69,14 @@ class FakeModel(Model):
     rows of every forward pass, for tests of what was computed again.
     """
 
-    keeps_state = copies_state = keeps_sequences = verifies_trees = True
+    supports_snapshot = supports_copy = supports_batch = verifies_trees = True
 
     def __init__(
-        self, replies: Sequence[str] = ("Hello.",), context: int = 512, max_rows: int = 64
+        self, replies: Sequence[str] = ("Hello.",), context: int = 512, batch_size: int = 64
     ) -> None:
         self.replies = [reply.encode() for reply in replies]
         self.context = context
-        self.max_rows = self.max_verified_rows = max_rows
+        self.batch_size = self.max_verify_batch = batch_size
         self.tokenizer = ByteTokenizer()
         self.spec = fake_spec(context)
         self.rows: list[int] = []
@@ -90,17 +90,17 @@ class FakeModel(Model):
 
     def forward(self, token_ids: Sequence[int]) -> Logits:
         """Append the tokens; the logits point at the next byte of the reply."""
-        if not 0 < len(token_ids) <= min(self.max_rows, self.context - len(self._tokens)):
+        if not 0 < len(token_ids) <= min(self.batch_size, self.context - len(self._tokens)):
             raise ForwardError(f"{len(token_ids)} rows do not fit")
         self._tokens.extend(token_ids)
         self.rows.append(len(token_ids))
         return self._logits()
 
-    def forward_rows(self, token_ids: Sequence[int]) -> RowLogits:
+    def forward_rows(self, token_ids: Sequence[int]) -> Logits2D:
         """Append the tokens; each row's logits are those that it would have had alone."""
         import numpy as np
 
-        if not 0 < len(token_ids) <= min(self.max_rows, self.context - len(self._tokens)):
+        if not 0 < len(token_ids) <= min(self.batch_size, self.context - len(self._tokens)):
             raise ForwardError(f"{len(token_ids)} rows do not fit")
         self.rows.append(len(token_ids))
         rows = []
@@ -109,11 +109,11 @@ class FakeModel(Model):
             rows.append(self._logits())
         return np.stack(rows)
 
-    def forward_tree(self, tree: TokenTree) -> RowLogits:
+    def forward_tree(self, tree: TokenTree) -> Logits2D:
         """Append the trunk; each row's logits are those behind its path."""
         import numpy as np
 
-        if not 0 < len(tree) <= min(self.max_rows, self.context - len(self._tokens)):
+        if not 0 < len(tree) <= min(self.batch_size, self.context - len(self._tokens)):
             raise ForwardError(f"{len(tree)} rows do not fit")
         self.rows.append(len(tree))
         text, rows = self._tokens, []
@@ -163,21 +163,21 @@ class FakeModel(Model):
         del self._tokens[num_tokens:]
         return len(self._tokens)
 
-    def state_owner(self) -> dict[str, str]:
+    def snapshot_component(self) -> dict[str, str]:
         """Return its name: all fake models have the same keys and values."""
         return {"model": self.spec.name}
 
-    def save_state(self, path: Path, token_ids: Sequence[int]) -> int:
+    def save_kv(self, path: Path, token_ids: Sequence[int]) -> int:
         """Write the tokens, four bytes each: they are all that there is."""
         return path.write_bytes(_STATE_MAGIC + array("i", token_ids).tobytes())
 
-    def load_state(self, path: Path, num_bytes: int, num_tokens: int) -> list[int]:
+    def load_kv(self, path: Path, num_bytes: int, num_tokens: int) -> list[int]:
         """Put the tokens back."""
         self._tokens = []
         with path.open("rb") as file:
             state = file.read(num_bytes)
         if not state.startswith(_STATE_MAGIC) or len(state) != 4 + 4 * num_tokens:
-            raise StateError("the state is not a fake model's")
+            raise SnapshotError("the state is not a fake model's")
         self._tokens = array("i", state[len(_STATE_MAGIC) :]).tolist()
         return self._tokens[:]
 
@@ -185,38 +185,38 @@ class FakeModel(Model):
         """Return four bytes a token, after as many that say whose they are."""
         return 4 + 4 * len(self._tokens)
 
-    def copy_state(self, into: memoryview) -> None:
+    def copy_kv(self, into: memoryview) -> None:
         """Copy the tokens."""
         state = _STATE_MAGIC + array("i", self._tokens).tobytes()
         if len(into) != len(state):
-            raise StateError(f"{len(into)} bytes are given, {len(state)} are wanted")
+            raise SnapshotError(f"{len(into)} bytes are given, {len(state)} are wanted")
         into[:] = state
 
-    def put_state(self, state: memoryview, num_tokens: int) -> None:
+    def put_kv(self, state: memoryview, num_tokens: int) -> None:
         """Put the tokens back."""
         self._tokens = []
         if state[: len(_STATE_MAGIC)] != _STATE_MAGIC or len(state) != 4 + 4 * num_tokens:
-            raise StateError("the state is not a fake model's")
+            raise SnapshotError("the state is not a fake model's")
         self._tokens = array("i", bytes(state[len(_STATE_MAGIC) :])).tolist()
 
     def open_sequences(
-        self, num_sequences: int, num_cells: int, max_wanted: int | None = None
-    ) -> Sequences:
+        self, num_sequences: int, num_cells: int, max_logits: int | None = None
+    ) -> SequenceBatch:
         """Return sequences, each of which is a model like this one."""
-        return FakeSequences(self, num_sequences, num_cells, max(max_wanted or 0, num_sequences))
+        return FakeSequences(self, num_sequences, num_cells, max(max_logits or 0, num_sequences))
 
     def close(self) -> None:
         """Nothing is held."""
 
 
-class FakeSequences(Sequences):
+class FakeSequences(SequenceBatch):
     """A fake model for each sequence; `rows` of the one that they are of has those of every pass."""
 
     def __init__(
-        self, model: FakeModel, num_sequences: int, num_cells: int, max_wanted: int
+        self, model: FakeModel, num_sequences: int, num_cells: int, max_logits: int
     ) -> None:
         self.num_sequences, self.num_cells = num_sequences, num_cells
-        self.max_rows, self.max_wanted = model.max_rows, max_wanted
+        self.batch_size, self.max_logits = model.batch_size, max_logits
         self._told = model.rows
         replies = [reply.decode() for reply in model.replies]
         self._models = [FakeModel(replies, num_cells) for _ in range(num_sequences)]
@@ -228,21 +228,21 @@ class FakeSequences(Sequences):
             other._tokens = self._models[0]._tokens[:]
         self._num_shared = self._num_used
 
-    def forward(self, parts: Sequence[Part]) -> RowLogits:
+    def forward(self, parts: Sequence[SequenceSlice]) -> Logits2D:
         """Append the parts; the logits are those of each sequence alone."""
         import numpy as np
 
         num_rows = sum(len(part.token_ids) for part in parts)
-        if not 0 < num_rows <= min(self.max_rows, self.num_cells - self._num_used):
+        if not 0 < num_rows <= min(self.batch_size, self.num_cells - self._num_used):
             raise ForwardError(f"{num_rows} rows do not fit")
-        if sum(part.num_wanted for part in parts) > self.max_wanted:
-            raise ForwardError(f"logits of more than {self.max_wanted} rows are wanted")
+        if sum(part.num_logits for part in parts) > self.max_logits:
+            raise ForwardError(f"logits of more than {self.max_logits} rows are wanted")
         self._num_used += num_rows
         self._told.append(num_rows)
         wanted = []
         for part in parts:
             model = self._models[part.sequence]
-            first_wanted = len(part.token_ids) - part.num_wanted
+            first_wanted = len(part.token_ids) - part.num_logits
             for row, token_id in enumerate(part.token_ids):
                 model._tokens.append(token_id)
                 if row >= first_wanted:
@@ -271,8 +271,8 @@ def fake_spec(context: int) -> ModelSpec:
         feed_forward_width=(128, 128),
         num_heads=2,
         num_kv_heads=(1, 1),
-        key_head_size=32,
-        value_head_size=32,
+        key_head_dim=32,
+        value_head_dim=32,
         context_length=context,
         sliding_window=None,
         recurrent_state_bytes=0,

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TypeAlias
 
 from lowtide.models.draft_tree import TokenTree
-from lowtide.models.errors import ForwardError, StateError, UnsupportedModel
+from lowtide.models.errors import ForwardError, SnapshotError, UnsupportedModel
 from lowtide.models.spec import ModelSpec
 from lowtide.models.tokenizer import Tokenizer
 
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Logits: TypeAlias = NDArray[np.float32]
-    RowLogits: TypeAlias = NDArray[np.float32]
+    Logits2D: TypeAlias = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Tokens that go in at the end of a sequence; the logits of the last `num_wanted` are wanted."""
+class SequenceSlice:
+    """Tokens that go in at the end of a sequence; the logits of the last `num_logits` are wanted."""
 
     sequence: int
     token_ids: Sequence[int]
-    num_wanted: int = 1
+    num_logits: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PartCells:
+class SequenceSlots:
     """Where the keys of a pass's parts lie, once it is computed, in the order of their tokens.
 
     Every part sees the first `num_shared` cells; part i has `num_rows[i]` rows, one after the other, and
@@ -53,24 +53,24 @@ class PartCells:
     own: tuple[array[int], ...]
 
 
-class Sequences(ABC):
-    """`num_sequences` sequences in a cache of `num_cells` tokens, of which `max_rows` go in at once.
+class SequenceBatch(ABC):
+    """`num_sequences` sequences in a cache of `num_cells` tokens, of which `batch_size` go in at once.
 
-    The logits of `max_wanted` rows of a pass come out. What the first sequence holds when `share` is called
+    The logits of `max_logits` rows of a pass come out. What the first sequence holds when `share` is called
     is the beginning of all of them, and lies there once. Close it before the model that it is of.
     """
 
     num_sequences: int
     num_cells: int
-    max_rows: int
-    max_wanted: int
+    batch_size: int
+    max_logits: int
 
     @abstractmethod
     def share(self) -> None:
         """Have all sequences begin with what the first holds; called once, before any other has tokens."""
 
     @abstractmethod
-    def forward(self, parts: Sequence[Part]) -> RowLogits:
+    def forward(self, parts: Sequence[SequenceSlice]) -> Logits2D:
         """Append each part to its sequence, in one pass; a sequence has one part at most.
 
         Returns the logits of the rows that are wanted, in order, shape (those rows, vocabulary): a view
@@ -108,18 +108,18 @@ class Model(ABC):
     tokenizer: Tokenizer
     context: int
     """How many tokens the KV cache holds."""
-    max_rows: int
+    batch_size: int
     """How many rows one forward pass takes."""
-    max_verified_rows: int = 1
+    max_verify_batch: int = 1
     """How many rows `forward_rows` takes: it returns the logits of each."""
-    keeps_state: bool = False
+    supports_snapshot: bool = False
     """Whether the KV cache can be written to a file and read again: the three methods on state."""
-    copies_state: bool = False
-    """Whether it can be copied into memory and put back: `state_bytes`, `copy_state`, `put_state`."""
+    supports_copy: bool = False
+    """Whether it can be copied into memory and put back: `state_bytes`, `copy_kv`, `put_kv`."""
 
     verifies_trees: bool = False
     """Whether `forward_tree` takes branches beside the trunk."""
-    keeps_sequences: bool = False
+    supports_batch: bool = False
     """Whether several sequences can go through it together: `open_sequences`."""
 
     @property
@@ -131,14 +131,14 @@ class Model(ABC):
     def forward(self, token_ids: Sequence[int]) -> Logits:
         """Append the tokens and return the logits of the last row, shape (vocabulary,).
 
-        The array is a view that the next call overwrites. At most `max_rows` tokens go in at once.
+        The array is a view that the next call overwrites. At most `batch_size` tokens go in at once.
         Raises `ForwardError` where native code fails; the cache is then as it was before.
         """
 
-    def forward_rows(self, token_ids: Sequence[int]) -> RowLogits:
+    def forward_rows(self, token_ids: Sequence[int]) -> Logits2D:
         """Append the tokens as `forward` does; return the logits of every row, shape (rows, vocabulary).
 
-        At most `max_verified_rows` tokens go in at once.
+        At most `max_verify_batch` tokens go in at once.
         """
         if len(token_ids) != 1:
             raise ForwardError(
@@ -146,11 +146,11 @@ class Model(ABC):
             )
         return self.forward(token_ids)[None]
 
-    def forward_tree(self, tree: TokenTree) -> RowLogits:
+    def forward_tree(self, tree: TokenTree) -> Logits2D:
         """Append a tree's trunk, which comes first in it; return the logits of rows, (rows, vocabulary).
 
         Those are the first rows of the tree: all of them, or the trunk's, where branches could not be
-        computed. At most `max_verified_rows` tokens go in at once.
+        computed. At most `max_verify_batch` tokens go in at once.
         """
         return self.forward_rows(tree.token_ids[: tree.trunk_rows])
 
@@ -168,50 +168,50 @@ class Model(ABC):
         A model that cannot go back (a recurrent one) forgets everything and returns 0.
         """
 
-    def state_owner(self) -> dict[str, str]:
+    def snapshot_component(self) -> dict[str, str]:
         """Return whose keys and values a state holds, by property: another model's must differ in one."""
-        raise StateError(f"{self.spec.name} cannot keep its KV cache in a file")
+        raise SnapshotError(f"{self.spec.name} cannot keep its KV cache in a file")
 
-    def save_state(self, path: Path, token_ids: Sequence[int]) -> int:
+    def save_kv(self, path: Path, token_ids: Sequence[int]) -> int:
         """Write the KV cache of `token_ids`, all that it holds, to a file and return its bytes.
 
-        Raises `StateError` with the reason, such as a full disk.
+        Raises `SnapshotError` with the reason, such as a full disk.
         """
-        raise StateError(f"{self.spec.name} cannot keep its KV cache in a file")
+        raise SnapshotError(f"{self.spec.name} cannot keep its KV cache in a file")
 
-    def load_state(self, path: Path, num_bytes: int, num_tokens: int) -> list[int]:
+    def load_kv(self, path: Path, num_bytes: int, num_tokens: int) -> list[int]:
         """Put back what lies in the first `num_bytes` of a file, and return its tokens, `num_tokens`.
 
-        Going on from there equals never having left. The bytes must be those that `save_state` of this
-        `state_owner` wrote. Raises `StateError` where they are not; the cache is then empty.
+        Going on from there equals never having left. The bytes must be those that `save_kv` of this
+        `snapshot_component` wrote. Raises `SnapshotError` where they are not; the cache is then empty.
         """
-        raise StateError(f"{self.spec.name} cannot keep its KV cache in a file")
+        raise SnapshotError(f"{self.spec.name} cannot keep its KV cache in a file")
 
     def state_bytes(self) -> int:
         """Return how many bytes a copy of the KV cache takes as it is now."""
-        raise StateError(f"{self.spec.name} cannot copy its KV cache")
+        raise SnapshotError(f"{self.spec.name} cannot copy its KV cache")
 
-    def copy_state(self, into: memoryview) -> None:
+    def copy_kv(self, into: memoryview) -> None:
         """Copy the KV cache into `state_bytes` bytes that can be written; no other copy is made.
 
-        Raises `StateError` where they are not enough; what they hold is no state then.
+        Raises `SnapshotError` where they are not enough; what they hold is no state then.
         """
-        raise StateError(f"{self.spec.name} cannot copy its KV cache")
+        raise SnapshotError(f"{self.spec.name} cannot copy its KV cache")
 
-    def put_state(self, state: memoryview, num_tokens: int) -> None:
-        """Be where this model was when `copy_state` took the state of `num_tokens`.
+    def put_kv(self, state: memoryview, num_tokens: int) -> None:
+        """Be where this model was when `copy_kv` took the state of `num_tokens`.
 
-        Going on from there equals never having left. Raises `StateError` where it is no such state; the
+        Going on from there equals never having left. Raises `SnapshotError` where it is no such state; the
         cache is then empty.
         """
-        raise StateError(f"{self.spec.name} cannot copy its KV cache")
+        raise SnapshotError(f"{self.spec.name} cannot copy its KV cache")
 
     def open_sequences(
-        self, num_sequences: int, num_cells: int, max_wanted: int | None = None
-    ) -> Sequences:
+        self, num_sequences: int, num_cells: int, max_logits: int | None = None
+    ) -> SequenceBatch:
         """Return a cache of `num_cells` tokens for several sequences; this model's own stays as it is.
 
-        Logits of `max_wanted` rows of a pass come out, of one a sequence in any case. Raises `ModelError`
+        Logits of `max_logits` rows of a pass come out, of one a sequence in any case. Raises `ModelError`
         where it cannot be made.
         """
         raise UnsupportedModel(
@@ -237,17 +237,17 @@ class Model(ABC):
 class SingleSequence:
     """Appends to the first sequence, and takes off again; `sequences` hold no tokens before and after."""
 
-    def __init__(self, sequences: Sequences) -> None:
+    def __init__(self, sequences: SequenceBatch) -> None:
         self._sequences = sequences
 
     def forward(self, token_ids: Sequence[int]) -> Logits:
         """Append the tokens and return the logits of the last row, shape (vocabulary,)."""
-        row: Logits = self._sequences.forward([Part(0, token_ids)])[0]
+        row: Logits = self._sequences.forward([SequenceSlice(0, token_ids)])[0]
         return row
 
-    def forward_rows(self, token_ids: Sequence[int]) -> RowLogits:
+    def forward_rows(self, token_ids: Sequence[int]) -> Logits2D:
         """Append the tokens and return the logits of every row, shape (rows, vocabulary)."""
-        return self._sequences.forward([Part(0, token_ids, num_wanted=len(token_ids))])
+        return self._sequences.forward([SequenceSlice(0, token_ids, num_logits=len(token_ids))])
 
     def truncate(self, num_tokens: int) -> None:
         """Forget every token from position `num_tokens` on."""

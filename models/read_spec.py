@@ -26,9 +26,9 @@ def read_spec(path: Path) -> ModelSpec:
 
 def of_a_model(spec: ModelSpec) -> ModelSpec:
     """Return the spec; raises `BadModelFile` where it is a packed copy, which llama.cpp would misread."""
-    if spec.packed_tensors:
+    if spec.repacked_tensors:
         raise BadModelFile(
-            f"{spec.path} is a packed copy, which --pack finds by itself: name the model that it was made "
-            "from, and --pack"
+            f"{spec.path} is a packed copy, which --repack finds by itself: name the model that it was made "
+            "from, and --repack"
         )
     return spec

@@ -57,7 +57,7 @@ class ModelSpec:
     `sliding_window` is None where every layer sees the whole context. `weight_bytes` counts the
     tensors' data over all parts of a split file, `tensor_types` the quantisation types in use.
     `fingerprint` is the same for every quantisation of a model. `weight_groups` says where in the files the
-    weights lie, the layers' in order and then the others; empty where that is not known. `packed_tensors`
+    weights lie, the layers' in order and then the others; empty where that is not known. `repacked_tensors`
     are the names of those that only our kernels can read (`packed_gguf`).
 
     `engine` runs it. Its cache can have one of `kv_types`, and `cache_copies` of it are there at a time;
@@ -76,8 +76,8 @@ class ModelSpec:
     feed_forward_width: tuple[int, ...]
     num_heads: int
     num_kv_heads: tuple[int, ...]
-    key_head_size: int
-    value_head_size: int
+    key_head_dim: int
+    value_head_dim: int
     context_length: int
     sliding_window: int | None
     recurrent_state_bytes: int
@@ -88,7 +88,7 @@ class ModelSpec:
     chat_template: str | None
     fingerprint: str
     weight_groups: tuple[WeightGroup, ...] = ()
-    packed_tensors: tuple[str, ...] = ()
+    repacked_tensors: tuple[str, ...] = ()
     engine: str = "llama.cpp"
     kv_types: tuple[str, ...] = ("f16", "q8_0", "q4_0")
     cache_copies: int = 1

@@ -143,13 +143,13 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
-        if isinstance(owner, str):
+        component, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
+        if isinstance(component, str):
             if name == "replace":
-                return self._replace(owner, *args, **kwargs)
+                return self._replace(component, *args, **kwargs)
             if name == "join":
-                return self._join(args[0] if args else (), owner)
-            self.allowance.make(len(owner))
+                return self._join(args[0] if args else (), component)
+            self.allowance.make(len(component))
         return super().call(context, function, *args, **kwargs)
 
     def charged(self, text_filter: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,9 +17,9 @@ LowtideError                 everything a user can act on; `exit_code` 1
   + NotCalibrated            1  no setting of a policy stays inside the target
   + PromptTooLong            2  the prompt does not fit the context
   + ForwardError             1  a forward pass failed in native code
-  + NotPacked                1  a model has no packed copy, and cannot have one here
+  + CannotRepack                1  a model has no packed copy, and cannot have one here
   + RuntimeUnusable          1  closed, or busy with another answer
-  + StateError               1  native code could not write or read a KV cache
+  + SnapshotError               1  native code could not write or read a KV cache
   + TranscriptError          1  a conversation could not be saved or loaded
   |   - SessionMismatch      2  its KV state belongs to another model or setting
 """
@@ -37,7 +37,7 @@ from lowtide.models.errors import (
     ModelError,
     ModelNotFound,
     NoGpu,
-    StateError,
+    SnapshotError,
     TemplateError,
     UnsupportedModel,
 )
@@ -47,6 +47,7 @@ __all__ = [
     "BadOption",
     "BadSize",
     "CalibrationError",
+    "CannotRepack",
     "DownloadError",
     "ForwardError",
     "KilledByLimit",
@@ -56,19 +57,18 @@ __all__ = [
     "NoGpu",
     "NotCalibrated",
     "NotEnforceable",
-    "NotPacked",
     "OverBudget",
     "PromptTooLong",
     "RuntimeUnusable",
     "SessionMismatch",
-    "StateError",
+    "SnapshotError",
     "TemplateError",
     "TranscriptError",
     "UnsupportedModel",
 ]
 
 
-class NotPacked(LowtideError):
+class CannotRepack(LowtideError):
     """There is no packed copy of a model, for the reason given; it runs from its own file."""
 
 

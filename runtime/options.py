@@ -14,7 +14,7 @@ MAX_SEED = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationOptions:
+class SamplingParams:
     """How to choose tokens and when to stop.
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off, as is `repeat_penalty` 1,
@@ -68,7 +68,7 @@ class GenerationOptions:
                 raise BadOption(f"{name} is {value}, {_range(least, most)} is wanted")
 
     @classmethod
-    def of(cls, base: GenerationOptions | None = None, **values: Any) -> GenerationOptions:
+    def of(cls, base: SamplingParams | None = None, **values: Any) -> SamplingParams:
         """Return `base`, or the defaults, with these values; a name that is none is a `BadOption`."""
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(names))

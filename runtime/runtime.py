@@ -13,7 +13,7 @@ from lowtide.attention.policy import AttentionPolicy
 from lowtide.memory.budget import Ledger
 from lowtide.memory.plan.estimates import prompt_limit_bytes
 from lowtide.memory.plan.plan import MemoryPlan
-from lowtide.memory.reclaim import Releaser
+from lowtide.memory.reclaim import Reclaimer
 from lowtide.models.chat_template import ChatTemplate, Message
 from lowtide.models.errors import BadOption
 from lowtide.models.model import Model
@@ -21,19 +21,19 @@ from lowtide.models.spec import ModelSpec
 from lowtide.runtime.batch.api import BatchAnswers
 from lowtide.runtime.errors import PromptTooLong, RuntimeUnusable
 from lowtide.runtime.generation.chat import (
+    ChatEncoder,
     ChatPrompt,
-    Conversation,
-    LastAnswer,
+    LastTurn,
     fit_messages,
     fit_tokens,
 )
-from lowtide.runtime.generation.generate import GenerationResult, Piece, Prompt, generate
-from lowtide.runtime.loading.load import LoadedModel
-from lowtide.runtime.options import GenerationOptions
-from lowtide.runtime.planning.plan import OpenOptions, PlannedModel, plan_reference, plan_spec
+from lowtide.runtime.generation.generate import GenerationChunk, GenerationResult, Prompt, generate
+from lowtide.runtime.loading.load import Engine
+from lowtide.runtime.options import SamplingParams
+from lowtide.runtime.planning.plan import LoadConfig, ResolvedModel, plan_reference, plan_spec
 from lowtide.runtime.profiling.profiler import SILENT, Profiler
-from lowtide.runtime.profiling.retention_map import Passage
-from lowtide.runtime.sessions.store import SessionStore
+from lowtide.runtime.profiling.retention_map import RetainedSpan
+from lowtide.runtime.sessions.store import SavedChats
 
 
 class Runtime(BatchAnswers):
@@ -42,19 +42,19 @@ class Runtime(BatchAnswers):
     One answer or batch at a time: another ends it. Not for several threads; one in each is fine.
     """
 
-    def __init__(self, loaded: LoadedModel, profiler: Profiler = SILENT) -> None:
+    def __init__(self, loaded: Engine, profiler: Profiler = SILENT) -> None:
         self._loaded = loaded
         self._profiler = profiler
         self._model = loaded.model
         self._session = loaded.new_session()
-        self._last = LastAnswer()
-        loaded.releasers.insert(0, Releaser("complete", self._session.forget))
-        self._conversation: Conversation | None = None
+        self._last = LastTurn()
+        loaded.reclaimers.insert(0, Reclaimer("complete", self._session.forget))
+        self._conversation: ChatEncoder | None = None
         self._answer = 0
         self._lock = threading.Lock()
         self._stepping = threading.RLock()
         self._closed = False
-        self._store = SessionStore(
+        self._store = SavedChats(
             loaded, self._session, self._last, begin=self._begin, require_open=self._require_open
         )
 
@@ -66,11 +66,11 @@ class Runtime(BatchAnswers):
         memory: str | int | None = None,
         context: int | None = None,
         kv_type: str | None = None,
-        max_rows: int | None = None,
+        batch_size: int | None = None,
         threads: int | None = None,
         attention: str | AttentionPolicy = "llama",
         prefix_cache: str | int = 0,
-        pack: bool = False,
+        repack: bool = False,
         gpu_layers: int | str | None = None,
         gpu_memory: str | int | None = None,
         speculate: str = "off",
@@ -91,15 +91,15 @@ class Runtime(BatchAnswers):
         is loaded where it cannot fit, `ModelError` for an unusable model, `NoGpu` where there is none,
         `BadOption` for wrong values.
         """
-        options = OpenOptions(
+        options = LoadConfig(
             memory=memory,
             context=context,
             kv_type=kv_type,
-            max_rows=max_rows,
+            batch_size=batch_size,
             threads=threads,
             attention=attention,
             prefix_cache=prefix_cache,
-            pack=pack,
+            repack=repack,
             gpu_layers=gpu_layers,
             gpu_memory=gpu_memory,
             speculate=speculate,
@@ -118,11 +118,11 @@ class Runtime(BatchAnswers):
 
     @classmethod
     def load(
-        cls, planned: PlannedModel, model: Model | None = None, profiler: Profiler | None = None
+        cls, planned: ResolvedModel, model: Model | None = None, profiler: Profiler | None = None
     ) -> Runtime:
         """Reserve the plan's rows and load; `model` stands in for the planned file's."""
         told = profiler or SILENT
-        return cls(LoadedModel(planned, model, told), told)
+        return cls(Engine(planned, model, told), told)
 
     @property
     def ledger(self) -> Ledger:
@@ -140,33 +140,33 @@ class Runtime(BatchAnswers):
         return self.planned.spec
 
     @property
-    def planned(self) -> PlannedModel:
+    def planned(self) -> ResolvedModel:
         """The plan with the model and the machine it was made for."""
         return self._loaded.planned
 
     @property
-    def session(self) -> SessionStore:
+    def session(self) -> SavedChats:
         """The conversation on disk, KV state included: `save(path, messages)` and `load(path)`."""
         return self._store
 
-    def kept_passages(self) -> list[Passage]:
+    def retained_spans(self) -> list[RetainedSpan]:
         """Return what `gem` kept of the last prompt that it filtered; nothing where it filtered none."""
         return self._loaded.prompt_filter.passages() if self._loaded.prompt_filter else []
 
     def chat(
         self,
         messages: Sequence[Message],
-        options: GenerationOptions | None = None,
+        options: SamplingParams | None = None,
         **named: Any,
-    ) -> Generator[Piece, None, None]:
-        """Answer a conversation, piece by piece; `options`, or `named` as in `GenerationOptions`.
+    ) -> Generator[GenerationChunk, None, None]:
+        """Answer a conversation, piece by piece; `options`, or `named` as in `SamplingParams`.
 
         `messages` are dicts with "role" and "content". What the KV cache holds of an earlier call is
         used again. Raises `PromptTooLong` before anything is computed; closing the iterator stops the
         answer and leaves the runtime usable.
         """
         asked_at = time.perf_counter()
-        chosen = GenerationOptions.of(options, **named)
+        chosen = SamplingParams.of(options, **named)
         self._loaded.check(chosen)
         answer = self._begin()
         with self._profiler.span("template"):
@@ -190,11 +190,11 @@ class Runtime(BatchAnswers):
         return self._remembered(answer, prompt, chosen, chat_prompt)
 
     def stream(
-        self, prompt: str, options: GenerationOptions | None = None, **named: Any
-    ) -> Generator[Piece, None, None]:
+        self, prompt: str, options: SamplingParams | None = None, **named: Any
+    ) -> Generator[GenerationChunk, None, None]:
         """Continue `prompt` as it stands, without a chat template, piece by piece."""
         asked_at = time.perf_counter()
-        chosen = GenerationOptions.of(options, **named)
+        chosen = SamplingParams.of(options, **named)
         self._loaded.check(chosen, is_completion=True)
         answer = self._begin()
         self._check_text(prompt)
@@ -207,7 +207,7 @@ class Runtime(BatchAnswers):
         return self._pieces(answer, fitted, chosen)
 
     def generate(
-        self, prompt: str, options: GenerationOptions | None = None, **named: Any
+        self, prompt: str, options: SamplingParams | None = None, **named: Any
     ) -> GenerationResult:
         """Continue `prompt` and return the whole result; options as for `chat`."""
         return GenerationResult.of(self.stream(prompt, options, **named))
@@ -224,7 +224,7 @@ class Runtime(BatchAnswers):
             if level == "complete":
                 self._begin()  # the one before cannot go on
             self._check_goes_on(self._answer)
-            return self._loaded.trim(level).given_back_bytes
+            return self._loaded.trim(level).freed_bytes
 
     def _begin(self) -> int:
         self._end_batch()
@@ -237,11 +237,11 @@ class Runtime(BatchAnswers):
         if self._closed:
             raise RuntimeUnusable("the runtime is closed: open it again")
 
-    def _chatting(self) -> Conversation:
+    def _chatting(self) -> ChatEncoder:
         if self._conversation is None:
             tokenizer = self._model.tokenizer
             template = ChatTemplate(self.spec.chat_template, tokenizer.special_texts)
-            self._conversation = Conversation(template, tokenizer, self._last)
+            self._conversation = ChatEncoder(template, tokenizer, self._last)
         return self._conversation
 
     def _check_text(self, text: str) -> None:
@@ -252,12 +252,12 @@ class Runtime(BatchAnswers):
                 num_bytes // 4, self._model.context, estimated=True, droppable=False
             )
         if not self._loaded.has_room_to_tokenise(num_bytes, len(self._session.token_ids)):
-            self._session.set_aside()
+            self._session.evict()
 
     def _pieces(
-        self, answer: int, prompt: Prompt, options: GenerationOptions
-    ) -> Generator[Piece, None, None]:
-        facts = self._loaded.run_facts()
+        self, answer: int, prompt: Prompt, options: SamplingParams
+    ) -> Generator[GenerationChunk, None, None]:
+        facts = self._loaded.generation_context()
         pieces = generate(self._model, self._session, prompt, options, facts, self._profiler)
         while True:
             with self._stepping:
@@ -266,7 +266,7 @@ class Runtime(BatchAnswers):
             if piece is None:
                 return
             if options.explain and piece.finish_reason is not None:
-                piece = replace(piece, kept=tuple(self.kept_passages()))
+                piece = replace(piece, kept=tuple(self.retained_spans()))
             yield piece
 
     def _check_goes_on(self, answer: int) -> None:
@@ -275,8 +275,8 @@ class Runtime(BatchAnswers):
             raise RuntimeUnusable("another answer or a complete trim was asked for and ended this")
 
     def _remembered(
-        self, answer: int, prompt: Prompt, options: GenerationOptions, chat_prompt: ChatPrompt
-    ) -> Generator[Piece, None, None]:
+        self, answer: int, prompt: Prompt, options: SamplingParams, chat_prompt: ChatPrompt
+    ) -> Generator[GenerationChunk, None, None]:
         """Yield the answer and remember it for the next turn, unless another was started meanwhile."""
         token_ids: list[int] = []
         try:

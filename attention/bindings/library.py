@@ -4,9 +4,9 @@
 abort(). Inside the guard the failed assertion is thrown as a C++ exception, which llama.cpp's loader
 catches.
 
-`unpopulated_maps`: llama.cpp maps weights with MAP_POPULATE, which reads the whole file at once. Inside
+`lazy_mappings`: llama.cpp maps weights with MAP_POPULATE, which reads the whole file at once. Inside
 this context manager the flag is removed, through the table by which llama.cpp's library calls mmap
-(`native/unpopulated_maps.cpp`). 64-bit Linux only; where the table looks different, nothing changes.
+(`native/lazy_mappings.cpp`). 64-bit Linux only; where the table looks different, nothing changes.
 """
 
 from __future__ import annotations
@@ -85,14 +85,14 @@ def _install() -> None:
 
 
 @functools.cache
-def can_leave_unpopulated() -> bool:
+def can_map_lazily() -> bool:
     """Whether llama.cpp's maps can be left unfilled here."""
-    with unpopulated_maps() as works:
+    with lazy_mappings() as works:
         return works
 
 
 @contextlib.contextmanager
-def unpopulated_maps() -> Iterator[bool]:
+def lazy_mappings() -> Iterator[bool]:
     """Leave what llama.cpp maps on this thread unfilled; yields whether that works."""
     library = native_library()
     enter = library.lowtide_enter_unpopulated_maps

@@ -1,11 +1,11 @@
-"""GraphHook: our attention kernels inside llama.cpp's own graph.
+"""LlamaHook: our attention kernels inside llama.cpp's own graph.
 
 llama.cpp asks an evaluation callback about every node of a graph before computing it; the callback is
-C++ (`native/graph_hook.cpp`) and swaps each attention node for our kernel, which then runs in
+C++ (`native/llama_hook.cpp`) and swaps each attention node for our kernel, which then runs in
 llama.cpp's thread pool. Works on an unmodified llama-cpp-python; what is not as we know it is left to
 llama.cpp and counted. Knows no policy and no model.
 
-The graph hook's C functions and structs, as `native/graph_hook.h` declares them.
+The graph hook's C functions and structs, as `native/llama_hook.h` declares them.
 
 LayerClock: how long each layer of a forward pass takes. Knows no policy and no model.
 
@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lowtide.attention.bindings.library import native_library
-from lowtide.attention.bindings.policy import NO_COST, PolicyKernels, ScoreCost
+from lowtide.attention.bindings.policy import NO_COST, PolicyBindings, ScoreCost
 from lowtide.attention.bindings.structs import ScoreRule
 from lowtide.memory.os import pages
 from lowtide.memory.os.file_mappings import FileMap
 from lowtide.models.errors import LowtideError
 from lowtide.models.gguf.llama_cpp import llama_library
-from lowtide.models.model import PartCells
+from lowtide.models.model import SequenceSlots
 from lowtide.models.spec import ModelSpec, WeightSpan
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ class _Counts(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
-            "layers_ours layers_theirs nodes_ours nodes_theirs nanoseconds scratch_bytes keys_read "
-            "keys_held weight_bytes_given_back products_sliced products_packed packed_refused".split()
+            "layers_native layers_fallback nodes_native nodes_fallback nanoseconds scratch_bytes keys_read "
+            "keys_held weight_bytes_evicted matmuls_streamed matmuls_repacked repacked_refused".split()
         )
     ]
 
@@ -166,7 +166,7 @@ def _with_pages(file_map: FileMap, begin: int, end: int, group: int) -> NativeSp
     return NativeSpan(begin, end, pages.round_down(begin), min(pages.round_up(end), map_end), group)
 
 
-def keep_spans_apart(spec: ModelSpec, spans: Sequence[NativeSpan], maps: Iterable[FileMap]) -> None:
+def isolate_spans(spec: ModelSpec, spans: Sequence[NativeSpan], maps: Iterable[FileMap]) -> None:
     """Have no span's pages come with those of another: what was given back would come back with it.
 
     Neither do those of distant parts of a weight outside of the layers. Raises `LowtideError` where the
@@ -177,7 +177,9 @@ def keep_spans_apart(spec: ModelSpec, spans: Sequence[NativeSpan], maps: Iterabl
     }
     for file_map in maps:
         begin, end = file_map.address, file_map.address + file_map.num_bytes
-        if not pages.keep_apart(sorted({begin, end, *(cut for cut in cuts if begin < cut < end)})):
+        if not pages.isolate_pages(
+            sorted({begin, end, *(cut for cut in cuts if begin < cut < end)})
+        ):
             raise LowtideError(
                 f"{len(cuts)} areas of memory are wanted for {spec.name}'s weights, and the system allows "
                 "no more: raise vm.max_map_count, or --memory so that the weights stay resident"
@@ -196,33 +198,33 @@ REASON_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
-class HookCounts:
+class KernelCounts:
     """What a hook has done since it was made.
 
-    `layers_ours` run our kernel in every pass, `layers_theirs` were left to llama.cpp in at least one;
+    `layers_native` run our kernel in every pass, `layers_fallback` were left to llama.cpp in at least one;
     `seconds` is the time in our kernel. Of the `keys_held` that a pass's last row could see, over
-    all layers and passes, `keys_read` were attended to. `weight_bytes_given_back` counts mapped weights
-    whose pages went back to the system, `products_sliced` the products that gave theirs back on the way,
-    `products_packed` those that were computed from packed weights, `packed_refused` the nodes that read
+    all layers and passes, `keys_read` were attended to. `weight_bytes_evicted` counts mapped weights
+    whose pages went back to the system, `matmuls_streamed` the products that gave theirs back on the way,
+    `matmuls_repacked` those that were computed from packed weights, `repacked_refused` the nodes that read
     such weights in a way that is not known. `scores` is what they cost where keys were states.
     """
 
-    layers_ours: int
-    layers_theirs: int
-    nodes_ours: int
-    nodes_theirs: int
+    layers_native: int
+    layers_fallback: int
+    nodes_native: int
+    nodes_fallback: int
     seconds: float
     scratch_bytes: int
     keys_read: int
     keys_held: int
-    weight_bytes_given_back: int
-    products_sliced: int
-    products_packed: int
-    packed_refused: int
+    weight_bytes_evicted: int
+    matmuls_streamed: int
+    matmuls_repacked: int
+    repacked_refused: int
     scores: ScoreCost = NO_COST
 
 
-class GraphHook(PolicyKernels):
+class LlamaHook(PolicyBindings):
     """One hook for one llama.cpp context of `threads` threads; keep it as long as the context lives.
 
     `kernels` names an instruction set (see `structs.py`); None takes the best. Raises `LowtideError` where
@@ -264,22 +266,22 @@ class GraphHook(PolicyKernels):
         address: int = self._library.lowtide_hook_clock(self._hook)
         return address
 
-    def counts(self) -> HookCounts:
+    def counts(self) -> KernelCounts:
         """Return what the hook has done so far."""
         counts = self._library.lowtide_hook_counts(self._hook)
-        return HookCounts(
-            counts.layers_ours,
-            counts.layers_theirs,
-            counts.nodes_ours,
-            counts.nodes_theirs,
+        return KernelCounts(
+            counts.layers_native,
+            counts.layers_fallback,
+            counts.nodes_native,
+            counts.nodes_fallback,
             counts.nanoseconds / 1e9,
             counts.scratch_bytes,
             counts.keys_read,
             counts.keys_held,
-            counts.weight_bytes_given_back,
-            counts.products_sliced,
-            counts.products_packed,
-            counts.packed_refused,
+            counts.weight_bytes_evicted,
+            counts.matmuls_streamed,
+            counts.matmuls_repacked,
+            counts.repacked_refused,
             self.states.cost(),
         )
 
@@ -301,21 +303,21 @@ class GraphHook(PolicyKernels):
         if failed:
             raise MemoryError
 
-    def read_packed(self, names: Sequence[str], max_rows: int, max_columns: int) -> None:
-        """Have tensors of these names read as packed ones, in passes of `max_rows` rows at most.
+    def read_repacked(self, names: Sequence[str], batch_size: int, max_columns: int) -> None:
+        """Have tensors of these names read as packed ones, in passes of `batch_size` rows at most.
 
         `max_columns` is the most that one of them has. Raises `MemoryError`.
         """
         text = "\n".join(names).encode()
-        if self._library.lowtide_hook_read_packed(self._hook, text, max_rows, max_columns):
+        if self._library.lowtide_hook_read_packed(self._hook, text, batch_size, max_columns):
             raise MemoryError
 
     @property
-    def can_round(self) -> bool:
+    def supports_bf16(self) -> bool:
         """Whether these kernels can multiply in bfloat16."""
         return bool(self._library.lowtide_hook_can_round(self._hook))
 
-    def set_parts(self, cells: PartCells | None) -> None:
+    def set_batch_layout(self, cells: SequenceSlots | None) -> None:
         """Have the next pass attend to several sequences, each over its own cells; None: to one again."""
         if cells is None:
             failed = self._library.lowtide_hook_set_parts(self._hook, 0, 0, None, None, None)
@@ -333,8 +335,8 @@ class GraphHook(PolicyKernels):
             raise MemoryError
 
     @property
-    def parts_refused(self) -> int:
-        """How many masks showed other cells than `set_parts` was told: those passes took every cell."""
+    def layouts_refused(self) -> int:
+        """How many masks showed other cells than `set_batch_layout` was told: those passes took every cell."""
         return int(self._library.lowtide_hook_parts_refused(self._hook))
 
     def copy_cell(self, source: int, target: int) -> int:
@@ -379,7 +381,7 @@ class LayerClock:
     what they are. Attention's time is known where our kernels run.
     """
 
-    def __init__(self, hook: GraphHook, num_layers: int) -> None:
+    def __init__(self, hook: LlamaHook, num_layers: int) -> None:
         self._library = native_library()
         array = ctypes.POINTER(ctypes.c_int64)
         self._library.lowtide_clock_start.argtypes = [ctypes.c_void_p, ctypes.c_int]

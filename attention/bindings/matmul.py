@@ -1,6 +1,6 @@
 """Our matrix kernels called on arrays, outside any graph: what packing, tests and measurements use.
 
-Knows no model and no file. Inside a graph the same kernels are called by `graph_hook`.
+Knows no model and no file. Inside a graph the same kernels are called by `llama_hook`.
 
 Writes packed GGUF files (`models.packed_gguf`) with our kernels' packing, a slice at a time.
 
@@ -21,75 +21,75 @@ from lowtide.models.atomic_file import whole_file
 from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.fingerprint import samples_digest
 from lowtide.models.gguf.reader import TYPE_NUMBERS, GgufContents, TensorInfo
-from lowtide.models.gguf.repacked import data_digest, matrices, packed_header
-from lowtide.models.onnx.read_spec import ALIGNMENT, PackedForm
-from lowtide.models.onnx.rewrite.matmul_nodes import PANEL_ROWS
+from lowtide.models.gguf.repacked import data_digest, matrices, repacked_header
+from lowtide.models.onnx.read_spec import ALIGNMENT, RepackPlan
+from lowtide.models.onnx.rewrite.matmul_nodes import TILE_ROWS
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 
-PRODUCT_SETS = ("avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dot", "neon", "portable")
+MATMUL_KERNELS = ("avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dot", "neon", "portable")
 
 
 class MatrixView(ctypes.Structure):
-    """The C++ `PackedMatrix`, field for field: `panels` is an address that somebody keeps."""
+    """The C++ `PackedMatrix`, field for field: `tiles` is an address that somebody keeps."""
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in "format num_rows num_columns".split()),
-        ("panels", ctypes.c_void_p),
+        ("tiles", ctypes.c_void_p),
     ]
 
 
 @dataclass(frozen=True, slots=True)
-class PackedArray:
-    """A matrix of (num_rows, num_columns) packed: `panels` are as many bytes as ggml's blocks were."""
+class RepackedArray:
+    """A matrix of (num_rows, num_columns) packed: `tiles` are as many bytes as ggml's blocks were."""
 
     type_name: str
     num_rows: int
     num_columns: int
-    panels: NDArray[np.uint8]
+    tiles: NDArray[np.uint8]
 
     def _matrix(self) -> MatrixView:
         number = TYPE_NUMBERS[self.type_name]
-        return MatrixView(number, self.num_rows, self.num_columns, self.panels.ctypes.data)
+        return MatrixView(number, self.num_rows, self.num_columns, self.tiles.ctypes.data)
 
 
-def can_pack(type_name: str, num_rows: int, num_columns: int) -> bool:
+def can_repack(type_name: str, num_rows: int, num_columns: int) -> bool:
     """Whether such a matrix has a packed form: whole blocks (of floats, 32 columns), rows in sixteens."""
-    return _packed_bytes(type_name, num_rows, num_columns) > 0
+    return _repacked_bytes(type_name, num_rows, num_columns) > 0
 
 
-def pack_rows(
-    type_name: str, rows: bytearray, num_rows: int, num_columns: int, panels: bytearray
+def repack_rows(
+    type_name: str, rows: bytearray, num_rows: int, num_columns: int, tiles: bytearray
 ) -> None:
-    """Pack whole panels, 16 rows each, from ggml's blocks into `panels`, which has as many bytes.
+    """Pack whole panels, 16 rows each, from ggml's blocks into `tiles`, which has as many bytes.
 
     Raises `ValueError` where these bytes are no such rows.
     """
-    num_bytes = _packed_bytes(type_name, num_rows, num_columns)
-    if not num_bytes or min(len(rows), len(panels)) < num_bytes:
+    num_bytes = _repacked_bytes(type_name, num_rows, num_columns)
+    if not num_bytes or min(len(rows), len(tiles)) < num_bytes:
         raise ValueError(
             f"{len(rows)} bytes are no {num_rows} rows of {num_columns} in {type_name}"
         )
     source = (ctypes.c_char * num_bytes).from_buffer(rows)
-    target = (ctypes.c_char * num_bytes).from_buffer(panels)
+    target = (ctypes.c_char * num_bytes).from_buffer(tiles)
     _library().lowtide_pack(TYPE_NUMBERS[type_name], source, num_rows, num_columns, target)
 
 
-def pack_array(type_name: str, rows: NDArray[np.uint8], num_columns: int) -> PackedArray:
+def repack_array(type_name: str, rows: NDArray[np.uint8], num_columns: int) -> RepackedArray:
     """Pack (num_rows, bytes of a row), in ggml's blocks; raises `BadOption` where they cannot be packed."""
     import numpy as np
 
-    if not can_pack(type_name, len(rows), num_columns):
+    if not can_repack(type_name, len(rows), num_columns):
         raise BadOption(f"{len(rows)} rows of {num_columns} in {type_name} have no packed form")
-    panels = bytearray(rows.nbytes)
-    pack_rows(type_name, bytearray(rows.tobytes()), len(rows), num_columns, panels)
-    return PackedArray(type_name, len(rows), num_columns, np.frombuffer(panels, np.uint8))
+    tiles = bytearray(rows.nbytes)
+    repack_rows(type_name, bytearray(rows.tobytes()), len(rows), num_columns, tiles)
+    return RepackedArray(type_name, len(rows), num_columns, np.frombuffer(tiles, np.uint8))
 
 
-def unpack_row(packed: PackedArray, row: int) -> NDArray[np.float32]:
+def unpack_row(packed: RepackedArray, row: int) -> NDArray[np.float32]:
     """Return row `row` of the matrix, (num_columns,)."""
     import numpy as np
 
@@ -100,7 +100,11 @@ def unpack_row(packed: PackedArray, row: int) -> NDArray[np.float32]:
 
 
 def multiply(
-    packed: PackedArray, rows: NDArray[np.float32], *, kernels: str | None = None, threads: int = 1
+    packed: RepackedArray,
+    rows: NDArray[np.float32],
+    *,
+    kernels: str | None = None,
+    threads: int = 1,
 ) -> NDArray[np.float32]:
     """Return (rows, num_rows): each of `rows`, (rows, num_columns), times the matrix.
 
@@ -116,7 +120,7 @@ def multiply(
 
 
 def multiply_in_turn(
-    matrices: Sequence[PackedArray],
+    matrices: Sequence[RepackedArray],
     rows: NDArray[np.float32],
     out: NDArray[np.float32],
     *,
@@ -144,12 +148,12 @@ def multiply_in_turn(
         raise LowtideError(f"{len(rows)} rows cannot be multiplied with the kernels {kernels!r}")
 
 
-def usable_product_sets() -> tuple[str, ...]:
+def usable_matmul_kernels() -> tuple[str, ...]:
     """Return the names of the kernel sets that this build and processor have, the best first."""
-    return tuple(name for name in PRODUCT_SETS if _library().lowtide_has_products(name.encode()))
+    return tuple(name for name in MATMUL_KERNELS if _library().lowtide_has_products(name.encode()))
 
 
-def _packed_bytes(type_name: str, num_rows: int, num_columns: int) -> int:
+def _repacked_bytes(type_name: str, num_rows: int, num_columns: int) -> int:
     number = TYPE_NUMBERS.get(type_name, -1)
     num_bytes: int = _library().lowtide_packed_bytes(number, num_rows, num_columns)
     return num_bytes
@@ -178,23 +182,23 @@ Progress = Callable[[int], None]
 """Told of bytes, as they are written."""
 
 
-def packable(contents: GgufContents) -> list[TensorInfo]:
+def repackable(contents: GgufContents) -> list[TensorInfo]:
     """Return the tensors of a file that would be packed."""
     return [
         tensor
         for tensor in matrices(contents.tensors)
-        if can_pack(tensor.type_name, tensor.shape[1], tensor.shape[0])
+        if can_repack(tensor.type_name, tensor.shape[1], tensor.shape[0])
     ]
 
 
-def write_packed(source: GgufContents, target: Path, owner: str, progress: Progress) -> None:
+def write_repacked(source: GgufContents, target: Path, component: str, progress: Progress) -> None:
     """Write `source` packed to `target`, which is whole or not there.
 
-    `owner` is the fingerprint of the files that it belongs to. Raises `OSError`, with nothing left behind,
+    `component` is the fingerprint of the files that it belongs to. Raises `OSError`, with nothing left behind,
     where the system cannot write it, and `ValueError` where its header cannot be laid out.
     """
-    packed = packable(source)
-    header = packed_header(source, packed, owner)
+    packed = repackable(source)
+    header = repacked_header(source, packed, component)
     names = {tensor.name for tensor in packed}
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target) as out, source.path.open("rb") as file:
@@ -202,7 +206,7 @@ def write_packed(source: GgufContents, target: Path, owner: str, progress: Progr
         for old, new in zip(source.tensors, header.tensors, strict=True):
             out.write(b"\0" * (len(header.start) + new.offset - out.tell()))
             file.seek(source.data_start + old.offset)
-            _copy(file, out, old, progress, is_packed=old.name in names)
+            _copy(file, out, old, progress, is_repacked_file=old.name in names)
         out.flush()
         digest = data_digest(Path(out.name), len(header.start))
         out.seek(header.digest_offset)
@@ -210,32 +214,28 @@ def write_packed(source: GgufContents, target: Path, owner: str, progress: Progr
 
 
 def _copy(
-    file: BinaryIO, out: BinaryIO, tensor: TensorInfo, progress: Progress, *, is_packed: bool
+    file: BinaryIO, out: BinaryIO, tensor: TensorInfo, progress: Progress, *, is_repacked_file: bool
 ) -> None:
     num_columns, num_rows = (*tensor.shape, 1)[:2]
-    row_bytes = tensor.num_bytes // num_rows if is_packed else 1
-    step = max(SLICE_BYTES // row_bytes // PANEL_ROWS, 1) * PANEL_ROWS * row_bytes
+    row_bytes = tensor.num_bytes // num_rows if is_repacked_file else 1
+    step = max(SLICE_BYTES // row_bytes // TILE_ROWS, 1) * TILE_ROWS * row_bytes
     for begin in range(0, tensor.num_bytes, step):
         rows = bytearray(file.read(min(step, tensor.num_bytes - begin)))
         if len(rows) < min(step, tensor.num_bytes - begin):
             raise OSError(f"{file.name} ended while it was read")
-        panels = rows
-        if is_packed:
-            panels = bytearray(len(rows))
-            pack_rows(tensor.type_name, rows, len(rows) // row_bytes, num_columns, panels)
-        out.write(panels)
-        progress(len(panels))
+        tiles = rows
+        if is_repacked_file:
+            tiles = bytearray(len(rows))
+            repack_rows(tensor.type_name, rows, len(rows) // row_bytes, num_columns, tiles)
+        out.write(tiles)
+        progress(len(tiles))
 
 
 LAYOUT = b"lowtide panels 1\n"
 """Counts the ways that matrices were laid out in."""
-SLICE_BYTES = 1 << 20
-
-Progress = Callable[[int], None]
-"""Told of bytes, as they are written."""
 
 
-def write_panels(form: PackedForm, folder: Path, target: Path, progress: Progress) -> None:
+def write_tiles(form: RepackPlan, folder: Path, target: Path, progress: Progress) -> None:
     """Write the matrices, whose weights lie in `folder`, to `target`, which is whole or not there.
 
     Raises `OSError` where the system cannot write or read it, `BadModelFile` for weights that have no
@@ -247,13 +247,13 @@ def write_panels(form: PackedForm, folder: Path, target: Path, progress: Progres
         for matrix, start in zip(form.swap.products.matrices, starts, strict=True):
             out.seek(start)
             row_bytes = matrix.num_bytes // matrix.num_rows
-            step = max(SLICE_BYTES // row_bytes // PANEL_ROWS, 1) * PANEL_ROWS
+            step = max(SLICE_BYTES // row_bytes // TILE_ROWS, 1) * TILE_ROWS
             for rows in matrix.ggml_rows(folder, step):
-                panels = bytearray(rows.nbytes)
+                tiles = bytearray(rows.nbytes)
                 blocks = bytearray(rows.tobytes())
-                pack_rows(matrix.type_name, blocks, len(rows), matrix.num_columns, panels)
-                out.write(panels)
-                progress(len(panels))
+                repack_rows(matrix.type_name, blocks, len(rows), matrix.num_columns, tiles)
+                out.write(tiles)
+                progress(len(tiles))
         out.truncate(end)
         out.flush()
         digest = samples_digest([(Path(out.name), ALIGNMENT)])
@@ -261,7 +261,7 @@ def write_panels(form: PackedForm, folder: Path, target: Path, progress: Progres
         out.write(_beginning(digest))
 
 
-def is_sound_panel_file(path: Path, form: PackedForm) -> bool:
+def is_valid_tile_file(path: Path, form: RepackPlan) -> bool:
     """Whether the file at `path` is as it was written for such matrices; False where there is none."""
     try:
         with path.open("rb") as file:

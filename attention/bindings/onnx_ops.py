@@ -2,9 +2,9 @@
 
 A graph's node calls them from onnxruntime's session, on onnxruntime's threads (`native/onnx_operator.cpp`):
 rows are turned (rotary embedding), appended to the layer's cache and attended in one call a layer. Knows
-no session and no model; policies install themselves here as in `GraphHook`.
+no session and no model; policies install themselves here as in `LlamaHook`.
 
-OnnxProducts: our matrix kernels in the place of an ONNX graph's quantised products.
+OnnxMatmul: our matrix kernels in the place of an ONNX graph's quantised products.
 
 A graph's nodes call them from onnxruntime's session, on onnxruntime's threads
 (`native/onnx_product_operators.cpp`), over panels that are mapped from a file (`panel_file`). Knows no
@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowtide.attention.bindings.library import native_library
-from lowtide.attention.bindings.llama_hook import HookCounts
+from lowtide.attention.bindings.llama_hook import KernelCounts
 from lowtide.attention.bindings.matmul import MatrixView
-from lowtide.attention.bindings.policy import PolicyKernels
+from lowtide.attention.bindings.policy import PolicyBindings
 from lowtide.attention.bindings.structs import ScoreRule
 from lowtide.models.errors import LowtideError
 from lowtide.models.gguf.reader import TYPE_NUMBERS
-from lowtide.models.onnx.read_spec import PackedForm
-from lowtide.models.onnx.rewrite.rewrite import Attender, LayerArrays, Multiplier
+from lowtide.models.onnx.read_spec import RepackPlan
+from lowtide.models.onnx.rewrite.rewrite import AttentionBackend, LayerArrays, MatmulBackend
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +45,7 @@ class _Layer(ctypes.Structure):
             (name, ctypes.c_int32)
             for name in (
                 "cache_type num_cells num_heads num_kv_heads head_size rotary_pairs interleaved "
-                "is_packed is_causal window mask"
+                "is_repacked_file is_causal window mask"
             ).split()
         ),
         ("scale", ctypes.c_float),
@@ -62,7 +62,7 @@ class _Counts(ctypes.Structure):
     ]
 
 
-class OnnxAttention(PolicyKernels, Attender):
+class OnnxAttention(PolicyBindings, AttentionBackend):
     """Attends for one model on `threads` threads; `kernels` names an instruction set, None takes the best.
 
     Raises `LowtideError` where this build and processor have no such kernels.
@@ -89,7 +89,7 @@ class OnnxAttention(PolicyKernels, Attender):
         return name.decode()
 
     @property
-    def can_round(self) -> bool:
+    def supports_bf16(self) -> bool:
         """Whether these kernels can multiply in bfloat16."""
         return bool(self._library.lowtide_onnx_can_round(self._attend))
 
@@ -123,22 +123,22 @@ class OnnxAttention(PolicyKernels, Attender):
         """Whether the last pass ended in a layer, as `score_prompt` had it."""
         return bool(self._attend and self._library.lowtide_onnx_has_ended(self._attend))
 
-    def counts(self) -> HookCounts:
+    def counts(self) -> KernelCounts:
         """Return what was attended to so far; all layers are ours."""
         counts = self._library.lowtide_onnx_counts(self._attend)
-        return HookCounts(
-            layers_ours=len(self._layers),
-            layers_theirs=0,
-            nodes_ours=counts.nodes,
-            nodes_theirs=0,
+        return KernelCounts(
+            layers_native=len(self._layers),
+            layers_fallback=0,
+            nodes_native=counts.nodes,
+            nodes_fallback=0,
             seconds=counts.nanoseconds / 1e9,
             scratch_bytes=counts.scratch_bytes,
             keys_read=counts.keys_read,
             keys_held=counts.keys_held,
-            weight_bytes_given_back=0,
-            products_sliced=0,
-            products_packed=0,
-            packed_refused=0,
+            weight_bytes_evicted=0,
+            matmuls_streamed=0,
+            matmuls_repacked=0,
+            repacked_refused=0,
             scores=self.states.cost(),
         )
 
@@ -190,7 +190,7 @@ def _described(arrays: LayerArrays, mask: int) -> _Layer:
         num_kv_heads=node.num_kv_heads,
         head_size=node.head_size,
         interleaved=node.is_interleaved,
-        is_packed=node.is_packed,
+        is_repacked_file=node.is_repacked_file,
         is_causal=node.is_causal,
         window=node.window or 0,
         mask=mask,
@@ -234,27 +234,27 @@ class _MatmulCounts(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("nodes", "scratch_bytes")]
 
 
-class OnnxProducts(Multiplier):
-    """The packed matrices of `form` in the file `panels`, for passes of `max_rows` rows at most.
+class OnnxMatmul(MatmulBackend):
+    """The packed matrices of `form` in the file `tiles`, for passes of `batch_size` rows at most.
 
     Raises `LowtideError` where there is no memory for the rows, or the file is no such one.
     """
 
-    product_operator = "Product"
-    look_up_operator = "Rows"
+    matmul_operator = "Product"
+    gather_operator = "Rows"
 
-    def __init__(self, form: PackedForm, panels: Path, max_rows: int, threads: int) -> None:
+    def __init__(self, form: RepackPlan, tiles: Path, batch_size: int, threads: int) -> None:
         import numpy as np
 
         self._library = _matmul_declared(native_library())
-        self._panels = np.memmap(panels, np.uint8, "r")
+        self._tiles = np.memmap(tiles, np.uint8, "r")
         *starts, end = form.offsets
-        if len(self._panels) < end:
+        if len(self._tiles) < end:
             raise LowtideError(
-                f"{panels} has {len(self._panels)} bytes of packed weights, {end} are wanted: remove it, "
+                f"{tiles} has {len(self._tiles)} bytes of packed weights, {end} are wanted: remove it, "
                 "and it is made again"
             )
-        address = self._panels.ctypes.data
+        address = self._tiles.ctypes.data
         matrices = form.swap.products.matrices
         described = (MatrixView * len(matrices))(
             *(
@@ -268,11 +268,11 @@ class OnnxProducts(Multiplier):
             )
         )
         self._products = self._library.lowtide_onnx_products_new(
-            described, len(described), max_rows, threads
+            described, len(described), batch_size, threads
         )
         if not self._products:
             raise LowtideError(
-                f"our kernels cannot multiply here: no memory for {max_rows} rows, or no kernels"
+                f"our kernels cannot multiply here: no memory for {batch_size} rows, or no kernels"
             )
         self.number = self._library.lowtide_onnx_products_number(self._products)
 
@@ -295,7 +295,7 @@ class OnnxProducts(Multiplier):
         if self._products:
             self._library.lowtide_onnx_products_free(self._products)
             self._products = None
-            del self._panels
+            del self._tiles
 
 
 def _matmul_declared(library: ctypes.CDLL) -> ctypes.CDLL:

@@ -1,8 +1,8 @@
-"""PolicyKernels: what attends as a policy has it, wherever our kernels run (`native/policy_attend.h`).
+"""PolicyBindings: what attends as a policy has it, wherever our kernels run (`native/policy_attend.h`).
 
-PolicyStates: attention over states where our kernels run, as `native/state_attend.h` has it.
+BlockBindings: attention over states where our kernels run, as `native/state_attend.h` has it.
 
-KernelHost: where our kernels run, in llama.cpp's graph or in an ONNX graph's session.
+AttentionKernels: where our kernels run, in llama.cpp's graph or in an ONNX graph's session.
 
 ScoreCost: what scores cost where keys behind a window are states, and what that saved.
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from lowtide.attention.bindings.llama_hook import HookCounts
+    from lowtide.attention.bindings.llama_hook import KernelCounts
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,8 @@ class ScoreCost:
 NO_COST = ScoreCost()
 
 
-class PolicyStates:
-    """That part of one host's `PolicyKernels`; alive as long as it. Everything is called between passes."""
+class BlockBindings:
+    """That part of one host's `PolicyBindings`; alive as long as it. Everything is called between passes."""
 
     def __init__(self, library: ctypes.CDLL, attend: int) -> None:
         self._library, self._attend = library, attend
@@ -92,14 +92,14 @@ class PolicyStates:
         library.lowtide_policy_score_counts.argtypes = [pointer]
         library.lowtide_policy_score_counts.restype = ScoreCounts
 
-    def set_units(
+    def set_head_params(
         self,
         rule: StatesRule,
         thresholds: NDArray[np.float32],
         shares: NDArray[np.float32],
         scales: NDArray[np.float32],
     ) -> None:
-        """Set what is sent: thresholds and shares (layers, kv_heads), scales (layers, kv_heads, key_size).
+        """Set what is sent: thresholds and shares (layers, kv_heads), scales (layers, kv_heads, head_dim).
 
         See `StatesLayer`; a layer with a threshold below 0 keeps its attention dense. Raises `ValueError`
         where blocks cannot be of that size.
@@ -117,10 +117,10 @@ class PolicyStates:
         if failed:
             raise MemoryError
 
-    def start(self, *, opens: bool = False) -> None:
-        """Have passes attend to states, until a `start_pass`; `opens` has them see keys themselves where a
+    def start(self, *, refine: bool = False) -> None:
+        """Have passes attend to states, until a `start_pass`; `refine` has them see keys themselves where a
         state gets much of a head's weight, as the rule has it."""
-        self._library.lowtide_policy_start_states(self._attend, opens)
+        self._library.lowtide_policy_start_states(self._attend, refine)
 
     def measure(self) -> None:
         """Have passes attend to every key and measure what states would lose, until a `start_pass`."""
@@ -128,16 +128,16 @@ class PolicyStates:
             raise MemoryError
 
     def measures(
-        self, num_layers: int, num_kv_heads: int, key_size: int
+        self, num_layers: int, num_kv_heads: int, head_dim: int
     ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
         """Return what was measured since: each unit's relative squared error and the share of its channels
         that were sent, (layers, kv_heads), and the mean squares of its queries' channels, (layers,
-        kv_heads, key_size)."""
+        kv_heads, head_dim)."""
         import numpy as np
 
         errors = np.zeros((num_layers, num_kv_heads), np.float32)
         shares = np.zeros_like(errors)
-        squares = np.zeros((num_layers, num_kv_heads, key_size), np.float32)
+        squares = np.zeros((num_layers, num_kv_heads, head_dim), np.float32)
         self._library.lowtide_policy_read_state_measures(
             self._attend, errors.ctypes.data, squares.ctypes.data, shares.ctypes.data
         )
@@ -149,13 +149,13 @@ class PolicyStates:
         return ScoreCost(*(getattr(counts, name) for name, *_ in ScoreCounts._fields_))
 
 
-class PolicyKernels:
+class PolicyBindings:
     """That part of one host, which `attend` belongs to: policies set it, between passes."""
 
     def __init__(self, library: ctypes.CDLL, attend: int) -> None:
         _declare(library)
         self._library, self._policy = library, attend
-        self.states = PolicyStates(library, attend)
+        self.states = BlockBindings(library, attend)
 
     def set_roles(self, roles: bytes, rule: SelectionRule) -> None:
         """Set what each layer does in a sparse pass (`LayerRole`)."""
@@ -164,22 +164,22 @@ class PolicyKernels:
         ):
             raise MemoryError
 
-    def start_pass(self, *, sparse: bool, refresh: bool = True, rounded: bool = False) -> None:
+    def start_pass(self, *, sparse: bool, refresh: bool = True, use_bf16: bool = False) -> None:
         """Say whether the passes from now on are sparse, and whether they choose their keys anew.
 
-        `rounded` has a prompt's rows multiplied in bfloat16, where `can_round`.
+        `use_bf16` has a prompt's rows multiplied in bfloat16, where `supports_bf16`.
         """
-        self._library.lowtide_policy_start_pass(self._policy, sparse, refresh, rounded)
+        self._library.lowtide_policy_start_pass(self._policy, sparse, refresh, use_bf16)
 
     def set_groups(
         self,
         rule: ctypes.Structure,
         num_groups: NDArray[np.uint8],
-        lifts: NDArray[np.float32],
+        score_bias: NDArray[np.float32],
         scales: NDArray[np.float32],
     ) -> None:
         """Set how keys are grouped (`DeltaRule`): groups of a page and their lifts, (layers, kv_heads), and
-        scales, (layers, kv_heads, key_size).
+        scales, (layers, kv_heads, head_dim).
 
         Raises `ValueError` where a page of keys cannot have so many groups.
         """
@@ -187,7 +187,7 @@ class PolicyKernels:
             self._policy,
             ctypes.byref(rule),
             num_groups.ctypes.data,
-            lifts.ctypes.data,
+            score_bias.ctypes.data,
             scales.ctypes.data,
             *scales.shape,
         )
@@ -196,9 +196,9 @@ class PolicyKernels:
         if failed:
             raise MemoryError
 
-    def start_grouped(self, *, opens: bool = False) -> None:
-        """Have passes attend to groups, and with `opens` to some groups' keys, until a `start_pass`."""
-        self._library.lowtide_policy_start_grouped(self._policy, opens)
+    def start_grouped(self, *, refine: bool = False) -> None:
+        """Have passes attend to groups, and with `refine` to some groups' keys, until a `start_pass`."""
+        self._library.lowtide_policy_start_grouped(self._policy, refine)
 
     def measure_groups(self) -> None:
         """Have passes attend to every key and measure what groups would lose, until a `start_pass`."""
@@ -206,14 +206,14 @@ class PolicyKernels:
             raise MemoryError
 
     def group_measures(
-        self, num_layers: int, num_kv_heads: int, key_size: int
+        self, num_layers: int, num_kv_heads: int, head_dim: int
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return each unit's relative squared error, (layers, kv_heads), and the mean squares of its
-        queries' channels, (layers, kv_heads, key_size), since they are measured."""
+        queries' channels, (layers, kv_heads, head_dim), since they are measured."""
         import numpy as np
 
         errors = np.zeros((num_layers, num_kv_heads), np.float32)
-        squares = np.zeros((num_layers, num_kv_heads, key_size), np.float32)
+        squares = np.zeros((num_layers, num_kv_heads, head_dim), np.float32)
         self._library.lowtide_policy_read_group_measures(
             self._policy, errors.ctypes.data, squares.ctypes.data
         )
@@ -224,7 +224,7 @@ class PolicyKernels:
         self._library.lowtide_policy_cut(self._policy, num_cells)
 
     @property
-    def least_cells(self) -> int:
+    def min_tokens(self) -> int:
         """The fewest cells, but for none, that the cache can go back to: groups replaced the rest."""
         return int(self._library.lowtide_policy_least_cells(self._policy))
 
@@ -267,7 +267,7 @@ class PromptScorer(Protocol):
         """Return the scores of the first `num_keys` keys; None where the last pass did not make them."""
 
 
-class KernelHost(PromptScorer, Protocol):
+class AttentionKernels(PromptScorer, Protocol):
     """What policies set of it and ask of it, between passes."""
 
     @property
@@ -275,33 +275,33 @@ class KernelHost(PromptScorer, Protocol):
         """The instruction set in use."""
 
     @property
-    def can_round(self) -> bool:
+    def supports_bf16(self) -> bool:
         """Whether these kernels can multiply in bfloat16."""
 
     def set_roles(self, roles: bytes, rule: SelectionRule) -> None:
         """Set what each layer does in a sparse pass (`LayerRole`)."""
 
-    def counts(self) -> HookCounts:
+    def counts(self) -> KernelCounts:
         """Return what our kernels have done so far."""
 
-    def start_pass(self, *, sparse: bool, refresh: bool = True, rounded: bool = False) -> None:
+    def start_pass(self, *, sparse: bool, refresh: bool = True, use_bf16: bool = False) -> None:
         """Say whether the passes from now on are sparse, whether they choose anew, and are rounded."""
 
     def set_groups(
         self,
         rule: ctypes.Structure,
         num_groups: NDArray[np.uint8],
-        lifts: NDArray[np.float32],
+        score_bias: NDArray[np.float32],
         scales: NDArray[np.float32],
     ) -> None:
         """Set how keys are grouped (`DeltaRule`)."""
 
-    def start_grouped(self, *, opens: bool = False) -> None:
-        """Have passes attend to groups of keys, until a `start_pass`; `opens` has them look into those that
+    def start_grouped(self, *, refine: bool = False) -> None:
+        """Have passes attend to groups of keys, until a `start_pass`; `refine` has them look into those that
         get much of a head's weight, as the rule has it."""
 
     @property
-    def least_cells(self) -> int:
+    def min_tokens(self) -> int:
         """The fewest cells, but for none, that the cache can go back to: groups replaced the rest."""
 
     @property
@@ -309,5 +309,5 @@ class KernelHost(PromptScorer, Protocol):
         """Whether a pass has wanted cells that groups had replaced."""
 
     @property
-    def states(self) -> PolicyStates:
+    def states(self) -> BlockBindings:
         """What has passes attend to states of keys."""

@@ -1,6 +1,6 @@
 """Our attention kernels called on arrays, outside any graph: what tests and measurements use.
 
-Knows no model. Inside a graph the same kernels are called by `graph_hook`.
+Knows no model. Inside a graph the same kernels are called by `llama_hook`.
 
 Attention over groups called on arrays, outside any graph: what tests and measurements use.
 
@@ -69,8 +69,8 @@ class _Problem(ctypes.Structure):
         ("num_heads", ctypes.c_int),
         ("num_kv_heads", ctypes.c_int),
         ("num_keys", ctypes.c_int),
-        ("key_size", ctypes.c_int),
-        ("value_size", ctypes.c_int),
+        ("head_dim", ctypes.c_int),
+        ("value_dim", ctypes.c_int),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
         ("sinks", ctypes.c_void_p),
@@ -79,7 +79,7 @@ class _Problem(ctypes.Structure):
         ("totals", ctypes.c_void_p),
         ("first_scored_row", ctypes.c_int),
         ("scores_stride", ctypes.c_int),
-        ("rounded", ctypes.c_int),
+        ("use_bf16", ctypes.c_int),
         ("states", ctypes.c_void_p),
     ]
 
@@ -88,25 +88,25 @@ class _Problem(ctypes.Structure):
 class AttentionInputs:
     """One attention node as arrays; last axes are contiguous.
 
-    `q` (rows, heads, key_size); `k`, `v` (cells, kv_heads, stored row), float16 or the bytes of quantised
+    `q` (rows, heads, head_dim); `k`, `v` (cells, kv_heads, stored row), float16 or the bytes of quantised
     blocks; `mask` (rows, cells), added to the scaled scores. `sinks` (heads,) are scores without values.
-    `rounded` lets more than 32 rows be multiplied in bfloat16, where the kernels can.
+    `use_bf16` lets more than 32 rows be multiplied in bfloat16, where the kernels can.
     """
 
     q: NDArray[np.float32]
     k: NDArray[np.generic]
     v: NDArray[np.generic]
     mask: NDArray[np.float16]
-    value_size: int
+    value_dim: int
     scale: float
     softcap: float = 0.0
     kv_type: str = "f16"
     sinks: NDArray[np.float32] | None = None
-    rounded: bool = False
+    use_bf16: bool = False
 
     def problem(self, out: NDArray[np.float32], cells: NDArray[np.int32] | None) -> _Problem:
         """Return the C++ struct over these arrays, which must outlive it."""
-        num_rows, num_heads, key_size = self.q.shape
+        num_rows, num_heads, head_dim = self.q.shape
         num_cells, num_kv_heads = self.k.shape[:2]
         return _Problem(
             self.q.ctypes.data, self.q.strides[0], self.q.strides[1],
@@ -116,10 +116,10 @@ class AttentionInputs:
             out.ctypes.data, out.strides[0], out.strides[1],
             KV_TYPES[self.kv_type], KV_TYPES[self.kv_type],
             num_rows, num_heads, num_kv_heads, num_cells if cells is None else len(cells),
-            key_size, self.value_size, self.scale, self.softcap,
+            head_dim, self.value_dim, self.scale, self.softcap,
             None if self.sinks is None else self.sinks.ctypes.data,
             None if cells is None else cells.ctypes.data,
-            None, None, 0, 0, self.rounded, None,
+            None, None, 0, 0, self.use_bf16, None,
         )  # fmt: skip
 
 
@@ -130,13 +130,13 @@ def attend(
     kernels: str | None = None,
     threads: int = 1,
 ) -> NDArray[np.float32]:
-    """Return exact attention, shape (rows, heads, value_size), to `cells` (ascending) or to every cell.
+    """Return exact attention, shape (rows, heads, value_dim), to `cells` (ascending) or to every cell.
 
     Raises `LowtideError` where this build and processor have no such `kernels`.
     """
     import numpy as np
 
-    out = np.zeros((*inputs.q.shape[:2], inputs.value_size), np.float32)
+    out = np.zeros((*inputs.q.shape[:2], inputs.value_dim), np.float32)
     problem = inputs.problem(out, cells)
     failure = native_library().lowtide_attend(ctypes.byref(problem), _name(kernels), threads)
     _check(failure, inputs, kernels)
@@ -149,7 +149,7 @@ def select(
     """Return the cells that a selection layer chooses, ascending; None where attention stays dense."""
     import numpy as np
 
-    out = np.zeros((*inputs.q.shape[:2], inputs.value_size), np.float32)
+    out = np.zeros((*inputs.q.shape[:2], inputs.value_dim), np.float32)
     cells, count = np.zeros(len(inputs.k), np.int32), ctypes.c_int32()
     problem = inputs.problem(out, None)
     failure = native_library().lowtide_select(
@@ -172,7 +172,7 @@ def _check(failure: int, inputs: AttentionInputs, kernels: str | None) -> None:
     if failure == 2:
         raise BadOption(
             f"{inputs.q.shape[1]} heads over {inputs.k.shape[1]} of size {inputs.q.shape[2]} and "
-            f"{inputs.value_size} are no shape of the kernels: whole groups of heads, of a multiple of "
+            f"{inputs.value_dim} are no shape of the kernels: whole groups of heads, of a multiple of "
             "16 up to 256, are wanted"
         )
     if failure:
@@ -186,7 +186,7 @@ def usable_kernel_sets() -> tuple[str, ...]:
     one = np.zeros((1, 1, 16), np.float32)
     kv = np.zeros((1, 1, 16), np.float16)
     mask = np.zeros((1, 1), np.float16)
-    inputs = AttentionInputs(q=one, k=kv, v=kv, mask=mask, value_size=16, scale=1.0)
+    inputs = AttentionInputs(q=one, k=kv, v=kv, mask=mask, value_dim=16, scale=1.0)
     found = []
     for name in KERNEL_SETS:
         try:
@@ -201,14 +201,14 @@ class DeltaRule(ctypes.Structure):
     """The C++ `DeltaRule`, field for field.
 
     Each row's last `window` keys and the first `num_fixed` of all are never grouped. A group with more than
-    the share `opens` of a head's weight is replaced by its keys in decoding; 0: none. `replaces` has a
+    the share `refine` of a head's weight is replaced by its keys in decoding; 0: none. `replaces` has a
     layer's own cells given back once groups stand for them, and no group opened.
     """
 
     _fields_ = [
         ("window", ctypes.c_int32),
         ("num_fixed", ctypes.c_int32),
-        ("opens", ctypes.c_float),
+        ("refine", ctypes.c_float),
         ("replaces", ctypes.c_int32),
     ]
 
@@ -216,8 +216,8 @@ class DeltaRule(ctypes.Structure):
 class GroupedLayer:
     """One layer that keeps its groups from pass to pass; close it.
 
-    `num_groups` (kv_heads,) is how many groups each page of 64 keys becomes, `scales` (kv_heads, key_size)
-    what distances between keys are measured with; `lifts` (kv_heads,) times the mean square of a group's
+    `num_groups` (kv_heads,) is how many groups each page of 64 keys becomes, `scales` (kv_heads, head_dim)
+    what distances between keys are measured with; `score_bias` (kv_heads,) times the mean square of a group's
     distances is added to its scores. Raises `LowtideError` where that cannot be.
     """
 
@@ -225,7 +225,7 @@ class GroupedLayer:
         self,
         rule: DeltaRule,
         num_groups: NDArray[np.uint8],
-        lifts: NDArray[np.float32],
+        score_bias: NDArray[np.float32],
         scales: NDArray[np.float32],
     ) -> None:
         self._library = native_library()
@@ -233,7 +233,7 @@ class GroupedLayer:
         self._layer = self._library.lowtide_delta_new(
             ctypes.byref(rule),
             ctypes.c_void_p(num_groups.ctypes.data),
-            ctypes.c_void_p(lifts.ctypes.data),
+            ctypes.c_void_p(score_bias.ctypes.data),
             ctypes.c_void_p(scales.ctypes.data),
             *scales.shape,
         )
@@ -245,12 +245,12 @@ class GroupedLayer:
     ) -> tuple[NDArray[np.float32], int]:
         """Attend with the rows of a pass; each sees a beginning of the cache, one cell more than the last.
 
-        Returns the result, (rows, heads, value_size), and how many keys and groups the last row attended
+        Returns the result, (rows, heads, value_dim), and how many keys and groups the last row attended
         to, as a mean of the heads; -1, with a result of zeros, where the mask is of another kind.
         """
         import numpy as np
 
-        out = np.zeros((*inputs.q.shape[:2], inputs.value_size), np.float32)
+        out = np.zeros((*inputs.q.shape[:2], inputs.value_dim), np.float32)
         problem, num_read = inputs.problem(out, None), ctypes.c_int()
         name = kernels.encode() if kernels else None
         failure = self._library.lowtide_delta_attend(
@@ -278,14 +278,14 @@ class StatesRule(ctypes.Structure):
 
     Each row sees its last `window` keys as they are, and of those behind them whole pages of 64 as states.
     The first `num_first` keys of all are sent whole; of others blocks of `block` channels, 1, 8 or 16.
-    A state with more than the share `opens` of a head's weight is replaced by its key in decoding; 0: none.
+    A state with more than the share `refine` of a head's weight is replaced by its key in decoding; 0: none.
     """
 
     _fields_ = [
         ("window", ctypes.c_int32),
         ("num_first", ctypes.c_int32),
         ("block", ctypes.c_int32),
-        ("opens", ctypes.c_float),
+        ("refine", ctypes.c_float),
     ]
 
 
@@ -310,7 +310,7 @@ class StatesLayer:
     """One layer that keeps its states from pass to pass; close it.
 
     `thresholds` (kv_heads,) are how far a block may be off, as multiples of 1 over `scales` (kv_heads,
-    key_size); `shares` (kv_heads,) how much of a page is sent at the most, by a threshold of the page's
+    head_dim); `shares` (kv_heads,) how much of a page is sent at the most, by a threshold of the page's
     own, 1 where the stated one says. Raises `LowtideError` where that cannot be.
     """
 
@@ -349,12 +349,12 @@ class StatesLayer:
     ) -> NDArray[np.float32]:
         """Attend with the rows of a pass; each sees a beginning of the cache, one cell more than the last.
 
-        Returns the result, (rows, heads, value_size), zeros where the mask is of another kind; `counts` are
+        Returns the result, (rows, heads, value_dim), zeros where the mask is of another kind; `counts` are
         of all passes up to this one.
         """
         import numpy as np
 
-        out = np.zeros((*inputs.q.shape[:2], inputs.value_size), np.float32)
+        out = np.zeros((*inputs.q.shape[:2], inputs.value_dim), np.float32)
         problem = inputs.problem(out, None)
         failure = self._library.lowtide_states_attend(
             self._layer,

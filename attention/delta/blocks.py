@@ -6,9 +6,9 @@ change that measured much better. Behind a window a key's block of channels is n
 that was sent but joins the likest that its page of 64 has sent, wherever that stands: what joined shares
 its product, and is seen as the mean. Values are seen as they are: at the most half of attention is saved.
 
-StateUnits: which blocks of channels are sent in each layer and KV head.
+HeadThresholds: which blocks of channels are sent in each layer and KV head.
 
-StateCalibration: what keeps delta by blocks close to dense attention on one model, as a file.
+DeltaBlocksCalibration: what keeps delta by blocks close to dense attention on one model, as a file.
 
 Knows no kernel; `calibrate` makes them."""
 
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lowtide.attention.bindings.structs import StatesRule
+from lowtide.attention.calibration import CalibrationMetrics, Fields, find_file, write_values
 from lowtide.attention.delta.tokens import (
     EXACT,
     FULL_SCALE,
@@ -31,9 +32,8 @@ from lowtide.attention.delta.tokens import (
     scale_bytes,
     scales_of,
 )
-from lowtide.attention.policy import AttentionPolicy, Steering
-from lowtide.attention.tidal.policy import Closeness, Fields, find_file, write_values
-from lowtide.memory.plan.plan.attention import KeyStates
+from lowtide.attention.policy import AttentionPolicy, PassController
+from lowtide.memory.plan.attention import KeyStates
 from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from lowtide.attention.bindings.policy import KernelHost
+    from lowtide.attention.bindings.policy import AttentionKernels
 
 
 LEFT_DENSE = -1.0
@@ -49,11 +49,11 @@ LEFT_DENSE = -1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StateUnits:
+class HeadThresholds:
     """Of every layer and KV head a threshold, and the root mean squares of its queries' channels.
 
     A block of `block` channels is sent where it is further than `thresholds` from all that its page has
-    sent, as multiples of 1 over the channels' roots: `roots` is the largest, `scales` a byte a channel, how
+    sent, as multiples of 1 over the channels' roots: `query_rms` is the largest, `scales` a byte a channel, how
     large the channel's is against that. Below a `share` of 1 each page of 64 keys has a threshold of its
     own instead, with which it sends no more than that share of its blocks. `sparsity` is the share that
     was not sent where thresholds were found; None where that is not known.
@@ -61,7 +61,7 @@ class StateUnits:
 
     block: int
     thresholds: tuple[tuple[float, ...], ...]
-    roots: tuple[tuple[float, ...], ...]
+    query_rms: tuple[tuple[float, ...], ...]
     scales: tuple[tuple[bytes, ...], ...]
     share: float = 1.0
     sparsity: float | None = None
@@ -70,37 +70,37 @@ class StateUnits:
     def uniform(
         num_layers: int,
         num_kv_heads: int,
-        key_size: int,
+        head_dim: int,
         *,
         block: int,
         threshold: float = 0.0,
         share: float = 1.0,
-    ) -> StateUnits:
+    ) -> HeadThresholds:
         """Return units that are all alike, with channels that all count alike, of queries of 1."""
-        return StateUnits(
+        return HeadThresholds(
             block=block,
             thresholds=((threshold,) * num_kv_heads,) * num_layers,
-            roots=((1.0,) * num_kv_heads,) * num_layers,
-            scales=((bytes([FULL_SCALE]) * key_size,) * num_kv_heads,) * num_layers,
+            query_rms=((1.0,) * num_kv_heads,) * num_layers,
+            scales=((bytes([FULL_SCALE]) * head_dim,) * num_kv_heads,) * num_layers,
             share=share,
         )
 
     @staticmethod
     def of_squares(
         squares: NDArray[np.float32], *, block: int, thresholds: NDArray[np.float32]
-    ) -> StateUnits:
-        """Return units of queries' mean squares by channel, (layers, kv_heads, key_size)."""
+    ) -> HeadThresholds:
+        """Return units of queries' mean squares by channel, (layers, kv_heads, head_dim)."""
         import numpy as np
 
-        roots = np.sqrt(squares.max(axis=2))
-        return StateUnits(
+        query_rms = np.sqrt(squares.max(axis=2))
+        return HeadThresholds(
             block=block,
             thresholds=tuple(tuple(map(float, layer)) for layer in thresholds),
-            roots=tuple(tuple(float(f"{root:.4g}") for root in layer) for layer in roots),
+            query_rms=tuple(tuple(float(f"{root:.4g}") for root in layer) for layer in query_rms),
             scales=scale_bytes(squares),
         )
 
-    def all_at(self, threshold: float) -> StateUnits:
+    def all_at(self, threshold: float) -> HeadThresholds:
         """Return the same with one threshold, but for layers that are dense."""
         thresholds = tuple(
             tuple(LEFT_DENSE if of_unit < 0 else threshold for of_unit in layer)
@@ -114,13 +114,13 @@ class StateUnits:
         return sum(len(layer) for layer in self.thresholds if min(layer) >= 0)
 
     def arrays(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-        """Return thresholds and shares, (layers, kv_heads), and roots, (layers, kv_heads, key_size)."""
+        """Return thresholds and shares, (layers, kv_heads), and roots, (layers, kv_heads, head_dim)."""
         import numpy as np
 
         thresholds = np.array(self.thresholds, np.float32)
         scales = np.array([[list(unit) for unit in layer] for layer in self.scales]) / FULL_SCALE
-        roots = (scales * np.array(self.roots)[:, :, None]).astype(np.float32)
-        return thresholds, np.full_like(thresholds, self.share), roots
+        query_rms = (scales * np.array(self.query_rms)[:, :, None]).astype(np.float32)
+        return thresholds, np.full_like(thresholds, self.share), query_rms
 
     def __str__(self) -> str:
         if self.share < 1:
@@ -136,14 +136,16 @@ FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StateCalibration(Closeness):
+class DeltaBlocksCalibration(CalibrationMetrics):
     """Delta's units by blocks for one model, and how far from dense attention they measured."""
 
-    units: StateUnits
+    units: HeadThresholds
 
     def to_dict(self) -> dict[str, Any]:
         """Return the file's values; a layer's numbers are a text, and so are its heads' scales, in hex."""
-        measured = {field.name: getattr(self, field.name) for field in fields_of(Closeness)}
+        measured = {
+            field.name: getattr(self, field.name) for field in fields_of(CalibrationMetrics)
+        }
         units = self.units
         return {
             "format": FORMAT,
@@ -151,7 +153,7 @@ class StateCalibration(Closeness):
             **measured,
             "sparsity": round(units.sparsity or 0.0, 4),
             "thresholds": number_words(units.thresholds),
-            "roots": number_words(units.roots),
+            "query_rms": number_words(units.query_rms),
             "scales": [" ".join(unit.hex() for unit in layer) for layer in units.scales],
         }
 
@@ -161,36 +163,36 @@ def policy_name(block: int) -> str:
     return f"delta-block{block}" if block > 1 else "delta-element"
 
 
-def find_state_calibration(spec: ModelSpec, block: int) -> StateCalibration | None:
+def find_blocks_calibration(spec: ModelSpec, block: int) -> DeltaBlocksCalibration | None:
     """Return the model's calibration, the user's before the shipped one; None where there is none."""
     path = find_file(f"{spec.fingerprint}.{policy_name(block)}.json")
-    return load_state_calibration(path, spec, block) if path else None
+    return load_blocks_calibration(path, spec, block) if path else None
 
 
-def save_state_calibration(calibration: StateCalibration, path: Path | None = None) -> Path:
+def save_blocks_calibration(calibration: DeltaBlocksCalibration, path: Path | None = None) -> Path:
     """Write the file, atomically, and return its path; None is the model's place in the cache."""
     name = f"{calibration.fingerprint}.{policy_name(calibration.units.block)}.json"
     return write_values(name, calibration.to_dict(), path)
 
 
-def load_state_calibration(path: Path, spec: ModelSpec, block: int) -> StateCalibration:
+def load_blocks_calibration(path: Path, spec: ModelSpec, block: int) -> DeltaBlocksCalibration:
     """Read and check a calibration of the model, for blocks of that size; raises `CalibrationError`."""
     fields = Fields(path, policy=policy_name(block), format=FORMAT)
-    units = StateUnits(
+    units = HeadThresholds(
         block=block,
         thresholds=numbers_of(fields, "thresholds", spec, LEFT_DENSE),
-        roots=numbers_of(fields, "roots", spec, 0.0),
+        query_rms=numbers_of(fields, "query_rms", spec, 0.0),
         scales=scales_of(fields, spec),
         sparsity=fields.number("sparsity"),
     )
-    found = StateCalibration(units=units, **fields.closeness())
+    found = DeltaBlocksCalibration(units=units, **fields.calibration_metrics())
     fields.check_model(spec)
     return found
 
 
 BLOCK, ELEMENT = "block", "element"
 BLOCK_SIZES = (8, 16)
-OPENS = 0.005
+REFINE = 0.005
 """Less than of groups, as states are further off; much less opens all that a head sees alike."""
 DEFAULT_SPARSITY = 0.25
 """Without a calibration every layer and head sends alike, which loses much sooner."""
@@ -207,7 +209,7 @@ class DeltaBlocks(AttentionPolicy):
     "element" single ones. A stated `threshold` is how far they may be from what they join, everywhere, as a
     multiple of 1 over the root mean square of the query's channels, as the calibration has it, 1 without
     one; a stated `sparsity` has every page of every head send no more than the rest. `prompts` "exact" has
-    only decoding see states. In decoding a state that gets more than the share `opens` of some head's
+    only decoding see states. In decoding a state that gets more than the share `refine` of some head's
     weight is opened: its key takes its place; 0 opens none. `calibration` is a file to take instead of the
     model's own; `units` are what a calibration consists of.
     """
@@ -221,9 +223,9 @@ class DeltaBlocks(AttentionPolicy):
     window: int = 128
     sinks: int = 4
     prompts: str = GROUPED
-    opens: float = OPENS
+    refine: float = REFINE
     calibration: Path | None = None
-    units: StateUnits | None = None
+    units: HeadThresholds | None = None
     origin: str = "stated"
 
     def __post_init__(self) -> None:
@@ -238,7 +240,7 @@ class DeltaBlocks(AttentionPolicy):
             )
         if self.block is not None and self.block not in BLOCK_SIZES:
             raise BadOption(f"delta's block is {self.block}, 8 or 16 channels are wanted")
-        check_span(self.window, self.sinks, self.prompts, self.opens)
+        check_span(self.window, self.sinks, self.prompts, self.refine)
         self._check_stated()
 
     def _check_stated(self) -> None:
@@ -263,16 +265,16 @@ class DeltaBlocks(AttentionPolicy):
         """How many channels are sent together."""
         return 1 if self.granularity == ELEMENT else self.block or BLOCK_SIZES[0]
 
-    def fitted(self, spec: ModelSpec) -> DeltaBlocks:
+    def resolve(self, spec: ModelSpec) -> DeltaBlocks:
         """Settle the units for the model; see the class."""
         check_kv_heads(spec)
         if self.units is not None:
             return self
-        found: StateCalibration | None = None
+        found: DeltaBlocksCalibration | None = None
         if self.calibration is not None:
-            found = load_state_calibration(self.calibration, spec, self.channels)
+            found = load_blocks_calibration(self.calibration, spec, self.channels)
         elif self.sparsity is None:
-            found = find_state_calibration(spec, self.channels)
+            found = find_blocks_calibration(spec, self.channels)
         if found is not None and self.threshold is None:
             return replace(self, units=found.units, origin=found.summary)
         if found is not None and self.threshold is not None:
@@ -284,10 +286,10 @@ class DeltaBlocks(AttentionPolicy):
             )
         is_stated = self.threshold is not None or self.sparsity is not None
         sparsity = self.sparsity if is_stated else DEFAULT_SPARSITY
-        units = StateUnits.uniform(
+        units = HeadThresholds.uniform(
             spec.num_layers,
             max(spec.num_kv_heads),
-            spec.key_head_size,
+            spec.key_head_dim,
             block=self.channels,
             threshold=self.threshold or 0.0,
             share=1.0 if sparsity is None else 1 - sparsity,
@@ -302,7 +304,7 @@ class DeltaBlocks(AttentionPolicy):
         return f"delta:granularity={self.granularity}{size}"
 
     @property
-    def identity(self) -> str:
+    def cache_key(self) -> str:
         """Every setting, wherever it came from."""
         settled = replace(self, threshold=None, sparsity=None, calibration=None, origin="")
         return repr(settled)
@@ -313,38 +315,38 @@ class DeltaBlocks(AttentionPolicy):
         if self.units is None:
             return None
         return KeyStates(
-            num_units=self.units.num_taken, block=self.units.block, opened=self.opens > 0
+            num_kv_head_params=self.units.num_taken, block=self.units.block, opened=self.refine > 0
         )
 
-    def install(self, hook: KernelHost, spec: ModelSpec) -> Steering:
+    def install(self, hook: AttentionKernels, spec: ModelSpec) -> PassController:
         """Give the hook each unit's threshold and scales."""
         assert self.units is not None, "the policy is not fitted to a model"
-        rule = StatesRule(self.window, self.sinks, self.units.block, self.opens)
-        hook.states.set_units(rule, *self.units.arrays())
-        return StateSteering(hook, self.prompts)
+        rule = StatesRule(self.window, self.sinks, self.units.block, self.refine)
+        hook.states.set_head_params(rule, *self.units.arrays())
+        return DeltaBlocksController(hook, self.prompts)
 
     def __str__(self) -> str:
         of = "elements" if self.channels == 1 else f"blocks of {self.channels}"
         found = "" if self.units is None else f", {self.units}"
         prompts = "" if self.prompts == GROUPED else f", prompts {self.prompts}"
-        opens = "" if self.opens == OPENS else f", opens {self.opens:.2%}"
-        return f"delta, {of}{found}, window {self.window} ({self.origin}){prompts}{opens}"
+        refine = "" if self.refine == REFINE else f", refine {self.refine:.2%}"
+        return f"delta, {of}{found}, window {self.window} ({self.origin}){prompts}{refine}"
 
 
-class StateSteering(Steering):
+class DeltaBlocksController(PassController):
     """Every pass sees states, or those of decoding alone."""
 
-    def __init__(self, hook: KernelHost, prompts: str) -> None:
+    def __init__(self, hook: AttentionKernels, prompts: str) -> None:
         self._hook = hook
-        self.exact_prompts = prompts == EXACT
+        self.exact_prefill = prompts == EXACT
 
-    def before_prompt(self) -> None:
+    def begin_prefill(self) -> None:
         """Attend as prompts are to be read."""
         self._hook.start_pass(sparse=False)
-        if not self.exact_prompts:
+        if not self.exact_prefill:
             self._hook.states.start()
 
-    def before_decode(self) -> None:
+    def begin_decode(self) -> None:
         """Attend to states, and to some keys themselves."""
         self._hook.start_pass(sparse=False)
-        self._hook.states.start(opens=True)
+        self._hook.states.start(refine=True)

@@ -1,7 +1,7 @@
 """Finds how much of each layer and KV head delta may group while it stays close to dense attention.
 
 How much a unit loses with so many groups is measured on its own output, while every layer attends to all
-keys, once each takes the lift that is best for it (`fitted_lifts`); a sparsity is then spread so that the
+keys, once each takes the lift that is best for it (`fit_score_bias`); a sparsity is then spread so that the
 units lose the least together (`cheapest`), and `SparsestPolicy` says which sparsity is harmless.
 
 Finds the thresholds of each layer and KV head with which delta by blocks stays close to dense attention.
@@ -23,22 +23,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lowtide.attention.bindings.llama_hook import GraphHook
-from lowtide.attention.delta.blocks import LEFT_DENSE, DeltaBlocks, StateCalibration, StateUnits
+from lowtide.attention.bindings.llama_hook import LlamaHook
+from lowtide.attention.calibration import NotCalibrated
+from lowtide.attention.delta.blocks import (
+    LEFT_DENSE,
+    DeltaBlocks,
+    DeltaBlocksCalibration,
+    HeadThresholds,
+)
 from lowtide.attention.delta.tokens import (
     Delta,
     DeltaCalibration,
-    DeltaUnits,
+    HeadGroups,
     allocate,
     cheapest,
-    fitted_lifts,
+    fit_score_bias,
     scale_bytes,
 )
-from lowtide.attention.evaluation.compare import Distances, Places
+from lowtide.attention.evaluation.compare import Distances, EvalPositions
 from lowtide.attention.evaluation.passkeys import Framing
 from lowtide.attention.policy import AttentionPolicy
-from lowtide.attention.tidal.policy import NotCalibrated
-from lowtide.attention.tidal.policy.calibrate import Targets
+from lowtide.attention.tidal.calibrate import Targets
 from lowtide.models.model import Model
 
 if TYPE_CHECKING:
@@ -61,12 +66,12 @@ class Candidate:
 
 
 class SparsestPolicy:
-    """Searches on one model; arguments as for `Calibrator`."""
+    """Searches on one model; arguments as for `TidalSearch`."""
 
     def __init__(
         self,
         model: Model,
-        hook: GraphHook,
+        hook: LlamaHook,
         token_ids: Sequence[int],
         context: int,
         framing: Framing,
@@ -76,7 +81,7 @@ class SparsestPolicy:
         self._model, self._context = model, context
         self._text = token_ids[:half]
         self._searched, self._held_out = (
-            Places(model, hook, text, context, framing, seed, is_thorough=True)
+            EvalPositions(model, hook, text, context, framing, seed, is_thorough=True)
             for seed, text in enumerate((token_ids[:half], token_ids[half:]))
         )
         self._progress = progress
@@ -85,8 +90,8 @@ class SparsestPolicy:
         """Read the text that is searched on, up to the context, under what the hook is set to."""
         self._model.truncate(0)
         text = self._text[: self._context]
-        for at in range(0, len(text), self._model.max_rows):
-            self._model.forward(text[at : at + self._model.max_rows])
+        for at in range(0, len(text), self._model.batch_size):
+            self._model.forward(text[at : at + self._model.batch_size])
 
     def found(
         self, candidates: Sequence[Candidate], targets: Targets
@@ -113,7 +118,7 @@ class SparsestPolicy:
         )
 
     def _distances(
-        self, places: Places, candidate: Candidate, targets: Targets, margin: float = 1.0
+        self, places: EvalPositions, candidate: Candidate, targets: Targets, margin: float = 1.0
     ) -> Distances | None:
         """Return how far a candidate is from dense attention; None where that is too far."""
         found = places.distances([candidate.policy])[0]
@@ -134,13 +139,13 @@ FITTED_COUNT = 32
 SPARSITIES = (0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
 
 
-class DeltaCalibrator:
-    """Measures units on one model; arguments as for `Calibrator`. `policy` has the settings to keep."""
+class DeltaSearch:
+    """Measures units on one model; arguments as for `TidalSearch`. `policy` has the settings to keep."""
 
     def __init__(
         self,
         model: Model,
-        hook: GraphHook,
+        hook: LlamaHook,
         token_ids: Sequence[int],
         context: int,
         framing: Framing,
@@ -174,7 +179,7 @@ class DeltaCalibrator:
             text=text,
         )
 
-    def spread(self, sparsities: Sequence[float]) -> list[DeltaUnits]:
+    def spread(self, sparsities: Sequence[float]) -> list[HeadGroups]:
         """Return the units that lose the least with each sparsity."""
         units, errors = self._measured()
         return [
@@ -182,26 +187,26 @@ class DeltaCalibrator:
             for sparsity in sparsities
         ]
 
-    def _measured(self) -> tuple[DeltaUnits, NDArray[np.float32]]:
+    def _measured(self) -> tuple[HeadGroups, NDArray[np.float32]]:
         """Return units with their scales and lifts, and each one's error with each number of groups."""
         import numpy as np
 
         spec = self._spec
-        shape = (spec.num_layers, max(spec.num_kv_heads), spec.key_head_size)
+        shape = (spec.num_layers, max(spec.num_kv_heads), spec.key_head_dim)
         self._progress("measuring every layer's queries")
-        units = DeltaUnits.uniform(*shape, FITTED_COUNT)
+        units = HeadGroups.uniform(*shape, FITTED_COUNT)
         _, squares = self._read_under(units, shape)
         units = replace(units, scales=scale_bytes(squares))
         self._progress("measuring what the scores of groups are lifted by")
-        lifts = fitted_lifts(
+        score_bias = fit_score_bias(
             squares.max(axis=2),
-            lambda lifts: self._read_under(replace(units, lifts=lifts), shape)[0],
+            lambda score_bias: self._read_under(replace(units, score_bias=score_bias), shape)[0],
         )
         errors = []
         for count in COUNTS:
             self._progress(f"measuring every layer with {count} groups of 64 keys")
             groups = ((count,) * shape[1],) * shape[0]
-            units = replace(units, num_groups=groups, lifts=lifts)
+            units = replace(units, num_groups=groups, score_bias=score_bias)
             errors.append(self._read_under(units, shape)[0])
         # A layer with a sliding window is none to group, and keeps everything.
         found = np.where(np.stack(errors) < 0, np.inf, np.stack(errors))
@@ -212,7 +217,7 @@ class DeltaCalibrator:
         return units, found
 
     def _read_under(
-        self, units: DeltaUnits, shape: tuple[int, int, int]
+        self, units: HeadGroups, shape: tuple[int, int, int]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         replace(self._policy, units=units).install(self._hook, self._spec)
         self._hook.measure_groups()
@@ -225,13 +230,13 @@ THRESHOLDS = (0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.45, 0.65, 0.9, 1.3, 2.0, 
 BLOCK_SPARSITIES = tuple(percent / 100 for percent in range(95, 10, -5))
 
 
-class StateCalibrator:
-    """Measures units on one model; arguments as for `Calibrator`. `policy` has the settings to keep."""
+class DeltaBlocksSearch:
+    """Measures units on one model; arguments as for `TidalSearch`. `policy` has the settings to keep."""
 
     def __init__(
         self,
         model: Model,
-        hook: GraphHook,
+        hook: LlamaHook,
         token_ids: Sequence[int],
         context: int,
         framing: Framing,
@@ -242,7 +247,7 @@ class StateCalibrator:
         self._context, self._progress = context, progress
         self._search = SparsestPolicy(model, hook, token_ids, context, framing, progress)
 
-    def calibration(self, targets: Targets, *, text: str) -> StateCalibration:
+    def calibration(self, targets: Targets, *, text: str) -> DeltaBlocksCalibration:
         """Return the sparsest units inside the targets, also on text and keys that the search did not see.
 
         Raises `NotCalibrated` where there are none.
@@ -253,7 +258,7 @@ class StateCalibrator:
             for units in of_sparsity
         ]
         candidate, found = self._search.found(candidates, targets)
-        return StateCalibration(
+        return DeltaBlocksCalibration(
             fingerprint=self._spec.fingerprint,
             model=self._spec.name,
             units=of_sparsity[candidates.index(candidate)],
@@ -266,24 +271,24 @@ class StateCalibrator:
             text=text,
         )
 
-    def spread(self, sparsities: Sequence[float]) -> list[StateUnits]:
+    def spread(self, sparsities: Sequence[float]) -> list[HeadThresholds]:
         """Return the units that lose the least with each sparsity, but those that no threshold reaches."""
         of_roots, errors, shares = self._measured()
         spread = (_spread(of_roots, errors, shares, 1 - sparsity) for sparsity in sparsities)
         return [units for units in spread if units is not None]
 
-    def _measured(self) -> tuple[StateUnits, NDArray[np.float32], NDArray[np.float32]]:
+    def _measured(self) -> tuple[HeadThresholds, NDArray[np.float32], NDArray[np.float32]]:
         """Return units with their queries' roots, and each one's error with each threshold and the share
         that it sends; a unit that cannot have states has an infinite error."""
         import numpy as np
 
         spec = self._spec
-        shape = (spec.num_layers, max(spec.num_kv_heads), spec.key_head_size)
+        shape = (spec.num_layers, max(spec.num_kv_heads), spec.key_head_dim)
         self._progress("measuring every layer's queries")
-        units = StateUnits.uniform(*shape, block=self._policy.channels)
+        units = HeadThresholds.uniform(*shape, block=self._policy.channels)
         _, _, squares = self._read_under(units, shape)
         nothing = np.zeros(shape[:2], np.float32)
-        units = StateUnits.of_squares(squares, block=self._policy.channels, thresholds=nothing)
+        units = HeadThresholds.of_squares(squares, block=self._policy.channels, thresholds=nothing)
         errors, shares = [], []
         for threshold in THRESHOLDS:
             self._progress(f"measuring every layer with a threshold of {threshold:g}")
@@ -298,7 +303,7 @@ class StateCalibrator:
         return units, found, np.stack(shares)
 
     def _read_under(
-        self, units: StateUnits, shape: tuple[int, int, int]
+        self, units: HeadThresholds, shape: tuple[int, int, int]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
         replace(self._policy, units=units).install(self._hook, self._spec)
         self._hook.states.measure()
@@ -307,8 +312,8 @@ class StateCalibrator:
 
 
 def _spread(
-    units: StateUnits, errors: NDArray[np.float32], shares: NDArray[np.float32], most: float
-) -> StateUnits | None:
+    units: HeadThresholds, errors: NDArray[np.float32], shares: NDArray[np.float32], most: float
+) -> HeadThresholds | None:
     """Return the units with thresholds that send no more than `most` at the least error; None where the
     largest ones send more. A unit that cannot have states is left dense, and does not count."""
     import numpy as np

@@ -5,11 +5,11 @@ Inference", arXiv 2507.19608, computes scores from what changed between keys, ou
 construction rule is not published. Ours reuses whole rows, with changes that measured better: a row is not
 compared with the last one that was sent but joins the likest rows of its page of 64, by key and value; what
 stands for a group is its mean, in the scores lifted by what the mean of its rows' weights is more than the
-weight of the mean (`lifts`); and values are merged with keys, as rows of one score weigh the same. So half
+weight of the mean (`score_bias`); and values are merged with keys, as rows of one score weigh the same. So half
 of attention is not only not multiplied but not read, of V as of K. `block_policy` has the other
 granularities.
 
-DeltaUnits: how much is grouped in each layer and KV head, and by what measure of likeness.
+HeadGroups: how much is grouped in each layer and KV head, and by what measure of likeness.
 
 DeltaCalibration: what was found to keep delta close to dense attention on one model, as a file.
 
@@ -32,9 +32,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lowtide.attention.bindings.structs import DeltaRule
-from lowtide.attention.policy import AttentionPolicy, Steering
-from lowtide.attention.tidal.policy import Closeness, Fields, find_file, write_values
-from lowtide.memory.plan.plan.estimates import PAGE_KEYS, KeyGroups
+from lowtide.attention.calibration import CalibrationMetrics, Fields, find_file, write_values
+from lowtide.attention.policy import AttentionPolicy, PassController
+from lowtide.memory.plan.estimates import PAGE_KEYS, KeyGroups
 from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.spec import ModelSpec
 
@@ -42,33 +42,33 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from lowtide.attention.bindings.policy import KernelHost
+    from lowtide.attention.bindings.policy import AttentionKernels
 
 
 SHARES = (0.0, 0.06, 0.12, 0.2, 0.3, 0.45, 0.7, 1.0)
 
-Lifts = tuple[tuple[float, ...], ...]
+ScoreBias = tuple[tuple[float, ...], ...]
 """Of each layer and KV head."""
 
 
-def fitted_lifts(
-    squares: NDArray[np.float32], errors_with: Callable[[Lifts], NDArray[np.float32]]
-) -> Lifts:
+def fit_score_bias(
+    squares: NDArray[np.float32], errors_with: Callable[[ScoreBias], NDArray[np.float32]]
+) -> ScoreBias:
     """Return each unit's lift; `squares` (layers, kv_heads) are the mean squares of its queries' largest
     channel, and `errors_with` measures the units' errors, of that shape, with lifts."""
     import numpy as np
 
     offered = [_told(np.float32(share / 2) * squares) for share in SHARES]
-    picked = np.stack([errors_with(lifts) for lifts in offered]).argmin(axis=0)
+    picked = np.stack([errors_with(score_bias) for score_bias in offered]).argmin(axis=0)
     return tuple(
         tuple(offered[choice][layer][head] for head, choice in enumerate(choices))
         for layer, choices in enumerate(picked)
     )
 
 
-def _told(lifts: NDArray[np.float32]) -> Lifts:
+def _told(score_bias: NDArray[np.float32]) -> ScoreBias:
     """Rounded as a calibration's file has them."""
-    return tuple(tuple(float(f"{lift:.4g}") for lift in layer) for layer in lifts)
+    return tuple(tuple(float(f"{lift:.4g}") for lift in layer) for layer in score_bias)
 
 
 LEAST_GROUPS = 8
@@ -78,24 +78,24 @@ STEPS = 8 * PAGE_KEYS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeltaUnits:
+class HeadGroups:
     """Of every layer and KV head, `num_groups` of a page of 64 keys (64: none is grouped), and `scales`,
     a byte a channel: how much it counts in the distance of two keys, against the unit's other channels.
-    `lifts` times the mean square of a group's distances from its mean is added to its scores (as if scores
-    were not scaled): see `fitted_lifts`; 0 where queries are not known.
+    `score_bias` times the mean square of a group's distances from its mean is added to its scores (as if scores
+    were not scaled): see `fit_score_bias`; 0 where queries are not known.
     """
 
     num_groups: tuple[tuple[int, ...], ...]
-    lifts: Lifts
+    score_bias: ScoreBias
     scales: tuple[tuple[bytes, ...], ...]
 
     @staticmethod
-    def uniform(num_layers: int, num_kv_heads: int, key_size: int, num_groups: int) -> DeltaUnits:
+    def uniform(num_layers: int, num_kv_heads: int, head_dim: int, num_groups: int) -> HeadGroups:
         """Return units that are all grouped alike, with channels that all count alike."""
-        return DeltaUnits(
+        return HeadGroups(
             num_groups=((num_groups,) * num_kv_heads,) * num_layers,
-            lifts=((0.0,) * num_kv_heads,) * num_layers,
-            scales=((bytes([FULL_SCALE]) * key_size,) * num_kv_heads,) * num_layers,
+            score_bias=((0.0,) * num_kv_heads,) * num_layers,
+            scales=((bytes([FULL_SCALE]) * head_dim,) * num_kv_heads,) * num_layers,
         )
 
     @property
@@ -115,24 +115,24 @@ class DeltaUnits:
         )
 
     def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
-        """Return groups and lifts, (layers, kv_heads), and scales, (layers, kv_heads, key_size)."""
+        """Return groups and lifts, (layers, kv_heads), and scales, (layers, kv_heads, head_dim)."""
         import numpy as np
 
         scales = np.array([[list(unit) for unit in layer] for layer in self.scales]) / FULL_SCALE
         return (
             np.array(self.num_groups, np.uint8),
-            np.array(self.lifts, np.float32),
+            np.array(self.score_bias, np.float32),
             scales.astype(np.float32),
         )
 
 
 def scale_bytes(squares: NDArray[np.float32]) -> tuple[tuple[bytes, ...], ...]:
-    """Return scales from the mean squares of queries' channels, (layers, kv_heads, key_size)."""
+    """Return scales from the mean squares of queries' channels, (layers, kv_heads, head_dim)."""
     import numpy as np
 
-    roots = np.sqrt(squares)
-    most = np.maximum(roots.max(axis=2, keepdims=True), 1e-30)
-    found = np.maximum(np.round(roots / most * FULL_SCALE), 1).astype(np.uint8)
+    query_rms = np.sqrt(squares)
+    most = np.maximum(query_rms.max(axis=2, keepdims=True), 1e-30)
+    found = np.maximum(np.round(query_rms / most * FULL_SCALE), 1).astype(np.uint8)
     return tuple(tuple(unit.tobytes() for unit in layer) for layer in found)
 
 
@@ -169,19 +169,19 @@ def cheapest(
     costs = np.concatenate([errors, np.zeros_like(errors[:1])])[:, taking].astype(np.float64)
     kept = np.concatenate([shares, np.ones_like(shares[:1])])[:, taking]
     steps = np.ceil(kept * STEPS - 1e-6).astype(int)
-    num_units = int(taking.sum())
-    room = int(most * STEPS * num_units + 1e-6)
+    num_kv_head_params = int(taking.sum())
+    room = int(most * STEPS * num_kv_head_params + 1e-6)
     least, choices = np.zeros(room + 1), []
-    for unit in range(num_units):
+    for unit in range(num_kv_head_params):
         of_choices = np.full((len(costs), room + 1), np.inf)
         for choice, step in enumerate(steps[:, unit].tolist()):
             of_choices[choice, step:] = least[: max(room + 1 - step, 0)] + costs[choice, unit]
         choices.append(of_choices.argmin(axis=0))
         least = of_choices.min(axis=0)
-    if not num_units or not np.isfinite(least[room]):
+    if not num_kv_head_params or not np.isfinite(least[room]):
         return None
-    of_units = np.zeros(num_units, np.intp)
-    for unit in reversed(range(num_units)):
+    of_units = np.zeros(num_kv_head_params, np.intp)
+    for unit in reversed(range(num_kv_head_params)):
         of_units[unit] = choices[unit][room]
         room -= int(steps[of_units[unit], unit])
     found = np.full(taking.shape, len(errors), np.intp)
@@ -193,21 +193,23 @@ FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeltaCalibration(Closeness):
+class DeltaCalibration(CalibrationMetrics):
     """Delta's units for one model, and how far from dense attention they measured."""
 
-    units: DeltaUnits
+    units: HeadGroups
 
     def to_dict(self) -> dict[str, Any]:
         """Return the file's values; a layer's groups are a text, and so are its heads' scales, in hex."""
-        measured = {field.name: getattr(self, field.name) for field in fields_of(Closeness)}
+        measured = {
+            field.name: getattr(self, field.name) for field in fields_of(CalibrationMetrics)
+        }
         return {
             "format": FORMAT,
             "policy": "delta",
             **measured,
             "sparsity": round(self.units.sparsity, 4),
             "num_groups": [" ".join(map(str, layer)) for layer in self.units.num_groups],
-            "lifts": number_words(self.units.lifts),
+            "score_bias": number_words(self.units.score_bias),
             "scales": [" ".join(unit.hex() for unit in layer) for layer in self.units.scales],
         }
 
@@ -226,12 +228,12 @@ def save_delta_calibration(calibration: DeltaCalibration, path: Path | None = No
 def load_delta_calibration(path: Path, spec: ModelSpec) -> DeltaCalibration:
     """Read and check a calibration of the model; raises `CalibrationError`."""
     fields = Fields(path, policy="delta", format=FORMAT)
-    units = DeltaUnits(
+    units = HeadGroups(
         num_groups=_groups(fields, spec),
-        lifts=numbers_of(fields, "lifts", spec, 0.0),
+        score_bias=numbers_of(fields, "score_bias", spec, 0.0),
         scales=scales_of(fields, spec),
     )
-    found = DeltaCalibration(units=units, **fields.closeness())
+    found = DeltaCalibration(units=units, **fields.calibration_metrics())
     fields.check_model(spec)
     return found
 
@@ -250,7 +252,7 @@ def _groups(fields: Fields, spec: ModelSpec) -> tuple[tuple[int, ...], ...]:
 
 def scales_of(fields: Fields, spec: ModelSpec) -> tuple[tuple[bytes, ...], ...]:
     """Return each KV head's scales, a byte a channel."""
-    wanted = f"{spec.key_head_size} bytes in hex for each KV head of {spec.num_layers} layers"
+    wanted = f"{spec.key_head_dim} bytes in hex for each KV head of {spec.num_layers} layers"
     try:
         layers = [
             tuple(bytes.fromhex(word) for word in layer)
@@ -259,7 +261,7 @@ def scales_of(fields: Fields, spec: ModelSpec) -> tuple[tuple[bytes, ...], ...]:
     except ValueError:
         raise fields.wrong("scales", wanted) from None
     for layer, heads in zip(layers, spec.num_kv_heads, strict=True):
-        if len(layer) != heads or any(len(unit) != spec.key_head_size for unit in layer):
+        if len(layer) != heads or any(len(unit) != spec.key_head_dim for unit in layer):
             raise fields.wrong("scales", wanted)
     return tuple(layers)
 
@@ -300,7 +302,7 @@ def layer_words(fields: Fields, field: str, spec: ModelSpec, wanted: str) -> lis
 
 DEFAULT_SPARSITY = 0.25
 """Without a calibration every layer and head is grouped alike, which loses much sooner."""
-OPENS = 0.01
+REFINE = 0.01
 """Of a head's weight: at a tenth of it a quarter more is read, and little gained."""
 GROUPED, EXACT = "grouped", "exact"
 MOST_WINDOW = 1 << 16
@@ -313,7 +315,7 @@ class Delta(AttentionPolicy):
     Of each row's keys the last `window` and the first `sinks` of all are attended to as they are, and of
     the pages of 64 behind them a share, 1 - `sparsity`, as groups. A stated `sparsity` groups every layer
     and head alike. `prompts` "exact" has only decoding attend to groups. In decoding a group that gets more
-    than the share `opens` of some head's weight is opened: its keys take its place; 0 opens none. With
+    than the share `refine` of some head's weight is opened: its keys take its place; 0 opens none. With
     `store` 1 the groups are all that is kept of the keys and values behind the window, none can be opened:
     the cache's own memory goes back, and so the cache cannot, but for a few tokens: it is read anew.
     `calibration` is a file to take instead of the model's own; `units` are what a calibration consists of.
@@ -325,14 +327,14 @@ class Delta(AttentionPolicy):
     window: int = 128
     sinks: int = 4
     prompts: str = GROUPED
-    opens: float = OPENS
+    refine: float = REFINE
     store: int = 0
     calibration: Path | None = None
-    units: DeltaUnits | None = None
+    units: HeadGroups | None = None
     origin: str = "stated"
 
     def __post_init__(self) -> None:
-        check_span(self.window, self.sinks, self.prompts, self.opens)
+        check_span(self.window, self.sinks, self.prompts, self.refine)
         most = 1 - LEAST_GROUPS / PAGE_KEYS
         if self.sparsity is not None and not 0 <= self.sparsity <= most:
             raise BadOption(f"delta's sparsity is {self.sparsity:g}, 0 to {most:g} is wanted")
@@ -348,7 +350,7 @@ class Delta(AttentionPolicy):
                 "delta's sparsity and calibration are given, and a calibration has its own: leave one out"
             )
 
-    def fitted(self, spec: ModelSpec) -> Delta:
+    def resolve(self, spec: ModelSpec) -> Delta:
         """Settle the units for the model; see the class."""
         check_kv_heads(spec)
         if self.units is not None:
@@ -367,14 +369,14 @@ class Delta(AttentionPolicy):
             )
         sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
         count = round((1 - sparsity) * PAGE_KEYS)
-        units = DeltaUnits.uniform(
-            spec.num_layers, max(spec.num_kv_heads), spec.key_head_size, count
+        units = HeadGroups.uniform(
+            spec.num_layers, max(spec.num_kv_heads), spec.key_head_dim, count
         )
         origin = self.origin if self.sparsity is not None else "not calibrated for this model"
         return replace(self, units=units, origin=origin)
 
     @property
-    def identity(self) -> str:
+    def cache_key(self) -> str:
         """Every setting, wherever it came from."""
         return repr(replace(self, sparsity=None, calibration=None, origin=""))
 
@@ -388,52 +390,52 @@ class Delta(AttentionPolicy):
             num_groups=self.units.grouped(),
             window=self.window,
             replaced_layers=layers,
-            opened=self.opens > 0 and not self.store,
+            opened=self.refine > 0 and not self.store,
         )
 
-    def install(self, hook: KernelHost, spec: ModelSpec) -> Steering:
+    def install(self, hook: AttentionKernels, spec: ModelSpec) -> PassController:
         """Give the hook each unit's groups, lifts and scales."""
         assert self.units is not None, "the policy is not fitted to a model"
         hook.set_groups(
-            DeltaRule(self.window, self.sinks, self.opens, self.store), *self.units.arrays()
+            DeltaRule(self.window, self.sinks, self.refine, self.store), *self.units.arrays()
         )
-        return DeltaSteering(hook, self.prompts)
+        return DeltaController(hook, self.prompts)
 
     def __str__(self) -> str:
         share = 0.0 if self.units is None else self.units.sparsity
         prompts = "" if self.prompts == GROUPED else f", prompts {self.prompts}"
-        opens = "" if self.opens == OPENS else f", opens {self.opens:.2%}"
+        refine = "" if self.refine == REFINE else f", refine {self.refine:.2%}"
         store = ", stored in the cache's place" if self.store else ""
-        return f"delta, sparsity {share:.0%}, window {self.window} ({self.origin}){prompts}{opens}{store}"
+        return f"delta, sparsity {share:.0%}, window {self.window} ({self.origin}){prompts}{refine}{store}"
 
 
-class DeltaSteering(Steering):
+class DeltaController(PassController):
     """Every pass attends to groups, or those of decoding alone."""
 
-    def __init__(self, hook: KernelHost, prompts: str) -> None:
+    def __init__(self, hook: AttentionKernels, prompts: str) -> None:
         self._hook = hook
-        self.exact_prompts = prompts == EXACT
+        self.exact_prefill = prompts == EXACT
 
-    def before_prompt(self) -> None:
+    def begin_prefill(self) -> None:
         """Attend as prompts are to be read."""
         self._hook.start_pass(sparse=False)
-        if not self.exact_prompts:
-            self._start(opens=False)
+        if not self.exact_prefill:
+            self._start(refine=False)
 
-    def before_decode(self) -> None:
+    def begin_decode(self) -> None:
         """Attend to groups, and open some."""
-        self._start(opens=True)
+        self._start(refine=True)
 
-    def _start(self, *, opens: bool) -> None:
+    def _start(self, *, refine: bool) -> None:
         if self._hook.has_lost_keys:
             raise LowtideError(
                 "a pass has wanted keys that delta's store had replaced, and what it computed is wrong: "
                 "start anew, or leave delta:store=1 out"
             )
-        self._hook.start_grouped(opens=opens)
+        self._hook.start_grouped(refine=refine)
 
 
-def check_span(window: int, sinks: int, prompts: str, opens: float) -> None:
+def check_span(window: int, sinks: int, prompts: str, refine: float) -> None:
     """Raise `BadOption` where these do not say which keys of which passes stay as they are."""
     if not 1 <= window <= MOST_WINDOW:
         raise BadOption(f"delta's window is {window}, 1 to {MOST_WINDOW:,} is wanted")
@@ -441,8 +443,8 @@ def check_span(window: int, sinks: int, prompts: str, opens: float) -> None:
         raise BadOption(f"delta's sinks is {sinks}, 0 to {LEAST_GROUPS - 1} is wanted")
     if prompts not in (GROUPED, EXACT):
         raise BadOption(f"delta's prompts is {prompts!r}, one of {GROUPED}, {EXACT} is wanted")
-    if not 0 <= opens <= 1:
-        raise BadOption(f"delta's opens is {opens:g}, 0 (none) to 1 is wanted")
+    if not 0 <= refine <= 1:
+        raise BadOption(f"delta's refine is {refine:g}, 0 (none) to 1 is wanted")
 
 
 def check_kv_heads(spec: ModelSpec) -> None:

@@ -10,11 +10,11 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from lowtide.attention.bindings.llama_hook import GraphHook
-from lowtide.attention.dense import DenseSteering
+from lowtide.attention.bindings.llama_hook import LlamaHook
+from lowtide.attention.dense import DenseController
 from lowtide.attention.evaluation.divergence import Distance, Reference
-from lowtide.attention.evaluation.passkeys import Framing, hide_needle, pass_key
-from lowtide.attention.policy import AttentionPolicy, Steering
+from lowtide.attention.evaluation.passkeys import Framing, hide_passkey, make_passkey
+from lowtide.attention.policy import AttentionPolicy, PassController
 from lowtide.models.model import Model
 from lowtide.models.tokenizer import common_prefix
 
@@ -42,7 +42,7 @@ class Distances:
     keys_read: float = 0.0
 
 
-class Places:
+class EvalPositions:
     """Those of one text, of at least `context` + 1 tokens, read by `model` up to the context.
 
     `seed` says which keys are hidden: another one hides others. With `is_thorough` they are hidden in half
@@ -53,7 +53,7 @@ class Places:
     def __init__(
         self,
         model: Model,
-        hook: GraphHook,
+        hook: LlamaHook,
         token_ids: Sequence[int],
         context: int,
         framing: Framing,
@@ -63,20 +63,20 @@ class Places:
     ) -> None:
         self._model = model
         self._hook = hook
-        self._dense = DenseSteering(hook)
+        self._dense = DenseController(hook)
         self._text = token_ids
         last = context - PLACE_STEP
         self._starts = [last - PLACE_STEP * i for i in reversed(range(NUM_PLACES))]
         lengths = (last, max(last // 2, LEAST_LENGTH)) if is_thorough else (last,)
         hidden = list(itertools.product(lengths, KEY_DEPTHS))
-        self._needles = [
-            hide_needle(
+        self._passkeys = [
+            hide_passkey(
                 model,
                 token_ids,
                 framing,
                 length,
                 depth,
-                pass_key(number, doubled=number % 2 == 1 and is_thorough),
+                make_passkey(number, doubled=number % 2 == 1 and is_thorough),
             )
             for number, (length, depth) in enumerate(hidden, seed * len(hidden))
         ]
@@ -99,7 +99,7 @@ class Places:
         for place in self._at_keys():
             for index, policy in enumerate(policies):
                 distance, total = place.distance(self._installed(policy)), totals[index]
-                lost = max(distance.nll_sum - distance.dense_nll_sum, 0.0) / len(self._needles)
+                lost = max(distance.nll_sum - distance.dense_nll_sum, 0.0) / len(self._passkeys)
                 totals[index] = replace(
                     total,
                     key_loss=total.key_loss + lost,
@@ -107,9 +107,9 @@ class Places:
                 )
         return totals
 
-    def _installed(self, policy: AttentionPolicy) -> Steering:
+    def _installed(self, policy: AttentionPolicy) -> PassController:
         spec = self._model.spec
-        return policy.fitted(spec).install(self._hook, spec)
+        return policy.resolve(spec).install(self._hook, spec)
 
     def _along_the_text(self) -> Iterator[Reference]:
         self._model.truncate(0)
@@ -118,8 +118,8 @@ class Places:
 
     def _at_keys(self) -> Iterator[Reference]:
         held: Sequence[int] = ()
-        for needle in self._needles:
-            self._model.truncate(common_prefix(held, needle.token_ids))
-            held = needle.token_ids[:-1]
-            token_ids = [*needle.token_ids, *needle.answer_ids]
-            yield Reference(self._model, self._dense, token_ids, len(held), len(needle.answer_ids))
+        for passkey in self._passkeys:
+            self._model.truncate(common_prefix(held, passkey.token_ids))
+            held = passkey.token_ids[:-1]
+            token_ids = [*passkey.token_ids, *passkey.answer_ids]
+            yield Reference(self._model, self._dense, token_ids, len(held), len(passkey.answer_ids))

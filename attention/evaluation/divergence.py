@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lowtide.attention.policy import Steering
+from lowtide.attention.policy import PassController
 from lowtide.models.model import Model
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Reference:
     def __init__(
         self,
         model: Model,
-        dense: Steering,
+        dense: PassController,
         token_ids: Sequence[int],
         start: int,
         num_tokens: int = WINDOW_TOKENS,
@@ -99,43 +99,43 @@ class Reference:
         for row, logits in enumerate(self._decoded(dense)):
             self._dense[row] = log_softmax(logits)
 
-    def distance(self, steering: Steering) -> Distance:
+    def distance(self, controller: PassController) -> Distance:
         """Decode the same tokens under a policy, which reads the prompt again if it has its own way."""
         total = Distance()
-        for row, logits in enumerate(self._decoded(steering)):
+        for row, logits in enumerate(self._decoded(controller)):
             total += _compare(self._dense[row], log_softmax(logits), self._targets[row])
         return total
 
-    def _decoded(self, steering: Steering) -> Iterator[NDArray[np.float32]]:
-        with read_prompt(self._model, steering, self._prompt):
+    def _decoded(self, controller: PassController) -> Iterator[NDArray[np.float32]]:
+        with read_prompt(self._model, controller, self._prompt):
             for token_id in self._inputs:
-                steering.before_decode()
+                controller.begin_decode()
                 yield self._model.forward((token_id,))
 
 
 @contextlib.contextmanager
-def read_prompt(model: Model, steering: Steering, prompt: Sequence[int]) -> Iterator[None]:
+def read_prompt(model: Model, controller: PassController, prompt: Sequence[int]) -> Iterator[None]:
     """Hold the prompt as a policy reads it; the cache holds a beginning of it, exactly, or nothing.
 
     Leaves the cache with the prompt where that is exact, and else with nothing.
     """
-    if not steering.exact_prompts:
+    if not controller.exact_prefill:
         model.truncate(0)
-    extend(model, steering, prompt)
+    extend(model, controller, prompt)
     yield
-    model.truncate(len(prompt) if steering.exact_prompts else 0)
+    model.truncate(len(prompt) if controller.exact_prefill else 0)
 
 
-def extend(model: Model, steering: Steering, prompt: Sequence[int]) -> None:
+def extend(model: Model, controller: PassController, prompt: Sequence[int]) -> None:
     """Bring the cache, which holds a beginning of `prompt`, to hold it whole."""
-    steering.before_prompt()
+    controller.begin_prefill()
     kept = model.truncate(len(prompt))
-    for at in range(kept, len(prompt), model.max_rows):
-        model.forward(prompt[at : at + model.max_rows])
+    for at in range(kept, len(prompt), model.batch_size):
+        model.forward(prompt[at : at + model.batch_size])
 
 
 def text_nll(
-    model: Model, steering: Steering, prompt: Sequence[int], targets: Sequence[int]
+    model: Model, controller: PassController, prompt: Sequence[int], targets: Sequence[int]
 ) -> float:
     """Return the negative log likelihood of the tokens that follow a prompt, in nats over all of them.
 
@@ -143,9 +143,9 @@ def text_nll(
     """
     total = 0.0
     model.truncate(len(prompt) - 1)
-    with read_prompt(model, steering, prompt[:-1]):
+    with read_prompt(model, controller, prompt[:-1]):
         for token_id, target in zip((prompt[-1], *targets[:-1]), targets, strict=True):
-            steering.before_decode()
+            controller.begin_decode()
             total -= float(log_softmax(model.forward((token_id,)))[target])
     return total
 

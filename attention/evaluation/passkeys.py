@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lowtide.attention.evaluation.divergence import read_prompt
-from lowtide.attention.policy import Steering
+from lowtide.attention.policy import PassController
 from lowtide.models.chat_template import ChatTemplate
 from lowtide.models.errors import TemplateError
 from lowtide.models.model import Model
@@ -27,7 +27,7 @@ Framing = Callable[[str], str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Needle:
+class Passkey:
     """A prompt of `length` tokens with `key` hidden at `depth`, a share of the length.
 
     `answer_ids` are the key's tokens where the prompt ends.
@@ -50,7 +50,7 @@ def chat_framing(model: Model) -> Framing:
     return lambda text: template.render([{"role": "user", "content": text}])
 
 
-def pass_key(seed: int, *, doubled: bool = False) -> str:
+def make_passkey(seed: int, *, doubled: bool = False) -> str:
     """Return five digits; `doubled` has two neighbours equal, which an approximation may take for one."""
     random_digits = random.Random(seed)
     if not doubled:
@@ -60,9 +60,9 @@ def pass_key(seed: int, *, doubled: bool = False) -> str:
     return four[:at] + four[at] + four[at:]
 
 
-def hide_needle(
+def hide_passkey(
     model: Model, haystack: Sequence[int], framing: Framing, length: int, depth: float, key: str
-) -> Needle:
+) -> Passkey:
     """Build a prompt of about `length` tokens; raises `ValueError` where the haystack is too short."""
     before, _, after = framing(OPENING + "\0" + QUESTION).partition("\0")
     start = model.tokenizer.encode(before, add_special=True, parse_special=True)
@@ -71,13 +71,13 @@ def hide_needle(
         f"{after}{ANSWER} {key}", add_special=False, parse_special=True
     )
     sentence = f"\nThe secret pass key is {key}. Remember it: {key} is the pass key.\n"
-    needle = model.tokenizer.encode(sentence, add_special=False, parse_special=False)
-    room = length - len(start) - len(end) - len(needle)
+    passkey = model.tokenizer.encode(sentence, add_special=False, parse_special=False)
+    room = length - len(start) - len(end) - len(passkey)
     if not 0 < room <= len(haystack):
         raise ValueError(f"{room} tokens of text are wanted, {len(haystack)} given")
     at = int(room * depth)
-    token_ids = [*start, *haystack[:at], *needle, *haystack[at:room], *end]
-    return Needle(
+    token_ids = [*start, *haystack[:at], *passkey, *haystack[at:room], *end]
+    return Passkey(
         key=key,
         length=length,
         depth=depth,
@@ -86,20 +86,20 @@ def hide_needle(
     )
 
 
-def finds(model: Model, steering: Steering, needle: Needle) -> bool:
+def finds(model: Model, controller: PassController, passkey: Passkey) -> bool:
     """Read the prompt and answer greedily, both as a policy does, and look for the key.
 
     What the cache holds must be a beginning of the prompt, read exactly; see `read_prompt`.
     """
-    return needle.key in continued(model, steering, needle.token_ids)
+    return passkey.key in continued(model, controller, passkey.token_ids)
 
 
-def continued(model: Model, steering: Steering, token_ids: Sequence[int]) -> str:
+def continued(model: Model, controller: PassController, token_ids: Sequence[int]) -> str:
     """Return what a prompt is likeliest to go on with, for a few tokens; the cache as for `finds`."""
     token_id, answer = token_ids[-1], list[int]()
-    with read_prompt(model, steering, token_ids[:-1]):
+    with read_prompt(model, controller, token_ids[:-1]):
         for _ in range(ANSWER_TOKENS):
-            steering.before_decode()
+            controller.begin_decode()
             token_id = int(model.forward((token_id,)).argmax())
             answer.append(token_id)
     return model.tokenizer.decode(answer)

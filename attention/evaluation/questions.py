@@ -18,12 +18,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lowtide.attention.bindings.policy import KernelHost
+from lowtide.attention.bindings.policy import AttentionKernels
 from lowtide.attention.bindings.structs import ScoreRule
-from lowtide.attention.dense import DenseSteering
+from lowtide.attention.dense import DenseController
 from lowtide.attention.evaluation.divergence import extend, text_nll
 from lowtide.attention.evaluation.passkeys import ANSWER_TOKENS, OPENING, Framing, continued
-from lowtide.attention.policy import Steering
+from lowtide.attention.policy import PassController
 from lowtide.models.errors import BadOption
 from lowtide.models.model import Model
 from lowtide.models.tokenizer import Tokenizer, common_prefix
@@ -130,7 +130,7 @@ def ask(kind: str, seed: int) -> Question:
     return maker(kind, random.Random(f"{kind} {seed}"))
 
 
-def _pass_key(kind: str, chance: random.Random) -> Question:
+def _passkey(kind: str, chance: random.Random) -> Question:
     key = str(chance.randint(10_000, 99_999))
     return Question(
         kind=kind,
@@ -180,7 +180,7 @@ def _counting(kind: str, chance: random.Random) -> Question:
 
 
 _MAKERS: dict[str, Callable[[str, random.Random], Question]] = {
-    "pass key": _pass_key,
+    "pass key": _passkey,
     "fact": _fact,
     "two facts": _two_facts,
     "paraphrase": _fact,
@@ -307,7 +307,7 @@ class Haystack:
 
 
 def is_answered(
-    model: Model, steering: Steering, token_ids: Sequence[int], hidden: HiddenQuestion
+    model: Model, controller: PassController, token_ids: Sequence[int], hidden: HiddenQuestion
 ) -> bool:
     """Whether the question is answered from a prompt of `token_ids`, its own or what is left of it.
 
@@ -316,7 +316,7 @@ def is_answered(
     """
     for reply, lead in zip(hidden.question.replies, hidden.leads, strict=True):
         model.truncate(len(token_ids) - 1)
-        if not reply.is_in(continued(model, steering, [*token_ids, *lead])):
+        if not reply.is_in(continued(model, controller, [*token_ids, *lead])):
             return False
     return True
 
@@ -324,11 +324,11 @@ def is_answered(
 class WholePrompt:
     """One prompt after another on one model; `rule` is how a layer scores."""
 
-    def __init__(self, model: Model, host: KernelHost, rule: ScoreRule) -> None:
+    def __init__(self, model: Model, host: AttentionKernels, rule: ScoreRule) -> None:
         self._model = model
         self._host = host
         self._rule = rule
-        self._dense = DenseSteering(host)
+        self._dense = DenseController(host)
         self.token_ids: Sequence[int] = ()
 
     def hold(self, token_ids: Sequence[int]) -> None:

@@ -15,9 +15,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from lowtide.attention.bindings.llama_hook import GraphHook
+from lowtide.attention.bindings.llama_hook import LlamaHook
 from lowtide.attention.calibration import NotCalibrated
-from lowtide.attention.dense import DenseSteering
+from lowtide.attention.dense import DenseController
 from lowtide.attention.evaluation.passkeys import Framing
 from lowtide.attention.evaluation.questions import (
     KINDS,
@@ -68,7 +68,7 @@ class _Trial:
     needed: dict[GemSetting, int] = field(default_factory=dict)
 
 
-class GemCalibrator:
+class GemSearch:
     """Searches one model for the layer to filter by, with `policy`'s rule.
 
     `token_ids` are a text of `context` tokens twice over: the first half is searched on, the second is
@@ -78,7 +78,7 @@ class GemCalibrator:
     def __init__(
         self,
         model: Model,
-        hook: GraphHook,
+        hook: LlamaHook,
         token_ids: Sequence[int],
         context: int,
         framing: Framing,
@@ -97,7 +97,7 @@ class GemCalibrator:
             for text in (token_ids[1:half], token_ids[half:])
         )
         self._model = model
-        self._steering = DenseSteering(hook)
+        self._controller = DenseController(hook)
         self._whole = WholePrompt(model, hook, policy.rule)
         self._context = context
         self._lengths = (context // 2, context)
@@ -204,7 +204,7 @@ class GemCalibrator:
             if trial.is_answered_whole:
                 self._model.truncate(0)
                 num_answered += is_answered(
-                    self._model, self._steering, trial.kept[setting], trial.hidden
+                    self._model, self._controller, trial.kept[setting], trial.hidden
                 )
         self._model.truncate(0)
         needed = [trial.needed[setting] for trial in trials]

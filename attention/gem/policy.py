@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lowtide.attention.bindings.structs import ScoreRule
+from lowtide.attention.calibration import Fields, find_file, write_values
 from lowtide.attention.delta.blocks import DeltaBlocks
 from lowtide.attention.delta.tokens import Delta
 from lowtide.attention.dense import Dense
-from lowtide.attention.policy import AttentionPolicy, Steering
-from lowtide.attention.tidal.policy import Fields, find_file, write_values
-from lowtide.attention.tidal.policy.policy import Tidal
-from lowtide.memory.plan.plan.attention import FirstPass, kept_tokens
+from lowtide.attention.policy import AttentionPolicy, PassController
+from lowtide.attention.tidal.policy import Tidal
+from lowtide.memory.plan.attention import FilterPrefill, retained_tokens
 from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from lowtide.attention.bindings.policy import KernelHost
+    from lowtide.attention.bindings.policy import AttentionKernels
 
 
 FORMAT = 1
@@ -181,7 +181,7 @@ class Gem(AttentionPolicy):
         if min(self.first, self.last, self.min_prompt) < 0:
             raise BadOption("gem's first, last and min_prompt are counts: 0 or more are wanted")
 
-    def fitted(self, spec: ModelSpec) -> Gem:
+    def resolve(self, spec: ModelSpec) -> Gem:
         """Settle k, the layer and what follows; raises `BadOption` where the model has no such layer."""
         found = self._found(spec)
         layer, k, origin = self.layer, self.k, self.origin
@@ -195,9 +195,9 @@ class Gem(AttentionPolicy):
             raise BadOption(
                 f"gem's layer is {layer}; {spec.name} has layers 0 to {spec.num_layers - 1}"
             )
-        if not self.then.uses_hook or isinstance(self.then, Gem | Delta | DeltaBlocks):
+        if not self.then.uses_native_kernels or isinstance(self.then, Gem | Delta | DeltaBlocks):
             raise BadOption(f"gem's then is {self.then.name!r}, dense or tidal is wanted")
-        return replace(self, k=k, layer=layer, then=self.then.fitted(spec), origin=origin)
+        return replace(self, k=k, layer=layer, then=self.then.resolve(spec), origin=origin)
 
     def _found(self, spec: ModelSpec) -> GemCalibration | None:
         """The calibration that is asked for, or the model's where something is open and the rule is its."""
@@ -220,10 +220,10 @@ class Gem(AttentionPolicy):
         return self.then.num_selections
 
     @property
-    def identity(self) -> str:
+    def cache_key(self) -> str:
         """Every setting: the same tokens under another one may be others."""
         settings = replace(self, then=Dense(), calibration=None, origin="")
-        return repr(settings) + self.then.identity
+        return repr(settings) + self.then.cache_key
 
     @property
     def rule(self) -> ScoreRule:
@@ -231,11 +231,11 @@ class Gem(AttentionPolicy):
         return ScoreRule(self.rows, self.weights == "softmax", self.heads == "max")
 
     @property
-    def first_pass(self) -> FirstPass:
+    def filter_prefill(self) -> FilterPrefill:
         """What a plan must know; the policy is fitted."""
         assert self.layer is not None and self.k is not None, "the policy is not fitted to a model"
         least = max(self.min_prompt, self.first + self.last)
-        return FirstPass(num_layers=self.layer + 1, k=self.k, least_tokens=least)
+        return FilterPrefill(num_layers=self.layer + 1, k=self.k, min_tokens=least)
 
     @property
     def rule_settings(self) -> dict[str, Any]:
@@ -249,9 +249,9 @@ class Gem(AttentionPolicy):
     def budget(self, num_tokens: int) -> int:
         """Return how many tokens of a prompt are kept."""
         k = DEFAULT_K if self.k is None else self.k
-        return max(kept_tokens(k, num_tokens), self.first + self.last)
+        return max(retained_tokens(k, num_tokens), self.first + self.last)
 
-    def install(self, hook: KernelHost, spec: ModelSpec) -> Steering:
+    def install(self, hook: AttentionKernels, spec: ModelSpec) -> PassController:
         """Attend to what was kept as the other policy does."""
         assert isinstance(self.then, Dense | Tidal), "the policy is fitted to a model"
         return self.then.install(hook, spec)

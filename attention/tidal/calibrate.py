@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from lowtide.attention.bindings.llama_hook import GraphHook
+from lowtide.attention.bindings.llama_hook import LlamaHook
 from lowtide.attention.calibration import NotCalibrated
-from lowtide.attention.evaluation.compare import Places
+from lowtide.attention.evaluation.compare import EvalPositions
 from lowtide.attention.evaluation.passkeys import Framing
 from lowtide.attention.tidal.policy import Tidal
 from lowtide.models.model import Model
@@ -63,7 +63,7 @@ class Setting:
         return self.kl / targets.kl + self.key_loss / targets.key_loss
 
 
-class Calibrator:
+class TidalSearch:
     """Measures settings on one model; `token_ids` are a text of at least `context` + 1 tokens twice over.
 
     The first half is searched on, the second is what a choice is held against; `framing` puts the question
@@ -73,7 +73,7 @@ class Calibrator:
     def __init__(
         self,
         model: Model,
-        hook: GraphHook,
+        hook: LlamaHook,
         token_ids: Sequence[int],
         context: int,
         framing: Framing,
@@ -81,7 +81,7 @@ class Calibrator:
     ) -> None:
         half = len(token_ids) // 2
         self._searched, self._held_out = (
-            Places(model, hook, text, context, framing, seed)
+            EvalPositions(model, hook, text, context, framing, seed)
             for seed, text in enumerate((token_ids[:half], token_ids[half:]))
         )
         self._spec = model.spec
@@ -153,7 +153,7 @@ class Calibrator:
         return min(sparse, key=lambda setting: setting.excess(targets), default=None)
 
 
-def _measured(places: Places, settings: Sequence[Setting]) -> list[Setting]:
+def _measured(places: EvalPositions, settings: Sequence[Setting]) -> list[Setting]:
     """Measure every setting at all places of one of the texts."""
     policies = [Tidal(k=s.k, selection_layers=s.selection_layers) for s in settings]
     return [

@@ -16,28 +16,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lowtide.attention.bindings.structs import SelectionRule
-from lowtide.attention.dense import EXACT, check_hook, check_prompts
-from lowtide.attention.policy import AttentionPolicy, Steering
-from lowtide.attention.tidal.policy import (
+from lowtide.attention.calibration import (
     CalibrationError,
-    Closeness,
+    CalibrationMetrics,
     Fields,
     find_file,
     is_count,
     write_values,
 )
+from lowtide.attention.dense import EXACT, check_kernels, check_prompts
+from lowtide.attention.policy import AttentionPolicy, PassController
 from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from lowtide.attention.bindings.policy import KernelHost
+    from lowtide.attention.bindings.policy import AttentionKernels
 
 
 FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration(Closeness):
+class TidalCalibration(CalibrationMetrics):
     """TidalDecode's settings for one model, and how far from dense attention they measured."""
 
     k: int
@@ -48,21 +48,23 @@ class Calibration(Closeness):
         return {"format": FORMAT, "policy": "tidal", **asdict(self)}
 
 
-def find_calibration(spec: ModelSpec) -> Calibration | None:
+def find_tidal_calibration(spec: ModelSpec) -> TidalCalibration | None:
     """Return the model's calibration, the user's before the shipped one; None where there is none."""
     path = find_file(f"{spec.fingerprint}.json")
-    return load_calibration(path, spec) if path else None
+    return load_tidal_calibration(path, spec) if path else None
 
 
-def save_calibration(calibration: Calibration, path: Path | None = None) -> Path:
+def save_tidal_calibration(calibration: TidalCalibration, path: Path | None = None) -> Path:
     """Write the file, atomically, and return its path; None is the model's place in the cache."""
     return write_values(f"{calibration.fingerprint}.json", calibration.to_dict(), path)
 
 
-def load_calibration(path: Path, spec: ModelSpec) -> Calibration:
+def load_tidal_calibration(path: Path, spec: ModelSpec) -> TidalCalibration:
     """Read and check a calibration of the model; raises `CalibrationError`."""
     fields = Fields(path, policy="tidal", format=FORMAT)
-    found = Calibration(k=fields.count("k"), selection_layers=_layers(fields), **fields.closeness())
+    found = TidalCalibration(
+        k=fields.count("k"), selection_layers=_layers(fields), **fields.calibration_metrics()
+    )
     fields.check_model(spec)
     outside = [layer for layer in found.selection_layers if not 0 <= layer < spec.num_layers]
     if outside:
@@ -130,14 +132,14 @@ class Tidal(AttentionPolicy):
                 "choice must be among the recent ones, so refresh may be at most recent"
             )
 
-    def fitted(self, spec: ModelSpec) -> Tidal:
+    def resolve(self, spec: ModelSpec) -> Tidal:
         """Settle k and the selection layers for the model; see the class."""
         check_prompts(self.prompts)
-        found: Calibration | None = None
+        found: TidalCalibration | None = None
         if self.calibration is not None:
-            found = load_calibration(self.calibration, spec)
+            found = load_tidal_calibration(self.calibration, spec)
         elif self.selection_layers is None or self.k is None:
-            found = find_calibration(spec)
+            found = find_tidal_calibration(spec)
         layers, k, origin = self.selection_layers, self.k, self.origin
         if layers is None:
             layers = found.selection_layers if found else default_selection_layers(spec)
@@ -148,7 +150,7 @@ class Tidal(AttentionPolicy):
         return replace(self, k=k, selection_layers=layers, origin=origin)
 
     @property
-    def identity(self) -> str:
+    def cache_key(self) -> str:
         """Every setting, wherever it came from."""
         return repr(replace(self, calibration=None, origin=""))
 
@@ -177,36 +179,36 @@ class Tidal(AttentionPolicy):
         tokens, fraction = (int(k), 0.0) if k >= 1 else (0, float(k))
         return SelectionRule(tokens, fraction, self.sinks, self.recent, self.min_context)
 
-    def install(self, hook: KernelHost, spec: ModelSpec) -> Steering:
+    def install(self, hook: AttentionKernels, spec: ModelSpec) -> PassController:
         """Give the hook each layer's role."""
         assert self.selection_layers is not None, "the policy is not fitted to a model"
-        check_hook(hook, self.prompts)
+        check_kernels(hook, self.prompts)
         hook.set_roles(self.roles(spec.num_layers), self.rule)
-        return TidalSteering(hook, self)
+        return TidalController(hook, self)
 
     def __str__(self) -> str:
         layers = "+".join(map(str, self.selection_layers or ()))
         k = f"{self.k:.0%}" if self.k is not None and self.k < 1 else self.k
-        rounded = "" if self.prompts == EXACT else f", prompts in {self.prompts}"
-        return f"tidal, k {k}, selection layers {layers} ({self.origin}){rounded}"
+        use_bf16 = "" if self.prompts == EXACT else f", prompts in {self.prompts}"
+        return f"tidal, k {k}, selection layers {layers} ({self.origin}){use_bf16}"
 
 
-class TidalSteering(Steering):
+class TidalController(PassController):
     """Prompts are dense, decoding is sparse and chooses anew every `refresh` tokens."""
 
-    def __init__(self, hook: KernelHost, policy: Tidal) -> None:
+    def __init__(self, hook: AttentionKernels, policy: Tidal) -> None:
         self._hook = hook
         self._refresh = policy.refresh
         self._num_decoded = 0
         self.correction_interval = policy.correction or None
-        self.exact_prompts = policy.prompts == EXACT
+        self.exact_prefill = policy.prompts == EXACT
 
-    def before_prompt(self) -> None:
+    def begin_prefill(self) -> None:
         """Attend fully, and forget what was chosen."""
         self._num_decoded = 0
-        self._hook.start_pass(sparse=False, rounded=not self.exact_prompts)
+        self._hook.start_pass(sparse=False, use_bf16=not self.exact_prefill)
 
-    def before_decode(self) -> None:
+    def begin_decode(self) -> None:
         """Attend sparsely."""
         self._hook.start_pass(sparse=True, refresh=self._num_decoded % self._refresh == 0)
         self._num_decoded += 1

@@ -45,12 +45,12 @@ def read_file_maps(path: Path, maps: Path = MAPS) -> frozenset[FileMap]:
     return frozenset(file_map for file_map in found if file_map is not None)
 
 
-def give_back(file_map: FileMap) -> None:
+def release_pages(file_map: FileMap) -> None:
     """Let go of the map's pages; what is read of them later comes from the file again.
 
     Only for a map that is never written to.
     """
-    pages.give_back(file_map.address, file_map.num_bytes)
+    pages.release_pages(file_map.address, file_map.num_bytes)
 
 
 def _file_map(line: str, wanted: os.stat_result) -> FileMap | None:
@@ -79,7 +79,7 @@ FIRST_TOLD = (6, 18)
 """Since this Linux a page that is read brings its whole piece, which tells how large that is."""
 
 
-def hold_in_large_pieces(paths: Iterable[Path], available_bytes: int) -> None:
+def use_large_folios(paths: Iterable[Path], available_bytes: int) -> None:
     """Have the page cache hold files, which are mapped and let go of again and again, in large pieces.
 
     Does nothing where it does so already or does not tell, or where the files have not room twice in what
@@ -90,11 +90,11 @@ def hold_in_large_pieces(paths: Iterable[Path], available_bytes: int) -> None:
         if 2 * sum(num_bytes for _, num_bytes in files) > available_bytes:
             return
         for path, _ in files:
-            if lies_in_small_pieces(path):
-                read_anew(path)
+            if has_small_folios(path):
+                reread_file(path)
 
 
-def lies_in_small_pieces(path: Path) -> bool:
+def has_small_folios(path: Path) -> bool:
     """Whether most of the cached file is mapped 64 KiB at a time; False where the system does not tell.
 
     Reads a few pages. At most one piece is resident at a time.
@@ -113,7 +113,7 @@ def lies_in_small_pieces(path: Path) -> bool:
     return sorted(pieces)[len(pieces) // 2] <= AROUND_PAGES
 
 
-def read_anew(path: Path, clock: Callable[[], float] = time.monotonic) -> int:
+def reread_file(path: Path, clock: Callable[[], float] = time.monotonic) -> int:
     """Have the page cache drop the file and read it from its beginning; return the bytes that were read.
 
     Where the disk is slow only the first step is. What another process maps, or what has yet to be written,

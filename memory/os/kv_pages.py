@@ -1,4 +1,4 @@
-"""KvPages: the KV cache's memory follows the tokens in use.
+"""KVPageReclaimer: the KV cache's memory follows the tokens in use.
 
 Pages of cells that hold no token are given back to the system, and read as zeros when they are used again.
 Giving back a cell that is in use would corrupt answers without an error, so the cache's layout is held
@@ -6,7 +6,7 @@ against its contents before the first page goes. Knows no tokens but their numbe
 
 Buffers of llama.cpp that are zero without having been touched, so that only what is used is resident.
 
-llama.cpp writes zeros over a whole new cache. Inside `untouched_buffers` the function that clears a buffer
+llama.cpp writes zeros over a whole new cache. Inside `demand_zero_buffers` the function that clears a buffer
 gives its pages back to the system instead, which reads as zeros too. It is reached through private structs
 of ggml: they are held against a buffer made for the purpose, and where they do not fit, or the system does
 not promise zeros, everything stays as it was. Knows no cache."""
@@ -22,7 +22,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowtide.memory.os.pages import PAGE_BYTES, give_back, keep_small, round_down, round_up
+from lowtide.memory.os.pages import (
+    PAGE_BYTES,
+    forbid_large_pages,
+    release_pages,
+    round_down,
+    round_up,
+)
 from lowtide.memory.os.shared_libraries import address_of, library_of
 from lowtide.models.gguf.llama_cpp import llama_library
 
@@ -52,20 +58,20 @@ class _BufferType(ctypes.Structure):
 
 
 @dataclass(frozen=True, slots=True)
-class UntouchedBuffer:
+class DemandZeroBuffer:
     """Where a cleared buffer lies."""
 
     address: int
     num_bytes: int
 
 
-def can_leave_untouched() -> bool:
+def can_use_demand_zero() -> bool:
     """Whether this system and this llama.cpp allow it."""
     return _patch() is not None
 
 
 @contextlib.contextmanager
-def untouched_buffers() -> Iterator[list[UntouchedBuffer]]:
+def demand_zero_buffers() -> Iterator[list[DemandZeroBuffer]]:
     """Have what llama.cpp clears inside the block left untouched; yields those buffers.
 
     A buffer keeps its way of being cleared for as long as it lives. Yields an empty list, for good, where
@@ -103,8 +109,8 @@ class _Patch:
         self._local = threading.local()
 
     @contextlib.contextmanager
-    def applied(self) -> Iterator[list[UntouchedBuffer]]:
-        cleared: list[UntouchedBuffer] = []
+    def applied(self) -> Iterator[list[DemandZeroBuffer]]:
+        cleared: list[DemandZeroBuffer] = []
         with self._lock:
             theirs = self._type.allocate
             self._local.cleared = cleared
@@ -127,15 +133,15 @@ class _Patch:
         buffer = _Buffer.from_address(address)
         begin, end = buffer.base, buffer.base + buffer.num_bytes
         first, last = round_up(begin), round_down(end)
-        if value != 0 or first >= last or not give_back(first, last - first):
+        if value != 0 or first >= last or not release_pages(first, last - first):
             ctypes.memset(begin, value, end - begin)
             return
-        keep_small(first, last - first)
+        forbid_large_pages(first, last - first)
         ctypes.memset(begin, 0, first - begin)
         ctypes.memset(last, 0, end - last)
         cleared = getattr(self._local, "cleared", None)
         if cleared is not None:
-            cleared.append(UntouchedBuffer(begin, buffer.num_bytes))
+            cleared.append(DemandZeroBuffer(begin, buffer.num_bytes))
 
     def fits(self) -> bool:
         """Make a buffer through ggml, clear it through ggml, and see both come through here."""
@@ -161,7 +167,7 @@ class _Patch:
         return (
             written == b"\x5a" * num_bytes
             and zeros == bytes(num_bytes)
-            and cleared == [UntouchedBuffer(begin, num_bytes)]
+            and cleared == [DemandZeroBuffer(begin, num_bytes)]
         )
 
     def _looks_like_a_type(self) -> bool:
@@ -185,7 +191,7 @@ LEAST_CELLS = 64
 """Fewer cells than these are kept: the next tokens take them again at once."""
 
 
-class KvPages:
+class KVPageReclaimer:
     """A cache of one sequence whose token i lies in cell i: appended to, and cut at its end.
 
     The cache is those of `buffers` that hold pairs of tensors, keys and values, of `num_cells` rows of
@@ -195,7 +201,7 @@ class KvPages:
 
     def __init__(
         self,
-        buffers: Sequence[UntouchedBuffer],
+        buffers: Sequence[DemandZeroBuffer],
         *,
         num_tensors: int,
         num_cells: int,
@@ -243,7 +249,7 @@ class KvPages:
             first = round_up(address + num_kept * self._row_bytes)
             last = round_down(address + self._num_cells * self._row_bytes)
             if first < last:
-                give_back(first, last - first)
+                release_pages(first, last - first)
         self._most_used = num_kept
 
     def _is_as_thought(self) -> bool:

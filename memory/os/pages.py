@@ -28,7 +28,7 @@ def round_down(num_bytes: int) -> int:
     return num_bytes // PAGE_BYTES * PAGE_BYTES
 
 
-def give_back(address: int, num_bytes: int) -> bool:
+def release_pages(address: int, num_bytes: int) -> bool:
     """Give whole pages back to the system; return whether it took them.
 
     Private memory reads as zeros then (on Linux), a file's pages come from the file again. `address` begins
@@ -37,7 +37,7 @@ def give_back(address: int, num_bytes: int) -> bool:
     return _advise()(address, num_bytes, mmap.MADV_DONTNEED) == 0
 
 
-def keep_apart(cuts: Sequence[int]) -> bool:
+def isolate_pages(cuts: Sequence[int]) -> bool:
     """Have what is read in one of [cuts[0], cuts[1]), [cuts[1], cuts[2]), ... bring no page of another with
     it; return whether the system took them.
 
@@ -49,7 +49,7 @@ def keep_apart(cuts: Sequence[int]) -> bool:
     return all(_advise()(begin, end - begin, mmap.MADV_DONTDUMP) == 0 for begin, end in odd)
 
 
-def keep_small(address: int, num_bytes: int) -> None:
+def forbid_large_pages(address: int, num_bytes: int) -> None:
     """Have private memory come page by page, also where the system would give 2 MiB for the first byte."""
     _advise()(address, num_bytes, mmap.MADV_NOHUGEPAGE)
 

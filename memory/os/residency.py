@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowtide.memory.os.kv_pages import UntouchedBuffer
+from lowtide.memory.os.kv_pages import DemandZeroBuffer
 from lowtide.memory.os.pages import PAGE_BYTES, round_down
 from lowtide.memory.process import read_process_memory
 
@@ -24,7 +24,7 @@ CHUNK_PAGES = 16384
 
 
 @dataclass(frozen=True, slots=True)
-class Residence:
+class ResidentMemory:
     """Bytes resident now: anonymous ones, and pages of files."""
 
     anonymous_bytes: int
@@ -36,7 +36,7 @@ class Residence:
         return self.anonymous_bytes + self.file_bytes
 
 
-class ResidenceMeter:
+class ResidentMemoryMeter:
     """Reads the resident set in a few microseconds; `tells_files` says whether files are told apart."""
 
     def __init__(self) -> None:
@@ -45,13 +45,13 @@ class ResidenceMeter:
         if self.tells_files:
             self._counters = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
 
-    def read(self) -> Residence:
+    def read(self) -> ResidentMemory:
         """Return what is resident; all of it counts as anonymous where files are not told apart."""
         if self._counters is None:
-            return Residence(read_process_memory().resident_bytes, 0)
+            return ResidentMemory(read_process_memory().resident_bytes, 0)
         fields = os.pread(self._counters, 128, 0).split()
         resident, of_files = int(fields[1]) * PAGE_BYTES, int(fields[2]) * PAGE_BYTES
-        return Residence(resident - of_files, of_files)
+        return ResidentMemory(resident - of_files, of_files)
 
     def close(self) -> None:
         """Close the counters; closing twice is allowed."""
@@ -81,7 +81,7 @@ def resident_file_bytes(paths: Iterable[Path]) -> int | None:
     return total
 
 
-def resident_buffer_bytes(buffers: Sequence[UntouchedBuffer]) -> int | None:
+def resident_buffer_bytes(buffers: Sequence[DemandZeroBuffer]) -> int | None:
     """Return how much of the buffers is resident; None where the system does not say."""
     is_resident = _mincore()
     if is_resident is None:

@@ -49,7 +49,7 @@ def library_of(address: int | None) -> bytes | None:
     return library
 
 
-def read_in(address: int) -> None:
+def fault_in(address: int) -> None:
     """Make the whole library resident that `address` lies in, where the system tells where that is.
 
     Which of its pages come by themselves differs from machine to machine: with one that is wanted, Linux
@@ -64,7 +64,7 @@ def read_in(address: int) -> None:
                 ctypes.string_at(page, 1)
 
 
-def give_back_read_while_loaded(smaps: Path = SMAPS) -> None:
+def release_startup_pages(smaps: Path = SMAPS) -> None:
     """Let go of pages of the libraries that `READ_WHILE_LOADED` names; what is wanted of them comes again.
 
     Only of code and tables that nobody may write to and that are still the file's: others, such as tables
@@ -72,7 +72,7 @@ def give_back_read_while_loaded(smaps: Path = SMAPS) -> None:
     """
     with contextlib.suppress(OSError, ValueError):
         for begin, num_bytes in list(_unwritten_areas(smaps, READ_WHILE_LOADED)):
-            pages.give_back(begin, num_bytes)
+            pages.release_pages(begin, num_bytes)
 
 
 def _unwritten_areas(smaps: Path, names: Collection[bytes]) -> Iterator[tuple[int, int]]:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
-from lowtide.memory.plan.plan import estimates as footprint
-from lowtide.memory.plan.plan.estimates import ContextSizes
-from lowtide.memory.plan.plan.speculation import LOGITS_COPIES, SpeculationWish
+from lowtide.memory.plan import estimates as footprint
+from lowtide.memory.plan.estimates import ContextSizes
+from lowtide.memory.plan.speculation import LOGITS_COPIES, SpeculationConfig
 from lowtide.models.spec import ModelSpec
 
 CELL_NOTES = 16
@@ -25,7 +25,7 @@ CELL_NOTES = 16
 class BatchPlan:
     """`num_cells` tokens of KV cache for so many sequences: what they share, once, and each one's own.
 
-    The logits of `num_wanted` rows of a pass come out: one for each sequence, and one for each draft that
+    The logits of `num_logits` rows of a pass come out: one for each sequence, and one for each draft that
     is verified. Drafts take no cells beyond, as none is verified that has no cell in its sequence's share.
     `beside_bytes` are the compute buffer, rows of logits, the kernels' scratch, and what drafts hold.
     """
@@ -33,14 +33,14 @@ class BatchPlan:
     num_sequences: int
     shared_tokens: int
     num_cells: int
-    num_wanted: int
+    num_logits: int
     cache_bytes: int
     beside_bytes: int
 
     @property
     def most_drafted(self) -> int:
         """How many drafts a pass verifies at most, of all sequences."""
-        return self.num_wanted - self.num_sequences
+        return self.num_logits - self.num_sequences
 
     @property
     def num_bytes(self) -> int:
@@ -55,23 +55,23 @@ def plan_batch(
     num_sequences: int,
     shared_tokens: int,
     own_tokens: int,
-    max_rows: int,
+    batch_size: int,
     kv_type: str,
     context: int,
     attention_threads: int,
     most_drafted: int = 0,
-    speculation: SpeculationWish | None = None,
+    speculation: SpeculationConfig | None = None,
 ) -> BatchPlan:
-    """Plan sequences of `own_tokens` in all behind `shared_tokens`, in passes of `max_rows`.
+    """Plan sequences of `own_tokens` in all behind `shared_tokens`, in passes of `batch_size`.
 
     At most `most_drafted` tokens of a pass are drafts, whose bytes `speculation` knows. `context` is what
     the model's own plan has the kernels' scratch for, `attention_threads` are the threads of our kernels,
     0 where they do not run.
     """
-    num_cells = footprint.kv_cells(shared_tokens + own_tokens)
+    num_cells = footprint.padded_context(shared_tokens + own_tokens)
     vocabulary_size = spec.vocabulary.num_tokens
-    num_wanted = num_sequences + most_drafted
-    logits = LOGITS_COPIES * 4 * vocabulary_size * num_wanted
+    num_logits = num_sequences + most_drafted
+    logits = LOGITS_COPIES * 4 * vocabulary_size * num_logits
     drafts = 0
     if most_drafted and speculation is not None:
         text_tokens = own_tokens + num_sequences * shared_tokens
@@ -84,9 +84,9 @@ def plan_batch(
         num_sequences=num_sequences,
         shared_tokens=shared_tokens,
         num_cells=num_cells,
-        num_wanted=num_wanted,
+        num_logits=num_logits,
         cache_bytes=sizes.kv_bytes(num_cells, kv_type),
-        beside_bytes=sizes.compute_bytes(num_cells, max_rows, kv_type)
+        beside_bytes=sizes.compute_bytes(num_cells, batch_size, kv_type)
         + footprint.CONTEXT_BYTES
         + logits
         + scratch

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from lowtide.memory.plan.plan import estimates as footprint
+from lowtide.memory.plan import estimates as footprint
 from lowtide.memory.process import ProcessMemory
 from lowtide.memory.units import KIB, MIB
 from lowtide.models.spec import ModelSpec, VocabularySpec
@@ -27,11 +27,11 @@ class ContextSizes(Protocol):
         """Return the whole cache's bytes."""
         ...
 
-    def compute_bytes(self, context: int, max_rows: int, kv_type: str) -> int:
+    def compute_bytes(self, context: int, batch_size: int, kv_type: str) -> int:
         """Return the compute buffer's bytes."""
         ...
 
-    def reader_bytes(self, context: int, max_rows: int, kv_type: str) -> int:
+    def filter_context_bytes(self, context: int, batch_size: int, kv_type: str) -> int:
         """Return what a second context on the same weights takes beside its cache."""
         ...
 
@@ -46,13 +46,13 @@ class FormulaSizes:
         """Return the whole cache's bytes, exactly."""
         return footprint.kv_bytes(self._spec, context, kv_type)
 
-    def compute_bytes(self, context: int, max_rows: int, kv_type: str) -> int:
+    def compute_bytes(self, context: int, batch_size: int, kv_type: str) -> int:
         """Return at least the compute buffer's bytes."""
-        return footprint.compute_bytes(self._spec, context, max_rows, kv_type)
+        return footprint.compute_bytes(self._spec, context, batch_size, kv_type)
 
-    def reader_bytes(self, context: int, max_rows: int, kv_type: str) -> int:
+    def filter_context_bytes(self, context: int, batch_size: int, kv_type: str) -> int:
         """Return a compute buffer of its own, and a row of logits."""
-        computing = self.compute_bytes(context, max_rows, kv_type)
+        computing = self.compute_bytes(context, batch_size, kv_type)
         return footprint.second_context_bytes(self._spec, computing)
 
 
@@ -72,22 +72,22 @@ class KeyGroups:
     replaced_layers: tuple[int, ...] = ()
     opened: bool = False
 
-    def most_cells(self, num_cells: int, max_rows: int) -> int:
-        """Return how many of so many cells a layer that is replaced keeps, in passes of `max_rows` rows."""
-        return min(self.window + 2 * PAGE_KEYS + max_rows, num_cells)
+    def most_cells(self, num_cells: int, batch_size: int) -> int:
+        """Return how many of so many cells a layer that is replaced keeps, in passes of `batch_size` rows."""
+        return min(self.window + 2 * PAGE_KEYS + batch_size, num_cells)
 
     def most_keys(self, num_cells: int) -> int:
         """Return how many groups of so many cells a KV head has at the most, with the keys beside them."""
         return num_cells // PAGE_KEYS * max(self.num_groups, default=0) + self._beside(num_cells)
 
-    def num_bytes(self, num_cells: int, key_size: int, value_size: int) -> int:
+    def num_bytes(self, num_cells: int, head_dim: int, value_dim: int) -> int:
         """Return the bytes of the groups of so many cells, in half precision, with the masks of 64 rows and
         which group each key is in."""
         pages, beside = num_cells // PAGE_KEYS, self._beside(num_cells)
         rows = sum(pages * groups + beside for groups in self.num_groups)
         masks = PAGE_KEYS * self.most_keys(num_cells)
         biases = pages * sum(self.num_groups)
-        halves = rows * (key_size + value_size) + biases + masks
+        halves = rows * (head_dim + value_dim) + biases + masks
         return 2 * halves + len(self.num_groups) * num_cells
 
     def _beside(self, num_cells: int) -> int:
@@ -112,7 +112,7 @@ REPACKED_TYPES_ELSEWHERE = frozenset({"Q8_0", "Q5_K", "Q6_K"})
 """Types that llama.cpp packs into a layout of its own, on x86-64 and on other processors."""
 
 LARGE_TENSOR_BYTES = 2 * MIB
-"""A tensor outside of the layers above this is read in slices (`native/graph_hook.cpp`)."""
+"""A tensor outside of the layers above this is read in slices (`native/llama_hook.cpp`)."""
 EMBEDDING_ROW_BYTES = 192 * KIB
 """A row of an embedding brings at most two blocks of 64 KiB with it."""
 STREAM_SLICE_BYTES = MIB + 256 * KIB
@@ -124,7 +124,7 @@ PROFILER_SPANS = 50_000
 PROFILER_SAMPLES = 2_000
 """How many spans, and how many samples and timed passes, a profiler keeps at most."""
 
-CELL_STEP = 256
+KV_PADDING = 256
 """llama.cpp rounds the cells of a KV cache up to this."""
 BLOCK_BYTES = {"f32": (1, 4), "f16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18)}
 """Elements and bytes of a block of each KV type."""
@@ -181,8 +181,10 @@ def weight_bytes(spec: ModelSpec, *, memory_map: bool) -> int:
     return spec.copied_bytes + (spec.file_bytes if memory_map else spec.weight_bytes)
 
 
-def streamed_weight_bytes(spec: ModelSpec, kept_layers: int, max_rows: int, threads: int) -> int:
-    """Return the most that is resident of mapped weights of which all but the first `kept_layers` layers
+def streamed_weight_bytes(
+    spec: ModelSpec, resident_layers: int, batch_size: int, threads: int
+) -> int:
+    """Return the most that is resident of mapped weights of which all but the first `resident_layers` layers
     are given back once they were read.
 
     That is two layers, as one ends and the next begins, or a tensor outside of the layers: as a whole where
@@ -190,10 +192,12 @@ def streamed_weight_bytes(spec: ModelSpec, kept_layers: int, max_rows: int, thre
     """
     layers = [g.num_bytes for g in spec.weight_groups if g.layer is not None]
     others = [g.num_bytes for g in spec.weight_groups if g.layer is None]
-    in_parts = max(max_rows * EMBEDDING_ROW_BYTES, threads * STREAM_SLICE_BYTES, LARGE_TENSOR_BYTES)
+    in_parts = max(
+        batch_size * EMBEDDING_ROW_BYTES, threads * STREAM_SLICE_BYTES, LARGE_TENSOR_BYTES
+    )
     passing = [min(num_bytes, in_parts) for num_bytes in others]
-    streamed = sum(sorted(layers[kept_layers:])[-2:])
-    kept = sum(layers[:kept_layers])
+    streamed = sum(sorted(layers[resident_layers:])[-2:])
+    kept = sum(layers[:resident_layers])
     most = kept + max([streamed, *passing], default=0) + STREAM_EDGE_BYTES
     return min(most, weight_bytes(spec, memory_map=True))
 
@@ -201,22 +205,22 @@ def streamed_weight_bytes(spec: ModelSpec, kept_layers: int, max_rows: int, thre
 def kv_bytes(spec: ModelSpec, context: int, kv_type: str) -> int:
     """Return the KV cache for `context` tokens, the sum over layers of both rows of every cell."""
     rows = spec.cache_copies * sum(_kv_rows(spec, kv_type))
-    return kv_cells(context) * rows + spec.recurrent_state_bytes
+    return padded_context(context) * rows + spec.recurrent_state_bytes
 
 
 def kv_layer_bytes(spec: ModelSpec, layer: int, context: int, kv_type: str) -> int:
     """Return one layer's part of the KV cache."""
     rows = _kv_rows(spec, kv_type)[2 * layer : 2 * layer + 2]
-    return kv_cells(context) * sum(rows) + spec.recurrent_state_bytes // spec.num_layers
+    return padded_context(context) * sum(rows) + spec.recurrent_state_bytes // spec.num_layers
 
 
-def first_layers_bytes(spec: ModelSpec, num_layers: int, context: int, kv_type: str) -> int:
+def filter_layers_bytes(spec: ModelSpec, num_layers: int, context: int, kv_type: str) -> int:
     """Return the part of the KV cache that the first `num_layers` layers have."""
     layers = range(min(num_layers, spec.num_layers))
     return sum(kv_layer_bytes(spec, layer, context, kv_type) for layer in layers)
 
 
-def kv_row_bytes(spec: ModelSpec, kv_type: str) -> int | None:
+def kv_token_bytes(spec: ModelSpec, kv_type: str) -> int | None:
     """Return the bytes of a cell in each of the cache's tensors; None where they are not all alike."""
     rows = set(_kv_rows(spec, kv_type))
     return rows.pop() if len(rows) == 1 and not spec.recurrent_state_bytes else None
@@ -228,33 +232,33 @@ def _kv_rows(spec: ModelSpec, kv_type: str) -> list[int]:
     return [
         -(-heads * size // elements) * block
         for heads in spec.num_kv_heads
-        for size in (spec.key_head_size, spec.value_head_size)
+        for size in (spec.key_head_dim, spec.value_head_dim)
     ]
 
 
-def kv_cells(context: int) -> int:
+def padded_context(context: int) -> int:
     """Return how many tokens llama.cpp makes room for."""
-    return -(-context // CELL_STEP) * CELL_STEP
+    return -(-context // KV_PADDING) * KV_PADDING
 
 
 def supports_kv_type(spec: ModelSpec, kv_type: str) -> bool:
     """Whether the heads divide into the type's blocks."""
     elements, _ = BLOCK_BYTES[kv_type]
-    return spec.key_head_size % elements == 0 and spec.value_head_size % elements == 0
+    return spec.key_head_dim % elements == 0 and spec.value_head_dim % elements == 0
 
 
-def compute_bytes(spec: ModelSpec, context: int, max_rows: int, kv_type: str) -> int:
-    """Return llama.cpp's compute buffer: `max_rows` rows a pass, flash attention, one row of logits.
+def compute_bytes(spec: ModelSpec, context: int, batch_size: int, kv_type: str) -> int:
+    """Return llama.cpp's compute buffer: `batch_size` rows a pass, flash attention, one row of logits.
 
-    Exact for llama is max_rows * (4 * (3 F + 3 E + H D) + 24 + 2 * context) with feed-forward width F,
+    Exact for llama is batch_size * (4 * (3 F + 3 E + H D) + 24 + 2 * context) with feed-forward width F,
     embedding width E, H heads of D; a quantised cache adds up to half of it again.
     """
     feed_forward = max(spec.feed_forward_width)
-    heads = spec.num_heads * max(spec.key_head_size, spec.value_head_size)
+    heads = spec.num_heads * max(spec.key_head_dim, spec.value_head_dim)
     num_masks = 2 if spec.sliding_window else 1
     row = 4 * (3 * feed_forward + 4 * spec.embedding_width + 2 * heads) + 64
-    cells = kv_cells(context)
-    total = max_rows * (row + num_masks * 2 * cells)
+    cells = padded_context(context)
+    total = batch_size * (row + num_masks * 2 * cells)
     return total if kv_type == "f16" else total * 3 // 2
 
 
@@ -276,38 +280,40 @@ def attention_bytes(spec: ModelSpec, context: int, threads: int) -> int:
     thread.
     """
     group = -(-spec.num_heads // max(min(filter(None, spec.num_kv_heads), default=1), 1))
-    sums = 4 * (2 + spec.value_head_size)
-    split = 8 * spec.num_heads * -(-kv_cells(context) // 256) * sums
+    sums = 4 * (2 + spec.value_head_dim)
+    split = 8 * spec.num_heads * -(-padded_context(context) // 256) * sums
     tiled = 2 * 64 * group * threads * sums
     return split + tiled + threads * 4 * 64 * (2 * 256 + 72)
 
 
-def widest_product(spec: ModelSpec) -> int:
+def max_matmul_width(spec: ModelSpec) -> int:
     """Return the most columns that a matrix of the layers has."""
-    heads = spec.num_heads * max(spec.key_head_size, spec.value_head_size)
+    heads = spec.num_heads * max(spec.key_head_dim, spec.value_head_dim)
     return max(spec.embedding_width, heads, *spec.feed_forward_width)
 
 
-def product_bytes(spec: ModelSpec, max_rows: int) -> int:
+def matmul_scratch_bytes(spec: ModelSpec, batch_size: int) -> int:
     """Return what products of packed weights take: a pass's rows in 8 bits, with a scale and three sums for
     every 32 values, both in an odd number of cache lines a row."""
-    return max_rows * (widest_product(spec) * 3 // 2 + 256) + 256
+    return batch_size * (max_matmul_width(spec) * 3 // 2 + 256) + 256
 
 
 def selection_bytes(spec: ModelSpec, context: int, selection_layers: int) -> int:
     """Return what choosing keys takes: scores of up to 4 rows, and a set for each layer that chooses."""
-    cells = kv_cells(context)
+    cells = padded_context(context)
     scores = 4 * spec.num_heads * 4 * (cells + 2)
     return scores + 4 * cells + selection_layers * 13 * cells
 
 
 def replaced_bytes(
-    spec: ModelSpec, groups: KeyGroups | None, num_tokens: int, max_rows: int, kv_type: str
+    spec: ModelSpec, groups: KeyGroups | None, num_tokens: int, batch_size: int, kv_type: str
 ) -> int:
     """Return what of the KV cache of `num_tokens` goes back to the system because groups stand for it."""
     if groups is None or not groups.replaced_layers:
         return 0
-    kept = groups.most_cells(num_tokens, max_rows) + CELL_STEP  # with pages that are kept in part
+    kept = (
+        groups.most_cells(num_tokens, batch_size) + KV_PADDING
+    )  # with pages that are kept in part
     return sum(
         max(
             kv_layer_bytes(spec, layer, num_tokens, kv_type)
@@ -320,15 +326,15 @@ def replaced_bytes(
 
 def group_bytes(spec: ModelSpec, groups: KeyGroups, context: int, threads: int) -> int:
     """Return what attention over groups takes beside that of every key: the groups, and a scratch alike."""
-    cells = kv_cells(context)
-    held = groups.num_bytes(cells, spec.key_head_size, spec.value_head_size)
+    cells = padded_context(context)
+    held = groups.num_bytes(cells, spec.key_head_dim, spec.value_head_dim)
     return held + attention_bytes(spec, context, threads)
 
 
 def filter_bytes(spec: ModelSpec, context: int, threads: int) -> int:
     """Return what scoring a prompt's keys takes: attention of one row at a time with its scores by head, a
     score a key, and the arrays that tokens are chosen with (40 bytes a token)."""
-    cells = kv_cells(context)
+    cells = padded_context(context)
     scores = 4 * spec.num_heads * (cells + 2) + 4 * cells
     return attention_bytes(spec, context, threads) + scores + 40 * cells
 

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowtide.memory.plan.plan import estimates as footprint
-from lowtide.memory.plan.plan import line as owners
-from lowtide.memory.plan.plan.line import CACHE, Choice, PlanRow
+from lowtide.memory.plan import estimates as footprint
+from lowtide.memory.plan import line as components
+from lowtide.memory.plan.line import CACHE, PlanCandidate, PlanLine
 from lowtide.memory.units import MIB, OverBudget, format_bytes, parse_size
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf.gpu import GpuDevice
@@ -93,7 +93,7 @@ class GpuPlan:
     device: GpuDevice
     budget_bytes: int
     num_layers: int
-    rows: tuple[PlanRow, ...]
+    rows: tuple[PlanLine, ...]
 
     @property
     def total_bytes(self) -> int:
@@ -108,7 +108,7 @@ class GpuPlan:
     @property
     def cache_bytes(self) -> int:
         """The part of the KV cache that lies here."""
-        return sum(row.num_bytes for row in self.rows if row.owner == CACHE)
+        return sum(row.num_bytes for row in self.rows if row.component == CACHE)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the device's part of the plan for JSON."""
@@ -156,7 +156,7 @@ class GpuLayers:
         self._budget = budget
         self._most = spec.num_layers + 1
 
-    def place(self, choice: Choice) -> tuple[GpuPlan, ...]:
+    def place(self, choice: PlanCandidate) -> tuple[GpuPlan, ...]:
         """Return the plan of each device that gets layers.
 
         Where so many as are stated do not fit, the last device's plan is beyond its budget.
@@ -188,7 +188,7 @@ class GpuLayers:
             gone += self._weight_bytes(spec.num_layers)
         return spec.weight_bytes - gone
 
-    def _placed(self, count: int, needs: list[_Need], choice: Choice) -> tuple[GpuPlan, ...]:
+    def _placed(self, count: int, needs: list[_Need], choice: PlanCandidate) -> tuple[GpuPlan, ...]:
         """Place the last `count` of llama.cpp's layers, device by device."""
         plans = []
         first, devices = self._most - count, self._budget.devices
@@ -212,7 +212,7 @@ class GpuLayers:
         device: GpuDevice,
         budget_bytes: int,
         needs: list[_Need],
-        choice: Choice,
+        choice: PlanCandidate,
     ) -> GpuPlan:
         cache = (
             f"{choice.context:,} tokens of {choice.kv_type}, of these layers"
@@ -224,21 +224,21 @@ class GpuLayers:
             budget_bytes=budget_bytes,
             num_layers=len(needs),
             rows=(
-                PlanRow(
-                    owners.WEIGHTS,
+                PlanLine(
+                    components.WEIGHTS,
                     sum(need.weight_bytes for need in needs),
                     f"{self._spec.quantisation}, {len(needs)} of {self._most} layers, the output's "
                     "matrix counts as one",
                 ),
-                PlanRow(owners.CACHE, sum(need.cache_bytes for need in needs), cache),
+                PlanLine(components.CACHE, sum(need.cache_bytes for need in needs), cache),
                 *self._common_rows(choice),
             ),
         )
 
-    def _common_rows(self, choice: Choice) -> tuple[PlanRow, ...]:
+    def _common_rows(self, choice: PlanCandidate) -> tuple[PlanLine, ...]:
         """What a device needs whichever layers it has: upper bounds."""
         spec = self._spec
-        compute = footprint.compute_bytes(spec, choice.context, choice.max_rows, choice.kv_type)
+        compute = footprint.compute_bytes(spec, choice.context, choice.batch_size, choice.kv_type)
         compute += 4 * spec.vocabulary.num_tokens  # a row of logits
         backend = BACKEND_BYTES
         if not self._attention_can_stay:
@@ -246,11 +246,11 @@ class GpuLayers:
         elif self._budget.holds_cache and choice.kv_type != "f16":
             backend += self._largest_cache(choice, "f16")
         return (
-            PlanRow(owners.COMPUTE, compute, f"{choice.max_rows} rows a pass, at most"),
-            PlanRow(owners.RESERVE, backend, "the backend's own, an estimate"),
+            PlanLine(components.COMPUTE, compute, f"{choice.batch_size} rows a pass, at most"),
+            PlanLine(components.RESERVE, backend, "the backend's own, an estimate"),
         )
 
-    def _largest_cache(self, choice: Choice, kv_type: str) -> int:
+    def _largest_cache(self, choice: PlanCandidate, kv_type: str) -> int:
         """A layer's cache at most, of which the device makes a copy."""
         layers = range(self._spec.num_layers)
         return max(
@@ -263,7 +263,7 @@ class GpuLayers:
         layers = (group for group in self._spec.weight_groups if group.layer is not None)
         return self._budget.holds_cache or all(group.projection_bytes for group in layers)
 
-    def _needs(self, choice: Choice) -> list[_Need]:
+    def _needs(self, choice: PlanCandidate) -> list[_Need]:
         spec = self._spec
         layers = [
             _Need(self._weight_bytes(layer) + PADDING_BYTES, self._cache_bytes(layer, choice))
@@ -271,7 +271,7 @@ class GpuLayers:
         ]
         return [*layers, _Need(self._weight_bytes(spec.num_layers) + PADDING_BYTES, 0)]
 
-    def _cache_bytes(self, layer: int, choice: Choice) -> int:
+    def _cache_bytes(self, layer: int, choice: PlanCandidate) -> int:
         if not self._budget.holds_cache:
             return 0
         return footprint.kv_layer_bytes(self._spec, layer, choice.context, choice.kv_type)

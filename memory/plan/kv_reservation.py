@@ -1,18 +1,18 @@
-"""KvGrowth: a KV cache's bytes are reserved before its tokens come. Knows no tokens but their number."""
+"""KVReservation: a KV cache's bytes are reserved before its tokens come. Knows no tokens but their number."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from lowtide.memory.budget import Ledger
-from lowtide.memory.plan.estimates import CELL_STEP
+from lowtide.memory.plan.estimates import KV_PADDING
 from lowtide.memory.plan.line import CACHE
 
 
-class KvGrowth:
+class KVReservation:
     """Lets a cache grow beyond what was planned for it, while the ledger has room.
 
-    `planned_tokens` are reserved for good; `bytes_of` returns what the cache's `owner` holds for a number
+    `planned_tokens` are reserved for good; `bytes_of` returns what the cache's `component` holds for a number
     of tokens.
     """
 
@@ -21,9 +21,9 @@ class KvGrowth:
         ledger: Ledger,
         planned_tokens: int,
         bytes_of: Callable[[int], int],
-        owner: str = CACHE,
+        component: str = CACHE,
     ) -> None:
-        self._owner = owner
+        self._component = component
         self._ledger = ledger
         self._planned_tokens = planned_tokens
         self._admitted_tokens = planned_tokens
@@ -34,8 +34,8 @@ class KvGrowth:
         free_bytes = self._ledger.budget_bytes - self._ledger.reserved_bytes
         room_bytes = free_bytes + self._bytes_of(self._admitted_tokens)
         most = self._planned_tokens
-        while most < limit and self._bytes_of(most + CELL_STEP) <= room_bytes:
-            most += CELL_STEP
+        while most < limit and self._bytes_of(most + KV_PADDING) <= room_bytes:
+            most += KV_PADDING
         return min(most, limit)
 
     def admit(self, num_tokens: int) -> None:
@@ -46,5 +46,5 @@ class KvGrowth:
         wanted = max(num_tokens, self._planned_tokens)
         if wanted == self._admitted_tokens:
             return
-        self._ledger.reserve(self._owner, self._bytes_of(wanted))
+        self._ledger.reserve(self._component, self._bytes_of(wanted))
         self._admitted_tokens = wanted

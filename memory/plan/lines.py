@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from lowtide.memory.plan import estimates as footprint
-from lowtide.memory.plan import line as owners
+from lowtide.memory.plan import line as components
 from lowtide.memory.plan.attention import opened_bytes, state_bytes
 from lowtide.memory.plan.estimates import ContextSizes
 from lowtide.memory.plan.gpu import GpuLayers, GpuPlan
-from lowtide.memory.plan.line import Choice, PlanRow
-from lowtide.memory.plan.plan import Host, PlanOptions
+from lowtide.memory.plan.line import PlanCandidate, PlanLine
+from lowtide.memory.plan.plan import PlanRequest, ProcessBaseline
 from lowtide.memory.plan.speculation import branch_bytes
 from lowtide.models.spec import ModelSpec
 
 
-class PlanRows:
+class PlanLines:
     """Makes the rows for choices of one model, host and wish."""
 
     def __init__(
-        self, spec: ModelSpec, options: PlanOptions, host: Host, sizes: ContextSizes
+        self, spec: ModelSpec, options: PlanRequest, baseline: ProcessBaseline, sizes: ContextSizes
     ) -> None:
         self._spec = spec
         self._options = options
-        self._host = host
+        self._baseline = baseline
         self._sizes = sizes
         self._gpu_layers = GpuLayers(spec, options.gpu) if options.gpu else None
-        self._gpus: dict[Choice, tuple[GpuPlan, ...]] = {}
+        self._gpus: dict[PlanCandidate, tuple[GpuPlan, ...]] = {}
 
-    def gpus(self, choice: Choice) -> tuple[GpuPlan, ...]:
+    def gpus(self, choice: PlanCandidate) -> tuple[GpuPlan, ...]:
         """Return the plan of each device that takes layers."""
         if self._gpu_layers is None:
             return ()
@@ -34,37 +34,37 @@ class PlanRows:
             self._gpus[choice] = self._gpu_layers.place(choice)
         return self._gpus[choice]
 
-    def total_bytes(self, choice: Choice) -> int:
+    def total_bytes(self, choice: PlanCandidate) -> int:
         """Return the planned peak."""
         return sum(row.num_bytes for row in self.of(choice))
 
-    def of(self, choice: Choice) -> tuple[PlanRow, ...]:
+    def of(self, choice: PlanCandidate) -> tuple[PlanLine, ...]:
         """Return one row an owner; every owner has one, with 0 where it needs nothing."""
         spec, options = self._spec, self._options
         running = (
             self._cache(choice),
-            PlanRow(
-                owners.COMPUTE,
-                self._sizes.compute_bytes(choice.context, choice.max_rows, choice.kv_type)
-                + self._shared_bytes(choice, owners.COMPUTE, owners.RESERVE),
-                f"{choice.max_rows} rows a pass",
+            PlanLine(
+                components.COMPUTE,
+                self._sizes.compute_bytes(choice.context, choice.batch_size, choice.kv_type)
+                + self._shared_bytes(choice, components.COMPUTE, components.RESERVE),
+                f"{choice.batch_size} rows a pass",
             ),
             self._attention(choice),
-            PlanRow(owners.SAMPLING, footprint.logits_bytes(spec), "a row of the vocabulary"),
+            PlanLine(components.SAMPLING, footprint.logits_bytes(spec), "a row of the vocabulary"),
             self._prompt(choice),
         )
         weights, follows = self._weights(choice), sum(row.num_bytes for row in running)
         loading = max(
             footprint.loading_bytes(spec),
-            self._host.vocabulary_loading_bytes - weights.num_bytes,
+            self._baseline.vocabulary_loading_bytes - weights.num_bytes,
         )
         loading -= follows
         if self._gpu_layers is not None and self.gpus(choice):
             loading += self._gpu_layers.loading_bytes
         return (
-            PlanRow(
-                owners.INTERPRETER,
-                self._host.interpreter_bytes,
+            PlanLine(
+                components.INTERPRETER,
+                self._baseline.interpreter_bytes,
                 f"Python, numpy, {spec.engine}",
             ),
             self._vocabulary(),
@@ -73,56 +73,58 @@ class PlanRows:
             *self._first_pass(choice),
             *self._prefixes(choice),
             *self._speculation(choice),
-            *_comparison(spec, options.compared_rows),
+            *_comparison(spec, options.compared_tokens),
             *_profiler(spec, options.profiled),
-            PlanRow(owners.LOADING, max(loading, 0), "needed for a moment, beyond what follows it"),
-            PlanRow(owners.RESERVE, footprint.RESERVE_BYTES, "allocator slack"),
+            PlanLine(
+                components.LOADING, max(loading, 0), "needed for a moment, beyond what follows it"
+            ),
+            PlanLine(components.RESERVE, footprint.RESERVE_BYTES, "allocator slack"),
         )
 
-    def memory_map(self, choice: Choice) -> bool:
+    def memory_map(self, choice: PlanCandidate) -> bool:
         """Whether the weights are mapped from their file: not where llama.cpp packs them anew, nor where it
         only passes them on to a device.
         """
-        may_be = self._host.repacks and not self._options.packed
-        repacked = may_be and footprint.is_repacked(self._spec, self._host.processor)
-        return choice.kept_layers is not None or not (repacked or self.gpus(choice))
+        may_be = self._baseline.repacks and not self._options.packed
+        repacked = may_be and footprint.is_repacked(self._spec, self._baseline.processor)
+        return choice.resident_layers is not None or not (repacked or self.gpus(choice))
 
-    def _vocabulary(self) -> PlanRow:
+    def _vocabulary(self) -> PlanLine:
         vocabulary = self._spec.vocabulary
-        measured = self._host.vocabulary_bytes
+        measured = self._baseline.vocabulary_bytes
         num_bytes = footprint.vocabulary_bytes(vocabulary) if measured is None else measured
-        return PlanRow(owners.VOCABULARY, num_bytes, f"{vocabulary.num_tokens:,} tokens")
+        return PlanLine(components.VOCABULARY, num_bytes, f"{vocabulary.num_tokens:,} tokens")
 
-    def _weights(self, choice: Choice) -> PlanRow:
+    def _weights(self, choice: PlanCandidate) -> PlanLine:
         spec = self._spec
-        if choice.kept_layers is not None:
-            return PlanRow(
-                owners.WEIGHTS,
+        if choice.resident_layers is not None:
+            return PlanLine(
+                components.WEIGHTS,
                 footprint.streamed_weight_bytes(
-                    spec, choice.kept_layers, choice.max_rows, self._options.threads
+                    spec, choice.resident_layers, choice.batch_size, self._options.threads
                 ),
-                f"{spec.quantisation}, {choice.kept_layers} of {spec.num_layers} layers stay, the others "
+                f"{spec.quantisation}, {choice.resident_layers} of {spec.num_layers} layers stay, the others "
                 "are read again for every pass",
             )
         gpus = self.gpus(choice)
         if self._gpu_layers is not None and gpus:
             left = self._gpu_layers.weight_bytes_left(gpus)
             names = " and ".join(gpu.device.name for gpu in gpus)
-            return PlanRow(
-                owners.WEIGHTS,
-                left + self._shared_bytes(choice, owners.WEIGHTS),
+            return PlanLine(
+                components.WEIGHTS,
+                left + self._shared_bytes(choice, components.WEIGHTS),
                 f"{spec.quantisation}, what {names} does not hold",
             )
         memory_map = self.memory_map(choice)
-        return PlanRow(
-            owners.WEIGHTS,
+        return PlanLine(
+            components.WEIGHTS,
             footprint.weight_bytes(spec, memory_map=memory_map),
             f"{spec.quantisation}, {'packed, ' if self._options.packed else ''}"
             f"{'memory-mapped' if memory_map else 'copied and repacked'}"
             + (", and a copy packed anew" if spec.copied_bytes else ""),
         )
 
-    def _cache(self, choice: Choice) -> PlanRow:
+    def _cache(self, choice: PlanCandidate) -> PlanLine:
         tokens, num_tokens = f"{choice.context:,} tokens", self.cache_tokens(choice)
         if num_tokens < choice.context:
             tokens = f"{num_tokens:,} of {choice.context:,} tokens"
@@ -130,7 +132,7 @@ class PlanRows:
             gpu.cache_bytes for gpu in self.gpus(choice) if not gpu.device.shares_memory
         )
         replaced = footprint.replaced_bytes(
-            self._spec, self._options.key_groups, num_tokens, choice.max_rows, choice.kv_type
+            self._spec, self._options.key_groups, num_tokens, choice.batch_size, choice.kv_type
         )
         num_bytes = self._sizes.kv_bytes(num_tokens, choice.kv_type) - elsewhere - replaced
         why = f"{tokens} of {choice.kv_type}"
@@ -138,74 +140,74 @@ class PlanRows:
             why += ", behind a window in groups alone"
         if elsewhere:
             why += ", of the other layers" if num_bytes > 0 else ", all of it on a device"
-        return PlanRow(owners.CACHE, max(num_bytes, 0), why)
+        return PlanLine(components.CACHE, max(num_bytes, 0), why)
 
-    def cache_tokens(self, choice: Choice) -> int:
+    def cache_tokens(self, choice: PlanCandidate) -> int:
         """Return how many tokens the cache's row holds: of prompts that are filtered, what goes on."""
-        first = self._options.first_pass
-        if first is None or not self._host.kv_follows_use:
+        first = self._options.filter_prefill
+        if first is None or not self._baseline.kv_on_demand:
             return choice.kv_tokens
         return first.cache_tokens(choice.kv_tokens)
 
-    def _first_pass(self, choice: Choice) -> tuple[PlanRow, ...]:
+    def _first_pass(self, choice: PlanCandidate) -> tuple[PlanLine, ...]:
         """A context of its own. What is not kept lies where the cache is empty meanwhile."""
-        first, spec = self._options.first_pass, self._spec
+        first, spec = self._options.filter_prefill, self._spec
         if first is None:
             return ()
-        if self._host.kv_follows_use:
-            cache_bytes = footprint.first_layers_bytes(
+        if self._baseline.kv_on_demand:
+            cache_bytes = footprint.filter_layers_bytes(
                 spec, first.num_layers, choice.kv_tokens, choice.kv_type
             )
-            if not choice.keeps_first_pass:
+            if not choice.cache_filter_pass:
                 cache_bytes = max(cache_bytes - self._cache(choice).num_bytes, 0)
         else:
             cache_bytes = self._sizes.kv_bytes(choice.context, choice.kv_type)
-        beside = self._sizes.reader_bytes(choice.context, choice.max_rows, choice.kv_type)
-        kept = "" if choice.keeps_first_pass else ", not kept"
+        beside = self._sizes.filter_context_bytes(choice.context, choice.batch_size, choice.kv_type)
+        kept = "" if choice.cache_filter_pass else ", not kept"
         why = f"{first.num_layers} of {spec.num_layers} layers, {choice.kv_tokens:,} tokens{kept}"
-        return (PlanRow(owners.FIRST_PASS, cache_bytes + beside, why),)
+        return (PlanLine(components.FILTER_PREFILL, cache_bytes + beside, why),)
 
-    def _shared_bytes(self, choice: Choice, *of: str) -> int:
+    def _shared_bytes(self, choice: PlanCandidate, *of: str) -> int:
         """What devices hold of these owners in the machine's own memory."""
         shared = (gpu for gpu in self.gpus(choice) if gpu.device.shares_memory)
-        return sum(row.num_bytes for gpu in shared for row in gpu.rows if row.owner in of)
+        return sum(row.num_bytes for gpu in shared for row in gpu.rows if row.component in of)
 
-    def _prompt(self, choice: Choice) -> PlanRow:
+    def _prompt(self, choice: PlanCandidate) -> PlanLine:
         """A long prompt is tokenised before its cache is used: that much memory is free then."""
         num_bytes, why = footprint.prompt_bytes(self._spec, choice.kv_tokens), ""
-        if self._host.kv_follows_use:
+        if self._baseline.kv_on_demand:
             unused = self._cache(choice).num_bytes
             num_bytes = max(num_bytes - unused, footprint.prompt_bytes(self._spec, 0))
             why = ", while the cache does not need its own yet"
         limit = footprint.prompt_limit_bytes(choice.kv_tokens)
-        return PlanRow(owners.PROMPT, num_bytes, f"{limit:,} bytes of text{why}")
+        return PlanLine(components.PROMPT, num_bytes, f"{limit:,} bytes of text{why}")
 
-    def _prefixes(self, choice: Choice) -> tuple[PlanRow, ...]:
+    def _prefixes(self, choice: PlanCandidate) -> tuple[PlanLine, ...]:
         if not self._options.prefix_bytes:
             return ()
-        cells = footprint.kv_bytes(self._spec, footprint.CELL_STEP, choice.kv_type)
-        num_tokens = choice.prefix_bytes * footprint.CELL_STEP // max(cells, 1)
+        cells = footprint.kv_bytes(self._spec, footprint.KV_PADDING, choice.kv_type)
+        num_tokens = choice.prefix_bytes * footprint.KV_PADDING // max(cells, 1)
         why = f"states of other prompts, up to {num_tokens:,} tokens"
-        return (PlanRow(owners.PREFIXES, choice.prefix_bytes, why),)
+        return (PlanLine(components.PREFIXES, choice.prefix_bytes, why),)
 
-    def _speculation(self, choice: Choice) -> tuple[PlanRow, ...]:
+    def _speculation(self, choice: PlanCandidate) -> tuple[PlanLine, ...]:
         wish = self._options.speculation
         if wish is None:
             return ()
-        num_rows, kv_tokens = choice.verified_rows, choice.kv_tokens
+        num_rows, kv_tokens = choice.verify_batch, choice.kv_tokens
         num_bytes = wish.num_bytes(self._spec, num_rows, kv_tokens, choice.kv_type)
         why = f"{num_rows} rows a verification" if num_rows else "given up"
-        row = PlanRow(owners.SPECULATION, num_bytes, why)
+        row = PlanLine(components.SPECULATION, num_bytes, why)
         return (row, *wish.draft_model_rows(num_rows, kv_tokens))
 
-    def _opened(self, choice: Choice) -> int:
-        options, cells = self._options, footprint.kv_cells(choice.context)
+    def _opened(self, choice: PlanCandidate) -> int:
+        options, cells = self._options, footprint.padded_context(choice.context)
         num_keys = cells if options.key_states is not None and options.key_states.opened else 0
         if options.key_groups is not None and options.key_groups.opened:
             num_keys = options.key_groups.most_keys(cells)
         return opened_bytes(self._spec, num_keys, options.attention_threads) if num_keys else 0
 
-    def _attention(self, choice: Choice) -> PlanRow:
+    def _attention(self, choice: PlanCandidate) -> PlanLine:
         spec, options, threads = self._spec, self._options, self._options.attention_threads
         num_bytes = footprint.attention_bytes(spec, choice.context, threads) if threads else 0
         if self._options.selection_layers:
@@ -213,25 +215,25 @@ class PlanRows:
                 spec, choice.context, self._options.selection_layers
             )
         if self._options.packed:
-            num_bytes += footprint.product_bytes(spec, choice.max_rows)
-        if self._options.first_pass is not None:
+            num_bytes += footprint.matmul_scratch_bytes(spec, choice.batch_size)
+        if self._options.filter_prefill is not None:
             num_bytes += footprint.filter_bytes(spec, choice.context, threads)
         if threads:
-            cells = footprint.kv_cells(choice.context)
-            num_bytes += branch_bytes(choice.verified_rows, cells)
+            cells = footprint.padded_context(choice.context)
+            num_bytes += branch_bytes(choice.verify_batch, cells)
         if options.key_groups is not None:
             num_bytes += footprint.group_bytes(spec, options.key_groups, choice.context, threads)
         if options.key_states is not None:
             num_bytes += state_bytes(spec, options.key_states, choice.context, threads)
         num_bytes += self._opened(choice)
-        return PlanRow(
-            owners.SCRATCH,
+        return PlanLine(
+            components.SCRATCH,
             num_bytes,
             _kernels_line(options, spec.engine),
         )
 
 
-def _kernels_line(options: PlanOptions, engine: str) -> str:
+def _kernels_line(options: PlanRequest, engine: str) -> str:
     if not options.attention_threads and not options.packed:
         return f"{engine}'s kernels need none"
     where = "beside the cache"
@@ -243,15 +245,17 @@ def _kernels_line(options: PlanOptions, engine: str) -> str:
     return f"our kernels, {options.attention_threads or options.threads} threads{kept}"
 
 
-def _comparison(spec: ModelSpec, num_rows: int) -> tuple[PlanRow, ...]:
+def _comparison(spec: ModelSpec, num_rows: int) -> tuple[PlanLine, ...]:
     if not num_rows:
         return ()
     num_bytes = footprint.comparison_bytes(spec, num_rows)
-    return (PlanRow(owners.COMPARISON, num_bytes, f"{num_rows} distributions over the vocabulary"),)
+    return (
+        PlanLine(components.COMPARISON, num_bytes, f"{num_rows} distributions over the vocabulary"),
+    )
 
 
-def _profiler(spec: ModelSpec, profiled: bool) -> tuple[PlanRow, ...]:
+def _profiler(spec: ModelSpec, profiled: bool) -> tuple[PlanLine, ...]:
     if not profiled:
         return ()
     num_bytes = footprint.profiler_bytes(spec.num_layers)
-    return (PlanRow(owners.PROFILER, num_bytes, "spans, samples and times of layers"),)
+    return (PlanLine(components.PROFILER, num_bytes, "spans, samples and times of layers"),)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowtide.memory.budget import Budget
-from lowtide.memory.plan.attention import FirstPass, KeyStates
+from lowtide.memory.plan.attention import FilterPrefill, KeyStates
 from lowtide.memory.plan.estimates import KeyGroups
 from lowtide.memory.plan.gpu import GpuBudget, GpuPlan
-from lowtide.memory.plan.line import PlanRow
-from lowtide.memory.plan.speculation import SpeculationWish
+from lowtide.memory.plan.line import PlanLine
+from lowtide.memory.plan.speculation import SpeculationConfig
 from lowtide.memory.units import format_bytes
 from lowtide.models.errors import BadOption
 
@@ -18,18 +18,18 @@ KV_TYPES = ("f16", "q8_0", "q4_0", "f32")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlanOptions:
+class PlanRequest:
     """What the user fixed; None leaves the choice to the plan."""
 
     context: int | None = None
     kv_type: str | None = None
-    max_rows: int | None = None
+    batch_size: int | None = None
     threads: int = 2
     attention_threads: int = 0
     """Threads of our own attention kernels; 0 where attention is llama.cpp's."""
     selection_layers: int = 0
     """How many layers choose keys for the others."""
-    first_pass: FirstPass | None = None
+    filter_prefill: FilterPrefill | None = None
     key_groups: KeyGroups | None = None
     key_states: KeyStates | None = None
     """What reads long prompts whole, so that the other layers read less; None where all of them do."""
@@ -37,9 +37,9 @@ class PlanOptions:
     """Whether a profiler watches."""
     prefix_bytes: int = 0
     """What the prefix cache may hold, where there is room."""
-    speculation: SpeculationWish | None = None
+    speculation: SpeculationConfig | None = None
     """Drafts to verify, where there is room; None where nothing is drafted."""
-    compared_rows: int = 0
+    compared_tokens: int = 0
     """Distributions over the vocabulary that a measurement keeps."""
     packed: bool = False
     """Whether the weights are a packed copy, whose products our kernels compute."""
@@ -51,16 +51,16 @@ class PlanOptions:
             raise BadOption(f"context is {self.context}, 1 or more tokens are wanted")
         if self.kv_type is not None and self.kv_type not in KV_TYPES:
             raise BadOption(f"kv_type is {self.kv_type!r}, one of {', '.join(KV_TYPES)} is wanted")
-        if self.max_rows is not None and not 1 <= self.max_rows <= 4096:
-            raise BadOption(f"max_rows is {self.max_rows}, 1 to 4096 are wanted")
+        if self.batch_size is not None and not 1 <= self.batch_size <= 4096:
+            raise BadOption(f"batch_size is {self.batch_size}, 1 to 4096 are wanted")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Host:
+class ProcessBaseline:
     """What the plan must know of where it runs.
 
     `interpreter_bytes` is what the process needs before any model; `processor` as `platform.machine()`.
-    `kv_follows_use` says whether cells without a token take no memory, `can_stream_weights` whether mapped
+    `kv_on_demand` says whether cells without a token take no memory, `can_stream_weights` whether mapped
     weights can be given back between the layers. `vocabulary_bytes`, where it was measured, replaces the
     formula; `tolerance_bytes` is how much the measured figures may differ from one run to the next.
     `repacks` says whether llama.cpp may copy weights into layouts of its own.
@@ -69,7 +69,7 @@ class Host:
 
     interpreter_bytes: int
     processor: str
-    kv_follows_use: bool = False
+    kv_on_demand: bool = False
     can_stream_weights: bool = False
     repacks: bool = True
     vocabulary_bytes: int | None = None
@@ -79,29 +79,29 @@ class Host:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Who gets which bytes. `gave_up` says, in words, what the budget cost.
+    """Who gets which bytes. `downgrades` says, in words, what the budget cost.
 
     `kv_tokens` is how many of the context's tokens the KV cache's row holds; beyond them the cache grows
-    while the budget has room. Of the layers' weights `kept_layers` stay resident and the others are read
+    while the budget has room. Of the layers' weights `resident_layers` stay resident and the others are read
     again for every pass; None where all weights stay. `rows` are the process's own;
-    `gpus` has the rows of each device that takes layers, inside a budget of its own. `verified_rows` is how
+    `gpus` has the rows of each device that takes layers, inside a budget of its own. `verify_batch` is how
     many rows a verification of drafts may have; 0 where there is none.
     """
 
     budget: Budget
-    rows: tuple[PlanRow, ...]
+    rows: tuple[PlanLine, ...]
     lower_bound_bytes: int
     context: int
-    max_rows: int
+    batch_size: int
     kv_type: str
     kv_tokens: int
     cache_tokens: int
-    keeps_first_pass: bool
+    cache_filter_pass: bool
     memory_map: bool
-    kept_layers: int | None
-    gave_up: tuple[str, ...]
+    resident_layers: int | None
+    downgrades: tuple[str, ...]
     gpus: tuple[GpuPlan, ...] = ()
-    verified_rows: int = 0
+    verify_batch: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -133,32 +133,32 @@ class MemoryPlan:
             "rows": [row.to_dict() for row in self.rows],
             "total_bytes": self.total_bytes,
             "context": self.context,
-            "max_rows": self.max_rows,
+            "batch_size": self.batch_size,
             "kv_type": self.kv_type,
             "kv_tokens": self.kv_tokens,
             "cache_tokens": self.cache_tokens,
-            "keeps_first_pass": self.keeps_first_pass,
+            "cache_filter_pass": self.cache_filter_pass,
             "memory_map": self.memory_map,
-            "kept_layers": self.kept_layers,
-            "gave_up": list(self.gave_up),
-            "verified_rows": self.verified_rows,
+            "resident_layers": self.resident_layers,
+            "downgrades": list(self.downgrades),
+            "verify_batch": self.verify_batch,
             "gpu_layers": self.gpu_layers,
             "gpus": [gpu.to_dict() for gpu in self.gpus],
         }
 
     def __str__(self) -> str:
-        width = max(len(row.owner) for row in self.rows)
+        width = max(len(row.component) for row in self.rows)
 
-        def line(owner: str, num_bytes: int, why: str) -> str:
-            return f"{owner:<{width}}  {format_bytes(num_bytes):>10}  {why}"
+        def line(component: str, num_bytes: int, why: str) -> str:
+            return f"{component:<{width}}  {format_bytes(num_bytes):>10}  {why}"
 
-        lines = [line(row.owner, row.num_bytes, row.why) for row in self.rows]
+        lines = [line(row.component, row.num_bytes, row.why) for row in self.rows]
         limit = f"of {format_bytes(self.budget.num_bytes)} ({self.budget.source})"
         lines.append(line("planned peak", self.total_bytes, limit))
         for gpu in self.gpus:
             lines.append(f"{gpu.device.name}: {gpu.device.description}")
-            lines += [line(row.owner, row.num_bytes, row.why) for row in gpu.rows]
+            lines += [line(row.component, row.num_bytes, row.why) for row in gpu.rows]
             limit = f"of {format_bytes(gpu.budget_bytes)}"
             lines.append(line(f"on {gpu.device.name}", gpu.total_bytes, limit))
-        lines += [f"gave up: {step}" for step in self.gave_up]
+        lines += [f"gave up: {step}" for step in self.downgrades]
         return "\n".join(lines)

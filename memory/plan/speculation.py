@@ -7,7 +7,7 @@ Of what fits, the operating point is the least memory that keeps 96 % of the bes
 short, rows go first, from the last one that would be verified; then the draft; then speculation. Knows no
 tokens.
 
-SpeculationWish: what a plan must know of speculation before anything is loaded. Knows no draft."""
+SpeculationConfig: what a plan must know of speculation before anything is loaded. Knows no draft."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lowtide.memory.plan.plan import estimates as footprint
-from lowtide.memory.plan.plan.line import DRAFT_CACHE, DRAFT_COMPUTE, DRAFT_WEIGHTS, PlanRow
+from lowtide.memory.plan import estimates as footprint
+from lowtide.memory.plan.line import DRAFT_CACHE, DRAFT_COMPUTE, DRAFT_WEIGHTS, PlanLine
 from lowtide.models.spec import ModelSpec
 
 LEAST_SPEED_UP = 1.05
@@ -160,7 +160,7 @@ DRAFT_PASS_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SpeculationWish:
+class SpeculationConfig:
     """Verifications of up to `num_rows` rows; `table_bytes` and `token_bytes`, a token of context, are what
     the drafts hold. `draft_model`, where there is one, proposes instead.
     """
@@ -179,17 +179,17 @@ class SpeculationWish:
         """Return what verifications and the drafts' tables take."""
         if num_rows < 2:
             return 0
-        cells = footprint.kv_bytes(spec, footprint.CELL_STEP, kv_type)
-        cell_bytes = -(-cells // footprint.CELL_STEP)
+        cells = footprint.kv_bytes(spec, footprint.KV_PADDING, kv_type)
+        cell_bytes = -(-cells // footprint.KV_PADDING)
         verifying = verification_bytes(num_rows, cell_bytes, spec.vocabulary.num_tokens)
         return verifying + self.table_bytes + self.token_bytes * kv_tokens
 
-    def draft_model_rows(self, num_rows: int, kv_tokens: int) -> tuple[PlanRow, ...]:
+    def draft_model_rows(self, num_rows: int, kv_tokens: int) -> tuple[PlanLine, ...]:
         """Return the rows of the draft model: weights with vocabulary, cache, and what a pass takes."""
         draft = self.draft_model
         if draft is None or num_rows < 2:
             return ()
-        context = max(footprint.kv_cells(kv_tokens), footprint.CELL_STEP)
+        context = max(footprint.padded_context(kv_tokens), footprint.KV_PADDING)
         weights = footprint.weight_bytes(draft, memory_map=False)
         vocabulary = footprint.vocabulary_bytes(draft.vocabulary)
         passes = (
@@ -199,9 +199,9 @@ class SpeculationWish:
         )
         why = f"{draft.name}, {draft.quantisation}, with its vocabulary"
         return (
-            PlanRow(DRAFT_WEIGHTS, weights + vocabulary, why),
-            PlanRow(
+            PlanLine(DRAFT_WEIGHTS, weights + vocabulary, why),
+            PlanLine(
                 DRAFT_CACHE, footprint.kv_bytes(draft, context, "f16"), f"{context:,} tokens of f16"
             ),
-            PlanRow(DRAFT_COMPUTE, passes, f"{DRAFT_PASS_ROWS} rows a pass"),
+            PlanLine(DRAFT_COMPUTE, passes, f"{DRAFT_PASS_ROWS} rows a pass"),
         )

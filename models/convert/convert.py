@@ -180,11 +180,11 @@ ROWS = {"int8": INT8_ROWS, "float32": FLOAT_ROWS}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
-    """What was written: `rounded` counts the matrices that lost precision, by their type before."""
+    """What was written: `use_bf16` counts the matrices that lost precision, by their type before."""
 
     folder: Path
     num_bytes: int
-    rounded: dict[str, int]
+    use_bf16: dict[str, int]
 
 
 def convert(
@@ -208,7 +208,7 @@ def convert(
     shape, vocabulary = decoder_shape(spec, keys), GgufVocabulary(keys)
     try:
         with whole_folder(folder, replace=replace) as new:
-            rounded = _write_model(new, spec, shape, ROWS[rows], advance)
+            use_bf16 = _write_model(new, spec, shape, ROWS[rows], advance)
             _write_json(new / "genai_config.json", genai_config(shape, vocabulary))
             _write_json(new / "config.json", model_config(shape, vocabulary))
             _write_json(new / "tokenizer.json", vocabulary.tokenizer_json())
@@ -219,7 +219,7 @@ def convert(
             f"{folder} cannot be written ({error.strerror or error}): make room, or name another place"
         ) from None
     num_bytes = sum(file.stat().st_size for file in folder.iterdir())
-    return Conversion(folder=folder, num_bytes=num_bytes, rounded=rounded)
+    return Conversion(folder=folder, num_bytes=num_bytes, use_bf16=use_bf16)
 
 
 def _write_model(
@@ -241,7 +241,7 @@ def _write_model(
     finally:
         weights.close()
     (folder / GRAPH).write_bytes(nodes.model(shape.name, {FINGERPRINT: spec.fingerprint}))
-    return dict(matrices.rounded)
+    return dict(matrices.use_bf16)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

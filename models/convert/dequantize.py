@@ -66,7 +66,7 @@ class BlockMatrix:
         return found.reshape(rows, -1)
 
 
-def rounded(weights: NDArray[np.float32]) -> BlockMatrix:
+def use_bf16(weights: NDArray[np.float32]) -> BlockMatrix:
     """Round rows to 8 bits in blocks of 32, each block's largest magnitude to 127."""
     import numpy as np
 
@@ -89,7 +89,7 @@ ROUNDED_TYPES = frozenset({"F32", "F16", "BF16"})
 def block_matrix(data: Any, type_name: str, rows: int) -> BlockMatrix:
     """Return `rows` rows that lie in the bytes of `data`, an array of uint8."""
     if type_name in ROUNDED_TYPES:
-        return rounded(floats(data, type_name).reshape(rows, -1))
+        return use_bf16(floats(data, type_name).reshape(rows, -1))
     unpack, block_bytes = _UNPACKED[type_name]
     made: BlockMatrix = unpack(data.reshape(-1, block_bytes))
     offsets = made.offsets

@@ -187,7 +187,7 @@ class StoredMatrices:
 
     Weights with offsets take a second, small product: of the sums of a row's blocks and the offsets.
     (MatMulNBits has zero points of floating point for that; without a kernel: twenty times slower.)
-    `rounded` counts the matrices that had to be rounded, by their type.
+    `use_bf16` counts the matrices that had to be rounded, by their type.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class StoredMatrices:
         self._accuracy_level = accuracy_level
         self._advance = advance
         self._sums: dict[tuple[str, int], str] = {}
-        self.rounded = Counter[str]()
+        self.use_bf16 = Counter[str]()
 
     def store(self, name: str, heads: int = 0) -> StoredMatrix:
         """Write the matrix `name`; `heads` as for `GgufWeights.slices`."""
@@ -213,7 +213,7 @@ class StoredMatrices:
 
         type_name = self._weights.type_name(name)
         if type_name in ROUNDED_TYPES:
-            self.rounded[type_name] += 1
+            self.use_bf16[type_name] += 1
         rows, columns = self._weights.shape(name)
         start, scales, offsets = self._data.begin(), [], []
         for part in self._weights.slices(name, heads):

@@ -158,10 +158,10 @@ def decoder_shape(spec: ModelSpec, keys: HeaderKeys) -> DecoderShape:
         raise _unsupported(
             spec, f"the architecture is {spec.architecture!r}, one of {', '.join(ARCHITECTURES)}"
         )
-    head_size = spec.key_head_size
+    head_size = spec.key_head_dim
     if len(set(spec.num_kv_heads)) != 1 or len(set(spec.feed_forward_width)) != 1:
         raise _unsupported(spec, "its layers differ in heads or widths, equal ones")
-    if spec.value_head_size != head_size or spec.num_heads % spec.num_kv_heads[0]:
+    if spec.value_head_dim != head_size or spec.num_heads % spec.num_kv_heads[0]:
         raise _unsupported(
             spec, "keys and values differ in size, or heads do not share them evenly"
         )

@@ -16,21 +16,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lowtide.models.draft_tree import TokenTree
 from lowtide.models.gguf.llama_cpp import LlamaLibrary
 from lowtide.models.gguf.model import GgufModel, LoadOptions
-from lowtide.models.model import PartCells
+from lowtide.models.model import SequenceSlots
 from lowtide.models.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from lowtide.models.model import RowLogits
+    from lowtide.models.model import Logits2D
 
 
 class CellHook(Protocol):
     """What attends to a branch's rows over their own cells, and copies cells."""
 
     @property
-    def parts_refused(self) -> int:
+    def layouts_refused(self) -> int:
         """How many times cells were found elsewhere than they were said to be."""
 
-    def set_parts(self, cells: PartCells | None) -> None:
+    def set_batch_layout(self, cells: SequenceSlots | None) -> None:
         """Say where the keys of the next pass's parts lie; None: it is one sequence's again."""
 
     def copy_cell(self, source: int, target: int) -> int:
@@ -38,16 +38,22 @@ class CellHook(Protocol):
 
 
 class TreePasses:
-    """Passes of up to `max_rows` rows over a context of as many sequences."""
+    """Passes of up to `batch_size` rows over a context of as many sequences."""
 
     def __init__(
-        self, library: LlamaLibrary, context: Any, hook: CellHook, *, max_rows: int, num_layers: int
+        self,
+        library: LlamaLibrary,
+        context: Any,
+        hook: CellHook,
+        *,
+        batch_size: int,
+        num_layers: int,
     ) -> None:
         self._library, self._api = library, library.api
         self._context, self._hook = context, hook
         self._num_layers = num_layers
         self._memory = self._api.llama_get_memory(context)
-        self._batch: Any = self._api.llama_batch_init(max_rows, 0, max_rows)
+        self._batch: Any = self._api.llama_batch_init(batch_size, 0, batch_size)
         self._tree = TokenTree((), ())
         self._first_cell = 0
 
@@ -64,16 +70,16 @@ class TreePasses:
         self._fill(tree, leaves)
         for sequence in range(1, len(leaves)):
             self._api.llama_memory_seq_cp(self._memory, 0, sequence, -1, -1)
-        refused_before = self._hook.parts_refused
-        self._hook.set_parts(self._cells(tree))
+        refused_before = self._hook.layouts_refused
+        self._hook.set_batch_layout(self._cells(tree))
         try:
             with self._library.collected_errors():
                 code = self._api.llama_decode(self._context, self._batch)
         finally:
-            self._hook.set_parts(None)
+            self._hook.set_batch_layout(None)
             for sequence in range(1, len(leaves)):
                 self._api.llama_memory_seq_rm(self._memory, sequence, -1, -1)
-        if code != 0 or self._hook.parts_refused > refused_before:
+        if code != 0 or self._hook.layouts_refused > refused_before:
             return False
         return self._hook.copy_cell(num_tokens, num_tokens) == self._num_layers
 
@@ -98,9 +104,9 @@ class TreePasses:
             batch.logits[row] = True
         batch.n_tokens = len(tree)
 
-    def _cells(self, tree: TokenTree) -> PartCells:
+    def _cells(self, tree: TokenTree) -> SequenceSlots:
         runs = list(tree.runs())
-        return PartCells(
+        return SequenceSlots(
             num_shared=self._first_cell,
             num_rows=tuple(map(len, runs)),
             own=tuple(array("i", self._path_cells(tree, run[-1])) for run in runs),
@@ -120,7 +126,7 @@ class GgufTreeModel(GgufModel):
     """Takes trees until one could not be computed: then `verifies_trees` is False, and trunks are.
 
     `hook` has our attention in every layer, over one cache of all tokens. `options.sequences` is at least
-    `options.verified_rows`: each leaf is a sequence.
+    `options.verify_batch`: each leaf is a sequence.
     """
 
     _trees: TreePasses | None = None
@@ -128,18 +134,18 @@ class GgufTreeModel(GgufModel):
     _is_branched = False
 
     def __init__(self, spec: ModelSpec, options: LoadOptions, hook: CellHook) -> None:
-        assert options.sequences >= options.verified_rows, "there are fewer sequences than leaves"
+        assert options.sequences >= options.verify_batch, "there are fewer sequences than leaves"
         super().__init__(spec, options)
         self.verifies_trees = True
         self._trees = TreePasses(
             self._library,
             self._context,
             hook,
-            max_rows=self.max_verified_rows,
+            batch_size=self.max_verify_batch,
             num_layers=spec.num_layers,
         )
 
-    def forward_tree(self, tree: TokenTree) -> RowLogits:
+    def forward_tree(self, tree: TokenTree) -> Logits2D:
         """Append a tree's trunk and compute its branches beside it, where cells lie as we know them."""
         self._is_branched = self._trees is not None and tree.trunk_rows < len(tree)
         if self._trees is None or not self._is_branched:

@@ -54,9 +54,9 @@ class SimulatedGguf:
             reason = errors[0] if errors else "no reason given"
             raise ModelError(f"llama.cpp cannot lay out {spec.path}: {reason}")
 
-    def context(self, context: int, max_rows: int, kv_type: str) -> SimulatedContext:
-        """Return what a context of `context` tokens and `max_rows` rows a pass would take."""
-        options = LoadOptions(context=context, max_rows=max_rows, threads=1, kv_type=kv_type)
+    def context(self, context: int, batch_size: int, kv_type: str) -> SimulatedContext:
+        """Return what a context of `context` tokens and `batch_size` rows a pass would take."""
+        options = LoadOptions(context=context, batch_size=batch_size, threads=1, kv_type=kv_type)
         if options not in self._contexts:
             self._contexts[options] = self._measured(options)
         return self._contexts[options]

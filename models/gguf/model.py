@@ -23,28 +23,28 @@ from lowtide.models.gguf.llama_cpp import LlamaLibrary, llama_library
 from lowtide.models.gguf.sequences import GgufSequences
 from lowtide.models.gguf.spec import ATTENTION_OUTPUT
 from lowtide.models.gguf.state import (
-    copy_state,
-    put_state,
+    copy_kv,
+    put_kv,
     read_state,
     require_tokens,
     state_bytes,
     write_state,
 )
 from lowtide.models.gguf.tokenizer import GgufTokenizer
-from lowtide.models.model import Model, Sequences
+from lowtide.models.model import Model, SequenceBatch
 from lowtide.models.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from lowtide.models.model import Logits, RowLogits
+    from lowtide.models.model import Logits, Logits2D
 
 
 class RowBatch:
-    """llama.cpp's batch, allocated once for passes of up to `max_rows` rows."""
+    """llama.cpp's batch, allocated once for passes of up to `batch_size` rows."""
 
-    def __init__(self, api: Any, max_rows: int) -> None:
+    def __init__(self, api: Any, batch_size: int) -> None:
         self._api = api
-        self.struct = api.llama_batch_init(max_rows, 0, 1)
-        for row in range(max_rows):
+        self.struct = api.llama_batch_init(batch_size, 0, 1)
+        for row in range(batch_size):
             self.struct.n_seq_id[row] = 1
             self.struct.seq_id[row][0] = 0
 
@@ -83,16 +83,16 @@ class DeviceLayers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
-    """What to allocate. `context` and `max_rows` count tokens; `repack` lets llama.cpp copy weights into
+    """What to allocate. `context` and `batch_size` count tokens; `repack` lets llama.cpp copy weights into
     a layout of its own; `eval_callback` is llama.cpp's evaluation callback (a C function pointer's address
     and its user data), for attention of our own; `stage` is entered around "weights" and "context" as they
     are made. `gpu_layers` go to devices, the output's matrix as the last of them; with `gpu_attention`
-    their KV cache and attention go there too. `verified_rows` is how many rows of a pass may have logits,
+    their KV cache and attention go there too. `verify_batch` is how many rows of a pass may have logits,
     `sequences` how many sequences share the cache's cells.
     """
 
     context: int
-    max_rows: int
+    batch_size: int
     threads: int
     kv_type: str = "f16"
     memory_map: bool = True
@@ -101,7 +101,7 @@ class LoadOptions:
     stage: Callable[[str], AbstractContextManager[object]] = nullcontext
     gpu_layers: tuple[DeviceLayers, ...] = ()
     gpu_attention: bool = True
-    verified_rows: int = 1
+    verify_batch: int = 1
     sequences: int = 1
 
 
@@ -147,10 +147,10 @@ def context_parameters(api: Any, options: LoadOptions) -> Any:
     """Return llama.cpp's parameters for a context that computes few rows of logits."""
     params = api.llama_context_default_params()
     params.n_ctx = options.context
-    params.n_batch = params.n_ubatch = options.max_rows
+    params.n_batch = params.n_ubatch = options.batch_size
     params.n_seq_max = options.sequences
     params.kv_unified = options.sequences > 1  # what sequences share lies there once
-    params.n_outputs_max = options.verified_rows
+    params.n_outputs_max = options.verify_batch
     params.n_threads = params.n_threads_batch = options.threads
     params.flash_attn_type = FLASH_ATTENTION_ON
     params.type_k = params.type_v = KV_TYPES[options.kv_type]
@@ -180,19 +180,19 @@ class GgufModel(Model):
     Raises `UnsupportedModel` where llama.cpp refuses the file or the context, with its own reason.
     """
 
-    keeps_state = copies_state = True
+    supports_snapshot = supports_copy = True
 
     def __init__(
         self, spec: ModelSpec, options: LoadOptions, weights_of: GgufModel | None = None
     ) -> None:
         self.spec = spec
-        self.max_rows = options.max_rows
-        self.max_verified_rows = min(options.verified_rows, options.max_rows)
+        self.batch_size = options.batch_size
+        self.max_verify_batch = min(options.verify_batch, options.batch_size)
         self._options = options
-        self.keeps_sequences = not spec.recurrent_state_bytes and not options.gpu_layers
+        self.supports_batch = not spec.recurrent_state_bytes and not options.gpu_layers
         self.on_cut: Callable[[int, int], None] | None = None
         """Told, after tokens were forgotten, how many there had been and how many are kept."""
-        self.least_tokens: Callable[[], int] = lambda: 0
+        self.min_tokens: Callable[[], int] = lambda: 0
         """Fewer tokens than these cannot be gone back to: everything is forgotten then."""
         self._model: Any = None
         self._context: Any = None
@@ -212,7 +212,7 @@ class GgufModel(Model):
             with options.stage("context"):
                 self._context = self._create_context(options)
             self._memory = self._api.llama_get_memory(self._context)
-            self._batch = RowBatch(self._api, options.max_rows)
+            self._batch = RowBatch(self._api, options.batch_size)
         except BaseException:
             self.close()
             raise
@@ -243,22 +243,22 @@ class GgufModel(Model):
         pointer = self._api.llama_get_logits_ith(self._context, -1)
         return np.ctypeslib.as_array(pointer, shape=(self._num_logits,))
 
-    def forward_rows(self, token_ids: Sequence[int]) -> RowLogits:
+    def forward_rows(self, token_ids: Sequence[int]) -> Logits2D:
         """Append the tokens in one llama.cpp batch and return every row's logits."""
         self._check_verified(len(token_ids))
         self._compute(token_ids, every_row=True)
         return self._row_logits(len(token_ids))
 
-    def _row_logits(self, num_rows: int) -> RowLogits:
+    def _row_logits(self, num_rows: int) -> Logits2D:
         import numpy as np
 
         pointer = self._api.llama_get_logits(self._context)
         return np.ctypeslib.as_array(pointer, shape=(num_rows, self._num_logits))
 
     def _check_verified(self, num_rows: int) -> None:
-        if num_rows > self.max_verified_rows:
+        if num_rows > self.max_verify_batch:
             raise ForwardError(
-                f"logits of {num_rows} rows are wanted, {self.max_verified_rows} are planned"
+                f"logits of {num_rows} rows are wanted, {self.max_verify_batch} are planned"
             )
 
     def _compute(self, token_ids: Sequence[int], *, every_row: bool = False) -> None:
@@ -277,8 +277,8 @@ class GgufModel(Model):
     def _check_rows(self, token_ids: Sequence[int]) -> None:
         if self._context is None:
             raise ForwardError("the model is closed: open it again")
-        if not 0 < len(token_ids) <= self.max_rows:
-            raise ForwardError(f"{len(token_ids)} rows given, 1 to {self.max_rows} are allowed")
+        if not 0 < len(token_ids) <= self.batch_size:
+            raise ForwardError(f"{len(token_ids)} rows given, 1 to {self.batch_size} are allowed")
         if self._num_tokens + len(token_ids) > self.context:
             raise ForwardError(
                 f"{self._num_tokens + len(token_ids)} tokens do not fit the context of "
@@ -294,13 +294,13 @@ class GgufModel(Model):
         if num_tokens < 0:
             raise ValueError(f"num_tokens is {num_tokens}, 0 or more is wanted")
         kept = min(num_tokens, self._num_tokens)
-        kept = kept if kept >= self.least_tokens() else 0
+        kept = kept if kept >= self.min_tokens() else 0
         used, self._num_tokens = self._num_tokens, self._forget_from(kept)
         if self.on_cut is not None:
             self.on_cut(used, self._num_tokens)
         return self._num_tokens
 
-    def state_owner(self) -> dict[str, str]:
+    def snapshot_component(self) -> dict[str, str]:
         """Return the weights, the KV type, and the llama.cpp that lays the cells out."""
         spec = self.spec
         weights = file_fingerprint(spec.paths)
@@ -310,12 +310,12 @@ class GgufModel(Model):
             "llama-cpp-python": self._library.version,
         }
 
-    def save_state(self, path: Path, token_ids: Sequence[int]) -> int:
+    def save_kv(self, path: Path, token_ids: Sequence[int]) -> int:
         """Write the KV cache to a file in llama.cpp's format, one tensor at a time."""
         assert len(token_ids) == self._num_tokens, "these are not the tokens in the cache"
         return write_state(self._library, self._context, path, token_ids)
 
-    def load_state(self, path: Path, num_bytes: int, num_tokens: int) -> list[int]:
+    def load_kv(self, path: Path, num_bytes: int, num_tokens: int) -> list[int]:
         """Put a file's tokens and cells back; cells that hold no token stay untouched."""
         self.truncate(0)
         require_tokens(self._library, path, num_bytes, num_tokens, self._num_logits)
@@ -331,31 +331,31 @@ class GgufModel(Model):
         """Return the bytes of the cells that hold tokens, and of llama.cpp's notes on them."""
         return state_bytes(self._library, self._context)
 
-    def copy_state(self, into: memoryview) -> None:
+    def copy_kv(self, into: memoryview) -> None:
         """Copy the cells that hold tokens, a tensor at a time."""
-        copy_state(self._library, self._context, into)
+        copy_kv(self._library, self._context, into)
 
-    def put_state(self, state: memoryview, num_tokens: int) -> None:
+    def put_kv(self, state: memoryview, num_tokens: int) -> None:
         """Put the cells back; those that hold no token stay untouched."""
         self.truncate(0)
         try:
-            put_state(self._library, self._context, state, num_tokens)
+            put_kv(self._library, self._context, state, num_tokens)
         except BaseException:
             self._forget_from(0)
             raise
         self._num_tokens = num_tokens
 
     def open_sequences(
-        self, num_sequences: int, num_cells: int, max_wanted: int | None = None
-    ) -> Sequences:
+        self, num_sequences: int, num_cells: int, max_logits: int | None = None
+    ) -> SequenceBatch:
         """Make another context, of which every cell is cleared, so that all of it is resident."""
-        if not self.keeps_sequences:
+        if not self.supports_batch:
             return super().open_sequences(num_sequences, num_cells)
-        wanted = max(max_wanted or 0, num_sequences)
+        wanted = max(max_logits or 0, num_sequences)
         options = replace(
             self._options,
             context=num_cells,
-            verified_rows=wanted,
+            verify_batch=wanted,
             sequences=num_sequences,
             stage=nullcontext,
         )
@@ -363,8 +363,8 @@ class GgufModel(Model):
             self._library,
             self._create_context(options),
             num_sequences=num_sequences,
-            max_rows=self.max_rows,
-            max_wanted=wanted,
+            batch_size=self.batch_size,
+            max_logits=wanted,
             vocabulary_size=self._num_logits,
         )
 
@@ -377,7 +377,7 @@ class GgufModel(Model):
 
     def close(self) -> None:
         """Free the context, and the weights where they are its own."""
-        self.on_cut, self.least_tokens = None, lambda: 0
+        self.on_cut, self.min_tokens = None, lambda: 0
         if self._batch is not None:
             self._batch.free()
             self._batch = None

@@ -67,10 +67,12 @@ def matrices(tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
     ]
 
 
-def packed_header(source: GgufContents, packed: Sequence[TensorInfo], owner: str) -> PackedHeader:
+def repacked_header(
+    source: GgufContents, packed: Sequence[TensorInfo], component: str
+) -> PackedHeader:
     """Lay the header of a packed file out: the source's own keys, ours, and its tensors in their order.
 
-    `owner` is the fingerprint of the files that it was made from. Raises `ValueError` where the source's
+    `component` is the fingerprint of the files that it was made from. Raises `ValueError` where the source's
     alignment does not suit our kernels.
     """
     stated = source.metadata.get(ALIGNMENT_KEY)
@@ -79,7 +81,7 @@ def packed_header(source: GgufContents, packed: Sequence[TensorInfo], owner: str
     alignment = ALIGNMENT if stated is None else stated
     keys = [
         (LAYOUT_KEY, struct.pack("<II", _UINT32, LAYOUT)),
-        (SOURCE_KEY, _string_value(owner)),
+        (SOURCE_KEY, _string_value(component)),
         (TENSORS_KEY, _string_value("\n".join(tensor.name for tensor in packed))),
     ]
     if stated is None:
@@ -105,15 +107,15 @@ def packed_header(source: GgufContents, packed: Sequence[TensorInfo], owner: str
     )
 
 
-def packed_names(contents: GgufContents) -> tuple[str, ...]:
+def repacked_names(contents: GgufContents) -> tuple[str, ...]:
     """Return the names of a file's packed tensors; none where it is like any other."""
     names = contents.metadata.get(TENSORS_KEY)
     return tuple(names.split("\n")) if isinstance(names, str) and names else ()
 
 
-def is_sound(contents: GgufContents, owner: str) -> bool:
+def is_valid(contents: GgufContents, component: str) -> bool:
     """Whether a packed file is of this layout, of the files of that fingerprint, and as it was written."""
-    wanted = {LAYOUT_KEY: LAYOUT, SOURCE_KEY: owner}
+    wanted = {LAYOUT_KEY: LAYOUT, SOURCE_KEY: component}
     return all(contents.metadata.get(key) == value for key, value in wanted.items()) and (
         contents.metadata.get(DIGEST_KEY) == data_digest(contents.path, contents.data_start)
     )

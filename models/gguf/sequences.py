@@ -3,7 +3,7 @@
 llama.cpp's sequence ids say whose a cell is: one that all share has all of them. It puts each token into
 the lowest cell that is free; where it does otherwise, our attention notices and counts it. Knows no budget.
 
-FreeCells: which cells of a cache hold no token. Knows no llama.cpp and no token."""
+FreeSlots: which cells of a cache hold no token. Knows no llama.cpp and no token."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from lowtide.models.errors import ForwardError
 from lowtide.models.gguf.llama_cpp import LlamaLibrary
-from lowtide.models.model import Part, PartCells, Sequences
+from lowtide.models.model import SequenceBatch, SequenceSlice, SequenceSlots
 
 if TYPE_CHECKING:
-    from lowtide.models.model import RowLogits
+    from lowtide.models.model import Logits2D
 
 
-class FreeCells:
+class FreeSlots:
     """Hands out the cells 0 to `num_cells` - 1, always the lowest that is free."""
 
     def __init__(self, num_cells: int) -> None:
@@ -42,13 +42,13 @@ class FreeCells:
         self._untouched += 1
         return self._untouched - 1
 
-    def give_back(self, cells: Iterable[int]) -> None:
+    def release_pages(self, cells: Iterable[int]) -> None:
         """Take back cells that were handed out."""
         for cell in cells:
             heappush(self._given_back, cell)
 
 
-class GgufSequences(Sequences):
+class GgufSequences(SequenceBatch):
     """Takes `context` over, made for these sequences, and frees it; a row has `vocabulary_size` logits."""
 
     def __init__(
@@ -57,13 +57,13 @@ class GgufSequences(Sequences):
         context: Any,
         *,
         num_sequences: int,
-        max_rows: int,
-        max_wanted: int,
+        batch_size: int,
+        max_logits: int,
         vocabulary_size: int,
     ) -> None:
         self.num_sequences = num_sequences
-        self.max_rows, self.max_wanted = max_rows, max_wanted
-        self.before_pass: Callable[[PartCells], None] | None = None
+        self.batch_size, self.max_logits = batch_size, max_logits
+        self.before_pass: Callable[[SequenceSlots], None] | None = None
         """Told before each pass where the keys of its parts lie."""
         self._library = library
         self._api = library.api
@@ -71,10 +71,10 @@ class GgufSequences(Sequences):
         self._vocabulary_size = vocabulary_size
         self.num_cells = int(self._api.llama_n_ctx(context))
         self._memory = self._api.llama_get_memory(context)
-        self._free = FreeCells(self.num_cells)
+        self._free = FreeSlots(self.num_cells)
         self._num_shared = 0
         self._own = [array("i") for _ in range(num_sequences)]
-        self._batch: Any = self._api.llama_batch_init(max_rows, 0, 1)
+        self._batch: Any = self._api.llama_batch_init(batch_size, 0, 1)
 
     def share(self) -> None:
         """Give every cell all sequence ids."""
@@ -83,7 +83,7 @@ class GgufSequences(Sequences):
             self._api.llama_memory_seq_cp(self._memory, 0, sequence, -1, -1)
         self._num_shared, self._own[0] = len(self._own[0]), array("i")
 
-    def forward(self, parts: Sequence[Part]) -> RowLogits:
+    def forward(self, parts: Sequence[SequenceSlice]) -> Logits2D:
         """Append the parts in one llama.cpp batch."""
         import numpy as np
 
@@ -92,7 +92,7 @@ class GgufSequences(Sequences):
         self._fill(parts)
         if self.before_pass is not None:
             self.before_pass(
-                PartCells(
+                SequenceSlots(
                     num_shared=self._num_shared,
                     num_rows=tuple(len(part.token_ids) for part in parts),
                     own=tuple(self._own[part.sequence] for part in parts),
@@ -105,7 +105,7 @@ class GgufSequences(Sequences):
             raise ForwardError(
                 f"a forward pass over {num_rows} rows of {len(parts)} sequences failed: {reason}"
             )
-        wanted = sum(part.num_wanted for part in parts)
+        wanted = sum(part.num_logits for part in parts)
         if not wanted:
             return np.empty((0, self._vocabulary_size), np.float32)
         pointer = self._api.llama_get_logits(self._context)
@@ -121,16 +121,16 @@ class GgufSequences(Sequences):
         position = self._num_shared + kept
         if not self._api.llama_memory_seq_rm(self._memory, sequence, position, -1):
             raise ForwardError(f"llama.cpp cannot forget a sequence's tokens from {position} on")
-        self._free.give_back(own[kept:])
+        self._free.release_pages(own[kept:])
         del own[kept:]
 
     def rows_agree(self) -> bool:
         """Compute a row alone and beside the others; what is in the cells does not matter after that."""
         assert len(self._free) == self.num_cells, "there are tokens"
         last = self.num_sequences - 1
-        alone = self.forward([Part(last, [last % 251])])[0].copy()
+        alone = self.forward([SequenceSlice(last, [last % 251])])[0].copy()
         self._forget()
-        parts = [Part(i, [i % 251]) for i in range(self.num_sequences)]
+        parts = [SequenceSlice(i, [i % 251]) for i in range(self.num_sequences)]
         together = self.forward(parts)[-1]
         agree = bool((alone == together).all())
         self._forget()
@@ -138,25 +138,25 @@ class GgufSequences(Sequences):
 
     def _forget(self) -> None:
         self._api.llama_memory_clear(self._memory, False)
-        self._free = FreeCells(self.num_cells)
+        self._free = FreeSlots(self.num_cells)
         self._own = [array("i") for _ in range(self.num_sequences)]
 
-    def _check(self, parts: Sequence[Part], num_rows: int) -> None:
+    def _check(self, parts: Sequence[SequenceSlice], num_rows: int) -> None:
         if self._context is None:
             raise ForwardError("the sequences are closed")
-        if not 0 < num_rows <= self.max_rows or not all(part.token_ids for part in parts):
-            raise ForwardError(f"{num_rows} rows given, 1 to {self.max_rows} are allowed")
+        if not 0 < num_rows <= self.batch_size or not all(part.token_ids for part in parts):
+            raise ForwardError(f"{num_rows} rows given, 1 to {self.batch_size} are allowed")
         if num_rows > len(self._free):
             raise ForwardError(
                 f"{num_rows} tokens do not fit the cache: {len(self._free)} of {self.num_cells} cells are "
                 "free"
             )
-        wanted = sum(part.num_wanted for part in parts)
-        if wanted > self.max_wanted or any(
-            not 0 <= part.num_wanted <= len(part.token_ids) for part in parts
+        wanted = sum(part.num_logits for part in parts)
+        if wanted > self.max_logits or any(
+            not 0 <= part.num_logits <= len(part.token_ids) for part in parts
         ):
             raise ForwardError(
-                f"logits of {wanted} rows of {num_rows} are wanted, {self.max_wanted} are planned"
+                f"logits of {wanted} rows of {num_rows} are wanted, {self.max_logits} are planned"
             )
         tokens = [token_id for part in parts for token_id in part.token_ids]
         if min(tokens) < 0 or max(tokens) >= self._vocabulary_size:
@@ -164,11 +164,11 @@ class GgufSequences(Sequences):
                 f"token {max(tokens, key=abs)} is not in the vocabulary of {self._vocabulary_size}"
             )
 
-    def _fill(self, parts: Sequence[Part]) -> None:
+    def _fill(self, parts: Sequence[SequenceSlice]) -> None:
         batch, row = self._batch, 0
         for part in parts:
             own = self._own[part.sequence]
-            first_wanted = row + len(part.token_ids) - part.num_wanted
+            first_wanted = row + len(part.token_ids) - part.num_logits
             for token_id in part.token_ids:
                 batch.token[row] = token_id
                 batch.pos[row] = self._num_shared + len(own)

@@ -14,7 +14,7 @@ from pathlib import Path
 from lowtide.models.errors import BadModelFile
 from lowtide.models.fingerprint import fingerprint
 from lowtide.models.gguf.reader import ArrayValue, GgufContents, read_gguf
-from lowtide.models.gguf.repacked import packed_names
+from lowtide.models.gguf.repacked import repacked_names
 from lowtide.models.spec import ModelSpec, VocabularySpec, WeightGroup, WeightSpan
 
 ATTENTION_OUTPUT = ".attn_output"
@@ -129,8 +129,8 @@ class _Keys:
             feed_forward_width=self._feed_forward_width(num_layers),
             num_heads=num_heads,
             num_kv_heads=kv_heads,
-            key_head_size=self.number("attention.key_length", default=head_size),
-            value_head_size=self.number("attention.value_length", default=head_size),
+            key_head_dim=self.number("attention.key_length", default=head_size),
+            value_head_dim=self.number("attention.value_length", default=head_size),
             context_length=self.number("context_length"),
             sliding_window=self.number("attention.sliding_window", default=0) or None,
             recurrent_state_bytes=self._recurrent_state_bytes(num_layers),
@@ -141,7 +141,7 @@ class _Keys:
             chat_template=self.optional_text("tokenizer.chat_template"),
             fingerprint=fingerprint(parts),
             weight_groups=weight_groups(parts),
-            packed_tensors=tuple(name for part in parts for name in packed_names(part)),
+            repacked_tensors=tuple(name for part in parts for name in repacked_names(part)),
         )
 
     def _feed_forward_width(self, num_layers: int) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 Only what the sequence holds is written and read, a tensor at a time: no copy of it is made but the one
 asked for, and cells without a token stay untouched. llama.cpp trusts what it reads: whoever calls
-`read_state` or `put_state` answers for the bytes; `require_tokens` checks what can be before. Knows no
+`read_state` or `put_kv` answers for the bytes; `require_tokens` checks what can be before. Knows no
 checksum.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lowtide.models.errors import StateError
+from lowtide.models.errors import SnapshotError
 from lowtide.models.gguf.llama_cpp import LlamaLibrary
 
 SEQUENCE = 0
@@ -27,7 +27,7 @@ _HEADER = struct.Struct("=III")
 def write_state(library: LlamaLibrary, context: Any, path: Path, token_ids: Sequence[int]) -> int:
     """Write the tokens and their cells to `path`, and return the file's bytes.
 
-    Raises `StateError` with llama.cpp's reason.
+    Raises `SnapshotError` with llama.cpp's reason.
     """
     tokens = (library.api.llama_token * len(token_ids))(*token_ids)
     with library.collected_errors() as errors:
@@ -36,7 +36,7 @@ def write_state(library: LlamaLibrary, context: Any, path: Path, token_ids: Sequ
         )
     # Its last bytes go out when llama.cpp closes the file, and nobody tells whether they did.
     if not written or written != path.stat().st_size:
-        raise StateError(_reason(errors, f"only {path.stat().st_size:,} bytes could be written"))
+        raise SnapshotError(_reason(errors, f"only {path.stat().st_size:,} bytes could be written"))
     return int(written)
 
 
@@ -45,7 +45,7 @@ def require_tokens(
 ) -> None:
     """Check that the first `num_bytes` of a file say that they are the state of `num_tokens` tokens.
 
-    llama.cpp would make room for as many as there are. Raises `StateError` also where one's number is none
+    llama.cpp would make room for as many as there are. Raises `SnapshotError` also where one's number is none
     of `vocabulary`; what is of another magic or version is left to llama.cpp, which refuses it.
     """
     with path.open("rb") as file:
@@ -55,13 +55,13 @@ def require_tokens(
             return
         _, _, num_held = _HEADER.unpack(header)
         if num_held != num_tokens:
-            raise StateError(f"it holds {num_held:,} tokens, {num_tokens:,} are wanted")
+            raise SnapshotError(f"it holds {num_held:,} tokens, {num_tokens:,} are wanted")
         token_bytes = file.read(min(num_bytes - _HEADER.size, 4 * num_tokens))
     if len(token_bytes) != 4 * num_tokens:
-        raise StateError(f"it ends before its {num_tokens:,} tokens do")
+        raise SnapshotError(f"it ends before its {num_tokens:,} tokens do")
     token_ids = array("i", token_bytes)
     if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocabulary:
-        raise StateError("it holds tokens that are not in the vocabulary")
+        raise SnapshotError("it holds tokens that are not in the vocabulary")
 
 
 def read_state(
@@ -69,7 +69,7 @@ def read_state(
 ) -> list[int]:
     """Put the cells back and return their tokens, at most `capacity`; the sequence must be empty.
 
-    What stands behind the first `num_bytes` of the file is not looked at. Raises `StateError` where
+    What stands behind the first `num_bytes` of the file is not looked at. Raises `SnapshotError` where
     llama.cpp does not take them; the sequence may then hold anything.
     """
     tokens = (library.api.llama_token * capacity)()
@@ -83,22 +83,22 @@ def read_state(
 
 
 def state_bytes(library: LlamaLibrary, context: Any) -> int:
-    """Return how many bytes the sequence's cells take as `copy_state` writes them."""
+    """Return how many bytes the sequence's cells take as `copy_kv` writes them."""
     return int(library.api.llama_state_seq_get_size(context, SEQUENCE))
 
 
-def copy_state(library: LlamaLibrary, context: Any, into: memoryview) -> None:
-    """Write the sequence's cells into memory. Raises `StateError` where it is too small for them."""
+def copy_kv(library: LlamaLibrary, context: Any, into: memoryview) -> None:
+    """Write the sequence's cells into memory. Raises `SnapshotError` where it is too small for them."""
     with library.collected_errors() as errors:
         written = library.api.llama_state_seq_get_data(context, _pointer(into), len(into), SEQUENCE)
     if written != len(into):
-        raise StateError(_reason(errors, f"{written:,} of {len(into):,} bytes were written"))
+        raise SnapshotError(_reason(errors, f"{written:,} of {len(into):,} bytes were written"))
 
 
-def put_state(library: LlamaLibrary, context: Any, state: memoryview, num_tokens: int) -> None:
+def put_kv(library: LlamaLibrary, context: Any, state: memoryview, num_tokens: int) -> None:
     """Put the cells of `num_tokens` back; the sequence must be empty.
 
-    Raises `StateError` where llama.cpp does not take them; the sequence may then hold anything.
+    Raises `SnapshotError` where llama.cpp does not take them; the sequence may then hold anything.
     """
     with library.collected_errors() as errors:
         read = library.api.llama_state_seq_set_data(context, _pointer(state), len(state), SEQUENCE)
@@ -117,7 +117,7 @@ def _require_whole(
     first = library.api.llama_memory_seq_pos_min(memory, SEQUENCE)
     last = library.api.llama_memory_seq_pos_max(memory, SEQUENCE)
     if not read or read != num_bytes or last != num_tokens - 1:
-        raise StateError(_reason(errors, f"it holds positions {first} to {last}"))
+        raise SnapshotError(_reason(errors, f"it holds positions {first} to {last}"))
 
 
 def _pointer(view: memoryview) -> Any:

@@ -238,19 +238,19 @@ def session_providers(provider: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxOptions:
-    """`context` and `max_rows` count tokens; `stage` is entered around "weights" and "context".
+    """`context` and `batch_size` count tokens; `stage` is entered around "weights" and "context".
 
     `kv_type` is what keys and values are kept as where attention is ours; a whole one keeps its own.
-    `provider` is the short name of an execution provider, `verified_rows` how many rows of a pass may have
+    `provider` is the short name of an execution provider, `verify_batch` how many rows of a pass may have
     logits.
     """
 
     context: int
-    max_rows: int
+    batch_size: int
     threads: int
     kv_type: str = "f32"
     provider: str = CPU
-    verified_rows: int = 1
+    verify_batch: int = 1
     stage: Callable[[str], AbstractContextManager[object]] = nullcontext
 
 

@@ -11,7 +11,7 @@ The KV cache of an ONNX model in a file: its tokens and their cells, part by par
 Parts are written from where they lie and read to where they belong: no copy of them is made, and cells
 without a token stay untouched. Knows no checksum.
 
-CellCache: keys and values of a graph whose attention is ours, in the layout that our kernels read.
+SlotCache: keys and values of a graph whose attention is ours, in the layout that our kernels read.
 
 Layout of a tensor: (cells, heads, head size), so that a token's lies together. Knows no budget."""
 
@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowtide.models.errors import StateError
+from lowtide.models.errors import SnapshotError
 from lowtide.models.onnx.spec import OnnxSpec
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-CELL_STEP = 256
+KV_PADDING = 256
 """Cells of a buffer are a multiple of this: then a head's begin with a page, in every head size."""
 _IS_LINUX = sys.platform == "linux"
 
@@ -46,7 +46,7 @@ class KvBuffer:
 
     def __init__(self, num_heads: int, num_cells: int, row_bytes: int) -> None:
         self.num_heads = num_heads
-        self.num_cells = -(-num_cells // CELL_STEP) * CELL_STEP
+        self.num_cells = -(-num_cells // KV_PADDING) * KV_PADDING
         self.row_bytes = row_bytes
         self.num_bytes = num_heads * self.num_cells * row_bytes
         self._pages = mmap.mmap(-1, self.num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -103,7 +103,7 @@ class KvCache(TokenCache):
     """Keys and values of every layer."""
 
     def __init__(self, spec: OnnxSpec, context: int) -> None:
-        self._heads, self._head_size = spec.num_kv_heads[0], spec.key_head_size
+        self._heads, self._head_size = spec.num_kv_heads[0], spec.key_head_dim
         self._row_bytes = self._head_size * ELEMENT_BYTES[spec.kv_element]
         self._element = spec.kv_element
         self._names = [
@@ -235,7 +235,7 @@ _ID_BYTES = array("i").itemsize
 def write_cells(path: Path, token_ids: Sequence[int], cache: TokenCache) -> int:
     """Write the tokens and their cells, and return the file's bytes.
 
-    Raises `StateError` with the system's reason.
+    Raises `SnapshotError` with the system's reason.
     """
     try:
         with path.open("wb") as file:
@@ -245,7 +245,7 @@ def write_cells(path: Path, token_ids: Sequence[int], cache: TokenCache) -> int:
                 file.write(part)
             return file.tell()
     except OSError as error:
-        raise StateError(error.strerror or str(error)) from None
+        raise SnapshotError(error.strerror or str(error)) from None
 
 
 def read_cells(
@@ -253,7 +253,7 @@ def read_cells(
 ) -> list[int]:
     """Read the cells of `num_tokens` from the first `num_bytes` of a file, and return its tokens.
 
-    Raises `StateError` where the file has others, or another number of bytes; cells may then hold anything.
+    Raises `SnapshotError` where the file has others, or another number of bytes; cells may then hold anything.
     """
     num_id_bytes = num_tokens * _ID_BYTES
     wanted = _HEADER.size + num_id_bytes + cache.num_bytes(num_tokens)
@@ -262,33 +262,33 @@ def read_cells(
             header = file.read(min(num_bytes, _HEADER.size))
             _check_header(header, num_tokens)
             if num_bytes != wanted:
-                raise StateError(f"it has {num_bytes:,} bytes, {wanted:,} are wanted")
+                raise SnapshotError(f"it has {num_bytes:,} bytes, {wanted:,} are wanted")
             id_bytes = file.read(num_id_bytes)
             if len(id_bytes) < num_id_bytes:
-                raise StateError(f"it ends before its {num_tokens:,} tokens do")
+                raise SnapshotError(f"it ends before its {num_tokens:,} tokens do")
             token_ids = array("i", id_bytes)
             if not all(0 <= token_id < vocabulary for token_id in token_ids):
-                raise StateError("it holds tokens that are not in the vocabulary")
+                raise SnapshotError("it holds tokens that are not in the vocabulary")
             for part in cache.rows(num_tokens):
                 if file.readinto(part) != part.nbytes:
-                    raise StateError("it ends before its cells do")
+                    raise SnapshotError("it ends before its cells do")
     except OSError as error:
-        raise StateError(error.strerror or str(error)) from None
+        raise SnapshotError(error.strerror or str(error)) from None
     return token_ids.tolist()
 
 
 def _check_header(header: bytes, num_tokens: int) -> None:
     if len(header) < _HEADER.size or _HEADER.unpack(header)[:2] != (MAGIC, VERSION):
-        raise StateError("it is no KV cache of an ONNX model, or one of another version")
+        raise SnapshotError("it is no KV cache of an ONNX model, or one of another version")
     num_held = _HEADER.unpack(header)[2]
     if num_held != num_tokens:
-        raise StateError(f"it holds {num_held:,} tokens, {num_tokens:,} are wanted")
+        raise SnapshotError(f"it holds {num_held:,} tokens, {num_tokens:,} are wanted")
 
 
 KV_DTYPES = {"f32": "float32", "f16": "float16"}
 
 
-class CellCache(TokenCache):
+class SlotCache(TokenCache):
     """Two buffers a layer, keys and values; `kv_type` is f32 or f16."""
 
     def __init__(

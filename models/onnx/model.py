@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowtide.models.errors import ForwardError, ModelError, StateError, UnsupportedModel
+from lowtide.models.errors import ForwardError, ModelError, SnapshotError, UnsupportedModel
 from lowtide.models.fingerprint import file_fingerprint
 from lowtide.models.model import Model
 from lowtide.models.onnx.config import OnnxOptions, onnx_library, session_options, session_providers
@@ -21,13 +21,13 @@ from lowtide.models.onnx.tokenizer import OnnxTokenizer
 from lowtide.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from lowtide.models.model import Logits, RowLogits
+    from lowtide.models.model import Logits, Logits2D
 
 
 class CachedModel(Model):
     """What is the same however the graph is run: going back, and the cache in a file or a copy."""
 
-    keeps_state = copies_state = True
+    supports_snapshot = supports_copy = True
     _num_tokens: int = 0
     _cache: TokenCache | None = None
 
@@ -38,9 +38,9 @@ class CachedModel(Model):
 
     def _checked_rows(self, token_ids: Sequence[int]) -> int:
         num_rows, room = len(token_ids), self.context - self._num_tokens
-        if not 0 < num_rows <= min(self.max_rows, room):
+        if not 0 < num_rows <= min(self.batch_size, room):
             raise ForwardError(
-                f"{num_rows} rows do not go in: 1 to {self.max_rows} a pass, room for {room} tokens"
+                f"{num_rows} rows do not go in: 1 to {self.batch_size} a pass, room for {room} tokens"
             )
         num_logits = self.spec.vocabulary.num_tokens
         outside = next((i for i in token_ids if not 0 <= i < num_logits), None)
@@ -65,16 +65,18 @@ class CachedModel(Model):
         """Give back the pages that hold no token."""
         self._kv.cut(self._num_tokens, self._num_tokens)
 
-    def save_state(self, path: Path, token_ids: Sequence[int]) -> int:
+    def save_kv(self, path: Path, token_ids: Sequence[int]) -> int:
         """Write the tokens and the cells that hold them, from where they lie."""
         assert len(token_ids) == self._num_tokens, "these are not the tokens in the cache"
         return write_cells(path, token_ids, self._kv)
 
-    def load_state(self, path: Path, num_bytes: int, num_tokens: int) -> list[int]:
+    def load_kv(self, path: Path, num_bytes: int, num_tokens: int) -> list[int]:
         """Put a file's tokens and cells back; cells that hold no token stay untouched."""
         self.truncate(0)
         if not 0 <= num_tokens <= self.context:
-            raise StateError(f"it holds {num_tokens:,} tokens, there is room for {self.context:,}")
+            raise SnapshotError(
+                f"it holds {num_tokens:,} tokens, there is room for {self.context:,}"
+            )
         self._num_tokens = num_tokens  # what is read is given back where reading fails
         try:
             return read_cells(
@@ -92,21 +94,23 @@ class CachedModel(Model):
         """Return the bytes of the cells that hold tokens."""
         return self._kv.num_bytes(self._num_tokens)
 
-    def copy_state(self, into: memoryview) -> None:
+    def copy_kv(self, into: memoryview) -> None:
         """Copy the cells that hold tokens, head by head."""
         if len(into) != self.state_bytes():
-            raise StateError(f"{len(into)} bytes are given, {self.state_bytes()} are wanted")
+            raise SnapshotError(f"{len(into)} bytes are given, {self.state_bytes()} are wanted")
         position = 0
         for row in self._kv.rows(self._num_tokens):
             into[position : position + row.nbytes] = row
             position += row.nbytes
 
-    def put_state(self, state: memoryview, num_tokens: int) -> None:
+    def put_kv(self, state: memoryview, num_tokens: int) -> None:
         """Put the cells back; those that hold no token stay untouched."""
         self.truncate(0)
         is_held = 0 <= num_tokens <= self.context
         if not is_held or self._kv.num_bytes(num_tokens) != len(state):
-            raise StateError(f"the state has {len(state)} bytes, which is not {num_tokens} tokens'")
+            raise SnapshotError(
+                f"the state has {len(state)} bytes, which is not {num_tokens} tokens'"
+            )
         position = 0
         for row in self._kv.rows(num_tokens):
             row[:] = state[position : position + row.nbytes]
@@ -132,15 +136,15 @@ class OnnxModel(CachedModel):
     def __init__(self, spec: OnnxSpec, options: OnnxOptions) -> None:
         self.spec = spec
         self.context = options.context
-        self.max_rows = options.max_rows
-        self.max_verified_rows = max(min(options.verified_rows, options.max_rows), 1)
+        self.batch_size = options.batch_size
+        self.max_verify_batch = max(min(options.verify_batch, options.batch_size), 1)
         self._ports = spec.ports
         self._session: Any = None
         self.tokenizer = self._read_tokenizer()
         with options.stage("weights"):
             self._session = self._opened(options)
             if not self._makes_more_rows:
-                self.max_verified_rows = 1
+                self.max_verify_batch = 1
         with options.stage("context"):
             self._make_cache(options)
             self._binding = self._session.io_binding()
@@ -159,11 +163,11 @@ class OnnxModel(CachedModel):
         """Make what goes in and out of a pass beside the cache, once."""
         import numpy as np
 
-        self._token_ids = np.zeros((1, options.max_rows), np.int64)
+        self._token_ids = np.zeros((1, options.batch_size), np.int64)
         self._mask = np.ones((1, options.context), np.int64)
         self._positions = np.arange(options.context, dtype=np.int64)[None]
         num_logits = self.spec.vocabulary.num_tokens
-        rows = self.max_verified_rows if self._last_row_only else options.max_rows
+        rows = self.max_verify_batch if self._last_row_only else options.batch_size
         # Pages of its own: rows that only a prompt's passes write take no memory before.
         element = np.dtype(self._of_onnx.logits_element)
         self._logits_pages = mmap.mmap(-1, rows * num_logits * element.itemsize)
@@ -188,21 +192,21 @@ class OnnxModel(CachedModel):
         last: Logits = self._computed(token_ids, 1)[-1]
         return last
 
-    def forward_rows(self, token_ids: Sequence[int]) -> RowLogits:
+    def forward_rows(self, token_ids: Sequence[int]) -> Logits2D:
         """Append the tokens in one run of the session and return every row's logits."""
-        if len(token_ids) > self.max_verified_rows:
+        if len(token_ids) > self.max_verify_batch:
             raise ForwardError(
-                f"logits of {len(token_ids)} rows are wanted, {self.max_verified_rows} are planned"
+                f"logits of {len(token_ids)} rows are wanted, {self.max_verify_batch} are planned"
             )
         return self._computed(token_ids, len(token_ids))
 
-    def _computed(self, token_ids: Sequence[int], num_wanted: int) -> RowLogits:
-        """Append the tokens and return the logits of the last `num_wanted` rows."""
+    def _computed(self, token_ids: Sequence[int], num_logits: int) -> Logits2D:
+        """Append the tokens and return the logits of the last `num_logits` rows."""
         import numpy as np
 
         num_rows = self._checked_rows(token_ids)
         self._token_ids[0, :num_rows] = token_ids
-        logits = self._logits[:, : num_wanted if self._last_row_only else num_rows]
+        logits = self._logits[:, : num_logits if self._last_row_only else num_rows]
         self._bind(num_rows, logits)
         try:
             self._session.run_with_iobinding(self._binding)
@@ -213,7 +217,7 @@ class OnnxModel(CachedModel):
                 ) from None
         self._appended()
         self._num_tokens += num_rows
-        rows: RowLogits = logits[0, -num_wanted:]
+        rows: Logits2D = logits[0, -num_logits:]
         return rows if rows.dtype == np.float32 else rows.astype(np.float32)
 
     def _bind(self, num_rows: int, logits: Any) -> None:
@@ -244,7 +248,7 @@ class OnnxModel(CachedModel):
         address = values.ctypes.data
         self._binding.bind_input(name, "cpu", 0, values.dtype, list(values.shape), address)
 
-    def state_owner(self) -> dict[str, str]:
+    def snapshot_component(self) -> dict[str, str]:
         """Return the weights, how the cells are kept and by whom, and the onnxruntime they came from."""
         spec = self._of_onnx
         return {

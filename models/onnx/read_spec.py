@@ -2,7 +2,7 @@
 
 The matrix products of a graph, and what onnxruntime makes of their weights. Reads no weights.
 
-PackedForm: what is left of an ONNX graph where its products are ours, too. Reads headers alone."""
+RepackPlan: what is left of an ONNX graph where its products are ours, too. Reads headers alone."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pathlib import Path
 from lowtide.models.errors import BadModelFile, UnsupportedModel
 from lowtide.models.onnx.config import OnnxConfig, read_config, read_json
 from lowtide.models.onnx.graph import Node, OnnxGraph, Port, attention_form, read_graph
-from lowtide.models.onnx.rewrite.attention_nodes import NotSwapped
-from lowtide.models.onnx.rewrite.matmul_nodes import read_product_nodes
-from lowtide.models.onnx.rewrite.rewrite import Swap, swap_attention
+from lowtide.models.onnx.rewrite.attention_nodes import CannotRewrite
+from lowtide.models.onnx.rewrite.matmul_nodes import read_matmul_nodes
+from lowtide.models.onnx.rewrite.rewrite import RewritePlan, plan_rewrite
 from lowtide.models.onnx.spec import ENGINE, FINGERPRINT, KV_TYPES, GraphPorts, LayerPorts, OnnxSpec
 from lowtide.models.spec import VocabularySpec
 
@@ -39,17 +39,17 @@ CPUINFO = Path("/proc/cpuinfo")
 class Products:
     """What is told of a graph's products.
 
-    onnxruntime copies a product's weights into a layout of its own (`packed_bytes` in all), and lets go of
+    onnxruntime copies a product's weights into a layout of its own (`repacked_bytes` in all), and lets go of
     those that nothing else reads (`released_bytes`); making a copy takes as much again. Quantised ones
-    without a kernel for that are unpacked in each pass, of which `unpacked_bytes` is the largest.
+    without a kernel for that are unpacked in each pass, of which `original_bytes` is the largest.
     With `nodes`, of those alone: what else reads their weights is not run.
     """
 
     def __init__(self, graph: OnnxGraph, logits: str, nodes: frozenset[int] | None = None) -> None:
         self._graph = graph
         types = Counter[str]()
-        self.packed_bytes = self.released_bytes = self.largest_copy_bytes = 0
-        self.unpacked_bytes = self.widest = 0
+        self.repacked_bytes = self.released_bytes = self.largest_copy_bytes = 0
+        self.original_bytes = self.widest = 0
         run = [node for i, node in enumerate(graph.nodes) if nodes is None or i in nodes]
         self._num_readers = Counter(name for node in run for name in node.inputs)
         for node in run:
@@ -71,7 +71,7 @@ class Products:
             packed_block = block * bits // 8 + BLOCK_BYTES
             copy = rows * -(-columns // block) * packed_block + PACKED_PADDING
             copy += self._widened_bytes(node)
-            self.packed_bytes += copy
+            self.repacked_bytes += copy
             self.largest_copy_bytes = max(self.largest_copy_bytes, copy)
             self.released_bytes += sum(
                 weight.num_bytes
@@ -79,8 +79,8 @@ class Products:
                 if weight.location is not None and self._num_readers[weight.name] == 1
             )
         else:
-            self.packed_bytes += int(PACKED_SHARE * num_bytes)
-            self.unpacked_bytes = max(self.unpacked_bytes, 4 * rows * columns)
+            self.repacked_bytes += int(PACKED_SHARE * num_bytes)
+            self.original_bytes = max(self.original_bytes, 4 * rows * columns)
         if not is_last:
             self.widest = max(self.widest, rows)
 
@@ -108,7 +108,7 @@ class Products:
         if weight is None or len(weight.shape) != 2:
             return
         types[weight.element_type] += weight.num_bytes
-        self.packed_bytes += weight.num_bytes * 5 // 4
+        self.repacked_bytes += weight.num_bytes * 5 // 4
         if not is_last:
             self.widest = max(self.widest, *weight.shape)
 
@@ -126,17 +126,17 @@ ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PackedForm:
+class RepackPlan:
     """The nodes and matrices that become ours, and what onnxruntime still has of weights.
 
     `copied_bytes` and `copying_bytes` are as `ModelSpec` has them, of what is left to onnxruntime.
     """
 
-    swap: Swap
+    swap: RewritePlan
     left_bytes: int
     copied_bytes: int
     copying_bytes: int
-    unpacked_bytes: int
+    original_bytes: int
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -147,22 +147,24 @@ class PackedForm:
         return tuple(places)
 
 
-def read_packed_form(graph: OnnxGraph, ports: GraphPorts, config: OnnxConfig) -> PackedForm:
-    """Return what is swapped; raises `NotSwapped` where the graph is left whole, or has none."""
-    swap = swap_attention(graph, ports, config, read_product_nodes(graph))
+def read_repack_plan(graph: OnnxGraph, ports: GraphPorts, config: OnnxConfig) -> RepackPlan:
+    """Return what is swapped; raises `CannotRewrite` where the graph is left whole, or has none."""
+    swap = plan_rewrite(graph, ports, config, read_matmul_nodes(graph))
     if not swap.products.products:
-        raise NotSwapped("has no product of 4- or 8-bit weights in blocks of 32 that can be packed")
+        raise CannotRewrite(
+            "has no product of 4- or 8-bit weights in blocks of 32 that can be packed"
+        )
     left = Products(graph, ports.logits, swap.nodes)
-    return PackedForm(
+    return RepackPlan(
         swap=swap,
         left_bytes=sum(graph.weights[name].num_bytes for name in swap.weights),
-        copied_bytes=left.packed_bytes - left.released_bytes,
+        copied_bytes=left.repacked_bytes - left.released_bytes,
         copying_bytes=left.largest_copy_bytes,
-        unpacked_bytes=left.unpacked_bytes,
+        original_bytes=left.original_bytes,
     )
 
 
-def packed_spec(spec: OnnxSpec, form: PackedForm) -> OnnxSpec:
+def packed_spec(spec: OnnxSpec, form: RepackPlan) -> OnnxSpec:
     """Return the spec of the graph whose products are ours, too."""
     return replace(
         spec,
@@ -171,8 +173,8 @@ def packed_spec(spec: OnnxSpec, form: PackedForm) -> OnnxSpec:
         file_bytes=form.left_bytes + form.offsets[-1],
         copied_bytes=form.copied_bytes + form.swap.inline_bytes,
         copying_bytes=form.copying_bytes,
-        unpacked_bytes=form.unpacked_bytes,
-        packed_tensors=tuple(node.output for node in form.swap.products.products),
+        original_bytes=form.original_bytes,
+        repacked_tensors=tuple(node.output for node in form.swap.products.products),
     )
 
 
@@ -211,8 +213,8 @@ def read_spec(path: Path) -> OnnxSpec:
         feed_forward_width=(products.widest,) * config.num_layers,
         num_heads=config.num_heads,
         num_kv_heads=(config.num_kv_heads,) * config.num_layers,
-        key_head_size=config.head_size,
-        value_head_size=config.head_size,
+        key_head_dim=config.head_size,
+        value_head_dim=config.head_size,
         context_length=config.context_length,
         sliding_window=config.sliding_window,
         recurrent_state_bytes=0,
@@ -230,7 +232,7 @@ def read_spec(path: Path) -> OnnxSpec:
         tokenising_bytes=TOKENISING_BYTES,
         kv_types=(KV_TYPES[kv_element],),
         cache_copies=1 if form.shares_cache else 2,
-        copied_bytes=products.packed_bytes - products.released_bytes + _inline_bytes(graph),
+        copied_bytes=products.repacked_bytes - products.released_bytes + _inline_bytes(graph),
         copying_bytes=products.largest_copy_bytes,
         ports=ports,
         kv_element=kv_element,
@@ -238,8 +240,8 @@ def read_spec(path: Path) -> OnnxSpec:
         makes_last_row=graph.outputs[ports.logits].shape[1:2] == (1,),
         shares_cache=form.shares_cache,
         attention=form.name,
-        widest_product=products.widest,
-        unpacked_bytes=products.unpacked_bytes,
+        max_matmul_width=products.widest,
+        original_bytes=products.original_bytes,
         end_ids=frozenset(config.end_ids),
         tokenizer_path=tokenizer,
         special_texts=texts,
@@ -248,17 +250,17 @@ def read_spec(path: Path) -> OnnxSpec:
     )
 
 
-def _packed(graph: OnnxGraph, ports: GraphPorts, config: OnnxConfig) -> PackedForm | str:
+def _packed(graph: OnnxGraph, ports: GraphPorts, config: OnnxConfig) -> RepackPlan | str:
     try:
-        return read_packed_form(graph, ports, config)
-    except NotSwapped as reason:
+        return read_repack_plan(graph, ports, config)
+    except CannotRewrite as reason:
         return str(reason)
 
 
-def _swap(graph: OnnxGraph, ports: GraphPorts, config: OnnxConfig) -> Swap | str:
+def _swap(graph: OnnxGraph, ports: GraphPorts, config: OnnxConfig) -> RewritePlan | str:
     try:
-        return swap_attention(graph, ports, config)
-    except NotSwapped as reason:
+        return plan_rewrite(graph, ports, config)
+    except CannotRewrite as reason:
         return str(reason)
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from lowtide.models.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from lowtide.models.onnx.read_spec import PackedForm
-    from lowtide.models.onnx.rewrite.rewrite import Swap
+    from lowtide.models.onnx.read_spec import RepackPlan
+    from lowtide.models.onnx.rewrite.rewrite import RewritePlan
 
 ENGINE = "onnxruntime"
 KV_TYPES = {"float32": "f32", "float16": "f16"}
@@ -45,10 +45,10 @@ class OnnxSpec(ModelSpec):
     Where every layer's attention `shares_cache`, new keys and values are written into the buffer that has
     the old ones; else a pass makes a longer copy. With `makes_last_row` logits are of a pass's last row
     alone, not of all. `attention` says in words what the graph attends with.
-    `widest_product` is the most columns of a product of a layer, `unpacked_bytes` the most that a product
+    `max_matmul_width` is the most columns of a product of a layer, `original_bytes` the most that a product
     without a kernel of its own unpacks for a moment. `swap` is what stays of the graph where attention is
     to be ours, or says why it cannot be, in words that follow "its graph"; `packed` the same where products
-    are to be ours, too. `panels` is the file of packed weights, where one is read.
+    are to be ours, too. `tiles` is the file of packed weights, where one is read.
     """
 
     ports: GraphPorts
@@ -57,11 +57,11 @@ class OnnxSpec(ModelSpec):
     makes_last_row: bool
     shares_cache: bool
     attention: str
-    widest_product: int
-    unpacked_bytes: int
+    max_matmul_width: int
+    original_bytes: int
     end_ids: frozenset[int]
     tokenizer_path: Path
     special_texts: tuple[tuple[str, str], ...]
-    swap: Swap | str
-    packed: PackedForm | str
-    panels: Path | None = None
+    swap: RewritePlan | str
+    packed: RepackPlan | str
+    tiles: Path | None = None

@@ -14,31 +14,36 @@ from lowtide.memory.plan.batch import BatchPlan
 from lowtide.memory.plan.line import BATCH
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf.model import GgufModel
-from lowtide.runtime.batch.batch import BatchMember, BatchPrompt, generate_together
-from lowtide.runtime.batch.memory import BatchRoom, batch_plans, why_not_drafted
+from lowtide.runtime.batch.batch import BatchPrompt, BatchSequence, generate_together
+from lowtide.runtime.batch.memory import BatchMemory, batch_plans, why_not_drafted
 from lowtide.runtime.batch.speculation import BatchSpeculation, load_batch_speculation
 from lowtide.runtime.generation.chat import fit_tokens
-from lowtide.runtime.generation.generate import GenerationResult, Piece, Prompt, RunFacts
-from lowtide.runtime.kv.session import Session
-from lowtide.runtime.loading.load import LoadedModel
-from lowtide.runtime.options import GenerationOptions
+from lowtide.runtime.generation.generate import (
+    GenerationChunk,
+    GenerationContext,
+    GenerationResult,
+    Prompt,
+)
+from lowtide.runtime.kv.session import KVSession
+from lowtide.runtime.loading.load import Engine
+from lowtide.runtime.options import SamplingParams
 from lowtide.runtime.profiling.profiler import Profiler
 from lowtide.runtime.speculation.speculator import Speculator
 
 MOST_SEQUENCES = 256
 """llama.cpp knows no more in one cache."""
 CELLS_DIFFER = "llama.cpp keeps keys of this model in other cells than those of other models"
-OptionsOfAll = GenerationOptions | Sequence[GenerationOptions] | None
+OptionsOfAll = SamplingParams | Sequence[SamplingParams] | None
 
 
 class BatchAnswers(ABC):
     """What `Runtime` is made of for batches: its model, its session, and which answer goes on."""
 
-    _loaded: LoadedModel
-    _session: Session
+    _loaded: Engine
+    _session: KVSession
     _profiler: Profiler
     _stepping: threading.RLock
-    _room: BatchRoom | None = None
+    _room: BatchMemory | None = None
 
     @abstractmethod
     def _begin(self) -> int: ...
@@ -54,7 +59,7 @@ class BatchAnswers(ABC):
     ) -> list[GenerationResult]:
         """Continue all prompts together, a pass for all of them a step; return the results in their order.
 
-        `options` for all, or a list with those of each; `named` as in `GenerationOptions`, for all. What
+        `options` for all, or a list with those of each; `named` as in `SamplingParams`, for all. What
         all prompts begin with is read and kept once. Greedy answers are those of each prompt alone, token
         for token, where `stats.batch["identical"]` says so. Takes memory beside the plan's, inside the
         budget: the KV cache of all tokens that are asked for. Raises `OverBudget` before anything is
@@ -62,14 +67,14 @@ class BatchAnswers(ABC):
         sequence at a time. Where the runtime speculates, each answer has drafts of its own, and a pass
         verifies those of all; a draft model drafts nothing here.
         """
-        collected: list[list[Piece]] = [[] for _ in prompts]
+        collected: list[list[GenerationChunk]] = [[] for _ in prompts]
         for index, piece in self.stream_batch(prompts, options, **named):
             collected[index].append(piece)
         return [GenerationResult.of(iter(pieces)) for pieces in collected]
 
     def stream_batch(
         self, prompts: Sequence[str], options: OptionsOfAll = None, **named: Any
-    ) -> Generator[tuple[int, Piece], None, None]:
+    ) -> Generator[tuple[int, GenerationChunk], None, None]:
         """Yield what `generate_batch` collects, as it comes: the prompt's index and a piece of its answer.
 
         Closing the iterator stops all answers and leaves the runtime usable.
@@ -83,7 +88,7 @@ class BatchAnswers(ABC):
         asked = [self._asked(*one, asked_at) for one in zip(prompts, chosen, strict=True)]
         return self._together(answer, asked) if asked else _nothing()
 
-    def _asked(self, text: str, options: GenerationOptions, asked_at: float) -> BatchPrompt:
+    def _asked(self, text: str, options: SamplingParams, asked_at: float) -> BatchPrompt:
         self._check_text(text)
         model = self._loaded.model
         with self._profiler.span("tokenise"):
@@ -98,35 +103,35 @@ class BatchAnswers(ABC):
     def _check_can(self, num_prompts: int) -> None:
         """Raise `BadOption` where the model or its attention computes one sequence at a time."""
         model, policy = self._loaded.model, self._loaded.planned.policy
-        if not model.keeps_sequences:
+        if not model.supports_batch:
             raise BadOption(
                 f"a batch of {num_prompts} prompts is wanted, and {model.spec.name} computes one sequence "
                 f"at a time ({_why_alone(self._loaded)}): ask one prompt after another"
             )
-        if not policy.takes_batches:
+        if not policy.supports_batch:
             raise BadOption(
                 f"a batch of {num_prompts} prompts is wanted, and {policy.name} chooses or filters keys of "
                 "one sequence: open with attention='dense' or 'llama', or ask one prompt after another"
             )
-        most = min(model.max_rows, MOST_SEQUENCES)
+        most = min(model.batch_size, MOST_SEQUENCES)
         if num_prompts > most:
             raise BadOption(
                 f"a batch of {num_prompts} prompts is wanted, a pass takes {most} rows: ask fewer at once"
-                + (", or raise max_rows" if most < MOST_SEQUENCES else "")
+                + (", or raise batch_size" if most < MOST_SEQUENCES else "")
             )
 
     def _together(
         self, answer: int, asked: Sequence[BatchPrompt]
-    ) -> Generator[tuple[int, Piece], None, None]:
+    ) -> Generator[tuple[int, GenerationChunk], None, None]:
         loaded = self._loaded
-        room = self._room = self._room or BatchRoom(loaded, self._session)
+        room = self._room = self._room or BatchMemory(loaded, self._session)
         plan = room.largest(batch_plans(loaded.planned, loaded.model, asked))
         with contextlib.ExitStack() as stack:
             with self._stepping:
                 self._check_goes_on(answer)
                 sequences = stack.enter_context(room.opened(plan))
                 speculation = load_batch_speculation(
-                    loaded.planned, plan, sequences, loaded.steering
+                    loaded.planned, plan, sequences, loaded.controller
                 )
                 if speculation is not None:
                     stack.callback(speculation.close)
@@ -135,11 +140,11 @@ class BatchAnswers(ABC):
             pieces = generate_together(
                 sequences,
                 [
-                    BatchMember(index, one, loaded.model, facts, drafts)
+                    BatchSequence(index, one, loaded.model, facts, drafts)
                     for index, (one, drafts) in enumerate(zip(asked, drafting, strict=True))
                 ],
                 plan.shared_tokens,
-                loaded.steering,
+                loaded.controller,
                 facts.watchdog,
                 speculation,
                 self._profiler,
@@ -163,11 +168,11 @@ class BatchAnswers(ABC):
     def _facts(
         self,
         plan: BatchPlan,
-        room: BatchRoom,
+        room: BatchMemory,
         speculation: BatchSpeculation | None,
         asked: Sequence[BatchPrompt],
-    ) -> RunFacts:
-        loaded, alone = self._loaded, self._loaded.run_facts()
+    ) -> GenerationContext:
+        loaded, alone = self._loaded, self._loaded.generation_context()
         rows_agree = room.rows_agree(plan.num_sequences)
         if speculation is not None:
             rows_agree = rows_agree and speculation.rows_agree
@@ -178,9 +183,9 @@ class BatchAnswers(ABC):
             "kv_tokens": plan.num_cells,
             "num_bytes": plan.num_bytes,
             "identical": reason is None,
-            "why_not_identical": reason,
+            "nondeterminism": reason,
         }
-        planned_bytes = alone.planned_bytes + loaded.ledger.owners[BATCH]
+        planned_bytes = alone.planned_bytes + loaded.ledger.components[BATCH]
         speculator = None
         if loaded.planned.speculation is not None and speculation is None:
             speculator = Speculator.without(why_not_drafted(loaded.planned, loaded.model, asked))
@@ -199,7 +204,7 @@ class BatchAnswers(ABC):
                 "llama.cpp's attention sums a sequence in another order among others: open with "
                 "attention='dense'"
             )
-        if not loaded.steering.exact_prompts:
+        if not loaded.controller.exact_prefill:
             return "prompts in bfloat16 are rounded by how many rows are read together"
         return None
 
@@ -207,26 +212,26 @@ class BatchAnswers(ABC):
 def _tell_cells_differ(*told: dict[str, Any] | None) -> None:
     for values in told:
         if values is not None:
-            values.update(identical=False, why_not_identical=CELLS_DIFFER)
+            values.update(identical=False, nondeterminism=CELLS_DIFFER)
 
 
 def _options_of(
     prompts: Sequence[str], options: OptionsOfAll, named: dict[str, Any]
-) -> list[GenerationOptions]:
+) -> list[SamplingParams]:
     if isinstance(prompts, str):
         raise BadOption("prompts is one text, a list of them is wanted: write [prompt]")
     if not all(isinstance(prompt, str) for prompt in prompts):
         raise BadOption("prompts has something that is no text: a list of texts is wanted")
-    if options is None or isinstance(options, GenerationOptions):
-        return [GenerationOptions.of(options, **named)] * len(prompts)
+    if options is None or isinstance(options, SamplingParams):
+        return [SamplingParams.of(options, **named)] * len(prompts)
     if len(options) != len(prompts):
         raise BadOption(
             f"{len(options)} options are given for {len(prompts)} prompts: give one each, or one for all"
         )
-    return [GenerationOptions.of(one, **named) for one in options]
+    return [SamplingParams.of(one, **named) for one in options]
 
 
-def _why_alone(loaded: LoadedModel) -> str:
+def _why_alone(loaded: Engine) -> str:
     if loaded.planned.plan.gpus:
         return "some of its layers are on a device"
     if loaded.planned.spec.recurrent_state_bytes:
@@ -234,5 +239,5 @@ def _why_alone(loaded: LoadedModel) -> str:
     return f"{loaded.planned.spec.engine} runs it so"
 
 
-def _nothing() -> Generator[tuple[int, Piece], None, None]:
+def _nothing() -> Generator[tuple[int, GenerationChunk], None, None]:
     yield from ()

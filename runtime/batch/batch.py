@@ -1,7 +1,7 @@
 """The loop of several answers: what they share is read once, then each pass takes all of them a step on, or
 several steps, where drafts are verified. Knows no budget and no text.
 
-BatchMember: one answer of several that are generated together. Knows no model and no other member."""
+BatchSequence: one answer of several that are generated together. Knows no model and no other member."""
 
 from __future__ import annotations
 
@@ -9,21 +9,27 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from lowtide.attention.policy import Steering
+from lowtide.attention.policy import PassController
 from lowtide.models.draft_tree import TokenTree
-from lowtide.models.model import Model, Part, Sequences
+from lowtide.models.model import Model, SequenceBatch, SequenceSlice
 from lowtide.models.tokenizer import TextStream, common_prefix
-from lowtide.runtime.batch.batch.speculation import BatchSpeculation, MemberSpeculation
-from lowtide.runtime.generation.generate import AnswerMeter, Piece, Prompt, RunFacts, StopMatcher
+from lowtide.runtime.batch.speculation import BatchSpeculation, SequenceSpeculation
+from lowtide.runtime.generation.generate import (
+    GenerationChunk,
+    GenerationContext,
+    Prompt,
+    StatsRecorder,
+    StopMatcher,
+)
 from lowtide.runtime.generation.sampling import Sampler
 from lowtide.runtime.generation.statistics import Statistics
 from lowtide.runtime.generation.watchdog import Watchdog
-from lowtide.runtime.options import GenerationOptions
+from lowtide.runtime.options import SamplingParams
 from lowtide.runtime.profiling.profiler import DECODE, PREFILL, SILENT, Profiler
-from lowtide.runtime.speculation.acceptance import Verification
+from lowtide.runtime.speculation.acceptance import DraftVerification
 
 if TYPE_CHECKING:
-    from lowtide.models.model import Logits, RowLogits
+    from lowtide.models.model import Logits, Logits2D
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +37,7 @@ class BatchPrompt:
     """A prompt that fits the context, and how it is to be answered."""
 
     prompt: Prompt
-    options: GenerationOptions
+    options: SamplingParams
 
     def most_cells(self, context: int) -> int:
         """Return how many tokens it may have in the cache: the last one that is sampled is not computed."""
@@ -42,7 +48,7 @@ class BatchPrompt:
 
 
 @dataclass(slots=True)
-class BatchMember:
+class BatchSequence:
     """Samples, and ends, as the loop of one answer does.
 
     `pending` are its tokens that are not computed yet, `computed` how many are. `drafted` are computed
@@ -52,8 +58,8 @@ class BatchMember:
     index: int
     asked: BatchPrompt
     model: Model
-    facts: RunFacts
-    speculation: MemberSpeculation | None = None
+    facts: GenerationContext
+    speculation: SequenceSpeculation | None = None
     drafted: tuple[int, ...] = field(init=False, default=())
     pending: list[int] = field(init=False)
     computed: int = field(init=False, default=0)
@@ -63,7 +69,7 @@ class BatchMember:
     _sampler: Sampler = field(init=False)
     _stream: TextStream = field(init=False)
     _stops: StopMatcher = field(init=False)
-    _meter: AnswerMeter = field(init=False)
+    _meter: StatsRecorder = field(init=False)
 
     def __post_init__(self) -> None:
         prompt, options = self.asked.prompt, self.asked.options
@@ -71,7 +77,7 @@ class BatchMember:
         self._history = list(prompt.token_ids)
         self._sampler = Sampler(options)
         self._stream, self._stops = TextStream(self.model.tokenizer), StopMatcher(options.stop)
-        self._meter = AnswerMeter(self.model, prompt, self._sampler.seed, self.facts)
+        self._meter = StatsRecorder(self.model, prompt, self._sampler.seed, self.facts)
 
     def begin_behind(self, num_shared: int) -> None:
         """Take the first tokens of the prompt as computed; for all but the first member by another."""
@@ -101,9 +107,9 @@ class BatchMember:
         if is_accepted:
             self.taken(1)
         if self.speculation is not None:
-            self.speculation.came(token_id, is_accepted=is_accepted)
+            self.speculation.observe_token(token_id, is_accepted=is_accepted)
 
-    def answer(self, logits: Logits, *, is_over: bool) -> Piece:
+    def answer(self, logits: Logits, *, is_over: bool) -> GenerationChunk:
         """Return the next piece; `is_over` says that the budget has no room for another token."""
         if self.is_reading:
             self.is_reading = False
@@ -111,7 +117,7 @@ class BatchMember:
         token_id = self._sampler.choose(logits, self._history)
         if self.model.tokenizer.is_end(token_id):
             self.is_done = True
-            return Piece(self._stops.rest(), None, "stop", self._final())
+            return GenerationChunk(self._stops.rest(), None, "stop", self._final())
         self._meter.sampled()
         text, stopped = self._stops.push(self._stream.push(token_id))
         finish_reason = self._finish_reason(stopped)
@@ -120,16 +126,16 @@ class BatchMember:
         if finish_reason is not None:
             self.is_done = True
             rest = "" if stopped else self._stops.rest()
-            return Piece(text + rest, token_id, finish_reason, self._final())
+            return GenerationChunk(text + rest, token_id, finish_reason, self._final())
         self._history.append(token_id)
         self.pending.append(token_id)
-        return Piece(text, token_id, None, self._meter.statistics())
+        return GenerationChunk(text, token_id, None, self._meter.statistics())
 
     def _final(self) -> Statistics:
         stats = self._meter.final()
         if self.speculation is None or self.facts.batch is None:
             return stats
-        not_identical = self.facts.batch["why_not_identical"]
+        not_identical = self.facts.batch["nondeterminism"]
         return replace(stats, speculation=self.speculation.statistics(not_identical))
 
     def _finish_reason(self, stopped: bool) -> str | None:
@@ -150,20 +156,20 @@ def num_shared(prompts: Sequence[BatchPrompt]) -> int:
 
 
 def generate_together(
-    sequences: Sequences,
-    members: Sequence[BatchMember],
+    sequences: SequenceBatch,
+    members: Sequence[BatchSequence],
     shared_tokens: int,
-    steering: Steering,
+    controller: PassController,
     watchdog: Watchdog,
     speculation: BatchSpeculation | None = None,
     profiler: Profiler = SILENT,
-) -> Iterator[tuple[int, Piece]]:
+) -> Iterator[tuple[int, GenerationChunk]]:
     """Yield the pieces of all answers as they come, each with its member's index.
 
     Member i is sequence i. Prompts are read to the end before anything is decoded after a first token. With
     `speculation` a pass may take an answer on by several tokens; they are the same tokens.
     """
-    _read_shared(sequences, members, shared_tokens, steering, profiler)
+    _read_shared(sequences, members, shared_tokens, controller, profiler)
     active = list(members)
     while active:
         reading = [member for member in active if member.is_reading]
@@ -172,8 +178,8 @@ def generate_together(
         drafting = None if reading else speculation
         if drafting is not None:
             drafting.draft(active)
-        (steering.before_prompt if reading else steering.before_decode)()
-        parts, complete = _parts(takes_part, sequences.max_rows)
+        (controller.begin_prefill if reading else controller.begin_decode)()
+        parts, complete = _parts(takes_part, sequences.batch_size)
         with profiler.span(kind, sum(len(part.token_ids) for part in parts)):
             rows = sequences.forward(parts)
         if drafting is not None:
@@ -186,44 +192,46 @@ def generate_together(
             if member.drafted:
                 sequences.truncate(member.index, member.computed)
         if drafting is not None:
-            drafting.settled(num_tokens)
+            drafting.end_round(num_tokens)
         active = [member for member in active if not member.is_done]
 
 
 def _read_shared(
-    sequences: Sequences,
-    members: Sequence[BatchMember],
+    sequences: SequenceBatch,
+    members: Sequence[BatchSequence],
     num_tokens: int,
-    steering: Steering,
+    controller: PassController,
     profiler: Profiler,
 ) -> None:
     token_ids = members[0].asked.prompt.token_ids[:num_tokens]
-    steering.before_prompt()
-    for start in range(0, num_tokens, sequences.max_rows):
-        taken = token_ids[start : start + sequences.max_rows]
+    controller.begin_prefill()
+    for start in range(0, num_tokens, sequences.batch_size):
+        taken = token_ids[start : start + sequences.batch_size]
         with profiler.span(PREFILL, len(taken)):
-            sequences.forward([Part(0, taken, num_wanted=0)])
+            sequences.forward([SequenceSlice(0, taken, num_logits=0)])
     sequences.share()
     for member in members:
         member.begin_behind(num_tokens)
 
 
-def _parts(members: Sequence[BatchMember], max_rows: int) -> tuple[list[Part], list[BatchMember]]:
+def _parts(
+    members: Sequence[BatchSequence], batch_size: int
+) -> tuple[list[SequenceSlice], list[BatchSequence]]:
     """Return what goes in next, in order, and the members whose next token can be sampled then."""
-    parts, complete, room = list[Part](), list[BatchMember](), max_rows
+    parts, complete, room = list[SequenceSlice](), list[BatchSequence](), batch_size
     for member in members:
         if room == 0:
             break
         taken = [*member.taken(room), *member.drafted]
         room -= len(taken)
-        num_wanted = 0 if member.pending else 1 + len(member.drafted)
-        parts.append(Part(member.index, taken, num_wanted))
+        num_logits = 0 if member.pending else 1 + len(member.drafted)
+        parts.append(SequenceSlice(member.index, taken, num_logits))
         if not member.pending:
             complete.append(member)
     return parts, complete
 
 
-def _by_member(rows: RowLogits, members: Sequence[BatchMember]) -> Iterator[RowLogits]:
+def _by_member(rows: Logits2D, members: Sequence[BatchSequence]) -> Iterator[Logits2D]:
     """Yield of a pass's rows those of each member: one, and one for each of its drafts."""
     start = 0
     for member in members:
@@ -233,11 +241,11 @@ def _by_member(rows: RowLogits, members: Sequence[BatchMember]) -> Iterator[RowL
 
 
 def _answered(
-    member: BatchMember, rows: RowLogits, profiler: Profiler, *, is_over: bool
-) -> Iterator[Piece]:
+    member: BatchSequence, rows: Logits2D, profiler: Profiler, *, is_over: bool
+) -> Iterator[GenerationChunk]:
     """Yield the piece that each row gives, up to the first whose token is not what was drafted."""
     tree = TokenTree.chain(member.drafted).behind(member.text[-1])
-    verification = Verification(tree, rows)
+    verification = DraftVerification(tree, rows)
     logits: Logits | None = verification.first
     while logits is not None:
         with profiler.span("sampling"):

@@ -10,29 +10,29 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 from lowtide.attention.bindings.library import guarded_aborts
-from lowtide.memory.plan.plan.batch import BatchPlan, plan_batch
-from lowtide.memory.plan.plan.estimates import CELL_STEP, kv_bytes
-from lowtide.memory.plan.plan.line import BATCH, CACHE
+from lowtide.memory.plan.batch import BatchPlan, plan_batch
+from lowtide.memory.plan.estimates import KV_PADDING, kv_bytes
+from lowtide.memory.plan.line import BATCH, CACHE
 from lowtide.memory.units import OverBudget, format_bytes, format_bytes_up
 from lowtide.models.gguf.sequences import GgufSequences
-from lowtide.models.model import Model, Sequences
-from lowtide.runtime.batch.batch.batch import BatchPrompt, num_shared
-from lowtide.runtime.kv.session import Session
-from lowtide.runtime.loading.load import LoadedModel
-from lowtide.runtime.planning.plan.plan import PlannedModel
+from lowtide.models.model import Model, SequenceBatch
+from lowtide.runtime.batch.batch import BatchPrompt, num_shared
+from lowtide.runtime.kv.session import KVSession
+from lowtide.runtime.loading.load import Engine
+from lowtide.runtime.planning.plan import ResolvedModel
 
 
-class BatchRoom:
+class BatchMemory:
     """Room beside what a loaded model holds, or, where the budget has none, where its own cache would lie.
 
     `session` is the one of that cache: it gives up what it holds then.
     """
 
-    def __init__(self, loaded: LoadedModel, session: Session) -> None:
+    def __init__(self, loaded: Engine, session: KVSession) -> None:
         self._loaded = loaded
         self._session = session
         self._agree: dict[int, bool] = {}
-        self._open: Sequences | None = None
+        self._open: SequenceBatch | None = None
         self._refused_before = 0
 
     def largest(self, plans: Sequence[BatchPlan]) -> BatchPlan:
@@ -48,7 +48,7 @@ class BatchRoom:
         return next((plan for plan in larger if plan.num_bytes <= free_bytes), last)
 
     @contextlib.contextmanager
-    def opened(self, plan: BatchPlan) -> Iterator[Sequences]:
+    def opened(self, plan: BatchPlan) -> Iterator[SequenceBatch]:
         """Yield the sequences, which are closed behind the block.
 
         Raises `OverBudget`, before anything is allocated, where there is no room for them.
@@ -59,12 +59,12 @@ class BatchRoom:
             with guarded_aborts():
                 model = self._loaded.model
                 self._open = opened = model.open_sequences(
-                    plan.num_sequences, plan.num_cells, plan.num_wanted
+                    plan.num_sequences, plan.num_cells, plan.num_logits
                 )
             self._tell_hook(opened)
             self._refused_before = self._num_refused()
             if plan.num_sequences not in self._agree:
-                self._loaded.steering.before_prompt()
+                self._loaded.controller.begin_prefill()
                 self._agree[plan.num_sequences] = opened.rows_agree()
         except BaseException:
             self.close()
@@ -83,7 +83,7 @@ class BatchRoom:
         self._open.close()
         self._open = None
         if self._loaded.hook is not None:
-            self._loaded.hook.set_parts(None)
+            self._loaded.hook.set_batch_layout(None)
         self._loaded.ledger.release(BATCH)
         self._loaded.trim("background")
 
@@ -98,7 +98,7 @@ class BatchRoom:
 
     def _num_refused(self) -> int:
         hook = self._loaded.hook
-        return hook.parts_refused if hook is not None else 0
+        return hook.layouts_refused if hook is not None else 0
 
     def _reserve(self, plan: BatchPlan) -> None:
         ledger = self._loaded.ledger
@@ -109,7 +109,7 @@ class BatchRoom:
             free_bytes = ledger.budget_bytes - ledger.reserved_bytes + self._grown_bytes()
             if plan.num_bytes > free_bytes + lent_bytes:
                 raise self._no_room(plan, free_bytes + lent_bytes) from None
-            self._session.set_aside()
+            self._session.evict()
             self._loaded.trim("background")
             # The rest lies where the cache is empty meanwhile.
             ledger.reserve(BATCH, max(plan.num_bytes - lent_bytes, 0))
@@ -117,18 +117,18 @@ class BatchRoom:
     def _lent_bytes(self) -> int:
         """What the session's cache leaves free once it is empty: all but what is kept of it in any case."""
         planned = self._loaded.planned
-        if not planned.host.kv_follows_use or planned.plan.gpus:
+        if not planned.baseline.kv_on_demand or planned.plan.gpus:
             return 0
-        least_bytes = kv_bytes(planned.spec, CELL_STEP, planned.plan.kv_type)
+        least_bytes = kv_bytes(planned.spec, KV_PADDING, planned.plan.kv_type)
         return max(self._planned_cache_bytes() - least_bytes, 0)
 
     def _planned_cache_bytes(self) -> int:
         rows = self._loaded.planned.plan.rows
-        return next(row.num_bytes for row in rows if row.owner == CACHE)
+        return next(row.num_bytes for row in rows if row.component == CACHE)
 
     def _grown_bytes(self) -> int:
         """What the cache has beyond its row, and gives back with its tokens."""
-        return self._loaded.ledger.owners[CACHE] - self._planned_cache_bytes()
+        return self._loaded.ledger.components[CACHE] - self._planned_cache_bytes()
 
     def _no_room(self, plan: BatchPlan, free_bytes: int) -> OverBudget:
         budget_bytes = self._loaded.ledger.budget_bytes
@@ -141,10 +141,10 @@ class BatchRoom:
             "lower max_tokens, ask fewer prompts at once, or raise --memory",
         )
 
-    def _tell_hook(self, sequences: Sequences) -> None:
+    def _tell_hook(self, sequences: SequenceBatch) -> None:
         hook = self._loaded.hook
         if hook is not None and isinstance(sequences, GgufSequences):
-            sequences.before_pass = hook.set_parts
+            sequences.before_pass = hook.set_batch_layout
 
 
 MOST_DRAFTED = 32
@@ -152,11 +152,11 @@ MOST_DRAFTED = 32
 
 
 def batch_plans(
-    planned: PlannedModel, model: Model, asked: Sequence[BatchPrompt]
+    planned: ResolvedModel, model: Model, asked: Sequence[BatchPrompt]
 ) -> tuple[BatchPlan, ...]:
     """Return the plans for these prompts from the largest to the smallest, which drafts nothing."""
     shared = num_shared(asked)
-    threads = planned.options.num_threads if planned.policy.uses_hook else 0
+    threads = planned.options.num_threads if planned.policy.uses_native_kernels else 0
     most_drafted = _most_drafted(planned, model, asked)
     choices = [most_drafted >> shift for shift in range(most_drafted.bit_length())]
     return tuple(
@@ -166,7 +166,7 @@ def batch_plans(
             num_sequences=len(asked),
             shared_tokens=shared,
             own_tokens=sum(one.most_cells(model.context) - shared for one in asked),
-            max_rows=model.max_rows,
+            batch_size=model.batch_size,
             kv_type=planned.plan.kv_type,
             context=planned.plan.context,
             attention_threads=threads,
@@ -177,26 +177,26 @@ def batch_plans(
     )
 
 
-def why_not_drafted(planned: PlannedModel, model: Model, asked: Sequence[BatchPrompt]) -> str:
+def why_not_drafted(planned: ResolvedModel, model: Model, asked: Sequence[BatchPrompt]) -> str:
     """Say why no pass of this batch verifies drafts, although that was asked for."""
     wish = planned.speculation
     if wish is not None and wish.draft_model is not None:
         return "a draft model follows one text: a batch drafts with ngram, trigram or auto"
-    if planned.plan.verified_rows < 2:
+    if planned.plan.verify_batch < 2:
         return "the plan has no room for it"
     if not _most_drafted(planned, model, asked):
         return "neither the passes nor the answers have room for drafts"
     return "the budget has no room for it beside the batch"
 
 
-def _most_drafted(planned: PlannedModel, model: Model, asked: Sequence[BatchPrompt]) -> int:
+def _most_drafted(planned: ResolvedModel, model: Model, asked: Sequence[BatchPrompt]) -> int:
     """How many drafts a pass may verify: each answer's first token and its last are none."""
     wish = planned.speculation
     if wish is None or wish.draft_model is not None:
         return 0
-    most_each = max(planned.plan.verified_rows - 1, 0)
+    most_each = max(planned.plan.verify_batch - 1, 0)
     wanted = sum(
         min(max(one.most_cells(model.context) - len(one.prompt.token_ids) - 1, 0), most_each)
         for one in asked
     )
-    return max(min(wanted, MOST_DRAFTED, model.max_rows - len(asked)), 0)
+    return max(min(wanted, MOST_DRAFTED, model.batch_size - len(asked)), 0)

@@ -3,7 +3,7 @@
 One pass verifies the drafts of all. What it costs depends on its rows, whoever they are of; whether they
 were worth it is kept for all together. Knows no model and no text.
 
-MemberSpeculation: what is drafted for one answer of a batch, and what became of it.
+SequenceSpeculation: what is drafted for one answer of a batch, and what became of it.
 
 Has drafts and a control of its own, as acceptance is the answer's own. Knows no other member and no costs.
 
@@ -14,28 +14,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lowtide.attention.policy import Steering
-from lowtide.memory.plan.plan.batch import BatchPlan, share_rows
-from lowtide.models.model import Sequences, SingleSequence
+from lowtide.attention.policy import PassController
+from lowtide.memory.plan.batch import BatchPlan, share_rows
+from lowtide.models.model import SequenceBatch, SingleSequence
 from lowtide.runtime.loading.speculation import FREE_DRAFTS, passes_key
-from lowtide.runtime.planning.plan.plan import PlannedModel
+from lowtide.runtime.planning.plan import ResolvedModel
 from lowtide.runtime.speculation.acceptance import SpeculationRecord
 from lowtide.runtime.speculation.control import (
     LEAST_GAIN,
     LOST_SHARE,
     MOST_CREDIT_STEPS,
-    Offer,
+    DraftProposal,
     SpeculationControl,
 )
 from lowtide.runtime.speculation.drafts import Draft
-from lowtide.runtime.speculation.options import SpeculationChoice
-from lowtide.runtime.speculation.step_cost import PassCosts, measured_passes
+from lowtide.runtime.speculation.options import SpeculationArg
+from lowtide.runtime.speculation.step_cost import StepCostModel, benchmark_steps
 
 if TYPE_CHECKING:
-    from lowtide.runtime.batch.batch.batch import BatchMember
+    from lowtide.runtime.batch.batch import BatchSequence
 
 
-class MemberSpeculation:
+class SequenceSpeculation:
     """Offers drafts before each pass, and is told how many of them are verified.
 
     At most `most_drafted` tokens are offered, of a vocabulary of `vocabulary_size`.
@@ -53,29 +53,29 @@ class MemberSpeculation:
         self._control = control
         self._most_drafted = most_drafted
         self._vocabulary_size = vocabulary_size
-        self._offer: Offer | None = None
+        self._offer: DraftProposal | None = None
         self._best_promise: float | None = None
         self._record = SpeculationRecord()
 
-    def offered(self, text: Sequence[int], num_free: int) -> Sequence[float]:
+    def take_proposal(self, text: Sequence[int], num_free: int) -> Sequence[float]:
         """Return what is believed of each token proposed after `text`, which has room for `num_free`."""
         clock = self._control.costs.clock
         before = clock()
-        offer = self._control.offered(text, min(num_free, self._most_drafted))
+        offer = self._control.take_proposal(text, min(num_free, self._most_drafted))
         self._record.drafting(clock() - before)
         if offer is not None and not all(0 <= t < self._vocabulary_size for t in offer.token_ids):
-            self._control.declined(offer)
+            self._control.reject_proposal(offer)
             offer = None
         self._offer = offer
-        return offer.believed if offer is not None else ()
+        return offer.expected if offer is not None else ()
 
-    def taken(self, num_drafted: int, promise: float | None) -> tuple[int, ...]:
-        """Return so many tokens of the offer to verify; `promise` is what the best pass would gain."""
+    def taken(self, num_drafted: int, expected_tokens: float | None) -> tuple[int, ...]:
+        """Return so many tokens of the offer to verify; `expected_tokens` is what the best pass would gain."""
         if self._offer is None:
             return ()
-        self._best_promise = max(promise or 0.0, self._best_promise or 0.0)
+        self._best_promise = max(expected_tokens or 0.0, self._best_promise or 0.0)
         if not num_drafted:
-            self._control.declined(self._offer)
+            self._control.reject_proposal(self._offer)
             return ()
         drafted = self._offer.token_ids[:num_drafted]
         self._record.drafted(self._offer.draft, len(drafted))
@@ -87,9 +87,9 @@ class MemberSpeculation:
         if has_drafts:
             self._record.verified(seconds)
 
-    def came(self, token_id: int, *, is_accepted: bool) -> None:
+    def observe_token(self, token_id: int, *, is_accepted: bool) -> None:
         """A token was chosen, and the answer goes on; `is_accepted` where it was drafted."""
-        self._control.came(token_id)
+        self._control.observe_token(token_id)
         if is_accepted:
             self._record.accepted(on_branch=False)
 
@@ -100,7 +100,7 @@ class MemberSpeculation:
             "drafts": [draft.name for draft in self._drafts],
             "off_reason": self._off_reason(),
             "identical": not_identical is None,
-            "why_not_identical": not_identical,
+            "nondeterminism": not_identical,
         }
 
     def _off_reason(self) -> str | None:
@@ -124,19 +124,20 @@ class BatchSpeculation:
     """
 
     def __init__(
-        self, members: Sequence[MemberSpeculation], costs: PassCosts, *, rows_agree: bool
+        self, members: Sequence[SequenceSpeculation], costs: StepCostModel, *, rows_agree: bool
     ) -> None:
         self.members = tuple(members)
         self.rows_agree = rows_agree
         self._costs = costs
-        self._passing: Sequence[BatchMember] = ()
+        self._passing: Sequence[BatchSequence] = ()
         self._started_at = self._pass_s = 0.0
         self._decoded_s = self._won_s = 0.0
 
-    def draft(self, active: Sequence[BatchMember]) -> None:
+    def draft(self, active: Sequence[BatchSequence]) -> None:
         """Set what is verified for each in the pass that comes now, which computes one token of each."""
         offered = [
-            self.members[member.index].offered(member.text, member.num_free) for member in active
+            self.members[member.index].take_proposal(member.text, member.num_free)
+            for member in active
         ]
         shares = share_rows(
             offered, self._costs.of, most_rows=self._costs.most_rows, least_gain=LEAST_GAIN
@@ -159,7 +160,7 @@ class BatchSpeculation:
                 self._pass_s, num_members=num_plain, has_drafts=bool(member.drafted)
             )
 
-    def settled(self, num_tokens: int) -> None:
+    def end_round(self, num_tokens: int) -> None:
         """All answers together have so many tokens of the pass: what verifying won or lost is kept.
 
         Gains of before stand for later losses up to `MOST_CREDIT_STEPS` passes without drafts.
@@ -182,7 +183,7 @@ class BatchSpeculation:
 
 
 def load_batch_speculation(
-    planned: PlannedModel, plan: BatchPlan, sequences: Sequences, steering: Steering
+    planned: ResolvedModel, plan: BatchPlan, sequences: SequenceBatch, controller: PassController
 ) -> BatchSpeculation | None:
     """Return what drafts for each sequence and shares passes out; None where the plan drafts nothing.
 
@@ -190,20 +191,20 @@ def load_batch_speculation(
     """
     if not plan.most_drafted:
         return None
-    steering.before_decode()
+    controller.begin_decode()
     key = f"{passes_key(planned)} among sequences"
-    passes = measured_passes(SingleSequence(sequences), plan.num_wanted, key)
-    costs = PassCosts(passes.costs)
+    passes = benchmark_steps(SingleSequence(sequences), plan.num_logits, key)
+    costs = StepCostModel(passes.costs)
     members = [_member(planned, costs) for _ in range(plan.num_sequences)]
     return BatchSpeculation(members, costs, rows_agree=passes.rows_agree)
 
 
-def _member(planned: PlannedModel, costs: PassCosts) -> MemberSpeculation:
-    names = SpeculationChoice.parse(planned.options.speculate).drafts
+def _member(planned: ResolvedModel, costs: StepCostModel) -> SequenceSpeculation:
+    names = SpeculationArg.parse(planned.options.speculate).drafts
     drafts: list[Draft] = [FREE_DRAFTS[name]() for name in names]
-    return MemberSpeculation(
+    return SequenceSpeculation(
         drafts,
         SpeculationControl(drafts, costs),
-        most_drafted=planned.plan.verified_rows - 1,
+        most_drafted=planned.plan.verify_batch - 1,
         vocabulary_size=planned.spec.vocabulary.num_tokens,
     )

@@ -54,9 +54,9 @@ class BenchCase:
     peer_prefill_tokens_per_s: float
     peak_rss_bytes: int
     peer_peak_rss_bytes: int
-    layers_ours: int
+    layers_native: int
     layers: int
-    packed_tensors: int
+    repacked_tensors: int
     peer: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,7 +155,7 @@ class Bench:
             for number, attention in enumerate((PEER, *attentions)):
                 opened = {**options, "attention": attention}
                 if number == 0:
-                    opened["pack"] = False
+                    opened["repack"] = False
                     if isinstance(spec, OnnxSpec):  # it keeps what the graph keeps
                         opened["kv_type"] = None
                 group = ControlGroup.make(number=number) if enforced else None
@@ -188,9 +188,9 @@ class Bench:
                 peer_prefill_tokens_per_s=depth / statistics.median(prefills[PEER]),
                 peak_rss_bytes=facts[name]["peak_rss_bytes"],
                 peer_peak_rss_bytes=facts[PEER]["peak_rss_bytes"],
-                layers_ours=facts[name]["layers_ours"],
+                layers_native=facts[name]["layers_native"],
                 layers=facts[name]["layers"],
-                packed_tensors=facts[name]["packed_tensors"],
+                repacked_tensors=facts[name]["repacked_tensors"],
                 peer=self._peer_name,
             )
             for name in self._processes

@@ -21,7 +21,7 @@ from lowtide.memory.os.cgroup import ControlGroup
 from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.benchmark.attention import CaseProcess
-from lowtide.runtime.speculation.options import OFF, SpeculationChoice
+from lowtide.runtime.speculation.options import OFF, SpeculationArg
 
 OPENING = "open_answers"
 
@@ -119,7 +119,7 @@ class SpeculationBench:
 def check_speculations(speculations: Sequence[str]) -> None:
     """Raise `BadOption` for one that is given twice, or is none."""
     for stated in speculations:
-        if SpeculationChoice.parse(stated).is_off:
+        if SpeculationArg.parse(stated).is_off:
             raise BadOption("speculate is 'off', which is what is measured against: leave it out")
     if len(set(speculations)) < len(speculations):
         raise BadOption("speculate names a draft twice: once each is wanted")

@@ -23,21 +23,21 @@ from lowtide.memory.process import read_process_memory
 from lowtide.models.chat_template import ChatTemplate
 from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.read_spec import read_spec
-from lowtide.runtime.errors import NotPacked
-from lowtide.runtime.generation.chat import Conversation, LastAnswer
+from lowtide.runtime.errors import CannotRepack
+from lowtide.runtime.generation.chat import ChatEncoder, LastTurn
 from lowtide.runtime.generation.generate import Prompt, generate
-from lowtide.runtime.loading.load import LoadedModel
+from lowtide.runtime.loading.load import Engine
 from lowtide.runtime.loading.speculation import load_speculator
-from lowtide.runtime.options import GenerationOptions
-from lowtide.runtime.planning.plan.plan import OpenOptions, plan_spec
+from lowtide.runtime.options import SamplingParams
+from lowtide.runtime.planning.plan import LoadConfig, plan_spec
 
 
 class AnswerWorker:
     """A loaded model that answers prompts greedily; each as if it were the first."""
 
     def __init__(self, path: str, options: dict[str, Any]) -> None:
-        self._planned = plan_spec(read_spec(Path(path)), OpenOptions(**options))
-        self._loaded = LoadedModel(self._planned)
+        self._planned = plan_spec(read_spec(Path(path)), LoadConfig(**options))
+        self._loaded = Engine(self._planned)
         self._session = self._loaded.new_session()
 
     def answer(self, prompt: str, tokens: int) -> dict[str, Any]:
@@ -55,8 +55,8 @@ class AnswerWorker:
                 loaded.model,
                 self._session,
                 Prompt(token_ids=token_ids, asked_at=time.perf_counter()),
-                GenerationOptions(max_tokens=tokens, temperature=0),
-                loaded.run_facts(),
+                SamplingParams(max_tokens=tokens, temperature=0),
+                loaded.generation_context(),
             )
         )
         stats = pieces[-1].stats
@@ -72,7 +72,7 @@ class AnswerWorker:
         if spec.chat_template is None:
             return tokenizer.encode(prompt, add_special=True, parse_special=False)
         template = ChatTemplate(spec.chat_template, tokenizer.special_texts)
-        conversation = Conversation(template, tokenizer, LastAnswer())
+        conversation = ChatEncoder(template, tokenizer, LastTurn())
         messages = [{"role": "user", "content": prompt}]
         return conversation.prompt_ids(conversation.render(messages), messages)
 
@@ -81,7 +81,7 @@ class AnswerWorker:
         wish = self._planned.speculation
         if wish is not None and wish.draft_model is None:
             loaded = self._loaded
-            loaded.speculator = load_speculator(self._planned, loaded.model, loaded.steering)
+            loaded.speculator = load_speculator(self._planned, loaded.model, loaded.controller)
 
     def facts(self) -> dict[str, Any]:
         """Return what this process took."""
@@ -95,9 +95,9 @@ class BenchWorker:
     """A loaded model and a prompt of random tokens: time does not depend on what they say."""
 
     def __init__(self, path: str, options: dict[str, Any]) -> None:
-        self._loaded = LoadedModel(plan_spec(read_spec(Path(path)), OpenOptions(**options)))
-        if self._loaded.unpacked_reason is not None:
-            raise NotPacked(self._loaded.unpacked_reason)
+        self._loaded = Engine(plan_spec(read_spec(Path(path)), LoadConfig(**options)))
+        if self._loaded.not_repacked_reason is not None:
+            raise CannotRepack(self._loaded.not_repacked_reason)
         self._model = self._loaded.model
         numbers = random.Random(0)
         num_tokens = self._model.spec.vocabulary.num_tokens
@@ -107,16 +107,16 @@ class BenchWorker:
         """Compute a prompt of `depth` tokens from nothing."""
         self._model.truncate(0)
         started = time.perf_counter()
-        extend(self._model, self._loaded.steering, self._token_ids[:depth])
+        extend(self._model, self._loaded.controller, self._token_ids[:depth])
         return {"seconds": time.perf_counter() - started}
 
     def decode(self, depth: int, tokens: int) -> dict[str, float]:
         """Compute `tokens` tokens one by one after the first `depth`."""
-        steering, following = self._loaded.steering, self._token_ids[depth : depth + tokens]
-        extend(self._model, steering, self._token_ids[:depth])
+        controller, following = self._loaded.controller, self._token_ids[depth : depth + tokens]
+        extend(self._model, controller, self._token_ids[:depth])
         started = time.perf_counter()
         for token_id in following:
-            steering.before_decode()
+            controller.begin_decode()
             self._model.forward((token_id,))
         seconds = time.perf_counter() - started
         self._model.truncate(depth)
@@ -124,14 +124,14 @@ class BenchWorker:
 
     def facts(self) -> dict[str, Any]:
         """Return what this process took, and what ran."""
-        counts = self._loaded.hook_counts()
+        counts = self._loaded.kernel_counts()
         return {
             "attention": str(self._loaded.planned.policy),
             "peak_rss_bytes": read_process_memory().peak_bytes,
             "budget_bytes": self._loaded.planned.plan.budget.num_bytes,
-            "layers_ours": counts.layers_ours if counts else 0,
+            "layers_native": counts.layers_native if counts else 0,
             "layers": self._model.spec.num_layers,
-            "packed_tensors": len(self._model.spec.packed_tensors),
+            "repacked_tensors": len(self._model.spec.repacked_tensors),
         }
 
 

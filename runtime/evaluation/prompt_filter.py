@@ -22,7 +22,7 @@ from lowtide.attention.gem.policy import Gem, are_kept, kept_positions, needed_k
 from lowtide.models.errors import BadOption, LowtideError
 from lowtide.runtime.evaluation.evaluate import SPARE_TOKENS, measured_depths
 from lowtide.runtime.evaluation.text import BUILT_IN, read_sample, sample_tokens
-from lowtide.runtime.loading.load import LoadedModel
+from lowtide.runtime.loading.load import Engine
 
 SEED = 2
 """The questions are others than a calibration's."""
@@ -128,7 +128,7 @@ def _counted(answers: Sequence[FilteredAnswer]) -> dict[str, Any]:
 
 
 def evaluate_filter(
-    loaded: LoadedModel,
+    loaded: Engine,
     policy: Gem,
     *,
     context: int,
@@ -143,7 +143,7 @@ def evaluate_filter(
     continued at `windows` places up to `context`. Raises `BadOption` where the text is too short, or
     prompts of half the context are not filtered.
     """
-    model, host = loaded.model, loaded.kernel_host
+    model, host = loaded.model, loaded.attention_kernels
     assert host is not None, "what follows a filter runs in our kernels"
     lengths = (context // 2, context)
     if not policy.applies_to(min(lengths)):
@@ -193,7 +193,7 @@ class _Kept:
 class _Filtered:
     """Prompts of a loaded model as a policy keeps them; `whole` reads them for it."""
 
-    loaded: LoadedModel
+    loaded: Engine
     policy: Gem
     whole: WholePrompt
 
@@ -217,11 +217,11 @@ class _Filtered:
 
     def answers(self, kept: _Kept, hidden: HiddenQuestion) -> bool:
         self.loaded.model.truncate(0)
-        return is_answered(self.loaded.model, self.loaded.steering, kept.token_ids, hidden)
+        return is_answered(self.loaded.model, self.loaded.controller, kept.token_ids, hidden)
 
     def nll(self, kept: _Kept, targets: Sequence[int]) -> float:
         self.loaded.model.truncate(0)
-        return text_nll(self.loaded.model, self.loaded.steering, kept.token_ids, targets)
+        return text_nll(self.loaded.model, self.loaded.controller, kept.token_ids, targets)
 
 
 def _read_places(

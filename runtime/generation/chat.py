@@ -17,7 +17,7 @@ from lowtide.models.chat_template import ChatTemplate, Message
 from lowtide.models.errors import TemplateError
 from lowtide.models.tokenizer import Tokenizer
 from lowtide.runtime.errors import PromptTooLong
-from lowtide.runtime.options import GenerationOptions
+from lowtide.runtime.options import SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,7 @@ class ChatPrompt:
 
 
 @dataclass(slots=True)
-class LastAnswer:
+class LastTurn:
     """The last prompt of a chat with its answer, as text and as the tokens that it was read as."""
 
     text: str = ""
@@ -42,10 +42,10 @@ class LastAnswer:
         self.text, self.token_ids, self.num_messages = text, token_ids, num_messages
 
 
-class Conversation:
+class ChatEncoder:
     """Writes prompts and keeps `last` up to date."""
 
-    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, last: LastAnswer) -> None:
+    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, last: LastTurn) -> None:
         self._template = template
         self._tokenizer = tokenizer
         self._last = last
@@ -127,7 +127,7 @@ def fit_messages(
     messages: Sequence[Message],
     prepare: Callable[[Sequence[Message]], ChatPrompt],
     context: int,
-    options: GenerationOptions,
+    options: SamplingParams,
 ) -> tuple[ChatPrompt, Dropped]:
     """Return the prompt of `messages`, without the oldest turns where the options allow that.
 
@@ -168,7 +168,7 @@ def fit_messages(
 
 
 def fit_tokens(
-    token_ids: Sequence[int], context: int, options: GenerationOptions
+    token_ids: Sequence[int], context: int, options: SamplingParams
 ) -> tuple[list[int], int]:
     """Return the tokens, or the last of them that leave room for an answer, and how many were dropped."""
     room = context
@@ -180,6 +180,6 @@ def fit_tokens(
     return kept, len(token_ids) - len(kept)
 
 
-def answer_room(context: int, options: GenerationOptions) -> int:
+def answer_room(context: int, options: SamplingParams) -> int:
     """Return how many tokens to leave free for the answer."""
     return min(options.max_tokens or MAX_ANSWER_ROOM, MAX_ANSWER_ROOM, context // 4)

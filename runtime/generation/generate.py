@@ -4,7 +4,7 @@ StopMatcher: ends an answer at a stop text, even one that arrives over several t
 
 Knows no tokens. Text that could be the beginning of a stop text is held back until it is clear.
 
-AnswerMeter: takes the times and counts of one answer. Knows no loop.
+StatsRecorder: takes the times and counts of one answer. Knows no loop.
 
 GenerationResult: a whole answer as a value. Knows no runtime."""
 
@@ -15,17 +15,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lowtide.attention.bindings.llama_hook import HookCounts
+from lowtide.attention.bindings.llama_hook import KernelCounts
 from lowtide.memory.process import read_process_memory
 from lowtide.models.model import Model
 from lowtide.models.tokenizer import TextStream
 from lowtide.runtime.generation.sampling import Sampler
 from lowtide.runtime.generation.statistics import Statistics
 from lowtide.runtime.generation.watchdog import Watchdog
-from lowtide.runtime.kv.session import Session
-from lowtide.runtime.options import GenerationOptions
+from lowtide.runtime.kv.session import KVSession
+from lowtide.runtime.options import SamplingParams
 from lowtide.runtime.profiling.profiler import SILENT, Profiler
-from lowtide.runtime.profiling.retention_map import Passage
+from lowtide.runtime.profiling.retention_map import RetainedSpan
 from lowtide.runtime.speculation.speculator import Speculator
 
 if TYPE_CHECKING:
@@ -64,20 +64,20 @@ def _overlap(text: str, stop: str) -> int:
     )
 
 
-class AnswerMeter:
+class StatsRecorder:
     """Takes the times and counts of one answer."""
 
-    def __init__(self, model: Model, prompt: Prompt, seed: int, facts: RunFacts) -> None:
+    def __init__(self, model: Model, prompt: Prompt, seed: int, facts: GenerationContext) -> None:
         self._model = model
         self._prompt = prompt
         self._seed = seed
         self._facts = facts
         self.reused_tokens = self.restored_tokens = 0
-        self.kept_tokens = len(prompt.token_ids)
+        self.retained_tokens = len(prompt.token_ids)
         self.generated_tokens = 0
         self._prefill_s = 0.0
         self._layers_ours = 0
-        self._at_prompt: HookCounts | None = None
+        self._at_prompt: KernelCounts | None = None
         self._first_token_s: float | None = None
         self._first_token_at = 0.0
         self._now = self._started_at = time.perf_counter()
@@ -86,8 +86,8 @@ class AnswerMeter:
         """The prompt's last pass is done."""
         self._now = time.perf_counter()
         self._prefill_s = self._now - self._started_at
-        self._at_prompt = self._facts.hook_counts()
-        self._layers_ours = self._at_prompt.layers_ours if self._at_prompt else 0
+        self._at_prompt = self._facts.kernel_counts()
+        self._layers_ours = self._at_prompt.layers_native if self._at_prompt else 0
 
     def sampled(self) -> None:
         """A token was sampled."""
@@ -104,18 +104,18 @@ class AnswerMeter:
             prompt_tokens=num_tokens + self._prompt.dropped_tokens,
             reused_tokens=self.reused_tokens,
             restored_tokens=self.restored_tokens,
-            kept_tokens=self.kept_tokens,
+            retained_tokens=self.retained_tokens,
             dropped_tokens=self._prompt.dropped_tokens,
             dropped_messages=self._prompt.dropped_messages,
             generated_tokens=self.generated_tokens,
             prefill_s=self._prefill_s,
             decode_s=self._now - self._first_token_at if self.generated_tokens else 0.0,
             time_to_first_token_s=self._first_token_s,
-            layers_ours=self._layers_ours,
+            layers_native=self._layers_ours,
             layers=self._model.spec.num_layers,
             attention=self._facts.attention,
-            packed_tensors=self._facts.packed_tensors,
-            unpacked_reason=self._facts.unpacked_reason,
+            repacked_tensors=self._facts.repacked_tensors,
+            not_repacked_reason=self._facts.not_repacked_reason,
             seed=self._seed,
             budget_bytes=self._facts.budget_bytes,
             planned_bytes=self._facts.planned_bytes,
@@ -135,7 +135,7 @@ class AnswerMeter:
 
     def _attended_share(self) -> float | None:
         """Return how much of the cache decoding attended to since the prompt."""
-        now = self._facts.hook_counts()
+        now = self._facts.kernel_counts()
         if now is None or self._at_prompt is None:
             return None
         held = now.keys_held - self._at_prompt.keys_held
@@ -143,7 +143,7 @@ class AnswerMeter:
 
     def _scores(self) -> dict[str, Any] | None:
         """Return what the scores of decoding cost since the prompt; None where no key was a state."""
-        now = self._facts.hook_counts()
+        now = self._facts.kernel_counts()
         if now is None or self._at_prompt is None:
             return None
         cost = now.scores - self._at_prompt.scores
@@ -151,7 +151,7 @@ class AnswerMeter:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class GenerationChunk:
     """A piece of an answer as it appears.
 
     `text` may be empty (half a character, or the start of a stop text). `token_id` is None where the
@@ -164,7 +164,7 @@ class Piece:
     token_id: int | None
     finish_reason: str | None
     stats: Statistics
-    kept: tuple[Passage, ...] = ()
+    kept: tuple[RetainedSpan, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,10 +178,10 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunFacts:
+class GenerationContext:
     """What the statistics tell of the runtime around the loop.
 
-    `attention` is the policy in words; `hook_counts` is asked when needed: None where
+    `attention` is the policy in words; `kernel_counts` is asked when needed: None where
     nothing is hooked. `watchdog` is asked before each step whether the budget is passed. Where there is a
     `speculator`, it decodes. `batch` tells of answers that are generated together.
     """
@@ -189,36 +189,36 @@ class RunFacts:
     budget_bytes: int
     planned_bytes: int
     attention: str
-    hook_counts: Callable[[], HookCounts | None]
+    kernel_counts: Callable[[], KernelCounts | None]
     watchdog: Watchdog
-    packed_tensors: int = 0
-    unpacked_reason: str | None = None
+    repacked_tensors: int = 0
+    not_repacked_reason: str | None = None
     speculator: Speculator | None = None
     batch: dict[str, Any] | None = None
 
 
 def generate(
     model: Model,
-    session: Session,
+    session: KVSession,
     prompt: Prompt,
-    options: GenerationOptions,
-    facts: RunFacts,
+    options: SamplingParams,
+    facts: GenerationContext,
     profiler: Profiler = SILENT,
-) -> Iterator[Piece]:
+) -> Iterator[GenerationChunk]:
     """Yield the answer to `prompt` token by token; closing the iterator leaves the session usable.
 
     With a speculator in `facts`, logits may come from rows that it had verified; the tokens are the same.
     """
     sampler = Sampler(options)
     stream, stops = TextStream(model.tokenizer), StopMatcher(options.stop)
-    meter, speculator = AnswerMeter(model, prompt, sampler.seed, facts), facts.speculator
+    meter, speculator = StatsRecorder(model, prompt, sampler.seed, facts), facts.speculator
     token_ids = session.shortened(prompt.token_ids)
-    meter.kept_tokens = len(token_ids)
+    meter.retained_tokens = len(token_ids)
     restored = session.restore(token_ids)
-    meter.reused_tokens = session.rewind_to(token_ids)
+    meter.reused_tokens = session.truncate_to_prefix(token_ids)
     meter.restored_tokens = meter.reused_tokens if restored else 0
     session.admit(len(token_ids))
-    logits = prefill(session, token_ids[meter.reused_tokens :], model.max_rows)
+    logits = prefill(session, token_ids[meter.reused_tokens :], model.batch_size)
     meter.prefilled()
     if speculator is not None:
         speculator.begin()
@@ -226,7 +226,7 @@ def generate(
         with profiler.span("sampling"):
             token_id = sampler.choose(logits, session.token_ids)
         if model.tokenizer.is_end(token_id):
-            yield Piece(stops.rest(), None, "stop", meter.final())
+            yield GenerationChunk(stops.rest(), None, "stop", meter.final())
             return
         meter.sampled()
         text, stopped = stops.push(stream.push(token_id))
@@ -235,21 +235,21 @@ def generate(
             finish_reason = "memory"
         if finish_reason is not None:
             rest = "" if stopped else stops.rest()
-            yield Piece(text + rest, token_id, finish_reason, meter.final())
+            yield GenerationChunk(text + rest, token_id, finish_reason, meter.final())
             return
-        yield Piece(text, token_id, None, meter.statistics())
+        yield GenerationChunk(text, token_id, None, meter.statistics())
         logits = speculator.decode(session, token_id) if speculator else session.decode((token_id,))
 
 
-def prefill(session: Session, token_ids: Sequence[int], max_rows: int) -> Logits:
-    """Compute the tokens in passes of at most `max_rows` and return the last one's logits."""
-    for start in range(0, len(token_ids), max_rows):
-        logits = session.append(token_ids[start : start + max_rows])
+def prefill(session: KVSession, token_ids: Sequence[int], batch_size: int) -> Logits:
+    """Compute the tokens in passes of at most `batch_size` and return the last one's logits."""
+    for start in range(0, len(token_ids), batch_size):
+        logits = session.append(token_ids[start : start + batch_size])
     return logits
 
 
 def _finish_reason(
-    stopped: bool, generated_tokens: int, session: Session, options: GenerationOptions
+    stopped: bool, generated_tokens: int, session: KVSession, options: SamplingParams
 ) -> str | None:
     if stopped:
         return "stop"
@@ -262,16 +262,16 @@ def _finish_reason(
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """A whole answer: its text, the tokens that were sampled, why it ended, what it cost; see `Piece`."""
+    """A whole answer: its text, the tokens that were sampled, why it ended, what it cost; see `GenerationChunk`."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str
     stats: Statistics
-    kept: tuple[Passage, ...] = ()
+    kept: tuple[RetainedSpan, ...] = ()
 
     @classmethod
-    def of(cls, pieces: Iterator[Piece]) -> GenerationResult:
+    def of(cls, pieces: Iterator[GenerationChunk]) -> GenerationResult:
         """Run `pieces` to the end and put them together."""
         collected = list(pieces)
         last = collected[-1]

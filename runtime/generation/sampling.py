@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lowtide.runtime.options import GenerationOptions
+from lowtide.runtime.options import SamplingParams
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,7 +31,7 @@ FEW_SHARE = 8
 class Sampler:
     """Chooses tokens under `options`; `seed` is the one in use, drawn where none was given."""
 
-    def __init__(self, options: GenerationOptions) -> None:
+    def __init__(self, options: SamplingParams) -> None:
         self._options = options
         self.seed = (
             int.from_bytes(os.urandom(6), "little") if options.seed is None else options.seed
@@ -112,5 +112,5 @@ def preload() -> None:
     planner calls this before it measures the process (`runtime/planning/gguf.py`). A new sampling option
     must be switched on here.
     """
-    options = GenerationOptions(top_p=0.9, min_p=0.1, repeat_penalty=1.1)
+    options = SamplingParams(top_p=0.9, min_p=0.1, repeat_penalty=1.1)
     Sampler(options).choose(np.linspace(0, 1, 1024, dtype=np.float32), (1, 2))

@@ -13,11 +13,11 @@ class Statistics:
     """Counts in tokens, times in seconds, sizes in bytes; None is "not known (yet)".
 
     `reused_tokens` of the prompt were in the KV cache already, `restored_tokens` of these because the
-    prefix cache put them back; `kept_tokens` of it are seen by all of the model (a policy may filter it),
-    `dropped_tokens` and `dropped_messages` went to `--overflow drop-oldest`. `layers_ours` of `layers`
+    prefix cache put them back; `retained_tokens` of it are seen by all of the model (a policy may filter it),
+    `dropped_tokens` and `dropped_messages` went to `--overflow drop-oldest`. `layers_native` of `layers`
     ran our attention kernels under the policy `attention`; `attended_share` of the cached keys were
     attended to while decoding. `scores` is what those of decoding cost and saved where keys are states
-    (`ScoreCost`). `packed_tensors` matrices were multiplied by our kernels; `unpacked_reason`
+    (`ScoreCost`). `repacked_tensors` matrices were multiplied by our kernels; `not_repacked_reason`
     says why none was, where that was wanted. `peak_rss_bytes` is the process's peak so far. It, the share
     and `speculation` (None where nothing is drafted) are read at the end of an answer. `trims` are what was
     given back because the process came near its budget, `batch` tells of answers generated together.
@@ -25,14 +25,14 @@ class Statistics:
 
     prompt_tokens: int
     reused_tokens: int
-    kept_tokens: int
+    retained_tokens: int
     dropped_tokens: int
     dropped_messages: int
     generated_tokens: int
     prefill_s: float
     decode_s: float
     time_to_first_token_s: float | None
-    layers_ours: int
+    layers_native: int
     layers: int
     seed: int
     budget_bytes: int
@@ -41,8 +41,8 @@ class Statistics:
     attention: str = "llama"
     attended_share: float | None = None
     scores: dict[str, Any] | None = None
-    packed_tensors: int = 0
-    unpacked_reason: str | None = None
+    repacked_tensors: int = 0
+    not_repacked_reason: str | None = None
     peak_rss_bytes: int | None = None
     speculation: dict[str, Any] | None = None
     batch: dict[str, Any] | None = None
@@ -51,7 +51,7 @@ class Statistics:
     @property
     def prefill_tokens_per_s(self) -> float | None:
         """Prompt tokens computed (not reused) for each second."""
-        return _rate(self.kept_tokens - self.reused_tokens, self.prefill_s)
+        return _rate(self.retained_tokens - self.reused_tokens, self.prefill_s)
 
     @property
     def decode_tokens_per_s(self) -> float | None:

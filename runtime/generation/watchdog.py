@@ -51,8 +51,8 @@ class Watchdog:
             return False
         for level in DURING_AN_ANSWER:
             if resident_bytes >= self._watched_bytes:
-                given_back_bytes = self._trim(level).given_back_bytes
-                self._given_back[level] = self._given_back.get(level, 0) + given_back_bytes
+                freed_bytes = self._trim(level).freed_bytes
+                self._given_back[level] = self._given_back.get(level, 0) + freed_bytes
                 resident_bytes = read_resident_bytes()
         step_bytes = int(self._budget_bytes * STEP_SHARE)
         self._next_bytes = min(found_bytes + step_bytes, self._budget_bytes + 1)

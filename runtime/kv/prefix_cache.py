@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from lowtide.memory.os.pages import PageBuffer, round_up
 from lowtide.memory.units import KIB
-from lowtide.models.errors import StateError
+from lowtide.models.errors import SnapshotError
 from lowtide.models.model import Model
 from lowtide.models.tokenizer import common_prefix
 
@@ -21,7 +21,7 @@ LEAST_SHARE = 1 / 8
 _ID_BYTES = array("i").itemsize
 
 
-class KeptState:
+class CachedPrefix:
     """A copy of a model's KV cache and the tokens in it, in pages of its own.
 
     Tokens from `exact_until` on have keys and values that an approximate pass computed.
@@ -49,14 +49,14 @@ class PrefixCache:
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
-        self._states: list[KeptState] = []  # the least recently used first
+        self._states: list[CachedPrefix] = []  # the least recently used first
 
     @property
     def num_bytes(self) -> int:
         """What is kept now."""
         return sum(state.num_bytes for state in self._states)
 
-    def find(self, token_ids: Sequence[int], longer_than: int) -> KeptState | None:
+    def find(self, token_ids: Sequence[int], longer_than: int) -> CachedPrefix | None:
         """Return the state with the longest common beginning, beyond `longer_than` tokens; None for none.
 
         Of several the shortest: the least is put back.
@@ -78,7 +78,7 @@ class PrefixCache:
         exact_until: int,
         *,
         num_staying: int = 0,
-        besides: KeptState | None = None,
+        besides: CachedPrefix | None = None,
     ) -> None:
         """Copy the model's state, that of `token_ids`, where it fits and is worth it.
 
@@ -105,7 +105,7 @@ class PrefixCache:
         self._make_room(needed_bytes, besides)
         self._copy(model, token_ids, exact_until)
 
-    def _make_room(self, num_bytes: int, besides: KeptState | None) -> None:
+    def _make_room(self, num_bytes: int, besides: CachedPrefix | None) -> None:
         for state in [state for state in self._states if state is not besides]:
             if self.num_bytes + num_bytes <= self.limit_bytes:
                 return
@@ -114,23 +114,23 @@ class PrefixCache:
     def _copy(self, model: Model, token_ids: Sequence[int], exact_until: int) -> None:
         """Without memory for it, or where native code fails, there is one state less and no harm done."""
         try:
-            kept = KeptState(token_ids, model.state_bytes(), exact_until)
+            kept = CachedPrefix(token_ids, model.state_bytes(), exact_until)
         except MemoryError:
             return
         try:
-            model.copy_state(kept.state)
+            model.copy_kv(kept.state)
         except BaseException as error:
             kept.close()
-            if isinstance(error, StateError):
+            if isinstance(error, SnapshotError):
                 return
             raise
         self._states.append(kept)
 
-    def _use(self, state: KeptState) -> None:
+    def _use(self, state: CachedPrefix) -> None:
         self._states.remove(state)
         self._states.append(state)
 
-    def discard(self, state: KeptState) -> None:
+    def discard(self, state: CachedPrefix) -> None:
         """Give one state up."""
         self._states.remove(state)
         state.close()

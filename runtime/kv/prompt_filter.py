@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from lowtide.attention.bindings.policy import PromptScorer
 from lowtide.attention.gem.policy import Gem, kept_positions
-from lowtide.memory.plan.kv_reservation import KvGrowth
+from lowtide.memory.plan.kv_reservation import KVReservation
 from lowtide.models.errors import LowtideError
 from lowtide.models.model import Model
 from lowtide.models.tokenizer import common_prefix
-from lowtide.runtime.profiling.retention_map import Passage, PromptHeat
+from lowtide.runtime.profiling.retention_map import RetainedSpan, RetentionMap
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,7 +55,7 @@ class PromptFilter:
         reader: Model,
         scorer: PromptScorer,
         policy: Gem,
-        growth: KvGrowth | None = None,
+        growth: KVReservation | None = None,
         *,
         keeps: bool = False,
     ) -> None:
@@ -113,13 +113,13 @@ class PromptFilter:
         """Free the reader's context; the model's weights stay."""
         self._reader.close()
 
-    def passages(self) -> list[Passage]:
+    def passages(self) -> list[RetainedSpan]:
         """Return what was kept last, neighbours together, and nothing where nothing was filtered yet."""
         if self.last is None:
             return []
         token_ids, scores = self.last.token_ids, self.last.scores
         return [
-            Passage(
+            RetainedSpan(
                 position=int(run[0]),
                 tokens=len(run),
                 score=round(float(scores[run].max()), 4),
@@ -128,15 +128,15 @@ class PromptFilter:
             for run in self.last.runs
         ]
 
-    def heat(self) -> PromptHeat:
+    def retention_map(self) -> RetentionMap:
         """Return where what was kept last lies in its prompt."""
         assert self.last is not None, "nothing was filtered yet"
-        return PromptHeat.of(self.last.scores, self.last.positions, self.passages())
+        return RetentionMap.of(self.last.scores, self.last.positions, self.passages())
 
     def _read(self, token_ids: Sequence[int]) -> None:
         """The rows that score all lie in the last pass, so the first one is what does not fill others."""
         begin = self._rewound_to(token_ids)
-        rows = self._reader.max_rows
+        rows = self._reader.batch_size
         ends = [*range(len(token_ids), begin, -rows)][::-1]
         for start, end in zip([begin, *ends], ends, strict=False):
             self._scorer.score_prompt(self._layer, self._policy.rule, is_last=end == ends[-1])

@@ -6,25 +6,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowtide.attention.policy import Steering
-from lowtide.memory.plan.kv_reservation import KvGrowth
+from lowtide.attention.policy import PassController
+from lowtide.memory.plan.kv_reservation import KVReservation
 from lowtide.memory.units import OverBudget
 from lowtide.models.draft_tree import TokenTree
-from lowtide.models.errors import StateError
+from lowtide.models.errors import SnapshotError
 from lowtide.models.model import Model
 from lowtide.models.tokenizer import common_prefix
-from lowtide.runtime.kv.prefix_cache import KeptState, PrefixCache
+from lowtide.runtime.kv.prefix_cache import CachedPrefix, PrefixCache
 from lowtide.runtime.kv.prompt_filter import PromptFilter
 from lowtide.runtime.profiling.profiler import DECODE, FILTER, PREFILL, SILENT, Profiler
 
 if TYPE_CHECKING:
-    from lowtide.models.model import Logits, RowLogits
+    from lowtide.models.model import Logits, Logits2D
 
 
-class Session:
+class KVSession:
     """Keeps the KV cache and the list of its tokens in step, whatever interrupts them.
 
-    `steering` tells the attention kernels what kind of pass comes, `growth` reserves the cache's bytes,
+    `controller` tells the attention kernels what kind of pass comes, `growth` reserves the cache's bytes,
     `profiler` times the passes, `prefixes` keeps what another prompt replaces, `prompt_filter` shortens
     long prompts. Tokens from `exact_until` on have keys and values that an approximate pass computed.
     """
@@ -32,14 +32,14 @@ class Session:
     def __init__(
         self,
         model: Model,
-        steering: Steering | None = None,
-        growth: KvGrowth | None = None,
+        controller: PassController | None = None,
+        growth: KVReservation | None = None,
         profiler: Profiler = SILENT,
         prompt_filter: PromptFilter | None = None,
         prefixes: PrefixCache | None = None,
     ) -> None:
         self._model = model
-        self._steering = steering or Steering()
+        self._controller = controller or PassController()
         self._growth = growth
         self._profiler = profiler
         self._filter = prompt_filter
@@ -76,14 +76,14 @@ class Session:
         if self._filter is None or not self._filter.applies_to(token_ids):
             return token_ids
         if not self._filter.keeps:
-            self.set_aside()
-        self._steering.before_prompt()  # its passes are a prompt's, whatever was decoded before
+            self.evict()
+        self._controller.begin_prefill()  # its passes are a prompt's, whatever was decoded before
         with self._profiler.span(FILTER, len(token_ids)):
             kept = self._filter.filtered(token_ids)
-        self._profiler.filtered(self._filter.heat)
+        self._profiler.filtered(self._filter.retention_map)
         return kept
 
-    def rewind_to(self, token_ids: Sequence[int]) -> int:
+    def truncate_to_prefix(self, token_ids: Sequence[int]) -> int:
         """Go back to the longest common beginning with `token_ids` and return its length.
 
         At least the last token is left to compute, since its logits are wanted. Also removes what an
@@ -100,19 +100,19 @@ class Session:
     def restore(self, token_ids: Sequence[int]) -> bool:
         """Go to the kept state that has the most of `token_ids`, where it has more than the session.
 
-        Return whether that was so; `rewind_to` then cuts it to what is common. What the session holds and
+        Return whether that was so; `truncate_to_prefix` then cuts it to what is common. What the session holds and
         would lose is kept before.
         """
         if not self._prefixes.limit_bytes:
             return False
-        self.settle()
+        self.sync()
         wanted = token_ids[:-1]  # the last one's logits are wanted: it is computed in any case
         common = common_prefix(self.token_ids, wanted)
         found = self._prefixes.find(wanted, longer_than=common)
         self._keep(num_staying=0 if found else common, besides=found)
         return found is not None and self._put_back(found)
 
-    def _keep(self, num_staying: int = 0, besides: KeptState | None = None) -> None:
+    def _keep(self, num_staying: int = 0, besides: CachedPrefix | None = None) -> None:
         if num_staying < len(self.token_ids):
             with self._profiler.span("prefix cache"):
                 self._prefixes.keep(
@@ -123,7 +123,7 @@ class Session:
                     besides=besides,
                 )
 
-    def _put_back(self, kept: KeptState) -> bool:
+    def _put_back(self, kept: CachedPrefix) -> bool:
         """Be where the state was taken; where that fails the tokens are read again."""
         try:
             self.admit(kept.num_tokens)
@@ -132,16 +132,16 @@ class Session:
         self.token_ids, self.exact_until = [], 0
         try:
             with self._profiler.span("rewind"):
-                self._model.put_state(kept.state, kept.num_tokens)
-        except StateError:
+                self._model.put_kv(kept.state, kept.num_tokens)
+        except SnapshotError:
             self._prefixes.discard(kept)
             return False
         self.token_ids, self.exact_until = list(kept.token_ids), kept.exact_until
         return True
 
-    def set_aside(self) -> None:
+    def evict(self) -> None:
         """Give the KV cache's memory up, but for what the prefix cache keeps."""
-        self.settle()
+        self.sync()
         self._keep()
         self.forget()
 
@@ -153,12 +153,12 @@ class Session:
         self.admit(0)
 
     def append(self, token_ids: Sequence[int]) -> Logits:
-        """Compute tokens of a prompt, at most `max_rows`, exactly; return the last one's logits.
+        """Compute tokens of a prompt, at most `batch_size`, exactly; return the last one's logits.
 
         Raises `OverBudget`, before anything is computed, where the cache may not grow so far.
         """
         self.admit(len(self.token_ids) + len(token_ids))
-        self._steering.before_prompt()
+        self._controller.begin_prefill()
         was_exact = self.exact_until == len(self.token_ids)
         with self._profiler.span(PREFILL, len(token_ids)):
             logits = self._model.forward(token_ids)
@@ -175,16 +175,16 @@ class Session:
         """
         self._take_off_drafts()
         self.admit(len(self.token_ids) + len(token_ids))
-        self._steering.before_decode()
+        self._controller.begin_decode()
         with self._profiler.span(DECODE, len(token_ids)):
             logits = self._model.forward(token_ids)
         self.token_ids.extend(token_ids)
-        interval = self._steering.correction_interval
+        interval = self._controller.correction_interval
         if interval is not None and len(self.token_ids) - self.exact_until >= interval:
             return self._correct()
         return logits
 
-    def verify(self, tree: TokenTree) -> RowLogits:
+    def verify(self, tree: TokenTree) -> Logits2D:
         """Compute a token and the drafts after it in one pass; return the logits of the tree's first rows.
 
         Row 0 is the session's, the others once they are accepted: until then, and where they never are,
@@ -193,7 +193,7 @@ class Session:
         """
         self._take_off_drafts()
         self.admit(len(self.token_ids) + 1)
-        self._steering.before_decode()
+        self._controller.begin_decode()
         with self._profiler.span(DECODE, len(tree)):
             rows = self._model.forward_tree(tree)
         self.token_ids.append(tree.token_ids[0])
@@ -206,27 +206,27 @@ class Session:
 
     def _take_off_drafts(self) -> None:
         if self._model.num_tokens > len(self.token_ids):
-            self.settle()
+            self.sync()
 
-    def settle(self) -> int:
+    def sync(self) -> int:
         """Forget what an interrupted pass may have left behind, and return how many tokens there are."""
         del self.token_ids[self._model.truncate(len(self.token_ids)) :]
         self.exact_until = min(self.exact_until, len(self.token_ids))
         return len(self.token_ids)
 
-    def save_state(self, path: Path) -> int:
+    def save_kv(self, path: Path) -> int:
         """Write the KV cache of the session's tokens, settled before, to a file and return its bytes."""
-        return self._model.save_state(path, self.token_ids)
+        return self._model.save_kv(path, self.token_ids)
 
-    def load_state(self, path: Path, num_bytes: int, num_tokens: int, exact_until: int) -> None:
+    def load_kv(self, path: Path, num_bytes: int, num_tokens: int, exact_until: int) -> None:
         """Be the session whose state is the beginning of a file; an empty one where that fails."""
         self.token_ids, self.exact_until = [], 0
-        self.token_ids = self._model.load_state(path, num_bytes, num_tokens)
+        self.token_ids = self._model.load_kv(path, num_bytes, num_tokens)
         self.exact_until = min(exact_until, len(self.token_ids))
 
     def _correct(self) -> Logits:
         again = self.token_ids[:]
-        kept = self.rewind_to(again[: self.exact_until + 1])
-        for start in range(kept, len(again), self._model.max_rows):
-            logits = self.append(again[start : start + self._model.max_rows])
+        kept = self.truncate_to_prefix(again[: self.exact_until + 1])
+        for start in range(kept, len(again), self._model.batch_size):
+            logits = self.append(again[start : start + self._model.batch_size])
         return logits

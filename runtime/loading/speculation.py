@@ -5,14 +5,14 @@ from __future__ import annotations
 import platform
 
 from lowtide.attention.bindings.library import guarded_aborts
-from lowtide.attention.policy import Steering
-from lowtide.memory.plan.estimates import kv_cells
+from lowtide.attention.policy import PassController
+from lowtide.memory.plan.estimates import padded_context
 from lowtide.memory.plan.speculation import DRAFT_PASS_ROWS
 from lowtide.models.gguf.model import GgufModel, LoadOptions
 from lowtide.models.model import Model
 from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.spec import ModelSpec
-from lowtide.runtime.planning.plan import PlannedModel
+from lowtide.runtime.planning.plan import ResolvedModel
 from lowtide.runtime.speculation.control import SpeculationControl
 from lowtide.runtime.speculation.drafts import (
     Draft,
@@ -21,9 +21,9 @@ from lowtide.runtime.speculation.drafts import (
     TrigramDraft,
     require_same_tokens,
 )
-from lowtide.runtime.speculation.options import SpeculationChoice
+from lowtide.runtime.speculation.options import SpeculationArg
 from lowtide.runtime.speculation.speculator import Speculator
-from lowtide.runtime.speculation.step_cost import MeasuredPasses, PassCosts, measured_passes
+from lowtide.runtime.speculation.step_cost import StepBenchmark, StepCostModel, benchmark_steps
 
 FREE_DRAFTS: dict[str, type[NgramDraft] | type[TrigramDraft]] = {
     "ngram": NgramDraft,
@@ -31,7 +31,9 @@ FREE_DRAFTS: dict[str, type[NgramDraft] | type[TrigramDraft]] = {
 }
 
 
-def load_speculator(planned: PlannedModel, model: Model, steering: Steering) -> Speculator | None:
+def load_speculator(
+    planned: ResolvedModel, model: Model, controller: PassController
+) -> Speculator | None:
     """Return what drafts and verifies; None where nothing was asked for.
 
     Measures what a pass costs by its rows, where that is not known; the model's cache is empty then.
@@ -39,41 +41,41 @@ def load_speculator(planned: PlannedModel, model: Model, steering: Steering) -> 
     """
     if planned.speculation is None:
         return None
-    num_rows = min(planned.plan.verified_rows, model.max_verified_rows)
-    if planned.plan.verified_rows >= 2 > num_rows:
+    num_rows = min(planned.plan.verify_batch, model.max_verify_batch)
+    if planned.plan.verify_batch >= 2 > num_rows:
         return Speculator.without(
             f"the graph of {planned.spec.name} makes logits of a pass's last row alone"
-            + ("" if planned.policy.uses_hook else ": open with attention='dense'")
+            + ("" if planned.policy.uses_native_kernels else ": open with attention='dense'")
         )
     if num_rows < 2:
         return Speculator.without("the plan has no room for it")
-    if steering.correction_interval is not None:
+    if controller.correction_interval is not None:
         return Speculator.without(
             f"{planned.policy.name}'s correction computes decoded tokens again"
         )
-    passes = measured_passes(model, num_rows, passes_key(planned))
+    passes = benchmark_steps(model, num_rows, passes_key(planned))
     drafts = _drafts(planned, model)
     return Speculator(
         drafts,
-        SpeculationControl(drafts, PassCosts(passes.costs), branches=model.verifies_trees),
+        SpeculationControl(drafts, StepCostModel(passes.costs), branches=model.verifies_trees),
         most_rows=num_rows,
         vocabulary_size=planned.spec.vocabulary.num_tokens,
         not_identical=_not_identical(planned, model, passes),
     )
 
 
-def _drafts(planned: PlannedModel, model: Model) -> list[Draft]:
+def _drafts(planned: ResolvedModel, model: Model) -> list[Draft]:
     wish = planned.speculation
     if wish is not None and wish.draft_model is not None:
         return [_draft_model(planned, wish.draft_model, model)]
-    names = SpeculationChoice.parse(planned.options.speculate).drafts
+    names = SpeculationArg.parse(planned.options.speculate).drafts
     return [FREE_DRAFTS[name]() for name in names]
 
 
-def _draft_model(planned: PlannedModel, spec: ModelSpec, model: Model) -> ModelDraft:
+def _draft_model(planned: ResolvedModel, spec: ModelSpec, model: Model) -> ModelDraft:
     options = LoadOptions(
-        context=kv_cells(planned.plan.kv_tokens),
-        max_rows=DRAFT_PASS_ROWS,
+        context=padded_context(planned.plan.kv_tokens),
+        batch_size=DRAFT_PASS_ROWS,
         threads=planned.options.num_threads,
         memory_map=False,
     )
@@ -88,19 +90,19 @@ def _draft_model(planned: PlannedModel, spec: ModelSpec, model: Model) -> ModelD
     return ModelDraft(draft)
 
 
-def passes_key(planned: PlannedModel) -> str:
+def passes_key(planned: ResolvedModel) -> str:
     """Return everything that the cost of a pass depends on."""
     spec, plan = planned.spec, planned.plan
     parts = (
         spec.fingerprint, sorted(spec.tensor_types), spec.weight_bytes, platform.node(),
         platform.machine(), planned.options.num_threads, planned.policy, plan.kv_type,
-        plan.kept_layers, len(spec.packed_tensors),
+        plan.resident_layers, len(spec.repacked_tensors),
         [(gpu.device.name, gpu.num_layers) for gpu in plan.gpus], spec.engine, planned.options.provider,
     )  # fmt: skip
     return " ".join(map(str, parts))
 
 
-def _not_identical(planned: PlannedModel, model: Model, passes: MeasuredPasses) -> str | None:
+def _not_identical(planned: ResolvedModel, model: Model, passes: StepBenchmark) -> str | None:
     """Say why an answer may differ from the plain loop's; None where it cannot."""
     policy = planned.policy
     if policy.num_selections:
@@ -110,12 +112,16 @@ def _not_identical(planned: PlannedModel, model: Model, passes: MeasuredPasses) 
         if isinstance(planned.spec, OnnxSpec):
             types = planned.spec.quantisation
         return f"this machine's products of {types} round a row by the rows beside it"
-    if isinstance(planned.spec, OnnxSpec) and not policy.uses_hook:
+    if isinstance(planned.spec, OnnxSpec) and not policy.uses_native_kernels:
         return (
             f"onnxruntime's {planned.spec.attention} may sum a row alone in another order than among "
             "others: open with attention='dense'"
         )
-    if isinstance(model, GgufModel) and not policy.uses_hook and planned.options.num_threads > 1:
+    if (
+        isinstance(model, GgufModel)
+        and not policy.uses_native_kernels
+        and planned.options.num_threads > 1
+    ):
         return (
             "llama.cpp's attention sums a single row in another order with several threads: open with "
             "attention='dense', or with one thread"

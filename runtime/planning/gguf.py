@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import platform
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
-from lowtide.attention.bindings.library import can_leave_unpopulated, guarded_aborts, native_library
+from lowtide.attention.bindings.library import can_map_lazily, guarded_aborts, native_library
 from lowtide.memory.budget import Budget
-from lowtide.memory.os.kv_pages import can_leave_untouched
+from lowtide.memory.os.kv_pages import can_use_demand_zero
 from lowtide.memory.os.pages import trim_heap
-from lowtide.memory.os.shared_libraries import address_of, give_back_read_while_loaded, read_in
+from lowtide.memory.os.shared_libraries import address_of, fault_in, release_startup_pages
 from lowtide.memory.plan import estimates as footprint
 from lowtide.memory.plan.estimates import ContextSizes, FormulaSizes
-from lowtide.memory.plan.plan import Host
+from lowtide.memory.plan.plan import ProcessBaseline
 from lowtide.memory.process import read_process_memory
 from lowtide.memory.units import MIB
 from lowtide.models.chat_template import ChatTemplate
@@ -55,23 +56,23 @@ class SimulatedSizes:
         laid_out = self._context(context, SMALL_PASS, kv_type)
         return max(formula, laid_out.cache_bytes) if laid_out else formula
 
-    def compute_bytes(self, context: int, max_rows: int, kv_type: str) -> int:
+    def compute_bytes(self, context: int, batch_size: int, kv_type: str) -> int:
         """Return the compute buffer's bytes."""
-        laid_out = self._context(context, max_rows, kv_type)
+        laid_out = self._context(context, batch_size, kv_type)
         if laid_out is None:
-            return self._formulas.compute_bytes(context, max_rows, kv_type)
+            return self._formulas.compute_bytes(context, batch_size, kv_type)
         return laid_out.compute_bytes
 
-    def reader_bytes(self, context: int, max_rows: int, kv_type: str) -> int:
+    def filter_context_bytes(self, context: int, batch_size: int, kv_type: str) -> int:
         """Return a compute buffer of its own, and a row of logits."""
-        computing = self.compute_bytes(context, max_rows, kv_type)
+        computing = self.compute_bytes(context, batch_size, kv_type)
         return footprint.second_context_bytes(self._spec, computing)
 
-    def _context(self, context: int, max_rows: int, kv_type: str) -> SimulatedContext | None:
+    def _context(self, context: int, batch_size: int, kv_type: str) -> SimulatedContext | None:
         if self._simulated is None:
             return None
         with contextlib.suppress(ModelError), guarded_aborts():
-            return self._simulated.context(context, max_rows, kv_type)
+            return self._simulated.context(context, batch_size, kv_type)
         return None
 
     def close(self) -> None:
@@ -83,7 +84,9 @@ class SimulatedSizes:
 
 
 @contextlib.contextmanager
-def measured_host(spec: ModelSpec, budget: Budget) -> Iterator[tuple[Host, ContextSizes]]:
+def measured_baseline(
+    spec: ModelSpec, budget: Budget
+) -> Iterator[tuple[ProcessBaseline, ContextSizes]]:
     """Yield the host and the sizes to plan `spec` with; what was laid out is freed at the end.
 
     A budget that could not hold the libraries, or not the vocabulary beside them, is planned by the
@@ -92,14 +95,17 @@ def measured_host(spec: ModelSpec, budget: Budget) -> Iterator[tuple[Host, Conte
     resident = footprint.interpreter_bytes(read_process_memory())
     # Not held against llama.cpp yet: who comes back with the bound that this gives is told if it is not so.
     is_linux = sys.platform == "linux"
-    formulas = Host(
+    formulas = ProcessBaseline(
         interpreter_bytes=resident,
         processor=platform.machine(),
-        kv_follows_use=is_linux and footprint.kv_row_bytes(spec, "f16") is not None,
+        kv_on_demand=is_linux and footprint.kv_token_bytes(spec, "f16") is not None,
         can_stream_weights=is_linux,
     )
     if not spec.path.is_file():
-        yield Host(interpreter_bytes=resident, processor=platform.machine()), FormulaSizes(spec)
+        yield (
+            ProcessBaseline(interpreter_bytes=resident, processor=platform.machine()),
+            FormulaSizes(spec),
+        )
         return
     if resident > budget.num_bytes:
         yield formulas, FormulaSizes(spec)
@@ -113,25 +119,25 @@ def measured_host(spec: ModelSpec, budget: Budget) -> Iterator[tuple[Host, Conte
     try:
         with guarded_aborts():
             simulated = SimulatedGguf(spec)
-            simulated.context(footprint.CELL_STEP, 1, "f16")
+            simulated.context(footprint.KV_PADDING, 1, "f16")
     except ModelError:
-        yield _host(spec, before, vocabulary=False), FormulaSizes(spec)
+        yield _baseline(spec, before, vocabulary=False), FormulaSizes(spec)
         return
     sizes = SimulatedSizes(spec, simulated)
     try:
-        yield _host(spec, before), sizes
+        yield _baseline(spec, before), sizes
     finally:
         sizes.close()
 
 
-def _host(spec: ModelSpec, before_bytes: int, *, vocabulary: bool = True) -> Host:
+def _baseline(spec: ModelSpec, before_bytes: int, *, vocabulary: bool = True) -> ProcessBaseline:
     """The host as it is while the model is laid out, or without its vocabulary where it was not."""
     held_bytes = max(read_process_memory().resident_bytes - before_bytes, 0)
-    return Host(
+    return ProcessBaseline(
         interpreter_bytes=before_bytes,
         processor=platform.machine(),
-        kv_follows_use=can_leave_untouched() and footprint.kv_row_bytes(spec, "f16") is not None,
-        can_stream_weights=can_leave_unpopulated(),
+        kv_on_demand=can_use_demand_zero() and footprint.kv_token_bytes(spec, "f16") is not None,
+        can_stream_weights=can_map_lazily(),
         repacks=llama_library().repacks,
         vocabulary_bytes=held_bytes if vocabulary else None,
         tolerance_bytes=TOLERANCE_BYTES,
@@ -140,11 +146,13 @@ def _host(spec: ModelSpec, before_bytes: int, *, vocabulary: bool = True) -> Hos
 
 def _load_what_answers_need(spec: ModelSpec) -> None:
     """Libraries, and of their code what the first answer would read in."""
-
+    modules = [importlib.import_module(name) for name in PRELOADED_MODULES]
     if read_process_memory().resident_bytes < footprint.INTERPRETER_BYTES:  # nobody's but ours
-        give_back_read_while_loaded()
-    read_in(address_of(native_library().lowtide_native_version))
-    read_in(llama_library().address("ggml_get_type_traits_cpu"))
+        release_startup_pages()
+    fault_in(address_of(native_library().lowtide_native_version))
+    fault_in(llama_library().address("ggml_get_type_traits_cpu"))
+    for module in modules:  # only now: the line above released the pages that imports had read
+        getattr(module, "preload", lambda: None)()
     hashlib.sha256(bytes(1024)).digest()  # saving a session computes one
     with contextlib.suppress(TemplateError):
         ChatTemplate(spec.chat_template, {})

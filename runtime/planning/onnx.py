@@ -18,9 +18,9 @@ from lowtide.attention.bindings.library import native_library
 from lowtide.attention.policy import AttentionPolicy
 from lowtide.memory.budget import Budget
 from lowtide.memory.os.pages import trim_heap
-from lowtide.memory.os.shared_libraries import address_of, read_in
-from lowtide.memory.plan.plan import estimates as footprint
-from lowtide.memory.plan.plan.plan import Host
+from lowtide.memory.os.shared_libraries import address_of, fault_in
+from lowtide.memory.plan import estimates as footprint
+from lowtide.memory.plan.plan import ProcessBaseline
 from lowtide.memory.process import read_process_memory
 from lowtide.memory.units import MIB
 from lowtide.models.chat_template import ChatTemplate
@@ -47,24 +47,24 @@ class OnnxSizes:
         """Return the whole cache's bytes, with the longer copy that some graphs make of it."""
         return footprint.kv_bytes(self._spec, context, kv_type)
 
-    def reader_bytes(self, context: int, max_rows: int, kv_type: str) -> int:
+    def filter_context_bytes(self, context: int, batch_size: int, kv_type: str) -> int:
         """Return nothing: a graph that is run whole has no second cache."""
         return 0
 
-    def compute_bytes(self, context: int, max_rows: int, kv_type: str) -> int:
+    def compute_bytes(self, context: int, batch_size: int, kv_type: str) -> int:
         """Return the activations of a pass, attention's among them, what goes in, and the logits."""
-        spec, cells = self._spec, footprint.kv_cells(context)
-        heads = spec.num_heads * spec.key_head_size
-        row = 4 * (6 * spec.widest_product + 8 * spec.embedding_width + 6 * heads)
+        spec, cells = self._spec, footprint.padded_context(context)
+        heads = spec.num_heads * spec.key_head_dim
+        row = 4 * (6 * spec.max_matmul_width + 8 * spec.embedding_width + 6 * heads)
         copies = SHARING_COPIES if spec.shares_cache else ATTENTION_COPIES
         scores = 4 * copies * spec.num_heads * cells
         # Keys and values of one layer, repeated for every head where attention is decomposed.
         layer = 0 if spec.shares_cache else 4 * 4 * cells * heads
         logits = ELEMENT_BYTES[spec.logits_element] * spec.vocabulary.num_tokens
-        num_logits = 1 if spec.makes_last_row else max_rows
+        num_logits = 1 if spec.makes_last_row else batch_size
         inputs = 3 * 8 * cells
         return (
-            max_rows * (row + scores) + layer + num_logits * logits + inputs + spec.unpacked_bytes
+            batch_size * (row + scores) + layer + num_logits * logits + inputs + spec.original_bytes
         )
 
 
@@ -74,7 +74,9 @@ VOCABULARY_BYTES_PER_BYTE = 24
 """Memory for each byte of tokenizer.json at most, where it is not measured."""
 
 
-def measured_onnx_host(spec: OnnxSpec, budget: Budget, *, is_swapped: bool = False) -> Host:
+def measured_onnx_baseline(
+    spec: OnnxSpec, budget: Budget, *, is_rewritten: bool = False
+) -> ProcessBaseline:
     """Return the host to plan `spec` with.
 
     Raises `ModelError` where the extra is missing or the vocabulary is another model's. A budget that
@@ -82,9 +84,9 @@ def measured_onnx_host(spec: OnnxSpec, budget: Budget, *, is_swapped: bool = Fal
     """
     onnx_library("onnxruntime")
     onnx_library("tokenizers")
-    if is_swapped:
+    if is_rewritten:
         onnx_library("onnx")
-        read_in(address_of(native_library().lowtide_native_version))
+        fault_in(address_of(native_library().lowtide_native_version))
     with contextlib.suppress(TemplateError):
         ChatTemplate(spec.chat_template, {})
     before = read_process_memory().resident_bytes
@@ -99,11 +101,11 @@ def measured_onnx_host(spec: OnnxSpec, budget: Budget, *, is_swapped: bool = Fal
         del tokenizer
         gc.collect()
         trim_heap()
-    return Host(
+    return ProcessBaseline(
         interpreter_bytes=before + SESSION_BYTES,
         processor=platform.machine(),
-        kv_follows_use=sys.platform == "linux"
-        and footprint.kv_row_bytes(spec, spec.kv_types[0]) is not None,
+        kv_on_demand=sys.platform == "linux"
+        and footprint.kv_token_bytes(spec, spec.kv_types[0]) is not None,
         vocabulary_bytes=vocabulary,
         vocabulary_loading_bytes=loading,
         tolerance_bytes=MIB,
@@ -119,7 +121,7 @@ BIAS_COPIES = 6
 """Rows by keys alive at once while a graph makes the bias that hides keys."""
 
 
-def swapped_spec(spec: OnnxSpec, policy: AttentionPolicy, *, packed: bool) -> OnnxSpec:
+def rewritten_spec(spec: OnnxSpec, policy: AttentionPolicy, *, packed: bool) -> OnnxSpec:
     """Return the spec of the graph under `policy`, its products ours too where they are `packed`.
 
     Raises `BadOption` where that cannot be.
@@ -144,11 +146,11 @@ def swapped_spec(spec: OnnxSpec, policy: AttentionPolicy, *, packed: bool) -> On
     )
 
 
-class SwappedSizes:
+class RewrittenSizes:
     """`ContextSizes` of a graph with our attention: upper bounds, held against measurements by tests."""
 
     def __init__(self, spec: OnnxSpec) -> None:
-        assert not isinstance(spec.swap, str), "it is a `swapped_spec`"
+        assert not isinstance(spec.swap, str), "it is a `rewritten_spec`"
         self._spec = spec
         self._swap = spec.swap
 
@@ -156,21 +158,23 @@ class SwappedSizes:
         """Return the whole cache's bytes."""
         return footprint.kv_bytes(self._spec, context, kv_type)
 
-    def reader_bytes(self, context: int, max_rows: int, kv_type: str) -> int:
+    def filter_context_bytes(self, context: int, batch_size: int, kv_type: str) -> int:
         """Return what another cache in the same session takes beside it: bindings and views."""
         return READER_BYTES
 
-    def compute_bytes(self, context: int, max_rows: int, kv_type: str) -> int:
+    def compute_bytes(self, context: int, batch_size: int, kv_type: str) -> int:
         """Return the activations of a pass, masks, what goes in, and the logits."""
-        spec, cells = self._spec, footprint.kv_cells(context)
-        heads = spec.num_heads * spec.key_head_size
+        spec, cells = self._spec, footprint.padded_context(context)
+        heads = spec.num_heads * spec.key_head_dim
         # Queries once more for the kernels, and of halves the result.
-        row = 4 * (6 * spec.widest_product + 8 * spec.embedding_width + 8 * heads)
+        row = 4 * (6 * spec.max_matmul_width + 8 * spec.embedding_width + 8 * heads)
         masks = {(node.bias, node.is_causal, node.window) for node in self._swap.layers}
         biases = {node.bias for node in self._swap.layers if node.bias}
         # A mask grows to twice its size.
         seen = 4 * len(masks) + 4 * BIAS_COPIES * len(biases)
         logits = ELEMENT_BYTES[spec.logits_element] * spec.vocabulary.num_tokens
-        num_logits = 1 if spec.makes_last_row else max_rows
+        num_logits = 1 if spec.makes_last_row else batch_size
         inputs = 3 * 8 * cells
-        return max_rows * (row + seen * cells) + num_logits * logits + inputs + spec.unpacked_bytes
+        return (
+            batch_size * (row + seen * cells) + num_logits * logits + inputs + spec.original_bytes
+        )

@@ -16,9 +16,9 @@ from lowtide.memory.budget import Budget
 from lowtide.memory.machine import Machine, read_machine, usable_cores
 from lowtide.memory.plan.estimates import ContextSizes
 from lowtide.memory.plan.gpu import GpuBudget, parse_gpu_layers
-from lowtide.memory.plan.plan import Host, MemoryPlan, PlanOptions
+from lowtide.memory.plan.plan import MemoryPlan, PlanRequest, ProcessBaseline
 from lowtide.memory.plan.planner import plan_memory, require_fit
-from lowtide.memory.plan.speculation import SpeculationWish
+from lowtide.memory.plan.speculation import SpeculationConfig
 from lowtide.memory.process import read_process_memory
 from lowtide.memory.units import BadSize, OverBudget, parse_size
 from lowtide.models.catalog import resolve
@@ -28,13 +28,18 @@ from lowtide.models.onnx.config import CPU, provider_name
 from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.read_spec import read_spec
 from lowtide.models.spec import ModelSpec
-from lowtide.runtime.planning.gguf import measured_host
-from lowtide.runtime.planning.onnx import OnnxSizes, SwappedSizes, measured_onnx_host, swapped_spec
-from lowtide.runtime.speculation.options import SpeculationChoice
+from lowtide.runtime.planning.gguf import measured_baseline
+from lowtide.runtime.planning.onnx import (
+    OnnxSizes,
+    RewrittenSizes,
+    measured_onnx_baseline,
+    rewritten_spec,
+)
+from lowtide.runtime.speculation.options import SpeculationArg
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OpenOptions:
+class LoadConfig:
     """What to open and how much it may take.
 
     `memory` is a size ("1GiB", "50%"), `context` a number of tokens, `kv_type` one of f16, q8_0, q4_0;
@@ -43,7 +48,7 @@ class OpenOptions:
     not depend on the batch or the threads) or "tidal" (`Tidal`: an approximation, "tidal:k=512").
     `gpu_layers` is how many layers go to the GPUs, as llama.cpp counts them, or "auto", as many as fit
     `gpu_memory`, a size on each device (None: 90 % of what it has free); both None leave the GPUs alone.
-    `compared_rows` is how many distributions a measurement keeps, `selection_layers` how many layers it
+    `compared_tokens` is how many distributions a measurement keeps, `selection_layers` how many layers it
     tries beside the policy's own, `profiled` whether a profiler watches. `prefix_cache` is a size ("64MiB")
     for KV states of prompts that others replaced; 0 keeps none. `pack` has matrix products computed by our
     kernels too, from a packed copy of the weights in the cache folder, which is made where there is none;
@@ -55,17 +60,17 @@ class OpenOptions:
     memory: str | int | None = None
     context: int | None = None
     kv_type: str | None = None
-    max_rows: int | None = None
+    batch_size: int | None = None
     threads: int | None = None
     attention: str | AttentionPolicy = "llama"
     gpu_layers: int | str | None = None
     gpu_memory: str | int | None = None
     offline: bool = False
-    compared_rows: int = 0
+    compared_tokens: int = 0
     profiled: bool = False
     selection_layers: int = 0
     prefix_cache: str | int = 0
-    pack: bool = False
+    repack: bool = False
     speculate: str = "off"
     provider: str = CPU
 
@@ -74,10 +79,10 @@ class OpenOptions:
             raise BadOption(f"threads is {self.threads}, 1 to 512 are wanted")
         policy = parse_policy(self.attention)
         _ = self.prefix_bytes
-        SpeculationChoice.parse(self.speculate)
+        SpeculationArg.parse(self.speculate)
         if parse_gpu_layers(self.gpu_layers) == 0 and self.gpu_memory is not None:
             raise BadOption("gpu_memory is given, and gpu_layers is 0: give one of them up")
-        if self.pack and (self.gpu_layers or self.gpu_memory is not None):
+        if self.repack and (self.gpu_layers or self.gpu_memory is not None):
             raise BadOption(
                 "pack is for products on the processor, and layers are to go to a GPU: give one of them up"
             )
@@ -88,7 +93,7 @@ class OpenOptions:
 
     def policy(self, spec: ModelSpec) -> AttentionPolicy:
         """Return the attention policy, fitted to the model; raises `BadOption` where that cannot be."""
-        return parse_policy(self.attention).fitted(spec)
+        return parse_policy(self.attention).resolve(spec)
 
     def gpu_budget(self, policy: AttentionPolicy) -> GpuBudget | None:
         """Return what the devices may take; None where none is wanted.
@@ -98,35 +103,37 @@ class OpenOptions:
         layers = parse_gpu_layers(self.gpu_layers)
         if layers == 0 or (self.gpu_layers is None and self.gpu_memory is None):
             return None
-        if policy.first_pass is not None:
+        if policy.filter_prefill is not None:
             raise BadOption(
                 f"attention is {policy.name}, whose first pass ends early, and layers are to go to a GPU: "
                 "give one of them up"
             )
         devices = require_gpus("--gpu-memory" if self.gpu_layers is None else "--gpu-layers")
-        return GpuBudget.stated(layers, self.gpu_memory, devices, holds_cache=not policy.uses_hook)
+        return GpuBudget.stated(
+            layers, self.gpu_memory, devices, holds_cache=not policy.uses_native_kernels
+        )
 
-    def plan_options(
+    def plan_request(
         self,
         policy: AttentionPolicy,
         gpu: GpuBudget | None = None,
-        speculation: SpeculationWish | None = None,
-    ) -> PlanOptions:
+        speculation: SpeculationConfig | None = None,
+    ) -> PlanRequest:
         """The part that the plan looks at."""
-        return PlanOptions(
+        return PlanRequest(
             context=self.context,
             kv_type=self.kv_type,
-            max_rows=self.max_rows,
+            batch_size=self.batch_size,
             threads=self.num_threads,
-            attention_threads=self.num_threads if policy.uses_hook else 0,
+            attention_threads=self.num_threads if policy.uses_native_kernels else 0,
             selection_layers=max(policy.num_selections, self.selection_layers),
-            first_pass=policy.first_pass,
+            filter_prefill=policy.filter_prefill,
             key_groups=policy.key_groups,
             key_states=policy.key_states,
-            compared_rows=self.compared_rows,
+            compared_tokens=self.compared_tokens,
             profiled=self.profiled,
             prefix_bytes=self.prefix_bytes,
-            packed=self.pack,
+            packed=self.repack,
             gpu=gpu,
             speculation=speculation,
         )
@@ -149,8 +156,8 @@ class OpenOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedModel:
-    """A model's spec, the machine and the plan for them; `host` is what the plan was made for.
+class ResolvedModel:
+    """A model's spec, the machine and the plan for them; `baseline` is what the plan was made for.
 
     `policy` is the attention policy, fitted to the model.
     """
@@ -158,26 +165,26 @@ class PlannedModel:
     spec: ModelSpec
     machine: Machine
     plan: MemoryPlan
-    options: OpenOptions
+    options: LoadConfig
     policy: AttentionPolicy
-    host: Host
+    baseline: ProcessBaseline
     sizes: ContextSizes
     gpu: GpuBudget | None = None
-    speculation: SpeculationWish | None = None
+    speculation: SpeculationConfig | None = None
 
     @property
     def attention_in_words(self) -> str:
         """Return who attends and how: the policy, or the graph's own where that runs whole."""
-        if isinstance(self.spec, OnnxSpec) and not self.policy.uses_hook:
+        if isinstance(self.spec, OnnxSpec) and not self.policy.uses_native_kernels:
             return self.spec.attention
         return str(self.policy)
 
     def require_nothing_of_llama(self) -> None:
         """Raise `BadOption` where a model of the caller's own is to do what llama.cpp alone does."""
         wanted = "gpu_layers are wanted, which" if self.gpu else None
-        if self.options.pack:
+        if self.options.repack:
             wanted = "pack is wanted, which"
-        if self.policy.uses_hook:
+        if self.policy.uses_native_kernels:
             wanted = f"attention is {self.policy.name!r}, which"
         if wanted is not None:
             raise BadOption(
@@ -187,8 +194,8 @@ class PlannedModel:
 
     def require_fit(self) -> None:
         """Raise `OverBudget` where the plan, or what the process did before, is over the budget."""
-        options = self.options.plan_options(self.policy, self.gpu, self.speculation)
-        require_fit(self.plan, self.spec, options, self.host, self.sizes)
+        options = self.options.plan_request(self.policy, self.gpu, self.speculation)
+        require_fit(self.plan, self.spec, options, self.baseline, self.sizes)
         peak = read_process_memory().peak_bytes
         if peak > self.plan.budget.num_bytes:
             raise OverBudget(
@@ -199,7 +206,7 @@ class PlannedModel:
             )
 
 
-def plan_reference(reference: str | Path | None, options: OpenOptions) -> PlannedModel:
+def plan_reference(reference: str | Path | None, options: LoadConfig) -> ResolvedModel:
     """Find the model, read its headers and plan; loads no weights and refuses nothing that is readable."""
     return plan_spec(find_spec(reference, offline=options.offline), options)
 
@@ -209,7 +216,7 @@ def find_spec(reference: str | Path | None, *, offline: bool = False) -> ModelSp
     return read_spec(resolve(reference, offline=offline))
 
 
-def plan_spec(spec: ModelSpec, options: OpenOptions) -> PlannedModel:
+def plan_spec(spec: ModelSpec, options: LoadConfig) -> ResolvedModel:
     """Plan a model whose spec is known."""
     machine = read_machine()
     budget = Budget.stated(options.memory, machine)
@@ -224,31 +231,31 @@ def plan_spec(spec: ModelSpec, options: OpenOptions) -> PlannedModel:
     gpu = options.gpu_budget(
         policy
     )  # before the host is measured: drivers take memory of their own
-    choice = SpeculationChoice.parse(options.speculate)
+    choice = SpeculationArg.parse(options.speculate)
     speculation = choice.wish(spec, offline=options.offline)
-    with measured_host(spec, budget) as (host, sizes):
+    with measured_baseline(spec, budget) as (baseline, sizes):
         if gpu is not None and gpu.holds_cache:
-            host = replace(host, kv_follows_use=False)
-        chosen = options.plan_options(policy, gpu, speculation)
-        _require_replaceable(chosen, host)
-        plan = plan_memory(spec, chosen, budget, host, sizes)
-    return PlannedModel(
+            baseline = replace(baseline, kv_on_demand=False)
+        chosen = options.plan_request(policy, gpu, speculation)
+        _require_replaceable(chosen, baseline)
+        plan = plan_memory(spec, chosen, budget, baseline, sizes)
+    return ResolvedModel(
         spec=spec,
         machine=machine,
         plan=plan,
         options=options,
         policy=policy,
-        host=host,
+        baseline=baseline,
         sizes=sizes,
         gpu=gpu,
         speculation=speculation,
     )
 
 
-def _require_replaceable(options: PlanOptions, host: Host) -> None:
+def _require_replaceable(options: PlanRequest, baseline: ProcessBaseline) -> None:
     """Raise `BadOption` where groups are to replace the cache, and the cache cannot be given back."""
     groups = options.key_groups
-    if groups is not None and groups.replaced_layers and not host.kv_follows_use:
+    if groups is not None and groups.replaced_layers and not baseline.kv_on_demand:
         raise BadOption(
             "delta's store gives the cache's memory back, which this system, or this engine, does not "
             "allow: leave delta:store=1 out"
@@ -256,41 +263,41 @@ def _require_replaceable(options: PlanOptions, host: Host) -> None:
 
 
 def _plan_onnx(
-    spec: OnnxSpec, options: OpenOptions, policy: AttentionPolicy, machine: Machine, budget: Budget
-) -> PlannedModel:
+    spec: OnnxSpec, options: LoadConfig, policy: AttentionPolicy, machine: Machine, budget: Budget
+) -> ResolvedModel:
     """Plan a graph that onnxruntime runs, with its own attention or with ours.
 
     Where products are packed, attention is always ours. Raises `BadOption` for what llama.cpp alone can do,
     and for what is to be ours where the graph keeps its own.
     """
-    if options.pack and not policy.uses_hook:
+    if options.repack and not policy.uses_native_kernels:
         policy = Dense()
-    if policy.uses_hook:
-        spec = swapped_spec(spec, policy, packed=options.pack)
+    if policy.uses_native_kernels:
+        spec = rewritten_spec(spec, policy, packed=options.repack)
     if options.gpu_budget(policy) is not None:
         raise BadOption(
             f"layers are to go to a GPU, and {spec.name} is an ONNX graph, which runs on the processor: "
             "leave gpu_layers and gpu_memory out"
         )
-    is_swapped = policy.uses_hook and not isinstance(spec.swap, str)
-    if provider_name(options.provider) != provider_name(CPU) and is_swapped:
-        wanted = "pack is wanted" if options.pack else f"attention is {policy.name!r}"
+    is_rewritten = policy.uses_native_kernels and not isinstance(spec.swap, str)
+    if provider_name(options.provider) != provider_name(CPU) and is_rewritten:
+        wanted = "pack is wanted" if options.repack else f"attention is {policy.name!r}"
         raise BadOption(
             f"provider is {options.provider!r}, and {wanted}, which runs on the processor: leave one of "
             "them out"
         )
-    sizes: ContextSizes = SwappedSizes(spec) if is_swapped else OnnxSizes(spec)
-    speculation = SpeculationChoice.parse(options.speculate).wish(spec, offline=options.offline)
-    host = measured_onnx_host(spec, budget, is_swapped=is_swapped)
-    chosen = options.plan_options(policy, speculation=speculation)
-    _require_replaceable(chosen, host)
-    return PlannedModel(
+    sizes: ContextSizes = RewrittenSizes(spec) if is_rewritten else OnnxSizes(spec)
+    speculation = SpeculationArg.parse(options.speculate).wish(spec, offline=options.offline)
+    baseline = measured_onnx_baseline(spec, budget, is_rewritten=is_rewritten)
+    chosen = options.plan_request(policy, speculation=speculation)
+    _require_replaceable(chosen, baseline)
+    return ResolvedModel(
         spec=spec,
         machine=machine,
-        plan=plan_memory(spec, chosen, budget, host, sizes),
+        plan=plan_memory(spec, chosen, budget, baseline, sizes),
         options=options,
         policy=policy,
-        host=host,
+        baseline=baseline,
         sizes=sizes,
         speculation=speculation,
     )

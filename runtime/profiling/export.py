@@ -21,7 +21,7 @@ from lowtide.memory.units import MIB, format_bytes
 from lowtide.models.errors import LowtideError
 from lowtide.runtime.profiling import figures
 from lowtide.runtime.profiling.report import OUTPUT, ProfileReport
-from lowtide.runtime.profiling.retention_map import PromptHeat
+from lowtide.runtime.profiling.retention_map import RetentionMap
 from lowtide.runtime.profiling.timeline import LayerPass
 
 PROCESS = 1
@@ -82,7 +82,7 @@ def _layers_of(report: ProfileReport, timed: LayerPass) -> Iterator[dict[str, An
 def _counters(report: ProfileReport) -> Iterator[dict[str, Any]]:
     for sample in report.timeline.samples:
         common = {"ph": "C", "pid": PROCESS, "tid": RUN, "ts": _us(report, sample.at_ns)}
-        yield {**common, "name": "resident bytes", "args": sample.owners}
+        yield {**common, "name": "resident bytes", "args": sample.components}
         yield {**common, "name": "tokens in cache", "args": {"tokens": sample.num_tokens}}
 
 
@@ -130,11 +130,11 @@ def profile_page(report: ProfileReport) -> str:
             figures.svg(report, figures.layers, 10, 3.2),
             _layers(report),
         ]
-    if report.heat is not None:
+    if report.retention_map is not None:
         parts += [
             "<h2>What was kept of the last prompt</h2>",
-            figures.svg(report, figures.heat, 10, 3.2),
-            _passages(report.heat),
+            figures.svg(report, figures.retention_map, 10, 3.2),
+            _passages(report.retention_map),
         ]
     title = escape(f"lowtide profile: {report.model_name}")
     body = "\n".join(parts)
@@ -155,13 +155,13 @@ def _summary(report: ProfileReport) -> str:
 
 
 def _memory(report: ProfileReport) -> str:
-    planned = {row.owner: row.num_bytes for row in report.plan.rows}
+    planned = {row.component: row.num_bytes for row in report.plan.rows}
     rows = [
-        (row.owner, _mib(planned.get(row.owner)), _mib(row.num_bytes), row.how)
+        (row.component, _mib(planned.get(row.component)), _mib(row.num_bytes), row.how)
         for row in report.measured
     ]
     total = ("in all", _mib(report.plan.total_bytes), _mib(report.resident_bytes), "highest sample")
-    head = ("owner", "planned, MiB", "measured, MiB", "measured how")
+    head = ("component", "planned, MiB", "measured, MiB", "measured how")
     return _table(head, rows, total, numeric=(1, 2))
 
 
@@ -191,12 +191,12 @@ def _layers(report: ProfileReport) -> str:
     return f'<p class="note">{note}</p>' + _table(head, rows, (), numeric=(1, 2, 3, 4))
 
 
-def _passages(heat: PromptHeat) -> str:
+def _passages(retention_map: RetentionMap) -> str:
     rows = [
         (f"{passage.position:,}", f"{passage.tokens:,}", f"{passage.score:.4f}", passage.text)
-        for passage in heat.passages
+        for passage in retention_map.passages
     ]
-    total = ("in all", f"{heat.num_kept:,}", "", "")
+    total = ("in all", f"{retention_map.num_kept:,}", "", "")
     return _table(("position", "tokens", "highest score", "text"), rows, total, numeric=(0, 1, 2))
 
 

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lowtide.memory.plan.plan.line import (
+from lowtide.memory.plan.line import (
     CACHE,
     COMPUTE,
-    FIRST_PASS,
+    FILTER_PREFILL,
     INTERPRETER,
     PREFIXES,
     PROMPT,
@@ -29,7 +29,7 @@ from lowtide.memory.plan.plan.line import (
 from lowtide.memory.units import MIB, format_bytes
 from lowtide.runtime.profiling.memory import OTHER
 from lowtide.runtime.profiling.report import LayerTime, ProfileReport
-from lowtide.runtime.profiling.retention_map import PromptHeat
+from lowtide.runtime.profiling.retention_map import RetentionMap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,21 +39,21 @@ if TYPE_CHECKING:
 SCORE, KEPT = "#b3261e", "#2f6fab"
 
 
-def draw_heat(figure: Figure, heat: PromptHeat) -> None:
+def draw_retention_map(figure: Figure, retention_map: RetentionMap) -> None:
     """Draw each token's score over the prompt, and below it which of them were kept."""
     axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=[6, 1])
-    edges = [i * heat.bin_tokens for i in range(len(heat.scores))]
-    edges.append(heat.num_tokens)
-    axes.stairs(heat.scores, edges, color=SCORE, fill=True, alpha=0.85)
+    edges = [i * retention_map.bin_tokens for i in range(len(retention_map.scores))]
+    edges.append(retention_map.num_tokens)
+    axes.stairs(retention_map.scores, edges, color=SCORE, fill=True, alpha=0.85)
     axes.set_ylabel("score")
-    axes.set_ylim(bottom=min(0.0, *heat.scores))
+    axes.set_ylim(bottom=min(0.0, *retention_map.scores))
     axes.set_title(
-        f"What the last prompt's end attends to: {heat.num_kept:,} of {heat.num_tokens:,} tokens were kept",
+        f"Retained: {retention_map.num_kept:,} of {retention_map.num_tokens:,} tokens of the last prompt",
         loc="left",
     )
-    strip.pcolormesh(edges, [0, 1], [heat.kept], cmap=_from_white(KEPT), vmin=0, vmax=1)
+    strip.pcolormesh(edges, [0, 1], [retention_map.kept], cmap=_from_white(KEPT), vmin=0, vmax=1)
     strip.set_yticks([0.5], ["kept"])
-    strip.set_xlim(0, heat.num_tokens)
+    strip.set_xlim(0, retention_map.num_tokens)
     strip.set_xlabel("position in the prompt, tokens")
 
 
@@ -73,7 +73,7 @@ COLOURS = {
     SAMPLING: "#e0a4c0",
     PROMPT: "#6cc4d1",
     PREFIXES: "#f2b134",
-    FIRST_PASS: "#f0906c",
+    FILTER_PREFILL: "#f0906c",
     OTHER: "#d9d9d9",
 }
 PHASE_COLOURS = {
@@ -128,7 +128,7 @@ def _parts(report: ProfileReport) -> list[tuple[Draw, float]]:
         (phases, 3.2),
     ]
     parts += [(layers, 3.2)] if report.layers else []
-    parts += [(heat, 3.2)] if report.heat is not None else []
+    parts += [(retention_map, 3.2)] if report.retention_map is not None else []
     return parts
 
 
@@ -144,7 +144,7 @@ def memory_over_time(figure: Figure, report: ProfileReport) -> None:
     at = [(sample.at_ns - report.begin_ns) / 1e9 for sample in samples]
     top = max((sample.resident_bytes for sample in samples), default=0) or 1
     names = [name for name in COLOURS if _is_seen(report, name, top)]
-    heights = [[max(s.owners.get(name, 0), 0) / MIB for s in samples] for name in names]
+    heights = [[max(s.components.get(name, 0), 0) / MIB for s in samples] for name in names]
     if at and names:
         colours = [COLOURS[name] for name in names]
         axes.stackplot(at, heights, labels=names, colors=colours, step="post", linewidth=0)
@@ -160,8 +160,8 @@ def memory_over_time(figure: Figure, report: ProfileReport) -> None:
     _phases_over_time(strip, report)
 
 
-def _is_seen(report: ProfileReport, owner: str, top: int) -> bool:
-    most = max((s.owners.get(owner, 0) for s in report.timeline.samples), default=0)
+def _is_seen(report: ProfileReport, component: str, top: int) -> bool:
+    most = max((s.components.get(component, 0) for s in report.timeline.samples), default=0)
     return most >= top * LEAST_SHARE
 
 
@@ -193,14 +193,14 @@ def _phases_over_time(strip: Axes, report: ProfileReport) -> None:
 def planned_and_measured(figure: Figure, report: ProfileReport) -> None:
     """Draw each row's plan beside what was measured, both in MiB."""
     axes = figure.subplots()
-    planned = {row.owner: row.num_bytes for row in report.plan.rows}
-    rows = [row for row in report.measured if planned.get(row.owner) or row.num_bytes]
+    planned = {row.component: row.num_bytes for row in report.plan.rows}
+    rows = [row for row in report.measured if planned.get(row.component) or row.num_bytes]
     for at, row in enumerate(rows):
-        if row.owner in planned:
-            _bar(axes, at - 0.2, planned[row.owner] / MIB, PLANNED, "")
+        if row.component in planned:
+            _bar(axes, at - 0.2, planned[row.component] / MIB, PLANNED, "")
         value = None if row.num_bytes is None else row.num_bytes / MIB
         _bar(axes, at + 0.2, value, MEASURED, "not told apart" if value is None else "")
-    axes.set_yticks(range(len(rows)), [row.owner for row in rows])
+    axes.set_yticks(range(len(rows)), [row.component for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("MiB")
     axes.margins(x=0.25)
@@ -249,10 +249,10 @@ def layers(figure: Figure, report: ProfileReport) -> None:
     )  # fmt: skip
 
 
-def heat(figure: Figure, report: ProfileReport) -> None:
+def retention_map(figure: Figure, report: ProfileReport) -> None:
     """Draw what was kept of the last prompt that was filtered."""
-    if report.heat is not None:
-        draw_heat(figure, report.heat)
+    if report.retention_map is not None:
+        draw_retention_map(figure, report.retention_map)
 
 
 def _layer_bars(

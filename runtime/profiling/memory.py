@@ -11,17 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowtide.memory.os.kv_pages import UntouchedBuffer
+from lowtide.memory.os.kv_pages import DemandZeroBuffer
 from lowtide.memory.os.residency import (
-    Residence,
-    ResidenceMeter,
+    ResidentMemory,
+    ResidentMemoryMeter,
     resident_buffer_bytes,
     resident_file_bytes,
 )
 from lowtide.memory.plan.line import (
     CACHE,
     COMPUTE,
-    FIRST_PASS,
+    FILTER_PREFILL,
     INTERPRETER,
     LOADING,
     PREFIXES,
@@ -59,7 +59,7 @@ HOW = {
     COMPUTE: "grown in passes beside cache and scratch, with llama.cpp's row of logits",
     SCRATCH: "counted by our kernels",
     PREFIXES: "pages of the states that are kept",
-    FIRST_PASS: "pages of its cache; the rest is with the compute buffer",
+    FILTER_PREFILL: "pages of its cache; the rest is with the compute buffer",
     SAMPLING: "grown while sampling",
     PROMPT: "grown while tokenising",
     OTHER: "resident, and nobody's above",
@@ -94,12 +94,12 @@ class MemoryWatch:
     """Charges growth to owners; `sample` returns everyone's bytes. Close it at the end."""
 
     def __init__(self) -> None:
-        self._meter = ResidenceMeter()
+        self._meter = ResidentMemoryMeter()
         self._tells_files = self._meter.tells_files
         self._grown: dict[str, int] = {}
-        self._start: Residence | None = None
+        self._start: ResidentMemory | None = None
         self._model: WatchedModel | None = None
-        self._caches: dict[str, Sequence[UntouchedBuffer]] = {}
+        self._caches: dict[str, Sequence[DemandZeroBuffer]] = {}
         self._mapped = _MappedFiles()
 
     @property
@@ -107,7 +107,7 @@ class MemoryWatch:
         """Whether this system tells enough to name owners."""
         return self._tells_files and self._start is not None
 
-    def read(self) -> Residence:
+    def read(self) -> ResidentMemory:
         """Return the resident set, in microseconds."""
         return self._meter.read()
 
@@ -116,27 +116,27 @@ class MemoryWatch:
         self._model = model
         self._start = self.read()
 
-    def cache_lies_in(self, buffers: Sequence[UntouchedBuffer], owner: str = CACHE) -> None:
+    def cache_lies_in(self, buffers: Sequence[DemandZeroBuffer], component: str = CACHE) -> None:
         """Say where an owner's KV cache is, once it is made; without buffers it was cleared whole."""
-        self._caches[owner] = tuple(buffers)
+        self._caches[component] = tuple(buffers)
         self._mapped.walk_next()
 
-    def charge(self, span: str, before: Residence, after: Residence) -> None:
+    def charge(self, span: str, before: ResidentMemory, after: ResidentMemory) -> None:
         """Charge what anonymous memory grew by during a span to the owner of its kind."""
-        owner = GROWS_UNDER.get(span)
-        if owner is not None:
+        component = GROWS_UNDER.get(span)
+        if component is not None:
             grown = after.anonymous_bytes - before.anonymous_bytes
-            self._grown[owner] = self._grown.get(owner, 0) + grown
+            self._grown[component] = self._grown.get(component, 0) + grown
 
-    def sample(self, now: Residence) -> dict[str, int]:
+    def sample(self, now: ResidentMemory) -> dict[str, int]:
         """Return the bytes of each owner that can be told apart; they sum up to what is resident."""
         if not self.tells_apart or self._start is None or self._model is None:
             return {OTHER: now.num_bytes}
         model, grown = self._model, self._grown
         mapped = self._mapped.num_bytes(model, now) if model.memory_map else 0
         scratch = model.scratch_bytes()
-        caches = {owner: self._cache_bytes(model, owner) for owner in self._caches}
-        owners = {
+        caches = {component: self._cache_bytes(model, component) for component in self._caches}
+        components = {
             INTERPRETER: self._start.anonymous_bytes + grown.get(INTERPRETER, 0)
             + now.file_bytes - mapped,
             CACHE: 0, **caches,
@@ -147,22 +147,22 @@ class MemoryWatch:
             PROMPT: grown.get(PROMPT, 0),
         }  # fmt: skip
         if model.memory_map:
-            owners.update({VOCABULARY: grown.get(WEIGHTS, 0), WEIGHTS: mapped})
+            components.update({VOCABULARY: grown.get(WEIGHTS, 0), WEIGHTS: mapped})
         else:
-            owners[WEIGHTS] = grown.get(WEIGHTS, 0)
-        owners[OTHER] = now.num_bytes - sum(owners.values())
-        return owners
+            components[WEIGHTS] = grown.get(WEIGHTS, 0)
+        components[OTHER] = now.num_bytes - sum(components.values())
+        return components
 
-    def how(self, owner: str) -> str:
+    def how(self, component: str) -> str:
         """Say how the owner's bytes were measured, or why they were not."""
-        if self._model is not None and not self._model.memory_map and owner in HOW_COPIED:
-            return HOW_COPIED[owner]
-        if not self.tells_apart and owner != OTHER:
+        if self._model is not None and not self._model.memory_map and component in HOW_COPIED:
+            return HOW_COPIED[component]
+        if not self.tells_apart and component != OTHER:
             return "this system does not tell"
-        return HOW_NOT.get(owner) or HOW.get(owner, "not told apart")
+        return HOW_NOT.get(component) or HOW.get(component, "not told apart")
 
-    def _cache_bytes(self, model: WatchedModel, owner: str) -> int:
-        buffers = self._caches[owner]
+    def _cache_bytes(self, model: WatchedModel, component: str) -> int:
+        buffers = self._caches[component]
         measured = resident_buffer_bytes(buffers) if buffers else None
         return model.cache_bytes if measured is None else measured
 
@@ -186,7 +186,7 @@ class _MappedFiles:
         """Walk at the next question, whatever the last one took."""
         self._next_at = 0.0
 
-    def num_bytes(self, model: WatchedModel, now: Residence) -> int:
+    def num_bytes(self, model: WatchedModel, now: ResidentMemory) -> int:
         """Return the resident bytes of the model's files."""
         started = time.perf_counter()
         if self._walked is None or started >= self._next_at:

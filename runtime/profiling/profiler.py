@@ -10,17 +10,17 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from lowtide.attention.bindings.llama_hook import GraphHook, LayerClock
-from lowtide.memory.os.kv_pages import UntouchedBuffer
-from lowtide.memory.os.residency import Residence
+from lowtide.attention.bindings.llama_hook import LayerClock, LlamaHook
+from lowtide.memory.os.kv_pages import DemandZeroBuffer
+from lowtide.memory.os.residency import ResidentMemory
 from lowtide.memory.plan.line import CACHE
 from lowtide.models.errors import BadOption
 from lowtide.runtime.profiling.memory import PACE, MemoryWatch, WatchedModel
-from lowtide.runtime.profiling.retention_map import PromptHeat
+from lowtide.runtime.profiling.retention_map import RetentionMap
 from lowtide.runtime.profiling.timeline import LayerPass, MemorySample, Span, Timeline
 
 if TYPE_CHECKING:
-    from lowtide.runtime.planning.plan import PlannedModel
+    from lowtide.runtime.planning.plan import ResolvedModel
     from lowtide.runtime.profiling.report import ProfileReport
 
     OnEvent = Callable[[Span | MemorySample | LayerPass], None]
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 PREFILL, DECODE, FILTER = "prefill pass", "decode pass", "filter pass"
 DECODE_PACES = (8, 32)
 """Layers are timed in one decode pass of so many, at first and later: stopping at each costs something."""
-FIRST_PASSES = 64
+FILTER_PREFILLS = 64
 STEP_BYTES = 1 << 20
 """A change by this much is sampled at once."""
 
@@ -45,12 +45,12 @@ class Profiler:
         self._on_event = on_event
         self._watch = MemoryWatch()
         self._clock: LayerClock | None = None
-        self._planned: PlannedModel | None = None
+        self._planned: ResolvedModel | None = None
         self._num_tokens: Callable[[], int] = lambda: 0
         self._seconds: dict[str, tuple[int, int]] = {}
         self._open: list[_OpenSpan] = []
         self._num_decoded = 0
-        self.heat: PromptHeat | None = None
+        self.retention_map: RetentionMap | None = None
         self._is_finished = False
         self._sampled_bytes = 0
         self._next_sample_ns = 0
@@ -65,26 +65,26 @@ class Profiler:
         """Time what is done inside the block under `name`; spans may lie in one another."""
         return _OpenSpan(self, name, num_rows)
 
-    def watch(self, planned: PlannedModel, model: WatchedModel) -> None:
+    def watch(self, planned: ResolvedModel, model: WatchedModel) -> None:
         """Begin with a runtime, before its model is loaded. Raises `BadOption` for a second one."""
         if self._planned is not None:
             raise BadOption("this profiler has a runtime already: make one for each runtime")
         self._planned = planned
         self._watch.start(model)
 
-    def cache_lies_in(self, buffers: Sequence[UntouchedBuffer], owner: str = CACHE) -> None:
+    def cache_lies_in(self, buffers: Sequence[DemandZeroBuffer], component: str = CACHE) -> None:
         """Say where an owner's KV cache is, once it is made."""
-        self._watch.cache_lies_in(buffers, owner)
+        self._watch.cache_lies_in(buffers, component)
 
     def count_tokens(self, num_tokens: Callable[[], int]) -> None:
         """Ask `num_tokens` how many are in the KV cache, from now on."""
         self._num_tokens = num_tokens
 
-    def filtered(self, heat: Callable[[], PromptHeat]) -> None:
+    def filtered(self, retention_map: Callable[[], RetentionMap]) -> None:
         """A prompt was filtered: ask what was kept of it."""
-        self.heat = heat()
+        self.retention_map = retention_map()
 
-    def time_layers(self, hook: GraphHook, num_layers: int) -> None:
+    def time_layers(self, hook: LlamaHook, num_layers: int) -> None:
         """Take the time of layers from a hook's passes, until `finish`."""
         self._clock = LayerClock(hook, num_layers)
 
@@ -114,7 +114,7 @@ class Profiler:
         self._open.append(span)
         span.before = self._watch.read()
         if self._clock is not None and span.name in (PREFILL, DECODE):
-            is_turn = self._num_decoded % DECODE_PACES[self._num_decoded >= FIRST_PASSES] == 0
+            is_turn = self._num_decoded % DECODE_PACES[self._num_decoded >= FILTER_PREFILLS] == 0
             self._num_decoded += span.name == DECODE
             span.is_timed = span.name == PREFILL or is_turn
             self._clock.start(timed=span.is_timed)
@@ -150,11 +150,11 @@ class Profiler:
         self.timeline.add_pass(timed)
         self._tell(timed)
 
-    def _is_time_to_sample(self, now: Residence, at_ns: int) -> bool:
+    def _is_time_to_sample(self, now: ResidentMemory, at_ns: int) -> bool:
         changed = abs(now.num_bytes - self._sampled_bytes)
         return at_ns >= self._next_sample_ns or changed >= STEP_BYTES
 
-    def _sample(self, now: Residence, at_ns: int) -> None:
+    def _sample(self, now: ResidentMemory, at_ns: int) -> None:
         """Take the bytes of every owner; what that costs is a phase of its own."""
         sample = MemorySample(at_ns, now.num_bytes, self._watch.sample(now), self._num_tokens())
         self.timeline.add_sample(sample)
@@ -181,7 +181,7 @@ class _OpenSpan:
         self._profiler = profiler
         self.name = name
         self.num_rows = num_rows
-        self.before = Residence(0, 0)
+        self.before = ResidentMemory(0, 0)
         self.begin_ns = self.nested_ns = 0
         self.is_timed = False
 
@@ -209,19 +209,19 @@ class _Silent(Profiler):
         """Do what is in the block."""
         return self._NOTHING
 
-    def watch(self, planned: PlannedModel, model: WatchedModel) -> None:
+    def watch(self, planned: ResolvedModel, model: WatchedModel) -> None:
         """Watch nothing."""
 
-    def cache_lies_in(self, buffers: Sequence[UntouchedBuffer], owner: str = CACHE) -> None:
+    def cache_lies_in(self, buffers: Sequence[DemandZeroBuffer], component: str = CACHE) -> None:
         """Remember nothing."""
 
     def count_tokens(self, num_tokens: Callable[[], int]) -> None:
         """Count nothing."""
 
-    def filtered(self, heat: Callable[[], PromptHeat]) -> None:
+    def filtered(self, retention_map: Callable[[], RetentionMap]) -> None:
         """Ask nothing."""
 
-    def time_layers(self, hook: GraphHook, num_layers: int) -> None:
+    def time_layers(self, hook: LlamaHook, num_layers: int) -> None:
         """Time nothing."""
 
     def finish(self) -> None:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from lowtide.memory.plan.plan import MemoryPlan
 from lowtide.memory.process import read_process_memory
 from lowtide.runtime.profiling.memory import OTHER
-from lowtide.runtime.profiling.retention_map import PromptHeat
+from lowtide.runtime.profiling.retention_map import RetentionMap
 from lowtide.runtime.profiling.timeline import LayerPass, MemorySample, Timeline
 
 if TYPE_CHECKING:
-    from lowtide.runtime.planning.plan import PlannedModel
+    from lowtide.runtime.planning.plan import ResolvedModel
     from lowtide.runtime.profiling.profiler import Profiler
 
 OUTSIDE = "outside"
@@ -26,7 +26,7 @@ OUTPUT = "output"
 class MeasuredRow:
     """An owner's bytes at the run's highest moment, and how they were found; None is "cannot be told"."""
 
-    owner: str
+    component: str
     num_bytes: int | None
     how: str
 
@@ -75,17 +75,17 @@ class ProfileReport:
     """Of prefill and of decode."""
     timeline: Timeline
     begin_ns: int
-    heat: PromptHeat | None = None
+    retention_map: RetentionMap | None = None
     """What was kept of the last prompt that was filtered; None where none was."""
 
     @classmethod
     def of(
-        cls, planned: PlannedModel, profiler: Profiler, how: Callable[[str], str]
+        cls, planned: ResolvedModel, profiler: Profiler, how: Callable[[str], str]
     ) -> ProfileReport:
         """Add up what a profiler has kept."""
         timeline = profiler.timeline
         # Before the model is loaded nobody's bytes are told apart.
-        told = [sample for sample in timeline.samples if len(sample.owners) > 1]
+        told = [sample for sample in timeline.samples if len(sample.components) > 1]
         highest = max(
             told or timeline.samples, key=lambda sample: sample.resident_bytes, default=None
         )
@@ -108,7 +108,7 @@ class ProfileReport:
             num_timed_passes=(len(passes["prefill pass"]), len(passes["decode pass"])),
             timeline=timeline,
             begin_ns=profiler.begin_ns,
-            heat=profiler.heat,
+            retention_map=profiler.retention_map,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class ProfileReport:
         return {
             "plan": self.plan.to_dict(),
             "measured": [
-                {"owner": row.owner, "bytes": row.num_bytes, "how": row.how}
+                {"component": row.component, "bytes": row.num_bytes, "how": row.how}
                 for row in self.measured
             ],
             "resident_bytes": self.resident_bytes,
@@ -124,20 +124,22 @@ class ProfileReport:
             "seconds": self.seconds,
             "phases": [asdict(phase) for phase in self.phases],
             "layers": [asdict(layer) for layer in self.layers],
-            "heat": None if self.heat is None else self.heat.to_dict(),
+            "retention_map": None if self.retention_map is None else self.retention_map.to_dict(),
         }
 
 
 def _measured(
     plan: MemoryPlan, highest: MemorySample | None, how: Callable[[str], str]
 ) -> tuple[MeasuredRow, ...]:
-    owners = [row.owner for row in plan.rows] + [OTHER]
-    held = dict(highest.owners) if highest else {}
+    components = [row.component for row in plan.rows] + [OTHER]
+    held = dict(highest.components) if highest else {}
     # A plan may have rows that nobody knows how to measure, and lack some that are measured.
     held[OTHER] = held.get(OTHER, 0) + sum(
-        held.pop(name) for name in list(held) if name not in owners
+        held.pop(name) for name in list(held) if name not in components
     )
-    return tuple(MeasuredRow(owner, held.get(owner), how(owner)) for owner in owners)
+    return tuple(
+        MeasuredRow(component, held.get(component), how(component)) for component in components
+    )
 
 
 def _phases(spans: list[tuple[str, int, int]], seconds: float) -> tuple[Phase, ...]:

@@ -1,4 +1,4 @@
-"""PromptHeat: where in a prompt the tokens lie that a filter kept, as a value to draw. Knows no policy."""
+"""RetentionMap: where in a prompt the tokens lie that a filter kept, as a value to draw. Knows no policy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_BINS = 400
 
 
 @dataclass(frozen=True, slots=True)
-class Passage:
+class RetainedSpan:
     """Neighbouring tokens that were kept: where they begin, how many, their highest score, as text."""
 
     position: int
@@ -28,7 +28,7 @@ class Passage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PromptHeat:
+class RetentionMap:
     """A filtered prompt of `num_tokens` in bins of `bin_tokens` each, the last one shorter.
 
     `scores` has each bin's highest score, `kept` the share of its tokens that was kept.
@@ -39,15 +39,15 @@ class PromptHeat:
     bin_tokens: int
     scores: tuple[float, ...]
     kept: tuple[float, ...]
-    passages: tuple[Passage, ...]
+    passages: tuple[RetainedSpan, ...]
 
     @classmethod
     def of(
         cls,
         scores: NDArray[np.float32],
         positions: NDArray[np.int64],
-        passages: Sequence[Passage],
-    ) -> PromptHeat:
+        passages: Sequence[RetainedSpan],
+    ) -> RetentionMap:
         """Put a score for each token, and the positions of the kept ones, into bins."""
         import numpy as np
 

@@ -31,7 +31,7 @@ class MemorySample:
 
     at_ns: int
     resident_bytes: int
-    owners: dict[str, int]
+    components: dict[str, int]
     num_tokens: int
     """In the KV cache."""
 

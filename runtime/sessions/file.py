@@ -25,12 +25,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
-from lowtide.memory.plan.plan.estimates import SESSION_CHUNK_BYTES
+from lowtide.memory.plan.estimates import SESSION_CHUNK_BYTES
 from lowtide.models.atomic_file import whole_file
 from lowtide.models.chat_template import checked_message
-from lowtide.models.errors import StateError, TemplateError
+from lowtide.models.errors import SnapshotError, TemplateError
 from lowtide.runtime.errors import SessionMismatch, TranscriptError
-from lowtide.runtime.generation.chat import LastAnswer
+from lowtide.runtime.generation.chat import LastTurn
 
 MAGIC = b"lowtide\x01"
 FORMAT_VERSION = 1
@@ -58,7 +58,7 @@ def write_session(path: Path, write_state: Callable[[Path], int], head: dict[str
             digest.update(lengths)
             file.write(lengths + digest.digest())
             return file.tell()
-    except (OSError, StateError) as error:
+    except (OSError, SnapshotError) as error:
         reason = getattr(error, "strerror", None) or error
         raise TranscriptError(
             f"{path} was not saved ({reason}): the conversation goes on, save it somewhere else"
@@ -237,21 +237,21 @@ def _checksum(body: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionHead:
-    """Whose KV state it is (`owner`, by property), how many tokens it holds and how to go on from them.
+    """Whose KV state it is (`component`, by property), how many tokens it holds and how to go on from them.
 
     Tokens from `exact_until` on were computed by an approximate pass.
     """
 
-    owner: dict[str, str]
+    component: dict[str, str]
     num_tokens: int
     exact_until: int
-    last: LastAnswer
+    last: LastTurn
     transcript: Transcript
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values for JSON."""
         return {
-            "owner": self.owner,
+            "component": self.component,
             "num_tokens": self.num_tokens,
             "exact_until": self.exact_until,
             "last": asdict(self.last),
@@ -265,10 +265,10 @@ class SessionHead:
         try:
             last = values["last"]
             return cls(
-                owner={str(name): str(value) for name, value in values["owner"].items()},
+                component={str(name): str(value) for name, value in values["component"].items()},
                 num_tokens=int(values["num_tokens"]),
                 exact_until=max(int(values["exact_until"]), 0),
-                last=LastAnswer(
+                last=LastTurn(
                     str(last["text"]),
                     [int(i) for i in last["token_ids"]],
                     int(last["num_messages"]),
@@ -278,10 +278,10 @@ class SessionHead:
         except (KeyError, TypeError, ValueError, AttributeError):
             raise TranscriptError(f"{path} holds values that are none: use a backup") from None
 
-    def require_match(self, path: Path, owner: dict[str, str], context: int) -> None:
-        """Raise `SessionMismatch` where the state is not `owner`'s or does not fit the context."""
-        for name, ours in owner.items():
-            theirs = self.owner.get(name)
+    def require_match(self, path: Path, component: dict[str, str], context: int) -> None:
+        """Raise `SessionMismatch` where the state is not `component`'s or does not fit the context."""
+        for name, ours in component.items():
+            theirs = self.component.get(name)
             if theirs != ours:
                 raise SessionMismatch(
                     f"{path} was saved with the {name} {theirs}, here it is {ours}: open that one, or "

@@ -1,4 +1,4 @@
-"""SessionStore: keeps a runtime's conversation on disk, so that going on equals never having left.
+"""SavedChats: keeps a runtime's conversation on disk, so that going on equals never having left.
 
 Knows no terminal; what the files look like is `session_file`'s and `transcript`'s.
 """
@@ -15,11 +15,11 @@ from lowtide.memory.plan.estimates import session_bytes
 from lowtide.memory.plan.line import PREFIXES
 from lowtide.memory.units import OverBudget
 from lowtide.models.chat_template import Message, checked_message
-from lowtide.models.errors import StateError
+from lowtide.models.errors import SnapshotError
 from lowtide.runtime.errors import TranscriptError
-from lowtide.runtime.generation.chat import LastAnswer
-from lowtide.runtime.kv.session import Session
-from lowtide.runtime.loading.load import LoadedModel
+from lowtide.runtime.generation.chat import LastTurn
+from lowtide.runtime.kv.session import KVSession
+from lowtide.runtime.loading.load import Engine
 from lowtide.runtime.sessions.file import (
     SessionFile,
     SessionHead,
@@ -28,7 +28,7 @@ from lowtide.runtime.sessions.file import (
     write_session,
 )
 
-OWNER = "session file"
+COMPONENT = "session file"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,14 +51,14 @@ class LoadedSession:
     num_tokens: int
 
 
-class SessionStore:
+class SavedChats:
     """Made by `Runtime`. `begin` ends an answer that is being read, `require_open` raises once closed."""
 
     def __init__(
         self,
-        loaded: LoadedModel,
-        session: Session,
-        last: LastAnswer,
+        loaded: Engine,
+        session: KVSession,
+        last: LastTurn,
         *,
         begin: Callable[[], int],
         require_open: Callable[[], None],
@@ -82,19 +82,19 @@ class SessionStore:
         transcript = Transcript(
             model=model.spec.name, messages=tuple(checked_message(message) for message in messages)
         )
-        num_tokens = self._session.settle() if state and model.keeps_state else 0
+        num_tokens = self._session.sync() if state and model.supports_snapshot else 0
         if not num_tokens:
             transcript.save(path)
             return SavedSession(num_tokens=0, num_bytes=path.stat().st_size)
         head = SessionHead(
-            owner=self._owner(),
+            component=self._component(),
             num_tokens=num_tokens,
             exact_until=self._session.exact_until,
             last=self._last,
             transcript=transcript,
         )
         with self._reserved(num_tokens, 0):
-            num_bytes = write_session(path, self._session.save_state, head.to_dict())
+            num_bytes = write_session(path, self._session.save_kv, head.to_dict())
         return SavedSession(num_tokens=num_tokens, num_bytes=num_bytes)
 
     def load(self, path: str | Path) -> LoadedSession:
@@ -114,7 +114,7 @@ class SessionStore:
                 )
             with self._reserved(0, file.num_head_bytes):
                 head = SessionHead.from_dict(path, file.head())
-            head.require_match(path, self._owner(), self._loaded.model.context)
+            head.require_match(path, self._component(), self._loaded.model.context)
             with self._reserved(head.num_tokens, file.num_head_bytes, file.num_state_bytes):
                 self._session.admit(head.num_tokens)
                 self._put_back(file, head)
@@ -137,21 +137,21 @@ class SessionStore:
         with self._reserved(0, path.stat().st_size):
             return Transcript.load(path)
 
-    def _owner(self) -> dict[str, str]:
+    def _component(self) -> dict[str, str]:
         policy = self._loaded.planned.policy
-        return {**self._loaded.model.state_owner(), "attention": policy.identity}
+        return {**self._loaded.model.snapshot_component(), "attention": policy.cache_key}
 
     def _put_back(self, file: SessionFile, head: SessionHead) -> None:
         self._begin()
         self._last.set("", [], 0)
         try:
             with guarded_aborts():
-                self._session.load_state(
+                self._session.load_kv(
                     file.state_path, file.num_state_bytes, head.num_tokens, head.exact_until
                 )
             file.require_unchanged()
-        except (StateError, TranscriptError) as error:
-            self._session.rewind_to(())
+        except (SnapshotError, TranscriptError) as error:
+            self._session.truncate_to_prefix(())
             raise TranscriptError(
                 f"{file.path} holds a KV state that cannot be read ({error}): go on with its messages alone"
             ) from None
@@ -172,11 +172,11 @@ class SessionStore:
         )
         needed -= self._loaded.idle_bytes(max(num_tokens, len(self._session.token_ids)))
         try:
-            ledger.reserve(OWNER, max(needed, 0))
+            ledger.reserve(COMPONENT, max(needed, 0))
         except OverBudget:
             self._loaded.prefixes.clear()
-            ledger.reserve(OWNER, max(needed - ledger.owners.get(PREFIXES, 0), 0))
+            ledger.reserve(COMPONENT, max(needed - ledger.components.get(PREFIXES, 0), 0))
         try:
             yield
         finally:
-            ledger.release(OWNER)
+            ledger.release(COMPONENT)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lowtide.models.draft_tree import TEXT, TokenTree
 
 if TYPE_CHECKING:
-    from lowtide.models.model import Logits, RowLogits
+    from lowtide.models.model import Logits, Logits2D
 
 
 MEMORY = 0.96
@@ -30,13 +30,13 @@ PRIOR_OF_OTHERS = 0.2
 """What is taken at first for the token beside a wrong one: rather too little."""
 
 
-class Verification:
+class DraftVerification:
     """The tree of one pass and its rows, walked from one accepted token to the next.
 
     `rows` are the logits of the tree's first rows; what has none cannot be accepted. Row 0 is no draft.
     """
 
-    def __init__(self, tree: TokenTree, rows: RowLogits) -> None:
+    def __init__(self, tree: TokenTree, rows: Logits2D) -> None:
         self._tree = tree
         self._rows = rows
         self.row = 0
@@ -77,7 +77,7 @@ class _Share:
         self._tried = MEMORY * self._tried + 1
         self._right = MEMORY * self._right + is_right
 
-    def believed(self, prior: float) -> float:
+    def expected(self, prior: float) -> float:
         return (self._right + PRIOR_WEIGHT * prior) / (self._tried + PRIOR_WEIGHT)
 
 
@@ -105,17 +105,17 @@ class Acceptance:
     def by_position(self) -> tuple[float, ...]:
         """Return the share that was right; what is not known is nearly as the position before."""
         shares = []
-        believed = self._prior
+        expected = self._prior
         for share in self._positions:
-            believed = share.believed(believed)
-            shares.append(believed)
-            believed *= PRIOR_OF_NEXT
+            expected = share.expected(expected)
+            shares.append(expected)
+            expected *= PRIOR_OF_NEXT
         return tuple(shares)
 
     @property
     def of_others(self) -> float:
         """How often the next token beside a wrong one is right."""
-        return self._others.believed(PRIOR_OF_OTHERS)
+        return self._others.expected(PRIOR_OF_OTHERS)
 
 
 def chances(tree: TokenTree, acceptance: Acceptance) -> list[float]:

@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lowtide.memory.plan.plan.speculation import expected_tokens
+from lowtide.memory.plan.speculation import expected_tokens
 from lowtide.models.draft_tree import TokenTree
 from lowtide.runtime.speculation.acceptance import Acceptance, chances
 from lowtide.runtime.speculation.drafts import NOTHING, Draft, Proposal
-from lowtide.runtime.speculation.step_cost import PassCosts
+from lowtide.runtime.speculation.step_cost import StepCostModel
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
+class DraftProposal:
     """A draft's proposal, which took `drafting_s` seconds; `acceptance` is what is believed by position."""
 
     draft: str
@@ -28,12 +28,12 @@ class Offer:
     drafting_s: float
 
     @property
-    def promise(self) -> float:
+    def expected_tokens(self) -> float:
         """How many tokens come of verifying all of it, on average, one that is no draft among them."""
         return expected_tokens(self.acceptance, len(self.token_ids))
 
     @property
-    def believed(self) -> Sequence[float]:
+    def expected(self) -> Sequence[float]:
         """What is believed of each proposed token, where those before it came."""
         return self.acceptance[: len(self.token_ids)]
 
@@ -98,7 +98,7 @@ class SpeculationControl:
     """
 
     def __init__(
-        self, drafts: Sequence[Draft], costs: PassCosts, *, branches: bool = False
+        self, drafts: Sequence[Draft], costs: StepCostModel, *, branches: bool = False
     ) -> None:
         self.costs = costs
         self._branches = branches
@@ -125,7 +125,7 @@ class SpeculationControl:
         self._useful_s += seconds
         self.costs.observe(num_rows, seconds)
 
-    def settled(self, num_tokens: int, seconds: float) -> None:
+    def end_round(self, num_tokens: int, seconds: float) -> None:
         """A verification is over: it took so long, and gave so many tokens. What it won or lost is kept."""
         plain_s = self.costs.of(1)
         won_s = self._won_s + num_tokens * plain_s - seconds
@@ -136,7 +136,7 @@ class SpeculationControl:
         """Whether verifying has to wait until more was decoded without it."""
         return -self._won_s > LOST_SHARE * self._useful_s
 
-    def came(self, token_id: int) -> None:
+    def observe_token(self, token_id: int) -> None:
         """A token was chosen: proposals that were waiting for it are compared."""
         for record in self._records:
             record.watched = [w for w in record.watched if w.is_open_after(token_id)]
@@ -161,7 +161,7 @@ class SpeculationControl:
                 self.wasted_s += drafting_s
                 continue
             record.token_s += 0.1 * (drafting_s / len(path) - record.token_s)
-            acceptance = record.classes[proposal.sureness]
+            acceptance = record.classes[proposal.confidence]
             gain, tree = self._best_tree(record, acceptance, proposal.tree, most)
             self.best_promise = max(gain, self.best_promise or 0.0)
             is_best = gain > best[0] and not self.has_lost
@@ -173,19 +173,19 @@ class SpeculationControl:
                 self.wasted_s += self.costs.clock() - before
         return best[1:] if best[1] else None
 
-    def offered(self, token_ids: Sequence[int], most_tokens: int) -> Offer | None:
+    def take_proposal(self, token_ids: Sequence[int], most_tokens: int) -> DraftProposal | None:
         """Return what promises the most tokens after `token_ids`; others decide what of it is verified."""
-        best: Offer | None = None
+        best: DraftProposal | None = None
         for record in self._records:
             if most_tokens < 1 or not self._may_propose(record, most_tokens):
                 continue
             before = self.costs.clock()
             proposal = self._proposed(record, token_ids, most_tokens)
             drafting_s = self.costs.clock() - before
-            path, acceptance = proposal.tree.first_path(), record.classes[proposal.sureness]
-            believed = acceptance.by_position()
-            offer = Offer(record.draft.name, proposal.token_ids, believed, drafting_s)
-            is_best = bool(path) and (best is None or offer.promise > best.promise)
+            path, acceptance = proposal.tree.first_path(), record.classes[proposal.confidence]
+            expected = acceptance.by_position()
+            offer = DraftProposal(record.draft.name, proposal.token_ids, expected, drafting_s)
+            is_best = bool(path) and (best is None or offer.expected_tokens > best.expected_tokens)
             if is_best or (path and len(record.watched) < MOST_WATCHED):
                 record.watched.append(_Watched(proposal.tree, path, acceptance))
             declined = best if is_best else offer
@@ -193,7 +193,7 @@ class SpeculationControl:
             self.wasted_s += declined.drafting_s if declined is not None else 0.0
         return best
 
-    def declined(self, offer: Offer) -> None:
+    def reject_proposal(self, offer: DraftProposal) -> None:
         """Nothing of an offer is verified."""
         self.wasted_s += offer.drafting_s
 
@@ -215,19 +215,19 @@ class SpeculationControl:
             record.draft.follow(token_ids)
             proposal = record.draft.propose(most)
             tree = proposal.tree
-            known = 0 <= proposal.sureness < len(record.classes)
+            known = 0 <= proposal.confidence < len(record.classes)
             if not known or max(tree.depths(), default=0) >= most:
                 return Proposal()
         except Exception:  # whatever a draft does, the answer goes on without it
             return Proposal()
         if self._branches:
             return proposal
-        return Proposal(tree.of_rows(tree.first_path()), proposal.sureness)
+        return Proposal(tree.of_rows(tree.first_path()), proposal.confidence)
 
-    def _best_gain(self, record: _Record, sureness: int, most: int) -> float:
+    def _best_gain(self, record: _Record, confidence: int, most: int) -> float:
         """Return what the best chain of this class promises before there is one."""
         chain = TokenTree.chain((0,) * most)
-        return self._best_tree(record, record.classes[sureness], chain, most)[0]
+        return self._best_tree(record, record.classes[confidence], chain, most)[0]
 
     def _best_tree(
         self, record: _Record, acceptance: Acceptance, tree: TokenTree, most: int

@@ -36,18 +36,18 @@ MOST_OTHERS = 2
 class Proposal:
     """Tokens that may come next, and how sure the draft is of them.
 
-    Of the tokens that may come after another one, the likelier stand before the others. `sureness` is a
+    Of the tokens that may come after another one, the likelier stand before the others. `confidence` is a
     class from 0 to the draft's `num_classes` - 1: acceptance is counted for each by itself, so that a draft
     that is right only where it is sure is used only there.
     """
 
     tree: TokenTree = NOTHING
-    sureness: int = 0
+    confidence: int = 0
 
     @classmethod
-    def chain(cls, token_ids: Sequence[int], sureness: int = 0) -> Proposal:
+    def chain(cls, token_ids: Sequence[int], confidence: int = 0) -> Proposal:
         """Return what proposes these tokens, one after the other."""
-        return cls(TokenTree.chain(token_ids), sureness)
+        return cls(TokenTree.chain(token_ids), confidence)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -77,7 +77,7 @@ class Draft(ABC):
         At each place there may be others beside a token, up to `MOST_OTHERS` of them.
         """
 
-    def prior(self, sureness: int) -> float:
+    def prior(self, confidence: int) -> float:
         """Return the acceptance to believe in for a class before anything is counted: rather too little."""
         return 0.3
 
@@ -150,10 +150,10 @@ class NgramDraft(Draft):
         if not matches:
             return Proposal()
         longest, best = matches[0]
-        sureness = sum(longest >= least for least in CLASSES)
+        confidence = sum(longest >= least for least in CLASSES)
         if longest >= MOST_MATCH:
-            return Proposal.chain(self._copied(best, num_tokens), sureness)
-        return Proposal(self._branched([place for _, place in matches], num_tokens), sureness)
+            return Proposal.chain(self._copied(best, num_tokens), confidence)
+        return Proposal(self._branched([place for _, place in matches], num_tokens), confidence)
 
     def _matches(self) -> list[tuple[int, int]]:
         """Return earlier places that match the text's end, and how long, the best first.
@@ -187,9 +187,9 @@ class NgramDraft(Draft):
                 break
         return TokenTree(tuple(token_ids), tuple(parents))
 
-    def prior(self, sureness: int) -> float:
+    def prior(self, confidence: int) -> float:
         """Return more for longer matches."""
-        return PRIORS[sureness]
+        return PRIORS[confidence]
 
     def _copied(self, place: int, num_tokens: int) -> tuple[int, ...]:
         """What follows a place; where it reaches the text's end it repeats, as the text would."""
@@ -252,7 +252,7 @@ class TrigramDraft(Draft):
             return Proposal()
         left, right = self._text[-2:]
         token_ids, parents = list[int](), list[int]()
-        sureness, last = 0, TEXT
+        confidence, last = 0, TEXT
         for _ in range(num_tokens):
             followers = self._followers_of(left, right)
             if not followers:
@@ -262,13 +262,13 @@ class TrigramDraft(Draft):
             if share < LEAST_SHARE:
                 break
             if last == TEXT:
-                sureness = 2 * sum(share >= least for least in TRIGRAM_CLASSES) + (weight > 1)
+                confidence = 2 * sum(share >= least for least in TRIGRAM_CLASSES) + (weight > 1)
             taken = followers[: MOST_OTHERS + 1]
             parents += [last] * len(taken)
             last = len(token_ids)
             token_ids += (token_id for _, token_id in taken)
             left, right = right, likeliest
-        return Proposal(TokenTree(tuple(token_ids), tuple(parents)), sureness)
+        return Proposal(TokenTree(tuple(token_ids), tuple(parents)), confidence)
 
     def _followers_of(self, left: int, right: int) -> list[tuple[int, int]]:
         """Return the weights of a pair's followers and those, the likeliest first."""
@@ -362,8 +362,8 @@ class ModelDraft(Draft):
         kept = min(num_kept(self._held, self._wanted), len(self._wanted) - 1)
         del self._held[self._model.truncate(kept) :]
         likeliest = 0, 0
-        for start in range(len(self._held), len(self._wanted), self._model.max_rows):
-            likeliest = self._forward(self._wanted[start : start + self._model.max_rows])
+        for start in range(len(self._held), len(self._wanted), self._model.batch_size):
+            likeliest = self._forward(self._wanted[start : start + self._model.batch_size])
         return likeliest
 
     def _forward(self, token_ids: Sequence[int]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""SpeculationChoice: what the user wrote for `speculate`, as a value, and what it means for a plan.
+"""SpeculationArg: what the user wrote for `speculate`, as a value, and what it means for a plan.
 
 Knows how drafts are made, and nothing of how they are verified.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowtide.memory.plan.speculation import SpeculationWish
+from lowtide.memory.plan.speculation import SpeculationConfig
 from lowtide.models.catalog import resolve
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf.spec import read_spec
@@ -28,7 +28,7 @@ ROWS = ":rows="
 
 
 @dataclass(frozen=True, slots=True)
-class SpeculationChoice:
+class SpeculationArg:
     """Drafts by name, or a draft model's reference, and the most rows of a verification."""
 
     drafts: tuple[str, ...] = ()
@@ -36,7 +36,7 @@ class SpeculationChoice:
     num_rows: int = DEFAULT_ROWS
 
     @classmethod
-    def parse(cls, stated: str) -> SpeculationChoice:
+    def parse(cls, stated: str) -> SpeculationArg:
         """Return what "off", "ngram", "trigram", "auto" or a model's reference means.
 
         Each but "off" may end in ":rows=N". Raises `BadOption` where that is no number of rows.
@@ -65,7 +65,7 @@ class SpeculationChoice:
         """Whether nothing is to be drafted."""
         return not self.drafts and self.model is None
 
-    def wish(self, target: ModelSpec, *, offline: bool = False) -> SpeculationWish | None:
+    def wish(self, target: ModelSpec, *, offline: bool = False) -> SpeculationConfig | None:
         """Return what the plan must know; finds a draft model and reads its headers.
 
         Raises `ModelNotFound` where it is not there, and `BadOption` where its vocabulary is another one or
@@ -74,7 +74,7 @@ class SpeculationChoice:
         if self.is_off:
             return None
         if self.model is None:
-            return SpeculationWish(
+            return SpeculationConfig(
                 num_rows=self.num_rows, table_bytes=TABLE_BYTES, token_bytes=TOKEN_BYTES
             )
         if isinstance(target, OnnxSpec):
@@ -84,7 +84,7 @@ class SpeculationChoice:
             )
         draft = of_a_model(read_spec(resolve(self.model, offline=offline)))
         require_vocabulary(draft, target)
-        return SpeculationWish(num_rows=self.num_rows, token_bytes=TOKEN_BYTES, draft_model=draft)
+        return SpeculationConfig(num_rows=self.num_rows, token_bytes=TOKEN_BYTES, draft_model=draft)
 
 
 def require_vocabulary(draft: ModelSpec, target: ModelSpec) -> None:

@@ -19,7 +19,7 @@ from lowtide.attention.calibration import CalibrationError, find_file, write_val
 from lowtide.memory.plan.speculation import CostCurve
 
 if TYPE_CHECKING:
-    from lowtide.models.model import Logits, RowLogits
+    from lowtide.models.model import Logits, Logits2D
 
 ENOUGH_S = 0.15
 """Time after which no further round of measurements is begun."""
@@ -39,7 +39,7 @@ class Passes(Protocol):
         """Append the tokens and return the logits of the last row."""
         ...
 
-    def forward_rows(self, token_ids: Sequence[int]) -> RowLogits:
+    def forward_rows(self, token_ids: Sequence[int]) -> Logits2D:
         """Append the tokens and return the logits of every row."""
         ...
 
@@ -49,7 +49,7 @@ class Passes(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class MeasuredPasses:
+class StepBenchmark:
     """`costs` by rows; `rows_agree` where a row of a large pass had the very bits that it has alone.
 
     That is seen at an empty cache: of attention over many keys it says nothing.
@@ -59,7 +59,7 @@ class MeasuredPasses:
     rows_agree: bool
 
 
-def measured_passes(model: Passes, num_rows: int, key: str) -> MeasuredPasses:
+def benchmark_steps(model: Passes, num_rows: int, key: str) -> StepBenchmark:
     """Return what passes of 1 to `num_rows` rows are like; `key` says of which model, machine and setting.
 
     The model's cache is empty before and after. What was measured under the key is not measured again.
@@ -70,7 +70,7 @@ def measured_passes(model: Passes, num_rows: int, key: str) -> MeasuredPasses:
     if known is not None:
         return known
     curve = CostCurve(num_rows=rows, seconds=tuple(_measured(model, rows)))
-    found = MeasuredPasses(curve, _rows_agree(model, num_rows))
+    found = StepBenchmark(curve, _rows_agree(model, num_rows))
     values = {"of": key, "num_rows": rows, "seconds": curve.seconds, "rows_agree": found.rows_agree}
     with contextlib.suppress(CalibrationError):  # in a folder that cannot be written it is not kept
         write_values(name, values)
@@ -116,7 +116,7 @@ def _digest(row: Logits) -> bytes:
     return hashlib.blake2b(row.data, digest_size=16).digest()
 
 
-def _read(path: Path | None, rows: tuple[int, ...]) -> MeasuredPasses | None:
+def _read(path: Path | None, rows: tuple[int, ...]) -> StepBenchmark | None:
     """What another run measured; anything odd is measured again."""
     if path is None:
         return None
@@ -128,10 +128,10 @@ def _read(path: Path | None, rows: tuple[int, ...]) -> MeasuredPasses | None:
             return None
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    return MeasuredPasses(CostCurve(num_rows=rows, seconds=seconds), rows_agree)
+    return StepBenchmark(CostCurve(num_rows=rows, seconds=seconds), rows_agree)
 
 
-class PassCosts:
+class StepCostModel:
     """The curve as it is now: passes get slower as the cache fills, and machines change their pace."""
 
     def __init__(self, measured: CostCurve, clock: Callable[[], float] = time.perf_counter) -> None:

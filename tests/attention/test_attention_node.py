@@ -10,12 +10,12 @@ import pytest
 from ggml_graph import AttentionGraph
 from reference import attention, quantise_q4_0, quantise_q8_0
 
-from lowtide.attention.bindings.llama_hook import GraphHook
+from lowtide.attention.bindings.llama_hook import LlamaHook
 
 
 @pytest.fixture
-def hook() -> Iterator[GraphHook]:
-    made = GraphHook(threads=2)
+def hook() -> Iterator[LlamaHook]:
+    made = LlamaHook(threads=2)
     yield made
     made.close()
 
@@ -61,11 +61,11 @@ class Inputs:
         )
 
 
-def check(inputs: Inputs, hook: GraphHook, **options: Any) -> None:
+def check(inputs: Inputs, hook: LlamaHook, **options: Any) -> None:
     theirs_graph, ours_graph = inputs.graph(**options), inputs.graph(**options)
     theirs, ours = theirs_graph.computed(), ours_graph.computed(hook)
     counts = hook.counts()
-    assert (counts.nodes_ours, counts.nodes_theirs) == (1, 0)
+    assert (counts.nodes_native, counts.nodes_fallback) == (1, 0)
     expected = inputs.expected(**options)
     np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=1e-5)
     distance = np.abs(theirs - expected).max()
@@ -76,26 +76,26 @@ def check(inputs: Inputs, hook: GraphHook, **options: Any) -> None:
 
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("size", [64, 96, 128, 256])
-def test_types_and_head_sizes(kv_type: str, size: int, hook: GraphHook) -> None:
+def test_types_and_head_sizes(kv_type: str, size: int, hook: LlamaHook) -> None:
     check(Inputs(size=size, kv_type=kv_type), hook)
 
 
-def test_head_size_80(hook: GraphHook) -> None:
+def test_head_size_80(hook: LlamaHook) -> None:
     check(Inputs(size=80), hook)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 40])
-def test_sinks(rows: int, hook: GraphHook) -> None:
+def test_sinks(rows: int, hook: LlamaHook) -> None:
     check(Inputs(rows=rows), hook, sinks=np.linspace(-1, 3, 6, dtype=np.float32))
 
 
 @pytest.mark.parametrize("rows", [1, 5, 33])
 @pytest.mark.parametrize("streams", [2, 3])
-def test_several_streams(streams: int, rows: int, hook: GraphHook) -> None:
+def test_several_streams(streams: int, rows: int, hook: LlamaHook) -> None:
     check(Inputs(streams=streams, rows=rows), hook)
 
 
-def test_a_soft_cap(hook: GraphHook) -> None:
+def test_a_soft_cap(hook: LlamaHook) -> None:
     check(Inputs(), hook, softcap=20.0)
 
 
@@ -103,12 +103,12 @@ def test_a_soft_cap(hook: GraphHook) -> None:
     "options", [{"max_bias": 8.0}, {"k_name": "k"}, {"k_name": "cache_k_l9999"}], ids=str
 )
 def test_what_is_not_as_we_know_it_is_left_to_llama_cpp(
-    options: dict[str, Any], hook: GraphHook
+    options: dict[str, Any], hook: LlamaHook
 ) -> None:
     inputs = Inputs()
     theirs, ours = inputs.graph(**options), inputs.graph(**options)
     assert ours.computed(hook).tobytes() == theirs.computed().tobytes()
     counts = hook.counts()
-    assert (counts.nodes_ours, counts.nodes_theirs) == (0, 1)
+    assert (counts.nodes_native, counts.nodes_fallback) == (0, 1)
     theirs.close()
     ours.close()

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 from gguf_files import write_model
 
-from lowtide.attention.bindings.llama_hook import GraphHook
+from lowtide.attention.bindings.llama_hook import LlamaHook
 from lowtide.attention.calibration import NotCalibrated
-from lowtide.attention.tidal.calibrate import Calibrator, Targets
+from lowtide.attention.tidal.calibrate import Targets, TidalSearch
 from lowtide.models.gguf.model import GgufModel, LoadOptions
 from lowtide.models.gguf.spec import read_spec
 
@@ -20,22 +20,22 @@ CONTEXT = 768
 
 
 @pytest.fixture(scope="module")
-def search(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calibrator]:
+def search(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TidalSearch]:
     path = write_model(
         tmp_path_factory.mktemp("model") / "random.gguf", layers=6, width=128, heads=2, kv_heads=1
     )
-    hook = GraphHook(threads=1)
-    options = LoadOptions(context=1024, max_rows=128, threads=1, eval_callback=hook.callback)
+    hook = LlamaHook(threads=1)
+    options = LoadOptions(context=1024, batch_size=128, threads=1, eval_callback=hook.callback)
     with GgufModel(read_spec(path), options) as model:
         token_ids = [5 + i * i % 300 for i in range(2 * CONTEXT + 2)]
-        yield Calibrator(model, hook, token_ids, CONTEXT, framing=lambda text: text + "\n")
+        yield TidalSearch(model, hook, token_ids, CONTEXT, framing=lambda text: text + "\n")
     hook.close()
 
 
 LOOSE = Targets(kl=1.0, key_loss=1.0)
 
 
-def test_a_loose_target_takes_one_early_layer_and_the_fewest_keys(search: Calibrator) -> None:
+def test_a_loose_target_takes_one_early_layer_and_the_fewest_keys(search: TidalSearch) -> None:
     best = search.best(LOOSE, max_layers=2, k_choices=(256, 128))
     assert best.k == 128
     assert len(best.selection_layers) == 1 and best.selection_layers[0] < 4
@@ -43,7 +43,7 @@ def test_a_loose_target_takes_one_early_layer_and_the_fewest_keys(search: Calibr
 
 
 @pytest.mark.parametrize("which", ["kl", "key_loss"])
-def test_a_tighter_target_costs_more(search: Calibrator, which: str) -> None:
+def test_a_tighter_target_costs_more(search: TidalSearch, which: str) -> None:
     loose = search.best(LOOSE, max_layers=4, k_choices=(256, 128))
     wanted = getattr(loose, which) * 0.8
     tight = search.best(replace(LOOSE, **{which: wanted}), max_layers=4, k_choices=(256, 128))
@@ -52,14 +52,14 @@ def test_a_tighter_target_costs_more(search: Calibrator, which: str) -> None:
 
 
 @pytest.mark.parametrize("which", ["kl", "key_loss"])
-def test_a_target_that_nothing_reaches(search: Calibrator, which: str) -> None:
+def test_a_target_that_nothing_reaches(search: TidalSearch, which: str) -> None:
     with pytest.raises(
         NotCalibrated, match="raise --target-kl, --target-key-loss, --max-layers or"
     ):
         search.best(replace(LOOSE, **{which: 1e-12}), max_layers=1, k_choices=(128,))
 
 
-def test_stated_layers_take_the_smallest_k_that_holds(search: Calibrator) -> None:
+def test_stated_layers_take_the_smallest_k_that_holds(search: TidalSearch) -> None:
     found = search.of_layers(LOOSE, (1, 3), k_choices=(256, 128))
     assert (found.selection_layers, found.k) == ((1, 3), 128)
     tighter = Targets(kl=found.kl * 0.9, key_loss=1.0)

@@ -12,19 +12,19 @@ import pytest
 from lowtide.attention.calibration import CalibrationError
 from lowtide.attention.tidal import policy as calibration_file
 from lowtide.attention.tidal.policy import (
-    Calibration,
     Tidal,
-    find_calibration,
-    load_calibration,
-    save_calibration,
+    TidalCalibration,
+    find_tidal_calibration,
+    load_tidal_calibration,
+    save_tidal_calibration,
 )
 from lowtide.models.catalog import resolve
 from lowtide.models.gguf.spec import read_spec
 from lowtide.models.spec import ModelSpec
 
 
-def made(spec: ModelSpec, **values: Any) -> Calibration:
-    known = Calibration(
+def made(spec: ModelSpec, **values: Any) -> TidalCalibration:
+    known = TidalCalibration(
         fingerprint=spec.fingerprint,
         model=spec.name,
         k=300,
@@ -41,32 +41,32 @@ def made(spec: ModelSpec, **values: Any) -> Calibration:
 
 
 def test_what_was_saved_is_found_and_used(smollm2_spec: ModelSpec) -> None:
-    path = save_calibration(made(smollm2_spec))
+    path = save_tidal_calibration(made(smollm2_spec))
     assert path.name == f"{smollm2_spec.fingerprint}.json"
-    assert find_calibration(smollm2_spec) == made(smollm2_spec)
-    fitted = Tidal().fitted(smollm2_spec)
+    assert find_tidal_calibration(smollm2_spec) == made(smollm2_spec)
+    fitted = Tidal().resolve(smollm2_spec)
     assert (fitted.k, fitted.selection_layers) == (300, (2, 9))
     assert str(fitted) == (
         "tidal, k 300, selection layers 2+9 (calibrated: KL 0.010 at 4,096 tokens)"
     )
-    stated = Tidal(k=500).fitted(smollm2_spec)
+    stated = Tidal(k=500).resolve(smollm2_spec)
     assert (stated.k, stated.selection_layers) == (500, (2, 9))
 
 
 @pytest.mark.parametrize("name", ["smollm2", "gemma3-270m"])
 def test_calibrations_ship_for_the_named_models(name: str) -> None:
     spec = read_spec(resolve(name))
-    found = find_calibration(spec)
+    found = find_tidal_calibration(spec)
     assert found is not None
     assert found.kl <= found.target_kl <= 0.02
-    assert Tidal().fitted(spec).selection_layers == found.selection_layers
+    assert Tidal().resolve(spec).selection_layers == found.selection_layers
 
 
 def test_without_one_the_default_is_named(
     smollm2_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(calibration_file, "SHIPPED", tmp_path)
-    fitted = Tidal().fitted(smollm2_spec)
+    fitted = Tidal().resolve(smollm2_spec)
     assert (fitted.k, fitted.selection_layers) == (1024, (2, 8, 14, 20))
     assert "default layers: not calibrated for this model" in str(fitted)
 
@@ -94,7 +94,7 @@ def test_a_wrong_field_is_named(
     path = tmp_path / "c.json"
     path.write_text(json.dumps({**made(smollm2_spec).to_dict(), field: value}))
     with pytest.raises(CalibrationError, match=message) as caught:
-        load_calibration(path, smollm2_spec)
+        load_tidal_calibration(path, smollm2_spec)
     assert str(path) in str(caught.value)
     assert caught.value.exit_code == 2
 
@@ -104,15 +104,15 @@ def test_broken_files(text: str, smollm2_spec: ModelSpec, tmp_path: Path) -> Non
     path = tmp_path / "c.json"
     path.write_text(text)
     with pytest.raises(CalibrationError, match="run lowtide calibrate again"):
-        load_calibration(path, smollm2_spec)
+        load_tidal_calibration(path, smollm2_spec)
     with pytest.raises(CalibrationError, match="cannot be read"):
-        load_calibration(tmp_path / "none.json", smollm2_spec)
+        load_tidal_calibration(tmp_path / "none.json", smollm2_spec)
 
 
 def test_a_folder_that_cannot_be_written(smollm2_spec: ModelSpec, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CalibrationError, match="cannot be written"):
-        save_calibration(made(smollm2_spec), tmp_path / "file" / "c.json")
+        save_tidal_calibration(made(smollm2_spec), tmp_path / "file" / "c.json")
 
 
 def test_quantisations_share_a_fingerprint_and_other_models_do_not(tmp_path: Path) -> None:

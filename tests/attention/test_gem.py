@@ -13,12 +13,12 @@ from dumped_nodes import DumpedNodes
 from gguf_files import write_model
 from reference import attention_weights
 
-from lowtide.attention.bindings.llama_hook import GraphHook
-from lowtide.attention.dense import Dense, DenseSteering
+from lowtide.attention.bindings.llama_hook import LlamaHook
+from lowtide.attention.dense import Dense, DenseController
 from lowtide.attention.gem.policy import Gem, kept_positions, pooled
 from lowtide.attention.parse import parse_policy
 from lowtide.attention.tidal.policy import Tidal
-from lowtide.memory.plan.estimates import filter_bytes, kv_cells
+from lowtide.memory.plan.estimates import filter_bytes, padded_context
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf.model import GgufModel, LoadOptions
 from lowtide.models.gguf.spec import read_spec
@@ -61,19 +61,19 @@ def test_wrong_policies_name_the_field(text: str, message: str) -> None:
 
 
 def test_a_policy_is_fitted_to_the_model(smollm2_spec: ModelSpec) -> None:
-    assert Gem().fitted(smollm2_spec).layer == 7
+    assert Gem().resolve(smollm2_spec).layer == 7
     assert (
-        str(Gem(k=512, layer=9).fitted(smollm2_spec)) == "gem, k 512, layer 9 (stated), then dense"
+        str(Gem(k=512, layer=9).resolve(smollm2_spec)) == "gem, k 512, layer 9 (stated), then dense"
     )
-    fitted = Gem(then=Tidal()).fitted(smollm2_spec)
+    fitted = Gem(then=Tidal()).resolve(smollm2_spec)
     assert fitted.num_selections == fitted.then.num_selections > 0
     with pytest.raises(BadOption, match="layer is 30; .* has layers 0 to 29"):
-        Gem(layer=30).fitted(smollm2_spec)
+        Gem(layer=30).resolve(smollm2_spec)
     windowed = replace(smollm2_spec, sliding_window=512)
     with pytest.raises(BadOption, match="has sliding windows: name one, gem:layer=N"):
-        Gem(rows=1).fitted(windowed)  # no calibration is for that rule
+        Gem(rows=1).resolve(windowed)  # no calibration is for that rule
     with pytest.raises(BadOption, match="then is 'llama', dense or tidal is wanted"):
-        parse_policy("gem:then=llama").fitted(smollm2_spec)
+        parse_policy("gem:then=llama").resolve(smollm2_spec)
 
 
 def test_short_prompts_and_those_that_are_kept_whole_are_left_alone() -> None:
@@ -118,15 +118,15 @@ def test_selections_are_those_of_loops(pool: str, k: int, size: int, first: int,
 class Opened:
     """A small model of random weights under the hook."""
 
-    def __init__(self, path: Path, max_rows: int) -> None:
-        self.hook = GraphHook(threads=2)
+    def __init__(self, path: Path, batch_size: int) -> None:
+        self.hook = LlamaHook(threads=2)
         options = LoadOptions(
-            context=768, max_rows=max_rows, threads=2, eval_callback=self.hook.callback
+            context=768, batch_size=batch_size, threads=2, eval_callback=self.hook.callback
         )
         self.model = GgufModel(read_spec(path), options)
 
     def scores(self, layer: int, **settings: Any) -> np.ndarray:
-        policy = Gem(k=100, layer=layer, min_prompt=0, **settings).fitted(self.model.spec)
+        policy = Gem(k=100, layer=layer, min_prompt=0, **settings).resolve(self.model.spec)
         prompt_filter = PromptFilter(self.model, self.hook, policy)
         prompt_filter.filtered(PROMPT)
         assert prompt_filter.last is not None
@@ -134,13 +134,13 @@ class Opened:
 
     def logits(self) -> np.ndarray:
         """Of a prompt that is read whole, and two tokens after it."""
-        steering = DenseSteering(self.hook)
-        steering.before_prompt()
+        controller = DenseController(self.hook)
+        controller.begin_prefill()
         self.model.truncate(0)
-        rows = self.model.max_rows
+        rows = self.model.batch_size
         for at in range(0, 320, rows):
             self.model.forward(PROMPT[at : at + rows])
-        steering.before_decode()
+        controller.begin_decode()
         return np.array([self.model.forward((token_id,)).copy() for token_id in (7, 9)])
 
     def close(self) -> None:
@@ -156,7 +156,7 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def opened(random_model: Path) -> Iterator[Opened]:
-    made = Opened(random_model, max_rows=128)
+    made = Opened(random_model, batch_size=128)
     yield made
     made.close()
 
@@ -164,7 +164,7 @@ def opened(random_model: Path) -> Iterator[Opened]:
 def weights_by_numpy(path: Path, layer: int) -> np.ndarray:
     """Of the last 16 rows under llama.cpp's own attention, shape (rows, heads, keys)."""
     dumped = DumpedNodes()
-    options = LoadOptions(context=768, max_rows=128, threads=2, eval_callback=dumped.callback)
+    options = LoadOptions(context=768, batch_size=128, threads=2, eval_callback=dumped.callback)
     with GgufModel(read_spec(path), options) as model:
         for begin in range(0, len(PROMPT), 100):
             dumped.wanted = begin + 100 >= len(PROMPT)
@@ -189,7 +189,7 @@ def test_scores_are_what_numpy_says_of_the_last_rows(
 def test_a_prompt_in_small_passes_is_scored_the_same(
     weights: str, heads: str, opened: Opened, random_model: Path
 ) -> None:
-    small = Opened(random_model, max_rows=32)
+    small = Opened(random_model, batch_size=32)
     found = small.scores(3, weights=weights, heads=heads)
     small.close()
     whole = opened.scores(3, weights=weights, heads=heads)
@@ -197,13 +197,13 @@ def test_a_prompt_in_small_passes_is_scored_the_same(
 
 
 def test_scratch_stays_inside_its_row(random_model: Path) -> None:
-    made = Opened(random_model, max_rows=128)
+    made = Opened(random_model, batch_size=128)
     made.logits()
     spec, before = made.model.spec, made.hook.counts().scratch_bytes
     made.scores(2)
     taken = made.hook.counts().scratch_bytes - before
     made.close()
-    arrays = 40 * kv_cells(768)
+    arrays = 40 * padded_context(768)
     assert 4 * spec.num_heads * len(PROMPT) < taken <= filter_bytes(spec, 768, 2) - arrays
 
 
@@ -217,11 +217,11 @@ def test_an_early_exit_at_any_layer_leaves_the_model_as_it_was(opened: Opened) -
 
 
 def test_a_prompt_of_one_token_again_and_again(opened: Opened) -> None:
-    policy = Gem(k=100, layer=1, min_prompt=0).fitted(opened.model.spec)
+    policy = Gem(k=100, layer=1, min_prompt=0).resolve(opened.model.spec)
     kept = PromptFilter(opened.model, opened.hook, policy).filtered([7] * 500)
     assert kept == [7] * 100
 
 
 def test_an_identity_tells_settings_apart() -> None:
-    assert Gem(k=100).identity != Gem(k=101).identity
-    assert Gem(then=Dense()).identity != Gem(then=Tidal()).identity
+    assert Gem(k=100).cache_key != Gem(k=101).cache_key
+    assert Gem(then=Dense()).cache_key != Gem(then=Tidal()).cache_key

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from gguf_files import write_model
 
-from lowtide.attention.bindings.llama_hook import GraphHook
+from lowtide.attention.bindings.llama_hook import LlamaHook
 from lowtide.attention.calibration import NotCalibrated
 from lowtide.attention.evaluation.questions import Haystack, WholePrompt
-from lowtide.attention.gem.calibrate import GemCalibrator
+from lowtide.attention.gem import calibrate as gem_calibrate
+from lowtide.attention.gem.calibrate import GemSearch
 from lowtide.attention.gem.policy import Gem, are_kept, kept_positions, needed_k
-from lowtide.attention.gem.policy import calibrate as gem_calibrate
 from lowtide.models.errors import BadOption
 from lowtide.models.fake_model import ByteTokenizer, FakeModel
 from lowtide.models.gguf.model import GgufModel, LoadOptions
@@ -90,7 +90,7 @@ class Search:
             gem_calibrate, "is_answered", lambda *_: self.replies.pop(0) if self.replies else True
         )
         hook: Any = None  # nothing is computed
-        self.calibrator = GemCalibrator(
+        self.calibrator = GemSearch(
             model, hook, TEXT, CONTEXT, lambda text: text + "\n", policy, self.said.append
         )
 
@@ -181,7 +181,7 @@ def test_what_cannot_be_searched(search: Callable[..., Search]) -> None:
     model.spec = replace(model.spec, sliding_window=2049)
     hook: Any = None
     with pytest.raises(BadOption, match="sliding windows of 2049 tokens: 4098 or more"):
-        GemCalibrator(model, hook, TEXT, CONTEXT, str, Gem())
+        GemSearch(model, hook, TEXT, CONTEXT, str, Gem())
 
 
 def test_the_k_that_is_needed_is_the_least_that_keeps() -> None:
@@ -214,11 +214,11 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_one_reading_scores_as_every_filter_does(random_model: Path) -> None:
-    hook = GraphHook(threads=1)
-    options = LoadOptions(context=768, max_rows=128, threads=1, eval_callback=hook.callback)
+    hook = LlamaHook(threads=1)
+    options = LoadOptions(context=768, batch_size=128, threads=1, eval_callback=hook.callback)
     with GgufModel(read_spec(random_model), options) as model:
         for layer in range(4):
-            policy = Gem(k=100, layer=layer, min_prompt=0).fitted(model.spec)
+            policy = Gem(k=100, layer=layer, min_prompt=0).resolve(model.spec)
             whole = WholePrompt(model, hook, policy.rule)
             for prompt in PROMPTS:
                 whole.hold(prompt)

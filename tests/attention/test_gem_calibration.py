@@ -47,30 +47,33 @@ def test_what_was_saved_is_found_and_used(smollm2_spec: ModelSpec) -> None:
     path = save_gem_calibration(made(smollm2_spec))
     assert path.name == f"{smollm2_spec.fingerprint}.gem.json"
     assert find_gem_calibration(smollm2_spec) == made(smollm2_spec)
-    fitted = Gem().fitted(smollm2_spec)
+    fitted = Gem().resolve(smollm2_spec)
     assert (fitted.k, fitted.layer) == (300, 11)
     assert str(fitted) == (
         "gem, k 300, layer 11 (calibrated: 16 of 16 answers kept at 4,096 tokens), then dense"
     )
-    assert str(Gem(k=500).fitted(smollm2_spec)) == (
+    assert str(Gem(k=500).resolve(smollm2_spec)) == (
         "gem, k 500, layer 11 (calibrated with k 300), then dense"
     )
-    stated = Gem(layer=9, k=400).fitted(smollm2_spec)
+    stated = Gem(layer=9, k=400).resolve(smollm2_spec)
     assert str(stated) == "gem, k 400, layer 9 (stated), then dense"
 
 
 def test_where_settings_come_from_does_not_make_them_others(smollm2_spec: ModelSpec) -> None:
     save_gem_calibration(made(smollm2_spec))
-    assert Gem().fitted(smollm2_spec).identity == Gem(k=300, layer=11).fitted(smollm2_spec).identity
+    assert (
+        Gem().resolve(smollm2_spec).cache_key
+        == Gem(k=300, layer=11).resolve(smollm2_spec).cache_key
+    )
 
 
 def test_another_rule_has_no_use_for_it(smollm2_spec: ModelSpec, tmp_path: Path) -> None:
     path = save_gem_calibration(made(smollm2_spec))
-    fitted = Gem(rows=1).fitted(smollm2_spec)
+    fitted = Gem(rows=1).resolve(smollm2_spec)
     assert (fitted.k, fitted.layer) == (512, 7)
     assert "(default layer: not calibrated for this model)" in str(fitted)
     with pytest.raises(BadOption, match="was made for another rule: leave rows, weights"):
-        Gem(rows=1, calibration=path).fitted(smollm2_spec)
+        Gem(rows=1, calibration=path).resolve(smollm2_spec)
 
 
 def test_without_one_a_model_with_sliding_windows_needs_a_layer(
@@ -79,9 +82,9 @@ def test_without_one_a_model_with_sliding_windows_needs_a_layer(
     monkeypatch.setattr(calibration_file, "SHIPPED", tmp_path)
     windowed = replace(smollm2_spec, sliding_window=512)
     with pytest.raises(BadOption, match="or run lowtide calibrate --attention gem"):
-        Gem().fitted(windowed)
+        Gem().resolve(windowed)
     save_gem_calibration(made(smollm2_spec))
-    assert Gem().fitted(windowed).layer == 11
+    assert Gem().resolve(windowed).layer == 11
 
 
 @pytest.mark.parametrize("name", ["smollm2", "gemma3-270m"])
@@ -92,7 +95,7 @@ def test_calibrations_ship_for_the_named_models(name: str) -> None:
     assert found.num_kept == found.num_asked == 18 and found.margin >= 0.25
     lost = found.num_dense_answered - found.num_answered
     assert lost <= most_lost(found.num_dense_answered) and found.num_answered > 8
-    fitted = Gem().fitted(spec)
+    fitted = Gem().resolve(spec)
     assert (fitted.layer, fitted.k) == (found.layer, found.k)
 
 
@@ -122,7 +125,7 @@ def test_a_wrong_field_is_named(
         load_gem_calibration(path, smollm2_spec)
     assert str(path) in str(caught.value)
     with pytest.raises(CalibrationError, match=message):
-        Gem(calibration=path).fitted(smollm2_spec)
+        Gem(calibration=path).resolve(smollm2_spec)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00", '{"policy": "gem"}'])
@@ -136,6 +139,6 @@ def test_broken_files(text: str, smollm2_spec: ModelSpec, tmp_path: Path) -> Non
 def test_a_broken_file_is_in_nobodys_way_who_states_everything(smollm2_spec: ModelSpec) -> None:
     path = save_gem_calibration(made(smollm2_spec))
     path.write_text("{")
-    assert Gem(k=400, layer=9).fitted(smollm2_spec).layer == 9
+    assert Gem(k=400, layer=9).resolve(smollm2_spec).layer == 9
     with pytest.raises(CalibrationError, match="is no JSON"):
-        Gem().fitted(smollm2_spec)
+        Gem().resolve(smollm2_spec)

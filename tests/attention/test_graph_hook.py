@@ -15,8 +15,8 @@ from gguf_files import write_model
 from requantised import requantised
 
 from lowtide import Runtime
-from lowtide.attention.bindings import llama_hook as graph_hook
-from lowtide.attention.bindings.llama_hook import GraphHook
+from lowtide.attention.bindings import llama_hook as llama_hook
+from lowtide.attention.bindings.llama_hook import LlamaHook
 from lowtide.models.catalog import resolve
 from lowtide.models.errors import LowtideError
 from lowtide.models.gguf.model import GgufModel, LoadOptions
@@ -27,12 +27,17 @@ TEXT = (Path(__file__).resolve().parents[1] / "models" / "test_gguf_model.py").r
 
 @contextmanager
 def hooked(
-    path: Path, *, context: int = 1024, threads: int = 2, kv_type: str = "f16", max_rows: int = 128
-) -> Iterator[tuple[GgufModel, GraphHook]]:
-    hook = GraphHook(threads)
+    path: Path,
+    *,
+    context: int = 1024,
+    threads: int = 2,
+    kv_type: str = "f16",
+    batch_size: int = 128,
+) -> Iterator[tuple[GgufModel, LlamaHook]]:
+    hook = LlamaHook(threads)
     options = LoadOptions(
         context=context,
-        max_rows=max_rows,
+        batch_size=batch_size,
         threads=threads,
         kv_type=kv_type,
         eval_callback=hook.callback,
@@ -49,8 +54,8 @@ def log_softmax(logits: Any) -> Any:
 
 def logits_along(model: GgufModel, token_ids: list[int], start: int) -> Any:
     model.truncate(0)
-    for at in range(0, start, model.max_rows):
-        model.forward(token_ids[at : min(at + model.max_rows, start)])
+    for at in range(0, start, model.batch_size):
+        model.forward(token_ids[at : min(at + model.batch_size, start)])
     return np.array([model.forward([token]).copy() for token in token_ids[start:]])
 
 
@@ -65,11 +70,11 @@ def both_ways(path: Path, kv_type: str = "f16") -> tuple[Any, Any]:
         token_ids = model.tokenizer.encode(TEXT, add_special=True, parse_special=False)[:680]
         hook.set_active(False)
         theirs = logits_along(model, token_ids, 620)
-        assert hook.counts().nodes_ours == 0
+        assert hook.counts().nodes_native == 0
         hook.set_active(True)
         ours = logits_along(model, token_ids, 620)
         counts = hook.counts()
-    assert (counts.layers_ours, counts.layers_theirs) == (model.spec.num_layers, 0)
+    assert (counts.layers_native, counts.layers_fallback) == (model.spec.num_layers, 0)
     assert counts.seconds > 0
     return theirs, ours
 
@@ -141,12 +146,12 @@ def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_threads(smollm2: Pa
 def test_an_answer_through_the_front_door(smollm2: Path) -> None:
     with Runtime.open(smollm2, memory="8GiB", context=512, attention="dense") as runtime:
         result = runtime.generate("The tide is", max_tokens=8, temperature=0)
-        assert (result.stats.layers_ours, result.stats.layers) == (30, 30)
-        rows = {row.owner: row.num_bytes for row in runtime.plan.rows}
-        counts = runtime._loaded.hook_counts()
+        assert (result.stats.layers_native, result.stats.layers) == (30, 30)
+        rows = {row.component: row.num_bytes for row in runtime.plan.rows}
+        counts = runtime._loaded.kernel_counts()
         assert counts is not None and 0 < counts.scratch_bytes <= rows["attention scratch"]
     with Runtime.open(smollm2, memory="8GiB", context=512) as runtime:
-        assert runtime.generate("The tide is", max_tokens=2).stats.layers_ours == 0
+        assert runtime.generate("The tide is", max_tokens=2).stats.layers_native == 0
 
 
 @pytest.mark.once
@@ -168,7 +173,7 @@ def test_a_head_size_that_the_kernels_do_not_know_is_left_to_llama_cpp(tmp_path:
     with hooked(path) as (model, hook):
         assert np.isfinite(model.forward([5, 6, 7])).all()
         counts = hook.counts()
-    assert (counts.layers_ours, counts.layers_theirs) == (0, 2)
+    assert (counts.layers_native, counts.layers_fallback) == (0, 2)
 
 
 def test_two_models_in_two_threads_do_not_disturb_each_other(smollm2: Path, tmp_path: Path) -> None:
@@ -178,7 +183,7 @@ def test_two_models_in_two_threads_do_not_disturb_each_other(smollm2: Path, tmp_
         with hooked(path, threads=1) as (model, hook):
             for token in range(5, 45):
                 into.append(model.forward([token]).tobytes())
-            assert hook.counts().layers_theirs == 0
+            assert hook.counts().layers_fallback == 0
 
     alone: list[list[bytes]] = [[], []]
     together: list[list[bytes]] = [[], []]
@@ -196,33 +201,33 @@ def test_two_models_in_two_threads_do_not_disturb_each_other(smollm2: Path, tmp_
 
 
 def test_a_ggml_that_is_laid_out_in_another_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = graph_hook.ggml_functions()
+    real = llama_hook.ggml_functions()
     wrong = type(real)(*(getattr(real, f[0]) for f in real._fields_))
     # A function that answers with a tensor of another shape stands for another layout.
     wrong.view_tensor = real.set_name
     maker = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(lambda _c, t: t)
     wrong.view_tensor = ctypes.cast(maker, ctypes.c_void_p).value
-    monkeypatch.setattr(graph_hook, "ggml_functions", lambda: wrong)
+    monkeypatch.setattr(llama_hook, "ggml_functions", lambda: wrong)
     with pytest.raises(LowtideError, match="laid out in another way.*--attention llama"):
-        GraphHook(2)
+        LlamaHook(2)
 
 
 def test_what_lies_on_a_device_is_left_to_llama_cpp(
     monkeypatch: pytest.MonkeyPatch, smollm2: Path
 ) -> None:
-    real = graph_hook.ggml_functions()
+    real = llama_hook.ggml_functions()
     elsewhere = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(lambda _buffer: False)
     told = type(real)(*(getattr(real, f[0]) for f in real._fields_))
     told.backend_buffer_is_host = ctypes.cast(elsewhere, ctypes.c_void_p).value
-    monkeypatch.setattr(graph_hook, "ggml_functions", lambda: told)
+    monkeypatch.setattr(llama_hook, "ggml_functions", lambda: told)
     with Runtime.open(smollm2, memory="4GiB", context=512, threads=1, attention="dense") as runtime:
         stats = runtime.generate("The sea is", max_tokens=2, temperature=0).stats
-    assert (stats.layers_ours, stats.layers) == (0, 30)
+    assert (stats.layers_native, stats.layers) == (0, 30)
 
 
 def test_kernels_that_are_not_here() -> None:
     with pytest.raises(LowtideError, match="no such kernels"):
-        GraphHook(2, "cray")
+        LlamaHook(2, "cray")
 
 
 @pytest.mark.parametrize("kernels", ["avx2", "portable"])
@@ -231,10 +236,10 @@ def test_other_kernel_sets_in_the_graph(kernels: str, smollm2: Path) -> None:
 
     if kernels not in usable_kernel_sets():
         pytest.skip(f"this processor has no {kernels}")
-    hook = GraphHook(2, kernels)
+    hook = LlamaHook(2, kernels)
     assert hook.kernels == kernels
-    options = LoadOptions(context=256, max_rows=64, threads=2, eval_callback=hook.callback)
+    options = LoadOptions(context=256, batch_size=64, threads=2, eval_callback=hook.callback)
     with GgufModel(read_spec(smollm2), options) as model:
         assert np.isfinite(model.forward([5] * 40)).all()
-        assert hook.counts().layers_ours == 30
+        assert hook.counts().layers_native == 30
     hook.close()

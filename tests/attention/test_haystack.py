@@ -14,7 +14,7 @@ from lowtide.attention.evaluation.questions import (
     ask,
     is_answered,
 )
-from lowtide.attention.policy import Steering
+from lowtide.attention.policy import PassController
 from lowtide.models.errors import BadOption
 from lowtide.models.fake_model import ByteTokenizer, FakeModel
 from lowtide.models.tokenizer import common_prefix
@@ -87,4 +87,4 @@ def test_all_replies_are_wanted(says: str, right: bool) -> None:
         spans=(),
         leads=((), ()),
     )
-    assert is_answered(model, Steering(), prompt, found) == right
+    assert is_answered(model, PassController(), prompt, found) == right

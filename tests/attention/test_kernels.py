@@ -75,7 +75,7 @@ class Inputs:
             k=self.k,
             v=self.v,
             mask=self.mask[rows],
-            value_size=size,
+            value_dim=size,
             scale=size**-0.5,
             kv_type=self.kv_type,
             **options,
@@ -329,24 +329,24 @@ ROUNDED = "avx512_bf16" in cpu_features() and "avx512" in SETS
 def test_prompts_in_bfloat16_are_rounded_and_no_more(case: Case, kv_type: str) -> None:
     inputs = inputs_of(case, kv_type)
     inputs.mask[:, : case.keys // 2] = 0  # blocks that every row sees, and ragged ones
-    exact, rounded = inputs.run(kernels="avx512"), inputs.run(kernels="avx512", rounded=True)
+    exact, use_bf16 = inputs.run(kernels="avx512"), inputs.run(kernels="avx512", use_bf16=True)
     scale = np.abs(exact).max()
-    assert 1e-4 < np.abs(rounded - exact).max() / scale < 0.05
-    assert np.sqrt(((rounded - exact) ** 2).mean() / (exact**2).mean()) < 0.01
+    assert 1e-4 < np.abs(use_bf16 - exact).max() / scale < 0.05
+    assert np.sqrt(((use_bf16 - exact) ** 2).mean() / (exact**2).mean()) < 0.01
     for threads in (2, 3, 8):
-        again = inputs.run(kernels="avx512", rounded=True, threads=threads)
-        assert again.tobytes() == rounded.tobytes()
+        again = inputs.run(kernels="avx512", use_bf16=True, threads=threads)
+        assert again.tobytes() == use_bf16.tobytes()
 
 
 @pytest.mark.skipif(not ROUNDED, reason="this processor has no avx512_bf16")
 def test_rounding_is_for_prompts_and_hidden_keys_stay_hidden() -> None:
     few = inputs_of(Case(32, 9, 3, 64, 300))
-    assert few.run(kernels="avx512", rounded=True).tobytes() == few.run(kernels="avx512").tobytes()
+    assert few.run(kernels="avx512", use_bf16=True).tobytes() == few.run(kernels="avx512").tobytes()
     many = inputs_of(Case(48, 9, 3, 64, 300))
     many.mask[:, 7] = -np.inf
-    clean = many.run(kernels="avx512", rounded=True)
+    clean = many.run(kernels="avx512", use_bf16=True)
     many.k[7], many.v[7] = np.nan, np.inf
-    assert many.run(kernels="avx512", rounded=True).tobytes() == clean.tobytes()
+    assert many.run(kernels="avx512", use_bf16=True).tobytes() == clean.tobytes()
     assert (
-        many.run(kernels=SETS[-1], rounded=True).tobytes() == many.run(kernels=SETS[-1]).tobytes()
+        many.run(kernels=SETS[-1], use_bf16=True).tobytes() == many.run(kernels=SETS[-1]).tobytes()
     )

@@ -13,10 +13,10 @@ from onnx_decoders import FORMS, Shape, write_decoder
 from lowtide.attention.bindings.onnx_ops import OnnxAttention
 from lowtide.attention.dense import Dense
 from lowtide.attention.tidal.policy import Tidal
-from lowtide.models.errors import ForwardError, LowtideError, StateError, UnsupportedModel
+from lowtide.models.errors import ForwardError, LowtideError, SnapshotError, UnsupportedModel
 from lowtide.models.onnx.config import OnnxOptions
 from lowtide.models.onnx.model import OnnxModel
-from lowtide.models.onnx.rewrite.model import SwappedModel
+from lowtide.models.onnx.rewrite.model import RewrittenOnnxModel
 from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.read_spec import read_spec
 
@@ -31,16 +31,16 @@ def opened(
     *,
     context: int = 512,
     kv_type: str = "f32",
-    verified_rows: int = 1,
+    verify_batch: int = 1,
 ) -> OnnxModel:
     spec = read_spec(folder)
     assert isinstance(spec, OnnxSpec)
     options = OnnxOptions(
-        context=context, max_rows=64, threads=1, kv_type=kv_type, verified_rows=verified_rows
+        context=context, batch_size=64, threads=1, kv_type=kv_type, verify_batch=verify_batch
     )
     if attention is None:
         return OnnxModel(spec, options)
-    return SwappedModel(spec, options, attention)
+    return RewrittenOnnxModel(spec, options, attention)
 
 
 @pytest.fixture
@@ -111,14 +111,14 @@ def test_weights_inside_the_file_and_quantised_ones(tmp_path: Path) -> None:
 @pytest.fixture(params=SWAPPED_FORMS)
 def model(
     request: pytest.FixtureRequest, tmp_path: Path, attention: OnnxAttention
-) -> Iterator[SwappedModel]:
+) -> Iterator[RewrittenOnnxModel]:
     folder = write_decoder(tmp_path / "tiny", request.param, shape_of(request.param))
     with opened(folder, attention) as made:
-        assert isinstance(made, SwappedModel)
+        assert isinstance(made, RewrittenOnnxModel)
         yield made
 
 
-def test_going_back_equals_never_having_been_there(model: SwappedModel) -> None:
+def test_going_back_equals_never_having_been_there(model: RewrittenOnnxModel) -> None:
     model.forward(IDS[:40])
     wanted = model.forward(IDS[40:80]).copy()
     assert model.num_tokens == 80
@@ -134,36 +134,36 @@ def test_going_back_equals_never_having_been_there(model: SwappedModel) -> None:
     assert model.truncate(500) == 80
 
 
-def test_a_copied_state_comes_back(model: SwappedModel) -> None:
+def test_a_copied_state_comes_back(model: RewrittenOnnxModel) -> None:
     model.forward(IDS[:50])
     state = memoryview(bytearray(model.state_bytes()))
-    model.copy_state(state)
+    model.copy_kv(state)
     wanted = model.forward(IDS[50:60]).copy()
     model.truncate(0)
     model.forward(IDS[30:60])
-    model.put_state(state, 50)
+    model.put_kv(state, 50)
     assert np.array_equal(model.forward(IDS[50:60]), wanted)
-    with pytest.raises(StateError, match="which is not 49 tokens'"):
-        model.put_state(state, 49)
+    with pytest.raises(SnapshotError, match="which is not 49 tokens'"):
+        model.put_kv(state, 49)
 
 
-def test_a_saved_state_comes_back(model: SwappedModel, tmp_path: Path) -> None:
+def test_a_saved_state_comes_back(model: RewrittenOnnxModel, tmp_path: Path) -> None:
     path = tmp_path / "state"
     model.forward(IDS[:50])
-    num_bytes = model.save_state(path, IDS[:50])
+    num_bytes = model.save_kv(path, IDS[:50])
     wanted = model.forward(IDS[50:60]).copy()
     model.truncate(0)
     model.forward(IDS[30:60])
-    assert model.load_state(path, num_bytes, 50) == IDS[:50]
+    assert model.load_kv(path, num_bytes, 50) == IDS[:50]
     assert np.array_equal(model.forward(IDS[50:60]), wanted)
-    assert model.state_owner()["attention"] == "ours"
+    assert model.snapshot_component()["attention"] == "ours"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(StateError, match="it ends before its cells do"):
-        model.load_state(path, num_bytes, 50)
+    with pytest.raises(SnapshotError, match="it ends before its cells do"):
+        model.load_kv(path, num_bytes, 50)
     assert model.num_tokens == 0
 
 
-def test_rows_that_do_not_go_in_change_nothing(model: SwappedModel) -> None:
+def test_rows_that_do_not_go_in_change_nothing(model: RewrittenOnnxModel) -> None:
     model.forward(IDS[:10])
     wanted = model.forward(IDS[10:12]).copy()
     model.truncate(10)
@@ -181,8 +181,8 @@ def test_rows_of_a_pass_have_logits_of_their_own(
     """Also where the graph leaves the last row: our copy of it leaves as many as are asked for."""
     shape = shape_of("gqa")
     folder = write_decoder(tmp_path / "tiny", "gqa", shape, last_row=last_row, **weights)  # type: ignore[arg-type]
-    with opened(folder, None) as whole, opened(folder, attention, verified_rows=8) as swapped:
-        assert swapped.max_verified_rows == 8
+    with opened(folder, None) as whole, opened(folder, attention, verify_batch=8) as swapped:
+        assert swapped.max_verify_batch == 8
         atol = 0.01 if weights else 1e-5
         np.testing.assert_allclose(swapped.forward(IDS[:40]), whole.forward(IDS[:40]), atol=atol)
         alone = [swapped.forward([token_id]).copy() for token_id in IDS[40:48]]
@@ -204,8 +204,8 @@ def test_a_graph_whose_last_row_is_not_known_is_not_widened(
     gathered = onnx.helper.make_node("Gather", [cut.input[0], "last0"], cut.output, axis=1)
     cut.CopyFrom(gathered)
     onnx.save(graph, folder / "model.onnx")
-    with opened(folder, attention, verified_rows=8) as swapped:
-        assert swapped.max_verified_rows == 1
+    with opened(folder, attention, verify_batch=8) as swapped:
+        assert swapped.max_verify_batch == 1
         assert swapped.forward_rows(IDS[:1]).shape == (1, 320)
 
 
@@ -228,13 +228,13 @@ def test_tidal_in_a_graph(tmp_path: Path, attention: OnnxAttention) -> None:
     with opened(folder, attention) as swapped:
         for k in (None, 500, 40):
             policy = Dense() if k is None else Tidal(k=k, selection_layers=(1,), recent=8)
-            steering = policy.install(attention, swapped.spec)
+            controller = policy.install(attention, swapped.spec)
             swapped.truncate(0)
-            steering.before_prompt()
+            controller.begin_prefill()
             swapped.forward(IDS[:64])
             before = attention.counts()
             for token_id in IDS[64:80]:
-                steering.before_decode()
+                controller.begin_decode()
                 logits = swapped.forward([token_id]).copy()
             after = attention.counts()
             found.append(logits)

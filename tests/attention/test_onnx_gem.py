@@ -14,10 +14,10 @@ from reference import attention_weights
 
 from lowtide.attention.bindings.onnx_ops import OnnxAttention
 from lowtide.attention.gem.policy import Gem, kept_positions
-from lowtide.memory.plan.estimates import filter_bytes, kv_cells
+from lowtide.memory.plan.estimates import filter_bytes, padded_context
 from lowtide.models.errors import ForwardError
 from lowtide.models.onnx.config import OnnxOptions
-from lowtide.models.onnx.rewrite.model import SwappedModel
+from lowtide.models.onnx.rewrite.model import RewrittenOnnxModel
 from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.read_spec import read_spec
 from lowtide.runtime.kv.prompt_filter import PromptFilter
@@ -30,16 +30,16 @@ KINDS: list[dict[str, Any]] = [{}, {"last_row": True}, {"bits": 4}, {"element": 
 class Opened:
     """A small decoder of random weights, and a reader beside it in the same session."""
 
-    def __init__(self, folder: Path, max_rows: int = 128, kv_type: str = "f32") -> None:
+    def __init__(self, folder: Path, batch_size: int = 128, kv_type: str = "f32") -> None:
         spec = read_spec(folder)
         assert isinstance(spec, OnnxSpec)
         self.attention = OnnxAttention(2)
-        options = OnnxOptions(context=512, max_rows=max_rows, threads=2, kv_type=kv_type)
-        self.model = SwappedModel(spec, options, self.attention)
-        self.reader = SwappedModel(spec, options, self.attention, weights_of=self.model)
+        options = OnnxOptions(context=512, batch_size=batch_size, threads=2, kv_type=kv_type)
+        self.model = RewrittenOnnxModel(spec, options, self.attention)
+        self.reader = RewrittenOnnxModel(spec, options, self.attention, weights_of=self.model)
 
     def filtered(self, layer: int, **settings: Any) -> PromptFilter:
-        policy = Gem(k=100, layer=layer, min_prompt=0, **settings).fitted(self.model.spec)
+        policy = Gem(k=100, layer=layer, min_prompt=0, **settings).resolve(self.model.spec)
         made = PromptFilter(self.reader, self.attention, policy)
         made.filtered(PROMPT)
         return made
@@ -100,9 +100,9 @@ def seen_by_attention(folder: Path, layer: int) -> tuple[np.ndarray, np.ndarray]
 
 
 @pytest.mark.parametrize("layer", [0, 2, 4])
-@pytest.mark.parametrize("max_rows", [32, 128])
+@pytest.mark.parametrize("batch_size", [32, 128])
 def test_what_is_kept_is_what_numpy_keeps_of_the_same_queries_and_keys(
-    outside: Path, layer: int, max_rows: int
+    outside: Path, layer: int, batch_size: int
 ) -> None:
     query, key = seen_by_attention(outside, layer)
     length = len(PROMPT)
@@ -110,7 +110,7 @@ def test_what_is_kept_is_what_numpy_keeps_of_the_same_queries_and_keys(
     weights = attention_weights(
         query[-16:], key.astype(np.float64), mask, scale=SHAPE.head_size**-0.5
     )
-    made = Opened(outside, max_rows)
+    made = Opened(outside, batch_size)
     for heads, wanted in (("max", weights.max(axis=(0, 1))), ("sum", weights.sum(axis=(0, 1)))):
         last = made.filtered(layer, heads=heads).last
         assert last is not None
@@ -140,7 +140,7 @@ def test_an_early_exit_at_any_layer_leaves_the_model_as_it_was(
 
 
 def test_a_prompt_in_small_passes_is_scored_the_same(outside: Path, opened: Opened) -> None:
-    small = Opened(outside, max_rows=32)
+    small = Opened(outside, batch_size=32)
     for weights in ("softmax", "raw"):
         found, whole = (made.scores(3, weights=weights) for made in (small, opened))
         assert found == pytest.approx(whole, rel=1e-3, abs=1e-6)
@@ -182,6 +182,6 @@ def test_scratch_stays_inside_its_row(opened: Opened) -> None:
     taken = opened.attention.counts().scratch_bytes - before
     spec = opened.model.spec
     masks = 2 * 128 * len(PROMPT)  # of longer passes
-    rows = 4 * 128 * spec.num_heads * spec.key_head_size
+    rows = 4 * 128 * spec.num_heads * spec.key_head_dim
     assert 4 * spec.num_heads * len(PROMPT) < taken
-    assert taken <= filter_bytes(spec, 512, 2) - 40 * kv_cells(512) + masks + rows
+    assert taken <= filter_bytes(spec, 512, 2) - 40 * padded_context(512) + masks + rows

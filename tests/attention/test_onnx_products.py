@@ -12,14 +12,14 @@ import pytest
 from onnx_decoders import Shape, write_decoder
 from tiny_gguf import write_pair
 
-from lowtide.attention.bindings.matmul import is_sound, write_panels
-from lowtide.attention.bindings.onnx_ops import OnnxAttention, OnnxProducts
+from lowtide.attention.bindings.matmul import is_valid_tile_file, write_tiles
+from lowtide.attention.bindings.onnx_ops import OnnxAttention, OnnxMatmul
 from lowtide.models.convert.convert import convert
 from lowtide.models.errors import LowtideError
 from lowtide.models.onnx.config import OnnxOptions
 from lowtide.models.onnx.model import OnnxModel
-from lowtide.models.onnx.read_spec import PackedForm, packed_spec
-from lowtide.models.onnx.rewrite.model import SwappedModel
+from lowtide.models.onnx.read_spec import RepackPlan, packed_spec
+from lowtide.models.onnx.rewrite.model import RewrittenOnnxModel
 from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.read_spec import read_spec
 
@@ -32,9 +32,9 @@ def ignored(_: int) -> None:
     pass
 
 
-def form_of(folder: Path) -> tuple[OnnxSpec, PackedForm]:
+def form_of(folder: Path) -> tuple[OnnxSpec, RepackPlan]:
     spec = read_spec(folder)
-    assert isinstance(spec, OnnxSpec) and isinstance(spec.packed, PackedForm), spec
+    assert isinstance(spec, OnnxSpec) and isinstance(spec.packed, RepackPlan), spec
     return spec, spec.packed
 
 
@@ -43,15 +43,17 @@ def opened(tmp_path: Path) -> Iterator[Callable[..., OnnxModel]]:
     """Opens a folder's graph, packed or whole, with a cache of floats; closes what it opened."""
     models = []
 
-    def open_one(folder: Path, *, pack: bool, threads: int = 2, kv_type: str = "f32") -> OnnxModel:
+    def open_one(
+        folder: Path, *, repack: bool, threads: int = 2, kv_type: str = "f32"
+    ) -> OnnxModel:
         spec, form = form_of(folder)
-        options = OnnxOptions(context=256, max_rows=64, threads=threads, kv_type=kv_type)
-        if pack:
-            panels = tmp_path / f"{folder.name}.panels"
-            write_panels(form, folder, panels, ignored)
-            products = OnnxProducts(form, panels, 64, threads)
+        options = OnnxOptions(context=256, batch_size=64, threads=threads, kv_type=kv_type)
+        if repack:
+            tiles = tmp_path / f"{folder.name}.panels"
+            write_tiles(form, folder, tiles, ignored)
+            products = OnnxMatmul(form, tiles, 64, threads)
             spec = packed_spec(spec, form)
-            models.append(SwappedModel(spec, options, OnnxAttention(threads), products))
+            models.append(RewrittenOnnxModel(spec, options, OnnxAttention(threads), products))
         else:
             models.append(OnnxModel(spec, options))
         return models[-1]
@@ -89,8 +91,8 @@ def test_packed_products_answer_as_onnxruntimes(
     """Both round rows to 8 bits in blocks; against rows of floats both are as far."""
     folder = write_decoder(tmp_path / "int8", form, WIDE, **written)
     floats = write_decoder(tmp_path / "floats", form, WIDE, **written, accuracy_level=1)
-    exact = passes(opened(floats, pack=False))
-    theirs, ours = (divergence(exact, passes(opened(folder, pack=p))) for p in (False, True))
+    exact = passes(opened(floats, repack=False))
+    theirs, ours = (divergence(exact, passes(opened(folder, repack=p))) for p in (False, True))
     assert 0 < ours < max(2 * theirs, 2e-3)
 
 
@@ -98,9 +100,9 @@ def test_a_row_is_the_same_among_others_and_on_any_threads(
     tmp_path: Path, opened: Callable[..., OnnxModel]
 ) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", WIDE, bits=4)
-    together = opened(folder, pack=True, threads=2)
+    together = opened(folder, repack=True, threads=2)
     found = together.forward(IDS[:60])
-    one = opened(folder, pack=True, threads=1)
+    one = opened(folder, repack=True, threads=1)
     for token_id in IDS[:60]:
         alone = one.forward([token_id])
     np.testing.assert_array_equal(alone, found)
@@ -123,13 +125,13 @@ def test_converted_folders_answer_as_the_packed_gguf(
 
     quantised, _ = write_pair(tmp_path, architecture, kind, tied=tied)
     folder = convert(read_spec(quantised), tmp_path / "onnx").folder
-    options = {"memory": "4GiB", "context": 256, "threads": 1, "attention": "dense", "pack": True}
+    options = {"memory": "4GiB", "context": 256, "threads": 1, "attention": "dense", "repack": True}
     with Runtime.open(quantised, **options) as runtime:  # type: ignore[arg-type]
         pairs = pairwise(PARTS)
         wanted = np.stack(
             [np.array(runtime._model.forward(IDS[a:b]), np.float64) for a, b in pairs]
         )
-    assert divergence(wanted, passes(opened(folder, pack=True, kv_type="f16"))) < 2e-3
+    assert divergence(wanted, passes(opened(folder, repack=True, kv_type="f16"))) < 2e-3
 
 
 def test_what_no_product_reads_is_onnxruntimes(
@@ -137,36 +139,36 @@ def test_what_no_product_reads_is_onnxruntimes(
 ) -> None:
     quantised, _ = write_pair(tmp_path, "llama", "Q8_0")
     folder = convert(read_spec(quantised), tmp_path / "onnx").folder
-    model = opened(folder, pack=True)
+    model = opened(folder, repack=True)
     model.forward(IDS[:5])
-    assert isinstance(model, SwappedModel) and isinstance(model._multiplier, OnnxProducts)
+    assert isinstance(model, RewrittenOnnxModel) and isinstance(model._matmul_backend, OnnxMatmul)
     _, form = form_of(folder)
-    assert model._multiplier.num_nodes == len(form.swap.products.nodes) == 51
-    assert model._multiplier.scratch_bytes > 64 * 64
+    assert model._matmul_backend.num_nodes == len(form.swap.products.nodes) == 51
+    assert model._matmul_backend.scratch_bytes > 64 * 64
 
 
 def test_a_file_of_panels_is_whole_or_not_believed(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", WIDE, bits=4)
     _, form = form_of(folder)
     path = tmp_path / "new" / "tiny.panels"
-    assert not is_sound(path, form)
+    assert not is_valid_tile_file(path, form)
     told: list[int] = []
-    write_panels(form, folder, path, told.append)
-    assert is_sound(path, form) and path.stat().st_size == form.offsets[-1]
+    write_tiles(form, folder, path, told.append)
+    assert is_valid_tile_file(path, form) and path.stat().st_size == form.offsets[-1]
     assert sum(told) == sum(matrix.num_bytes for matrix in form.swap.products.matrices)
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    assert not is_sound(path, form)
+    assert not is_valid_tile_file(path, form)
     path.write_bytes(data[:-64])
-    assert not is_sound(path, form)
+    assert not is_valid_tile_file(path, form)
     with pytest.raises(LowtideError, match="remove it, and it is made again"):
-        OnnxProducts(form, path, 64, 1)
+        OnnxMatmul(form, path, 64, 1)
 
 
 def test_closing_twice(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", WIDE, bits=4)
     _, form = form_of(folder)
-    write_panels(form, folder, tmp_path / "panels", ignored)
-    products = OnnxProducts(form, tmp_path / "panels", 64, 1)
+    write_tiles(form, folder, tmp_path / "tiles", ignored)
+    products = OnnxMatmul(form, tmp_path / "tiles", 64, 1)
     products.close()
     products.close()

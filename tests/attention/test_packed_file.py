@@ -12,14 +12,14 @@ import pytest
 from gguf_files import write_model
 
 from lowtide.attention.bindings.matmul import (
-    PackedArray,
-    pack_array,
-    packable,
+    RepackedArray,
+    repack_array,
+    repackable,
     unpack_row,
-    write_packed,
+    write_repacked,
 )
 from lowtide.models.gguf.reader import GgufContents, read_gguf
-from lowtide.models.gguf.repacked import is_sound, packed_names
+from lowtide.models.gguf.repacked import is_valid, repacked_names
 from lowtide.models.gguf.spec import read_spec
 
 
@@ -28,16 +28,16 @@ def source(tmp_path: Path) -> GgufContents:
     return read_gguf(write_model(tmp_path / "m.gguf", width=64, feed_forward=96, quantised="Q4_0"))
 
 
-def written(source: GgufContents, tmp_path: Path, owner: str = "owner") -> GgufContents:
+def written(source: GgufContents, tmp_path: Path, component: str = "component") -> GgufContents:
     target = tmp_path / "packed" / "m.gguf"
-    write_packed(source, target, owner, lambda _: None)
+    write_repacked(source, target, component, lambda _: None)
     return read_gguf(target)
 
 
 def test_its_tensors_are_those_of_the_source(source: GgufContents, tmp_path: Path) -> None:
     packed = written(source, tmp_path)
-    names = packed_names(packed)
-    assert set(names) == {t.name for t in packable(source)}
+    names = repacked_names(packed)
+    assert set(names) == {t.name for t in repackable(source)}
     assert "output.weight" in names and "token_embd.weight" not in names
     assert len(names) == 2 * 7 + 1
     before = {t.name: t.data for t in gguf.GGUFReader(source.path).tensors}
@@ -45,9 +45,9 @@ def test_its_tensors_are_those_of_the_source(source: GgufContents, tmp_path: Pat
     assert list(before) == list(after)
     for name, tensor in after.items():
         if name in names:
-            array = pack_array("Q4_0", before[name], int(tensor.shape[0]))
-            assert np.array_equal(array.panels, tensor.data.reshape(-1))
-            assert isinstance(array, PackedArray) and unpack_row(array, 3).size == tensor.shape[0]
+            array = repack_array("Q4_0", before[name], int(tensor.shape[0]))
+            assert np.array_equal(array.tiles, tensor.data.reshape(-1))
+            assert isinstance(array, RepackedArray) and unpack_row(array, 3).size == tensor.shape[0]
         else:
             assert np.array_equal(before[name], tensor.data)
 
@@ -57,31 +57,31 @@ def test_its_header_says_what_the_source_says(source: GgufContents, tmp_path: Pa
     own = {key for key in packed.metadata if key.startswith("lowtide.")} | {"general.alignment"}
     assert {k: v for k, v in packed.metadata.items() if k not in own} == source.metadata
     before, after = read_spec(source.path), read_spec(packed.path)
-    assert after.packed_tensors == packed_names(packed) and not before.packed_tensors
+    assert after.repacked_tensors == repacked_names(packed) and not before.repacked_tensors
     assert (after.fingerprint, after.weight_bytes) == (before.fingerprint, before.weight_bytes)
 
 
 def test_an_embedding_that_is_the_output_too_is_packed(smollm2: Path) -> None:
-    names = {tensor.name for tensor in packable(read_gguf(smollm2))}
+    names = {tensor.name for tensor in repackable(read_gguf(smollm2))}
     assert "token_embd.weight" in names and len(names) == 30 * 7 + 1
 
 
 def test_progress_counts_every_byte(source: GgufContents, tmp_path: Path) -> None:
     told: list[int] = []
-    write_packed(source, tmp_path / "p.gguf", "owner", told.append)
+    write_repacked(source, tmp_path / "p.gguf", "component", told.append)
     assert sum(told) == sum(tensor.num_bytes for tensor in source.tensors)
 
 
 def test_a_sound_file_is_told_from_others(source: GgufContents, tmp_path: Path) -> None:
     packed = written(source, tmp_path)
-    assert is_sound(packed, "owner")
-    assert not is_sound(packed, "another") and not is_sound(source, "owner")
+    assert is_valid(packed, "component")
+    assert not is_valid(packed, "another") and not is_valid(source, "component")
     data = bytearray(packed.path.read_bytes())
     for at in (packed.data_start + 5, packed.data_start + 4000, len(data) - 1):
         changed = bytearray(data)
         changed[at] ^= 1
         packed.path.write_bytes(changed)
-        assert not is_sound(read_gguf(packed.path), "owner")
+        assert not is_valid(read_gguf(packed.path), "component")
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
@@ -93,12 +93,12 @@ def test_a_full_disk_leaves_nothing_behind(
 
     monkeypatch.setattr(f"lowtide.models.atomic_file.os.{failing}", full)
     with pytest.raises(OSError, match="No space"):
-        write_packed(source, tmp_path / "packed" / "m.gguf", "owner", lambda _: None)
+        write_repacked(source, tmp_path / "packed" / "m.gguf", "component", lambda _: None)
     assert list((tmp_path / "packed").iterdir()) == []
 
 
 def test_a_source_that_ends_meanwhile(source: GgufContents, tmp_path: Path) -> None:
     os.truncate(source.path, source.file_bytes - 100)
     with pytest.raises(OSError, match="ended while it was read"):
-        write_packed(source, tmp_path / "packed" / "m.gguf", "owner", lambda _: None)
+        write_repacked(source, tmp_path / "packed" / "m.gguf", "component", lambda _: None)
     assert list((tmp_path / "packed").iterdir()) == []

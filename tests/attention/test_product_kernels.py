@@ -9,18 +9,18 @@ import pytest
 from gguf import GGMLQuantizationType, quants
 
 from lowtide.attention.bindings.matmul import (
-    can_pack,
+    can_repack,
     multiply,
-    pack_array,
-    pack_rows,
+    repack_array,
+    repack_rows,
     unpack_row,
-    usable_product_sets,
+    usable_matmul_kernels,
 )
 from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.gguf.reader import TENSOR_TYPES, TYPE_NUMBERS
 from lowtide.models.gguf.repacked import PACKED_TYPES
 
-SETS = usable_product_sets()
+SETS = usable_matmul_kernels()
 FLOATS = ("BF16", "F16")
 HALVES = {
     **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0"), (0,)),
@@ -51,7 +51,7 @@ def dequantised(type_name: str, rows: Any) -> Any:
     return quants.dequantize(rows, GGMLQuantizationType[type_name])
 
 
-def rounded(rows: Any, type_name: str) -> Any:
+def use_bf16(rows: Any, type_name: str) -> Any:
     """Rows as weights of a type are multiplied with them.
 
     That is to the nearest of 255 steps of each block's largest value; as they are where weights are floats.
@@ -74,8 +74,8 @@ def test_products_are_those_of_double_precision(
     weights = dequantised(type_name, blocks).astype(np.float64)
     rows = np.random.default_rng(3).standard_normal((13, shape[1])).astype(np.float32)
     rows[7] = 0
-    expected = rounded(rows, type_name) @ weights.T
-    found = multiply(pack_array(type_name, blocks, shape[1]), rows, kernels=kernels)
+    expected = use_bf16(rows, type_name) @ weights.T
+    found = multiply(repack_array(type_name, blocks, shape[1]), rows, kernels=kernels)
     assert np.abs(found - expected).max() < 2e-6 * np.abs(expected).max()
     assert not found[7].any()
 
@@ -83,7 +83,7 @@ def test_products_are_those_of_double_precision(
 @pytest.mark.parametrize("type_name", ["Q4_1", "Q8_0", "Q6_K", "F16", "BF16"])
 @pytest.mark.parametrize("kernels", SETS)
 def test_a_row_is_the_same_alone_and_among_others(kernels: str, type_name: str) -> None:
-    packed = pack_array(type_name, random_blocks(type_name, 112, 512), 512)
+    packed = repack_array(type_name, random_blocks(type_name, 112, 512), 512)
     rows = np.random.default_rng(4).standard_normal((37, 512)).astype(np.float32)
     together = multiply(packed, rows, kernels=kernels)
     for first, last in ((0, 1), (5, 7), (11, 14), (30, 37)):
@@ -99,8 +99,8 @@ def test_odd_numbers_of_blocks_and_panels(kernels: str, type_name: str, num_rows
     """A panel of Q4_0 then begins in the middle of a cache line."""
     blocks = random_blocks(type_name, num_rows, 96)
     rows = np.random.default_rng(5).standard_normal((11, 96)).astype(np.float32)
-    found = multiply(pack_array(type_name, blocks, 96), rows, kernels=kernels)
-    expected = rounded(rows, type_name) @ dequantised(type_name, blocks).astype(np.float64).T
+    found = multiply(repack_array(type_name, blocks, 96), rows, kernels=kernels)
+    expected = use_bf16(rows, type_name) @ dequantised(type_name, blocks).astype(np.float64).T
     assert np.abs(found - expected).max() < 2e-6 * np.abs(expected).max()
 
 
@@ -111,7 +111,7 @@ def test_every_float_of_two_bytes_is_widened_exactly(kernels: str, type_name: st
     bits = np.arange(1 << 16, dtype=np.uint16)
     bits[~np.isfinite(dequantised(type_name, bits.view(np.uint8).reshape(1, -1))[0])] = 0
     blocks = bits.view(np.uint8).reshape(1024, -1)
-    packed = pack_array(type_name, blocks, 64)
+    packed = repack_array(type_name, blocks, 64)
     found = multiply(packed, np.eye(64, dtype=np.float32), kernels=kernels)
     assert np.array_equal(found.T, dequantised(type_name, blocks))
 
@@ -120,14 +120,14 @@ def test_every_float_of_two_bytes_is_widened_exactly(kernels: str, type_name: st
 def test_endless_halves_are_endless(kernels: str) -> None:
     blocks = np.zeros((16, 32), np.float16)
     blocks[1, 3], blocks[2, 4], blocks[3, 5] = np.inf, -np.inf, np.nan
-    packed = pack_array("F16", blocks.view(np.uint8), 32)
+    packed = repack_array("F16", blocks.view(np.uint8), 32)
     found = multiply(packed, np.ones((1, 32), np.float32), kernels=kernels)[0]
     assert np.array_equal(found[:5], [0, np.inf, -np.inf, np.nan, 0], equal_nan=True)
 
 
 @pytest.mark.parametrize("kernels", SETS)
 def test_what_is_no_number_counts_as_none(kernels: str) -> None:
-    packed = pack_array("Q4_0", random_blocks("Q4_0", 16, 64), 64)
+    packed = repack_array("Q4_0", random_blocks("Q4_0", 16, 64), 64)
     rows = np.ones((2, 64), np.float32)
     rows[0, 3], rows[1, 5] = np.nan, np.inf
     found = multiply(packed, rows, kernels=kernels)
@@ -139,27 +139,31 @@ def test_what_is_no_number_counts_as_none(kernels: str) -> None:
 @pytest.mark.parametrize("type_name", sorted(PACKED_TYPES))
 def test_rows_come_back_as_ggml_reads_them(type_name: str) -> None:
     blocks = random_blocks(type_name, 32, 512)
-    packed = pack_array(type_name, blocks, 512)
-    assert packed.panels.nbytes == blocks.nbytes
+    packed = repack_array(type_name, blocks, 512)
+    assert packed.tiles.nbytes == blocks.nbytes
     found = np.stack([unpack_row(packed, row) for row in range(32)])
     expected = dequantised(type_name, blocks)
     assert np.abs(found - expected).max() <= 2e-6 * np.abs(expected).max()
 
 
 def test_what_has_no_packed_form() -> None:
-    assert can_pack("Q4_1", 16, 32) and not can_pack("Q4_1", 15, 32)
-    assert not can_pack("Q4_K", 16, 128) and not can_pack("Q4_1", 16, 40)
-    assert can_pack("F16", 16, 32) and not can_pack("F16", 8, 32) and not can_pack("BF16", 16, 48)
-    assert not can_pack("F32", 16, 32) and not can_pack("nonsense", 16, 32)
-    assert not can_pack("Q4_1", 0, 32) and not can_pack("Q4_1", -16, 32)
+    assert can_repack("Q4_1", 16, 32) and not can_repack("Q4_1", 15, 32)
+    assert not can_repack("Q4_K", 16, 128) and not can_repack("Q4_1", 16, 40)
+    assert (
+        can_repack("F16", 16, 32)
+        and not can_repack("F16", 8, 32)
+        and not can_repack("BF16", 16, 48)
+    )
+    assert not can_repack("F32", 16, 32) and not can_repack("nonsense", 16, 32)
+    assert not can_repack("Q4_1", 0, 32) and not can_repack("Q4_1", -16, 32)
     with pytest.raises(BadOption, match="no packed form"):
-        pack_array("Q4_0", np.zeros((7, 18), np.uint8), 32)
+        repack_array("Q4_0", np.zeros((7, 18), np.uint8), 32)
     with pytest.raises(ValueError, match="no 16 rows"):
-        pack_rows("Q4_0", bytearray(17), 16, 32, bytearray(288))
+        repack_rows("Q4_0", bytearray(17), 16, 32, bytearray(288))
 
 
 def test_wrong_calls() -> None:
-    packed = pack_array("Q4_0", random_blocks("Q4_0", 16, 32), 32)
+    packed = repack_array("Q4_0", random_blocks("Q4_0", 16, 32), 32)
     for row in (-1, 16):
         with pytest.raises(IndexError):
             unpack_row(packed, row)
@@ -169,6 +173,6 @@ def test_wrong_calls() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 32), (2, 128), (64,)])
 def test_rows_of_another_width_are_refused(shape: tuple[int, ...]) -> None:
-    packed = pack_array("Q4_0", np.zeros((16, 36), np.uint8), 64)
+    packed = repack_array("Q4_0", np.zeros((16, 36), np.uint8), 64)
     with pytest.raises(ValueError, match="as many columns as every matrix"):
         multiply(packed, np.zeros(shape, np.float32))

@@ -26,7 +26,7 @@ WINDOW = 256
 def nodes(request: Any) -> list[AttentionInputs]:
     """Every layer's attention over the last rows of a prompt, and over the token after it."""
     dumped = DumpedNodes()
-    options = LoadOptions(context=1024, max_rows=ROWS, threads=2, eval_callback=dumped.callback)
+    options = LoadOptions(context=1024, batch_size=ROWS, threads=2, eval_callback=dumped.callback)
     with GgufModel(read_spec(resolve(request.param)), options) as model:
         text = model.tokenizer.encode(TEXT, add_special=True, parse_special=False)[:NUM_TOKENS]
         for at in range(0, NUM_TOKENS - ROWS, ROWS):
@@ -71,5 +71,5 @@ def weights_of(node: AttentionInputs, kernels: str) -> Any:
         one_hot = np.zeros((num_cells, num_kv_heads, WINDOW), np.float16)
         for key in range(begin, min(begin + WINDOW, num_cells)):
             one_hot[key, :, key - begin] = 1
-        windows.append(attend(replace(node, v=one_hot, value_size=WINDOW), kernels=kernels))
+        windows.append(attend(replace(node, v=one_hot, value_dim=WINDOW), kernels=kernels))
     return np.concatenate(windows, axis=2)[:, :, :num_cells]

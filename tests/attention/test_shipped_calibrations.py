@@ -11,8 +11,8 @@ from lowtide.attention.delta.blocks import DeltaBlocks
 from lowtide.attention.delta.tokens import Delta
 from lowtide.models.catalog import resolve
 from lowtide.runtime.evaluation.evaluate import SPARE_TOKENS, evaluate
-from lowtide.runtime.loading.load import LoadedModel
-from lowtide.runtime.planning.plan import OpenOptions, plan_reference
+from lowtide.runtime.loading.load import Engine
+from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 
 pytestmark = pytest.mark.once
 
@@ -21,21 +21,21 @@ DELTA_CONTEXT = 1024
 
 
 @pytest.mark.parametrize(
-    ("model", "context", "needle_length"), [("smollm2", 4096, 2048), ("gemma3-270m", 4096, 4096)]
+    ("model", "context", "passkey_length"), [("smollm2", 4096, 2048), ("gemma3-270m", 4096, 4096)]
 )
 def test_they_stay_close_and_find_what_dense_finds(
-    model: str, context: int, needle_length: int, tmp_path: Path
+    model: str, context: int, passkey_length: int, tmp_path: Path
 ) -> None:
     text = tmp_path / "essays.txt"
     text.write_text(essays(), encoding="utf-8")
-    options = OpenOptions(
-        memory="8GiB", context=context + SPARE_TOKENS, attention="tidal", compared_rows=64
+    options = LoadConfig(
+        memory="8GiB", context=context + SPARE_TOKENS, attention="tidal", compared_tokens=64
     )
-    loaded = LoadedModel(plan_reference(resolve(model), options))
+    loaded = Engine(plan_reference(resolve(model), options))
     try:
         assert "calibrated: KL" in str(loaded.planned.policy)
         found = evaluate(
-            loaded, context=context, text=text, windows=WINDOWS, needle_lengths=(needle_length,)
+            loaded, context=context, text=text, windows=WINDOWS, passkey_lengths=(passkey_length,)
         )
     finally:
         loaded.close()
@@ -43,8 +43,8 @@ def test_they_stay_close_and_find_what_dense_finds(
     assert found.distance.top1_agreement >= 0.9
     # The relative change of 512 tokens' likelihood scatters by a third of a percent.
     assert abs(found.distance.nll_change) <= 0.015
-    assert any(needle.dense for needle in found.needles)
-    assert all(needle.found for needle in found.needles if needle.dense)
+    assert any(passkey.dense for passkey in found.passkeys)
+    assert all(passkey.found for passkey in found.passkeys if passkey.dense)
 
 
 @pytest.mark.parametrize(
@@ -61,25 +61,25 @@ def test_those_of_delta_are_found_and_lose_no_key(
 ) -> None:
     text = tmp_path / "essays.txt"
     text.write_text(essays(), encoding="utf-8")
-    options = OpenOptions(
+    options = LoadConfig(
         memory="2GiB",
         context=DELTA_CONTEXT + SPARE_TOKENS,
         threads=1,
         attention=attention,
-        compared_rows=64,
-        pack=True,
+        compared_tokens=64,
+        repack=True,
     )
-    loaded = LoadedModel(plan_reference(resolve(model), options))
+    loaded = Engine(plan_reference(resolve(model), options))
     try:
         policy = loaded.planned.policy
         assert isinstance(policy, Delta | DeltaBlocks) and policy.units is not None
         assert (policy.units.sparsity or 0.0) >= sparsity and "calibrated: KL" in str(policy)
         found = evaluate(
-            loaded, context=DELTA_CONTEXT, text=text, windows=2, needle_lengths=(DELTA_CONTEXT,)
+            loaded, context=DELTA_CONTEXT, text=text, windows=2, passkey_lengths=(DELTA_CONTEXT,)
         )
     finally:
         loaded.close()
     assert 0 < found.distance.kl <= 0.012
     assert found.distance.top1_agreement >= 0.9
-    assert any(needle.dense for needle in found.needles)
-    assert all(needle.found for needle in found.needles if needle.dense)
+    assert any(passkey.dense for passkey in found.passkeys)
+    assert all(passkey.found for passkey in found.passkeys if passkey.dense)

@@ -12,8 +12,8 @@ import pytest
 
 from lowtide import FakeModel, Runtime
 from lowtide.attention.bindings.library import cpu_features
-from lowtide.attention.bindings.llama_hook import GraphHook
-from lowtide.attention.dense import Dense, DenseSteering
+from lowtide.attention.bindings.llama_hook import LlamaHook
+from lowtide.attention.dense import Dense, DenseController
 from lowtide.attention.evaluation.divergence import Reference
 from lowtide.attention.parse import parse_policy
 from lowtide.attention.tidal.policy import Tidal, default_selection_layers
@@ -101,7 +101,7 @@ def test_default_layers_follow_the_depth(
 
 def test_without_a_calibration_sliding_windows_stay_dense(smollm2_spec: ModelSpec) -> None:
     spec = replace(smollm2_spec, sliding_window=512, fingerprint="0" * 32)
-    fitted = Tidal().fitted(spec)
+    fitted = Tidal().resolve(spec)
     assert fitted.selection_layers == tuple(range(30))
     assert "not calibrated" in str(fitted)
 
@@ -117,24 +117,24 @@ class Bench:
 
     def __init__(self, path: Path) -> None:
         self.spec = read_spec(path)
-        self.hook = GraphHook(threads=2)
+        self.hook = LlamaHook(threads=2)
         options = LoadOptions(
-            context=2048, max_rows=128, threads=2, eval_callback=self.hook.callback
+            context=2048, batch_size=128, threads=2, eval_callback=self.hook.callback
         )
         self.model = GgufModel(self.spec, options)
         self.token_ids = self.model.tokenizer.encode(TEXT, add_special=True, parse_special=False)
-        self.dense = DenseSteering(self.hook)
+        self.dense = DenseController(self.hook)
         self.place = Reference(self.model, self.dense, self.token_ids, 1400, 32)
 
-    def steering(self, text: str) -> Any:
-        return parse_policy(text).fitted(self.spec).install(self.hook, self.spec)
+    def controller(self, text: str) -> Any:
+        return parse_policy(text).resolve(self.spec).install(self.hook, self.spec)
 
     def logits(self, text: str, batches: tuple[int, ...]) -> list[bytes]:
         """The last row's logits of each pass after the prompt."""
         self.place.distance(Dense().install(self.hook, self.spec))  # the prompt alone is left
-        steering, at, found = self.steering(text), 1400, []
+        controller, at, found = self.controller(text), 1400, []
         for rows in batches:
-            steering.before_decode()
+            controller.begin_decode()
             found.append(self.model.forward(self.token_ids[at : at + rows]).tobytes())
             at += rows
         return found
@@ -166,8 +166,8 @@ def test_k_beyond_the_context_is_dense_bit_for_bit(bench: Bench) -> None:
 
 
 def test_it_stays_close_to_dense_and_reads_less(bench: Bench) -> None:
-    wide = bench.place.distance(bench.steering(f"tidal:k=700,{LAYERS}"))
-    narrow = bench.place.distance(bench.steering(f"tidal:k=100,{LAYERS}"))
+    wide = bench.place.distance(bench.controller(f"tidal:k=700,{LAYERS}"))
+    narrow = bench.place.distance(bench.controller(f"tidal:k=100,{LAYERS}"))
     assert 0 < wide.kl <= 0.02 < narrow.kl
     assert wide.top1_agreement >= 0.75
     assert bench.place.distance(bench.dense).kl == 0
@@ -177,9 +177,9 @@ def test_it_stays_close_to_dense_and_reads_less(bench: Bench) -> None:
 
 @pytest.mark.skipif("avx512_bf16" not in cpu_features(), reason="no avx512_bf16 here")
 def test_a_prompt_in_bfloat16_is_read_again_and_stays_close(bench: Bench) -> None:
-    rounded = bench.place.distance(bench.steering("dense:prompts=bf16"))
-    both = bench.place.distance(bench.steering(f"tidal:k=700,prompts=bf16,{LAYERS}"))
-    assert 0 < rounded.kl <= 0.02
+    use_bf16 = bench.place.distance(bench.controller("dense:prompts=bf16"))
+    both = bench.place.distance(bench.controller(f"tidal:k=700,prompts=bf16,{LAYERS}"))
+    assert 0 < use_bf16.kl <= 0.02
     assert 0 < both.kl <= 0.04
     assert bench.place.distance(bench.dense).kl == 0
 
@@ -193,7 +193,7 @@ def test_refreshing_less_often_reads_less_and_keeps_the_newest(bench: Bench) -> 
     every, fourth = f"tidal:k=700,{LAYERS}", f"tidal:k=700,{LAYERS},refresh=4"
     assert bench.share(fourth) < bench.share(every)
     assert bench.logits(fourth, (1,)) == bench.logits(every, (1,))
-    distance = bench.place.distance(bench.steering(fourth))
+    distance = bench.place.distance(bench.controller(fourth))
     assert distance.kl <= 0.08
 
 
@@ -206,10 +206,10 @@ def test_rows_of_one_pass_share_a_set(bench: Bench) -> None:
 
 def test_a_prompt_is_exact_under_every_policy(bench: Bench) -> None:
     def last_logits(text: str) -> bytes:
-        steering = bench.steering(text)
+        controller = bench.controller(text)
         bench.model.truncate(0)
         for at in range(0, 900, 100):
-            steering.before_prompt()
+            controller.begin_prefill()
             logits = bench.model.forward(bench.token_ids[at : at + 100])
         return logits.tobytes()
 
@@ -228,8 +228,8 @@ def test_threads_change_nothing(smollm2: Path) -> None:
             seen.add(result.token_ids)
             assert result.stats.attended_share is not None and result.stats.attended_share < 0.6
             assert result.stats.attention.startswith("tidal, k 200, selection layers 2+8+14+20")
-            rows = {row.owner: row.num_bytes for row in runtime.plan.rows}
-            counts = runtime._loaded.hook_counts()
+            rows = {row.component: row.num_bytes for row in runtime.plan.rows}
+            counts = runtime._loaded.kernel_counts()
             assert counts is not None and 0 < counts.scratch_bytes <= rows["attention scratch"]
     assert len(seen) == 1
 
@@ -246,10 +246,10 @@ def test_correction_makes_the_cache_exact_again(smollm2: Path) -> None:
 
 
 def test_the_scratch_stays_inside_its_row(bench: Bench) -> None:
-    steering = bench.steering(f"tidal:k=300,{LAYERS}")
+    controller = bench.controller(f"tidal:k=300,{LAYERS}")
     bench.place.distance(bench.dense)
     for rows in (1, 4, 32):
-        steering.before_decode()
+        controller.begin_decode()
         bench.model.truncate(1400)
         bench.model.forward(bench.token_ids[1400 : 1400 + rows])
     planned = attention_bytes(bench.spec, 2048, 2) + selection_bytes(bench.spec, 2048, 4)

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from requantised import requantised
 
-from lowtide.attention.bindings.library import can_leave_unpopulated
-from lowtide.attention.bindings.llama_hook import GraphHook, NativeSpan, mapped_spans
+from lowtide.attention.bindings.library import can_map_lazily
+from lowtide.attention.bindings.llama_hook import LlamaHook, NativeSpan, mapped_spans
 from lowtide.memory.os.file_mappings import FileMap
 from lowtide.memory.os.pages import PAGE_BYTES
 from lowtide.models.errors import LowtideError
 from lowtide.models.fake_model import fake_spec
 from lowtide.models.spec import ModelSpec, WeightGroup, WeightSpan
-from lowtide.runtime.loading.load import LoadedModel
-from lowtide.runtime.planning.plan import OpenOptions, PlannedModel, plan_reference
+from lowtide.runtime.loading.load import Engine
+from lowtide.runtime.planning.plan import LoadConfig, ResolvedModel, plan_reference
 
 
 def spec_of(*groups: WeightGroup) -> ModelSpec:
@@ -55,25 +55,25 @@ def test_a_weight_that_is_not_mapped_is_an_error() -> None:
         mapped_spans(spec_of(LAYER, OUTPUT), [{FileMap(1 << 30, 393_216, 0)}])
 
 
-def planned(path: Path, *, streamed: bool, attention: str = "llama") -> PlannedModel:
-    options = OpenOptions(memory="4GiB", context=512, max_rows=32, threads=2, attention=attention)
+def planned(path: Path, *, streamed: bool, attention: str = "llama") -> ResolvedModel:
+    options = LoadConfig(memory="4GiB", context=512, batch_size=32, threads=2, attention=attention)
     made = plan_reference(path, options)
     if not streamed:
         return made
-    plan = dataclasses.replace(made.plan, kept_layers=3, memory_map=True)
+    plan = dataclasses.replace(made.plan, resident_layers=3, memory_map=True)
     return dataclasses.replace(made, plan=plan)
 
 
-def logits_of(planned_model: PlannedModel) -> tuple[np.ndarray, LoadedModel]:
-    loaded = LoadedModel(planned_model)
-    loaded.steering.before_prompt()
+def logits_of(planned_model: ResolvedModel) -> tuple[np.ndarray, Engine]:
+    loaded = Engine(planned_model)
+    loaded.controller.begin_prefill()
     rows = [loaded.model.forward(tuple(range(5, 35))).copy()]
-    loaded.steering.before_decode()
+    loaded.controller.begin_decode()
     rows += [loaded.model.forward((token_id,)).copy() for token_id in (7, 99, 1234)]
     return np.array(rows), loaded
 
 
-@pytest.mark.skipif(not can_leave_unpopulated(), reason="maps are filled at once on this system")
+@pytest.mark.skipif(not can_map_lazily(), reason="maps are filled at once on this system")
 @pytest.mark.parametrize("attention", ["llama", "dense"])
 @pytest.mark.parametrize("quantisation", ["Q4_1", "F16", "Q8_0"])
 def test_the_logits_are_the_same_bit_for_bit(
@@ -90,12 +90,12 @@ def test_the_logits_are_the_same_bit_for_bit(
     assert np.array_equal(resident, streamed)
     assert counts is not None
     # Each pass gave nearly the whole file back, and took the output's product in slices.
-    assert counts.weight_bytes_given_back > 3 * 0.5 * path.stat().st_size
-    assert counts.products_sliced >= 1
-    assert (counts.layers_ours == 30) == (attention == "dense")
+    assert counts.weight_bytes_evicted > 3 * 0.5 * path.stat().st_size
+    assert counts.matmuls_streamed >= 1
+    assert (counts.layers_native == 30) == (attention == "dense")
 
 
-@pytest.mark.skipif(not can_leave_unpopulated(), reason="maps are filled at once on this system")
+@pytest.mark.skipif(not can_map_lazily(), reason="maps are filled at once on this system")
 def test_two_streamed_models_do_not_disturb_each_other(smollm2: Path) -> None:
     alone, loaded = logits_of(planned(smollm2, streamed=True))
     _, other = logits_of(planned(smollm2, streamed=True))
@@ -108,7 +108,7 @@ def test_two_streamed_models_do_not_disturb_each_other(smollm2: Path) -> None:
 
 
 def test_spans_that_are_not_as_promised_are_refused() -> None:
-    hook = GraphHook(1)
+    hook = LlamaHook(1)
     first, second = NativeSpan(4096, 8192, 4096, 8192, 0), NativeSpan(8192, 9000, 8192, 12288, 1)
     hook.stream_weights([first, second], b"\0\0")
     for spans, kept in (([second, first], b"\0\0"), ([first, second], b"\0")):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from paired import paired
 
-from lowtide.attention.bindings.llama_hook import GraphHook
+from lowtide.attention.bindings.llama_hook import LlamaHook
 from lowtide.models.gguf.model import GgufModel, LoadOptions
 from lowtide.models.gguf.spec import read_spec
 
@@ -28,9 +28,9 @@ class Bench:
     """A hooked model whose cache is filled as far as the last case asked."""
 
     def __init__(self, path: Path) -> None:
-        self.hook = GraphHook(threads=2)
+        self.hook = LlamaHook(threads=2)
         options = LoadOptions(
-            context=8192, max_rows=ROWS, threads=2, eval_callback=self.hook.callback
+            context=8192, batch_size=ROWS, threads=2, eval_callback=self.hook.callback
         )
         self.model = GgufModel(read_spec(path), options)
         self.token_ids = self.model.tokenizer.encode(
@@ -50,9 +50,9 @@ class Bench:
         for token_id in self.token_ids[depth : depth + NUM_DECODED]:
             self.model.forward((token_id,))
 
-    def prefill(self, active: bool, length: int, rounded: bool = False) -> None:
+    def prefill(self, active: bool, length: int, use_bf16: bool = False) -> None:
         self.hook.set_active(active)
-        self.hook.start_pass(sparse=False, rounded=rounded)
+        self.hook.start_pass(sparse=False, use_bf16=use_bf16)
         self.model.truncate(0)
         for at in range(0, length, ROWS):
             self.model.forward(self.token_ids[at : min(at + ROWS, length)])
@@ -81,7 +81,7 @@ def test_decode(benchmark: Any, bench: Bench, depth: int) -> None:
 @pytest.mark.parametrize("length", [256, 512, 4096, 7600])
 @pytest.mark.parametrize("prompts", ["exact", "bf16"])
 def test_prefill(benchmark: Any, bench: Bench, length: int, prompts: str) -> None:
-    if prompts == "bf16" and not bench.hook.can_round:
+    if prompts == "bf16" and not bench.hook.supports_bf16:
         pytest.skip("this processor has no avx512_bf16")
     before, passes = bench.hook.counts().seconds, 3 if length > 1000 else 9
     paired(

@@ -72,10 +72,10 @@ def one_after_another(
 
 
 @pytest.mark.parametrize("anew", [False, True], ids=["in one cache", "each anew"])
-@pytest.mark.parametrize("pack", [False, True], ids=["dense", "packed"])
-def test_eight_together(benchmark: Any, smollm2: Path, *, pack: bool, anew: bool) -> None:
+@pytest.mark.parametrize("repack", [False, True], ids=["dense", "packed"])
+def test_eight_together(benchmark: Any, smollm2: Path, *, repack: bool, anew: bool) -> None:
     options: dict[str, Any] = {"memory": "4GiB", "context": 2048, "threads": 2}
-    with Runtime.open(smollm2, **options, attention="dense", pack=pack) as runtime:
+    with Runtime.open(smollm2, **options, attention="dense", repack=repack) as runtime:
         prompts = prompts_of(runtime)
         alone: list[list[GenerationResult]] = []
         together: list[list[GenerationResult]] = []
@@ -110,17 +110,17 @@ def copying_prompts() -> list[str]:
     return prompts
 
 
-@pytest.mark.parametrize("pack", [False, True], ids=["dense", "packed"])
-def test_eight_that_speculate(benchmark: Any, smollm2: Path, *, pack: bool) -> None:
+@pytest.mark.parametrize("repack", [False, True], ids=["dense", "packed"])
+def test_eight_that_speculate(benchmark: Any, smollm2: Path, *, repack: bool) -> None:
     options: dict[str, Any] = {"memory": "4GiB", "context": 2048, "threads": THREADS}
     wanted: dict[str, Any] = {"max_tokens": MAX_TOKENS, "temperature": 0, "overflow": "drop-oldest"}
     prompts = copying_prompts()
     without: list[list[GenerationResult]] = []
     drafting: list[list[GenerationResult]] = []
     with (
-        Runtime.open(smollm2, **options, attention="dense", pack=pack) as plain,
+        Runtime.open(smollm2, **options, attention="dense", repack=repack) as plain,
         Runtime.open(
-            smollm2, **options, attention="dense", pack=pack, speculate="auto"
+            smollm2, **options, attention="dense", repack=repack, speculate="auto"
         ) as speculating,
     ):
         paired(

@@ -17,8 +17,8 @@ from lowtide.memory.units import GIB
 from lowtide.models.catalog import resolve
 from lowtide.models.convert.convert import convert
 from lowtide.models.read_spec import read_spec
-from lowtide.runtime.loading.load import LoadedModel
-from lowtide.runtime.planning.plan import OpenOptions, plan_reference
+from lowtide.runtime.loading.load import Engine
+from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 
 pytestmark = pytest.mark.benchmark
 
@@ -27,13 +27,13 @@ SHARES = (0.0, 0.5)
 """Where in the essays a text begins."""
 
 
-def loaded(path: Path, *, pack: bool) -> LoadedModel:
-    options = OpenOptions(memory=8 * GIB, context=1024, threads=2, attention="dense", pack=pack)
-    return LoadedModel(plan_reference(path, options))
+def loaded(path: Path, *, repack: bool) -> Engine:
+    options = LoadConfig(memory=8 * GIB, context=1024, threads=2, attention="dense", repack=repack)
+    return Engine(plan_reference(path, options))
 
 
 def texts(path: Path) -> list[list[int]]:
-    made, text = loaded(path, pack=False), essays()
+    made, text = loaded(path, repack=False), essays()
     try:
         encode = made.model.tokenizer.encode
         parts = [text[int(len(text) * share) :][:8000] for share in SHARES]
@@ -42,9 +42,9 @@ def texts(path: Path) -> list[list[int]]:
         made.close()
 
 
-def distributions(path: Path, token_ids: list[list[int]], *, pack: bool) -> np.ndarray:
+def distributions(path: Path, token_ids: list[list[int]], *, repack: bool) -> np.ndarray:
     """Log probabilities after each of the compared tokens, (texts, tokens, vocabulary)."""
-    made, found = loaded(path, pack=pack), []
+    made, found = loaded(path, repack=repack), []
     try:
         for ids in token_ids:
             made.model.truncate(0)
@@ -67,9 +67,9 @@ def test_how_far_from_the_gguf_run(benchmark: Any, tmp_path: Path, name: str) ->
 
     def measure() -> None:
         for model, words in ((path, "GGUF"), (folder, "ONNX")):
-            for pack in (False, True):
-                kind = f"{words}, packed" if pack else words
-                found[kind] = distributions(model, token_ids, pack=pack)
+            for repack in (False, True):
+                kind = f"{words}, packed" if repack else words
+                found[kind] = distributions(model, token_ids, repack=repack)
 
     benchmark.pedantic(measure, rounds=1)
     wanted = found.pop("GGUF")

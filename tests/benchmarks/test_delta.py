@@ -17,7 +17,7 @@ from essays import essays
 from grown_memory import grown
 from paired import paired
 
-from lowtide.attention.bindings.llama_hook import GraphHook
+from lowtide.attention.bindings.llama_hook import LlamaHook
 from lowtide.attention.bindings.onnx_ops import OnnxAttention
 from lowtide.attention.parse import parse_policy
 from lowtide.memory.plan.estimates import kv_bytes
@@ -26,14 +26,14 @@ from lowtide.models.gguf.model import GgufModel, LoadOptions
 from lowtide.models.gguf.spec import read_spec
 from lowtide.models.model import Model
 from lowtide.models.onnx.config import OnnxOptions
-from lowtide.models.onnx.rewrite.model import SwappedModel
+from lowtide.models.onnx.rewrite.model import RewrittenOnnxModel
 from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.read_spec import read_spec as read_header
 
 pytestmark = pytest.mark.benchmark
 
 NUM_DECODED, ROWS = 16, 128
-POLICIES = ("delta", "delta:sparsity=0.5", "delta:sparsity=0.5,opens=0")
+POLICIES = ("delta", "delta:sparsity=0.5", "delta:sparsity=0.5,refine=0")
 BLOCKS = (
     "delta:granularity=block,sparsity=0.5",
     "delta:granularity=block,sparsity=0.7",
@@ -46,12 +46,12 @@ CALIBRATED = ("delta", "delta:granularity=block", "delta:granularity=element")
 class Bench:
     """A model with our kernels and a text; each policy decodes after a prompt that it has read itself."""
 
-    def __init__(self, model: Model, hook: GraphHook | OnnxAttention) -> None:
+    def __init__(self, model: Model, hook: LlamaHook | OnnxAttention) -> None:
         self.hook, self.spec, self.model = hook, model.spec, model
         self.token_ids = model.tokenizer.encode(essays(), add_special=True, parse_special=False)
 
     def read(self, policy: str, depth: int) -> None:
-        parse_policy(policy).fitted(self.spec).install(self.hook, self.spec).before_prompt()
+        parse_policy(policy).resolve(self.spec).install(self.hook, self.spec).begin_prefill()
         self.model.truncate(0)
         for at in range(0, depth, ROWS):
             self.model.forward(self.token_ids[at : min(at + ROWS, depth)])
@@ -65,8 +65,8 @@ class Bench:
 
 @pytest.fixture(scope="module")
 def bench(smollm2: Path) -> Iterator[Bench]:
-    hook = GraphHook(threads=2)
-    options = LoadOptions(context=8192, max_rows=ROWS, threads=2, eval_callback=hook.callback)
+    hook = LlamaHook(threads=2)
+    options = LoadOptions(context=8192, batch_size=ROWS, threads=2, eval_callback=hook.callback)
     model = GgufModel(read_spec(smollm2), options)
     yield Bench(model, hook)
     model.close()
@@ -78,8 +78,8 @@ def onnx_bench(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     folder = convert(read_spec(smollm2), tmp_path_factory.mktemp("converted") / "smollm2").folder
     attention, spec = OnnxAttention(2), read_header(folder)
     assert isinstance(spec, OnnxSpec)
-    options = OnnxOptions(context=8192, max_rows=ROWS, threads=2, kv_type="f16")
-    model = SwappedModel(spec, options, attention)
+    options = OnnxOptions(context=8192, batch_size=ROWS, threads=2, kv_type="f16")
+    model = RewrittenOnnxModel(spec, options, attention)
     yield Bench(model, attention)
     model.close()
 
@@ -90,7 +90,7 @@ def attention_beside_dense(benchmark: Any, bench: Bench, policy: str, depth: int
     What the policy keeps of the prompt is made in the first round.
     """
     bench.read("dense", depth)
-    steering = parse_policy(policy).fitted(bench.spec).install(bench.hook, bench.spec)
+    controller = parse_policy(policy).resolve(bench.spec).install(bench.hook, bench.spec)
     of_ours, of_dense = list[float](), list[float]()
 
     def decode(start: Callable[[], None], seconds: list[float]) -> None:
@@ -102,7 +102,7 @@ def attention_beside_dense(benchmark: Any, bench: Bench, policy: str, depth: int
     paired(
         benchmark,
         f"{policy}, decode at {depth}",
-        lambda: decode(steering.before_decode, of_ours),
+        lambda: decode(controller.begin_decode, of_ours),
         lambda: decode(lambda: bench.hook.start_pass(sparse=False), of_dense),
         rounds=15,
         peer="our dense attention",
@@ -118,7 +118,7 @@ def attention_beside_dense(benchmark: Any, bench: Bench, policy: str, depth: int
 @pytest.mark.parametrize("depth", [2048, 7600])
 def test_decode(benchmark: Any, bench: Bench, depth: int, policy: str) -> None:
     attention_beside_dense(benchmark, bench, policy, depth)
-    bench.hook.start_grouped(opens=True)
+    bench.hook.start_grouped(refine=True)
     before = bench.hook.counts()
     bench.step(depth)
     counts = bench.hook.counts()

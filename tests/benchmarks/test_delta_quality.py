@@ -36,7 +36,7 @@ def held_against_dense(
     room."""
     with Essays.opened(path, policy, trials[-1]) as opened:
         if sparsity is None:
-            spread: Policy = policy.fitted(read_spec(path))
+            spread: Policy = policy.resolve(read_spec(path))
         else:
             spread = opened.of_sparsity(policy, sparsity)
         results: list[tuple[Distance, ScoreCost]] = benchmark.pedantic(
@@ -73,7 +73,7 @@ GRANULARITY_IDS = ["rows", "block of 8", "block of 8, 70 %", "element", "element
 
 @pytest.mark.parametrize(
     ("policy", "sparsity"),
-    [*BY_GRANULARITY, (Delta(opens=0.0), 0.6)],
+    [*BY_GRANULARITY, (Delta(refine=0.0), 0.6)],
     ids=[*GRANULARITY_IDS, "rows as stored, 60 %"],
 )
 def test_what_is_lost_and_skipped(
@@ -102,15 +102,16 @@ def test_as_calibrated_in_layers_without_a_window(benchmark: Any) -> None:
 def test_what_another_order_of_sums_loses(benchmark: Any, smollm2: Path) -> None:
     """llama.cpp's products beside ours, both exact and with dense attention: what no policy is held to."""
 
-    def answered(*, pack: bool) -> list[tuple[bool, float]]:
-        with Essays.opened(smollm2, Delta(), SHORT, pack=pack) as held:
-            needles = list(held.needles())
+    def answered(*, repack: bool) -> list[tuple[bool, float]]:
+        with Essays.opened(smollm2, Delta(), SHORT, repack=repack) as held:
+            passkeys = list(held.passkeys())
             return [
-                (needle.key in held.answer(None, needle), held.lead(needle)) for needle in needles
+                (passkey.key in held.answer(None, passkey), held.lead(passkey))
+                for passkey in passkeys
             ]
 
     def both() -> list[tuple[tuple[bool, float], tuple[bool, float]]]:
-        return list(zip(answered(pack=True), answered(pack=False), strict=True))
+        return list(zip(answered(repack=True), answered(repack=False), strict=True))
 
     pairs = benchmark.pedantic(both, rounds=1)
     found = [theirs for (is_found, _), (theirs, _) in pairs if is_found]

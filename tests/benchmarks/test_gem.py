@@ -17,7 +17,7 @@ from paired import paired
 from peer import Peer
 
 from lowtide import GenerationResult, Runtime
-from lowtide.attention.dense import DenseSteering
+from lowtide.attention.dense import DenseController
 from lowtide.attention.evaluation.passkeys import chat_framing
 from lowtide.attention.evaluation.questions import (
     KINDS,
@@ -32,8 +32,8 @@ from lowtide.attention.gem.calibrate import questions_alone
 from lowtide.attention.gem.policy import Gem
 from lowtide.models.catalog import resolve
 from lowtide.models.model import Model
-from lowtide.runtime.loading.load import LoadedModel
-from lowtide.runtime.planning.plan import OpenOptions, plan_reference
+from lowtide.runtime.loading.load import Engine
+from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 
 pytestmark = pytest.mark.benchmark
 
@@ -68,26 +68,26 @@ def first_token(runtime: Runtime, text: str, *, afresh: bool) -> None:
     said(runtime, text, 1)
 
 
-@pytest.mark.parametrize("pack", [False, True], ids=["llama.cpp's products", "packed"])
+@pytest.mark.parametrize("repack", [False, True], ids=["llama.cpp's products", "packed"])
 @pytest.mark.parametrize(("model", "num_tokens"), [("smollm2", 7500), ("gemma3-270m", 7900)])
-def test_time_to_first_token(benchmark: Any, model: str, num_tokens: int, *, pack: bool) -> None:
+def test_time_to_first_token(benchmark: Any, model: str, num_tokens: int, *, repack: bool) -> None:
     path = resolve(model)
     opening: dict[str, Any] = {
         "memory": "4GiB",
         "context": 8192,
         "threads": 2,
         "attention": f"gem:k=512,layer={LAYERS[model]},continues=1",
-        "pack": pack,
+        "repack": repack,
     }
     with Runtime.open(path, **opening) as runtime:
         text = hidden(runtime._model, num_tokens, 0.5, ask("pass key", 1))
         prompt = chat_framing(runtime._model)(text)
         token_ids = runtime._model.tokenizer.encode(prompt, add_special=True, parse_special=True)
-        rows = runtime.plan.max_rows
-        peer = Peer(Path(path), context=8192, max_rows=max(rows, 128), threads=2)
+        rows = runtime.plan.batch_size
+        peer = Peer(Path(path), context=8192, batch_size=max(rows, 128), threads=2)
         paired(
             benchmark,
-            f"{model}{', packed' * pack}, first token of {len(token_ids):,}",
+            f"{model}{', packed' * repack}, first token of {len(token_ids):,}",
             lambda: first_token(runtime, text, afresh=True),
             lambda: (peer.prefill(list(token_ids)), peer.decode(1)),
             rounds=3,
@@ -101,7 +101,7 @@ def test_a_second_question(benchmark: Any, model: str, num_tokens: int) -> None:
     attention = f"gem:k=512,layer={LAYERS[model]},continues=1"
     opening: dict[str, Any] = {"memory": "4GiB", "context": 8192, "threads": 2}
     with Runtime.open(model, attention=attention, **opening) as runtime:
-        assert runtime.plan.keeps_first_pass
+        assert runtime.plan.cache_filter_pass
         text = hidden(runtime._model, num_tokens, 0.5, question).removesuffix(question.text)
         paired(
             benchmark,
@@ -119,19 +119,19 @@ def test_a_second_question(benchmark: Any, model: str, num_tokens: int) -> None:
 )
 def test_what_is_found(benchmark: Any, model: str, num_tokens: int) -> None:
     """As calibrated. A text for each of four keys, and four others around the same sentences."""
-    options = OpenOptions(
+    options = LoadConfig(
         memory="4GiB",
         context=num_tokens + 100,
         threads=2,
         attention="gem:min_prompt=600",
-        pack=True,
+        repack=True,
     )
-    loaded = LoadedModel(plan_reference(model, options))
+    loaded = Engine(plan_reference(model, options))
     hook, prompt_filter, tokenizer = loaded.hook, loaded.prompt_filter, loaded.model.tokenizer
     assert hook is not None and prompt_filter is not None and isinstance(loaded.planned.policy, Gem)
     text = tokenizer.encode(essays(), add_special=False, parse_special=False)
     whole = WholePrompt(loaded.model, hook, loaded.planned.policy.rule)
-    steering, framing = DenseSteering(hook), chat_framing(loaded.model)
+    controller, framing = DenseController(hook), chat_framing(loaded.model)
     found = {kind: [0, 0, 0] for kind in KINDS}
 
     def asked(seed: int, place: int) -> list[HiddenQuestion]:
@@ -156,7 +156,7 @@ def test_what_is_found(benchmark: Any, model: str, num_tokens: int) -> None:
                 loaded.model.truncate(0)
                 counts = found[hidden.question.kind]
                 counts[0] += 1
-                counts[1] += is_answered(loaded.model, steering, kept, hidden)
+                counts[1] += is_answered(loaded.model, controller, kept, hidden)
                 counts[2] += answers_whole(elsewhere)
         whole.forget()
 

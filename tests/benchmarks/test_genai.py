@@ -20,8 +20,8 @@ from lowtide.memory.units import GIB
 from lowtide.models.convert.convert import convert
 from lowtide.models.errors import BadOption
 from lowtide.models.read_spec import read_spec
-from lowtide.runtime.loading.load import LoadedModel
-from lowtide.runtime.planning.plan import OpenOptions, plan_reference
+from lowtide.runtime.loading.load import Engine
+from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 
 pytestmark = pytest.mark.benchmark
 genai = pytest.importorskip("onnxruntime_genai")
@@ -37,12 +37,12 @@ TIDAL = "tidal:k=1536,layers=4+7+18+21"
 class Ours:
     """The folder in our runtime, with the graph's own attention ("llama") or ours, and products alike."""
 
-    def __init__(self, folder: Path, attention: str, *, pack: bool = False) -> None:
-        options = OpenOptions(
-            memory=8 * GIB, context=CONTEXT, threads=2, attention=attention, pack=pack
+    def __init__(self, folder: Path, attention: str, *, repack: bool = False) -> None:
+        options = LoadConfig(
+            memory=8 * GIB, context=CONTEXT, threads=2, attention=attention, repack=repack
         )
-        self.words = attention.partition(",")[0] + (", packed" if pack else "")
-        self.loaded = LoadedModel(plan_reference(folder, options))
+        self.words = attention.partition(",")[0] + (", packed" if repack else "")
+        self.loaded = Engine(plan_reference(folder, options))
         self.model = self.loaded.model
         self.token_ids = self.model.tokenizer.encode(
             essays(), add_special=True, parse_special=False
@@ -50,8 +50,8 @@ class Ours:
 
     def prefill(self, length: int) -> None:
         self.model.truncate(0)
-        self.loaded.steering.before_prompt()
-        rows = self.model.max_rows
+        self.loaded.controller.begin_prefill()
+        rows = self.model.batch_size
         for at in range(0, length, rows):
             self.model.forward(self.token_ids[at : min(at + rows, length)])
 
@@ -63,7 +63,7 @@ class Ours:
         """The logits of so many tokens of the text, from `depth` on."""
         self.model.truncate(depth)
         for token_id in self.token_ids[depth : depth + count]:
-            self.loaded.steering.before_decode()
+            self.loaded.controller.begin_decode()
             yield self.model.forward((token_id,))
 
 
@@ -89,7 +89,7 @@ class Theirs:
         self.generator.get_logits()
 
     def decode(self, depth: int) -> None:
-        self.generator.rewind_to(depth)
+        self.generator.truncate_to_prefix(depth)
         for token_id in self.token_ids[depth : depth + NUM_DECODED]:
             self.generator.append_tokens([token_id])
             self.generator.get_logits()
@@ -109,9 +109,9 @@ def folder(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=["graph", "dense", "tidal", "dense-packed", "tidal-packed", "rounded-packed"],
 )
 def ours(request: pytest.FixtureRequest, folder: Path) -> Iterator[Ours]:
-    attention, pack = request.param
+    attention, repack = request.param
     try:
-        made = Ours(folder, attention, pack=pack)
+        made = Ours(folder, attention, repack=repack)
     except BadOption as reason:
         pytest.skip(str(reason))
     yield made

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from lowtide.attention.delta.tokens import Delta
 from lowtide.attention.evaluation.divergence import extend, log_softmax
-from lowtide.attention.policy import Steering
-from lowtide.runtime.planning.plan import OpenOptions, plan_reference
+from lowtide.attention.policy import PassController
+from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 
 pytestmark = pytest.mark.benchmark
 
@@ -41,37 +41,37 @@ class Read:
 
 def read(held: Essays, policy: Policy | None) -> Read:
     """Read every place and answer every key; None is dense attention."""
-    steering = held.dense if policy is None else held.steering(policy)
+    controller = held.dense if policy is None else held.controller(policy)
     prefix = held.trial.prefix
-    says = [_says(held, steering, text[:prefix], text[prefix:-1]) for text in held.texts()]
+    says = [_says(held, controller, text[:prefix], text[prefix:-1]) for text in held.texts()]
     keys = []
-    for needle in held.needles():
-        *prompt, last = needle.token_ids
-        answered = _says(held, steering, prompt, [last, *needle.answer_ids[:-1]])
-        keys.append(answered.argmax(1).tolist() == list(needle.answer_ids))
+    for passkey in held.passkeys():
+        *prompt, last = passkey.token_ids
+        answered = _says(held, controller, prompt, [last, *passkey.answer_ids[:-1]])
+        keys.append(answered.argmax(1).tolist() == list(passkey.answer_ids))
     return Read(np.concatenate(says), keys)
 
 
 def _says(
-    held: Essays, steering: Steering, prompt: list[int], token_ids: list[int]
+    held: Essays, controller: PassController, prompt: list[int], token_ids: list[int]
 ) -> NDArray[np.float32]:
     """Return log probabilities behind each of the tokens, (tokens, vocabulary), after the prompt."""
     model, rows = held.loaded.model, []
     model.truncate(0)
-    extend(model, steering, prompt)
+    extend(model, controller, prompt)
     for token_id in token_ids:
-        steering.before_decode()
+        controller.begin_decode()
         rows.append(log_softmax(model.forward((token_id,))))
     return np.stack(rows)
 
 
 def planned_bytes(path: Path, policy: Policy | None, kv_type: str) -> int:
     """What the plan has for the cache, what replaces it and the kernels' scratch, at `DEPTH` tokens."""
-    options = OpenOptions(
+    options = LoadConfig(
         memory="8GiB", context=DEPTH, threads=1, kv_type=kv_type, attention=policy or "dense"
     )
     rows = plan_reference(path, options).plan.rows
-    return sum(row.num_bytes for row in rows if row.owner in KEPT_ROWS)
+    return sum(row.num_bytes for row in rows if row.component in KEPT_ROWS)
 
 
 def divergence(base: Read, found: Read) -> float:

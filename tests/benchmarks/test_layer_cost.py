@@ -14,13 +14,13 @@ import pytest
 from paired import paired
 from peer import Peer
 
-from lowtide import Piece, Runtime
+from lowtide import GenerationChunk, Runtime
 
 pytestmark = pytest.mark.benchmark
 
 TEXT = "The tide comes in, the tide goes out, and nobody on the shore knows what it is about. "
 NUM_DECODED = 64
-SETTINGS = {"context": 2560, "max_rows": 128, "threads": 2}
+SETTINGS = {"context": 2560, "batch_size": 128, "threads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,9 @@ def test_decode(benchmark: Any, runtime: Runtime, peer: Peer, depth: int) -> Non
     text, token_ids = prompt_of(runtime, depth)
     peer.prefill(token_ids)
     expected = peer.decode(NUM_DECODED + 1)
-    pieces: list[Piece] = []
+    pieces: list[GenerationChunk] = []
 
-    def begin() -> Iterator[Piece]:
+    def begin() -> Iterator[GenerationChunk]:
         answer = runtime.stream(text, max_tokens=NUM_DECODED + 1, temperature=0)
         pieces.append(next(answer))
         return answer
@@ -76,7 +76,7 @@ def test_prefill(benchmark: Any, runtime: Runtime, peer: Peer, length: int) -> N
     text, token_ids = prompt_of(runtime, length)
 
     def ours() -> None:
-        runtime._session.rewind_to([-1])
+        runtime._session.truncate_to_prefix([-1])
         next(runtime.stream(text, max_tokens=1, temperature=0))
 
     paired(benchmark, f"prefill of {length}", ours, lambda: peer.prefill(token_ids), rounds=7)

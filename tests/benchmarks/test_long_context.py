@@ -19,7 +19,7 @@ from filled_cache import fill_cache
 from gguf_files import write_model
 from paired import paired
 
-from lowtide.attention.bindings.llama_hook import GraphHook
+from lowtide.attention.bindings.llama_hook import LlamaHook
 from lowtide.attention.parse import parse_policy
 from lowtide.models.gguf.model import GgufModel, LoadOptions
 from lowtide.models.gguf.spec import read_spec
@@ -35,9 +35,9 @@ class Deep:
     def __init__(self, path: Path, depth: int) -> None:
         self.depth = depth
         self.spec = read_spec(path)
-        self.hook = GraphHook(threads=2)
+        self.hook = LlamaHook(threads=2)
         options = LoadOptions(
-            context=depth + 256, max_rows=32, threads=2, eval_callback=self.hook.callback
+            context=depth + 256, batch_size=32, threads=2, eval_callback=self.hook.callback
         )
         self.model = GgufModel(self.spec, options)
         self.floor = self._empty_token_s()
@@ -55,12 +55,12 @@ class Deep:
         return statistics.median(seconds)
 
     def decode(self, attention: str) -> None:
-        policy = parse_policy(attention).fitted(self.spec)
-        self.hook.set_active(policy.uses_hook)
-        steering = policy.install(self.hook, self.spec)
+        policy = parse_policy(attention).resolve(self.spec)
+        self.hook.set_active(policy.uses_native_kernels)
+        controller = policy.install(self.hook, self.spec)
         self.model.truncate(self.depth)
         for token_id in range(5, 5 + NUM_DECODED):
-            steering.before_decode()
+            controller.begin_decode()
             self.model.forward((token_id,))
 
     def close(self) -> None:

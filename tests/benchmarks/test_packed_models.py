@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf_files import write_model
-from packed_beside import NUM_DECODED, ROWS, PackedModel, compare_decode, compare_prefill
+from packed_beside import NUM_DECODED, ROWS, RepackedModel, compare_decode, compare_prefill
 from peer import Peer
 
 from lowtide.memory.units import GIB, MIB
@@ -40,9 +40,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def deep(smollm2: Path) -> Iterator[tuple[PackedModel, Peer]]:
-    ours = PackedModel(smollm2, 8192)
-    peer = Peer(smollm2, context=8192, max_rows=ROWS, threads=2)
+def deep(smollm2: Path) -> Iterator[tuple[RepackedModel, Peer]]:
+    ours = RepackedModel(smollm2, 8192)
+    peer = Peer(smollm2, context=8192, batch_size=ROWS, threads=2)
     with closing(ours.loaded), closing(peer):
         ours.prefill(DEPTH)
         peer.prefill(ours.token_ids[:DEPTH])
@@ -51,40 +51,40 @@ def deep(smollm2: Path) -> Iterator[tuple[PackedModel, Peer]]:
 
 @pytest.mark.parametrize("attention", ["dense", "tidal"])
 def test_decode_at_7600(
-    benchmark: Any, deep: tuple[PackedModel, Peer], smollm2: Path, attention: str
+    benchmark: Any, deep: tuple[RepackedModel, Peer], smollm2: Path, attention: str
 ) -> None:
     ours, peer = deep
     compare_decode(benchmark, "llama.cpp", ours, peer, DEPTH, attention=attention, is_filled=True)
 
 
-def test_prefill_of_7600(benchmark: Any, deep: tuple[PackedModel, Peer]) -> None:
+def test_prefill_of_7600(benchmark: Any, deep: tuple[RepackedModel, Peer]) -> None:
     compare_prefill(benchmark, "llama.cpp", *deep, DEPTH, rounds=2)
 
 
 @pytest.fixture(scope="module")
-def gemma() -> Iterator[tuple[PackedModel, Peer]]:
+def gemma() -> Iterator[tuple[RepackedModel, Peer]]:
     path = Path(resolve("gemma3-270m"))
-    ours, peer = PackedModel(path), Peer(path, context=2048, max_rows=ROWS, threads=2)
+    ours, peer = RepackedModel(path), Peer(path, context=2048, batch_size=ROWS, threads=2)
     with closing(ours.loaded), closing(peer):
         yield ours, peer
 
 
-def test_decode_of_gemma(benchmark: Any, gemma: tuple[PackedModel, Peer]) -> None:
+def test_decode_of_gemma(benchmark: Any, gemma: tuple[RepackedModel, Peer]) -> None:
     compare_decode(benchmark, "llama.cpp, Gemma-3-270m", *gemma, 256)
 
 
-def test_prefill_of_gemma(benchmark: Any, gemma: tuple[PackedModel, Peer]) -> None:
+def test_prefill_of_gemma(benchmark: Any, gemma: tuple[RepackedModel, Peer]) -> None:
     compare_prefill(benchmark, "llama.cpp, Gemma-3-270m", *gemma, 256)
 
 
 @pytest.fixture(scope="module", params=["Q4_0", "Q4_K"])
 def large(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[str, int, PackedModel, Peer]]:
+) -> Iterator[tuple[str, int, RepackedModel, Peer]]:
     """The format, the bytes of weights that a token reads, and both."""
     path = tmp_path_factory.mktemp("large") / f"{request.param}.gguf"
     write_model(path, **LARGE, quantised=request.param)
-    ours, peer = PackedModel(path), Peer(path, context=2048, max_rows=ROWS, threads=2)
+    ours, peer = RepackedModel(path), Peer(path, context=2048, batch_size=ROWS, threads=2)
     embedding = LARGE["vocabulary"] * LARGE["width"] * 18 // 32  # 4.5 bits in both formats
     with closing(ours.loaded), closing(peer):
         yield request.param, path.stat().st_size - embedding, ours, peer
@@ -103,7 +103,7 @@ def read_rate() -> float:
 
 
 def test_decode_of_the_shape_of_llama_1b(
-    benchmark: Any, large: tuple[str, int, PackedModel, Peer]
+    benchmark: Any, large: tuple[str, int, RepackedModel, Peer]
 ) -> None:
     kind, num_bytes, ours, peer = large
     compare_decode(benchmark, f"llama.cpp, 1B in {kind}", ours, peer, 256, rounds=5)
@@ -116,7 +116,7 @@ def test_decode_of_the_shape_of_llama_1b(
 
 
 def test_prefill_of_the_shape_of_llama_1b(
-    benchmark: Any, large: tuple[str, int, PackedModel, Peer]
+    benchmark: Any, large: tuple[str, int, RepackedModel, Peer]
 ) -> None:
     kind, _, ours, peer = large
     compare_prefill(benchmark, f"llama.cpp, 1B in {kind}", ours, peer, 256, rounds=3)

@@ -17,7 +17,7 @@ import pytest
 from essays import essays
 from packed_beside import (
     ROWS,
-    PackedModel,
+    RepackedModel,
     compare_decode,
     compare_prefill,
     compare_verification,
@@ -27,8 +27,8 @@ from requantised import requantised
 
 from lowtide.attention.evaluation.divergence import log_softmax
 from lowtide.memory.units import GIB
-from lowtide.runtime.loading.load import LoadedModel
-from lowtide.runtime.planning.plan import OpenOptions, plan_reference
+from lowtide.runtime.loading.load import Engine
+from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 
 pytestmark = pytest.mark.benchmark
 
@@ -48,8 +48,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def ours(smollm2: Path) -> Iterator[PackedModel]:
-    made = PackedModel(smollm2)
+def ours(smollm2: Path) -> Iterator[RepackedModel]:
+    made = RepackedModel(smollm2)
     yield made
     made.loaded.close()
 
@@ -57,7 +57,7 @@ def ours(smollm2: Path) -> Iterator[PackedModel]:
 @pytest.fixture(scope="module", params=["the same file", "its Q4_0 copy"])
 def peer(request: pytest.FixtureRequest, smollm2: Path, q4_0: Path) -> Iterator[tuple[str, Peer]]:
     path = smollm2 if request.param == "the same file" else q4_0
-    made = Peer(path, context=2048, max_rows=ROWS, threads=2)
+    made = Peer(path, context=2048, batch_size=ROWS, threads=2)
     yield f"llama.cpp on {request.param}", made
     made.close()
 
@@ -65,43 +65,46 @@ def peer(request: pytest.FixtureRequest, smollm2: Path, q4_0: Path) -> Iterator[
 @pytest.fixture(scope="module", params=["F16", "BF16"])
 def floats(
     request: pytest.FixtureRequest, smollm2: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[str, PackedModel, Peer]]:
+) -> Iterator[tuple[str, RepackedModel, Peer]]:
     """A copy of weights that are not quantised, packed and with llama.cpp."""
     kind = request.param
     path = requantised(smollm2, tmp_path_factory.mktemp("floats") / f"{kind}.gguf", kind)
-    ours = PackedModel(path)
-    with closing(ours.loaded), closing(Peer(path, context=2048, max_rows=ROWS, threads=2)) as peer:
+    ours = RepackedModel(path)
+    with (
+        closing(ours.loaded),
+        closing(Peer(path, context=2048, batch_size=ROWS, threads=2)) as peer,
+    ):
         yield kind, ours, peer
 
 
 @pytest.mark.parametrize("depth", [256, 1024])
-def test_decode(benchmark: Any, ours: PackedModel, peer: tuple[str, Peer], depth: int) -> None:
+def test_decode(benchmark: Any, ours: RepackedModel, peer: tuple[str, Peer], depth: int) -> None:
     compare_decode(benchmark, peer[0], ours, peer[1], depth)
 
 
 @pytest.mark.parametrize("length", [256, 512])
-def test_prefill(benchmark: Any, ours: PackedModel, peer: tuple[str, Peer], length: int) -> None:
+def test_prefill(benchmark: Any, ours: RepackedModel, peer: tuple[str, Peer], length: int) -> None:
     compare_prefill(benchmark, peer[0], ours, peer[1], length)
 
 
 @pytest.mark.parametrize("num_rows", [2, 4, 8])
-def test_verification(benchmark: Any, ours: PackedModel, num_rows: int) -> None:
+def test_verification(benchmark: Any, ours: RepackedModel, num_rows: int) -> None:
     compare_verification(benchmark, ours, num_rows)
 
 
-def test_decode_of_floats(benchmark: Any, floats: tuple[str, PackedModel, Peer]) -> None:
+def test_decode_of_floats(benchmark: Any, floats: tuple[str, RepackedModel, Peer]) -> None:
     kind, ours, theirs = floats
     compare_decode(benchmark, f"llama.cpp on {kind}", ours, theirs, 256)
 
 
-def test_prefill_of_floats(benchmark: Any, floats: tuple[str, PackedModel, Peer]) -> None:
+def test_prefill_of_floats(benchmark: Any, floats: tuple[str, RepackedModel, Peer]) -> None:
     kind, ours, theirs = floats
     compare_prefill(benchmark, f"llama.cpp on {kind}", ours, theirs, 512)
 
 
 @pytest.mark.parametrize("num_rows", [4, 8])
 def test_verification_of_floats(
-    benchmark: Any, floats: tuple[str, PackedModel, Peer], num_rows: int
+    benchmark: Any, floats: tuple[str, RepackedModel, Peer], num_rows: int
 ) -> None:
     compare_verification(benchmark, floats[1], num_rows)
 
@@ -109,10 +112,10 @@ def test_verification_of_floats(
 NUM_READ, NUM_COMPARED = 384, 300
 
 
-def distributions(path: Path, token_ids: list[int], *, pack: bool) -> np.ndarray:
+def distributions(path: Path, token_ids: list[int], *, repack: bool) -> np.ndarray:
     """Log probabilities after each of the compared tokens, with our attention."""
-    options = OpenOptions(memory=8 * GIB, context=1024, threads=2, attention="dense", pack=pack)
-    loaded = LoadedModel(plan_reference(path, options))
+    options = LoadConfig(memory=8 * GIB, context=1024, threads=2, attention="dense", repack=repack)
+    loaded = Engine(plan_reference(path, options))
     try:
         for at in range(0, NUM_READ, ROWS):
             loaded.model.forward(token_ids[at : at + ROWS])
@@ -124,16 +127,18 @@ def distributions(path: Path, token_ids: list[int], *, pack: bool) -> np.ndarray
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_how_far_from_the_same_weights_in_float32(
-    benchmark: Any, smollm2: Path, ours: PackedModel, tmp_path: Path, share: float
+    benchmark: Any, smollm2: Path, ours: RepackedModel, tmp_path: Path, share: float
 ) -> None:
     text = essays()
     encode = ours.model.tokenizer.encode
     token_ids = encode(text[int(len(text) * share) :][:8000], add_special=True, parse_special=False)
-    exact = distributions(requantised(smollm2, tmp_path / "F32.gguf", "F32"), token_ids, pack=False)
+    exact = distributions(
+        requantised(smollm2, tmp_path / "F32.gguf", "F32"), token_ids, repack=False
+    )
     found: dict[str, np.ndarray] = {}
 
     def decode() -> None:
-        found.update({n: distributions(smollm2, token_ids, pack=n == "packed") for n in KINDS})
+        found.update({n: distributions(smollm2, token_ids, repack=n == "packed") for n in KINDS})
 
     benchmark.pedantic(decode, rounds=1)
     kl = {n: float((np.exp(exact) * (exact - rows)).sum(1).mean()) for n, rows in found.items()}

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from essays import essays
 
-from lowtide.attention.dense import DenseSteering
-from lowtide.attention.evaluation.passkeys import chat_framing, finds, hide_needle, pass_key
+from lowtide.attention.dense import DenseController
+from lowtide.attention.evaluation.passkeys import chat_framing, finds, hide_passkey, make_passkey
 from lowtide.attention.tidal.policy import Tidal
 from lowtide.models.tokenizer import common_prefix
-from lowtide.runtime.loading.load import LoadedModel
-from lowtide.runtime.planning.plan import OpenOptions, plan_reference
+from lowtide.runtime.loading.load import Engine
+from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 
 pytestmark = pytest.mark.benchmark
 LENGTH = 7600
@@ -27,8 +27,8 @@ POLICIES = {"as calibrated": Tidal(), "k=2048": Tidal(k=2048)}
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_pass_keys(benchmark: Any, smollm2: Path, share: float) -> None:
-    options = OpenOptions(memory="4GiB", context=LENGTH + 80, threads=2, attention="tidal")
-    loaded = LoadedModel(plan_reference(smollm2, options))
+    options = LoadConfig(memory="4GiB", context=LENGTH + 80, threads=2, attention="tidal")
+    loaded = Engine(plan_reference(smollm2, options))
     model, hook, spec = loaded.model, loaded.hook, loaded.planned.spec
     assert hook is not None
     text = model.tokenizer.encode(essays(), add_special=False, parse_special=False)
@@ -41,15 +41,15 @@ def test_pass_keys(benchmark: Any, smollm2: Path, share: float) -> None:
         for depth in DEPTHS:
             for seed in range(2):
                 key = seed + round(depth * 100)
-                needle = hide_needle(model, haystack, framing, LENGTH, depth, pass_key(key))
-                common = common_prefix(held, needle.token_ids)
+                passkey = hide_passkey(model, haystack, framing, LENGTH, depth, make_passkey(key))
+                common = common_prefix(held, passkey.token_ids)
                 model.truncate(common)
-                held[:] = needle.token_ids
-                if not finds(model, DenseSteering(hook), needle):
+                held[:] = passkey.token_ids
+                if not finds(model, DenseController(hook), passkey):
                     continue
                 found["dense"] += 1
                 for name, policy in POLICIES.items():
-                    found[name] += finds(model, policy.fitted(spec).install(hook, spec), needle)
+                    found[name] += finds(model, policy.resolve(spec).install(hook, spec), passkey)
 
     benchmark.pedantic(look, rounds=1)
     benchmark.extra_info.update(found)

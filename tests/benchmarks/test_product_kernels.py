@@ -19,7 +19,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from paired import paired
 
-from lowtide.attention.bindings.matmul import PackedArray, multiply_in_turn, pack_array
+from lowtide.attention.bindings.matmul import RepackedArray, multiply_in_turn, repack_array
 from lowtide.memory.units import MIB
 
 pytestmark = pytest.mark.benchmark
@@ -39,7 +39,7 @@ TURNS = {1: 64, 4: 32, 128: 4}
 class Sides:
     """Random matrices that are read in turn, for each engine."""
 
-    packed: list[PackedArray]
+    packed: list[RepackedArray]
     session: onnxruntime.InferenceSession
 
     def rows(self, num_rows: int) -> np.ndarray:
@@ -112,7 +112,10 @@ def sides(request: pytest.FixtureRequest) -> tuple[str, Sides]:
     copies = MORE_THAN_CACHES // (num_rows * num_columns // 2) + 1
     blocks = ggml_blocks(values, scales)
     return request.param, Sides(
-        [pack_array("Q4_0", np.roll(blocks, copy, axis=0), num_columns) for copy in range(copies)],
+        [
+            repack_array("Q4_0", np.roll(blocks, copy, axis=0), num_columns)
+            for copy in range(copies)
+        ],
         session_of(values, scales, copies),
     )
 
@@ -143,7 +146,7 @@ def test_beside_onnxruntime(benchmark: Any, sides: tuple[str, Sides], num_rows: 
         pause_s=0.1,
     )  # fmt: skip
     of_one = statistics.median(seconds) / turns
-    num_bytes = sum(matrix.panels.nbytes for matrix in both.packed) / of_one
+    num_bytes = sum(matrix.tiles.nbytes for matrix in both.packed) / of_one
     products = sum(m.num_rows * m.num_columns for m in both.packed) * num_rows / of_one
     benchmark.extra_info.update(bytes_per_s=num_bytes, products_per_s=products)
     print(

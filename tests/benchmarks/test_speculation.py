@@ -21,9 +21,9 @@ from requantised import requantised
 from lowtide import Runtime
 from lowtide.memory.plan.line import CACHE, COMPUTE, SAMPLING, SPECULATION
 from lowtide.memory.units import GIB
-from lowtide.runtime.loading.load import LoadedModel
+from lowtide.runtime.loading.load import Engine
 from lowtide.runtime.loading.speculation import load_speculator
-from lowtide.runtime.planning.plan import OpenOptions, PlannedModel, plan_reference
+from lowtide.runtime.planning.plan import LoadConfig, ResolvedModel, plan_reference
 
 pytestmark = pytest.mark.benchmark
 ROUNDS = 3
@@ -72,7 +72,7 @@ def forget_drafts(runtime: Runtime) -> None:
     loaded = runtime._loaded
     assert loaded.speculator is not None
     if loaded.planned.speculation is not None and loaded.planned.speculation.draft_model is None:
-        loaded.speculator = load_speculator(loaded.planned, loaded.model, loaded.steering)
+        loaded.speculator = load_speculator(loaded.planned, loaded.model, loaded.controller)
 
 
 def ratio_of(plain: Runtime, drafting: Runtime, prompt: str, *, same: bool = True) -> float:
@@ -111,9 +111,9 @@ def prompts_by_kind() -> dict[str, list[str]]:
     return {kind: prompts[:most] for kind, prompts in kinds.items()}
 
 
-def planned_for(path: Path, memory: str, speculate: str = "off") -> PlannedModel:
+def planned_for(path: Path, memory: str, speculate: str = "off") -> ResolvedModel:
     """Plan for `memory`, before anything is loaded; two models in one process pass it: it is not held."""
-    options = OpenOptions(
+    options = LoadConfig(
         memory=memory, context=1024, threads=THREADS, attention="dense", speculate=speculate
     )
     planned = plan_reference(path, options)
@@ -122,38 +122,38 @@ def planned_for(path: Path, memory: str, speculate: str = "off") -> PlannedModel
     return dataclasses.replace(planned, plan=plan)
 
 
-@pytest.mark.parametrize("pack", [False, True], ids=["llama.cpp's products", "packed"])
-def test_every_kind_of_prompt(benchmark: Any, smollm2: Path, *, pack: bool) -> None:
+@pytest.mark.parametrize("repack", [False, True], ids=["llama.cpp's products", "packed"])
+def test_every_kind_of_prompt(benchmark: Any, smollm2: Path, *, repack: bool) -> None:
     kinds = prompts_by_kind()
     ratios: dict[str, float] = {}
 
     def ask() -> None:
         with (
-            Runtime.open(smollm2, **DENSE, pack=pack) as plain,
-            Runtime.open(smollm2, **DENSE, pack=pack, speculate="auto") as drafting,
+            Runtime.open(smollm2, **DENSE, repack=repack) as plain,
+            Runtime.open(smollm2, **DENSE, repack=repack, speculate="auto") as drafting,
         ):
             for kind, prompts in kinds.items():
                 found = [ratio_of(plain, drafting, prompt) for prompt in prompts]
                 ratios[kind] = statistics.mean(found)
 
     benchmark.pedantic(ask, rounds=1)
-    told(benchmark, f"auto, greedy{', packed' * pack}", ratios)
+    told(benchmark, f"auto, greedy{', packed' * repack}", ratios)
 
 
-@pytest.mark.parametrize("pack", [False, True], ids=["llama.cpp's products", "packed"])
-def test_texts_that_copy_themselves(benchmark: Any, smollm2: Path, *, pack: bool) -> None:
+@pytest.mark.parametrize("repack", [False, True], ids=["llama.cpp's products", "packed"])
+def test_texts_that_copy_themselves(benchmark: Any, smollm2: Path, *, repack: bool) -> None:
     ratios: dict[str, float] = {}
 
     def ask() -> None:
         with (
-            Runtime.open(smollm2, **DENSE, pack=pack) as plain,
-            Runtime.open(smollm2, **DENSE, pack=pack, speculate="auto") as drafting,
+            Runtime.open(smollm2, **DENSE, repack=repack) as plain,
+            Runtime.open(smollm2, **DENSE, repack=repack, speculate="auto") as drafting,
         ):
             for kind, prompt in COPIES.items():
                 ratios[kind] = ratio_of(plain, drafting, prompt)
 
     benchmark.pedantic(ask, rounds=1)
-    told(benchmark, f"copies, auto{', packed' * pack}", ratios)
+    told(benchmark, f"copies, auto{', packed' * repack}", ratios)
 
 
 def test_streamed_weights(benchmark: Any, smollm2: Path, tmp_path: Path) -> None:
@@ -162,10 +162,10 @@ def test_streamed_weights(benchmark: Any, smollm2: Path, tmp_path: Path) -> None
 
     def ask() -> None:
         plans = planned_for(path, BELOW_FILE), planned_for(path, BELOW_FILE, "auto")
-        plain, drafting = (Runtime(LoadedModel(planned)) for planned in plans)
+        plain, drafting = (Runtime(Engine(planned)) for planned in plans)
         with plain, drafting:
-            assert plain.plan.kept_layers is not None
-            assert drafting.plan.kept_layers is not None and drafting.plan.verified_rows > 1
+            assert plain.plan.resident_layers is not None
+            assert drafting.plan.resident_layers is not None and drafting.plan.verify_batch > 1
             for kind, prompt in COPIES.items():
                 ratios[kind] = ratio_of(plain, drafting, prompt, same=False)
 
@@ -173,28 +173,28 @@ def test_streamed_weights(benchmark: Any, smollm2: Path, tmp_path: Path) -> None
     told(benchmark, f"F16 in {BELOW_FILE}, weights read again for every pass", ratios)
 
 
-@pytest.mark.parametrize("pack", [False, True], ids=["llama.cpp's products", "packed"])
-def test_a_draft_of_its_own(benchmark: Any, smollm2: Path, tmp_path: Path, *, pack: bool) -> None:
+@pytest.mark.parametrize("repack", [False, True], ids=["llama.cpp's products", "packed"])
+def test_a_draft_of_its_own(benchmark: Any, smollm2: Path, tmp_path: Path, *, repack: bool) -> None:
     target = requantised(smollm2, tmp_path / "f16.gguf", "F16")
     draft = requantised(smollm2, tmp_path / "q4_0.gguf", "Q4_0")
     ratios: dict[str, float] = {}
 
     def ask() -> None:
         with (
-            Runtime.open(target, **DENSE, pack=pack) as plain,
-            Runtime.open(target, **DENSE, pack=pack, speculate=str(draft)) as drafting,
+            Runtime.open(target, **DENSE, repack=repack) as plain,
+            Runtime.open(target, **DENSE, repack=repack, speculate=str(draft)) as drafting,
         ):
             for kind, prompt in COPIES.items():
                 ratios[kind] = ratio_of(plain, drafting, prompt, same=False)
 
     benchmark.pedantic(ask, rounds=1)
-    told(benchmark, f"F16 with its own Q4_0 copy as draft{', packed' * pack}", ratios)
+    told(benchmark, f"F16 with its own Q4_0 copy as draft{', packed' * repack}", ratios)
 
 
 def generation_bytes(runtime: Runtime) -> int:
     """What the plan has beyond weights and libraries for answers: cache, passes, logits, speculation."""
-    owners = (CACHE, COMPUTE, SAMPLING, SPECULATION)
-    return sum(row.num_bytes for row in runtime.plan.rows if row.owner in owners)
+    components = (CACHE, COMPUTE, SAMPLING, SPECULATION)
+    return sum(row.num_bytes for row in runtime.plan.rows if row.component in components)
 
 
 def test_generation_memory_of_a_chat_of_twenty_turns(benchmark: Any, smollm2: Path) -> None:

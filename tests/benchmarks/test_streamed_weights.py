@@ -16,20 +16,20 @@ from paired import paired
 from requantised import requantised
 
 from lowtide.memory.units import GIB
-from lowtide.runtime.loading.load import LoadedModel
-from lowtide.runtime.planning.plan import OpenOptions, plan_reference
+from lowtide.runtime.loading.load import Engine
+from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 
 pytestmark = pytest.mark.benchmark
 NUM_DECODED = 16
 PART_BYTES = 4096
 
 
-def loaded_for(path: Path, memory: str) -> LoadedModel:
+def loaded_for(path: Path, memory: str) -> Engine:
     """The model as planned for `memory`; two of them in one process are beyond it, so it is not held."""
-    planned = plan_reference(path, OpenOptions(memory=memory, context=8192, threads=2))
+    planned = plan_reference(path, LoadConfig(memory=memory, context=8192, threads=2))
     budget = dataclasses.replace(planned.plan.budget, num_bytes=8 * GIB)
     plan = dataclasses.replace(planned.plan, budget=budget)
-    return LoadedModel(dataclasses.replace(planned, plan=plan))
+    return Engine(dataclasses.replace(planned, plan=plan))
 
 
 def written_in_parts(source: Path, target: Path) -> Path:
@@ -45,10 +45,10 @@ def test_decode(benchmark: Any, smollm2: Path, tmp_path: Path) -> None:
     made = requantised(smollm2, tmp_path / "made.gguf", "F16")
     path = written_in_parts(made, tmp_path / "f16.gguf")
     streamed, resident = loaded_for(path, "130MiB"), loaded_for(path, "4GiB")
-    assert streamed.planned.plan.kept_layers is not None
-    assert resident.planned.plan.kept_layers is None
+    assert streamed.planned.plan.resident_layers is not None
+    assert resident.planned.plan.resident_layers is None
 
-    def decode(loaded: LoadedModel) -> None:
+    def decode(loaded: Engine) -> None:
         loaded.model.truncate(32)
         for token_id in range(100, 100 + NUM_DECODED):
             loaded.model.forward((token_id,))

@@ -55,7 +55,7 @@ def test_a_sparse_answer_says_what_it_was(model: str) -> None:
     stats = json.loads(done.stdout)["stats"]
     assert stats["attention"] == "tidal, k 100, selection layers 1 (stated)"
     assert 0.3 < stats["attended_share"] < 0.9
-    assert stats["layers_ours"] == stats["layers"] == 6
+    assert stats["layers_native"] == stats["layers"] == 6
 
 
 def test_a_person_is_told_that_it_is_an_approximation(model: str) -> None:
@@ -107,10 +107,10 @@ def test_calibrate_with_what_cannot_be(model: str, tmp_path: Path) -> None:
 
 def test_evaluate_for_programs_and_for_people(model: str) -> None:
     base = ("evaluate", model, "--memory", "4GiB", "-c", "512", "--windows", "2")
-    base += ("--attention", "tidal:k=100,layers=1", "--no-needles")
+    base += ("--attention", "tidal:k=100,layers=1", "--no-passkeys")
     told = json.loads(invoke(*base, "--json").stdout)
     assert {"version", "model", "machine", "attention", "context", "kl"} <= set(told)
-    assert told["context"] == 512 and told["needles"]["asked"] == 0
+    assert told["context"] == 512 and told["passkeys"]["asked"] == 0
     shown = invoke(*base).stdout
     assert "KL, nats" in shown and f"{told['kl']:.4f}" in shown
 

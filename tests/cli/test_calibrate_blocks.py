@@ -121,7 +121,7 @@ def test_the_plan_has_the_states(model: str) -> None:
 
 
 def test_evaluate_says_what_was_skipped(model: str) -> None:
-    base = ("evaluate", model, "--memory", "4GiB", "-c", "512", "--windows", "1", "--no-needles")
+    base = ("evaluate", model, "--memory", "4GiB", "-c", "512", "--windows", "1", "--no-passkeys")
     base += ("--attention", "delta:granularity=element,sparsity=80%")
     scores = json.loads(invoke(*base, "--json").stdout)["scores"]
     assert 0.78 <= scores["sparsity"] <= 0.8 and 0.3 < scores["skipped"] < 0.7

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 from gguf_files import write_model
 
-from lowtide.attention.gem.policy import calibrate as gem_calibrate
+from lowtide.attention.gem import calibrate as gem_calibrate
 from lowtide.cli.main import main
 
 pytestmark = pytest.mark.once

@@ -57,7 +57,7 @@ def test_plan_for_programs() -> None:
     assert told["fits"] and told["lower_bound_bytes"] < told["total_bytes"] <= told["budget_bytes"]
     assert told["total_bytes"] == sum(row["bytes"] for row in told["rows"])
     assert told["model"]["layers"] == 30 and told["version"] == package.__version__
-    assert told["gave_up"] == ["rows a pass: 128 to 32", f"context: 8192 to {told['context']}"]
+    assert told["downgrades"] == ["rows a pass: 128 to 32", f"context: 8192 to {told['context']}"]
 
 
 def test_plan_for_people() -> None:
@@ -69,10 +69,10 @@ def test_plan_for_people() -> None:
 def test_plan_with_a_prefix_cache() -> None:
     asked = ("smollm2", "-c", "2048", "--prefix-cache", "64MiB", "--json")
     plan = json.loads(run_lowtide("plan", *asked, "--memory", "1GiB").stdout)
-    assert {"owner": "prefix cache", "bytes": 64 << 20}.items() <= plan["rows"][-3].items()
+    assert {"component": "prefix cache", "bytes": 64 << 20}.items() <= plan["rows"][-3].items()
     less = json.loads(run_lowtide("plan", *asked, "--memory", "250MiB").stdout)
     assert less["fits"] and less["context"] == 2048
-    assert less["gave_up"][0].startswith("prefix cache: 64.0 MiB to ")
+    assert less["downgrades"][0].startswith("prefix cache: 64.0 MiB to ")
 
 
 def test_a_plan_that_does_not_fit_is_shown_and_exits_with_2() -> None:

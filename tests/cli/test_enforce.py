@@ -90,7 +90,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @real
 def test_evaluate_measures_the_same_inside_the_limit(model: str) -> None:
     arguments = ("evaluate", model, "--memory", "160MiB", "-c", "512", "--windows", "1")
-    arguments += ("--no-needles", "-t", "1", "--attention", "tidal:k=100,layers=1", "--json")
+    arguments += ("--no-passkeys", "-t", "1", "--attention", "tidal:k=100,layers=1", "--json")
     plain, held = (run_lowtide(*arguments, *more) for more in ((), ("--enforce",)))
     assert (plain.code, held.code) == (0, 0), plain.stderr + held.stderr
     assert json.loads(held.stdout)["kl"] == json.loads(plain.stdout)["kl"] > 0

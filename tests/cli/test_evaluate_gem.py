@@ -46,7 +46,7 @@ def test_evaluate_for_programs_and_for_people(model: str) -> None:
     shown = invoke(*base)
     assert "hard: counting" in shown.stdout and "of 1,500 tokens" in shown.stdout
     assert f"({told['nll_change']:+.1%})" in shown.stdout
-    without = json.loads(invoke(*base, "--json", "--no-needles").stdout)
+    without = json.loads(invoke(*base, "--json", "--no-passkeys").stdout)
     assert without["questions"]["asked"] == 0 and without["tokens"] == 128
 
 

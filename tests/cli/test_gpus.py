@@ -78,7 +78,7 @@ def test_a_plan_with_a_device(one_gpu: GpuDevice) -> None:
 
 def test_our_attention_keeps_the_cache_in_ram(one_gpu: GpuDevice) -> None:
     plan = told("-ngl", "5", "--attention", "dense")
-    rows = {row["owner"]: row for row in plan["gpus"][0]["rows"]}  # type: ignore[index]
+    rows = {row["component"]: row for row in plan["gpus"][0]["rows"]}  # type: ignore[index]
     assert rows["KV cache"]["bytes"] == 0 and "stays in RAM" in rows["KV cache"]["why"]
 
 

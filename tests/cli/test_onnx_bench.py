@@ -33,7 +33,7 @@ def test_policies_are_measured_against_the_graphs_own_attention(folder: Path) ->
     for case in told["cases"]:
         assert case["peer"].startswith("onnxruntime ")
         assert case["peer"].endswith(", the graph with its own GroupQueryAttention")
-        assert (case["layers_ours"], case["layers"]) == (4, 4)
+        assert (case["layers_native"], case["layers"]) == (4, 4)
         assert all(case[name] > 0 for name in case if name.endswith(("ratio", "per_s", "bytes")))
     shown = invoke(*line).stdout
     assert any(row.split()[:2] == ["graph", "100"] for row in shown.splitlines())

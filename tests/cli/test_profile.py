@@ -19,7 +19,7 @@ from lowtide.memory.units import MIB
 Invoke = Callable[..., Result]
 KEYS = {
     *("version", "model", "machine", "plan", "measured", "resident_bytes", "peak_rss_bytes"),
-    *("seconds", "phases", "layers", "heat", "turns"),
+    *("seconds", "phases", "layers", "retention_map", "turns"),
 }
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
@@ -30,8 +30,8 @@ def test_json_is_one_documented_object(lowtide: Invoke) -> None:
     done = lowtide("profile", "-p", "Hi", "--json")
     told = json.loads(done.stdout)
     assert done.exit_code == 0 and set(told) == KEYS
-    planned = [row["owner"] for row in told["plan"]["rows"]]
-    assert [row["owner"] for row in told["measured"]] == [*planned, "other"]
+    planned = [row["component"] for row in told["plan"]["rows"]]
+    assert [row["component"] for row in told["measured"]] == [*planned, "other"]
     assert sum(row["bytes"] or 0 for row in told["measured"]) == told["resident_bytes"]
     assert {"name", "seconds", "calls"} == set(told["phases"][0])
     assert told["turns"][0]["generated_tokens"] == 6
@@ -40,7 +40,7 @@ def test_json_is_one_documented_object(lowtide: Invoke) -> None:
 
 def test_tables_for_people(lowtide: Invoke) -> None:
     shown = lowtide("profile", "-p", "Hi").stdout
-    for word in ("owner", "measured", "KV cache", "other", "phase", "decode pass", "peak"):
+    for word in ("component", "measured", "KV cache", "other", "phase", "decode pass", "peak"):
         assert word in shown
 
 
@@ -158,10 +158,10 @@ def test_the_page_has_the_numbers_of_the_json(outputs: dict[str, Any]) -> None:
     for row in told["measured"]:
         value = "-" if row["bytes"] is None else f"{row['bytes'] / MIB:,.2f}"
         assert re.search(
-            rf"<td>{row['owner']}</td><td[^>]*>[^<]*</td><td class=n>{value}</td>", page
+            rf"<td>{row['component']}</td><td[^>]*>[^<]*</td><td class=n>{value}</td>", page
         )
     for row in told["plan"]["rows"]:
-        assert f"<td>{row['owner']}</td><td class=n>{row['bytes'] / MIB:,.2f}</td>" in page
+        assert f"<td>{row['component']}</td><td class=n>{row['bytes'] / MIB:,.2f}</td>" in page
     for phase in told["phases"]:
         cells = f"<td class=n>{phase['seconds']:.6f}</td><td class=n>{phase['calls']:,}</td>"
         assert f"<td>{phase['name']}</td>{cells}" in page
@@ -181,7 +181,7 @@ def test_the_picture_is_one(outputs: dict[str, Any]) -> None:
 def test_drawing_is_not_in_the_measured_peak(outputs: dict[str, Any]) -> None:
     """matplotlib takes tens of megabytes: they would show as nobody's."""
     told = outputs["json"]
-    rows = {row["owner"]: row["bytes"] for row in told["measured"]}
+    rows = {row["component"]: row["bytes"] for row in told["measured"]}
     assert rows["other"] < 8 * MIB
     assert told["peak_rss_bytes"] <= told["plan"]["total_bytes"]
 

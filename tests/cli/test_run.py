@@ -33,12 +33,12 @@ def test_json_is_one_documented_object(lowtide: Invoke) -> None:
     assert {
         "prompt_tokens",
         "reused_tokens",
-        "kept_tokens",
+        "retained_tokens",
         "prefill_s",
         "decode_tokens_per_s",
         "time_to_first_token_s",
         "peak_rss_bytes",
-        "layers_ours",
+        "layers_native",
         "layers",
         "speculation",
     } <= set(told["stats"])

@@ -48,13 +48,13 @@ def test_wrong_drafts_are_a_sentence(
 def test_the_plan_has_its_row(model: str) -> None:
     done = invoke("plan", model, "--memory", "4GiB", "--speculate", "auto:rows=4", "--json")
     plan = json.loads(done.stdout)
-    rows = {row["owner"]: row for row in plan["rows"]}
-    assert plan["verified_rows"] == 4 and rows["speculation"]["bytes"] > 600_000
+    rows = {row["component"]: row for row in plan["rows"]}
+    assert plan["verify_batch"] == 4 and rows["speculation"]["bytes"] > 600_000
     drafted = invoke("plan", model, "--memory", "4GiB", "--speculate", model, "--json")
-    owners = [row["owner"] for row in json.loads(drafted.stdout)["rows"]]
-    assert {"speculation", "draft weights", "draft KV cache", "draft compute"} <= set(owners)
+    components = [row["component"] for row in json.loads(drafted.stdout)["rows"]]
+    assert {"speculation", "draft weights", "draft KV cache", "draft compute"} <= set(components)
     without = json.loads(invoke("plan", model, "--memory", "4GiB", "--json").stdout)
-    assert without["verified_rows"] == 0
+    assert without["verify_batch"] == 0
 
 
 def test_an_answer_tells_what_drafts_were_worth(model: str) -> None:
@@ -100,7 +100,7 @@ def test_profile_and_chat_take_it_too(model: str, tmp_path: Path) -> None:
     script.write_text("tide\nagain\n")
     options = ("--memory", "4GiB", "-n", "3", "-t", "1", "--speculate", "auto")
     profiled = invoke("profile", model, *options, "-p", "tide", "--json")
-    rows = {row["owner"] for row in json.loads(profiled.stdout)["plan"]["rows"]}
+    rows = {row["component"] for row in json.loads(profiled.stdout)["plan"]["rows"]}
     assert "speculation" in rows
     chat = CliRunner().invoke(main, ["chat", model, *options], input="tide\n/exit\n")
     assert chat.exit_code == 0, chat.stderr

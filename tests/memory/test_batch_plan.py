@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from lowtide.memory.plan.batch import BatchPlan, plan_batch
 from lowtide.memory.plan.estimates import FormulaSizes
-from lowtide.memory.plan.speculation import SpeculationWish
+from lowtide.memory.plan.speculation import SpeculationConfig
 from lowtide.models.fake_model import fake_spec
 
 SPEC = fake_spec(512)
-WISH = SpeculationWish(num_rows=8, table_bytes=1000, token_bytes=9)
+WISH = SpeculationConfig(num_rows=8, table_bytes=1000, token_bytes=9)
 
 
 def plan_of(most_drafted: int) -> BatchPlan:
@@ -18,7 +18,7 @@ def plan_of(most_drafted: int) -> BatchPlan:
         num_sequences=3,
         shared_tokens=100,
         own_tokens=50,
-        max_rows=64,
+        batch_size=64,
         kv_type="f16",
         context=512,
         attention_threads=0,
@@ -33,5 +33,5 @@ def test_drafts_take_rows_of_logits_and_what_they_hold_of_each_text_and_no_cells
     held = 3 * 1000 + 9 * (3 * 100 + 50)
     assert drafting.num_bytes - without.num_bytes == logits + held
     assert drafting.cache_bytes == without.cache_bytes
-    assert (drafting.num_wanted, drafting.most_drafted) == (8, 5)
-    assert (without.num_wanted, without.most_drafted) == (3, 0)
+    assert (drafting.num_logits, drafting.most_drafted) == (8, 5)
+    assert (without.num_logits, without.most_drafted) == (3, 0)

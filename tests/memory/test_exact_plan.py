@@ -12,7 +12,7 @@ import os
 import pytest
 from processes import run_python
 
-from lowtide.memory.os.kv_pages import can_leave_untouched
+from lowtide.memory.os.kv_pages import can_use_demand_zero
 from lowtide.memory.units import MIB
 
 ALL = list(
@@ -25,7 +25,7 @@ CASES = ALL[:: max(len(ALL) // int(os.environ.get("LOWTIDE_PLANS", "10")), 1)]
 _FILL = """
 import ctypes, json
 from lowtide import Runtime
-options = dict(context={context}, max_rows={rows}, kv_type={kv_type!r})
+options = dict(context={context}, batch_size={rows}, kv_type={kv_type!r})
 with Runtime.open({model!r}, memory="4GiB", **options) as runtime:
     model = runtime._model
     runtime.generate("The tide comes in", max_tokens=4, temperature=0.7, top_k=0)
@@ -40,7 +40,7 @@ with Runtime.open({model!r}, memory="4GiB", **options) as runtime:
 """
 
 
-@pytest.mark.skipif(not can_leave_untouched(), reason="the cache is whole from the start here")
+@pytest.mark.skipif(not can_use_demand_zero(), reason="the cache is whole from the start here")
 @pytest.mark.parametrize(("model", "context", "rows", "kv_type"), CASES)
 def test_the_peak_is_within_three_percent_and_never_above(
     model: str, context: int, rows: int, kv_type: str

@@ -14,13 +14,13 @@ from lowtide.memory.units import MIB
 _RUN = """
 import json, sys
 from lowtide import Runtime
-from lowtide.memory import untouched_buffers
-untouched_buffers._patch = lambda: None  # the cache is planned whole, and so it is measured
+from lowtide.memory.os import kv_pages
+kv_pages._patch = lambda: None  # the cache is planned whole, and so it is measured
 options = {options!r}
 with Runtime.open(**options) as runtime:
     vocabulary = runtime.spec.vocabulary.num_tokens
     # The whole cache is resident from the start: a prompt of a few passes touches all the rest.
-    text = " word" * min(runtime.plan.context - 8, 3 * runtime.plan.max_rows)
+    text = " word" * min(runtime.plan.context - 8, 3 * runtime.plan.batch_size)
     result = runtime.generate(text, max_tokens=4, overflow="drop-oldest")
     print(json.dumps([runtime.plan.total_bytes, result.stats.peak_rss_bytes]))
 """
@@ -37,9 +37,9 @@ def _planned_and_peak(**options: object) -> tuple[int, int]:
 CASES = [
     {"model": "smollm2", "context": 512},
     {"model": "smollm2", "context": 2048, "kv_type": "q8_0"},
-    {"model": "smollm2", "context": 4096, "kv_type": "q4_0", "max_rows": 256},
-    {"model": "smollm2", "context": 8192, "max_rows": 32},
-    {"model": "gemma3-270m", "context": 512, "max_rows": 32},
+    {"model": "smollm2", "context": 4096, "kv_type": "q4_0", "batch_size": 256},
+    {"model": "smollm2", "context": 8192, "batch_size": 32},
+    {"model": "gemma3-270m", "context": 512, "batch_size": 32},
     {"model": "gemma3-270m", "context": 2048},
     {"model": "gemma3-270m", "context": 4096, "kv_type": "q8_0"},
 ]

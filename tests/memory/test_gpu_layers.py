@@ -8,17 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowtide.memory.budget import Budget
+from lowtide.memory.plan import estimates as footprint
+from lowtide.memory.plan import line as components
 from lowtide.memory.plan.gpu import GpuBudget, GpuPlan, parse_gpu_layers
-from lowtide.memory.plan.plan import Host, MemoryPlan, PlanOptions
-from lowtide.memory.plan.plan import estimates as footprint
-from lowtide.memory.plan.plan import line as owners
+from lowtide.memory.plan.plan import MemoryPlan, PlanRequest, ProcessBaseline
 from lowtide.memory.plan.planner import plan_memory, require_fit
 from lowtide.memory.units import MIB, BadSize, OverBudget
 from lowtide.models.errors import BadOption
 from lowtide.models.fake_model import fake_spec
 from lowtide.models.spec import ModelSpec
 
-HOST = Host(interpreter_bytes=46 * MIB, processor="x86_64")
+BASELINE = ProcessBaseline(interpreter_bytes=46 * MIB, processor="x86_64")
 LAYERS = 30
 
 
@@ -26,17 +26,17 @@ def plan_of(
     spec: ModelSpec,
     budget: GpuBudget | None,
     mebibytes: float = 4000,
-    host: Host = HOST,
+    baseline: ProcessBaseline = BASELINE,
     context: int | None = 2048,
     kv_type: str | None = "f16",
 ) -> MemoryPlan:
-    options = PlanOptions(context=context, kv_type=kv_type, gpu=budget)
+    options = PlanRequest(context=context, kv_type=kv_type, gpu=budget)
     stated = Budget(num_bytes=int(mebibytes * MIB), source="a test")
-    return plan_memory(spec, options, stated, host)
+    return plan_memory(spec, options, stated, baseline)
 
 
 def rows_of(plan: MemoryPlan | GpuPlan) -> dict[str, int]:
-    return {row.owner: row.num_bytes for row in plan.rows}
+    return {row.component: row.num_bytes for row in plan.rows}
 
 
 def test_without_a_device_nothing_is_told_of_one(smollm2_spec: ModelSpec) -> None:
@@ -49,7 +49,7 @@ def test_the_output_goes_first_and_then_the_last_layer(smollm2_spec: ModelSpec) 
     groups = smollm2_spec.weight_groups
     embedding = next(g.num_bytes for g in groups if g.name == "token_embd.weight")
     output, two = (
-        rows_of(plan_of(smollm2_spec, gpu_budget(n)).gpus[0])[owners.WEIGHTS] for n in (1, 2)
+        rows_of(plan_of(smollm2_spec, gpu_budget(n)).gpus[0])[components.WEIGHTS] for n in (1, 2)
     )
     # The embedding is the output's matrix too in this model: the device gets a copy.
     assert embedding <= output < embedding + MIB
@@ -61,26 +61,26 @@ def test_what_a_device_holds_leaves_the_process(smollm2_spec: ModelSpec) -> None
     (device,) = plan.gpus
     assert device.num_layers == plan.gpu_layers == LAYERS + 1
     layers = sum(g.num_bytes for g in smollm2_spec.weight_groups if g.layer is not None)
-    assert rows_of(plan)[owners.WEIGHTS] == smollm2_spec.weight_bytes - layers
+    assert rows_of(plan)[components.WEIGHTS] == smollm2_spec.weight_bytes - layers
     whole = footprint.kv_bytes(smollm2_spec, 2048, "f16")
-    assert (rows_of(plan)[owners.CACHE], rows_of(device)[owners.CACHE]) == (0, whole)
+    assert (rows_of(plan)[components.CACHE], rows_of(device)[components.CACHE]) == (0, whole)
     assert plan.gpu_cache_bytes == whole and not plan.memory_map
     half = plan_of(smollm2_spec, gpu_budget(16))
-    assert rows_of(half)[owners.CACHE] == rows_of(half.gpus[0])[owners.CACHE] == whole // 2
+    assert rows_of(half)[components.CACHE] == rows_of(half.gpus[0])[components.CACHE] == whole // 2
 
 
 def test_the_cache_stays_with_our_attention(smollm2_spec: ModelSpec) -> None:
     plan = plan_of(smollm2_spec, gpu_budget(31, holds_cache=False))
     there = plan_of(smollm2_spec, gpu_budget(31))
     whole = footprint.kv_bytes(smollm2_spec, 2048, "f16")
-    assert (rows_of(plan)[owners.CACHE], rows_of(plan.gpus[0])[owners.CACHE]) == (whole, 0)
+    assert (rows_of(plan)[components.CACHE], rows_of(plan.gpus[0])[components.CACHE]) == (whole, 0)
     assert "stays in RAM" in str(plan)
     # So does the matrix behind attention, which decides where attention is computed.
     stays = sum(g.projection_bytes for g in smollm2_spec.weight_groups)
     assert stays > 0
-    kept, given_away = rows_of(plan)[owners.WEIGHTS], rows_of(there)[owners.WEIGHTS]
+    kept, given_away = rows_of(plan)[components.WEIGHTS], rows_of(there)[components.WEIGHTS]
     assert kept - given_away == stays
-    on_device = [rows_of(some.gpus[0])[owners.WEIGHTS] for some in (plan, there)]
+    on_device = [rows_of(some.gpus[0])[components.WEIGHTS] for some in (plan, there)]
     assert on_device[1] - on_device[0] == stays
 
 
@@ -91,7 +91,7 @@ def test_a_device_reads_the_cache_of_a_model_whose_attention_it_computes(
     odd = dataclasses.replace(smollm2_spec, weight_groups=tuple(groups))
     budget = gpu_budget(31, holds_cache=False)
     known, unknown = (
-        rows_of(plan_of(spec, budget).gpus[0])[owners.COMPUTE] for spec in (smollm2_spec, odd)
+        rows_of(plan_of(spec, budget).gpus[0])[components.COMPUTE] for spec in (smollm2_spec, odd)
     )
     assert unknown - known == footprint.kv_bytes(odd, 2048, "f16") // LAYERS
 
@@ -119,11 +119,11 @@ def test_as_many_as_fit(
         more = dataclasses.replace(budget, layers=plan.gpu_layers + 1)
         refused = plan_memory(
             smollm2_spec,
-            PlanOptions(
-                context=plan.context, kv_type=plan.kv_type, max_rows=plan.max_rows, gpu=more
+            PlanRequest(
+                context=plan.context, kv_type=plan.kv_type, batch_size=plan.batch_size, gpu=more
             ),
             plan.budget,
-            HOST,
+            BASELINE,
         )
         assert not refused.fits and not all(device.fits for device in refused.gpus)
 
@@ -139,11 +139,11 @@ def test_the_next_device_takes_what_the_first_has_no_room_for(smollm2_spec: Mode
 def test_a_device_that_is_too_small_is_told_with_both_numbers(smollm2_spec: ModelSpec) -> None:
     budget = gpu_budget(31, gpu("GPU0", 120))
     plan = plan_of(smollm2_spec, budget)
-    options = PlanOptions(context=2048, kv_type="f16", gpu=budget)
+    options = PlanRequest(context=2048, kv_type="f16", gpu=budget)
     with pytest.raises(
         OverBudget, match="31 layers on GPU0.*120.0 MiB allowed.*auto takes"
     ) as caught:
-        require_fit(plan, smollm2_spec, options, HOST)
+        require_fit(plan, smollm2_spec, options, BASELINE)
     raised = gpu_budget(31, gpu("GPU0", caught.value.needed_bytes / MIB + 1))
     assert plan_of(smollm2_spec, raised).fits
     # The least that is told has the smallest type of the cache, where that may be chosen.
@@ -159,9 +159,9 @@ def test_an_open_context_shrinks_until_the_layers_fit(smollm2_spec: ModelSpec) -
 
 
 def test_weights_are_not_read_again_beside_a_device(smollm2_spec: ModelSpec) -> None:
-    host = dataclasses.replace(HOST, can_stream_weights=True)
-    assert plan_of(smollm2_spec, None, 130, host).kept_layers is not None
-    assert plan_of(smollm2_spec, gpu_budget(1), 130, host).kept_layers is None
+    baseline = dataclasses.replace(BASELINE, can_stream_weights=True)
+    assert plan_of(smollm2_spec, None, 130, baseline).resident_layers is not None
+    assert plan_of(smollm2_spec, gpu_budget(1), 130, baseline).resident_layers is None
 
 
 def test_memory_that_is_shared_is_in_the_budget(smollm2_spec: ModelSpec) -> None:
@@ -169,9 +169,9 @@ def test_memory_that_is_shared_is_in_the_budget(smollm2_spec: ModelSpec) -> None
     shared = plan_of(smollm2_spec, gpu_budget(31, gpu(shares_memory=True)))
     (device,) = shared.gpus
     beyond = {
-        owner: rows_of(shared)[owner] - num_bytes
-        for owner, num_bytes in rows_of(apart).items()
-        if owner != owners.LOADING
+        component: rows_of(shared)[component] - num_bytes
+        for component, num_bytes in rows_of(apart).items()
+        if component != components.LOADING
     }
     assert sum(beyond.values()) == device.total_bytes
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lowtide.memory.budget import Ledger
-from lowtide.memory.plan.kv_reservation import KvGrowth
+from lowtide.memory.plan.kv_reservation import KVReservation
 from lowtide.memory.plan.line import CACHE
 from lowtide.memory.units import OverBudget
 
@@ -12,23 +12,23 @@ def test_the_cache_grows_while_the_ledger_has_room() -> None:
     ledger = Ledger(1000)
     ledger.reserve("weights", 600)
     ledger.reserve(CACHE, 100)
-    growth = KvGrowth(ledger, 10, lambda tokens: 10 * tokens)
+    growth = KVReservation(ledger, 10, lambda tokens: 10 * tokens)
     growth.admit(7)
-    assert ledger.owners[CACHE] == 100  # what was planned stays
+    assert ledger.components[CACHE] == 100  # what was planned stays
     growth.admit(25)
-    assert ledger.owners[CACHE] == 250
+    assert ledger.components[CACHE] == 250
     with pytest.raises(OverBudget, match="KV cache.*raise --memory"):
         growth.admit(41)
-    assert ledger.owners[CACHE] == 250
+    assert ledger.components[CACHE] == 250
     growth.admit(40)
     growth.admit(3)
-    assert ledger.owners[CACHE] == 100
+    assert ledger.components[CACHE] == 100
 
 
 def test_another_owner_may_have_taken_the_room() -> None:
     ledger = Ledger(1000)
     ledger.reserve(CACHE, 100)
-    growth = KvGrowth(ledger, 10, lambda tokens: 10 * tokens)
+    growth = KVReservation(ledger, 10, lambda tokens: 10 * tokens)
     ledger.reserve("session", 850)
     with pytest.raises(OverBudget):
         growth.admit(20)

@@ -17,10 +17,10 @@ from lowtide import Runtime
 from lowtide.memory.os import kv_pages as module
 from lowtide.memory.os.kv_pages import (
     PAGE_BYTES,
-    KvPages,
-    UntouchedBuffer,
-    can_leave_untouched,
-    untouched_buffers,
+    DemandZeroBuffer,
+    KVPageReclaimer,
+    can_use_demand_zero,
+    demand_zero_buffers,
 )
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pages are left alone elsewhere")
@@ -28,8 +28,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pages are left 
 NUM_CELLS, ROW_BYTES, NUM_TENSORS = 256, 192, 4
 
 
-def pages_over(*buffers: UntouchedBuffer) -> KvPages:
-    return KvPages(buffers, num_tensors=NUM_TENSORS, num_cells=NUM_CELLS, row_bytes=ROW_BYTES)
+def pages_over(*buffers: DemandZeroBuffer) -> KVPageReclaimer:
+    return KVPageReclaimer(
+        buffers, num_tensors=NUM_TENSORS, num_cells=NUM_CELLS, row_bytes=ROW_BYTES
+    )
 
 
 class Cache:
@@ -42,7 +44,7 @@ class Cache:
         self.rows = rows.reshape(NUM_TENSORS, NUM_CELLS, ROW_BYTES)
         self.rows[:, :num_used] = np.random.default_rng(1).integers(1, 256, ROW_BYTES)
         address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory, 64))
-        self.pages = pages_over(UntouchedBuffer(address, num_bytes))
+        self.pages = pages_over(DemandZeroBuffer(address, num_bytes))
 
 
 @settings(max_examples=80, deadline=None)
@@ -96,23 +98,23 @@ def test_a_trim_leaves_the_cells_in_use_alone(used: int, share: float) -> None:
 
 def test_buffers_of_another_size_are_left_alone() -> None:
     tensor_bytes = NUM_CELLS * ROW_BYTES
-    assert pages_over(UntouchedBuffer(4096, 4 * tensor_bytes)).is_working
-    assert not pages_over(UntouchedBuffer(4096, 4 * tensor_bytes + 32)).is_working
-    assert not pages_over(UntouchedBuffer(4096, 2 * tensor_bytes)).is_working
+    assert pages_over(DemandZeroBuffer(4096, 4 * tensor_bytes)).is_working
+    assert not pages_over(DemandZeroBuffer(4096, 4 * tensor_bytes + 32)).is_working
+    assert not pages_over(DemandZeroBuffer(4096, 2 * tensor_bytes)).is_working
     # llama.cpp's row of logits, which is as large as one tensor by chance
-    logits = UntouchedBuffer(1 << 30, tensor_bytes)
-    assert pages_over(UntouchedBuffer(4096, 4 * tensor_bytes), logits).is_working
+    logits = DemandZeroBuffer(1 << 30, tensor_bytes)
+    assert pages_over(DemandZeroBuffer(4096, 4 * tensor_bytes), logits).is_working
     assert not pages_over().is_working
 
 
 def test_a_ggml_that_is_laid_out_in_another_way_is_left_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert can_leave_untouched()
+    assert can_use_demand_zero()
     patch = module._patch()
     assert patch is not None
     theirs = patch._type.allocate
-    with untouched_buffers():
+    with demand_zero_buffers():
         assert patch._type.allocate != theirs
     assert patch._type.allocate == theirs
     monkeypatch.setattr(module._BufferType, "get_alignment", 12345)
@@ -136,12 +138,12 @@ def test_logits_are_the_same_bit_for_bit(
                 for at in range(0, rows, 100):
                     ids = range(5 + at, 5 + min(at + 100, rows))
                     seen.append(runtime._model.forward(list(ids)).tobytes())
-            assert pages.is_working == pages._verified == can_leave_untouched()
+            assert pages.is_working == pages._verified == can_use_demand_zero()
         return seen
 
     released = logits()
     monkeypatch.setattr(module, "_patch", lambda: None)
-    monkeypatch.setattr(sys.modules[__name__], "can_leave_untouched", lambda: False)
+    monkeypatch.setattr(sys.modules[__name__], "can_use_demand_zero", lambda: False)
     assert logits() == released
 
 
@@ -154,7 +156,7 @@ def test_the_resident_cache_follows_the_tokens(smollm2: Path) -> None:
             "    opened = read().resident_bytes\n"
             "    runtime.generate('word ' * 420, max_tokens=16)\n"
             "    used = read().resident_bytes\n"
-            "    runtime._session.rewind_to([-1])\n"
+            "    runtime._session.truncate_to_prefix([-1])\n"
             "    print(opened, used, read().resident_bytes)\n"
         )
         assert done.code == 0, done.stderr

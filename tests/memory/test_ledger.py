@@ -14,19 +14,19 @@ ACTIONS = st.lists(st.tuples(st.sampled_from("abc"), st.none() | st.integers(0, 
 def test_the_sum_never_passes_the_budget(actions: list[tuple[str, int | None]]) -> None:
     ledger = Ledger(200)
     expected: dict[str, int] = {}
-    for owner, num_bytes in actions:
+    for component, num_bytes in actions:
         if num_bytes is None:
-            ledger.release(owner)
-            expected.pop(owner, None)
+            ledger.release(component)
+            expected.pop(component, None)
             continue
-        fits = sum(expected.values()) - expected.get(owner, 0) + num_bytes <= 200
+        fits = sum(expected.values()) - expected.get(component, 0) + num_bytes <= 200
         if fits:
-            ledger.reserve(owner, num_bytes)
-            expected[owner] = num_bytes
+            ledger.reserve(component, num_bytes)
+            expected[component] = num_bytes
         else:
             with pytest.raises(OverBudget):
-                ledger.reserve(owner, num_bytes)
-        assert ledger.owners == expected
+                ledger.reserve(component, num_bytes)
+        assert ledger.components == expected
         assert ledger.reserved_bytes == sum(expected.values()) <= 200
 
 

@@ -11,8 +11,8 @@ import pytest
 from processes import run_python
 
 from lowtide.memory.os.file_mappings import read_file_maps
-from lowtide.memory.os.pages import give_back
-from lowtide.memory.os.shared_libraries import _unwritten_areas, library_of, read_in
+from lowtide.memory.os.pages import release_pages
+from lowtide.memory.os.shared_libraries import _unwritten_areas, fault_in, library_of
 from lowtide.memory.process import read_process_memory
 from lowtide.models.gguf.llama_cpp import llama_library
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 def test_an_address_of_no_library_is_nobodys() -> None:
     assert library_of(None) is None
     assert library_of(ctypes.addressof(ctypes.create_string_buffer(8))) is None
-    read_in(8)
+    fault_in(8)
 
 
 def test_a_library_that_was_let_go_is_read_in_again() -> None:
@@ -36,19 +36,19 @@ def test_a_library_that_was_let_go_is_read_in_again() -> None:
         for file_map in read_file_maps(Path(library.decode()))
         if file_map.address <= address < file_map.address + file_map.num_bytes
     )
-    assert give_back(begin.address, begin.num_bytes)  # code: never written to
+    assert release_pages(begin.address, begin.num_bytes)  # code: never written to
     before = read_process_memory().file_bytes
-    read_in(address)
+    fault_in(address)
     assert read_process_memory().file_bytes - before >= 0.9 * begin.num_bytes
 
 
 _GIVE_BACK = """
 import hashlib, json
 import numpy as np
-from lowtide.memory.os.shared_libraries import give_back_read_while_loaded
+from lowtide.memory.os.shared_libraries import release_startup_pages
 from lowtide.memory.process import read_process_memory
 before = read_process_memory()
-give_back_read_while_loaded()
+release_startup_pages()
 after = read_process_memory()
 told = hashlib.sha256(b"tide").hexdigest(), np.linalg.solve(np.eye(3) * 2, np.ones(3)).tolist()
 anonymous_bytes = before.anonymous_bytes - after.anonymous_bytes
@@ -70,20 +70,20 @@ _FILL_NO_MAP = """
 import json
 import numpy as np
 from pathlib import Path
-from lowtide.attention.bindings.library import can_leave_unpopulated
+from lowtide.attention.bindings.library import can_map_lazily
 from lowtide.memory.os.file_mappings import read_file_maps
 from lowtide.memory.process import read_process_memory
-from lowtide.memory.os.pages import give_back
+from lowtide.memory.os.pages import release_pages
 from lowtide.models.gguf.llama_cpp import llama_library
-llama_library(), can_leave_unpopulated()
-can_leave_unpopulated.cache_clear()
+llama_library(), can_map_lazily()
+can_map_lazily.cache_clear()
 with open("/proc/self/maps") as lines:
     paths = {line.split()[-1] for line in lines if "umath_linalg" in line and "r-xp" in line}
 (library,) = paths
 first = min(read_file_maps(Path(library)), key=lambda file_map: file_map.address)
-given_back = give_back(first.address, first.num_bytes)
+given_back = release_pages(first.address, first.num_bytes)
 before = read_process_memory().file_bytes
-can_leave_unpopulated()
+can_map_lazily()
 print(json.dumps([given_back, read_process_memory().file_bytes - before]))
 """
 

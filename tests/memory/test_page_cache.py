@@ -14,9 +14,9 @@ from lowtide.memory.os import file_mappings as page_cache
 from lowtide.memory.os.file_mappings import (
     CHUNK_BYTES,
     TRIED_BYTES,
-    hold_in_large_pieces,
-    lies_in_small_pieces,
-    read_anew,
+    has_small_folios,
+    reread_file,
+    use_large_folios,
 )
 
 MIB = 1 << 20
@@ -52,16 +52,16 @@ def can_be_large(path: Path) -> bool:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         file.read()
-    return not lies_in_small_pieces(copy)
+    return not has_small_folios(copy)
 
 
 @tells
 def test_a_file_that_was_written_in_parts_is_held_in_large_pieces(written_in_parts: Path) -> None:
     before = written_in_parts.read_bytes()
-    if not lies_in_small_pieces(written_in_parts) or not can_be_large(written_in_parts):
+    if not has_small_folios(written_in_parts) or not can_be_large(written_in_parts):
         pytest.skip("this file system has pieces of one size")
-    hold_in_large_pieces([written_in_parts], 2 * NUM_BYTES)
-    assert not lies_in_small_pieces(written_in_parts)
+    use_large_folios([written_in_parts], 2 * NUM_BYTES)
+    assert not has_small_folios(written_in_parts)
     assert written_in_parts.read_bytes() == before
 
 
@@ -69,25 +69,25 @@ def test_without_room_nothing_is_read(
     written_in_parts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = list[Path]()
-    monkeypatch.setattr(page_cache, "lies_in_small_pieces", lambda path: True)
-    monkeypatch.setattr(page_cache, "read_anew", read.append)
-    hold_in_large_pieces([written_in_parts], 2 * NUM_BYTES - 1)
+    monkeypatch.setattr(page_cache, "has_small_folios", lambda path: True)
+    monkeypatch.setattr(page_cache, "reread_file", read.append)
+    use_large_folios([written_in_parts], 2 * NUM_BYTES - 1)
     assert read == []
-    hold_in_large_pieces([written_in_parts], 2 * NUM_BYTES)
+    use_large_folios([written_in_parts], 2 * NUM_BYTES)
     assert read == [written_in_parts]
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="nothing is dropped here")
 def test_a_slow_disk_is_tried_and_no_more(written_in_parts: Path) -> None:
-    assert read_anew(written_in_parts, clock_of(0.01)) == NUM_BYTES
-    assert read_anew(written_in_parts, clock_of(2.0)) == TRIED_BYTES
+    assert reread_file(written_in_parts, clock_of(0.01)) == NUM_BYTES
+    assert reread_file(written_in_parts, clock_of(2.0)) == TRIED_BYTES
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="nothing is dropped here")
 def test_reading_takes_a_chunk_of_memory(written_in_parts: Path) -> None:
     tracemalloc.start()
     try:
-        assert read_anew(written_in_parts) in (TRIED_BYTES, NUM_BYTES)
+        assert reread_file(written_in_parts) in (TRIED_BYTES, NUM_BYTES)
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -97,6 +97,6 @@ def test_reading_takes_a_chunk_of_memory(written_in_parts: Path) -> None:
 def test_what_cannot_be_read_is_left_alone(tmp_path: Path) -> None:
     missing, empty = tmp_path / "missing", tmp_path / "empty"
     empty.write_bytes(b"")
-    assert not lies_in_small_pieces(missing) and not lies_in_small_pieces(empty)
-    assert read_anew(missing) == 0 and read_anew(empty) == 0
-    hold_in_large_pieces([missing, empty], 1 << 40)
+    assert not has_small_folios(missing) and not has_small_folios(empty)
+    assert reread_file(missing) == 0 and reread_file(empty) == 0
+    use_large_folios([missing, empty], 1 << 40)

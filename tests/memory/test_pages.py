@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lowtide.memory.os.file_mappings import read_file_maps
-from lowtide.memory.os.pages import PAGE_BYTES, keep_apart, keep_small
+from lowtide.memory.os.pages import PAGE_BYTES, forbid_large_pages, isolate_pages
 
 KIB, MIB = 1 << 10, 1 << 20
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux tells what is resident")
@@ -37,7 +37,7 @@ def test_a_page_brings_none_from_beyond_its_part(tmp_path: Path) -> None:
         (file_map,) = read_file_maps(path)
         address = file_map.address
         parts = [0, PAGE_BYTES, 3 * MIB, 3 * MIB + 16 * KIB, 8 * MIB]
-        assert keep_apart([address + part for part in parts])
+        assert isolate_pages([address + part for part in parts])
         assert mapped[3 * MIB] == 0
         read = resident_bytes(address + 3 * MIB, address + 3 * MIB + 16 * KIB)
         assert PAGE_BYTES <= read <= 16 * KIB
@@ -45,7 +45,9 @@ def test_a_page_brings_none_from_beyond_its_part(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_kept_apart_is_told() -> None:
-    assert not keep_apart([PAGE_BYTES, 2 * PAGE_BYTES, 3 * PAGE_BYTES])  # nothing is mapped there
+    assert not isolate_pages(
+        [PAGE_BYTES, 2 * PAGE_BYTES, 3 * PAGE_BYTES]
+    )  # nothing is mapped there
 
 
 def test_small_pages_come_one_by_one() -> None:
@@ -55,7 +57,7 @@ def test_small_pages_come_one_by_one() -> None:
         ctypes.CDLL(None).madvise(
             ctypes.c_void_p(address), ctypes.c_size_t(8 * MIB), 14
         )  # HUGEPAGE
-        keep_small(address, 8 * MIB)
+        forbid_large_pages(address, 8 * MIB)
         mapped[4 * MIB] = 1
         assert resident_bytes(address, address + 8 * MIB) == PAGE_BYTES
         del held

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from lowtide.memory.budget import Budget
 from lowtide.memory.plan.estimates import kv_bytes
 from lowtide.memory.plan.line import PREFIXES
-from lowtide.memory.plan.plan import Host, MemoryPlan, PlanOptions
+from lowtide.memory.plan.plan import MemoryPlan, PlanRequest, ProcessBaseline
 from lowtide.memory.plan.planner import plan_memory, require_fit
-from lowtide.memory.plan.speculation import SpeculationWish
+from lowtide.memory.plan.speculation import SpeculationConfig
 from lowtide.memory.units import MIB, OverBudget, format_bytes, parse_size
 from lowtide.models.errors import BadOption
 from lowtide.models.fake_model import fake_spec
 from lowtide.models.spec import ModelSpec
 
-HOST = Host(interpreter_bytes=46 * MIB, processor="x86_64")
+BASELINE = ProcessBaseline(interpreter_bytes=46 * MIB, processor="x86_64")
 
 
 def budget_of(num_bytes: int) -> Budget:
@@ -26,15 +26,15 @@ def budget_of(num_bytes: int) -> Budget:
 
 
 def plan_of(spec: ModelSpec, mebibytes: float, **options: object) -> MemoryPlan:
-    chosen = PlanOptions(**options)  # type: ignore[arg-type]
-    return plan_memory(spec, chosen, budget_of(int(mebibytes * MIB)), HOST)
+    chosen = PlanRequest(**options)  # type: ignore[arg-type]
+    return plan_memory(spec, chosen, budget_of(int(mebibytes * MIB)), BASELINE)
 
 
 def test_weights_that_llama_cpp_would_pack_anew_are_mapped_where_it_may_not() -> None:
     spec = dataclasses.replace(fake_spec(512), tensor_types=frozenset({"Q4_0"}))
     mapped = [
         plan_memory(
-            spec, PlanOptions(), budget_of(400 * MIB), dataclasses.replace(HOST, repacks=may)
+            spec, PlanRequest(), budget_of(400 * MIB), dataclasses.replace(BASELINE, repacks=may)
         ).memory_map
         for may in (True, False)
     ]
@@ -51,30 +51,30 @@ def specs(draw: st.DrawFn) -> ModelSpec:
         embedding_width=draw(st.integers(32, 4096)),
         feed_forward_width=tuple(draw(st.integers(0, 16384)) for _ in range(layers)),
         num_kv_heads=tuple(draw(st.integers(0, 8)) for _ in range(layers)),
-        key_head_size=head_size,
-        value_head_size=head_size,
+        key_head_dim=head_size,
+        value_head_dim=head_size,
         weight_bytes=draw(st.integers(1, 1 << 33)),
         sliding_window=draw(st.none() | st.just(512)),
     )
 
 
 OPTIONS = st.builds(
-    PlanOptions,
+    PlanRequest,
     prefix_bytes=st.just(0) | st.integers(1, 1 << 30),
-    speculation=st.none() | st.builds(SpeculationWish, num_rows=st.integers(2, 16)),
+    speculation=st.none() | st.builds(SpeculationConfig, num_rows=st.integers(2, 16)),
     context=st.none() | st.integers(1, 300),
     kv_type=st.none() | st.just("f16"),
-    max_rows=st.none() | st.integers(1, 512),
+    batch_size=st.none() | st.integers(1, 512),
 )
 
 
 @settings(max_examples=300, deadline=None)
 @given(specs(), OPTIONS, st.integers(1 << 20, 1 << 34))
-def test_every_plan(spec: ModelSpec, options: PlanOptions, budget_bytes: int) -> None:
-    plan = plan_memory(spec, options, budget_of(budget_bytes), HOST)
+def test_every_plan(spec: ModelSpec, options: PlanRequest, budget_bytes: int) -> None:
+    plan = plan_memory(spec, options, budget_of(budget_bytes), BASELINE)
     assert plan.total_bytes == sum(row.num_bytes for row in plan.rows)
     assert all(row.num_bytes >= 0 for row in plan.rows)
-    assert len({row.owner for row in plan.rows}) == len(plan.rows)
+    assert len({row.component for row in plan.rows}) == len(plan.rows)
     assert plan.lower_bound_bytes <= plan.total_bytes
     assert 1 <= plan.context <= spec.context_length
     # A plan is refused exactly where the budget is under the lower bound ...
@@ -82,23 +82,23 @@ def test_every_plan(spec: ModelSpec, options: PlanOptions, budget_bytes: int) ->
     # ... and what was asked for is never changed.
     if options.context is not None:
         assert plan.context == options.context
-    if options.max_rows is not None:
-        assert plan.max_rows == options.max_rows
+    if options.batch_size is not None:
+        assert plan.batch_size == options.batch_size
     if options.kv_type is not None:
         assert plan.kv_type == options.kv_type
 
 
 @settings(max_examples=150, deadline=None)
 @given(specs(), OPTIONS)
-def test_at_the_bound_that_is_told_it_fits(spec: ModelSpec, options: PlanOptions) -> None:
-    refused = plan_memory(spec, options, budget_of(1 << 20), HOST)
+def test_at_the_bound_that_is_told_it_fits(spec: ModelSpec, options: PlanRequest) -> None:
+    refused = plan_memory(spec, options, budget_of(1 << 20), BASELINE)
     with pytest.raises(OverBudget) as caught:
-        require_fit(refused, spec, options, HOST)
+        require_fit(refused, spec, options, BASELINE)
     typed = re.search(r"raise --memory to (\S+?),", str(caught.value))
     assert typed is not None
     bound = parse_size(typed[1])
-    plan = plan_memory(spec, options, budget_of(bound), HOST)
-    require_fit(plan, spec, options, HOST)
+    plan = plan_memory(spec, options, budget_of(bound), BASELINE)
+    require_fit(plan, spec, options, BASELINE)
     assert bound - plan.lower_bound_bytes < MIB
 
 
@@ -114,25 +114,25 @@ def test_the_context_is_the_largest_that_fits(smollm2_spec: ModelSpec) -> None:
     plan = plan_of(smollm2_spec, 250)
     assert plan.fits and plan.kv_type == "f16"
     assert 512 < plan.context < 8192 and plan.context % 256 == 0
-    longer = plan_of(smollm2_spec, 250, context=plan.context + 256, kv_type="f16", max_rows=32)
+    longer = plan_of(smollm2_spec, 250, context=plan.context + 256, kv_type="f16", batch_size=32)
     assert not longer.fits
-    assert plan.gave_up == ("rows a pass: 128 to 32", f"context: 8192 to {plan.context}")
+    assert plan.downgrades == ("rows a pass: 128 to 32", f"context: 8192 to {plan.context}")
 
 
 def test_enough_budget_gives_nothing_up(smollm2_spec: ModelSpec) -> None:
     plan = plan_of(smollm2_spec, 1000)
-    assert (plan.context, plan.kv_type, plan.max_rows, plan.gave_up) == (8192, "f16", 128, ())
+    assert (plan.context, plan.kv_type, plan.batch_size, plan.downgrades) == (8192, "f16", 128, ())
 
 
 def test_a_stated_context_gives_up_rows_then_the_type(smollm2_spec: ModelSpec) -> None:
     wanted = plan_of(smollm2_spec, 1000, context=8192).total_bytes / MIB
-    assert plan_of(smollm2_spec, wanted - 1, context=8192).gave_up == ("rows a pass: 128 to 64",)
+    assert plan_of(smollm2_spec, wanted - 1, context=8192).downgrades == ("rows a pass: 128 to 64",)
     quantised = plan_of(smollm2_spec, 300, context=8192)
-    assert quantised.gave_up[-1] == "KV type: f16 to q8_0"
+    assert quantised.downgrades[-1] == "KV type: f16 to q8_0"
 
 
 def prefix_bytes_of(plan: MemoryPlan) -> int | None:
-    return next((row.num_bytes for row in plan.rows if row.owner == PREFIXES), None)
+    return next((row.num_bytes for row in plan.rows if row.component == PREFIXES), None)
 
 
 def test_the_prefix_cache_is_given_up_before_everything_else(smollm2_spec: ModelSpec) -> None:
@@ -141,7 +141,7 @@ def test_the_prefix_cache_is_given_up_before_everything_else(smollm2_spec: Model
     assert prefix_bytes_of(without) is None
     asked = {"context": 4096, "prefix_bytes": 64 * MIB}
     whole = plan_of(smollm2_spec, 1000, **asked)
-    assert prefix_bytes_of(whole) == 64 * MIB and whole.gave_up == ()
+    assert prefix_bytes_of(whole) == 64 * MIB and whole.downgrades == ()
     assert whole.total_bytes == without.total_bytes + 64 * MIB
     needed = without.total_bytes / MIB
     for mebibytes in range(int(needed) + 1, int(needed) + 80):
@@ -151,37 +151,39 @@ def test_the_prefix_cache_is_given_up_before_everything_else(smollm2_spec: Model
         assert plan.fits and kept_bytes is not None
         assert plan.rows == (
             *plain.rows[: len(plain.rows) - 2],
-            *(row for row in plan.rows if row.owner == PREFIXES),
+            *(row for row in plan.rows if row.component == PREFIXES),
             *plain.rows[-2:],
         )
         told = f"prefix cache: 64.0 MiB to {format_bytes(kept_bytes)}"
-        assert plan.gave_up == ((told,) if kept_bytes < 64 * MIB else ())
+        assert plan.downgrades == ((told,) if kept_bytes < 64 * MIB else ())
         # Where it is not given up altogether the watchdog has no reason to take it.
         assert kept_bytes == 0 or plan.total_bytes <= 0.95 * plan.budget.num_bytes
     tight = plan_of(smollm2_spec, needed - 10, **asked)
-    assert tight.gave_up[0].startswith("prefix cache: 64.0 MiB to ") and len(tight.gave_up) > 1
+    assert (
+        tight.downgrades[0].startswith("prefix cache: 64.0 MiB to ") and len(tight.downgrades) > 1
+    )
     assert tight.lower_bound_bytes == without.lower_bound_bytes
 
 
-STREAMING_HOST = dataclasses.replace(HOST, kv_follows_use=True, can_stream_weights=True)
+STREAMING_HOST = dataclasses.replace(BASELINE, kv_on_demand=True, can_stream_weights=True)
 
 
 def streaming_plan_of(spec: ModelSpec, mebibytes: float, **options: object) -> MemoryPlan:
-    chosen = PlanOptions(**options)  # type: ignore[arg-type]
+    chosen = PlanRequest(**options)  # type: ignore[arg-type]
     return plan_memory(spec, chosen, budget_of(int(mebibytes * MIB)), STREAMING_HOST)
 
 
 def test_weights_are_read_again_before_the_type_changes(smollm2_spec: ModelSpec) -> None:
-    resident = plan_of(smollm2_spec, 1000, context=2048, max_rows=32)
-    assert resident.kept_layers is None
+    resident = plan_of(smollm2_spec, 1000, context=2048, batch_size=32)
+    assert resident.resident_layers is None
     less = resident.total_bytes / MIB - 40
     plan = streaming_plan_of(smollm2_spec, less, context=2048)
     assert plan.fits and plan.kv_type == "f16" and plan.kv_tokens == 2048
     # As many layers as the budget allows stay resident.
-    assert plan.kept_layers is not None and 0 < plan.kept_layers < 30
+    assert plan.resident_layers is not None and 0 < plan.resident_layers < 30
     fewer = streaming_plan_of(smollm2_spec, less - 10, context=2048)
-    assert fewer.kept_layers is not None and fewer.kept_layers < plan.kept_layers
-    assert "resident weights" in plan.gave_up[-1]
+    assert fewer.resident_layers is not None and fewer.resident_layers < plan.resident_layers
+    assert "resident weights" in plan.downgrades[-1]
 
 
 def test_a_stated_context_that_cannot_be_held_whole_gets_what_room_there_is(
@@ -190,7 +192,7 @@ def test_a_stated_context_that_cannot_be_held_whole_gets_what_room_there_is(
     plan = streaming_plan_of(smollm2_spec, 120, context=8192)
     assert plan.fits and plan.context == 8192 and plan.kv_type == "f16"
     assert 512 <= plan.kv_tokens < 8192
-    assert any(step.startswith("room in the KV cache: 8192 to") for step in plan.gave_up)
+    assert any(step.startswith("room in the KV cache: 8192 to") for step in plan.downgrades)
     assert streaming_plan_of(smollm2_spec, 130, context=8192).kv_tokens > plan.kv_tokens
 
 
@@ -200,7 +202,7 @@ def test_every_streaming_plan(smollm2_spec: ModelSpec, mebibytes: int, context: 
     plan = streaming_plan_of(smollm2_spec, mebibytes, context=context)
     assert plan.fits == (plan.budget.num_bytes >= plan.lower_bound_bytes)
     assert plan.kv_tokens <= plan.context and (context is None or plan.context == context)
-    assert plan.memory_map or plan.kept_layers is None
+    assert plan.memory_map or plan.resident_layers is None
 
 
 def test_an_open_context_shrinks_before_the_type_does(smollm2_spec: ModelSpec) -> None:
@@ -210,10 +212,10 @@ def test_an_open_context_shrinks_before_the_type_does(smollm2_spec: ModelSpec) -
 
 
 def test_a_refusal_offers_the_context_that_would_fit(smollm2_spec: ModelSpec) -> None:
-    options = PlanOptions(context=8192)
-    plan = plan_memory(smollm2_spec, options, budget_of(200 * MIB), HOST)
+    options = PlanRequest(context=8192)
+    plan = plan_memory(smollm2_spec, options, budget_of(200 * MIB), BASELINE)
     with pytest.raises(OverBudget, match="shorten --context to") as caught:
-        require_fit(plan, smollm2_spec, options, HOST)
+        require_fit(plan, smollm2_spec, options, BASELINE)
     offered = int(caught.value.hint.split("shorten --context to ")[1].split(",")[0])
     assert plan_of(smollm2_spec, 200, context=offered).fits
 
@@ -230,7 +232,7 @@ def test_kv_bytes_are_llama_cpps_own(smollm2_spec: ModelSpec) -> None:
     [
         ({"context": 0}, "context is 0"),
         ({"kv_type": "q2"}, "one of f16, q8_0, q4_0, f32"),
-        ({"max_rows": 0}, "max_rows is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
         ({"context": 9000}, "was made for 8192"),
     ],
 )
@@ -240,7 +242,7 @@ def test_bad_options(options: dict[str, object], message: str, smollm2_spec: Mod
 
 
 def test_odd_heads_have_no_quantised_cache(smollm2_spec: ModelSpec) -> None:
-    odd = dataclasses.replace(smollm2_spec, key_head_size=80)
+    odd = dataclasses.replace(smollm2_spec, key_head_dim=80)
     with pytest.raises(BadOption, match="multiple of 32"):
         plan_of(odd, 1000, kv_type="q8_0")
     assert plan_of(odd, 1).kv_type == "f16"
@@ -250,5 +252,5 @@ def test_the_table_adds_up_for_people_and_programs(smollm2_spec: ModelSpec) -> N
     plan = plan_of(smollm2_spec, 300)
     told = plan.to_dict()
     assert told["total_bytes"] == sum(row["bytes"] for row in told["rows"])
-    assert {"budget_bytes", "lower_bound_bytes", "fits", "context", "gave_up"} <= set(told)
+    assert {"budget_bytes", "lower_bound_bytes", "fits", "context", "downgrades"} <= set(told)
     assert "KV cache" in str(plan) and "planned peak" in str(plan)

@@ -8,7 +8,7 @@ import pytest
 from processes import run_python
 
 from lowtide.memory.os import residency as residence
-from lowtide.memory.os.residency import ResidenceMeter, resident_file_bytes
+from lowtide.memory.os.residency import ResidentMemoryMeter, resident_file_bytes
 
 
 def test_the_meter_tells_memory_from_pages_of_files(tmp_path: Path) -> None:
@@ -17,9 +17,9 @@ def test_the_meter_tells_memory_from_pages_of_files(tmp_path: Path) -> None:
     done = run_python(
         "import mmap\n"
         "from pathlib import Path\n"
-        "from lowtide.memory.os.residency import ResidenceMeter, resident_file_bytes\n"
+        "from lowtide.memory.os.residency import ResidentMemoryMeter, resident_file_bytes\n"
         f"path = Path({str(path)!r})\n"
-        "meter = ResidenceMeter(); before = meter.read()\n"
+        "meter = ResidentMemoryMeter(); before = meter.read()\n"
         "block = bytearray(b'x') * (32 << 20); anonymous = meter.read()\n"
         "with path.open('rb') as file: mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)\n"
         "print(resident_file_bytes([path]))\n"
@@ -40,15 +40,15 @@ def test_pages_of_a_buffer() -> None:
     done = run_python(
         "import mmap, ctypes\n"
         "from lowtide.memory.os.residency import resident_buffer_bytes\n"
-        "from lowtide.memory.os.kv_pages import UntouchedBuffer\n"
+        "from lowtide.memory.os.kv_pages import DemandZeroBuffer\n"
         "pages = 20000\n"
         "block = mmap.mmap(-1, pages * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
         "block.madvise(mmap.MADV_NOHUGEPAGE)\n"
         "handle = ctypes.c_char.from_buffer(block); at = ctypes.addressof(handle)\n"
-        "whole = [UntouchedBuffer(at, len(block))]\n"
+        "whole = [DemandZeroBuffer(at, len(block))]\n"
         "print(resident_buffer_bytes(whole))\n"
         "for page in (0, 5, 16383, 16384, pages - 1): ctypes.memset(at + page * 4096, 1, 1)\n"
-        "print(resident_buffer_bytes(whole), resident_buffer_bytes([UntouchedBuffer(at + 100, 10)]))"
+        "print(resident_buffer_bytes(whole), resident_buffer_bytes([DemandZeroBuffer(at + 100, 10)]))"
     )
     assert done.code == 0, done.stderr
     assert list(map(int, done.stdout.split())) == [0, 5 * 4096, 4096]
@@ -57,7 +57,7 @@ def test_pages_of_a_buffer() -> None:
 def test_a_system_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "darwin")
     residence._mincore.cache_clear()
-    meter = ResidenceMeter()
+    meter = ResidentMemoryMeter()
     assert not meter.tells_files
     now = meter.read()
     assert now.file_bytes == 0 and now.num_bytes > 10 << 20

@@ -16,7 +16,7 @@ from lowtide.models.spec import ModelSpec
 def test_the_default_model(smollm2_spec: ModelSpec, smollm2: Path) -> None:
     spec = smollm2_spec
     assert (spec.architecture, spec.quantisation, spec.num_layers) == ("llama", "Q4_1", 30)
-    assert (spec.num_heads, set(spec.num_kv_heads), spec.key_head_size) == (9, {3}, 64)
+    assert (spec.num_heads, set(spec.num_kv_heads), spec.key_head_dim) == (9, {3}, 64)
     assert spec.vocabulary.num_tokens == 49152
     assert spec.context_length == 8192
     assert spec.file_bytes == smollm2.stat().st_size
@@ -79,7 +79,7 @@ def test_a_split_model_counts_all_its_parts(split: list[Path]) -> None:
 def test_a_split_model_runs_like_the_whole(split: list[Path]) -> None:
     from lowtide.models.gguf.model import GgufModel, LoadOptions
 
-    options = LoadOptions(context=256, max_rows=8, threads=1)
+    options = LoadOptions(context=256, batch_size=8, threads=1)
     results = []
     for path in (split[0], split[0].with_name("whole.gguf")):
         with GgufModel(read_spec(path), options) as model:

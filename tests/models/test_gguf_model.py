@@ -15,7 +15,7 @@ from lowtide.models.gguf.llama_cpp import LlamaLibrary, llama_library
 from lowtide.models.gguf.model import GgufModel, LoadOptions, model_parameters
 from lowtide.models.gguf.spec import read_spec
 
-OPTIONS = LoadOptions(context=256, max_rows=16, threads=1)
+OPTIONS = LoadOptions(context=256, batch_size=16, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_a_model_that_llama_cpp_refuses_carries_its_reason(tmp_path: Path) -> No
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
 def test_kv_types(kv_type: str, tmp_path: Path) -> None:
     path = write_model(tmp_path / "wide.gguf", width=128)
-    options = LoadOptions(context=256, max_rows=16, threads=2, kv_type=kv_type, memory_map=False)
+    options = LoadOptions(context=256, batch_size=16, threads=2, kv_type=kv_type, memory_map=False)
     with GgufModel(read_spec(path), options) as model:
         assert model.forward([5, 6, 7]).shape == (320,)
 

@@ -67,6 +67,6 @@ def test_the_matrix_behind_our_attention_stays_with_it() -> None:
 
 @pytest.mark.parametrize("there", [True, False])
 def test_the_cache_goes_where_attention_does(there: bool) -> None:
-    options = LoadOptions(context=64, max_rows=1, threads=1, gpu_attention=there)
+    options = LoadOptions(context=64, batch_size=1, threads=1, gpu_attention=there)
     params = context_parameters(llama_library().api, options)
     assert params.offload_kqv is there and params.op_offload is False

@@ -11,7 +11,7 @@ from gguf_files import write_model
 
 from lowtide import Runtime
 from lowtide.models.errors import ForwardError
-from lowtide.models.model import Part, Sequences
+from lowtide.models.model import SequenceBatch, SequenceSlice
 
 SHARED = [(3 * k) % 290 for k in range(70)]
 
@@ -26,31 +26,31 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
 
 
 @pytest.fixture
-def sequences(dense: Runtime) -> Iterator[Sequences]:
+def sequences(dense: Runtime) -> Iterator[SequenceBatch]:
     """Four sequences that begin with the same tokens, and attention that is told of their cells."""
     hook = dense._loaded.hook
     assert hook is not None
-    opened = dense._model.open_sequences(4, 512, max_wanted=24)
-    opened.before_pass = hook.set_parts  # type: ignore[attr-defined]
-    opened.forward([Part(0, SHARED, num_wanted=0)])
+    opened = dense._model.open_sequences(4, 512, max_logits=24)
+    opened.before_pass = hook.set_batch_layout  # type: ignore[attr-defined]
+    opened.forward([SequenceSlice(0, SHARED, num_logits=0)])
     opened.share()
     yield opened
     opened.close()
-    hook.set_parts(None)
+    hook.set_batch_layout(None)
 
 
 def test_rows_behind_what_was_taken_off_are_bit_for_bit_those_of_a_sequence_alone(
-    dense: Runtime, sequences: Sequences
+    dense: Runtime, sequences: SequenceBatch
 ) -> None:
     """Rows come, some of them go, and others lie where they lay, among those of other sequences."""
     chance, hook = random.Random(5), dense._loaded.hook
     assert hook is not None
-    refused = hook.parts_refused
+    refused = hook.layouts_refused
     texts: list[list[int]] = [[] for _ in range(4)]
     found: list[list[np.ndarray]] = [[] for _ in range(4)]  # type: ignore[type-arg]
     for _ in range(25):
         parts = [
-            Part(i, [chance.randrange(300) for _ in range(count)], num_wanted=count)
+            SequenceSlice(i, [chance.randrange(300) for _ in range(count)], num_logits=count)
             for i, count in enumerate(chance.choices((1, 2, 4, 6), k=4))
             if chance.random() < 0.8
         ]
@@ -64,8 +64,8 @@ def test_rows_behind_what_was_taken_off_are_bit_for_bit_those_of_a_sequence_alon
             at += len(part.token_ids)
             sequences.truncate(part.sequence, len(SHARED) + len(texts[part.sequence]))
     sequences.before_pass = None  # type: ignore[attr-defined]
-    hook.set_parts(None)
-    assert hook.parts_refused == refused
+    hook.set_batch_layout(None)
+    assert hook.layouts_refused == refused
     for text, logits in zip(texts, found, strict=True):
         dense._model.truncate(0)
         dense._model.forward(SHARED)
@@ -73,25 +73,27 @@ def test_rows_behind_what_was_taken_off_are_bit_for_bit_those_of_a_sequence_alon
             assert np.array_equal(dense._model.forward([token_id]), row)
 
 
-def test_cells_of_what_is_taken_off_are_room_for_more(sequences: Sequences) -> None:
+def test_cells_of_what_is_taken_off_are_room_for_more(sequences: SequenceBatch) -> None:
     taken_off = 5
     for start in range(0, 512 - len(SHARED), taken_off):
         room = min(taken_off, 512 - len(SHARED) - start)
-        sequences.forward([Part(1, [7] * room)])
+        sequences.forward([SequenceSlice(1, [7] * room)])
         sequences.truncate(1, len(SHARED) + start)
-        sequences.forward([Part(1, [7] * room)])
+        sequences.forward([SequenceSlice(1, [7] * room)])
     with pytest.raises(ForwardError, match="0 of 512 cells are free"):
-        sequences.forward([Part(2, [7])])
+        sequences.forward([SequenceSlice(2, [7])])
     sequences.truncate(1, 0)
-    assert sequences.forward([Part(2, [7])]).shape[0] == 1
+    assert sequences.forward([SequenceSlice(2, [7])]).shape[0] == 1
 
 
-def test_more_logits_than_are_planned_are_an_error_and_not_an_abort(sequences: Sequences) -> None:
+def test_more_logits_than_are_planned_are_an_error_and_not_an_abort(
+    sequences: SequenceBatch,
+) -> None:
     with pytest.raises(ForwardError, match="logits of 25 rows of 25 are wanted, 24 are planned"):
-        sequences.forward([Part(0, [1] * 25, num_wanted=25)])
+        sequences.forward([SequenceSlice(0, [1] * 25, num_logits=25)])
     with pytest.raises(ForwardError, match="logits of 2 rows of 1 are wanted"):
-        sequences.forward([Part(0, [1], num_wanted=2)])
-    assert sequences.forward([Part(0, [1] * 24, num_wanted=24)]).shape[0] == 24
+        sequences.forward([SequenceSlice(0, [1], num_logits=2)])
+    assert sequences.forward([SequenceSlice(0, [1] * 24, num_logits=24)]).shape[0] == 24
 
 
 def test_closed_sequences_forget_nothing(dense: Runtime) -> None:

@@ -26,8 +26,8 @@ def test_the_sizes_are_those_of_the_real_context(name: str) -> None:
     told = {case: simulated.context(*case) for case in CASES}
     simulated.close()
     simulated.close()
-    for (context, max_rows, kv_type), sizes in told.items():
-        options = LoadOptions(context=context, max_rows=max_rows, threads=1, kv_type=kv_type)
+    for (context, batch_size, kv_type), sizes in told.items():
+        options = LoadOptions(context=context, batch_size=batch_size, threads=1, kv_type=kv_type)
         with llama_library().collected_messages() as messages, GgufModel(spec, options):
             pass
         lines = "\n".join(messages)

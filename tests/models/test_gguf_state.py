@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from processes import run_python
 
 from lowtide.attention.bindings.library import guarded_aborts
-from lowtide.models.errors import StateError
+from lowtide.models.errors import SnapshotError
 from lowtide.models.fake_model import FakeModel
 from lowtide.models.fingerprint import file_fingerprint
 from lowtide.models.gguf.model import GgufModel, LoadOptions
 from lowtide.models.gguf.spec import read_spec
 from lowtide.models.model import Model
 
-OPTIONS = LoadOptions(context=256, max_rows=16, threads=1)
+OPTIONS = LoadOptions(context=256, batch_size=16, threads=1)
 IDS = st.lists(st.integers(3, 319), min_size=1, max_size=16)
 
 
@@ -52,12 +52,12 @@ def test_loading_equals_never_having_left(
     for model in models:
         model.truncate(0)
     stayed.forward(kept)
-    num_bytes = stayed.save_state(tmp_path / "state", kept)
+    num_bytes = stayed.save_kv(tmp_path / "state", kept)
     with (tmp_path / "state").open("ab") as more:
         more.write(b"what stands behind it")
     for token_ids in before:
         came_back.forward(token_ids)
-    assert came_back.load_state(tmp_path / "state", num_bytes, len(kept)) == kept
+    assert came_back.load_kv(tmp_path / "state", num_bytes, len(kept)) == kept
     assert came_back.num_tokens == len(kept)
     for token_ids in after:
         assert came_back.forward(token_ids).tobytes() == stayed.forward(token_ids).tobytes()
@@ -89,11 +89,11 @@ def test_putting_back_a_copy_equals_never_having_left(
             model.forward(token_ids)
     num_tokens = came_back.num_tokens
     state = memoryview(bytearray(came_back.state_bytes()))
-    came_back.copy_state(state)
+    came_back.copy_kv(state)
     came_back.truncate(0)
     for token_ids in before:
         came_back.forward(token_ids)
-    came_back.put_state(state, num_tokens)
+    came_back.put_kv(state, num_tokens)
     assert came_back.num_tokens == num_tokens
     assert came_back.truncate(cut) == stayed.truncate(cut)
     for token_ids in after:
@@ -105,14 +105,14 @@ def test_a_copy_needs_its_bytes_and_comes_back_whole(file: Path) -> None:
         model.forward([5, 6, 7])
         state = memoryview(bytearray(model.state_bytes()))
         for wrong in (state[:-1], memoryview(bytearray(10))):
-            with pytest.raises(StateError):
-                model.copy_state(wrong)
-        model.copy_state(state)
+            with pytest.raises(SnapshotError):
+                model.copy_kv(wrong)
+        model.copy_kv(state)
         for wrong, num_tokens in ((state, 2), (state[:-5], 3), (state[: len(state) // 2], 3)):
-            with pytest.raises(StateError):
-                model.put_state(wrong, num_tokens)
+            with pytest.raises(SnapshotError):
+                model.put_kv(wrong, num_tokens)
             assert model.num_tokens == 0
-        model.put_state(state, 3)
+        model.put_kv(state, 3)
         assert model.num_tokens == 3
 
 
@@ -120,18 +120,18 @@ def test_whose_a_state_is(file: Path, tmp_path: Path) -> None:
     """The same file at another place is the same; other weights of the same shape, or types, are not."""
     spec = read_spec(file)
     with GgufModel(spec, OPTIONS) as model:
-        owner = model.state_owner()
-    assert set(owner) == {"model", "KV type", "llama-cpp-python"}
+        component = model.snapshot_component()
+    assert set(component) == {"model", "KV type", "llama-cpp-python"}
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(file.read_bytes())
     with GgufModel(read_spec(copy), OPTIONS) as model:
-        assert model.state_owner() == owner
+        assert model.snapshot_component() == component
     with copy.open("r+b") as weights:
         weights.seek(-4000, 2)
         weights.write(b"\x3c" * 4000)
     with GgufModel(read_spec(copy), replace(OPTIONS, kv_type="q8_0")) as model:
-        assert model.state_owner()["model"] != owner["model"]
-        assert model.state_owner()["KV type"] == "q8_0"
+        assert model.snapshot_component()["model"] != component["model"]
+        assert model.snapshot_component()["KV type"] == "q8_0"
 
 
 def test_a_file_fingerprint_sees_every_part_of_a_large_file(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_bytes_that_are_no_state_of_this_model_are_an_error(file: Path, tmp_path
     path = tmp_path / "state"
     with GgufModel(read_spec(file), OPTIONS) as model:
         model.forward([5, 6, 7])
-        num_bytes = model.save_state(path, [5, 6, 7])
+        num_bytes = model.save_kv(path, [5, 6, 7])
         state = path.read_bytes()
         wrong = {
             "empty": b"",
@@ -164,11 +164,11 @@ def test_bytes_that_are_no_state_of_this_model_are_an_error(file: Path, tmp_path
         for name, data in wrong.items():
             path.write_bytes(data)
             length = num_bytes + 1 if name == "longer than it says" else len(data)
-            with pytest.raises(StateError), guarded_aborts():
-                model.load_state(path, length, 3)
+            with pytest.raises(SnapshotError), guarded_aborts():
+                model.load_kv(path, length, 3)
             assert model.num_tokens == 0, name
         path.write_bytes(state)
-        assert model.load_state(path, num_bytes, 3) == [5, 6, 7]
+        assert model.load_kv(path, num_bytes, 3) == [5, 6, 7]
 
 
 def test_a_header_that_says_otherwise_is_refused_before_llama_cpp_reads(
@@ -177,7 +177,7 @@ def test_a_header_that_says_otherwise_is_refused_before_llama_cpp_reads(
     path = tmp_path / "state"
     with GgufModel(read_spec(file), OPTIONS) as model:
         model.forward([5, 6, 7])
-        num_bytes = model.save_state(path, [5, 6, 7])
+        num_bytes = model.save_kv(path, [5, 6, 7])
         state, read = path.read_bytes(), []
         load = model._api.llama_state_seq_load_file
         monkeypatch.setattr(
@@ -197,13 +197,13 @@ def test_a_header_that_says_otherwise_is_refused_before_llama_cpp_reads(
         )
         for data, length, num_tokens, sentence in cases:
             path.write_bytes(data)
-            with pytest.raises(StateError, match=sentence):
-                model.load_state(path, length, num_tokens)
+            with pytest.raises(SnapshotError, match=sentence):
+                model.load_kv(path, length, num_tokens)
             assert model.num_tokens == 0 and not read
         for at in (0, 4):  # its magic, its version
             path.write_bytes(forged(at, 1))
-            with pytest.raises(StateError, match=r"unknown \(magic, version\)"):
-                model.load_state(path, num_bytes, 3)
+            with pytest.raises(SnapshotError, match=r"unknown \(magic, version\)"):
+                model.load_kv(path, num_bytes, 3)
         assert len(read) == 2
 
 
@@ -212,9 +212,9 @@ def test_a_longer_state_than_the_context_is_an_error(file: Path, tmp_path: Path)
     with GgufModel(spec, replace(OPTIONS, context=1024)) as model:
         for _ in range(20):
             model.forward([5] * 16)
-        num_bytes = model.save_state(path, [5] * 320)
-    with GgufModel(spec, OPTIONS) as model, pytest.raises(StateError, match="token count"):
-        model.load_state(path, num_bytes, 320)
+        num_bytes = model.save_kv(path, [5] * 320)
+    with GgufModel(spec, OPTIONS) as model, pytest.raises(SnapshotError, match="token count"):
+        model.load_kv(path, num_bytes, 320)
 
 
 def test_a_write_that_the_system_cuts_short_is_an_error(file: Path, tmp_path: Path) -> None:
@@ -225,31 +225,31 @@ def test_a_write_that_the_system_cuts_short_is_an_error(file: Path, tmp_path: Pa
         "from lowtide.models.gguf.spec import read_spec\n"
         "from lowtide.models.gguf.model import GgufModel, LoadOptions\n"
         f"signal.signal({int(signal.SIGXFSZ)}, signal.SIG_IGN)\n"
-        "options = LoadOptions(context=256, max_rows=16, threads=1)\n"
+        "options = LoadOptions(context=256, batch_size=16, threads=1)\n"
         f"with GgufModel(read_spec(Path({str(file)!r})), options) as model:\n"
         "    for _ in range(6): model.forward([5] * 16)\n"
         f"    path = Path({str(tmp_path / 'state')!r})\n"
-        "    whole = model.save_state(path, [5] * 96)\n"
+        "    whole = model.save_kv(path, [5] * 96)\n"
         "    for limit in (4096, whole - 1):\n"
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"
         "        try:\n"
-        "            model.save_state(path, [5] * 96)\n"
+        "            model.save_kv(path, [5] * 96)\n"
         "        except Exception as error:\n"
         "            print(type(error).__name__, error)\n"
     )
     first, second = done.stdout.splitlines()
-    assert first.startswith("StateError") and second.startswith("StateError"), done.stderr
+    assert first.startswith("SnapshotError") and second.startswith("SnapshotError"), done.stderr
 
 
 def test_a_fake_models_state(tmp_path: Path) -> None:
     model, other = FakeModel(), FakeModel()
     model.forward([1, 2, 3])
-    num_bytes = model.save_state(tmp_path / "state", [1, 2, 3])
-    assert other.load_state(tmp_path / "state", num_bytes, 3) == [1, 2, 3]
+    num_bytes = model.save_kv(tmp_path / "state", [1, 2, 3])
+    assert other.load_kv(tmp_path / "state", num_bytes, 3) == [1, 2, 3]
     assert other.forward([4]).tobytes() == model.forward([4]).tobytes()
     for wrong_bytes, wrong_tokens in ((3, 3), (num_bytes, 2), (num_bytes - 4, 3)):
-        with pytest.raises(StateError):
-            other.load_state(tmp_path / "state", wrong_bytes, wrong_tokens)
+        with pytest.raises(SnapshotError):
+            other.load_kv(tmp_path / "state", wrong_bytes, wrong_tokens)
         assert other.num_tokens == 0
 
 
@@ -257,28 +257,28 @@ def test_a_fake_models_copy() -> None:
     model, other = FakeModel(), FakeModel()
     model.forward([1, 2, 3])
     state = memoryview(bytearray(model.state_bytes()))
-    with pytest.raises(StateError):
-        model.copy_state(state[:-1])
-    model.copy_state(state)
-    other.put_state(state, 3)
+    with pytest.raises(SnapshotError):
+        model.copy_kv(state[:-1])
+    model.copy_kv(state)
+    other.put_kv(state, 3)
     assert other.forward([4]).tobytes() == model.forward([4]).tobytes()
     for wrong, num_tokens in ((state, 2), (state[:-1], 3)):
-        with pytest.raises(StateError):
-            other.put_state(wrong, num_tokens)
+        with pytest.raises(SnapshotError):
+            other.put_kv(wrong, num_tokens)
         assert other.num_tokens == 0
 
 
 def test_a_model_that_copies_nothing_says_so() -> None:
     class Bare(FakeModel):
         state_bytes = Model.state_bytes
-        copy_state = Model.copy_state
-        put_state = Model.put_state
+        copy_kv = Model.copy_kv
+        put_kv = Model.put_kv
 
     bare = Bare()
     for call in (
         bare.state_bytes,
-        lambda: bare.copy_state(memoryview(b"")),
-        lambda: bare.put_state(memoryview(b""), 0),
+        lambda: bare.copy_kv(memoryview(b"")),
+        lambda: bare.put_kv(memoryview(b""), 0),
     ):
-        with pytest.raises(StateError, match="fake cannot copy its KV cache"):
+        with pytest.raises(SnapshotError, match="fake cannot copy its KV cache"):
             call()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lowtide import FakeModel, GenerationOptions, OverBudget, PromptTooLong, Runtime
+from lowtide import FakeModel, OverBudget, PromptTooLong, Runtime, SamplingParams
 from lowtide.memory.plan.line import BATCH
 from lowtide.models.errors import BadOption, ForwardError
 from lowtide.models.fake_model import FakeSequences
@@ -43,7 +43,7 @@ def test_what_all_begin_with_is_read_once_and_a_pass_takes_all_a_step(fake_runti
 
 
 def test_prompts_longer_than_a_pass(fake_runtime: Opened) -> None:
-    runtime = fake_runtime("abc", max_rows=8)
+    runtime = fake_runtime("abc", batch_size=8)
     results = runtime.generate_batch(PROMPTS, temperature=0)
     assert [result.text for result in results] == ["abc"] * 4
     assert max(runtime.fake.rows) == 8  # type: ignore[attr-defined]
@@ -52,10 +52,10 @@ def test_prompts_longer_than_a_pass(fake_runtime: Opened) -> None:
 def test_each_has_its_own_length_stop_texts_and_sampling(fake_runtime: Opened) -> None:
     runtime = fake_runtime("abc END def")
     options = [
-        GenerationOptions(max_tokens=2, temperature=0),
-        GenerationOptions(stop=("END",), seed=3),
-        GenerationOptions(temperature=0),
-        GenerationOptions(max_tokens=None, stop=("f",), temperature=0),
+        SamplingParams(max_tokens=2, temperature=0),
+        SamplingParams(stop=("END",), seed=3),
+        SamplingParams(temperature=0),
+        SamplingParams(max_tokens=None, stop=("f",), temperature=0),
     ]
     results = runtime.generate_batch(PROMPTS, options)
     told = [(result.text, result.finish_reason) for result in results]
@@ -85,12 +85,12 @@ def test_a_full_context_ends_that_answer_alone(fake_runtime: Opened) -> None:
 
 def test_a_stopped_batch_leaves_the_runtime_usable(fake_runtime: Opened) -> None:
     runtime = fake_runtime("abcdef")
-    before = dict(runtime.ledger.owners)
+    before = dict(runtime.ledger.components)
     pieces = runtime.stream_batch(PROMPTS, temperature=0)
     assert [next(pieces)[0] for _ in range(6)] == [0, 1, 2, 3, 0, 1]
-    assert runtime.ledger.owners[BATCH] > 0
+    assert runtime.ledger.components[BATCH] > 0
     pieces.close()
-    assert dict(runtime.ledger.owners) == before
+    assert dict(runtime.ledger.components) == before
     assert runtime.generate(PROMPTS[0], temperature=0).text == "abcdef"
 
 
@@ -99,7 +99,7 @@ def test_another_answer_ends_a_batch_and_its_memory_goes_back(fake_runtime: Open
     pieces = runtime.stream_batch(PROMPTS, temperature=0)
     next(pieces)
     assert runtime.generate(PROMPTS[0], temperature=0).text == "abcdef"
-    assert BATCH not in runtime.ledger.owners
+    assert BATCH not in runtime.ledger.components
     with pytest.raises(RuntimeUnusable, match="ended this"):
         next(pieces)
     again = runtime.stream_batch(PROMPTS, temperature=0)
@@ -121,7 +121,7 @@ def test_a_pass_that_fails_ends_the_batch_alone(
         patch.setattr(FakeSequences, "forward", fail)
         with pytest.raises(ForwardError, match="it failed"):
             runtime.generate_batch(PROMPTS)
-    assert BATCH not in runtime.ledger.owners
+    assert BATCH not in runtime.ledger.components
     assert runtime.generate_batch(PROMPTS, temperature=0)[3].text == "abc"
 
 
@@ -140,8 +140,8 @@ def test_a_conversation_goes_on_behind_a_batch(fake_runtime: Opened) -> None:
     [
         ("one text", {}, "prompts is one text"),
         (["a", 5], {}, "no text"),
-        (["a"], {"options": [GenerationOptions()] * 2}, "2 options are given for 1 prompts"),
-        (["a"], {"heat": 1}, "'heat' is no option"),
+        (["a"], {"options": [SamplingParams()] * 2}, "2 options are given for 1 prompts"),
+        (["a"], {"retention_map": 1}, "'heat' is no option"),
         (["a"] * 65, {}, "a pass takes 64 rows"),
     ],
 )
@@ -167,7 +167,7 @@ def test_one_prompt_too_long_is_an_error_before_anything_is_computed(fake_runtim
 
 def test_a_model_that_computes_one_sequence_says_so() -> None:
     class Lonely(FakeModel):
-        keeps_sequences = False
+        supports_batch = False
 
     with (
         Runtime.open(Lonely(), memory="8GiB") as runtime,
@@ -183,6 +183,6 @@ def test_what_does_not_fit_says_what_is_free(fake_runtime: Opened) -> None:
     with pytest.raises(OverBudget, match=r"a batch of 4 sequences.* are free") as caught:
         runtime.generate_batch(PROMPTS)
     assert caught.value.needed_bytes > ledger.budget_bytes
-    assert runtime.fake.rows == [] and BATCH not in ledger.owners  # type: ignore[attr-defined]
+    assert runtime.fake.rows == [] and BATCH not in ledger.components  # type: ignore[attr-defined]
     ledger.budget_bytes = caught.value.needed_bytes
     assert runtime.generate_batch(PROMPTS, temperature=0)[0].text == "abc"

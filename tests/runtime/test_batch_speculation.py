@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from speculating import ToldDraft
 
-from lowtide import FakeModel, GenerationOptions, GenerationResult, Runtime
+from lowtide import FakeModel, GenerationResult, Runtime, SamplingParams
 from lowtide.memory.plan.line import BATCH
 from lowtide.memory.plan.speculation import CostCurve
 from lowtide.models.fake_model import TURN_END
@@ -24,8 +24,8 @@ PREFIX = "A text that all of them begin with. "
 PROMPTS = [PREFIX + end + "\n" for end in ("one", "two, and more of it", "", "three")]
 
 
-def opened(speculate: str = "auto", context: int = 512, max_rows: int = 64) -> Runtime:
-    model = FakeModel([REPLY], context=context, max_rows=max_rows)
+def opened(speculate: str = "auto", context: int = 512, batch_size: int = 64) -> Runtime:
+    model = FakeModel([REPLY], context=context, batch_size=batch_size)
     return Runtime.open(model, memory="8GiB", speculate=speculate)
 
 
@@ -50,7 +50,7 @@ def ask(runtime: Runtime, **options: Any) -> list[GenerationResult]:
     temperature=st.sampled_from([0, 0.8, 5.0]),
     penalty=st.sampled_from([1.0, 1.3]),
     context=st.sampled_from([512, 80]),
-    max_rows=st.sampled_from([64, 6]),
+    batch_size=st.sampled_from([64, 6]),
 )
 def test_each_answer_is_that_of_its_prompt_alone(
     seed: int,
@@ -59,10 +59,10 @@ def test_each_answer_is_that_of_its_prompt_alone(
     temperature: float,
     penalty: float,
     context: int,
-    max_rows: int,
+    batch_size: int,
 ) -> None:
     options = [
-        GenerationOptions(
+        SamplingParams(
             max_tokens=length,
             stop=stop,
             temperature=temperature,
@@ -73,7 +73,7 @@ def test_each_answer_is_that_of_its_prompt_alone(
     ]
     with (
         opened("off", context) as plain,
-        opened("auto", context, max_rows) as drafting,
+        opened("auto", context, batch_size) as drafting,
         pytest.MonkeyPatch.context() as patch,
     ):
         draft_in_batches(patch, lambda i: [half_knowing(TOKENS, seed + i), NgramDraft()])
@@ -82,7 +82,7 @@ def test_each_answer_is_that_of_its_prompt_alone(
         assert told(together) == told(alone)
         for one, other in zip(alone, together, strict=True):
             assert one.stats.generated_tokens == other.stats.generated_tokens
-        assert max(rows_of(drafting)) <= max_rows
+        assert max(rows_of(drafting)) <= batch_size
 
 
 def test_drafts_that_know_the_answers_save_passes_for_all_together(
@@ -109,7 +109,7 @@ def test_each_has_an_acceptance_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     """Drafts of one are right, those of two are wrong, one has none: rows go where they are right."""
     wrong = ToldDraft(lambda _: b"#" * 7)
     drafts = [knowing(TOKENS), wrong, wrong, ToldDraft(lambda _: ())]
-    draft_in_batches(monkeypatch, lambda i: [drafts[i]], believed=FAIR)
+    draft_in_batches(monkeypatch, lambda i: [drafts[i]], expected=FAIR)
     with opened() as runtime:
         results = ask(runtime)
     assert [result.text for result in results] == [REPLY] * 4
@@ -123,7 +123,7 @@ def test_each_has_an_acceptance_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_pass_has_no_more_rows_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     draft_in_batches(monkeypatch, lambda _: [knowing(TOKENS)])
-    with opened(max_rows=10) as runtime:
+    with opened(batch_size=10) as runtime:
         del rows_of(runtime)[:]
         results = ask(runtime)
         assert max(rows_of(runtime)) == 10
@@ -153,7 +153,7 @@ def test_drafts_are_loaded_as_the_runtime_was_opened() -> None:
 def test_where_nothing_pays_every_step_is_plain_and_the_reason_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    draft_in_batches(monkeypatch, lambda _: [knowing(TOKENS)], believed=DEAR)
+    draft_in_batches(monkeypatch, lambda _: [knowing(TOKENS)], expected=DEAR)
     with opened() as runtime:
         del rows_of(runtime)[:]
         results = ask(runtime)
@@ -200,7 +200,7 @@ def test_a_batch_that_is_closed_in_the_middle_of_a_run_leaves_the_runtime_usable
 
     draft_in_batches(monkeypatch, drafts_of)
     with opened() as runtime:
-        before = dict(runtime.ledger.owners)
+        before = dict(runtime.ledger.components)
         pieces = runtime.stream_batch(PROMPTS, temperature=0)
         texts = [""] * 4
         for _ in range(taken):
@@ -208,7 +208,7 @@ def test_a_batch_that_is_closed_in_the_middle_of_a_run_leaves_the_runtime_usable
             texts[index] += piece.text
         pieces.close()
         assert all(REPLY.startswith(text) for text in texts)
-        assert dict(runtime.ledger.owners) == before
+        assert dict(runtime.ledger.components) == before
         assert len(drafts) == 4 and all(draft.is_closed for draft in drafts)
         assert runtime.generate(PROMPTS[0], temperature=0).text == REPLY
         assert [result.text for result in ask(runtime)] == [REPLY] * 4
@@ -223,7 +223,7 @@ def test_another_answer_in_the_middle_of_a_run_ends_the_batch(
         for _ in range(7):
             next(pieces)
         assert runtime.generate(PROMPTS[0], temperature=0).text == REPLY
-        assert BATCH not in runtime.ledger.owners
+        assert BATCH not in runtime.ledger.components
         with pytest.raises(RuntimeUnusable, match="ended this"):
             next(pieces)
 
@@ -235,10 +235,10 @@ def test_the_end_of_a_text_inside_an_accepted_run_ends_that_answer_alone(
     tokens = (*TOKENS, *b"and more, and more")
     draft_in_batches(monkeypatch, lambda _: [knowing(tokens)])
     options = [
-        GenerationOptions(temperature=0),
-        GenerationOptions(temperature=0, stop=("goes",)),
-        GenerationOptions(temperature=0, max_tokens=11),
-        GenerationOptions(temperature=0, max_tokens=60),
+        SamplingParams(temperature=0),
+        SamplingParams(temperature=0, stop=("goes",)),
+        SamplingParams(temperature=0, max_tokens=11),
+        SamplingParams(temperature=0, max_tokens=60),
     ]
     with opened() as runtime:
         results = runtime.generate_batch(PROMPTS, options)

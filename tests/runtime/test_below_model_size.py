@@ -9,11 +9,11 @@ import pytest
 from processes import run_lowtide, run_python
 from requantised import requantised
 
-from lowtide.attention.bindings.library import can_leave_unpopulated
+from lowtide.attention.bindings.library import can_map_lazily
 from lowtide.memory.units import MIB
 
 pytestmark = pytest.mark.skipif(
-    not can_leave_unpopulated(), reason="maps are filled at once on this system"
+    not can_map_lazily(), reason="maps are filled at once on this system"
 )
 QUESTION = ("-p", "Why is the sea salty?", "-n", "24", "--temp", "0", "--json")
 
@@ -30,7 +30,7 @@ def test_a_model_of_twice_the_budget_answers_the_same(smollm2: Path, tmp_path: P
         run_lowtide("plan", model, "-c", "8192", "--memory", "130MiB", "--json").stdout
     )
     assert plan["fits"] and plan["context"] == 8192 and plan["kv_type"] == "f16"
-    assert plan["kept_layers"] is not None and plan["kv_tokens"] < 8192
+    assert plan["resident_layers"] is not None and plan["kv_tokens"] < 8192
 
 
 def test_the_default_model_runs_in_100_mib() -> None:

@@ -14,7 +14,7 @@ from lowtide.models.errors import BadOption
 from lowtide.models.gguf.spec import read_spec
 from lowtide.runtime.benchmark.attention import Bench, BenchFailed, check_attentions
 
-OPTIONS = {"memory": 4 << 30, "context": 512, "kv_type": "f16", "threads": 1, "max_rows": 64}
+OPTIONS = {"memory": 4 << 30, "context": 512, "kv_type": "f16", "threads": 1, "batch_size": 64}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_every_case_is_measured_against_the_peer(model: Path) -> None:
     for case in cases:
         values = case.to_dict()
         assert values["depth"] == 300 and values["speculate"] is None
-        assert (values["layers_ours"], values["layers"]) == (4, 4)
+        assert (values["layers_native"], values["layers"]) == (4, 4)
         assert values["peer"].startswith("llama.cpp")
         assert 20 << 20 < values["peak_rss_bytes"] < 1 << 30
         assert all(values[name] > 0 for name in values if name.endswith(("ratio", "per_s")))
@@ -45,10 +45,10 @@ def test_packed_weights_are_measured_against_llamas_own(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = write_model(tmp_path / "quantised.gguf", quantised="Q4_0")
-    options = {**OPTIONS, "pack": True}
+    options = {**OPTIONS, "repack": True}
     with Bench(read_spec(path), ("dense",), options) as bench:
         (case,) = bench.run(64, rounds=1, tokens=2)
-    assert case.packed_tensors == 2 * 7 + 1
+    assert case.repacked_tensors == 2 * 7 + 1
     with pytest.raises(BenchFailed, match="none of the matrices"):
         Bench(read_spec(model), ("dense",), options)
 

@@ -7,22 +7,22 @@ from pathlib import Path
 
 import pytest
 
+from lowtide.attention.gem import calibrate as gem_calibrate
 from lowtide.attention.gem.policy import Gem
-from lowtide.attention.gem.policy import calibrate as gem_calibrate
 from lowtide.models.errors import BadOption
 from lowtide.runtime.evaluation.prompt_filter import Counts, evaluate_filter
-from lowtide.runtime.loading.load import LoadedModel
-from lowtide.runtime.planning.plan import OpenOptions, plan_reference
+from lowtide.runtime.loading.load import Engine
+from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 
 pytestmark = pytest.mark.once
 
 
 @pytest.fixture(scope="module")
-def loaded(smollm2: Path) -> Iterator[LoadedModel]:
-    options = OpenOptions(
-        memory="8GiB", context=1100, threads=1, attention="dense", compared_rows=1
+def loaded(smollm2: Path) -> Iterator[Engine]:
+    options = LoadConfig(
+        memory="8GiB", context=1100, threads=1, attention="dense", compared_tokens=1
     )
-    opened = LoadedModel(plan_reference(smollm2, options))
+    opened = Engine(plan_reference(smollm2, options))
     yield opened
     opened.close()
 
@@ -33,8 +33,8 @@ def one_depth(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("one_depth")
-def test_a_filter_on_questions_and_on_a_text(loaded: LoadedModel) -> None:
-    policy = Gem(k=256, layer=17, min_prompt=0).fitted(loaded.planned.spec)
+def test_a_filter_on_questions_and_on_a_text(loaded: Engine) -> None:
+    policy = Gem(k=256, layer=17, min_prompt=0).resolve(loaded.planned.spec)
     said: list[str] = []
     found = evaluate_filter(
         loaded,
@@ -58,21 +58,21 @@ def test_a_filter_on_questions_and_on_a_text(loaded: LoadedModel) -> None:
 
 
 @pytest.mark.usefixtures("one_depth")
-def test_a_layer_that_does_not_look_for_it_keeps_little(loaded: LoadedModel) -> None:
-    policy = Gem(k=128, layer=0, min_prompt=0).fitted(loaded.planned.spec)
+def test_a_layer_that_does_not_look_for_it_keeps_little(loaded: Engine) -> None:
+    policy = Gem(k=128, layer=0, min_prompt=0).resolve(loaded.planned.spec)
     found = evaluate_filter(loaded, policy, context=1000, windows=1, kinds=("fact",))
     counts = Counts.of(found.answers)
     assert counts.kept < counts.asked == 2
     assert all(answer.needed_k > 128 for answer in found.answers if not answer.kept)
 
 
-def test_wrong_use(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_wrong_use(loaded: Engine, tmp_path: Path) -> None:
     spec = loaded.planned.spec
     with pytest.raises(
         BadOption, match="prompts of half of it are read whole .k 512, min_prompt 1024"
     ):
-        evaluate_filter(loaded, Gem(k=512, layer=7).fitted(spec), context=1000)
-    policy = Gem(k=100, layer=7, min_prompt=0).fitted(spec)
+        evaluate_filter(loaded, Gem(k=512, layer=7).resolve(spec), context=1000)
+    policy = Gem(k=100, layer=7, min_prompt=0).resolve(spec)
     with pytest.raises(BadOption, match="65 tokens more are wanted, 1100 are planned"):
         evaluate_filter(loaded, policy, context=1090)
     short = tmp_path / "short.txt"

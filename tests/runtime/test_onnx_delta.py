@@ -13,17 +13,17 @@ from tiny_gguf import write_pair
 from lowtide import Delta, Runtime
 from lowtide.attention.delta.blocks import (
     DeltaBlocks,
-    StateCalibration,
-    StateUnits,
-    save_state_calibration,
+    DeltaBlocksCalibration,
+    HeadThresholds,
+    save_blocks_calibration,
 )
-from lowtide.attention.delta.tokens import DeltaCalibration, DeltaUnits, save_delta_calibration
+from lowtide.attention.delta.tokens import DeltaCalibration, HeadGroups, save_delta_calibration
 from lowtide.memory.plan.line import CACHE, SCRATCH
 from lowtide.models.convert.convert import convert
 from lowtide.models.errors import BadOption
 from lowtide.models.read_spec import read_spec
-from lowtide.runtime.planning.plan import OpenOptions, plan_reference
-from lowtide.runtime.speculation.step_cost import PassCosts
+from lowtide.runtime.planning.plan import LoadConfig, plan_reference
+from lowtide.runtime.speculation.step_cost import StepCostModel
 
 TEXT = "The tide goes out. " * 40
 ROWS, BLOCKS = "delta:sparsity=0.5,window=70", "delta:granularity=block,sparsity=0.5,window=70"
@@ -44,7 +44,7 @@ def test_an_answer_says_what_it_skipped(tiny: Path) -> None:
     for attention in ("dense", ROWS, BLOCKS):
         with Runtime.open(tiny, attention=attention, **OPTIONS) as runtime:  # type: ignore[arg-type]
             stats.append(runtime.generate(TEXT, **GREEDY).stats)
-            assert stats[-1].layers_ours == 4
+            assert stats[-1].layers_native == 4
     dense, rows, blocks = stats
     assert rows.attention.startswith("delta, sparsity 50%, window 70")
     assert blocks.attention.startswith("delta, blocks of 8, sparsity 50%, window 70")
@@ -69,29 +69,29 @@ def test_speculation_answers_as_the_plain_loop(tiny: Path, attention: str) -> No
         with Runtime.open(tiny, attention=attention, speculate=speculate, **OPTIONS) as runtime:  # type: ignore[arg-type]
             speculator = runtime._loaded.speculator
             if speculator is not None:
-                speculator._control.costs = PassCosts(CHEAP, Ticks())
+                speculator._control.costs = StepCostModel(CHEAP, Ticks())
             result = runtime.generate(TEXT, max_tokens=60, temperature=0)
-            runtime._session.settle()
+            runtime._session.sync()
             told.append((result.token_ids, runtime._session.decode((11,)).copy()))
     stats = result.stats.speculation
     assert stats is not None and stats["rounds"] > 0
     if stats["identical"]:  # as this machine's products are
         assert told[0][0] == told[1][0] and np.array_equal(told[0][1], told[1][1])
     else:
-        assert stats["why_not_identical"].startswith("this machine's products of int4 round")
+        assert stats["nondeterminism"].startswith("this machine's products of int4 round")
 
 
 def test_with_a_store_the_beginning_is_read_anew_and_no_state_is_kept(
     tiny: Path, tmp_path: Path
 ) -> None:
     answers = []
-    for attention in (f"{ROWS},opens=0", STORED):
+    for attention in (f"{ROWS},refine=0", STORED):
         with Runtime.open(tiny, attention=attention, **OPTIONS) as runtime:  # type: ignore[arg-type]
             results = [runtime.generate(text, **GREEDY) for text in (TEXT, TEXT[:400], TEXT)]
             answers.append([result.token_ids for result in results])
             reused = results[1].stats.reused_tokens
             assert reused == 0 if attention == STORED else reused > 390
-            assert runtime._model.keeps_state is (attention != STORED)
+            assert runtime._model.supports_snapshot is (attention != STORED)
     assert answers[0] == answers[1]
     with pytest.raises(BadOption, match="delta's store keeps no states to put there"):
         Runtime.open(tiny, attention=STORED, prefix_cache="16MiB", **OPTIONS)  # type: ignore[arg-type]
@@ -99,8 +99,8 @@ def test_with_a_store_the_beginning_is_read_anew_and_no_state_is_kept(
 
 def test_the_plan_has_what_is_kept(tiny: Path) -> None:
     def rows(attention: str) -> dict[str, tuple[int, str]]:
-        planned = plan_reference(tiny, OpenOptions(attention=attention, **OPTIONS))  # type: ignore[arg-type]
-        return {row.owner: (row.num_bytes, row.why) for row in planned.plan.rows}
+        planned = plan_reference(tiny, LoadConfig(attention=attention, **OPTIONS))  # type: ignore[arg-type]
+        return {row.component: (row.num_bytes, row.why) for row in planned.plan.rows}
 
     dense, grouped, states, stored = map(rows, ("dense", ROWS, BLOCKS, STORED))
     assert "groups of keys beside the cache" in grouped[SCRATCH][1]
@@ -118,20 +118,20 @@ def test_calibrations_of_the_model_are_the_folders_too(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     quantised, _ = write_pair(tmp_path, "llama", "Q4_0")
     written = read_spec(quantised)
-    shape = (written.num_layers, written.num_kv_heads[0], written.key_head_size)
+    shape = (written.num_layers, written.num_kv_heads[0], written.key_head_dim)
     squares = np.ones(shape, np.float32)
     measured = {
         **dict(fingerprint=written.fingerprint, model=written.name, text="a text", context=2048),
         **dict(kl=0.01, target_kl=0.012, key_loss=0.02, target_key_loss=0.1, keys_read=0.4),
     }
-    units = DeltaUnits.uniform(*shape, 24)
+    units = HeadGroups.uniform(*shape, 24)
     thresholds = np.full(shape[:2], 0.75, np.float32)
-    states = StateUnits.of_squares(squares, block=8, thresholds=thresholds)
+    states = HeadThresholds.of_squares(squares, block=8, thresholds=thresholds)
     save_delta_calibration(DeltaCalibration(units=units, **measured))  # type: ignore[arg-type]
-    save_state_calibration(StateCalibration(units=states, **measured))  # type: ignore[arg-type]
+    save_blocks_calibration(DeltaBlocksCalibration(units=states, **measured))  # type: ignore[arg-type]
     spec = read_spec(convert(written, tmp_path / "onnx").folder)
-    assert Delta().fitted(spec).units == units
-    found = DeltaBlocks().fitted(spec).units
+    assert Delta().resolve(spec).units == units
+    found = DeltaBlocks().resolve(spec).units
     assert found is not None and found.thresholds == states.thresholds
 
 

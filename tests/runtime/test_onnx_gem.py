@@ -11,7 +11,7 @@ from processes import run_lowtide, run_python
 
 from lowtide import Dense, Gem, GenerationResult, Runtime, Tidal
 from lowtide.attention.policy import AttentionPolicy
-from lowtide.memory.plan.line import FIRST_PASS
+from lowtide.memory.plan.line import FILTER_PREFILL
 from lowtide.models.convert.convert import convert
 from lowtide.models.errors import BadOption
 from lowtide.models.fake_model import CHAT_TEMPLATE
@@ -44,13 +44,13 @@ def test_a_long_prompt_is_filtered_and_its_answer_explained(tiny: Path) -> None:
     with Runtime.open(tiny, **OPTIONS, attention=POLICY) as runtime:  # type: ignore[arg-type]
         pieces = list(runtime.chat(QUESTION, max_tokens=4, temperature=0, explain=True))
         stats = pieces[-1].stats
-        assert stats.prompt_tokens > 1100 and stats.kept_tokens == 300
+        assert stats.prompt_tokens > 1100 and stats.retained_tokens == 300
         assert stats.attention == "gem, k 300, layer 1 (stated), then dense"
-        assert list(pieces[-1].kept) == runtime.kept_passages()
-        assert sum(passage.tokens for passage in runtime.kept_passages()) == 300
+        assert list(pieces[-1].kept) == runtime.retained_spans()
+        assert sum(passage.tokens for passage in runtime.retained_spans()) == 300
         assert len(runtime._session.token_ids) < 310
         short = ask(runtime, [{"role": "user", "content": "What floats?"}])
-        assert short.stats.kept_tokens == short.stats.prompt_tokens
+        assert short.stats.retained_tokens == short.stats.prompt_tokens
         with pytest.raises(BadOption, match="ask in a chat, or set gem:continues=1"):
             runtime.generate("Once upon a time")
 
@@ -71,13 +71,13 @@ def test_another_question_on_the_same_text_reads_its_own_rows_alone(
     attention = Gem(k=300, layer=3, then=then)
     with Runtime.open(tiny, **OPTIONS, attention=attention) as runtime:  # type: ignore[arg-type]
         prompt_filter = runtime._loaded.prompt_filter
-        assert prompt_filter is not None and runtime.plan.keeps_first_pass
-        fresh = ask(runtime, ANOTHER), runtime.kept_passages()
+        assert prompt_filter is not None and runtime.plan.cache_filter_pass
+        fresh = ask(runtime, ANOTHER), runtime.retained_spans()
         runtime.trim("moderate")
         assert prompt_filter._reader.num_tokens == 0
         first = ask(runtime, QUESTION)
         read = prompt_filter._reader.num_tokens
-        again = ask(runtime, ANOTHER), runtime.kept_passages()
+        again = ask(runtime, ANOTHER), runtime.retained_spans()
         assert first.stats.prompt_tokens == read > 1100
         assert again[0].token_ids == fresh[0].token_ids
         assert again[1] == fresh[1]
@@ -108,14 +108,14 @@ def test_a_stopped_filter_pass_leaves_the_runtime_usable(
 
 PEAK = """
 from lowtide import Gem, GenerationResult, Runtime
-from lowtide.memory.plan.line import FIRST_PASS
+from lowtide.memory.plan.line import FILTER_PREFILL
 options = dict(memory={memory!r}, threads=1, attention={attention})
 with Runtime.open({path!r}, **options) as runtime:
     message = [dict(role="user", content={text!r})]
     for _ in range(2):
         result = GenerationResult.of(runtime.chat(message, max_tokens=4, temperature=0))
-    rows = {{row.owner: row.num_bytes for row in runtime.plan.rows}}
-    print(runtime.plan.total_bytes, rows.get(FIRST_PASS, 0), *result.token_ids)
+    rows = {{row.component: row.num_bytes for row in runtime.plan.rows}}
+    print(runtime.plan.total_bytes, rows.get(FILTER_PREFILL, 0), *result.token_ids)
 """
 
 
@@ -142,8 +142,8 @@ def test_what_is_kept_takes_a_row_of_the_plan(tiny: Path) -> None:
     )
     assert planned.code == 0, planned.stderr
     plan = json.loads(planned.stdout)
-    rows = {row["owner"]: row["bytes"] for row in plan["rows"]}
-    assert rows[FIRST_PASS] > 0 and plan["keeps_first_pass"]
+    rows = {row["component"]: row["bytes"] for row in plan["rows"]}
+    assert rows[FILTER_PREFILL] > 0 and plan["cache_filter_pass"]
     words = ("--attention", "gem:k=300,layer=1", "-t", "1", "--memory")
     bound = json.loads(run_lowtide("plan", str(tiny), *words, "60MiB", "--json").stdout)
     prompt = json.dumps(QUESTION)[:1500].encode()
@@ -163,11 +163,11 @@ def test_commands(tiny: Path) -> None:
     assert sum(passage["tokens"] for passage in json.loads(as_json.stdout)["kept"]) == 300
     profiled = run_lowtide("profile", str(tiny), *words, "--json", "-p", asked.decode())
     assert profiled.code == 0, profiled.stderr
-    assert json.loads(profiled.stdout)["heat"]["num_kept"] == 300
+    assert json.loads(profiled.stdout)["retention_map"]["num_kept"] == 300
 
 
 def test_what_a_filter_keeps_is_measured(tiny: Path) -> None:
-    words = ("-c", "640", "-t", "1", "--windows", "2", "--no-needles", "--json", "--attention")
+    words = ("-c", "640", "-t", "1", "--windows", "2", "--no-passkeys", "--json", "--attention")
     told = {}
     for k in (100, 319):
         policy = f"gem:k={k},layer=1,min_prompt=0"
@@ -187,13 +187,13 @@ def test_a_graph_that_keeps_its_own_attention_says_so(tmp_path: Path) -> None:
 @pytest.mark.once
 def test_a_pass_key_is_found_in_what_is_kept(tmp_path: Path, smollm2_spec: ModelSpec) -> None:
     folder = convert(smollm2_spec, tmp_path / "smollm2").folder
-    found = Gem().fitted(read_spec(folder))
+    found = Gem().resolve(read_spec(folder))
     assert found.layer == 7 and "calibrated" in str(found)  # as of the GGUF file
     asked = [{"role": "user", "content": LONG + "What is the secret pass key in the text?"}]
     options = {**OPTIONS, "context": 4096, "attention": Gem(k=400, layer=7)}
     with Runtime.open(folder, **options) as runtime:  # type: ignore[arg-type]
         result = ask(runtime, asked, 24)
         assert "48213" in result.text
-        assert result.stats.prompt_tokens > 1400 and result.stats.kept_tokens == 400
-        passages = runtime.kept_passages()
+        assert result.stats.prompt_tokens > 1400 and result.stats.retained_tokens == 400
+        passages = runtime.retained_spans()
     assert [p for p in passages if "48213" in p.text and p.score > 0.05]

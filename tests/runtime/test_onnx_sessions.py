@@ -116,7 +116,7 @@ def test_the_peak_of_saving_and_loading_is_what_is_reserved(tmp_path: Path, atte
         f"    runtime.session.load({str(tmp_path / 'first')!r})  # code that is read in is no state\n"
         "    runtime._session.forget()\n"
         "    while len(runtime._session.token_ids) < 2048:\n"
-        "        runtime._session.append([7] * runtime._model.max_rows)\n"
+        "        runtime._session.append([7] * runtime._model.batch_size)\n"
         "    before = read().peak_bytes\n"
         f"    path = {str(tmp_path / 'talk')!r}\n"
         "    saved = runtime.session.save(path)\n"

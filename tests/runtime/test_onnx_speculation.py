@@ -15,7 +15,7 @@ from lowtide.memory.plan.line import SPECULATION
 from lowtide.models.convert.convert import convert
 from lowtide.models.fake_model import CHAT_TEMPLATE
 from lowtide.models.spec import ModelSpec
-from lowtide.runtime.speculation.step_cost import PassCosts
+from lowtide.runtime.speculation.step_cost import StepCostModel
 
 OPTIONS = {"memory": "4GiB", "threads": 2, "attention": "dense"}
 TEXT = "one two three four one two three four one two three four one two"
@@ -26,7 +26,7 @@ def eager(runtime: Runtime) -> Runtime:
     """Have everything verified, whatever passes and drafts cost on this machine."""
     speculator = runtime._loaded.speculator
     assert speculator is not None
-    speculator._control.costs = PassCosts(CHEAP, Ticks())
+    speculator._control.costs = StepCostModel(CHEAP, Ticks())
     return runtime
 
 
@@ -45,7 +45,7 @@ def test_answers_are_the_plain_loops_and_so_is_the_cache_after_them(
                 eager(runtime)
             # Of two likely tokens: of all, random weights may repeat nothing that could be drafted.
             result = runtime.generate(TEXT, max_tokens=60, temperature=temperature, top_k=2, seed=7)
-            runtime._session.settle()
+            runtime._session.sync()
             logits = runtime._session.decode((11,)).copy()
             told.append((result.token_ids, result.text, logits))
     stats = result.stats.speculation
@@ -54,7 +54,7 @@ def test_answers_are_the_plain_loops_and_so_is_the_cache_after_them(
         assert told[0][:2] == told[1][:2]
         assert np.array_equal(told[0][2], told[1][2])
     else:
-        assert stats["why_not_identical"].startswith("this machine's products of int4 round")
+        assert stats["nondeterminism"].startswith("this machine's products of int4 round")
 
 
 @pytest.mark.once
@@ -89,7 +89,7 @@ def test_what_cannot_be_promised_is_said(
     with Runtime.open(folder, **{**OPTIONS, **options}, speculate="ngram") as runtime:  # type: ignore[arg-type]
         stats = eager(runtime).generate(TEXT, max_tokens=20, temperature=0).stats.speculation
     assert stats is not None and stats["rounds"] > 0 and not stats["identical"]
-    assert words in stats["why_not_identical"] or "round a row" in stats["why_not_identical"]
+    assert words in stats["nondeterminism"] or "round a row" in stats["nondeterminism"]
 
 
 def test_a_whole_graph_that_leaves_one_row_verifies_nothing_and_says_so(tmp_path: Path) -> None:
@@ -111,11 +111,11 @@ def test_the_peak_stays_inside_the_plan(tmp_path: Path, last_row: bool) -> None:
         f"""
 from lowtide import Runtime
 from lowtide.memory.plan.speculation import CostCurve
-from lowtide.runtime.speculation.step_cost import PassCosts
+from lowtide.runtime.speculation.step_cost import StepCostModel
 options = {{"memory": "1GiB", "threads": 1, "attention": "dense", "speculate": "auto"}}
 with Runtime.open({str(folder)!r}, **options) as runtime:
     cheap = CostCurve(num_rows=(1, 8), seconds=(1.0, 1.1))
-    runtime._loaded.speculator._control.costs = PassCosts(cheap, lambda: 0.0)
+    runtime._loaded.speculator._control.costs = StepCostModel(cheap, lambda: 0.0)
     result = runtime.generate({TEXT!r}, max_tokens=60, temperature=0)
     assert result.stats.speculation["rounds"] > 0, result.stats.speculation
     print(runtime.plan.total_bytes)
@@ -128,5 +128,5 @@ with Runtime.open({str(folder)!r}, **options) as runtime:
 def test_more_rows_are_a_row_of_the_plan(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", SHAPE, last_row=True)
     with Runtime.open(folder, **OPTIONS, speculate="auto:rows=4") as runtime:  # type: ignore[arg-type]
-        owners = {row.owner: row.num_bytes for row in runtime.plan.rows}
-        assert runtime.plan.verified_rows == 4 and owners[SPECULATION] > 3 * 2 * 4 * 320
+        components = {row.component: row.num_bytes for row in runtime.plan.rows}
+        assert runtime.plan.verify_batch == 4 and components[SPECULATION] > 3 * 2 * 4 * 320

@@ -12,7 +12,7 @@ from processes import run_lowtide
 
 from lowtide import Runtime
 from lowtide.models.errors import BadOption
-from lowtide.runtime.errors import NotPacked
+from lowtide.runtime.errors import CannotRepack
 
 BIG = Shape(
     layers=4, width=768, heads=12, kv_heads=4, feed_forward=2048, vocabulary=4096, context=2048
@@ -27,7 +27,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def panels(tmp_path: Path) -> list[Path]:
+def tiles(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "cache").rglob("*.panels"))
 
 
@@ -36,7 +36,7 @@ def test_never_over_its_plan_and_below_the_copies(tmp_path: Path, bits: int) -> 
     """The first run writes the packed weights, in the same process."""
     folder = write_decoder(tmp_path / "big", "gqa", BIG, bits=bits)
     planned = {}
-    for words in (("--attention", "dense"), ("--pack",), ("--pack",)):
+    for words in (("--attention", "dense"), ("--repack",), ("--repack",)):
         done = run_lowtide(
             *("run", str(folder), "--raw", "--json", "-n", "8", "--temp", "0", "-t", "1", *words),
             stdin=TEXT.encode(),
@@ -45,18 +45,18 @@ def test_never_over_its_plan_and_below_the_copies(tmp_path: Path, bits: int) -> 
         stats = json.loads(done.stdout)["stats"]
         assert stats["prompt_tokens"] == len(TEXT) and stats["attention"] == "dense"
         assert done.peak_bytes <= stats["planned_bytes"]
-        assert stats["packed_tensors"] == (29 if words == ("--pack",) else 0)
+        assert stats["repacked_tensors"] == (29 if words == ("--repack",) else 0)
         planned[words] = stats["planned_bytes"]
-    assert planned["--pack",] < planned["--attention", "dense"]
-    assert len(panels(tmp_path)) == 1
+    assert planned["--repack",] < planned["--attention", "dense"]
+    assert len(tiles(tmp_path)) == 1
 
 
 def test_the_lower_bound_runs(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "big", "gqa", BIG, bits=4)
-    words = ("--pack", "-t", "1", "--memory")
+    words = ("--repack", "-t", "1", "--memory")
     asked = run_lowtide("plan", str(folder), *words, "60MiB", "--json")
     bound = json.loads(asked.stdout)["lower_bound_bytes"]
-    assert not panels(tmp_path), "a plan writes nothing"
+    assert not tiles(tmp_path), "a plan writes nothing"
     for _ in ("packing", "packed"):
         done = run_lowtide(
             *("run", str(folder), "--raw", "-n", "4", *words, str(bound)), stdin=TEXT[:400].encode()
@@ -80,10 +80,10 @@ def test_it_goes_with_what_else_there_is(tmp_path: Path, options: dict[str, Any]
     folder = write_decoder(tmp_path / "tiny", "gqa", SMALL, bits=4)
     found = []
     for more in ({}, options):
-        wanted = {"memory": "2GiB", "threads": 1, "pack": True, **more}
+        wanted = {"memory": "2GiB", "threads": 1, "repack": True, **more}
         with Runtime.open(folder, **wanted) as runtime:
             result = runtime.generate(TEXT[:300], **GREEDY)
-            assert result.stats.packed_tensors == 29
+            assert result.stats.repacked_tensors == 29
             found.append(result.token_ids)
             again = runtime.generate(TEXT[:200], **GREEDY)
             assert again.stats.reused_tokens > 100
@@ -93,23 +93,23 @@ def test_it_goes_with_what_else_there_is(tmp_path: Path, options: dict[str, Any]
 def test_gem_reads_its_first_pass_from_the_same_weights(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", SMALL, bits=4)
     policy = "gem:k=80,layer=2,continues=1"
-    with Runtime.open(folder, memory="2GiB", threads=1, pack=True, attention=policy) as runtime:
+    with Runtime.open(folder, memory="2GiB", threads=1, repack=True, attention=policy) as runtime:
         first = runtime.generate(TEXT[:300], **GREEDY)
         assert runtime.generate(TEXT[:300], **GREEDY).token_ids == first.token_ids
 
 
 def test_models_pack_writes_what_pack_reads(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", SMALL, bits=4)
-    done = run_lowtide("models", "pack", str(folder))
+    done = run_lowtide("models", "repack", str(folder))
     assert done.code == 0 and "29 matrices are packed" in done.stderr
-    (path,) = panels(tmp_path)
+    (path,) = tiles(tmp_path)
     assert done.stdout.split()[-1] == str(path)
     written = path.stat().st_mtime_ns
-    with Runtime.open(folder, memory="2GiB", threads=1, pack=True) as runtime:
+    with Runtime.open(folder, memory="2GiB", threads=1, repack=True) as runtime:
         assert runtime.generate(TEXT[:50], **GREEDY).token_ids
     assert path.stat().st_mtime_ns == written
     path.write_bytes(path.read_bytes()[:-64])
-    with Runtime.open(folder, memory="2GiB", threads=1, pack=True) as runtime:
+    with Runtime.open(folder, memory="2GiB", threads=1, repack=True) as runtime:
         assert runtime.generate(TEXT[:50], **GREEDY).token_ids
     assert path.stat().st_mtime_ns != written, "a damaged file is made again"
 
@@ -117,8 +117,8 @@ def test_models_pack_writes_what_pack_reads(tmp_path: Path) -> None:
 def test_other_weights_have_another_file(tmp_path: Path) -> None:
     for bits in (4, 8):
         folder = write_decoder(tmp_path / str(bits), "gqa", SMALL, bits=bits)
-        Runtime.open(folder, memory="2GiB", threads=1, pack=True).close()
-    assert len(panels(tmp_path)) == 2
+        Runtime.open(folder, memory="2GiB", threads=1, repack=True).close()
+    assert len(tiles(tmp_path)) == 2
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_what_cannot_be_packed_is_told_before_loading(
 ) -> None:
     folder = write_decoder(tmp_path / "tiny", form, SMALL, **written)
     with pytest.raises(BadOption, match=told):
-        Runtime.open(folder, memory="2GiB", pack=True, **options)
+        Runtime.open(folder, memory="2GiB", repack=True, **options)
 
 
 def test_a_cache_folder_that_cannot_be_written(
@@ -144,5 +144,7 @@ def test_a_cache_folder_that_cannot_be_written(
     folder = write_decoder(tmp_path / "tiny", "gqa", SMALL, bits=4)
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(NotPacked, match="cannot be written to .*: make room, or leave --pack out"):
-        Runtime.open(folder, memory="2GiB", pack=True)
+    with pytest.raises(
+        CannotRepack, match="cannot be written to .*: make room, or leave --repack out"
+    ):
+        Runtime.open(folder, memory="2GiB", repack=True)

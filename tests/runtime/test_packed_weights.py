@@ -18,11 +18,11 @@ from lowtide import Runtime
 from lowtide.memory.units import MIB
 from lowtide.models.errors import BadModelFile, BadOption
 from lowtide.models.gguf.spec import read_spec
-from lowtide.runtime.errors import NotPacked
+from lowtide.runtime.errors import CannotRepack
 from lowtide.runtime.generation.generate import GenerationResult
-from lowtide.runtime.loading.load import LoadedModel
-from lowtide.runtime.loading.repack import packed_copy, packed_path
-from lowtide.runtime.planning.plan import OpenOptions, plan_reference
+from lowtide.runtime.loading.load import Engine
+from lowtide.runtime.loading.repack import repacked_copy, repacked_path
+from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 
 FORMATS = [name for name in FILE_TYPES if name != "F32"]
 PROGRAM = "from lowtide.cli.main import run; run()"
@@ -44,20 +44,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: requantised(source, folder / f"{name}.gguf", name) for name in FORMATS}
 
 
-def logits(path: Path, *, pack: bool, **options: Any) -> np.ndarray:
+def logits(path: Path, *, repack: bool, **options: Any) -> np.ndarray:
     """Logits after the prompt, in passes of 32 and 38 rows, and after another token; (2, vocabulary)."""
-    loaded = LoadedModel(
-        plan_reference(path, OpenOptions(pack=pack, memory="2GiB", threads=2, **options))
+    loaded = Engine(
+        plan_reference(path, LoadConfig(repack=repack, memory="2GiB", threads=2, **options))
     )
     try:
         model = loaded.model
         model.forward(PROMPT[:32])
         rows = [model.forward(some).copy() for some in (PROMPT[32:], (9,))]
-        facts = loaded.run_facts()
-        assert bool(facts.packed_tensors) == pack and facts.unpacked_reason is None
-        if pack:
+        facts = loaded.generation_context()
+        assert bool(facts.repacked_tensors) == repack and facts.not_repacked_reason is None
+        if repack:
             counts = loaded._callback.counts()  # type: ignore[union-attr]
-            assert counts.products_packed > 0 and counts.packed_refused == 0
+            assert counts.matmuls_repacked > 0 and counts.repacked_refused == 0
         return np.stack(rows)
     finally:
         loaded.close()
@@ -68,20 +68,20 @@ def test_logits_are_no_farther_from_exact_ones_than_llamas(
     name: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
     """Against the same weights in float32; both round rows to 8 bits, of F16 and BF16 llama.cpp alone."""
-    exact = logits(requantised(models[name], tmp_path / "F32.gguf", "F32"), pack=False)
-    llamas, ours = (logits(models[name], pack=pack) - exact for pack in (False, True))
+    exact = logits(requantised(models[name], tmp_path / "F32.gguf", "F32"), repack=False)
+    llamas, ours = (logits(models[name], repack=repack) - exact for repack in (False, True))
     assert 0 < np.sqrt((ours**2).mean()) < 1.25 * np.sqrt((llamas**2).mean())
     assert np.sqrt((ours**2).mean()) < 0.03 * exact.std()
 
 
 @pytest.mark.parametrize("name", ["Q4_1", "F16", "BF16"])
 def test_passes_and_threads_change_nothing(name: str, models: dict[str, Path]) -> None:
-    expected = logits(models[name], pack=True, attention="dense")
+    expected = logits(models[name], repack=True, attention="dense")
     for threads in (1, 2):
-        loaded = LoadedModel(
+        loaded = Engine(
             plan_reference(
                 models[name],
-                OpenOptions(pack=True, memory="2GiB", threads=threads, attention="dense"),
+                LoadConfig(repack=True, memory="2GiB", threads=threads, attention="dense"),
             )
         )
         try:
@@ -97,7 +97,7 @@ def test_rows_are_shared_by_matrices_of_a_kind_alone(tmp_path: Path) -> None:
     mixed = write_model(
         tmp_path / "m.gguf", quantised="Q4_0", halves=("attn_q", "attn_v", "ffn_up")
     )
-    llamas, ours = (logits(mixed, pack=pack) for pack in (False, True))
+    llamas, ours = (logits(mixed, repack=repack) for repack in (False, True))
     assert 0 < np.abs(ours - llamas).max() < 0.05 * llamas.std()
 
 
@@ -120,11 +120,11 @@ with Runtime.open({str(models["Q4_1"])!r}, **options) as runtime:
 
 
 def test_the_default_model_answers(smollm2: Path) -> None:
-    with Runtime.open(smollm2, memory="1GiB", context=512, pack=True, threads=1) as runtime:
+    with Runtime.open(smollm2, memory="1GiB", context=512, repack=True, threads=1) as runtime:
         messages = [{"role": "user", "content": "Why is the sea salty?"}]
         result = GenerationResult.of(runtime.chat(messages, max_tokens=12, temperature=0))
     assert result.text.startswith("The sea is salty because")
-    assert result.stats.packed_tensors == 211 and result.stats.unpacked_reason is None
+    assert result.stats.repacked_tensors == 211 and result.stats.not_repacked_reason is None
 
 
 def test_a_budget_below_the_file_streams_packed_weights(smollm2: Path, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_budget_below_the_file_streams_packed_weights(smollm2: Path, tmp_path:
         "512",
         "-t",
         "2",
-        "--pack",
+        "--repack",
     )
     kept = run_lowtide("run", str(smollm2), "--memory", "1GiB", *options)
     streamed = run_lowtide("run", str(smollm2), "--memory", "105MiB", *options)
@@ -155,24 +155,24 @@ def test_a_budget_below_the_file_streams_packed_weights(smollm2: Path, tmp_path:
 
 def test_a_copy_is_made_once_and_made_again_where_it_is_not_sound(models: dict[str, Path]) -> None:
     spec = read_spec(models["Q4_0"])
-    packed = packed_copy(spec)
+    packed = repacked_copy(spec)
     made = packed.path.stat()
     assert (packed.name, packed.fingerprint) == (spec.name, spec.fingerprint)
-    assert packed_copy(spec).path.stat().st_ino == made.st_ino
+    assert repacked_copy(spec).path.stat().st_ino == made.st_ino
     whole = packed.path.read_bytes()
     for broken in (whole[:-1], whole[:100], b"", whole[:-200] + bytes(200)):
         packed.path.write_bytes(broken)
-        assert packed_copy(spec).path.read_bytes() == whole
-    foreign = packed_copy(read_spec(models["Q4_1"]))
+        assert repacked_copy(spec).path.read_bytes() == whole
+    foreign = repacked_copy(read_spec(models["Q4_1"]))
     os.replace(foreign.path, packed.path)
-    assert packed_copy(spec).path.read_bytes() == whole
+    assert repacked_copy(spec).path.read_bytes() == whole
 
 
 def test_a_copy_is_not_opened_as_a_model(models: dict[str, Path]) -> None:
     """llama.cpp would take its bytes for its own layout."""
-    path = packed_copy(read_spec(models["Q4_0"])).path
-    for options in ({"attention": "dense"}, {"pack": True}, {"gpu_layers": 1}):
-        with pytest.raises(BadModelFile, match="is a packed copy, which --pack finds by itself"):
+    path = repacked_copy(read_spec(models["Q4_0"])).path
+    for options in ({"attention": "dense"}, {"repack": True}, {"gpu_layers": 1}):
+        with pytest.raises(BadModelFile, match="is a packed copy, which --repack finds by itself"):
             Runtime.open(path, memory="1GiB", **options)  # type: ignore[arg-type]
     with pytest.raises(BadModelFile, match="is a packed copy"):
         Runtime.open(models["Q4_0"], memory="1GiB", speculate=str(path))
@@ -180,18 +180,18 @@ def test_a_copy_is_not_opened_as_a_model(models: dict[str, Path]) -> None:
 
 def test_a_changed_model_has_another_copy(tmp_path: Path) -> None:
     path = write_model(tmp_path / "m.gguf", quantised="Q4_0")
-    first = packed_copy(read_spec(path)).path
+    first = repacked_copy(read_spec(path)).path
     write_model(path, quantised="Q4_0", vocabulary=336)
-    assert packed_copy(read_spec(path)).path != first
+    assert repacked_copy(read_spec(path)).path != first
 
 
 def test_parts_keep_their_numbers() -> None:
-    assert packed_path(Path("m-00002-of-00003.gguf"), "abc").name == "abc-00002-of-00003.gguf"
-    assert packed_path(Path("m.gguf"), "abc").name == "abc.gguf"
+    assert repacked_path(Path("m-00002-of-00003.gguf"), "abc").name == "abc-00002-of-00003.gguf"
+    assert repacked_path(Path("m.gguf"), "abc").name == "abc.gguf"
 
 
 def test_two_processes_pack_the_same_model(models: dict[str, Path]) -> None:
-    commands = [[sys.executable, "-c", PROGRAM, "models", "pack", str(models["Q4_1"])]] * 2
+    commands = [[sys.executable, "-c", PROGRAM, "models", "repack", str(models["Q4_1"])]] * 2
     running = [subprocess.Popen(c, stdout=subprocess.PIPE, text=True) for c in commands]
     paths = {process.communicate(timeout=60)[0].strip() for process in running}
     assert len(paths) == 1
@@ -201,19 +201,19 @@ def test_two_processes_pack_the_same_model(models: dict[str, Path]) -> None:
 
 def test_what_cannot_be_packed_runs_and_says_why(tmp_path: Path, models: dict[str, Path]) -> None:
     plain = write_model(tmp_path / "m.gguf")
-    with pytest.raises(NotPacked, match="none of the matrices"):
-        packed_copy(read_spec(plain))
-    with Runtime.open(plain, memory="1GiB", pack=True) as runtime:
+    with pytest.raises(CannotRepack, match="none of the matrices"):
+        repacked_copy(read_spec(plain))
+    with Runtime.open(plain, memory="1GiB", repack=True) as runtime:
         assert "none of the matrices" in str(
-            runtime.generate("a", max_tokens=2).stats.unpacked_reason
+            runtime.generate("a", max_tokens=2).stats.not_repacked_reason
         )
     cache = tmp_path / "cache"
     cache.write_text("a file where a folder is wanted")
-    with Runtime.open(models["Q4_0"], memory="1GiB", pack=True) as runtime:
+    with Runtime.open(models["Q4_0"], memory="1GiB", repack=True) as runtime:
         stats = runtime.generate("a", max_tokens=2).stats
-    assert stats.packed_tensors == 0 and "cannot be written" in str(stats.unpacked_reason)
+    assert stats.repacked_tensors == 0 and "cannot be written" in str(stats.not_repacked_reason)
 
 
 def test_packing_and_gpus_exclude_each_other() -> None:
     with pytest.raises(BadOption, match="pack is for products on the processor"):
-        OpenOptions(pack=True, gpu_layers=3)
+        LoadConfig(repack=True, gpu_layers=3)

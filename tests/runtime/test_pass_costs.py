@@ -11,18 +11,18 @@ import pytest
 
 from lowtide import FakeModel
 from lowtide.memory.plan.speculation import CostCurve
-from lowtide.runtime.speculation.step_cost import PassCosts, measured_passes
+from lowtide.runtime.speculation.step_cost import StepCostModel, benchmark_steps
 
 
 def test_they_are_measured_once_for_each_key(tmp_path: Path) -> None:
     model = FakeModel()
-    first = measured_passes(model, 8, "this machine")
+    first = benchmark_steps(model, 8, "this machine")
     assert first.costs.num_rows == (1, 2, 4, 8) and min(first.costs.seconds) > 0
     assert first.rows_agree and model.num_tokens == 0
     num_passes = len(model.rows)
-    assert measured_passes(model, 8, "this machine") == first
+    assert benchmark_steps(model, 8, "this machine") == first
     assert len(model.rows) == num_passes
-    measured_passes(model, 8, "another machine")
+    benchmark_steps(model, 8, "another machine")
     assert len(model.rows) > num_passes
 
 
@@ -32,12 +32,12 @@ def test_they_are_measured_once_for_each_key(tmp_path: Path) -> None:
 )
 def test_a_file_that_is_odd_is_measured_again(tmp_path: Path, broken: str) -> None:
     model = FakeModel()
-    measured_passes(model, 8, "key")
+    benchmark_steps(model, 8, "key")
     (path,) = (tmp_path / "calibrations").glob("pass-costs-*.json")
     whole = json.loads(path.read_text())
     path.write_text(broken)
     num_passes = len(model.rows)
-    assert measured_passes(model, 8, "key").costs.num_rows == tuple(whole["num_rows"])
+    assert benchmark_steps(model, 8, "key").costs.num_rows == tuple(whole["num_rows"])
     assert len(model.rows) > num_passes
 
 
@@ -45,7 +45,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "calibrations").write_text("a file")
-    assert measured_passes(FakeModel(), 4, "key").costs.num_rows == (1, 2, 4)
+    assert benchmark_steps(FakeModel(), 4, "key").costs.num_rows == (1, 2, 4)
 
 
 def test_rows_that_depend_on_their_batch_are_found_out() -> None:
@@ -54,13 +54,13 @@ def test_rows_that_depend_on_their_batch_are_found_out() -> None:
             rows = super().forward_rows(token_ids)
             return np.nextafter(rows, np.float32(np.inf)) if len(token_ids) > 3 else rows
 
-    assert not measured_passes(Rounding(), 8, "key").rows_agree
-    assert measured_passes(Rounding(), 3, "key").rows_agree
+    assert not benchmark_steps(Rounding(), 8, "key").rows_agree
+    assert benchmark_steps(Rounding(), 3, "key").rows_agree
 
 
 def test_passes_that_verify_nothing_tell_the_pace_of_all() -> None:
     curve = CostCurve(num_rows=(1, 8, 16), seconds=(1.0, 4.0, 8.0))
-    costs = PassCosts(curve)
+    costs = StepCostModel(curve)
     for _ in range(60):
         costs.observe(8, 2.0, plain_rows=8)
     assert costs.of(8) == pytest.approx(2.0, rel=0.01)

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from lowtide import FakeModel, GenerationResult, Runtime
 from lowtide.memory.budget import Ledger
-from lowtide.memory.plan.kv_reservation import KvGrowth
+from lowtide.memory.plan.kv_reservation import KVReservation
 from lowtide.memory.plan.line import PREFIXES
 from lowtide.memory.units import KIB, MIB, BadSize, OverBudget
-from lowtide.models.errors import BadOption, StateError
+from lowtide.models.errors import BadOption, SnapshotError
 from lowtide.runtime.kv.prefix_cache import PrefixCache, kept_bytes
-from lowtide.runtime.kv.session import Session
-from lowtide.runtime.planning.plan import OpenOptions
+from lowtide.runtime.kv.session import KVSession
+from lowtide.runtime.planning.plan import LoadConfig
 from lowtide.runtime.sessions import store as session_store
 
 IDS = st.lists(st.integers(0, 3), min_size=1, max_size=40)
@@ -51,10 +51,10 @@ def test_whatever_was_read_before_the_logits_are_those_of_starting_over(
 ) -> None:
     """And what is kept never passes the limit, nor lacks a token."""
     model, cache = FakeModel(context=64), PrefixCache(limit_bytes)
-    session = Session(model, prefixes=cache)
+    session = KVSession(model, prefixes=cache)
     for token_ids in prompts:
         restored = session.restore(token_ids)
-        reused = session.rewind_to(token_ids)
+        reused = session.truncate_to_prefix(token_ids)
         assert reused < len(token_ids) and session.token_ids == token_ids[:reused]
         assert not restored or reused > 0
         logits = session.append(token_ids[reused:])
@@ -99,7 +99,7 @@ def test_the_least_recently_used_goes_first() -> None:
 def test_a_state_that_does_not_fit_is_not_kept_and_costs_no_other() -> None:
     cache = PrefixCache(ONE)
     keep(cache, prompt(1))
-    model = FakeModel(context=4096, max_rows=4096)
+    model = FakeModel(context=4096, batch_size=4096)
     model.forward(prompt(11, 4000))
     cache.keep(model, prompt(11, 4000), 4000)
     cache.keep(holding(prompt(21)), prompt(21), 40, besides=cache._states[0])
@@ -128,8 +128,8 @@ def test_without_memory_or_where_native_code_fails_nothing_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Failing(FakeModel):
-        def copy_state(self, into: memoryview) -> None:
-            raise StateError("no")
+        def copy_kv(self, into: memoryview) -> None:
+            raise SnapshotError("no")
 
     cache, model = PrefixCache(MIB), Failing(context=64)
     model.forward(prompt(1))
@@ -146,32 +146,32 @@ def test_without_memory_or_where_native_code_fails_nothing_is_kept(
 
 def test_a_state_that_cannot_be_put_back_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model, cache = FakeModel(context=64), PrefixCache(MIB)
-    session = Session(model, prefixes=cache)
+    session = KVSession(model, prefixes=cache)
     for token_ids in (prompt(1), prompt(11)):
         session.restore(token_ids)
-        session.rewind_to(token_ids)
+        session.truncate_to_prefix(token_ids)
         session.append(token_ids)
 
     def failing(_state: memoryview, _num_tokens: int) -> None:
         model.truncate(0)
-        raise StateError("no")
+        raise SnapshotError("no")
 
     with monkeypatch.context() as patch:
-        patch.setattr(model, "put_state", failing)
+        patch.setattr(model, "put_kv", failing)
         assert not session.restore(prompt(1))
-    assert session.token_ids == [] and session.rewind_to(prompt(1)) == 0
+    assert session.token_ids == [] and session.truncate_to_prefix(prompt(1)) == 0
     session.append(prompt(1))
     assert session.restore(prompt(11))  # the other one is as it was
 
 
 def test_a_state_that_the_budget_has_no_room_for_stays_where_it_is() -> None:
     ledger = Ledger(100)
-    growth = KvGrowth(ledger, 10, lambda num_tokens: num_tokens)
+    growth = KVReservation(ledger, 10, lambda num_tokens: num_tokens)
     growth.admit(40)
-    session = Session(FakeModel(context=64), growth=growth, prefixes=PrefixCache(MIB))
+    session = KVSession(FakeModel(context=64), growth=growth, prefixes=PrefixCache(MIB))
     session.append(prompt(1))
     session.restore(prompt(11, 5))
-    session.rewind_to(prompt(11, 5))
+    session.truncate_to_prefix(prompt(11, 5))
     ledger.reserve("another", 70)
     with pytest.raises(OverBudget):
         session.admit(40)
@@ -181,11 +181,11 @@ def test_a_state_that_the_budget_has_no_room_for_stays_where_it_is() -> None:
 
 
 def test_exactness_comes_back_with_the_state() -> None:
-    session = Session(FakeModel(context=64), prefixes=PrefixCache(MIB))
+    session = KVSession(FakeModel(context=64), prefixes=PrefixCache(MIB))
     session.append(prompt(1, 20))
     session.decode([3])
     session.restore(prompt(11))
-    session.rewind_to(prompt(11))
+    session.truncate_to_prefix(prompt(11))
     session.append(prompt(11))
     assert session.exact_until == 40
     assert session.restore([*prompt(1, 20), 3, 4])
@@ -224,9 +224,9 @@ def test_going_back_to_a_prompt_reads_one_token_and_says_where_the_rest_came_fro
 
 def test_it_is_off_unless_asked_for() -> None:
     runtime = Runtime.open(FakeModel(), memory="8GiB")
-    assert PREFIXES not in runtime.ledger.owners
-    assert all(row.owner != PREFIXES for row in runtime.plan.rows)
-    assert opened("64KiB").ledger.owners[PREFIXES] == 64 * KIB
+    assert PREFIXES not in runtime.ledger.components
+    assert all(row.component != PREFIXES for row in runtime.plan.rows)
+    assert opened("64KiB").ledger.components[PREFIXES] == 64 * KIB
 
 
 @pytest.mark.parametrize("level", ["moderate", "complete"])
@@ -238,7 +238,7 @@ def test_a_trim_gives_it_back_and_background_does_not(level: str) -> None:
     runtime.trim("background")
     assert cache.num_bytes > 0
     runtime.trim(level)
-    assert cache.num_bytes == 0 and runtime.ledger.owners[PREFIXES] == MIB
+    assert cache.num_bytes == 0 and runtime.ledger.components[PREFIXES] == MIB
     for text, restored in ((FIRST, False), (SECOND, level == "moderate"), (FIRST, True)):
         assert (ask(runtime, text).stats.restored_tokens > 0) is restored
 
@@ -279,9 +279,9 @@ def test_a_session_file_may_take_its_room(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(
         session_store, "session_bytes", lambda *_: free_bytes + MIB // 2 + idle_bytes
     )
-    before = runtime.ledger.owners
+    before = runtime.ledger.components
     assert runtime.session.save(tmp_path / "talk").num_tokens > 0
-    assert runtime._loaded.prefixes.num_bytes == 0 and runtime.ledger.owners == before
+    assert runtime._loaded.prefixes.num_bytes == 0 and runtime.ledger.components == before
     assert ask(runtime, SECOND).stats.reused_tokens > 100
 
 
@@ -291,13 +291,13 @@ def test_wrong_sizes_are_a_sentence() -> None:
             BadSize, match=f"a prefix cache of '{wrong}' cannot be made: write a size"
         ):
             Runtime.open(FakeModel(), prefix_cache=wrong)
-    assert OpenOptions(prefix_cache="0").prefix_bytes == OpenOptions().prefix_bytes == 0
-    assert OpenOptions(prefix_cache=" 2MiB").prefix_bytes == 2 * MIB
+    assert LoadConfig(prefix_cache="0").prefix_bytes == LoadConfig().prefix_bytes == 0
+    assert LoadConfig(prefix_cache=" 2MiB").prefix_bytes == 2 * MIB
 
 
 def test_a_model_of_ones_own_that_copies_nothing_is_told() -> None:
     model = FakeModel()
-    model.copies_state = False  # type: ignore[misc]
+    model.supports_copy = False  # type: ignore[misc]
     with pytest.raises(BadOption, match="of 1.0 MiB is wanted, fake cannot copy its KV cache"):
         Runtime.open(model, memory="8GiB", prefix_cache="1MiB")
     assert Runtime.open(model, memory="8GiB").plan.fits

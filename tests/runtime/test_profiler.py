@@ -63,10 +63,10 @@ def test_phases_sum_up_to_the_run_also_where_spans_lie_in_each_other() -> None:
 def test_measured_rows_are_the_plans_and_sum_up_to_the_resident_set() -> None:
     profiler, _ = profiled_fake()
     report = profiler.report()
-    owners = [row.owner for row in report.plan.rows]
-    assert [row.owner for row in report.measured] == [*owners, "other"]
+    components = [row.component for row in report.plan.rows]
+    assert [row.component for row in report.measured] == [*components, "other"]
     assert sum(row.num_bytes or 0 for row in report.measured) == report.resident_bytes
-    unknown = {row.owner for row in report.measured if row.num_bytes is None}
+    unknown = {row.component for row in report.measured if row.num_bytes is None}
     assert unknown == {"loading", "profiler", "reserve"}
     assert all(row.how for row in report.measured)
     assert report.layers == ()
@@ -131,9 +131,9 @@ with Runtime.open("smollm2", memory="1GiB", profiler=profiler, **options) as run
     samples = profiler.timeline.samples
     last = samples[-1]
 told = profiler.report().to_dict()
-told["last"] = last.owners
+told["last"] = last.components
 told["tokens"] = max(sample.num_tokens for sample in samples)
-told["sums"] = all(sum(s.owners.values()) == s.resident_bytes for s in samples)
+told["sums"] = all(sum(s.components.values()) == s.resident_bytes for s in samples)
 told["answer"] = answers[0].token_ids
 told["timed"] = profiler.report().num_timed_passes
 print(json.dumps(told))
@@ -155,8 +155,8 @@ def plain() -> dict[str, object]:
 
 def test_bytes_of_a_real_model(plain: dict[str, object], smollm2: Path) -> None:
     """Each owner against what is known of it in another way."""
-    rows = {row["owner"]: row["bytes"] for row in plain["measured"]}  # type: ignore[attr-defined]
-    planned = {row["owner"]: row["bytes"] for row in plain["plan"]["rows"]}  # type: ignore[index]
+    rows = {row["component"]: row["bytes"] for row in plain["measured"]}  # type: ignore[attr-defined]
+    planned = {row["component"]: row["bytes"] for row in plain["plan"]["rows"]}  # type: ignore[index]
     assert plain["sums"]
     assert sum(value or 0 for value in rows.values()) == plain["resident_bytes"]
     assert plain["resident_bytes"] <= plain["peak_rss_bytes"]  # type: ignore[operator]
@@ -190,7 +190,7 @@ def test_our_attention_by_layer_and_its_scratch() -> None:
     for layer in told["layers"][:-1]:  # type: ignore[index]
         assert 0 < layer["decode_attention_s"] < layer["decode_pass_s"]
         assert 0 < layer["prefill_attention_s"] < layer["prefill_pass_s"]
-    rows = {row["owner"]: row["bytes"] for row in told["measured"]}  # type: ignore[attr-defined]
+    rows = {row["component"]: row["bytes"] for row in told["measured"]}  # type: ignore[attr-defined]
     assert 0 < rows["attention scratch"] <= told["plan"]["rows"][5]["bytes"]  # type: ignore[index]
 
 
@@ -215,7 +215,7 @@ def test_a_llama_cpp_that_cannot_be_hooked_has_no_layers(
     def refused(_threads: int) -> None:
         raise LowtideError("laid out in another way")
 
-    monkeypatch.setattr("lowtide.runtime.loading.load.GraphHook", refused)
+    monkeypatch.setattr("lowtide.runtime.loading.load.LlamaHook", refused)
     profiler = Profiler()
     with Runtime.open(smollm2, memory="8GiB", context=512, profiler=profiler) as runtime:
         runtime.generate("The tide", max_tokens=2)
@@ -232,8 +232,8 @@ def test_a_full_timeline_stays_inside_its_row_of_the_plan() -> None:
     for i in range(MAX_SPANS + 10):
         timeline.add_span(Span("decode pass", 10**12 + i, 2 * 10**12 + i, 1, 1))
     for i in range(MAX_SAMPLES - 1):
-        owners = {f"owner {n}": 10**9 + n * i for n in range(10)}
-        timeline.add_sample(MemorySample(10**12 + i, 10**9 + i, owners, 1000 + i))
+        components = {f"owner {n}": 10**9 + n * i for n in range(10)}
+        timeline.add_sample(MemorySample(10**12 + i, 10**9 + i, components, 1000 + i))
         times = tuple(10**6 * i + n for n in range(num_layers))
         timeline.add_pass(LayerPass("decode pass", 10**12 + i, 2 * 10**12 + i, times, times[::-1]))
     taken, _ = tracemalloc.get_traced_memory()

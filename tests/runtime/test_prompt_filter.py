@@ -10,8 +10,8 @@ import pytest
 from processes import run_lowtide, run_python
 
 from lowtide import Gem, GenerationResult, Profiler, Runtime
-from lowtide.memory.os.kv_pages import can_leave_untouched
-from lowtide.memory.plan.line import COMPUTE, FIRST_PASS
+from lowtide.memory.os.kv_pages import can_use_demand_zero
+from lowtide.memory.plan.line import COMPUTE, FILTER_PREFILL
 from lowtide.memory.units import MIB
 from lowtide.models.errors import BadOption
 from lowtide.runtime.profiling.export import profile_page
@@ -35,9 +35,9 @@ def ask(runtime: Runtime, messages: list[dict[str, str]], num_tokens: int = 24) 
 def test_a_pass_key_is_found_in_what_is_kept(runtime: Runtime) -> None:
     result = ask(runtime, QUESTION)
     assert "48213" in result.text
-    assert result.stats.prompt_tokens > 1400 and result.stats.kept_tokens == 400
+    assert result.stats.prompt_tokens > 1400 and result.stats.retained_tokens == 400
     assert len(runtime._session.token_ids) < 400 + 24
-    passages = runtime.kept_passages()
+    passages = runtime.retained_spans()
     assert sum(passage.tokens for passage in passages) == 400
     assert [p for p in passages if "48213" in p.text and p.score > 0.05]
     assert "secret pass key in the text?" in passages[-1].text
@@ -49,10 +49,10 @@ def test_every_question_filters_the_whole_conversation_again(runtime: Runtime) -
     again.append({"role": "user", "content": "How many crates did Boat 3 leave with?"})
     second = ask(runtime, again)
     assert second.stats.prompt_tokens > first.stats.prompt_tokens
-    assert second.stats.kept_tokens == 400
-    assert [p for p in runtime.kept_passages() if "Boat 3 left" in p.text]
+    assert second.stats.retained_tokens == 400
+    assert [p for p in runtime.retained_spans() if "Boat 3 left" in p.text]
     short = ask(runtime, [{"role": "user", "content": "What floats?"}])
-    assert short.stats.kept_tokens == short.stats.prompt_tokens
+    assert short.stats.retained_tokens == short.stats.prompt_tokens
 
 
 def test_a_k_beyond_the_prompt_is_the_whole_prompt(smollm2: Path) -> None:
@@ -91,10 +91,10 @@ ANOTHER = [{"role": "user", "content": TEXT + "How many crates did Boat 3 leave 
 def test_another_question_on_the_same_text_reads_its_own_rows_alone(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert runtime.plan.keeps_first_pass and runtime._loaded.prompt_filter is not None
+    assert runtime.plan.cache_filter_pass and runtime._loaded.prompt_filter is not None
     reader = runtime._loaded.prompt_filter._reader
     runtime.trim("moderate")
-    fresh = ask(runtime, ANOTHER), runtime.kept_passages()
+    fresh = ask(runtime, ANOTHER), runtime.retained_spans()
     runtime.trim("moderate")
     assert reader.num_tokens == 0
     ask(runtime, QUESTION)
@@ -106,7 +106,7 @@ def test_another_question_on_the_same_text_reads_its_own_rows_alone(
         return forward(token_ids)
 
     monkeypatch.setattr(reader, "forward", counted)
-    again = ask(runtime, ANOTHER), runtime.kept_passages()
+    again = ask(runtime, ANOTHER), runtime.retained_spans()
     assert sum(rows) < 64 < read
     assert again[0].token_ids == fresh[0].token_ids and again[1] == fresh[1]
 
@@ -114,7 +114,7 @@ def test_another_question_on_the_same_text_reads_its_own_rows_alone(
 def test_an_answer_explains_what_was_kept(runtime: Runtime, smollm2: Path) -> None:
     pieces = list(runtime.chat(QUESTION, max_tokens=3, temperature=0, explain=True))
     assert [bool(piece.kept) for piece in pieces] == [False, False, True]
-    assert list(pieces[-1].kept) == runtime.kept_passages()
+    assert list(pieces[-1].kept) == runtime.retained_spans()
     assert not ask(runtime, QUESTION).kept
     with (
         Runtime.open(smollm2, memory="2GiB", context=512) as other,
@@ -130,21 +130,29 @@ def test_a_profile_shows_where_the_kept_tokens_lie(smollm2: Path) -> None:
         smollm2, memory="2GiB", context=4096, attention=attention, profiler=profiler
     ) as opened:
         ask(opened, QUESTION, 2)
-        passages = tuple(opened.kept_passages())
+        passages = tuple(opened.retained_spans())
     report = profiler.report()
-    heat = report.heat
-    assert heat is not None and heat.num_kept == 400 and heat.passages == passages
-    assert len(heat.scores) == len(heat.kept) == -(-heat.num_tokens // heat.bin_tokens)
-    sizes = [heat.bin_tokens] * (len(heat.kept) - 1)
-    sizes.append(heat.num_tokens - sum(sizes))
-    assert sum(s * k for s, k in zip(sizes, heat.kept, strict=True)) == pytest.approx(400)
-    assert json.loads(json.dumps(report.to_dict()))["heat"]["num_kept"] == 400
-    measured = {row.owner: row.num_bytes for row in report.measured}
+    retention_map = report.retention_map
+    assert (
+        retention_map is not None
+        and retention_map.num_kept == 400
+        and retention_map.passages == passages
+    )
+    assert (
+        len(retention_map.scores)
+        == len(retention_map.kept)
+        == -(-retention_map.num_tokens // retention_map.bin_tokens)
+    )
+    sizes = [retention_map.bin_tokens] * (len(retention_map.kept) - 1)
+    sizes.append(retention_map.num_tokens - sum(sizes))
+    assert sum(s * k for s, k in zip(sizes, retention_map.kept, strict=True)) == pytest.approx(400)
+    assert json.loads(json.dumps(report.to_dict()))["retention_map"]["num_kept"] == 400
+    measured = {row.component: row.num_bytes for row in report.measured}
     assert (measured[COMPUTE] or 0) > 0
     assert (
         0
-        < (measured[FIRST_PASS] or 0)
-        < next(row.num_bytes for row in report.plan.rows if row.owner == FIRST_PASS)
+        < (measured[FILTER_PREFILL] or 0)
+        < next(row.num_bytes for row in report.plan.rows if row.component == FILTER_PREFILL)
     )
     page = profile_page(report)
     assert "What was kept of the last prompt" in page and "Remember it: 48213" in page
@@ -165,12 +173,12 @@ with Runtime.open({path!r}, memory={memory}, context=4096, threads=1, attention=
     for _ in range(2):
         result = GenerationResult.of(runtime.chat(message, max_tokens=4, temperature=0))
     held = runtime._loaded.prompt_filter._reader.num_tokens if runtime._loaded.prompt_filter else 0
-    print(runtime.plan.keeps_first_pass, runtime.plan.total_bytes, held, *result.token_ids)
+    print(runtime.plan.cache_filter_pass, runtime.plan.total_bytes, held, *result.token_ids)
 """
 
 
 @pytest.mark.once
-@pytest.mark.skipif(not can_leave_untouched(), reason="the cache is whole from the start here")
+@pytest.mark.skipif(not can_use_demand_zero(), reason="the cache is whole from the start here")
 def test_the_first_pass_takes_the_cache_of_its_layers_and_stays_where_there_is_room(
     smollm2: Path,
 ) -> None:

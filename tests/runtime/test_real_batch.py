@@ -10,8 +10,8 @@ import pytest
 from gguf_files import write_model
 from processes import run_python
 
-from lowtide import GenerationOptions, LowtideError, OverBudget, Runtime
-from lowtide.models.model import Part
+from lowtide import LowtideError, OverBudget, Runtime, SamplingParams
+from lowtide.models.model import SequenceSlice
 
 PREFIX = (
     "The harbour lies behind a long wall of grey stone. At low tide the boats rest on the mud. " * 5
@@ -44,16 +44,16 @@ def test_greedy_answers_of_a_real_model_are_those_of_each_prompt_alone(smollm2: 
     with Runtime.open(
         smollm2, memory="4GiB", context=1024, threads=2, attention="dense"
     ) as runtime:
-        options = [GenerationOptions(max_tokens=n, temperature=0) for n in (24, 12, 24, 8)]
+        options = [SamplingParams(max_tokens=n, temperature=0) for n in (24, 12, 24, 8)]
         alone = [runtime.generate(*one) for one in zip(PROMPTS, options, strict=True)]
         together = runtime.generate_batch(PROMPTS, options)
         assert [r.token_ids for r in together] == [r.token_ids for r in alone]
         assert [r.finish_reason for r in together] == [r.finish_reason for r in alone]
         batch = together[0].stats.batch
         assert batch is not None and batch["identical"] and batch["shared_tokens"] > 90
-        assert together[0].stats.layers_ours == together[0].stats.layers == 30
+        assert together[0].stats.layers_native == together[0].stats.layers == 30
         hook = runtime._loaded.hook
-        assert hook is not None and hook.parts_refused == 0
+        assert hook is not None and hook.layouts_refused == 0
 
 
 def test_logits_are_bit_for_bit_those_of_a_sequence_alone(dense: Runtime) -> None:
@@ -71,21 +71,21 @@ def test_logits_are_bit_for_bit_those_of_a_sequence_alone(dense: Runtime) -> Non
         expected.append([logits, *steps])
     sequences = model.open_sequences(4, 512)
     try:
-        sequences.before_pass = hook.set_parts  # type: ignore[attr-defined]
+        sequences.before_pass = hook.set_batch_layout  # type: ignore[attr-defined]
         for start in range(0, len(shared), 90):
-            sequences.forward([Part(0, shared[start : start + 90], num_wanted=0)])
+            sequences.forward([SequenceSlice(0, shared[start : start + 90], num_logits=0)])
         sequences.share()
-        found = [sequences.forward([Part(i, tail) for i, tail in enumerate(tails)]).copy()]
+        found = [sequences.forward([SequenceSlice(i, tail) for i, tail in enumerate(tails)]).copy()]
         for step in range(3):
-            parts = [Part(i, [i + step]) for i in range(4)]
+            parts = [SequenceSlice(i, [i + step]) for i in range(4)]
             found.append(sequences.forward(parts).copy())
     finally:
         sequences.close()
-        hook.set_parts(None)
+        hook.set_batch_layout(None)
     for i in range(4):
         for step in range(4):
             assert np.array_equal(found[step][i], expected[i][step])
-    assert hook.parts_refused == 0
+    assert hook.layouts_refused == 0
 
 
 def test_cells_that_are_not_as_told_are_noticed_and_all_keys_are_attended_to(
@@ -93,7 +93,7 @@ def test_cells_that_are_not_as_told_are_noticed_and_all_keys_are_attended_to(
 ) -> None:
     hook = dense._loaded.hook
     assert hook is not None
-    refused = hook.parts_refused
+    refused = hook.layouts_refused
 
     def passes(*, lie: bool) -> np.ndarray:  # type: ignore[type-arg]
         sequences = dense._model.open_sequences(2, 256)
@@ -102,17 +102,19 @@ def test_cells_that_are_not_as_told_are_noticed_and_all_keys_are_attended_to(
 
                 def told_wrong(cells):  # type: ignore[no-untyped-def]
                     cells.own[0][-1] = 200
-                    hook.set_parts(cells)
+                    hook.set_batch_layout(cells)
 
                 sequences.before_pass = told_wrong  # type: ignore[attr-defined]
-            logits = sequences.forward([Part(0, [1, 2, 3]), Part(1, [4, 5])]).copy()
+            logits = sequences.forward(
+                [SequenceSlice(0, [1, 2, 3]), SequenceSlice(1, [4, 5])]
+            ).copy()
         finally:
             sequences.close()
-            hook.set_parts(None)
+            hook.set_batch_layout(None)
         return logits
 
     expected, found = passes(lie=False), passes(lie=True)
-    assert hook.parts_refused > refused
+    assert hook.layouts_refused > refused
     assert np.allclose(found, expected, atol=1e-3)
 
 
@@ -121,17 +123,17 @@ def test_answers_from_other_cells_than_told_are_not_called_identical(
 ) -> None:
     hook = dense._loaded.hook
     assert hook is not None
-    told = hook.set_parts
+    told = hook.set_batch_layout
 
     def wrong(cells):  # type: ignore[no-untyped-def]
         if cells is not None:
             cells.own[0][-1] = 0 if cells.own[0][-1] else 1
         told(cells)
 
-    monkeypatch.setattr(hook, "set_parts", wrong)
+    monkeypatch.setattr(hook, "set_batch_layout", wrong)
     batch = dense.generate_batch(PROMPTS, max_tokens=3, temperature=0)[0].stats.batch
     assert batch is not None and not batch["identical"]
-    assert "other cells" in batch["why_not_identical"]
+    assert "other cells" in batch["nondeterminism"]
 
 
 def test_what_cannot_be_promised_is_said(random_model: Path) -> None:
@@ -142,7 +144,7 @@ def test_what_cannot_be_promised_is_said(random_model: Path) -> None:
     assert len(results) == 2 and before == again.token_ids
     batch = results[0].stats.batch
     assert batch is not None and not batch["identical"]
-    assert "attention='dense'" in batch["why_not_identical"]
+    assert "attention='dense'" in batch["nondeterminism"]
 
 
 @pytest.mark.parametrize("attention", ["tidal:k=100,layers=1", "gem:layer=1,k=100,continues=1"])

@@ -12,10 +12,10 @@ from batch_drafting import CHEAP
 from gguf_files import write_model
 from processes import run_python
 
-from lowtide import GenerationOptions, Runtime
+from lowtide import Runtime, SamplingParams
 from lowtide.memory.plan.speculation import CostCurve
-from lowtide.runtime.batch.batch import speculation as batch_speculation_loading
-from lowtide.runtime.speculation.step_cost import MeasuredPasses, PassCosts, measured_passes
+from lowtide.runtime.batch import speculation as batch_speculation_loading
+from lowtide.runtime.speculation.step_cost import StepBenchmark, StepCostModel, benchmark_steps
 
 PARAGRAPH = (
     "The harbour lies behind a long wall of grey stone. At low tide the boats rest on the mud. "
@@ -34,14 +34,14 @@ OPTIONS: dict[str, Any] = {"memory": "4GiB", "context": 1024, "threads": 2, "att
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have everything verified, whatever this machine's passes cost."""
 
-    def cheap(passes: Any, num_rows: int, key: str) -> MeasuredPasses:
-        found = measured_passes(passes, num_rows, key)
+    def cheap(passes: Any, num_rows: int, key: str) -> StepBenchmark:
+        found = benchmark_steps(passes, num_rows, key)
         rows = (1, num_rows)
         costs = CostCurve(num_rows=rows, seconds=tuple(map(CHEAP.of, rows)))
         return dataclasses.replace(found, costs=costs)
 
-    monkeypatch.setattr(batch_speculation_loading, "measured_passes", cheap)
-    monkeypatch.setattr(PassCosts, "observe", lambda *_, **__: None)
+    monkeypatch.setattr(batch_speculation_loading, "benchmark_steps", cheap)
+    monkeypatch.setattr(StepCostModel, "observe", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +64,9 @@ def test_answers_are_those_of_each_prompt_alone(
 ) -> None:
     hook = drafting._loaded.hook
     assert hook is not None
-    refused = hook.parts_refused
+    refused = hook.layouts_refused
     options = [
-        GenerationOptions(max_tokens=n, temperature=temperature, seed=n) for n in (48, 40, 24, 56)
+        SamplingParams(max_tokens=n, temperature=temperature, seed=n) for n in (48, 40, 24, 56)
     ]
     with Runtime.open(smollm2, **OPTIONS) as plain:
         alone = [plain.generate(*one) for one in zip(PROMPTS, options, strict=True)]
@@ -79,7 +79,7 @@ def test_answers_are_those_of_each_prompt_alone(
     assert sum(stats["accepted"] for stats in told if stats is not None) > 10
     batch = together[0].stats.batch
     assert batch is not None and batch["identical"]
-    assert hook.parts_refused == refused
+    assert hook.layouts_refused == refused
 
 
 def test_rows_are_verified_only_where_that_pays_here(drafting: Runtime) -> None:
@@ -96,19 +96,19 @@ def test_answers_from_other_cells_than_told_are_not_called_identical(
 ) -> None:
     hook = drafting._loaded.hook
     assert hook is not None
-    told = hook.set_parts
+    told = hook.set_batch_layout
 
     def wrong(cells):  # type: ignore[no-untyped-def]
         if cells is not None and len(cells.num_rows) > 1:
             cells.own[0][-1] = 0 if cells.own[0][-1] else 1
         told(cells)
 
-    monkeypatch.setattr(hook, "set_parts", wrong)
+    monkeypatch.setattr(hook, "set_batch_layout", wrong)
     for result in drafting.generate_batch(PROMPTS, max_tokens=3, temperature=0):
         batch, speculation = result.stats.batch, result.stats.speculation
         assert batch is not None and not batch["identical"]
         assert speculation is not None and not speculation["identical"]
-        assert "other cells" in speculation["why_not_identical"]
+        assert "other cells" in speculation["nondeterminism"]
 
 
 def test_what_cannot_be_promised_is_said(random_model: Path) -> None:
@@ -116,7 +116,7 @@ def test_what_cannot_be_promised_is_said(random_model: Path) -> None:
     with Runtime.open(random_model, **options, speculate="ngram") as runtime:
         stats = runtime.generate_batch(["tide", "sea"], max_tokens=4)[0].stats.speculation
     assert stats is not None and not stats["identical"]
-    assert "attention='dense'" in stats["why_not_identical"]
+    assert "attention='dense'" in stats["nondeterminism"]
 
 
 def test_a_draft_model_drafts_nothing_in_a_batch_and_it_is_said(random_model: Path) -> None:
@@ -135,10 +135,10 @@ def test_the_peak_stays_inside_the_budget_also_where_costs_are_measured(smollm2:
     measured = run_python(
         f"""
 from lowtide import Runtime
-from lowtide.runtime.speculation.step_cost import PassCosts
-PassCosts.of = lambda self, num_rows: 1.0 + 0.001 * num_rows
+from lowtide.runtime.speculation.step_cost import StepCostModel
+StepCostModel.of = lambda self, num_rows: 1.0 + 0.001 * num_rows
 with Runtime.open({str(smollm2)!r}, memory="330MiB", context=512, threads=1, speculate="auto",
-                  max_rows=64, attention="dense") as runtime:
+                  batch_size=64, attention="dense") as runtime:
     runtime.generate("one two three four " * 120, max_tokens=2)
     prompts = ["one two three four " * 60 + str(i) for i in range(8)]
     results = runtime.generate_batch(prompts, max_tokens=40, temperature=0)

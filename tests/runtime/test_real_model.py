@@ -85,8 +85,10 @@ def test_greedy_output_is_llama_cpp_pythons_own(peer_texts: list[str], smollm2: 
 
 def test_a_prompt_in_passes_is_the_prompt_in_one(smollm2: Path) -> None:
     texts = set()
-    for max_rows in (16, 128):
-        with Runtime.open(smollm2, memory="8GiB", context=512, max_rows=max_rows, threads=2) as rt:
+    for batch_size in (16, 128):
+        with Runtime.open(
+            smollm2, memory="8GiB", context=512, batch_size=batch_size, threads=2
+        ) as rt:
             texts.add(rt.generate(PROMPTS[14], max_tokens=16, temperature=0).text)
     assert len(texts) == 1
 
@@ -100,7 +102,7 @@ def test_a_second_turn_prefills_only_what_is_new(real_runtime: Runtime) -> None:
     ]
     second = GenerationResult.of(real_runtime.chat(messages, max_tokens=12, temperature=0))
     assert second.stats.reused_tokens >= first.stats.prompt_tokens + len(first.token_ids) - 1
-    real_runtime._session.rewind_to([0])
+    real_runtime._session.truncate_to_prefix([0])
     fresh = GenerationResult.of(real_runtime.chat(messages, max_tokens=12, temperature=0))
     assert fresh.token_ids == second.token_ids
 

@@ -17,7 +17,7 @@ from lowtide.memory.plan.line import DRAFT_WEIGHTS, SPECULATION
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf.dry_run import SimulatedGguf
 from lowtide.models.gguf.spec import read_spec
-from lowtide.runtime.speculation.step_cost import PassCosts
+from lowtide.runtime.speculation.step_cost import StepCostModel
 
 PROMPTS = (
     "Write this sentence three times: The harbour master counts the boats that come in with the tide.",
@@ -31,7 +31,7 @@ def eager(runtime: Runtime) -> Runtime:
     """Have everything verified, whatever this machine's passes cost."""
     speculator = runtime._loaded.speculator
     assert speculator is not None
-    speculator._control.costs = PassCosts(CHEAP)
+    speculator._control.costs = StepCostModel(CHEAP)
     return runtime
 
 
@@ -56,7 +56,7 @@ def test_answers_are_the_plain_loops_and_so_is_the_cache_after_them(
     for runtime in (plain, drafting):
         messages = [{"role": "user", "content": prompt}]
         pieces = list(runtime.chat(messages, max_tokens=40, temperature=temperature, seed=7))
-        runtime._session.settle()
+        runtime._session.sync()
         logits = runtime._session.decode((11,)).copy()
         told.append(([p.token_id for p in pieces], [p.text for p in pieces], logits))
         stats = pieces[-1].stats
@@ -78,7 +78,7 @@ def test_what_cannot_be_promised_is_said(smollm2: Path) -> None:
     with Runtime.open(smollm2, **options, speculate="ngram") as runtime:  # type: ignore[arg-type]
         stats = runtime.generate("One two", max_tokens=3).stats.speculation
     assert stats is not None and not stats["identical"]
-    assert "attention='dense'" in stats["why_not_identical"]
+    assert "attention='dense'" in stats["nondeterminism"]
 
 
 def test_more_rows_of_logits_take_no_more_than_their_row_of_the_plan(smollm2: Path) -> None:
@@ -88,7 +88,7 @@ def test_more_rows_of_logits_take_no_more_than_their_row_of_the_plan(smollm2: Pa
     try:
         one, eight = (
             simulated._measured(
-                dataclasses.replace(next(iter(simulated._contexts)), verified_rows=rows)
+                dataclasses.replace(next(iter(simulated._contexts)), verify_batch=rows)
             ).compute_bytes
             for rows in (1, 8)
             if simulated.context(1024, 32, "f16")
@@ -103,9 +103,9 @@ def test_the_peak_stays_inside_the_plan(smollm2: Path) -> None:
         f"""
 from lowtide import Runtime
 from lowtide.memory.plan.speculation import CostCurve
-from lowtide.runtime.speculation.step_cost import PassCosts
+from lowtide.runtime.speculation.step_cost import StepCostModel
 with Runtime.open({str(smollm2)!r}, memory="400MiB", context=512, threads=1, speculate="auto") as runtime:
-    runtime._loaded.speculator._control.costs = PassCosts(CostCurve(num_rows=(1, 8), seconds=(1.0, 1.1)))
+    runtime._loaded.speculator._control.costs = StepCostModel(CostCurve(num_rows=(1, 8), seconds=(1.0, 1.1)))
     result = runtime.generate("one two three four " * 60, max_tokens=60, temperature=0)
     assert result.stats.speculation["rounds"] > 0, result.stats.speculation
     print(runtime.plan.total_bytes)
@@ -128,8 +128,8 @@ def test_a_draft_model_drafts_and_its_bytes_are_planned(random_model: Path) -> N
     with Runtime.open(random_model, **options) as runtime:  # type: ignore[arg-type]
         expected = runtime.generate("tide", max_tokens=30, temperature=0)
     with Runtime.open(random_model, **options, speculate=f"{random_model}:rows=4") as runtime:  # type: ignore[arg-type]
-        owners = {row.owner: row.num_bytes for row in runtime.plan.rows}
-        assert owners[DRAFT_WEIGHTS] > 0 and owners[SPECULATION] > 0
+        components = {row.component: row.num_bytes for row in runtime.plan.rows}
+        assert components[DRAFT_WEIGHTS] > 0 and components[SPECULATION] > 0
         result = eager(runtime).generate("tide", max_tokens=30, temperature=0)
         again = runtime.generate("tide goes", max_tokens=8, temperature=0)
     assert result.token_ids == expected.token_ids and len(again.token_ids) == 8

@@ -18,7 +18,7 @@ from lowtide.models.gguf.draft_tree import GgufTreeModel
 from lowtide.models.gguf.dry_run import SimulatedGguf
 from lowtide.models.gguf.spec import read_spec
 from lowtide.runtime.speculation.control import SpeculationControl
-from lowtide.runtime.speculation.step_cost import PassCosts
+from lowtide.runtime.speculation.step_cost import StepCostModel
 
 OPTIONS = {"memory": "4GiB", "context": 512, "threads": 2, "attention": "dense"}
 PROMPT = "The harbour lies behind a wall of grey stone, and at low tide"
@@ -80,7 +80,7 @@ def test_answers_of_a_real_model_behind_trees_are_the_plain_loops(smollm2: Path)
     asked = {"max_tokens": 40, "temperature": 0.7, "seed": 5}
     with Runtime.open(smollm2, **OPTIONS) as plain:  # type: ignore[arg-type]
         expected = plain.generate(PROMPT, **asked)
-        plain._session.settle()
+        plain._session.sync()
         logits = plain._session.decode((11,)).copy()
     with Runtime.open(smollm2, **OPTIONS, speculate="ngram") as runtime:  # type: ignore[arg-type]
         begun = len(runtime._model.tokenizer.encode(PROMPT, add_special=True, parse_special=False))
@@ -92,9 +92,9 @@ def test_answers_of_a_real_model_behind_trees_are_the_plain_loops(smollm2: Path)
         speculator = runtime._loaded.speculator
         assert speculator is not None
         drafts = [BranchingDraft(tree)]
-        speculator._control = SpeculationControl(drafts, PassCosts(CHEAP), branches=True)
+        speculator._control = SpeculationControl(drafts, StepCostModel(CHEAP), branches=True)
         result = runtime.generate(PROMPT, **asked)
-        runtime._session.settle()
+        runtime._session.sync()
         assert np.array_equal(runtime._session.decode((11,)), logits)
         assert model_of(runtime).verifies_trees
     assert result.token_ids == expected.token_ids
@@ -113,10 +113,10 @@ def test_where_cells_are_elsewhere_trunks_are_verified_from_then_on(
         read(model, [3] * 40)
         expected = model.forward_tree(tree)[:3].copy()
         model.truncate(40)
-        tell = hook.set_parts
+        tell = hook.set_batch_layout
         monkeypatch.setattr(
             hook,
-            "set_parts",
+            "set_batch_layout",
             lambda cells: tell(cells and type(cells)(num_shared=39, **_without_shared(cells))),
         )
         found = model.forward_tree(tree)
@@ -150,7 +150,7 @@ def test_room_for_branches_takes_no_memory_of_llama_cpps(smollm2: Path) -> None:
         simulated.context(1024, 32, "f16")
         options = next(iter(simulated._contexts))
         alone, many = (
-            simulated._measured(dataclasses.replace(options, verified_rows=8, sequences=sequences))
+            simulated._measured(dataclasses.replace(options, verify_batch=8, sequences=sequences))
             for sequences in (1, 8)
         )
     finally:
@@ -163,11 +163,11 @@ def test_branches_stay_inside_the_plan(smollm2: Path) -> None:
         f"""
 from lowtide import Runtime
 from lowtide.memory.plan.speculation import CostCurve
-from lowtide.runtime.speculation.step_cost import PassCosts
+from lowtide.runtime.speculation.step_cost import StepCostModel
 options = dict(memory="400MiB", context=512, threads=1, attention="dense", speculate="auto:rows=16")
 with Runtime.open({str(smollm2)!r}, **options) as runtime:
     control = runtime._loaded.speculator._control
-    control.costs = PassCosts(CostCurve(num_rows=(1, 16), seconds=(1.0, 1.01)))
+    control.costs = StepCostModel(CostCurve(num_rows=(1, 16), seconds=(1.0, 1.01)))
     prompt = "one two three one two four one two five " * 40
     result = runtime.generate(prompt, max_tokens=80, temperature=1.5, seed=3)
     stats = result.stats.speculation

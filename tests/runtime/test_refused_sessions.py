@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from saved_talk import NEXT, SAID, TURNS, chat
 
 from lowtide import FakeModel, Runtime
-from lowtide.models.errors import StateError
+from lowtide.models.errors import SnapshotError
 from lowtide.models.gguf.llama_cpp import llama_library
 from lowtide.runtime.errors import SessionMismatch, TranscriptError
 from lowtide.runtime.sessions.file import opened_session, write_session
@@ -48,7 +48,7 @@ def test_any_damaged_byte_is_refused_and_changes_nothing(
 
 
 class Other(FakeModel):
-    def state_owner(self) -> dict[str, str]:
+    def snapshot_component(self) -> dict[str, str]:
         return {"model": "another"}
 
 
@@ -91,11 +91,11 @@ def test_a_state_that_native_code_refuses_leaves_an_empty_session(
 ) -> None:
     def refuse(self: FakeModel, path: Path, num_bytes: int, num_tokens: int) -> list[int]:
         self._tokens = [1, 2, 3]
-        raise StateError("no room")
+        raise SnapshotError("no room")
 
     runtime = fake_runtime("One.", "Two.")
     chat(runtime, TURNS)
-    monkeypatch.setattr(FakeModel, "load_state", refuse)
+    monkeypatch.setattr(FakeModel, "load_kv", refuse)
     with pytest.raises(TranscriptError, match=r"cannot be read \(no room\)"):
         runtime.session.load(saved)
     answer = chat(runtime, NEXT)
@@ -105,13 +105,13 @@ def test_a_state_that_native_code_refuses_leaves_an_empty_session(
 def test_a_file_that_changes_while_it_is_read_is_refused(
     fake_runtime: Opened, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load_state = FakeModel.load_state
+    load_kv = FakeModel.load_kv
 
     def changed(self: FakeModel, path: Path, num_bytes: int, num_tokens: int) -> list[int]:
         os.utime(saved, ns=(1, 1))
-        return load_state(self, path, num_bytes, num_tokens)
+        return load_kv(self, path, num_bytes, num_tokens)
 
-    monkeypatch.setattr(FakeModel, "load_state", changed)
+    monkeypatch.setattr(FakeModel, "load_kv", changed)
     runtime = fake_runtime("One.", "Two.")
     with pytest.raises(TranscriptError, match="was changed while it was read"):
         runtime.session.load(saved)
@@ -119,7 +119,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 
 
 FORGED = {
-    "no owner": {"owner": None},
+    "no owner": {"component": None},
     "no numbers": {"num_tokens": "many"},
     "no last answer": {"last": []},
     "other tokens": {"num_tokens": 4},
@@ -132,7 +132,7 @@ def test_forged_values_are_a_sentence_even_with_a_right_checksum(
     name: str, fake_runtime: Opened, tmp_path: Path
 ) -> None:
     head = {
-        "owner": {"model": "fake", "attention": "llama"},
+        "component": {"model": "fake", "attention": "llama"},
         "num_tokens": 3,
         "exact_until": 3,
         "last": {"text": "", "token_ids": [], "num_messages": 0},

@@ -11,7 +11,7 @@ from processes import run_lowtide, run_python
 from recorded import recorded_logits
 
 from lowtide import GenerationResult, Runtime
-from lowtide.memory.os.kv_pages import can_leave_untouched
+from lowtide.memory.os.kv_pages import can_use_demand_zero
 from lowtide.memory.units import MIB
 
 TALE = "Tell me about the sea. " * 16
@@ -82,9 +82,9 @@ _ALTERNATE = """
 import json
 from lowtide import Runtime
 from lowtide.memory.units import MIB
-from lowtide.runtime.planning.plan import OpenOptions, plan_reference
+from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 options = dict(context=1024, kv_type="f16", threads=1)
-without = plan_reference({path!r}, OpenOptions(memory="4GiB", **options)).plan.total_bytes
+without = plan_reference({path!r}, LoadConfig(memory="4GiB", **options)).plan.total_bytes
 budget = int((without + {room_bytes}) / 0.95) + 1
 with Runtime.open({path!r}, memory=budget, prefix_cache="50MiB", **options) as runtime:
     restored, trims = [], []
@@ -94,17 +94,17 @@ with Runtime.open({path!r}, memory=budget, prefix_cache="50MiB", **options) as r
         trims += result.stats.trims
     plan = runtime.plan
     kept_bytes = runtime._loaded.prefixes.num_bytes
-print(json.dumps([budget, plan.total_bytes, kept_bytes, restored, len(trims), plan.gave_up]))
+print(json.dumps([budget, plan.total_bytes, kept_bytes, restored, len(trims), plan.downgrades]))
 """
 
 
-@pytest.mark.skipif(not can_leave_untouched(), reason="the cache is whole from the start here")
+@pytest.mark.skipif(not can_use_demand_zero(), reason="the cache is whole from the start here")
 @pytest.mark.parametrize(("room", "num_states"), [(55, 3), (35, 2), (10, 0)])
 def test_the_peak_stays_under_a_tight_budget(wide_model: Path, room: int, num_states: int) -> None:
     """A second copy of a state would be 15 MiB more, which no plan has."""
     done = run_python(_ALTERNATE.format(path=str(wide_model), room_bytes=room * MIB))
     assert done.code == 0, done.stderr
-    budget, planned, kept_bytes, restored, num_trims, gave_up = json.loads(done.stdout)
+    budget, planned, kept_bytes, restored, num_trims, downgrades = json.loads(done.stdout)
     assert done.peak_bytes <= planned <= budget
     assert planned - done.peak_bytes < 15 * MIB + (min(room, 50) * MIB - kept_bytes)
     assert kept_bytes // (15 * MIB) == num_states and kept_bytes <= min(room, 50) * MIB
@@ -113,7 +113,7 @@ def test_the_peak_stays_under_a_tight_budget(wide_model: Path, room: int, num_st
     if num_states == 3:
         assert [tokens > 900 for tokens in restored] == [False] * 3 + [True] * 5
     assert num_trims == 0
-    assert bool(gave_up) is (room < 50)
+    assert bool(downgrades) is (room < 50)
 
 
 def test_keeping_takes_its_own_bytes_and_putting_back_none(wide_model: Path) -> None:

@@ -62,7 +62,7 @@ def test_an_edited_history_goes_back_to_the_common_beginning(fake_runtime: Opene
 
 
 def test_prefill_goes_in_passes(fake_runtime: Opened) -> None:
-    runtime = fake_runtime(max_rows=8)
+    runtime = fake_runtime(batch_size=8)
     chat(runtime, turns("x" * 40), temperature=0, max_tokens=1)
     taken = rows(runtime)
     assert max(taken) == 8 and sum(taken) == len("^<user\n>\n<assistant\n") + 40
@@ -109,7 +109,7 @@ def test_drop_oldest_drops_whole_turns_and_tells(fake_runtime: Opened) -> None:
         runtime.chat(history)
     result = chat(runtime, history, temperature=0, overflow="drop-oldest", max_tokens=8)
     assert result.stats.dropped_messages % 2 == 0 and result.stats.dropped_messages > 0
-    assert result.stats.dropped_tokens + result.stats.kept_tokens == result.stats.prompt_tokens
+    assert result.stats.dropped_tokens + result.stats.retained_tokens == result.stats.prompt_tokens
     seen = runtime._model.tokenizer.decode(runtime._session.token_ids)
     assert "Be brief." in seen and "last" in seen
 
@@ -119,11 +119,11 @@ def test_drop_oldest_goes_on_however_long_the_history_has_become(fake_runtime: O
     runtime = fake_runtime("ok", context=128)
     history = turns(*["q" * 30, "a" * 30] * 2000, "last")
     result = chat(runtime, history, temperature=0, overflow="drop-oldest", max_tokens=8)
-    assert result.text == "ok" and result.stats.kept_tokens <= 128 - 8
+    assert result.text == "ok" and result.stats.retained_tokens <= 128 - 8
     assert result.stats.dropped_messages > 3990
     longest = chat(runtime, history[-3:], temperature=0, overflow="drop-oldest", max_tokens=8)
     assert longest.stats.dropped_messages == 0
-    assert longest.stats.kept_tokens == result.stats.kept_tokens
+    assert longest.stats.retained_tokens == result.stats.retained_tokens
 
 
 def test_drop_oldest_cannot_drop_the_question(fake_runtime: Opened) -> None:
@@ -198,7 +198,7 @@ def test_statistics(fake_runtime: Opened) -> None:
     stats = chat(fake_runtime("Hello."), HELLO, temperature=0, seed=5).stats
     told = stats.to_dict()
     assert told["generated_tokens"] == 6 and told["seed"] == 5
-    assert told["layers"] == 2 and told["layers_ours"] == 0
+    assert told["layers"] == 2 and told["layers_native"] == 0
     assert told["speculation"] is None
     assert told["peak_rss_bytes"] > 10 << 20
     assert told["decode_tokens_per_s"] > 0 and told["prefill_tokens_per_s"] > 0
@@ -209,7 +209,9 @@ def test_statistics(fake_runtime: Opened) -> None:
 
 def test_the_plan_is_reserved_before_anything_is_loaded(fake_runtime: Opened) -> None:
     runtime = fake_runtime()
-    assert dict(runtime.ledger.owners) == {row.owner: row.num_bytes for row in runtime.plan.rows}
+    assert dict(runtime.ledger.components) == {
+        row.component: row.num_bytes for row in runtime.plan.rows
+    }
     assert runtime.ledger.reserved_bytes == runtime.plan.total_bytes
 
 
@@ -259,7 +261,7 @@ def test_bad_generation_options_compute_nothing(fake_runtime: Opened) -> None:
     with pytest.raises(BadOption):
         runtime.chat(HELLO, temperature=-1)
     with pytest.raises(BadOption):
-        runtime.chat(HELLO, heat=1)
+        runtime.chat(HELLO, retention_map=1)
     with pytest.raises(TemplateError):
         runtime.chat([{"role": "user", "content": 5}])  # type: ignore[dict-item]
     assert rows(runtime) == []

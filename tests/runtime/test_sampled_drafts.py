@@ -9,7 +9,7 @@ import pytest
 from batch_drafting import draft_in_batches
 from speculating import BranchingDraft, ToldDraft, speculator_of
 
-from lowtide import FakeModel, GenerationOptions, GenerationResult, Runtime
+from lowtide import FakeModel, GenerationResult, Runtime, SamplingParams
 from lowtide.models.draft_tree import TokenTree
 from lowtide.models.fake_model import TURN_END
 from lowtide.runtime.speculation.drafts import Draft
@@ -21,8 +21,8 @@ CHAIN = ToldDraft(lambda _text: b"he")
 BRANCHES = BranchingDraft(lambda _text: TokenTree((*b"he0l", 182), (-1, 0, -1, -1, -1)))
 
 
-def opened(max_rows: int = 64) -> Runtime:
-    return Runtime.open(FakeModel([REPLY], max_rows=max_rows), memory="8GiB", speculate="auto")
+def opened(batch_size: int = 64) -> Runtime:
+    return Runtime.open(FakeModel([REPLY], batch_size=batch_size), memory="8GiB", speculate="auto")
 
 
 def third_of(result: GenerationResult) -> int:
@@ -64,11 +64,11 @@ def test_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def third_tokens_of_batches(speculate: str, first_seed: int) -> Counter[int]:
         counts = Counter[int]()
-        model = FakeModel([REPLY], max_rows=128)
+        model = FakeModel([REPLY], batch_size=128)
         with Runtime.open(model, memory="8GiB", speculate=speculate) as runtime:
             for seed in range(first_seed, first_seed + 1500, 50):
                 options = [
-                    GenerationOptions(max_tokens=3, seed=seed + i, **SAMPLING) for i in range(50)
+                    SamplingParams(max_tokens=3, seed=seed + i, **SAMPLING) for i in range(50)
                 ]
                 results = runtime.generate_batch([PROMPT] * 50, options)
                 counts.update(map(third_of, results))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowtide import GenerationOptions
+from lowtide import SamplingParams
 from lowtide.models.errors import BadOption
 from lowtide.runtime.generation.sampling import Sampler
 
@@ -16,7 +16,7 @@ def logits_of(*values: float) -> np.ndarray:
 
 def distribution(logits: np.ndarray, **options: object) -> dict[int, float]:
     plain = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "temperature": 1.0, **options}
-    sampler = Sampler(GenerationOptions(**plain))  # type: ignore[arg-type]
+    sampler = Sampler(SamplingParams(**plain))  # type: ignore[arg-type]
     tokens, probabilities = sampler.distribution(logits)
     return dict(zip(tokens.tolist(), probabilities.tolist(), strict=True))
 
@@ -72,7 +72,7 @@ def test_top_k_among_many_far_away() -> None:
 
 def test_draws_follow_the_distribution() -> None:
     logits = np.log(logits_of(0.6, 0.3, 0.1))
-    sampler = Sampler(GenerationOptions(temperature=1, top_k=0, top_p=1, min_p=0, seed=11))
+    sampler = Sampler(SamplingParams(temperature=1, top_k=0, top_p=1, min_p=0, seed=11))
     draws = np.bincount([sampler.choose(logits, ()) for _ in range(20000)], minlength=3) / 20000
     np.testing.assert_allclose(draws, [0.6, 0.3, 0.1], atol=0.015)
 
@@ -83,23 +83,23 @@ def test_temperature_sharpens() -> None:
 
 
 def test_greedy_is_the_largest_and_the_first_of_equals() -> None:
-    greedy = Sampler(GenerationOptions(temperature=0))
+    greedy = Sampler(SamplingParams(temperature=0))
     assert greedy.choose(logits_of(1, 3, 2), ()) == 1
     assert greedy.choose(logits_of(3, 1, 3), ()) == 0
 
 
 def test_a_seed_repeats_and_a_drawn_one_is_told() -> None:
     logits = np.random.default_rng(1).standard_normal(1000).astype(np.float32)
-    first = Sampler(GenerationOptions())
-    again = Sampler(GenerationOptions(seed=first.seed))
+    first = Sampler(SamplingParams())
+    again = Sampler(SamplingParams(seed=first.seed))
     assert [first.choose(logits, ()) for _ in range(20)] == [
         again.choose(logits, ()) for _ in range(20)
     ]
-    assert Sampler(GenerationOptions()).seed != first.seed
+    assert Sampler(SamplingParams()).seed != first.seed
 
 
 def test_repetition_is_penalised_within_reach() -> None:
-    options = GenerationOptions(temperature=0, repeat_penalty=2.0, repeat_last_n=2)
+    options = SamplingParams(temperature=0, repeat_penalty=2.0, repeat_last_n=2)
     logits = logits_of(3.0, 2.0, -1.0)
     assert Sampler(options).choose(logits, [0, 2, 2]) == 0  # token 0 is out of reach
     assert Sampler(options).choose(logits, [2, 0]) == 1
@@ -123,16 +123,16 @@ BAD = {
 @pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in BAD.items() for v in values])
 def test_bad_options_are_named(name: str, value: object) -> None:
     with pytest.raises(BadOption, match=name):
-        GenerationOptions(**{name: value})  # type: ignore[arg-type]
+        SamplingParams(**{name: value})  # type: ignore[arg-type]
 
 
 def test_unknown_options_are_listed_with_the_known() -> None:
     with pytest.raises(
         BadOption, match=r"'temprature' is no option of a generation: use max_tokens"
     ):
-        GenerationOptions.of(temprature=1)
+        SamplingParams.of(temprature=1)
 
 
 def test_options_print_as_what_makes_them() -> None:
-    options = GenerationOptions(temperature=0, stop="END")
-    assert eval(repr(options), {"GenerationOptions": GenerationOptions}) == options
+    options = SamplingParams(temperature=0, stop="END")
+    assert eval(repr(options), {"SamplingParams": SamplingParams}) == options

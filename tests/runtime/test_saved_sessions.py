@@ -16,7 +16,7 @@ from processes import run_lowtide, run_python
 from recorded import recorded_logits
 
 from lowtide import GenerationResult, Runtime
-from lowtide.memory.os.kv_pages import can_leave_untouched
+from lowtide.memory.os.kv_pages import can_use_demand_zero
 from lowtide.memory.units import MIB
 from lowtide.runtime.errors import SessionMismatch, TranscriptError
 
@@ -127,7 +127,7 @@ def test_any_damaged_byte_of_a_real_file_is_refused(real_runtime: Runtime, tmp_p
 
 def test_a_few_tokens_touch_a_few_pages(smollm2: Path, tmp_path: Path) -> None:
     """Of a cache of 180 MiB: saving and loading go by the tokens in use."""
-    if not can_leave_untouched():
+    if not can_use_demand_zero():
         pytest.skip("this system cannot leave a cache untouched")
     done = run_python(
         "from lowtide import Runtime\n"
@@ -138,7 +138,7 @@ def test_a_few_tokens_touch_a_few_pages(smollm2: Path, tmp_path: Path) -> None:
         f"    path = {str(tmp_path / 'talk')!r}\n"
         "    saved = runtime.session.save(path)\n"
         "    after_save = read().peak_bytes\n"
-        "    runtime._session.rewind_to(())\n"
+        "    runtime._session.truncate_to_prefix(())\n"
         "    loaded = runtime.session.load(path)\n"
         "    runtime.generate('word ' * 110, max_tokens=4)\n"
         "    print(saved.num_tokens, loaded.num_tokens, before, after_save, read().peak_bytes)\n"
@@ -158,7 +158,7 @@ def test_a_plan_without_a_byte_to_spare_saves_and_loads(smollm2: Path, tmp_path:
         ledger.reserve("all that is left", ledger.budget_bytes - ledger.reserved_bytes)
         for num_tokens in (64, 2048):
             while len(runtime._session.token_ids) < num_tokens:
-                runtime._session.append([7] * min(64, runtime._model.max_rows))
+                runtime._session.append([7] * min(64, runtime._model.batch_size))
             assert runtime.session.save(path).num_tokens == num_tokens
             assert runtime.session.load(path).num_tokens == num_tokens
 
@@ -174,7 +174,7 @@ def test_the_peak_of_saving_and_loading_is_what_is_reserved(
         f"with Runtime.open({str(wide_model)!r}, memory='2GiB', context=4096, threads=1) as runtime:\n"
         f"    runtime.session.save({str(tmp_path / 'first')!r}, state=False)\n"
         "    while len(runtime._session.token_ids) < 3968:\n"
-        "        runtime._session.append([7] * runtime._model.max_rows)\n"
+        "        runtime._session.append([7] * runtime._model.batch_size)\n"
         "    before = read().peak_bytes\n"
         f"    path = {str(tmp_path / 'talk')!r}\n"
         "    saved = runtime.session.save(path)\n"
@@ -193,7 +193,7 @@ import sys
 from lowtide import Runtime
 with Runtime.open(sys.argv[1], memory='2GiB', context=4096, threads=1) as runtime:
     while len(runtime._session.token_ids) < 1024:
-        runtime._session.append([7] * runtime._model.max_rows)
+        runtime._session.append([7] * runtime._model.batch_size)
     runtime.session.save(sys.argv[2], [{'role': 'user', 'content': 'old'}])
     print('saved', flush=True)
     while True:

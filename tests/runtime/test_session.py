@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowtide import FakeModel
-from lowtide.attention.policy import Steering
-from lowtide.runtime.kv.session import Session
+from lowtide.attention.policy import PassController
+from lowtide.runtime.kv.session import KVSession
 
 IDS = st.lists(st.integers(0, 5), min_size=1, max_size=30)
 
@@ -15,9 +15,9 @@ IDS = st.lists(st.integers(0, 5), min_size=1, max_size=30)
 @given(st.lists(IDS, min_size=1, max_size=6))
 def test_rewinding_equals_starting_over(prompts: list[list[int]]) -> None:
     model = FakeModel(context=64)
-    session = Session(model)
+    session = KVSession(model)
     for prompt in prompts:
-        reused = session.rewind_to(prompt)
+        reused = session.truncate_to_prefix(prompt)
         assert reused < len(prompt)
         assert session.token_ids == prompt[:reused]
         logits = session.append(prompt[reused:])
@@ -33,11 +33,11 @@ def test_a_pass_that_was_interrupted_leaves_nothing_behind() -> None:
             raise KeyboardInterrupt
 
     model = Interrupted(context=64)
-    session = Session(model)
+    session = KVSession(model)
     with pytest.raises(KeyboardInterrupt):
         session.append([1, 2, 3])
     assert session.token_ids == [] and model.num_tokens == 3
-    assert session.rewind_to([1, 2, 3, 4]) == 0
+    assert session.truncate_to_prefix([1, 2, 3, 4]) == 0
     assert model.num_tokens == 0
 
 
@@ -46,13 +46,13 @@ def test_a_model_that_cannot_go_back_starts_over() -> None:
         def truncate(self, num_tokens: int) -> int:
             return super().truncate(num_tokens if num_tokens == self.num_tokens else 0)
 
-    session = Session(Forward(context=64))
+    session = KVSession(Forward(context=64))
     session.append([1, 2, 3])
-    assert session.rewind_to([1, 2, 9]) == 0
+    assert session.truncate_to_prefix([1, 2, 9]) == 0
     assert session.token_ids == []
 
 
-class Correcting(Steering):
+class Correcting(PassController):
     """Asks for correction every three tokens, and remembers what it was told."""
 
     correction_interval = 3
@@ -60,31 +60,31 @@ class Correcting(Steering):
     def __init__(self) -> None:
         self.told: list[str] = []
 
-    def before_prompt(self) -> None:
+    def begin_prefill(self) -> None:
         self.told.append("prompt")
 
-    def before_decode(self) -> None:
+    def begin_decode(self) -> None:
         self.told.append("decode")
 
 
 def test_decoded_tokens_are_computed_again_when_correction_is_due() -> None:
-    model, steering = FakeModel(context=64, max_rows=2), Correcting()
-    session = Session(model, steering)
+    model, controller = FakeModel(context=64, batch_size=2), Correcting()
+    session = KVSession(model, controller)
     session.append([1, 2])
     for token_id in (3, 4):
         session.decode([token_id])
     assert session.exact_until == 2
     logits = session.decode([5])
-    assert steering.told == ["prompt", *["decode"] * 3, *["prompt"] * 2]  # in passes of two rows
+    assert controller.told == ["prompt", *["decode"] * 3, *["prompt"] * 2]  # in passes of two rows
     assert session.token_ids == [1, 2, 3, 4, 5] and session.exact_until == 5
     assert logits.tobytes() == FakeModel(context=64).forward([1, 2, 3, 4, 5]).tobytes()
     session.decode([6])
-    session.rewind_to([1, 2, 3, 9])
+    session.truncate_to_prefix([1, 2, 3, 9])
     assert session.exact_until == 3 == model.num_tokens
 
 
 def test_a_prompt_after_inexact_tokens_does_not_make_them_exact() -> None:
-    session = Session(FakeModel(context=64), Steering())
+    session = KVSession(FakeModel(context=64), PassController())
     session.append([1, 2])
     session.decode([3])
     session.append([4, 5])
@@ -92,7 +92,7 @@ def test_a_prompt_after_inexact_tokens_does_not_make_them_exact() -> None:
 
 
 def test_full() -> None:
-    session = Session(FakeModel(context=4))
+    session = KVSession(FakeModel(context=4))
     session.append([1, 2, 3])
     assert not session.is_full
     session.append([4])

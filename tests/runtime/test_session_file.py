@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import run_python
 
-from lowtide.models.errors import StateError
+from lowtide.models.errors import SnapshotError
 from lowtide.runtime.errors import TranscriptError
 from lowtide.runtime.sessions import file as module
 from lowtide.runtime.sessions.file import opened_session, write_session
@@ -129,7 +129,7 @@ def _full(*_: object) -> int:
 
 
 def _failed(_path: Path) -> int:
-    raise StateError("the disk is gone")
+    raise SnapshotError("the disk is gone")
 
 
 def test_a_failure_leaves_the_old_file_whole(

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 
 from lowtide.memory.plan.estimates import JSON_COPIES
-from lowtide.runtime.generation.chat import LastAnswer
+from lowtide.runtime.generation.chat import LastTurn
 from lowtide.runtime.sessions.file import SessionHead, Transcript
 
 
 def head(text: str, token_ids: list[int], messages: list[str]) -> SessionHead:
     return SessionHead(
-        owner={"model": "m"},
+        component={"model": "m"},
         num_tokens=len(token_ids),
         exact_until=1,
-        last=LastAnswer(text, token_ids, len(messages)),
+        last=LastTurn(text, token_ids, len(messages)),
         transcript=Transcript(
             model="m", messages=tuple({"role": "user", "content": m} for m in messages)
         ),

@@ -30,7 +30,7 @@ def test_going_on_equals_never_having_left(fake_runtime: Opened, saved: Path) ->
     theirs, ours = chat(stayed, NEXT), chat(came_back, NEXT)
     assert ours.token_ids == theirs.token_ids and ours.text == "Two."
     assert ours.stats.reused_tokens == theirs.stats.reused_tokens == loaded.num_tokens
-    assert came_back.ledger.owners == stayed.ledger.owners
+    assert came_back.ledger.components == stayed.ledger.components
 
 
 def test_the_last_answer_is_kept_as_the_tokens_that_were_sampled(
@@ -74,7 +74,7 @@ def test_transcripts_without_state_load_as_messages(fake_runtime: Opened, tmp_pa
 def test_a_model_that_keeps_no_state_saves_its_messages(
     fake_runtime: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FakeModel, "keeps_state", False)
+    monkeypatch.setattr(FakeModel, "supports_snapshot", False)
     runtime = fake_runtime("One.")
     chat(runtime, TURNS)
     assert runtime.session.save(tmp_path / "talk", SAID).num_tokens == 0
@@ -119,12 +119,12 @@ def test_what_does_not_fit_the_budget_is_refused(
 ) -> None:
     runtime = fake_runtime("One.", "Two.")
     chat(runtime, TURNS)
-    before = dict(runtime.ledger.owners)
+    before = dict(runtime.ledger.components)
     monkeypatch.setattr(module, "session_bytes", lambda *_: 1 << 40)
     for refused in (runtime.session.load, runtime.session.save, runtime.session.read_messages):
         with pytest.raises(OverBudget, match="session file"):
             refused(saved)
-    assert runtime.ledger.owners == before
+    assert runtime.ledger.components == before
     assert chat(runtime, NEXT).stats.reused_tokens > len("One.")
 
 
@@ -134,7 +134,7 @@ def test_at_the_lower_bound_a_session_is_saved_and_loaded(
     """The plan has no byte to spare: what a file takes comes out of the idle prompt's row."""
     # What other tests of this process have taken is not the matter.
     small = replace(read_process_memory(), resident_bytes=50 * MIB, peak_bytes=50 * MIB)
-    for user in ("planning", "measured_host", "loaded_model"):
+    for user in ("planning", "measured_baseline", "loaded_model"):
         monkeypatch.setattr(f"lowtide.runtime.{user}.read_process_memory", lambda: small)
     model = FakeModel(("One.", "Two."))
     bound = Runtime.open(model, memory="8GiB").plan.lower_bound_bytes
@@ -163,10 +163,10 @@ def test_wrong_use_is_a_sentence(fake_runtime: Opened, tmp_path: Path, saved: Pa
 class Stateless(FakeModel):
     """A model of a user's own, which has the four methods alone."""
 
-    keeps_state = False
-    state_owner = FakeModel.__mro__[1].state_owner  # type: ignore[attr-defined]
-    save_state = FakeModel.__mro__[1].save_state  # type: ignore[attr-defined]
-    load_state = FakeModel.__mro__[1].load_state  # type: ignore[attr-defined]
+    supports_snapshot = False
+    snapshot_component = FakeModel.__mro__[1].snapshot_component  # type: ignore[attr-defined]
+    save_kv = FakeModel.__mro__[1].save_kv  # type: ignore[attr-defined]
+    load_kv = FakeModel.__mro__[1].load_kv  # type: ignore[attr-defined]
 
 
 def test_a_model_of_ones_own_need_not_keep_state(saved: Path) -> None:

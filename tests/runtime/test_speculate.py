@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from speculating import DEAR, BranchingDraft, ToldDraft, mixed_tree, speculator_of
 
-from lowtide import FakeModel, Piece, Runtime
+from lowtide import FakeModel, GenerationChunk, Runtime
 from lowtide.models.draft_tree import TokenTree
 from lowtide.models.fake_model import TURN_END
 from lowtide.runtime.speculation.drafts import NgramDraft, TrigramDraft
@@ -29,11 +29,11 @@ def opened(
     return runtime, model
 
 
-def ask(runtime: Runtime, prompt: str = "Say it.\n", **options: Any) -> list[Piece]:
+def ask(runtime: Runtime, prompt: str = "Say it.\n", **options: Any) -> list[GenerationChunk]:
     return list(runtime.stream(prompt, **{"temperature": 0, **options}))
 
 
-def told(pieces: Sequence[Piece]) -> list[tuple[str, int | None, str | None]]:
+def told(pieces: Sequence[GenerationChunk]) -> list[tuple[str, int | None, str | None]]:
     return [(piece.text, piece.token_id, piece.finish_reason) for piece in pieces]
 
 
@@ -121,8 +121,8 @@ def test_answers_behind_trees_of_any_shape_are_those_of_the_plain_loop(
     for _ in range(2):
         assert told(ask(drafting, **options)) == told(ask(plain, **options))
     assert drafting._session.token_ids == plain._session.token_ids
-    drafting._session.settle()
-    plain._session.settle()
+    drafting._session.sync()
+    plain._session.sync()
     assert model._tokens == unhelped._tokens
 
 
@@ -181,7 +181,7 @@ def test_a_cancel_in_the_middle_of_a_round_leaves_the_plain_loops_cache() -> Non
             pieces.close()
         assert runtime._session.token_ids == plain._session.token_ids
         assert model.num_tokens >= unhelped.num_tokens
-        runtime._session.settle()
+        runtime._session.sync()
         assert model._tokens == unhelped._tokens
     assert told(ask(runtime)) == told(ask(plain))
 

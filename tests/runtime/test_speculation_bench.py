@@ -23,7 +23,7 @@ OPTIONS = {
     "context": 512,
     "kv_type": "f16",
     "threads": 1,
-    "max_rows": 64,
+    "batch_size": 64,
     "attention": "dense",
 }
 

@@ -10,10 +10,10 @@ from speculating import CHEAP, DEAR, Ticks, ToldDraft
 
 from lowtide.memory.plan.speculation import CostCurve
 from lowtide.models.draft_tree import TokenTree
-from lowtide.runtime.speculation.acceptance import Acceptance, Verification, chances
+from lowtide.runtime.speculation.acceptance import Acceptance, DraftVerification, chances
 from lowtide.runtime.speculation.control import FIRST_WASTE_S, WASTED_SHARE, SpeculationControl
 from lowtide.runtime.speculation.drafts import Draft, Proposal
-from lowtide.runtime.speculation.step_cost import PassCosts
+from lowtide.runtime.speculation.step_cost import StepCostModel
 
 MODERATE = CostCurve(num_rows=(1, 2, 4, 8), seconds=(1.0, 1.4, 2.2, 3.5))
 
@@ -56,19 +56,19 @@ def simulated(control: SpeculationControl, clock: Ticks, cost: CostCurve, num_to
         num_before = len(text)
         for token_id in (*drafted, -2):
             came = len(text)
-            control.came(came)
+            control.observe_token(came)
             text.append(came)
             if token_id != came:
                 break
         if drafted:
-            control.settled(len(text) - num_before, cost.of(len(drafted) + 1))
+            control.end_round(len(text) - num_before, cost.of(len(drafted) + 1))
     return (len(text) - 1) * cost.of(1) / (clock.now - started)
 
 
 def controlled(cost: CostCurve, chance: float, takes_s: float = 0.0) -> tuple[float, OftenRight]:
     clock = Ticks()
     draft = OftenRight(chance, clock=clock, takes_s=takes_s)
-    control = SpeculationControl([draft], PassCosts(cost, clock))
+    control = SpeculationControl([draft], StepCostModel(cost, clock))
     return simulated(control, clock, cost, 1500), draft
 
 
@@ -90,7 +90,7 @@ def test_nor_on_average_over_short_answers(chance: float) -> None:
         clock = Ticks()
         draft = OftenRight(chance)
         draft._random.seed(seed)
-        control = SpeculationControl([draft], PassCosts(MODERATE, clock))
+        control = SpeculationControl([draft], StepCostModel(MODERATE, clock))
         speeds.append(simulated(control, clock, MODERATE, 60))
     assert sum(speeds) / len(speeds) >= 0.97 and min(speeds) >= 0.9
 
@@ -104,7 +104,7 @@ def test_it_gains_most_of_what_can_be_gained() -> None:
 def test_it_turns_itself_off_and_on_again_with_the_text() -> None:
     clock = Ticks()
     draft = OftenRight(0.95)
-    control = SpeculationControl([draft], PassCosts(MODERATE, clock))
+    control = SpeculationControl([draft], StepCostModel(MODERATE, clock))
     assert simulated(control, clock, MODERATE, 400) > 1.2
     draft.chance = 0.0
     simulated(control, clock, MODERATE, 100)
@@ -118,7 +118,7 @@ def test_the_better_of_two_drafts_is_taken() -> None:
     clock = Ticks()
     poor, good = OftenRight(0.3), OftenRight(0.9)
     good.name = "good"  # type: ignore[misc]
-    control = SpeculationControl([poor, good], PassCosts(MODERATE, clock))
+    control = SpeculationControl([poor, good], StepCostModel(MODERATE, clock))
     simulated(control, clock, MODERATE, 300)
     chosen = control.chosen([0], 8)
     assert chosen is not None and chosen[0] == "good"
@@ -131,7 +131,7 @@ def test_time_that_comes_to_nothing_is_bounded_and_then_the_draft_is_not_asked()
 
 
 def test_no_more_rows_than_there_is_room_for() -> None:
-    control = SpeculationControl([OftenRight(1.0)], PassCosts(CHEAP, Ticks()))
+    control = SpeculationControl([OftenRight(1.0)], StepCostModel(CHEAP, Ticks()))
     for room in (8, 5, 2):
         chosen = control.chosen([0], room)
         assert chosen is not None and 1 <= len(chosen[1]) <= room - 1
@@ -140,8 +140,8 @@ def test_no_more_rows_than_there_is_room_for() -> None:
 
 def test_a_draft_that_claims_a_class_that_it_has_not_is_not_heard() -> None:
     draft = ToldDraft(lambda text: (1, 2))
-    draft.propose = lambda num_tokens: Proposal.chain((1, 2), sureness=7)  # type: ignore[method-assign]
-    assert SpeculationControl([draft], PassCosts(CHEAP, Ticks())).chosen([0], 8) is None
+    draft.propose = lambda num_tokens: Proposal.chain((1, 2), confidence=7)  # type: ignore[method-assign]
+    assert SpeculationControl([draft], StepCostModel(CHEAP, Ticks())).chosen([0], 8) is None
 
 
 def test_acceptance_is_counted_by_position() -> None:
@@ -161,7 +161,7 @@ def test_a_walk_through_a_verification() -> None:
     import numpy as np
 
     rows = np.arange(12, dtype=np.float32).reshape(3, 4)
-    walk = Verification(TokenTree.chain((4, 5, 6)), rows)
+    walk = DraftVerification(TokenTree.chain((4, 5, 6)), rows)
     assert walk.first is not None and (walk.first == rows[0]).all()
     row = walk.accept(5)
     assert row is not None and (row == rows[1]).all()
@@ -176,12 +176,12 @@ def test_a_walk_onto_a_branch() -> None:
 
     rows = np.arange(16, dtype=np.float32).reshape(4, 4)
     tree = TokenTree((4, 5, 6, 7), (-1, 0, 1, 0))
-    walk = Verification(tree, rows)
+    walk = DraftVerification(tree, rows)
     logits = walk.accept(7)
     assert logits is not None and (logits == rows[3]).all()
     assert walk.row == 3 and walk.is_branch and walk.accept(6) is None
     # Where branches could not be computed there are rows of the trunk alone.
-    alone = Verification(tree, rows[:3])
+    alone = DraftVerification(tree, rows[:3])
     assert alone.accept(7) is None and alone.row == 0
     assert alone.accept(5) is not None and not alone.is_branch
 
@@ -213,7 +213,7 @@ def branched(chance: float, *, branches: bool) -> tuple[float, TokenTree]:
     """The gain over a text, and what is verified at its end."""
     clock = Ticks()
     draft = SecondIsRight(chance)
-    control = SpeculationControl([draft], PassCosts(CHEAP, clock), branches=branches)
+    control = SpeculationControl([draft], StepCostModel(CHEAP, clock), branches=branches)
     text, started = [0], clock.now
     while len(text) < 600:
         chosen = control.chosen(text, 8)
@@ -224,10 +224,10 @@ def branched(chance: float, *, branches: bool) -> tuple[float, TokenTree]:
         num_before = len(text)
         while row is not None:
             came = len(text)
-            control.came(came)
+            control.observe_token(came)
             text.append(came)
             row = tree.child(row, came)
-        control.settled(len(text) - num_before, CHEAP.of(len(tree)))
+        control.end_round(len(text) - num_before, CHEAP.of(len(tree)))
     return (len(text) - 1) / (clock.now - started), tree
 
 
@@ -259,7 +259,7 @@ def test_each_tree_is_the_one_before_with_its_next_likeliest_row() -> None:
 
 
 def test_costs_follow_the_machine_and_forgive_one_slow_pass() -> None:
-    costs = PassCosts(MODERATE)
+    costs = StepCostModel(MODERATE)
     for _ in range(60):
         costs.observe(1, 2.0)
     assert costs.of(1) == pytest.approx(2.0, rel=0.02)
@@ -272,7 +272,7 @@ def test_costs_follow_the_machine_and_forgive_one_slow_pass() -> None:
 
 
 def test_what_another_day_measured_is_soon_forgotten() -> None:
-    costs = PassCosts(MODERATE)
+    costs = StepCostModel(MODERATE)
     for _ in range(4):
         costs.observe(1, 0.6)
     assert costs.of(1) == pytest.approx(0.6, rel=0.15)
@@ -280,13 +280,13 @@ def test_what_another_day_measured_is_soon_forgotten() -> None:
 
 
 def test_after_a_loss_verifying_waits_until_it_is_a_small_share_of_the_time() -> None:
-    control = SpeculationControl([OftenRight(1.0)], PassCosts(CHEAP, Ticks()))
+    control = SpeculationControl([OftenRight(1.0)], StepCostModel(CHEAP, Ticks()))
     assert control.chosen([0], 8) is not None
-    control.settled(1, 6.0)
+    control.end_round(1, 6.0)
     assert control.has_lost and control.chosen([0], 8) is None
     for _ in range(600):
         control.passed(1, 1.0)
     assert not control.has_lost and control.chosen([0], 8) is not None
-    control.settled(100, 1.0)
-    control.settled(1, 3.0)
+    control.end_round(100, 1.0)
+    control.end_round(1, 3.0)
     assert not control.has_lost

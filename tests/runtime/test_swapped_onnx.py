@@ -43,7 +43,7 @@ def test_the_same_tokens_as_the_whole_graph(tmp_path: Path, form: str) -> None:
             runtime.trim("complete")
             assert runtime.generate(TEXT[:200], **GREEDY).token_ids == result.token_ids
     assert found[0] == found[1] and len(found[0]) == 12
-    assert result.stats.attention == "dense" and result.stats.layers_ours == 2
+    assert result.stats.attention == "dense" and result.stats.layers_native == 2
 
 
 def test_tidal_runs_and_with_room_for_all_keys_answers_as_dense(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_cache_of_halves_is_half_as_large(tmp_path: Path) -> None:
         options = {"memory": "2GiB", "threads": 1, "attention": "dense", "kv_type": kv_type}
         with Runtime.open(folder, **options) as runtime:  # type: ignore[arg-type]
             assert len(runtime.generate(TEXT[:100], **GREEDY).token_ids) == 12
-            sizes += [row.num_bytes for row in runtime.plan.rows if "KV" in row.owner]
+            sizes += [row.num_bytes for row in runtime.plan.rows if "KV" in row.component]
     assert sizes[0] == 2 * sizes[1] > 0
 
 
@@ -129,7 +129,7 @@ def test_never_over_its_plan(
         ("--attention", "llama"),
         ("--attention", "dense"),
         ("--attention", "delta:sparsity=0.5"),
-        ("--pack",),
+        ("--repack",),
     ],
     ids=" ".join,
 )

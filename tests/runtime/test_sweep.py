@@ -56,9 +56,9 @@ CASES = [Case.drawn(numbers) for numbers in [random.Random(SEED)] for _ in range
 _RUN = """
 import json
 from lowtide import GenerationResult, OverBudget, PromptTooLong, Runtime
-from lowtide.runtime.planning.plan import OpenOptions, plan_reference
+from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 opening = dict(memory={case.budget_bytes}, context={case.context}, attention={case.attention!r}, threads=1)
-told = dict(bound=plan_reference("smollm2", OpenOptions(**opening)).plan.lower_bound_bytes)
+told = dict(bound=plan_reference("smollm2", LoadConfig(**opening)).plan.lower_bound_bytes)
 try:
     runtime = Runtime.open("smollm2", **opening)
 except OverBudget as error:

@@ -10,7 +10,7 @@ import pytest
 from processes import run_python
 
 from lowtide import GenerationResult, Runtime
-from lowtide.memory.reclaim import LEVELS, Releaser, trim
+from lowtide.memory.reclaim import LEVELS, Reclaimer, trim
 from lowtide.memory.units import MIB
 from lowtide.models.errors import BadOption
 from lowtide.runtime.errors import RuntimeUnusable
@@ -21,8 +21,8 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 def test_a_level_calls_what_is_milder_too_and_in_order() -> None:
     called: list[str] = []
-    releasers = [
-        Releaser(level, lambda name=level: called.append(name))  # type: ignore[misc]
+    reclaimers = [
+        Reclaimer(level, lambda name=level: called.append(name))  # type: ignore[misc]
         for level in ("complete", "background", "moderate")
     ]
     for level, expected in (
@@ -31,19 +31,19 @@ def test_a_level_calls_what_is_milder_too_and_in_order() -> None:
         ("complete", ["complete", "background", "moderate"]),
     ):
         called.clear()
-        assert trim(releasers, level).level == level
+        assert trim(reclaimers, level).level == level
         assert called == expected
     with pytest.raises(BadOption, match="level is 'all', one of background, moderate, complete"):
-        trim(releasers, "all")
+        trim(reclaimers, "all")
 
 
 def test_what_is_given_back_is_counted() -> None:
     """In a process of its own, whose heap is small."""
     done = run_python(
-        "from lowtide.memory.reclaim import Releaser, trim\n"
+        "from lowtide.memory.reclaim import Reclaimer, trim\n"
         "blocks = [bytearray(b'x') * (48 << 20)]\n"
-        "print(trim([Releaser('background', blocks.clear)], 'background').given_back_bytes)\n"
-        "print(trim([], 'complete').given_back_bytes)"
+        "print(trim([Reclaimer('background', blocks.clear)], 'background').freed_bytes)\n"
+        "print(trim([], 'complete').freed_bytes)"
     )
     given_back, nothing = map(int, done.stdout.split())
     assert abs(given_back - (48 << 20)) < MIB and nothing < MIB

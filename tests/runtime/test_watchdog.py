@@ -107,7 +107,7 @@ def test_a_finished_answer_is_not_said_to_be_cut(fake_runtime: Opened, resident:
     assert result.finish_reason == "length"
 
 
-HOST = """
+BASELINE = """
 import json
 from lowtide import GenerationResult, Runtime
 with Runtime.open("smollm2", memory="260MiB", context=512, threads=1) as runtime:
@@ -123,7 +123,7 @@ with Runtime.open("smollm2", memory="260MiB", context=512, threads=1) as runtime
 
 
 def test_a_host_program_that_grows_ends_the_answer_and_no_more() -> None:
-    done = run_python(HOST)
+    done = run_python(BASELINE)
     assert done.code == 0, done.stderr
     finish_reason, said, whole, then, stats = json.loads(done.stdout)
     assert finish_reason == "memory" and then in ("stop", "length")

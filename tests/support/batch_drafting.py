@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 from speculating import Ticks, ToldDraft
 
-from lowtide.attention.policy import Steering
+from lowtide.attention.policy import PassController
 from lowtide.memory.plan.batch import BatchPlan
 from lowtide.memory.plan.speculation import CostCurve
 from lowtide.models.fake_model import FakeSequences
-from lowtide.models.model import Part, Sequences
-from lowtide.runtime.batch.batch import api as batch_answers
-from lowtide.runtime.batch.speculation import BatchSpeculation, MemberSpeculation
-from lowtide.runtime.planning.plan import PlannedModel
+from lowtide.models.model import SequenceBatch, SequenceSlice
+from lowtide.runtime.batch import api as batch_answers
+from lowtide.runtime.batch.speculation import BatchSpeculation, SequenceSpeculation
+from lowtide.runtime.planning.plan import ResolvedModel
 from lowtide.runtime.speculation.control import SpeculationControl
 from lowtide.runtime.speculation.drafts import Draft
-from lowtide.runtime.speculation.step_cost import PassCosts
+from lowtide.runtime.speculation.step_cost import StepCostModel
 
 CHEAP = CostCurve(num_rows=(1, 64), seconds=(1.0, 1.1))
 """Rows cost next to nothing, so that everything is verified."""
@@ -32,27 +32,30 @@ DEAR = CostCurve(num_rows=(1, 64), seconds=(1.0, 64.0))
 def draft_in_batches(
     monkeypatch: pytest.MonkeyPatch,
     drafts_of: Callable[[int], Sequence[Draft]],
-    believed: CostCurve = CHEAP,
+    expected: CostCurve = CHEAP,
     cost: CostCurve | None = None,
 ) -> None:
     """Have batches draft with what `drafts_of` returns for a member.
 
-    Passes are taken to cost what is `believed`; they do so, unless `cost` says otherwise.
+    Passes are taken to cost what is `expected`; they do so, unless `cost` says otherwise.
     """
     clock, forward = Ticks(), FakeSequences.forward
 
-    def ticking(sequences: FakeSequences, parts: Sequence[Part]) -> Any:
-        clock.now += (cost or believed).of(sum(len(part.token_ids) for part in parts))
+    def ticking(sequences: FakeSequences, parts: Sequence[SequenceSlice]) -> Any:
+        clock.now += (cost or expected).of(sum(len(part.token_ids) for part in parts))
         return forward(sequences, parts)
 
     def load(
-        planned: PlannedModel, plan: BatchPlan, _sequences: Sequences, _steering: Steering
+        planned: ResolvedModel,
+        plan: BatchPlan,
+        _sequences: SequenceBatch,
+        _controller: PassController,
     ) -> BatchSpeculation | None:
         if not plan.most_drafted:
             return None
-        rows = tuple(sorted({1, plan.num_sequences, plan.num_wanted}))
-        seconds = tuple(believed.of(num_rows) for num_rows in rows)
-        costs = PassCosts(CostCurve(num_rows=rows, seconds=seconds), clock)
+        rows = tuple(sorted({1, plan.num_sequences, plan.num_logits}))
+        seconds = tuple(expected.of(num_rows) for num_rows in rows)
+        costs = StepCostModel(CostCurve(num_rows=rows, seconds=seconds), clock)
         members = [_member(drafts_of(i), costs, planned) for i in range(plan.num_sequences)]
         return BatchSpeculation(members, costs, rows_agree=True)
 
@@ -60,11 +63,13 @@ def draft_in_batches(
     monkeypatch.setattr(batch_answers, "load_batch_speculation", load)
 
 
-def _member(drafts: Sequence[Draft], costs: PassCosts, planned: PlannedModel) -> MemberSpeculation:
-    return MemberSpeculation(
+def _member(
+    drafts: Sequence[Draft], costs: StepCostModel, planned: ResolvedModel
+) -> SequenceSpeculation:
+    return SequenceSpeculation(
         drafts,
         SpeculationControl(drafts, costs),
-        most_drafted=planned.plan.verified_rows - 1,
+        most_drafted=planned.plan.verify_batch - 1,
         vocabulary_size=planned.spec.vocabulary.num_tokens,
     )
 

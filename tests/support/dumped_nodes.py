@@ -65,7 +65,7 @@ def _inputs(node: _Tensor) -> AttentionInputs:
         k=_array(k, np.float16).transpose(1, 0, 2).copy(),
         v=_array(v, np.float16).transpose(1, 0, 2).copy(),
         mask=_array(mask, np.float16)[0, : q.ne[1]].copy(),
-        value_size=v.ne[0],
+        value_dim=v.ne[0],
         scale=node.op_params[0],
         softcap=node.op_params[2],
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lowtide.attention.bindings.llama_hook import GraphHook
+from lowtide.attention.bindings.llama_hook import LlamaHook
 from lowtide.models.gguf.llama_cpp import llama_library
 
 F32, F16 = 0, 1
@@ -91,7 +91,7 @@ class AttentionGraph:
         address: int = _function("ggml_get_data", _P, _P)(tensor)
         return address
 
-    def computed(self, hook: GraphHook | None = None, threads: int = 2) -> Any:
+    def computed(self, hook: LlamaHook | None = None, threads: int = 2) -> Any:
         """Return the result, shape (streams, rows, heads, size), through a hook where one is given."""
         if hook is not None:
             address, user_data = hook.callback

@@ -12,19 +12,19 @@ ROWS = 128
 _PROGRAM = """
 import json, sys
 from lowtide.memory.process import read_process_memory
-from lowtide.runtime.loading.load import LoadedModel
-from lowtide.runtime.planning.plan import OpenOptions, plan_reference
+from lowtide.runtime.loading.load import Engine
+from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 path, attention, num_tokens, rows = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 planned = plan_reference(
-    path, OpenOptions(attention=attention, memory="2GiB", context=num_tokens, threads=2)
+    path, LoadConfig(attention=attention, memory="2GiB", context=num_tokens, threads=2)
 )
-made = LoadedModel(planned)
-made.steering.before_prompt()
+made = Engine(planned)
+made.controller.begin_prefill()
 made.model.forward(range(1000, 1000 + rows))
 made.model.truncate(0)
 before = read_process_memory().resident_bytes
 for at in range(0, num_tokens, rows):
-    made.steering.before_prompt()
+    made.controller.begin_prefill()
     made.model.forward(range(1000, 1000 + min(rows, num_tokens - at)))
 found = read_process_memory()
 made.close()

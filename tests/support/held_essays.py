@@ -11,26 +11,26 @@ from pathlib import Path
 import numpy as np
 from essays import essays
 
-from lowtide.attention.bindings.llama_hook import GraphHook
+from lowtide.attention.bindings.llama_hook import LlamaHook
 from lowtide.attention.bindings.policy import ScoreCost
 from lowtide.attention.delta.blocks import DeltaBlocks
-from lowtide.attention.delta.calibrate import DeltaCalibrator, StateCalibrator
+from lowtide.attention.delta.calibrate import DeltaBlocksSearch, DeltaSearch
 from lowtide.attention.delta.tokens import Delta
-from lowtide.attention.dense import DenseSteering
+from lowtide.attention.dense import DenseController
 from lowtide.attention.evaluation.divergence import Distance, Reference, read_prompt
 from lowtide.attention.evaluation.passkeys import (
-    Needle,
+    Passkey,
     chat_framing,
     continued,
-    hide_needle,
-    pass_key,
+    hide_passkey,
+    make_passkey,
 )
-from lowtide.attention.policy import Steering
+from lowtide.attention.policy import PassController
 from lowtide.cli.calibrate import planned_as
 from lowtide.models.gguf.spec import read_spec
 from lowtide.runtime.evaluation.text import read_sample, sample_tokens
-from lowtide.runtime.loading.load import LoadedModel
-from lowtide.runtime.planning.plan import OpenOptions, plan_reference
+from lowtide.runtime.loading.load import Engine
+from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 
 SCORED = 200
 DEPTHS = (0.9, 0.5, 0.1)
@@ -67,7 +67,7 @@ LONGER = Trial(context=4096, prefix=8000, offsets=(0, 8000), lengths=(8000,), nu
 class Essays:
     """A loaded model and a text that nothing was calibrated on."""
 
-    loaded: LoadedModel
+    loaded: Engine
     token_ids: list[int]
     trial: Trial
 
@@ -80,18 +80,18 @@ class Essays:
         kv_type: str = "f16",
         threads: int = 2,
         *,
-        pack: bool = True,
+        repack: bool = True,
     ) -> Iterator[Essays]:
         """Load a model with room for whatever units the policy may get."""
-        options = OpenOptions(
+        options = LoadConfig(
             memory="4GiB",
             context=trial.room,
             threads=threads,
             attention=planned_as(policy, read_spec(path)),
-            pack=pack,
+            repack=repack,
             kv_type=kv_type,
         )
-        loaded = LoadedModel(plan_reference(path, options))
+        loaded = Engine(plan_reference(path, options))
         text = loaded.model.tokenizer.encode(essays(), add_special=True, parse_special=False)
         try:
             yield Essays(loaded, text, trial)
@@ -99,17 +99,17 @@ class Essays:
             loaded.close()
 
     @property
-    def hook(self) -> GraphHook:
+    def hook(self) -> LlamaHook:
         assert self.loaded.hook is not None
         return self.loaded.hook
 
     @property
-    def dense(self) -> Steering:
-        return DenseSteering(self.hook)
+    def dense(self) -> PassController:
+        return DenseController(self.hook)
 
-    def steering(self, policy: Policy) -> Steering:
+    def controller(self, policy: Policy) -> PassController:
         spec = self.loaded.model.spec
-        return policy.fitted(spec).install(self.hook, spec)
+        return policy.resolve(spec).install(self.hook, spec)
 
     def texts(self) -> Iterator[list[int]]:
         """Yield what is read and scored at each place."""
@@ -123,39 +123,39 @@ class Essays:
         for text in self.texts():
             model.truncate(0)
             place = Reference(model, self.dense, text, self.trial.prefix, SCORED)
-            total += place.distance(self.steering(policy))
+            total += place.distance(self.controller(policy))
         return total, self.hook.counts().scores - before.scores
 
-    def needles(self) -> Iterator[Needle]:
+    def passkeys(self) -> Iterator[Passkey]:
         """Yield the prompts in which keys are hidden."""
         model, trial = self.loaded.model, self.trial
         framing = chat_framing(model)
         for length, depth, seed in itertools.product(trial.lengths, DEPTHS, range(trial.num_keys)):
-            key = pass_key(90 + seed, doubled=seed % 2 == 1)
+            key = make_passkey(90 + seed, doubled=seed % 2 == 1)
             haystack = self.token_ids[1 + 3000 * seed :]
-            yield hide_needle(model, haystack, framing, length, depth, key)
+            yield hide_passkey(model, haystack, framing, length, depth, key)
 
-    def answer(self, policy: Policy | None, needle: Needle) -> str:
+    def answer(self, policy: Policy | None, passkey: Passkey) -> str:
         """Return what is said of a key, by dense attention where there is no policy."""
         self.loaded.model.truncate(0)
-        steering = self.dense if policy is None else self.steering(policy)
-        return continued(self.loaded.model, steering, needle.token_ids)
+        controller = self.dense if policy is None else self.controller(policy)
+        return continued(self.loaded.model, controller, passkey.token_ids)
 
     def keys_found(self, policy: Policy) -> tuple[int, list[str]]:
         """How many pass keys dense attention finds, and what the policy says instead of which of these."""
         dense, lost = 0, []
-        for needle in self.needles():
-            if needle.key not in self.answer(None, needle):
+        for passkey in self.passkeys():
+            if passkey.key not in self.answer(None, passkey):
                 continue
             dense += 1
-            answer = self.answer(policy, needle)
-            if needle.key not in answer:
-                where = f"{needle.depth:.0%} of {needle.length:,}"
-                lead = self.lead(needle)
-                lost.append(f"{needle.key} at {where} (dense by {lead:.2f} nats): {answer!r}")
+            answer = self.answer(policy, passkey)
+            if passkey.key not in answer:
+                where = f"{passkey.depth:.0%} of {passkey.length:,}"
+                lead = self.lead(passkey)
+                lost.append(f"{passkey.key} at {where} (dense by {lead:.2f} nats): {answer!r}")
         return dense, lost
 
-    def lead(self, needle: Needle) -> float:
+    def lead(self, passkey: Passkey) -> float:
         """By how much dense attention prefers the key to all else, in nats, at its most doubtful token.
 
         Near 0 any rounding decides; below 0 the key is answered in other words than these.
@@ -163,10 +163,10 @@ class Essays:
         model, dense = self.loaded.model, self.dense
         model.truncate(0)
         leads = []
-        with read_prompt(model, dense, needle.token_ids[:-1]):
-            inputs = (needle.token_ids[-1], *needle.answer_ids[:-1])
-            for token_id, wanted in zip(inputs, needle.answer_ids, strict=True):
-                dense.before_decode()
+        with read_prompt(model, dense, passkey.token_ids[:-1]):
+            inputs = (passkey.token_ids[-1], *passkey.answer_ids[:-1])
+            for token_id, wanted in zip(inputs, passkey.answer_ids, strict=True):
+                dense.begin_decode()
                 logits = np.array(model.forward((token_id,)))
                 leads.append(float(logits[wanted] - np.delete(logits, wanted).max()))
         return min(leads)
@@ -179,7 +179,7 @@ class Essays:
         place = (model, self.hook, text, context, chat_framing(model))
         origin = "spread over layers and heads"
         if isinstance(policy, Delta):
-            (groups,) = DeltaCalibrator(*place, policy).spread([sparsity])
+            (groups,) = DeltaSearch(*place, policy).spread([sparsity])
             return replace(policy, units=groups, origin=origin)
-        (units,) = StateCalibrator(*place, policy).spread([sparsity])
+        (units,) = DeltaBlocksSearch(*place, policy).spread([sparsity])
         return replace(policy, units=units, origin=origin)

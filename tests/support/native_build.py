@@ -37,11 +37,11 @@ PROGRAMS = {
     "prompt_scores": [*KERNELS, "prompt_scores"],
     "state_attend": [*KERNELS, *STATES],
     "sliced_product": ["sliced_product", "weight_stream"],
-    "unpopulated_maps": ["unpopulated_maps"],
+    "lazy_mappings": ["lazy_mappings"],
     "weight_stream": ["weight_stream"],
 }
 """What of the library each test is linked with: none needs llama.cpp."""
-LIBRARIES = {"unpopulated_maps": "mapping_library"}
+LIBRARIES = {"lazy_mappings": "mapping_library"}
 AVX512 = "-mavx512f -mavx512vl -mavx512bw -mavx512dq -mfma -mf16c -Wno-maybe-uninitialized".split()
 X86_FLAGS = {
     "attend_avx2": ["-mavx2", "-mfma", "-mf16c"],

@@ -10,22 +10,27 @@ from peer import Peer
 
 from lowtide.attention.parse import parse_policy
 from lowtide.memory.units import GIB
-from lowtide.runtime.loading.load import LoadedModel
-from lowtide.runtime.planning.plan import OpenOptions, plan_reference
+from lowtide.runtime.loading.load import Engine
+from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 
 TEXT = "The tide comes in, the tide goes out, and nobody on the shore knows what it is about. "
 NUM_DECODED = 24
 ROWS = 128
 
 
-class PackedModel:
+class RepackedModel:
     """The model from its packed copy, with our exact attention."""
 
     def __init__(self, path: Path, context: int = 2048) -> None:
-        options = OpenOptions(
-            memory=8 * GIB, context=context, max_rows=ROWS, threads=2, attention="dense", pack=True
+        options = LoadConfig(
+            memory=8 * GIB,
+            context=context,
+            batch_size=ROWS,
+            threads=2,
+            attention="dense",
+            repack=True,
         )
-        self.loaded = LoadedModel(plan_reference(path, options))
+        self.loaded = Engine(plan_reference(path, options))
         self.model = self.loaded.model
         self.token_ids = self.model.tokenizer.encode(
             TEXT * (context // 18), add_special=True, parse_special=False
@@ -41,14 +46,14 @@ class PackedModel:
         """Decode the text from `depth` on; with another attention if one is named."""
         hook = self.loaded.hook
         assert hook is not None
-        steering = None
+        controller = None
         if attention is not None:
-            policy = parse_policy(attention).fitted(self.model.spec)
-            steering = policy.install(hook, self.model.spec)
+            policy = parse_policy(attention).resolve(self.model.spec)
+            controller = policy.install(hook, self.model.spec)
         self.model.truncate(depth)
         for token_id in self.token_ids[depth : depth + NUM_DECODED]:
-            if steering is not None:
-                steering.before_decode()
+            if controller is not None:
+                controller.begin_decode()
             self.model.forward((token_id,)).argmax()
 
     def verify(self, depth: int, num_rows: int) -> None:
@@ -61,7 +66,7 @@ class PackedModel:
 def compare_decode(
     benchmark: Any,
     name: str,
-    ours: PackedModel,
+    ours: RepackedModel,
     theirs: Peer,
     depth: int,
     *,
@@ -84,7 +89,7 @@ def compare_decode(
 
 
 def compare_prefill(
-    benchmark: Any, name: str, ours: PackedModel, theirs: Peer, length: int, rounds: int = 9
+    benchmark: Any, name: str, ours: RepackedModel, theirs: Peer, length: int, rounds: int = 9
 ) -> None:
     """Time a whole prompt."""
     token_ids = ours.token_ids[:length]
@@ -94,7 +99,7 @@ def compare_prefill(
     )  # fmt: skip
 
 
-def compare_verification(benchmark: Any, ours: PackedModel, num_rows: int) -> None:
+def compare_verification(benchmark: Any, ours: RepackedModel, num_rows: int) -> None:
     """How much less than so many single rows; rows / ratio is the cost in single rows."""
     ours.prefill(256)
 

@@ -12,25 +12,25 @@ from lowtide.models.gguf.llama_cpp import llama_library
 class Peer:
     """One model and context; greedy decoding in the shortest loop that Python allows."""
 
-    def __init__(self, path: Path, *, context: int, max_rows: int, threads: int) -> None:
+    def __init__(self, path: Path, *, context: int, batch_size: int, threads: int) -> None:
         self.api = api = llama_library().api
         model_params = api.llama_model_default_params()
         model_params.n_gpu_layers = 0
         self.model = api.llama_model_load_from_file(str(path).encode(), model_params)
         params = api.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = context, max_rows, max_rows
+        params.n_ctx, params.n_batch, params.n_ubatch = context, batch_size, batch_size
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED
         self.context = api.llama_init_from_model(self.model, params)
         self.memory = api.llama_get_memory(self.context)
         self.vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.model))
-        self.max_rows = max_rows
+        self.batch_size = batch_size
 
     def prefill(self, token_ids: list[int]) -> None:
         """Compute the tokens from an empty cache."""
         self.api.llama_memory_clear(self.memory, False)
-        for start in range(0, len(token_ids), self.max_rows):
-            self._decode(token_ids[start : start + self.max_rows])
+        for start in range(0, len(token_ids), self.batch_size):
+            self._decode(token_ids[start : start + self.batch_size])
 
     def decode(self, num_tokens: int) -> list[int]:
         """Go on greedily for `num_tokens` tokens."""

@@ -31,10 +31,10 @@ def attention(
     softcap: float = 0.0,
     sinks: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float64]:
-    """Return softmax(cap(scale q k) + mask) v, shape (rows, heads, value_size).
+    """Return softmax(cap(scale q k) + mask) v, shape (rows, heads, value_dim).
 
-    Shapes: `q` (rows, heads, key_size), `k` (keys, kv_heads, key_size), `v` (keys, kv_heads,
-    value_size), `mask` (rows, keys). A row that sees no key is 0.
+    Shapes: `q` (rows, heads, head_dim), `k` (keys, kv_heads, head_dim), `v` (keys, kv_heads,
+    value_dim), `mask` (rows, keys). A row that sees no key is 0.
     """
     weights = attention_weights(q, k, mask, scale=scale, softcap=softcap, sinks=sinks)
     group = q.shape[1] // k.shape[1]
@@ -127,20 +127,20 @@ MOST_LIFT = 8.0
 def reference_states(
     k: NDArray[np.float64], thresholds: NDArray[np.float64], *, num_first: int, block: int
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Return the states that stand for keys, and which blocks were sent, (keys, key_size / block).
+    """Return the states that stand for keys, and which blocks were sent, (keys, head_dim / block).
 
-    `k` (keys, key_size) are one KV head's, `thresholds` (key_size,) how far a channel may be off: that of
+    `k` (keys, head_dim) are one KV head's, `thresholds` (head_dim,) how far a channel may be off: that of
     a query's root mean square, say, divided into a constant. A block of `block` channels is sent where it
     is further from each that was sent before on its page than 1, as the root mean square of its
     differences, each as a multiple of its threshold. Others join the nearest that was sent, and all that
     joined are seen as their mean. The first `num_first` keys are sent whole, and none joins them.
     """
-    num_keys, key_size = k.shape
+    num_keys, head_dim = k.shape
     states = np.empty_like(k)
-    sent = np.empty((num_keys, key_size // block), bool)
+    sent = np.empty((num_keys, head_dim // block), bool)
     for begin in range(0, num_keys, PAGE_KEYS):
         page = slice(begin, begin + PAGE_KEYS)
-        for first in range(0, key_size, block):
+        for first in range(0, head_dim, block):
             channels = slice(first, first + block)
             states[page, channels], sent[page, first // block] = _joined(
                 k[page, channels], thresholds[channels], max(num_first - begin, 0)
@@ -175,13 +175,13 @@ def delta_attention(
     scale: float,
     window: int,
     page: int = 1,
-    opens: float = 0.0,
+    refine: float = 0.0,
 ) -> NDArray[np.float64]:
-    """Return attention of the last rows, (rows, heads, value_size), with states for the keys behind them.
+    """Return attention of the last rows, (rows, heads, value_dim), with states for the keys behind them.
 
     Shapes as for `reference.attention`; row i of `q` sees all keys but the rows after it, and its last
     `window` keys, its own among them, as they are; of those behind them whole pages of `page` keys as
-    states, but for those that get more than the share `opens`, above 0, of the weight of one of a KV head's
+    states, but for those that get more than the share `refine`, above 0, of the weight of one of a KV head's
     heads.
     """
     num_rows, num_keys = len(q), len(k)
@@ -190,8 +190,8 @@ def delta_attention(
         seen = num_keys - num_rows + row + 1
         behind = max(seen - window, 0) // page * page
         keys = np.concatenate([states[:behind], k[behind:seen]])
-        if opens:
-            much = _most_weights(q[row], keys, scale)[:behind] > opens
+        if refine:
+            much = _most_weights(q[row], keys, scale)[:behind] > refine
             keys[:behind][much] = k[:behind][much]
         visible = np.zeros((1, seen), np.float16)
         out.append(attention(q[row : row + 1], keys, v[:seen], visible, scale=scale)[0])
@@ -212,8 +212,8 @@ def _most_weights(
 def page_points(
     k: NDArray[np.float64], v: NDArray[np.float64], scales: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Return what rows of a page are compared by, (keys, key_size + value_size): the keys times `scales`
-    (key_size,), and the values, which vary half as much over the page, in all."""
+    """Return what rows of a page are compared by, (keys, head_dim + value_dim): the keys times `scales`
+    (head_dim,), and the values, which vary half as much over the page, in all."""
     points = k * scales
     of_values = v.var(axis=0).sum()
     factor = np.sqrt(VALUE_SHARE * points.var(axis=0).sum() / of_values) if of_values else 0.0
@@ -257,13 +257,13 @@ def grouped_attention(
     num_groups: int,
     num_fixed: int = 0,
     lift: float = 0.0,
-    opens: float = 0.0,
+    refine: float = 0.0,
 ) -> NDArray[np.float64]:
-    """Return attention of the last rows, (rows, heads, value_size), over groups of one KV head's keys.
+    """Return attention of the last rows, (rows, heads, value_dim), over groups of one KV head's keys.
 
-    `q` (rows, heads, key_size), `k` (keys, key_size), `v` (keys, value_size). A row sees every key but
+    `q` (rows, heads, head_dim), `k` (keys, head_dim), `v` (keys, value_dim). A row sees every key but
     the rows after it; whole pages behind its last `window` keys as groups, each with its mean key and its
-    mean value, as heavy as its keys are many, and lifted: see `lifts`. With `opens` above 0 the keys of
+    mean value, as heavy as its keys are many, and lifted: see `score_bias`. With `refine` above 0 the keys of
     groups that get more than such a share of a head's weight take their place.
     """
     num_rows, num_keys = len(q), len(k)
@@ -288,8 +288,8 @@ def grouped_attention(
         num_pages = max(seen - window, 0) // PAGE_KEYS
         groups = [rows for page_rows in pages[:num_pages] for rows in page_rows]
         groups += [[key] for key in range(num_pages * PAGE_KEYS, seen)]
-        if opens:
-            much = weights(row, groups).max(axis=0) > opens
+        if refine:
+            much = weights(row, groups).max(axis=0) > refine
             parts = [
                 [[key] for key in rows] if is_much else [rows]
                 for rows, is_much in zip(groups, much, strict=True)

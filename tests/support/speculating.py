@@ -11,7 +11,7 @@ from lowtide.models.draft_tree import TEXT, TokenTree
 from lowtide.runtime.speculation.control import SpeculationControl
 from lowtide.runtime.speculation.drafts import Draft, Proposal
 from lowtide.runtime.speculation.speculator import Speculator
-from lowtide.runtime.speculation.step_cost import PassCosts
+from lowtide.runtime.speculation.step_cost import StepCostModel
 
 CHEAP = CostCurve(num_rows=(1, 8), seconds=(1.0, 1.1))
 """Rows cost next to nothing, so that everything is verified."""
@@ -68,7 +68,7 @@ class Ticks:
 def speculator_of(
     *drafts: Draft, cost: CostCurve = CHEAP, most_rows: int = 8, clock: Ticks | None = None
 ) -> Speculator:
-    control = SpeculationControl(drafts, PassCosts(cost, clock or Ticks()), branches=True)
+    control = SpeculationControl(drafts, StepCostModel(cost, clock or Ticks()), branches=True)
     return Speculator(
         drafts,
         control,

@@ -1,6 +1,6 @@
 """AttentionNode: what a graph's attention node attends to and how, for attention in its place.
 
-Requires nothing. Ensures that a node which is read says everything: what it says beside is `NotSwapped`.
+Requires nothing. Ensures that a node which is read says everything: what it says beside is `CannotRewrite`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lowtide.models.onnx.graph import Node, OnnxGraph
 from lowtide.models.onnx.spec import LayerPorts
 
 
-class NotSwapped(Exception):
+class CannotRewrite(Exception):
     """A graph that is left whole, and why: in words that follow "its graph"."""
 
 
@@ -47,7 +47,7 @@ class AttentionNode:
     present: tuple[str, str]
 
     @property
-    def is_packed(self) -> bool:
+    def is_repacked_file(self) -> bool:
         """Whether queries, keys and values come side by side."""
         return not self.key
 
@@ -68,7 +68,7 @@ class AttentionNode:
 
 
 def read_attention_nodes(graph: OnnxGraph, config: OnnxConfig) -> tuple[AttentionNode, ...]:
-    """Return the attention nodes in the graph's order; raises `NotSwapped` where one is not known."""
+    """Return the attention nodes in the graph's order; raises `CannotRewrite` where one is not known."""
     found = []
     for index, node in enumerate(graph.nodes):
         reader = _READERS.get((node.domain, node.kind))
@@ -78,12 +78,12 @@ def read_attention_nodes(graph: OnnxGraph, config: OnnxConfig) -> tuple[Attentio
 
 
 def check_layers(nodes: tuple[AttentionNode, ...], layers: tuple[LayerPorts, ...]) -> None:
-    """Raise `NotSwapped` unless the nodes are those of the layers, in order, each with its own cache."""
+    """Raise `CannotRewrite` unless the nodes are those of the layers, in order, each with its own cache."""
     if len(nodes) != len(layers):
-        raise NotSwapped(f"has {len(nodes)} attention operators for {len(layers)} layers")
+        raise CannotRewrite(f"has {len(nodes)} attention operators for {len(layers)} layers")
     for node, ports in zip(nodes, layers, strict=True):
         if node.past != ports.past or node.present != ports.present:
-            raise NotSwapped(f"does not give {ports.past[0]} straight to its layer's attention")
+            raise CannotRewrite(f"does not give {ports.past[0]} straight to its layer's attention")
 
 
 def _group_query(index: int, node: Node, graph: OnnxGraph, config: OnnxConfig) -> AttentionNode:
@@ -93,7 +93,7 @@ def _group_query(index: int, node: Node, graph: OnnxGraph, config: OnnxConfig) -
     turns = bool(node.numbers.get("do_rotary", 0))
     cosines, sines = (node.input(7), node.input(8)) if turns else ("", "")
     if turns and not {cosines, sines} <= set(graph.weights):
-        raise NotSwapped("computes its rotary embedding's cosines and sines")
+        raise CannotRewrite("computes its rotary embedding's cosines and sines")
     window = int(node.numbers.get("local_window_size", -1))
     return AttentionNode(
         **_common(index, node, config, (0, 1, 2), (3, 4)),
@@ -112,7 +112,7 @@ def _multi_head(index: int, node: Node, graph: OnnxGraph, config: OnnxConfig) ->
     """com.microsoft.MultiHeadAttention of three inputs, with a bias that hides keys."""
     _only(node, inputs=8, outputs=3)
     if node.input(3) or node.input(4) or not node.input(1):
-        raise NotSwapped("has MultiHeadAttention with packed inputs, biases or a padding mask")
+        raise CannotRewrite("has MultiHeadAttention with packed inputs, biases or a padding mask")
     num_heads = int(node.numbers.get("num_heads", 0))
     return AttentionNode(
         **_common(index, node, config, (0, 1, 2), (6, 7)),
@@ -132,7 +132,7 @@ def _standard(index: int, node: Node, graph: OnnxGraph, config: OnnxConfig) -> A
     _only(node, inputs=6, outputs=3)
     num_heads = int(node.numbers.get("q_num_heads", 0))
     if not num_heads:
-        raise NotSwapped("has Attention over inputs of four dimensions")
+        raise CannotRewrite("has Attention over inputs of four dimensions")
     return AttentionNode(
         **_common(index, node, config, (0, 1, 2), (4, 5)),
         bias=node.input(3),
@@ -164,7 +164,7 @@ def _common(
 ) -> dict[str, Any]:
     query, key, value = (node.input(i) for i in inputs)
     if bool(key) != bool(value) or len(node.outputs) < 3:
-        raise NotSwapped(f"has {node.kind} without a cache, or with keys and no values")
+        raise CannotRewrite(f"has {node.kind} without a cache, or with keys and no values")
     scale = float(node.numbers.get("scale", 0))
     return {
         "index": index,
@@ -182,10 +182,10 @@ def _common(
 
 def _only(node: Node, *, inputs: int, outputs: int) -> None:
     if any(node.inputs[inputs:]) or any(node.outputs[outputs:]):
-        raise NotSwapped(f"has {node.kind} with inputs or outputs that are not known here")
+        raise CannotRewrite(f"has {node.kind} with inputs or outputs that are not known here")
 
 
 def _without(node: Node, *attributes: str) -> None:
     for name in attributes:
         if node.numbers.get(name, 0) > 0:
-            raise NotSwapped(f"has {node.kind} with {name}")
+            raise CannotRewrite(f"has {node.kind} with {name}")

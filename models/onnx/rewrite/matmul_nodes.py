@@ -1,4 +1,4 @@
-"""ProductNodes: which of a graph's products our kernels can compute, and of which matrices.
+"""MatmulNodes: which of a graph's products our kernels can compute, and of which matrices.
 
 Requires nothing. Ensures that a node that is named here says everything: others stay onnxruntime's.
 
@@ -132,7 +132,7 @@ def _halves(numbers: NDArray[np.float32], name: str) -> NDArray[np.uint8]:
     largest = float(np.abs(halves).max(initial=0))
     if not isfinite(largest):
         raise BadModelFile(
-            f"{name} has a scale, or a minimum, beyond what two bytes hold: leave --pack out"
+            f"{name} has a scale, or a minimum, beyond what two bytes hold: leave --repack out"
         )
     return halves.view(np.uint8).reshape(*halves.shape, 2)
 
@@ -147,7 +147,7 @@ def _mapped(folder: Path, weight: Weight) -> NDArray[Any]:
     return np.memmap(path, dtype, "r", weight.offset, (weight.num_bytes // dtype.itemsize,))
 
 
-PANEL_ROWS = 16
+TILE_ROWS = 16
 """Rows of a matrix that are packed together (`attention/native/products/packed_matrix.h`)."""
 PRODUCT = ("com.microsoft", "MatMulNBits")
 LOOK_UP = ("com.microsoft", "GatherBlockQuantized")
@@ -156,7 +156,7 @@ QUANTS, SCALES, ZEROS, GROUPS, BIAS = 1, 2, 3, 4, 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProductNode:
+class MatmulNode:
     """A product of `rows` by matrix number `matrix`; `index` is the node's that makes `output` today."""
 
     index: int
@@ -172,7 +172,7 @@ class ProductNode:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LookUpNode:
+class GatherNode:
     """Rows of matrix number `matrix`, by their numbers in `ids`."""
 
     index: int
@@ -187,28 +187,28 @@ class LookUpNode:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProductNodes:
+class MatmulNodes:
     """The nodes in the graph's order, and the matrices that they read."""
 
     matrices: tuple[BlockWeights, ...] = ()
-    products: tuple[ProductNode, ...] = ()
-    look_ups: tuple[LookUpNode, ...] = ()
+    products: tuple[MatmulNode, ...] = ()
+    gathers: tuple[GatherNode, ...] = ()
 
     @property
-    def nodes(self) -> tuple[ProductNode | LookUpNode, ...]:
+    def nodes(self) -> tuple[MatmulNode | GatherNode, ...]:
         """All of them."""
-        return (*self.products, *self.look_ups)
+        return (*self.products, *self.gathers)
 
-    def among(self, indices: Set[int]) -> ProductNodes:
+    def among(self, indices: Set[int]) -> MatmulNodes:
         """Return those whose index is among `indices`; matrices keep their numbers."""
         return replace(
             self,
             products=tuple(node for node in self.products if node.index in indices),
-            look_ups=tuple(node for node in self.look_ups if node.index in indices),
+            gathers=tuple(node for node in self.gathers if node.index in indices),
         )
 
 
-def read_product_nodes(graph: OnnxGraph) -> ProductNodes:
+def read_matmul_nodes(graph: OnnxGraph) -> MatmulNodes:
     """Return the products of 4- and 8-bit weights that have a packed form, and look-ups in the same."""
     return _Reader(graph).found()
 
@@ -221,24 +221,24 @@ class _Reader:
         self._adders = self._found_adders()
         self._matrices: dict[BlockWeights, int] = {}
 
-    def found(self) -> ProductNodes:
+    def found(self) -> MatmulNodes:
         products = [
             made
             for index, node in enumerate(self._graph.nodes)
             if (node.domain, node.kind) == PRODUCT
             and (made := self._product(index, node)) is not None
         ]
-        look_ups = [
+        gathers = [
             found
             for index, node in enumerate(self._graph.nodes)
             if (node.domain, node.kind) == LOOK_UP
             and (found := self._look_up(index, node)) is not None
         ]
-        return ProductNodes(
-            matrices=tuple(self._matrices), products=tuple(products), look_ups=tuple(look_ups)
+        return MatmulNodes(
+            matrices=tuple(self._matrices), products=tuple(products), gathers=tuple(gathers)
         )
 
-    def _product(self, index: int, node: Node) -> ProductNode | None:
+    def _product(self, index: int, node: Node) -> MatmulNode | None:
         weights = self._weights(node)
         bias = node.input(BIAS)
         if weights is None or any(node.inputs[BIAS + 1 :]):
@@ -250,7 +250,7 @@ class _Reader:
             if weights.zeros is not None or weights.bits != 4 or not _suits(offsets, weights):
                 return None
             index, weights = adder, replace(weights, offsets=offsets)
-        return ProductNode(
+        return MatmulNode(
             index=index,
             rows=node.input(0),
             bias=bias,
@@ -270,7 +270,7 @@ class _Reader:
             int(node.numbers.get(name, 0)) for name in ("N", "K", "bits", "block_size")
         )
         bits = bits or 4
-        is_whole = rows > 0 and rows % PANEL_ROWS == 0 and block_size >= BLOCK_SIZE
+        is_whole = rows > 0 and rows % TILE_ROWS == 0 and block_size >= BLOCK_SIZE
         if not is_whole or block_size % BLOCK_SIZE or columns <= 0 or columns % block_size:
             return None
         is_known = bits == 4 or (bits == 8 and zeros is None)
@@ -293,7 +293,7 @@ class _Reader:
             zeros=zeros,
         )
 
-    def _look_up(self, index: int, node: Node) -> LookUpNode | None:
+    def _look_up(self, index: int, node: Node) -> GatherNode | None:
         """A look-up of rows in a matrix that is multiplied by, too."""
         data, scales = self._beside(node.input(0)), node.input(2)
         numbers = node.numbers
@@ -311,7 +311,7 @@ class _Reader:
                 if shape != (weights.bits, weights.block_size):
                     return None
                 output = node.outputs[0]
-                return LookUpNode(index=index, ids=node.input(1), output=output, matrix=place)
+                return GatherNode(index=index, ids=node.input(1), output=output, matrix=place)
         return None
 
     def _beside(self, name: str) -> Weight | None:

@@ -1,6 +1,6 @@
-"""SwappedModel: an ONNX decoder whose attention and KV cache are ours, inside one onnxruntime session.
+"""RewrittenOnnxModel: an ONNX decoder whose attention and KV cache are ours, inside one onnxruntime session.
 
-Knows no budget, no policy and no kernel: `Attender` and `Multiplier` are handed in.
+Knows no budget, no policy and no kernel: `AttentionBackend` and `MatmulBackend` are handed in.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from lowtide.models.errors import UnsupportedModel
 from lowtide.models.onnx.config import OnnxOptions
-from lowtide.models.onnx.kv_cache import CellCache
+from lowtide.models.onnx.kv_cache import SlotCache
 from lowtide.models.onnx.model import OnnxModel, open_session
 from lowtide.models.onnx.rewrite.attention_nodes import AttentionNode
 from lowtide.models.onnx.rewrite.rewrite import (
     BEGIN,
     ROWS_AXIS,
-    Attender,
+    AttentionBackend,
     LayerArrays,
-    Multiplier,
-    SwappedGraph,
+    MatmulBackend,
+    RewrittenGraph,
 )
 from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.tokenizer import Tokenizer
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-class SwappedModel(OnnxModel):
-    """The graph, with what `attender` attends to kept here; `multiplier` has the spec's packed matrices.
+class RewrittenOnnxModel(OnnxModel):
+    """The graph, with what `attention_backend` attends to kept here; `matmul_backend` has the spec's packed matrices.
 
     `weights_of` another one, which is closed later, it runs in that one's session with a cache of its own;
     its attender is the other's, and one of them passes at a time. Raises `UnsupportedModel` where the
@@ -42,19 +42,19 @@ class SwappedModel(OnnxModel):
         self,
         spec: OnnxSpec,
         options: OnnxOptions,
-        attender: Attender,
-        multiplier: Multiplier | None = None,
-        weights_of: SwappedModel | None = None,
+        attention_backend: AttentionBackend,
+        matmul_backend: MatmulBackend | None = None,
+        weights_of: RewrittenOnnxModel | None = None,
     ) -> None:
         if isinstance(spec.swap, str):
             raise UnsupportedModel(f"{spec.name} keeps its own attention, as its graph {spec.swap}")
         self._swap = spec.swap
-        self._attender = attender
-        self._multiplier = multiplier
+        self._attention_backend = attention_backend
+        self._matmul_backend = matmul_backend
         self._weights_of = weights_of
         self._tables: dict[str, NDArray[np.float32] | None] = {}
         self._is_widened = False
-        self.least_tokens: Callable[[], int] = lambda: 0
+        self.min_tokens: Callable[[], int] = lambda: 0
         """Fewer tokens than these cannot be gone back to: everything is forgotten then."""
         super().__init__(spec, options)
 
@@ -73,25 +73,25 @@ class SwappedModel(OnnxModel):
             attention_mask=_if_read(spec.ports.attention_mask, swap.inputs),
             position_ids=_if_read(spec.ports.position_ids, swap.inputs),
         )
-        widens = spec.makes_last_row and options.verified_rows > 1
-        graph = SwappedGraph(spec.path, swap, spec.kv_element, spec.ports.logits, widens=widens)
+        widens = spec.makes_last_row and options.verify_batch > 1
+        graph = RewrittenGraph(spec.path, swap, spec.kv_element, spec.ports.logits, widens=widens)
         self._is_widened = graph.is_widened
         for node in swap.layers:
             for name in (node.cosines, node.sines):
                 if name not in self._tables:
                     self._tables[name] = graph.weight(name)
             self._check_positions(node)
-        model = graph.serialised(self._attender, self._multiplier)
-        return open_session(spec, options, model=model, operators=self._attender.library)
+        model = graph.serialised(self._attention_backend, self._matmul_backend)
+        return open_session(spec, options, model=model, operators=self._attention_backend.library)
 
     def _make_cache(self, options: OnnxOptions) -> None:
         spec = self._of_onnx
-        heads = spec.num_kv_heads[0], spec.key_head_size
-        self._cache = self._cells = CellCache(
+        heads = spec.num_kv_heads[0], spec.key_head_dim
+        self._cache = self._cells = SlotCache(
             spec.num_layers, *heads, options.context, options.kv_type
         )
         self._layers = [self._layer(i, node) for i, node in enumerate(self._swap.layers)]
-        self._attender.bind(self._layers)
+        self._attention_backend.bind(self._layers)
 
     def _make_rows(self, options: OnnxOptions) -> None:
         import numpy as np
@@ -139,10 +139,10 @@ class SwappedModel(OnnxModel):
             self._bind_array(BEGIN, self._begin)
 
     def _bind_cache(self, num_past: int, num_rows: int) -> None:
-        self._attender.bind(self._layers)
-        self._attender.begin(num_past, num_rows)
-        if self._multiplier is not None:
-            self._multiplier.begin()
+        self._attention_backend.bind(self._layers)
+        self._attention_backend.begin(num_past, num_rows)
+        if self._matmul_backend is not None:
+            self._matmul_backend.begin()
 
     def _appended(self) -> None:
         """The rows are in the cells already."""
@@ -150,13 +150,13 @@ class SwappedModel(OnnxModel):
     def truncate(self, num_tokens: int) -> int:
         """Forget the tokens from `num_tokens` on; everything, where attention has none to go back to."""
         wanted = min(num_tokens, self._num_tokens)
-        kept = super().truncate(wanted if wanted >= self.least_tokens() else 0)
-        self._attender.cut(kept)
+        kept = super().truncate(wanted if wanted >= self.min_tokens() else 0)
+        self._attention_backend.cut(kept)
         return kept
 
     @property
     def _ended_early(self) -> bool:
-        return self._attender.has_ended
+        return self._attention_backend.has_ended
 
     @property
     def _kv_type(self) -> str:
@@ -169,11 +169,11 @@ class SwappedModel(OnnxModel):
     def close(self) -> None:
         """Free the session, what attends in it, and the cache."""
         self._binding = self._session = None
-        self.least_tokens = lambda: 0
+        self.min_tokens = lambda: 0
         if self._weights_of is None:
-            self._attender.close()
-            if self._multiplier is not None:
-                self._multiplier.close()
+            self._attention_backend.close()
+            if self._matmul_backend is not None:
+                self._matmul_backend.close()
         super().close()
 
 

@@ -3,7 +3,7 @@
 Requires the attention nodes, layer by layer. Ensures that what stays is all that the logits depend on, and
 that what only attention needed (masks of lengths, caches) does not.
 
-SwappedGraph: a graph's model with our operators in their places, as bytes for a session.
+RewrittenGraph: a graph's model with our operators in their places, as bytes for a session.
 
 LastRows: where a graph leaves a pass's last row for its logits, so that a few more can be left.
 
@@ -25,11 +25,11 @@ from lowtide.models.onnx.config import OnnxConfig, onnx_library
 from lowtide.models.onnx.graph import DECOMPOSED, OnnxGraph
 from lowtide.models.onnx.rewrite.attention_nodes import (
     AttentionNode,
-    NotSwapped,
+    CannotRewrite,
     check_layers,
     read_attention_nodes,
 )
-from lowtide.models.onnx.rewrite.matmul_nodes import ProductNode, ProductNodes
+from lowtide.models.onnx.rewrite.matmul_nodes import MatmulNode, MatmulNodes
 from lowtide.models.onnx.spec import GraphPorts
 
 if TYPE_CHECKING:
@@ -41,11 +41,11 @@ BRANCHES = frozenset({"If", "Loop", "Scan"})
 MOST_INLINE_BYTES = 16 << 20
 """Weights inside of the .onnx file are read into memory to be given on: no more than this."""
 LARGEST_HEAD = 256
-NO_PRODUCTS = ProductNodes()
+NO_MATMULS = MatmulNodes()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Swap:
+class RewritePlan:
     """The nodes that become ours, the places of those that stay, and the weights that these read.
 
     `inputs` are those of the graph that are still read, `inline_bytes` of weights inside the .onnx file.
@@ -56,28 +56,28 @@ class Swap:
     weights: frozenset[str]
     inputs: frozenset[str]
     inline_bytes: int
-    products: ProductNodes
+    products: MatmulNodes
 
 
-def swap_attention(
+def plan_rewrite(
     graph: OnnxGraph,
     ports: GraphPorts,
     config: OnnxConfig,
-    products: ProductNodes = NO_PRODUCTS,
-) -> Swap:
+    products: MatmulNodes = NO_MATMULS,
+) -> RewritePlan:
     """Return what is swapped, `products` too.
 
-    Raises `NotSwapped` with the reason where the graph is left whole.
+    Raises `CannotRewrite` with the reason where the graph is left whole.
     """
     branch = next((node.kind for node in graph.nodes if node.kind in BRANCHES), None)
     if branch is not None:
-        raise NotSwapped(f"has branches ({branch})")
+        raise CannotRewrite(f"has branches ({branch})")
     inline = sum(w.num_bytes for w in graph.weights.values() if w.location is None)
     if inline > MOST_INLINE_BYTES:
-        raise NotSwapped("keeps its weights inside the .onnx file, not as external data")
+        raise CannotRewrite("keeps its weights inside the .onnx file, not as external data")
     layers = read_attention_nodes(graph, config)
     if not layers:
-        raise NotSwapped(f"has {DECOMPOSED}")
+        raise CannotRewrite(f"has {DECOMPOSED}")
     check_layers(layers, ports.layers)
     _check_sizes(layers)
     reached, read = _reached(graph, ports, layers, products)
@@ -85,7 +85,7 @@ def swap_attention(
     ours = {node.index for node in (*layers, *products.nodes)}
     nodes = frozenset(reached - ours)
     read -= {graph.nodes[index].outputs[0] for index in ours}
-    return Swap(
+    return RewritePlan(
         layers=layers,
         nodes=nodes,
         weights=read & frozenset(graph.weights),
@@ -99,7 +99,7 @@ def _check_sizes(layers: tuple[AttentionNode, ...]) -> None:
     for node in layers:
         whole_groups = node.num_kv_heads > 0 and node.num_heads % node.num_kv_heads == 0
         if not whole_groups or node.head_size % 16 or node.head_size > LARGEST_HEAD:
-            raise NotSwapped(
+            raise CannotRewrite(
                 f"has {node.num_heads} heads over {node.num_kv_heads} of size {node.head_size}"
             )
 
@@ -108,7 +108,7 @@ def _reached(
     graph: OnnxGraph,
     ports: GraphPorts,
     layers: tuple[AttentionNode, ...],
-    products: ProductNodes,
+    products: MatmulNodes,
 ) -> tuple[frozenset[int], frozenset[str]]:
     """The nodes that the logits depend on, ours among them, and all values that are read."""
     maker = {name: i for i, node in enumerate(graph.nodes) for name in node.outputs if name}
@@ -124,14 +124,14 @@ def _reached(
             continue
         read.add(name)
         if name in caches:
-            raise NotSwapped("reads keys and values of the cache outside of attention")
+            raise CannotRewrite("reads keys and values of the cache outside of attention")
         index = maker.get(name)
         if index is None or index in reached:
             continue
         reached.add(index)
         wanted += [n for n in ours.get(index, graph.nodes[index].inputs) if n]
     if not attention <= reached:
-        raise NotSwapped("has attention that its logits do not depend on")
+        raise CannotRewrite("has attention that its logits do not depend on")
     return frozenset(reached), frozenset(read)
 
 
@@ -218,13 +218,13 @@ class LayerArrays:
     sines: NDArray[np.float32] | None
 
 
-class Attender(ABC):
+class AttentionBackend(ABC):
     """Attends where a graph's node says so, by the operator that `library` has for onnxruntime."""
 
     library: Path
     domain: str
     number: int
-    """What a node's attribute `attender` names it by."""
+    """What a node's attribute `attention_backend` names it by."""
 
     @abstractmethod
     def operator(self, element: str) -> str:
@@ -255,14 +255,14 @@ class Attender(ABC):
         """Give everything back; closing twice is allowed."""
 
 
-class Multiplier(ABC):
+class MatmulBackend(ABC):
     """Computes a graph's products and look-ups of packed matrices, which nodes name by their numbers.
 
     The operators are of the attender's library and domain; a node's attribute `products` is `number`.
     """
 
-    product_operator: str
-    look_up_operator: str
+    matmul_operator: str
+    gather_operator: str
     number: int
 
     @abstractmethod
@@ -277,14 +277,14 @@ class Multiplier(ABC):
 OPERATOR_VERSION = 1
 
 
-class SwappedGraph:
+class RewrittenGraph:
     """Holds the graph of `path` without its external weights; `element` is what attention's rows hold.
 
     With `widens` an input says how many of the last rows have logits, where the graph leaves one.
     """
 
     def __init__(
-        self, path: Path, swap: Swap, element: str, logits: str, *, widens: bool = False
+        self, path: Path, swap: RewritePlan, element: str, logits: str, *, widens: bool = False
     ) -> None:
         self._onnx = onnx_library("onnx")
         self._folder = path.parent
@@ -301,18 +301,20 @@ class SwappedGraph:
         """Whether the graph has the input `last_rows.BEGIN`."""
         return self._last_rows is not None
 
-    def serialised(self, attender: Attender, multiplier: Multiplier | None = None) -> bytes:
+    def serialised(
+        self, attention_backend: AttentionBackend, matmul_backend: MatmulBackend | None = None
+    ) -> bytes:
         """Return the model in which both compute what is theirs; of its outputs the logits are left.
 
         A swap with products wants a multiplier.
         """
         onnx, graph = self._onnx, self._model.graph
         ours = {
-            node.index: self._attention(layer, attender)
+            node.index: self._attention(layer, attention_backend)
             for layer, node in enumerate(self._swap.layers)
         }
-        if multiplier is not None:
-            ours |= self._products(multiplier, attender.domain)
+        if matmul_backend is not None:
+            ours |= self._products(matmul_backend, attention_backend.domain)
         nodes = [
             ours[index] if index in ours else self._theirs(node)
             for index, node in enumerate(graph.node)
@@ -325,7 +327,7 @@ class SwappedGraph:
             self._outputs(),
             [self._weights[name] for name in sorted(self._swap.weights)],
         )
-        version = onnx.helper.make_opsetid(attender.domain, OPERATOR_VERSION)
+        version = onnx.helper.make_opsetid(attention_backend.domain, OPERATOR_VERSION)
         model = onnx.helper.make_model(
             made,
             opset_imports=[*self._model.opset_import, version],
@@ -345,29 +347,29 @@ class SwappedGraph:
         kept = [port for port in self._model.graph.output if port.name == self._logits]
         return kept if self._last_rows is None else list(map(self._last_rows.output, kept))
 
-    def _attention(self, layer: int, attender: Attender) -> Any:
+    def _attention(self, layer: int, attention_backend: AttentionBackend) -> Any:
         node = self._swap.layers[layer]
         inputs = [node.query, node.key, node.value, node.bias]
         while not inputs[-1]:
             inputs.pop()
         return self._onnx.helper.make_node(
-            attender.operator(self._element),
+            attention_backend.operator(self._element),
             inputs,
             [node.output],
             name=f"attention_{layer}",
-            domain=attender.domain,
-            attender=attender.number,
+            domain=attention_backend.domain,
+            attender=attention_backend.number,
             layer=layer,
         )
 
-    def _products(self, multiplier: Multiplier, domain: str) -> dict[int, Any]:
+    def _products(self, matmul_backend: MatmulBackend, domain: str) -> dict[int, Any]:
         """Nodes for products and look-ups, by the place of the node that each stands for."""
         names: dict[str, int] = {}
         made = {}
         for node in self._swap.products.nodes:
-            kind, more = multiplier.look_up_operator, {}
-            if isinstance(node, ProductNode):
-                kind = multiplier.product_operator
+            kind, more = matmul_backend.gather_operator, {}
+            if isinstance(node, MatmulNode):
+                kind = matmul_backend.matmul_operator
                 more = {"rows": names.setdefault(node.rows, len(names))}
             made[node.index] = self._onnx.helper.make_node(
                 kind,
@@ -375,7 +377,7 @@ class SwappedGraph:
                 [node.output],
                 name=f"{kind}_{node.index}",
                 domain=domain,
-                products=multiplier.number,
+                products=matmul_backend.number,
                 matrix=node.matrix,
                 **more,
             )

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lowtide import Runtime
-from lowtide.attention.bindings.llama_hook import GraphHook
-from lowtide.attention.dense import DenseSteering
+from lowtide.attention.bindings.llama_hook import LlamaHook
+from lowtide.attention.dense import DenseController
 from lowtide.attention.evaluation.divergence import Reference
 from lowtide.attention.parse import parse_policy
 from lowtide.memory.plan.attention import state_bytes
@@ -33,18 +33,18 @@ class Bench:
 
     def __init__(self, path: Path, threads: int = 1) -> None:
         self.spec = read_spec(path)
-        self.hook = GraphHook(threads=threads)
+        self.hook = LlamaHook(threads=threads)
         callback = self.hook.callback
         options = LoadOptions(
-            context=CONTEXT, max_rows=128, threads=threads, eval_callback=callback
+            context=CONTEXT, batch_size=128, threads=threads, eval_callback=callback
         )
         self.model = GgufModel(self.spec, options)
         self.token_ids = self.model.tokenizer.encode(TEXT, add_special=True, parse_special=False)
 
     def start(self, text: str) -> None:
         """Have passes attend as a policy does, prompts and decoding alike."""
-        policy = parse_policy(text).fitted(self.spec)
-        policy.install(self.hook, self.spec).before_prompt()
+        policy = parse_policy(text).resolve(self.spec)
+        policy.install(self.hook, self.spec).begin_prefill()
 
     def read(self, batches: Sequence[int], token_ids: Sequence[int] | None = None) -> bytes:
         """Append so many tokens in each pass; return the last row's logits."""
@@ -68,11 +68,11 @@ def bench(smollm2: Path) -> Iterator[Bench]:
 
 @KINDS
 def test_it_stays_close_to_dense_and_skips(bench: Bench, kind: str) -> None:
-    place = Reference(bench.model, DenseSteering(bench.hook), bench.token_ids, LENGTH, 16)
+    place = Reference(bench.model, DenseController(bench.hook), bench.token_ids, LENGTH, 16)
     found, costs = [], []
     for settings in ("threshold=0", "sparsity=0.2", "threshold=5,window=1", "window=2048"):
         before = bench.hook.counts()
-        policy = parse_policy(f"delta:{kind},{settings},opens=0").fitted(bench.spec)
+        policy = parse_policy(f"delta:{kind},{settings},refine=0").resolve(bench.spec)
         found.append(place.distance(policy.install(bench.hook, bench.spec)))
         costs.append(bench.hook.counts().scores - before.scores)
     whole, few, many, none = found
@@ -94,7 +94,7 @@ def test_keys_in_the_cache_may_be_of_any_type(smollm2: Path) -> None:
         smollm2, memory="2GiB", context=CONTEXT, attention=HALF, kv_type="q8_0", threads=1
     ) as runtime:
         done = runtime.generate(TEXT[:1200], max_tokens=4, temperature=0)
-    assert done.stats.layers_ours == done.stats.layers
+    assert done.stats.layers_native == done.stats.layers
     assert done.stats.scores is not None and 0.4 < done.stats.scores["sparsity"] <= 0.5
 
 
@@ -141,9 +141,9 @@ def test_policies_that_follow_one_another_do_not_mix(bench: Bench) -> None:
 @pytest.mark.parametrize("settings", ["sparsity=0.5", "threshold=0"])
 def test_the_states_stay_inside_their_row(kind: str, settings: str, smollm2: Path) -> None:
     bench = Bench(smollm2)
-    policy = parse_policy(f"delta:{kind},{settings}").fitted(bench.spec)
+    policy = parse_policy(f"delta:{kind},{settings}").resolve(bench.spec)
     try:
-        policy.install(bench.hook, bench.spec).before_prompt()
+        policy.install(bench.hook, bench.spec).begin_prefill()
         bench.read((128,) * 4)
         held = bench.hook.counts().scratch_bytes
     finally:

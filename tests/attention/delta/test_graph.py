@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lowtide import Runtime
-from lowtide.attention.bindings.llama_hook import GraphHook
-from lowtide.attention.dense import DenseSteering
+from lowtide.attention.bindings.llama_hook import LlamaHook
+from lowtide.attention.dense import DenseController
 from lowtide.attention.evaluation.divergence import Reference
 from lowtide.attention.parse import parse_policy
 from lowtide.memory.plan.estimates import attention_bytes, group_bytes
@@ -27,18 +27,18 @@ class Bench:
 
     def __init__(self, path: Path, threads: int = 1) -> None:
         self.spec = read_spec(path)
-        self.hook = GraphHook(threads=threads)
+        self.hook = LlamaHook(threads=threads)
         callback = self.hook.callback
         options = LoadOptions(
-            context=CONTEXT, max_rows=128, threads=threads, eval_callback=callback
+            context=CONTEXT, batch_size=128, threads=threads, eval_callback=callback
         )
         self.model = GgufModel(self.spec, options)
         self.token_ids = self.model.tokenizer.encode(TEXT, add_special=True, parse_special=False)
 
     def start(self, text: str) -> None:
         """Have passes attend as a policy does, prompts and decoding alike."""
-        policy = parse_policy(text).fitted(self.spec)
-        policy.install(self.hook, self.spec).before_prompt()
+        policy = parse_policy(text).resolve(self.spec)
+        policy.install(self.hook, self.spec).begin_prefill()
 
     def read(self, batches: Sequence[int], token_ids: Sequence[int] | None = None) -> bytes:
         """Append so many tokens in each pass; return the last row's logits."""
@@ -58,7 +58,7 @@ def bench(smollm2: Path) -> Iterator[Bench]:
 
 
 def test_it_stays_close_to_dense_and_reads_less(bench: Bench) -> None:
-    place = Reference(bench.model, DenseSteering(bench.hook), bench.token_ids, LENGTH, 16)
+    place = Reference(bench.model, DenseController(bench.hook), bench.token_ids, LENGTH, 16)
     found, shares = [], []
     for text in (
         "delta:sparsity=0.1",
@@ -66,7 +66,7 @@ def test_it_stays_close_to_dense_and_reads_less(bench: Bench) -> None:
         "delta:sparsity=0.8,window=2048",
     ):
         before = bench.hook.counts()
-        policy = parse_policy(text).fitted(bench.spec)
+        policy = parse_policy(text).resolve(bench.spec)
         found.append(place.distance(policy.install(bench.hook, bench.spec)))
         after = bench.hook.counts()
         read, held = after.keys_read - before.keys_read, after.keys_held - before.keys_held
@@ -110,9 +110,9 @@ def test_dense_passes_between_are_noticed(bench: Bench) -> None:
 @pytest.mark.parametrize("text", ["delta:sparsity=0.25", "delta:sparsity=0.25,window=9999"])
 def test_the_groups_stay_inside_their_row(text: str, smollm2: Path) -> None:
     bench = Bench(smollm2)
-    policy = parse_policy(text).fitted(bench.spec)
+    policy = parse_policy(text).resolve(bench.spec)
     try:
-        policy.install(bench.hook, bench.spec).before_prompt()
+        policy.install(bench.hook, bench.spec).begin_prefill()
         bench.read((128,) * 4)
         held = bench.hook.counts().scratch_bytes
     finally:

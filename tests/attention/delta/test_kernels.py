@@ -53,12 +53,12 @@ class Cache:
             k=self.k,
             v=self.v,
             mask=mask.astype(np.float16),
-            value_size=SIZE,
+            value_dim=SIZE,
             scale=0.125,
             kv_type=self.kv_type,
         )
 
-    def expected(self, begin: int, end: int, opens: float = 0.0) -> np.ndarray:
+    def expected(self, begin: int, end: int, refine: float = 0.0) -> np.ndarray:
         """What numpy makes of it."""
         group = HEADS // KV_HEADS
         of_heads = [
@@ -72,7 +72,7 @@ class Cache:
                 num_groups=int(NUM_GROUPS[head]),
                 num_fixed=FIXED,
                 lift=float(LIFTS[head]),
-                opens=opens,
+                refine=refine,
             )
             for head in range(KV_HEADS)
         ]
@@ -86,9 +86,9 @@ def layer() -> Iterator[GroupedLayer]:
 
 
 def new_layer(
-    window: int = WINDOW, num_groups: np.ndarray = NUM_GROUPS, opens: float = 0.0
+    window: int = WINDOW, num_groups: np.ndarray = NUM_GROUPS, refine: float = 0.0
 ) -> GroupedLayer:
-    return GroupedLayer(DeltaRule(window, FIXED, opens), num_groups, LIFTS, SCALES)
+    return GroupedLayer(DeltaRule(window, FIXED, refine), num_groups, LIFTS, SCALES)
 
 
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
@@ -107,11 +107,11 @@ def test_prompt_and_decode(kernels: str, kv_type: str, layer: GroupedLayer) -> N
 @pytest.mark.parametrize("kernels", usable_kernel_sets())
 def test_groups_that_get_much_of_a_heads_weight_are_opened(kernels: str) -> None:
     cache = Cache()
-    with closing(new_layer(opens=0.01)) as layer, closing(new_layer()) as closed:
+    with closing(new_layer(refine=0.01)) as layer, closing(new_layer()) as closed:
         for begin, end in ((0, 300), (300, 301), (301, 310)):
             found, num_read = layer.attend(cache.rows(begin, end), kernels=kernels, threads=2)
             unopened, least_read = closed.attend(cache.rows(begin, end), kernels=kernels)
-            found, expected = found[-9:], cache.expected(max(end - 9, begin), end, opens=0.01)
+            found, expected = found[-9:], cache.expected(max(end - 9, begin), end, refine=0.01)
             assert np.abs(found - expected).max() <= 1e-3 * np.abs(expected).max()
             assert np.abs(found - unopened[-9:]).max() > 1e-2 * np.abs(expected).max()
             assert least_read < num_read < end
@@ -121,7 +121,7 @@ def test_groups_that_get_much_of_a_heads_weight_are_opened(kernels: str) -> None
 @pytest.mark.parametrize("kernels", usable_kernel_sets())
 def test_with_every_group_opened_attention_is_dense(kernels: str, kv_type: str) -> None:
     cache = Cache(kv_type, seed=8)
-    with closing(new_layer(opens=1e-12)) as layer:
+    with closing(new_layer(refine=1e-12)) as layer:
         for rows in (cache.rows(0, 400), cache.rows(400, 401), cache.rows(401, 407)):
             for inputs in (
                 rows,
@@ -134,9 +134,9 @@ def test_with_every_group_opened_attention_is_dense(kernels: str, kv_type: str) 
                 assert np.abs(found - attend(inputs)).max() <= most
 
 
-@pytest.mark.parametrize("opens", [0.0, 0.01])
+@pytest.mark.parametrize("refine", [0.0, 0.01])
 def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_number_of_threads(
-    opens: float,
+    refine: float,
 ) -> None:
     cache, results = Cache(), []
     for passes, threads in (
@@ -144,10 +144,10 @@ def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_number_of_threads(
         ([(0, 400)], 3),
         ([(0, 130), (130, 399), (399, 400)], 2),
     ):
-        with closing(new_layer(opens=opens)) as layer:
+        with closing(new_layer(refine=refine)) as layer:
             found = [layer.attend(cache.rows(*rows), threads=threads)[0] for rows in passes]
             results.append(np.concatenate(found))
-    with closing(new_layer(opens=opens)) as layer:
+    with closing(new_layer(refine=refine)) as layer:
         found = [layer.attend(cache.rows(row, row + 1))[0] for row in range(400)]
         results.append(np.concatenate(found))
     for other in results[1:]:

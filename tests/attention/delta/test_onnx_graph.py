@@ -14,12 +14,12 @@ from reference import delta_attention, grouped_attention, reference_states
 
 from lowtide.attention.bindings.onnx_ops import OnnxAttention
 from lowtide.attention.parse import parse_policy
-from lowtide.attention.policy import Steering
+from lowtide.attention.policy import PassController
 from lowtide.memory.plan.attention import state_bytes
 from lowtide.memory.plan.estimates import attention_bytes, group_bytes
 from lowtide.models.errors import LowtideError
 from lowtide.models.onnx.config import OnnxOptions
-from lowtide.models.onnx.rewrite.model import SwappedModel
+from lowtide.models.onnx.rewrite.model import RewrittenOnnxModel
 from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.read_spec import read_spec
 
@@ -37,15 +37,15 @@ class Opened:
         spec = read_spec(folder)
         assert isinstance(spec, OnnxSpec)
         self.attention = OnnxAttention(threads)
-        options = OnnxOptions(context=1024, max_rows=128, threads=threads, kv_type=kv_type)
-        self.model = SwappedModel(spec, options, self.attention)
+        options = OnnxOptions(context=1024, batch_size=128, threads=threads, kv_type=kv_type)
+        self.model = RewrittenOnnxModel(spec, options, self.attention)
 
-    def start(self, text: str) -> Steering:
+    def start(self, text: str) -> PassController:
         """Have passes attend as a policy does, prompts and decoding alike."""
-        policy = parse_policy(text).fitted(self.model.spec)
-        steering = policy.install(self.attention, self.model.spec)
-        steering.before_prompt()
-        return steering
+        policy = parse_policy(text).resolve(self.model.spec)
+        controller = policy.install(self.attention, self.model.spec)
+        controller.begin_prefill()
+        return controller
 
     def read(self, parts: Sequence[int], begin: int | None = None) -> np.ndarray:
         """Append so many tokens in each pass; return the last row's logits."""
@@ -56,7 +56,7 @@ class Opened:
             begin = None if begin is None else begin + rows
         return logits
 
-    def read_anew(self, text: str, parts: Sequence[int] = PARTS) -> np.ndarray:
+    def reread_file(self, text: str, parts: Sequence[int] = PARTS) -> np.ndarray:
         self.model.truncate(0)
         self.start(text)
         return self.read(parts)
@@ -87,7 +87,7 @@ def opened(folder: Path) -> Iterator[Opened]:
 @pytest.mark.parametrize("kv_type", ["f16", "f32"])
 def test_with_nothing_left_out_it_is_dense(folder: Path, text: str, kv_type: str) -> None:
     made = Opened(folder, kv_type=kv_type)
-    wanted, found, far = (made.read_anew(kind) for kind in ("dense", text, ROWS))
+    wanted, found, far = (made.reread_file(kind) for kind in ("dense", text, ROWS))
     made.model.close()
     # Sums in another order round some halves of the cache otherwise; what is kept beside it are halves.
     allowed = 2e-4 if kv_type == "f16" else 5e-3
@@ -110,10 +110,10 @@ class OneLayer:
             "attention_mask": np.ones((1, num_tokens), np.int64),
             "position_ids": np.arange(num_tokens, dtype=np.int64)[None],
         }
-        none = np.zeros((1, spec.num_kv_heads[0], 0, spec.key_head_size), np.float32)
+        none = np.zeros((1, spec.num_kv_heads[0], 0, spec.key_head_dim), np.float32)
         self._given |= {name: none for ports in spec.ports.layers for name in ports.past}
         made = session.run(list(names), self._given)
-        query, key, value = (a.reshape(num_tokens, -1, spec.key_head_size) for a in made)
+        query, key, value = (a.reshape(num_tokens, -1, spec.key_head_dim) for a in made)
         self.query = query
         self.key, self.value = (a.astype(np.float16).astype(np.float64) for a in (key, value))
 
@@ -145,18 +145,18 @@ def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         "delta:sparsity=0.5,window=70",
         "delta:sparsity=0.25,window=1,sinks=0",
-        "delta:granularity=block,threshold=1,window=70,opens=0.01",
-        "delta:granularity=block,block=16,threshold=0.7,window=1,opens=0",
+        "delta:granularity=block,threshold=1,window=70,refine=0.01",
+        "delta:granularity=block,block=16,threshold=0.7,window=1,refine=0",
         "delta:granularity=element,threshold=0.5,window=70",
     ],
 )
 def test_it_attends_as_the_oracle_does(one_layer: Path, text: str) -> None:
     oracle, num_rows, made = OneLayer(one_layer, 300), 4, Opened(one_layer)
-    policy = parse_policy(text).fitted(made.model.spec)
-    steering = policy.install(made.attention, made.model.spec)
-    steering.before_prompt()
+    policy = parse_policy(text).resolve(made.model.spec)
+    controller = policy.install(made.attention, made.model.spec)
+    controller.begin_prefill()
     made.read((128, 128, 40))
-    steering.before_decode()
+    controller.begin_decode()
     found = np.array([made.read((1,)) for _ in range(num_rows)])
     by_head = []
     group = SHAPE.heads // SHAPE.kv_heads
@@ -166,7 +166,7 @@ def test_it_attends_as_the_oracle_does(one_layer: Path, text: str) -> None:
         common = {
             "scale": SHAPE.head_size**-0.5,
             "window": policy.window,  # type: ignore[attr-defined]
-            "opens": policy.opens,  # type: ignore[attr-defined]
+            "refine": policy.refine,  # type: ignore[attr-defined]
         }
         if "granularity" not in text:
             count = policy.units.num_groups[0][head]  # type: ignore[attr-defined]
@@ -195,7 +195,7 @@ def test_it_attends_as_the_oracle_does(one_layer: Path, text: str) -> None:
 
 @KINDS
 def test_going_back_equals_never_having_been_there(opened: Opened, kind: str) -> None:
-    wanted = opened.read_anew(kind, (128, 128, 44))
+    wanted = opened.reread_file(kind, (128, 128, 44))
     opened.read((100, 1, 1))
     assert opened.model.truncate(200) == 200
     assert np.array_equal(opened.read((60, 39, 1)), wanted)
@@ -208,23 +208,23 @@ def test_going_back_equals_never_having_been_there(opened: Opened, kind: str) ->
 @KINDS
 def test_another_sequence_in_the_cells_is_noticed(opened: Opened, kind: str) -> None:
     """States put cells back that no pass has written: what was kept of others is not theirs."""
-    opened.read_anew(kind, (128, 128))
+    opened.reread_file(kind, (128, 128))
     state = memoryview(bytearray(opened.model.state_bytes()))
-    opened.model.copy_state(state)
+    opened.model.copy_kv(state)
     wanted = opened.read((44,))
     opened.model.truncate(0)
     opened.read((128, 128, 100), begin=300)
-    opened.model.put_state(state, 256)
+    opened.model.put_kv(state, 256)
     assert np.array_equal(opened.read((44,)), wanted)
 
 
 def test_policies_that_follow_one_another_do_not_mix(opened: Opened) -> None:
-    logits = [opened.read_anew(text).tobytes() for text in (ROWS, BLOCKS, "dense") * 2]
+    logits = [opened.reread_file(text).tobytes() for text in (ROWS, BLOCKS, "dense") * 2]
     assert logits[:3] == logits[3:] and len(set(logits)) == 3
-    opened.read_anew("dense", (128, 72))
+    opened.reread_file("dense", (128, 72))
     opened.start(ROWS)
     wanted = opened.read((60, 1))
-    opened.read_anew(ROWS, (128, 128, 128))
+    opened.reread_file(ROWS, (128, 128, 128))
     opened.model.truncate(0)
     opened.start("dense")
     opened.read((128, 72))
@@ -237,16 +237,16 @@ def test_threads_change_no_bit(folder: Path, kind: str) -> None:
     found = []
     for threads in (1, 2):
         made = Opened(folder, threads=threads)
-        found.append(made.read_anew(kind, (128, 128, 128, 100, 1, 1)))
+        found.append(made.reread_file(kind, (128, 128, 128, 100, 1, 1)))
         made.model.close()
     assert np.array_equal(*found)
 
 
 def test_less_is_read(opened: Opened) -> None:
     before = opened.attention.counts()
-    opened.read_anew(ROWS)
+    opened.reread_file(ROWS)
     between = opened.attention.counts()
-    opened.read_anew(BLOCKS)
+    opened.reread_file(BLOCKS)
     after = opened.attention.counts()
     read, held = between.keys_read - before.keys_read, between.keys_held - before.keys_held
     assert 0.6 < read / held < 0.9 and between.scores == before.scores
@@ -259,17 +259,17 @@ def test_layers_that_see_a_window_stay_dense(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", SHAPE, attributes={"window": 100})
     made = Opened(folder)
     for kind in (ROWS, BLOCKS):
-        assert np.array_equal(made.read_anew(kind), made.read_anew("dense"))
+        assert np.array_equal(made.reread_file(kind), made.reread_file("dense"))
     made.model.close()
 
 
 @pytest.mark.parametrize("kind", [ROWS, "delta:granularity=element,threshold=0"])
 def test_what_is_kept_stays_inside_its_row(folder: Path, kind: str) -> None:
     made = Opened(folder)
-    spec, policy = made.model.spec, parse_policy(kind).fitted(made.model.spec)
-    made.read_anew("dense", (128,) * 5)
+    spec, policy = made.model.spec, parse_policy(kind).resolve(made.model.spec)
+    made.reread_file("dense", (128,) * 5)
     before = made.attention.counts().scratch_bytes
-    made.read_anew(kind, (128,) * 5)
+    made.reread_file(kind, (128,) * 5)
     held = made.attention.counts().scratch_bytes - before
     made.model.close()
     planned = attention_bytes(spec, 1024, 1)
@@ -284,15 +284,15 @@ def test_what_is_kept_stays_inside_its_row(folder: Path, kind: str) -> None:
 def test_a_store_in_the_caches_place_answers_the_same(folder: Path, kv_type: str) -> None:
     beside, stored = Opened(folder, kv_type=kv_type), Opened(folder, kv_type=kv_type)
     model, attention = stored.model, stored.attention
-    model.least_tokens = lambda: attention.least_cells
-    wanted = beside.read_anew(ROWS, (128,) * 4 + (1, 1))
-    found = stored.read_anew(f"{ROWS},store=1", (100,) * 5 + (12, 1, 1))
-    assert np.array_equal(found, wanted) and attention.least_cells > 300
+    model.min_tokens = lambda: attention.min_tokens
+    wanted = beside.reread_file(ROWS, (128,) * 4 + (1, 1))
+    found = stored.reread_file(f"{ROWS},store=1", (100,) * 5 + (12, 1, 1))
+    assert np.array_equal(found, wanted) and attention.min_tokens > 300
     keys = model._cells.tensor(0, 0)
-    assert not keys[: attention.least_cells - 128].any() and keys[513].any()
+    assert not keys[: attention.min_tokens - 128].any() and keys[513].any()
     assert model.truncate(510) == 510
     assert np.array_equal(stored.read((2, 1, 1)), wanted)
-    assert model.truncate(200) == 0 and attention.least_cells == 0
+    assert model.truncate(200) == 0 and attention.min_tokens == 0
     assert np.array_equal(stored.read((128,) * 4 + (1, 1)), wanted)
     stored.start("dense")
     stored.read((1,))

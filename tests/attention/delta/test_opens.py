@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lowtide.attention.dense import DenseSteering
+from lowtide.attention.dense import DenseController
 from lowtide.attention.evaluation.divergence import Reference
 from lowtide.attention.parse import parse_policy
-from lowtide.attention.policy import Steering
+from lowtide.attention.policy import PassController
 from lowtide.memory.plan.line import SCRATCH
-from lowtide.runtime.loading.load import LoadedModel
-from lowtide.runtime.planning.plan import OpenOptions, plan_reference
+from lowtide.runtime.loading.load import Engine
+from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 
 pytestmark = pytest.mark.once
 
@@ -25,56 +25,56 @@ LENGTH, NUM_DECODED = 700, 12
 @pytest.fixture(
     params=["sparsity=0.6", "granularity=block,sparsity=0.9", "granularity=element,threshold=3"]
 )
-def opened(smollm2: Path, request: pytest.FixtureRequest) -> Iterator[tuple[LoadedModel, str]]:
+def opened(smollm2: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Engine, str]]:
     attention = f"delta:window=96,{request.param}"
-    options = OpenOptions(memory="2GiB", context=1024, threads=2, attention=attention)
-    made = LoadedModel(plan_reference(smollm2, options))
+    options = LoadConfig(memory="2GiB", context=1024, threads=2, attention=attention)
+    made = Engine(plan_reference(smollm2, options))
     yield made, attention
     made.close()
 
 
-def installed(made: LoadedModel, attention: str) -> Steering:
+def installed(made: Engine, attention: str) -> PassController:
     assert made.hook is not None
     spec = made.model.spec
-    return parse_policy(attention).fitted(spec).install(made.hook, spec)
+    return parse_policy(attention).resolve(spec).install(made.hook, spec)
 
 
-def read(made: LoadedModel, attention: str) -> tuple[np.ndarray, np.ndarray]:
+def read(made: Engine, attention: str) -> tuple[np.ndarray, np.ndarray]:
     """The logits after a prompt, and after some tokens more that are decoded."""
-    model, steering = made.model, installed(made, attention)
+    model, controller = made.model, installed(made, attention)
     token_ids = model.tokenizer.encode(TEXT, add_special=True, parse_special=False)
     model.truncate(0)
     for begin in range(0, LENGTH, 100):
-        steering.before_prompt()
+        controller.begin_prefill()
         prompt = np.array(model.forward(token_ids[begin : begin + 100]))
     for token_id in token_ids[LENGTH : LENGTH + NUM_DECODED]:
-        steering.before_decode()
+        controller.begin_decode()
         last = np.array(model.forward((token_id,)))
     return prompt, last
 
 
 def test_decoding_alone_opens_inside_the_plan(
-    opened: tuple[LoadedModel, str],
+    opened: tuple[Engine, str],
 ) -> None:
     made, attention = opened
     prompt, last = read(made, attention)
-    closed_prompt, closed_last = read(made, f"{attention},opens=0")
+    closed_prompt, closed_last = read(made, f"{attention},refine=0")
     assert np.array_equal(prompt, closed_prompt)
     assert not np.array_equal(last, closed_last)
     assert made.hook is not None
-    row = next(row for row in made.planned.plan.rows if row.owner == SCRATCH)
+    row = next(row for row in made.planned.plan.rows if row.component == SCRATCH)
     assert made.hook.counts().scratch_bytes <= row.num_bytes
 
 
 def test_what_is_opened_brings_it_nearer_to_dense_attention(
-    opened: tuple[LoadedModel, str],
+    opened: tuple[Engine, str],
 ) -> None:
     made, attention = opened
     assert made.hook is not None
     token_ids = made.model.tokenizer.encode(TEXT, add_special=True, parse_special=False)
-    place = Reference(made.model, DenseSteering(made.hook), token_ids, LENGTH, 60)
+    place = Reference(made.model, DenseController(made.hook), token_ids, LENGTH, 60)
     none, some, more = (
-        place.distance(installed(made, f"{attention},opens={share}")).kl
+        place.distance(installed(made, f"{attention},refine={share}")).kl
         for share in ("0", "1%", "0.1%")
     )
     assert none > some > more

@@ -16,10 +16,10 @@ from lowtide.attention.calibration import CalibrationError
 from lowtide.attention.delta.tokens import (
     Delta,
     DeltaCalibration,
-    DeltaUnits,
+    HeadGroups,
     allocate,
     cheapest,
-    fitted_lifts,
+    fit_score_bias,
     save_delta_calibration,
     scale_bytes,
 )
@@ -36,8 +36,8 @@ from lowtide.models.spec import ModelSpec
         ("delta:sparsity=0.5", Delta(sparsity=0.5)),
         ("delta:sparsity=30%,window=256", Delta(sparsity=0.3, window=256)),
         ("delta:sinks=0,prompts=exact", Delta(sinks=0, prompts="exact")),
-        ("delta:opens=0", Delta(opens=0)),
-        ("delta:opens=0.5%", Delta(opens=0.005)),
+        ("delta:refine=0", Delta(refine=0)),
+        ("delta:refine=0.5%", Delta(refine=0.005)),
         ("delta:calibration=/x.json", Delta(calibration=Path("/x.json"))),
     ],
 )
@@ -57,9 +57,9 @@ def test_policies_by_name(text: str, expected: Delta) -> None:
         ("delta:sparsity=-0.1", "sparsity is -0.1"),
         ("delta:sparsity=nan", "sparsity is nan"),
         ("delta:sparsity=half", "delta's sparsity is 'half', a share or a percentage is wanted"),
-        ("delta:opens=2", r"delta's opens is 2, 0 \(none\) to 1 is wanted"),
-        ("delta:opens=nan", "opens is nan"),
-        ("delta:opens=many", "delta's opens is 'many', a share or a percentage is wanted"),
+        ("delta:refine=2", r"delta's refine is 2, 0 \(none\) to 1 is wanted"),
+        ("delta:refine=nan", "refine is nan"),
+        ("delta:refine=many", "delta's refine is 'many', a share or a percentage is wanted"),
         ("delta:prompts=bf16", "delta's prompts is 'bf16', one of grouped, exact is wanted"),
         ("delta:sparsity=0.5,calibration=x", "sparsity and calibration are given"),
         ("gem:then=delta", "gem's then is 'delta', dense or tidal is wanted"),
@@ -67,7 +67,7 @@ def test_policies_by_name(text: str, expected: Delta) -> None:
 )
 def test_wrong_policies_name_the_field(text: str, message: str, smollm2: Path) -> None:
     with pytest.raises(BadOption, match=message):
-        parse_policy(text).fitted(read_spec(smollm2))
+        parse_policy(text).resolve(read_spec(smollm2))
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def calibration(spec: ModelSpec) -> DeltaCalibration:
     return DeltaCalibration(
         fingerprint=spec.fingerprint,
         model=spec.name,
-        units=replace(DeltaUnits.uniform(30, 3, 64, 24), lifts=((0.0, 0.25, 12.5),) * 30),
+        units=replace(HeadGroups.uniform(30, 3, 64, 24), score_bias=((0.0, 0.25, 12.5),) * 30),
         kl=0.01,
         target_kl=0.012,
         key_loss=0.02,
@@ -92,8 +92,8 @@ def calibration(spec: ModelSpec) -> DeltaCalibration:
 
 
 def test_a_stated_sparsity_groups_every_unit_alike(spec: ModelSpec) -> None:
-    fitted = Delta(sparsity=0.5).fitted(spec)
-    assert fitted.units == DeltaUnits.uniform(30, 3, 64, 32)
+    fitted = Delta(sparsity=0.5).resolve(spec)
+    assert fitted.units == HeadGroups.uniform(30, 3, 64, 32)
     assert str(fitted) == "delta, sparsity 50%, window 128 (stated)"
     groups = fitted.key_groups
     assert groups is not None and groups.num_groups == (32,) * 90
@@ -103,11 +103,11 @@ def test_a_calibration_is_kept_and_read_again(
     calibration: DeltaCalibration, spec: ModelSpec, tmp_path: Path
 ) -> None:
     path = save_delta_calibration(calibration, tmp_path / "c.json")
-    fitted = Delta(calibration=path).fitted(spec)
+    fitted = Delta(calibration=path).resolve(spec)
     assert fitted.units == calibration.units
     assert "calibrated: KL 0.010 at 2,048 tokens" in str(fitted)
-    other = Delta(units=calibration.units).fitted(spec)
-    assert fitted.identity == other.identity != replace(other, window=64).identity
+    other = Delta(units=calibration.units).resolve(spec)
+    assert fitted.cache_key == other.cache_key != replace(other, window=64).cache_key
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_a_calibration_is_kept_and_read_again(
         ({"num_groups": ["8 8"] * 30}, "num_groups is"),
         ({"num_groups": ["8 8 x"] * 30}, "num_groups is"),
         ({"num_groups": "8"}, "num_groups is '8'"),
-        ({"lifts": ["0 0 -1"] * 30}, "lifts is .*numbers of 0 to 1e9"),
-        ({"lifts": ["0 0"] * 30}, "lifts is"),
+        ({"score_bias": ["0 0 -1"] * 30}, "lifts is .*numbers of 0 to 1e9"),
+        ({"score_bias": ["0 0"] * 30}, "lifts is"),
         ({"scales": ["zz zz zz"] * 30}, "scales is .*64 bytes in hex"),
         ({"scales": ["ff ff ff"] * 30}, "scales is"),
         ({"kl": -1}, "kl is -1"),
@@ -138,19 +138,19 @@ def test_broken_calibrations_name_the_field(
     path = tmp_path / "c.json"
     path.write_text(json.dumps({**calibration.to_dict(), **change}))
     with pytest.raises(CalibrationError, match=message):
-        Delta(calibration=path).fitted(spec)
+        Delta(calibration=path).resolve(spec)
 
 
 def test_models_that_cannot_be_grouped_are_refused(spec: ModelSpec) -> None:
     with pytest.raises(BadOption, match=r"as many KV heads in every layer, .* has 2, 3"):
-        Delta(sparsity=0.5).fitted(replace(spec, num_kv_heads=(2, *spec.num_kv_heads[1:])))
+        Delta(sparsity=0.5).resolve(replace(spec, num_kv_heads=(2, *spec.num_kv_heads[1:])))
     windowed = replace(spec, sliding_window=512, fingerprint="none")
     with pytest.raises(BadOption, match="which of them is not known: run lowtide calibrate"):
-        Delta(sparsity=0.5).fitted(windowed)
+        Delta(sparsity=0.5).resolve(windowed)
 
 
 def test_a_model_without_a_calibration_is_told(spec: ModelSpec) -> None:
-    fitted = Delta().fitted(replace(spec, fingerprint="none"))
+    fitted = Delta().resolve(replace(spec, fingerprint="none"))
     assert str(fitted) == "delta, sparsity 25%, window 128 (not calibrated for this model)"
 
 
@@ -207,7 +207,9 @@ def test_each_unit_takes_the_lift_that_is_best_for_it() -> None:
     best = np.array([[0.0, 0.3], [1.0, 0.12]])
     squares = np.array([[2.0, 8.0], [1.0, 6.0]], np.float32)
     wanted = best * squares / 2
-    found = fitted_lifts(squares, lambda lifts: np.abs(np.array(lifts) - wanted).astype(np.float32))
+    found = fit_score_bias(
+        squares, lambda score_bias: np.abs(np.array(score_bias) - wanted).astype(np.float32)
+    )
     assert np.allclose(found, wanted, rtol=1e-3)
 
 

@@ -13,7 +13,7 @@ from lowtide.attention.delta.calibrate import Candidate, SparsestPolicy
 from lowtide.attention.delta.tokens import Delta
 from lowtide.attention.evaluation.compare import Distances
 from lowtide.attention.evaluation.divergence import Distance
-from lowtide.attention.evaluation.passkeys import pass_key
+from lowtide.attention.evaluation.passkeys import make_passkey
 from lowtide.attention.tidal.calibrate import Targets
 
 CANDIDATES = [Candidate(Delta(sparsity=share), share) for share in (0.5, 0.4, 0.3)]
@@ -59,7 +59,9 @@ def test_where_all_lose_one_there_is_no_calibration(monkeypatch: pytest.MonkeyPa
 def search(
     most: tuple[float, float], monkeypatch: pytest.MonkeyPatch, model: object = None
 ) -> SparsestPolicy:
-    monkeypatch.setattr(sparsest, "Places", type("Places", (GivenPlaces,), {"most": most}))
+    monkeypatch.setattr(
+        sparsest, "EvalPositions", type("EvalPositions", (GivenPlaces,), {"most": most})
+    )
     return SparsestPolicy(
         cast(Any, model), cast(Any, None), [0] * 8, 4, lambda text: text, lambda _: None
     )
@@ -75,7 +77,7 @@ def test_a_key_is_lost_where_dense_attention_says_it_and_the_policy_does_not(
 
 
 def test_every_doubled_key_has_two_neighbours_equal() -> None:
-    keys = [pass_key(seed, doubled=True) for seed in range(50)]
+    keys = [make_passkey(seed, doubled=True) for seed in range(50)]
     assert all(len(key) == 5 and key.isdecimal() for key in keys)
     assert all(any(a == b for a, b in itertools.pairwise(key)) for key in keys)
-    assert len(set(keys)) > 40 and keys == [pass_key(seed, doubled=True) for seed in range(50)]
+    assert len(set(keys)) > 40 and keys == [make_passkey(seed, doubled=True) for seed in range(50)]

@@ -62,7 +62,7 @@ class Cache:
             k=self.k,
             v=self.v,
             mask=mask.astype(np.float16),
-            value_size=self.size,
+            value_dim=self.size,
             scale=0.125,
             kv_type=self.kv_type,
         )
@@ -83,7 +83,7 @@ class Cache:
         kept_as = np.stack([states for states, _ in found]).astype(np.float16).astype(np.float64)
         return kept_as, np.stack([sent for _, sent in found])
 
-    def expected(self, begin: int, end: int, block: int, opens: float = 0.0) -> np.ndarray:
+    def expected(self, begin: int, end: int, block: int, refine: float = 0.0) -> np.ndarray:
         """What numpy makes of it."""
         group, states = HEADS // KV_HEADS, self.states(block)[0]
         of_heads = [
@@ -95,7 +95,7 @@ class Cache:
                 scale=0.125,
                 window=WINDOW,
                 page=PAGE,
-                opens=opens,
+                refine=refine,
             )
             for head in range(KV_HEADS)
         ]
@@ -108,10 +108,10 @@ def new_layer(
     thresholds: np.ndarray = THRESHOLDS,
     shares: np.ndarray = ANY,
     size: int = SIZE,
-    opens: float = 0.0,
+    refine: float = 0.0,
 ) -> StatesLayer:
     scales = np.ascontiguousarray(SCALES[:, :size])
-    return StatesLayer(StatesRule(window, FIXED, block, opens), thresholds, shares, scales)
+    return StatesLayer(StatesRule(window, FIXED, block, refine), thresholds, shares, scales)
 
 
 @pytest.fixture
@@ -138,11 +138,11 @@ def test_prompt_and_decode(kernels: str, kv_type: str, block: int) -> None:
 @pytest.mark.parametrize("kernels", usable_kernel_sets())
 def test_states_that_get_much_of_a_heads_weight_are_opened(kernels: str, block: int) -> None:
     cache = Cache()
-    with closing(new_layer(block, opens=0.01)) as layer, closing(new_layer(block)) as closed:
+    with closing(new_layer(block, refine=0.01)) as layer, closing(new_layer(block)) as closed:
         for begin, end in ((0, 300), (300, 301), (301, 310)):
             found = layer.attend(cache.rows(begin, end), kernels=kernels, threads=2)[-9:]
             unopened = closed.attend(cache.rows(begin, end), kernels=kernels)[-9:]
-            expected = cache.expected(max(end - 9, begin), end, block, opens=0.01)
+            expected = cache.expected(max(end - 9, begin), end, block, refine=0.01)
             assert np.abs(found - expected).max() <= 2e-5 * np.abs(expected).max()
             assert np.abs(found - unopened).max() > 1e-2 * np.abs(expected).max()
         num_opened, left = divmod(
@@ -157,7 +157,7 @@ def test_states_that_get_much_of_a_heads_weight_are_opened(kernels: str, block: 
 @pytest.mark.parametrize("kernels", usable_kernel_sets())
 def test_with_every_state_opened_attention_is_dense(kernels: str, kv_type: str) -> None:
     cache = Cache(kv_type, seed=8)
-    with closing(new_layer(8, opens=1e-12)) as layer:
+    with closing(new_layer(8, refine=1e-12)) as layer:
         for rows in (cache.rows(0, 400), cache.rows(400, 401), cache.rows(401, 407)):
             for inputs in (
                 rows,
@@ -201,9 +201,9 @@ def test_what_was_sent_is_counted(block: int) -> None:
     assert counts.key_bytes_read == 2 * counts.channels_multiplied + groups
 
 
-@pytest.mark.parametrize("opens", [0.0, 0.01])
+@pytest.mark.parametrize("refine", [0.0, 0.01])
 def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_number_of_threads(
-    opens: float,
+    refine: float,
 ) -> None:
     cache, results = Cache(), []
     for block in (1, 8, 16):
@@ -213,7 +213,7 @@ def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_number_of_threads(
             ([(0, 130), (130, 399), (399, 400)], 2),
             ([(row, row + 1) for row in range(400)], 1),
         ):
-            with closing(new_layer(block, opens=opens)) as layer:
+            with closing(new_layer(block, refine=refine)) as layer:
                 found = [layer.attend(cache.rows(*rows), threads=threads) for rows in passes]
             results.append(np.concatenate(found))
         assert all(np.array_equal(results[-4], other) for other in results[-3:])

@@ -14,31 +14,31 @@ from lowtide.memory.plan.line import CACHE
 from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.gguf.model import GgufModel
 from lowtide.models.gguf.spec import read_spec
-from lowtide.runtime.loading.load import LoadedModel
-from lowtide.runtime.planning.plan import OpenOptions, plan_reference
+from lowtide.runtime.loading.load import Engine
+from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 
 TEXT = (Path(__file__).resolve().parents[1] / "test_kernels.py").read_text()
 HALF = "delta:sparsity=0.5,window=96"
 OPTIONS = {"memory": "2GiB", "context": 1024, "threads": 2}
 
 
-def loaded(smollm2: Path, attention: str) -> LoadedModel:
-    return LoadedModel(plan_reference(smollm2, OpenOptions(attention=attention, **OPTIONS)))
+def loaded(smollm2: Path, attention: str) -> Engine:
+    return Engine(plan_reference(smollm2, LoadConfig(attention=attention, **OPTIONS)))
 
 
-def read(made: LoadedModel, num_tokens: int, rows: int) -> bytes:
+def read(made: Engine, num_tokens: int, rows: int) -> bytes:
     """Bring the cache to so many tokens, in passes of `rows`; return the last logits."""
     model, logits = made.model, b""
     token_ids = model.tokenizer.encode(TEXT, add_special=True, parse_special=False)
     while model.num_tokens < num_tokens:
         at = model.num_tokens
-        made.steering.before_prompt()
+        made.controller.begin_prefill()
         logits = model.forward(token_ids[at : min(at + rows, num_tokens)]).tobytes()
     return logits
 
 
 @pytest.fixture(scope="module")
-def stored(smollm2: Path) -> Iterator[LoadedModel]:
+def stored(smollm2: Path) -> Iterator[Engine]:
     made = loaded(smollm2, f"{HALF},store=1")
     yield made
     made.close()
@@ -54,15 +54,15 @@ def expected(smollm2: Path) -> bytes:
 
 @pytest.mark.parametrize("rows", [128, 77, 31])
 def test_answers_are_those_of_groups_beside_the_cache(
-    stored: LoadedModel, expected: bytes, rows: int
+    stored: Engine, expected: bytes, rows: int
 ) -> None:
     stored.model.truncate(0)
     assert read(stored, 700, rows) == expected
-    assert stored.hook is not None and stored.hook.least_cells > 500
+    assert stored.hook is not None and stored.hook.min_tokens > 500
 
 
 def test_a_few_tokens_can_be_taken_back_and_more_are_read_anew(
-    stored: LoadedModel, expected: bytes
+    stored: Engine, expected: bytes
 ) -> None:
     model, hook = stored.model, stored.hook
     assert isinstance(model, GgufModel) and hook is not None
@@ -71,7 +71,7 @@ def test_a_few_tokens_can_be_taken_back_and_more_are_read_anew(
     assert model.truncate(690) == 690
     assert read(stored, 700, 1) == expected
     assert model.truncate(300) == 0
-    assert hook.least_cells == 0 and not hook.has_lost_keys
+    assert hook.min_tokens == 0 and not hook.has_lost_keys
     assert read(stored, 700, 128) == expected
 
 
@@ -81,7 +81,7 @@ def test_a_conversation_that_changes_its_beginning_is_answered_all_the_same(smol
         for begin in (0, 900, 0)
     ]
     answers = []
-    for attention in (f"{HALF},opens=0", f"{HALF},store=1"):
+    for attention in (f"{HALF},refine=0", f"{HALF},store=1"):
         with Runtime.open(smollm2, attention=attention, **OPTIONS) as runtime:
             answers.append(
                 [
@@ -98,9 +98,9 @@ def test_the_plan_has_less_of_a_cache_and_keeps_to_it(smollm2: Path) -> None:
         next(
             row
             for row in plan_reference(
-                smollm2, OpenOptions(attention=f"{HALF}{store}", **opened)
+                smollm2, LoadConfig(attention=f"{HALF}{store}", **opened)
             ).plan.rows
-            if row.owner == CACHE
+            if row.component == CACHE
         )
         for store in ("", ",store=1")
     )
@@ -128,16 +128,16 @@ def test_what_cannot_be_is_refused(
     attention: str, more: dict[str, str], message: str, smollm2: Path
 ) -> None:
     with pytest.raises(BadOption, match=message):
-        OpenOptions(attention=attention, **more).policy(read_spec(smollm2))
+        LoadConfig(attention=attention, **more).policy(read_spec(smollm2))
 
 
-def test_a_dense_pass_over_what_was_replaced_is_noticed(stored: LoadedModel) -> None:
+def test_a_dense_pass_over_what_was_replaced_is_noticed(stored: Engine) -> None:
     stored.model.truncate(0)
     read(stored, 700, 128)
     assert stored.hook is not None
     stored.hook.start_pass(sparse=False)
     stored.model.forward((1,))
     with pytest.raises(LowtideError, match="store had replaced"):
-        stored.steering.before_decode()
+        stored.controller.begin_decode()
     stored.model.truncate(0)
     read(stored, 100, 100)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from onnx_decoders import FORMS, Shape, write_decoder
 
-from lowtide.models.errors import ForwardError, StateError, UnsupportedModel
+from lowtide.models.errors import ForwardError, SnapshotError, UnsupportedModel
 from lowtide.models.onnx.config import OnnxOptions
 from lowtide.models.onnx.model import OnnxModel
 from lowtide.models.onnx.spec import OnnxSpec
@@ -18,11 +18,11 @@ IDS = [int(i) for i in np.random.default_rng(3).integers(0, 320, 90)]
 SHAPE = Shape(kv_heads=4)
 
 
-def opened(folder: Path, context: int = 512, verified_rows: int = 1) -> OnnxModel:
+def opened(folder: Path, context: int = 512, verify_batch: int = 1) -> OnnxModel:
     spec = read_spec(folder)
     assert isinstance(spec, OnnxSpec)
     return OnnxModel(
-        spec, OnnxOptions(context=context, max_rows=64, threads=1, verified_rows=verified_rows)
+        spec, OnnxOptions(context=context, batch_size=64, threads=1, verify_batch=verify_batch)
     )
 
 
@@ -70,18 +70,18 @@ def test_going_back_equals_never_having_been_there(model: OnnxModel) -> None:
 def test_a_copied_state_comes_back(model: OnnxModel) -> None:
     model.forward(IDS[:50])
     state = memoryview(bytearray(model.state_bytes()))
-    model.copy_state(state)
+    model.copy_kv(state)
     wanted = model.forward(IDS[50:60]).copy()
     model.truncate(0)
     model.forward(IDS[30:60])
-    model.put_state(state, 50)
+    model.put_kv(state, 50)
     assert model.num_tokens == 50
     assert np.array_equal(model.forward(IDS[50:60]), wanted)
-    with pytest.raises(StateError, match="which is not 49 tokens'"):
-        model.put_state(state, 49)
+    with pytest.raises(SnapshotError, match="which is not 49 tokens'"):
+        model.put_kv(state, 49)
     assert model.num_tokens == 0
-    with pytest.raises(StateError, match="are wanted"):
-        model.copy_state(state)
+    with pytest.raises(SnapshotError, match="are wanted"):
+        model.copy_kv(state)
 
 
 def test_rows_that_do_not_go_in_change_nothing(model: OnnxModel) -> None:
@@ -103,8 +103,8 @@ def test_the_context_is_the_limit(tmp_path: Path) -> None:
 
 def test_rows_of_a_pass_have_logits_of_their_own(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa")
-    with opened(folder, verified_rows=5) as made:
-        assert made.max_verified_rows == 5
+    with opened(folder, verify_batch=5) as made:
+        assert made.max_verify_batch == 5
         made.forward(IDS[:30])
         rows = made.forward_rows(IDS[30:35]).copy()
         assert rows.shape == (5, 320) and made.num_tokens == 35
@@ -118,8 +118,8 @@ def test_rows_of_a_pass_have_logits_of_their_own(tmp_path: Path) -> None:
 
 def test_a_graph_that_leaves_one_row_makes_logits_of_that(tmp_path: Path) -> None:
     folder, all_rows = write_decoder(tmp_path / "one", last_row=True), tmp_path / "all"
-    with opened(folder, verified_rows=5) as one, opened(write_decoder(all_rows)) as every:
-        assert one.max_verified_rows == 1
+    with opened(folder, verify_batch=5) as one, opened(write_decoder(all_rows)) as every:
+        assert one.max_verify_batch == 1
         np.testing.assert_allclose(one.forward(IDS[:30]), every.forward(IDS[:30]), atol=2e-5)
         assert one.forward_rows(IDS[:1]).shape == (1, 320)
         with pytest.raises(ForwardError, match="logits of 2 rows are wanted, 1 are planned"):

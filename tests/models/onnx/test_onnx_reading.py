@@ -29,7 +29,7 @@ def test_shape(tmp_path: Path, form: str, layout: str) -> None:
     spec = read(write_decoder(tmp_path / "tiny", form, shape, layout=layout))
     assert spec.name == "tiny" and spec.engine == "onnxruntime"
     assert (spec.num_layers, spec.embedding_width, spec.num_heads) == (2, 64, 4)
-    assert spec.num_kv_heads == (shape.kv_heads,) * 2 and spec.key_head_size == 16
+    assert spec.num_kv_heads == (shape.kv_heads,) * 2 and spec.key_head_dim == 16
     assert spec.vocabulary.num_tokens == 320 and spec.context_length == 512
     assert spec.kv_types == ("f32",) and spec.quantisation == "float32"
     assert spec.shares_cache == form.startswith("gqa")

@@ -12,7 +12,7 @@ import pytest
 from onnx_decoders import FORMS, Shape, write_decoder
 from processes import run_python
 
-from lowtide.models.errors import StateError
+from lowtide.models.errors import SnapshotError
 from lowtide.models.onnx.config import OnnxOptions
 from lowtide.models.onnx.model import OnnxModel
 from lowtide.models.onnx.spec import OnnxSpec
@@ -25,7 +25,7 @@ HEADER_BYTES = 16
 def opened(folder: Path, context: int = 512) -> OnnxModel:
     spec = read_spec(folder)
     assert isinstance(spec, OnnxSpec)
-    return OnnxModel(spec, OnnxOptions(context=context, max_rows=64, threads=1))
+    return OnnxModel(spec, OnnxOptions(context=context, batch_size=64, threads=1))
 
 
 @pytest.fixture
@@ -40,12 +40,12 @@ def test_loading_equals_never_having_left(tmp_path: Path, form: str) -> None:
     path = tmp_path / "state"
     with opened(folder) as stayed, opened(folder) as came_back:
         stayed.forward(IDS[:50])
-        num_bytes = stayed.save_state(path, IDS[:50])
+        num_bytes = stayed.save_kv(path, IDS[:50])
         assert num_bytes == path.stat().st_size
         with path.open("ab") as more:
             more.write(b"what stands behind it")
         came_back.forward(IDS[20:80])
-        assert came_back.load_state(path, num_bytes, 50) == IDS[:50]
+        assert came_back.load_kv(path, num_bytes, 50) == IDS[:50]
         assert came_back.num_tokens == 50
         for token_ids in (IDS[50:51], IDS[51:90]):
             expected = stayed.forward(token_ids).tobytes()
@@ -59,7 +59,7 @@ def test_only_cells_that_hold_tokens_are_written(model: OnnxModel, tmp_path: Pat
     for num_tokens in (10, 30):
         model.truncate(0)
         model.forward(IDS[:num_tokens])
-        sizes.append(model.save_state(tmp_path / "state", IDS[:num_tokens]))
+        sizes.append(model.save_kv(tmp_path / "state", IDS[:num_tokens]))
     cell_bytes = 2 * 2 * 64 * 4  # layers, keys and values, width, f32
     assert sizes == [HEADER_BYTES + n * (4 + cell_bytes) for n in (10, 30)]
 
@@ -69,7 +69,7 @@ def test_bytes_that_are_no_state_of_this_model_are_an_error(
 ) -> None:
     path = tmp_path / "state"
     model.forward([5, 6, 7])
-    num_bytes = model.save_state(path, [5, 6, 7])
+    num_bytes = model.save_kv(path, [5, 6, 7])
     state = path.read_bytes()
 
     def forged(at: int, number: int) -> bytes:
@@ -92,28 +92,28 @@ def test_bytes_that_are_no_state_of_this_model_are_an_error(
     )
     for data, length, num_tokens, sentence in cases:
         path.write_bytes(data)
-        with pytest.raises(StateError, match=sentence):
-            model.load_state(path, length, num_tokens)
+        with pytest.raises(SnapshotError, match=sentence):
+            model.load_kv(path, length, num_tokens)
         assert model.num_tokens == 0
-    with pytest.raises(StateError, match="No such file"):
-        model.load_state(tmp_path / "nowhere", num_bytes, 3)
+    with pytest.raises(SnapshotError, match="No such file"):
+        model.load_kv(tmp_path / "nowhere", num_bytes, 3)
     path.write_bytes(state)
-    assert model.load_state(path, num_bytes, 3) == [5, 6, 7]
+    assert model.load_kv(path, num_bytes, 3) == [5, 6, 7]
 
 
 def test_whose_a_state_is(model: OnnxModel, tmp_path: Path) -> None:
     """The same folder is the same; other weights of the same shape, or elements, are not."""
-    owner = model.state_owner()
-    assert set(owner) == {"model", "KV type", "attention", "onnxruntime"}
+    component = model.snapshot_component()
+    assert set(component) == {"model", "KV type", "attention", "onnxruntime"}
     with opened(tmp_path / "tiny", context=64) as again:
-        assert again.state_owner() == owner
+        assert again.snapshot_component() == component
     with opened(write_decoder(tmp_path / "half" / "tiny", element="float16")) as half:
-        theirs = half.state_owner()
-        assert theirs["model"] != owner["model"] and theirs["KV type"] == "f16"
+        theirs = half.snapshot_component()
+        assert theirs["model"] != component["model"] and theirs["KV type"] == "f16"
     weights = tmp_path / "tiny" / "model.onnx.data"
     weights.write_bytes(b"\x3c" + weights.read_bytes()[1:])
     with opened(tmp_path / "tiny") as changed:
-        assert changed.state_owner()["model"] != owner["model"]
+        assert changed.snapshot_component()["model"] != component["model"]
 
 
 def test_a_write_that_the_system_cuts_short_is_an_error(tmp_path: Path) -> None:
@@ -125,16 +125,16 @@ def test_a_write_that_the_system_cuts_short_is_an_error(tmp_path: Path) -> None:
         "from lowtide.models.onnx.model import OnnxModel\n"
         "from lowtide.models.onnx.config import OnnxOptions\n"
         f"signal.signal({int(signal.SIGXFSZ)}, signal.SIG_IGN)\n"
-        "options = OnnxOptions(context=128, max_rows=64, threads=1)\n"
+        "options = OnnxOptions(context=128, batch_size=64, threads=1)\n"
         f"with OnnxModel(read_spec(Path({str(folder)!r})), options) as model:\n"
         "    model.forward([5] * 60)\n"
         f"    path = Path({str(tmp_path / 'state')!r})\n"
-        "    whole = model.save_state(path, [5] * 60)\n"
+        "    whole = model.save_kv(path, [5] * 60)\n"
         "    for limit in (4096, whole - 1):\n"
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"
         "        try:\n"
-        "            model.save_state(path, [5] * 60)\n"
+        "            model.save_kv(path, [5] * 60)\n"
         "        except Exception as error:\n"
         "            print(type(error).__name__, error)\n"
     )
-    assert done.stdout.splitlines() == ["StateError File too large"] * 2, done.stderr
+    assert done.stdout.splitlines() == ["SnapshotError File too large"] * 2, done.stderr

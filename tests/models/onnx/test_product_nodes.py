@@ -16,8 +16,8 @@ from tiny_gguf import write_pair
 from lowtide.models.convert.convert import convert
 from lowtide.models.errors import BadModelFile
 from lowtide.models.onnx.graph import read_graph
-from lowtide.models.onnx.read_spec import PackedForm
-from lowtide.models.onnx.rewrite.matmul_nodes import BlockWeights, read_product_nodes
+from lowtide.models.onnx.read_spec import RepackPlan
+from lowtide.models.onnx.rewrite.matmul_nodes import BlockWeights, read_matmul_nodes
 from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.read_spec import read_spec
 
@@ -26,7 +26,7 @@ LAYER = 7
 WIDE = Shape(width=256, heads=4, kv_heads=4, feed_forward=128)
 
 
-def packed_form(folder: Path) -> PackedForm | str:
+def repack_plan(folder: Path) -> RepackPlan | str:
     spec = read_spec(folder)
     assert isinstance(spec, OnnxSpec)
     return spec.packed
@@ -71,8 +71,8 @@ def test_every_product_keeps_its_weights(
     tmp_path: Path, written: dict[str, Any], type_name: str
 ) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", WIDE, **written)
-    form = packed_form(folder)
-    assert isinstance(form, PackedForm)
+    form = repack_plan(folder)
+    assert isinstance(form, RepackPlan)
     products = form.swap.products
     assert len(products.products) == len(products.matrices) == WIDE.layers * LAYER + 1
     for matrix in products.matrices:
@@ -98,12 +98,12 @@ def test_every_product_keeps_its_weights(
 def test_what_has_no_packed_form_stays_and_is_told(
     tmp_path: Path, shape: Shape, written: dict[str, Any]
 ) -> None:
-    form = packed_form(write_decoder(tmp_path / "tiny", "gqa", shape, **written))
+    form = repack_plan(write_decoder(tmp_path / "tiny", "gqa", shape, **written))
     assert form == "has no product of 4- or 8-bit weights in blocks of 32 that can be packed"
 
 
 def test_a_graph_that_keeps_its_attention_keeps_its_products(tmp_path: Path) -> None:
-    form = packed_form(write_decoder(tmp_path / "tiny", "decomposed", WIDE, bits=4))
+    form = repack_plan(write_decoder(tmp_path / "tiny", "decomposed", WIDE, bits=4))
     assert form == "has decomposed attention"
 
 
@@ -123,8 +123,8 @@ def test_converted_folders_keep_the_models_very_weights(
     """Offsets that the graph adds on its own are a block's minimum again; an embedding of its own stays."""
     quantised, exact = write_pair(tmp_path, architecture, kind, tied=tied)
     folder = convert(read_spec(quantised), tmp_path / "onnx").folder
-    products = read_product_nodes(read_graph(folder / "model.onnx"))
-    assert len(products.products) == num_packed and len(products.look_ups) == num_looked_up
+    products = read_matmul_nodes(read_graph(folder / "model.onnx"))
+    assert len(products.products) == num_packed and len(products.gathers) == num_looked_up
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(exact).tensors}
     for matrix in products.matrices:
         name = matrix.quants.name.removesuffix(".quants")
@@ -139,7 +139,7 @@ def test_converted_folders_keep_the_models_very_weights(
 def test_offsets_in_8_bits_stay_with_the_graph(tmp_path: Path) -> None:
     quantised, _ = write_pair(tmp_path, "llama", "Q5_1")
     folder = convert(read_spec(quantised), tmp_path / "onnx").folder
-    assert not read_product_nodes(read_graph(folder / "model.onnx")).products
+    assert not read_matmul_nodes(read_graph(folder / "model.onnx")).products
 
 
 def test_a_sum_that_looks_alike_in_another_graph_is_left(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_sum_that_looks_alike_in_another_graph_is_left(tmp_path: Path) -> None
     folder = convert(read_spec(quantised), tmp_path / "onnx").folder
     graph = read_graph(folder / "model.onnx")
     graph.metadata.clear()
-    found = read_product_nodes(graph)
+    found = read_matmul_nodes(graph)
     assert {m.type_name for m in found.matrices} == {"Q4_0"}
     outputs = {node.output for node in found.products}
     assert not outputs & {node.outputs[0] for node in graph.nodes if node.kind == "Add"}
@@ -156,11 +156,11 @@ def test_a_sum_that_looks_alike_in_another_graph_is_left(tmp_path: Path) -> None
 
 def test_a_scale_beyond_two_bytes_is_refused(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", WIDE, bits=4)
-    form = packed_form(folder)
-    assert isinstance(form, PackedForm)
+    form = repack_plan(folder)
+    assert isinstance(form, RepackPlan)
     scales = form.swap.products.matrices[0].scales
     with (folder / (scales.location or "")).open("r+b") as file:
         file.seek(scales.offset)
         file.write(np.float32(70_000).tobytes())
-    with pytest.raises(BadModelFile, match="beyond what two bytes hold: leave --pack out"):
+    with pytest.raises(BadModelFile, match="beyond what two bytes hold: leave --repack out"):
         list(form.swap.products.matrices[0].ggml_rows(folder, 16))

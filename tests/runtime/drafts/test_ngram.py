@@ -59,10 +59,10 @@ def test_a_text_that_was_followed_before_leaves_nothing_behind(
 
 def test_a_longer_match_is_surer() -> None:
     text = list(range(100, 130))
-    surenesses = [proposed([*text, 0, *text[-n - 3 : -3]], 2).sureness for n in (3, 4, 8, 25)]
+    surenesses = [proposed([*text, 0, *text[-n - 3 : -3]], 2).confidence for n in (3, 4, 8, 25)]
     assert surenesses == sorted(surenesses) and surenesses[0] == 0
     assert surenesses[-1] == len(CLASSES) < NgramDraft.num_classes
-    priors = [NgramDraft().prior(sureness) for sureness in range(NgramDraft.num_classes)]
+    priors = [NgramDraft().prior(confidence) for confidence in range(NgramDraft.num_classes)]
     assert priors == sorted(priors) and 0 < priors[0] < priors[-1] < 1
 
 

@@ -37,8 +37,8 @@ def test_the_likelier_follower_is_proposed_and_seen_often_it_is_surer() -> None:
     assert often.propose(1).token_ids == (4,)
     once = taught([1, 2, 4], [8, 1, 2])
     always = taught([1, 2, 4], [1, 2], [1, 2, 4], [8, 1, 2])
-    assert once.propose(1).sureness < always.propose(1).sureness < TrigramDraft.num_classes
-    assert often.propose(1).sureness < always.propose(1).sureness
+    assert once.propose(1).confidence < always.propose(1).confidence < TrigramDraft.num_classes
+    assert often.propose(1).confidence < always.propose(1).confidence
 
 
 def test_an_old_habit_gives_way_to_a_new_one() -> None:

@@ -52,7 +52,7 @@ def test_next_tokens_are_those_of_the_same_weights(
 ) -> None:
     quantised, exact = write_pair(tmp_path, architecture, kind, tied=tied)
     made = convert(read_spec(quantised), tmp_path / "onnx", rows="float32")
-    assert not made.rounded
+    assert not made.use_bf16
     ids, wanted = logits(exact)
     own_ids, found = logits(made.folder)
     assert own_ids == ids and len(ids) > 20
@@ -93,7 +93,7 @@ def vocabulary_facts(path: Path) -> list[object]:
 def test_rounded_weights_are_told_and_near(tmp_path: Path) -> None:
     _, exact = write_pair(tmp_path, "llama", "Q8_0")
     made = convert(read_spec(exact), tmp_path / "onnx", rows="float32")
-    assert made.rounded == {"F32": 50}
+    assert made.use_bf16 == {"F32": 50}
     assert 1e-9 < divergence(logits(exact)[1], logits(made.folder)[1]) < 5e-3
 
 
