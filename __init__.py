@@ -10,10 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lowtide.attention.delta.blocks import DeltaBlocks as DeltaBlocks
-    from lowtide.attention.delta.tokens import Delta as Delta
+    from lowtide.attention.delta.policy import Delta as Delta
     from lowtide.attention.dense import Dense as Dense
     from lowtide.attention.gem.policy import Gem as Gem
+    from lowtide.attention.policy import AttentionPolicy as AttentionPolicy
     from lowtide.attention.tidal.policy import Tidal as Tidal
     from lowtide.memory.plan.plan import MemoryPlan as MemoryPlan
     from lowtide.models.fake_model import FakeModel as FakeModel
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     __version__: str
 
 _MODULES = {
-    "Delta": "attention.delta.tokens",
-    "DeltaBlocks": "attention.delta.blocks",
+    "AttentionPolicy": "attention.policy",
+    "Delta": "attention.delta.policy",
     "Dense": "attention.dense",
     "FakeModel": "models.fake_model",
     "Gem": "attention.gem.policy",

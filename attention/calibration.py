@@ -1,73 +1,184 @@
-"""Calibration files: JSON named by a model's fingerprint, the user's own before those that ship.
+"""Calibration files: the settings of a policy that were found for one model, with what they measured.
 
-Knows no policy: what the fields mean, the policies' calibrations say.
+One JSON format for all policies: `policy` is the policy's key, `fingerprint` the model's, `metrics` are what
+was measured and `params` the settings; the policy knows the meaning of both. Files are named
+`<fingerprint>.<policy key>.json`; the user's come before those that ship with lowtide.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from lowtide.models.catalog import cache_folder
 from lowtide.models.errors import LowtideError
 from lowtide.models.spec import ModelSpec
 
 SHIPPED = Path(__file__).with_name("calibrations")
+FORMAT = 3
 
 
 class CalibrationError(LowtideError):
-    """A calibration file is broken, or of another model; names the file and the field."""
+    """A calibration file is damaged or belongs to another model; names the file and the field."""
 
     exit_code = 2
 
 
 class NotCalibrated(LowtideError):
-    """No setting of a policy stays inside the target."""
+    """No setting of a policy stays inside the targets."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CalibrationMetrics:
-    """Of which model a calibration is, and how far from dense attention its settings measured.
+class Calibration:
+    """The `params` of a policy for one model, and the `metrics` that they measured.
 
-    On text that the search did not see, at `context` tokens: `kl` is the mean KL divergence in nats a
-    token, `key_loss` the mean loss of log likelihood of a pass key hidden there, in nats, `keys_read` the
-    share of the cached keys that a token attended to, groups of keys counted once.
+    Measured on `text`, at `context` tokens, on a part of the text that the search did not see. The methods
+    that read a param or a metric raise `CalibrationError`, which names the file and the field.
     """
 
+    policy: str
     fingerprint: str
     model: str
-    kl: float
-    target_kl: float
-    key_loss: float
-    target_key_loss: float
     context: int
-    keys_read: float
     text: str
+    metrics: Mapping[str, float]
+    params: Mapping[str, Any]
+    path: Path | None = field(default=None, compare=False)
 
     @property
-    def summary(self) -> str:
-        """Say in a few words where the settings come from."""
-        return f"calibrated: KL {self.kl:.3f} at {self.context:,} tokens"
+    def file_name(self) -> str:
+        """The name of its file."""
+        return f"{self.fingerprint}.{self.policy}.json"
+
+    @property
+    def kl_summary(self) -> str:
+        """Describe where the settings come from, by their distance from dense attention."""
+        return f"calibrated: KL {self.metric('kl'):.3f} at {self.context:,} tokens"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the file's values."""
+        return {
+            "format": FORMAT,
+            "policy": self.policy,
+            "fingerprint": self.fingerprint,
+            "model": self.model,
+            "context": self.context,
+            "text": self.text,
+            "metrics": dict(self.metrics),
+            "params": dict(self.params),
+        }
+
+    def metric(self, name: str) -> float:
+        """Return a number that was measured."""
+        value = self.metrics.get(name)
+        if not is_number(value):
+            raise self.error(f"metrics.{name}", value, "a number")
+        return value
+
+    def number(self, name: str, least: float = 0) -> float:
+        """Return a param: a number of `least` or more."""
+        value = self.params.get(name)
+        if not is_number(value) or value < least:
+            raise self.param_error(name, f"a number of {least:g} or more")
+        return float(value)
+
+    def count(self, name: str, least: int = 1) -> int:
+        """Return a param: a whole number of `least` or more."""
+        value = self.params.get(name)
+        if not is_count(value) or value < least:
+            raise self.param_error(name, f"a whole number of {least} or more")
+        return value
+
+    def word(self, name: str) -> str:
+        """Return a param: a text that is not empty."""
+        value = self.params.get(name)
+        if not isinstance(value, str) or not value:
+            raise self.param_error(name, "a text")
+        return value
+
+    def param_error(self, name: str, expected: str) -> CalibrationError:
+        """Return the error for a param that is not what is `expected`."""
+        return self.error(f"params.{name}", self.params.get(name), expected)
+
+    def error(self, name: str, value: object, expected: str) -> CalibrationError:
+        """Return the error for a field that is not what is `expected`."""
+        return CalibrationError(
+            f"the calibration {self.path}: {name} is {value!r}; it must be {expected}. Delete the file, or "
+            "run lowtide calibrate again"
+        )
 
 
 def calibration_folder() -> Path:
-    """Return where the user's calibrations lie."""
+    """Return the folder of the user's calibrations."""
     return cache_folder() / "calibrations"
 
 
 def find_file(name: str) -> Path | None:
-    """Return the file of that name, the user's before the shipped one; None where there is none."""
+    """Return the file of that name, the user's before the shipped one; None if there is none."""
     paths = (folder / name for folder in (calibration_folder(), SHIPPED))
     return next((path for path in paths if path.is_file()), None)
 
 
-def write_values(name: str, values: Mapping[str, Any], path: Path | None = None) -> Path:
-    """Write the file, atomically, and return its path; None is the user's folder, under that name.
+def find_calibration(key: str, spec: ModelSpec) -> Calibration | None:
+    """Return the model's calibration of a policy; None if there is none."""
+    path = find_file(f"{spec.fingerprint}.{key}.json")
+    return load_calibration(path, key, spec) if path else None
 
-    Raises `CalibrationError` where it cannot be written.
+
+def load_calibration(path: Path, key: str, spec: ModelSpec) -> Calibration:
+    """Read a calibration of a policy for the model.
+
+    Raises `CalibrationError` if it cannot be read, or belongs to another policy or model.
+    """
+    values = _read(path)
+    found = Calibration(
+        policy=values.get("policy", ""),
+        fingerprint=values.get("fingerprint", ""),
+        model=values.get("model", ""),
+        context=values.get("context", 0),
+        text=values.get("text", ""),
+        metrics=values.get("metrics", {}),
+        params=values.get("params", {}),
+        path=path,
+    )
+    if _is_text(found.policy) and found.policy != key:
+        raise CalibrationError(
+            f"the calibration {path} is for {found.policy!r}, not for {key!r}: name another file"
+        )
+    for name, is_valid, expected in (
+        ("policy", found.policy == key, repr(key)),
+        ("format", values.get("format") == FORMAT, str(FORMAT)),
+        *(
+            (name, _is_text(values.get(name)), "a text")
+            for name in ("fingerprint", "model", "text")
+        ),
+        ("context", is_count(found.context) and found.context > 0, "a whole number of 1 or more"),
+        ("metrics", isinstance(found.metrics, dict), "an object"),
+        ("params", isinstance(found.params, dict), "an object"),
+    ):
+        if not is_valid:
+            raise found.error(name, values.get(name), expected)
+    if found.fingerprint != spec.fingerprint:
+        raise CalibrationError(
+            f"the calibration {path} belongs to another model: its fingerprint is {found.fingerprint[:12]} "
+            f"({found.model}), that of {spec.name} is {spec.fingerprint[:12]}; run lowtide calibrate for "
+            "this model"
+        )
+    return found
+
+
+def save_calibration(calibration: Calibration, path: Path | None = None) -> Path:
+    """Write the file atomically, and return its path; None: into the user's folder."""
+    return write_values(calibration.file_name, calibration.to_dict(), path)
+
+
+def write_values(name: str, values: Mapping[str, Any], path: Path | None = None) -> Path:
+    """Write values as JSON, atomically, and return the path; None: into the user's folder, as `name`.
+
+    Raises `CalibrationError` if the file cannot be written.
     """
     path = path or calibration_folder() / name
     part = path.with_name(path.name + ".part")
@@ -82,96 +193,29 @@ def write_values(name: str, values: Mapping[str, Any], path: Path | None = None)
     return path
 
 
-class Fields:
-    """Typed look-ups in a file's values; each raises `CalibrationError` that names the file and the field.
-
-    The file must be of a policy in a format, or this raises, too.
-    """
-
-    def __init__(self, path: Path, *, policy: str, format: int) -> None:
-        self.path = path
-        values = _read(path)
-        self._values: dict[str, Any] = values if isinstance(values, dict) else {}
-        of = self._values.get("policy")
-        if isinstance(of, str) and of != policy:
-            raise CalibrationError(
-                f"the calibration {path} is of {of!r}, one of {policy!r} is wanted: name another file"
-            )
-        if of != policy:
-            raise self.wrong("policy", repr(policy))
-        if self._values.get("format") != format:
-            raise self.wrong("format", f"{format}")
-
-    def value(self, field: str) -> Any:
-        """Return what the file says, unchecked; None where it says nothing."""
-        return self._values.get(field)
-
-    def wrong(self, field: str, wanted: str) -> CalibrationError:
-        """Return the error of a field that is not as it is wanted."""
-        return CalibrationError(
-            f"the calibration {self.path}: {field} is {self.value(field)!r}, {wanted} is wanted; "
-            "delete the file, or run lowtide calibrate again"
-        )
-
-    def text(self, field: str) -> str:
-        """Return a text that is not empty."""
-        value = self.value(field)
-        if not isinstance(value, str) or not value:
-            raise self.wrong(field, "a text")
-        return value
-
-    def count(self, field: str, least: int = 1) -> int:
-        """Return a whole number of `least` or more."""
-        value = self.value(field)
-        if not isinstance(value, int) or not is_count(value) or value < least:
-            wanted = "a whole number above 0" if least else "a whole number of 0 or more"
-            raise self.wrong(field, wanted)
-        return value
-
-    def number(self, field: str, least: float = 0) -> float:
-        """Return a number of `least` or more."""
-        value = self.value(field)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not least <= value < 1e9
-        ):
-            raise self.wrong(field, "a number of 0 or more" if least == 0 else "a number")
-        return float(value)
-
-    def calibration_metrics(self) -> dict[str, Any]:
-        """Return the fields of a `CalibrationMetrics`, checked."""
-        return {
-            **{name: self.text(name) for name in ("fingerprint", "model", "text")},
-            **{name: self.number(name) for name in ("kl", "target_kl", "keys_read")},
-            **{name: self.number(name) for name in ("key_loss", "target_key_loss")},
-            "context": self.count("context"),
-        }
-
-    def check_model(self, spec: ModelSpec) -> None:
-        """Raise `CalibrationError` where the file is of another model."""
-        fingerprint = self.text("fingerprint")
-        if fingerprint != spec.fingerprint:
-            raise CalibrationError(
-                f"the calibration {self.path} is of another model: its fingerprint is {fingerprint[:12]} "
-                f"({self.text('model')}), {spec.name} has {spec.fingerprint[:12]}; run lowtide calibrate "
-                "for this one"
-            )
-
-
-def is_count(value: object) -> bool:
-    """Whether it is a whole number of 0 or more, and no truth value."""
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number of 0 or more (a bool is not)."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _read(path: Path) -> object:
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a finite number (a bool is not)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CalibrationError(
             f"the calibration {path} cannot be read: {error.strerror or error}"
         ) from None
     except ValueError:
         raise CalibrationError(
-            f"the calibration {path} is no JSON: delete it, or run lowtide calibrate again"
+            f"the calibration {path} is not JSON: delete it, or run lowtide calibrate again"
         ) from None
+    return values if isinstance(values, dict) else {}

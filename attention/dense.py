@@ -1,46 +1,41 @@
-"""Exact attention: llama.cpp's own kernels, or ours.
-
-How a prompt's rows are multiplied under our kernels: exactly, or rounded to bfloat16."""
+"""Exact attention: with llama.cpp's kernels, or with lowtide's."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from lowtide.attention.policy import AttentionPolicy, PassController
+from lowtide.attention.bindings.library import cpu_features
+from lowtide.attention.bindings.policy import AttentionKernels
+from lowtide.attention.policy import AttentionPolicy, PassController, Setting
 from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
 
-if TYPE_CHECKING:
-    from lowtide.attention.bindings.policy import AttentionKernels
-
-
 EXACT, BF16 = "exact", "bf16"
 PROMPTS = (EXACT, BF16)
+PROMPTS_SETTING = Setting("prompts", str)
 
 
 def check_prompts(prompts: str) -> None:
-    """Raise `BadOption` for a value that there is not, or that this processor has no units for."""
-    from lowtide.attention.bindings.library import cpu_features
-
+    """Raise `BadOption` for an unknown value, or one that this processor does not support."""
     if prompts not in PROMPTS:
-        raise BadOption(f"prompts is {prompts!r}, one of {', '.join(PROMPTS)} is wanted")
+        raise BadOption(f"prompts is {prompts!r}; it must be one of {', '.join(PROMPTS)}")
     if prompts == BF16 and "avx512_bf16" not in cpu_features():
         raise BadOption(
-            "prompts is 'bf16', and this processor has no avx512_bf16: leave prompts out"
+            "prompts is 'bf16' and this processor does not have avx512_bf16: leave prompts out"
         )
 
 
-def check_kernels(hook: AttentionKernels, prompts: str) -> None:
-    """Raise `BadOption` where the hook's kernels have no units for it."""
-    if prompts == BF16 and not hook.supports_bf16:
+def check_kernels(kernels: AttentionKernels, prompts: str) -> None:
+    """Raise `BadOption` if the kernels in use cannot multiply in bfloat16."""
+    if prompts == BF16 and not kernels.supports_bf16:
         raise BadOption(
-            f"prompts is 'bf16', and the {hook.kernels} kernels multiply exactly: leave prompts out"
+            f"prompts is 'bf16' and the {kernels.kernels} kernels do not support it: leave prompts out"
         )
 
 
 class Llama(AttentionPolicy):
-    """llama.cpp's own kernels; nothing is hooked."""
+    """llama.cpp's own attention kernels."""
 
     name = "llama"
     uses_native_kernels = False
@@ -49,42 +44,46 @@ class Llama(AttentionPolicy):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dense(AttentionPolicy):
-    """Our exact kernels: a row's result depends neither on the batch it came in nor on the threads.
+    """Exact attention with lowtide's kernels; batch-invariant: a token's result depends neither on the
+    batch it is computed in nor on the number of threads.
 
-    With `prompts` "bf16" the rows of a prompt are multiplied in bfloat16, where the processor has units
-    for it: faster, and no longer exact.
+    `prompts` "bf16" multiplies the queries of a prompt in bfloat16, if the processor can: faster, and not
+    exact.
     """
 
     name: ClassVar[str] = "dense"
+    settings: ClassVar[tuple[Setting, ...]] = (PROMPTS_SETTING,)
     supports_batch: ClassVar[bool] = True
+    can_follow_filter: ClassVar[bool] = True
 
     prompts: str = EXACT
 
     def resolve(self, spec: ModelSpec) -> Dense:
-        """Check that this processor can."""
+        """Check that the processor supports `prompts`."""
         check_prompts(self.prompts)
         return self
 
-    def install(self, hook: AttentionKernels, spec: ModelSpec) -> PassController:
-        """Attend fully in every pass, whatever another policy left behind."""
-        check_kernels(hook, self.prompts)
-        return DenseController(hook, self.prompts)
+    def configure(self, kernels: AttentionKernels, spec: ModelSpec) -> PassController:
+        """Attend to every key in every pass."""
+        check_kernels(kernels, self.prompts)
+        return DenseController(kernels, self.prompts)
 
-    def __str__(self) -> str:
+    def describe(self) -> str:
+        """Name the policy, and bf16 if it is used."""
         return "dense" if self.prompts == EXACT else f"dense, prompts in {self.prompts}"
 
 
 class DenseController(PassController):
-    """Every pass attends to every key."""
+    """Attends to every key in every pass."""
 
-    def __init__(self, hook: AttentionKernels, prompts: str = EXACT) -> None:
-        self._hook = hook
+    def __init__(self, kernels: AttentionKernels, prompts: str = EXACT) -> None:
+        self._kernels = kernels
         self.exact_prefill = prompts == EXACT
 
     def begin_prefill(self) -> None:
-        """Attend fully."""
-        self._hook.start_pass(sparse=False, use_bf16=not self.exact_prefill)
+        """Attend to every key, in bfloat16 if so set."""
+        self._kernels.start_pass(sparse=False, use_bf16=not self.exact_prefill)
 
     def begin_decode(self) -> None:
-        """Attend fully."""
-        self._hook.start_pass(sparse=False)
+        """Attend to every key, exactly."""
+        self._kernels.start_pass(sparse=False)

@@ -104,7 +104,7 @@ def command(
         )
     if prompts is not None:
         raise click.UsageError("--prompts is for --speculate: name a draft, or leave it out")
-    from lowtide.attention.parse import parse_policy
+    from lowtide.attention.registry import parse_policy
     from lowtide.cli.output import json_object, note
     from lowtide.models.errors import BadOption
     from lowtide.runtime.benchmark.attention import Bench, check_attentions
@@ -113,7 +113,7 @@ def command(
     spec = take_spec(options)
     options["attention"] = attentions[0]
     for attention in attentions:
-        if parse_policy(attention).resolve(spec).filter_prefill is not None:
+        if parse_policy(attention).resolve(spec).prompt_selector is not None:
             raise BadOption(
                 "attention is gem, which shortens prompts before they are read, and bench fills the cache "
                 "itself: name dense or tidal"

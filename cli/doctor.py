@@ -68,8 +68,11 @@ def _machine() -> dict[str, Any]:
 
 def _native() -> dict[str, Any]:
     import lowtide
-    from lowtide.attention.bindings.library import cpu_features, native_version
-    from lowtide.attention.bindings.structs import usable_kernel_sets
+    from lowtide.attention.bindings.library import (
+        cpu_features,
+        native_version,
+        usable_kernel_sets,
+    )
 
     version = native_version()
     problems = []

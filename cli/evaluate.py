@@ -14,7 +14,7 @@ from lowtide.cli.enforce import enforce_option, hold
 from lowtide.cli.options import opening_options, plan_with, take_open_options, take_spec
 
 if TYPE_CHECKING:
-    from lowtide.attention.gem.policy import Gem
+    from lowtide.attention.policy import AttentionPolicy
     from lowtide.memory.os.cgroup import ControlGroup
     from lowtide.models.spec import ModelSpec
     from lowtide.runtime.evaluation.evaluate import Evaluation
@@ -67,10 +67,8 @@ def command(
     lose. The likelihood is that of a text that goes on after what was kept of it: it gets worse, and so
     gem refuses to continue texts.
     """
-    from lowtide.attention.delta.tokens import Delta
     from lowtide.attention.evaluation.divergence import WINDOW_TOKENS
-    from lowtide.attention.gem.policy import Gem
-    from lowtide.attention.parse import parse_policy
+    from lowtide.attention.registry import parse_policy
     from lowtide.cli.output import json_object, note
     from lowtide.runtime.evaluation.evaluate import SPARE_TOKENS, evaluate
 
@@ -79,13 +77,10 @@ def command(
         options["attention"] = "tidal"
     spec = take_spec(options)
     policy = parse_policy(options["attention"])
-    if isinstance(policy, Gem):
-        _evaluate_gem(
-            policy.resolve(spec), spec, text, windows, passkeys, as_json, enforce, options
-        )
+    policy = policy.resolve(spec)
+    if policy.prompt_selector is not None:
+        _evaluate_filter(policy, spec, text, windows, passkeys, as_json, enforce, options)
         return
-    if isinstance(policy, Delta):  # dense attention, which it is held against, reads all keys
-        options["attention"] = replace(policy, store=0)
     context = options["context"] or min(DEFAULT_CONTEXT, spec.context_length - SPARE_TOKENS)
     options["context"] = context + SPARE_TOKENS
     planned = plan_with(spec, replace(take_open_options(options), compared_tokens=WINDOW_TOKENS))
@@ -104,8 +99,8 @@ def command(
         _print_table(found)
 
 
-def _evaluate_gem(
-    policy: Gem,
+def _evaluate_filter(
+    policy: AttentionPolicy,
     spec: ModelSpec,
     text: Path | None,
     windows: int,
@@ -121,11 +116,10 @@ def _evaluate_gem(
     from lowtide.runtime.evaluation.prompt_filter import evaluate_filter
 
     context = options["context"] or min(DEFAULT_CONTEXT, spec.context_length - SPARE_TOKENS)
-    options.update(context=context + SPARE_TOKENS, attention=policy.then)
-    wanted = replace(
-        take_open_options(options), compared_tokens=1, selection_layers=spec.num_layers
-    )
-    planned = plan_with(spec, wanted)
+    options.update(context=context + SPARE_TOKENS, attention=policy.following)
+    memory = replace(policy.memory, filter_prefill=None)  # prompts are read whole, then scored
+    config = replace(take_open_options(options), compared_tokens=1, attention_memory=memory)
+    planned = plan_with(spec, config)
     with _loaded(planned, enforce) as loaded:
         found = evaluate_filter(
             loaded,

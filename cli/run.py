@@ -59,7 +59,7 @@ def command(
         raise click.UsageError("--system needs a chat template, --raw goes without: drop one")
     generation = take_generation_options(options)
     planned = planned_model(options)
-    if explain and planned.policy.filter_prefill is None:
+    if explain and planned.policy.prompt_selector is None:
         raise click.UsageError("--explain shows what --attention gem kept of a prompt: add it")
     planned.require_fit()
     text = prompt_text(prompt, file, prompt_limit_bytes(planned.plan.kv_tokens))

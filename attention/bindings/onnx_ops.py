@@ -1,14 +1,10 @@
-"""OnnxAttention: our kernels in the place of an ONNX graph's attention.
+"""lowtide's kernels in an ONNX graph: the custom operators of a rewritten graph.
 
-A graph's node calls them from onnxruntime's session, on onnxruntime's threads (`native/onnx_operator.cpp`):
-rows are turned (rotary embedding), appended to the layer's cache and attended in one call a layer. Knows
-no session and no model; policies install themselves here as in `LlamaHook`.
-
-OnnxMatmul: our matrix kernels in the place of an ONNX graph's quantised products.
-
-A graph's nodes call them from onnxruntime's session, on onnxruntime's threads
-(`native/onnx_product_operators.cpp`), over panels that are mapped from a file (`panel_file`). Knows no
-session."""
+onnxruntime's session calls them on its own threads (`native/onnx/`). `OnnxAttention` replaces attention: one
+call a layer applies the rotary embedding, appends keys and values to the layer's cache, and attends.
+`OnnxMatmul` replaces quantised matmuls and embedding lookups, over tiles that are mapped from a file
+(`matmul.write_tiles`).
+"""
 
 from __future__ import annotations
 
@@ -16,10 +12,10 @@ import ctypes
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowtide.attention.bindings.counts import KernelCounts
 from lowtide.attention.bindings.library import native_library
-from lowtide.attention.bindings.llama_hook import KernelCounts
 from lowtide.attention.bindings.matmul import MatrixView
-from lowtide.attention.bindings.policy import PolicyBindings
+from lowtide.attention.bindings.policy import AttentionKernels
 from lowtide.attention.bindings.structs import ScoreRule
 from lowtide.models.errors import LowtideError
 from lowtide.models.gguf.reader import TYPE_NUMBERS
@@ -32,8 +28,8 @@ if TYPE_CHECKING:
 
 
 ELEMENTS = {"float16": 0, "float32": 3}
-"""The C++ `KvType` of what arrays hold."""
-OPERATORS = {"float16": "AttentionHalf", "float32": "Attention"}
+"""The C++ `KvType` of an array's elements."""
+OPERATORS = {"float16": "AttentionFp16", "float32": "Attention"}
 
 
 class _Layer(ctypes.Structure):
@@ -62,10 +58,10 @@ class _Counts(ctypes.Structure):
     ]
 
 
-class OnnxAttention(PolicyBindings, AttentionBackend):
-    """Attends for one model on `threads` threads; `kernels` names an instruction set, None takes the best.
+class OnnxAttention(AttentionKernels, AttentionBackend):
+    """The attention of one model on `threads` threads; `kernels` names an instruction set (None: the fastest).
 
-    Raises `LowtideError` where this build and processor have no such kernels.
+    Raises `LowtideError` if this build and processor do not have these kernels.
     """
 
     domain = "lowtide"
@@ -75,11 +71,11 @@ class OnnxAttention(PolicyBindings, AttentionBackend):
         self._attend = library.lowtide_onnx_new(kernels.encode() if kernels else None, threads)
         if not self._attend:
             raise LowtideError(
-                f"our attention cannot run here: no {kernels or 'usable'} kernels, or no {threads} threads"
+                f"lowtide's attention cannot run here: no {kernels or 'usable'} kernels, or no {threads} threads"
             )
         super().__init__(library, library.lowtide_onnx_policy(self._attend))
         self.library = Path(library._name)
-        self.number = self._library.lowtide_onnx_number(self._attend)
+        self.number = self._library.lowtide_onnx_handle(self._attend)
         self._layers: list[LayerArrays] = []
 
     @property
@@ -91,25 +87,25 @@ class OnnxAttention(PolicyBindings, AttentionBackend):
     @property
     def supports_bf16(self) -> bool:
         """Whether these kernels can multiply in bfloat16."""
-        return bool(self._library.lowtide_onnx_can_round(self._attend))
+        return bool(self._library.lowtide_onnx_supports_bf16(self._attend))
 
     def operator(self, element: str) -> str:
         """Return the operator's name for float32 or float16."""
         return OPERATORS[element]
 
     def score_prompt(self, layer: int, rule: ScoreRule, *, is_last: bool) -> None:
-        """Have passes from now on end in the attention of `layer`; the last one scores every key there.
+        """End forward passes in the attention of `layer`; the last pass of a prompt scores its keys.
 
-        Such a pass `has_ended`; what it returns as logits means nothing.
+        Such a pass `has_ended`; its logits mean nothing.
         """
         self._library.lowtide_onnx_score_prompt(self._attend, layer, ctypes.byref(rule), is_last)
 
     def run_whole_passes(self) -> None:
-        """Have passes go through all layers again."""
+        """Run forward passes through all layers again."""
         self._library.lowtide_onnx_score_prompt(self._attend, -1, None, False)
 
     def prompt_scores(self, num_keys: int) -> NDArray[np.float32] | None:
-        """Return the scores of the first `num_keys` keys; None where the last pass did not make them."""
+        """Return the scores of the first `num_keys` keys; None if the last pass did not score them."""
         import numpy as np
 
         scores = np.empty(num_keys, np.float32)
@@ -120,11 +116,11 @@ class OnnxAttention(PolicyBindings, AttentionBackend):
 
     @property
     def has_ended(self) -> bool:
-        """Whether the last pass ended in a layer, as `score_prompt` had it."""
+        """Whether the last pass ended in a layer because of `score_prompt`."""
         return bool(self._attend and self._library.lowtide_onnx_has_ended(self._attend))
 
     def counts(self) -> KernelCounts:
-        """Return what was attended to so far; all layers are ours."""
+        """Return what was attended to so far; all layers are native."""
         counts = self._library.lowtide_onnx_counts(self._attend)
         return KernelCounts(
             layers_native=len(self._layers),
@@ -139,15 +135,13 @@ class OnnxAttention(PolicyBindings, AttentionBackend):
             matmuls_streamed=0,
             matmuls_repacked=0,
             repacked_refused=0,
-            scores=self.states.cost(),
+            scores=self.blocks.cost(),
         )
 
     def bind(self, layers: list[LayerArrays]) -> None:
-        """Know every layer's arrays; they are kept. Raises `LowtideError` where it is closed."""
+        """Set every layer's arrays, and keep them alive. Raises `LowtideError` if it is closed."""
         if not self._attend:
-            raise LowtideError(
-                "our attention is closed with the model that it attended for: make another"
-            )
+            raise LowtideError("this attention was closed with its model: open the model again")
         if layers is self._layers:
             return
         self._layers = layers
@@ -159,17 +153,17 @@ class OnnxAttention(PolicyBindings, AttentionBackend):
             described[layer] = _described(arrays, mask)
         failure = self._library.lowtide_onnx_set_layers(self._attend, described, len(layers))
         if failure:
-            reason = "it has a shape that our kernels do not know" if failure == 2 else "no memory"
-            raise LowtideError(f"our attention cannot attend for this model: {reason}")
+            reason = "the kernels do not support its shape" if failure == 2 else "no memory"
+            raise LowtideError(f"lowtide's attention cannot run this model: {reason}")
 
     def begin(self, num_past: int, num_rows: int) -> None:
-        """Begin a pass: layers that see the same keys have one mask."""
+        """Begin a pass; layers that see the same keys share one mask."""
         self._library.lowtide_onnx_begin(self._attend, num_past, num_rows)
 
-    def cut(self, num_cells: int) -> None:
-        """Forget what is kept of the cells from `num_cells` on."""
+    def truncate(self, num_slots: int) -> None:
+        """Drop what the policy derived from KV slots `num_slots` and later; nothing once closed."""
         if self._attend:
-            super().cut(num_cells)
+            super().truncate(num_slots)
 
     def close(self) -> None:
         """Free the kernels' scratch; closing twice is allowed."""
@@ -209,11 +203,11 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.lowtide_onnx_new.argtypes = [ctypes.c_char_p, number]
     library.lowtide_onnx_free.restype = None
     library.lowtide_onnx_free.argtypes = [pointer]
-    library.lowtide_onnx_can_round.argtypes = [pointer]
+    library.lowtide_onnx_supports_bf16.argtypes = [pointer]
     library.lowtide_onnx_kernels.restype = ctypes.c_char_p
     library.lowtide_onnx_kernels.argtypes = [pointer]
-    library.lowtide_onnx_number.restype = ctypes.c_int64
-    library.lowtide_onnx_number.argtypes = [pointer]
+    library.lowtide_onnx_handle.restype = ctypes.c_int64
+    library.lowtide_onnx_handle.argtypes = [pointer]
     library.lowtide_onnx_set_layers.argtypes = [pointer, pointer, number]
     library.lowtide_onnx_policy.restype = pointer
     library.lowtide_onnx_policy.argtypes = [pointer]
@@ -235,13 +229,13 @@ class _MatmulCounts(ctypes.Structure):
 
 
 class OnnxMatmul(MatmulBackend):
-    """The packed matrices of `form` in the file `tiles`, for passes of `batch_size` rows at most.
+    """The repacked matrices of `form` in the file `tiles`, for passes of at most `batch_size` tokens.
 
-    Raises `LowtideError` where there is no memory for the rows, or the file is no such one.
+    Raises `LowtideError` if there is no memory for the rows, or the file is too short.
     """
 
-    matmul_operator = "Product"
-    gather_operator = "Rows"
+    matmul_operator = "RepackedMatMul"
+    gather_operator = "RepackedGather"
 
     def __init__(self, form: RepackPlan, tiles: Path, batch_size: int, threads: int) -> None:
         import numpy as np
@@ -251,8 +245,8 @@ class OnnxMatmul(MatmulBackend):
         *starts, end = form.offsets
         if len(self._tiles) < end:
             raise LowtideError(
-                f"{tiles} has {len(self._tiles)} bytes of packed weights, {end} are wanted: remove it, "
-                "and it is made again"
+                f"{tiles} has {len(self._tiles)} bytes of repacked weights; it must have {end}: delete it, "
+                "and it is written again"
             )
         address = self._tiles.ctypes.data
         matrices = form.swap.products.matrices
@@ -267,47 +261,47 @@ class OnnxMatmul(MatmulBackend):
                 for matrix, start in zip(matrices, starts, strict=True)
             )
         )
-        self._products = self._library.lowtide_onnx_products_new(
+        self._products = self._library.lowtide_onnx_matmul_new(
             described, len(described), batch_size, threads
         )
         if not self._products:
             raise LowtideError(
-                f"our kernels cannot multiply here: no memory for {batch_size} rows, or no kernels"
+                f"lowtide's matmul cannot run here: no memory for {batch_size} rows, or no kernels"
             )
-        self.number = self._library.lowtide_onnx_products_number(self._products)
+        self.number = self._library.lowtide_onnx_matmul_handle(self._products)
 
     def begin(self) -> None:
-        """Forget the last pass's rows."""
-        self._library.lowtide_onnx_products_begin(self._products)
+        """Drop the rows of the last pass."""
+        self._library.lowtide_onnx_matmul_begin(self._products)
 
     @property
     def num_nodes(self) -> int:
-        """How many nodes have been computed, products and look-ups."""
-        return int(self._library.lowtide_onnx_products_counts(self._products).nodes)
+        """How many nodes have been computed, matmuls and lookups."""
+        return int(self._library.lowtide_onnx_matmul_counts(self._products).nodes)
 
     @property
     def scratch_bytes(self) -> int:
-        """What a pass's rows take in 8 bits."""
-        return int(self._library.lowtide_onnx_products_counts(self._products).scratch_bytes)
+        """Bytes of a pass's rows in 8 bits."""
+        return int(self._library.lowtide_onnx_matmul_counts(self._products).scratch_bytes)
 
     def close(self) -> None:
-        """Free the rows and let go of the file; closing twice is allowed."""
+        """Free the rows and unmap the file; closing twice is allowed."""
         if self._products:
-            self._library.lowtide_onnx_products_free(self._products)
+            self._library.lowtide_onnx_matmul_free(self._products)
             self._products = None
             del self._tiles
 
 
 def _matmul_declared(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int
-    library.lowtide_onnx_products_new.restype = pointer
-    library.lowtide_onnx_products_new.argtypes = [pointer, number, number, number]
-    library.lowtide_onnx_products_free.restype = None
-    library.lowtide_onnx_products_free.argtypes = [pointer]
-    library.lowtide_onnx_products_number.restype = ctypes.c_int64
-    library.lowtide_onnx_products_number.argtypes = [pointer]
-    library.lowtide_onnx_products_begin.restype = None
-    library.lowtide_onnx_products_begin.argtypes = [pointer]
-    library.lowtide_onnx_products_counts.restype = _MatmulCounts
-    library.lowtide_onnx_products_counts.argtypes = [pointer]
+    library.lowtide_onnx_matmul_new.restype = pointer
+    library.lowtide_onnx_matmul_new.argtypes = [pointer, number, number, number]
+    library.lowtide_onnx_matmul_free.restype = None
+    library.lowtide_onnx_matmul_free.argtypes = [pointer]
+    library.lowtide_onnx_matmul_handle.restype = ctypes.c_int64
+    library.lowtide_onnx_matmul_handle.argtypes = [pointer]
+    library.lowtide_onnx_matmul_begin.restype = None
+    library.lowtide_onnx_matmul_begin.argtypes = [pointer]
+    library.lowtide_onnx_matmul_counts.restype = _MatmulCounts
+    library.lowtide_onnx_matmul_counts.argtypes = [pointer]
     return library

@@ -1,7 +1,7 @@
-"""How far a policy is from dense attention: divergence of the next-token distributions along a text.
+"""The distance of a policy from dense attention: KL divergence of next-token distributions along a text.
 
-Both run on the same model, one token at a time, after the same prompt: read exactly, unless the policy
-reads prompts in another way, so that nothing but the policy differs. Reads no file; knows no command.
+Both run on the same model, one token at a time, after the same prompt. The prompt is read densely, unless
+the policy reads prompts in its own way; so nothing but the policy differs.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WINDOW_TOKENS = 64
-"""Tokens that are compared at one place; the reference's distributions are kept for so many."""
+"""Tokens that are compared at one position; their distributions under dense attention are kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distance:
     """Sums over the compared tokens; divide by `num_tokens`, or read the properties.
 
-    `kl` is in nats a token, `nll_change` the relative change of the text's negative log likelihood,
-    `top1_agreement` how often both find the same token likeliest; `num_dense_right` and `num_right` count
-    the tokens that dense attention, and that the policy, finds likeliest.
+    `num_agreeing` counts the tokens with the same top-1 prediction, `num_dense_right` and `num_right` the
+    tokens of the text that are the top-1 prediction of dense attention and of the policy. Divergences and
+    likelihoods are in nats.
     """
 
     num_tokens: int = 0
@@ -53,30 +53,30 @@ class Distance:
 
     @property
     def kl(self) -> float:
-        """Mean KL divergence of the policy from dense, nats a token."""
+        """Mean KL divergence of the policy from dense attention, in nats/token."""
         return self.kl_sum / self.num_tokens
 
     @property
     def nll_change(self) -> float:
-        """Change of the negative log likelihood, as a share of dense attention's."""
+        """Relative change of the text's negative log likelihood."""
         return self.nll_sum / self.dense_nll_sum - 1
 
     @property
     def is_lost(self) -> bool:
-        """Whether dense attention says all of the tokens, one after another, and the policy does not."""
+        """Whether dense attention predicts all of the tokens as top-1, and the policy does not."""
         return self.num_dense_right == self.num_tokens > self.num_right
 
     @property
     def top1_agreement(self) -> float:
-        """Share of tokens where both find the same one likeliest."""
+        """Share of tokens with the same top-1 prediction."""
         return self.num_agreeing / self.num_tokens
 
 
 class Reference:
-    """A place in a text: the model's cache holds `start` tokens of it, exactly, and the distributions
-    of dense attention over the next `num_tokens` are kept.
+    """A position in a text, with the distributions of dense attention over the next `num_tokens` tokens.
 
-    Leaves the cache with the prompt alone. `dense` steers dense attention.
+    The model's cache holds the first `start` tokens, read densely by the controller `dense`, and holds them
+    again afterwards.
     """
 
     def __init__(
@@ -92,7 +92,9 @@ class Reference:
         self._inputs = token_ids[start : start + num_tokens]
         self._targets = token_ids[start + 1 : start + num_tokens + 1]
         if len(self._targets) < num_tokens:
-            raise ValueError(f"{start + num_tokens + 1} tokens are wanted, {len(token_ids)} given")
+            raise ValueError(
+                f"the text has {len(token_ids)} tokens; it must have {start + num_tokens + 1}"
+            )
         self._prompt = token_ids[:start]
         extend(model, dense, self._prompt)
         self._dense = np.empty((num_tokens, model.spec.vocabulary.num_tokens), np.float32)
@@ -100,7 +102,7 @@ class Reference:
             self._dense[row] = log_softmax(logits)
 
     def distance(self, controller: PassController) -> Distance:
-        """Decode the same tokens under a policy, which reads the prompt again if it has its own way."""
+        """Decode the same tokens under a policy, which reads the prompt again if it reads prompts its own way."""
         total = Distance()
         for row, logits in enumerate(self._decoded(controller)):
             total += _compare(self._dense[row], log_softmax(logits), self._targets[row])
@@ -115,9 +117,10 @@ class Reference:
 
 @contextlib.contextmanager
 def read_prompt(model: Model, controller: PassController, prompt: Sequence[int]) -> Iterator[None]:
-    """Hold the prompt as a policy reads it; the cache holds a beginning of it, exactly, or nothing.
+    """Fill the cache with a prompt as a policy reads it, for the block.
 
-    Leaves the cache with the prompt where that is exact, and else with nothing.
+    Before, the cache holds a beginning of the prompt, read densely, or nothing. Afterwards it holds the
+    prompt if the policy reads prompts densely, else nothing.
     """
     if not controller.exact_prefill:
         model.truncate(0)
@@ -127,19 +130,19 @@ def read_prompt(model: Model, controller: PassController, prompt: Sequence[int])
 
 
 def extend(model: Model, controller: PassController, prompt: Sequence[int]) -> None:
-    """Bring the cache, which holds a beginning of `prompt`, to hold it whole."""
+    """Read the rest of `prompt`, of which the cache holds a beginning."""
     controller.begin_prefill()
-    kept = model.truncate(len(prompt))
-    for at in range(kept, len(prompt), model.batch_size):
+    num_cached = model.truncate(len(prompt))
+    for at in range(num_cached, len(prompt), model.batch_size):
         model.forward(prompt[at : at + model.batch_size])
 
 
 def text_nll(
     model: Model, controller: PassController, prompt: Sequence[int], targets: Sequence[int]
 ) -> float:
-    """Return the negative log likelihood of the tokens that follow a prompt, in nats over all of them.
+    """Return the negative log likelihood of the tokens that follow a prompt, summed, in nats.
 
-    The cache as for `read_prompt`, which is given all of the prompt but its last token.
+    The cache holds a beginning of the prompt, as for `read_prompt`.
     """
     total = 0.0
     model.truncate(len(prompt) - 1)
@@ -151,7 +154,7 @@ def text_nll(
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the logarithms of the probabilities, shape (vocabulary,)."""
+    """Return the log probabilities, shape (vocabulary,)."""
     shifted = logits - logits.max()
     total = np.log(np.exp(shifted).sum(dtype=np.float64))
     result: NDArray[np.float32] = shifted - np.float32(total)
@@ -159,14 +162,14 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _compare(dense: NDArray[np.float32], other: NDArray[np.float32], target: int) -> Distance:
-    dense_says, says = int(dense.argmax()), int(other.argmax())
+    dense_top1, top1 = int(dense.argmax()), int(other.argmax())
     divergence = (np.exp(dense) * (dense - other)).sum(dtype=np.float64)
     return Distance(
         num_tokens=1,
         kl_sum=max(float(divergence), 0.0),
         dense_nll_sum=-float(dense[target]),
         nll_sum=-float(other[target]),
-        num_agreeing=int(dense_says == says),
-        num_dense_right=int(dense_says == target),
-        num_right=int(says == target),
+        num_agreeing=int(dense_top1 == top1),
+        num_dense_right=int(dense_top1 == target),
+        num_right=int(top1 == target),
     )

@@ -1,7 +1,7 @@
-"""Needles: a pass key hidden in a long text, and whether a policy still finds it.
+"""Passkeys: a number hidden in a long text, and whether a policy still finds it.
 
-A divergence averaged over a text does not show that one number is lost; this does (Kamradt's "needle in a
-haystack", the pass-key form of Mohtashami and Jaggi 2023).
+A divergence averaged over a text does not show that one number is lost; this does (passkey retrieval of
+Mohtashami and Jaggi 2023, a form of Kamradt's "needle in a haystack").
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ QUESTION = "\nWhat is the secret pass key mentioned in the text?"
 ANSWER = "The secret pass key is"
 
 Framing = Callable[[str], str]
-"""Puts a user's message into the model's chat template, up to where the answer begins."""
+"""Puts a user's message into the model's chat template, up to the beginning of the answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Passkey:
     """A prompt of `length` tokens with `key` hidden at `depth`, a share of the length.
 
-    `answer_ids` are the key's tokens where the prompt ends.
+    `answer_ids` are the tokens of the key behind the prompt.
     """
 
     key: str
@@ -41,7 +41,7 @@ class Passkey:
 
 
 def chat_framing(model: Model) -> Framing:
-    """Return the model's chat template, or the bare text where it has none that works."""
+    """Return the model's chat template, or the plain text if it has none that works."""
     try:
         template = ChatTemplate(model.spec.chat_template, model.tokenizer.special_texts)
         template.render([{"role": "user", "content": "x"}])
@@ -51,7 +51,7 @@ def chat_framing(model: Model) -> Framing:
 
 
 def make_passkey(seed: int, *, doubled: bool = False) -> str:
-    """Return five digits; `doubled` has two neighbours equal, which an approximation may take for one."""
+    """Return five digits; `doubled` makes two neighbours equal, which an approximation may merge."""
     random_digits = random.Random(seed)
     if not doubled:
         return str(random_digits.randint(10_000, 99_999))
@@ -63,7 +63,7 @@ def make_passkey(seed: int, *, doubled: bool = False) -> str:
 def hide_passkey(
     model: Model, haystack: Sequence[int], framing: Framing, length: int, depth: float, key: str
 ) -> Passkey:
-    """Build a prompt of about `length` tokens; raises `ValueError` where the haystack is too short."""
+    """Build a prompt of about `length` tokens; raises `ValueError` if the haystack is too short."""
     before, _, after = framing(OPENING + "\0" + QUESTION).partition("\0")
     start = model.tokenizer.encode(before, add_special=True, parse_special=True)
     end = model.tokenizer.encode(after + ANSWER, add_special=False, parse_special=True)
@@ -74,7 +74,7 @@ def hide_passkey(
     passkey = model.tokenizer.encode(sentence, add_special=False, parse_special=False)
     room = length - len(start) - len(end) - len(passkey)
     if not 0 < room <= len(haystack):
-        raise ValueError(f"{room} tokens of text are wanted, {len(haystack)} given")
+        raise ValueError(f"the text has {len(haystack)} tokens; it must have {room}")
     at = int(room * depth)
     token_ids = [*start, *haystack[:at], *passkey, *haystack[at:room], *end]
     return Passkey(
@@ -87,15 +87,15 @@ def hide_passkey(
 
 
 def finds(model: Model, controller: PassController, passkey: Passkey) -> bool:
-    """Read the prompt and answer greedily, both as a policy does, and look for the key.
+    """Whether a policy finds the key: it reads the prompt and answers greedily.
 
-    What the cache holds must be a beginning of the prompt, read exactly; see `read_prompt`.
+    The cache must hold a beginning of the prompt, read densely, or nothing; see `read_prompt`.
     """
     return passkey.key in continued(model, controller, passkey.token_ids)
 
 
 def continued(model: Model, controller: PassController, token_ids: Sequence[int]) -> str:
-    """Return what a prompt is likeliest to go on with, for a few tokens; the cache as for `finds`."""
+    """Return the greedy continuation of a prompt, of a few tokens; the cache as for `finds`."""
     token_id, answer = token_ids[-1], list[int]()
     with read_prompt(model, controller, token_ids[:-1]):
         for _ in range(ANSWER_TOKENS):

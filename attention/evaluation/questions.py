@@ -1,20 +1,15 @@
-"""Questions about sentences that are hidden in a long text: what to hide, what to ask, what is right.
+"""Questions about sentences that are hidden in a long text, for prompt filters such as GemFilter.
 
-The facts are invented, so that no model knows them. Knows no model and no token.
-
-Haystack: a long text in tokens, in which the sentences of questions are hidden, and whether they are
-answered. Knows no policy.
-
-WholePrompt: a prompt that a model holds exactly in all layers, and the scores that each would filter by.
-
-A filter reads a prompt through its first layers alone; here one reading serves every layer, and the
-prompt can be answered from, too. Knows no text."""
+The facts are invented, so that no model knows them. `ask` makes a question, `Haystack` hides its sentences
+in a text, and `is_answered` checks an answer. `WholePrompt` reads a prompt densely once, and then lets every
+layer score its tokens.
+"""
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,28 +29,30 @@ if TYPE_CHECKING:
 
 
 KINDS = ("pass key", "fact", "two facts")
-"""What a filtered prompt has to answer."""
+"""Questions that a filtered prompt must still answer."""
 HARD_KINDS = ("paraphrase", "two questions", "counting", "question first")
-"""Asked in other words, twice, for all places, or before the text: what filtering may well lose."""
+"""Asked in other words, twice, for all places, or before the text: a filter may lose these."""
+DEPTHS = (0.15, 0.5, 0.85)
+"""Where sentences are hidden, as shares of the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer's beginning, `lead`, and what has to follow it soon: one of `accepted`."""
+    """The beginning of an answer, `lead`, and the words that may follow it: one of `accepted`."""
 
     lead: str
     accepted: tuple[str, ...]
 
     def is_in(self, text: str) -> bool:
-        """Whether what followed has one of them, as a word."""
+        """Whether the text contains an accepted answer as a word."""
         return any(re.search(rf"\b{re.escape(answer)}\b", text) for answer in self.accepted)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """`sentences` to hide, what to ask about them, and the `replies` that are all wanted.
+    """`sentences` to hide, the question about them, and the `replies`, all of which must be right.
 
-    `aside` follows each of the sentences, and is not needed for an answer. `comes_first` has the question
+    `aside` follows each of the sentences, and is not needed for an answer. `comes_first` puts the question
     before the text.
     """
 
@@ -69,7 +66,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class _Fact:
-    """A wording: what is said of a place, how it is asked for, for one, for two, and in other words."""
+    """A sentence about a place, and how to ask about it: for one place, for two, and in other words."""
 
     sentence: str
     question: str
@@ -122,9 +119,9 @@ _NUMBERS = ("two", "three", "four")
 
 
 def ask(kind: str, seed: int) -> Question:
-    """Return a question of one of `KINDS` or `HARD_KINDS`; another seed hides other sentences.
+    """Return a question of one of `KINDS` or `HARD_KINDS`; `seed` selects the sentences.
 
-    Questions of different kinds can be about one text: no two of them tell of the same place.
+    Questions of different kinds can share a text: they are never about the same place.
     """
     maker = _MAKERS[kind]
     return maker(kind, random.Random(f"{kind} {seed}"))
@@ -158,12 +155,12 @@ def _two_facts(kind: str, chance: random.Random) -> Question:
     text = fact.joint_question.format(place=first, other=second)
     if kind == "two questions":
         text = " ".join(fact.question.format(place=place) for place in (first, second))
-    told = list(zip((first, second), things, strict=True))
+    pairs = list(zip((first, second), things, strict=True))
     return Question(
         kind=kind,
-        sentences=tuple(fact.sentence.format(place=place, thing=thing) for place, thing in told),
+        sentences=tuple(fact.sentence.format(place=place, thing=thing) for place, thing in pairs),
         text=text,
-        replies=tuple(Reply(fact.lead.format(place=place), (thing,)) for place, thing in told),
+        replies=tuple(Reply(fact.lead.format(place=place), (thing,)) for place, thing in pairs),
     )
 
 
@@ -196,17 +193,17 @@ def _drawn(kind: str, chance: random.Random) -> tuple[_Fact, list[str], list[str
 
 
 def _places(kind: str) -> list[str]:
-    """Those that only this kind tells of."""
+    """The places that belong to this kind alone."""
     begin = (list(_MAKERS).index(kind) - 1) * _PLACES_OF_A_KIND
     return _PLACES[begin : begin + _PLACES_OF_A_KIND]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HiddenQuestion:
-    """A prompt that asks `question`, of about `length` tokens with an answer.
+    """A prompt that asks `question`, of about `length` tokens including an answer.
 
-    The first of its sentences lies at `depth`, a share of the length. `spans` are where they lie in
-    `token_ids`, each a begin and an end; `leads` are the tokens that the replies begin with.
+    The first of its sentences is at `depth`, a share of the length. `spans` are the begin and end of each
+    sentence in `token_ids`; `leads` are the tokens that the replies begin with.
     """
 
     question: Question
@@ -221,7 +218,7 @@ class HiddenQuestion:
 
 
 class Haystack:
-    """The text is `token_ids`; `framing` puts a message into the model's chat template."""
+    """A long text to hide sentences in; `framing` puts a message into the model's chat template."""
 
     def __init__(self, tokenizer: Tokenizer, token_ids: Sequence[int], framing: Framing) -> None:
         self._tokenizer = tokenizer
@@ -231,11 +228,11 @@ class Haystack:
     def hide(
         self, questions: Sequence[tuple[Question, float]], length: int
     ) -> list[HiddenQuestion]:
-        """Hide the sentences of all questions in one text, each question's first one at its depth, and
-        return a prompt for each: what differs is the question alone, at the prompt's end.
+        """Hide the sentences of all questions in one text, and return a prompt for each question.
 
-        The sentences of a question after the first lie at even steps between it and the text's end.
-        Questions that come first have beginnings of their own. Raises `BadOption` where there is no room.
+        The first sentence of a question is at its depth, the others at even steps between that and the end
+        of the text. The prompts differ only in the question at their end, or at their beginning if it comes
+        first. Raises `BadOption` if the text or `length` is too short.
         """
         frames = [self._frame(question) for question, _ in questions]
         newline = self._tokens("\n")
@@ -249,21 +246,21 @@ class Haystack:
             for index, (question, depth) in enumerate(questions)
             for at, sentence in enumerate(question.sentences)
         ]
-        hidden = sum(len(newline) + len(told) + len(after) for _, _, told, after in sentences)
+        hidden = sum(len(newline) + len(ids) + len(after) for _, _, ids, after in sentences)
         leads = [lead for question, _ in questions for lead in self._leads(question)]
         longest = max(map(len, leads)) + ANSWER_TOKENS
         room = length - hidden - longest - max(len(start) + len(end) for start, end in frames)
         if not 0 < room <= len(self._text):
             raise BadOption(
-                f"prompts of {length} tokens are wanted, of which questions take {length - room}, and the "
-                f"text has {len(self._text)}: choose another context, or a longer text"
+                f"prompts of {length} tokens leave {room} for text beside the questions, and the text has "
+                f"{len(self._text)}: choose another context, or a longer text"
             )
         body, spans, taken = list[int](), [list[tuple[int, int]]() for _ in questions], 0
-        for depth, index, told, after in sorted(sentences):
+        for depth, index, ids, after in sorted(sentences):
             until = int(room * depth)
             body += [*self._text[taken:until], *newline]
-            spans[index].append((len(body), len(body) + len(told)))
-            body += [*told, *after]
+            spans[index].append((len(body), len(body) + len(ids)))
+            body += [*ids, *after]
             taken = until
         body += self._text[taken:room]
         return [
@@ -306,13 +303,51 @@ class Haystack:
         return self._tokenizer.encode(text, add_special=False, parse_special=False)
 
 
+def questions_in_one_text(
+    haystack: Haystack, lengths: Sequence[int], seed: int
+) -> Iterator[HiddenQuestion]:
+    """Yield a question of each of `KINDS` at each of `DEPTHS` of prompts of every length.
+
+    Three questions of different kinds share a text, each at another depth, so that the text is read once.
+    `seed` selects the questions.
+    """
+    for index, length in enumerate(lengths):
+        for turn in range(len(DEPTHS)):
+            number = (seed * len(lengths) + index) * len(DEPTHS) + turn
+            asked = [
+                (ask(kind, number), DEPTHS[(at + turn) % len(DEPTHS)])
+                for at, kind in enumerate(KINDS)
+            ]
+            yield from haystack.hide(asked, length)
+
+
+def questions_alone(
+    haystack: Haystack, lengths: Sequence[int], seed: int, kinds: Sequence[str] = KINDS
+) -> Iterator[HiddenQuestion]:
+    """Yield the questions of `kinds` as `questions_in_one_text` does, but each in a text of its own.
+
+    The deepest come first, so that common prefixes are read once.
+    """
+    for index, length in enumerate(lengths):
+        for turn, depth in reversed(list(enumerate(DEPTHS))):
+            number = (seed * len(lengths) + index) * len(DEPTHS) + turn
+            for kind in kinds:
+                yield from haystack.hide([(ask(kind, number), depth)], length)
+
+
+def are_retained(positions: NDArray[np.int64], spans: Sequence[tuple[int, int]]) -> bool:
+    """Whether every token of `spans`, begin and end each, is among the retained positions."""
+    retained = set(positions.tolist())
+    return all(retained.issuperset(range(begin, end)) for begin, end in spans)
+
+
 def is_answered(
     model: Model, controller: PassController, token_ids: Sequence[int], hidden: HiddenQuestion
 ) -> bool:
-    """Whether the question is answered from a prompt of `token_ids`, its own or what is left of it.
+    """Whether the model answers the question from a prompt of `token_ids`, whole or filtered.
 
-    Every reply is begun with its lead and continued greedily, as the policy does. What the cache holds
-    must be a beginning of the prompt, read exactly; afterwards it holds more.
+    Every reply begins with its lead and is continued greedily under the policy. The cache must hold a
+    beginning of the prompt, read densely; afterwards it holds more of it.
     """
     for reply, lead in zip(hidden.question.replies, hidden.leads, strict=True):
         model.truncate(len(token_ids) - 1)
@@ -322,46 +357,46 @@ def is_answered(
 
 
 class WholePrompt:
-    """One prompt after another on one model; `rule` is how a layer scores."""
+    """Reads prompts densely, one after another, and has layers score their tokens by `rule`."""
 
-    def __init__(self, model: Model, host: AttentionKernels, rule: ScoreRule) -> None:
+    def __init__(self, model: Model, kernels: AttentionKernels, rule: ScoreRule) -> None:
         self._model = model
-        self._host = host
+        self._kernels = kernels
         self._rule = rule
-        self._dense = DenseController(host)
+        self._dense = DenseController(kernels)
         self.token_ids: Sequence[int] = ()
 
-    def hold(self, token_ids: Sequence[int]) -> None:
-        """Hold another prompt; what it has in common with the last one is not read again."""
+    def read(self, token_ids: Sequence[int]) -> None:
+        """Read a prompt; the prefix that it shares with the last one is not read again."""
         self._model.truncate(common_prefix(self.token_ids, token_ids))
         self.token_ids = token_ids
         extend(self._model, self._dense, self._head)
 
-    def forget(self) -> None:
-        """Hold nothing: others may use the model."""
+    def clear(self) -> None:
+        """Empty the model's cache."""
         self._model.truncate(0)
         self.token_ids = ()
 
     def scores(self, layer: int) -> NDArray[np.float32] | None:
-        """Return every token's score by a layer, shape (tokens,); None where its attention is not ours."""
+        """Return a layer's scores (tokens,); None if lowtide's kernels do not run its attention."""
         extend(self._model, self._dense, self._head)
-        self._host.score_prompt(layer, self._rule, is_last=True)
+        self._kernels.score_prompt(layer, self._rule, is_last=True)
         try:
             self._model.forward(self.token_ids[len(self._head) :])
-            return self._host.prompt_scores(len(self.token_ids))
+            return self._kernels.prompt_scores(len(self.token_ids))
         finally:
-            self._host.run_whole_passes()
+            self._kernels.run_whole_passes()
             self._model.truncate(len(self._head))
 
     def answers(self, hidden: HiddenQuestion) -> bool:
-        """Whether dense attention answers the question of the prompt that is held."""
+        """Whether dense attention answers the question of the prompt that was read."""
         return is_answered(self._model, self._dense, self.token_ids, hidden)
 
     def nll(self, targets: Sequence[int]) -> float:
-        """Return how unlikely dense attention makes what follows the prompt, in nats over all of it."""
+        """Return the negative log likelihood of what follows the prompt, summed, in nats."""
         return text_nll(self._model, self._dense, self.token_ids, targets)
 
     @property
     def _head(self) -> Sequence[int]:
-        """All but the rows that score."""
+        """All tokens but the last ones, whose queries score."""
         return self.token_ids[: max(len(self.token_ids) - self._rule.num_rows, 0)]

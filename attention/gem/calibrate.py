@@ -1,52 +1,111 @@
-"""Finds the layer that GemFilter can choose by: the cheapest that keeps what questions ask for.
+"""Finds the layer that GemFilter can select by: the cheapest that retains what questions ask for.
 
-Sentences are hidden in a text at several depths of two lengths, and asked for (`questions`). A prompt is
-read once, by all layers; then every layer scores it, by its last rows alone. What a layer needs is the k
-that keeps the worst-placed sentence whole: one that does not see the whole prompt, or does not look for
-what is asked, needs nearly all of it. Layers that need less than k by a margin are tried end to end, the
-cheapest first, on text and questions that the search did not see, each alone in its text: what was kept
-has to answer what the whole prompt answers. The paper picks its layer by hand (arXiv 2409.17422, section
-3.3).
+Sentences are hidden in a text at several depths of two lengths, and asked for (`evaluation.questions`). A
+prompt is read once by all layers; then every layer scores it, with the prompt's last queries. The k that a
+layer needs is the one that retains the worst placed sentence whole: a layer that does not see the whole
+prompt, or does not look for what is asked, needs nearly all of it. Layers that need less than k by a margin
+are tried end to end, the cheapest first, on text and questions that the search did not see, each alone in
+its text: the retained tokens must answer what the whole prompt answers. The paper picks its layer by hand
+(arXiv 2409.17422, section 3.3).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-from lowtide.attention.bindings.llama_hook import LlamaHook
-from lowtide.attention.calibration import NotCalibrated
+from lowtide.attention.calibration import Calibration, NotCalibrated
+from lowtide.attention.calibrator import CalibrationContext, CalibrationRequest, Calibrator
 from lowtide.attention.dense import DenseController
-from lowtide.attention.evaluation.passkeys import Framing
 from lowtide.attention.evaluation.questions import (
-    KINDS,
     Haystack,
     HiddenQuestion,
     WholePrompt,
-    ask,
     is_answered,
+    questions_alone,
+    questions_in_one_text,
 )
-from lowtide.attention.gem.policy import Gem, GemCalibration, kept_positions, needed_k
+from lowtide.attention.gem.selection import GemSelection
+from lowtide.memory.plan.attention import AttentionMemory
 from lowtide.models.errors import BadOption
-from lowtide.models.model import Model
+from lowtide.models.spec import ModelSpec
 
-DEPTHS = (0.15, 0.5, 0.85)
+KEY = "gem"
 LEAST_MARGIN = 0.25
-"""The search leaves so much of k: it sees few sentences."""
+"""The search leaves this share of k unused: it sees few sentences."""
 GOAL_PERCENT = 95
-"""Of the answers of whole prompts, so many have to be kept, and so many sentences, but for one."""
+"""How many of the answers of whole prompts, and of the sentences, must survive; one may always be lost."""
 MAX_TRIED = 6
-"""Settings that are tried end to end."""
+"""Candidates that are tried end to end."""
 K_CHOICES = (512, 768, 1024)
 CONTEXTS_OF_K = 4
-"""The context is at least so many k: a filter that keeps most of a prompt shows nothing."""
+"""The context is at least so many times k: a filter that retains most of a prompt shows nothing."""
 
-Progress = Callable[[str], None]
+MakeSelection = Callable[[int, int], GemSelection]
+"""Makes the selection of a layer and k, by the rule that is calibrated."""
+
+
+class GemCalibrator(Calibrator):
+    """Finds the layer and k for a rule; a `layer` or `k` that the user chose is not searched for."""
+
+    options = ("k",)
+    compared_tokens = 1
+    usage = KEY
+
+    def __init__(
+        self,
+        make_selection: MakeSelection,
+        memory: AttentionMemory,
+        layer: int | None,
+        k: int | float | None,
+        *,
+        has_file: bool,
+    ) -> None:
+        self._make_selection = make_selection
+        self._memory = memory
+        self._layer, self._k = layer, k
+        self._has_file = has_file
+
+    def check(self, spec: ModelSpec, request: CalibrationRequest) -> None:
+        """Raise `BadOption` for a calibration file, a second k, or a layer that the model does not have."""
+        if self._has_file:
+            raise BadOption("calibrate makes a calibration file: leave gem's calibration out")
+        if self._k is not None and (self._k < 1 or request.k_choices):
+            raise BadOption(
+                f"gem's k is {self._k}{' and --k is given' if request.k_choices else ''}: state it once, as "
+                "a number of tokens"
+            )
+        if self._layer is not None and not 0 <= self._layer < spec.num_layers:
+            raise BadOption(
+                f"gem's layer is {self._layer}; {spec.name} has layers 0 to {spec.num_layers - 1}"
+            )
+
+    def memory(self, spec: ModelSpec) -> AttentionMemory:
+        """Return the memory of one layer's scores."""
+        return self._memory
+
+    def search(self, context: CalibrationContext, request: CalibrationRequest) -> Calibration:
+        """Search for the cheapest layer and k that lose nearly nothing."""
+        most = context.context // CONTEXTS_OF_K
+        ks = request.k_choices or tuple(k for k in K_CHOICES if k <= most) or (most,)
+        if self._k is not None:
+            ks = (int(self._k),)
+        return GemSearch(context, self._make_selection, self._layer).calibration(ks)
+
+    def describe(self, calibration: Calibration) -> str:
+        """Describe the layer, k, and what was lost."""
+        params, metrics = calibration.params, calibration.metrics
+        return (
+            f"k {params['k']}, layer {params['layer']}: of {metrics['num_asked']} questions on up to "
+            f"{calibration.context:,} tokens {metrics['num_kept']} had their sentences retained, with "
+            f"{metrics['margin']:.0%} of k to spare; whole prompts answer {metrics['num_dense_answered']}, "
+            f"filtered prompts {metrics['num_answered']} of these"
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class GemSetting:
+class Candidate:
     """A layer and a k, and the k that the layer needed in the search."""
 
     layer: int
@@ -54,213 +113,166 @@ class GemSetting:
     needed_k: int
 
     def cost(self, num_layers: int, context: int) -> float:
-        """Return the tokens of a whole prompt that a filtered one of `context` tokens costs."""
+        """Return the cost of a filtered prompt of `context` tokens, in tokens of a whole prompt."""
         return (self.layer + 1) / num_layers * context + self.k
 
 
 @dataclass(slots=True)
 class _Trial:
-    """A question that the search did not see, and what settings keep of its prompt."""
+    """A question that the search did not see, and what candidates retain of its prompt."""
 
     hidden: HiddenQuestion
     is_answered_whole: bool
-    kept: dict[GemSetting, list[int]] = field(default_factory=dict)
-    needed: dict[GemSetting, int] = field(default_factory=dict)
+    retained: dict[Candidate, list[int]] = field(default_factory=dict)
+    needed: dict[Candidate, int] = field(default_factory=dict)
 
 
 class GemSearch:
-    """Searches one model for the layer to filter by, with `policy`'s rule.
-
-    `token_ids` are a text of `context` tokens twice over: the first half is searched on, the second is
-    what a choice is held against. A stated `policy.layer` is the only one that is looked at.
-    """
+    """Searches one model for the layer to filter by; if `layer` is set, it is the only candidate."""
 
     def __init__(
-        self,
-        model: Model,
-        hook: LlamaHook,
-        token_ids: Sequence[int],
-        context: int,
-        framing: Framing,
-        policy: Gem,
-        progress: Progress = lambda _: None,
+        self, context: CalibrationContext, make_selection: MakeSelection, layer: int | None
     ) -> None:
+        model = context.model
         window = model.spec.sliding_window
-        if window is not None and context < 2 * window:
+        if window is not None and context.context < 2 * window:
             raise BadOption(
-                f"context is {context}, and {model.spec.name} has sliding windows of {window} tokens: "
-                f"{2 * window} or more are wanted, so that it shows which layers see beyond"
+                f"context is {context.context} and {model.spec.name} has sliding windows of {window} "
+                f"tokens; it must be {2 * window} or more, to show which layers see beyond the window"
             )
-        half = len(token_ids) // 2
+        searched, held_out = context.halves
         self._searched, self._held_out = (
-            Haystack(model.tokenizer, text, framing)
-            for text in (token_ids[1:half], token_ids[half:])
+            Haystack(model.tokenizer, text, context.framing) for text in (searched[1:], held_out)
         )
+        self._request = context
         self._model = model
-        self._controller = DenseController(hook)
-        self._whole = WholePrompt(model, hook, policy.rule)
-        self._context = context
-        self._lengths = (context // 2, context)
-        self._policy = policy
-        self._progress = progress
+        self._controller = DenseController(context.hook)
+        self._make_selection = make_selection
+        self._whole = WholePrompt(model, context.hook, make_selection(0, 1024).rule)
+        self._context = context.context
+        self._lengths = (context.context // 2, context.context)
+        self._layer = layer
+        self._progress = context.progress
 
-    def calibration(self, k_choices: Sequence[int], *, text: str) -> GemCalibration:
-        """Return the cheapest setting that holds, of the k there are to choose from; `text` names the text.
+    def calibration(self, k_choices: Sequence[int]) -> Calibration:
+        """Return the cheapest candidate that holds on text that the search did not see.
 
-        Raises `NotCalibrated` where none does.
+        Raises `NotCalibrated` if none does, `BadOption` for a k that the context is too short for.
         """
         for k in k_choices:
             if CONTEXTS_OF_K * k > self._context:
                 raise BadOption(
-                    f"k is {k} and the context {self._context}: {CONTEXTS_OF_K * k} or more tokens of "
-                    "context are wanted, so that a filter has something to leave out"
+                    f"k is {k} and the context is {self._context}; it must be {CONTEXTS_OF_K * k} or more, "
+                    "so that a filter has something to leave out"
                 )
-        settings = self._settings(k_choices)
-        trials = self._trials(settings)
-        num_answered_whole = sum(trial.is_answered_whole for trial in trials)
-        if not num_answered_whole:
+        candidates = self._candidates(k_choices)
+        trials = self._trials(candidates)
+        if not any(trial.is_answered_whole for trial in trials):
             raise NotCalibrated(
-                f"{self._model.spec.name} answers none of {len(trials)} questions from whole prompts, so "
-                "that a filter has no answers to keep: use another model, or a smaller --context"
+                f"{self._model.spec.name} answers none of {len(trials)} questions from whole prompts, so a "
+                "filter has no answers to keep: use another model, or a smaller --context"
             )
-        for setting in settings:
-            found = self._measured(setting, trials, text)
+        for candidate in candidates:
+            metrics = self._measured(candidate, trials)
             self._progress(
-                f"layer {setting.layer}, k {setting.k}, on other text: keeps {found.num_kept} of "
-                f"{found.num_asked}, and {found.num_answered} of {found.num_dense_answered} answers"
+                f"layer {candidate.layer}, k {candidate.k}, on other text: retains "
+                f"{metrics['num_kept']} of {metrics['num_asked']} sentences, and answers "
+                f"{metrics['num_answered']} of {metrics['num_dense_answered']} questions"
             )
-            lost_answers = found.num_dense_answered - found.num_answered
-            holds = lost_answers <= most_lost(found.num_dense_answered)
-            if holds and found.num_asked - found.num_kept <= most_lost(found.num_asked):
-                return found
+            num_answers, num_asked = int(metrics["num_dense_answered"]), int(metrics["num_asked"])
+            holds = num_answers - metrics["num_answered"] <= most_lost(num_answers)
+            if holds and num_asked - metrics["num_kept"] <= most_lost(num_asked):
+                rule = self._make_selection(candidate.layer, candidate.k).rule_params
+                params = {"layer": candidate.layer, "k": candidate.k, **rule}
+                return self._request.calibration(KEY, metrics, params)
         raise NotCalibrated(
-            f"layer {settings[0].layer} of {self._model.spec.name} with k {settings[0].k} keeps less than "
-            f"{GOAL_PERCENT}% of the sentences or of the answers of whole prompts, on other text: raise --k"
+            f"layer {candidates[0].layer} of {self._model.spec.name} with k {candidates[0].k} retains less "
+            f"than {GOAL_PERCENT}% of the sentences, or of the answers of whole prompts, on other text: "
+            "raise --k"
         )
 
-    def _settings(self, k_choices: Sequence[int]) -> list[GemSetting]:
-        """Return those that keep every hidden sentence with a margin, the cheapest first."""
-        needed = self._needed(max(k_choices))
-        settings = [
-            GemSetting(layer, k, least)
-            for layer, least in needed.items()
+    def _candidates(self, k_choices: Sequence[int]) -> list[Candidate]:
+        """Return those that retain every hidden sentence with a margin, the cheapest first."""
+        candidates = [
+            Candidate(layer, k, least)
+            for layer, least in self._needed(max(k_choices)).items()
             for k in k_choices
             if least <= most_needed(k)
         ]
-        spec = self._model.spec
-        settings.sort(key=lambda setting: setting.cost(spec.num_layers, self._context))
-        return settings[:MAX_TRIED]
+        num_layers = self._model.spec.num_layers
+        candidates.sort(key=lambda candidate: candidate.cost(num_layers, self._context))
+        return candidates[:MAX_TRIED]
 
     def _needed(self, k: int) -> dict[int, int]:
-        """Return the layers that keep every sentence with `k`, and the k that each needs for it."""
-        stated = self._policy.layer
-        needed = dict.fromkeys(
-            range(self._model.spec.num_layers) if stated is None else (stated,), 0
-        )
+        """Return the layers that retain every sentence with `k`, and the k that each needs for it."""
+        layers = range(self._model.spec.num_layers) if self._layer is None else (self._layer,)
+        needed = dict.fromkeys(layers, 0)
         for hidden in questions_in_one_text(self._searched, self._lengths, seed=0):
-            self._whole.hold(hidden.token_ids)
+            self._whole.read(hidden.token_ids)
             for layer in needed:
-                needed[layer] = max(needed[layer], self._needed_by(layer, hidden))
+                needed[layer] = max(needed[layer], self._needed_by(layer, k, hidden))
             remaining = {layer: least for layer, least in needed.items() if least <= most_needed(k)}
             if not remaining:
                 best = min(needed, key=lambda layer: needed[layer])
                 raise NotCalibrated(
-                    f"no layer of {self._model.spec.name} keeps every hidden sentence with k {k} and a "
+                    f"no layer of {self._model.spec.name} retains every hidden sentence with k {k} and a "
                     f"margin: layer {best}, the last one that did, needs a k of {needed[best]} for a "
                     f"{hidden}; raise --k"
                 )
             needed = remaining
-            self._progress(f"{hidden}: {len(needed)} layers keep it, {min(needed)} is the first")
+            self._progress(f"{hidden}: {len(needed)} layers retain it, the first is {min(needed)}")
         return needed
 
-    def _needed_by(self, layer: int, hidden: HiddenQuestion) -> int:
+    def _needed_by(self, layer: int, k: int, hidden: HiddenQuestion) -> int:
         scores = self._whole.scores(layer)
         if scores is None:
             return len(hidden.token_ids)
-        return needed_k(scores, self._policy, hidden.spans)
+        return self._make_selection(layer, k).needed_k(scores, hidden.spans)
 
-    def _trials(self, settings: Sequence[GemSetting]) -> list[_Trial]:
-        """Read what the search did not see, and choose from it by every setting."""
+    def _trials(self, candidates: Sequence[Candidate]) -> list[_Trial]:
+        """Read what the search did not see, and select from it by every candidate."""
         trials = []
         for hidden in questions_alone(self._held_out, self._lengths, seed=1):
-            self._whole.hold(hidden.token_ids)
+            self._whole.read(hidden.token_ids)
             trial = _Trial(hidden, self._whole.answers(hidden))
-            for setting in settings:
-                scores = self._whole.scores(setting.layer)
+            for candidate in candidates:
+                scores = self._whole.scores(candidate.layer)
                 assert scores is not None, "the layer has scored before"
-                kept = kept_positions(scores, replace(self._policy, k=setting.k))
-                trial.kept[setting] = [hidden.token_ids[position] for position in kept]
-                trial.needed[setting] = needed_k(scores, self._policy, hidden.spans)
+                selection = self._make_selection(candidate.layer, candidate.k)
+                positions = selection.retained(scores)
+                trial.retained[candidate] = [hidden.token_ids[position] for position in positions]
+                trial.needed[candidate] = selection.needed_k(scores, hidden.spans)
             trials.append(trial)
             answered = "answered" if trial.is_answered_whole else "not answered"
             self._progress(f"{hidden}, on other text: {answered} from the whole prompt")
-        self._whole.forget()
+        self._whole.clear()
         return trials
 
-    def _measured(self, setting: GemSetting, trials: Sequence[_Trial], text: str) -> GemCalibration:
-        """Answer from what a setting keeps wherever the whole prompt answers."""
+    def _measured(self, candidate: Candidate, trials: Sequence[_Trial]) -> dict[str, float]:
+        """Answer from the retained tokens the questions that whole prompts answer."""
         num_answered = 0
         for trial in trials:
             if trial.is_answered_whole:
                 self._model.truncate(0)
                 num_answered += is_answered(
-                    self._model, self._controller, trial.kept[setting], trial.hidden
+                    self._model, self._controller, trial.retained[candidate], trial.hidden
                 )
         self._model.truncate(0)
-        needed = [trial.needed[setting] for trial in trials]
-        return GemCalibration(
-            fingerprint=self._model.spec.fingerprint,
-            model=self._model.spec.name,
-            layer=setting.layer,
-            k=setting.k,
-            **self._policy.rule_settings,
-            num_asked=len(trials),
-            num_kept=sum(least <= setting.k for least in needed),
-            num_dense_answered=sum(trial.is_answered_whole for trial in trials),
-            num_answered=num_answered,
-            margin=round(1 - max(needed) / setting.k, 4),
-            context=self._context,
-            text=text,
-        )
+        needed = [trial.needed[candidate] for trial in trials]
+        return {
+            "num_asked": len(trials),
+            "num_kept": sum(least <= candidate.k for least in needed),
+            "num_dense_answered": sum(trial.is_answered_whole for trial in trials),
+            "num_answered": num_answered,
+            "margin": round(1 - max(needed) / candidate.k, 4),
+        }
 
 
 def most_needed(k: int) -> float:
-    """Return the most that a layer may need for `k` tokens to be enough, with the margin."""
+    """Return the largest k that a layer may need for `k` to be enough, with the margin."""
     return k * (1 - LEAST_MARGIN)
 
 
 def most_lost(num_asked: int) -> int:
-    """Return how many of so many may be lost: at least one, since a few cannot tell it from chance."""
+    """Return how many of `num_asked` may be lost; at least one, because chance loses one of a few."""
     return math.ceil(num_asked * (100 - GOAL_PERCENT) / 100)
-
-
-def questions_in_one_text(
-    haystack: Haystack, lengths: Sequence[int], seed: int
-) -> Iterator[HiddenQuestion]:
-    """Yield a question of each of `KINDS` at every depth of prompts of every length.
-
-    Those of all kinds share a text, in which each lies at a depth of its own: one reading serves them all.
-    Another seed asks for others.
-    """
-    for index, length in enumerate(lengths):
-        for turn in range(len(DEPTHS)):
-            number = (seed * len(lengths) + index) * len(DEPTHS) + turn
-            asked = [
-                (ask(kind, number), DEPTHS[(at + turn) % len(DEPTHS)])
-                for at, kind in enumerate(KINDS)
-            ]
-            yield from haystack.hide(asked, length)
-
-
-def questions_alone(
-    haystack: Haystack, lengths: Sequence[int], seed: int, kinds: Sequence[str] = KINDS
-) -> Iterator[HiddenQuestion]:
-    """Yield the same of `kinds`, each in a text with nothing else hidden in it.
-
-    What two prompts begin with is read once: the deepest come first.
-    """
-    for index, length in enumerate(lengths):
-        for turn, depth in reversed(list(enumerate(DEPTHS))):
-            number = (seed * len(lengths) + index) * len(DEPTHS) + turn
-            for kind in kinds:
-                yield from haystack.hide([(ask(kind, number), depth)], length)

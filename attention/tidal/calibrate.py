@@ -1,10 +1,10 @@
 """Finds the selection layers and k that keep TidalDecode close to dense attention at the lowest cost.
 
-A greedy search: an early layer begins, so that nearly all of the others can read less; the layer that
-lowers most what is lost, along a text and at pass keys hidden in it, joins, one after another; each set
-of layers is tried with every k. Of all that stay inside the targets, the one that reads the fewest keys
-wins, if it holds on text and keys that the search did not see. The paper picks its one re-selection layer
-by hand (arXiv 2410.05076, section 3.2); this search is ours.
+A greedy search: it begins with an early layer, so that nearly all other layers can read less, and adds the
+layer that lowers the loss most, along a text and at passkeys hidden in it. Each set of layers is tried with
+every k. Of the settings inside the targets it takes the one that reads the fewest keys, if that holds on
+text and passkeys that the search did not see. The paper picks its one re-selection layer by hand (arXiv
+2410.05076, section 3.2); this search is lowtide's.
 """
 
 from __future__ import annotations
@@ -12,34 +12,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from lowtide.attention.bindings.llama_hook import LlamaHook
-from lowtide.attention.calibration import NotCalibrated
-from lowtide.attention.evaluation.compare import EvalPositions
-from lowtide.attention.evaluation.passkeys import Framing
-from lowtide.attention.tidal.policy import Tidal
-from lowtide.models.model import Model
+from lowtide.attention.calibration import Calibration, NotCalibrated
+from lowtide.attention.calibrator import (
+    MARGIN,
+    CalibrationContext,
+    CalibrationRequest,
+    Calibrator,
+    Targets,
+)
+from lowtide.attention.evaluation.compare import EvalPositions, divergence_metrics
+from lowtide.attention.evaluation.divergence import WINDOW_TOKENS
+from lowtide.attention.policy import AttentionPolicy
+from lowtide.memory.plan.attention import AttentionMemory
+from lowtide.models.errors import BadOption
+from lowtide.models.spec import ModelSpec
 
+KEY = "tidal"
 K_CHOICES = (1536, 1280, 1024, 768, 512, 384, 256)
-MARGIN = 0.9
-"""The search aims so far below the target: it sees few tokens, and picks the luckiest."""
 EARLY_SHARE = 0.1
-"""The first selection layer may cost so much more, as a share of the keys, than the cheapest."""
+"""How much more than the cheapest the first selection layer may cost, as a share of the keys."""
 
-Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Targets:
-    """What may be lost, as means: `kl` from dense attention along a text, in nats a token, and `key_loss`
-    of the log likelihood of a pass key hidden in it, in nats a key."""
-
-    kl: float
-    key_loss: float
+MakePolicy = Callable[[int, tuple[int, ...]], AttentionPolicy]
+"""Makes the policy of k and selection layers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """A choice of layers and k with what it measured; `keys_read` is a share of the cached keys."""
+class Candidate:
+    """Selection layers and k, with what they measured; `keys_read` is a share of the cached keys."""
 
     selection_layers: tuple[int, ...]
     k: int
@@ -51,81 +50,125 @@ class Setting:
         layers = "+".join(map(str, self.selection_layers))
         return (
             f"k {self.k}, selection layers {layers}: KL {self.kl:.4f}, "
-            f"loss at pass keys {self.key_loss:.3f}, reads {self.keys_read:.1%}"
+            f"passkey loss {self.key_loss:.3f}, reads {self.keys_read:.1%}"
         )
 
     def is_inside(self, targets: Targets, margin: float = 1.0) -> bool:
-        """Whether both stay below a share of their targets."""
+        """Whether both losses are below `margin` times their targets."""
         return self.kl <= targets.kl * margin and self.key_loss <= targets.key_loss * margin
 
     def excess(self, targets: Targets) -> float:
-        """Return what the search lowers: both, each as a multiple of its target."""
+        """Return the sum of both losses, each as a multiple of its target."""
         return self.kl / targets.kl + self.key_loss / targets.key_loss
 
 
-class TidalSearch:
-    """Measures settings on one model; `token_ids` are a text of at least `context` + 1 tokens twice over.
+class TidalCalibrator(Calibrator):
+    """Finds selection layers and k; `selection_layers` that the user chose are not searched for."""
 
-    The first half is searched on, the second is what a choice is held against; `framing` puts the question
-    for a hidden key.
-    """
+    options = ("target_kl", "target_key_loss", "max_layers", "k")
+    compared_tokens = WINDOW_TOKENS
+    usage = KEY
 
     def __init__(
         self,
-        model: Model,
-        hook: LlamaHook,
-        token_ids: Sequence[int],
-        context: int,
-        framing: Framing,
-        progress: Progress = lambda _: None,
+        make_policy: MakePolicy,
+        selection_layers: tuple[int, ...] | None,
+        *,
+        has_other_settings: bool,
     ) -> None:
-        half = len(token_ids) // 2
-        self._searched, self._held_out = (
-            EvalPositions(model, hook, text, context, framing, seed)
-            for seed, text in enumerate((token_ids[:half], token_ids[half:]))
+        self._make_policy = make_policy
+        self._selection_layers = selection_layers
+        self._has_other_settings = has_other_settings
+
+    def check(self, spec: ModelSpec, request: CalibrationRequest) -> None:
+        """Raise `BadOption` for settings other than layers, or layers that the model does not have."""
+        if self._has_other_settings:
+            raise BadOption(
+                "calibrate searches for tidal's settings: leave all of them out but layers (--k says which "
+                "k to try)"
+            )
+        if self._selection_layers is not None:
+            self._make_policy(max(K_CHOICES), self._selection_layers).resolve(spec)
+
+    def memory(self, spec: ModelSpec) -> AttentionMemory:
+        """Return the memory of selection in every layer."""
+        return self._make_policy(max(K_CHOICES), tuple(range(spec.num_layers))).memory
+
+    def search(self, context: CalibrationContext, request: CalibrationRequest) -> Calibration:
+        """Search for the cheapest setting inside the targets."""
+        search = TidalSearch(context, self._make_policy)
+        ks = request.k_choices or tuple(k for k in K_CHOICES if k <= context.context // 4)
+        if self._selection_layers is None:
+            best = search.best(request.targets, request.max_layers, ks)
+        else:
+            best = search.of_layers(request.targets, self._selection_layers, ks)
+        return context.calibration(
+            KEY,
+            divergence_metrics(best.kl, best.key_loss, best.keys_read, request.targets),
+            {"k": best.k, "selection_layers": list(best.selection_layers)},
         )
-        self._spec = model.spec
-        self._progress = progress
 
-    def best(self, targets: Targets, max_layers: int, k_choices: Sequence[int]) -> Setting:
-        """Return the cheapest setting inside the targets on text and keys that the search did not see.
+    def describe(self, calibration: Calibration) -> str:
+        """Describe the setting and its losses."""
+        layers = ", ".join(map(str, calibration.params["selection_layers"]))
+        metrics = calibration.metrics
+        return (
+            f"k {calibration.params['k']}, selection layers {layers}: KL {metrics['kl']:.4f} at "
+            f"{calibration.context:,} tokens, passkey loss {metrics['key_loss']:.3f}; a token attends to "
+            f"{metrics['keys_read']:.1%} of the cached keys"
+        )
 
-        Raises `NotCalibrated` where there is none among `max_layers` layers.
+
+class TidalSearch:
+    """Searches one model for selection layers and k."""
+
+    def __init__(self, context: CalibrationContext, make_policy: MakePolicy) -> None:
+        self._searched, self._held_out = (
+            EvalPositions.of(context, text, seed) for seed, text in enumerate(context.halves)
+        )
+        self._make_policy = make_policy
+        self._spec = context.model.spec
+        self._progress = context.progress
+
+    def best(self, targets: Targets, max_layers: int, k_choices: Sequence[int]) -> Candidate:
+        """Return the cheapest setting inside the targets, also on text that the search did not see.
+
+        Raises `NotCalibrated` if `max_layers` layers have none.
         """
-        candidates = sorted(self._inside(targets, max_layers, k_choices), key=lambda s: s.keys_read)
+        candidates = sorted(self._inside(targets, max_layers, k_choices), key=lambda c: c.keys_read)
         for candidate in candidates:
-            held_out = _measured(self._held_out, [candidate])[0]
+            held_out = self._measured(self._held_out, [candidate])[0]
             self._progress(f"on other text: {held_out}")
             if held_out.is_inside(targets):
                 return held_out
         raise NotCalibrated(
             f"no {max_layers} selection layers with k up to {max(k_choices)} keep {self._spec.name} within "
-            f"a KL of {targets.kl} and a loss of {targets.key_loss} at pass keys: raise --target-kl, "
+            f"a KL of {targets.kl} and a passkey loss of {targets.key_loss}: raise --target-kl, "
             "--target-key-loss, --max-layers or --k"
         )
 
     def of_layers(
         self, targets: Targets, layers: Sequence[int], k_choices: Sequence[int]
-    ) -> Setting:
-        """Return the smallest k with which these selection layers hold, on what `best` holds its choice to.
+    ) -> Candidate:
+        """Return the smallest k that keeps these layers inside the targets, on text not searched on.
 
-        Raises `NotCalibrated` where none does.
+        Raises `NotCalibrated` if none does.
         """
-        settings = [Setting(selection_layers=tuple(layers), k=k) for k in sorted(k_choices)]
-        for held_out in _measured(self._held_out, settings):
+        candidates = [Candidate(selection_layers=tuple(layers), k=k) for k in sorted(k_choices)]
+        for held_out in self._measured(self._held_out, candidates):
             self._progress(f"on other text: {held_out}")
             if held_out.is_inside(targets):
                 return held_out
         raise NotCalibrated(
             f"selection layers {'+'.join(map(str, layers))} with k up to {max(k_choices)} do not keep "
-            f"{self._spec.name} within a KL of {targets.kl} and a loss of {targets.key_loss} at pass keys: "
+            f"{self._spec.name} within a KL of {targets.kl} and a passkey loss of {targets.key_loss}: "
             "name more layers, or raise --target-kl, --target-key-loss or --k"
         )
 
     def _inside(
         self, targets: Targets, max_layers: int, k_choices: Sequence[int]
-    ) -> Iterator[Setting]:
-        """Yield every set of layers on the greedy path with every k that is inside the targets."""
+    ) -> Iterator[Candidate]:
+        """Yield the sets of layers on the greedy path, with each k that is inside the targets."""
         layers: tuple[int, ...] = ()
         for _ in range(max_layers):
             best = self._extended(layers, max(k_choices), targets)
@@ -136,27 +179,28 @@ class TidalSearch:
             if best.is_inside(targets, MARGIN):
                 smaller = [replace(best, k=k) for k in k_choices if k < best.k]
                 yield best
-                measured = _measured(self._searched, smaller)
-                yield from (s for s in measured if s.is_inside(targets, MARGIN))
+                measured = self._measured(self._searched, smaller)
+                yield from (c for c in measured if c.is_inside(targets, MARGIN))
 
-    def _extended(self, layers: tuple[int, ...], k: int, targets: Targets) -> Setting | None:
-        """Return the best set of one layer more that still lets layers read less."""
-        settings = [
-            Setting(selection_layers=tuple(sorted((*layers, layer))), k=k)
+    def _extended(self, layers: tuple[int, ...], k: int, targets: Targets) -> Candidate | None:
+        """Return the best set with one more layer, of those that let some layers read less."""
+        candidates = [
+            Candidate(selection_layers=tuple(sorted((*layers, layer))), k=k)
             for layer in range(min(layers, default=0), self._spec.num_layers - 1)
             if layer not in layers
         ]
-        sparse = [s for s in _measured(self._searched, settings) if s.keys_read < 1]
+        sparse = [c for c in self._measured(self._searched, candidates) if c.keys_read < 1]
         if not layers:
-            cheapest = min((setting.keys_read for setting in sparse), default=0.0)
-            sparse = [s for s in sparse if s.keys_read <= cheapest + EARLY_SHARE]
-        return min(sparse, key=lambda setting: setting.excess(targets), default=None)
+            cheapest = min((candidate.keys_read for candidate in sparse), default=0.0)
+            sparse = [c for c in sparse if c.keys_read <= cheapest + EARLY_SHARE]
+        return min(sparse, key=lambda candidate: candidate.excess(targets), default=None)
 
-
-def _measured(places: EvalPositions, settings: Sequence[Setting]) -> list[Setting]:
-    """Measure every setting at all places of one of the texts."""
-    policies = [Tidal(k=s.k, selection_layers=s.selection_layers) for s in settings]
-    return [
-        replace(setting, kl=found.text.kl, key_loss=found.key_loss, keys_read=found.keys_read)
-        for setting, found in zip(settings, places.distances(policies), strict=True)
-    ]
+    def _measured(
+        self, positions: EvalPositions, candidates: Sequence[Candidate]
+    ) -> list[Candidate]:
+        """Measure every candidate at all positions of one of the texts."""
+        policies = [self._make_policy(c.k, c.selection_layers) for c in candidates]
+        return [
+            replace(candidate, kl=found.text.kl, key_loss=found.key_loss, keys_read=found.keys_read)
+            for candidate, found in zip(candidates, positions.distances(policies), strict=True)
+        ]

@@ -3,15 +3,10 @@
 Knows no budget and makes no choice. The KV formula is exact; the others are upper bounds, each held
 against measurements by `tests/memory/test_footprint.py`.
 
-ContextSizes: what llama.cpp allocates for a context. By formulas here; `runtime` has it simulated.
-
-KeyGroups: what a plan must know of keys that are kept in groups, beside the cache or in its place.
-
-Knows no policy."""
+ContextSizes: what llama.cpp allocates for a context. By formulas here; `runtime` has it simulated."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from lowtide.memory.plan import estimates as footprint
@@ -54,44 +49,6 @@ class FormulaSizes:
         """Return a compute buffer of its own, and a row of logits."""
         computing = self.compute_bytes(context, batch_size, kv_type)
         return footprint.second_context_bytes(self._spec, computing)
-
-
-PAGE_KEYS = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeyGroups:
-    """`num_groups` of each page of 64 keys, of each KV head that is grouped; `window` keys are not.
-
-    The cells of `replaced_layers` are given back once groups stand for them. `opened`: decoding looks into
-    some groups.
-    """
-
-    num_groups: tuple[int, ...]
-    window: int
-    replaced_layers: tuple[int, ...] = ()
-    opened: bool = False
-
-    def most_cells(self, num_cells: int, batch_size: int) -> int:
-        """Return how many of so many cells a layer that is replaced keeps, in passes of `batch_size` rows."""
-        return min(self.window + 2 * PAGE_KEYS + batch_size, num_cells)
-
-    def most_keys(self, num_cells: int) -> int:
-        """Return how many groups of so many cells a KV head has at the most, with the keys beside them."""
-        return num_cells // PAGE_KEYS * max(self.num_groups, default=0) + self._beside(num_cells)
-
-    def num_bytes(self, num_cells: int, head_dim: int, value_dim: int) -> int:
-        """Return the bytes of the groups of so many cells, in half precision, with the masks of 64 rows and
-        which group each key is in."""
-        pages, beside = num_cells // PAGE_KEYS, self._beside(num_cells)
-        rows = sum(pages * groups + beside for groups in self.num_groups)
-        masks = PAGE_KEYS * self.most_keys(num_cells)
-        biases = pages * sum(self.num_groups)
-        halves = rows * (head_dim + value_dim) + biases + masks
-        return 2 * halves + len(self.num_groups) * num_cells
-
-    def _beside(self, num_cells: int) -> int:
-        return min(self.window + 3 * PAGE_KEYS, num_cells)
 
 
 INTERPRETER_BYTES = 49 * MIB
@@ -296,47 +253,6 @@ def matmul_scratch_bytes(spec: ModelSpec, batch_size: int) -> int:
     """Return what products of packed weights take: a pass's rows in 8 bits, with a scale and three sums for
     every 32 values, both in an odd number of cache lines a row."""
     return batch_size * (max_matmul_width(spec) * 3 // 2 + 256) + 256
-
-
-def selection_bytes(spec: ModelSpec, context: int, selection_layers: int) -> int:
-    """Return what choosing keys takes: scores of up to 4 rows, and a set for each layer that chooses."""
-    cells = padded_context(context)
-    scores = 4 * spec.num_heads * 4 * (cells + 2)
-    return scores + 4 * cells + selection_layers * 13 * cells
-
-
-def replaced_bytes(
-    spec: ModelSpec, groups: KeyGroups | None, num_tokens: int, batch_size: int, kv_type: str
-) -> int:
-    """Return what of the KV cache of `num_tokens` goes back to the system because groups stand for it."""
-    if groups is None or not groups.replaced_layers:
-        return 0
-    kept = (
-        groups.most_cells(num_tokens, batch_size) + KV_PADDING
-    )  # with pages that are kept in part
-    return sum(
-        max(
-            kv_layer_bytes(spec, layer, num_tokens, kv_type)
-            - kv_layer_bytes(spec, layer, kept, kv_type),
-            0,
-        )
-        for layer in groups.replaced_layers
-    )
-
-
-def group_bytes(spec: ModelSpec, groups: KeyGroups, context: int, threads: int) -> int:
-    """Return what attention over groups takes beside that of every key: the groups, and a scratch alike."""
-    cells = padded_context(context)
-    held = groups.num_bytes(cells, spec.key_head_dim, spec.value_head_dim)
-    return held + attention_bytes(spec, context, threads)
-
-
-def filter_bytes(spec: ModelSpec, context: int, threads: int) -> int:
-    """Return what scoring a prompt's keys takes: attention of one row at a time with its scores by head, a
-    score a key, and the arrays that tokens are chosen with (40 bytes a token)."""
-    cells = padded_context(context)
-    scores = 4 * spec.num_heads * (cells + 2) + 4 * cells
-    return attention_bytes(spec, context, threads) + scores + 40 * cells
 
 
 def profiler_bytes(num_layers: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from lowtide.memory.plan import estimates as footprint
 from lowtide.memory.plan import line as components
-from lowtide.memory.plan.attention import opened_bytes, state_bytes
 from lowtide.memory.plan.estimates import ContextSizes
 from lowtide.memory.plan.gpu import GpuLayers, GpuPlan
 from lowtide.memory.plan.line import PlanCandidate, PlanLine
@@ -131,13 +130,8 @@ class PlanLines:
         elsewhere = sum(
             gpu.cache_bytes for gpu in self.gpus(choice) if not gpu.device.shares_memory
         )
-        replaced = footprint.replaced_bytes(
-            self._spec, self._options.key_groups, num_tokens, choice.batch_size, choice.kv_type
-        )
-        num_bytes = self._sizes.kv_bytes(num_tokens, choice.kv_type) - elsewhere - replaced
+        num_bytes = self._sizes.kv_bytes(num_tokens, choice.kv_type) - elsewhere
         why = f"{tokens} of {choice.kv_type}"
-        if replaced:
-            why += ", behind a window in groups alone"
         if elsewhere:
             why += ", of the other layers" if num_bytes > 0 else ", all of it on a device"
         return PlanLine(components.CACHE, max(num_bytes, 0), why)
@@ -200,49 +194,25 @@ class PlanLines:
         row = PlanLine(components.SPECULATION, num_bytes, why)
         return (row, *wish.draft_model_rows(num_rows, kv_tokens))
 
-    def _opened(self, choice: PlanCandidate) -> int:
-        options, cells = self._options, footprint.padded_context(choice.context)
-        num_keys = cells if options.key_states is not None and options.key_states.opened else 0
-        if options.key_groups is not None and options.key_groups.opened:
-            num_keys = options.key_groups.most_keys(cells)
-        return opened_bytes(self._spec, num_keys, options.attention_threads) if num_keys else 0
-
     def _attention(self, choice: PlanCandidate) -> PlanLine:
+        """The scratch of lowtide's kernels: dense attention, matmuls, and what the policy adds."""
         spec, options, threads = self._spec, self._options, self._options.attention_threads
-        num_bytes = footprint.attention_bytes(spec, choice.context, threads) if threads else 0
-        if self._options.selection_layers:
-            num_bytes += footprint.selection_bytes(
-                spec, choice.context, self._options.selection_layers
-            )
-        if self._options.packed:
-            num_bytes += footprint.matmul_scratch_bytes(spec, choice.batch_size)
-        if self._options.filter_prefill is not None:
-            num_bytes += footprint.filter_bytes(spec, choice.context, threads)
+        num_bytes = options.attention.scratch_bytes(spec, choice.context, threads)
         if threads:
+            num_bytes += footprint.attention_bytes(spec, choice.context, threads)
             cells = footprint.padded_context(choice.context)
             num_bytes += branch_bytes(choice.verify_batch, cells)
-        if options.key_groups is not None:
-            num_bytes += footprint.group_bytes(spec, options.key_groups, choice.context, threads)
-        if options.key_states is not None:
-            num_bytes += state_bytes(spec, options.key_states, choice.context, threads)
-        num_bytes += self._opened(choice)
-        return PlanLine(
-            components.SCRATCH,
-            num_bytes,
-            _kernels_line(options, spec.engine),
-        )
+        if options.packed:
+            num_bytes += footprint.matmul_scratch_bytes(spec, choice.batch_size)
+        return PlanLine(components.SCRATCH, num_bytes, _kernels_line(options, spec.engine))
 
 
 def _kernels_line(options: PlanRequest, engine: str) -> str:
     if not options.attention_threads and not options.packed:
         return f"{engine}'s kernels need none"
-    where = "beside the cache"
-    if options.key_groups is not None and options.key_groups.replaced_layers:
-        where = "in the cache's place"
-    kept = "" if options.key_groups is None else f", groups of keys {where}"
-    if options.key_states is not None:
-        kept = ", states of keys beside the cache at the most"
-    return f"our kernels, {options.attention_threads or options.threads} threads{kept}"
+    threads = options.attention_threads or options.threads
+    description = options.attention.description
+    return f"lowtide's kernels, {threads} threads" + (f", {description}" if description else "")
 
 
 def _comparison(spec: ModelSpec, num_rows: int) -> tuple[PlanLine, ...]:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowtide.memory.budget import Budget
-from lowtide.memory.plan.attention import FilterPrefill, KeyStates
-from lowtide.memory.plan.estimates import KeyGroups
+from lowtide.memory.plan.attention import NO_ATTENTION_MEMORY, AttentionMemory, FilterPrefill
 from lowtide.memory.plan.gpu import GpuBudget, GpuPlan
 from lowtide.memory.plan.line import PlanLine
 from lowtide.memory.plan.speculation import SpeculationConfig
@@ -27,12 +26,8 @@ class PlanRequest:
     threads: int = 2
     attention_threads: int = 0
     """Threads of our own attention kernels; 0 where attention is llama.cpp's."""
-    selection_layers: int = 0
-    """How many layers choose keys for the others."""
-    filter_prefill: FilterPrefill | None = None
-    key_groups: KeyGroups | None = None
-    key_states: KeyStates | None = None
-    """What reads long prompts whole, so that the other layers read less; None where all of them do."""
+    attention: AttentionMemory = NO_ATTENTION_MEMORY
+    """Memory of the attention policy."""
     profiled: bool = False
     """Whether a profiler watches."""
     prefix_bytes: int = 0
@@ -53,6 +48,11 @@ class PlanRequest:
             raise BadOption(f"kv_type is {self.kv_type!r}, one of {', '.join(KV_TYPES)} is wanted")
         if self.batch_size is not None and not 1 <= self.batch_size <= 4096:
             raise BadOption(f"batch_size is {self.batch_size}, 1 to 4096 are wanted")
+
+    @property
+    def filter_prefill(self) -> FilterPrefill | None:
+        """The prefill that filters prompts; None if all layers read every prompt whole."""
+        return self.attention.filter_prefill
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

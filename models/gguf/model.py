@@ -192,8 +192,6 @@ class GgufModel(Model):
         self.supports_batch = not spec.recurrent_state_bytes and not options.gpu_layers
         self.on_cut: Callable[[int, int], None] | None = None
         """Told, after tokens were forgotten, how many there had been and how many are kept."""
-        self.min_tokens: Callable[[], int] = lambda: 0
-        """Fewer tokens than these cannot be gone back to: everything is forgotten then."""
         self._model: Any = None
         self._context: Any = None
         self._batch: Any = None
@@ -294,7 +292,6 @@ class GgufModel(Model):
         if num_tokens < 0:
             raise ValueError(f"num_tokens is {num_tokens}, 0 or more is wanted")
         kept = min(num_tokens, self._num_tokens)
-        kept = kept if kept >= self.min_tokens() else 0
         used, self._num_tokens = self._num_tokens, self._forget_from(kept)
         if self.on_cut is not None:
             self.on_cut(used, self._num_tokens)
@@ -377,7 +374,7 @@ class GgufModel(Model):
 
     def close(self) -> None:
         """Free the context, and the weights where they are its own."""
-        self.on_cut, self.min_tokens = None, lambda: 0
+        self.on_cut = None
         if self._batch is not None:
             self._batch.free()
             self._batch = None

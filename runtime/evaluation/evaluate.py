@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowtide.attention.bindings.policy import AttentionKernels, ScoreCost
+from lowtide.attention.bindings.counts import ScoreCost
+from lowtide.attention.bindings.policy import AttentionKernels
 from lowtide.attention.dense import DenseController
 from lowtide.attention.evaluation.divergence import WINDOW_TOKENS, Distance, Reference, read_prompt
 from lowtide.attention.evaluation.passkeys import chat_framing, finds, hide_passkey, make_passkey
@@ -102,7 +103,7 @@ def evaluate(
             f"attention is {model.spec.engine}'s own: its distance from our dense kernels is rounding; "
             "evaluate an approximation such as --attention tidal"
         )
-    if loaded.planned.policy.filter_prefill is not None:
+    if loaded.planned.policy.prompt_selector is not None:
         raise BadOption(
             "attention is gem, which shortens prompts before they are read: `evaluate_filter` measures it, "
             "and what follows it is --attention dense or tidal"

@@ -15,10 +15,11 @@ from lowtide.attention.evaluation.questions import (
     Haystack,
     HiddenQuestion,
     WholePrompt,
+    are_retained,
     is_answered,
+    questions_alone,
 )
-from lowtide.attention.gem.calibrate import questions_alone
-from lowtide.attention.gem.policy import Gem, are_kept, kept_positions, needed_k
+from lowtide.attention.policy import AttentionPolicy, PromptSelector
 from lowtide.models.errors import BadOption, LowtideError
 from lowtide.runtime.evaluation.evaluate import SPARE_TOKENS, measured_depths
 from lowtide.runtime.evaluation.text import BUILT_IN, read_sample, sample_tokens
@@ -129,7 +130,7 @@ def _counted(answers: Sequence[FilteredAnswer]) -> dict[str, Any]:
 
 def evaluate_filter(
     loaded: Engine,
-    policy: Gem,
+    policy: AttentionPolicy,
     *,
     context: int,
     text: Path | None = None,
@@ -145,11 +146,13 @@ def evaluate_filter(
     """
     model, host = loaded.model, loaded.attention_kernels
     assert host is not None, "what follows a filter runs in our kernels"
+    selector = policy.prompt_selector
+    assert selector is not None, "the policy filters prompts"
     lengths = (context // 2, context)
-    if not policy.applies_to(min(lengths)):
+    if not selector.applies_to(min(lengths)):
         raise BadOption(
-            f"context is {context}: prompts of half of it are read whole (k {policy.k}, min_prompt "
-            f"{policy.min_prompt}); raise --context, or lower gem's k and min_prompt"
+            f"context is {context}, and prompts of half of it are not filtered ({policy}): raise --context, "
+            "or lower the policy's k"
         )
     if context > model.context - SPARE_TOKENS:
         raise BadOption(
@@ -158,13 +161,13 @@ def evaluate_filter(
     whose = BUILT_IN if text is None else str(text)
     sample = read_sample(text, model.context)
     token_ids = sample_tokens(model.tokenizer, sample, context + SPARE_TOKENS, whose=whose)
-    filtered = _Filtered(loaded, policy, WholePrompt(model, host, policy.rule))
+    filtered = _Filtered(loaded, selector, WholePrompt(model, host, selector.rule))
     places = list(_read_places(filtered, token_ids, measured_depths(context, windows), progress))
     haystack = Haystack(model.tokenizer, token_ids[1:], chat_framing(model))
     hidden = questions_alone(haystack, lengths if kinds else (), SEED, kinds)
     asked = list(_read_questions(filtered, hidden, progress))
     progress("answering, and going on, from what was kept")
-    filtered.whole.forget()
+    filtered.whole.clear()
     num_tokens = WINDOW_TOKENS * len(places)
     return FilterEvaluation(
         attention=str(policy),
@@ -194,25 +197,24 @@ class _Filtered:
     """Prompts of a loaded model as a policy keeps them; `whole` reads them for it."""
 
     loaded: Engine
-    policy: Gem
+    selector: PromptSelector
     whole: WholePrompt
 
     def kept(self, token_ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> _Kept:
         """Read a prompt, and return what is kept of it."""
-        self.whole.hold(token_ids)
-        layer = self.policy.layer
-        assert layer is not None, "the policy is not fitted to a model"
+        self.whole.read(token_ids)
+        layer = self.selector.layer
         scores = self.whole.scores(layer)
         if scores is None:
             raise LowtideError(
                 f"gem cannot choose at layer {layer} of {self.loaded.model.spec.name}, whose attention is "
                 "not as we know it: name another layer"
             )
-        positions = kept_positions(scores, self.policy)
+        positions = self.selector.retained(scores)
         return _Kept(
             [token_ids[position] for position in positions],
-            needed_k(scores, self.policy, spans),
-            are_kept(positions, spans),
+            self.selector.needed_k(scores, spans),
+            are_retained(positions, spans),
         )
 
     def answers(self, kept: _Kept, hidden: HiddenQuestion) -> bool:

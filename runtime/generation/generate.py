@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lowtide.attention.bindings.llama_hook import KernelCounts
+from lowtide.attention.bindings.counts import KernelCounts
 from lowtide.memory.process import read_process_memory
 from lowtide.models.model import Model
 from lowtide.models.tokenizer import TextStream

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lowtide.attention.bindings.policy import PromptScorer
-from lowtide.attention.gem.policy import Gem, kept_positions
+from lowtide.attention.policy import PromptSelector
 from lowtide.memory.plan.kv_reservation import KVReservation
 from lowtide.models.errors import LowtideError
 from lowtide.models.model import Model
@@ -44,7 +44,7 @@ class FilteredPrompt:
 
 
 class PromptFilter:
-    """Filters prompts by one policy, fitted to the model; `last` is what it did last.
+    """Filters prompts by the rule of a resolved policy; `last` is what it did last.
 
     `reader` has a cache of its own on the model's weights, with `scorer` in its graph, and `growth`
     reserves that. Where it `keeps` what it has read, another question on the same text costs its own rows.
@@ -54,16 +54,14 @@ class PromptFilter:
         self,
         reader: Model,
         scorer: PromptScorer,
-        policy: Gem,
+        selector: PromptSelector,
         growth: KVReservation | None = None,
         *,
         keeps: bool = False,
     ) -> None:
-        assert policy.layer is not None, "the policy is not fitted to a model"
         self._reader = reader
         self._scorer = scorer
-        self._policy = policy
-        self._layer = policy.layer
+        self._selector = selector
         self._growth = growth
         self._held: list[int] = []
         self.keeps = keeps
@@ -71,7 +69,7 @@ class PromptFilter:
 
     def applies_to(self, token_ids: Sequence[int]) -> bool:
         """Whether the prompt is long enough."""
-        return self._policy.applies_to(len(token_ids))
+        return self._selector.applies_to(len(token_ids))
 
     def most_tokens(self) -> int:
         """Return how long a prompt may be now."""
@@ -95,10 +93,10 @@ class PromptFilter:
                 self.forget()
         if scores is None:
             raise LowtideError(
-                f"gem cannot choose at layer {self._layer} of {self._reader.spec.name}, whose attention is "
+                f"gem cannot choose at layer {self._selector.layer} of {self._reader.spec.name}, whose attention is "
                 "not as we know it: name another layer, or use --attention llama"
             )
-        positions = kept_positions(scores, self._policy)
+        positions = self._selector.retained(scores)
         self.last = FilteredPrompt(token_ids=token_ids, positions=positions, scores=scores)
         return self.last.kept_ids
 
@@ -139,7 +137,8 @@ class PromptFilter:
         rows = self._reader.batch_size
         ends = [*range(len(token_ids), begin, -rows)][::-1]
         for start, end in zip([begin, *ends], ends, strict=False):
-            self._scorer.score_prompt(self._layer, self._policy.rule, is_last=end == ends[-1])
+            is_last = end == ends[-1]
+            self._scorer.score_prompt(self._selector.layer, self._selector.rule, is_last=is_last)
             self._reader.forward(token_ids[start:end])
             self._held.extend(token_ids[start:end])
 
@@ -149,6 +148,8 @@ class PromptFilter:
         Also removes what an interrupted pass may have left behind.
         """
         common = common_prefix(self._held, token_ids)
-        kept = self._reader.truncate(max(min(common, len(token_ids) - self._policy.rows), 0))
+        kept = self._reader.truncate(
+            max(min(common, len(token_ids) - self._selector.rule.num_rows), 0)
+        )
         del self._held[kept:]
         return kept

@@ -6,19 +6,17 @@ from __future__ import annotations
 
 import gc
 
-from lowtide.attention.bindings.llama_hook import KernelCounts, LlamaHook
+from lowtide.attention.bindings.counts import KernelCounts
+from lowtide.attention.bindings.llama_hook import LlamaHook
 from lowtide.attention.bindings.onnx_ops import OnnxAttention
 from lowtide.attention.bindings.policy import AttentionKernels
-from lowtide.attention.gem.policy import Gem
 from lowtide.attention.policy import PassController
 from lowtide.memory.budget import Ledger
 from lowtide.memory.os.pages import trim_heap
 from lowtide.memory.plan.attention import FilterPrefill
 from lowtide.memory.plan.estimates import (
-    KeyGroups,
     filter_layers_bytes,
     kv_bytes,
-    replaced_bytes,
     tokenising_bytes,
 )
 from lowtide.memory.plan.kv_reservation import KVReservation
@@ -69,17 +67,6 @@ def llama_hook(planned: ResolvedModel, profiler: Profiler) -> LlamaHook | None:
     return hook
 
 
-def keep_from_going_back(
-    model: Model, baseline: AttentionKernels, groups: KeyGroups | None
-) -> None:
-    """Where groups replace the cache's cells, the model cannot go back to those, nor tell its state."""
-    if groups is None or not groups.replaced_layers:
-        return
-    assert isinstance(model, GgufModel | RewrittenOnnxModel), "our kernels run in its graph"
-    model.supports_snapshot = model.supports_copy = False
-    model.min_tokens = lambda: baseline.min_tokens
-
-
 def tell_cuts(model: Model, hook: LlamaHook) -> None:
     """Tokens may come back in another way than by a pass: what the hook keeps of them is cut, too."""
     if not isinstance(model, GgufModel):
@@ -87,7 +74,7 @@ def tell_cuts(model: Model, hook: LlamaHook) -> None:
     told = model.on_cut
 
     def cut(num_used: int, num_kept: int) -> None:
-        hook.cut(num_kept)
+        hook.truncate(num_kept)
         if told is not None:
             told(num_used, num_kept)
 
@@ -158,18 +145,14 @@ class Engine:
             return PassController()
         if self.hook is not None:
             tell_cuts(self.model, self.hook)
-        keep_from_going_back(self.model, baseline, policy.key_groups)
-        return policy.install(baseline, self.planned.spec)
+        return policy.configure(baseline, self.planned.spec)
 
     def _prompt_filter(self) -> PromptFilter | None:
         """Make what shortens prompts, where the policy has that done."""
-        plan, policy, first = (
-            self.planned.plan,
-            self.planned.policy,
-            self.planned.policy.filter_prefill,
-        )
-        scorer = self._onnx_attention or self.hook
-        if scorer is None or first is None or not isinstance(policy, Gem):
+        plan, policy = self.planned.plan, self.planned.policy
+        scorer, selector = self.attention_kernels, policy.prompt_selector
+        first = policy.memory.filter_prefill
+        if scorer is None or selector is None or first is None:
             return None
         reader, row_bytes = self._reader(first), self.ledger.components[FILTER_PREFILL]
 
@@ -178,7 +161,7 @@ class Engine:
             return row_bytes + max(more, 0)
 
         growth = KVReservation(self.ledger, plan.kv_tokens, bytes_of, component=FILTER_PREFILL)
-        made = PromptFilter(reader, scorer, policy, growth, keeps=plan.cache_filter_pass)
+        made = PromptFilter(reader, scorer, selector, growth, keeps=plan.cache_filter_pass)
         self.reclaimers.insert(0, Reclaimer("moderate", made.forget))
         return made
 
@@ -255,12 +238,10 @@ class Engine:
 
     def _kv_bytes(self, num_tokens: int) -> int:
         spec, plan = self.planned.spec, self.planned.plan
-        groups = self.planned.policy.key_groups
-        replaced = replaced_bytes(spec, groups, num_tokens, plan.batch_size, plan.kv_type)
-        return kv_bytes(spec, num_tokens, plan.kv_type) - replaced
+        return kv_bytes(spec, num_tokens, plan.kv_type)
 
     def _first_layers_bytes(self, num_tokens: int) -> int:
-        first = self.planned.policy.filter_prefill
+        first = self.planned.policy.memory.filter_prefill
         num_layers = first.num_layers if first else 0
         return filter_layers_bytes(
             self.planned.spec, num_layers, num_tokens, self.planned.plan.kv_type
@@ -269,11 +250,8 @@ class Engine:
     def check(self, options: SamplingParams, *, is_completion: bool = False) -> None:
         """Raise `BadOption` where the policy cannot do what is asked."""
         policy = self.planned.policy
-        if is_completion and isinstance(policy, Gem) and not policy.continues:
-            raise BadOption(
-                "gem keeps what a question attends to, and makes the continuation of a text worse: ask in "
-                "a chat, or set gem:continues=1"
-            )
+        if is_completion and policy.completion_refusal is not None:
+            raise BadOption(policy.completion_refusal)
         if options.explain and self.prompt_filter is None:
             raise BadOption(
                 f"explain shows what gem kept of a prompt, attention is {policy.name}: open with "

@@ -105,7 +105,7 @@ def passes_key(planned: ResolvedModel) -> str:
 def _not_identical(planned: ResolvedModel, model: Model, passes: StepBenchmark) -> str | None:
     """Say why an answer may differ from the plain loop's; None where it cannot."""
     policy = planned.policy
-    if policy.num_selections:
+    if policy.shares_selection:
         return f"{policy.name} chooses keys once for all rows of a verification"
     if not passes.rows_agree:
         types = ", ".join(sorted(planned.spec.tensor_types - {"F32"}))

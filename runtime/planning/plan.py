@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lowtide.attention.delta.tokens import Delta
 from lowtide.attention.dense import Dense
-from lowtide.attention.parse import parse_policy
 from lowtide.attention.policy import AttentionPolicy
+from lowtide.attention.registry import parse_policy
 from lowtide.memory.budget import Budget
 from lowtide.memory.machine import Machine, read_machine, usable_cores
+from lowtide.memory.plan.attention import AttentionMemory
 from lowtide.memory.plan.estimates import ContextSizes
 from lowtide.memory.plan.gpu import GpuBudget, parse_gpu_layers
 from lowtide.memory.plan.plan import MemoryPlan, PlanRequest, ProcessBaseline
@@ -48,10 +48,11 @@ class LoadConfig:
     not depend on the batch or the threads) or "tidal" (`Tidal`: an approximation, "tidal:k=512").
     `gpu_layers` is how many layers go to the GPUs, as llama.cpp counts them, or "auto", as many as fit
     `gpu_memory`, a size on each device (None: 90 % of what it has free); both None leave the GPUs alone.
-    `compared_tokens` is how many distributions a measurement keeps, `selection_layers` how many layers it
-    tries beside the policy's own, `profiled` whether a profiler watches. `prefix_cache` is a size ("64MiB")
-    for KV states of prompts that others replaced; 0 keeps none. `pack` has matrix products computed by our
-    kernels too, from a packed copy of the weights in the cache folder, which is made where there is none;
+    `compared_tokens` is how many distributions a measurement keeps, `attention_memory` what attention takes
+    if that is not the policy's own, `profiled` whether a profiler watches. `prefix_cache` is a size
+    ("64MiB") for KV states of prompts that others replaced; 0 keeps none. `pack` has matrix products
+    computed by our kernels too, from a packed copy of the weights in the cache folder, which is made where
+    there is none;
     an ONNX graph's attention is "dense" then where it would be its own.
     `speculate` is "off", "ngram", "trigram", "auto" or a draft model, each with ":rows=N" for the most
     rows of a verification. `provider` is the execution provider of an ONNX model, by its short name.
@@ -68,7 +69,7 @@ class LoadConfig:
     offline: bool = False
     compared_tokens: int = 0
     profiled: bool = False
-    selection_layers: int = 0
+    attention_memory: AttentionMemory | None = None
     prefix_cache: str | int = 0
     repack: bool = False
     speculate: str = "off"
@@ -77,7 +78,7 @@ class LoadConfig:
     def __post_init__(self) -> None:
         if self.threads is not None and not 1 <= self.threads <= 512:
             raise BadOption(f"threads is {self.threads}, 1 to 512 are wanted")
-        policy = parse_policy(self.attention)
+        parse_policy(self.attention)
         _ = self.prefix_bytes
         SpeculationArg.parse(self.speculate)
         if parse_gpu_layers(self.gpu_layers) == 0 and self.gpu_memory is not None:
@@ -85,10 +86,6 @@ class LoadConfig:
         if self.repack and (self.gpu_layers or self.gpu_memory is not None):
             raise BadOption(
                 "pack is for products on the processor, and layers are to go to a GPU: give one of them up"
-            )
-        if isinstance(policy, Delta) and policy.store and self.prefix_bytes:
-            raise BadOption(
-                "a prefix cache is wanted, and delta's store keeps no states to put there: give one up"
             )
 
     def policy(self, spec: ModelSpec) -> AttentionPolicy:
@@ -103,7 +100,7 @@ class LoadConfig:
         layers = parse_gpu_layers(self.gpu_layers)
         if layers == 0 or (self.gpu_layers is None and self.gpu_memory is None):
             return None
-        if policy.filter_prefill is not None:
+        if policy.prompt_selector is not None:
             raise BadOption(
                 f"attention is {policy.name}, whose first pass ends early, and layers are to go to a GPU: "
                 "give one of them up"
@@ -126,10 +123,7 @@ class LoadConfig:
             batch_size=self.batch_size,
             threads=self.num_threads,
             attention_threads=self.num_threads if policy.uses_native_kernels else 0,
-            selection_layers=max(policy.num_selections, self.selection_layers),
-            filter_prefill=policy.filter_prefill,
-            key_groups=policy.key_groups,
-            key_states=policy.key_states,
+            attention=self.attention_memory or policy.memory,
             compared_tokens=self.compared_tokens,
             profiled=self.profiled,
             prefix_bytes=self.prefix_bytes,
@@ -237,7 +231,6 @@ def plan_spec(spec: ModelSpec, options: LoadConfig) -> ResolvedModel:
         if gpu is not None and gpu.holds_cache:
             baseline = replace(baseline, kv_on_demand=False)
         chosen = options.plan_request(policy, gpu, speculation)
-        _require_replaceable(chosen, baseline)
         plan = plan_memory(spec, chosen, budget, baseline, sizes)
     return ResolvedModel(
         spec=spec,
@@ -250,16 +243,6 @@ def plan_spec(spec: ModelSpec, options: LoadConfig) -> ResolvedModel:
         gpu=gpu,
         speculation=speculation,
     )
-
-
-def _require_replaceable(options: PlanRequest, baseline: ProcessBaseline) -> None:
-    """Raise `BadOption` where groups are to replace the cache, and the cache cannot be given back."""
-    groups = options.key_groups
-    if groups is not None and groups.replaced_layers and not baseline.kv_on_demand:
-        raise BadOption(
-            "delta's store gives the cache's memory back, which this system, or this engine, does not "
-            "allow: leave delta:store=1 out"
-        )
 
 
 def _plan_onnx(
@@ -290,7 +273,6 @@ def _plan_onnx(
     speculation = SpeculationArg.parse(options.speculate).wish(spec, offline=options.offline)
     baseline = measured_onnx_baseline(spec, budget, is_rewritten=is_rewritten)
     chosen = options.plan_request(policy, speculation=speculation)
-    _require_replaceable(chosen, baseline)
     return ResolvedModel(
         spec=spec,
         machine=machine,

@@ -1,4 +1,4 @@
-"""Single attention nodes, ours against llama.cpp's kernel: what no model at hand has."""
+"""Single attention nodes against llama.cpp's kernel: variants that no model here has."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def hook() -> Iterator[LlamaHook]:
 
 
 class Inputs:
-    """Random q, k, v and mask for `streams` streams, and what plain numpy makes of them."""
+    """Random q, k, v and mask for `streams` streams, and the oracle's result."""
 
     def __init__(
         self,
@@ -102,9 +102,7 @@ def test_a_soft_cap(hook: LlamaHook) -> None:
 @pytest.mark.parametrize(
     "options", [{"max_bias": 8.0}, {"k_name": "k"}, {"k_name": "cache_k_l9999"}], ids=str
 )
-def test_what_is_not_as_we_know_it_is_left_to_llama_cpp(
-    options: dict[str, Any], hook: LlamaHook
-) -> None:
+def test_an_unknown_node_is_left_to_llama_cpp(options: dict[str, Any], hook: LlamaHook) -> None:
     inputs = Inputs()
     theirs, ours = inputs.graph(**options), inputs.graph(**options)
     assert ours.computed(hook).tobytes() == theirs.computed().tobytes()

@@ -1,118 +1,348 @@
-"""Calibration files: found by fingerprint, checked field by field."""
+"""Calibration files of all policies: saved, found by fingerprint and policy, and checked field by field."""
 
 from __future__ import annotations
 
+import copy
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from lowtide.attention.calibration import CalibrationError
-from lowtide.attention.tidal import policy as calibration_file
-from lowtide.attention.tidal.policy import (
-    Tidal,
-    TidalCalibration,
-    find_tidal_calibration,
-    load_tidal_calibration,
-    save_tidal_calibration,
+from lowtide.attention import calibration as calibration_file
+from lowtide.attention.calibration import (
+    Calibration,
+    CalibrationError,
+    find_calibration,
+    load_calibration,
+    save_calibration,
 )
+from lowtide.attention.delta.blocks import HeadThresholds
+from lowtide.attention.delta.groups import HeadGroups
+from lowtide.attention.delta.policy import Delta
+from lowtide.attention.gem.calibrate import most_lost
+from lowtide.attention.gem.policy import Gem
+from lowtide.attention.policy import AttentionPolicy
+from lowtide.attention.tidal.policy import Tidal
 from lowtide.models.catalog import resolve
+from lowtide.models.errors import BadOption
 from lowtide.models.gguf.spec import read_spec
 from lowtide.models.spec import ModelSpec
 
+DIVERGENCE = {
+    "kl": 0.01,
+    "target_kl": 0.015,
+    "key_loss": 0.02,
+    "target_key_loss": 0.05,
+    "keys_read": 0.3,
+    "sparsity": 0.5,
+}
+ANSWERS = {
+    "num_asked": 18,
+    "num_kept": 18,
+    "num_dense_answered": 16,
+    "num_answered": 16,
+    "margin": 0.4,
+}
+RULE = {
+    "rows": 16,
+    "weights": "softmax",
+    "heads": "max",
+    "pool": "max",
+    "pool_size": 33,
+    "first": 4,
+    "last": 64,
+}
+GROUPS = replace(HeadGroups.uniform(30, 3, 64, 24), score_bias=((0.0, 0.25, 12.5),) * 30)
 
-def made(spec: ModelSpec, **values: Any) -> TidalCalibration:
-    known = TidalCalibration(
-        fingerprint=spec.fingerprint,
-        model=spec.name,
-        k=300,
-        selection_layers=(2, 9),
-        kl=0.01,
-        target_kl=0.015,
-        key_loss=0.02,
-        target_key_loss=0.05,
-        context=4096,
-        keys_read=0.3,
-        text="a text",
+
+def thresholds() -> HeadThresholds:
+    squares = np.random.default_rng(0).uniform(0.5, 4, (30, 3, 64)).astype(np.float32)
+    numbers = np.full((30, 3), 0.75, np.float32)
+    numbers[7] = -1
+    return replace(HeadThresholds.of_squares(squares, block=8, thresholds=numbers), sparsity=0.5)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A policy with its key, and what a file for the default model has."""
+
+    key: str
+    policy: AttentionPolicy
+    metrics: dict[str, float]
+    params: dict[str, Any]
+
+    def calibration(self, spec: ModelSpec) -> Calibration:
+        return Calibration(
+            policy=self.key,
+            fingerprint=spec.fingerprint,
+            model=spec.name,
+            context=4096,
+            text="a text",
+            metrics=self.metrics,
+            params=self.params,
+        )
+
+    def loaded(self, path: Path, spec: ModelSpec) -> AttentionPolicy:
+        return replace(self.policy, calibration=path).resolve(spec)  # type: ignore[type-var]
+
+
+TIDAL = Case("tidal", Tidal(), DIVERGENCE, {"k": 300, "selection_layers": [2, 9]})
+GEM = Case("gem", Gem(), ANSWERS, {"layer": 11, "k": 300, **RULE})
+TOKENS = Case("delta-token", Delta(), DIVERGENCE, GROUPS.to_params())
+BLOCKS = Case("delta-block8", Delta(granularity="block"), DIVERGENCE, thresholds().to_params())
+CASES = {case.key: case for case in (TIDAL, GEM, TOKENS, BLOCKS)}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+def test_a_saved_calibration_is_found(case: Case, smollm2_spec: ModelSpec, tmp_path: Path) -> None:
+    calibration = case.calibration(smollm2_spec)
+    path = save_calibration(calibration)
+    assert path.name == f"{smollm2_spec.fingerprint}.{case.key}.json"
+    assert find_calibration(case.key, smollm2_spec) == calibration
+    assert str(case.policy.resolve(smollm2_spec)) == str(case.loaded(path, smollm2_spec))
+    elsewhere = save_calibration(calibration, tmp_path / "c.json")
+    assert load_calibration(elsewhere, case.key, smollm2_spec) == calibration
+
+
+@pytest.mark.parametrize(
+    ("case", "text"),
+    [
+        (TIDAL, "tidal, k 300, selection layers 2+9 (calibrated: KL 0.010 at 4,096 tokens)"),
+        (
+            GEM,
+            "gem, k 300, layer 11 (calibrated: 16 of 16 answers kept at 4,096 tokens), then dense",
+        ),
+        (
+            TOKENS,
+            "delta, sparsity 62%, window 128 (calibrated: KL 0.010 at 4,096 tokens)",
+        ),
+        (
+            BLOCKS,
+            "delta, blocks of 8, sparsity 50%, window 128 (calibrated: KL 0.010 at 4,096 tokens)",
+        ),
+    ],
+    ids=lambda value: getattr(value, "key", ""),
+)
+def test_a_policy_uses_the_calibration_and_describes_it(
+    case: Case, text: str, smollm2_spec: ModelSpec
+) -> None:
+    save_calibration(case.calibration(smollm2_spec))
+    assert str(case.policy.resolve(smollm2_spec)) == text
+
+
+@pytest.mark.parametrize(
+    ("case", "same"),
+    [
+        (TIDAL, Tidal(k=300, selection_layers=(2, 9))),
+        (GEM, Gem(k=300, layer=11)),
+        (TOKENS, Delta(params=GROUPS)),
+        (BLOCKS, Delta(granularity="block", params=thresholds())),
+    ],
+    ids=lambda value: getattr(value, "key", ""),
+)
+def test_the_source_of_settings_is_not_in_the_cache_key(
+    case: Case, same: AttentionPolicy, smollm2_spec: ModelSpec
+) -> None:
+    save_calibration(case.calibration(smollm2_spec))
+    fitted, other = case.policy.resolve(smollm2_spec), same.resolve(smollm2_spec)
+    assert fitted.cache_key == other.cache_key
+    changed = {"recent": 32} if case is TIDAL else {"rows": 8} if case is GEM else {"window": 64}
+    assert replace(other, **changed).cache_key != other.cache_key  # type: ignore[type-var]
+
+
+def test_settings_of_the_user_come_first(smollm2_spec: ModelSpec) -> None:
+    save_calibration(TIDAL.calibration(smollm2_spec))
+    save_calibration(GEM.calibration(smollm2_spec))
+    tidal = Tidal(k=500).resolve(smollm2_spec)
+    assert (tidal.k, tidal.selection_layers) == (500, (2, 9))
+    assert str(Gem(k=500).resolve(smollm2_spec)) == (
+        "gem, k 500, layer 11 (calibrated with k 300), then dense"
     )
-    return replace(known, **values)
-
-
-def test_what_was_saved_is_found_and_used(smollm2_spec: ModelSpec) -> None:
-    path = save_tidal_calibration(made(smollm2_spec))
-    assert path.name == f"{smollm2_spec.fingerprint}.json"
-    assert find_tidal_calibration(smollm2_spec) == made(smollm2_spec)
-    fitted = Tidal().resolve(smollm2_spec)
-    assert (fitted.k, fitted.selection_layers) == (300, (2, 9))
-    assert str(fitted) == (
-        "tidal, k 300, selection layers 2+9 (calibrated: KL 0.010 at 4,096 tokens)"
-    )
-    stated = Tidal(k=500).resolve(smollm2_spec)
-    assert (stated.k, stated.selection_layers) == (500, (2, 9))
+    gem = Gem(layer=9, k=400).resolve(smollm2_spec)
+    assert str(gem) == "gem, k 400, layer 9 (user), then dense"
 
 
 @pytest.mark.parametrize("name", ["smollm2", "gemma3-270m"])
 def test_calibrations_ship_for_the_named_models(name: str) -> None:
     spec = read_spec(resolve(name))
-    found = find_tidal_calibration(spec)
-    assert found is not None
-    assert found.kl <= found.target_kl <= 0.02
-    assert Tidal().resolve(spec).selection_layers == found.selection_layers
+    tidal, gem = find_calibration("tidal", spec), find_calibration("gem", spec)
+    assert tidal is not None and tidal.metric("kl") <= tidal.metric("target_kl") <= 0.02
+    layers = Tidal().resolve(spec).selection_layers
+    assert layers is not None and list(layers) == tidal.params["selection_layers"]
+    assert gem is not None and gem.metric("num_kept") == gem.metric("num_asked") == 18
+    assert gem.metric("margin") >= 0.25 and gem.metric("num_answered") > 8
+    lost = gem.metric("num_dense_answered") - gem.metric("num_answered")
+    assert lost <= most_lost(int(gem.metric("num_dense_answered")))
+    fitted = Gem().resolve(spec)
+    assert (fitted.layer, fitted.k) == (gem.params["layer"], gem.params["k"])
 
 
-def test_without_one_the_default_is_named(
+def test_every_shipped_file_is_named_after_its_model_and_policy() -> None:
+    files = list(calibration_file.SHIPPED.glob("*.json"))
+    assert len(files) == 8
+    for path in files:
+        values = json.loads(path.read_text())
+        assert path.name == f"{values['fingerprint']}.{values['policy']}.json"
+
+
+def test_a_model_without_a_calibration_is_described_so(
     smollm2_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(calibration_file, "SHIPPED", tmp_path)
-    fitted = Tidal().resolve(smollm2_spec)
-    assert (fitted.k, fitted.selection_layers) == (1024, (2, 8, 14, 20))
-    assert "default layers: not calibrated for this model" in str(fitted)
+    tidal = Tidal().resolve(smollm2_spec)
+    assert (tidal.k, tidal.selection_layers) == (1024, (2, 8, 14, 20))
+    assert "default layers: not calibrated for this model" in str(tidal)
+    assert str(Gem().resolve(smollm2_spec)) == (
+        "gem, k 512, layer 7 (default layer: not calibrated for this model), then dense"
+    )
+    assert str(Delta(granularity="block", block=16).resolve(smollm2_spec)) == (
+        "delta, blocks of 16, sparsity 25%, window 128 (not calibrated for this model)"
+    )
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("format", 1, "format is 1, 2 is wanted"),
-        ("policy", "gem", "is of 'gem', one of 'tidal' is wanted: name another file"),
-        ("selection_layers", [], "selection_layers is \\[\\], a list of layer numbers"),
-        ("selection_layers", ["2"], "selection_layers"),
-        ("selection_layers", [9, 2], "each layer once, in order"),
-        ("selection_layers", [2, 30], "selection_layers name layer 30, .* has 30 layers"),
-        ("k", 0, "k is 0, a whole number above 0"),
-        ("k", True, "k is True"),
-        ("kl", "low", "kl is 'low', a number"),
-        ("kl", float("nan"), "kl is nan"),
-        ("fingerprint", None, "fingerprint is None, a text"),
-        ("fingerprint", "0" * 32, "is of another model: its fingerprint is 000000000000"),
-    ],
-)
-def test_a_wrong_field_is_named(
-    field: str, value: Any, message: str, smollm2_spec: ModelSpec, tmp_path: Path
+def test_a_model_with_sliding_windows_needs_a_calibration_or_a_layer(
+    smollm2_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(calibration_file, "SHIPPED", tmp_path)
+    windowed = replace(smollm2_spec, sliding_window=512)
+    with pytest.raises(BadOption, match="or run lowtide calibrate --attention gem"):
+        Gem().resolve(windowed)
+    with pytest.raises(BadOption, match="lowtide calibrate --attention delta:granularity=element"):
+        Delta(granularity="element", threshold=1).resolve(windowed)
+    save_calibration(GEM.calibration(smollm2_spec))
+    assert Gem().resolve(windowed).layer == 11
+
+
+def test_gem_does_not_use_the_calibration_of_another_rule(smollm2_spec: ModelSpec) -> None:
+    path = save_calibration(GEM.calibration(smollm2_spec))
+    fitted = Gem(rows=1).resolve(smollm2_spec)
+    assert (fitted.k, fitted.layer) == (512, 7)
+    with pytest.raises(BadOption, match="was made with another rule: leave rows, weights"):
+        Gem(rows=1, calibration=path).resolve(smollm2_spec)
+
+
+def test_a_threshold_of_the_user_keeps_the_calibrated_queries(
+    smollm2_spec: ModelSpec, tmp_path: Path
+) -> None:
+    path = save_calibration(BLOCKS.calibration(smollm2_spec), tmp_path / "c.json")
+    policy = Delta(granularity="block", calibration=path, threshold=2.0).resolve(smollm2_spec)
+    assert isinstance(policy.params, HeadThresholds)
+    numbers, shares, query_rms = policy.params.arrays()
+    assert (np.delete(numbers, 7, axis=0) == 2).all() and (numbers[7] == -1).all()
+    assert (shares == 1).all()
+    assert np.array_equal(query_rms, thresholds().arrays()[2])
+    expected = np.sqrt(np.random.default_rng(0).uniform(0.5, 4, (30, 3, 64)))
+    assert np.abs(query_rms - expected).max() <= 0.01
+
+
+ANY_POLICY = [
+    ("format", 2, "format is 2; it must be 3"),
+    ("policy", "other", "is for 'other', not for"),
+    ("policy", None, "policy is None"),
+    ("context", 0, "context is 0; it must be a whole number of 1 or more"),
+    ("metrics", [], r"metrics is \[\]; it must be an object"),
+    ("params", None, "params is None; it must be an object"),
+    ("fingerprint", None, "fingerprint is None; it must be a text"),
+    ("fingerprint", "0" * 32, "belongs to another model: its fingerprint is 000000000000"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "message"), ANY_POLICY)
+def test_an_error_names_the_file_and_the_field(
+    case: Case, field: str, value: Any, message: str, smollm2_spec: ModelSpec, tmp_path: Path
 ) -> None:
     path = tmp_path / "c.json"
-    path.write_text(json.dumps({**made(smollm2_spec).to_dict(), field: value}))
+    path.write_text(json.dumps({**case.calibration(smollm2_spec).to_dict(), field: value}))
     with pytest.raises(CalibrationError, match=message) as caught:
-        load_tidal_calibration(path, smollm2_spec)
+        case.loaded(path, smollm2_spec)
     assert str(path) in str(caught.value)
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00", '{"format": 1}'])
-def test_broken_files(text: str, smollm2_spec: ModelSpec, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "field", "value", "message"),
+    [
+        (
+            TIDAL,
+            "params.selection_layers",
+            [],
+            r"selection_layers is \[\]; .*a list of layer numbers",
+        ),
+        (TIDAL, "params.selection_layers", ["2"], "selection_layers is"),
+        (TIDAL, "params.selection_layers", [9, 2], "each once, in order"),
+        (TIDAL, "params.selection_layers", [2, 30], "layers of .*, 0 to 29"),
+        (TIDAL, "params.k", 0, "k is 0; it must be a whole number of 1 or more"),
+        (TIDAL, "params.k", True, "k is True"),
+        (TIDAL, "metrics.kl", "low", "metrics.kl is 'low'; it must be a number"),
+        (TIDAL, "metrics.kl", float("nan"), "metrics.kl is nan"),
+        (GEM, "params.layer", -1, "layer is -1; it must be a whole number of 0 or more"),
+        (GEM, "params.layer", 30, "layer is 30; it must be a layer of .*, 0 to 29"),
+        (GEM, "params.layer", True, "layer is True"),
+        (GEM, "params.k", 0, "k is 0; it must be a whole number"),
+        (GEM, "params.weights", 3, "weights is 3; it must be a text"),
+        (GEM, "params.rows", "16", "rows is '16'; it must be a whole number"),
+        (GEM, "metrics.num_answered", "all", "num_answered is 'all'; it must be a number"),
+        (TOKENS, "params.num_groups", ["8 8 8"] * 29, "8 to 64 for each KV head of 30 layers"),
+        (TOKENS, "params.num_groups", ["8 8 7"] * 30, "num_groups is"),
+        (TOKENS, "params.num_groups", ["8 8"] * 30, "num_groups is"),
+        (TOKENS, "params.num_groups", ["8 8 x"] * 30, "num_groups is"),
+        (TOKENS, "params.num_groups", "8", "num_groups is '8'"),
+        (TOKENS, "params.score_bias", ["0 0 -1"] * 30, "score_bias is .*numbers from 0 to 1e"),
+        (TOKENS, "params.score_bias", ["0 0"] * 30, "score_bias is"),
+        (TOKENS, "params.scales", ["zz zz zz"] * 30, "scales is .*64 bytes in hex"),
+        (TOKENS, "params.scales", ["ff ff ff"] * 30, "scales is"),
+        (BLOCKS, "params.thresholds", ["1 1 1"] * 29, "thresholds is .*for each KV head of 30"),
+        (BLOCKS, "params.thresholds", ["1 1 -2"] * 30, "thresholds is"),
+        (BLOCKS, "params.thresholds", ["1 nan 1"] * 30, "thresholds is"),
+        (BLOCKS, "params.query_rms", ["1 x 1"] * 30, "query_rms is"),
+        (BLOCKS, "params.query_rms", ["1 -1 1"] * 30, "query_rms is"),
+        (BLOCKS, "params.scales", ["ff ff ff"] * 30, "scales is .*64 bytes in hex"),
+        (BLOCKS, "metrics.sparsity", "half", "sparsity is 'half'"),
+    ],
+    ids=lambda value: getattr(value, "key", None),
+)
+def test_a_policy_checks_its_params_and_metrics(
+    case: Case, field: str, value: Any, message: str, smollm2_spec: ModelSpec, tmp_path: Path
+) -> None:
+    values = copy.deepcopy(case.calibration(smollm2_spec).to_dict())
+    part, name = field.split(".")
+    values[part][name] = value
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(values))
+    with pytest.raises(CalibrationError, match=message) as caught:
+        case.loaded(path, smollm2_spec)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00", '{"format": 3}'])
+def test_damaged_files(case: Case, text: str, smollm2_spec: ModelSpec, tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     path.write_text(text)
     with pytest.raises(CalibrationError, match="run lowtide calibrate again"):
-        load_tidal_calibration(path, smollm2_spec)
+        case.loaded(path, smollm2_spec)
     with pytest.raises(CalibrationError, match="cannot be read"):
-        load_tidal_calibration(tmp_path / "none.json", smollm2_spec)
+        case.loaded(tmp_path / "none.json", smollm2_spec)
+
+
+def test_a_damaged_file_is_not_read_if_nothing_is_needed_of_it(smollm2_spec: ModelSpec) -> None:
+    path = save_calibration(GEM.calibration(smollm2_spec))
+    path.write_text("{")
+    assert Gem(k=400, layer=9).resolve(smollm2_spec).layer == 9
+    with pytest.raises(CalibrationError, match="is not JSON"):
+        Gem().resolve(smollm2_spec)
 
 
 def test_a_folder_that_cannot_be_written(smollm2_spec: ModelSpec, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CalibrationError, match="cannot be written"):
-        save_tidal_calibration(made(smollm2_spec), tmp_path / "file" / "c.json")
+        save_calibration(TIDAL.calibration(smollm2_spec), tmp_path / "file" / "c.json")
 
 
 def test_quantisations_share_a_fingerprint_and_other_models_do_not(tmp_path: Path) -> None:

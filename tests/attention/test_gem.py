@@ -1,4 +1,4 @@
-"""GemFilter as a value, its selection against plain loops, and its pass through a model's first layers."""
+"""GemFilter: its settings, its selection against plain loops, and its pass through the first layers."""
 
 from __future__ import annotations
 
@@ -15,77 +15,60 @@ from reference import attention_weights
 
 from lowtide.attention.bindings.llama_hook import LlamaHook
 from lowtide.attention.dense import Dense, DenseController
-from lowtide.attention.gem.policy import Gem, kept_positions, pooled
-from lowtide.attention.parse import parse_policy
+from lowtide.attention.gem.policy import Gem, GemMemory
+from lowtide.attention.gem.selection import GemSelection, pooled
 from lowtide.attention.tidal.policy import Tidal
-from lowtide.memory.plan.estimates import filter_bytes, padded_context
+from lowtide.memory.plan.estimates import padded_context
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf.model import GgufModel, LoadOptions
 from lowtide.models.gguf.spec import read_spec
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.kv.prompt_filter import PromptFilter
 
-PAPER = "gem:k=40,rows=1,weights=raw,heads=sum,pool=mean,pool_size=5,first=0,last=0"
 PROMPT = [5 + i * i % 300 for i in range(700)]
 
 
-def test_policies_by_name() -> None:
-    assert parse_policy("gem") == Gem()
-    assert parse_policy("gem:k=10%,layer=3") == Gem(k=0.1, layer=3)
-    assert parse_policy("gem:then=tidal") == Gem(then=Tidal())
-    rule = Gem().rule
+def test_the_rule_of_the_paper_can_be_set() -> None:
+    rule = Gem(k=100, layer=0).selection.rule
     assert (rule.num_rows, rule.use_softmax, rule.use_maximum) == (16, 1, 1)
-    paper = parse_policy(PAPER)
-    assert isinstance(paper, Gem)
-    assert (paper.rule.num_rows, paper.rule.use_softmax, paper.rule.use_maximum) == (1, 0, 0)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("gem:k=0", "gem's k is 0: a number of tokens"),
-        ("gem:k=67", "k is 67: 68 tokens are always kept"),
-        ("gem:weights=sharp", "weights is 'sharp', one of softmax, raw is wanted"),
-        ("gem:heads=mean", "heads is 'mean', one of max, sum is wanted"),
-        ("gem:rows=0", "rows is 0, 1 to 32 are wanted"),
-        ("gem:rows=33", "rows is 33, 1 to 32 are wanted"),
-        ("gem:pool_size=4", "pool_size is 4, an odd number is wanted"),
-        ("gem:last=-1", "are counts: 0 or more are wanted"),
-        ("gem:then=fast", "gem's then is 'fast', dense or tidal is wanted"),
-        ("gem:layers=3", "gem has no setting 'layers', it has k, layer"),
-    ],
-)
-def test_wrong_policies_name_the_field(text: str, message: str) -> None:
-    with pytest.raises(BadOption, match=message):
-        parse_policy(text)
-
-
-def test_a_policy_is_fitted_to_the_model(smollm2_spec: ModelSpec) -> None:
-    assert Gem().resolve(smollm2_spec).layer == 7
-    assert (
-        str(Gem(k=512, layer=9).resolve(smollm2_spec)) == "gem, k 512, layer 9 (stated), then dense"
+    paper = Gem(
+        k=40, layer=0, rows=1, weights="raw", heads="sum", pool="mean", pool_size=5, first=0, last=0
     )
+    rule = paper.selection.rule
+    assert (rule.num_rows, rule.use_softmax, rule.use_maximum) == (1, 0, 0)
+
+
+def test_a_policy_is_resolved_for_the_model(smollm2_spec: ModelSpec) -> None:
+    assert Gem().resolve(smollm2_spec).layer == 7
     fitted = Gem(then=Tidal()).resolve(smollm2_spec)
-    assert fitted.num_selections == fitted.then.num_selections > 0
-    with pytest.raises(BadOption, match="layer is 30; .* has layers 0 to 29"):
-        Gem(layer=30).resolve(smollm2_spec)
+    assert fitted.then == fitted.following == Tidal().resolve(smollm2_spec)
+    assert fitted.shares_selection and not Gem().resolve(smollm2_spec).shares_selection
+    memory = fitted.memory
+    assert memory.following == fitted.then.memory and memory.filter_prefill is not None
+    assert (memory.filter_prefill.num_layers, memory.filter_prefill.min_tokens) == (8, 1024)
     windowed = replace(smollm2_spec, sliding_window=512)
-    with pytest.raises(BadOption, match="has sliding windows: name one, gem:layer=N"):
-        Gem(rows=1).resolve(windowed)  # no calibration is for that rule
-    with pytest.raises(BadOption, match="then is 'llama', dense or tidal is wanted"):
-        parse_policy("gem:then=llama").resolve(smollm2_spec)
+    with pytest.raises(BadOption, match="has sliding windows: name a layer, as in gem:layer=7"):
+        Gem(rows=1).resolve(windowed)  # no calibration has that rule
 
 
-def test_short_prompts_and_those_that_are_kept_whole_are_left_alone() -> None:
-    assert not Gem(k=512, min_prompt=1024).applies_to(1024)
-    assert Gem(k=512, min_prompt=1024).applies_to(1025)
-    assert not Gem(k=2000, min_prompt=0).applies_to(2000)
-    assert not Gem(min_prompt=0).applies_to(60)
-    assert Gem(k=0.5, min_prompt=0).budget(2001) == 1001
+def test_short_prompts_and_prompts_that_fit_k_are_not_filtered() -> None:
+    def selection(**settings: Any) -> GemSelection:
+        return Gem(layer=0, **{"k": 512, **settings}).selection
+
+    assert not selection(min_prompt=1024).applies_to(1024)
+    assert selection(min_prompt=1024).applies_to(1025)
+    assert not selection(k=2000, min_prompt=0).applies_to(2000)
+    assert not selection(min_prompt=0).applies_to(60)
+    assert selection(k=0.5, min_prompt=0).budget(2001) == 1001
 
 
-def selected_by_loops(scores: list[float], policy: Gem) -> list[int]:
-    """What `kept_positions` says, written down as it is defined."""
+def test_continuing_a_text_is_refused_unless_it_is_set() -> None:
+    assert "ask in a chat" in (Gem().completion_refusal or "")
+    assert Gem(continues=True).completion_refusal is None
+
+
+def selected_by_loops(scores: list[float], policy: GemSelection) -> list[int]:
+    """Return the retained positions by plain loops."""
     half, count = policy.pool_size // 2, len(scores)
     ranked = []
     for i in range(count):
@@ -101,16 +84,17 @@ def selected_by_loops(scores: list[float], policy: Gem) -> list[int]:
     ("k", "size", "first", "last"), [(100, 33, 4, 64), (40, 5, 0, 0), (7, 1, 1, 3)]
 )
 def test_selections_are_those_of_loops(pool: str, k: int, size: int, first: int, last: int) -> None:
-    policy = Gem(k=k, pool=pool, pool_size=size, first=first, last=last)
+    gem = Gem(layer=0, k=k, pool=pool, pool_size=size, first=first, last=last)
+    policy = gem.selection
     random = np.random.default_rng(k)
     for count in (k + 1, 300, 517):
         # Sixteenths add up exactly in any order, so that equal means are equal.
         scores = (random.integers(0, 50, count) / 16).astype(np.float32)
-        found = kept_positions(scores, policy)
-        if pool == "mean":  # 1/5 and 1/33 are no sixteenths: compare what was reached
+        found = policy.retained(scores)
+        if pool == "mean":  # 1/5 and 1/33 are not sixteenths: compare the means
             reached = pooled(scores, pool, size)
-            wanted = selected_by_loops(scores.tolist(), policy)
-            assert sorted(reached[found]) == pytest.approx(sorted(reached[wanted]))
+            expected = selected_by_loops(scores.tolist(), policy)
+            assert sorted(reached[found]) == pytest.approx(sorted(reached[expected]))
         else:
             assert found.tolist() == selected_by_loops(scores.tolist(), policy)
 
@@ -127,13 +111,13 @@ class Opened:
 
     def scores(self, layer: int, **settings: Any) -> np.ndarray:
         policy = Gem(k=100, layer=layer, min_prompt=0, **settings).resolve(self.model.spec)
-        prompt_filter = PromptFilter(self.model, self.hook, policy)
+        prompt_filter = PromptFilter(self.model, self.hook, policy.selection)
         prompt_filter.filtered(PROMPT)
         assert prompt_filter.last is not None
         return prompt_filter.last.scores
 
     def logits(self) -> np.ndarray:
-        """Of a prompt that is read whole, and two tokens after it."""
+        """Return the logits of two tokens after a prompt that is read whole."""
         controller = DenseController(self.hook)
         controller.begin_prefill()
         self.model.truncate(0)
@@ -162,7 +146,7 @@ def opened(random_model: Path) -> Iterator[Opened]:
 
 
 def weights_by_numpy(path: Path, layer: int) -> np.ndarray:
-    """Of the last 16 rows under llama.cpp's own attention, shape (rows, heads, keys)."""
+    """Return the weights (queries, heads, keys) of the last 16 tokens under llama.cpp's own attention."""
     dumped = DumpedNodes()
     options = LoadOptions(context=768, batch_size=128, threads=2, eval_callback=dumped.callback)
     with GgufModel(read_spec(path), options) as model:
@@ -175,7 +159,7 @@ def weights_by_numpy(path: Path, layer: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("layer", [0, 2, 4])
-def test_scores_are_what_numpy_says_of_the_last_rows(
+def test_scores_equal_numpy_over_the_last_queries(
     layer: int, opened: Opened, random_model: Path
 ) -> None:
     weights = weights_by_numpy(random_model, layer)[:, :, : len(PROMPT)]
@@ -196,15 +180,15 @@ def test_a_prompt_in_small_passes_is_scored_the_same(
     assert found == pytest.approx(whole, rel=1e-3, abs=1e-6)
 
 
-def test_scratch_stays_inside_its_row(random_model: Path) -> None:
+def test_scratch_stays_inside_the_plan(random_model: Path) -> None:
     made = Opened(random_model, batch_size=128)
     made.logits()
     spec, before = made.model.spec, made.hook.counts().scratch_bytes
     made.scores(2)
     taken = made.hook.counts().scratch_bytes - before
     made.close()
-    arrays = 40 * padded_context(768)
-    assert 4 * spec.num_heads * len(PROMPT) < taken <= filter_bytes(spec, 768, 2) - arrays
+    planned = GemMemory().scratch_bytes(spec, 768, 2) - 40 * padded_context(768)
+    assert 4 * spec.num_heads * len(PROMPT) < taken <= planned
 
 
 def test_an_early_exit_at_any_layer_leaves_the_model_as_it_was(opened: Opened) -> None:
@@ -216,12 +200,12 @@ def test_an_early_exit_at_any_layer_leaves_the_model_as_it_was(opened: Opened) -
     assert np.array_equal(before, opened.logits())
 
 
-def test_a_prompt_of_one_token_again_and_again(opened: Opened) -> None:
+def test_a_prompt_that_repeats_one_token(opened: Opened) -> None:
     policy = Gem(k=100, layer=1, min_prompt=0).resolve(opened.model.spec)
-    kept = PromptFilter(opened.model, opened.hook, policy).filtered([7] * 500)
-    assert kept == [7] * 100
+    retained = PromptFilter(opened.model, opened.hook, policy.selection).filtered([7] * 500)
+    assert retained == [7] * 100
 
 
-def test_an_identity_tells_settings_apart() -> None:
+def test_the_cache_key_has_all_settings() -> None:
     assert Gem(k=100).cache_key != Gem(k=101).cache_key
     assert Gem(then=Dense()).cache_key != Gem(then=Tidal()).cache_key

@@ -1,4 +1,4 @@
-"""Our attention inside llama.cpp's graph, on real models."""
+"""lowtide's attention inside llama.cpp's graph, on real models."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def mean_kl(left: Any, right: Any) -> float:
 
 
 def both_ways(path: Path, kv_type: str = "f16") -> tuple[Any, Any]:
-    """The logits along a text under llama.cpp's attention and under ours."""
+    """Return the logits along a text under llama.cpp's attention and under lowtide's."""
     with hooked(path, kv_type=kv_type) as (model, hook):
         token_ids = model.tokenizer.encode(TEXT, add_special=True, parse_special=False)[:680]
         hook.set_active(False)
@@ -85,29 +85,27 @@ def exact(smollm2: Path) -> tuple[Any, Any]:
 
 
 def test_the_default_model_stays_at_the_noise_floor(exact: tuple[Any, Any]) -> None:
-    """Another order of summation alone moves this model's logits by 0.0036 nats."""
+    """Another order of summation moves this model's distribution by 0.0036 nats."""
     theirs, ours = exact
     assert 0 < mean_kl(theirs, ours) <= 0.005
 
 
-def test_without_8_bit_activations_the_distance_is_rounding_alone(
-    smollm2: Path, tmp_path: Path
-) -> None:
+def test_without_8_bit_activations_only_rounding_differs(smollm2: Path, tmp_path: Path) -> None:
     theirs, ours = both_ways(requantised(smollm2, tmp_path / "f16.gguf", "F16"))
     assert 0 < mean_kl(theirs, ours) <= 5e-4
 
 
 @pytest.mark.parametrize("kv_type", ["q8_0", "q4_0"])
-def test_a_quantised_cache_is_read_no_worse(
+def test_a_quantised_cache_is_read_as_exactly_as_by_llama_cpp(
     kv_type: str, exact: tuple[Any, Any], smollm2: Path
 ) -> None:
-    """Rounding keys to few bits amplifies any change: what counts is the distance from f16."""
+    """Rounding keys to few bits amplifies any change, so the distance from f16 is compared."""
     theirs, ours = both_ways(smollm2, kv_type)
     assert mean_kl(exact[0], ours) <= 1.15 * mean_kl(exact[0], theirs) + 0.002
 
 
-def test_llama_cpp_gets_its_nodes_back(smollm2: Path) -> None:
-    """Graphs are used again from token to token: a node that was taken must not stay taken."""
+def test_replaced_nodes_are_restored(smollm2: Path) -> None:
+    """Graphs are reused from token to token: a replaced node must be restored."""
     with hooked(smollm2) as (model, hook):
         seen = {}
         for active in (False, True, False, True):
@@ -127,8 +125,8 @@ def test_sliding_windows_and_another_head_size() -> None:
 
 
 @pytest.mark.once
-def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_threads(smollm2: Path) -> None:
-    """llama.cpp's own attention is not: exact speculation rests on this."""
+def test_a_token_is_bitwise_the_same_in_any_batch_and_with_any_threads(smollm2: Path) -> None:
+    """llama.cpp's own attention is not batch-invariant; exact speculation depends on this."""
     seen = set()
     for threads, batches in ((1, [1] * 24), (2, [1] * 24), (2, [2] * 12), (3, [8] * 3), (2, [24])):
         with hooked(smollm2, threads=threads) as (model, _hook):
@@ -143,7 +141,7 @@ def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_threads(smollm2: Pa
     assert len(seen) == 1
 
 
-def test_an_answer_through_the_front_door(smollm2: Path) -> None:
+def test_an_answer_of_the_runtime(smollm2: Path) -> None:
     with Runtime.open(smollm2, memory="8GiB", context=512, attention="dense") as runtime:
         result = runtime.generate("The tide is", max_tokens=8, temperature=0)
         assert (result.stats.layers_native, result.stats.layers) == (30, 30)
@@ -155,7 +153,7 @@ def test_an_answer_through_the_front_door(smollm2: Path) -> None:
 
 
 @pytest.mark.once
-def test_the_scratch_stays_inside_its_row_at_every_batch(smollm2: Path) -> None:
+def test_the_scratch_stays_inside_the_plan_at_every_batch_size(smollm2: Path) -> None:
     from lowtide.memory.plan.estimates import attention_bytes
 
     for path in (smollm2, resolve("gemma3-270m")):
@@ -168,7 +166,7 @@ def test_the_scratch_stays_inside_its_row_at_every_batch(smollm2: Path) -> None:
             assert hook.counts().scratch_bytes <= attention_bytes(model.spec, 2048, 2)
 
 
-def test_a_head_size_that_the_kernels_do_not_know_is_left_to_llama_cpp(tmp_path: Path) -> None:
+def test_an_unsupported_head_size_is_left_to_llama_cpp(tmp_path: Path) -> None:
     path = write_model(tmp_path / "narrow.gguf", width=32, heads=4, kv_heads=2)
     with hooked(path) as (model, hook):
         assert np.isfinite(model.forward([5, 6, 7])).all()
@@ -200,7 +198,7 @@ def test_two_models_in_two_threads_do_not_disturb_each_other(smollm2: Path, tmp_
     assert together == alone
 
 
-def test_a_ggml_that_is_laid_out_in_another_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_ggml_abi_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     real = llama_hook.ggml_functions()
     wrong = type(real)(*(getattr(real, f[0]) for f in real._fields_))
     # A function that answers with a tensor of another shape stands for another layout.
@@ -212,7 +210,7 @@ def test_a_ggml_that_is_laid_out_in_another_way_is_refused(monkeypatch: pytest.M
         LlamaHook(2)
 
 
-def test_what_lies_on_a_device_is_left_to_llama_cpp(
+def test_tensors_on_a_device_are_left_to_llama_cpp(
     monkeypatch: pytest.MonkeyPatch, smollm2: Path
 ) -> None:
     real = llama_hook.ggml_functions()
@@ -225,14 +223,14 @@ def test_what_lies_on_a_device_is_left_to_llama_cpp(
     assert (stats.layers_native, stats.layers) == (0, 30)
 
 
-def test_kernels_that_are_not_here() -> None:
+def test_unknown_kernels_are_refused() -> None:
     with pytest.raises(LowtideError, match="no such kernels"):
         LlamaHook(2, "cray")
 
 
 @pytest.mark.parametrize("kernels", ["avx2", "portable"])
 def test_other_kernel_sets_in_the_graph(kernels: str, smollm2: Path) -> None:
-    from lowtide.attention.bindings.structs import usable_kernel_sets
+    from lowtide.attention.bindings.library import usable_kernel_sets
 
     if kernels not in usable_kernel_sets():
         pytest.skip(f"this processor has no {kernels}")

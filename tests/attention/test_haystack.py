@@ -1,4 +1,4 @@
-"""Sentences of several questions in one text, where they lie, and prompts that differ in their end."""
+"""Sentences of several questions in one text: their positions, and prompts that differ at their end."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def hidden(*kinds: str, length: int = 4000) -> list[HiddenQuestion]:
 
 
 @pytest.mark.parametrize("kinds", [KINDS, (*KINDS, *HARD_KINDS)])
-def test_every_sentence_is_where_it_is_said_to_be(kinds: tuple[str, ...]) -> None:
+def test_every_sentence_is_at_its_span(kinds: tuple[str, ...]) -> None:
     for found in hidden(*kinds):
         told = [TOKENIZER.decode(found.token_ids[begin:end]) for begin, end in found.spans]
         assert told == list(found.question.sentences)
@@ -46,7 +46,7 @@ def test_every_sentence_is_where_it_is_said_to_be(kinds: tuple[str, ...]) -> Non
             assert all(f"\n{told}{question.aside}\n" in asked for told in question.sentences)
 
 
-def test_prompts_of_one_text_differ_in_their_questions_alone() -> None:
+def test_prompts_of_one_text_differ_only_in_their_questions() -> None:
     first, second, third = hidden(*KINDS)
     for other in (second, third):
         assert common_prefix(first.token_ids, other.token_ids) > len(first.token_ids) - 130
@@ -59,23 +59,21 @@ def test_a_question_that_comes_first_is_before_the_text() -> None:
     assert asked.rstrip()[-30:] in bytes(TEXT).decode()
 
 
-def test_a_text_that_is_too_short() -> None:
-    with pytest.raises(BadOption, match="prompts of 7000 tokens are wanted, .* the text has 5800"):
+def test_a_text_that_is_too_short_is_refused() -> None:
+    with pytest.raises(BadOption, match="prompts of 7000 tokens leave .* the text has 5800"):
         hidden("fact", length=7000)
-    with pytest.raises(
-        BadOption, match="prompts of 200 tokens are wanted, of which questions take"
-    ):
+    with pytest.raises(BadOption, match="prompts of 200 tokens leave -"):
         hidden(*KINDS, length=200)
 
 
-def test_it_says_what_it_is() -> None:
+def test_a_question_describes_itself() -> None:
     assert str(hidden("fact")[0]) == "fact at 10% of 4,000 tokens"
 
 
 @pytest.mark.parametrize(
     ("says", "right"), [(" plums, I think", True), (" plums, we think", False), (" I know", False)]
 )
-def test_all_replies_are_wanted(says: str, right: bool) -> None:
+def test_all_replies_must_be_right(says: str, right: bool) -> None:
     model = FakeModel([says], context=512)  # goes on with the first ten of its letters
     prompt = list(b"What does the winner get?\n")
     replies = (Reply("", ("plums",)), Reply("", ("I",)))

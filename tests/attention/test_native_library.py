@@ -11,12 +11,12 @@ from lowtide.attention.bindings import library as native
 from lowtide.models.errors import LowtideError
 
 
-def test_the_library_is_of_this_version() -> None:
+def test_the_library_has_this_version() -> None:
     assert native.native_version() == lowtide.__version__
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc/cpuinfo")
-def test_features_agree_with_the_kernels_list() -> None:
+def test_features_agree_with_the_kernel_sets() -> None:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     flags = next(
         line.split(":")[1].split() for line in lines if line.startswith(("flags", "Features"))
@@ -53,7 +53,7 @@ def test_a_short_buffer_is_never_overrun(capacity: int) -> None:
         assert b"\0" in buffer.raw[:capacity]
 
 
-def test_a_missing_library_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     native.native_library.cache_clear()
     monkeypatch.setattr(native, "LIBRARY_NAME", "nothing.so")
     with pytest.raises(LowtideError, match="reinstall lowtide"):

@@ -1,4 +1,4 @@
-"""A graph with our kernels in its attention's place answers as onnxruntime answers for it."""
+"""ONNX graphs with lowtide's attention: results against onnxruntime's."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("form", "changes"), CASES, ids=str)
-def test_our_kernels_answer_as_the_graphs_own(
+def test_logits_equal_those_of_the_graphs_own_attention(
     tmp_path: Path, attention: OnnxAttention, form: str, changes: dict[str, object]
 ) -> None:
     shape = shape_of(form, **{k: v for k, v in changes.items() if k == "layers"})
@@ -101,7 +101,7 @@ def test_a_cache_of_halves(tmp_path: Path, attention: OnnxAttention) -> None:
         np.testing.assert_allclose(passes(swapped)[-1], passes(whole)[-1], atol=0.01)
 
 
-def test_weights_inside_the_file_and_quantised_ones(tmp_path: Path) -> None:
+def test_weights_inside_the_file_and_quantised_weights(tmp_path: Path) -> None:
     for name, changes in (("in", {"external": False}), ("bits", {"bits": 4})):
         folder = write_decoder(tmp_path / name, "gqa", shape_of("gqa"), **changes)  # type: ignore[arg-type]
         with opened(folder, None) as whole, opened(folder, OnnxAttention(2)) as swapped:
@@ -118,7 +118,7 @@ def model(
         yield made
 
 
-def test_going_back_equals_never_having_been_there(model: RewrittenOnnxModel) -> None:
+def test_truncating_equals_never_having_read_on(model: RewrittenOnnxModel) -> None:
     model.forward(IDS[:40])
     wanted = model.forward(IDS[40:80]).copy()
     assert model.num_tokens == 80
@@ -134,7 +134,7 @@ def test_going_back_equals_never_having_been_there(model: RewrittenOnnxModel) ->
     assert model.truncate(500) == 80
 
 
-def test_a_copied_state_comes_back(model: RewrittenOnnxModel) -> None:
+def test_a_copied_snapshot_is_restored(model: RewrittenOnnxModel) -> None:
     model.forward(IDS[:50])
     state = memoryview(bytearray(model.state_bytes()))
     model.copy_kv(state)
@@ -147,7 +147,7 @@ def test_a_copied_state_comes_back(model: RewrittenOnnxModel) -> None:
         model.put_kv(state, 49)
 
 
-def test_a_saved_state_comes_back(model: RewrittenOnnxModel, tmp_path: Path) -> None:
+def test_a_saved_snapshot_is_restored(model: RewrittenOnnxModel, tmp_path: Path) -> None:
     path = tmp_path / "state"
     model.forward(IDS[:50])
     num_bytes = model.save_kv(path, IDS[:50])
@@ -163,7 +163,7 @@ def test_a_saved_state_comes_back(model: RewrittenOnnxModel, tmp_path: Path) -> 
     assert model.num_tokens == 0
 
 
-def test_rows_that_do_not_go_in_change_nothing(model: RewrittenOnnxModel) -> None:
+def test_a_failed_pass_changes_nothing(model: RewrittenOnnxModel) -> None:
     model.forward(IDS[:10])
     wanted = model.forward(IDS[10:12]).copy()
     model.truncate(10)
@@ -175,10 +175,10 @@ def test_rows_that_do_not_go_in_change_nothing(model: RewrittenOnnxModel) -> Non
 
 @pytest.mark.parametrize("weights", [{}, {"bits": 4}, {"element": "float16"}], ids=str)
 @pytest.mark.parametrize("last_row", [False, True])
-def test_rows_of_a_pass_have_logits_of_their_own(
+def test_every_token_of_a_pass_has_logits(
     tmp_path: Path, attention: OnnxAttention, weights: dict[str, object], last_row: bool
 ) -> None:
-    """Also where the graph leaves the last row: our copy of it leaves as many as are asked for."""
+    """Also if the graph returns the last token's logits only: the rewritten graph returns as many as asked for."""
     shape = shape_of("gqa")
     folder = write_decoder(tmp_path / "tiny", "gqa", shape, last_row=last_row, **weights)  # type: ignore[arg-type]
     with opened(folder, None) as whole, opened(folder, attention, verify_batch=8) as swapped:
@@ -195,7 +195,7 @@ def test_rows_of_a_pass_have_logits_of_their_own(
             swapped.forward_rows(IDS[:9])
 
 
-def test_a_graph_whose_last_row_is_not_known_is_not_widened(
+def test_a_graph_with_an_unknown_output_is_not_widened(
     tmp_path: Path, attention: OnnxAttention
 ) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", shape_of("gqa"), last_row=True)
@@ -209,7 +209,7 @@ def test_a_graph_whose_last_row_is_not_known_is_not_widened(
         assert swapped.forward_rows(IDS[:1]).shape == (1, 320)
 
 
-def test_threads_change_no_bit_of_attention(tmp_path: Path) -> None:
+def test_threads_change_nothing(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", shape_of("gqa"))
     found = []
     for threads in (1, 3):
@@ -228,7 +228,7 @@ def test_tidal_in_a_graph(tmp_path: Path, attention: OnnxAttention) -> None:
     with opened(folder, attention) as swapped:
         for k in (None, 500, 40):
             policy = Dense() if k is None else Tidal(k=k, selection_layers=(1,), recent=8)
-            controller = policy.install(attention, swapped.spec)
+            controller = policy.configure(attention, swapped.spec)
             swapped.truncate(0)
             controller.begin_prefill()
             swapped.forward(IDS[:64])
@@ -253,7 +253,7 @@ def test_tidal_in_a_graph(tmp_path: Path, attention: OnnxAttention) -> None:
         ("decomposed", "has decomposed attention"),
     ],
 )
-def test_what_is_not_swapped_says_why(
+def test_a_graph_that_cannot_be_rewritten_says_why(
     tmp_path: Path, attention: OnnxAttention, form: str, reason: str
 ) -> None:
     folder = write_decoder(tmp_path / "tiny", form)
@@ -261,7 +261,7 @@ def test_what_is_not_swapped_says_why(
         opened(folder, attention)
 
 
-def test_positions_that_the_graph_does_not_turn_are_not_read(
+def test_positions_without_rotary_embedding_are_not_read(
     tmp_path: Path, attention: OnnxAttention
 ) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", shape_of("gqa", context=128))

@@ -1,4 +1,4 @@
-"""GemFilter's first pass in an ONNX graph: scores against numpy, passes that end early, a second cache."""
+"""GemFilter's prefill in an ONNX graph: scores against numpy, passes that end early, a second cache."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from onnx_decoders import Shape, write_decoder
 from reference import attention_weights
 
 from lowtide.attention.bindings.onnx_ops import OnnxAttention
-from lowtide.attention.gem.policy import Gem, kept_positions
-from lowtide.memory.plan.estimates import filter_bytes, padded_context
+from lowtide.attention.gem.policy import Gem, GemMemory
+from lowtide.memory.plan.estimates import padded_context
 from lowtide.models.errors import ForwardError
 from lowtide.models.onnx.config import OnnxOptions
 from lowtide.models.onnx.rewrite.model import RewrittenOnnxModel
@@ -28,7 +28,7 @@ KINDS: list[dict[str, Any]] = [{}, {"last_row": True}, {"bits": 4}, {"element": 
 
 
 class Opened:
-    """A small decoder of random weights, and a reader beside it in the same session."""
+    """A small decoder of random weights, and a second cache in the same session."""
 
     def __init__(self, folder: Path, batch_size: int = 128, kv_type: str = "f32") -> None:
         spec = read_spec(folder)
@@ -40,7 +40,7 @@ class Opened:
 
     def filtered(self, layer: int, **settings: Any) -> PromptFilter:
         policy = Gem(k=100, layer=layer, min_prompt=0, **settings).resolve(self.model.spec)
-        made = PromptFilter(self.reader, self.attention, policy)
+        made = PromptFilter(self.reader, self.attention, policy.selection)
         made.filtered(PROMPT)
         return made
 
@@ -62,7 +62,7 @@ class Opened:
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Path:
-    """A decoder that turns queries and keys before attention: both can be seen."""
+    """A decoder that applies rotary embeddings before attention, so that both can be seen."""
     return write_decoder(tmp_path / "tiny", "gqa rotary outside", SHAPE)
 
 
@@ -85,14 +85,14 @@ def seen_by_attention(folder: Path, layer: int) -> tuple[np.ndarray, np.ndarray]
         model.graph.output.append(onnx.ValueInfoProto(name=name))
     session = onnxruntime.InferenceSession(model.SerializeToString())
     length = len(PROMPT)
-    given = {
+    inputs = {
         "input_ids": np.array([PROMPT], np.int64),
         "attention_mask": np.ones((1, length), np.int64),
         "position_ids": np.arange(length, dtype=np.int64)[None],
     }
     none = np.zeros((1, SHAPE.kv_heads, 0, SHAPE.head_size), np.float32)
-    given |= {name: none for ports in spec.ports.layers for name in ports.past}
-    query, key = session.run([node.query, node.key], given)
+    inputs |= {name: none for ports in spec.ports.layers for name in ports.past}
+    query, key = session.run([node.query, node.key], inputs)
     return (
         query.reshape(length, SHAPE.heads, SHAPE.head_size),
         key.reshape(length, SHAPE.kv_heads, SHAPE.head_size),
@@ -101,7 +101,7 @@ def seen_by_attention(folder: Path, layer: int) -> tuple[np.ndarray, np.ndarray]
 
 @pytest.mark.parametrize("layer", [0, 2, 4])
 @pytest.mark.parametrize("batch_size", [32, 128])
-def test_what_is_kept_is_what_numpy_keeps_of_the_same_queries_and_keys(
+def test_the_retained_tokens_equal_numpy_over_the_same_queries_and_keys(
     outside: Path, layer: int, batch_size: int
 ) -> None:
     query, key = seen_by_attention(outside, layer)
@@ -111,12 +111,12 @@ def test_what_is_kept_is_what_numpy_keeps_of_the_same_queries_and_keys(
         query[-16:], key.astype(np.float64), mask, scale=SHAPE.head_size**-0.5
     )
     made = Opened(outside, batch_size)
-    for heads, wanted in (("max", weights.max(axis=(0, 1))), ("sum", weights.sum(axis=(0, 1)))):
+    for heads, scores in (("max", weights.max(axis=(0, 1))), ("sum", weights.sum(axis=(0, 1)))):
         last = made.filtered(layer, heads=heads).last
         assert last is not None
-        assert last.scores == pytest.approx(wanted, rel=2e-4, abs=1e-6)
-        policy = Gem(k=100, layer=layer, heads=heads)
-        expected = kept_positions(wanted.astype(np.float32), policy)
+        assert last.scores == pytest.approx(scores, rel=2e-4, abs=1e-6)
+        selection = Gem(k=100, layer=layer, heads=heads).selection
+        expected = selection.retained(scores.astype(np.float32))
         assert np.array_equal(last.positions, expected)
     made.close()
 
@@ -131,7 +131,7 @@ def test_an_early_exit_at_any_layer_leaves_the_model_as_it_was(
         scores = made.scores(layer)
         assert scores.shape == (len(PROMPT),) and scores.max() > 0
         assert made.reader.num_tokens == 0 and made.model.num_tokens == 66
-    # Its cache, too: the same tokens come after what was read before.
+    # The cache is unchanged, too: the same tokens have the same logits.
     made.model.truncate(64)
     after = np.array([made.model.forward((token_id,)).copy() for token_id in (7, 9)])
     assert np.array_equal(before, after)
@@ -147,10 +147,10 @@ def test_a_prompt_in_small_passes_is_scored_the_same(outside: Path, opened: Open
     small.close()
 
 
-def test_layers_behind_the_one_that_chooses_are_not_computed(opened: Opened) -> None:
+def test_layers_behind_the_selecting_layer_are_not_computed(opened: Opened) -> None:
     opened.scores(1)
     opened.reader.truncate(0)
-    opened.attention.score_prompt(1, Gem().rule, is_last=False)
+    opened.attention.score_prompt(1, Gem(k=100, layer=1).selection.rule, is_last=False)
     opened.reader.forward(PROMPT[:100])
     opened.attention.run_whole_passes()
     keys = [opened.reader._cells.tensor(layer, 0) for layer in range(SHAPE.layers)]
@@ -160,7 +160,7 @@ def test_layers_behind_the_one_that_chooses_are_not_computed(opened: Opened) -> 
 
 
 def test_a_pass_that_fails_is_not_one_that_ends(opened: Opened) -> None:
-    opened.attention.score_prompt(1, Gem().rule, is_last=True)
+    opened.attention.score_prompt(1, Gem(k=100, layer=1).selection.rule, is_last=True)
     with pytest.raises(ForwardError, match="is not in the vocabulary"):
         opened.reader.forward([320])
     opened.reader.forward(PROMPT[:10])
@@ -175,7 +175,7 @@ def test_a_pass_that_fails_is_not_one_that_ends(opened: Opened) -> None:
     assert opened.reader.num_tokens == 10
 
 
-def test_scratch_stays_inside_its_row(opened: Opened) -> None:
+def test_scratch_stays_inside_the_plan(opened: Opened) -> None:
     opened.logits()
     before = opened.attention.counts().scratch_bytes
     opened.scores(2)
@@ -184,4 +184,5 @@ def test_scratch_stays_inside_its_row(opened: Opened) -> None:
     masks = 2 * 128 * len(PROMPT)  # of longer passes
     rows = 4 * 128 * spec.num_heads * spec.key_head_dim
     assert 4 * spec.num_heads * len(PROMPT) < taken
-    assert taken <= filter_bytes(spec, 512, 2) - 40 * padded_context(512) + masks + rows
+    planned = GemMemory().scratch_bytes(spec, 512, 2) - 40 * padded_context(512)
+    assert taken <= planned + masks + rows

@@ -1,4 +1,4 @@
-"""A graph with our kernels in its products' places answers as the same weights do elsewhere."""
+"""ONNX graphs with lowtide's matmul: results against onnxruntime's and the GGUF file's."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def form_of(folder: Path) -> tuple[OnnxSpec, RepackPlan]:
 
 @pytest.fixture
 def opened(tmp_path: Path) -> Iterator[Callable[..., OnnxModel]]:
-    """Opens a folder's graph, packed or whole, with a cache of floats; closes what it opened."""
+    """Opens a folder's graph, repacked or not, with a cache of floats, and closes it."""
     models = []
 
     def open_one(
@@ -85,10 +85,10 @@ def divergence(wanted: np.ndarray, found: np.ndarray) -> float:
     ids=str,
 )
 @pytest.mark.parametrize("form", ["gqa", "standard", "gqa packed"])
-def test_packed_products_answer_as_onnxruntimes(
+def test_repacked_matmuls_are_as_exact_as_onnxruntimes(
     tmp_path: Path, opened: Callable[..., OnnxModel], form: str, written: dict[str, Any]
 ) -> None:
-    """Both round rows to 8 bits in blocks; against rows of floats both are as far."""
+    """Both round rows to 8 bits in blocks, and are as far from float rows."""
     folder = write_decoder(tmp_path / "int8", form, WIDE, **written)
     floats = write_decoder(tmp_path / "floats", form, WIDE, **written, accuracy_level=1)
     exact = passes(opened(floats, repack=False))
@@ -96,7 +96,7 @@ def test_packed_products_answer_as_onnxruntimes(
     assert 0 < ours < max(2 * theirs, 2e-3)
 
 
-def test_a_row_is_the_same_among_others_and_on_any_threads(
+def test_a_token_is_the_same_in_any_batch_and_on_any_threads(
     tmp_path: Path, opened: Callable[..., OnnxModel]
 ) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", WIDE, bits=4)
@@ -117,10 +117,10 @@ def test_a_row_is_the_same_among_others_and_on_any_threads(
         ("qwen3", "Q5_0", True),
     ],
 )
-def test_converted_folders_answer_as_the_packed_gguf(
+def test_converted_folders_have_the_logits_of_the_repacked_gguf(
     tmp_path: Path, opened: Callable[..., OnnxModel], architecture: str, kind: str, tied: bool
 ) -> None:
-    """The same weights: what is left is what rounding rows to 8 bits makes of sums in another order."""
+    """The weights are the same; only rounding to 8 bits of sums in another order differs."""
     from lowtide import Runtime
 
     quantised, _ = write_pair(tmp_path, architecture, kind, tied=tied)
@@ -134,7 +134,7 @@ def test_converted_folders_answer_as_the_packed_gguf(
     assert divergence(wanted, passes(opened(folder, repack=True, kv_type="f16"))) < 2e-3
 
 
-def test_what_no_product_reads_is_onnxruntimes(
+def test_weights_that_no_matmul_reads_stay_with_onnxruntime(
     tmp_path: Path, opened: Callable[..., OnnxModel]
 ) -> None:
     quantised, _ = write_pair(tmp_path, "llama", "Q8_0")
@@ -147,7 +147,7 @@ def test_what_no_product_reads_is_onnxruntimes(
     assert model._matmul_backend.scratch_bytes > 64 * 64
 
 
-def test_a_file_of_panels_is_whole_or_not_believed(tmp_path: Path) -> None:
+def test_a_damaged_tile_file_is_refused(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", WIDE, bits=4)
     _, form = form_of(folder)
     path = tmp_path / "new" / "tiny.panels"

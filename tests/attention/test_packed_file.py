@@ -1,4 +1,4 @@
-"""Packed files: what they hold, that readers of GGUF take them, that nothing is left of a failed one."""
+"""Repacked GGUF files: their contents, that GGUF readers accept them, and failures while writing."""
 
 from __future__ import annotations
 
@@ -10,14 +10,9 @@ import gguf
 import numpy as np
 import pytest
 from gguf_files import write_model
+from kernel_calls import RepackedArray, repack_array, unpack_row
 
-from lowtide.attention.bindings.matmul import (
-    RepackedArray,
-    repack_array,
-    repackable,
-    unpack_row,
-    write_repacked,
-)
+from lowtide.attention.bindings.matmul import repackable, write_repacked
 from lowtide.models.gguf.reader import GgufContents, read_gguf
 from lowtide.models.gguf.repacked import is_valid, repacked_names
 from lowtide.models.gguf.spec import read_spec
@@ -34,7 +29,7 @@ def written(source: GgufContents, tmp_path: Path, component: str = "component") 
     return read_gguf(target)
 
 
-def test_its_tensors_are_those_of_the_source(source: GgufContents, tmp_path: Path) -> None:
+def test_the_tensors_are_those_of_the_source(source: GgufContents, tmp_path: Path) -> None:
     packed = written(source, tmp_path)
     names = repacked_names(packed)
     assert set(names) == {t.name for t in repackable(source)}
@@ -52,7 +47,7 @@ def test_its_tensors_are_those_of_the_source(source: GgufContents, tmp_path: Pat
             assert np.array_equal(before[name], tensor.data)
 
 
-def test_its_header_says_what_the_source_says(source: GgufContents, tmp_path: Path) -> None:
+def test_the_header_equals_the_source(source: GgufContents, tmp_path: Path) -> None:
     packed = written(source, tmp_path)
     own = {key for key in packed.metadata if key.startswith("lowtide.")} | {"general.alignment"}
     assert {k: v for k, v in packed.metadata.items() if k not in own} == source.metadata
@@ -61,7 +56,7 @@ def test_its_header_says_what_the_source_says(source: GgufContents, tmp_path: Pa
     assert (after.fingerprint, after.weight_bytes) == (before.fingerprint, before.weight_bytes)
 
 
-def test_an_embedding_that_is_the_output_too_is_packed(smollm2: Path) -> None:
+def test_an_embedding_that_is_also_the_output_is_repacked(smollm2: Path) -> None:
     names = {tensor.name for tensor in repackable(read_gguf(smollm2))}
     assert "token_embd.weight" in names and len(names) == 30 * 7 + 1
 
@@ -72,7 +67,7 @@ def test_progress_counts_every_byte(source: GgufContents, tmp_path: Path) -> Non
     assert sum(told) == sum(tensor.num_bytes for tensor in source.tensors)
 
 
-def test_a_sound_file_is_told_from_others(source: GgufContents, tmp_path: Path) -> None:
+def test_a_valid_file_is_recognised(source: GgufContents, tmp_path: Path) -> None:
     packed = written(source, tmp_path)
     assert is_valid(packed, "component")
     assert not is_valid(packed, "another") and not is_valid(source, "component")
@@ -97,7 +92,7 @@ def test_a_full_disk_leaves_nothing_behind(
     assert list((tmp_path / "packed").iterdir()) == []
 
 
-def test_a_source_that_ends_meanwhile(source: GgufContents, tmp_path: Path) -> None:
+def test_a_source_that_is_truncated_meanwhile(source: GgufContents, tmp_path: Path) -> None:
     os.truncate(source.path, source.file_bytes - 100)
     with pytest.raises(OSError, match="ended while it was read"):
         write_repacked(source, tmp_path / "packed" / "m.gguf", "component", lambda _: None)

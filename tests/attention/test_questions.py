@@ -1,4 +1,4 @@
-"""Questions on hidden sentences: answers are in the sentences, and no two kinds tell of the same place."""
+"""Questions about hidden sentences: the answers are in the sentences, and kinds never share a place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lowtide.attention.evaluation.questions import HARD_KINDS, KINDS, Reply, ask
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "paraphrase", "two questions", "question first"])
-def test_what_is_asked_for_is_in_the_sentences(kind: str) -> None:
+def test_the_answer_is_in_the_sentences(kind: str) -> None:
     for seed in range(30):
         question = ask(kind, seed)
         assert question == ask(kind, seed) and question.kind == kind
@@ -21,24 +21,24 @@ def test_what_is_asked_for_is_in_the_sentences(kind: str) -> None:
         assert question.comes_first == (kind == "question first")
 
 
-def test_an_aside_repeats_what_is_told() -> None:
+def test_an_aside_repeats_the_answer() -> None:
     question = ask("pass key", 3)
     assert question.replies[0].is_in(question.aside)
     assert not any(ask(kind, 3).aside for kind in (*KINDS[1:], *HARD_KINDS))
 
 
-def test_seeds_ask_for_others() -> None:
+def test_another_seed_asks_another_question() -> None:
     for kind in KINDS:
         assert len({ask(kind, seed).sentences for seed in range(12)}) > 8
 
 
-def test_two_facts_are_of_one_wording_and_two_places() -> None:
+def test_two_facts_share_a_wording_and_have_two_places() -> None:
     for seed in range(20):
         first, second = ask("two facts", seed).sentences
         assert first.split()[:2] == second.split()[:2] and first != second
 
 
-def test_what_is_counted_is_as_often_there() -> None:
+def test_the_count_is_the_number_of_sentences() -> None:
     numbers = {"two": 2, "three": 3, "four": 4}
     for seed in range(20):
         question = ask("counting", seed)
@@ -46,7 +46,7 @@ def test_what_is_counted_is_as_often_there() -> None:
         assert numbers[word] == int(figure) == len(set(question.sentences))
 
 
-def test_questions_of_all_kinds_can_be_about_one_text() -> None:
+def test_questions_of_all_kinds_can_share_a_text() -> None:
     for seeds in itertools.product(range(5), repeat=2):
         sentences = [
             sentence
@@ -60,7 +60,7 @@ def test_questions_of_all_kinds_can_be_about_one_text() -> None:
         assert len(places) == len(set(places)) >= 8
 
 
-def test_a_reply_is_a_word_of_its_own() -> None:
+def test_a_reply_must_be_a_whole_word() -> None:
     reply = Reply("The number is", ("two", "2"))
     assert reply.is_in(" two.") and reply.is_in("it is 2, I think")
     assert not reply.is_in("12 or twofold")

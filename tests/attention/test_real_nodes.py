@@ -1,4 +1,4 @@
-"""The dense kernels on what a real model attends to, against numpy in double precision."""
+"""The dense kernels on the attention of real models, against numpy in double precision."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from dumped_nodes import DumpedNodes
+from kernel_calls import AttentionInputs, attend
 from reference import attention, attention_weights
 
-from lowtide.attention.bindings.structs import AttentionInputs, attend, usable_kernel_sets
+from lowtide.attention.bindings.library import usable_kernel_sets
 from lowtide.models.catalog import resolve
 from lowtide.models.gguf.model import GgufModel, LoadOptions
 from lowtide.models.gguf.spec import read_spec
@@ -24,7 +25,7 @@ WINDOW = 256
 
 @pytest.fixture(scope="module", params=["smollm2", "gemma3-270m"])
 def nodes(request: Any) -> list[AttentionInputs]:
-    """Every layer's attention over the last rows of a prompt, and over the token after it."""
+    """Every layer's attention of the last tokens of a prompt, and of the token after it."""
     dumped = DumpedNodes()
     options = LoadOptions(context=1024, batch_size=ROWS, threads=2, eval_callback=dumped.callback)
     with GgufModel(read_spec(resolve(request.param)), options) as model:
@@ -50,18 +51,20 @@ def test_attention(kernels: str, nodes: list[AttentionInputs]) -> None:
 
 
 @pytest.mark.parametrize("kernels", usable_kernel_sets())
-def test_the_rows_of_weights(kernels: str, nodes: list[AttentionInputs]) -> None:
+def test_the_weights(kernels: str, nodes: list[AttentionInputs]) -> None:
     """With one-hot values the kernel's result is its weights, a window of keys at a time."""
     for node in nodes[:: max(len(nodes) // 12, 1)]:
         expected = attention_weights(
             node.q, node.k.astype(np.float64), node.mask, scale=node.scale, softcap=node.softcap
         )
         found = weights_of(node, kernels).astype(np.float64)
-        held = expected > 0
+        visible = expected > 0
         divergence = np.zeros_like(expected)
-        divergence[held] = expected[held] * np.log(expected[held] / np.maximum(found[held], 1e-45))
+        divergence[visible] = expected[visible] * np.log(
+            expected[visible] / np.maximum(found[visible], 1e-45)
+        )
         assert np.abs(divergence.sum(axis=2)).max() <= 1e-6
-        assert not found[~held].any()
+        assert not found[~visible].any()
 
 
 def weights_of(node: AttentionInputs, kernels: str) -> Any:

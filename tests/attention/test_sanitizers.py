@@ -8,7 +8,7 @@ import shutil
 import subprocess
 
 import pytest
-from native_build import NATIVE, PROGRAMS, X86_FLAGS, NativeBuild
+from native_build import KERNELS, NATIVE, PROGRAMS, NativeBuild
 
 pytestmark = pytest.mark.once
 
@@ -22,9 +22,7 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         pytest.skip("the sources are not here: this runs against the wheel")
     flags = ["-O1", "-g", "-fPIC", f"-fsanitize={request.param}", "-fno-sanitize-recover=all"]
     folder = tmp_path_factory.mktemp("native")
-    build = NativeBuild(compiler, folder, flags, x86=platform.machine() == "x86_64")
-    build.prepare()
-    return build
+    return NativeBuild(compiler, folder, flags)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -37,7 +35,7 @@ def test_the_core_under_sanitizers(name: str, build: NativeBuild) -> None:
     assert done.stdout.endswith("agree\n") and not done.stderr
 
 
-@pytest.mark.parametrize("source", X86_FLAGS)
+@pytest.mark.parametrize("source", KERNELS)
 def test_no_function_of_one_instruction_set_is_linked_into_other_files(
     source: str, build: NativeBuild
 ) -> None:

@@ -1,4 +1,4 @@
-"""What the calibrations that ship promise, on prose that no search has seen."""
+"""The shipped calibrations, on prose that no search has seen."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from essays import essays
 
-from lowtide.attention.delta.blocks import DeltaBlocks
-from lowtide.attention.delta.tokens import Delta
+from lowtide.attention.delta.policy import Delta
 from lowtide.models.catalog import resolve
 from lowtide.runtime.evaluation.evaluate import SPARE_TOKENS, evaluate
 from lowtide.runtime.loading.load import Engine
@@ -23,7 +22,7 @@ DELTA_CONTEXT = 1024
 @pytest.mark.parametrize(
     ("model", "context", "passkey_length"), [("smollm2", 4096, 2048), ("gemma3-270m", 4096, 4096)]
 )
-def test_they_stay_close_and_find_what_dense_finds(
+def test_tidal_stays_close_and_finds_the_passkeys_of_dense_attention(
     model: str, context: int, passkey_length: int, tmp_path: Path
 ) -> None:
     text = tmp_path / "essays.txt"
@@ -56,7 +55,7 @@ def test_they_stay_close_and_find_what_dense_finds(
         ("gemma3-270m", "delta:granularity=block", 0.7),
     ],
 )
-def test_those_of_delta_are_found_and_lose_no_key(
+def test_delta_stays_close_and_loses_no_passkey(
     model: str, attention: str, sparsity: float, tmp_path: Path
 ) -> None:
     text = tmp_path / "essays.txt"
@@ -72,8 +71,8 @@ def test_those_of_delta_are_found_and_lose_no_key(
     loaded = Engine(plan_reference(resolve(model), options))
     try:
         policy = loaded.planned.policy
-        assert isinstance(policy, Delta | DeltaBlocks) and policy.units is not None
-        assert (policy.units.sparsity or 0.0) >= sparsity and "calibrated: KL" in str(policy)
+        assert isinstance(policy, Delta) and policy.params is not None
+        assert (policy.params.sparsity or 0.0) >= sparsity and "calibrated: KL" in str(policy)
         found = evaluate(
             loaded, context=DELTA_CONTEXT, text=text, windows=2, passkey_lengths=(DELTA_CONTEXT,)
         )

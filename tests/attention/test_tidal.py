@@ -10,90 +10,27 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lowtide import FakeModel, Runtime
+from lowtide import Runtime
 from lowtide.attention.bindings.library import cpu_features
 from lowtide.attention.bindings.llama_hook import LlamaHook
 from lowtide.attention.dense import Dense, DenseController
 from lowtide.attention.evaluation.divergence import Reference
-from lowtide.attention.parse import parse_policy
-from lowtide.attention.tidal.policy import Tidal, default_selection_layers
-from lowtide.memory.plan.estimates import attention_bytes, selection_bytes
-from lowtide.models.errors import BadOption
+from lowtide.attention.policy import AttentionPolicy
+from lowtide.attention.tidal.policy import Tidal, TidalMemory, default_selection_layers
+from lowtide.memory.plan.estimates import attention_bytes
 from lowtide.models.gguf.model import GgufModel, LoadOptions
 from lowtide.models.gguf.spec import read_spec
 from lowtide.models.spec import ModelSpec
 
 TEXT = (Path(__file__).resolve().parent / "test_kernels.py").read_text()
-LAYERS = "layers=2+8+14+20"
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("tidal", Tidal()),
-        ("tidal:k=512", Tidal(k=512)),
-        ("tidal:k=10%", Tidal(k=0.1)),
-        ("tidal:k=300,layers=2+13,refresh=4", Tidal(k=300, selection_layers=(2, 13), refresh=4)),
-        ("tidal:sinks=0,recent=16,correction=128", Tidal(sinks=0, recent=16, correction=128)),
-    ],
-)
-def test_policies_by_name(text: str, expected: Tidal) -> None:
-    assert parse_policy(text) == expected
-    assert parse_policy(expected) is expected
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("flash", "attention is 'flash', one of llama, delta, dense, gem, tidal is wanted"),
-        ("llama:k=5", "llama has no setting 'k', it has none"),
-        ("dense:k=5", "dense has no setting 'k', it has prompts"),
-        ("tidal:keys=5", "no setting 'keys', it has k, layers"),
-        ("tidal:k=0", "tidal's k is 0: a number of tokens above 68"),
-        ("tidal:k=-5", "tidal's k is -5"),
-        ("tidal:k=68", "68 tokens are always kept"),
-        ("tidal:k=many", "tidal's k is 'many', tokens or a percentage is wanted"),
-        ("tidal:k=0%", "tidal's k is '0%'"),
-        ("tidal:k=120%", "tidal's k is '120%'"),
-        ("tidal:layers=2,13", "no setting '13'"),
-        ("tidal:layers=two", "tidal's layers is 'two', layer numbers joined by \\+"),
-        ("tidal:recent=0", "recent is 0, 1 or more"),
-        ("tidal:sinks=-1", "sinks is -1, 0 or more"),
-        ("tidal:refresh=0", "refresh is 0, 1 or more"),
-        ("tidal:refresh=65", "refresh is 65 and recent 64"),
-        ("tidal:correction=-1", "correction is -1"),
-    ],
-)
-def test_wrong_policies_name_the_field(text: str, message: str) -> None:
-    with pytest.raises(BadOption, match=message):
-        parse_policy(text)
-
-
-@pytest.mark.parametrize(
-    ("layers", "message"),
-    [
-        ("30", "name layer 30; .* has layers 0 to 29"),
-        ("8+2", "are 8\\+2: each once, in order"),
-        ("2+2", "each once, in order"),
-    ],
-)
-def test_layers_that_the_model_lacks_are_refused_before_loading(
-    layers: str, message: str, smollm2: Path
-) -> None:
-    with pytest.raises(BadOption, match=message):
-        Runtime.open(smollm2, memory="8GiB", context=512, attention=f"tidal:layers={layers}")
-
-
-def test_a_model_of_ones_own_has_no_graph_to_hook() -> None:
-    with pytest.raises(BadOption, match="'tidal', which runs in llama.cpp's graph alone"):
-        Runtime.open(FakeModel(["x"]), memory="8GiB", attention="tidal:layers=1")
+LAYERS = (2, 8, 14, 20)
 
 
 @pytest.mark.parametrize(
     ("layers", "expected"),
     [(30, (2, 8, 14, 20)), (16, (2, 8)), (32, (2, 8, 14, 20)), (8, (2,)), (2, (1,)), (1, (0,))],
 )
-def test_default_layers_follow_the_depth(
+def test_the_default_layers_depend_on_the_depth(
     layers: int, expected: tuple[int, ...], smollm2_spec: ModelSpec
 ) -> None:
     assert default_selection_layers(replace(smollm2_spec, num_layers=layers)) == expected
@@ -126,22 +63,22 @@ class Bench:
         self.dense = DenseController(self.hook)
         self.place = Reference(self.model, self.dense, self.token_ids, 1400, 32)
 
-    def controller(self, text: str) -> Any:
-        return parse_policy(text).resolve(self.spec).install(self.hook, self.spec)
+    def controller(self, policy: AttentionPolicy) -> Any:
+        return policy.resolve(self.spec).configure(self.hook, self.spec)
 
-    def logits(self, text: str, batches: tuple[int, ...]) -> list[bytes]:
+    def logits(self, policy: AttentionPolicy, batches: tuple[int, ...]) -> list[bytes]:
         """The last row's logits of each pass after the prompt."""
-        self.place.distance(Dense().install(self.hook, self.spec))  # the prompt alone is left
-        controller, at, found = self.controller(text), 1400, []
+        self.place.distance(Dense().configure(self.hook, self.spec))  # the prompt alone is left
+        controller, at, found = self.controller(policy), 1400, []
         for rows in batches:
             controller.begin_decode()
             found.append(self.model.forward(self.token_ids[at : at + rows]).tobytes())
             at += rows
         return found
 
-    def share(self, text: str, tokens: int = 8) -> float:
+    def share(self, policy: AttentionPolicy, tokens: int = 8) -> float:
         before = self.hook.counts()
-        self.logits(text, (1,) * tokens)
+        self.logits(policy, (1,) * tokens)
         after = self.hook.counts()
         prompt = 30 * sum(range(1401, 1401 + len(self.place._dense)))  # the reference's passes
         held = after.keys_held - before.keys_held - prompt
@@ -157,63 +94,73 @@ def bench(smollm2: Path) -> Iterator[Bench]:
 
 
 def test_k_beyond_the_context_is_dense_bit_for_bit(bench: Bench) -> None:
-    dense = bench.logits("dense", (1,) * 6)
-    assert bench.logits(f"tidal:k=2048,{LAYERS}", (1,) * 6) == dense
-    assert bench.logits(f"tidal:k=512,min_context=2048,{LAYERS}", (1,) * 6) == dense
-    every = "+".join(map(str, range(30)))
-    assert bench.logits(f"tidal:k=512,layers={every}", (1,) * 6) == dense
-    assert bench.logits(f"tidal:k=512,{LAYERS}", (1,) * 6) != dense
+    dense = bench.logits(Dense(), (1,) * 6)
+    assert bench.logits(Tidal(k=2048, selection_layers=LAYERS), (1,) * 6) == dense
+    assert bench.logits(Tidal(k=512, min_context=2048, selection_layers=LAYERS), (1,) * 6) == dense
+    every = tuple(range(30))
+    assert bench.logits(Tidal(k=512, selection_layers=every), (1,) * 6) == dense
+    assert bench.logits(Tidal(k=512, selection_layers=LAYERS), (1,) * 6) != dense
 
 
-def test_it_stays_close_to_dense_and_reads_less(bench: Bench) -> None:
-    wide = bench.place.distance(bench.controller(f"tidal:k=700,{LAYERS}"))
-    narrow = bench.place.distance(bench.controller(f"tidal:k=100,{LAYERS}"))
+def test_attention_stays_close_to_dense_and_reads_less(bench: Bench) -> None:
+    wide = bench.place.distance(bench.controller(Tidal(k=700, selection_layers=LAYERS)))
+    narrow = bench.place.distance(bench.controller(Tidal(k=100, selection_layers=LAYERS)))
     assert 0 < wide.kl <= 0.02 < narrow.kl
     assert wide.top1_agreement >= 0.75
     assert bench.place.distance(bench.dense).kl == 0
-    assert bench.share("dense") == 1
-    assert 0.25 < bench.share(f"tidal:k=100,{LAYERS}") < bench.share(f"tidal:k=700,{LAYERS}") < 0.6
+    assert bench.share(Dense()) == 1
+    assert (
+        0.25
+        < bench.share(Tidal(k=100, selection_layers=LAYERS))
+        < bench.share(Tidal(k=700, selection_layers=LAYERS))
+        < 0.6
+    )
 
 
 @pytest.mark.skipif("avx512_bf16" not in cpu_features(), reason="no avx512_bf16 here")
 def test_a_prompt_in_bfloat16_is_read_again_and_stays_close(bench: Bench) -> None:
-    use_bf16 = bench.place.distance(bench.controller("dense:prompts=bf16"))
-    both = bench.place.distance(bench.controller(f"tidal:k=700,prompts=bf16,{LAYERS}"))
+    use_bf16 = bench.place.distance(bench.controller(Dense(prompts="bf16")))
+    both = bench.place.distance(
+        bench.controller(Tidal(k=700, prompts="bf16", selection_layers=LAYERS))
+    )
     assert 0 < use_bf16.kl <= 0.02
     assert 0 < both.kl <= 0.04
     assert bench.place.distance(bench.dense).kl == 0
 
 
-def test_a_fraction_follows_the_context(bench: Bench) -> None:
-    share = bench.share(f"tidal:k=25%,{LAYERS}")
+def test_a_fraction_is_of_the_context(bench: Bench) -> None:
+    share = bench.share(Tidal(k=0.25, selection_layers=LAYERS))
     assert share == pytest.approx(6 / 30 + 24 / 30 * 0.25, abs=0.005)
 
 
-def test_refreshing_less_often_reads_less_and_keeps_the_newest(bench: Bench) -> None:
-    every, fourth = f"tidal:k=700,{LAYERS}", f"tidal:k=700,{LAYERS},refresh=4"
+def test_refreshing_less_often_reads_less_and_the_first_token_is_the_same(bench: Bench) -> None:
+    every, fourth = (
+        Tidal(k=700, selection_layers=LAYERS),
+        Tidal(k=700, selection_layers=LAYERS, refresh=4),
+    )
     assert bench.share(fourth) < bench.share(every)
     assert bench.logits(fourth, (1,)) == bench.logits(every, (1,))
     distance = bench.place.distance(bench.controller(fourth))
     assert distance.kl <= 0.08
 
 
-def test_rows_of_one_pass_share_a_set(bench: Bench) -> None:
-    """A pass of many rows is a prompt's and dense; a few rows are a draft's and sparse."""
-    policy = f"tidal:k=300,{LAYERS}"
-    assert bench.logits(policy, (4,)) != bench.logits("dense", (4,))
-    assert bench.logits(policy, (33,)) == bench.logits("dense", (33,))
+def test_the_tokens_of_one_pass_share_a_set(bench: Bench) -> None:
+    """A pass of many tokens is of a prompt, and dense; one of a few tokens verifies drafts, and is sparse."""
+    policy = Tidal(k=300, selection_layers=LAYERS)
+    assert bench.logits(policy, (4,)) != bench.logits(Dense(), (4,))
+    assert bench.logits(policy, (33,)) == bench.logits(Dense(), (33,))
 
 
 def test_a_prompt_is_exact_under_every_policy(bench: Bench) -> None:
-    def last_logits(text: str) -> bytes:
-        controller = bench.controller(text)
+    def last_logits(policy: AttentionPolicy) -> bytes:
+        controller = bench.controller(policy)
         bench.model.truncate(0)
         for at in range(0, 900, 100):
             controller.begin_prefill()
             logits = bench.model.forward(bench.token_ids[at : at + 100])
         return logits.tobytes()
 
-    assert last_logits(f"tidal:k=100,{LAYERS}") == last_logits("dense")
+    assert last_logits(Tidal(k=100, selection_layers=LAYERS)) == last_logits(Dense())
     bench.model.truncate(0)
 
 
@@ -222,7 +169,11 @@ def test_threads_change_nothing(smollm2: Path) -> None:
     seen = set()
     for threads in (1, 2, 3):
         with Runtime.open(
-            smollm2, memory="8GiB", context=1536, threads=threads, attention=f"tidal:k=200,{LAYERS}"
+            smollm2,
+            memory="8GiB",
+            context=1536,
+            threads=threads,
+            attention=Tidal(k=200, selection_layers=LAYERS),
         ) as runtime:
             result = runtime.generate(TEXT[:3000], max_tokens=12, temperature=0)
             seen.add(result.token_ids)
@@ -236,29 +187,35 @@ def test_threads_change_nothing(smollm2: Path) -> None:
 
 @pytest.mark.once
 def test_correction_makes_the_cache_exact_again(smollm2: Path) -> None:
-    """Corrected after every token, all but the last row's own attention is dense attention's."""
+    """With a correction after every token only the attention of the newest token is sparse."""
     answers = {}
-    for attention in ("dense", f"tidal:k=80,{LAYERS},correction=1", f"tidal:k=80,{LAYERS}"):
+    for attention in (
+        Dense(),
+        Tidal(k=80, selection_layers=LAYERS, correction=1),
+        Tidal(k=80, selection_layers=LAYERS),
+    ):
         with Runtime.open(smollm2, memory="8GiB", context=1536, attention=attention) as runtime:
             result = runtime.generate(TEXT[:3000], max_tokens=12, temperature=0)
-            answers[attention.partition(",")[2]] = result.token_ids
-    assert answers[""] == answers[f"{LAYERS},correction=1"] != answers[LAYERS]
+            answers[attention] = result.token_ids
+    dense, corrected, plain = answers.values()
+    assert dense == corrected != plain
 
 
-def test_the_scratch_stays_inside_its_row(bench: Bench) -> None:
-    controller = bench.controller(f"tidal:k=300,{LAYERS}")
+def test_the_scratch_stays_inside_the_plan(bench: Bench) -> None:
+    controller = bench.controller(Tidal(k=300, selection_layers=LAYERS))
     bench.place.distance(bench.dense)
     for rows in (1, 4, 32):
         controller.begin_decode()
         bench.model.truncate(1400)
         bench.model.forward(bench.token_ids[1400 : 1400 + rows])
-    planned = attention_bytes(bench.spec, 2048, 2) + selection_bytes(bench.spec, 2048, 4)
+    planned = attention_bytes(bench.spec, 2048, 2)
+    planned += TidalMemory(selection_layers=4).scratch_bytes(bench.spec, 2048, 2)
     assert bench.hook.counts().scratch_bytes <= planned
 
 
 @pytest.mark.once
 def test_two_policies_in_two_runtimes_do_not_disturb_each_other(smollm2: Path) -> None:
-    def answer(attention: str, other: str | None = None) -> Any:
+    def answer(attention: AttentionPolicy, other: AttentionPolicy | None = None) -> Any:
         with Runtime.open(smollm2, memory="8GiB", context=1024, attention=attention) as runtime:
             if other is None:
                 return runtime.generate(TEXT[:2000], max_tokens=8, temperature=0).token_ids
@@ -270,7 +227,7 @@ def test_two_policies_in_two_runtimes_do_not_disturb_each_other(smollm2: Path) -
                 )
                 return tuple(piece.token_id for piece, _ in pairs)
 
-    sparse, dense = f"tidal:k=80,{LAYERS}", "dense"
+    sparse, dense = Tidal(k=80, selection_layers=LAYERS), Dense()
     assert answer(sparse, dense) == answer(sparse)
     assert answer(dense, sparse) == answer(dense)
 

@@ -1,4 +1,4 @@
-"""Weights that are given back between passes: where they lie, and that nothing but memory changes."""
+"""Weight streaming: the addresses of weights, and that results stay the same."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LAYER = WeightGroup(0, (WeightSpan(0, 4096, 100_000), WeightSpan(0, 300_000, 50_
 OUTPUT = WeightGroup(None, (WeightSpan(0, 400_000, 10_000),))
 
 
-def test_spans_lie_where_the_file_is_mapped() -> None:
+def test_spans_follow_the_mapping_of_the_file() -> None:
     file_map = FileMap(address=1 << 30, num_bytes=450_560, offset=0)
     spans = mapped_spans(spec_of(LAYER, OUTPUT), [{file_map}])
     assert [(s.begin - (1 << 30), s.end - s.begin, s.group) for s in spans] == [
@@ -42,7 +42,7 @@ def test_spans_lie_where_the_file_is_mapped() -> None:
         assert 1 << 30 <= span.page_begin < span.page_end <= (1 << 30) + file_map.num_bytes
 
 
-def test_a_weight_over_two_maps_becomes_two_spans() -> None:
+def test_a_weight_in_two_mappings_becomes_two_spans() -> None:
     maps = {FileMap(1 << 30, 32768, 0), FileMap(1 << 32, 520_192, 32768)}
     spans = mapped_spans(spec_of(LAYER), [maps])
     assert sum(s.end - s.begin for s in spans) == LAYER.num_bytes
@@ -51,7 +51,7 @@ def test_a_weight_over_two_maps_becomes_two_spans() -> None:
 
 
 def test_a_weight_that_is_not_mapped_is_an_error() -> None:
-    with pytest.raises(LowtideError, match="10000 bytes of .* are in no map.*raise --memory"):
+    with pytest.raises(LowtideError, match="10000 bytes of .* are not mapped.*raise --memory"):
         mapped_spans(spec_of(LAYER, OUTPUT), [{FileMap(1 << 30, 393_216, 0)}])
 
 
@@ -76,7 +76,7 @@ def logits_of(planned_model: ResolvedModel) -> tuple[np.ndarray, Engine]:
 @pytest.mark.skipif(not can_map_lazily(), reason="maps are filled at once on this system")
 @pytest.mark.parametrize("attention", ["llama", "dense"])
 @pytest.mark.parametrize("quantisation", ["Q4_1", "F16", "Q8_0"])
-def test_the_logits_are_the_same_bit_for_bit(
+def test_the_logits_are_bitwise_the_same(
     quantisation: str, attention: str, smollm2: Path, tmp_path: Path
 ) -> None:
     path = smollm2
@@ -107,7 +107,7 @@ def test_two_streamed_models_do_not_disturb_each_other(smollm2: Path) -> None:
     assert np.array_equal(alone[1:], np.array(again))
 
 
-def test_spans_that_are_not_as_promised_are_refused() -> None:
+def test_unordered_spans_and_unknown_groups_are_refused() -> None:
     hook = LlamaHook(1)
     first, second = NativeSpan(4096, 8192, 4096, 8192, 0), NativeSpan(8192, 9000, 8192, 12288, 1)
     hook.stream_weights([first, second], b"\0\0")

@@ -14,13 +14,11 @@ from typing import Any
 
 import pytest
 from essays import essays
-from grown_memory import grown
 from paired import paired
 
 from lowtide.attention.bindings.llama_hook import LlamaHook
 from lowtide.attention.bindings.onnx_ops import OnnxAttention
-from lowtide.attention.parse import parse_policy
-from lowtide.memory.plan.estimates import kv_bytes
+from lowtide.attention.registry import parse_policy
 from lowtide.models.convert.convert import convert
 from lowtide.models.gguf.model import GgufModel, LoadOptions
 from lowtide.models.gguf.spec import read_spec
@@ -51,7 +49,7 @@ class Bench:
         self.token_ids = model.tokenizer.encode(essays(), add_special=True, parse_special=False)
 
     def read(self, policy: str, depth: int) -> None:
-        parse_policy(policy).resolve(self.spec).install(self.hook, self.spec).begin_prefill()
+        parse_policy(policy).resolve(self.spec).configure(self.hook, self.spec).begin_prefill()
         self.model.truncate(0)
         for at in range(0, depth, ROWS):
             self.model.forward(self.token_ids[at : min(at + ROWS, depth)])
@@ -90,7 +88,7 @@ def attention_beside_dense(benchmark: Any, bench: Bench, policy: str, depth: int
     What the policy keeps of the prompt is made in the first round.
     """
     bench.read("dense", depth)
-    controller = parse_policy(policy).resolve(bench.spec).install(bench.hook, bench.spec)
+    controller = parse_policy(policy).resolve(bench.spec).configure(bench.hook, bench.spec)
     of_ours, of_dense = list[float](), list[float]()
 
     def decode(start: Callable[[], None], seconds: list[float]) -> None:
@@ -156,19 +154,3 @@ def test_prefill(benchmark: Any, bench: Bench, length: int, policy: str) -> None
         rounds=3,
         peer="our dense attention",
     )
-
-
-def test_memory(benchmark: Any, smollm2: Path) -> None:
-    """What a prompt leaves resident, of keys and values, with groups in the cache's place."""
-    attentions = ("dense", "delta:sparsity=0.6,store=1")
-    whole, alone = benchmark.pedantic(
-        lambda: [grown(smollm2, attention, 7600) for attention in attentions], rounds=1
-    )
-    cache_bytes = kv_bytes(read_spec(smollm2), 7600, "f16")
-    benchmark.extra_info.update(whole=whole.num_bytes, alone=alone.num_bytes)
-    print(
-        f"\n7,600 tokens: grown by {whole.num_bytes:,} bytes with dense attention, by "
-        f"{alone.num_bytes:,} with groups of 40 % alone: {alone.num_bytes / cache_bytes:.2f} of an f16 "
-        f"cache; peak {alone.peak_bytes:,} of {alone.planned_bytes:,} planned"
-    )
-    assert alone.peak_bytes <= alone.planned_bytes

@@ -1,8 +1,7 @@
-"""Delta by rows, blocks and elements: what is lost with units that were found on a text of another kind.
+"""Delta by tokens, blocks and elements: what it loses with parameters from a text of another kind.
 
-With units for a sparsity from Python's language reference, or as calibrated; held against dense attention
-over 200 tokens after a beginning of essays, and at pass keys, of which every other has two neighbours
-equal. Run with `make bench`; takes minutes a case.
+The parameters are for a sparsity on Python's language reference, or as calibrated. Compared with dense
+attention over 200 tokens after a beginning of essays, and at passkeys. Run with `make bench`; takes minutes.
 """
 
 from __future__ import annotations
@@ -13,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from held_essays import LONG, LONGER, SHORT, Essays, Policy, Trial
+from held_essays import LONG, LONGER, SHORT, Essays, Trial
 
-from lowtide.attention.bindings.policy import ScoreCost
-from lowtide.attention.delta.blocks import DeltaBlocks
-from lowtide.attention.delta.tokens import Delta
+from lowtide.attention.bindings.counts import ScoreCost
+from lowtide.attention.delta.policy import Delta
 from lowtide.attention.evaluation.divergence import Distance
 from lowtide.models.catalog import resolve
 from lowtide.models.gguf.spec import read_spec
@@ -30,13 +28,13 @@ MOST_NLL_CHANGE = 0.01
 
 
 def held_against_dense(
-    benchmark: Any, path: Path, policy: Policy, sparsity: float | None, *trials: Trial
+    benchmark: Any, path: Path, policy: Delta, sparsity: float | None, *trials: Trial
 ) -> list[tuple[Distance, ScoreCost]]:
     """Return what is lost in each trial, without a sparsity as calibrated; the last one wants the most
     room."""
     with Essays.opened(path, policy, trials[-1]) as opened:
         if sparsity is None:
-            spread: Policy = policy.resolve(read_spec(path))
+            spread: Delta = policy.resolve(read_spec(path))
         else:
             spread = opened.of_sparsity(policy, sparsity)
         results: list[tuple[Distance, ScoreCost]] = benchmark.pedantic(
@@ -45,7 +43,7 @@ def held_against_dense(
     return results
 
 
-def measured(held: Essays, spread: Policy) -> tuple[Distance, ScoreCost]:
+def measured(held: Essays, spread: Delta) -> tuple[Distance, ScoreCost]:
     """Print what is lost and skipped."""
     distance, cost = held.distance(spread)
     dense, lost = held.keys_found(spread)
@@ -54,19 +52,19 @@ def measured(held: Essays, spread: Policy) -> tuple[Distance, ScoreCost]:
         f"{distance.nll_change:+.2%}, pass keys {dense - len(lost)} of {dense}; lost: "
         f"{'; '.join(lost) or 'none'}"
     )
-    if isinstance(spread, DeltaBlocks):
+    if spread.channels is not None:
         print(
             f"{cost}, {1 - cost.key_bytes_read / cost.key_bytes_held:.0%} of the bytes of keys not read"
         )
     return distance, cost
 
 
-BY_GRANULARITY: list[tuple[Policy, float]] = [
+BY_GRANULARITY: list[tuple[Delta, float]] = [
     (Delta(), 0.5),
-    (DeltaBlocks(), 0.5),
-    (DeltaBlocks(), 0.7),
-    (DeltaBlocks(granularity="element"), 0.7),
-    (DeltaBlocks(granularity="element"), 0.9),
+    (Delta(granularity="block"), 0.5),
+    (Delta(granularity="block"), 0.7),
+    (Delta(granularity="element"), 0.7),
+    (Delta(granularity="element"), 0.9),
 ]
 GRANULARITY_IDS = ["rows", "block of 8", "block of 8, 70 %", "element", "element, 90 %"]
 
@@ -77,24 +75,24 @@ GRANULARITY_IDS = ["rows", "block of 8", "block of 8, 70 %", "element", "element
     ids=[*GRANULARITY_IDS, "rows as stored, 60 %"],
 )
 def test_what_is_lost_and_skipped(
-    benchmark: Any, smollm2: Path, policy: Policy, sparsity: float
+    benchmark: Any, smollm2: Path, policy: Delta, sparsity: float
 ) -> None:
     ((distance, cost),) = held_against_dense(benchmark, smollm2, policy, sparsity, SHORT)
     assert distance.kl <= MOST_KL
     assert abs(distance.nll_change) <= MOST_NLL_CHANGE
-    if isinstance(policy, DeltaBlocks):  # of groups the units say it
+    if policy.channels is not None:  # of groups the units say it
         assert abs(cost.sparsity - sparsity) < 0.03
 
 
 @pytest.mark.parametrize(("policy", "sparsity"), BY_GRANULARITY, ids=GRANULARITY_IDS)
-def test_in_layers_without_a_window(benchmark: Any, policy: Policy, sparsity: float) -> None:
+def test_in_layers_without_a_window(benchmark: Any, policy: Delta, sparsity: float) -> None:
     """Of Gemma-3-270m, whose other layers have a sliding window and stay dense: more is lost there."""
     results = held_against_dense(benchmark, resolve("gemma3-270m"), policy, sparsity, LONG, LONGER)
     assert all(distance.kl <= MOST_KL_OF_FEW_LAYERS for distance, _ in results)
 
 
 def test_as_calibrated_in_layers_without_a_window(benchmark: Any) -> None:
-    gemma, by_blocks = resolve("gemma3-270m"), DeltaBlocks()
+    gemma, by_blocks = resolve("gemma3-270m"), Delta(granularity="block")
     results = held_against_dense(benchmark, gemma, by_blocks, None, LONG, LONGER)
     assert all(distance.kl <= MOST_KL_OF_FEW_LAYERS for distance, _ in results)
 

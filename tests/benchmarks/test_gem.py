@@ -27,8 +27,8 @@ from lowtide.attention.evaluation.questions import (
     WholePrompt,
     ask,
     is_answered,
+    questions_alone,
 )
-from lowtide.attention.gem.calibrate import questions_alone
 from lowtide.attention.gem.policy import Gem
 from lowtide.models.catalog import resolve
 from lowtide.models.model import Model
@@ -76,7 +76,7 @@ def test_time_to_first_token(benchmark: Any, model: str, num_tokens: int, *, rep
         "memory": "4GiB",
         "context": 8192,
         "threads": 2,
-        "attention": f"gem:k=512,layer={LAYERS[model]},continues=1",
+        "attention": Gem(k=512, layer=LAYERS[model], continues=True),
         "repack": repack,
     }
     with Runtime.open(path, **opening) as runtime:
@@ -98,7 +98,7 @@ def test_time_to_first_token(benchmark: Any, model: str, num_tokens: int, *, rep
 @pytest.mark.parametrize(("model", "num_tokens"), [("smollm2", 7500), ("gemma3-270m", 7900)])
 def test_a_second_question(benchmark: Any, model: str, num_tokens: int) -> None:
     question = ask("pass key", 1)
-    attention = f"gem:k=512,layer={LAYERS[model]},continues=1"
+    attention = Gem(k=512, layer=LAYERS[model], continues=True)
     opening: dict[str, Any] = {"memory": "4GiB", "context": 8192, "threads": 2}
     with Runtime.open(model, attention=attention, **opening) as runtime:
         assert runtime.plan.cache_filter_pass
@@ -123,14 +123,14 @@ def test_what_is_found(benchmark: Any, model: str, num_tokens: int) -> None:
         memory="4GiB",
         context=num_tokens + 100,
         threads=2,
-        attention="gem:min_prompt=600",
+        attention=Gem(min_prompt=600),
         repack=True,
     )
     loaded = Engine(plan_reference(model, options))
     hook, prompt_filter, tokenizer = loaded.hook, loaded.prompt_filter, loaded.model.tokenizer
     assert hook is not None and prompt_filter is not None and isinstance(loaded.planned.policy, Gem)
     text = tokenizer.encode(essays(), add_special=False, parse_special=False)
-    whole = WholePrompt(loaded.model, hook, loaded.planned.policy.rule)
+    whole = WholePrompt(loaded.model, hook, loaded.planned.policy.prompt_selector.rule)
     controller, framing = DenseController(hook), chat_framing(loaded.model)
     found = {kind: [0, 0, 0] for kind in KINDS}
 
@@ -141,8 +141,8 @@ def test_what_is_found(benchmark: Any, model: str, num_tokens: int) -> None:
         )
 
     def answers_whole(hidden: HiddenQuestion) -> bool:
-        whole.forget()
-        whole.hold(hidden.token_ids)
+        whole.clear()
+        whole.read(hidden.token_ids)
         return whole.answers(hidden)
 
     def look() -> None:
@@ -158,7 +158,7 @@ def test_what_is_found(benchmark: Any, model: str, num_tokens: int) -> None:
                 counts[0] += 1
                 counts[1] += is_answered(loaded.model, controller, kept, hidden)
                 counts[2] += answers_whole(elsewhere)
-        whole.forget()
+        whole.clear()
 
     benchmark.pedantic(look, rounds=1)
     benchmark.extra_info.update(found)

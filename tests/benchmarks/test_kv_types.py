@@ -7,13 +7,13 @@ Run with `make bench`; takes minutes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from held_essays import Essays, Policy
+from held_essays import Essays
 from numpy.typing import NDArray
 
 from lowtide.attention.delta.tokens import Delta
@@ -39,7 +39,7 @@ class Read:
     keys: list[bool]
 
 
-def read(held: Essays, policy: Policy | None) -> Read:
+def read(held: Essays, policy: Delta | None) -> Read:
     """Read every place and answer every key; None is dense attention."""
     controller = held.dense if policy is None else held.controller(policy)
     prefix = held.trial.prefix
@@ -65,7 +65,7 @@ def _says(
     return np.stack(rows)
 
 
-def planned_bytes(path: Path, policy: Policy | None, kv_type: str) -> int:
+def planned_bytes(path: Path, policy: Delta | None, kv_type: str) -> int:
     """What the plan has for the cache, what replaces it and the kernels' scratch, at `DEPTH` tokens."""
     options = LoadConfig(
         memory="8GiB", context=DEPTH, threads=1, kv_type=kv_type, attention=policy or "dense"
@@ -82,7 +82,7 @@ def divergence(base: Read, found: Read) -> float:
 def losses(smollm2: Path) -> dict[tuple[str, bool], float]:
     """Print what each type loses with dense attention and with groups, and return the divergences."""
     base: Read | None = None
-    spread: Policy | None = None
+    spread: Delta | None = None
     found = dict[tuple[str, bool], float]()
     whole = planned_bytes(smollm2, None, "f16")
     for kv_type in ("f16", "q8_0", "q4_0"):
@@ -91,8 +91,7 @@ def losses(smollm2: Path) -> dict[tuple[str, bool], float]:
             for policy in (None, spread):
                 seen = read(held, policy)
                 base = base or seen
-                stored = replace(policy, store=1) if isinstance(policy, Delta) else None
-                share = planned_bytes(smollm2, stored, kv_type) / whole
+                share = planned_bytes(smollm2, policy, kv_type) / whole
                 kept = sum(a and b for a, b in zip(base.keys, seen.keys, strict=True))
                 found[kv_type, policy is not None] = apart = divergence(base, seen)
                 print(

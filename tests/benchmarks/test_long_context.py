@@ -20,7 +20,7 @@ from gguf_files import write_model
 from paired import paired
 
 from lowtide.attention.bindings.llama_hook import LlamaHook
-from lowtide.attention.parse import parse_policy
+from lowtide.attention.registry import parse_policy
 from lowtide.models.gguf.model import GgufModel, LoadOptions
 from lowtide.models.gguf.spec import read_spec
 
@@ -57,7 +57,7 @@ class Deep:
     def decode(self, attention: str) -> None:
         policy = parse_policy(attention).resolve(self.spec)
         self.hook.set_active(policy.uses_native_kernels)
-        controller = policy.install(self.hook, self.spec)
+        controller = policy.configure(self.hook, self.spec)
         self.model.truncate(self.depth)
         for token_id in range(5, 5 + NUM_DECODED):
             controller.begin_decode()

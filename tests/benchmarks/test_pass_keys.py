@@ -49,7 +49,7 @@ def test_pass_keys(benchmark: Any, smollm2: Path, share: float) -> None:
                     continue
                 found["dense"] += 1
                 for name, policy in POLICIES.items():
-                    found[name] += finds(model, policy.resolve(spec).install(hook, spec), passkey)
+                    found[name] += finds(model, policy.resolve(spec).configure(hook, spec), passkey)
 
     benchmark.pedantic(look, rounds=1)
     benchmark.extra_info.update(found)

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+from kernel_calls import RepackedArray, multiply_in_turn, repack_array
 from onnx import TensorProto, helper, numpy_helper
 from paired import paired
 
-from lowtide.attention.bindings.matmul import RepackedArray, multiply_in_turn, repack_array
 from lowtide.memory.units import MIB
 
 pytestmark = pytest.mark.benchmark

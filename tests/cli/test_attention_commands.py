@@ -1,4 +1,4 @@
-"""--attention, evaluate, calibrate and bench, as typed."""
+"""--attention, evaluate, calibrate and bench on the command line."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def invoke(*arguments: str) -> Result:
 @pytest.mark.parametrize(
     ("attention", "message"),
     [
-        ("flash", "attention is 'flash', one of llama, delta, dense, gem, tidal"),
+        ("flash", "attention is 'flash'; it must be one of llama, dense, tidal, delta, gem"),
         ("tidal:k=0", "tidal's k is 0"),
-        ("tidal:layers=99", "name layer 99; random has layers 0 to 5"),
+        ("tidal:layers=99", "include layer 99; random has layers 0 to 5"),
         ("tidal:calibration=/nowhere.json", "/nowhere.json cannot be read"),
     ],
 )
 @pytest.mark.parametrize("command", ["run", "plan", "evaluate", "bench"])
-def test_wrong_policies_are_a_sentence(
+def test_a_wrong_policy_is_one_sentence(
     command: str, attention: str, message: str, model: str
 ) -> None:
     extra = ["-p", "x"] if command == "run" else []
@@ -46,19 +46,19 @@ def test_wrong_policies_are_a_sentence(
     assert done.stderr.count("\n") == 1 and done.stdout == ""
 
 
-def test_a_sparse_answer_says_what_it_was(model: str) -> None:
+def test_statistics_describe_the_policy(model: str) -> None:
     done = invoke(
         "run", model, "--memory", "4GiB", "-c", "1024", "-p", "tide " * 100, "--raw", "-n", "4",
         "--attention", "tidal:k=100,layers=1", "--json",
     )  # fmt: skip
     assert done.exit_code == 0
     stats = json.loads(done.stdout)["stats"]
-    assert stats["attention"] == "tidal, k 100, selection layers 1 (stated)"
+    assert stats["attention"] == "tidal, k 100, selection layers 1 (user)"
     assert 0.3 < stats["attended_share"] < 0.9
     assert stats["layers_native"] == stats["layers"] == 6
 
 
-def test_a_person_is_told_that_it_is_an_approximation(model: str) -> None:
+def test_the_share_of_attended_keys_is_printed(model: str) -> None:
     done = invoke(
         "run", model, "--memory", "4GiB", "-c", "1024", "-p", "tide " * 100, "--raw", "-n", "4",
         "--attention", "tidal:k=100",
@@ -74,29 +74,30 @@ def test_calibrate_then_use_it(model: str, tmp_path: Path) -> None:
         "--target-key-loss", "10", "--max-layers", "1", "--k", "128", "-o", str(path), "--json",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["path"] == str(path) and told["k"] == 128 and told["target_kl"] == 1
-    assert json.loads(path.read_text())["selection_layers"] == told["selection_layers"]
+    result = json.loads(done.stdout)
+    assert result["path"] == str(path) and result["params"]["k"] == 128
+    assert result["metrics"]["target_kl"] == 1
+    assert json.loads(path.read_text())["params"] == result["params"]
     used = invoke(
         "run", model, "--memory", "4GiB", "-c", "512", "-p", "x", "--raw", "-n", "1",
         "--attention", f"tidal:calibration={path}", "--json",
     )  # fmt: skip
     assert "calibrated: KL" in json.loads(used.stdout)["stats"]["attention"]
-    stated = invoke(
+    chosen = invoke(
         "calibrate", model, "--memory", "4GiB", "-c", "1024", "--target-kl", "1", "--k", "128",
         "--target-key-loss", "10", "--attention", "tidal:layers=1+3", "-o", str(path), "--json",
     )  # fmt: skip
-    assert stated.exit_code == 0, stated.stderr
-    assert json.loads(stated.stdout)["selection_layers"] == [1, 3]
+    assert chosen.exit_code == 0, chosen.stderr
+    assert json.loads(chosen.stdout)["params"]["selection_layers"] == [1, 3]
     other = write_model(tmp_path / "other.gguf", layers=6, width=64, heads=2, kv_heads=1)
     refused = invoke("plan", str(other), "--attention", f"tidal:calibration={path}")
-    assert refused.exit_code == 2 and "is of another model: its fingerprint" in refused.stderr
+    assert refused.exit_code == 2 and "belongs to another model: its fingerprint" in refused.stderr
 
 
-def test_calibrate_with_what_cannot_be(model: str, tmp_path: Path) -> None:
+def test_an_impossible_calibration_is_refused(model: str, tmp_path: Path) -> None:
     base = ("calibrate", model, "--memory", "4GiB", "--max-layers", "1", "--k", "128")
     short = invoke(*base, "-c", "512")
-    assert short.exit_code == 2 and "1024 or more tokens" in short.stderr
+    assert short.exit_code == 2 and "it must be 1024 or more to calibrate" in short.stderr
     never = invoke(*base, "-c", "1024", "--target-kl", "0.0001")
     assert never.exit_code == 1 and "raise --target-kl" in never.stderr
     small = tmp_path / "small.txt"
@@ -108,17 +109,17 @@ def test_calibrate_with_what_cannot_be(model: str, tmp_path: Path) -> None:
 def test_evaluate_for_programs_and_for_people(model: str) -> None:
     base = ("evaluate", model, "--memory", "4GiB", "-c", "512", "--windows", "2")
     base += ("--attention", "tidal:k=100,layers=1", "--no-passkeys")
-    told = json.loads(invoke(*base, "--json").stdout)
-    assert {"version", "model", "machine", "attention", "context", "kl"} <= set(told)
-    assert told["context"] == 512 and told["passkeys"]["asked"] == 0
+    printed = json.loads(invoke(*base, "--json").stdout)
+    assert {"version", "model", "machine", "attention", "context", "kl"} <= set(printed)
+    assert printed["context"] == 512 and printed["passkeys"]["asked"] == 0
     shown = invoke(*base).stdout
-    assert "KL, nats" in shown and f"{told['kl']:.4f}" in shown
+    assert "KL, nats" in shown and f"{printed['kl']:.4f}" in shown
 
 
 def test_bench_for_programs_and_for_people(model: str) -> None:
     base = ("bench", model, "--memory", "4GiB", "-d", "100", "--rounds", "1", "-n", "2")
-    told = json.loads(invoke(*base, "--attention", "dense", "--json").stdout)
-    (case,) = told["cases"]
+    printed = json.loads(invoke(*base, "--attention", "dense", "--json").stdout)
+    (case,) = printed["cases"]
     assert case["attention"] == "dense" and case["depth"] == 100 and case["peak_rss_bytes"] > 0
     shown = invoke(*base, "--attention", "dense", "--attention", "tidal:k=80,layers=1")
     lines = shown.stdout.splitlines()

@@ -1,4 +1,4 @@
-"""calibrate for delta by blocks, as typed."""
+"""`lowtide calibrate --attention delta:granularity=block`, and other commands with it."""
 
 from __future__ import annotations
 
@@ -31,44 +31,43 @@ def calibrate(model: str, path: Path, attention: str, *arguments: str) -> Result
 
 
 @pytest.mark.parametrize(
-    ("attention", "of"),
+    ("attention", "name"),
     [
         ("delta:granularity=block,block=8", "blocks of 8"),
         ("delta:granularity=element", "elements"),
     ],
 )
-def test_calibrate_then_use_it(attention: str, of: str, model: str, tmp_path: Path) -> None:
+def test_calibrate_then_use_it(attention: str, name: str, model: str, tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     done = calibrate(model, path, attention, "--target-kl", "1", "--target-key-loss", "10")
     assert done.exit_code == 0, done.stderr
     assert "behind the window: KL" in done.stdout
-    assert f"--attention {attention},calibration={path} takes it" in done.stdout
-    kept = json.loads(path.read_text())
-    assert kept["sparsity"] >= 0.5 and len(kept["thresholds"]) == 2
+    assert f"--attention {attention},calibration={path} uses it" in done.stdout
+    saved = json.loads(path.read_text())
+    sparsity = saved["metrics"]["sparsity"]
+    assert sparsity >= 0.5 and len(saved["params"]["thresholds"]) == 2
     used = invoke(
         *("run", model, "--attention", f"{attention},calibration={path}", "-c", "512"),
         *("-p", "Hi " * 100, "-n", "2", "--raw", "--memory", "2GiB", "--json"),
     )
     assert used.exit_code == 0, used.stderr
     stats = json.loads(used.stdout)["stats"]
-    assert stats["attention"].startswith(
-        f"delta, {of}, sparsity {kept['sparsity']:.0%}, window 128"
-    )
+    assert stats["attention"].startswith(f"delta, {name}, sparsity {sparsity:.0%}, window 128")
     assert stats["scores"]["sparsity"] > 0.2
     assert stats["scores"]["skipped"] < stats["scores"]["sparsity"]
 
 
-def test_a_person_is_told_what_was_skipped(model: str) -> None:
+def test_the_share_of_skipped_multiplications_is_printed(model: str) -> None:
     done = invoke(
         *("run", model, "--attention", "delta:granularity=block,sparsity=50%", "-c", "512"),
         *("-p", "Hi " * 100, "-n", "2", "--raw", "--memory", "2GiB"),
     )
     assert done.exit_code == 0, done.stderr
-    assert "delta, blocks of 8, sparsity 50%, window 128 (stated)" in done.stderr
+    assert "delta, blocks of 8, sparsity 50%, window 128 (user)" in done.stderr
     assert "of score multiplications skipped" in done.stderr
 
 
-def test_targets_that_nothing_reaches_are_an_error(model: str, tmp_path: Path) -> None:
+def test_if_nothing_reaches_the_targets_there_is_no_file(model: str, tmp_path: Path) -> None:
     targets = ("--target-kl", "0.0001", "--target-key-loss", "0.0001")
     done = calibrate(model, tmp_path / "c.json", "delta:granularity=block", *targets)
     assert done.exit_code == 1 and not (tmp_path / "c.json").exists()
@@ -78,12 +77,13 @@ def test_targets_that_nothing_reaches_are_an_error(model: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("attention", "message"),
     [
-        ("sparsity=0.5", "delta's sparsity is given, and is what calibrate finds"),
-        ("threshold=1", "delta's threshold is given, and is what calibrate finds"),
-        ("calibration=x", "delta's calibration is given"),
+        ("sparsity=0.5", "calibrate finds delta's sparsity: leave sparsity out"),
+        ("calibration=x", "calibrate finds delta's calibration"),
     ],
 )
-def test_what_is_searched_for_is_not_stated(attention: str, message: str, model: str) -> None:
+def test_settings_that_calibrate_finds_are_refused(
+    attention: str, message: str, model: str
+) -> None:
     done = invoke("calibrate", model, "--attention", f"delta:granularity=block,{attention}")
     assert done.exit_code == 2 and message in done.stderr
 
@@ -92,14 +92,14 @@ def test_what_is_searched_for_is_not_stated(attention: str, message: str, model:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("granularity=head", "granularity is 'head', one of row, block, element is wanted"),
-        ("granularity=block,block=12", "block is 12, 8 or 16 channels are wanted"),
-        ("threshold=1", "threshold is given and its granularity is row"),
+        ("granularity=head", "granularity is 'head'; it must be one of token, block, element"),
+        ("granularity=block,block=12", "block is 12; it must be 8 or 16 channels"),
+        ("block=8", "block is 8 and its granularity is token"),
         ("granularity=element,window=-1", "delta's window is -1"),
         ("granularity=block,calibration=/nowhere.json", "/nowhere.json cannot be read"),
     ],
 )
-def test_wrong_settings_are_a_sentence(
+def test_a_wrong_setting_is_one_sentence(
     command: str, settings: str, message: str, model: str
 ) -> None:
     extra = ["-p", "x"] if command == "run" else []
@@ -109,18 +109,18 @@ def test_wrong_settings_are_a_sentence(
     assert done.stderr.count("\n") == 1 and done.stdout == ""
 
 
-def test_the_plan_has_the_states(model: str) -> None:
+def test_the_plan_has_the_key_blocks(model: str) -> None:
     def scratch(attention: str) -> int:
         done = invoke("plan", model, "-c", "2048", "--attention", attention, "--json")
         rows = json.loads(done.stdout)["rows"]
-        return next(row["bytes"] for row in rows if "our kernels" in row["why"])
+        return next(row["bytes"] for row in rows if "lowtide's kernels" in row["why"])
 
-    dense, states = scratch("dense"), scratch("delta:granularity=block")
+    dense, blocks = scratch("dense"), scratch("delta:granularity=block")
     keys = 2 * 2048 * 32 * 2  # of two layers with one head of 32 channels, in half precision
-    assert states - dense >= keys
+    assert blocks - dense >= keys
 
 
-def test_evaluate_says_what_was_skipped(model: str) -> None:
+def test_evaluate_prints_the_share_of_skipped_multiplications(model: str) -> None:
     base = ("evaluate", model, "--memory", "4GiB", "-c", "512", "--windows", "1", "--no-passkeys")
     base += ("--attention", "delta:granularity=element,sparsity=80%")
     scores = json.loads(invoke(*base, "--json").stdout)["scores"]

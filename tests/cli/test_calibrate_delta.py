@@ -1,4 +1,4 @@
-"""calibrate for delta, as typed."""
+"""`lowtide calibrate --attention delta`, of whole tokens."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ def test_calibrate_then_use_it(model: str, tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     done = calibrate(model, path, "--target-kl", "1", "--target-key-loss", "10", "--json")
     assert done.exit_code == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["policy"] == "delta" and told["path"] == str(path)
-    assert 0.65 < told["sparsity"] <= 0.875
-    assert told["kl"] <= 1 and told["keys_read"] < 0.8
-    assert json.loads(path.read_text())["num_groups"] == told["num_groups"]
+    result = json.loads(done.stdout)
+    assert result["policy"] == "delta-token" and result["path"] == str(path)
+    metrics = result["metrics"]
+    assert 0.65 < metrics["sparsity"] <= 0.875
+    assert metrics["kl"] <= 1 and metrics["keys_read"] < 0.8
+    assert json.loads(path.read_text())["params"] == result["params"]
     attention = f"delta:calibration={path}"
     used = invoke(
         "run", model, "--attention", attention, "-c", "512", "-p", "Hi", "-n", "1", "--raw"
@@ -47,7 +48,7 @@ def test_calibrate_then_use_it(model: str, tmp_path: Path) -> None:
     assert "attention delta, sparsity" in used.stderr and "(calibrated: KL" in used.stderr
 
 
-def test_targets_that_nothing_reaches_are_an_error(model: str, tmp_path: Path) -> None:
+def test_if_nothing_reaches_the_targets_there_is_no_file(model: str, tmp_path: Path) -> None:
     targets = ("--target-kl", "0.0001", "--target-key-loss", "0.001")
     done = calibrate(model, tmp_path / "c.json", *targets)
     assert done.exit_code == 1 and not (tmp_path / "c.json").exists()
@@ -57,13 +58,16 @@ def test_targets_that_nothing_reaches_are_an_error(model: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--attention", "delta:sparsity=0.5"), "delta's sparsity is given, and is what calibrate"),
-        (("--attention", "delta:calibration=x"), "delta's calibration is given"),
-        (("--attention", "delta", "--k", "512"), "--k is for tidal and gem"),
-        (("--attention", "delta", "--max-layers", "3"), "--max-layers is for tidal"),
+        (
+            ("--attention", "delta:sparsity=0.5"),
+            "calibrate finds delta's sparsity: leave sparsity out",
+        ),
+        (("--attention", "delta:calibration=x"), "calibrate finds delta's calibration"),
+        (("--attention", "delta", "--k", "512"), "delta is calibrated without --k: leave it out"),
+        (("--attention", "delta", "--max-layers", "3"), "delta is calibrated without --max-layers"),
     ],
 )
-def test_what_is_searched_for_is_not_stated(
+def test_settings_that_calibrate_finds_are_refused(
     arguments: tuple[str, ...], message: str, model: str
 ) -> None:
     done = invoke("calibrate", model, *arguments)

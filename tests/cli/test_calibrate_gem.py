@@ -1,4 +1,4 @@
-"""calibrate for gem, as typed."""
+"""`lowtide calibrate --attention gem`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 from gguf_files import write_model
 
-from lowtide.attention.gem import calibrate as gem_calibrate
+from lowtide.attention.evaluation import questions
 from lowtide.cli.main import main
 
 pytestmark = pytest.mark.once
@@ -30,8 +30,8 @@ def invoke(*arguments: str) -> Result:
 
 @pytest.fixture
 def one_depth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A third of the questions, for models that take their time."""
-    monkeypatch.setattr(gem_calibrate, "DEPTHS", (0.5,))
+    """Ask a third of the questions, because real models are slow."""
+    monkeypatch.setattr(questions, "DEPTHS", (0.5,))
 
 
 @pytest.mark.usefixtures("one_depth")
@@ -42,11 +42,12 @@ def test_calibrate_the_default_model_then_use_it(tmp_path: Path) -> None:
         str(path), "--json",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["path"] == str(path) and (told["k"], told["layer"]) == (400, 17)
-    assert told["num_asked"] == 6 == told["num_kept"] and told["margin"] > 0
-    assert told["num_answered"] == told["num_dense_answered"] > 2
-    assert json.loads(path.read_text())["margin"] == told["margin"]
+    result = json.loads(done.stdout)
+    params, metrics = result["params"], result["metrics"]
+    assert result["path"] == str(path) and (params["k"], params["layer"]) == (400, 17)
+    assert metrics["num_asked"] == 6 == metrics["num_kept"] and metrics["margin"] > 0
+    assert metrics["num_answered"] == metrics["num_dense_answered"] > 2
+    assert json.loads(path.read_text())["metrics"] == metrics
     attention = f"gem:calibration={path}"
     used = invoke("run", "--attention", attention, "-c", "512", "-p", "Hi", "-n", "1")
     assert used.exit_code == 0 and "gem, k 400, layer 17 (calibrated:" in used.stderr
@@ -69,26 +70,32 @@ def test_a_model_of_random_weights_is_not_calibrated(model: str, tmp_path: Path)
         str(path),
     )
     assert done.exit_code == 1 and not path.exists()
-    assert "no layer of random keeps every hidden sentence with k 512" in done.stderr
+    assert "no layer of random retains every hidden sentence with k 512" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--attention", "dense"), "attention is 'dense': tidal, with its layers"),
-        (("--attention", "tidal:k=100"), "attention is 'tidal:k=100': tidal, with its layers"),
-        (("--attention", "tidal:layers=9"), "name layer 9; random has layers 0 to 2"),
+        (("--attention", "dense"), "attention is 'dense', which has nothing to calibrate"),
+        (("--attention", "tidal:k=100"), "leave all of them out but layers"),
+        (("--attention", "tidal:layers=9"), "include layer 9; random has layers 0 to 2"),
         (("--attention", "gem:layer=3"), "gem's layer is 3; random has layers 0 to 2"),
-        (("--attention", "gem:k=10%"), "gem's k is 0.1: say once, as a number of tokens"),
-        (("--attention", "gem:k=100", "--k", "100"), "k is 100 and --k is given: say once"),
-        (("--attention", "gem", "--target-kl", "0.1"), "--target-kl is for tidal"),
-        (("--attention", "gem:calibration=x.json"), "is what calibrate makes: leave it out"),
-        (("--attention", "gem", "-c", "512"), "1024 or more tokens"),
-        (("--attention", "gem", "--k", "300"), "k is 300 and the context 1024: 1200 or more"),
+        (("--attention", "gem:k=10%"), "gem's k is 0.1: state it once, as a number of tokens"),
+        (("--attention", "gem:k=100", "--k", "100"), "k is 100 and --k is given: state it once"),
+        (
+            ("--attention", "gem", "--target-kl", "0.1"),
+            "gem is calibrated without --target-kl: leave it out",
+        ),
+        (("--attention", "gem:calibration=x.json"), "leave gem's calibration out"),
+        (("--attention", "gem", "-c", "512"), "it must be 1024 or more to calibrate"),
+        (
+            ("--attention", "gem", "--k", "300"),
+            "k is 300 and the context is 1024; it must be 1200 or more",
+        ),
         (("--attention", "gem", "--text", "/nowhere.txt"), "/nowhere.txt cannot be read"),
     ],
 )
-def test_calibrate_with_what_cannot_be(
+def test_an_impossible_calibration_is_one_sentence(
     arguments: tuple[str, ...], message: str, model: str
 ) -> None:
     context = () if "-c" in arguments else ("-c", "1024")

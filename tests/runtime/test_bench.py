@@ -29,7 +29,7 @@ def test_every_case_is_measured_against_the_peer(model: Path) -> None:
     with Bench(read_spec(model), attentions, OPTIONS) as bench:
         cases = bench.run(300, rounds=2, tokens=4, progress=said.append)
     assert [case.attention for case in cases] == list(attentions)
-    assert cases[1].policy == "tidal, k 100, selection layers 1 (stated)"
+    assert cases[1].policy == "tidal, k 100, selection layers 1 (user)"
     for case in cases:
         values = case.to_dict()
         assert values["depth"] == 300 and values["speculate"] is None

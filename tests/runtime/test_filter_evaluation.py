@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lowtide.attention.gem import calibrate as gem_calibrate
+from lowtide.attention.evaluation import questions
 from lowtide.attention.gem.policy import Gem
 from lowtide.models.errors import BadOption
 from lowtide.runtime.evaluation.prompt_filter import Counts, evaluate_filter
@@ -29,7 +29,7 @@ def loaded(smollm2: Path) -> Iterator[Engine]:
 
 @pytest.fixture
 def one_depth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gem_calibrate, "DEPTHS", (0.5,))
+    monkeypatch.setattr(questions, "DEPTHS", (0.5,))
 
 
 @pytest.mark.usefixtures("one_depth")
@@ -53,7 +53,7 @@ def test_a_filter_on_questions_and_on_a_text(loaded: Engine) -> None:
     assert all((case["needed_k"] <= 256) <= case["kept"] for case in values["questions"]["cases"])
     assert values["tokens"] == 64 and 0.5 < values["dense_nll"] < 5
     assert 0 < values["nll_change"] < 2  # a text goes on worse
-    assert values["attention"].startswith("gem, k 256, layer 17 (stated)")
+    assert values["attention"].startswith("gem, k 256, layer 17 (user)")
     assert len(said) == 1 + 6 + 1
 
 

@@ -129,7 +129,6 @@ def test_the_lower_bound_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attention": "delta:store=1,prompts=exact"}, "store keeps nothing but groups"),
         ({"speculate": "draft.gguf"}, "for which there are ngram, trigram and auto"),
         ({"kv_type": "q8_0"}, "the graph of tiny keeps f32"),
         ({"context": 1000}, "was made for 512"),

@@ -11,13 +11,9 @@ from speculating import CHEAP, Ticks
 from tiny_gguf import write_pair
 
 from lowtide import Delta, Runtime
-from lowtide.attention.delta.blocks import (
-    DeltaBlocks,
-    DeltaBlocksCalibration,
-    HeadThresholds,
-    save_blocks_calibration,
-)
-from lowtide.attention.delta.tokens import DeltaCalibration, HeadGroups, save_delta_calibration
+from lowtide.attention.calibration import Calibration, save_calibration
+from lowtide.attention.delta.blocks import HeadThresholds
+from lowtide.attention.delta.groups import HeadGroups
 from lowtide.memory.plan.line import CACHE, SCRATCH
 from lowtide.models.convert.convert import convert
 from lowtide.models.errors import BadOption
@@ -27,7 +23,6 @@ from lowtide.runtime.speculation.step_cost import StepCostModel
 
 TEXT = "The tide goes out. " * 40
 ROWS, BLOCKS = "delta:sparsity=0.5,window=70", "delta:granularity=block,sparsity=0.5,window=70"
-STORED = f"{ROWS},store=1"
 OPTIONS = {"memory": "2GiB", "context": 1024, "threads": 2}
 GREEDY = {"max_tokens": 12, "temperature": 0}
 
@@ -62,7 +57,7 @@ def test_a_prompt_that_comes_back_is_answered_the_same(tiny: Path, attention: st
     assert back.token_ids == first.token_ids and back.stats.restored_tokens > 700
 
 
-@pytest.mark.parametrize("attention", [ROWS, BLOCKS, STORED])
+@pytest.mark.parametrize("attention", [ROWS, BLOCKS])
 def test_speculation_answers_as_the_plain_loop(tiny: Path, attention: str) -> None:
     told = []
     for speculate in ("off", "auto"):
@@ -81,35 +76,16 @@ def test_speculation_answers_as_the_plain_loop(tiny: Path, attention: str) -> No
         assert stats["nondeterminism"].startswith("this machine's products of int4 round")
 
 
-def test_with_a_store_the_beginning_is_read_anew_and_no_state_is_kept(
-    tiny: Path, tmp_path: Path
-) -> None:
-    answers = []
-    for attention in (f"{ROWS},refine=0", STORED):
-        with Runtime.open(tiny, attention=attention, **OPTIONS) as runtime:  # type: ignore[arg-type]
-            results = [runtime.generate(text, **GREEDY) for text in (TEXT, TEXT[:400], TEXT)]
-            answers.append([result.token_ids for result in results])
-            reused = results[1].stats.reused_tokens
-            assert reused == 0 if attention == STORED else reused > 390
-            assert runtime._model.supports_snapshot is (attention != STORED)
-    assert answers[0] == answers[1]
-    with pytest.raises(BadOption, match="delta's store keeps no states to put there"):
-        Runtime.open(tiny, attention=STORED, prefix_cache="16MiB", **OPTIONS)  # type: ignore[arg-type]
-
-
 def test_the_plan_has_what_is_kept(tiny: Path) -> None:
     def rows(attention: str) -> dict[str, tuple[int, str]]:
         planned = plan_reference(tiny, LoadConfig(attention=attention, **OPTIONS))  # type: ignore[arg-type]
         return {row.component: (row.num_bytes, row.why) for row in planned.plan.rows}
 
-    dense, grouped, states, stored = map(rows, ("dense", ROWS, BLOCKS, STORED))
+    dense, grouped, blocks = map(rows, ("dense", ROWS, BLOCKS))
     assert "groups of keys beside the cache" in grouped[SCRATCH][1]
-    assert "groups of keys in the cache's place" in stored[SCRATCH][1]
-    assert "states of keys beside the cache" in states[SCRATCH][1]
-    assert grouped[SCRATCH][0] > stored[SCRATCH][0]  # nothing is opened there
-    assert min(grouped[SCRATCH][0], states[SCRATCH][0]) > dense[SCRATCH][0]
-    assert dense[CACHE] == grouped[CACHE] == states[CACHE]
-    assert "in groups alone" in stored[CACHE][1] and stored[CACHE][0] < dense[CACHE][0]
+    assert "key blocks beside the cache" in blocks[SCRATCH][1]
+    assert min(grouped[SCRATCH][0], blocks[SCRATCH][0]) > dense[SCRATCH][0]
+    assert dense[CACHE] == grouped[CACHE] == blocks[CACHE]
 
 
 def test_calibrations_of_the_model_are_the_folders_too(
@@ -120,19 +96,25 @@ def test_calibrations_of_the_model_are_the_folders_too(
     written = read_spec(quantised)
     shape = (written.num_layers, written.num_kv_heads[0], written.key_head_dim)
     squares = np.ones(shape, np.float32)
-    measured = {
-        **dict(fingerprint=written.fingerprint, model=written.name, text="a text", context=2048),
-        **dict(kl=0.01, target_kl=0.012, key_loss=0.02, target_key_loss=0.1, keys_read=0.4),
-    }
     units = HeadGroups.uniform(*shape, 24)
     thresholds = np.full(shape[:2], 0.75, np.float32)
     states = HeadThresholds.of_squares(squares, block=8, thresholds=thresholds)
-    save_delta_calibration(DeltaCalibration(units=units, **measured))  # type: ignore[arg-type]
-    save_blocks_calibration(DeltaBlocksCalibration(units=states, **measured))  # type: ignore[arg-type]
+    metrics = {"kl": 0.01, "sparsity": 0.4}
+    for key, params in (("delta-token", units), ("delta-block8", states)):
+        calibration = Calibration(
+            policy=key,
+            fingerprint=written.fingerprint,
+            model=written.name,
+            context=2048,
+            text="a text",
+            metrics=metrics,
+            params=params.to_params(),  # type: ignore[attr-defined]
+        )
+        save_calibration(calibration)
     spec = read_spec(convert(written, tmp_path / "onnx").folder)
-    assert Delta().resolve(spec).units == units
-    found = DeltaBlocks().resolve(spec).units
-    assert found is not None and found.thresholds == states.thresholds
+    assert Delta().resolve(spec).params == units
+    found = Delta(granularity="block").resolve(spec).params
+    assert isinstance(found, HeadThresholds) and found.thresholds == states.thresholds
 
 
 @pytest.mark.parametrize("attention", [ROWS, BLOCKS])

@@ -10,6 +10,7 @@ from onnx_decoders import Shape, write_decoder
 from processes import run_lowtide, run_python
 
 from lowtide import Dense, Gem, GenerationResult, Runtime, Tidal
+from lowtide.attention.gem.policy import GemMemory
 from lowtide.attention.policy import AttentionPolicy
 from lowtide.memory.plan.line import FILTER_PREFILL
 from lowtide.models.convert.convert import convert
@@ -17,6 +18,10 @@ from lowtide.models.errors import BadOption
 from lowtide.models.fake_model import CHAT_TEMPLATE
 from lowtide.models.read_spec import read_spec
 from lowtide.models.spec import ModelSpec
+from lowtide.runtime.evaluation.evaluate import SPARE_TOKENS
+from lowtide.runtime.evaluation.prompt_filter import evaluate_filter
+from lowtide.runtime.loading.load import Engine
+from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 
 SHAPE = Shape(layers=4, kv_heads=2, context=2048)
 SENTENCES = [f"Boat {i} left the harbour with {i * 7 % 100} crates of fish. " for i in range(90)]
@@ -45,13 +50,13 @@ def test_a_long_prompt_is_filtered_and_its_answer_explained(tiny: Path) -> None:
         pieces = list(runtime.chat(QUESTION, max_tokens=4, temperature=0, explain=True))
         stats = pieces[-1].stats
         assert stats.prompt_tokens > 1100 and stats.retained_tokens == 300
-        assert stats.attention == "gem, k 300, layer 1 (stated), then dense"
+        assert stats.attention == "gem, k 300, layer 1 (user), then dense"
         assert list(pieces[-1].kept) == runtime.retained_spans()
         assert sum(passage.tokens for passage in runtime.retained_spans()) == 300
         assert len(runtime._session.token_ids) < 310
         short = ask(runtime, [{"role": "user", "content": "What floats?"}])
         assert short.stats.retained_tokens == short.stats.prompt_tokens
-        with pytest.raises(BadOption, match="ask in a chat, or set gem:continues=1"):
+        with pytest.raises(BadOption, match="ask in a chat, or open with"):
             runtime.generate("Once upon a time")
 
 
@@ -167,13 +172,21 @@ def test_commands(tiny: Path) -> None:
 
 
 def test_what_a_filter_keeps_is_measured(tiny: Path) -> None:
-    words = ("-c", "640", "-t", "1", "--windows", "2", "--no-passkeys", "--json", "--attention")
+    config = LoadConfig(
+        memory="2GiB",
+        context=640 + SPARE_TOKENS,
+        threads=1,
+        attention="dense",
+        attention_memory=GemMemory(),
+        compared_tokens=1,
+    )
     told = {}
     for k in (100, 319):
-        policy = f"gem:k={k},layer=1,min_prompt=0"
-        done = run_lowtide("evaluate", str(tiny), *words, policy)
-        assert done.code == 0, done.stderr
-        told[k] = json.loads(done.stdout)
+        engine = Engine(plan_reference(tiny, config))
+        policy = Gem(k=k, layer=1, min_prompt=0).resolve(engine.model.spec)
+        found = evaluate_filter(engine, policy, context=640, windows=2, kinds=())
+        engine.close()
+        told[k] = found.to_dict()
     assert told[100]["tokens"] == 128 and told[100]["dense_nll"] == told[319]["dense_nll"]
     assert told[100]["nll"] != told[319]["nll"]
 

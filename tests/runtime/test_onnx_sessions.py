@@ -10,7 +10,7 @@ from onnx_decoders import Shape, write_decoder
 from processes import run_lowtide, run_python
 from recorded import recorded_logits
 
-from lowtide import GenerationResult, Runtime
+from lowtide import GenerationResult, Runtime, Tidal
 from lowtide.models.fake_model import CHAT_TEMPLATE
 from lowtide.runtime.errors import SessionMismatch, TranscriptError
 
@@ -43,13 +43,13 @@ def _next_turn(runtime: Runtime, said: str) -> tuple[GenerationResult, list[byte
         ("llama", None),
         ("dense", "f16"),
         ("dense", "f32"),
-        ("tidal:k=80,layers=1,correction=5", None),
+        (Tidal(k=80, selection_layers=(1,), correction=5), None),
         ("delta:sparsity=0.5,window=20", None),
         ("delta:granularity=element,sparsity=0.5,window=20", "f32"),
     ],
 )
 def test_going_on_is_the_same_bit_for_bit(
-    tiny: Path, tmp_path: Path, attention: str, kv_type: str | None
+    tiny: Path, tmp_path: Path, attention: str | Tidal, kv_type: str | None
 ) -> None:
     path = tmp_path / "talk"
     options = {"memory": "2GiB", "threads": 2, "attention": attention, "kv_type": kv_type}

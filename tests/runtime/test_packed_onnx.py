@@ -10,7 +10,7 @@ import pytest
 from onnx_decoders import Shape, write_decoder
 from processes import run_lowtide
 
-from lowtide import Runtime
+from lowtide import Gem, Runtime
 from lowtide.models.errors import BadOption
 from lowtide.runtime.errors import CannotRepack
 
@@ -92,7 +92,7 @@ def test_it_goes_with_what_else_there_is(tmp_path: Path, options: dict[str, Any]
 
 def test_gem_reads_its_first_pass_from_the_same_weights(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", SMALL, bits=4)
-    policy = "gem:k=80,layer=2,continues=1"
+    policy = Gem(k=80, layer=2, continues=True)
     with Runtime.open(folder, memory="2GiB", threads=1, repack=True, attention=policy) as runtime:
         first = runtime.generate(TEXT[:300], **GREEDY)
         assert runtime.generate(TEXT[:300], **GREEDY).token_ids == first.token_ids

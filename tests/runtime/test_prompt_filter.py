@@ -159,9 +159,9 @@ def test_a_profile_shows_where_the_kept_tokens_lie(smollm2: Path) -> None:
 
 
 def test_a_text_is_continued_only_where_that_is_meant(runtime: Runtime, smollm2: Path) -> None:
-    with pytest.raises(BadOption, match="ask in a chat, or set gem:continues=1"):
+    with pytest.raises(BadOption, match="ask in a chat, or open with"):
         runtime.generate("Once upon a time")
-    forced = Gem(continues=1)
+    forced = Gem(continues=True)
     with Runtime.open(smollm2, memory="2GiB", context=512, attention=forced) as opened:
         assert opened.generate("Once upon a time", max_tokens=4).token_ids
 

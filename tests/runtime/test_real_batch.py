@@ -10,7 +10,7 @@ import pytest
 from gguf_files import write_model
 from processes import run_python
 
-from lowtide import LowtideError, OverBudget, Runtime, SamplingParams
+from lowtide import AttentionPolicy, Gem, LowtideError, OverBudget, Runtime, SamplingParams
 from lowtide.models.model import SequenceSlice
 
 PREFIX = (
@@ -147,9 +147,9 @@ def test_what_cannot_be_promised_is_said(random_model: Path) -> None:
     assert "attention='dense'" in batch["nondeterminism"]
 
 
-@pytest.mark.parametrize("attention", ["tidal:k=100,layers=1", "gem:layer=1,k=100,continues=1"])
+@pytest.mark.parametrize("attention", ["tidal:k=100,layers=1", Gem(layer=1, k=100, continues=True)])
 def test_attention_that_chooses_keys_of_one_sequence_is_refused(
-    random_model: Path, attention: str
+    random_model: Path, attention: str | AttentionPolicy
 ) -> None:
     with Runtime.open(random_model, memory="4GiB", context=512, attention=attention) as runtime:
         with pytest.raises(LowtideError, match="open with attention='dense' or 'llama'"):

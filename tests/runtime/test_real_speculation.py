@@ -12,7 +12,7 @@ from gguf_files import write_model
 from processes import run_python
 from speculating import CHEAP
 
-from lowtide import OverBudget, Runtime
+from lowtide import OverBudget, Runtime, Tidal
 from lowtide.memory.plan.line import DRAFT_WEIGHTS, SPECULATION
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf.dry_run import SimulatedGguf
@@ -170,7 +170,7 @@ def test_tokens_that_are_computed_again_are_not_drafted_and_it_is_said(random_mo
         random_model,
         memory="4GiB",
         speculate="ngram",
-        attention="tidal:k=100,layers=1,correction=4",
+        attention=Tidal(k=100, selection_layers=(1,), correction=4),
     ) as runtime:
         stats = runtime.generate("tide tide tide", max_tokens=8, temperature=0).stats.speculation
     assert stats is not None and stats["rounds"] == 0

@@ -10,7 +10,7 @@ from gguf_files import write_model
 from processes import run_lowtide, run_python
 from recorded import recorded_logits
 
-from lowtide import GenerationResult, Runtime
+from lowtide import GenerationResult, Runtime, Tidal
 from lowtide.memory.os.kv_pages import can_use_demand_zero
 from lowtide.memory.units import MIB
 
@@ -21,7 +21,7 @@ CASES = [
     ("smollm2", "f16", "llama"),
     ("smollm2", "q8_0", "llama"),
     ("smollm2", "f16", "dense"),
-    ("smollm2", "q8_0", "tidal:k=69,correction=5"),
+    ("smollm2", "q8_0", Tidal(k=69, correction=5)),
     ("gemma3-270m", "f16", "llama"),
 ]
 
@@ -51,7 +51,7 @@ def _turns(runtime: Runtime, leave: str | None) -> tuple[list[GenerationResult],
 
 @pytest.mark.parametrize(("model", "kv_type", "attention"), CASES)
 def test_coming_back_is_bit_for_bit_never_having_left(
-    model: str, kv_type: str, attention: str
+    model: str, kv_type: str, attention: str | Tidal
 ) -> None:
     options = {"memory": "4GiB", "context": 1024, "threads": 1}
     options |= {"kv_type": kv_type, "attention": attention}

@@ -15,7 +15,7 @@ from gguf_files import write_model
 from processes import run_lowtide, run_python
 from recorded import recorded_logits
 
-from lowtide import GenerationResult, Runtime
+from lowtide import GenerationResult, Runtime, Tidal
 from lowtide.memory.os.kv_pages import can_use_demand_zero
 from lowtide.memory.units import MIB
 from lowtide.runtime.errors import SessionMismatch, TranscriptError
@@ -51,7 +51,7 @@ def _next_turn(runtime: Runtime, said: str) -> tuple[GenerationResult, list[byte
 
 CASES = [
     ("smollm2", "f16", "llama"),
-    ("smollm2", "f16", "tidal:k=69,correction=5"),
+    ("smollm2", "f16", Tidal(k=69, correction=5)),
     ("smollm2", "q8_0", "llama"),
     ("smollm2", "q4_0", "dense"),
     ("gemma3-270m", "f16", "llama"),
@@ -61,7 +61,7 @@ CASES = [
 
 @pytest.mark.parametrize(("model", "kv_type", "attention"), CASES)
 def test_going_on_is_the_same_bit_for_bit(
-    model: str, kv_type: str, attention: str, tmp_path: Path
+    model: str, kv_type: str, attention: str | Tidal, tmp_path: Path
 ) -> None:
     path = tmp_path / "talk"
     options = {

@@ -79,7 +79,7 @@ def test_a_policy_is_measured_against_dense_attention(tmp_path: Path) -> None:
     text.write_text("The tide goes out, and nobody knows why. " * 40)
     told = {}
     skipping = "delta:granularity=block,sparsity=0.5"
-    for policy in ("dense", "tidal:k=200,layers=1", "delta:sparsity=0.5,store=1", skipping):
+    for policy in ("dense", "tidal:k=200,layers=1", "delta:sparsity=0.5", skipping):
         done = run_lowtide(
             *("evaluate", str(folder), "-c", "640", "-t", "1", "--attention", policy, "--json"),
             *("--kv-type", "f32", "--text", str(text)),

@@ -6,8 +6,8 @@ import ctypes
 from typing import Any
 
 import numpy as np
+from kernel_calls import AttentionInputs
 
-from lowtide.attention.bindings.structs import AttentionInputs
 from lowtide.models.gguf.llama_cpp import llama_library
 
 _P = ctypes.c_void_p

@@ -1,4 +1,4 @@
-"""Essays held in a loaded model: what delta loses there, with units from a text of another kind."""
+"""Essays in a loaded model: what delta loses there, with parameters from a text of another kind."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from essays import essays
 
+from lowtide.attention.bindings.counts import ScoreCost
 from lowtide.attention.bindings.llama_hook import LlamaHook
-from lowtide.attention.bindings.policy import ScoreCost
-from lowtide.attention.delta.blocks import DeltaBlocks
-from lowtide.attention.delta.calibrate import DeltaBlocksSearch, DeltaSearch
-from lowtide.attention.delta.tokens import Delta
+from lowtide.attention.calibrator import CalibrationContext
+from lowtide.attention.delta.calibrate import HeadwiseSearch, spread_groups, spread_thresholds
+from lowtide.attention.delta.policy import Delta
 from lowtide.attention.dense import DenseController
 from lowtide.attention.evaluation.divergence import Distance, Reference, read_prompt
 from lowtide.attention.evaluation.passkeys import (
@@ -26,7 +26,6 @@ from lowtide.attention.evaluation.passkeys import (
     make_passkey,
 )
 from lowtide.attention.policy import PassController
-from lowtide.cli.calibrate import planned_as
 from lowtide.models.gguf.spec import read_spec
 from lowtide.runtime.evaluation.text import read_sample, sample_tokens
 from lowtide.runtime.loading.load import Engine
@@ -35,15 +34,13 @@ from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 SCORED = 200
 DEPTHS = (0.9, 0.5, 0.1)
 
-Policy = Delta | DeltaBlocks
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """What is asked: `SCORED` tokens after `prefix` of essays at each offset, and `num_keys` pass keys,
-    of which every other has two neighbours equal, hidden at each depth of each of `lengths`.
+    """What is measured: `SCORED` tokens after `prefix` tokens of essays at each offset, and `num_keys`
+    passkeys, every other one with two equal neighbours, at each depth of prompts of each of `lengths`.
 
-    Units are from `context` tokens of Python's language reference.
+    The parameters are from `context` tokens of Python's language reference.
     """
 
     context: int
@@ -54,7 +51,7 @@ class Trial:
 
     @property
     def room(self) -> int:
-        """The tokens of context that all of it wants."""
+        """The context that all of it needs."""
         return max(self.context, self.prefix + SCORED, *self.lengths) + 256
 
 
@@ -75,19 +72,20 @@ class Essays:
     @contextlib.contextmanager
     def opened(
         path: Path,
-        policy: Policy,
+        policy: Delta,
         trial: Trial = SHORT,
         kv_type: str = "f16",
         threads: int = 2,
         *,
         repack: bool = True,
     ) -> Iterator[Essays]:
-        """Load a model with room for whatever units the policy may get."""
+        """Load a model with room for any parameters that the policy may get."""
         options = LoadConfig(
             memory="4GiB",
             context=trial.room,
             threads=threads,
-            attention=planned_as(policy, read_spec(path)),
+            attention="dense",
+            attention_memory=policy.calibrator.memory(read_spec(path)),
             repack=repack,
             kv_type=kv_type,
         )
@@ -107,27 +105,27 @@ class Essays:
     def dense(self) -> PassController:
         return DenseController(self.hook)
 
-    def controller(self, policy: Policy) -> PassController:
+    def controller(self, policy: Delta) -> PassController:
         spec = self.loaded.model.spec
-        return policy.resolve(spec).install(self.hook, spec)
+        return policy.resolve(spec).configure(self.hook, spec)
 
     def texts(self) -> Iterator[list[int]]:
-        """Yield what is read and scored at each place."""
+        """Yield the tokens that are read and scored at each offset."""
         for offset in self.trial.offsets:
             end = 1 + offset + self.trial.prefix + SCORED
             yield [self.token_ids[0], *self.token_ids[1 + offset : end]]
 
-    def distance(self, policy: Policy) -> tuple[Distance, ScoreCost]:
-        """From dense attention over all places, prompts read by the policy; and what scores cost."""
+    def distance(self, policy: Delta) -> tuple[Distance, ScoreCost]:
+        """Return the distance from dense attention over all offsets, and the cost of scores."""
         model, total, before = self.loaded.model, Distance(), self.hook.counts()
         for text in self.texts():
             model.truncate(0)
-            place = Reference(model, self.dense, text, self.trial.prefix, SCORED)
-            total += place.distance(self.controller(policy))
+            reference = Reference(model, self.dense, text, self.trial.prefix, SCORED)
+            total += reference.distance(self.controller(policy))
         return total, self.hook.counts().scores - before.scores
 
     def passkeys(self) -> Iterator[Passkey]:
-        """Yield the prompts in which keys are hidden."""
+        """Yield the prompts with hidden passkeys."""
         model, trial = self.loaded.model, self.trial
         framing = chat_framing(model)
         for length, depth, seed in itertools.product(trial.lengths, DEPTHS, range(trial.num_keys)):
@@ -135,14 +133,14 @@ class Essays:
             haystack = self.token_ids[1 + 3000 * seed :]
             yield hide_passkey(model, haystack, framing, length, depth, key)
 
-    def answer(self, policy: Policy | None, passkey: Passkey) -> str:
-        """Return what is said of a key, by dense attention where there is no policy."""
+    def answer(self, policy: Delta | None, passkey: Passkey) -> str:
+        """Return the answer to a passkey, under dense attention if there is no policy."""
         self.loaded.model.truncate(0)
         controller = self.dense if policy is None else self.controller(policy)
         return continued(self.loaded.model, controller, passkey.token_ids)
 
-    def keys_found(self, policy: Policy) -> tuple[int, list[str]]:
-        """How many pass keys dense attention finds, and what the policy says instead of which of these."""
+    def keys_found(self, policy: Delta) -> tuple[int, list[str]]:
+        """Return how many passkeys dense attention finds, and the policy's wrong answers to these."""
         dense, lost = 0, []
         for passkey in self.passkeys():
             if passkey.key not in self.answer(None, passkey):
@@ -156,30 +154,37 @@ class Essays:
         return dense, lost
 
     def lead(self, passkey: Passkey) -> float:
-        """By how much dense attention prefers the key to all else, in nats, at its most doubtful token.
+        """Return by how much dense attention prefers the passkey at its most doubtful token, in nats.
 
-        Near 0 any rounding decides; below 0 the key is answered in other words than these.
+        Near 0 any rounding decides; below 0 dense attention answers it in other tokens.
         """
         model, dense = self.loaded.model, self.dense
         model.truncate(0)
         leads = []
         with read_prompt(model, dense, passkey.token_ids[:-1]):
             inputs = (passkey.token_ids[-1], *passkey.answer_ids[:-1])
-            for token_id, wanted in zip(inputs, passkey.answer_ids, strict=True):
+            for token_id, answer_id in zip(inputs, passkey.answer_ids, strict=True):
                 dense.begin_decode()
                 logits = np.array(model.forward((token_id,)))
-                leads.append(float(logits[wanted] - np.delete(logits, wanted).max()))
+                leads.append(float(logits[answer_id] - np.delete(logits, answer_id).max()))
         return min(leads)
 
-    def of_sparsity(self, policy: Policy, sparsity: float) -> Policy:
+    def of_sparsity(self, policy: Delta, sparsity: float) -> Delta:
         """Return the policy with the sparsity spread over layers and heads, on the reference."""
         model, context = self.loaded.model, self.trial.context
         sample = read_sample(None, 2 * context)
         text = sample_tokens(model.tokenizer, sample, 2 * context + 2, whose="the reference")
-        place = (model, self.hook, text, context, chat_framing(model))
-        origin = "spread over layers and heads"
-        if isinstance(policy, Delta):
-            (groups,) = DeltaSearch(*place, policy).spread([sparsity])
-            return replace(policy, units=groups, origin=origin)
-        (units,) = DeltaBlocksSearch(*place, policy).spread([sparsity])
-        return replace(policy, units=units, origin=origin)
+        calibration_context = CalibrationContext(
+            model=model,
+            hook=self.hook,
+            token_ids=text,
+            context=context,
+            framing=chat_framing(model),
+            text="the reference",
+        )
+        search = HeadwiseSearch(calibration_context, lambda params: replace(policy, params=params))
+        if policy.channels is None:
+            (params,) = spread_groups(search, [sparsity])
+        else:
+            (params,) = spread_thresholds(search, [sparsity], policy.channels)
+        return replace(policy, params=params, source="spread over layers and heads")

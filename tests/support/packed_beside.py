@@ -8,7 +8,7 @@ from typing import Any
 from paired import paired
 from peer import Peer
 
-from lowtide.attention.parse import parse_policy
+from lowtide.attention.registry import parse_policy
 from lowtide.memory.units import GIB
 from lowtide.runtime.loading.load import Engine
 from lowtide.runtime.planning.plan import LoadConfig, plan_reference
@@ -49,7 +49,7 @@ class RepackedModel:
         controller = None
         if attention is not None:
             policy = parse_policy(attention).resolve(self.model.spec)
-            controller = policy.install(hook, self.model.spec)
+            controller = policy.configure(hook, self.model.spec)
         self.model.truncate(depth)
         for token_id in self.token_ids[depth : depth + NUM_DECODED]:
             if controller is not None:

@@ -5,7 +5,6 @@ Knows no budget, no policy and no kernel: `AttentionBackend` and `MatmulBackend`
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -54,8 +53,6 @@ class RewrittenOnnxModel(OnnxModel):
         self._weights_of = weights_of
         self._tables: dict[str, NDArray[np.float32] | None] = {}
         self._is_widened = False
-        self.min_tokens: Callable[[], int] = lambda: 0
-        """Fewer tokens than these cannot be gone back to: everything is forgotten then."""
         super().__init__(spec, options)
 
     def _read_tokenizer(self) -> Tokenizer:
@@ -148,10 +145,9 @@ class RewrittenOnnxModel(OnnxModel):
         """The rows are in the cells already."""
 
     def truncate(self, num_tokens: int) -> int:
-        """Forget the tokens from `num_tokens` on; everything, where attention has none to go back to."""
-        wanted = min(num_tokens, self._num_tokens)
-        kept = super().truncate(wanted if wanted >= self.min_tokens() else 0)
-        self._attention_backend.cut(kept)
+        """Drop the tokens from `num_tokens` on, in the cache and in what attention derived from it."""
+        kept = super().truncate(num_tokens)
+        self._attention_backend.truncate(kept)
         return kept
 
     @property
@@ -169,7 +165,6 @@ class RewrittenOnnxModel(OnnxModel):
     def close(self) -> None:
         """Free the session, what attends in it, and the cache."""
         self._binding = self._session = None
-        self.min_tokens = lambda: 0
         if self._weights_of is None:
             self._attention_backend.close()
             if self._matmul_backend is not None:

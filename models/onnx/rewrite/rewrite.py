@@ -242,8 +242,8 @@ class AttentionBackend(ABC):
         """Say that the next pass has `num_rows` after `num_past` tokens."""
 
     @abstractmethod
-    def cut(self, num_cells: int) -> None:
-        """Say that the tokens from `num_cells` on are forgotten: what is kept of their cells is, too."""
+    def truncate(self, num_slots: int) -> None:
+        """Drop what was derived from KV slots `num_slots` and later."""
 
     @property
     @abstractmethod
@@ -358,7 +358,7 @@ class RewrittenGraph:
             [node.output],
             name=f"attention_{layer}",
             domain=attention_backend.domain,
-            attender=attention_backend.number,
+            handle=attention_backend.number,
             layer=layer,
         )
 
@@ -370,14 +370,14 @@ class RewrittenGraph:
             kind, more = matmul_backend.gather_operator, {}
             if isinstance(node, MatmulNode):
                 kind = matmul_backend.matmul_operator
-                more = {"rows": names.setdefault(node.rows, len(names))}
+                more = {"input": names.setdefault(node.rows, len(names))}
             made[node.index] = self._onnx.helper.make_node(
                 kind,
                 node.reads,
                 [node.output],
                 name=f"{kind}_{node.index}",
                 domain=domain,
-                products=matmul_backend.number,
+                handle=matmul_backend.number,
                 matrix=node.matrix,
                 **more,
             )

@@ -1,23 +1,25 @@
-"""Delta in an ONNX graph: against its oracle, going back, threads, and a store in the cache's place."""
+"""Delta in an ONNX graph: against its oracle, truncation, and threads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 from onnx_decoders import Shape, write_decoder
-from reference import delta_attention, grouped_attention, reference_states
+from reference import delta_attention, grouped_attention, reference_blocks
 
 from lowtide.attention.bindings.onnx_ops import OnnxAttention
-from lowtide.attention.parse import parse_policy
-from lowtide.attention.policy import PassController
-from lowtide.memory.plan.attention import state_bytes
-from lowtide.memory.plan.estimates import attention_bytes, group_bytes
-from lowtide.models.errors import LowtideError
+from lowtide.attention.delta.blocks import HeadThresholds
+from lowtide.attention.delta.groups import HeadGroups
+from lowtide.attention.delta.policy import Delta
+from lowtide.attention.dense import Dense
+from lowtide.attention.policy import AttentionPolicy, PassController
+from lowtide.memory.plan.estimates import attention_bytes
 from lowtide.models.onnx.config import OnnxOptions
 from lowtide.models.onnx.rewrite.model import RewrittenOnnxModel
 from lowtide.models.onnx.spec import OnnxSpec
@@ -25,13 +27,16 @@ from lowtide.models.read_spec import read_spec
 
 SHAPE = Shape(layers=3, kv_heads=2, context=1024)
 IDS = [int(i) for i in np.random.default_rng(5).integers(3, 320, 700)]
-ROWS, BLOCKS = "delta:sparsity=0.5,window=70", "delta:granularity=block,sparsity=0.5,window=70"
-KINDS = pytest.mark.parametrize("kind", [ROWS, BLOCKS])
-PARTS = (128, 128, 77, 1, 1, 1)
+TOKENS = Delta(sparsity=0.5, window=70)
+BLOCKS = Delta(granularity="block", sparsity=0.5, window=70)
+GRANULARITIES = pytest.mark.parametrize(
+    "policy", [TOKENS, BLOCKS], ids=lambda policy: policy.granularity
+)
+BATCHES = (128, 128, 77, 1, 1, 1)
 
 
 class Opened:
-    """A small decoder of random weights with our attention in its graph."""
+    """A small decoder of random weights with lowtide's attention in its graph."""
 
     def __init__(self, folder: Path, *, kv_type: str = "f16", threads: int = 1) -> None:
         spec = read_spec(folder)
@@ -40,26 +45,26 @@ class Opened:
         options = OnnxOptions(context=1024, batch_size=128, threads=threads, kv_type=kv_type)
         self.model = RewrittenOnnxModel(spec, options, self.attention)
 
-    def start(self, text: str) -> PassController:
-        """Have passes attend as a policy does, prompts and decoding alike."""
-        policy = parse_policy(text).resolve(self.model.spec)
-        controller = policy.install(self.attention, self.model.spec)
+    def start(self, policy: AttentionPolicy) -> PassController:
+        """Attend as a policy does, in prompts and decoding alike."""
+        spec = self.model.spec
+        controller = policy.resolve(spec).configure(self.attention, spec)
         controller.begin_prefill()
         return controller
 
-    def read(self, parts: Sequence[int], begin: int | None = None) -> np.ndarray:
-        """Append so many tokens in each pass; return the last row's logits."""
+    def read(self, batches: Sequence[int], begin: int | None = None) -> np.ndarray:
+        """Append so many tokens in each pass; return the logits of the last one."""
         logits = np.empty(0)
-        for rows in parts:
+        for num_tokens in batches:
             at = self.model.num_tokens if begin is None else begin
-            logits = self.model.forward(IDS[at : at + rows]).copy()
-            begin = None if begin is None else begin + rows
+            logits = self.model.forward(IDS[at : at + num_tokens]).copy()
+            begin = None if begin is None else begin + num_tokens
         return logits
 
-    def reread_file(self, text: str, parts: Sequence[int] = PARTS) -> np.ndarray:
+    def read_all(self, policy: AttentionPolicy, batches: Sequence[int] = BATCHES) -> np.ndarray:
         self.model.truncate(0)
-        self.start(text)
-        return self.read(parts)
+        self.start(policy)
+        return self.read(batches)
 
 
 @pytest.fixture(scope="module")
@@ -75,27 +80,28 @@ def opened(folder: Path) -> Iterator[Opened]:
 
 
 @pytest.mark.parametrize(
-    "text",
+    "policy",
     [
-        "delta:sparsity=0",
-        "delta:sparsity=0.5,window=1024",
-        "delta:granularity=block,threshold=0",
-        "delta:granularity=block,block=16,sparsity=0.5,window=1024",
-        "delta:granularity=element,threshold=0",
+        Delta(sparsity=0),
+        Delta(sparsity=0.5, window=1024),
+        Delta(granularity="block", threshold=0),
+        Delta(granularity="block", block=16, sparsity=0.5, window=1024),
+        Delta(granularity="element", threshold=0),
     ],
+    ids=repr,
 )
 @pytest.mark.parametrize("kv_type", ["f16", "f32"])
-def test_with_nothing_left_out_it_is_dense(folder: Path, text: str, kv_type: str) -> None:
+def test_with_nothing_merged_it_is_dense(folder: Path, policy: Delta, kv_type: str) -> None:
     made = Opened(folder, kv_type=kv_type)
-    wanted, found, far = (made.reread_file(kind) for kind in ("dense", text, ROWS))
+    dense, found, far = (made.read_all(one) for one in (Dense(), policy, TOKENS))
     made.model.close()
-    # Sums in another order round some halves of the cache otherwise; what is kept beside it are halves.
+    # Another order of summation rounds some halves of the cache otherwise; groups are in halves, too.
     allowed = 2e-4 if kv_type == "f16" else 5e-3
-    assert np.abs(found - wanted).max() < allowed < np.abs(far - wanted).max() / 10
+    assert np.abs(found - dense).max() < allowed < np.abs(far - dense).max() / 10
 
 
 class OneLayer:
-    """A decoder of one layer in two: what attention is given, and what is made of its result."""
+    """A decoder of one layer cut in two: the inputs of attention, and the logits of its result."""
 
     def __init__(self, folder: Path, num_tokens: int) -> None:
         spec = read_spec(folder)
@@ -105,14 +111,14 @@ class OneLayer:
         names = (node.query, node.key, node.value)
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
         session = onnxruntime.InferenceSession(model.SerializeToString())
-        self._given = {
+        self._inputs = {
             "input_ids": np.array([IDS[:num_tokens]], np.int64),
             "attention_mask": np.ones((1, num_tokens), np.int64),
             "position_ids": np.arange(num_tokens, dtype=np.int64)[None],
         }
         none = np.zeros((1, spec.num_kv_heads[0], 0, spec.key_head_dim), np.float32)
-        self._given |= {name: none for ports in spec.ports.layers for name in ports.past}
-        made = session.run(list(names), self._given)
+        self._inputs |= {name: none for ports in spec.ports.layers for name in ports.past}
+        made = session.run(list(names), self._inputs)
         query, key, value = (a.reshape(num_tokens, -1, spec.key_head_dim) for a in made)
         self.query = query
         self.key, self.value = (a.astype(np.float16).astype(np.float64) for a in (key, value))
@@ -125,12 +131,12 @@ class OneLayer:
         self._rest, self._attended = model.SerializeToString(), node.output
 
     def logits(self, rows: np.ndarray) -> np.ndarray:
-        """What the last rows become whose attention is given, (rows, heads, head size)."""
-        num_tokens = self._given["input_ids"].shape[1]
+        """Return the logits of the last tokens from their attention, (queries, heads, head_dim)."""
+        num_tokens = self._inputs["input_ids"].shape[1]
         whole = np.zeros((1, num_tokens, rows[0].size), np.float32)
         whole[0, -len(rows) :] = rows.reshape(len(rows), -1)
         session = onnxruntime.InferenceSession(self._rest)
-        found: np.ndarray = session.run(["logits"], self._given | {self._attended: whole})[0][0]
+        found: np.ndarray = session.run(["logits"], self._inputs | {self._attended: whole})[0][0]
         return found[-len(rows) :]
 
 
@@ -141,20 +147,20 @@ def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "text",
+    "policy",
     [
-        "delta:sparsity=0.5,window=70",
-        "delta:sparsity=0.25,window=1,sinks=0",
-        "delta:granularity=block,threshold=1,window=70,refine=0.01",
-        "delta:granularity=block,block=16,threshold=0.7,window=1,refine=0",
-        "delta:granularity=element,threshold=0.5,window=70",
+        Delta(sparsity=0.5, window=70),
+        Delta(sparsity=0.25, window=1, sinks=0),
+        Delta(granularity="block", threshold=1, window=70, refine=0.01),
+        Delta(granularity="block", block=16, threshold=0.7, window=1, refine=0),
+        Delta(granularity="element", threshold=0.5, window=70),
     ],
+    ids=repr,
 )
-def test_it_attends_as_the_oracle_does(one_layer: Path, text: str) -> None:
+def test_attention_equals_the_oracle(one_layer: Path, policy: Delta) -> None:
     oracle, num_rows, made = OneLayer(one_layer, 300), 4, Opened(one_layer)
-    policy = parse_policy(text).resolve(made.model.spec)
-    controller = policy.install(made.attention, made.model.spec)
-    controller.begin_prefill()
+    policy = policy.resolve(made.model.spec)
+    controller = made.start(policy)
     made.read((128, 128, 40))
     controller.begin_decode()
     found = np.array([made.read((1,)) for _ in range(num_rows)])
@@ -163,90 +169,92 @@ def test_it_attends_as_the_oracle_does(one_layer: Path, text: str) -> None:
     for head in range(SHAPE.kv_heads):
         q = oracle.query[-num_rows:, head * group : (head + 1) * group]
         k, v = oracle.key[:, head], oracle.value[:, head]
-        common = {
+        common: dict[str, Any] = {
             "scale": SHAPE.head_size**-0.5,
-            "window": policy.window,  # type: ignore[attr-defined]
-            "refine": policy.refine,  # type: ignore[attr-defined]
+            "window": policy.window,
+            "refine": policy.refine,
         }
-        if "granularity" not in text:
-            count = policy.units.num_groups[0][head]  # type: ignore[attr-defined]
-            sinks = policy.sinks  # type: ignore[attr-defined]
+        if isinstance(policy.params, HeadGroups):
+            count = policy.params.num_groups[0][head]
             scales = np.ones(SHAPE.head_size)
             by_head.append(
-                grouped_attention(q, k, v, scales, num_groups=count, num_fixed=sinks, **common)
+                grouped_attention(
+                    q, k, v, scales, num_groups=count, num_fixed=policy.sinks, **common
+                )
             )
         else:
-            thresholds = np.full(SHAPE.head_size, policy.threshold)  # type: ignore[attr-defined]
-            block = policy.units.block  # type: ignore[attr-defined]
-            states, _ = reference_states(k, thresholds, num_first=4, block=block)
+            assert isinstance(policy.params, HeadThresholds) and policy.threshold is not None
+            thresholds = np.full(SHAPE.head_size, policy.threshold)
+            block = policy.params.block
+            merged, _ = reference_blocks(k, thresholds, num_first=4, block=block)
             by_head.append(
-                delta_attention(q, k[:, None], v[:, None], states[:, None], page=64, **common)
+                delta_attention(q, k[:, None], v[:, None], merged[:, None], page=64, **common)
             )
-    wanted = oracle.logits(np.concatenate(by_head, axis=1))
+    expected = oracle.logits(np.concatenate(by_head, axis=1))
     dense = Opened(one_layer)
-    dense.start("dense")
+    dense.start(Dense())
     dense.read((128, 128, 40))
     exact = np.array([dense.read((1,)) for _ in range(num_rows)])
     made.model.close()
     dense.model.close()
     off = np.abs(found - exact).max()
-    assert np.abs(found - wanted).max() < min(2e-3, off / 100)
+    assert np.abs(found - expected).max() < min(2e-3, off / 100)
 
 
-@KINDS
-def test_going_back_equals_never_having_been_there(opened: Opened, kind: str) -> None:
-    wanted = opened.reread_file(kind, (128, 128, 44))
+@GRANULARITIES
+def test_truncating_equals_never_having_read_on(opened: Opened, policy: Delta) -> None:
+    expected = opened.read_all(policy, (128, 128, 44))
     opened.read((100, 1, 1))
     assert opened.model.truncate(200) == 200
-    assert np.array_equal(opened.read((60, 39, 1)), wanted)
+    assert np.array_equal(opened.read((60, 39, 1)), expected)
     opened.model.truncate(0)
     opened.read((128, 100), begin=300)
     opened.model.truncate(0)
-    assert np.array_equal(opened.read((100, 100, 100)), wanted)
+    assert np.array_equal(opened.read((100, 100, 100)), expected)
 
 
-@KINDS
-def test_another_sequence_in_the_cells_is_noticed(opened: Opened, kind: str) -> None:
-    """States put cells back that no pass has written: what was kept of others is not theirs."""
-    opened.reread_file(kind, (128, 128))
-    state = memoryview(bytearray(opened.model.state_bytes()))
-    opened.model.copy_kv(state)
-    wanted = opened.read((44,))
+@GRANULARITIES
+def test_restored_tokens_are_merged_again(opened: Opened, policy: Delta) -> None:
+    """A snapshot restores slots that no pass has written: what was merged of others is not theirs."""
+    opened.read_all(policy, (128, 128))
+    snapshot = memoryview(bytearray(opened.model.state_bytes()))
+    opened.model.copy_kv(snapshot)
+    expected = opened.read((44,))
     opened.model.truncate(0)
     opened.read((128, 128, 100), begin=300)
-    opened.model.put_kv(state, 256)
-    assert np.array_equal(opened.read((44,)), wanted)
+    opened.model.put_kv(snapshot, 256)
+    assert np.array_equal(opened.read((44,)), expected)
 
 
 def test_policies_that_follow_one_another_do_not_mix(opened: Opened) -> None:
-    logits = [opened.reread_file(text).tobytes() for text in (ROWS, BLOCKS, "dense") * 2]
+    logits = [opened.read_all(policy).tobytes() for policy in (TOKENS, BLOCKS, Dense()) * 2]
     assert logits[:3] == logits[3:] and len(set(logits)) == 3
-    opened.reread_file("dense", (128, 72))
-    opened.start(ROWS)
-    wanted = opened.read((60, 1))
-    opened.reread_file(ROWS, (128, 128, 128))
+    opened.read_all(Dense(), (128, 72))
+    opened.start(TOKENS)
+    expected = opened.read((60, 1))
+    opened.read_all(TOKENS, (128, 128, 128))
     opened.model.truncate(0)
-    opened.start("dense")
+    opened.start(Dense())
     opened.read((128, 72))
-    opened.start(ROWS)
-    assert np.array_equal(opened.read((60, 1)), wanted)
+    opened.start(TOKENS)
+    assert np.array_equal(opened.read((60, 1)), expected)
 
 
-@KINDS
-def test_threads_change_no_bit(folder: Path, kind: str) -> None:
+@GRANULARITIES
+def test_threads_change_nothing(folder: Path, policy: Delta) -> None:
     found = []
     for threads in (1, 2):
         made = Opened(folder, threads=threads)
-        found.append(made.reread_file(kind, (128, 128, 128, 100, 1, 1)))
+        found.append(made.read_all(policy, (128, 128, 128, 100, 1, 1)))
         made.model.close()
     assert np.array_equal(*found)
 
 
-def test_less_is_read(opened: Opened) -> None:
+def test_fewer_keys_are_read(opened: Opened) -> None:
     before = opened.attention.counts()
-    opened.reread_file(ROWS)
+    opened.read_all(TOKENS)
     between = opened.attention.counts()
-    opened.reread_file(BLOCKS)
+    opened.read_all(BLOCKS)
     after = opened.attention.counts()
     read, held = between.keys_read - before.keys_read, between.keys_held - before.keys_held
     assert 0.6 < read / held < 0.9 and between.scores == before.scores
@@ -255,48 +263,25 @@ def test_less_is_read(opened: Opened) -> None:
     assert scores.key_bytes_read < scores.key_bytes_held
 
 
-def test_layers_that_see_a_window_stay_dense(tmp_path: Path) -> None:
+def test_layers_with_a_sliding_window_stay_dense(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", SHAPE, attributes={"window": 100})
     made = Opened(folder)
-    for kind in (ROWS, BLOCKS):
-        assert np.array_equal(made.reread_file(kind), made.reread_file("dense"))
+    for policy in (TOKENS, BLOCKS):
+        assert np.array_equal(made.read_all(policy), made.read_all(Dense()))
     made.model.close()
 
 
-@pytest.mark.parametrize("kind", [ROWS, "delta:granularity=element,threshold=0"])
-def test_what_is_kept_stays_inside_its_row(folder: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    "policy", [TOKENS, Delta(granularity="element", threshold=0)], ids=lambda p: p.granularity
+)
+def test_scratch_stays_inside_the_plan(folder: Path, policy: Delta) -> None:
     made = Opened(folder)
-    spec, policy = made.model.spec, parse_policy(kind).resolve(made.model.spec)
-    made.reread_file("dense", (128,) * 5)
+    spec = made.model.spec
+    made.read_all(Dense(), (128,) * 5)
     before = made.attention.counts().scratch_bytes
-    made.reread_file(kind, (128,) * 5)
+    made.read_all(policy, (128,) * 5)
     held = made.attention.counts().scratch_bytes - before
     made.model.close()
     planned = attention_bytes(spec, 1024, 1)
-    if policy.key_groups is not None:
-        planned += group_bytes(spec, policy.key_groups, 1024, 1)
-    if policy.key_states is not None:
-        planned += state_bytes(spec, policy.key_states, 1024, 1)
+    planned += policy.resolve(spec).memory.scratch_bytes(spec, 1024, 1)
     assert 0 < held <= planned
-
-
-@pytest.mark.parametrize("kv_type", ["f16", "f32"])
-def test_a_store_in_the_caches_place_answers_the_same(folder: Path, kv_type: str) -> None:
-    beside, stored = Opened(folder, kv_type=kv_type), Opened(folder, kv_type=kv_type)
-    model, attention = stored.model, stored.attention
-    model.min_tokens = lambda: attention.min_tokens
-    wanted = beside.reread_file(ROWS, (128,) * 4 + (1, 1))
-    found = stored.reread_file(f"{ROWS},store=1", (100,) * 5 + (12, 1, 1))
-    assert np.array_equal(found, wanted) and attention.min_tokens > 300
-    keys = model._cells.tensor(0, 0)
-    assert not keys[: attention.min_tokens - 128].any() and keys[513].any()
-    assert model.truncate(510) == 510
-    assert np.array_equal(stored.read((2, 1, 1)), wanted)
-    assert model.truncate(200) == 0 and attention.min_tokens == 0
-    assert np.array_equal(stored.read((128,) * 4 + (1, 1)), wanted)
-    stored.start("dense")
-    stored.read((1,))
-    with pytest.raises(LowtideError, match="store had replaced"):
-        stored.start(f"{ROWS},store=1")
-    beside.model.close()
-    model.close()

@@ -1,4 +1,4 @@
-"""Reference states and groups, as they are defined."""
+"""The oracles of delta: merged blocks and groups, checked against their definitions."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from reference import (
     grouped_attention,
     page_groups,
     page_points,
-    reference_states,
+    reference_blocks,
 )
 
 SIZE = 32
-BLOCKS = pytest.mark.parametrize("block", [1, 8, 16, SIZE], ids="element 8 16 row".split())
+BLOCKS = pytest.mark.parametrize("block", [1, 8, 16, SIZE], ids="element 8 16 token".split())
 
 
 def keys_of(seed: int, num_keys: int) -> np.ndarray:
-    """Keys that drift, so that neighbours are alike."""
+    """Return keys that drift, so that neighbours are similar."""
     steps = np.random.default_rng(seed).standard_normal((num_keys, SIZE))
     return np.cumsum(steps * 0.3, axis=0)
 
@@ -29,45 +29,44 @@ def keys_of(seed: int, num_keys: int) -> np.ndarray:
 @BLOCKS
 @given(seed=st.integers(0, 2**32 - 1), least=st.floats(0.01, 3))
 @settings(deadline=None, max_examples=20)
-def test_what_is_seen_alike_is_alike(block: int, seed: int, least: float) -> None:
-    """Keys that joined one that was sent lie within the threshold of it, and so does their mean."""
+def test_merged_keys_are_similar(block: int, seed: int, least: float) -> None:
+    """Merged keys are within the threshold of a stored one, and so is their mean."""
     k, thresholds = keys_of(seed, 80), np.linspace(least, 2 * least, SIZE)
-    states, sent = reference_states(k, thresholds, num_first=4, block=block)
-    off = ((k - states) / thresholds).reshape(80, -1, block)
+    merged, stored = reference_blocks(k, thresholds, num_first=4, block=block)
+    off = ((k - merged) / thresholds).reshape(80, -1, block)
     assert np.sqrt((off**2).mean(axis=2)).max() <= 2 + 1e-12
     blocks = (k / thresholds).reshape(80, -1, block)
     apart = np.sqrt(((blocks[:, None] - blocks[None]) ** 2).mean(axis=3))
     same_page = np.arange(80) // PAGE_KEYS == np.arange(80)[:, None] // PAGE_KEYS
-    may_be_joined = sent[None] & same_page[:, :, None]
-    assert np.where(may_be_joined, apart, np.inf).min(axis=1).max() <= 1 + 1e-12
-    assert sent[:4].all()
-    assert (states[:4] == k[:4]).all()
+    candidates = stored[None] & same_page[:, :, None]
+    assert np.where(candidates, apart, np.inf).min(axis=1).max() <= 1 + 1e-12
+    assert stored[:4].all()
+    assert (merged[:4] == k[:4]).all()
     for page in (slice(0, PAGE_KEYS), slice(PAGE_KEYS, 80)):
-        of_blocks = states[page].reshape(-1, SIZE // block, block)
-        for of_block, was_sent in zip(of_blocks.swapaxes(0, 1), sent[page].T, strict=True):
-            assert len(np.unique(of_block, axis=0)) == was_sent.sum()
-        assert np.allclose(states[page].mean(axis=0), k[page].mean(axis=0))
+        by_block = merged[page].reshape(-1, SIZE // block, block)
+        for values, is_stored in zip(by_block.swapaxes(0, 1), stored[page].T, strict=True):
+            assert len(np.unique(values, axis=0)) == is_stored.sum()
+        assert np.allclose(merged[page].mean(axis=0), k[page].mean(axis=0))
 
 
 @BLOCKS
-@given(seed=st.integers(0, 2**32 - 1), kept=st.integers(1, 199))
+@given(seed=st.integers(0, 2**32 - 1), num_equal=st.integers(1, 199))
 @settings(deadline=None, max_examples=20)
-def test_appending_to_a_cut_is_building_afresh(block: int, seed: int, kept: int) -> None:
-    """States are those of their own page: what was cut, and what came instead, changes no page before."""
+def test_a_page_depends_on_its_own_keys_only(block: int, seed: int, num_equal: int) -> None:
     k, other = keys_of(seed, 200), keys_of(seed + 1, 200)
     thresholds = np.full(SIZE, 0.8)
-    whole, _ = reference_states(k, thresholds, num_first=4, block=block)
-    mixed, _ = reference_states(
-        np.concatenate([k[:kept], other[kept:]]), thresholds, num_first=4, block=block
+    whole, _ = reference_blocks(k, thresholds, num_first=4, block=block)
+    mixed, _ = reference_blocks(
+        np.concatenate([k[:num_equal], other[num_equal:]]), thresholds, num_first=4, block=block
     )
-    of_pages = kept // PAGE_KEYS * PAGE_KEYS
-    assert (whole[:of_pages] == mixed[:of_pages]).all()
+    num_keys = num_equal // PAGE_KEYS * PAGE_KEYS
+    assert (whole[:num_keys] == mixed[:num_keys]).all()
 
 
-def test_more_is_sent_by_finer_grains_for_no_threshold() -> None:
+def test_smaller_blocks_skip_more_at_one_threshold() -> None:
     k = keys_of(0, 200)
     skipped = [
-        1 - reference_states(k, np.full(SIZE, 1.0), num_first=4, block=block)[1].mean()
+        1 - reference_blocks(k, np.full(SIZE, 1.0), num_first=4, block=block)[1].mean()
         for block in (1, 8, SIZE)
     ]
     assert skipped[0] > 0.3
@@ -75,36 +74,36 @@ def test_more_is_sent_by_finer_grains_for_no_threshold() -> None:
 
 
 @BLOCKS
-def test_no_threshold_is_dense(block: int) -> None:
-    q, k, v = drawn(3, rows=3, keys=90)
-    states, sent = reference_states(k, np.zeros(SIZE), num_first=4, block=block)
-    assert sent.all()
-    found = delta_attention(q, k[:, None], v[:, None], states[:, None], scale=0.2, window=16)
+def test_a_threshold_of_zero_is_dense(block: int) -> None:
+    q, k, v = random_inputs(3, rows=3, keys=90)
+    merged, stored = reference_blocks(k, np.zeros(SIZE), num_first=4, block=block)
+    assert stored.all()
+    found = delta_attention(q, k[:, None], v[:, None], merged[:, None], scale=0.2, window=16)
     assert np.allclose(found, dense(q, k, v), rtol=1e-12, atol=1e-12)
 
 
 def test_a_window_over_everything_is_dense() -> None:
-    q, k, v = drawn(4, rows=3, keys=150)
-    states, _ = reference_states(k, np.full(SIZE, 9.0), num_first=4, block=1)
+    q, k, v = random_inputs(4, rows=3, keys=150)
+    merged, _ = reference_blocks(k, np.full(SIZE, 9.0), num_first=4, block=1)
     one_head = {"scale": 0.2, "window": 150}
-    found = delta_attention(q, k[:, None], v[:, None], states[:, None], **one_head)
+    found = delta_attention(q, k[:, None], v[:, None], merged[:, None], **one_head)
     assert np.allclose(found, dense(q, k, v), rtol=1e-12, atol=1e-12)
     grouped = grouped_attention(q, k, v, np.ones(SIZE), num_groups=8, **one_head)
     assert np.allclose(grouped, dense(q, k, v), rtol=1e-12, atol=1e-12)
 
 
-@given(seed=st.integers(0, 2**32 - 1), wanted=st.integers(8, PAGE_KEYS), fixed=st.integers(0, 4))
+@given(seed=st.integers(0, 2**32 - 1), count=st.integers(8, PAGE_KEYS), fixed=st.integers(0, 4))
 @settings(deadline=None, max_examples=20)
-def test_groups_are_a_partition(seed: int, wanted: int, fixed: int) -> None:
-    groups = page_groups(keys_of(seed, PAGE_KEYS), wanted, fixed)
-    assert len(groups) == wanted
+def test_groups_are_a_partition(seed: int, count: int, fixed: int) -> None:
+    groups = page_groups(keys_of(seed, PAGE_KEYS), count, fixed)
+    assert len(groups) == count
     assert sorted(key for rows in groups for key in rows) == list(range(PAGE_KEYS))
     assert groups[:fixed] == [[key] for key in range(fixed)]
     assert [rows[0] for rows in groups] == sorted(rows[0] for rows in groups)
 
 
-def test_equal_keys_are_joined_first_and_cost_nothing() -> None:
-    q, k, v = drawn(5, rows=2, keys=3 * PAGE_KEYS)
+def test_equal_keys_are_grouped_first_and_lose_nothing() -> None:
+    q, k, v = random_inputs(5, rows=2, keys=3 * PAGE_KEYS)
     k[1::2] = k[::2]
     groups = page_groups(k[:PAGE_KEYS], PAGE_KEYS // 2)
     assert groups == [[key, key + 1] for key in range(0, PAGE_KEYS, 2)]
@@ -114,38 +113,45 @@ def test_equal_keys_are_joined_first_and_cost_nothing() -> None:
     assert np.allclose(found, dense(q, k, v), rtol=1e-12, atol=1e-12)
 
 
-def test_of_keys_that_are_as_far_apart_those_of_like_values_are_joined() -> None:
+def test_equally_distant_keys_are_grouped_by_their_values() -> None:
     k = np.eye(PAGE_KEYS)
     v = np.repeat(np.random.default_rng(8).standard_normal((32, SIZE)), 2, axis=0)
     groups = page_groups(page_points(k, v, np.ones(PAGE_KEYS)), 32)
     assert groups == [[key, key + 1] for key in range(0, PAGE_KEYS, 2)]
 
 
-def test_lifted_groups_weigh_what_their_keys_do() -> None:
+def test_the_score_bias_gives_groups_the_weight_of_their_keys() -> None:
     rng, scale, num_grouped = np.random.default_rng(9), 0.25, 20 * PAGE_KEYS
     q = rng.standard_normal((200, 2, SIZE)).astype(np.float32)
     k = rng.standard_normal((num_grouped + 8, SIZE))
     v = np.zeros((len(k), 1))
-    v[:num_grouped] = 1  # so that the result is what grouped keys weigh
-    wanted = attention(
+    v[:num_grouped] = 1  # the result is the weight of grouped keys
+    expected = attention(
         q, k[:, None], v[:, None], np.zeros((len(q), len(k)), np.float16), scale=scale
     )
     off = []
-    for lift in (0.0, 0.5):
+    for score_bias in (0.0, 0.5):
         found = [
             grouped_attention(
-                q[i : i + 1], k, v, np.ones(SIZE), scale=scale, window=8, num_groups=16, lift=lift
+                q[i : i + 1],
+                k,
+                v,
+                np.ones(SIZE),
+                scale=scale,
+                window=8,
+                num_groups=16,
+                score_bias=score_bias,
             )
             for i in range(0, 200, 20)
         ]
         ratio = (np.concatenate(found) / (1 - np.concatenate(found))) / (
-            wanted[::20] / (1 - wanted[::20])
+            expected[::20] / (1 - expected[::20])
         )
         off.append(abs(np.log(ratio).mean()))
     assert off[1] < 0.2 * off[0]
 
 
-def test_scales_say_which_channels_count() -> None:
+def test_scales_weight_the_channels() -> None:
     rng = np.random.default_rng(6)
     k = rng.standard_normal((PAGE_KEYS, SIZE)) * 100
     k[:, 0] = np.repeat(np.arange(16), 4)
@@ -155,15 +161,15 @@ def test_scales_say_which_channels_count() -> None:
     assert groups == [list(range(key, key + 4)) for key in range(0, PAGE_KEYS, 4)]
 
 
-def drawn(seed: int, rows: int, keys: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of two heads, and the keys and values of one KV head."""
+def random_inputs(seed: int, rows: int, keys: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return queries of two heads, and the keys and values of one KV head."""
     rng = np.random.default_rng(seed)
     q = rng.standard_normal((rows, 2, SIZE)).astype(np.float32)
     return q, rng.standard_normal((keys, SIZE)), rng.standard_normal((keys, SIZE))
 
 
 def dense(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """The last rows, each seeing what is not behind it."""
+    """Return causal attention of the last tokens."""
     seen = len(k) - len(q) + 1 + np.arange(len(q))
     mask = np.where(np.arange(len(k)) < seen[:, None], 0, -np.inf).astype(np.float16)
     return attention(q, k[:, None], v[:, None], mask, scale=0.2)

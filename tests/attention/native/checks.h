@@ -1,6 +1,6 @@
 #pragma once
 
-// What the tests of the native library share: random numbers, threads, and how they end.
+// Random numbers, threads and assertions of the native tests.
 
 #include <cstdarg>
 #include <cstdint>
@@ -16,7 +16,7 @@ std::mt19937 random_bits(7);
 
 inline int pick(int least, int most) { return std::uniform_int_distribution<int>(least, most)(random_bits); }
 
-// Ends the test with a sentence, in printf's words, where something does not hold.
+// Ends the test with a message in printf's format if `holds` is false.
 [[gnu::format(printf, 2, 3)]] inline void require(bool holds, const char* sentence, ...) {
     if (holds) return;
     va_list values;
@@ -27,7 +27,7 @@ inline int pick(int least, int most) { return std::uniform_int_distribution<int>
     std::exit(1);
 }
 
-// Does `work` on so many threads at once, each with its own number.
+// Runs `work(thread)` on that many threads at once.
 template <class Work> void on_threads(int num_threads, Work work) {
     std::vector<std::thread> threads;
     for (int i = 1; i < num_threads; ++i) threads.emplace_back([&work, i] { work(i); });

@@ -1,3 +1,5 @@
+// Calls mmap through the relocation table of this library.
+
 #include "mapping_library.h"
 
 #include <sys/mman.h>

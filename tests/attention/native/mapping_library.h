@@ -1,9 +1,11 @@
 #pragma once
 
+// A library that maps memory like llama.cpp, for mmap_hook_test.cpp.
+
 #include <cstddef>
 
-// A library that maps a file as llama.cpp does: shared, and filled at once.
+// Maps a file like llama.cpp: shared, and populated at once.
 extern "C" void* map_file(int file, size_t num_bytes);
 
-// As much memory that is no file's, filled at once.
+// Maps anonymous memory, populated at once.
 extern "C" void* map_memory(size_t num_bytes);

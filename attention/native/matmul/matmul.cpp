@@ -1,0 +1,107 @@
+// Splits a matmul between threads, and dispatches to the kernels of the processor.
+
+#include "matmul/matmul.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+#include "cpu.h"
+#include "matmul/kernels.h"
+
+namespace {
+
+size_t value_bytes(const QuantisedRows& rows) { return size_t(rows.num_rows) * rows.row_bytes(); }
+
+}  // namespace
+
+size_t quantised_bytes(int num_rows, int num_columns) {
+    const QuantisedRows rows{num_rows, num_columns, nullptr, nullptr};
+    return value_bytes(rows) + size_t(num_rows) * rows.scale_stride() * sizeof(BlockScale);
+}
+
+QuantisedRows quantised_rows(int num_rows, int num_columns, uint8_t* memory) {
+    QuantisedRows rows{num_rows, num_columns, reinterpret_cast<int8_t*>(memory), nullptr};
+    rows.scales = reinterpret_cast<BlockScale*>(memory + value_bytes(rows));
+    return rows;
+}
+
+const MatmulKernels* find_matmul_kernels(const char* name) {
+    const bool avx512 = processor_has("avx512f") && processor_has("avx512bw") && processor_has("avx512vl");
+    const bool avx2 = processor_has("avx2") && processor_has("fma") && processor_has("f16c");
+    const MatmulKernels* const usable[] = {
+        avx512 && processor_has("avx512_vnni") ? vnni512_matmul_kernels() : nullptr,
+        avx2 && processor_has("avx_vnni") ? vnni_matmul_kernels() : nullptr,
+        avx2 ? avx2_matmul_kernels() : nullptr,
+        processor_has("i8mm") ? i8mm_matmul_kernels() : nullptr,
+        processor_has("dotprod") ? dot_matmul_kernels() : nullptr,
+        portable_matmul_kernels(),
+    };
+    for (const MatmulKernels* kernels : usable)
+        if (kernels != nullptr && (name == nullptr || std::strcmp(name, kernels->name) == 0)) return kernels;
+    return nullptr;
+}
+
+namespace {
+
+constexpr int kMinTiles = 4;
+constexpr size_t kSliceBytes = 1 << 20;
+
+// How many tiles a thread takes: fewer towards the end, so that no thread is left with many.
+int tiles_to_take(int num_left, int num_workers, size_t tile_bytes, bool in_slices) {
+    const int max_tiles = in_slices ? std::max(int(kSliceBytes / tile_bytes), 1) : num_left;
+    return std::min({std::max(num_left / (2 * num_workers), kMinTiles), num_left, max_tiles});
+}
+
+}  // namespace
+
+bool Matmul::reserve(int num_rows, int num_columns, int num_threads) {
+    try {
+        if (!has_room(num_rows, num_columns)) memory_.resize((quantised_bytes(num_rows, num_columns) + sizeof(CacheLine) - 1) / sizeof(CacheLine));
+    } catch (const std::bad_alloc&) {
+        return false;
+    }
+    reserved_threads_ = std::max(reserved_threads_, num_threads);
+    return true;
+}
+
+void Matmul::run(const RepackedMatrix& matrix, const float* rows, size_t row_stride, int num_rows, int reuse, float* out,
+                 size_t out_stride, const MatmulKernels& kernels, const TileObserver* observer, int thread, int num_threads) {
+    if (reuse == 0) {
+        if (!shape_of(Format(matrix.format)).is_float())
+            quantise(rows, row_stride, num_rows, matrix.num_columns, kernels, thread, num_threads);
+        barrier_.wait(num_threads, [this] {
+            for (int i = 0; i < kMaxReuses; ++i) restart(i);
+        });
+    }
+    multiply(matrix, {num_rows, row_stride, rows}, reuse, out, out_stride, kernels, observer, thread, num_threads);
+}
+
+void Matmul::quantise(const float* rows, size_t row_stride, int num_rows, int num_columns, const MatmulKernels& kernels, int thread,
+                      int num_threads) {
+    const QuantisedRows quantised = quantised_rows(num_rows, num_columns, memory_.data()->bytes);
+    const int num_workers = workers_of(num_threads);
+    for (int i = thread; i < num_rows && thread < num_workers; i += num_workers) kernels.quantise(rows + i * row_stride, quantised, i);
+}
+
+void Matmul::multiply(const RepackedMatrix& matrix, const FloatRows& rows, int reuse, float* out, size_t out_stride,
+                      const MatmulKernels& kernels, const TileObserver* observer, int thread, int num_threads) {
+    const int num_workers = workers_of(num_threads), tiles = matrix.num_tiles();
+    if (thread >= num_workers) return;
+    const size_t tile_bytes = layout_of(Format(matrix.format), matrix.num_columns).num_bytes;
+    const bool is_float = shape_of(Format(matrix.format)).is_float();
+    const QuantisedRows quantised = quantised_rows(rows.num_rows, matrix.num_columns, memory_.data()->bytes);
+    std::atomic<int>& next_tile = next_tiles_[reuse];
+    for (int first = next_tile; first < tiles;) {
+        const int last = first + tiles_to_take(tiles - first, num_workers, tile_bytes, observer != nullptr);
+        if (!next_tile.compare_exchange_weak(first, last)) continue;
+        if (is_float)
+            kernels.multiply_float(matrix, rows, first, last, out, out_stride);
+        else
+            kernels.multiply(matrix, quantised, first, last, out, out_stride);
+        if (observer != nullptr) observer->on_read(observer->context, matrix.tiles + first * tile_bytes, matrix.tiles + last * tile_bytes);
+        first = next_tile;
+    }
+}
+
+extern "C" int lowtide_has_matmul_kernels(const char* kernels) { return find_matmul_kernels(kernels) != nullptr; }

@@ -1,0 +1,63 @@
+#pragma once
+
+// Matmuls with repacked weights over any number of threads.
+
+#include <atomic>
+#include <vector>
+
+#include "c_api.h"
+#include "matmul/kernels.h"
+#include "threads.h"
+
+// Is told when a matmul has read tiles that none of its threads will read again.
+struct TileObserver {
+    void (*on_read)(const void* context, const uint8_t* begin, const uint8_t* end);
+    const void* context;
+};
+
+// Activations times repacked matrices, split between threads. Results do not depend on the number of threads.
+class Matmul {
+public:
+    static constexpr int kMaxReuses = 4;
+
+    // Allocates scratch for `num_rows` quantised rows and `num_threads` threads; rows that were quantised before are
+    // lost. Call it while no thread runs. Returns false if there is no memory.
+    bool reserve(int num_rows, int num_columns, int num_threads);
+
+    // Whether there is room for such a matmul.
+    bool has_room(int num_rows, int num_columns) const { return quantised_bytes(num_rows, num_columns) <= scratch_bytes(); }
+
+    // Every one of `num_threads` threads calls it with its own index `thread`. Threads beyond the reserved number
+    // only wait. Strides are in floats.
+    //
+    // `reuse` is 0 for new rows. Up to kMaxReuses - 1 matmuls of the same rows may follow with reuse = 1, 2, ...:
+    // they use the quantised rows and wait for nobody. Either all of their weights are quantised or none. `observer`
+    // may be null; with one, a thread takes tiles in slices of about 1 MiB.
+    void run(const RepackedMatrix& matrix, const float* rows, size_t row_stride, int num_rows, int reuse, float* out,
+             size_t out_stride, const MatmulKernels& kernels, const TileObserver* observer, int thread, int num_threads);
+
+    // The steps of `run` for threads that cannot wait for one another. Call `quantise` on every thread, unless the
+    // weights are F16 or BF16; then `restart` once; then `multiply` on every thread.
+    void quantise(const float* rows, size_t row_stride, int num_rows, int num_columns, const MatmulKernels& kernels, int thread,
+                  int num_threads);
+    void restart(int reuse) { next_tiles_[reuse] = 0; }
+    void multiply(const RepackedMatrix& matrix, const FloatRows& rows, int reuse, float* out, size_t out_stride,
+                  const MatmulKernels& kernels, const TileObserver* observer, int thread, int num_threads);
+
+    size_t scratch_bytes() const { return memory_.size() * sizeof(CacheLine); }
+
+private:
+    int workers_of(int num_threads) const { return num_threads < reserved_threads_ ? num_threads : reserved_threads_; }
+
+    struct alignas(64) CacheLine {
+        uint8_t bytes[64];
+    };
+
+    std::vector<CacheLine> memory_;
+    int reserved_threads_ = 0;
+    std::atomic<int> next_tiles_[kMaxReuses] = {};
+    Barrier barrier_;
+};
+
+// Whether this build and this processor have the matmul kernels of that name. Null: any.
+LOWTIDE_API int lowtide_has_matmul_kernels(const char* kernels);

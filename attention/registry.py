@@ -1,0 +1,32 @@
+"""The policies that `--attention` and `Runtime.open(attention=...)` know by name."""
+
+from __future__ import annotations
+
+from lowtide.attention.delta.policy import Delta
+from lowtide.attention.dense import Dense, Llama
+from lowtide.attention.gem.policy import Gem
+from lowtide.attention.policy import AttentionPolicy
+from lowtide.attention.tidal.policy import Tidal
+from lowtide.models.errors import BadOption
+
+_CLASSES: tuple[type[AttentionPolicy], ...] = (
+    Llama,
+    Dense,
+    Tidal,
+    Delta,
+    Gem,
+)
+POLICIES = {policy.name: policy for policy in _CLASSES}
+
+
+def parse_policy(text: str | AttentionPolicy) -> AttentionPolicy:
+    """Return the policy that `text` names, as in "tidal:k=512,layers=2+13"; a policy is returned itself.
+
+    Raises `BadOption` for an unknown name or a bad setting.
+    """
+    if isinstance(text, AttentionPolicy):
+        return text
+    name, _, settings = text.partition(":")
+    if name not in POLICIES:
+        raise BadOption(f"attention is {name!r}; it must be one of {', '.join(POLICIES)}")
+    return POLICIES[name].parse(settings)
