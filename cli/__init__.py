@@ -1,1 +1,1 @@
-"""The command line: click, one command a file."""
+"""The command line: one module per command, and what commands share (options, input, output, enforce)."""

@@ -1,6 +1,4 @@
-"""`lowtide bench`: speed and memory by depth, each policy against the engine's own on the same model.
-
-What `lowtide bench --speculate` measures, and its table."""
+"""`lowtide bench`: speed and memory of attention policies, or of drafts, against a baseline."""
 
 from __future__ import annotations
 
@@ -10,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowtide.cli.enforce import tidy_termination
+from lowtide.cli.enforce import clean_termination
 from lowtide.cli.options import (
+    json_option,
     opening_options_but_attention,
     plan_with,
     take_open_options,
@@ -19,15 +18,17 @@ from lowtide.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from lowtide.runtime.benchmark.attention import BenchCase
-    from lowtide.runtime.benchmark.speculation import SpeculationCase
-
+    from lowtide.models.spec import ModelSpec
+    from lowtide.runtime.benchmark.paired import BenchmarkCase
+    from lowtide.runtime.benchmark.tasks import Task
 
 DEFAULT_DEPTHS = (512, 4096)
 DEFAULT_ATTENTIONS = ("dense", "tidal")
+DEFAULT_ANSWER_CONTEXT = 2048
+PROMPTS_PER_KIND = 2
 
 
-@click.command("bench")
+@click.command("bench", short_help="Measure speed and memory against a baseline.")
 @opening_options_but_attention
 @click.option(
     "--attention",
@@ -36,7 +37,7 @@ DEFAULT_ATTENTIONS = ("dense", "tidal")
     default=DEFAULT_ATTENTIONS,
     show_default=True,
     metavar="POLICY",
-    help="A policy to measure; repeatable.",
+    help="An attention policy to measure; repeatable. With --speculate, the policy of all answers.",
 )
 @click.option(
     "-d",
@@ -44,36 +45,43 @@ DEFAULT_ATTENTIONS = ("dense", "tidal")
     "depths",
     multiple=True,
     type=click.IntRange(min=16),
-    help="Tokens in the cache; repeatable.  [default: 512 and 4,096]",
+    help="Number of tokens in the KV cache; repeatable.  [default: 512 and 4,096]",
 )
 @click.option(
     "--speculate",
     "speculations",
     multiple=True,
     metavar="DRAFT",
-    help="Measure answers with such drafts against answers without, by kind of prompt; repeatable.",
+    help="Measure answers with this draft instead, by kind of prompt; repeatable.",
 )
 @click.option(
     "--prompts",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="With --speculate: prompts, a JSON object a line with category and turns; 2 of each are taken.",
+    help="With --speculate: read prompts from FILE, one JSON object per line with category and turns. The "
+    f"first {PROMPTS_PER_KIND} of each category are used.",
 )
-@click.option("--rounds", type=click.IntRange(1, 100), default=5, show_default=True)
+@click.option(
+    "--rounds",
+    type=click.IntRange(1, 100),
+    default=5,
+    show_default=True,
+    help="How often everything is measured.",
+)
 @click.option(
     "-n",
     "--tokens",
     type=click.IntRange(1, 1024),
     default=32,
     show_default=True,
-    help="Tokens that are decoded in each round.",
+    help="Number of tokens to decode in each round.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 @click.option(
     "--enforce",
     is_flag=True,
-    help="Have the kernel hold each case's budget too (Linux, where control groups can be made): one that "
-    "passes it is killed.",
+    help="Let the kernel enforce the budget of each process, and kill a process that exceeds it (Linux "
+    "with control groups).",
 )
 def command(
     attentions: tuple[str, ...],
@@ -86,45 +94,42 @@ def command(
     enforce: bool,
     **options: Any,
 ) -> None:
-    """Measure prompts and decoding at each depth against plain llama.cpp on the same file; an ONNX model
-    against its graph in onnxruntime, with its own attention.
+    """Compare attention policies with the engine's own attention at each depth.
 
-    All cases run interleaved, each in a process of its own; ratios are medians over the rounds, above 1
-    we are faster. Run it on an idle machine. With --speculate, greedy answers to prompts of several kinds
-    are timed against those of the same model without.
+    The baseline is plain llama.cpp on the same file or, for an ONNX model, onnxruntime on the unchanged
+    graph. Each configuration runs in a process of its own, and the processes take turns. Ratios are medians
+    over the rounds; above 1 means faster than the baseline. Run it on an idle machine.
+
+    With --speculate, compare greedy answers with drafts to answers without, for several kinds of prompts.
     """
-    if speculations:
-        if depths:
-            raise click.UsageError(
-                "--depth and --speculate are given: answers fill the cache themselves"
-            )
-        chosen = ("dense",) if attentions == DEFAULT_ATTENTIONS else attentions
-        return measure_answers(
-            chosen, speculations, prompts, rounds, tokens, options, as_json=as_json, enforce=enforce
-        )
-    if prompts is not None:
-        raise click.UsageError("--prompts is for --speculate: name a draft, or leave it out")
-    from lowtide.attention.registry import parse_policy
     from lowtide.cli.output import json_object, note
-    from lowtide.models.errors import BadOption
-    from lowtide.runtime.benchmark.attention import Bench, check_attentions
+    from lowtide.runtime.benchmark.paired import PairedBenchmark
+    from lowtide.runtime.benchmark.tasks import attention_workers, speculation_workers
 
-    check_attentions(attentions)
+    if speculations and depths:
+        raise click.UsageError(
+            "--depth and --speculate exclude each other: answers fill the KV cache by themselves"
+        )
+    if prompts is not None and not speculations:
+        raise click.UsageError("--prompts needs --speculate: name a draft, or leave --prompts out")
+    if speculations and attentions == DEFAULT_ATTENTIONS:
+        attentions = ("dense",)
     spec = take_spec(options)
-    options["attention"] = attentions[0]
-    for attention in attentions:
-        if parse_policy(attention).resolve(spec).prompt_selector is not None:
-            raise BadOption(
-                "attention is gem, which shortens prompts before they are read, and bench fills the cache "
-                "itself: name dense or tidal"
-            )
-    wanted = tuple(
-        sorted(set(depths or (d for d in DEFAULT_DEPTHS if d < spec.context_length - tokens)))
+    tasks = (
+        _answer_tasks(attentions, prompts, tokens)
+        if speculations
+        else _depth_tasks(spec, attentions, depths, tokens)
     )
-    options["context"] = options["context"] or max(wanted) + tokens + 1
+    options["attention"] = attentions[0]
+    if speculations:
+        options["speculate"] = speculations[0]
+        context = min(DEFAULT_ANSWER_CONTEXT, spec.context_length)
+    else:
+        context = max(task.to_dict()["depth"] for task in tasks) + tokens + 1
+    options["context"] = options["context"] or context
     planned = plan_with(spec, take_open_options(options))
     planned.require_fit()
-    opened = {
+    config = {
         "memory": planned.plan.budget.num_bytes,
         "context": planned.plan.context,
         "kv_type": planned.plan.kv_type,
@@ -132,147 +137,109 @@ def command(
         "batch_size": planned.plan.batch_size,
         "repack": planned.options.repack,
     }
-    cases = []
-    with tidy_termination(), Bench(spec, attentions, opened, enforced=enforce) as bench:
-        for depth in wanted:
-            cases += bench.run(depth, rounds=rounds, tokens=tokens, progress=note)
+    workers = (
+        speculation_workers(attentions[0], speculations, config)
+        if speculations
+        else attention_workers(spec, attentions, config)
+    )
+    with clean_termination(), PairedBenchmark(spec, workers, tasks, enforced=enforce) as benchmark:
+        cases = benchmark.run(rounds=rounds, progress=note)
     if as_json:
         click.echo(json_object(planned, cases=[case.to_dict() for case in cases]))
     else:
-        _print_table(cases)
+        _print_table(workers[0].name, cases)
 
 
-def _print_table(cases: list[BenchCase]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("attention", no_wrap=True)
-    for name in ("depth", "decode\ntokens/s", "ratio", "prompt\ntokens/s", "ratio", "peak"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for depth in sorted({case.depth for case in cases}):
-        there = [case for case in cases if case.depth == depth]
-        table.add_row(*_peer_row(there[0]))
-        for case in there:
-            table.add_row(*_row(case), end_section=case is there[-1])
-    console = Console()
-    console.print(table)
-    for attention, policy in {case.attention: case.policy for case in cases}.items():
-        if policy != attention:
-            console.print(f"{attention}: {policy}", highlight=False)
-    console.print(
-        f"{_short_name(cases[0])} is {cases[0].peer}; a ratio above 1: we are faster",
-        highlight=False,
-    )
-
-
-def _peer_row(case: BenchCase) -> list[str]:
-    from lowtide.memory.units import format_bytes
-
-    rates = f"{case.peer_decode_tokens_per_s:.1f}", "", f"{case.peer_prefill_tokens_per_s:.0f}", ""
-    return [_short_name(case), f"{case.depth:,}", *rates, format_bytes(case.peer_peak_rss_bytes)]
-
-
-def _short_name(case: BenchCase) -> str:
-    return "llama" if case.peer.startswith("llama") else "graph"
-
-
-def _row(case: BenchCase) -> list[str]:
-    from lowtide.memory.units import format_bytes
-
-    return [
-        case.attention,
-        f"{case.depth:,}",
-        f"{case.decode_tokens_per_s:.1f}",
-        f"{case.decode_ratio:.2f}",
-        f"{case.prefill_tokens_per_s:.0f}",
-        f"{case.prefill_ratio:.2f}",
-        format_bytes(case.peak_rss_bytes),
-    ]
-
-
-DEFAULT_CONTEXT = 2048
-MOST_OF_A_KIND = 2
-
-
-def measure_answers(
-    attentions: Sequence[str],
-    speculations: Sequence[str],
-    prompts: Path | None,
-    rounds: int,
-    tokens: int,
-    options: dict[str, Any],
-    *,
-    as_json: bool,
-    enforce: bool,
-) -> None:
-    """Measure each draft against the plain loop, under one attention, and print the cases."""
-    from lowtide.cli.output import json_object, note
+def _depth_tasks(
+    spec: ModelSpec, attentions: Sequence[str], depths: Sequence[int], tokens: int
+) -> Sequence[Task]:
+    from lowtide.attention.registry import parse_policy
     from lowtide.models.errors import BadOption
-    from lowtide.runtime.benchmark.speculation import (
-        OWN_PROMPTS,
-        SpeculationBench,
-        check_speculations,
-        read_prompts,
-    )
+    from lowtide.runtime.benchmark.tasks import DepthTask
+
+    for attention in attentions:
+        policy = parse_policy(attention).resolve(spec)
+        if policy.prompt_selector is not None:
+            raise BadOption(
+                f"attention {policy.name} filters prompts, but bench fills the KV cache itself: name dense or "
+                "tidal"
+            )
+    defaults = [depth for depth in DEFAULT_DEPTHS if depth < spec.context_length - tokens]
+    return [DepthTask(depth, tokens) for depth in sorted(set(depths or defaults))]
+
+
+def _answer_tasks(attentions: Sequence[str], prompts: Path | None, tokens: int) -> Sequence[Task]:
+    from lowtide.models.errors import BadOption
+    from lowtide.runtime.benchmark.tasks import BUILT_IN_PROMPTS, AnswerTask, read_prompts
 
     if len(attentions) > 1:
         raise BadOption(
-            "attention names several policies, and answers are measured under one: name one"
+            "--speculate measures answers with one attention policy, but several are named: name one"
         )
-    check_speculations(speculations)
-    kinds = OWN_PROMPTS if prompts is None else read_prompts(prompts, MOST_OF_A_KIND)
-    spec = take_spec(options)
-    options["attention"], options["speculate"] = attentions[0], speculations[0]
-    options["context"] = options["context"] or min(DEFAULT_CONTEXT, spec.context_length)
-    planned = plan_with(spec, take_open_options(options))
-    planned.require_fit()
-    opened = {
-        "memory": planned.plan.budget.num_bytes,
-        "context": planned.plan.context,
-        "kv_type": planned.plan.kv_type,
-        "threads": planned.options.num_threads,
-        "batch_size": planned.plan.batch_size,
-        "attention": attentions[0],
-        "repack": planned.options.repack,
-    }
-    with (
-        tidy_termination(),
-        SpeculationBench(spec, speculations, opened, enforced=enforce) as bench,
-    ):
-        cases = bench.run(kinds, rounds=rounds, tokens=tokens, progress=note)
-    if as_json:
-        click.echo(json_object(planned, cases=[case.to_dict() for case in cases]))
-    else:
-        _print_speculation_table(cases)
+    kinds = BUILT_IN_PROMPTS if prompts is None else read_prompts(prompts, PROMPTS_PER_KIND)
+    return [AnswerTask(kind, tuple(texts), tokens) for kind, texts in kinds.items()]
 
 
-def _print_speculation_table(cases: list[SpeculationCase]) -> None:
+def _print_table(baseline: str, cases: Sequence[BenchmarkCase]) -> None:
+    """Print the cases, with a line of the baseline before those of each task."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
+    has_prefill = any(case.prefill is not None for case in cases)
+    has_drafts = any(case.drafts is not None for case in cases)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("kind", "draft"):
-        table.add_column(name, no_wrap=True)
-    for name in ("plain\ntokens/s", "drafted\ntokens/s", "ratio", "accepted", "answers"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for case in cases:
-        table.add_row(
-            case.kind,
-            case.speculate,
-            f"{case.plain_decode_tokens_per_s:.1f}",
-            f"{case.decode_tokens_per_s:.1f}",
-            f"{case.decode_ratio:.2f}",
-            f"{case.accepted} of {case.drafted}",
-            "the same" if case.same else "differ",
-        )
+    table.add_column("Kind" if has_drafts else "Depth", no_wrap=True)
+    table.add_column("Draft" if has_drafts else "Attention", no_wrap=True)
+    headings = ["Decode\ntokens/s", "Ratio"]
+    headings += ["Prefill\ntokens/s", "Ratio"] if has_prefill else []
+    headings += ["Accepted\ndrafts", "Same\nanswers"] if has_drafts else []
+    for heading in (*headings, "Peak\nmemory"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for task in dict.fromkeys(case.task for case in cases):
+        of_task = [case for case in cases if case.task == task]
+        table.add_row(task.label, baseline, *_baseline_cells(of_task[0]))
+        for case in of_task:
+            table.add_row(task.label, case.name, *_cells(case), end_section=case is of_task[-1])
     console = Console()
     console.print(table)
-    for reason in dict.fromkeys(f"{c.kind}: {c.off_reason}" for c in cases if c.off_reason):
-        console.print(reason, highlight=False)
+    for note in dict.fromkeys(_notes(cases)):
+        console.print(note, highlight=False)
     console.print(
-        f"{cases[0].attention} without drafts is plain; a ratio above 1: speculation is faster",
+        f"{baseline} is the baseline: {cases[0].peer}. A ratio above 1 means faster than the baseline.",
         highlight=False,
     )
+
+
+def _baseline_cells(case: BenchmarkCase) -> list[str]:
+    from lowtide.memory.units import format_bytes
+
+    cells = [f"{case.decode.peer_tokens_per_s:.1f}", ""]
+    cells += [f"{case.prefill.peer_tokens_per_s:.0f}", ""] if case.prefill is not None else []
+    cells += ["", ""] if case.drafts is not None else []
+    return [*cells, format_bytes(case.peer_peak_rss_bytes)]
+
+
+def _cells(case: BenchmarkCase) -> list[str]:
+    from lowtide.memory.units import format_bytes
+
+    cells = [f"{case.decode.tokens_per_s:.1f}", f"{case.decode.ratio:.2f}"]
+    if case.prefill is not None:
+        cells += [f"{case.prefill.tokens_per_s:.0f}", f"{case.prefill.ratio:.2f}"]
+    if case.drafts is not None:
+        accepted = f"{case.drafts.accepted} of {case.drafts.drafted}"
+        cells += [accepted, "yes" if case.drafts.same else "no"]
+    return [*cells, format_bytes(case.peak_rss_bytes)]
+
+
+def _notes(cases: Sequence[BenchmarkCase]) -> list[str]:
+    """Return what a policy's name meant for this model, and why drafts were not verified."""
+    notes = [
+        f"{case.name}: {case.policy}"
+        for case in cases
+        if case.drafts is None and case.policy != case.name
+    ]
+    for case in cases:
+        if case.drafts is not None and case.drafts.off_reason is not None:
+            notes.append(f"{case.task.label}, {case.name}: {case.drafts.off_reason}")
+    return notes

@@ -182,7 +182,7 @@ def _context(engine: Engine, text: Path | None) -> CalibrationContext:
     return CalibrationContext(
         model=engine.model,
         hook=engine.hook,
-        token_ids=sample_tokens(tokenizer, sample, 2 * context + 2, whose=source),
+        token_ids=sample_tokens(tokenizer, sample, 2 * context + 2, source=source),
         context=context,
         framing=chat_framing(engine.model),
         text=source,

@@ -1,8 +1,4 @@
-"""`lowtide chat`: a conversation in the terminal, or over a pipe.
-
-Repl: reads turns, answers them, and obeys the commands that begin with a slash.
-
-Knows no options of the command line and no input device."""
+"""`lowtide chat`: a conversation in the terminal or over a pipe, with commands that start with a slash."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowtide.cli.enforce import enforce_option, hold
+from lowtide.cli.enforce import enforce_option, set_limit
 from lowtide.cli.input import TurnReader
 from lowtide.cli.options import (
     generation_options,
@@ -22,6 +18,7 @@ from lowtide.cli.options import (
     planned_model,
     prefix_cache_option,
     speculate_option,
+    system_option,
     take_generation_options,
 )
 from lowtide.cli.output import note, statistics_line
@@ -35,15 +32,15 @@ if TYPE_CHECKING:
     from lowtide.runtime.options import SamplingParams
 
 
-@click.command("chat")
+@click.command("chat", short_help="Chat with a model.")
 @opening_options
 @speculate_option
-@click.option("-s", "--system", help="A system message before the conversation.")
+@system_option
 @prefix_cache_option
 @enforce_option
 @generation_options
 def command(system: str | None, enforce: ControlGroup | None, **options: Any) -> None:
-    """Talk with a model; /help lists what you can type.
+    """Chat with a model. Type /help for the commands.
 
     MODEL is a .gguf file, an ONNX folder, a name from `lowtide models`, or hf:user/repo[:quant].
     """
@@ -56,7 +53,7 @@ def command(system: str | None, enforce: ControlGroup | None, **options: Any) ->
     planned = planned_model(options)
     planned.require_fit()
     note(plan_line(planned))
-    hold(enforce, planned.plan.budget)
+    set_limit(enforce, planned.plan.budget)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     with Runtime.load(planned) as runtime:
         reader = TurnReader(prompt_limit_bytes(planned.plan.kv_tokens), interactive=interactive)
@@ -70,20 +67,20 @@ def command(system: str | None, enforce: ControlGroup | None, **options: Any) ->
 
 
 HELP = '''\
-/help            this page
-/reset           forget the conversation, keep the system message
+/help            show this help
+/reset           start a new conversation with the same system message
 /system [TEXT]   set the system message and start over; without TEXT, remove it
-/save FILE       write the conversation to a file, with the KV state of its tokens
-/load FILE       go on with a conversation from a file, without reading it again
-/stats           what the last answer cost, and the memory plan
-/exit            leave (also Ctrl-D)
+/save FILE       save the conversation to a file, together with its KV cache
+/load FILE       continue a conversation from a file, without computing it again
+/stats           show the memory plan and the statistics of the last answer
+/exit            leave (or press Ctrl-D)
 
-A line ending in \\ goes on in the next one; """ begins and ends a text of several lines.
-Ctrl-C stops an answer.'''
+End a line with \\ to continue on the next one. Put """ before and after a text of several lines.
+Press Ctrl-C to stop an answer.'''
 
 
 class Repl:
-    """One conversation with one runtime."""
+    """One conversation: reads turns, answers them, and runs commands."""
 
     def __init__(self, runtime: Runtime, options: SamplingParams, system: str | None) -> None:
         self._runtime = runtime
@@ -102,14 +99,14 @@ class Repl:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The conversation so far, the system message first."""
+        """The conversation, with the system message first."""
         system = [{"role": "system", "content": self._system}] if self._system else []
         return [*system, *self._turns]
 
     def run(self, reader: TurnReader, *, interactive: bool) -> int:
-        """Go on until the input ends or /exit; return the exit code.
+        """Read turns until the input ends or /exit; return the exit code.
 
-        At a terminal a failed turn is only told; from a pipe it also decides the exit code.
+        A failed turn prints an error. With a pipe, it also sets the exit code.
         """
         exit_code = 0
         while True:
@@ -120,7 +117,7 @@ class Repl:
                 self._take(turn)
             except KeyboardInterrupt:
                 click.echo(err=True)
-                note("/exit or Ctrl-D leaves")
+                note("Type /exit or press Ctrl-D to leave.")
             except LowtideError as error:
                 click.echo(f"Error: {error}", err=True)
                 exit_code = exit_code if interactive else error.exit_code
@@ -132,73 +129,72 @@ class Repl:
         if name in self._commands:
             self._commands[name](rest.strip())
         elif name.startswith("/") and name[1:].isalpha():
-            note(f"{name} is no command: {', '.join(self._commands)} and /exit are")
+            note(f"Unknown command {name}. Type /help for the list.")
         else:
             self._answer(turn)
 
     def _answer(self, turn: str) -> None:
-        """Print the answer as it comes; what was said is kept, also when Ctrl-C cuts it short."""
+        """Print the answer as it is generated; after Ctrl-C, the part until then stays in the conversation."""
         question = {"role": "user", "content": turn}
-        pieces = self._runtime.chat([*self.messages, question], options=self._options)
-        said: list[str] = []
+        chunks = self._runtime.chat([*self.messages, question], options=self._options)
+        texts: list[str] = []
         try:
-            with closing(pieces):
-                for piece in pieces:
-                    self._last = piece
-                    said.append(piece.text)
-                    click.echo(piece.text, nl=False)
+            with closing(chunks):
+                for chunk in chunks:
+                    self._last = chunk
+                    texts.append(chunk.text)
+                    click.echo(chunk.text, nl=False)
         except KeyboardInterrupt:
             pass
         finally:
-            if said:
-                self._turns += [question, {"role": "assistant", "content": "".join(said)}]
+            if texts:
+                self._turns += [question, {"role": "assistant", "content": "".join(texts)}]
                 click.echo()
-        if said and self._last is not None:
+        if texts and self._last is not None:
             note(statistics_line(self._last.stats, self._last.finish_reason))
         else:
-            note("stopped before the first token; the question is not kept")
+            note("Stopped before the first token; the question was removed.")
 
     def _reset(self, _rest: str) -> None:
         self._turns.clear()
-        note("the conversation is empty")
+        note("Started a new conversation.")
 
     def _set_system(self, text: str) -> None:
         self._system = text or None
         self._turns.clear()
-        note(
-            "the conversation starts over " + ("with the new system message" if text else "without")
-        )
+        what = "the new" if text else "no"
+        note(f"Started a new conversation with {what} system message.")
 
     def _save(self, name: str) -> None:
         path = _path(name, "/save")
-        with_state = ""
+        suffix = ""
         try:
             saved = self._runtime.session.save(path, self.messages)
             if saved.num_tokens:
                 size = format_bytes(saved.num_bytes)
-                with_state = f", with the KV state of {saved.num_tokens:,} tokens ({size})"
+                suffix = f", with the KV cache of {saved.num_tokens:,} tokens ({size})"
         except OverBudget as error:
             self._runtime.session.save(path, self.messages, state=False)
-            with_state = f" without their KV state, because {error}"
-        note(f"{len(self._turns)} messages saved to {path}{with_state}")
+            suffix = f" without the KV cache, because {error}"
+        note(f"Saved {len(self._turns)} messages to {path}{suffix}.")
 
     def _load(self, name: str) -> None:
         path = _path(name, "/load")
-        reason = "they are read with your next turn"
+        state = "they are computed with your next turn"
         try:
             loaded = self._runtime.session.load(path)
             messages, model = loaded.messages, loaded.model
             if loaded.num_tokens:
-                reason = f"{loaded.num_tokens:,} tokens are in the KV cache again"
+                state = f"{loaded.num_tokens:,} tokens restored to the KV cache"
             if model != self._runtime.spec.name:
-                reason += f"; they were answered by {model}"
+                state += f"; the answers are from {model}"
         except (SessionMismatch, OverBudget) as error:
             messages = self._runtime.session.read_messages(path)
-            reason += f", because {error}"
-        self._go_on_with(list(messages))
-        note(f"{len(self._turns)} messages loaded; {reason}")
+            state += f", because {error}"
+        self._continue(list(messages))
+        note(f"Loaded {len(self._turns)} messages; {state}.")
 
-    def _go_on_with(self, turns: list[dict[str, str]]) -> None:
+    def _continue(self, turns: list[dict[str, str]]) -> None:
         self._system = turns.pop(0)["content"] if turns and turns[0]["role"] == "system" else None
         self._turns = turns
 
@@ -212,5 +208,5 @@ def _path(name: str, command: str) -> Path:
     from lowtide.models.errors import BadOption
 
     if not name:
-        raise BadOption(f"{command} needs a file name: {command} talk.session")
+        raise BadOption(f"{command} needs a file name: type {command} talk.session")
     return Path(name).expanduser()

@@ -1,4 +1,4 @@
-"""`lowtide convert`: writes a GGUF model as an ONNX folder."""
+"""`lowtide convert`: converts a GGUF model into an ONNX folder."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from pathlib import Path
 import click
 
 
-@click.command("convert")
+@click.command("convert", short_help="Convert a GGUF model into an ONNX folder.")
 @click.argument("model")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
-    "--rows",
+    "--activations",
+    "activations",
     type=click.Choice(["int8", "float32"]),
     default="int8",
     show_default=True,
-    help="What products take activations as: rounded to 8 bits in blocks, as llama.cpp does, or as they "
-    "are, which is nearer to the weights and slower.",
+    help="Precision of the activations in matrix multiplications: int8 in blocks, like llama.cpp, or "
+    "float32, which is more exact and slower.",
 )
-@click.option("--force", is_flag=True, help="Replace FOLDER where it exists.")
-@click.option("--offline", is_flag=True, help="Never reach for the network.")
-def command(model: str, folder: Path, rows: str, force: bool, offline: bool) -> None:
-    """Write the GGUF model MODEL as the ONNX folder FOLDER, for onnxruntime-genai and for lowtide itself.
+@click.option("--force", is_flag=True, help="Replace FOLDER if it exists.")
+@click.option("--offline", is_flag=True, help="Never use the network.")
+def command(model: str, folder: Path, activations: str, force: bool, offline: bool) -> None:
+    """Convert the GGUF model MODEL into the ONNX folder FOLDER, for onnxruntime-genai and lowtide.
 
-    Quantised weights stay quantised, with the values that they have; floating-point ones are rounded to 8
-    bits, and it says so. FOLDER appears whole, with checksums, or not at all.
+    Quantised weights keep their values. Floating-point weights are quantised to 8 bits, which the command
+    reports. FOLDER is written completely, with checksums, or not at all.
     """
     from lowtide.cli.output import note
     from lowtide.models.convert.convert import convert
@@ -33,9 +34,9 @@ def command(model: str, folder: Path, rows: str, force: bool, offline: bool) -> 
 
     spec = find_spec(model, offline=offline)
     with click.progressbar(length=spec.weight_bytes, label=spec.name, file=sys.stderr) as bar:
-        made = convert(spec, folder, rows=rows, replace=force, advance=bar.update)
+        made = convert(spec, folder, rows=activations, replace=force, advance=bar.update)
     for type_name, count in sorted(made.use_bf16.items()):
-        note(f"{count} matrices of {type_name} were rounded to 8 bits in blocks of 32")
+        note(f"{count} matrices of type {type_name} were quantised to 8 bits in blocks of 32")
     if not made.use_bf16:
-        note("all weights have the values that they had")
+        note("All weights keep their values.")
     click.echo(made.folder)

@@ -1,4 +1,4 @@
-"""`lowtide doctor`: what this machine has, which kernels are active, and what is wrong."""
+"""`lowtide doctor`: shows the machine, the active kernels, and problems with the installation."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from typing import Any
 
 import click
 
-MIN_CONTEXT = 512
+from lowtide.cli.options import json_option
+from lowtide.memory.units import MIB
+
+MIN_AVAILABLE_BYTES = 256 * MIB
 
 
-@click.command("doctor")
+@click.command("doctor", short_help="Check this machine and the installation.")
 @click.argument("model", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def command(model: str | None, as_json: bool) -> None:
-    """Show what lowtide finds here; exits with 1 where something is wrong.
+    """Show the machine, the active kernels, and problems. Exits with 1 if there is a problem.
 
-    Runs one token of MODEL (the default one, where it is installed) to see how many of its layers take
-    our attention.
+    Runs one token of MODEL (by default, of the default model if it is installed) to see in how many of its
+    layers lowtide's attention kernels run.
     """
     import json
 
@@ -30,7 +33,7 @@ def command(model: str | None, as_json: bool) -> None:
     findings: dict[str, Any] = {"version": lowtide.__version__, "python": platform.python_version()}
     problems: list[str] = []
     for examine in (_machine, _native, _llama, _gpus, _models, lambda: _attention(model)):
-        _examined(examine, findings, problems)
+        _examine(examine, findings, problems)
     if as_json:
         click.echo(json.dumps({**findings, "problems": problems}, indent=2))
     else:
@@ -39,7 +42,7 @@ def command(model: str | None, as_json: bool) -> None:
         sys.exit(1)
 
 
-def _examined(
+def _examine(
     examine: Callable[[], dict[str, Any]], findings: dict[str, Any], problems: list[str]
 ) -> None:
     from lowtide.models.errors import LowtideError
@@ -58,10 +61,10 @@ def _machine() -> dict[str, Any]:
 
     machine = read_machine()
     problems = []
-    if machine.available_bytes < 256 << 20:
+    if machine.available_bytes < MIN_AVAILABLE_BYTES:
         problems.append(
-            f"only {machine.available_bytes >> 20} MiB of memory are available: the default model "
-            "wants about 160"
+            f"only {machine.available_bytes >> 20} MiB of memory are available, and the default model needs "
+            "about 160 MiB: free some memory"
         )
     return {"machine": machine.to_dict(), "problems": problems}
 
@@ -78,7 +81,7 @@ def _native() -> dict[str, Any]:
     problems = []
     if version != lowtide.__version__:
         problems.append(
-            f"the native library is of version {version}, lowtide of {lowtide.__version__}: reinstall"
+            f"the native library has version {version}, but lowtide has {lowtide.__version__}: reinstall lowtide"
         )
     return {
         "native_library": version,
@@ -99,13 +102,13 @@ def _llama() -> dict[str, Any]:
         "llama_cpp_kernels": library.system_info,
         "llama_cpp_layouts": "used"
         if library.repacks
-        else "unused: it was compiled for AMX; --repack or a build without is faster",
-        "kv_memory": "follows the tokens in use"
+        else "not used, because it was compiled for AMX: --repack or a build without AMX is faster",
+        "kv_memory": "resident only for tokens in use"
         if can_use_demand_zero()
-        else "whole from the start",
-        "weights_memory": "can be given back and read again for every pass"
+        else "completely resident from the start",
+        "weights_memory": "can be streamed from the file"
         if can_map_lazily()
-        else "stays resident",
+        else "always resident",
     }
 
 
@@ -125,8 +128,9 @@ def _models() -> dict[str, Any]:
 
 
 def _attention(reference: str | None) -> dict[str, Any]:
-    """Run a token under the policy that a person would try first."""
+    """Run one token with the tidal policy, which new users try first."""
     from lowtide.attention.bindings.llama_hook import LlamaHook
+    from lowtide.memory.plan.planner import MIN_CONTEXT
     from lowtide.models.catalog import NAMED_MODELS, is_installed
     from lowtide.runtime.loading.load import Engine
     from lowtide.runtime.planning.plan import LoadConfig, plan_reference
@@ -135,19 +139,21 @@ def _attention(reference: str | None) -> dict[str, Any]:
     kernels = hook.kernels
     hook.close()
     if reference is None and not is_installed(NAMED_MODELS[0]):
-        return {"attention_dense": f"works, with the {kernels} kernels; no model to try it on"}
-    options = LoadConfig(context=MIN_CONTEXT, batch_size=32, attention="tidal")
-    loaded = Engine(plan_reference(reference, options))
+        return {
+            "attention_dense": f"works with the {kernels} kernels; no model is installed to try it"
+        }
+    config = LoadConfig(context=MIN_CONTEXT, batch_size=32, attention="tidal")
+    engine = Engine(plan_reference(reference, config))
     try:
-        loaded.model.forward((0,))
-        counts, policy = loaded.kernel_counts(), str(loaded.planned.policy)
-        name, num_layers = loaded.planned.spec.name, loaded.planned.spec.num_layers
+        engine.model.forward((0,))
+        counts, policy = engine.kernel_counts(), str(engine.planned.policy)
+        name, num_layers = engine.planned.spec.name, engine.planned.spec.num_layers
     finally:
-        loaded.close()
+        engine.close()
     assert counts is not None
     return {
         "attention_dense": (
-            f"{counts.layers_native} of {num_layers} layers ours in {name}, with the {kernels} kernels"
+            f"runs in {counts.layers_native} of {num_layers} layers of {name}, with the {kernels} kernels"
         ),
         "attention_tidal": policy,
     }
@@ -168,11 +174,11 @@ def _print(findings: dict[str, Any], problems: list[str]) -> None:
         elif name == "gpus":
             _print_gpus(value, findings["gpu_backends"])
         else:
-            _line(name.replace("_", " "), _shown(value))
+            _line(name.replace("_", " "), _text(value))
     for problem in problems:
         click.secho(f"Problem: {problem}", fg="red")
     if not problems:
-        click.secho("Nothing is wrong.", fg="green")
+        click.secho("No problems found.", fg="green")
 
 
 def _print_gpus(devices: list[dict[str, Any]], backends: list[str]) -> None:
@@ -181,14 +187,14 @@ def _print_gpus(devices: list[dict[str, Any]], backends: list[str]) -> None:
 
     for device in devices:
         free, total = format_bytes(device["free_bytes"]), format_bytes(device["total_bytes"])
-        shared = ", the machine's own memory" if device["shares_memory"] else ""
+        shared = ", shared with the machine" if device["shares_memory"] else ""
         _line(device["name"], f"{device['description']}, {free} free of {total}{shared}")
     if not devices:
-        alone = f"none, llama-cpp-python is built for the processor alone: {HOW_TO_GET_ONE}"
-        _line("gpus", "none that its backend finds" if backends else alone)
+        cpu_only = f"none, because llama-cpp-python was built for the CPU only: {HOW_TO_GET_ONE}"
+        _line("gpus", "none found" if backends else cpu_only)
 
 
-def _shown(value: Any) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(value) or "none"
     if isinstance(value, bool):

@@ -1,7 +1,12 @@
-"""--enforce: the command runs itself again, as a child in a control group that the kernel limits.
+"""--enforce: lets the kernel enforce the memory budget, in a control group (memory/os/cgroup.py).
 
-What waits outside is this small process: it passes signals on and the exit code back, and removes the group
-whatever happens. Knows no plan but its budget.
+The command runs itself again as a child, which is in the group before it starts: memory is charged to the
+group in which a process allocates it, and moving a running process would leave its earlier memory outside.
+The parent stays outside of the group. It is small, because it imports nothing of lowtide's runtime; it
+forwards signals to the child and the exit code to the shell, and removes the group whatever happens.
+
+The limit is set only after the child has planned (`set_limit`), because the budget may be a share of the
+machine's memory.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-PASSED_ON = frozenset(
+FORWARDED = frozenset(
     {
         signal.SIGINT,
         signal.SIGTERM,
@@ -35,38 +40,37 @@ PR_SET_PDEATHSIG = 1
 
 
 def enforce_option(command: Command) -> Command:
-    """Add --enforce, whose value is the control group that the command runs in; None without it.
+    """Add --enforce; its value is the control group of this process, None without the option.
 
-    Where it is given the command is run again, inside a new group, and this process ends with its exit
-    code. Raises `NotEnforceable` where no group can be made, `KilledByLimit` where the kernel ended the
-    child.
+    With the option, the command runs again inside a new group, and this process ends with its exit code.
+    Raises `NotEnforceable` if no group can be created, `KilledByLimit` if the kernel killed the child.
     """
     return click.option(
         "--enforce",
         is_flag=True,
-        callback=_entered_group,
-        help="Have the kernel hold the budget too (Linux, where control groups can be made): a process "
-        "that passes it is killed.",
+        callback=_enter_group,
+        help="Let the kernel enforce the budget, and kill the process if it exceeds it (Linux with control "
+        "groups).",
     )(command)
 
 
-def _entered_group(
-    ctx: click.Context, _parameter: click.Parameter, wanted: bool
+def _enter_group(
+    ctx: click.Context, _parameter: click.Parameter, enabled: bool
 ) -> ControlGroup | None:
-    if not wanted or ctx.resilient_parsing:
+    if not enabled or ctx.resilient_parsing:
         return None
     from lowtide.memory.os.cgroup import ControlGroup
 
     group = ControlGroup.joined(os.getppid())
     if group is None:
-        # Here, before the command imports anything: this process waits, and should be small.
+        # Before the command imports anything: this process only waits, and should stay small.
         raise SystemExit(_run_again())
     return group
 
 
 @contextlib.contextmanager
-def tidy_termination() -> Iterator[None]:
-    """Let SIGTERM end the block as an error would, so that no group that it has made is left behind."""
+def clean_termination() -> Iterator[None]:
+    """Let SIGTERM end the block like an exception, so that it removes the groups it has created."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         yield
@@ -74,8 +78,8 @@ def tidy_termination() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def hold(group: ControlGroup | None, budget: Budget) -> None:
-    """Set the group's limit to what a process inside `budget` may be charged, and say so."""
+def set_limit(group: ControlGroup | None, budget: Budget) -> None:
+    """Set the group's limit for a process with this budget, and print it."""
     if group is None:
         return
     from lowtide.cli.output import note
@@ -83,26 +87,26 @@ def hold(group: ControlGroup | None, budget: Budget) -> None:
     from lowtide.memory.units import format_bytes
 
     limit_bytes = limit_for(budget.num_bytes)
-    group.hold(limit_bytes)
-    note(f"enforced: above {format_bytes(limit_bytes)} the kernel ends this process")
+    group.set_limit(limit_bytes)
+    note(f"Enforced: the kernel kills this process above {format_bytes(limit_bytes)}.")
 
 
 def _run_again() -> int:
     from lowtide.memory.os.cgroup import ControlGroup
 
-    # From here on signals wait until they can be passed on: none may end us while there is a group.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON | {signal.SIGCHLD})
+    # Signals wait until they can be forwarded: none may end this process while the group exists.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED | {signal.SIGCHLD})
     try:
-        return _ended_in(ControlGroup.make(), mask)
+        return _run_in(ControlGroup.make(), mask)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _ended_in(group: ControlGroup, mask: set[int]) -> int:
-    """Run the child in `group` with the signal `mask` that we had; return its exit code as shells do."""
+def _run_in(group: ControlGroup, mask: set[int]) -> int:
+    """Run the child in `group` with the original signal `mask`; return its exit code as shells do."""
     try:
-        pid = _started_in(group, mask)
-        code = os.waitstatus_to_exitcode(_waited_for(pid))
+        pid = _start_in(group, mask)
+        code = os.waitstatus_to_exitcode(_wait_for(pid))
         if code == -signal.SIGKILL and group.num_kills:
             raise _killed(group)
     finally:
@@ -115,44 +119,43 @@ def _killed(group: ControlGroup) -> Exception:
 
     limit = f" of {format_bytes(group.limit_bytes)}" if group.limit_bytes else ""
     return KilledByLimit(
-        f"the kernel ended lowtide at the enforced limit{limit}, and what was not saved is lost: raise "
-        "--memory"
+        f"the kernel killed lowtide at the enforced limit{limit}, and unsaved data is lost: raise --memory"
     )
 
 
-def _started_in(group: ControlGroup, mask: set[int]) -> int:
-    """Start this command line as a child that is in `group` before it begins; return its process id."""
+def _start_in(group: ControlGroup, mask: set[int]) -> int:
+    """Start this command line as a child that enters `group` before it runs; return its process id."""
     import ctypes
 
-    die_with = ctypes.CDLL(None).prctl
+    prctl = ctypes.CDLL(None).prctl
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    wait_end, go_end = os.pipe()
+    read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            os.close(go_end)
-            die_with(PR_SET_PDEATHSIG, signal.SIGTERM)
+            os.close(write_end)
+            prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            if os.read(wait_end, 1):
+            if os.read(read_end, 1):
                 os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
         finally:
             os._exit(1)
-    os.close(wait_end)
+    os.close(read_end)
     try:
         group.admit(pid)
-        os.write(go_end, b"!")
+        os.write(write_end, b"!")
     finally:
-        os.close(go_end)
+        os.close(write_end)
     return pid
 
 
-def _waited_for(pid: int) -> int:
-    """Return the status that the child ended with; until then pass on what signals are sent to us alone."""
+def _wait_for(pid: int) -> int:
+    """Forward signals that were sent to this process alone until the child ends; return its status."""
     while True:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
+        ended_pid, status = os.waitpid(pid, os.WNOHANG)
+        if ended_pid:
             return status
-        received = signal.sigwaitinfo(PASSED_ON | {signal.SIGCHLD})
-        # What the kernel sends, such as a terminal's Ctrl-C, the child has got as well.
+        received = signal.sigwaitinfo(FORWARDED | {signal.SIGCHLD})
+        # The kernel sends a terminal's Ctrl-C to the child as well; that is not forwarded.
         if received.si_signo != signal.SIGCHLD and received.si_code <= 0:
             os.kill(pid, received.si_signo)

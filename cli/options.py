@@ -1,8 +1,9 @@
-"""The options that several commands share, and the values they become. Knows no command."""
+"""The options that several commands share, and the values that they become (`LoadConfig`, `SamplingParams`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -13,15 +14,16 @@ if TYPE_CHECKING:
     from lowtide.runtime.planning.plan import LoadConfig, ResolvedModel
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Option = Callable[[Any], Any]
 
-_OPENING = (
+_MODEL: tuple[Option, ...] = (
     click.argument("model", required=False),
     click.option("-m", "--model", "model_option", metavar="MODEL", help="The same as MODEL."),
     click.option(
         "--memory",
         metavar="SIZE",
-        help="The most the whole process may have resident: 1GiB, 512MiB, 2G, 50%, bytes.  "
-        "[default: 80% of what is available]",
+        help="Memory budget of the whole process: 1GiB, 512MiB, 2G, 50%, or bytes.  "
+        "[default: 80% of the available memory]",
     ),
     click.option(
         "-c",
@@ -29,25 +31,29 @@ _OPENING = (
         "--ctx-size",
         type=click.IntRange(min=1),
         metavar="TOKENS",
-        help="Tokens of context.  [default: the most that fits, up to the model's own]",
+        help="Context length.  [default: the longest that fits, up to the model's own]",
     ),
     click.option(
         "--kv-type",
         type=click.Choice(["f16", "q8_0", "q4_0", "f32"]),
-        help="Type of the KV cache; the smaller ones change answers slightly, and f32 is for ONNX models.  "
-        "[default: f16 if it fits]",
+        help="Type of the KV cache. q8_0 and q4_0 are smaller and change answers slightly; f32 is for ONNX "
+        "models only.  [default: f16 if it fits]",
     ),
     click.option(
-        "-t", "--threads", type=click.IntRange(1, 512), help="Threads.  [default: all cores]"
+        "-t",
+        "--threads",
+        type=click.IntRange(1, 512),
+        help="Number of threads.  [default: all cores]",
     ),
     click.option(
-        "--repack/--no-pack",
+        "--repack/--no-repack",
         default=False,
         show_default=True,
-        help="Compute matrix products with our kernels, from a packed copy of the weights, which is made "
-        "in the cache folder the first time; of an ONNX model attention is ours then, too.",
+        help="Use lowtide's matmul kernels on a repacked copy of the weights (created in the cache folder on "
+        "first use). For ONNX models this also enables lowtide's attention.",
     ),
-    click.option("--offline", is_flag=True, help="Never reach for the network."),
+    click.option("--pack", is_flag=True, hidden=True),
+    click.option("--offline", is_flag=True, help="Never use the network."),
 )
 
 _ATTENTION = click.option(
@@ -55,9 +61,10 @@ _ATTENTION = click.option(
     default="llama",
     show_default=True,
     metavar="POLICY",
-    help="llama (llama.cpp's kernels), dense (our own, exact), or an approximation: tidal (sparse "
-    "decoding), delta (keys that are alike share a score) or gem (of a long prompt only what the question "
-    "attends to is read); with settings, tidal:k=1024, delta:window=256, gem:k=512,layer=7.",
+    help="Attention policy: llama (llama.cpp's own), dense (lowtide's kernels, exact), or an approximation: "
+    "tidal (sparse decoding: each token reads the top-k keys), delta (similar keys share one score) or gem "
+    "(only the prompt tokens that matter for the question are processed in full). Settings follow a colon: "
+    "tidal:k=1024, delta:window=256, gem:k=512,layer=7.",
 )
 
 _PROVIDER = click.option(
@@ -65,8 +72,8 @@ _PROVIDER = click.option(
     default="cpu",
     show_default=True,
     metavar="NAME",
-    help="ONNX models: the execution provider of onnxruntime, such as cuda, coreml, qnn or xnnpack. What "
-    "it takes of a device's own memory is not planned.",
+    help="For ONNX models: the execution provider of onnxruntime, such as cuda, coreml, qnn or xnnpack. The "
+    "plan does not include device memory that it allocates.",
 )
 
 prefix_cache_option = click.option(
@@ -74,8 +81,8 @@ prefix_cache_option = click.option(
     default="0",
     show_default=True,
     metavar="SIZE",
-    help="Keep KV states of earlier prompts in so much memory, inside --memory: going back to one does "
-    "not read it again.",
+    help="Keep the KV of earlier prompts in this much memory (part of --memory), so that returning to one of "
+    "them does not compute it again.",
 )
 
 speculate_option = click.option(
@@ -83,34 +90,34 @@ speculate_option = click.option(
     default="off",
     show_default=True,
     metavar="DRAFT",
-    help="Draft tokens and verify several in one pass, where that pays: ngram (what followed the same text "
-    "before), trigram (a table that learns), auto (both), or a smaller model's path; with ngram:rows=4, "
-    "passes of at most 4 rows.",
+    help="Speculative decoding: draft tokens and verify several in one pass when that is faster. ngram "
+    "(prompt lookup), trigram (a table that learns), auto (both), or the path of a smaller model. Append "
+    ":rows=4 to verify at most 4 tokens per pass.",
 )
 
-_GPU = (
+_GPU: tuple[Option, ...] = (
     click.option(
         "-ngl",
         "--gpu-layers",
         metavar="N|auto",
-        help="Layers that go to the GPUs, as llama.cpp counts them; auto is as many as fit.  "
+        help="Number of layers on the GPUs, counted like llama.cpp; auto means as many as fit.  "
         "[default: 0, or auto with --gpu-memory]",
     ),
     click.option(
         "--gpu-memory",
         metavar="SIZE",
-        help="The most on each GPU.  [default: 90% of what it has free]",
+        help="Memory budget on each GPU.  [default: 90% of its free memory]",
     ),
 )
 
-_GENERATION = (
+_SAMPLING: tuple[Option, ...] = (
     click.option(
         "-n",
         "--max-tokens",
         type=int,
         default=512,
         show_default=True,
-        help="The longest answer; -1 goes on until the model ends or the context is full.",
+        help="Maximum length of an answer; -1 means until the model stops or the context is full.",
     ),
     click.option(
         "--temp",
@@ -119,75 +126,127 @@ _GENERATION = (
         type=float,
         default=0.7,
         show_default=True,
-        help="0 is greedy: the same answer every time.",
+        help="Sampling temperature; 0 is greedy and always gives the same answer.",
     ),
-    click.option("--top-k", type=int, default=40, show_default=True, help="0 is off."),
-    click.option("--top-p", type=float, default=0.95, show_default=True, help="1 is off."),
-    click.option("--min-p", type=float, default=0.05, show_default=True, help="0 is off."),
-    click.option("--repeat-penalty", type=float, default=1.0, show_default=True, help="1 is off."),
     click.option(
-        "--seed", type=int, help="Repeats a sampled answer.  [default: drawn, and reported]"
+        "--top-k",
+        type=int,
+        default=40,
+        show_default=True,
+        help="Sample from the k most likely tokens; 0 disables it.",
     ),
-    click.option("--stop", multiple=True, metavar="TEXT", help="End the answer here; repeatable."),
+    click.option(
+        "--top-p",
+        type=float,
+        default=0.95,
+        show_default=True,
+        help="Sample from the most likely tokens up to this total probability; 1 disables it.",
+    ),
+    click.option(
+        "--min-p",
+        type=float,
+        default=0.05,
+        show_default=True,
+        help="Minimum probability relative to the most likely token; 0 disables it.",
+    ),
+    click.option(
+        "--repeat-penalty",
+        type=float,
+        default=1.0,
+        show_default=True,
+        help="Penalty for tokens that occurred recently; 1 disables it.",
+    ),
+    click.option(
+        "--repeat-last-n",
+        type=int,
+        default=64,
+        show_default=True,
+        help="How many recent tokens --repeat-penalty considers; 0 disables it.",
+    ),
+    click.option(
+        "--seed",
+        type=int,
+        help="Seed of sampling; the same seed gives the same answer.  [default: random, reported]",
+    ),
+    click.option(
+        "--stop", multiple=True, metavar="TEXT", help="Stop the answer at this text; repeatable."
+    ),
     click.option(
         "--overflow",
         type=click.Choice(["error", "drop-oldest"]),
         default="error",
         show_default=True,
-        help="What to do with a prompt beyond the context.",
+        help="What to do with a prompt that is longer than the context.",
     ),
+)
+
+_EVALUATED_TEXT = click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    help="Measure on this text.  [default: Python's own language reference]",
+)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+system_option = click.option(
+    "-s", "--system", help="System message at the start of the conversation."
 )
 
 
 def opening_options(command: Command) -> Command:
-    """Add MODEL, --memory, --context and what else says how to open a model."""
-    return _decorated(command, (*_OPENING, _ATTENTION, *_GPU, _PROVIDER))
+    """Add MODEL, --memory, --context and the other options of loading a model."""
+    return _decorated(command, (*_MODEL, _ATTENTION, *_GPU, _PROVIDER))
 
 
 def opening_options_but_attention(command: Command) -> Command:
-    """Add what says how to open a model, for a command with an --attention of its own, on the processor."""
-    return _decorated(command, _OPENING)
+    """Add the options of loading a model on the CPU, for a command with an --attention of its own."""
+    return _decorated(command, _MODEL)
 
 
 def generation_options(command: Command) -> Command:
-    """Add -n, --temp, --seed and what else says how to answer."""
-    return _decorated(command, _GENERATION)
+    """Add --max-tokens, --temp, --seed and the other options of a generation."""
+    return _decorated(command, _SAMPLING)
 
 
-def _decorated(command: Command, decorators: tuple[Callable[..., Any], ...]) -> Command:
+def text_option(command: Command) -> Command:
+    """Add --text, for commands that measure on a text."""
+    return _decorated(command, (_EVALUATED_TEXT,))
+
+
+def _decorated(command: Command, decorators: tuple[Option, ...]) -> Command:
     for decorator in reversed(decorators):
         command = decorator(command)
     return command
 
 
 def planned_model(options: dict[str, Any]) -> ResolvedModel:
-    """Take the opening options out of a command's `options` and plan with them."""
+    """Remove the options of loading a model from `options`, and plan with them."""
     return plan_with(take_spec(options), take_open_options(options))
 
 
 def take_spec(options: dict[str, Any]) -> ModelSpec:
-    """Take MODEL out of a command's `options` and read its headers."""
+    """Remove MODEL from `options`, find the model and read its headers."""
     from lowtide.runtime.planning.plan import find_spec
 
     argument, option = options.pop("model"), options.pop("model_option")
     if argument and option and argument != option:
-        raise click.UsageError(f"two models are given, {argument} and {option}: give one")
+        raise click.UsageError(f"two models are named, {argument} and {option}: name one")
     return find_spec(argument or option, offline=options.pop("offline"))
 
 
 def take_open_options(options: dict[str, Any]) -> LoadConfig:
-    """Take out what says how to open a model; raise `BadOption` for a value that cannot be."""
+    """Remove the options of loading a model from `options`; raises `BadOption` for a wrong value."""
     from lowtide.runtime.planning.plan import LoadConfig
 
     names = (
-        "memory context kv_type threads attention prefix_cache pack speculate gpu_layers gpu_memory "
+        "memory context kv_type threads attention prefix_cache repack speculate gpu_layers gpu_memory "
         "provider"
     ).split()
+    options["repack"] |= options.pop("pack")  # a hidden alias
     return LoadConfig(**{name: options.pop(name) for name in names if name in options})
 
 
 def plan_with(spec: ModelSpec, options: LoadConfig) -> ResolvedModel:
-    """Plan, and say what is odd about the budget."""
+    """Plan the model, and print a warning if the budget is unusual."""
     from lowtide.runtime.planning.plan import plan_spec
 
     planned = plan_spec(spec, options)
@@ -197,10 +256,12 @@ def plan_with(spec: ModelSpec, options: LoadConfig) -> ResolvedModel:
 
 
 def take_generation_options(options: dict[str, Any]) -> SamplingParams:
-    """Take the generation options out of a command's `options`; raise `BadOption` for a bad one."""
+    """Remove the options of a generation from `options`; raises `BadOption` for a wrong value."""
     from lowtide.runtime.options import SamplingParams
 
-    names = "max_tokens temperature top_k top_p min_p repeat_penalty seed stop overflow".split()
+    names = (
+        "max_tokens temperature top_k top_p min_p repeat_penalty repeat_last_n seed stop overflow"
+    ).split()
     values = {name: options.pop(name) for name in names}
     if values["max_tokens"] == -1:
         values["max_tokens"] = None

@@ -1,4 +1,4 @@
-"""What a person sees of plans and statistics in one line, and what a program sees in JSON."""
+"""Plans and statistics as one line for people, and as a JSON object for programs."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 
 ENDINGS = {
-    "length": "cut at --max-tokens",
-    "context": "the context is full",
-    "memory": "ended here: the memory budget is reached",
-    None: "stopped",
+    "length": "stopped at --max-tokens",
+    "context": "stopped because the context is full",
+    "memory": "stopped because the memory budget is exhausted",
+    None: "interrupted",
 }
-"""What is said of an answer that the model did not end itself."""
+"""Finish reasons of answers that the model did not end itself."""
 
 
 def plan_line(planned: ResolvedModel) -> str:
-    """Return the plan in a line: model, context, planned peak, what was given up."""
+    """Return the plan in one line: model, context, planned peak, and what was reduced to fit."""
     plan = planned.plan
     line = (
         f"{planned.spec.name}, {planned.spec.quantisation} · context {plan.context:,} · planned "
@@ -35,13 +35,13 @@ def plan_line(planned: ResolvedModel) -> str:
     if planned.policy.uses_native_kernels:
         line += f" · attention {planned.policy}"
     if planned.options.repack:
-        line += " · packed weights"
+        line += " · repacked weights"
     line += "".join(f" · {gpu_line(gpu)}" for gpu in plan.gpus)
-    return line + "".join(f" · gave up {step}" for step in plan.downgrades)
+    return line + "".join(f" · reduced to fit: {step}" for step in plan.downgrades)
 
 
 def gpu_line(gpu: GpuPlan) -> str:
-    """Return a device's part of the plan in a few words."""
+    """Return the plan of a GPU in a few words."""
     return (
         f"{gpu.num_layers} layers on {gpu.device.name}, planned {format_bytes(gpu.total_bytes)} of "
         f"{format_bytes(gpu.budget_bytes)}"
@@ -49,19 +49,19 @@ def gpu_line(gpu: GpuPlan) -> str:
 
 
 def statistics_line(stats: Statistics, finish_reason: str | None) -> str:
-    """Return an answer's cost in a line; whatever is out of the ordinary is said."""
+    """Return the statistics of an answer in one line, with everything that is unusual."""
     parts = [f"{stats.generated_tokens} tokens"]
     if stats.decode_tokens_per_s is not None:
         parts.append(f"{stats.decode_tokens_per_s:.1f} tokens/s")
     if stats.time_to_first_token_s is not None:
-        parts.append(f"first after {stats.time_to_first_token_s:.2f} s")
+        parts.append(f"first token after {stats.time_to_first_token_s:.2f} s")
     reused = f"{stats.reused_tokens} reused"
     if stats.restored_tokens:
         reused += " (from the prefix cache)"
     filtered = stats.retained_tokens < stats.prompt_tokens - stats.dropped_tokens
-    kept = f" ({stats.retained_tokens} kept)" if filtered else ""
-    parts.append(f"prompt {stats.prompt_tokens}{kept}, {reused}")
-    parts += _out_of_the_ordinary(stats)
+    retained = f" ({stats.retained_tokens} retained)" if filtered else ""
+    parts.append(f"prompt {stats.prompt_tokens}{retained}, {reused}")
+    parts += _unusual(stats)
     if finish_reason in ENDINGS:
         parts.append(ENDINGS[finish_reason])
     if stats.peak_rss_bytes is not None:
@@ -70,36 +70,36 @@ def statistics_line(stats: Statistics, finish_reason: str | None) -> str:
     return " · ".join(parts)
 
 
-def _out_of_the_ordinary(stats: Statistics) -> list[str]:
+def _unusual(stats: Statistics) -> list[str]:
     parts = []
     if stats.attended_share is not None and stats.attended_share < 1:
-        parts.append(f"{stats.attended_share:.0%} of the cache attended to")
+        parts.append(f"attended to {stats.attended_share:.0%} of the KV cache")
     if stats.scores is not None:
         parts.append(f"{stats.scores['skipped']:.0%} of score multiplications skipped")
     if stats.speculation is not None:
         parts.append(_speculation(stats.speculation))
     if stats.layers_native and stats.layers_native < stats.layers:
-        parts.append(f"our attention in {stats.layers_native} of {stats.layers} layers")
+        parts.append(f"lowtide's attention in {stats.layers_native} of {stats.layers} layers")
     if stats.not_repacked_reason is not None:
-        parts.append(f"weights not packed: {stats.not_repacked_reason}")
+        parts.append(f"weights not repacked: {stats.not_repacked_reason}")
     if stats.dropped_tokens:
         parts.append(f"{stats.dropped_tokens} oldest tokens dropped")
-    trims = [f"gave {format_bytes(t.freed_bytes)} back ({t.level})" for t in stats.trims]
-    return [*parts, *trims]
+    freed = [f"freed {format_bytes(t.freed_bytes)} ({t.level})" for t in stats.trims]
+    return [*parts, *freed]
 
 
-def _speculation(told: dict[str, Any]) -> str:
-    """Say what drafts were worth, or why nothing was verified, and what is not promised."""
-    if told["off_reason"] is not None:
-        return f"no speculation: {told['off_reason']}"
-    line = f"{told['accepted']} of {told['drafted']} drafted tokens accepted"
-    if told["nondeterminism"] is not None:
-        line += f" (perhaps not the plain loop's answer: {told['nondeterminism']})"
+def _speculation(values: dict[str, Any]) -> str:
+    """Return how many drafts were accepted, or why none were verified, and a warning if answers may differ."""
+    if values["off_reason"] is not None:
+        return f"no speculation: {values['off_reason']}"
+    line = f"{values['accepted']} of {values['drafted']} draft tokens accepted"
+    if values["nondeterminism"] is not None:
+        line += f" (the answer may differ from one without drafts: {values['nondeterminism']})"
     return line
 
 
 def note(text: str) -> None:
-    """Print a line that is no answer: dim, on stderr."""
+    """Print a line that is not part of an answer: dim, on stderr."""
     click.secho(text, dim=True, err=True)
 
 

@@ -1,6 +1,4 @@
-"""`lowtide profile`: runs a prompt or a script of turns, and shows where bytes and time went.
-
-A profile as tables for the terminal."""
+"""`lowtide profile`: runs a prompt or several chat turns, and shows memory by component and time by phase."""
 
 from __future__ import annotations
 
@@ -14,6 +12,7 @@ import click
 
 from lowtide.cli.options import (
     generation_options,
+    json_option,
     opening_options,
     plan_with,
     speculate_option,
@@ -37,15 +36,15 @@ MAX_SCRIPT_BYTES = 1 << 20
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-@click.command("profile")
+@click.command("profile", short_help="Show where memory and time go.")
 @opening_options
 @speculate_option
-@click.option("-p", "--prompt", help="The prompt.  [default: standard input]")
-@click.option("--script", type=_FILE, help="A chat instead: a file with a turn in each line.")
-@click.option("--report", type=_FILE, help="Write a page for the browser, which needs no network.")
+@click.option("-p", "--prompt", help="The prompt.  [default: read from standard input]")
+@click.option("--script", type=_FILE, help="Run a chat instead: a file with one turn per line.")
+@click.option("--report", type=_FILE, help="Write a web page with figures; it works offline.")
 @click.option("--trace", type=_FILE, help="Write a trace for Perfetto or chrome://tracing.")
-@click.option("--png", type=_FILE, help="Write the figures as one picture.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--png", type=_FILE, help="Write the figures as one image.")
+@json_option
 @generation_options
 def command(
     prompt: str | None,
@@ -56,11 +55,11 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Run a prompt or a script of turns and show where bytes and milliseconds went.
+    """Run a prompt or several chat turns, and show where memory and time went.
 
-    Memory is told apart by the plan's owners, time by phase and by layer. --report and --png draw with
-    matplotlib (pip install 'lowtide[report]'), after the run and in a process of its own beside --memory.
-    MODEL is a .gguf file, an ONNX folder, a name from `lowtide models`, or hf:user/repo[:quant].
+    Memory is shown by the plan's components, time by phase and by layer. --report and --png need
+    matplotlib (pip install 'lowtide[report]'), which runs afterwards in a process of its own, outside of
+    --memory. MODEL is a .gguf file, an ONNX folder, a name from `lowtide models`, or hf:user/repo[:quant].
     """
     from lowtide import Profiler, Runtime
     from lowtide.cli.output import json_object, note, plan_line
@@ -79,26 +78,28 @@ def command(
         answers = _run(runtime, turns, generation)
     found = profiler.report()
     if as_json:
-        told = {**found.to_dict(), "turns": [stats.to_dict() for stats in answers]}
-        click.echo(json_object(planned, **told))
+        turn_values = [stats.to_dict() for stats in answers]
+        click.echo(json_object(planned, **found.to_dict(), turns=turn_values))
     else:
         print_profile(found)
     _write(found, report, trace, png)
 
 
 def _check_outputs(report: Path | None, trace: Path | None, png: Path | None) -> None:
-    """Before anything is loaded: what would fail after a long run fails now."""
+    """Raise `BadOption` now, before a long run, if an output could not be written after it."""
     from lowtide.models.errors import BadOption
 
-    drawn = "--report" if report else "--png"
+    option = "--report" if report else "--png"
     if (report or png) and importlib.util.find_spec("matplotlib") is None:
         raise BadOption(
-            f"{drawn} draws with matplotlib, which is not installed: pip install 'lowtide[report]', "
-            f"or leave {drawn} out"
+            f"{option} needs matplotlib, which is not installed: run pip install 'lowtide[report]', or leave "
+            f"{option} out"
         )
     for path in filter(None, (report, trace, png)):
         if not path.absolute().parent.is_dir():
-            raise BadOption(f"{path} cannot be written, there is no folder {path.parent}: make it")
+            raise BadOption(
+                f"cannot write {path}, because the folder {path.parent} does not exist: create it"
+            )
 
 
 def _turns(prompt: str | None, script: Path | None, limit_bytes: int) -> list[str]:
@@ -108,18 +109,18 @@ def _turns(prompt: str | None, script: Path | None, limit_bytes: int) -> list[st
     if script is None:
         return [prompt_text(prompt, None, limit_bytes)]
     if prompt is not None:
-        raise click.UsageError("both --prompt and --script are given: give one")
+        raise click.UsageError("--prompt and --script exclude each other: use one")
     text = read_file(script, MAX_SCRIPT_BYTES)
     if len(text.encode()) > MAX_SCRIPT_BYTES:
-        raise BadOption(f"{script} is longer than {MAX_SCRIPT_BYTES:,} bytes: give fewer turns")
+        raise BadOption(f"{script} is longer than {MAX_SCRIPT_BYTES:,} bytes: use fewer turns")
     turns = [line for line in text.splitlines() if line.strip()]
     if not turns:
-        raise BadOption(f"{script} has no turn: write one in each line")
+        raise BadOption(f"{script} has no turns: write one per line")
     return turns
 
 
 def _run(runtime: Runtime, turns: list[str], options: SamplingParams) -> list[Statistics]:
-    """Answer the turns as a chat does, and tell each answer's cost."""
+    """Answer the turns as a chat, and print the statistics of each answer."""
     from lowtide import GenerationResult
     from lowtide.cli.output import note, statistics_line
 
@@ -135,7 +136,7 @@ def _run(runtime: Runtime, turns: list[str], options: SamplingParams) -> list[St
 
 
 def _write(found: ProfileReport, report: Path | None, trace: Path | None, png: Path | None) -> None:
-    """Write what was asked for; the numbers are told by then, whatever fails here."""
+    """Write the requested files; the numbers are printed before, whatever fails here."""
     from lowtide.models.errors import LowtideError
 
     try:
@@ -144,31 +145,29 @@ def _write(found: ProfileReport, report: Path | None, trace: Path | None, png: P
 
             trace.write_text(json.dumps(chrome_trace(found)), encoding="utf-8")
         if report is not None:
-            from lowtide.runtime.profiling.export import drawn
+            from lowtide.runtime.profiling.export import draw
 
-            report.write_bytes(drawn(found, "page"))
+            report.write_bytes(draw(found, "page"))
         if png is not None:
-            from lowtide.runtime.profiling.export import drawn
+            from lowtide.runtime.profiling.export import draw
 
-            png.write_bytes(drawn(found, "picture"))
+            png.write_bytes(draw(found, "image"))
     except OSError as error:
-        raise LowtideError(
-            f"{error.filename} cannot be written: {error.strerror or error}"
-        ) from None
+        raise LowtideError(f"cannot write {error.filename}: {error.strerror or error}") from None
 
 
-MOST_LAYERS = 8
-"""More layers than these are shown as the slowest ones."""
+MAX_LAYERS = 8
+"""Of a model with more layers, only the slowest are shown."""
 
 
 def print_profile(report: ProfileReport) -> None:
-    """Print memory by owner, time by phase, and the layers that take the most."""
+    """Print memory by component, time by phase, and the slowest layers."""
     from rich.console import Console
 
     console = Console()
     console.print(_memory(report))
     for gpu in report.plan.gpus:
-        console.print(f"{gpu_line(gpu)}; not measured", highlight=False)
+        console.print(f"{gpu_line(gpu)} (not measured)", highlight=False)
     console.print(_phases(report))
     if report.layers:
         console.print(_layers(report))
@@ -182,14 +181,14 @@ def print_profile(report: ProfileReport) -> None:
 def _memory(report: ProfileReport) -> Table:
     planned = {row.component: row.num_bytes for row in report.plan.rows}
     table = _table()
-    table.add_column("component", footer="in all", no_wrap=True)
+    table.add_column("Component", footer="total", no_wrap=True)
     table.add_column(
-        "planned", justify="right", no_wrap=True, footer=format_bytes(report.plan.total_bytes)
+        "Planned", justify="right", no_wrap=True, footer=format_bytes(report.plan.total_bytes)
     )
     table.add_column(
-        "measured", justify="right", no_wrap=True, footer=format_bytes(report.resident_bytes)
+        "Measured", justify="right", no_wrap=True, footer=format_bytes(report.resident_bytes)
     )
-    table.add_column("how", footer="the highest resident set that was sampled")
+    table.add_column("How", footer="largest sampled resident set")
     for row in report.measured:
         plan = format_bytes(planned[row.component]) if row.component in planned else ""
         measured = "-" if row.num_bytes is None else format_bytes(row.num_bytes)
@@ -199,16 +198,16 @@ def _memory(report: ProfileReport) -> Table:
 
 def _phases(report: ProfileReport) -> Table:
     table = _table()
-    table.add_column("phase", footer="in all", no_wrap=True)
-    table.add_column("seconds", justify="right", footer=f"{report.seconds:.3f}")
-    table.add_column("share", justify="right")
-    table.add_column("calls", justify="right")
-    table.add_column("ms a call", justify="right")
-    for phase in sorted(report.phases, key=lambda some: -some.seconds):
+    table.add_column("Phase", footer="total", no_wrap=True)
+    table.add_column("Seconds", justify="right", footer=f"{report.seconds:.3f}")
+    table.add_column("Share", justify="right")
+    table.add_column("Calls", justify="right")
+    table.add_column("ms/call", justify="right")
+    for phase in sorted(report.phases, key=lambda phase: -phase.seconds):
         share = phase.seconds / report.seconds if report.seconds else 0.0
-        each = 1000 * phase.seconds / phase.calls
+        call_ms = 1000 * phase.seconds / phase.calls
         table.add_row(
-            phase.name, f"{phase.seconds:.3f}", f"{share:.1%}", f"{phase.calls:,}", f"{each:.3f}"
+            phase.name, f"{phase.seconds:.3f}", f"{share:.1%}", f"{phase.calls:,}", f"{call_ms:.3f}"
         )
     return table
 
@@ -217,14 +216,14 @@ def _layers(report: ProfileReport) -> Table:
     slowest = sorted(
         report.layers,
         key=lambda layer: -((layer.decode_pass_s or 0.0) + (layer.prefill_pass_s or 0.0)),
-    )[:MOST_LAYERS]
+    )[:MAX_LAYERS]
     prefill, decode = report.num_timed_passes
     table = _table()
-    table.add_column("layer" if len(report.layers) <= MOST_LAYERS else "slowest layers")
-    table.add_column("ms a prefill pass", justify="right", footer=f"{prefill} timed")
-    table.add_column("our attention", justify="right")
-    table.add_column("ms a decode pass", justify="right", footer=f"{decode} timed")
-    table.add_column("our attention", justify="right")
+    table.add_column("Layer" if len(report.layers) <= MAX_LAYERS else "Slowest layers")
+    table.add_column("ms/prefill pass", justify="right", footer=f"{prefill} timed")
+    table.add_column("attention", justify="right")
+    table.add_column("ms/decode pass", justify="right", footer=f"{decode} timed")
+    table.add_column("attention", justify="right")
     for layer in slowest:
         table.add_row(
             layer.name,

@@ -1,4 +1,4 @@
-"""`lowtide run`: one answer on stdout, everything else on stderr."""
+"""`lowtide run`: answers one prompt; the answer goes to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowtide.cli.enforce import enforce_option, hold
+from lowtide.cli.enforce import enforce_option, set_limit
 from lowtide.cli.options import (
     generation_options,
+    json_option,
     opening_options,
     planned_model,
     speculate_option,
+    system_option,
     take_generation_options,
 )
 
@@ -23,17 +25,19 @@ if TYPE_CHECKING:
     from lowtide.runtime.options import SamplingParams
 
 
-@click.command("run")
+@click.command("run", short_help="Answer one prompt.")
 @opening_options
 @speculate_option
-@click.option("-p", "--prompt", help="The prompt.  [default: standard input]")
-@click.option("-f", "--file", type=click.Path(path_type=Path), help="Read the prompt from a file.")
-@click.option("-s", "--system", help="A system message before the prompt.")
+@click.option("-p", "--prompt", help="The prompt.  [default: read from standard input]")
 @click.option(
-    "--raw", is_flag=True, help="Continue the text as it stands, without a chat template."
+    "-f", "--file", type=click.Path(path_type=Path), help="Read the prompt from this file."
 )
-@click.option("--explain", is_flag=True, help="Show what --attention gem kept of the prompt.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@system_option
+@click.option("--raw", is_flag=True, help="Continue the text as it is, without the chat template.")
+@click.option(
+    "--explain", is_flag=True, help="Show which parts of the prompt --attention gem retained."
+)
+@json_option
 @enforce_option
 @generation_options
 def command(
@@ -46,7 +50,7 @@ def command(
     enforce: ControlGroup | None,
     **options: Any,
 ) -> None:
-    """Answer one prompt: the answer goes to stdout, everything else to stderr.
+    """Answer one prompt. The answer goes to stdout, everything else to stderr.
 
     MODEL is a .gguf file, an ONNX folder, a name from `lowtide models`, or hf:user/repo[:quant].
     """
@@ -56,19 +60,23 @@ def command(
     from lowtide.memory.plan.estimates import prompt_limit_bytes
 
     if system is not None and raw:
-        raise click.UsageError("--system needs a chat template, --raw goes without: drop one")
+        raise click.UsageError(
+            "--system needs the chat template, which --raw skips: leave one of them out"
+        )
     generation = take_generation_options(options)
     planned = planned_model(options)
     if explain and planned.policy.prompt_selector is None:
-        raise click.UsageError("--explain shows what --attention gem kept of a prompt: add it")
+        raise click.UsageError(
+            "--explain shows what --attention gem retained of a prompt: add --attention gem"
+        )
     planned.require_fit()
     text = prompt_text(prompt, file, prompt_limit_bytes(planned.plan.kv_tokens))
     note(plan_line(planned))
-    hold(enforce, planned.plan.budget)
+    set_limit(enforce, planned.plan.budget)
     with Runtime.load(planned) as runtime:
-        pieces = _answer(runtime, text, system, raw, generation)
-        result = GenerationResult.of(pieces if as_json else _shown(pieces))
-        kept = runtime.retained_spans() if explain else None
+        chunks = _answer(runtime, text, system, raw, generation)
+        result = GenerationResult.of(chunks if as_json else _printed(chunks))
+        spans = runtime.retained_spans() if explain else None
     if as_json:
         click.echo(
             json_object(
@@ -77,13 +85,13 @@ def command(
                 tokens=list(result.token_ids),
                 finish_reason=result.finish_reason,
                 stats=result.stats.to_dict(),
-                **({} if kept is None else {"kept": [passage.to_dict() for passage in kept]}),
+                **({} if spans is None else {"retained_spans": [span.to_dict() for span in spans]}),
             )
         )
         return
     click.echo()
-    for passage in kept or ():
-        note(f"{passage.position:>7,}  {passage.score:.3f}  {passage.text!r}")
+    for span in spans or ():
+        note(f"{span.position:>7,}  {span.score:.3f}  {span.text!r}")
     note(statistics_line(result.stats, result.finish_reason))
 
 
@@ -98,8 +106,8 @@ def _answer(
     return runtime.chat(messages, options=generation)
 
 
-def _shown(pieces: Iterator[GenerationChunk]) -> Iterator[GenerationChunk]:
-    for piece in pieces:
-        if piece.text:
-            click.echo(piece.text, nl=False)
-        yield piece
+def _printed(chunks: Iterator[GenerationChunk]) -> Iterator[GenerationChunk]:
+    for chunk in chunks:
+        if chunk.text:
+            click.echo(chunk.text, nl=False)
+        yield chunk

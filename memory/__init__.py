@@ -1,1 +1,1 @@
-"""Where every byte goes. Knows no tokens and no attention."""
+"""Memory: budgets, the memory plan, and resident memory of the operating system."""

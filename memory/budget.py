@@ -1,6 +1,7 @@
-"""Budget: how many bytes the process may have resident, and who said so.
+"""Budget: how many bytes the process may have resident. Ledger: bytes reserved against a budget.
 
-Ledger: bytes are reserved here before anything is allocated. Knows no owner's insides."""
+Every allocation that a plan names is reserved in the ledger before it is made.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +14,24 @@ from lowtide.memory.machine import Machine
 from lowtide.memory.units import OverBudget, format_bytes, parse_size
 
 DEFAULT_SHARE = 0.8
+"""Share of the available memory that is the budget when the user sets none."""
 WATCHED_SHARE = 0.95
-"""Of a budget: when more is resident, what can be spared is given back."""
+"""Share of the budget above which memory that nobody needs is released."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """The limit on the process's peak resident set; `source` says where it comes from."""
+    """The limit on the process's peak resident set in bytes; `source` says where the limit comes from."""
 
     num_bytes: int
     source: str
     warning: str | None = None
 
     @classmethod
-    def stated(cls, memory: str | int | None, machine: Machine) -> Budget:
-        """Return the budget that the user stated, or 80 % of what the machine has available.
+    def from_user(cls, memory: str | int | None, machine: Machine) -> Budget:
+        """Return the budget that the user asked for, or 80 % of the machine's available memory.
 
-        A percentage is of the available memory. Raises `BadSize` where `memory` is no size.
+        A percentage refers to the available memory. Raises `BadSize` if `memory` is not a size.
         """
         if memory is None:
             return cls(
@@ -40,14 +42,14 @@ class Budget:
         warning = None
         if num_bytes > machine.available_bytes:
             warning = (
-                f"the budget of {format_bytes(num_bytes)} is above the "
-                f"{format_bytes(machine.available_bytes)} that this machine has available"
+                f"the budget of {format_bytes(num_bytes)} is larger than the "
+                f"{format_bytes(machine.available_bytes)} of memory that this machine has available"
             )
-        return cls(num_bytes=num_bytes, source=f"stated: {memory}", warning=warning)
+        return cls(num_bytes=num_bytes, source=f"set to {memory}", warning=warning)
 
 
 class Ledger:
-    """What each owner has reserved; the sum never passes the budget. Safe between threads."""
+    """Bytes that each component has reserved; their sum never exceeds the budget. Thread-safe."""
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
@@ -56,26 +58,26 @@ class Ledger:
 
     @property
     def reserved_bytes(self) -> int:
-        """The sum over all owners."""
+        """The sum over all components."""
         return sum(self._reserved.values())
 
     @property
     def components(self) -> Mapping[str, int]:
-        """Bytes by owner, read only."""
+        """Reserved bytes by component, read only."""
         return MappingProxyType(dict(self._reserved))
 
     def reserve(self, component: str, num_bytes: int) -> None:
-        """Set what `component` may hold to `num_bytes`, more or less than before.
+        """Set the reservation of `component` to `num_bytes`; it replaces an earlier one.
 
-        Raises `OverBudget`, and changes nothing, where the sum would pass the budget.
+        Raises `OverBudget`, and changes nothing, if the sum would exceed the budget.
         """
         if num_bytes < 0:
-            raise ValueError(f"{component} reserves {num_bytes} bytes, 0 or more is wanted")
+            raise ValueError(f"{component} reserves {num_bytes} bytes; it must be 0 or more")
         with self._lock:
             others = self.reserved_bytes - self._reserved.get(component, 0)
             if others + num_bytes > self.budget_bytes:
                 raise OverBudget(
-                    f"{component}, with what is reserved already,",
+                    f"{component}, with the memory reserved before it,",
                     others + num_bytes,
                     self.budget_bytes,
                     "raise --memory or ask for less",
@@ -83,6 +85,6 @@ class Ledger:
             self._reserved[component] = num_bytes
 
     def release(self, component: str) -> None:
-        """Give back what `component` has reserved; nothing where it has nothing."""
+        """Remove the reservation of `component`; does nothing if there is none."""
         with self._lock:
             self._reserved.pop(component, None)

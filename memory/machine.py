@@ -1,4 +1,4 @@
-"""What this machine, or the container around us, has. Reads the system; decides nothing."""
+"""The machine: processor, cores, and how much memory it or the surrounding container has."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 PROC = Path("/proc")
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 UNLIMITED = 1 << 60
-"""cgroup v1 writes a number near 2^63 where there is no limit."""
+"""cgroup v1 reports a number near 2^63 for "no limit"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """`total_bytes` and `available_bytes` respect a container's limit, named in `limited_by`."""
+    """`total_bytes` and `available_bytes` respect a container's limit; `limited_by` then names it."""
 
     system: str
     processor: str
@@ -32,19 +32,19 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class CgroupMemory:
-    """One control group's limit and what in it cannot be reclaimed at once."""
+    """A control group's memory limit, and its usage without page cache that can be dropped."""
 
     limit_bytes: int
     used_bytes: int
 
     @property
     def free_bytes(self) -> int:
-        """What the group may still take."""
+        """How many bytes the group may still allocate."""
         return max(self.limit_bytes - self.used_bytes, 0)
 
 
 def read_machine() -> Machine:
-    """Read the machine: psutil for the hardware, the control groups for a container's limits."""
+    """Read the hardware with psutil, and a container's limits from its control groups."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -64,16 +64,16 @@ def read_machine() -> Machine:
 
 
 def usable_cores() -> int:
-    """Return the processors that this process may run on, at least 1."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux has it, macOS does not
+    """Return how many processors this process may run on, at least 1."""
+    affinity = getattr(os, "sched_getaffinity", None)  # missing on macOS
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def cgroup_limits(proc: Path, root: Path) -> list[CgroupMemory]:
-    """Return the memory limits of this process's control groups, its own and those above it.
+    """Return the memory limits of this process's control group and of its ancestors.
 
-    Version 2 has one hierarchy with memory.max; version 1 a memory controller with
-    memory.limit_in_bytes. Page cache that can be dropped is not counted as used.
+    Version 2 has one hierarchy with memory.max; version 1 has a memory controller with
+    memory.limit_in_bytes. Page cache that can be dropped does not count as used.
     """
     try:
         lines = (proc / "self/cgroup").read_text().splitlines()
@@ -98,7 +98,7 @@ def cgroup_limits(proc: Path, root: Path) -> list[CgroupMemory]:
 
 def _walk(root: Path, path: str, limit: str, usage: str, reclaimable: str) -> list[CgroupMemory]:
     parts = Path(path.lstrip("/")).parts
-    # Inside a container the path is often the host's: then only the root itself is there.
+    # Inside a container the path is often the host's; then only the root itself exists.
     folders = [root.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
     groups = []
     for folder in folders:
@@ -113,7 +113,7 @@ def _walk(root: Path, path: str, limit: str, usage: str, reclaimable: str) -> li
 def _number(path: Path) -> int | None:
     try:
         return int(path.read_text().strip())
-    except (OSError, ValueError):  # "max" is no limit
+    except (OSError, ValueError):  # "max" means no limit
         return None
 
 

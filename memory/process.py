@@ -1,6 +1,6 @@
-"""How much memory this process has now and had at its peak, as the operating system counts it.
+"""Resident memory of this process, now and at its peak, as the operating system counts it.
 
-Knows no plan. Resident file pages count in full, as in the maximum resident set of `time -v`.
+Resident file pages count in full, as in the maximum resident set size of `time -v`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessMemory:
-    """Bytes of this process: resident now, its peak, and the parts; None where the system won't say."""
+    """Bytes of this process: resident now, at the peak, anonymous, of files; None means unknown."""
 
     resident_bytes: int
     peak_bytes: int
@@ -22,7 +22,7 @@ class ProcessMemory:
 
 
 def read_process_memory() -> ProcessMemory:
-    """Read the counters; cheap enough for once an answer, not for once a token."""
+    """Read all counters. Cheap enough to call once per answer, not once per token."""
     try:
         return _from_status(Path("/proc/self/status").read_text(encoding="ascii", errors="replace"))
     except (OSError, KeyError, ValueError):
@@ -30,7 +30,7 @@ def read_process_memory() -> ProcessMemory:
 
 
 def read_resident_bytes() -> int:
-    """Read the resident set alone, 10 to 20 microseconds on Linux; off by some pages for each processor."""
+    """Read the resident set alone, in 10 to 20 microseconds on Linux; off by a few pages per processor."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * mmap.PAGESIZE

@@ -1,8 +1,7 @@
-"""Releaser: something that can give memory back on request, and from which level on.
+"""Reclaimer: releases memory on request, at one of three levels of memory pressure.
 
-The levels, from the mildest: "background" gives back what nobody uses, "moderate" also what can be had
-again from where it came, "complete" also what must be computed or read again before the next token.
-Knows no owner's insides.
+"background" releases what nobody uses, "moderate" also what can be fetched or computed again later, and
+"complete" also what must be read or computed again before the next token.
 """
 
 from __future__ import annotations
@@ -14,31 +13,35 @@ from lowtide.memory.process import read_resident_bytes
 from lowtide.models.errors import BadOption
 
 LEVELS = ("background", "moderate", "complete")
+"""From the mildest to the strongest."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reclaimer:
-    """`release` gives something back and changes no answer; `level` is the mildest that calls it."""
+    """`release_pages` frees memory and changes no answer; `level` is the mildest level that calls it."""
 
     level: str
-    release: Callable[[], object]
+    release_pages: Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
-class Trim:
-    """What a trim did: `freed_bytes` is the resident set before less that after, 0 where it grew."""
+class Reclaimed:
+    """The result of `reclaim`: `freed_bytes` is how much the resident set shrank, 0 if it grew."""
 
     level: str
     freed_bytes: int
 
 
-def trim(reclaimers: Iterable[Reclaimer], level: str) -> Trim:
-    """Call the releasers of `level` and of the milder ones, in order. Raises `BadOption` for no level."""
+def reclaim(reclaimers: Iterable[Reclaimer], level: str) -> Reclaimed:
+    """Call the reclaimers of `level` and of the milder levels, in order.
+
+    Raises `BadOption` if `level` is not one of `LEVELS`.
+    """
     if level not in LEVELS:
-        raise BadOption(f"level is {level!r}, one of {', '.join(LEVELS)} is wanted")
+        raise BadOption(f"level is {level!r}; it must be one of {', '.join(LEVELS)}")
     before = read_resident_bytes()
     called = LEVELS[: LEVELS.index(level) + 1]
     for reclaimer in reclaimers:
         if reclaimer.level in called:
-            reclaimer.release()
-    return Trim(level, max(before - read_resident_bytes(), 0))
+            reclaimer.release_pages()
+    return Reclaimed(level, max(before - read_resident_bytes(), 0))

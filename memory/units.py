@@ -1,6 +1,4 @@
-"""Sizes as people write them. Knows no machine: a percentage needs its whole from the caller.
-
-What can go wrong with memory. Knows no model."""
+"""Sizes in bytes: parsing and formatting, and the errors about memory."""
 
 from __future__ import annotations
 
@@ -23,34 +21,35 @@ _SIZE = re.compile(
 
 
 def parse_size(text: str | int, whole_bytes: int | None = None) -> int:
-    """Return the bytes that `text` means.
+    """Return the number of bytes that `text` means.
 
-    "1GiB", "512MiB", "2G" (1024-based, as "2GiB"), "2GB" (1000-based), plain bytes, or "50%" of
-    `whole_bytes`. Raises `BadSize` with an example where it is none of these, or not above zero.
+    Accepts "1GiB", "512MiB", "2G" (1024-based, like "2GiB"), "2GB" (1000-based), plain bytes, or "50%" of
+    `whole_bytes`. Raises `BadSize` for anything else and for sizes that are not above zero.
     """
-
     match = _SIZE.match(str(text))
     if match is None:
-        raise BadSize(f"{str(text)!r} is no size: write 512MiB, 2G, 50% or a number of bytes")
+        raise BadSize(f"{str(text)!r} is not a size: write 512MiB, 2G, 50% or a number of bytes")
     number, unit = float(match["number"]), match["unit"].lower()
     if unit == "%":
         if whole_bytes is None or not 0 < number <= 100:
-            raise BadSize(f"{str(text)!r} is no share of the memory: write 1% to 100%")
+            raise BadSize(f"{str(text)!r} is not a share of the memory: write 1% to 100%")
         return int(whole_bytes * number / 100)
     if unit not in _FACTORS:
-        raise BadSize(f"{match['unit']!r} in {str(text)!r} is no unit: write KiB, MiB, GiB or TiB")
+        raise BadSize(
+            f"{match['unit']!r} in {str(text)!r} is not a unit: write KiB, MiB, GiB or TiB"
+        )
     size = (
         int(match["number"])
         if not unit and "." not in match["number"]
         else int(number * _FACTORS[unit])
     )
     if size <= 0:
-        raise BadSize(f"{str(text)!r} is nothing: write a size above zero, such as 512MiB")
+        raise BadSize(f"{str(text)!r} is too small: write a size above zero, such as 512MiB")
     return size
 
 
 def format_bytes(num_bytes: int) -> str:
-    """Return the size in the largest binary unit that leaves a number above one: "1.5 GiB"."""
+    """Return the size in the largest binary unit that it reaches, for example "1.5 GiB"."""
     for unit, factor in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if abs(num_bytes) >= factor:
             return f"{num_bytes / factor:.1f} {unit}"
@@ -58,20 +57,20 @@ def format_bytes(num_bytes: int) -> str:
 
 
 def format_bytes_up(num_bytes: int) -> str:
-    """Return the size in whole MiB, rounded up: what can be typed back and is enough."""
+    """Return the size in whole MiB, rounded up, so that a user can type it back as a limit."""
     return f"{-(-num_bytes // MIB)} MiB"
 
 
 class BadSize(LowtideError):
-    """A size that cannot be read."""
+    """A size that cannot be parsed."""
 
     exit_code = 2
 
 
 class OverBudget(LowtideError):
-    """What was asked for cannot be done inside the budget; nothing was allocated.
+    """The request does not fit into the budget; nothing was allocated.
 
-    `needed_bytes` is the least that would do, `budget_bytes` what is allowed, `hint` what to change.
+    `needed_bytes` is the smallest budget that is enough, `budget_bytes` the budget, `hint` what to change.
     """
 
     exit_code = 2
@@ -81,16 +80,16 @@ class OverBudget(LowtideError):
         self.budget_bytes = budget_bytes
         self.hint = hint
         super().__init__(
-            f"{what} needs at least {format_bytes_up(needed_bytes)}, "
-            f"{format_bytes(budget_bytes)} allowed: {hint}"
+            f"{what} needs at least {format_bytes_up(needed_bytes)}, but the limit is "
+            f"{format_bytes(budget_bytes)}: {hint}"
         )
 
 
 class NotEnforceable(LowtideError):
-    """The kernel cannot be made to hold the budget; nothing was loaded."""
+    """The kernel cannot enforce the budget on this system; nothing was loaded."""
 
     exit_code = 2
 
 
 class KilledByLimit(LowtideError):
-    """The kernel ended the process at its limit; what it had in memory is lost."""
+    """The kernel killed the process at its memory limit; unsaved data is lost."""

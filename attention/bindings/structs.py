@@ -27,14 +27,13 @@ class DeltaRule(ctypes.Structure):
 
     The last `window` keys of each query and the first `num_fixed` keys of the context are never clustered.
     In decoding, a cluster with more than the share `refine` of a head's attention weight is replaced by
-    its keys; 0 refines none. `reserved` is 0.
+    its keys; 0 refines none.
     """
 
     _fields_ = [
         ("window", ctypes.c_int32),
         ("num_fixed", ctypes.c_int32),
         ("refine", ctypes.c_float),
-        ("reserved", ctypes.c_int32),
     ]
 
 

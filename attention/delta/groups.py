@@ -138,7 +138,7 @@ class HeadGroups:
 
     def configure(self, kernels: AttentionKernels, span: Span) -> StartPass:
         """Set each head's groups."""
-        kernels.set_groups(DeltaRule(span.window, span.sinks, span.refine, 0), *self.arrays())
+        kernels.set_groups(DeltaRule(span.window, span.sinks, span.refine), *self.arrays())
         return kernels.start_grouped
 
     def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:

@@ -1,1 +1,1 @@
-"""What the operating system keeps resident: pages, mappings, shared libraries, cgroups."""
+"""Memory of the operating system: pages, file mappings, shared libraries, control groups."""

@@ -1,15 +1,22 @@
-"""KVPageReclaimer: the KV cache's memory follows the tokens in use.
+"""KV cache pages: resident only where they hold tokens. KVPageReclaimer and demand-zero KV buffers.
 
-Pages of cells that hold no token are given back to the system, and read as zeros when they are used again.
-Giving back a cell that is in use would corrupt answers without an error, so the cache's layout is held
-against its contents before the first page goes. Knows no tokens but their number.
+How the KV cache of llama.cpp comes to use memory only for the tokens in it, in two steps:
 
-Buffers of llama.cpp that are zero without having been touched, so that only what is used is resident.
+1. **While loading** (`demand_zero_buffers`). llama.cpp writes zeros over a whole new cache, which makes all
+   of it resident. Fresh pages of the system are zero without being written, so the write is unnecessary.
+   Inside the block, the pointer `allocate` in ggml's CPU buffer type is replaced, and every buffer allocated
+   meanwhile gets our `clear` function in its own function table (vtable): it releases the buffer's pages
+   with MADV_DONTNEED instead of writing zeros. Both tables are private structs of ggml. So `_Patch.fits`
+   first allocates and clears a test buffer through ggml; if anything differs from what we expect, or the
+   system does not promise zeros, nothing is patched and the plan counts the whole cache
+   (`ProcessBaseline.kv_on_demand` is False).
+2. **While generating** (`KVPageReclaimer`). When the cache is truncated, the pages behind the last token are
+   released and read as zeros when they are used again. Releasing a slot that is in use would corrupt answers
+   without an error, so the expected layout is checked against the buffer's contents before the first release.
 
-llama.cpp writes zeros over a whole new cache. Inside `demand_zero_buffers` the function that clears a buffer
-gives its pages back to the system instead, which reads as zeros too. It is reached through private structs
-of ggml: they are held against a buffer made for the purpose, and where they do not fit, or the system does
-not promise zeros, everything stays as it was. Knows no cache."""
+The buffers are made in runtime/backends/gguf.py, which also registers the reclaimer with the model and with
+the engine's reclaimers. ONNX models have KV buffers of their own (models/onnx/kv_cache.py).
+"""
 
 from __future__ import annotations
 
@@ -38,7 +45,7 @@ _Allocate = ctypes.CFUNCTYPE(_P, _P, ctypes.c_size_t)
 
 
 class _Buffer(ctypes.Structure):
-    """ggml_backend_buffer, up to what is read."""
+    """The first fields of ggml_backend_buffer, up to the last one that is read here."""
 
     _fields_ = [
         *((name, _P) for name in "free get_base init_tensor memset_tensor set_tensor".split()),
@@ -49,7 +56,7 @@ class _Buffer(ctypes.Structure):
 
 
 class _BufferType(ctypes.Structure):
-    """ggml_backend_buffer_type: six functions, of which two may be missing, and two values."""
+    """ggml_backend_buffer_type: six functions, two of them optional, and two values."""
 
     _fields_ = [
         *((name, _P) for name in "get_name allocate get_alignment get_max_size".split()),
@@ -59,23 +66,23 @@ class _BufferType(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class DemandZeroBuffer:
-    """Where a cleared buffer lies."""
+    """Address and size of a buffer that was cleared by releasing its pages."""
 
     address: int
     num_bytes: int
 
 
 def can_use_demand_zero() -> bool:
-    """Whether this system and this llama.cpp allow it."""
+    """Whether this system and this build of llama.cpp allow demand-zero buffers."""
     return _patch() is not None
 
 
 @contextlib.contextmanager
 def demand_zero_buffers() -> Iterator[list[DemandZeroBuffer]]:
-    """Have what llama.cpp clears inside the block left untouched; yields those buffers.
+    """Inside the block, let llama.cpp clear new buffers without touching them; yields these buffers.
 
-    A buffer keeps its way of being cleared for as long as it lives. Yields an empty list, for good, where
-    that cannot be done.
+    A buffer keeps its clear function for its lifetime. The list stays empty if patching is impossible. The
+    module's docstring explains why and how.
     """
     patch = _patch()
     if patch is None:
@@ -87,14 +94,14 @@ def demand_zero_buffers() -> Iterator[list[DemandZeroBuffer]]:
 
 @functools.cache
 def _patch() -> _Patch | None:
-    if sys.platform != "linux":  # elsewhere pages that were given back need not read as zeros
+    if sys.platform != "linux":  # elsewhere, released pages need not read as zeros
         return None
     patch = _Patch()
     return patch if patch.fits() else None
 
 
 class _Patch:
-    """The one place that writes into ggml's structs."""
+    """The only code that writes into ggml's structs."""
 
     def __init__(self) -> None:
         library = llama_library()
@@ -102,7 +109,7 @@ class _Patch:
         self._type_address = get_type()
         self._type = _BufferType.from_address(self._type_address)
         self._allocate = _Allocate(self._type.allocate)
-        # ggml keeps their addresses in buffers that outlive any block: so must this object, in a cache.
+        # Buffers keep the addresses of these functions and outlive the block: `_patch` caches this object.
         self._our_allocate = _Allocate(self._on_allocate)
         self._our_clear = _Clear(self._on_clear)
         self._lock = threading.RLock()
@@ -112,13 +119,13 @@ class _Patch:
     def applied(self) -> Iterator[list[DemandZeroBuffer]]:
         cleared: list[DemandZeroBuffer] = []
         with self._lock:
-            theirs = self._type.allocate
+            original = self._type.allocate
             self._local.cleared = cleared
             self._type.allocate = address_of(self._our_allocate)
             try:
                 yield cleared
             finally:
-                self._type.allocate = theirs
+                self._type.allocate = original
                 self._local.cleared = None
 
     def _on_allocate(self, buffer_type: int, num_bytes: int) -> int | None:
@@ -144,7 +151,7 @@ class _Patch:
             cleared.append(DemandZeroBuffer(begin, buffer.num_bytes))
 
     def fits(self) -> bool:
-        """Make a buffer through ggml, clear it through ggml, and see both come through here."""
+        """Allocate and clear a buffer through ggml, and check that both calls arrive here."""
         allocate = _function("ggml_backend_buft_alloc_buffer", _P, _P, ctypes.c_size_t)
         clear = _function("ggml_backend_buffer_clear", None, _P, ctypes.c_uint8)
         base = _function("ggml_backend_buffer_get_base", _P, _P)
@@ -171,7 +178,7 @@ class _Patch:
         )
 
     def _looks_like_a_type(self) -> bool:
-        """Whether functions of one library stand where they should: read before anything is written."""
+        """Whether the table holds functions of one library in the right places; only reads."""
         fields = [getattr(self._type, name) for name, *_ in _BufferType._fields_]
         libraries = [library_of(field) for field in fields]
         needed, optional, values = libraries[:3] + libraries[5:6], fields[3:5], libraries[6:]
@@ -187,16 +194,17 @@ def _function(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
     return ctypes.CFUNCTYPE(result, *arguments)(llama_library().address(name))
 
 
-LEAST_CELLS = 64
-"""Fewer cells than these are kept: the next tokens take them again at once."""
+MIN_RELEASED_SLOTS = 64
+"""`truncate` releases pages only if at least this many slots become free: madvise has a cost."""
 
 
 class KVPageReclaimer:
-    """A cache of one sequence whose token i lies in cell i: appended to, and cut at its end.
+    """Releases the pages of a one-sequence KV cache behind its last token; token i lies in slot i.
 
-    The cache is those of `buffers` that hold pairs of tensors, keys and values, of `num_cells` rows of
-    `row_bytes`; where they are not `num_tensors` in all, everything is left alone. `num_unused` of them
-    are never written to: passes end before their layers. Made before the first token.
+    The cache consists of those of `buffers` whose size is a multiple of two tensors (keys and values) of
+    `num_slots` slots of `token_bytes`. If they are not `num_tensors` tensors in total, nothing is ever
+    released. `num_unused` tensors are never written, because passes end before their layers. Create it
+    before the first token.
     """
 
     def __init__(
@@ -204,14 +212,14 @@ class KVPageReclaimer:
         buffers: Sequence[DemandZeroBuffer],
         *,
         num_tensors: int,
-        num_cells: int,
-        row_bytes: int,
+        num_slots: int,
+        token_bytes: int,
         num_unused: int = 0,
     ) -> None:
         self._num_unused = num_unused
-        self._row_bytes = row_bytes
-        self._num_cells = num_cells
-        tensor_bytes = num_cells * row_bytes
+        self._token_bytes = token_bytes
+        self._num_slots = num_slots
+        tensor_bytes = num_slots * token_bytes
         tensors = [
             address
             for buffer in buffers
@@ -219,52 +227,47 @@ class KVPageReclaimer:
             for address in range(buffer.address, buffer.address + buffer.num_bytes, tensor_bytes)
         ]
         self._tensors = tensors if len(tensors) == num_tensors else []
-        self._most_used = 0
+        self._max_used = 0
         self._verified = False
 
-    @property
-    def is_working(self) -> bool:
-        """Whether pages are given back."""
-        return bool(self._tensors)
+    def truncate(self, num_used: int, num_tokens: int) -> None:
+        """Release the slots behind the first `num_tokens`; `num_used` slots held tokens until now."""
+        self._max_used = max(self._max_used, num_used)
+        if self._max_used - num_tokens >= MIN_RELEASED_SLOTS:
+            self._release_behind(num_tokens)
 
-    def cut(self, num_used: int, num_kept: int) -> None:
-        """Give back what lies behind the first `num_kept` cells; `num_used` held tokens until now."""
-        self._most_used = max(self._most_used, num_used)
-        if self._most_used - num_kept >= LEAST_CELLS:
-            self._give_back_behind(num_kept)
+    def release_pages(self, num_used: int) -> None:
+        """Release the slots behind the `num_used` that hold tokens, however few they are."""
+        if self._max_used > num_used:
+            self._release_behind(num_used)
 
-    def trim(self, num_used: int) -> None:
-        """Give back what lies behind the `num_used` cells that hold tokens, however little it is."""
-        if self._most_used > num_used:
-            self._give_back_behind(num_used)
-
-    def _give_back_behind(self, num_kept: int) -> None:
+    def _release_behind(self, num_tokens: int) -> None:
         if not self._tensors:
             return
-        if not self._verified and not self._is_as_thought():
+        if not self._verified and not self._has_expected_layout():
             self._tensors = []
             return
         self._verified = True
         for address in self._tensors:
-            first = round_up(address + num_kept * self._row_bytes)
-            last = round_down(address + self._num_cells * self._row_bytes)
+            first = round_up(address + num_tokens * self._token_bytes)
+            last = round_down(address + self._num_slots * self._token_bytes)
             if first < last:
                 release_pages(first, last - first)
-        self._most_used = num_kept
+        self._max_used = num_tokens
 
-    def _is_as_thought(self) -> bool:
-        """Whether in every tensor the last cell that was used holds something, and no cell behind it does.
+    def _has_expected_layout(self) -> bool:
+        """Whether every tensor has data in the last used slot and only zeros in the slots behind it.
 
-        It may be that of a token that was forgotten since: what was written stays until it is given back.
+        The last used slot may be that of a truncated token: its data stays until it is released.
         """
-        last, end = self._most_used - 1, min(self._most_used + LEAST_CELLS, self._num_cells)
-        used = [address for address in self._tensors if self._holds(address, last)]
+        last, end = self._max_used - 1, min(self._max_used + MIN_RELEASED_SLOTS, self._num_slots)
+        used = [address for address in self._tensors if self._has_data(address, last)]
         return len(used) == len(self._tensors) - self._num_unused and not any(
-            self._holds(address, cell)
+            self._has_data(address, slot)
             for address in self._tensors
-            for cell in range(self._most_used, end)
+            for slot in range(self._max_used, end)
         )
 
-    def _holds(self, address: int, cell: int) -> bool:
-        row = ctypes.string_at(address + cell * self._row_bytes, self._row_bytes)
-        return row != bytes(self._row_bytes)
+    def _has_data(self, address: int, slot: int) -> bool:
+        content = ctypes.string_at(address + slot * self._token_bytes, self._token_bytes)
+        return content != bytes(self._token_bytes)

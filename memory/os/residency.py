@@ -1,6 +1,6 @@
-"""What of this process is resident: in all, of files, of buffers; cheap enough to ask while it works.
+"""How much memory of this process is resident: in total, of files, of buffers.
 
-Reads the counters of Linux; elsewhere only the whole is known. Knows no owner.
+Reads the counters of Linux, cheaply enough to call during a generation. Elsewhere only the total is known.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from lowtide.memory.os.pages import PAGE_BYTES, round_down
 from lowtide.memory.process import read_process_memory
 
 CHUNK_PAGES = 16384
-"""Pages asked about at once: what asking takes must not show in the answer."""
+"""Pages per mincore call; a larger result buffer would itself show in the measurement."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResidentMemory:
-    """Bytes resident now: anonymous ones, and pages of files."""
+    """Bytes that are resident now: anonymous memory, and pages of files."""
 
     anonymous_bytes: int
     file_bytes: int
 
     @property
     def num_bytes(self) -> int:
-        """Both together: the resident set."""
+        """The resident set: the sum of both."""
         return self.anonymous_bytes + self.file_bytes
 
 
 class ResidentMemoryMeter:
-    """Reads the resident set in a few microseconds; `tells_files` says whether files are told apart."""
+    """Reads the resident set in a few microseconds; `separates_files` is whether file pages are separate."""
 
     def __init__(self) -> None:
-        self.tells_files = sys.platform == "linux"
+        self.separates_files = sys.platform == "linux"
         self._counters: int | None = None
-        if self.tells_files:
+        if self.separates_files:
             self._counters = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
 
     def read(self) -> ResidentMemory:
-        """Return what is resident; all of it counts as anonymous where files are not told apart."""
+        """Return the resident bytes; all count as anonymous if file pages are not counted separately."""
         if self._counters is None:
             return ResidentMemory(read_process_memory().resident_bytes, 0)
         fields = os.pread(self._counters, 128, 0).split()
@@ -58,31 +58,31 @@ class ResidentMemoryMeter:
         if self._counters is not None:
             os.close(self._counters)
             self._counters = None
-            self.tells_files = False
+            self.separates_files = False
 
 
 def resident_file_bytes(paths: Iterable[Path]) -> int | None:
-    """Return how much of the files is mapped and resident in this process; None where nobody says.
+    """Return how many bytes of the files are mapped and resident here; None if the system cannot say.
 
-    Walks every mapping of the process: milliseconds for a large one.
+    Reads every mapping of the process, which takes milliseconds in a large process.
     """
-    wanted = {os.fsencode(path.resolve()) for path in paths}
-    total, is_wanted = 0, False
+    names = {os.fsencode(path.resolve()) for path in paths}
+    total, is_counted = 0, False
     try:
         with open("/proc/self/smaps", "rb") as lines:
             for line in lines:
                 if line.startswith(b"Rss:"):
-                    total += int(line.split()[1]) << 10 if is_wanted else 0
+                    total += int(line.split()[1]) << 10 if is_counted else 0
                 elif not line[0:1].isupper():
                     parts = line.rstrip(b"\n").split(maxsplit=5)
-                    is_wanted = len(parts) == 6 and parts[5] in wanted
+                    is_counted = len(parts) == 6 and parts[5] in names
     except OSError:
         return None
     return total
 
 
 def resident_buffer_bytes(buffers: Sequence[DemandZeroBuffer]) -> int | None:
-    """Return how much of the buffers is resident; None where the system does not say."""
+    """Return how many bytes of the buffers are resident; None if the system cannot say."""
     is_resident = _mincore()
     if is_resident is None:
         return None
@@ -92,16 +92,16 @@ def resident_buffer_bytes(buffers: Sequence[DemandZeroBuffer]) -> int | None:
         end = buffer.address + buffer.num_bytes
         start = round_down(buffer.address)
         for address in range(start, end, CHUNK_PAGES * PAGE_BYTES):
-            asked = min(-(-(end - address) // PAGE_BYTES), CHUNK_PAGES)
-            if is_resident(address, asked * PAGE_BYTES, pages) != 0:
+            count = min(-(-(end - address) // PAGE_BYTES), CHUNK_PAGES)
+            if is_resident(address, count * PAGE_BYTES, pages) != 0:
                 return None
-            num_pages += asked - pages.raw[:asked].count(b"\0")
+            num_pages += count - pages.raw[:count].count(b"\0")
     return num_pages * PAGE_BYTES
 
 
 @functools.cache
 def _mincore() -> Callable[[int, int, ctypes.Array[ctypes.c_char]], int] | None:
-    """The system's function, where it answers of anonymous pages as it should."""
+    """The system's mincore, or None if it reports anonymous pages wrongly."""
     if sys.platform != "linux":
         return None
     function = ctypes.CDLL(None).mincore
@@ -111,9 +111,9 @@ def _mincore() -> Callable[[int, int, ctypes.Array[ctypes.c_char]], int] | None:
         probe[PAGE_BYTES] = 1
         pages = ctypes.create_string_buffer(4)
         handle = ctypes.c_char.from_buffer(probe)
-        told = function(ctypes.addressof(handle), 4 * PAGE_BYTES, pages)
+        error = function(ctypes.addressof(handle), 4 * PAGE_BYTES, pages)
         del handle
-    if told != 0 or pages.raw != b"\1\1\0\0":
+    if error != 0 or pages.raw != b"\1\1\0\0":
         return None
-    answer: Callable[[int, int, ctypes.Array[ctypes.c_char]], int] = function
-    return answer
+    mincore: Callable[[int, int, ctypes.Array[ctypes.c_char]], int] = function
+    return mincore

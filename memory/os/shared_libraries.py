@@ -1,5 +1,19 @@
-"""Code of libraries in this process: whose it is, reading it in before memory is measured, and letting go
-of what was only read while a library was loaded.
+"""Resident pages of shared libraries, put into a known state before the process is measured.
+
+The plan measures this process once, before a model is loaded, and takes the result as the size of
+"interpreter and libraries" (runtime/backends/gguf_baseline.py, `measured_baseline`). Library code, however, becomes
+resident page by page, as it runs: code that runs first after the measurement would grow the process beyond
+the plan. And pages that only the loading of a library needed would be measured although nobody reads them
+again. So the order is:
+
+1. import every module that an answer needs (`PRELOADED_MODULES` in runtime/backends/gguf_baseline.py);
+2. `release_startup_pages`: drop the pages that only loading has read;
+3. `fault_in`: make the kernels' libraries resident as a whole;
+4. run each module's `preload` (runtime/generation/sampling.py), which touches the numpy code that sampling
+   uses. It comes after step 2, which would drop these pages again.
+5. Only now measure.
+
+A new dependency of the answer path must be touched in step 1, 3 or 4, or the plan becomes too small.
 """
 
 from __future__ import annotations
@@ -17,13 +31,13 @@ from lowtide.memory.os.pages import PAGE_BYTES
 
 SMAPS = Path("/proc/self/smaps")
 READ_WHILE_LOADED = (b"libcrypto", b"openblas", b"libgfortran", b"libquadmath")
-"""Parts of the names of libraries that come with Python's hashes and with numpy: 5 MiB of tables and code
-are read as they are loaded. Hashing needs 0.7 of that again; answers multiply no matrix in numpy.
+"""Libraries of Python's hashlib and of numpy, by parts of their file names. Loading them reads 5 MiB of
+tables and code. Hashing needs 0.7 MiB of that again; an answer runs no matrix multiplication in numpy.
 """
 
 
 class _SymbolInfo(ctypes.Structure):
-    """What dladdr says of an address."""
+    """The result of dladdr for an address."""
 
     _fields_ = [
         ("library", ctypes.c_char_p),
@@ -34,12 +48,12 @@ class _SymbolInfo(ctypes.Structure):
 
 
 def address_of(function: Any) -> int:
-    """Return the address of a C function that ctypes knows, found in a library or made of ours."""
+    """Return the address of a ctypes function, from a library or made from a Python callback."""
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def library_of(address: int | None) -> bytes | None:
-    """Return the path of the library whose loaded image an address lies in."""
+    """Return the path of the shared library that contains an address, None if no library does."""
     info = _SymbolInfo()
     find = ctypes.CDLL(None).dladdr
     find.argtypes = [ctypes.c_void_p, ctypes.POINTER(_SymbolInfo)]
@@ -50,10 +64,10 @@ def library_of(address: int | None) -> bytes | None:
 
 
 def fault_in(address: int) -> None:
-    """Make the whole library resident that `address` lies in, where the system tells where that is.
+    """Make the whole library that contains `address` resident, if the system says where it is mapped.
 
-    Which of its pages come by themselves differs from machine to machine: with one that is wanted, Linux
-    maps what else of the file the page cache holds in one piece.
+    Without this, the number of resident pages differs from machine to machine: a page fault also maps the
+    neighbours that the page cache holds in the same folio.
     """
     library = library_of(address)
     if library is None:
@@ -65,10 +79,10 @@ def fault_in(address: int) -> None:
 
 
 def release_startup_pages(smaps: Path = SMAPS) -> None:
-    """Let go of pages of the libraries that `READ_WHILE_LOADED` names; what is wanted of them comes again.
+    """Release the pages of the libraries in `READ_WHILE_LOADED`; a later use reads them again.
 
-    Only of code and tables that nobody may write to and that are still the file's: others, such as tables
-    with addresses in them, would be lost. For a small process: a larger one may be using such pages.
+    Releases only read-only areas without private pages: relocated tables, for example, would be lost. Call
+    it in a small process only; a larger program may be using these pages.
     """
     with contextlib.suppress(OSError, ValueError):
         for begin, num_bytes in list(_unwritten_areas(smaps, READ_WHILE_LOADED)):
@@ -76,7 +90,7 @@ def release_startup_pages(smaps: Path = SMAPS) -> None:
 
 
 def _unwritten_areas(smaps: Path, names: Collection[bytes]) -> Iterator[tuple[int, int]]:
-    """Yield where such libraries lie, and how many bytes, in areas without a page that is private."""
+    """Yield address and size of the areas of such libraries that have no private page."""
     area = None
     with smaps.open("rb") as lines:
         for line in lines:

@@ -1,11 +1,8 @@
-"""GpuBudget: how many layers are wanted on which devices, and what each may hold. Knows no model.
+"""GPU memory: which layers go to which device (`GpuLayers`), within which budget, and the resulting plan.
 
-GpuLayers: which layers go to which device, and what they take there, by arithmetic alone.
-
-llama.cpp counts from the end: the output's matrix first, then the last layer. Those that leave the
-processor are a run of layers, of which the first device takes as many as fit, the next ones the rest.
-
-GpuPlan: who gets which bytes of one device, as a value. `gpu_layers` makes it."""
+llama.cpp counts layers from the end: the output matrix first, then the last layer. `--gpu-layers N` moves
+the last N of them. The first device takes as many as fit, the next devices take the rest.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowtide.memory.plan import estimates as footprint
+from lowtide.memory.plan import estimates
 from lowtide.memory.plan import line as components
 from lowtide.memory.plan.line import CACHE, PlanCandidate, PlanLine
 from lowtide.memory.units import MIB, OverBudget, format_bytes, parse_size
@@ -22,16 +19,17 @@ from lowtide.models.gguf.gpu import GpuDevice
 from lowtide.models.spec import ModelSpec
 
 DEFAULT_SHARE = 0.9
+"""Share of a device's free memory that is its budget when the user sets none."""
 AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuBudget:
-    """`layers` counts as llama.cpp does, the output's matrix first and then the last layer; None is as many
-    as fit.
+    """How many layers go to the GPUs, and how many bytes each may hold.
 
-    Of each of `devices` at most `device_bytes` are taken, in the same order. `holds_cache` says whether
-    the KV cache of those layers lies there too, and their attention is computed there.
+    `layers` counts like llama.cpp, the output matrix first and then the last layer; None means as many as
+    fit. `device_bytes` is the limit of each of `devices`, in the same order. `holds_cache` says whether the
+    KV cache of these layers, and their attention, is on the device too.
     """
 
     layers: int | None
@@ -40,7 +38,7 @@ class GpuBudget:
     holds_cache: bool
 
     @classmethod
-    def stated(
+    def from_user(
         cls,
         layers: int | None,
         memory: str | int | None,
@@ -48,10 +46,10 @@ class GpuBudget:
         *,
         holds_cache: bool,
     ) -> GpuBudget:
-        """Return the budget that the user stated, or 90 % of what each device has free.
+        """Return the budget that the user asked for, or 90 % of each device's free memory.
 
-        A percentage is of what is free. Raises `BadSize` where `memory` is no size, `BadOption` where it is
-        more than a device has.
+        A percentage refers to the free memory. Raises `BadSize` if `memory` is not a size, `BadOption` if a
+        device has less than that.
         """
         return cls(
             layers=layers,
@@ -62,7 +60,7 @@ class GpuBudget:
 
 
 def parse_gpu_layers(text: str | int | None) -> int | None:
-    """Return how many layers `text` means, None for "auto"; raises `BadOption` where it is neither."""
+    """Return the number of layers, None for "auto"; raises `BadOption` for anything else."""
     if text is None or str(text).strip().lower() == AUTO:
         return None
     try:
@@ -70,7 +68,7 @@ def parse_gpu_layers(text: str | int | None) -> int | None:
     except ValueError:
         layers = -1
     if layers < 0:
-        raise BadOption(f"gpu_layers is {text!r}, a number of layers or {AUTO} is wanted")
+        raise BadOption(f"gpu_layers is {text!r}; it must be a number of layers or {AUTO}")
     return layers
 
 
@@ -80,7 +78,7 @@ def _device_bytes(memory: str | int | None, device: GpuDevice) -> int:
     num_bytes = parse_size(memory, whole_bytes=device.free_bytes)
     if num_bytes > device.free_bytes:
         raise BadOption(
-            f"gpu_memory is {format_bytes(num_bytes)}, {device.name} has "
+            f"gpu_memory is {format_bytes(num_bytes)}, but {device.name} has "
             f"{format_bytes(device.free_bytes)} free: ask for less"
         )
     return num_bytes
@@ -88,7 +86,7 @@ def _device_bytes(memory: str | int | None, device: GpuDevice) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuPlan:
-    """A device's rows. `num_layers` counts as llama.cpp does: the output's matrix is one."""
+    """The plan of one device. `num_layers` counts the output matrix as a layer, like llama.cpp."""
 
     device: GpuDevice
     budget_bytes: int
@@ -97,17 +95,17 @@ class GpuPlan:
 
     @property
     def total_bytes(self) -> int:
-        """What is planned on the device: the sum of the rows."""
+        """The planned bytes on the device: the sum of its lines."""
         return sum(row.num_bytes for row in self.rows)
 
     @property
     def fits(self) -> bool:
-        """Whether that is inside what the device may hold."""
+        """Whether the planned bytes fit the device's budget."""
         return self.total_bytes <= self.budget_bytes
 
     @property
     def cache_bytes(self) -> int:
-        """The part of the KV cache that lies here."""
+        """The bytes of the KV cache on this device."""
         return sum(row.num_bytes for row in self.rows if row.component == CACHE)
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,84 +124,86 @@ class GpuPlan:
 
 
 BACKEND_BYTES = 64 * MIB
-"""What a backend takes for itself beside llama.cpp's buffers, such as cuBLAS's workspace: an estimate."""
+"""Estimate of a backend's own memory beside llama.cpp's buffers, such as the workspace of cuBLAS."""
 PADDING_BYTES = 64 << 10
-"""A device aligns each of a layer's tensors, and pads some to whole blocks of 512 elements."""
+"""Room per layer: a device aligns each tensor, and pads some to blocks of 512 elements."""
 OUTPUT = "output"
 EMBEDDING = "token_embd"
 
 
 @dataclass(frozen=True, slots=True)
 class _Need:
-    """What one of llama.cpp's layers needs on its device."""
+    """The bytes that one layer needs on its device."""
 
     weight_bytes: int
     cache_bytes: int
 
 
 class GpuLayers:
-    """Places one model's layers, for choices of its context.
+    """Assigns the layers of one model to devices, for a candidate of the planner.
 
-    Raises `BadOption` where the layers' sizes are not known.
+    Raises `BadOption` if the sizes of the layers are unknown.
     """
 
     def __init__(self, spec: ModelSpec, budget: GpuBudget) -> None:
         if len([g for g in spec.weight_groups if g.layer is not None]) != spec.num_layers:
             raise BadOption(
-                f"gpu_layers is wanted, and the sizes of {spec.name}'s layers are not known: leave it out"
+                f"the sizes of {spec.name}'s layers are unknown, so none can go to a GPU: leave gpu_layers out"
             )
         self._spec = spec
         self._budget = budget
-        self._most = spec.num_layers + 1
+        self._max_layers = spec.num_layers + 1
 
-    def place(self, choice: PlanCandidate) -> tuple[GpuPlan, ...]:
+    def place(self, candidate: PlanCandidate) -> tuple[GpuPlan, ...]:
         """Return the plan of each device that gets layers.
 
-        Where so many as are stated do not fit, the last device's plan is beyond its budget.
+        If the requested number of layers does not fit, the last device's plan exceeds its budget.
         """
-        needs = self._needs(choice)
-        stated = self._budget.layers
-        if stated is not None:
-            return self._placed(min(stated, self._most), needs, choice)
-        low, high = 0, self._most + 1
+        needs = self._needs(candidate)
+        requested = self._budget.layers
+        if requested is not None:
+            return self._placed(min(requested, self._max_layers), needs, candidate)
+        low, high = 0, self._max_layers + 1
         while high - low > 1:
             middle = (low + high) // 2
-            if all(plan.fits for plan in self._placed(middle, needs, choice)):
+            if all(plan.fits for plan in self._placed(middle, needs, candidate)):
                 low = middle
             else:
                 high = middle
-        return self._placed(low, needs, choice)
+        return self._placed(low, needs, candidate)
 
     @property
     def loading_bytes(self) -> int:
-        """What passes through the process's memory at once while a device is filled: a tensor at most."""
+        """Return the largest weight group: copying to a device holds at most one tensor in RAM."""
         return max(group.num_bytes for group in self._spec.weight_groups)
 
     def weight_bytes_left(self, plans: tuple[GpuPlan, ...]) -> int:
-        """Return what of the weights stays with the processor: what no device holds, and the embedding."""
+        """Return the bytes of the weights that stay in RAM: layers on no device, and the embedding."""
         spec = self._spec
         count = sum(plan.num_layers for plan in plans)
-        gone = sum(self._weight_bytes(i) for i in range(self._most - count, spec.num_layers))
+        moved = sum(self._weight_bytes(i) for i in range(self._max_layers - count, spec.num_layers))
         if count and not self._is_tied:
-            gone += self._weight_bytes(spec.num_layers)
-        return spec.weight_bytes - gone
+            moved += self._weight_bytes(spec.num_layers)
+        return spec.weight_bytes - moved
 
-    def _placed(self, count: int, needs: list[_Need], choice: PlanCandidate) -> tuple[GpuPlan, ...]:
-        """Place the last `count` of llama.cpp's layers, device by device."""
+    def _placed(
+        self, count: int, needs: list[_Need], candidate: PlanCandidate
+    ) -> tuple[GpuPlan, ...]:
+        """Assign the last `count` layers, device by device."""
         plans = []
-        first, devices = self._most - count, self._budget.devices
+        first, devices = self._max_layers - count, self._budget.devices
         for i, (device, budget_bytes) in enumerate(
             zip(devices, self._budget.device_bytes, strict=True)
         ):
             last = first
-            room = budget_bytes - sum(row.num_bytes for row in self._common_rows(choice))
-            while last < self._most and (
+            room = budget_bytes - sum(row.num_bytes for row in self._common_lines(candidate))
+            while last < self._max_layers and (
                 i == len(devices) - 1 or needs[last].weight_bytes + needs[last].cache_bytes <= room
             ):
                 room -= needs[last].weight_bytes + needs[last].cache_bytes
                 last += 1
             if last > first:
-                plans.append(self._plan(device, budget_bytes, needs[first:last], choice))
+                plans.append(self._plan(device, budget_bytes, needs[first:last], candidate))
             first = last
         return tuple(plans)
 
@@ -212,12 +212,12 @@ class GpuLayers:
         device: GpuDevice,
         budget_bytes: int,
         needs: list[_Need],
-        choice: PlanCandidate,
+        candidate: PlanCandidate,
     ) -> GpuPlan:
         cache = (
-            f"{choice.context:,} tokens of {choice.kv_type}, of these layers"
+            f"{candidate.context:,} tokens of {candidate.kv_type}, for these layers"
             if self._budget.holds_cache
-            else "stays in RAM, with the attention"
+            else "stays in RAM, like the attention"
         )
         return GpuPlan(
             device=device,
@@ -227,76 +227,84 @@ class GpuLayers:
                 PlanLine(
                     components.WEIGHTS,
                     sum(need.weight_bytes for need in needs),
-                    f"{self._spec.quantisation}, {len(needs)} of {self._most} layers, the output's "
-                    "matrix counts as one",
+                    f"{self._spec.quantisation}, {len(needs)} of {self._max_layers} layers (the output matrix "
+                    "counts as one)",
                 ),
                 PlanLine(components.CACHE, sum(need.cache_bytes for need in needs), cache),
-                *self._common_rows(choice),
+                *self._common_lines(candidate),
             ),
         )
 
-    def _common_rows(self, choice: PlanCandidate) -> tuple[PlanLine, ...]:
-        """What a device needs whichever layers it has: upper bounds."""
+    def _common_lines(self, candidate: PlanCandidate) -> tuple[PlanLine, ...]:
+        """Return the lines that do not depend on the layers of a device; upper bounds."""
         spec = self._spec
-        compute = footprint.compute_bytes(spec, choice.context, choice.batch_size, choice.kv_type)
-        compute += 4 * spec.vocabulary.num_tokens  # a row of logits
+        compute = estimates.compute_bytes(
+            spec, candidate.context, candidate.batch_size, candidate.kv_type
+        )
+        compute += 4 * spec.vocabulary.num_tokens  # logits of one token
         backend = BACKEND_BYTES
         if not self._attention_can_stay:
-            compute += self._largest_cache(choice, choice.kv_type)
-        elif self._budget.holds_cache and choice.kv_type != "f16":
-            backend += self._largest_cache(choice, "f16")
+            compute += self._largest_cache(candidate, candidate.kv_type)
+        elif self._budget.holds_cache and candidate.kv_type != "f16":
+            backend += self._largest_cache(candidate, "f16")
         return (
-            PlanLine(components.COMPUTE, compute, f"{choice.batch_size} rows a pass, at most"),
-            PlanLine(components.RESERVE, backend, "the backend's own, an estimate"),
+            PlanLine(
+                components.COMPUTE,
+                compute,
+                f"at most, for batches of {candidate.batch_size} tokens",
+            ),
+            PlanLine(components.RESERVE, backend, "estimate of the backend's own memory"),
         )
 
-    def _largest_cache(self, choice: PlanCandidate, kv_type: str) -> int:
-        """A layer's cache at most, of which the device makes a copy."""
+    def _largest_cache(self, candidate: PlanCandidate, kv_type: str) -> int:
+        """Return the largest KV cache of a layer; the device makes a copy of it."""
         layers = range(self._spec.num_layers)
         return max(
-            footprint.kv_layer_bytes(self._spec, layer, choice.context, kv_type) for layer in layers
+            estimates.kv_layer_bytes(self._spec, layer, candidate.context, kv_type)
+            for layer in layers
         )
 
     @property
     def _attention_can_stay(self) -> bool:
-        """Whether the matrix behind attention is known, if attention is to be where the cache is."""
+        """Whether attention can stay in RAM with the cache: it takes its output projection along."""
         layers = (group for group in self._spec.weight_groups if group.layer is not None)
         return self._budget.holds_cache or all(group.projection_bytes for group in layers)
 
-    def _needs(self, choice: PlanCandidate) -> list[_Need]:
+    def _needs(self, candidate: PlanCandidate) -> list[_Need]:
         spec = self._spec
         layers = [
-            _Need(self._weight_bytes(layer) + PADDING_BYTES, self._cache_bytes(layer, choice))
+            _Need(self._weight_bytes(layer) + PADDING_BYTES, self._cache_bytes(layer, candidate))
             for layer in range(spec.num_layers)
         ]
         return [*layers, _Need(self._weight_bytes(spec.num_layers) + PADDING_BYTES, 0)]
 
-    def _cache_bytes(self, layer: int, choice: PlanCandidate) -> int:
+    def _cache_bytes(self, layer: int, candidate: PlanCandidate) -> int:
         if not self._budget.holds_cache:
             return 0
-        return footprint.kv_layer_bytes(self._spec, layer, choice.context, choice.kv_type)
+        return estimates.kv_layer_bytes(self._spec, layer, candidate.context, candidate.kv_type)
 
     def _weight_bytes(self, layer: int) -> int:
-        """Bytes that leave the processor with a layer; the one after the last is the output.
+        """Return the bytes that a layer moves out of RAM; the layer after the last is the output matrix.
 
-        Attention that stays takes the matrix behind it along: llama.cpp computes it where that lies.
+        llama.cpp computes attention where the output projection is. So attention that stays in RAM keeps
+        that matrix there.
         """
         groups = self._spec.weight_groups
         if layer < self._spec.num_layers:
             group = groups[layer]
-            stays = 0 if self._budget.holds_cache else group.projection_bytes
-            return group.num_bytes - stays
-        wanted = (OUTPUT, EMBEDDING) if self._is_tied else (OUTPUT,)
-        return sum(g.num_bytes for g in groups if g.layer is None and g.name.startswith(wanted))
+            in_ram = 0 if self._budget.holds_cache else group.projection_bytes
+            return group.num_bytes - in_ram
+        names = (OUTPUT, EMBEDDING) if self._is_tied else (OUTPUT,)
+        return sum(g.num_bytes for g in groups if g.layer is None and g.name.startswith(names))
 
     @property
     def _is_tied(self) -> bool:
-        """Whether the embedding is the output's matrix too: then the device gets a copy of it."""
+        """Whether the embedding is the output matrix too; the device then gets a copy of it."""
         return all(group.name != f"{OUTPUT}.weight" for group in self._spec.weight_groups)
 
 
 def require_gpu_fit(plans: Sequence[GpuPlan], spec: ModelSpec, budget: GpuBudget | None) -> None:
-    """Raise `OverBudget` for the device that so many layers do not fit on, with how many would."""
+    """Raise `OverBudget` for the first device whose layers do not fit."""
     too_small = next((plan for plan in plans if not plan.fits), None)
     if too_small is None or budget is None:
         return

@@ -1,4 +1,4 @@
-"""KVReservation: a KV cache's bytes are reserved before its tokens come. Knows no tokens but their number."""
+"""KVReservation: reserves a KV cache's bytes in the ledger before its tokens are computed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lowtide.memory.plan.line import CACHE
 
 
 class KVReservation:
-    """Lets a cache grow beyond what was planned for it, while the ledger has room.
+    """Lets a KV cache grow beyond its planned size while the ledger has room.
 
-    `planned_tokens` are reserved for good; `bytes_of` returns what the cache's `component` holds for a number
-    of tokens.
+    `planned_tokens` stay reserved; `bytes_of(num_tokens)` returns the bytes that the cache's `component`
+    needs for that many tokens.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class KVReservation:
         self._bytes_of = bytes_of
 
     def most_tokens(self, limit: int) -> int:
-        """Return how many tokens, up to `limit`, the ledger has room for now."""
+        """Return how many tokens, at most `limit`, the ledger has room for now."""
         free_bytes = self._ledger.budget_bytes - self._ledger.reserved_bytes
         room_bytes = free_bytes + self._bytes_of(self._admitted_tokens)
         most = self._planned_tokens
@@ -39,12 +39,12 @@ class KVReservation:
         return min(most, limit)
 
     def admit(self, num_tokens: int) -> None:
-        """Reserve what `num_tokens` take in all.
+        """Reserve the bytes of `num_tokens` in total.
 
-        Raises `OverBudget`, and changes nothing, where that is too much.
+        Raises `OverBudget`, and changes nothing, if the ledger has no room.
         """
-        wanted = max(num_tokens, self._planned_tokens)
-        if wanted == self._admitted_tokens:
+        admitted = max(num_tokens, self._planned_tokens)
+        if admitted == self._admitted_tokens:
             return
-        self._ledger.reserve(self._component, self._bytes_of(wanted))
-        self._admitted_tokens = wanted
+        self._ledger.reserve(self._component, self._bytes_of(admitted))
+        self._admitted_tokens = admitted

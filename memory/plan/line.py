@@ -1,8 +1,4 @@
-"""PlanLine: one line of a plan, in the process's memory or in a device's.
-
-The owners of memory by name, as the plan, the ledger and the profiler have them.
-
-Choice: what a plan may choose, as a value. Knows no formula."""
+"""PlanLine: one component's bytes in a plan. PlanCandidate: one combination of what the planner can choose."""
 
 from __future__ import annotations
 
@@ -13,17 +9,18 @@ from lowtide.memory.units import format_bytes
 
 @dataclass(frozen=True, slots=True)
 class PlanLine:
-    """One owner's bytes and the reason for them."""
+    """The bytes of one component, in the process or on a device, and the reason for them."""
 
     component: str
     num_bytes: int
     why: str
 
     def to_dict(self) -> dict[str, str | int]:
-        """Return the row for JSON."""
+        """Return the line for JSON."""
         return {"component": self.component, "bytes": self.num_bytes, "why": self.why}
 
 
+# The components' names, as the plan, the ledger and the profiler use them.
 INTERPRETER = "interpreter and libraries"
 VOCABULARY = "vocabulary"
 WEIGHTS = "weights"
@@ -33,7 +30,7 @@ SCRATCH = "attention scratch"
 SAMPLING = "logits and sampling"
 PROMPT = "prompt and tokenising"
 PREFIXES = "prefix cache"
-FILTER_PREFILL = "first pass"
+FILTER_PREFILL = "filter prefill"
 SPECULATION = "speculation"
 DRAFT_WEIGHTS = "draft weights"
 DRAFT_CACHE = "draft KV cache"
@@ -49,11 +46,11 @@ RESERVE = "reserve"
 class PlanCandidate:
     """One way to open a model.
 
-    `kv_tokens` is how many of the context's tokens the plan's KV cache has bytes for; more are admitted
-    as the budget has room. `resident_layers` is None where the weights stay resident; else they are read again
-    for every pass, but for so many layers that stay. `prefix_bytes` is what the prefix cache may hold,
-    `cache_filter_pass` whether a filtered prompt's first pass stays for the next question, `verify_batch`
-    how many rows a verification of drafts has; 0 where nothing is drafted.
+    `kv_tokens` is how many of the context's tokens have KV cache bytes in the plan; further tokens are
+    admitted while the budget has room. `resident_layers` is None if all weights stay resident; otherwise
+    only that many layers do and the others are streamed from the file in every pass. `prefix_bytes` is the
+    size of the prefix cache, `cache_filter_pass` whether the filter prefill of a prompt is cached for the
+    next question, and `verify_batch` the tokens per verification of drafts, 0 without speculation.
     """
 
     context: int
@@ -66,8 +63,8 @@ class PlanCandidate:
     verify_batch: int = 0
 
     def downgrades_from(self, preferred: PlanCandidate) -> tuple[str, ...]:
-        """Say, in words, what this choice lacks of the preferred one."""
-        names = {"batch_size": "rows a pass", "kv_type": "KV type", "context": "context"}
+        """Describe in words what this candidate lacks compared to the preferred one."""
+        names = {"batch_size": "batch size", "kv_type": "KV type", "context": "context"}
         before, after = asdict(preferred), asdict(self)
         steps = [
             f"{name}: {before[key]} to {after[key]}"
@@ -78,15 +75,17 @@ class PlanCandidate:
             sizes = map(format_bytes, (preferred.prefix_bytes, self.prefix_bytes))
             steps.insert(0, f"prefix cache: {' to '.join(sizes)}")
         if preferred.cache_filter_pass and not self.cache_filter_pass:
-            steps.insert(0, "a kept first pass: another question on the same text reads it again")
+            steps.insert(0, "filter prefill: not cached, every question on a text reads it again")
         if self.verify_batch < preferred.verify_batch:
-            after_it = f"{self.verify_batch} rows" if self.verify_batch else "none"
-            steps.insert(0, f"speculation: {preferred.verify_batch} rows to {after_it}")
+            now = f"{self.verify_batch} tokens" if self.verify_batch else "off"
+            steps.insert(
+                0, f"speculation: {preferred.verify_batch} tokens per verification to {now}"
+            )
         if self.kv_tokens < self.context:
-            steps.append(f"room in the KV cache: {self.context} to {self.kv_tokens} tokens")
+            steps.append(f"KV cache: {self.context} to {self.kv_tokens} tokens planned")
         if self.resident_layers is not None and preferred.resident_layers is None:
             steps.append(
-                "resident weights: read again for every pass, about twice as long from the system's "
-                "cache, at the disk's speed without it"
+                "weights: streamed from the file in every pass, which takes about twice as long from the "
+                "page cache, and runs at the disk's speed without it"
             )
         return tuple(steps)

@@ -1,7 +1,15 @@
-"""MemoryPlan: who gets which bytes, as a value. Knows no model; `planner` makes it."""
+"""MemoryPlan: the bytes of every component, as a value that `planner.plan_memory` returns, and its table.
+
+**A number in `lowtide plan` is wrong? Open three files.** cli/plan.py prints `str(MemoryPlan)`, the table
+rendered below. Each line of the table is made by one method of `PlanLines` in memory/plan/lines.py. The
+method calls one formula per term, in memory/plan/estimates.py (formulas of one attention policy stand beside
+it, in memory/plan/attention.py). If llama.cpp or ONNX was asked instead of a formula, the term comes from a
+`ContextSizes` that the backend (runtime/backends) passes in.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,36 +26,36 @@ KV_TYPES = ("f16", "q8_0", "q4_0", "f32")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
-    """What the user fixed; None leaves the choice to the plan."""
+    """What the user asked for; None leaves the choice to the planner."""
 
     context: int | None = None
     kv_type: str | None = None
     batch_size: int | None = None
     threads: int = 2
     attention_threads: int = 0
-    """Threads of our own attention kernels; 0 where attention is llama.cpp's."""
+    """Threads of lowtide's attention kernels; 0 if llama.cpp's own attention runs."""
     attention: AttentionMemory = NO_ATTENTION_MEMORY
-    """Memory of the attention policy."""
+    """Memory that the attention policy adds."""
     profiled: bool = False
-    """Whether a profiler watches."""
+    """Whether a profiler is attached."""
     prefix_bytes: int = 0
-    """What the prefix cache may hold, where there is room."""
+    """The largest size of the prefix cache; it shrinks if there is no room."""
     speculation: SpeculationConfig | None = None
-    """Drafts to verify, where there is room; None where nothing is drafted."""
+    """The drafts to verify; None without speculation."""
     compared_tokens: int = 0
-    """Distributions over the vocabulary that a measurement keeps."""
-    packed: bool = False
-    """Whether the weights are a packed copy, whose products our kernels compute."""
+    """How many next-token distributions an evaluation holds at once."""
+    repacked: bool = False
+    """Whether the weights are a repacked copy for lowtide's matmul kernels."""
     gpu: GpuBudget | None = None
-    """Which devices may take layers, and how much of each; None where none is to."""
+    """Which GPUs take layers and how much memory on each; None without a GPU."""
 
     def __post_init__(self) -> None:
         if self.context is not None and self.context < 1:
-            raise BadOption(f"context is {self.context}, 1 or more tokens are wanted")
+            raise BadOption(f"context is {self.context}; it must be at least 1 token")
         if self.kv_type is not None and self.kv_type not in KV_TYPES:
-            raise BadOption(f"kv_type is {self.kv_type!r}, one of {', '.join(KV_TYPES)} is wanted")
+            raise BadOption(f"kv_type is {self.kv_type!r}; it must be one of {', '.join(KV_TYPES)}")
         if self.batch_size is not None and not 1 <= self.batch_size <= 4096:
-            raise BadOption(f"batch_size is {self.batch_size}, 1 to 4096 are wanted")
+            raise BadOption(f"batch_size is {self.batch_size}; it must be between 1 and 4096")
 
     @property
     def filter_prefill(self) -> FilterPrefill | None:
@@ -57,14 +65,15 @@ class PlanRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessBaseline:
-    """What the plan must know of where it runs.
+    """What the planner must know about this process and system.
 
-    `interpreter_bytes` is what the process needs before any model; `processor` as `platform.machine()`.
-    `kv_on_demand` says whether cells without a token take no memory, `can_stream_weights` whether mapped
-    weights can be given back between the layers. `vocabulary_bytes`, where it was measured, replaces the
-    formula; `tolerance_bytes` is how much the measured figures may differ from one run to the next.
-    `repacks` says whether llama.cpp may copy weights into layouts of its own.
-    Before the weights are there, `vocabulary_loading_bytes` more than its own are needed for a moment.
+    `interpreter_bytes` is the resident set before any model is loaded; `processor` is
+    `platform.machine()`. `kv_on_demand` says whether KV slots without a token take no memory (see
+    memory/os/kv_pages.py), `can_stream_weights` whether pages of mapped weights can be released between the
+    layers (see memory/os/file_mappings.py). A measured `vocabulary_bytes` replaces the formula;
+    `tolerance_bytes` is how much measurements differ from run to run. `repacks` says whether llama.cpp may
+    copy weights into layouts of its own. `vocabulary_loading_bytes` are needed for a moment while the
+    vocabulary is loaded, before the weights are.
     """
 
     interpreter_bytes: int
@@ -79,13 +88,14 @@ class ProcessBaseline:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Who gets which bytes. `downgrades` says, in words, what the budget cost.
+    """The planned bytes of every component, and the choices behind them.
 
-    `kv_tokens` is how many of the context's tokens the KV cache's row holds; beyond them the cache grows
-    while the budget has room. Of the layers' weights `resident_layers` stay resident and the others are read
-    again for every pass; None where all weights stay. `rows` are the process's own;
-    `gpus` has the rows of each device that takes layers, inside a budget of its own. `verify_batch` is how
-    many rows a verification of drafts may have; 0 where there is none.
+    `rows` has one `PlanLine` per component of this process; `gpus` has those of each GPU that takes layers,
+    with a budget of its own. `downgrades` describes in words what did not fit into the budget. `kv_tokens`
+    is how many of the context's tokens the KV cache's line covers; the cache may grow beyond it while the
+    budget has room. `resident_layers` layers keep their weights resident and the others are streamed in
+    every pass; None if all weights are resident. `verify_batch` is the number of tokens per verification of
+    drafts, 0 without speculation.
     """
 
     budget: Budget
@@ -105,22 +115,22 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        """The planned peak: the sum of the rows."""
+        """The planned peak: the sum of all lines."""
         return sum(row.num_bytes for row in self.rows)
 
     @property
     def fits(self) -> bool:
-        """Whether the planned peak is inside the budget, and each device's bytes are inside its own."""
+        """Whether the planned peak fits the budget, and each device's bytes fit its own budget."""
         return self.total_bytes <= self.budget.num_bytes and all(gpu.fits for gpu in self.gpus)
 
     @property
     def gpu_layers(self) -> int:
-        """How many layers the devices have, as llama.cpp counts: the output's matrix is one."""
+        """How many layers the devices hold; llama.cpp counts the output matrix as one more layer."""
         return sum(gpu.num_layers for gpu in self.gpus)
 
     @property
     def gpu_cache_bytes(self) -> int:
-        """The part of the KV cache that devices hold."""
+        """The bytes of the KV cache that lie on devices."""
         return sum(gpu.cache_bytes for gpu in self.gpus)
 
     def to_dict(self) -> dict[str, Any]:
@@ -147,18 +157,33 @@ class MemoryPlan:
         }
 
     def __str__(self) -> str:
-        width = max(len(row.component) for row in self.rows)
-
-        def line(component: str, num_bytes: int, why: str) -> str:
-            return f"{component:<{width}}  {format_bytes(num_bytes):>10}  {why}"
-
-        lines = [line(row.component, row.num_bytes, row.why) for row in self.rows]
-        limit = f"of {format_bytes(self.budget.num_bytes)} ({self.budget.source})"
-        lines.append(line("planned peak", self.total_bytes, limit))
+        """Return the plan as a table: component, size, a bar of its share of the budget, and the reason."""
+        budget, lines = self.budget, [("Component", "Size", "", "Why")]
+        lines += _table(self.rows, "planned peak", budget.num_bytes, f" ({budget.source})")
         for gpu in self.gpus:
-            lines.append(f"{gpu.device.name}: {gpu.device.description}")
-            lines += [line(row.component, row.num_bytes, row.why) for row in gpu.rows]
-            limit = f"of {format_bytes(gpu.budget_bytes)}"
-            lines.append(line(f"on {gpu.device.name}", gpu.total_bytes, limit))
-        lines += [f"gave up: {step}" for step in self.downgrades]
-        return "\n".join(lines)
+            lines.append((f"{gpu.device.name}: {gpu.device.description}", "", "", ""))
+            lines += _table(gpu.rows, f"total on {gpu.device.name}", gpu.budget_bytes)
+        widths = [max(len(line[column]) for line in lines if line[1]) for column in range(3)]
+        text = [
+            f"{name:<{widths[0]}}  {size:>{widths[1]}}  {bar:<{widths[2]}}  {why}".rstrip()
+            for name, size, bar, why in lines
+        ]
+        return "\n".join([*text, *(f"Reduced to fit: {step}" for step in self.downgrades)])
+
+
+def _table(
+    rows: Sequence[PlanLine], total: str, budget_bytes: int, source: str = ""
+) -> Iterator[tuple[str, str, str, str]]:
+    """Yield name, size, bar and reason of each line, and last those of the sum against its limit."""
+    for row in rows:
+        size, bar = format_bytes(row.num_bytes), _bar(row.num_bytes, budget_bytes)
+        yield row.component, size, bar, row.why
+    total_bytes = sum(row.num_bytes for row in rows)
+    limit = f"of {format_bytes(budget_bytes)}{source}"
+    yield total, format_bytes(total_bytes), _bar(total_bytes, budget_bytes), limit
+
+
+def _bar(num_bytes: int, budget_bytes: int, width: int = 12) -> str:
+    """Return a bar of up to `width` characters for the share of the budget."""
+    eighths = min(round(8 * width * num_bytes / max(budget_bytes, 1)), 8 * width)
+    return "█" * (eighths // 8) + (" ▏▎▍▌▋▊▉"[eighths % 8].strip())

@@ -1,10 +1,10 @@
-"""The planner: from a model, a wish and a budget to a plan, by arithmetic alone.
+"""The planner: from a model, a request and a budget to a `MemoryPlan`, by arithmetic alone.
 
-Allocates nothing; knows no tokens. When it is tight it gives up in this order, what keeps answers the same
-first: speculation; the prefix cache; a filtered prompt's first pass, kept for another question; rows of
-a prefill pass; for an open context, context; resident weights; the KV cache's type; for a stated context,
-room in its cache; and last it refuses. A stated context is never shortened: that would be another request.
-A draft model that was asked for is part of the request, too.
+If not everything fits, the planner reduces in this order, starting with what does not change any answer:
+speculation; the prefix cache; the cached filter prefill; the batch size of a prefill; the context, if the
+user did not set it; resident weights (they are streamed instead); the type of the KV cache; the planned size
+of the KV cache, if the user set the context. If that is not enough, the plan does not fit. The planner never
+shortens a context that the user set, and never drops a draft model that the user named.
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from lowtide.memory.budget import WATCHED_SHARE, Budget
-from lowtide.memory.plan import estimates as footprint
-from lowtide.memory.plan.estimates import KV_PADDING, ContextSizes, FormulaSizes
+from lowtide.memory.plan.estimates import (
+    KV_PADDING,
+    ContextSizes,
+    FormulaSizes,
+    supports_kv_type,
+)
 from lowtide.memory.plan.gpu import require_gpu_fit
 from lowtide.memory.plan.line import PlanCandidate
 from lowtide.memory.plan.lines import PlanLines
@@ -24,8 +28,9 @@ from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
 
 MIN_CONTEXT = 512
-ROW_CHOICES = (128, 64, 32)
-"""Rows of a prefill pass. More than 128 measured no faster and keeps Ctrl-C waiting longer."""
+"""The shortest context that the planner chooses by itself, in tokens."""
+BATCH_SIZES = (128, 64, 32)
+"""Tokens per prefill batch. More than 128 measured no faster, and Ctrl-C would have to wait longer."""
 
 
 def plan_memory(
@@ -35,10 +40,10 @@ def plan_memory(
     baseline: ProcessBaseline,
     sizes: ContextSizes | None = None,
 ) -> MemoryPlan:
-    """Return the best plan inside the budget, or the smallest one where none fits (`fits` is False).
+    """Return the best plan within the budget, or the smallest plan if none fits (`fits` is False then).
 
-    `sizes` None takes the formulas. Raises `BadOption` where the options ask of the model what it does
-    not have.
+    `sizes` gives the sizes of a context; None uses the formulas of `estimates`. Raises `BadOption` if the
+    model does not support an option.
     """
     _check(spec, options)
     planner = _Planner(spec, options, budget.num_bytes, baseline, sizes or FormulaSizes(spec))
@@ -46,18 +51,18 @@ def plan_memory(
     chosen = planner.best() or smallest
     return MemoryPlan(
         budget=budget,
-        rows=planner.rows.of(chosen),
-        lower_bound_bytes=planner.rows.total_bytes(smallest) + baseline.tolerance_bytes,
+        rows=planner.lines.of(chosen),
+        lower_bound_bytes=planner.lines.total_bytes(smallest) + baseline.tolerance_bytes,
         context=chosen.context,
         batch_size=chosen.batch_size,
         kv_type=chosen.kv_type,
         kv_tokens=chosen.kv_tokens,
-        cache_tokens=planner.rows.cache_tokens(chosen),
+        cache_tokens=planner.lines.cache_tokens(chosen),
         cache_filter_pass=chosen.cache_filter_pass,
-        memory_map=planner.rows.memory_map(chosen),
+        memory_map=planner.lines.memory_map(chosen),
         resident_layers=chosen.resident_layers,
         downgrades=chosen.downgrades_from(planner.preferred()),
-        gpus=planner.rows.gpus(chosen),
+        gpus=planner.lines.gpus(chosen),
         verify_batch=chosen.verify_batch,
     )
 
@@ -69,15 +74,15 @@ def require_fit(
     baseline: ProcessBaseline,
     sizes: ContextSizes | None = None,
 ) -> None:
-    """Raise `OverBudget`, with the lower bound and what to change, where the plan does not fit."""
+    """Raise `OverBudget`, with the lower bound and what to change, if the plan does not fit."""
     if plan.fits:
         return
     require_gpu_fit(plan.gpus, spec, options.gpu)
     hint = f"raise --memory to {format_bytes_up(plan.lower_bound_bytes).replace(' ', '')}"
     if options.context is not None and options.context > MIN_CONTEXT:
-        opened = replace(options, context=None)
+        any_context = replace(options, context=None)
         planner = _Planner(
-            spec, opened, plan.budget.num_bytes, baseline, sizes or FormulaSizes(spec)
+            spec, any_context, plan.budget.num_bytes, baseline, sizes or FormulaSizes(spec)
         )
         shorter = planner.best()
         if shorter is not None:
@@ -93,23 +98,23 @@ def require_fit(
 def _check(spec: ModelSpec, options: PlanRequest) -> None:
     if options.context is not None and options.context > spec.context_length:
         raise BadOption(
-            f"context is {options.context} tokens, {spec.name} was made for {spec.context_length}: "
+            f"context is {options.context} tokens, but {spec.name} was trained for {spec.context_length}: "
             f"ask for {spec.context_length} or less"
         )
     if options.kv_type is not None and options.kv_type not in spec.kv_types:
         raise BadOption(
-            f"kv_type is {options.kv_type!r}, the graph of {spec.name} keeps "
-            f"{', '.join(spec.kv_types)}: leave it out"
+            f"kv_type is {options.kv_type!r}, but {spec.name} has a KV cache of "
+            f"{', '.join(spec.kv_types)}: leave kv_type out"
         )
-    if options.kv_type is not None and not footprint.supports_kv_type(spec, options.kv_type):
+    if options.kv_type is not None and not supports_kv_type(spec, options.kv_type):
         raise BadOption(
-            f"kv_type is {options.kv_type!r}, which needs heads of a multiple of 32; {spec.name} "
-            f"has {spec.key_head_dim}: use f16"
+            f"kv_type is {options.kv_type!r}, which needs a head_dim that is a multiple of 32, but "
+            f"{spec.name} has a head_dim of {spec.key_head_dim}: use f16"
         )
 
 
 class _Planner:
-    """Walks through the choices for one model, wish, host and budget."""
+    """Searches the candidates of one model for the best one within a budget."""
 
     def __init__(
         self,
@@ -123,106 +128,110 @@ class _Planner:
         self._options = options
         self._budget_bytes = budget_bytes
         self._baseline = baseline
-        self.rows = PlanLines(spec, options, baseline, sizes)
-        self._row_choices = ROW_CHOICES if options.batch_size is None else (options.batch_size,)
-        # What is read again from the file for every pass is not what a device holds.
+        self.lines = PlanLines(spec, options, baseline, sizes)
+        self._batch_sizes = BATCH_SIZES if options.batch_size is None else (options.batch_size,)
+        # Weights on a GPU are not streamed from the file.
         self._can_stream = (
             baseline.can_stream_weights and bool(spec.weight_groups) and not options.gpu
         )
 
     def preferred(self) -> PlanCandidate:
-        """Return what is chosen where memory is no matter."""
+        """Return the candidate for unlimited memory."""
         context = self._options.context or self._spec.context_length
-        choice = self._choice(context, self._kv_types[0])
+        candidate = self._candidate(context, self._kv_types[0])
         return replace(
-            choice,
+            candidate,
             prefix_bytes=self._options.prefix_bytes,
             cache_filter_pass=self._options.filter_prefill is not None,
-            verify_batch=max(self._verifications, default=0),
+            verify_batch=max(self._verify_batches, default=0),
         )
 
     def best(self) -> PlanCandidate | None:
-        """Return the best choice that fits, what is kept for later in what the rest leaves; None for none.
+        """Return the best candidate that fits, None if none does.
 
-        What the watchdog would give back at once is not kept.
+        Caches and speculation get only what the rest leaves below the level at which the watchdog would
+        release them at once.
         """
-        found = self._best_of_the_rest()
+        found = self._best_without_caches()
         if found is None:
             return None
         watched_bytes = int(self._budget_bytes * WATCHED_SHARE)
         if self._options.filter_prefill is not None:
-            keeping = replace(found, cache_filter_pass=True)
-            found = keeping if self.rows.total_bytes(keeping) <= watched_bytes else found
-        left_bytes = watched_bytes - self.rows.total_bytes(found)
+            caching = replace(found, cache_filter_pass=True)
+            found = caching if self.lines.total_bytes(caching) <= watched_bytes else found
+        left_bytes = watched_bytes - self.lines.total_bytes(found)
         found = replace(found, prefix_bytes=min(self._options.prefix_bytes, max(left_bytes, 0)))
-        return self._speculating(found, watched_bytes)
+        return self._with_speculation(found, watched_bytes)
 
-    def _speculating(self, found: PlanCandidate, most_bytes: int) -> PlanCandidate:
-        """Return the choice with as many rows of a verification as there is room for."""
-        choices = (replace(found, verify_batch=rows) for rows in self._verifications)
-        return next((c for c in choices if self.rows.total_bytes(c) <= most_bytes), found)
+    def _with_speculation(self, found: PlanCandidate, limit_bytes: int) -> PlanCandidate:
+        """Return the candidate with the largest verify batch that fits into `limit_bytes`."""
+        candidates = (replace(found, verify_batch=size) for size in self._verify_batches)
+        return next((c for c in candidates if self.lines.total_bytes(c) <= limit_bytes), found)
 
-    def _best_of_the_rest(self) -> PlanCandidate | None:
-        """Return the first choice that fits, with as many layers kept as fit; None where none does."""
+    def _best_without_caches(self) -> PlanCandidate | None:
+        """Return the first candidate that fits, with as many resident layers as fit; None if none does."""
         found = next(filter(self._fits, self._from_best_to_smallest()), None)
         if found is None or found.resident_layers is None:
             return found
-        # A pass that reads its weights again costs the same whatever its rows: those come before layers.
-        found = self._speculating(found, self._budget_bytes)
+        # A pass that streams weights costs the same for any number of tokens. So speculation gains more
+        # than a resident layer does, and gets its memory first.
+        found = self._with_speculation(found, self._budget_bytes)
         return self._longest(
             lambda layers: replace(found, resident_layers=layers), 0, self._spec.num_layers
         )
 
     def smallest(self) -> PlanCandidate:
-        """Return the choice that takes the fewest bytes."""
+        """Return the candidate that needs the fewest bytes."""
         context = self._options.context or min(MIN_CONTEXT, self._spec.context_length)
-        room = min(context, MIN_CONTEXT) if self._baseline.kv_on_demand else context
-        choices = [
-            self._small(context, kv_type, resident_layers=kept, kv_tokens=room)
+        kv_tokens = min(context, MIN_CONTEXT) if self._baseline.kv_on_demand else context
+        candidates = [
+            self._small(context, kv_type, resident_layers=layers, kv_tokens=kv_tokens)
             for kv_type in self._kv_types
-            for kept in self._weight_choices
+            for layers in self._resident_layers
         ]
-        return min(choices, key=lambda c: (self._beyond_gpus(c), self.rows.total_bytes(c)))
+        return min(
+            candidates, key=lambda c: (self._bytes_beyond_gpus(c), self.lines.total_bytes(c))
+        )
 
     def _from_best_to_smallest(self) -> Iterator[PlanCandidate]:
-        stated = self._options.context
+        requested = self._options.context
         for kv_type in self._kv_types:
-            for kept in self._weight_choices:
-                if kept is None:
-                    for batch_size in self._row_choices:
-                        context = stated or self._spec.context_length
-                        yield self._choice(context, kv_type, batch_size)
-                if stated is not None:
-                    yield self._small(stated, kv_type, resident_layers=kept)
+            for layers in self._resident_layers:
+                if layers is None:
+                    for batch_size in self._batch_sizes:
+                        context = requested or self._spec.context_length
+                        yield self._candidate(context, kv_type, batch_size)
+                if requested is not None:
+                    yield self._small(requested, kv_type, resident_layers=layers)
                 else:
-                    yield from self._longest_context(kv_type, kept)
-        if stated is not None and self._baseline.kv_on_demand:
+                    yield from self._longest_context(kv_type, layers)
+        if requested is not None and self._baseline.kv_on_demand:
             for kv_type in self._kv_types:
-                yield from self._most_room(stated, kv_type)
+                yield from self._largest_cache(requested, kv_type)
 
     def _longest_context(
         self, kv_type: str, resident_layers: int | None
     ) -> Iterator[PlanCandidate]:
-        """Yield the longest context that fits, in whole steps of the cache, where one does."""
-        most = self._spec.context_length
+        """Yield the longest context that fits, in steps of the cache's padding, if any does."""
+        limit = self._spec.context_length
         found = self._longest(
             lambda steps: self._small(
-                min(max(steps * KV_PADDING, MIN_CONTEXT), most),
+                min(max(steps * KV_PADDING, MIN_CONTEXT), limit),
                 kv_type,
                 resident_layers=resident_layers,
             ),
             MIN_CONTEXT // KV_PADDING,
-            -(-most // KV_PADDING),
+            -(-limit // KV_PADDING),
         )
         if found is not None:
             yield found
 
-    def _most_room(self, context: int, kv_type: str) -> Iterator[PlanCandidate]:
-        """Yield the stated context with the most room in its cache that fits, where any does."""
-        kept = self._weight_choices[-1]
+    def _largest_cache(self, context: int, kv_type: str) -> Iterator[PlanCandidate]:
+        """Yield the requested context with the largest planned KV cache that fits, if any does."""
+        layers = self._resident_layers[-1]
         found = self._longest(
             lambda steps: self._small(
-                context, kv_type, resident_layers=kept, kv_tokens=min(steps * KV_PADDING, context)
+                context, kv_type, resident_layers=layers, kv_tokens=min(steps * KV_PADDING, context)
             ),
             MIN_CONTEXT // KV_PADDING,
             -(-context // KV_PADDING),
@@ -231,39 +240,41 @@ class _Planner:
             yield found
 
     def _longest(
-        self, choice_of: Callable[[int], PlanCandidate], least: int, most: int
+        self, candidate_of: Callable[[int], PlanCandidate], least: int, most: int
     ) -> PlanCandidate | None:
-        """Return the choice of the largest number from `least` to `most` that fits."""
-        if not self._fits(choice_of(least)):
+        """Return the candidate of the largest number from `least` to `most` that fits, by bisection."""
+        if not self._fits(candidate_of(least)):
             return None
         low, high = least, max(most, least) + 1
         while high - low > 1:
             middle = (low + high) // 2
-            if self._fits(choice_of(middle)):
+            if self._fits(candidate_of(middle)):
                 low = middle
             else:
                 high = middle
-        return choice_of(low)
+        return candidate_of(low)
 
-    def _fits(self, choice: PlanCandidate) -> bool:
-        inside = self.rows.total_bytes(choice) <= self._budget_bytes
-        return inside and not self._beyond_gpus(choice)
+    def _fits(self, candidate: PlanCandidate) -> bool:
+        fits_process = self.lines.total_bytes(candidate) <= self._budget_bytes
+        return fits_process and not self._bytes_beyond_gpus(candidate)
 
-    def _beyond_gpus(self, choice: PlanCandidate) -> int:
-        """By how many bytes the layers that are wanted on devices pass what those may hold."""
-        gpus = self.rows.gpus(choice)
+    def _bytes_beyond_gpus(self, candidate: PlanCandidate) -> int:
+        """Return by how many bytes the requested layers exceed the budgets of their GPUs."""
+        gpus = self.lines.gpus(candidate)
         return sum(max(gpu.total_bytes - gpu.budget_bytes, 0) for gpu in gpus)
 
-    def _choice(self, context: int, kv_type: str, batch_size: int | None = None) -> PlanCandidate:
-        rows = batch_size or self._row_choices[0]
-        wish = self._options.speculation
-        least_verified = min(self._verifications) if wish and wish.draft_model else 0
+    def _candidate(
+        self, context: int, kv_type: str, batch_size: int | None = None
+    ) -> PlanCandidate:
+        config = self._options.speculation
+        # A draft model is part of the request: it is never dropped, only verified in smaller batches.
+        smallest_verify = min(self._verify_batches) if config and config.draft_model else 0
         return PlanCandidate(
             context=context,
-            batch_size=rows,
+            batch_size=batch_size or self._batch_sizes[0],
             kv_type=kv_type,
             kv_tokens=context,
-            verify_batch=least_verified,
+            verify_batch=smallest_verify,
         )
 
     def _small(
@@ -274,26 +285,27 @@ class _Planner:
         resident_layers: int | None,
         kv_tokens: int | None = None,
     ) -> PlanCandidate:
-        choice = self._choice(context, kv_type, self._row_choices[-1])
+        """Return a candidate with the smallest batch size."""
+        candidate = self._candidate(context, kv_type, self._batch_sizes[-1])
         return replace(
-            choice, resident_layers=resident_layers, kv_tokens=kv_tokens if kv_tokens else context
+            candidate,
+            resident_layers=resident_layers,
+            kv_tokens=kv_tokens if kv_tokens else context,
         )
 
     @property
-    def _verifications(self) -> tuple[int, ...]:
-        """Rows of a verification, from the most; none where nothing is drafted."""
-        wish = self._options.speculation
-        return wish.row_choices() if wish is not None else ()
+    def _verify_batches(self) -> tuple[int, ...]:
+        """Sizes of a verification, largest first; empty without speculation."""
+        config = self._options.speculation
+        return config.row_choices() if config is not None else ()
 
     @property
-    def _weight_choices(self) -> tuple[int | None, ...]:
-        """Resident, and, where they can be, read again for every pass."""
+    def _resident_layers(self) -> tuple[int | None, ...]:
+        """All weights resident (None) and, if weights can be streamed, no layer resident (0)."""
         return (None, 0) if self._can_stream else (None,)
 
     @property
     def _kv_types(self) -> tuple[str, ...]:
         if self._options.kv_type is not None:
             return (self._options.kv_type,)
-        return tuple(
-            kind for kind in self._spec.kv_types if footprint.supports_kv_type(self._spec, kind)
-        )
+        return tuple(kind for kind in self._spec.kv_types if supports_kv_type(self._spec, kind))

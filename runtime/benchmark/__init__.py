@@ -1,1 +1,1 @@
-"""Paired benchmarks: two configurations in turn, in processes of their own."""
+"""The paired benchmark: several configurations of one model, interleaved, each in a process of its own."""

@@ -1,11 +1,8 @@
-"""One case of a benchmark in a process of its own, so that its peak memory is its own.
+"""The worker process of the paired benchmark: loads one configuration and answers requests.
 
-Reads requests from standard input and answers on standard output, a JSON object a line; started by
-`bench`. Knows no other case.
-
-One side of a benchmark of answers, in a process of its own; started as `bench_worker` is.
-
-Knows no other side."""
+`PairedBenchmark` starts it. It reads requests from standard input and writes answers to standard output, one
+JSON object per line. A process of its own makes its peak memory its own.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +11,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,130 +29,117 @@ from lowtide.runtime.loading.speculation import load_speculator
 from lowtide.runtime.options import SamplingParams
 from lowtide.runtime.planning.plan import LoadConfig, plan_spec
 
+PACKAGES = {"llama.cpp": "llama-cpp-python"}
+"""The Python package of an engine, if it has another name."""
 
-class AnswerWorker:
-    """A loaded model that answers prompts greedily; each as if it were the first."""
+
+class Worker:
+    """A loaded model; each public method is a request and returns the JSON object of its answer."""
 
     def __init__(self, path: str, options: dict[str, Any]) -> None:
         self._planned = plan_spec(read_spec(Path(path)), LoadConfig(**options))
-        self._loaded = Engine(self._planned)
-        self._session = self._loaded.new_session()
+        self._engine = Engine(self._planned)
+        if self._engine.not_repacked_reason is not None:
+            raise CannotRepack(self._engine.not_repacked_reason)
+        self._session = self._engine.new_session()
+        numbers = random.Random(0)  # time does not depend on which tokens a prompt has
+        num_tokens = self._planned.spec.vocabulary.num_tokens
+        self._token_ids = [numbers.randrange(num_tokens) for _ in range(self._engine.model.context)]
+
+    def prefill(self, depth: int) -> dict[str, Any]:
+        """Compute a prompt of `depth` tokens with an empty cache."""
+        model = self._engine.model
+        model.truncate(0)
+        started = time.perf_counter()
+        extend(model, self._engine.controller, self._token_ids[:depth])
+        return {"seconds": time.perf_counter() - started, "tokens": depth}
+
+    def decode(self, depth: int, tokens: int) -> dict[str, Any]:
+        """Compute `tokens` tokens one by one behind the first `depth`."""
+        model, controller = self._engine.model, self._engine.controller
+        extend(model, controller, self._token_ids[:depth])
+        started = time.perf_counter()
+        for token_id in self._token_ids[depth : depth + tokens]:
+            controller.begin_decode()
+            model.forward((token_id,))
+        seconds = time.perf_counter() - started
+        model.truncate(depth)
+        return {"seconds": seconds, "tokens": tokens}
 
     def answer(self, prompt: str, tokens: int) -> dict[str, Any]:
-        """Answer with up to `tokens` tokens: the seconds of decoding, the tokens, and what was drafted."""
-        loaded, token_ids = self._loaded, self._prompt_ids(prompt)
-        if len(token_ids) + tokens > loaded.most_tokens():
+        """Answer `prompt` greedily with up to `tokens` tokens, with an empty cache and fresh drafts.
+
+        `seconds` and `tokens` are those of decoding: they start with the second token.
+        """
+        engine, token_ids = self._engine, self._prompt_ids(prompt)
+        if len(token_ids) + tokens > engine.most_tokens():
             raise BadOption(
-                f"a prompt has {len(token_ids)} tokens, and {tokens} more do not fit the context of "
-                f"{loaded.most_tokens()}: raise --context"
+                f"a prompt has {len(token_ids)} tokens, and {tokens} more do not fit into the context of "
+                f"{engine.most_tokens()}: raise --context"
             )
         self._session.forget()
-        self._forget_drafts()
-        pieces = list(
+        self._reset_drafts()
+        chunks = list(
             generate(
-                loaded.model,
+                engine.model,
                 self._session,
                 Prompt(token_ids=token_ids, asked_at=time.perf_counter()),
                 SamplingParams(max_tokens=tokens, temperature=0),
-                loaded.generation_context(),
+                engine.generation_context(),
             )
         )
-        stats = pieces[-1].stats
+        stats = chunks[-1].stats
         return {
             "seconds": stats.decode_s,
-            "token_ids": [piece.token_id for piece in pieces],
-            "decoded": max(stats.generated_tokens - 1, 0),
+            "tokens": max(stats.generated_tokens - 1, 0),
+            "token_ids": [chunk.token_id for chunk in chunks],
             "speculation": stats.speculation,
         }
 
     def _prompt_ids(self, prompt: str) -> list[int]:
-        spec, tokenizer = self._planned.spec, self._loaded.model.tokenizer
+        spec, tokenizer = self._planned.spec, self._engine.model.tokenizer
         if spec.chat_template is None:
             return tokenizer.encode(prompt, add_special=True, parse_special=False)
         template = ChatTemplate(spec.chat_template, tokenizer.special_texts)
-        conversation = ChatEncoder(template, tokenizer, LastTurn())
+        encoder = ChatEncoder(template, tokenizer, LastTurn())
         messages = [{"role": "user", "content": prompt}]
-        return conversation.prompt_ids(conversation.render(messages), messages)
+        return encoder.prompt_ids(encoder.render(messages), messages)
 
-    def _forget_drafts(self) -> None:
-        """Drafts that learn begin anew; a draft model goes back by itself."""
-        wish = self._planned.speculation
-        if wish is not None and wish.draft_model is None:
-            loaded = self._loaded
-            loaded.speculator = load_speculator(self._planned, loaded.model, loaded.controller)
-
-    def facts(self) -> dict[str, Any]:
-        """Return what this process took."""
-        return {
-            "attention": str(self._planned.policy),
-            "peak_rss_bytes": read_process_memory().peak_bytes,
-        }
-
-
-class BenchWorker:
-    """A loaded model and a prompt of random tokens: time does not depend on what they say."""
-
-    def __init__(self, path: str, options: dict[str, Any]) -> None:
-        self._loaded = Engine(plan_spec(read_spec(Path(path)), LoadConfig(**options)))
-        if self._loaded.not_repacked_reason is not None:
-            raise CannotRepack(self._loaded.not_repacked_reason)
-        self._model = self._loaded.model
-        numbers = random.Random(0)
-        num_tokens = self._model.spec.vocabulary.num_tokens
-        self._token_ids = [numbers.randrange(num_tokens) for _ in range(self._model.context)]
-
-    def prefill(self, depth: int) -> dict[str, float]:
-        """Compute a prompt of `depth` tokens from nothing."""
-        self._model.truncate(0)
-        started = time.perf_counter()
-        extend(self._model, self._loaded.controller, self._token_ids[:depth])
-        return {"seconds": time.perf_counter() - started}
-
-    def decode(self, depth: int, tokens: int) -> dict[str, float]:
-        """Compute `tokens` tokens one by one after the first `depth`."""
-        controller, following = self._loaded.controller, self._token_ids[depth : depth + tokens]
-        extend(self._model, controller, self._token_ids[:depth])
-        started = time.perf_counter()
-        for token_id in following:
-            controller.begin_decode()
-            self._model.forward((token_id,))
-        seconds = time.perf_counter() - started
-        self._model.truncate(depth)
-        return {"seconds": seconds}
+    def _reset_drafts(self) -> None:
+        """Make drafts that learn from text anew; a draft model follows the cache by itself."""
+        config = self._planned.speculation
+        if config is not None and config.draft_model is None:
+            engine = self._engine
+            engine.speculator = load_speculator(self._planned, engine.model, engine.controller)
 
     def facts(self) -> dict[str, Any]:
-        """Return what this process took, and what ran."""
-        counts = self._loaded.kernel_counts()
+        """Return the peak memory of the process, and which kernels run."""
+        spec, counts = self._planned.spec, self._engine.kernel_counts()
+        package = PACKAGES.get(spec.engine, spec.engine)
+        attention = self._planned.attention_in_words
         return {
-            "attention": str(self._loaded.planned.policy),
+            "policy": str(self._planned.policy),
+            "engine": f"{spec.engine} ({package} {version(package)}), attention: {attention}",
             "peak_rss_bytes": read_process_memory().peak_bytes,
-            "budget_bytes": self._loaded.planned.plan.budget.num_bytes,
             "layers_native": counts.layers_native if counts else 0,
-            "layers": self._model.spec.num_layers,
-            "repacked_tensors": len(self._model.spec.repacked_tensors),
+            "layers": spec.num_layers,
+            "repacked_tensors": len(self._engine.model.spec.repacked_tensors),
         }
-
-
-WORKERS: dict[str, type[BenchWorker] | type[AnswerWorker]] = {
-    "open": BenchWorker,
-    "open_answers": AnswerWorker,
-}
-"""What answers the others of a process's requests, by its first one."""
 
 
 def serve(first: str) -> None:
-    """Answer the first line, and what follows on standard input until it ends."""
-    worker: BenchWorker | AnswerWorker | None = None
+    """Answer the first line, which must be "open", and the lines on standard input until it ends."""
+    worker: Worker | None = None
     for line in filter(None, chain((first,), sys.stdin)):
         request = json.loads(line)
         name = request.pop("do")
         try:
-            if name in WORKERS:
-                worker = WORKERS[name](**request)
-                answer: dict[str, Any] = worker.facts()
+            if name == "open":
+                worker = Worker(**request)
+                reply: dict[str, Any] = worker.facts()
             else:
                 method: Callable[..., dict[str, Any]] = getattr(worker, name)
-                answer = method(**request)
+                reply = method(**request)
         except LowtideError as error:
-            answer = {"error": str(error), "exit_code": error.exit_code}
-        print(json.dumps(answer), flush=True)
+            reply = {"error": str(error), "exit_code": error.exit_code}
+        print(json.dumps(reply), flush=True)

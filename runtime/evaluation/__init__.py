@@ -1,1 +1,1 @@
-"""Measures how much an approximate attention policy changes the answers."""
+"""Evaluation: how much an approximate attention policy changes a model's answers."""

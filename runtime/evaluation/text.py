@@ -1,21 +1,29 @@
-"""A long text to measure on: the user's, or the language reference that comes with Python."""
+"""The text that is measured on (the user's, or Python's language reference), and at which depths."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lowtide.attention.evaluation.divergence import WINDOW_TOKENS
 from lowtide.memory.plan.estimates import prompt_limit_bytes
 from lowtide.models.errors import BadOption
 from lowtide.models.tokenizer import Tokenizer
 
 BUILT_IN = "Python's own language reference"
+DEFAULT_CONTEXT = 4096
+"""The depth in tokens up to which a policy is measured if the user sets none."""
+MIN_CONTEXT = 256
+SPARE_TOKENS = WINDOW_TOKENS + 1
+"""How many tokens the text and the context must have beyond the measured depth."""
+
+Progress = Callable[[str], None]
 
 
 def read_sample(path: Path | None, context: int) -> str:
-    """Return as much of the text as a context's plan allows to be tokenised.
+    """Return as much of the text as the plan for `context` tokens allows to tokenise.
 
-    Raises `BadOption` where the file cannot be read.
+    Raises `BadOption` if the file cannot be read.
     """
     limit = prompt_limit_bytes(context)
     if path is None:
@@ -24,18 +32,30 @@ def read_sample(path: Path | None, context: int) -> str:
         with path.open("rb") as file:
             return file.read(limit).decode("utf-8", errors="ignore")
     except OSError as error:
-        raise BadOption(f"{path} cannot be read: {error.strerror or error}") from None
+        raise BadOption(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def sample_tokens(tokenizer: Tokenizer, text: str, wanted: int, *, whose: str) -> Sequence[int]:
-    """Return the text's first `wanted` tokens; raises `BadOption` where it has fewer."""
+def sample_tokens(
+    tokenizer: Tokenizer, text: str, num_tokens: int, *, source: str
+) -> Sequence[int]:
+    """Return the first `num_tokens` tokens of the text; raises `BadOption` if it has fewer.
+
+    `source` names the text in the error.
+    """
     token_ids = tokenizer.encode(text, add_special=True, parse_special=False)
-    if len(token_ids) < wanted:
+    if len(token_ids) < num_tokens:
         raise BadOption(
-            f"{whose} has {len(token_ids):,} tokens, {wanted:,} are wanted: give a longer --text, or a "
-            "smaller --context"
+            f"{source} has {len(token_ids):,} tokens, but {num_tokens:,} are needed: use a longer --text or "
+            "a smaller --context"
         )
-    return token_ids[:wanted]
+    return token_ids[:num_tokens]
+
+
+def measured_depths(context: int, windows: int) -> list[int]:
+    """Return up to `windows` ascending depths, from three quarters of `context` to all of it."""
+    start = context * 3 // 4
+    steps = max(windows - 1, 1)
+    return sorted({context - (context - start) * step // steps for step in range(windows)})
 
 
 def _built_in() -> str:
@@ -43,6 +63,6 @@ def _built_in() -> str:
         from pydoc_data.topics import topics
     except ImportError:
         raise BadOption(
-            "this Python comes without its language reference: give a text of your own with --text"
+            "this Python was installed without its language reference: use a text of your own with --text"
         ) from None
     return "\n".join(topics[name] for name in sorted(topics))

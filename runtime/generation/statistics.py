@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lowtide.memory.reclaim import Trim
+from lowtide.memory.reclaim import Reclaimed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class Statistics:
     peak_rss_bytes: int | None = None
     speculation: dict[str, Any] | None = None
     batch: dict[str, Any] | None = None
-    trims: tuple[Trim, ...] = ()
+    trims: tuple[Reclaimed, ...] = ()
 
     @property
     def prefill_tokens_per_s(self) -> float | None:

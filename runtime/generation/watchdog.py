@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from lowtide.memory.budget import WATCHED_SHARE
 from lowtide.memory.process import read_resident_bytes
-from lowtide.memory.reclaim import Trim
+from lowtide.memory.reclaim import Reclaimed
 
 INTERVAL_S = 0.02
 """A look costs 10 to 20 microseconds: at most this often it is below 0.1 % of the time."""
@@ -25,7 +25,7 @@ DURING_AN_ANSWER = ("background", "moderate")
 class Watchdog:
     """Watches one answer. `trim` gives memory back at a level."""
 
-    def __init__(self, budget_bytes: int, trim: Callable[[str], Trim]) -> None:
+    def __init__(self, budget_bytes: int, trim: Callable[[str], Reclaimed]) -> None:
         self._budget_bytes = budget_bytes
         self._watched_bytes = self._next_bytes = int(budget_bytes * WATCHED_SHARE)
         self._trim = trim
@@ -33,9 +33,9 @@ class Watchdog:
         self._given_back: dict[str, int] = {}
 
     @property
-    def trims(self) -> tuple[Trim, ...]:
+    def trims(self) -> tuple[Reclaimed, ...]:
         """What was given back so far, a value for each level that was tried."""
-        return tuple(Trim(level, num_bytes) for level, num_bytes in self._given_back.items())
+        return tuple(Reclaimed(level, num_bytes) for level, num_bytes in self._given_back.items())
 
     def is_over(self) -> bool:
         """Whether the process is over the budget after all that may be given back was.

@@ -126,12 +126,12 @@ def _follow_use(
     pages = KVPageReclaimer(
         buffers,
         num_tensors=2 * planned.spec.num_layers,
-        num_cells=padded_context(plan.context),
-        row_bytes=row_bytes,
+        num_slots=padded_context(plan.context),
+        token_bytes=row_bytes,
         num_unused=num_unused,
     )
-    model.on_cut = pages.cut
-    reclaimers.append(Reclaimer("background", lambda: pages.trim(model.num_tokens)))
+    model.on_cut = pages.truncate
+    reclaimers.append(Reclaimer("background", lambda: pages.release_pages(model.num_tokens)))
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from lowtide.memory.plan.estimates import (
 from lowtide.memory.plan.kv_reservation import KVReservation
 from lowtide.memory.plan.line import CACHE, FILTER_PREFILL, PREFIXES, PROMPT
 from lowtide.memory.process import read_process_memory
-from lowtide.memory.reclaim import Reclaimer, Trim, trim
+from lowtide.memory.reclaim import Reclaimed, Reclaimer, reclaim
 from lowtide.memory.units import OverBudget, format_bytes
 from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.gguf.model import GgufModel
@@ -218,9 +218,9 @@ class Engine:
         """Our kernels in llama.cpp's graph; None where llama.cpp's own run."""
         return self._callback if self.planned.policy.uses_native_kernels else None
 
-    def trim(self, level: str) -> Trim:
+    def trim(self, level: str) -> Reclaimed:
         """Give back what `level` allows; not during a pass. Raises `BadOption` for a level that is none."""
-        return trim(self.reclaimers, level)
+        return reclaim(self.reclaimers, level)
 
     def _try_passes(self) -> None:
         """Read weights once, so that a model whose graph is not as we know it is found out now."""

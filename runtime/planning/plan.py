@@ -106,7 +106,7 @@ class LoadConfig:
                 "give one of them up"
             )
         devices = require_gpus("--gpu-memory" if self.gpu_layers is None else "--gpu-layers")
-        return GpuBudget.stated(
+        return GpuBudget.from_user(
             layers, self.gpu_memory, devices, holds_cache=not policy.uses_native_kernels
         )
 
@@ -127,7 +127,7 @@ class LoadConfig:
             compared_tokens=self.compared_tokens,
             profiled=self.profiled,
             prefix_bytes=self.prefix_bytes,
-            packed=self.repack,
+            repacked=self.repack,
             gpu=gpu,
             speculation=speculation,
         )
@@ -213,7 +213,7 @@ def find_spec(reference: str | Path | None, *, offline: bool = False) -> ModelSp
 def plan_spec(spec: ModelSpec, options: LoadConfig) -> ResolvedModel:
     """Plan a model whose spec is known."""
     machine = read_machine()
-    budget = Budget.stated(options.memory, machine)
+    budget = Budget.from_user(options.memory, machine)
     policy = options.policy(spec)
     if isinstance(spec, OnnxSpec):
         return _plan_onnx(spec, options, policy, machine, budget)

@@ -1,11 +1,9 @@
-"""A profile in the trace event format, which Chrome's about:tracing and Perfetto open.
+"""A profile as a file: a trace (for Perfetto or chrome://tracing), a web page, or an image.
 
-A profile as one HTML page that refers to nothing outside itself.
-
-Draws a profile in a process of its own: what drawing takes is not in the process whose peak was bounded.
-
-The report goes there over a pipe, pickled: that is safe, the same program is at both ends. The page or the
-picture comes back. Knows no figure."""
+The page and the image are drawn by `draw` in a process of its own, so that matplotlib's memory is not part of
+the process whose peak is bounded. The report goes there pickled over a pipe, which is safe, because both
+ends are the same program.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ from lowtide.runtime.profiling.timeline import LayerPass
 
 PROCESS = 1
 RUN, LAYERS = 1, 2
-"""Rows of the trace: what the runtime does, and the layers of the passes that were timed."""
+"""Threads of the trace: the spans of the runtime, and the layers of timed passes."""
 
 
 def chrome_trace(report: ProfileReport) -> dict[str, Any]:
@@ -59,7 +57,9 @@ def _names(report: ProfileReport) -> Iterator[dict[str, Any]]:
 
 def _spans(report: ProfileReport) -> Iterator[dict[str, Any]]:
     for span in report.timeline.spans:
-        yield _complete(report, RUN, span.name, span.begin_ns, span.end_ns, {"rows": span.num_rows})
+        yield _complete(
+            report, RUN, span.name, span.begin_ns, span.end_ns, {"tokens": span.num_rows}
+        )
 
 
 def _layer_events(report: ProfileReport) -> Iterator[dict[str, Any]]:
@@ -87,10 +87,10 @@ def _counters(report: ProfileReport) -> Iterator[dict[str, Any]]:
 
 
 def _complete(
-    report: ProfileReport, thread: int, name: str, begin_ns: int, end_ns: int, told: dict[str, Any]
+    report: ProfileReport, thread: int, name: str, begin_ns: int, end_ns: int, args: dict[str, Any]
 ) -> dict[str, Any]:
     return {
-        "ph": "X", "pid": PROCESS, "tid": thread, "name": name, "cat": "lowtide", "args": told,
+        "ph": "X", "pid": PROCESS, "tid": thread, "name": name, "cat": "lowtide", "args": args,
         "ts": _us(report, begin_ns), "dur": max(end_ns - begin_ns, 0) / 1000,
     }  # fmt: skip
 
@@ -112,7 +112,7 @@ p.note { color: #555; }
 
 
 def profile_page(report: ProfileReport) -> str:
-    """Return the page: figures as SVG, and the numbers of the JSON in tables."""
+    """Return the page: figures as SVG, and the numbers of the JSON as tables. It refers to no other file."""
     parts = [
         f"<h1>{escape(report.model_name)}</h1>",
         f"<p>{escape(_summary(report))}</p>",
@@ -132,9 +132,9 @@ def profile_page(report: ProfileReport) -> str:
         ]
     if report.retention_map is not None:
         parts += [
-            "<h2>What was kept of the last prompt</h2>",
+            "<h2>Retained tokens of the last prompt</h2>",
             figures.svg(report, figures.retention_map, 10, 3.2),
-            _passages(report.retention_map),
+            _spans_table(report.retention_map),
         ]
     title = escape(f"lowtide profile: {report.model_name}")
     body = "\n".join(parts)
@@ -160,8 +160,8 @@ def _memory(report: ProfileReport) -> str:
         (row.component, _mib(planned.get(row.component)), _mib(row.num_bytes), row.how)
         for row in report.measured
     ]
-    total = ("in all", _mib(report.plan.total_bytes), _mib(report.resident_bytes), "highest sample")
-    head = ("component", "planned, MiB", "measured, MiB", "measured how")
+    total = ("total", _mib(report.plan.total_bytes), _mib(report.resident_bytes), "largest sample")
+    head = ("Component", "Planned, MiB", "Measured, MiB", "How")
     return _table(head, rows, total, numeric=(1, 2))
 
 
@@ -170,8 +170,8 @@ def _phases(report: ProfileReport) -> str:
         (phase.name, f"{phase.seconds:.6f}", f"{phase.calls:,}")
         for phase in sorted(report.phases, key=lambda phase: -phase.seconds)
     ]
-    total = ("in all", f"{report.seconds:.6f}", "")
-    return _table(("phase", "seconds", "calls"), rows, total, numeric=(1, 2))
+    total = ("total", f"{report.seconds:.6f}", "")
+    return _table(("Phase", "Seconds", "Calls"), rows, total, numeric=(1, 2))
 
 
 def _layers(report: ProfileReport) -> str:
@@ -186,18 +186,18 @@ def _layers(report: ProfileReport) -> str:
         )
         for layer in report.layers
     ]
-    head = ("layer", "prefill, ms", "our attention", "decode, ms", "our attention")
-    note = f"Means of a pass: {prefill} of prefill and {decode} of decode were timed."
+    head = ("Layer", "Prefill, ms", "attention", "Decode, ms", "attention")
+    note = f"Mean per pass, of {prefill} prefill passes and {decode} decode passes. Attention: lowtide's kernels."
     return f'<p class="note">{note}</p>' + _table(head, rows, (), numeric=(1, 2, 3, 4))
 
 
-def _passages(retention_map: RetentionMap) -> str:
+def _spans_table(retention_map: RetentionMap) -> str:
     rows = [
-        (f"{passage.position:,}", f"{passage.tokens:,}", f"{passage.score:.4f}", passage.text)
-        for passage in retention_map.passages
+        (f"{span.position:,}", f"{span.tokens:,}", f"{span.score:.4f}", span.text)
+        for span in retention_map.spans
     ]
-    total = ("in all", f"{retention_map.num_kept:,}", "", "")
-    return _table(("position", "tokens", "highest score", "text"), rows, total, numeric=(0, 1, 2))
+    total = ("total", f"{retention_map.num_retained:,}", "", "")
+    return _table(("Position", "Tokens", "Highest score", "Text"), rows, total, numeric=(0, 1, 2))
 
 
 def _table(
@@ -223,21 +223,21 @@ def _ms(seconds: float | None) -> str:
     return "-" if seconds is None else f"{1000 * seconds:.4f}"
 
 
-Form: TypeAlias = Literal["page", "picture"]
-STARTING = (
-    "import sys; sys.path = [folder for folder in sys.path if folder]; "  # not the user's own folder
-    "from lowtide.runtime.profiling.export import answer; answer()"
+Form: TypeAlias = Literal["page", "image"]
+DRAWER_CODE = (
+    "import sys; sys.path = [folder for folder in sys.path if folder]; "  # never import from the user's folder
+    "from lowtide.runtime.profiling.export import serve; serve()"
 )
 
 
-def drawn(report: ProfileReport, form: Form) -> bytes:
-    """Return the page as HTML in UTF-8, or the picture as PNG.
+def draw(report: ProfileReport, form: Form) -> bytes:
+    """Return the page as HTML in UTF-8, or the image as PNG.
 
-    Raises `LowtideError` with the reason where the process does not get so far.
+    Raises `LowtideError` with the reason if the process fails.
     """
     try:
         done = subprocess.run(
-            [sys.executable, "-c", STARTING],
+            [sys.executable, "-c", DRAWER_CODE],
             input=pickle.dumps((report, form)),
             capture_output=True,
             check=False,
@@ -245,28 +245,23 @@ def drawn(report: ProfileReport, form: Form) -> bytes:
     except OSError as error:
         raise _failed(form, error.strerror or str(error)) from None
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or ["it gave no reason"]
-        raise _failed(form, _signal_name(done.returncode) or said[-1])
+        messages = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason"]
+        raise _failed(form, _signal_name(done.returncode) or messages[-1])
     return done.stdout
 
 
 def _failed(form: Form, reason: str) -> LowtideError:
     return LowtideError(
-        f"the {form} of the profile could not be drawn ({reason}): leave it out, --json has its numbers"
+        f"cannot draw the {form} of the profile ({reason}): leave it out, --json has the same numbers"
     )
 
 
 def _signal_name(exit_code: int) -> str:
-    return f"ended by {signal.Signals(-exit_code).name}" if exit_code < 0 else ""
+    return f"killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else ""
 
 
-def answer() -> None:
-    """Be the process that draws: read from standard input, draw, write to standard output."""
+def serve() -> None:
+    """Run the drawing process: read a report from standard input, write the file to standard output."""
     report, form = pickle.load(sys.stdin.buffer)
-    if form == "page":
-        data = profile_page(report).encode()
-    else:
-        from lowtide.runtime.profiling.figures import picture
-
-        data = picture(report)
+    data = profile_page(report).encode() if form == "page" else figures.image(report)
     sys.stdout.buffer.write(data)

@@ -1,9 +1,8 @@
-"""A profile as figures: memory over time, planned beside measured, phases, layers. Draws with matplotlib.
+"""The figures of a profile, drawn with matplotlib: memory over time, plan, phases, layers, retained tokens.
 
-Imported by the process that draws alone (`profile_drawing`): what it takes must not be in the figures.
-Knows no page.
-
-What a filter kept of a prompt, as a figure. Draws with matplotlib, like `profile_figures`."""
+matplotlib is imported inside of the functions: only the drawing process (runtime/profiling/export.py) calls
+them, because its memory must not be part of the measured process.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +35,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-SCORE, KEPT = "#b3261e", "#2f6fab"
+SCORE, RETAINED = "#b3261e", "#2f6fab"
 
 
 def draw_retention_map(figure: Figure, retention_map: RetentionMap) -> None:
-    """Draw each token's score over the prompt, and below it which of them were kept."""
+    """Draw the score of each token over the prompt, and below it which tokens were retained."""
     axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=[6, 1])
     edges = [i * retention_map.bin_tokens for i in range(len(retention_map.scores))]
     edges.append(retention_map.num_tokens)
@@ -48,11 +47,13 @@ def draw_retention_map(figure: Figure, retention_map: RetentionMap) -> None:
     axes.set_ylabel("score")
     axes.set_ylim(bottom=min(0.0, *retention_map.scores))
     axes.set_title(
-        f"Retained: {retention_map.num_kept:,} of {retention_map.num_tokens:,} tokens of the last prompt",
+        f"Retained: {retention_map.num_retained:,} of {retention_map.num_tokens:,} tokens of the last prompt",
         loc="left",
     )
-    strip.pcolormesh(edges, [0, 1], [retention_map.kept], cmap=_from_white(KEPT), vmin=0, vmax=1)
-    strip.set_yticks([0.5], ["kept"])
+    strip.pcolormesh(
+        edges, [0, 1], [retention_map.retained], cmap=_from_white(RETAINED), vmin=0, vmax=1
+    )
+    strip.set_yticks([0.5], ["retained"])
     strip.set_xlim(0, retention_map.num_tokens)
     strip.set_xlabel("position in the prompt, tokens")
 
@@ -60,7 +61,7 @@ def draw_retention_map(figure: Figure, retention_map: RetentionMap) -> None:
 def _from_white(colour: str) -> object:
     from matplotlib.colors import LinearSegmentedColormap
 
-    return LinearSegmentedColormap.from_list("kept", ["#ffffff", colour])
+    return LinearSegmentedColormap.from_list("retained", ["#ffffff", colour])
 
 
 COLOURS = {
@@ -87,14 +88,14 @@ PHASE_COLOURS = {
 PLANNED, MEASURED, ATTENTION = "#c9d6e3", "#2f6fab", "#8e5ea8"
 LIMIT, TEXT = "#b3261e", "#222222"
 FAR_LIMIT = 3.0
-"""A budget or a plan beyond so many peaks is told in words: a line there would flatten everything else."""
-LEAST_SHARE = 1 / 500
-"""An owner that never has this share of the peak is too thin to be seen."""
+"""A limit above this multiple of the peak stands only in the legend: a line would flatten the rest."""
+MIN_SHARE = 1 / 500
+"""A component that never reaches this share of the peak is too thin to be visible."""
 Draw = Callable[["Figure", ProfileReport], None]
 
 
 def svg(report: ProfileReport, draw: Draw, width: float, height: float) -> str:
-    """Return a figure as an `<svg>` element to stand inside a page; sizes in inches."""
+    """Return a figure as an `<svg>` element for a page; sizes in inches."""
     with _style(draw.__name__):
         figure = _figure(width, height)
         draw(figure, report)
@@ -106,9 +107,9 @@ def svg(report: ProfileReport, draw: Draw, width: float, height: float) -> str:
     return drawn[drawn.index("<svg") :]
 
 
-def picture(report: ProfileReport) -> bytes:
-    """Return all figures in one PNG."""
-    with _style("picture"):
+def image(report: ProfileReport) -> bytes:
+    """Return all figures as one PNG."""
+    with _style("image"):
         drawn = _parts(report)
         figure = _figure(11, sum(height for _, height in drawn))
         parts = figure.subfigures(len(drawn), 1, height_ratios=[height for _, height in drawn])
@@ -121,7 +122,7 @@ def picture(report: ProfileReport) -> bytes:
 
 
 def _parts(report: ProfileReport) -> list[tuple[Draw, float]]:
-    """What there is to draw, with heights in inches."""
+    """Return the figures that this report has, with their heights in inches."""
     parts: list[tuple[Draw, float]] = [
         (memory_over_time, 5.0),
         (planned_and_measured, 4.2),
@@ -138,12 +139,12 @@ def _title(report: ProfileReport) -> str:
 
 
 def memory_over_time(figure: Figure, report: ProfileReport) -> None:
-    """Draw the resident set stacked by owner, against the budget, over what was done."""
+    """Draw the resident set by component, with the budget, and the phases below."""
     axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=[9, 1])
     samples = report.timeline.samples
     at = [(sample.at_ns - report.begin_ns) / 1e9 for sample in samples]
     top = max((sample.resident_bytes for sample in samples), default=0) or 1
-    names = [name for name in COLOURS if _is_seen(report, name, top)]
+    names = [name for name in COLOURS if _is_visible(report, name, top)]
     heights = [[max(s.components.get(name, 0), 0) / MIB for s in samples] for name in names]
     if at and names:
         colours = [COLOURS[name] for name in names]
@@ -152,7 +153,7 @@ def memory_over_time(figure: Figure, report: ProfileReport) -> None:
     _limit(axes, report.plan.total_bytes, top, "planned peak", "--")
     axes.set_ylabel("resident, MiB")
     axes.set_ylim(bottom=0)
-    axes.set_title("Resident memory by owner", loc="left")
+    axes.set_title("Resident memory by component", loc="left")
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(
         handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False
@@ -160,18 +161,18 @@ def memory_over_time(figure: Figure, report: ProfileReport) -> None:
     _phases_over_time(strip, report)
 
 
-def _is_seen(report: ProfileReport, component: str, top: int) -> bool:
+def _is_visible(report: ProfileReport, component: str, top: int) -> bool:
     most = max((s.components.get(component, 0) for s in report.timeline.samples), default=0)
-    return most >= top * LEAST_SHARE
+    return most >= top * MIN_SHARE
 
 
 def _limit(axes: Axes, num_bytes: int, top: int, name: str, line: str) -> None:
-    """Draw a line where it leaves room for the rest; name it in the legend in any case."""
+    """Draw a line if it is not far above the peak; put it into the legend in any case."""
     label = f"{name}, {format_bytes(num_bytes)}"
     if num_bytes <= FAR_LIMIT * top:
         axes.axhline(num_bytes / MIB, color=LIMIT, linestyle=line, linewidth=1.6, label=label)
     else:
-        axes.plot([], [], color=LIMIT, linestyle=line, label=f"{label}\n(above the picture)")
+        axes.plot([], [], color=LIMIT, linestyle=line, label=f"{label}\n(outside of the figure)")
 
 
 def _phases_over_time(strip: Axes, report: ProfileReport) -> None:
@@ -191,7 +192,7 @@ def _phases_over_time(strip: Axes, report: ProfileReport) -> None:
 
 
 def planned_and_measured(figure: Figure, report: ProfileReport) -> None:
-    """Draw each row's plan beside what was measured, both in MiB."""
+    """Draw the planned and the measured bytes of each component, in MiB."""
     axes = figure.subplots()
     planned = {row.component: row.num_bytes for row in report.plan.rows}
     rows = [row for row in report.measured if planned.get(row.component) or row.num_bytes]
@@ -199,18 +200,18 @@ def planned_and_measured(figure: Figure, report: ProfileReport) -> None:
         if row.component in planned:
             _bar(axes, at - 0.2, planned[row.component] / MIB, PLANNED, "")
         value = None if row.num_bytes is None else row.num_bytes / MIB
-        _bar(axes, at + 0.2, value, MEASURED, "not told apart" if value is None else "")
+        _bar(axes, at + 0.2, value, MEASURED, "not measured" if value is None else "")
     axes.set_yticks(range(len(rows)), [row.component for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("MiB")
     axes.margins(x=0.25)
-    axes.set_title("Planned and measured, at the highest moment", loc="left")
+    axes.set_title("Planned and measured, in the largest sample", loc="left")
     _key(axes, (PLANNED, "planned"), (MEASURED, "measured"))
 
 
-def _bar(axes: Axes, at: float, value: float | None, colour: str, words: str) -> None:
+def _bar(axes: Axes, at: float, value: float | None, colour: str, label: str) -> None:
     axes.barh(at, value or 0.0, height=0.38, color=colour)
-    text = words or f"{value or 0.0:,.1f}"
+    text = label or f"{value or 0.0:,.1f}"
     axes.annotate(
         text, (max(value or 0.0, 0.0), at), xytext=(3, 0), textcoords="offset points",
         va="center", fontsize=7.5, color=TEXT,
@@ -220,15 +221,15 @@ def _bar(axes: Axes, at: float, value: float | None, colour: str, words: str) ->
 def phases(figure: Figure, report: ProfileReport) -> None:
     """Draw the seconds of each phase, the longest first."""
     axes = figure.subplots()
-    shown = sorted(report.phases, key=lambda phase: -phase.seconds)
-    for at, phase in enumerate(shown):
+    ordered = sorted(report.phases, key=lambda phase: -phase.seconds)
+    for at, phase in enumerate(ordered):
         axes.barh(at, phase.seconds, height=0.7, color=PHASE_COLOURS.get(phase.name, "#5b7f95"))
         share = phase.seconds / report.seconds if report.seconds else 0.0
         axes.annotate(
             f"{phase.seconds:.3f} s, {share:.1%}", (phase.seconds, at), xytext=(4, 0),
             textcoords="offset points", va="center", fontsize=7.5, color=TEXT,
         )  # fmt: skip
-    axes.set_yticks(range(len(shown)), [phase.name for phase in shown])
+    axes.set_yticks(range(len(ordered)), [phase.name for phase in ordered])
     axes.invert_yaxis()
     axes.margins(x=0.14)
     axes.set_xlabel("seconds")
@@ -236,7 +237,7 @@ def phases(figure: Figure, report: ProfileReport) -> None:
 
 
 def layers(figure: Figure, report: ProfileReport) -> None:
-    """Draw the mean time of each layer in a pass of a prompt, and in one of decoding."""
+    """Draw the mean time of each layer in a prefill pass and in a decode pass."""
     left, right = figure.subplots(1, 2)
     prefill, decode = report.num_timed_passes
     _layer_bars(
@@ -250,7 +251,7 @@ def layers(figure: Figure, report: ProfileReport) -> None:
 
 
 def retention_map(figure: Figure, report: ProfileReport) -> None:
-    """Draw what was kept of the last prompt that was filtered."""
+    """Draw the retained tokens of the last filtered prompt."""
     if report.retention_map is not None:
         draw_retention_map(figure, report.retention_map)
 
@@ -263,17 +264,17 @@ def _layer_bars(
     attention: Callable[[LayerTime], float | None],
 ) -> None:
     at = range(len(report.layers))
-    ours = [1000 * (attention(layer) or 0.0) for layer in report.layers]
+    in_attention = [1000 * (attention(layer) or 0.0) for layer in report.layers]
     axes.bar(at, [1000 * (whole(layer) or 0.0) for layer in report.layers], color=MEASURED)
-    if any(ours):
-        axes.bar(at, ours, color=ATTENTION)
+    if any(in_attention):
+        axes.bar(at, in_attention, color=ATTENTION)
         axes.margins(y=0.2)  # room for the key above the bars
-        _key(axes, (MEASURED, "layer"), (ATTENTION, "of it, our attention"))
+        _key(axes, (MEASURED, "layer"), (ATTENTION, "of which attention"))
     step = max(1, len(report.layers) // 8)
     ticks = [i for i in at if i % step == 0 and i < len(report.layers) - max(step // 2, 1)]
     ticks.append(len(report.layers) - 1)
     axes.set_xticks(ticks, [report.layers[i].name for i in ticks])
-    axes.set_ylabel("ms a pass")
+    axes.set_ylabel("ms/pass")
     axes.set_title(title, loc="left")
 
 
@@ -292,11 +293,11 @@ def _figure(width: float, height: float) -> Figure:
 
 @contextmanager
 def _style(salt: str) -> Iterator[None]:
-    """Our looks; what matplotlib says of fonts and caches is no news for whoever asked for a figure."""
+    """Set the style, and silence matplotlib's messages about fonts and caches."""
     import matplotlib
 
-    looks: dict[str, Any] = {
-        "svg.hashsalt": salt,  # figures of one page must not share identifiers, nor differ by run
+    style: dict[str, Any] = {
+        "svg.hashsalt": salt,  # identifiers must differ within a page and be the same in every run
         "font.size": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -308,7 +309,7 @@ def _style(salt: str) -> Iterator[None]:
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        with matplotlib.rc_context(looks), warnings.catch_warnings():
+        with matplotlib.rc_context(style), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

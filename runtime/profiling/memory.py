@@ -1,7 +1,7 @@
-"""MemoryWatch: tells the resident set apart by the owners of the plan, while a model is at work.
+"""MemoryWatch: divides the resident set among the components of the plan, while a model is running.
 
-Whatever can be asked about is: file pages, the cache's pages, the kernels' scratch. The rest goes to whom
-the anonymous memory grew under, and what grew under nobody is "other". Knows no time.
+File pages, the KV cache's pages and the kernels' scratch are measured directly. Growth of the remaining
+anonymous memory is charged to the component of the span in which it happened, and otherwise to "other".
 """
 
 from __future__ import annotations
@@ -48,54 +48,54 @@ GROWS_UNDER = {
     "sampling": SAMPLING,
     "tokenise": PROMPT,
 }
-"""Spans, and the owner of what they leave behind. The cache and the scratch grow in passes, too: they are
-counted and taken out."""
+"""Spans, and the component that is charged for the memory they leave behind. The KV cache and the scratch grow
+in passes as well; they are measured directly and subtracted."""
 
 HOW = {
-    INTERPRETER: "what was resident before loading, the libraries, pages of their files",
-    VOCABULARY: "grown while the mapped weights were loaded",
-    WEIGHTS: "the file's pages in this process",
-    CACHE: "pages of its buffers",
-    COMPUTE: "grown in passes beside cache and scratch, with llama.cpp's row of logits",
-    SCRATCH: "counted by our kernels",
-    PREFIXES: "pages of the states that are kept",
-    FILTER_PREFILL: "pages of its cache; the rest is with the compute buffer",
-    SAMPLING: "grown while sampling",
-    PROMPT: "grown while tokenising",
-    OTHER: "resident, and nobody's above",
+    INTERPRETER: "resident before loading, and the libraries with their files",
+    VOCABULARY: "growth while the mapped weights were loaded",
+    WEIGHTS: "resident pages of the file",
+    CACHE: "resident pages of its buffers",
+    COMPUTE: "growth in passes without KV cache and scratch, with llama.cpp's logits",
+    SCRATCH: "counted by lowtide's kernels",
+    PREFIXES: "pages of the cached KV snapshots",
+    FILTER_PREFILL: "resident pages of its KV cache; the rest counts as compute buffer",
+    SAMPLING: "growth while sampling",
+    PROMPT: "growth while tokenising",
+    OTHER: "resident, but of no component above",
 }
 HOW_COPIED = {
-    VOCABULARY: "not told apart: with the weights",
-    WEIGHTS: "grown while they were copied, with the vocabulary",
+    VOCABULARY: "included in the weights",
+    WEIGHTS: "growth while they were copied, with the vocabulary",
 }
 HOW_NOT = {
-    LOADING: "given back by then",
-    PROFILER: "its own; shows as other",
-    RESERVE: "what it is for shows as other",
+    LOADING: "already released",
+    PROFILER: "included in other",
+    RESERVE: "included in other",
 }
 PACE = 100
-"""A measurement waits for a hundred times its own cost, so that it takes a hundredth of the time."""
+"""The pause after a measurement, in multiples of its cost: measuring takes 1 % of the time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchedModel:
-    """What the watch asks of a model: where its parts lie, and how much the kernels hold."""
+    """What the watch needs to know about a model: its files, and how to ask for measured sizes."""
 
     paths: tuple[Path, ...]
     file_bytes: int
     memory_map: bool
     cache_bytes: int
-    """The whole cache, which is resident where llama.cpp has cleared it."""
+    """The size of the whole KV cache, which is resident if llama.cpp has cleared it."""
     scratch_bytes: Callable[[], int]
     prefix_bytes: Callable[[], int]
 
 
 class MemoryWatch:
-    """Charges growth to owners; `sample` returns everyone's bytes. Close it at the end."""
+    """Charges growth to components; `sample` returns the bytes of all. Close it at the end."""
 
     def __init__(self) -> None:
         self._meter = ResidentMemoryMeter()
-        self._tells_files = self._meter.tells_files
+        self._separates_files = self._meter.separates_files
         self._grown: dict[str, int] = {}
         self._start: ResidentMemory | None = None
         self._model: WatchedModel | None = None
@@ -103,34 +103,34 @@ class MemoryWatch:
         self._mapped = _MappedFiles()
 
     @property
-    def tells_apart(self) -> bool:
-        """Whether this system tells enough to name owners."""
-        return self._tells_files and self._start is not None
+    def can_separate(self) -> bool:
+        """Whether this system reports enough to divide the resident set."""
+        return self._separates_files and self._start is not None
 
     def read(self) -> ResidentMemory:
-        """Return the resident set, in microseconds."""
+        """Return the resident set; takes microseconds."""
         return self._meter.read()
 
     def start(self, model: WatchedModel) -> None:
-        """Take what is resident now as the interpreter's; the model is loaded next."""
+        """Charge everything that is resident now to the interpreter. Call it before the model is loaded."""
         self._model = model
         self._start = self.read()
 
     def cache_lies_in(self, buffers: Sequence[DemandZeroBuffer], component: str = CACHE) -> None:
-        """Say where an owner's KV cache is, once it is made; without buffers it was cleared whole."""
+        """Set the buffers of a component's KV cache; without buffers, the whole cache counts as resident."""
         self._caches[component] = tuple(buffers)
-        self._mapped.walk_next()
+        self._mapped.read_next()
 
     def charge(self, span: str, before: ResidentMemory, after: ResidentMemory) -> None:
-        """Charge what anonymous memory grew by during a span to the owner of its kind."""
+        """Charge the growth of the anonymous memory during a span to the component of the span."""
         component = GROWS_UNDER.get(span)
         if component is not None:
             grown = after.anonymous_bytes - before.anonymous_bytes
             self._grown[component] = self._grown.get(component, 0) + grown
 
     def sample(self, now: ResidentMemory) -> dict[str, int]:
-        """Return the bytes of each owner that can be told apart; they sum up to what is resident."""
-        if not self.tells_apart or self._start is None or self._model is None:
+        """Return the bytes of each component that can be measured; their sum is the resident set."""
+        if not self.can_separate or self._start is None or self._model is None:
             return {OTHER: now.num_bytes}
         model, grown = self._model, self._grown
         mapped = self._mapped.num_bytes(model, now) if model.memory_map else 0
@@ -154,12 +154,12 @@ class MemoryWatch:
         return components
 
     def how(self, component: str) -> str:
-        """Say how the owner's bytes were measured, or why they were not."""
+        """Return how a component's bytes were measured, or why they were not."""
         if self._model is not None and not self._model.memory_map and component in HOW_COPIED:
             return HOW_COPIED[component]
-        if not self.tells_apart and component != OTHER:
-            return "this system does not tell"
-        return HOW_NOT.get(component) or HOW.get(component, "not told apart")
+        if not self.can_separate and component != OTHER:
+            return "not available on this system"
+        return HOW_NOT.get(component) or HOW.get(component, "not measured")
 
     def _cache_bytes(self, model: WatchedModel, component: str) -> int:
         buffers = self._caches[component]
@@ -167,32 +167,32 @@ class MemoryWatch:
         return model.cache_bytes if measured is None else measured
 
     def close(self) -> None:
-        """Give the counters back; a measurement later is none."""
+        """Close the counters; later samples have only a total."""
         self._meter.close()
 
 
 class _MappedFiles:
-    """The resident pages of the weights' file: walked now and then, and in between told from the sum.
+    """The resident pages of the model's files: read from smaps now and then, estimated in between.
 
-    Between two walks whatever pages of files come or go are taken for the weights', inside their size.
+    Between two readings, every change of the resident file pages counts as a change of the weights.
     """
 
     def __init__(self) -> None:
-        self._walked: int | None = None
+        self._resident: int | None = None
         self._file_bytes_then = 0
         self._next_at = 0.0
 
-    def walk_next(self) -> None:
-        """Walk at the next question, whatever the last one took."""
+    def read_next(self) -> None:
+        """Read smaps at the next call, whatever the last reading cost."""
         self._next_at = 0.0
 
     def num_bytes(self, model: WatchedModel, now: ResidentMemory) -> int:
         """Return the resident bytes of the model's files."""
         started = time.perf_counter()
-        if self._walked is None or started >= self._next_at:
-            self._walked = resident_file_bytes(model.paths) or 0
+        if self._resident is None or started >= self._next_at:
+            self._resident = resident_file_bytes(model.paths) or 0
             self._file_bytes_then = now.file_bytes
             ended = time.perf_counter()
             self._next_at = ended + PACE * (ended - started)
-        guess = self._walked + now.file_bytes - self._file_bytes_then
-        return min(max(guess, 0), model.file_bytes)
+        estimate = self._resident + now.file_bytes - self._file_bytes_then
+        return min(max(estimate, 0), model.file_bytes)

@@ -1,6 +1,6 @@
-"""Profiler: an observer of one runtime that keeps where its time and its bytes went.
+"""Profiler: observes one runtime and records its time by phase and layer, and its memory by component.
 
-Give one to `Runtime.open`; afterwards `report` has the figures. Knows no prompt and draws nothing.
+Pass one to `Runtime.open`; `report` returns what it has recorded.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ if TYPE_CHECKING:
 
 PREFILL, DECODE, FILTER = "prefill pass", "decode pass", "filter pass"
 DECODE_PACES = (8, 32)
-"""Layers are timed in one decode pass of so many, at first and later: stopping at each costs something."""
-FILTER_PREFILLS = 64
+"""Layers are timed in every 8th decode pass at first, and in every 32nd later, because it has a cost."""
+EARLY_DECODES = 64
+"""The number of decode passes after which the slower pace applies."""
 STEP_BYTES = 1 << 20
-"""A change by this much is sampled at once."""
+"""A change of the resident set by this much is sampled at once."""
 
 
 class Profiler:
-    """Spans, memory by owner, and time by layer, of one runtime.
+    """Records spans, memory by component, and time by layer of one runtime.
 
-    `on_event`, where given, is called with each `Span`, `MemorySample` and `LayerPass` as it ends, in the
-    runtime's own thread: keep it short. Spans of your own go in with `span`. One runtime for each profiler.
+    `on_event` is called with each `Span`, `MemorySample` and `LayerPass` when it ends, in the runtime's
+    thread; it must be fast. `span` records spans of your own. Use one profiler per runtime.
     """
 
     def __init__(self, on_event: OnEvent | None = None) -> None:
@@ -58,38 +59,40 @@ class Profiler:
 
     @property
     def wants_layers(self) -> bool:
-        """Whether the time of layers is wanted, for which a hook is needed."""
+        """Whether to time layers, which needs a hook."""
         return True
 
     def span(self, name: str, num_rows: int = 0) -> contextlib.AbstractContextManager[object]:
-        """Time what is done inside the block under `name`; spans may lie in one another."""
+        """Time the block under `name`; spans may be nested."""
         return _OpenSpan(self, name, num_rows)
 
     def watch(self, planned: ResolvedModel, model: WatchedModel) -> None:
-        """Begin with a runtime, before its model is loaded. Raises `BadOption` for a second one."""
+        """Observe a runtime, before its model is loaded. Raises `BadOption` for a second one."""
         if self._planned is not None:
-            raise BadOption("this profiler has a runtime already: make one for each runtime")
+            raise BadOption(
+                "this profiler already observes a runtime: create one profiler per runtime"
+            )
         self._planned = planned
         self._watch.start(model)
 
     def cache_lies_in(self, buffers: Sequence[DemandZeroBuffer], component: str = CACHE) -> None:
-        """Say where an owner's KV cache is, once it is made."""
+        """Set the buffers of a component's KV cache, after they are allocated."""
         self._watch.cache_lies_in(buffers, component)
 
     def count_tokens(self, num_tokens: Callable[[], int]) -> None:
-        """Ask `num_tokens` how many are in the KV cache, from now on."""
+        """Set the function that returns the number of tokens in the KV cache."""
         self._num_tokens = num_tokens
 
     def filtered(self, retention_map: Callable[[], RetentionMap]) -> None:
-        """A prompt was filtered: ask what was kept of it."""
+        """Record which tokens of a prompt a filter retained."""
         self.retention_map = retention_map()
 
     def time_layers(self, hook: LlamaHook, num_layers: int) -> None:
-        """Take the time of layers from a hook's passes, until `finish`."""
+        """Time the layers in the hook's passes, until `finish`."""
         self._clock = LayerClock(hook, num_layers)
 
     def finish(self) -> None:
-        """The runtime closes: what is known stays known, nothing else is measured."""
+        """Stop measuring; the records stay. Called when the runtime closes."""
         if self._planned is not None and not self._is_finished:
             self._sample(self._watch.read(), time.perf_counter_ns())
         self._is_finished = True
@@ -98,25 +101,27 @@ class Profiler:
         self._watch.close()
 
     def report(self) -> ProfileReport:
-        """Return the figures so far. Raises `BadOption` where no runtime was opened with this profiler."""
+        """Return the report so far. Raises `BadOption` if no runtime was opened with this profiler."""
         from lowtide.runtime.profiling.report import ProfileReport
 
         if self._planned is None:
-            raise BadOption("no runtime was opened with this profiler: Runtime.open(profiler=...)")
+            raise BadOption(
+                "no runtime was opened with this profiler: pass it to Runtime.open(profiler=...)"
+            )
         return ProfileReport.of(self._planned, self, self._watch.how)
 
     @property
     def phases(self) -> list[tuple[str, int, int]]:
-        """Name, nanoseconds outside of nested spans, and number of each kind of span."""
+        """Name, nanoseconds without nested spans, and number of each kind of span."""
         return [(name, *values) for name, values in self._seconds.items()]
 
     def _begin(self, span: _OpenSpan) -> None:
         self._open.append(span)
         span.before = self._watch.read()
         if self._clock is not None and span.name in (PREFILL, DECODE):
-            is_turn = self._num_decoded % DECODE_PACES[self._num_decoded >= FILTER_PREFILLS] == 0
+            is_due = self._num_decoded % DECODE_PACES[self._num_decoded >= EARLY_DECODES] == 0
             self._num_decoded += span.name == DECODE
-            span.is_timed = span.name == PREFILL or is_turn
+            span.is_timed = span.name == PREFILL or is_due
             self._clock.start(timed=span.is_timed)
         span.begin_ns = time.perf_counter_ns()
 
@@ -124,17 +129,17 @@ class Profiler:
         end_ns = self.end_ns = time.perf_counter_ns()
         after = self._watch.read()
         self._open.remove(span)
-        taken = end_ns - span.begin_ns
+        duration = end_ns - span.begin_ns
         if self._open:
-            self._open[-1].nested_ns += taken
-        self._charge(span.name, taken - span.nested_ns)
+            self._open[-1].nested_ns += duration
+        self._charge(span.name, duration - span.nested_ns)
         self._watch.charge(span.name, span.before, after)
         depth = len(self._open)
         ended = Span(span.name, span.begin_ns, end_ns, depth, span.num_rows)
         self.timeline.add_span(ended)
-        self._tell(ended)
+        self._notify(ended)
         if span.is_timed and self._clock is not None:
-            self._keep_layers(ended, self._clock)
+            self._record_layers(ended, self._clock)
         if self._is_time_to_sample(after, end_ns):
             self._sample(after, end_ns)
 
@@ -142,20 +147,20 @@ class Profiler:
         before, calls = self._seconds.get(name, (0, 0))
         self._seconds[name] = before + nanoseconds, calls + 1
 
-    def _keep_layers(self, span: Span, clock: LayerClock) -> None:
+    def _record_layers(self, span: Span, clock: LayerClock) -> None:
         ends, attention = clock.read()
         if not any(ends):
             return
         timed = LayerPass(span.name, span.begin_ns, span.end_ns, tuple(ends), tuple(attention))
         self.timeline.add_pass(timed)
-        self._tell(timed)
+        self._notify(timed)
 
     def _is_time_to_sample(self, now: ResidentMemory, at_ns: int) -> bool:
         changed = abs(now.num_bytes - self._sampled_bytes)
         return at_ns >= self._next_sample_ns or changed >= STEP_BYTES
 
     def _sample(self, now: ResidentMemory, at_ns: int) -> None:
-        """Take the bytes of every owner; what that costs is a phase of its own."""
+        """Sample the bytes of every component; the time for that is a phase of its own."""
         sample = MemorySample(at_ns, now.num_bytes, self._watch.sample(now), self._num_tokens())
         self.timeline.add_sample(sample)
         self._sampled_bytes = now.num_bytes
@@ -165,15 +170,15 @@ class Profiler:
         self._charge("profiling", cost)
         if self._open:
             self._open[-1].nested_ns += cost
-        self._tell(sample)
+        self._notify(sample)
 
-    def _tell(self, event: Span | MemorySample | LayerPass) -> None:
+    def _notify(self, event: Span | MemorySample | LayerPass) -> None:
         if self._on_event is not None:
             self._on_event(event)
 
 
 class _OpenSpan:
-    """A span that has not ended. A class, not a generator: there are three of them in every token."""
+    """A span that has not ended. A class is faster than a generator: every token has three spans."""
 
     __slots__ = ("_profiler", "before", "begin_ns", "is_timed", "name", "nested_ns", "num_rows")
 
@@ -193,39 +198,39 @@ class _OpenSpan:
 
 
 class _Silent(Profiler):
-    """Stands where no profiler was given: keeps nothing and takes no time."""
+    """The default if there is no profiler: records nothing and takes no time."""
 
     _NOTHING = contextlib.nullcontext()
 
     def __init__(self) -> None:
-        """Nothing is kept."""
+        """Create no timeline."""
 
     @property
     def wants_layers(self) -> bool:
-        """No hook is made for it."""
+        """No layers are timed."""
         return False
 
     def span(self, name: str, num_rows: int = 0) -> contextlib.AbstractContextManager[object]:
-        """Do what is in the block."""
+        """Run the block."""
         return self._NOTHING
 
     def watch(self, planned: ResolvedModel, model: WatchedModel) -> None:
-        """Watch nothing."""
+        """Observe nothing."""
 
     def cache_lies_in(self, buffers: Sequence[DemandZeroBuffer], component: str = CACHE) -> None:
-        """Remember nothing."""
+        """Ignore the buffers."""
 
     def count_tokens(self, num_tokens: Callable[[], int]) -> None:
         """Count nothing."""
 
     def filtered(self, retention_map: Callable[[], RetentionMap]) -> None:
-        """Ask nothing."""
+        """Ignore the prompt."""
 
     def time_layers(self, hook: LlamaHook, num_layers: int) -> None:
         """Time nothing."""
 
     def finish(self) -> None:
-        """Nothing was begun."""
+        """Nothing has to stop."""
 
 
 SILENT: Profiler = _Silent()

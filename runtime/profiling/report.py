@@ -1,4 +1,4 @@
-"""ProfileReport: where the bytes and the milliseconds of a run went, as a value. Draws nothing."""
+"""ProfileReport: memory by component and time by phase and layer of a run, as a value."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ OUTPUT = "output"
 
 
 @dataclass(frozen=True, slots=True)
-class MeasuredRow:
-    """An owner's bytes at the run's highest moment, and how they were found; None is "cannot be told"."""
+class MeasuredLine:
+    """A component's bytes in the largest sample, and how they were measured; None means not measured."""
 
     component: str
     num_bytes: int | None
@@ -33,7 +33,7 @@ class MeasuredRow:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """What a kind of span took in all, without what lay inside it: phases sum up to the run."""
+    """Total seconds of a kind of span without the spans inside it; all phases sum up to the run."""
 
     name: str
     seconds: float
@@ -42,9 +42,9 @@ class Phase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTime:
-    """Mean seconds of a layer in a pass, and of our attention in it; None where none was timed.
+    """Mean seconds of a layer per pass, and of lowtide's attention in it; None if no pass was timed.
 
-    `name` is a layer's number, or "output": the last norm, the output matrix and its logits.
+    `name` is the layer's number, or "output" for the last norm, the output matrix and the logits.
     """
 
     name: str
@@ -56,38 +56,38 @@ class LayerTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileReport:
-    """The plan, the same rows as measured, and the times.
+    """The plan, the measured bytes of its components, and the times.
 
-    `measured` has the plan's rows and "other": their sum is `resident_bytes`, the highest sampled resident
-    set. `peak_rss_bytes` is what the system saw, between samples too. `seconds` is the whole run.
-    `begin_ns` is where the timeline starts.
+    `measured` has the plan's components and "other"; their sum is `resident_bytes`, the largest sampled
+    resident set. `peak_rss_bytes` is the peak that the system reports, which includes the time between
+    samples. `seconds` is the duration of the run, `begin_ns` the start of the timeline.
     """
 
     model_name: str
     plan: MemoryPlan
-    measured: tuple[MeasuredRow, ...]
+    measured: tuple[MeasuredLine, ...]
     resident_bytes: int
     peak_rss_bytes: int
     seconds: float
     phases: tuple[Phase, ...]
     layers: tuple[LayerTime, ...]
     num_timed_passes: tuple[int, int]
-    """Of prefill and of decode."""
+    """The number of timed prefill passes and of timed decode passes."""
     timeline: Timeline
     begin_ns: int
     retention_map: RetentionMap | None = None
-    """What was kept of the last prompt that was filtered; None where none was."""
+    """The retained tokens of the last filtered prompt; None if no prompt was filtered."""
 
     @classmethod
     def of(
         cls, planned: ResolvedModel, profiler: Profiler, how: Callable[[str], str]
     ) -> ProfileReport:
-        """Add up what a profiler has kept."""
+        """Sum up the records of a profiler."""
         timeline = profiler.timeline
-        # Before the model is loaded nobody's bytes are told apart.
-        told = [sample for sample in timeline.samples if len(sample.components) > 1]
+        # Before the model is loaded, samples have only a total.
+        divided = [sample for sample in timeline.samples if len(sample.components) > 1]
         highest = max(
-            told or timeline.samples, key=lambda sample: sample.resident_bytes, default=None
+            divided or timeline.samples, key=lambda sample: sample.resident_bytes, default=None
         )
         resident = highest.resident_bytes if highest else 0
         seconds = (profiler.end_ns - profiler.begin_ns) / 1e9
@@ -100,7 +100,7 @@ class ProfileReport:
             plan=planned.plan,
             measured=_measured(planned.plan, highest, how),
             resident_bytes=resident,
-            # Linux rounds the counter that samples read by some pages for each thread.
+            # The counter that samples read is off by a few pages per thread on Linux.
             peak_rss_bytes=max(read_process_memory().peak_bytes, resident),
             seconds=seconds,
             phases=_phases(profiler.phases, seconds),
@@ -112,7 +112,7 @@ class ProfileReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures for JSON: sizes in bytes, times in seconds."""
+        """Return the report for JSON: sizes in bytes, times in seconds."""
         return {
             "plan": self.plan.to_dict(),
             "measured": [
@@ -130,15 +130,15 @@ class ProfileReport:
 
 def _measured(
     plan: MemoryPlan, highest: MemorySample | None, how: Callable[[str], str]
-) -> tuple[MeasuredRow, ...]:
+) -> tuple[MeasuredLine, ...]:
     components = [row.component for row in plan.rows] + [OTHER]
-    held = dict(highest.components) if highest else {}
-    # A plan may have rows that nobody knows how to measure, and lack some that are measured.
-    held[OTHER] = held.get(OTHER, 0) + sum(
-        held.pop(name) for name in list(held) if name not in components
+    sizes = dict(highest.components) if highest else {}
+    # The plan may have components that cannot be measured, and lack some that are.
+    sizes[OTHER] = sizes.get(OTHER, 0) + sum(
+        sizes.pop(name) for name in list(sizes) if name not in components
     )
     return tuple(
-        MeasuredRow(component, held.get(component), how(component)) for component in components
+        MeasuredLine(component, sizes.get(component), how(component)) for component in components
     )
 
 
@@ -167,18 +167,18 @@ def _layers(prefill: list[LayerPass], decode: list[LayerPass]) -> tuple[LayerTim
 
 
 def layer_seconds(timed: LayerPass) -> list[float]:
-    """Return the seconds of each layer of a pass, and last of what follows the layers."""
+    """Return the seconds of each layer of a pass, and last those of the output."""
     ends = [*accumulate((0, *timed.ends_ns), max), timed.end_ns - timed.begin_ns]
     return [max(end - begin, 0) / 1e9 for begin, end in pairwise(ends)]
 
 
 def _attention(passes: list[LayerPass], layer: int) -> float | None:
-    ours = [
+    seconds = [
         timed.attention_ns[layer] / 1e9
         for timed in passes
         if layer < len(timed.attention_ns) and timed.attention_ns[layer]
     ]
-    return _mean(ours)
+    return _mean(seconds)
 
 
 def _mean(values: list[float]) -> float | None:

@@ -1,4 +1,4 @@
-"""RetentionMap: where in a prompt the tokens lie that a filter kept, as a value to draw. Knows no policy."""
+"""RetentionMap: which tokens of a prompt a filter retained, by position, as a value to draw."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_BINS = 400
 
 @dataclass(frozen=True, slots=True)
 class RetainedSpan:
-    """Neighbouring tokens that were kept: where they begin, how many, their highest score, as text."""
+    """Consecutive retained tokens: position of the first, how many, their highest score, and their text."""
 
     position: int
     tokens: int
@@ -29,39 +29,39 @@ class RetainedSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetentionMap:
-    """A filtered prompt of `num_tokens` in bins of `bin_tokens` each, the last one shorter.
+    """A filtered prompt of `num_tokens`, in bins of `bin_tokens` tokens; the last bin may be shorter.
 
-    `scores` has each bin's highest score, `kept` the share of its tokens that was kept.
+    `scores` has the highest score of each bin, `retained` the share of its tokens that was retained.
     """
 
     num_tokens: int
-    num_kept: int
+    num_retained: int
     bin_tokens: int
     scores: tuple[float, ...]
-    kept: tuple[float, ...]
-    passages: tuple[RetainedSpan, ...]
+    retained: tuple[float, ...]
+    spans: tuple[RetainedSpan, ...]
 
     @classmethod
     def of(
         cls,
         scores: NDArray[np.float32],
         positions: NDArray[np.int64],
-        passages: Sequence[RetainedSpan],
+        spans: Sequence[RetainedSpan],
     ) -> RetentionMap:
-        """Put a score for each token, and the positions of the kept ones, into bins."""
+        """Put the score of each token, and the positions of the retained tokens, into bins."""
         import numpy as np
 
         bin_tokens = -(-len(scores) // MAX_BINS)
         starts = np.arange(0, len(scores), bin_tokens)
         sizes = np.diff(np.append(starts, len(scores)))
-        kept = np.bincount(positions // bin_tokens, minlength=len(starts)) / sizes
+        retained = np.bincount(positions // bin_tokens, minlength=len(starts)) / sizes
         return cls(
             num_tokens=len(scores),
-            num_kept=len(positions),
+            num_retained=len(positions),
             bin_tokens=bin_tokens,
             scores=tuple(np.maximum.reduceat(scores, starts).tolist()),
-            kept=tuple(kept.tolist()),
-            passages=tuple(passages),
+            retained=tuple(retained.tolist()),
+            spans=tuple(spans),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Timeline: what happened when, in compact arrays that stay small however long a run is.
+"""Timeline: spans, memory samples and timed passes of a run, in compact arrays of bounded size.
 
-Knows no model and draws nothing. Times are nanoseconds of the profiler's clock.
+Times are nanoseconds of the profiler's clock.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MAX_SPANS, MAX_SAMPLES = PROFILER_SPANS, PROFILER_SAMPLES
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Something that took time; `depth` spans are around it, `num_rows` went through a pass."""
+    """A piece of work; `depth` spans enclose it. `num_rows` is the number of tokens of a pass."""
 
     name: str
     begin_ns: int
@@ -27,18 +27,18 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class MemorySample:
-    """What was resident at a moment, by owner; an owner that cannot be told apart is missing."""
+    """Resident bytes by component; a component that cannot be measured is missing."""
 
     at_ns: int
     resident_bytes: int
     components: dict[str, int]
     num_tokens: int
-    """In the KV cache."""
+    """Number of tokens in the KV cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPass:
-    """One timed pass: when each layer ended and its time in our attention, since `begin_ns`."""
+    """A timed pass: the end of each layer since `begin_ns`, and its time in lowtide's attention."""
 
     name: str
     begin_ns: int
@@ -50,8 +50,8 @@ class LayerPass:
 class Timeline:
     """Spans, memory samples and timed passes, in the order in which they ended.
 
-    Of the first there are at most 50,000, then `num_dropped` counts; of samples 2,000, which are thinned
-    out to half of them whenever they are full; of timed passes as many.
+    After 50,000 spans, further ones are only counted in `num_dropped`. After 2,000 samples, every second
+    one is removed. After 2,000 timed passes, further ones are ignored.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class Timeline:
         self.num_dropped = 0
 
     def add_span(self, span: Span) -> None:
-        """Keep a span, or count it as dropped."""
+        """Record a span, or count it as dropped."""
         if len(self._spans) >= 5 * MAX_SPANS:
             self.num_dropped += 1
             return
@@ -72,20 +72,20 @@ class Timeline:
         self._spans.extend((name_id, span.begin_ns, span.end_ns, span.depth, span.num_rows))
 
     def add_sample(self, sample: MemorySample) -> None:
-        """Keep a sample; the highest one is never thinned out."""
+        """Record a sample; the one with the most resident bytes is never removed."""
         if len(self.samples) >= MAX_SAMPLES:
-            highest = max(self.samples, key=lambda some: some.resident_bytes)
+            highest = max(self.samples, key=lambda one: one.resident_bytes)
             self.samples = [s for i, s in enumerate(self.samples) if i % 2 == 0 or s is highest]
         self.samples.append(sample)
 
     def add_pass(self, timed: LayerPass) -> None:
-        """Keep a timed pass, while there is room."""
+        """Record a timed pass if there is room."""
         if len(self.passes) < MAX_SAMPLES:
             self.passes.append(timed)
 
     @property
     def spans(self) -> Iterator[Span]:
-        """Every span that was kept."""
+        """Every recorded span."""
         fields = self._spans
         for at in range(0, len(fields), 5):
             name_id, begin, end, depth, num_rows = fields[at : at + 5]

@@ -9,7 +9,8 @@ from essays import essays
 
 from lowtide.attention.delta.policy import Delta
 from lowtide.models.catalog import resolve
-from lowtide.runtime.evaluation.evaluate import SPARE_TOKENS, evaluate
+from lowtide.runtime.evaluation.evaluate import evaluate
+from lowtide.runtime.evaluation.text import SPARE_TOKENS
 from lowtide.runtime.loading.load import Engine
 from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 

@@ -1,7 +1,7 @@
-"""Our exact attention against llama.cpp's, in one context of one model: only the kernel differs.
+"""lowtide's exact attention compared with llama.cpp's, in one context of one model: only the kernel differs.
 
-Each round times llama.cpp's kernel and then ours; the figure is the median of the rounds' ratios. Above 1
-ours is faster. Run with `make bench`.
+Each round times llama.cpp's kernel and then lowtide's. The result is the median ratio of the rounds; above 1
+means lowtide is faster. Run with `make bench`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROWS = 128
 
 
 class Bench:
-    """A hooked model whose cache is filled as far as the last case asked."""
+    """A model with a hook, whose KV cache is filled up to the last requested depth."""
 
     def __init__(self, path: Path) -> None:
         self.hook = LlamaHook(threads=2)
@@ -60,10 +60,10 @@ class Bench:
 
 @pytest.fixture(scope="module")
 def bench(smollm2: Path) -> Iterator[Bench]:
-    made = Bench(smollm2)
-    yield made
-    made.model.close()
-    made.hook.close()
+    bench = Bench(smollm2)
+    yield bench
+    bench.model.close()
+    bench.hook.close()
 
 
 @pytest.mark.parametrize("depth", [256, 2048, 4096, 7600])
@@ -91,8 +91,8 @@ def test_prefill(benchmark: Any, bench: Bench, length: int, prompts: str) -> Non
         lambda: bench.prefill(False, length),
         rounds=passes,
     )
-    ours_s = (bench.hook.counts().seconds - before) / (passes + 1)
-    rest_s = benchmark.stats.stats.median - ours_s
-    alone = (benchmark.extra_info["peer_median_s"] - rest_s) / ours_s
-    print(f"  attention alone {alone:.2f} x: ours {ours_s:.2f} s beside {rest_s:.2f} s of the rest")
+    attention_s = (bench.hook.counts().seconds - before) / (passes + 1)
+    rest_s = benchmark.stats.stats.median - attention_s
+    alone = (benchmark.extra_info["peer_median_s"] - rest_s) / attention_s
+    print(f"  attention alone: {alone:.2f} x; {attention_s:.2f} s, and {rest_s:.2f} s for the rest")
     bench.filled = 0

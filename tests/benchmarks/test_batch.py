@@ -1,11 +1,11 @@
-"""Eight prompts with the same 1,000 tokens before them: together, and one run after another. End to end.
+"""Eight prompts with a common prefix of 1,000 tokens: as a batch, and one after another, end to end.
 
-Run with `make bench`. Runs in the same runtime find the 1,000 tokens in the cache; runs that are each their
-own read them again. Both are timed, with our own kernels and with packed weights, greedily: the answers are
-the same. Then eight texts that copy themselves, in a batch that speculates and in one that does not:
-LOWTIDE_PROMPTS names a file of prompts, a JSON object a line with `category` and `turns` (Spec-Bench's
-form), of which those of LOWTIDE_KIND are taken (summarization); without it they are made here.
-LOWTIDE_THREADS is how many threads these have.
+Run with `make bench`. Later prompts either reuse the prefix in the KV cache or compute it again; both are
+timed, with lowtide's attention and with repacked weights. Answers are greedy and must be equal. Then eight
+prompts whose answers copy from them, in a batch with and without speculation. LOWTIDE_PROMPTS names a file
+of prompts, one JSON object per line with `category` and `turns` (the format of Spec-Bench), of which those
+of LOWTIDE_KIND (default: summarization) are used; without it, prompts are made here. LOWTIDE_THREADS is the
+number of threads.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ QUESTIONS = (
 
 
 def prompts_of(runtime: Runtime) -> list[str]:
-    """The first tokens of an essay, and a question behind each copy of them."""
+    """Return the first tokens of an essay, followed by a different question each."""
     tokenizer = runtime._model.tokenizer
     token_ids = tokenizer.encode(essays(), add_special=False, parse_special=False)
     shared = tokenizer.decode(token_ids[:LENGTH])
@@ -57,23 +57,23 @@ def prompts_of(runtime: Runtime) -> list[str]:
 def one_after_another(
     runtime: Runtime, prompts: list[str], results: list[list[GenerationResult]], *, anew: bool
 ) -> Callable[[], None]:
-    """Return what asks each prompt alone; `anew`, each reads all of it."""
+    """Return a function that answers each prompt alone; with `anew`, without a common prefix in the cache."""
 
     def ask() -> None:
         runtime._session.forget()
-        told = []
+        answers = []
         for prompt in prompts:
             if anew:
                 runtime._session.forget()
-            told.append(runtime.generate(prompt, max_tokens=MAX_TOKENS, temperature=0))
-        results.append(told)
+            answers.append(runtime.generate(prompt, max_tokens=MAX_TOKENS, temperature=0))
+        results.append(answers)
 
     return ask
 
 
 @pytest.mark.parametrize("anew", [False, True], ids=["in one cache", "each anew"])
-@pytest.mark.parametrize("repack", [False, True], ids=["dense", "packed"])
-def test_eight_together(benchmark: Any, smollm2: Path, *, repack: bool, anew: bool) -> None:
+@pytest.mark.parametrize("repack", [False, True], ids=["dense", "repacked"])
+def test_batch_of_eight(benchmark: Any, smollm2: Path, *, repack: bool, anew: bool) -> None:
     options: dict[str, Any] = {"memory": "4GiB", "context": 2048, "threads": 2}
     with Runtime.open(smollm2, **options, attention="dense", repack=repack) as runtime:
         prompts = prompts_of(runtime)
@@ -81,13 +81,13 @@ def test_eight_together(benchmark: Any, smollm2: Path, *, repack: bool, anew: bo
         together: list[list[GenerationResult]] = []
         paired(
             benchmark,
-            f"{len(prompts)} prompts of {LENGTH} tokens and {MAX_TOKENS} new ones, together",
+            f"batch of {len(prompts)} prompts of {LENGTH} tokens, {MAX_TOKENS} new tokens",
             lambda: together.append(
                 runtime.generate_batch(prompts, max_tokens=MAX_TOKENS, temperature=0)
             ),
             one_after_another(runtime, prompts, alone, anew=anew),
             rounds=ROUNDS,
-            peer=f"one run after another, {'each anew' if anew else 'in one cache'}",
+            peer=f"one after another, {'each anew' if anew else 'in one cache'}",
         )
     for one, other in zip(alone, together, strict=True):
         assert [r.token_ids for r in one] == [r.token_ids for r in other]
@@ -97,7 +97,7 @@ def test_eight_together(benchmark: Any, smollm2: Path, *, repack: bool, anew: bo
 
 
 def copying_prompts() -> list[str]:
-    """Eight prompts whose answers copy from them: those of a file, or texts to be written once more."""
+    """Return eight prompts whose answers copy from them, from a file or with texts to repeat."""
     path = os.environ.get("LOWTIDE_PROMPTS")
     if path is None:
         texts = [PARAGRAPH.replace("harbour", place) for place in PLACES]
@@ -110,10 +110,10 @@ def copying_prompts() -> list[str]:
     return prompts
 
 
-@pytest.mark.parametrize("repack", [False, True], ids=["dense", "packed"])
-def test_eight_that_speculate(benchmark: Any, smollm2: Path, *, repack: bool) -> None:
+@pytest.mark.parametrize("repack", [False, True], ids=["dense", "repacked"])
+def test_batch_of_eight_with_speculation(benchmark: Any, smollm2: Path, *, repack: bool) -> None:
     options: dict[str, Any] = {"memory": "4GiB", "context": 2048, "threads": THREADS}
-    wanted: dict[str, Any] = {"max_tokens": MAX_TOKENS, "temperature": 0, "overflow": "drop-oldest"}
+    params: dict[str, Any] = {"max_tokens": MAX_TOKENS, "temperature": 0, "overflow": "drop-oldest"}
     prompts = copying_prompts()
     without: list[list[GenerationResult]] = []
     drafting: list[list[GenerationResult]] = []
@@ -125,17 +125,17 @@ def test_eight_that_speculate(benchmark: Any, smollm2: Path, *, repack: bool) ->
     ):
         paired(
             benchmark,
-            f"{len(prompts)} prompts that copy, {MAX_TOKENS} new tokens, speculating together",
-            lambda: drafting.append(speculating.generate_batch(prompts, **wanted)),
-            lambda: without.append(plain.generate_batch(prompts, **wanted)),
+            f"batch of {len(prompts)} copying prompts, {MAX_TOKENS} new tokens, with speculation",
+            lambda: drafting.append(speculating.generate_batch(prompts, **params)),
+            lambda: without.append(plain.generate_batch(prompts, **params)),
             rounds=ROUNDS,
             peer="the same batch without drafts",
         )
     for one, other in zip(without, drafting, strict=True):
         assert [r.token_ids for r in one] == [r.token_ids for r in other]
-    told = [result.stats.speculation for result in drafting[-1]]
+    statistics_of = [result.stats.speculation for result in drafting[-1]]
     rounds, drafted, accepted = (
-        sum(stats[name] for stats in told if stats is not None)
+        sum(stats[name] for stats in statistics_of if stats is not None)
         for name in ("rounds", "drafted", "accepted")
     )
     ratios = [decode_s(one) / decode_s(other) for one, other in zip(without, drafting, strict=True)]
@@ -148,5 +148,5 @@ def test_eight_that_speculate(benchmark: Any, smollm2: Path, *, repack: bool) ->
 
 
 def decode_s(results: list[GenerationResult]) -> float:
-    """Return the seconds from the first answer's first token to the last answer's end."""
+    """Return the seconds from the first token of the first answer to the end of the last answer."""
     return max(result.stats.decode_s for result in results)

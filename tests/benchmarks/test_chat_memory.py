@@ -1,7 +1,7 @@
-"""A chat of 20 short turns at a context of 8,192 beside llama-cpp-python as it comes, a process each.
+"""A chat of 20 short turns with a context of 8,192, compared with llama-cpp-python's defaults.
 
-What is compared is the memory of generating: the peak resident set without the weights' file and without a
-Python that has done nothing. Run with `make bench`.
+Each runs in its own process. Compares the memory of generation: the peak resident set without the size of
+the weights' file and without an empty Python process. Run with `make bench`.
 """
 
 from __future__ import annotations
@@ -26,43 +26,43 @@ def talk(answer):
         messages.append({{"role": "assistant", "content": answer(messages)}})
     print(json.dumps([m["content"] for m in messages[1::2]]))
 """
-_OURS = """
+_LOWTIDE = """
 from lowtide import Runtime
 with Runtime.open({model!r}, context=8192, threads=2) as runtime:
     def answer(messages):
         return "".join(p.text for p in runtime.chat(messages, max_tokens={tokens}, temperature=0))
     talk(answer)
 """
-_THEIRS = """
+_LLAMA_CPP_PYTHON = """
 from llama_cpp import Llama
 llama = Llama({model!r}, n_ctx=8192, n_threads=2, n_threads_batch=2, verbose=False)
 def answer(messages):
-    made = llama.create_chat_completion(
+    completion = llama.create_chat_completion(
         messages, max_tokens={tokens}, temperature=0, repeat_penalty=1.0
     )
-    return made["choices"][0]["message"]["content"]
+    return completion["choices"][0]["message"]["content"]
 talk(answer)
 """
 
 
-def test_generation_memory_of_a_chat_beside_the_defaults(benchmark: Any, smollm2: Path) -> None:
+def test_generation_memory_of_a_chat(benchmark: Any, smollm2: Path) -> None:
     values = {"model": str(smollm2), "turns": NUM_TURNS, "tokens": NUM_TOKENS}
     found: dict[str, tuple[int, list[str]]] = {}
 
     def talk() -> None:
         bare = run_python("pass").peak_bytes
-        for name, code in (("ours", _OURS), ("theirs", _THEIRS)):
+        for name, code in (("lowtide", _LOWTIDE), ("llama-cpp-python", _LLAMA_CPP_PYTHON)):
             done = run_python((_TALK + code).format(**values), timeout=600)
             assert done.code == 0, done.stderr
             num_bytes = done.peak_bytes - bare - smollm2.stat().st_size
             found[name] = num_bytes, json.loads(done.stdout)
 
     benchmark.pedantic(talk, rounds=1)
-    (ours, our_answers), (theirs, their_answers) = found["ours"], found["theirs"]
-    same = sum(a.strip() == b.strip() for a, b in zip(our_answers, their_answers, strict=True))
-    benchmark.extra_info.update(saved=1 - ours / theirs, same_answers=same)
+    (lowtide, answers), (peer, peer_answers) = found["lowtide"], found["llama-cpp-python"]
+    same = sum(a.strip() == b.strip() for a, b in zip(answers, peer_answers, strict=True))
+    benchmark.extra_info.update(saved=1 - lowtide / peer, same_answers=same)
     print(
-        f"\na chat of {NUM_TURNS} turns: {ours / 2**20:.1f} MiB beside weights and interpreter, "
-        f"llama-cpp-python {theirs / 2**20:.1f}: {1 - ours / theirs:.1%} less; {same} answers the same"
+        f"\na chat of {NUM_TURNS} turns: {lowtide / 2**20:.1f} MiB without weights and interpreter, "
+        f"llama-cpp-python {peer / 2**20:.1f} MiB: {1 - lowtide / peer:.1%} less; {same} equal answers"
     )
-    assert ours < 0.3 * theirs
+    assert lowtide < 0.3 * peer

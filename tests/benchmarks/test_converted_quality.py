@@ -1,7 +1,7 @@
-"""How far the next tokens of a converted folder are from the GGUF run of the same weights, packed and not.
+"""KL divergence of a converted ONNX folder from the original GGUF model, with and without repacked weights.
 
-Two texts, 300 tokens each behind 384, with our exact attention everywhere: only products and what lies
-between them differ. The GGUF run's own two ways of multiplying are held against each other, too.
+Two texts, 300 tokens each after a prefix of 384, with lowtide's exact attention everywhere: only matrix
+multiplications and element-wise operations differ. The GGUF model with repacked weights is compared as well.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.benchmark
 
 NUM_READ, NUM_COMPARED, ROWS = 384, 300, 128
 SHARES = (0.0, 0.5)
-"""Where in the essays a text begins."""
+"""The start of each text, as a share of the essays."""
 
 
 def loaded(path: Path, *, repack: bool) -> Engine:
@@ -33,46 +33,46 @@ def loaded(path: Path, *, repack: bool) -> Engine:
 
 
 def texts(path: Path) -> list[list[int]]:
-    made, text = loaded(path, repack=False), essays()
+    engine, text = loaded(path, repack=False), essays()
     try:
-        encode = made.model.tokenizer.encode
+        encode = engine.model.tokenizer.encode
         parts = [text[int(len(text) * share) :][:8000] for share in SHARES]
         return [encode(part, add_special=True, parse_special=False) for part in parts]
     finally:
-        made.close()
+        engine.close()
 
 
 def distributions(path: Path, token_ids: list[list[int]], *, repack: bool) -> np.ndarray:
-    """Log probabilities after each of the compared tokens, (texts, tokens, vocabulary)."""
-    made, found = loaded(path, repack=repack), []
+    """Return log probabilities after each compared token, shape (texts, tokens, vocabulary)."""
+    engine, found = loaded(path, repack=repack), []
     try:
         for ids in token_ids:
-            made.model.truncate(0)
+            engine.model.truncate(0)
             for at in range(0, NUM_READ, ROWS):
-                made.model.forward(ids[at : at + ROWS])
+                engine.model.forward(ids[at : at + ROWS])
             compared = ids[NUM_READ : NUM_READ + NUM_COMPARED]
-            rows = [np.array(made.model.forward((t,)), np.float64) for t in compared]
+            rows = [np.array(engine.model.forward((t,)), np.float64) for t in compared]
             found.append([row - np.logaddexp.reduce(row) for row in rows])
         return np.array(found)
     finally:
-        made.close()
+        engine.close()
 
 
 @pytest.mark.parametrize("name", ["smollm2", "gemma3-270m"])
-def test_how_far_from_the_gguf_run(benchmark: Any, tmp_path: Path, name: str) -> None:
+def test_divergence_from_the_gguf_model(benchmark: Any, tmp_path: Path, name: str) -> None:
     path = resolve(name)
     folder = convert(read_spec(path), tmp_path / name).folder
     token_ids = texts(path)
     found: dict[str, np.ndarray] = {}
 
     def measure() -> None:
-        for model, words in ((path, "GGUF"), (folder, "ONNX")):
+        for model, format in ((path, "GGUF"), (folder, "ONNX")):
             for repack in (False, True):
-                kind = f"{words}, packed" if repack else words
+                kind = f"{format}, repacked" if repack else format
                 found[kind] = distributions(model, token_ids, repack=repack)
 
     benchmark.pedantic(measure, rounds=1)
-    wanted = found.pop("GGUF")
+    expected = found.pop("GGUF")
     for kind, rows in found.items():
-        kl = (np.exp(wanted) * (wanted - rows)).sum(axis=2).mean(axis=1)
-        print(f"\n{name}, {kind}: KL to llama.cpp's GGUF run {kl[0]:.4f} and {kl[1]:.4f}")
+        kl = (np.exp(expected) * (expected - rows)).sum(axis=2).mean(axis=1)
+        print(f"\n{name}, {kind}: KL {kl[0]:.4f} and {kl[1]:.4f} nats/token from llama.cpp")

@@ -1,8 +1,6 @@
-"""Attention over groups against our dense attention: time, what is read, and what is resident.
+"""The delta policy compared with lowtide's dense attention: time, keys read, and resident memory.
 
-In llama.cpp's graph, and in that of the converted model.
-
-Run with `make bench`.
+In llama.cpp's graph, and in the ONNX graph of the converted model. Run with `make bench`.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ CALIBRATED = ("delta", "delta:granularity=block", "delta:granularity=element")
 
 
 class Bench:
-    """A model with our kernels and a text; each policy decodes after a prompt that it has read itself."""
+    """A model with lowtide's kernels and a text; each policy decodes after a prompt that it read itself."""
 
     def __init__(self, model: Model, hook: LlamaHook | OnnxAttention) -> None:
         self.hook, self.spec, self.model = hook, model.spec, model
@@ -55,7 +53,7 @@ class Bench:
             self.model.forward(self.token_ids[at : min(at + ROWS, depth)])
 
     def step(self, depth: int) -> None:
-        """Decode after the cache's prompt, as the hook attends."""
+        """Decode after the prompt in the cache, with the policy of the hook."""
         self.model.truncate(depth)
         for token_id in self.token_ids[depth : depth + NUM_DECODED]:
             self.model.forward((token_id,))
@@ -82,14 +80,14 @@ def onnx_bench(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     model.close()
 
 
-def attention_beside_dense(benchmark: Any, bench: Bench, policy: str, depth: int) -> float:
-    """Time whole tokens behind a dense prompt, and return the share of dense attention's time that is ours.
+def compare_with_dense(benchmark: Any, bench: Bench, policy: str, depth: int) -> float:
+    """Time tokens after a dense prompt; return the policy's attention time as a share of dense attention's.
 
-    What the policy keeps of the prompt is made in the first round.
+    The first round also builds what the policy stores about the prompt.
     """
     bench.read("dense", depth)
     controller = parse_policy(policy).resolve(bench.spec).configure(bench.hook, bench.spec)
-    of_ours, of_dense = list[float](), list[float]()
+    policy_s, dense_s = list[float](), list[float]()
 
     def decode(start: Callable[[], None], seconds: list[float]) -> None:
         start()
@@ -100,22 +98,22 @@ def attention_beside_dense(benchmark: Any, bench: Bench, policy: str, depth: int
     paired(
         benchmark,
         f"{policy}, decode at {depth}",
-        lambda: decode(controller.begin_decode, of_ours),
-        lambda: decode(lambda: bench.hook.start_pass(sparse=False), of_dense),
+        lambda: decode(controller.begin_decode, policy_s),
+        lambda: decode(lambda: bench.hook.start_pass(sparse=False), dense_s),
         rounds=15,
-        peer="our dense attention",
+        peer="lowtide's dense attention",
     )
-    ours, dense = statistics.median(of_ours), statistics.median(of_dense)
+    sparse, dense = statistics.median(policy_s), statistics.median(dense_s)
     print(
-        f"attention {1000 * ours:.2f} ms a token, dense {1000 * dense:.2f} ms: {ours / dense:.2f} of it"
+        f"attention {1000 * sparse:.2f} ms/token, dense {1000 * dense:.2f} ms/token: {sparse / dense:.2f} x"
     )
-    return ours / dense
+    return sparse / dense
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("depth", [2048, 7600])
 def test_decode(benchmark: Any, bench: Bench, depth: int, policy: str) -> None:
-    attention_beside_dense(benchmark, bench, policy, depth)
+    compare_with_dense(benchmark, bench, policy, depth)
     bench.hook.start_grouped(refine=True)
     before = bench.hook.counts()
     bench.step(depth)
@@ -127,9 +125,9 @@ def test_decode(benchmark: Any, bench: Bench, depth: int, policy: str) -> None:
 
 @pytest.mark.parametrize("policy", BLOCKS)
 def test_decode_by_blocks(benchmark: Any, bench: Bench, policy: str) -> None:
-    """Values are read as ever, the keys' blocks where they were sent."""
+    """Values are read as with dense attention, key blocks only if they are stored."""
     before = bench.hook.counts().scores
-    attention_beside_dense(benchmark, bench, policy, 7600)
+    compare_with_dense(benchmark, bench, policy, 7600)
     cost = bench.hook.counts().scores - before
     print(
         f"{cost}, {1 - cost.key_bytes_read / cost.key_bytes_held:.0%} of the bytes of keys not read"
@@ -139,18 +137,18 @@ def test_decode_by_blocks(benchmark: Any, bench: Bench, policy: str) -> None:
 
 @pytest.mark.parametrize("policy", [POLICIES[1], BLOCKS[0]])
 def test_decode_in_an_onnx_graph(benchmark: Any, onnx_bench: Bench, policy: str) -> None:
-    attention_beside_dense(benchmark, onnx_bench, policy, 7600)
+    compare_with_dense(benchmark, onnx_bench, policy, 7600)
 
 
 @pytest.mark.parametrize("policy", CALIBRATED)
 @pytest.mark.parametrize("length", [2048, 7600])
 def test_prefill(benchmark: Any, bench: Bench, length: int, policy: str) -> None:
-    """As calibrated, what is kept of the prompt made anew."""
+    """With the calibration, and including what the policy stores about the prompt."""
     paired(
         benchmark,
         f"{policy}, prompt of {length}",
         lambda: bench.read(policy, length),
         lambda: bench.read("dense", length),
         rounds=3,
-        peer="our dense attention",
+        peer="lowtide's dense attention",
     )

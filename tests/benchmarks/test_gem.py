@@ -1,9 +1,9 @@
-"""GemFilter: time to the first token of a long prompt with a question, and what is still found.
+"""GemFilter: time to the first token (TTFT) of a long prompt with a question, and the quality of answers.
 
-Times a whole prompt through llama.cpp and then through gem, in turn, and the first question on a text
-against a second one. What is found: a pass key, a fact, and two facts, hidden in essays; counts the answers
-of the whole prompt under exact attention, and how many of these gem gives too; beside that, how many the
-whole prompt gives when another text stands around the same sentences. Run with `make bench`.
+Times a whole prompt with llama.cpp and with gem, and a second question on a text compared with the first.
+Quality: a passkey, a fact and two facts are hidden in essays. Counts the answers from the whole prompt with
+exact attention, and how many of them gem gives too; for comparison, how many the whole prompt gives with
+another text around the same sentences. Run with `make bench`.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ pytestmark = pytest.mark.benchmark
 
 LAYERS = {"smollm2": 7, "gemma3-270m": 5}
 NUM_KEYS = 4
-"""Each kind is asked so often, with another key."""
+"""How often each kind is asked, each time with another passkey."""
 
 
 def hidden(model: Model, num_tokens: int, depth: float, question: Question) -> str:
-    """Essays of about so many tokens with the sentences at `depth`, and the second one after it."""
+    """Return essays of about `num_tokens` with the sentences hidden at `depth` and behind it."""
     text = model.tokenizer.decode(
         model.tokenizer.encode(essays(), add_special=False, parse_special=False)[:num_tokens]
     )
@@ -53,8 +53,8 @@ def hidden(model: Model, num_tokens: int, depth: float, question: Question) -> s
     return f"Read this text.\n{text}\n{question.text}"
 
 
-def said(runtime: Runtime, text: str, num_tokens: int) -> str:
-    """The answer in a chat, or what follows the text where the model knows no chat."""
+def answer(runtime: Runtime, text: str, num_tokens: int) -> str:
+    """Return the answer in a chat, or the continuation if the model has no chat template."""
     options: dict[str, Any] = {"max_tokens": num_tokens, "temperature": 0}
     if runtime.spec.chat_template is None:
         return GenerationResult.of(runtime.stream(f"{text}\n", **options)).text
@@ -65,21 +65,21 @@ def first_token(runtime: Runtime, text: str, *, afresh: bool) -> None:
     if afresh:
         runtime.trim("moderate")
         runtime._session.forget()
-    said(runtime, text, 1)
+    answer(runtime, text, 1)
 
 
-@pytest.mark.parametrize("repack", [False, True], ids=["llama.cpp's products", "packed"])
+@pytest.mark.parametrize("repack", [False, True], ids=["original", "repacked"])
 @pytest.mark.parametrize(("model", "num_tokens"), [("smollm2", 7500), ("gemma3-270m", 7900)])
 def test_time_to_first_token(benchmark: Any, model: str, num_tokens: int, *, repack: bool) -> None:
     path = resolve(model)
-    opening: dict[str, Any] = {
+    config: dict[str, Any] = {
         "memory": "4GiB",
         "context": 8192,
         "threads": 2,
         "attention": Gem(k=512, layer=LAYERS[model], continues=True),
         "repack": repack,
     }
-    with Runtime.open(path, **opening) as runtime:
+    with Runtime.open(path, **config) as runtime:
         text = hidden(runtime._model, num_tokens, 0.5, ask("pass key", 1))
         prompt = chat_framing(runtime._model)(text)
         token_ids = runtime._model.tokenizer.encode(prompt, add_special=True, parse_special=True)
@@ -87,7 +87,7 @@ def test_time_to_first_token(benchmark: Any, model: str, num_tokens: int, *, rep
         peer = Peer(Path(path), context=8192, batch_size=max(rows, 128), threads=2)
         paired(
             benchmark,
-            f"{model}{', packed' * repack}, first token of {len(token_ids):,}",
+            f"{model}{', repacked' * repack}, first token of {len(token_ids):,}",
             lambda: first_token(runtime, text, afresh=True),
             lambda: (peer.prefill(list(token_ids)), peer.decode(1)),
             rounds=3,
@@ -99,8 +99,8 @@ def test_time_to_first_token(benchmark: Any, model: str, num_tokens: int, *, rep
 def test_a_second_question(benchmark: Any, model: str, num_tokens: int) -> None:
     question = ask("pass key", 1)
     attention = Gem(k=512, layer=LAYERS[model], continues=True)
-    opening: dict[str, Any] = {"memory": "4GiB", "context": 8192, "threads": 2}
-    with Runtime.open(model, attention=attention, **opening) as runtime:
+    config: dict[str, Any] = {"memory": "4GiB", "context": 8192, "threads": 2}
+    with Runtime.open(model, attention=attention, **config) as runtime:
         assert runtime.plan.cache_filter_pass
         text = hidden(runtime._model, num_tokens, 0.5, question).removesuffix(question.text)
         paired(
@@ -117,8 +117,8 @@ def test_a_second_question(benchmark: Any, model: str, num_tokens: int) -> None:
     ("model", "num_tokens"),
     [("smollm2", 1000), ("smollm2", 2000), ("gemma3-270m", 4000), ("gemma3-270m", 7900)],
 )
-def test_what_is_found(benchmark: Any, model: str, num_tokens: int) -> None:
-    """As calibrated. A text for each of four keys, and four others around the same sentences."""
+def test_quality(benchmark: Any, model: str, num_tokens: int) -> None:
+    """With the calibration: a text for each of four passkeys, and four other texts around them."""
     options = LoadConfig(
         memory="4GiB",
         context=num_tokens + 100,
@@ -145,26 +145,26 @@ def test_what_is_found(benchmark: Any, model: str, num_tokens: int) -> None:
         whole.read(hidden.token_ids)
         return whole.answers(hidden)
 
-    def look() -> None:
+    def count() -> None:
         for seed in range(NUM_KEYS):
             for hidden, elsewhere in zip(
                 asked(seed, seed), asked(seed, NUM_KEYS + seed), strict=True
             ):
                 if not answers_whole(hidden):
                     continue
-                kept = prompt_filter.filtered(hidden.token_ids)
+                retained = prompt_filter.filtered(hidden.token_ids)
                 loaded.model.truncate(0)
                 counts = found[hidden.question.kind]
                 counts[0] += 1
-                counts[1] += is_answered(loaded.model, controller, kept, hidden)
+                counts[1] += is_answered(loaded.model, controller, retained, hidden)
                 counts[2] += answers_whole(elsewhere)
         whole.clear()
 
-    benchmark.pedantic(look, rounds=1)
+    benchmark.pedantic(count, rounds=1)
     benchmark.extra_info.update(found)
     loaded.close()
     counts = ", ".join(
-        f"{kind} {ours} of {all_} ({others} with another text around)"
-        for kind, (all_, ours, others) in found.items()
+        f"{kind} {by_gem} of {whole_prompt} ({others} with another text around)"
+        for kind, (whole_prompt, by_gem, others) in found.items()
     )
-    print(f"\n{model} at {num_tokens:,}: gem answers as the whole prompt does: {counts}")
+    print(f"\n{model} at {num_tokens:,}: gem gives the answers of the whole prompt: {counts}")

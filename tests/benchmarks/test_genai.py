@@ -1,7 +1,7 @@
-"""A converted folder against onnxruntime-genai on the same folder: tokens and prompts, short and long.
+"""A converted folder in lowtide compared with onnxruntime-genai: decode and prefill, short and long.
 
-Skipped where onnxruntime-genai is not installed. Each round times it and then ours. Run with `make bench`;
-LOWTIDE_LONG is how long the long prompt is.
+Skipped if onnxruntime-genai is not installed. Each round times it and then lowtide. Run with `make bench`.
+LOWTIDE_LONG is the length of the long prompt.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ NUM_DECODED = 24
 PAUSE_S = 0.3
 LONG = int(os.environ.get("LOWTIDE_LONG", "7600"))
 CONTEXT = LONG + 512
-ROUNDED = "dense:prompts=bf16"
+BF16 = "dense:prompts=bf16"
 TIDAL = "tidal:k=1536,layers=4+7+18+21"
 
 
-class Ours:
-    """The folder in our runtime, with the graph's own attention ("llama") or ours, and products alike."""
+class Lowtide:
+    """The folder in lowtide, with the attention and matmul of the graph ("llama") or of lowtide."""
 
     def __init__(self, folder: Path, attention: str, *, repack: bool = False) -> None:
         options = LoadConfig(
             memory=8 * GIB, context=CONTEXT, threads=2, attention=attention, repack=repack
         )
-        self.words = attention.partition(",")[0] + (", packed" if repack else "")
+        self.label = attention.partition(",")[0] + (", repacked" if repack else "")
         self.loaded = Engine(plan_reference(folder, options))
         self.model = self.loaded.model
         self.token_ids = self.model.tokenizer.encode(
@@ -56,19 +56,19 @@ class Ours:
             self.model.forward(self.token_ids[at : min(at + rows, length)])
 
     def decode(self, depth: int) -> None:
-        for _row in self.rows(depth, NUM_DECODED):
+        for _ in self.logits(depth, NUM_DECODED):
             pass
 
-    def rows(self, depth: int, count: int) -> Iterator[np.ndarray]:
-        """The logits of so many tokens of the text, from `depth` on."""
+    def logits(self, depth: int, count: int) -> Iterator[np.ndarray]:
+        """Yield the logits after each of `count` tokens of the text, from `depth` on."""
         self.model.truncate(depth)
         for token_id in self.token_ids[depth : depth + count]:
             self.loaded.controller.begin_decode()
             yield self.model.forward((token_id,))
 
 
-class Theirs:
-    """The same folder in onnxruntime-genai, on as many threads."""
+class Genai:
+    """The same folder in onnxruntime-genai, with the same number of threads."""
 
     def __init__(self, folder: Path, token_ids: list[int]) -> None:
         config = genai.Config(str(folder))
@@ -104,14 +104,14 @@ def folder(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     scope="module",
     params=[
         *(("llama", False), ("dense", False), (TIDAL, False)),
-        *(("dense", True), (TIDAL, True), (ROUNDED, True)),
+        *(("dense", True), (TIDAL, True), (BF16, True)),
     ],
-    ids=["graph", "dense", "tidal", "dense-packed", "tidal-packed", "rounded-packed"],
+    ids=["graph", "dense", "tidal", "dense-repacked", "tidal-repacked", "bf16-repacked"],
 )
-def ours(request: pytest.FixtureRequest, folder: Path) -> Iterator[Ours]:
+def lowtide(request: pytest.FixtureRequest, folder: Path) -> Iterator[Lowtide]:
     attention, repack = request.param
     try:
-        made = Ours(folder, attention, repack=repack)
+        made = Lowtide(folder, attention, repack=repack)
     except BadOption as reason:
         pytest.skip(str(reason))
     yield made
@@ -119,22 +119,22 @@ def ours(request: pytest.FixtureRequest, folder: Path) -> Iterator[Ours]:
 
 
 @pytest.fixture(scope="module")
-def theirs(folder: Path) -> Theirs:
-    dense = Ours(folder, "dense")
+def peer(folder: Path) -> Genai:
+    dense = Lowtide(folder, "dense")
     token_ids = list(dense.token_ids)
     dense.loaded.close()
-    return Theirs(folder, token_ids)
+    return Genai(folder, token_ids)
 
 
 @pytest.mark.parametrize("depth", [256, LONG])
-def test_decode(benchmark: Any, ours: Ours, theirs: Theirs, depth: int) -> None:
-    ours.prefill(depth)
-    theirs.prefill(depth)
+def test_decode(benchmark: Any, lowtide: Lowtide, peer: Genai, depth: int) -> None:
+    lowtide.prefill(depth)
+    peer.prefill(depth)
     paired(
         benchmark,
-        f"{ours.words}: decode at {depth}",
-        lambda: ours.decode(depth),
-        lambda: theirs.decode(depth),
+        f"{lowtide.label}: decode at {depth}",
+        lambda: lowtide.decode(depth),
+        lambda: peer.decode(depth),
         rounds=9,
         peer="onnxruntime-genai",
         pause_s=PAUSE_S,
@@ -142,12 +142,12 @@ def test_decode(benchmark: Any, ours: Ours, theirs: Theirs, depth: int) -> None:
 
 
 @pytest.mark.parametrize("length", [512, LONG])
-def test_prefill(benchmark: Any, ours: Ours, theirs: Theirs, length: int) -> None:
+def test_prefill(benchmark: Any, lowtide: Lowtide, peer: Genai, length: int) -> None:
     paired(
         benchmark,
-        f"{ours.words}: prompt of {length} tokens",
-        lambda: ours.prefill(length),
-        lambda: theirs.prefill(length),
+        f"{lowtide.label}: prompt of {length} tokens",
+        lambda: lowtide.prefill(length),
+        lambda: peer.prefill(length),
         rounds=5 if length < LONG else 1,
         peer="onnxruntime-genai",
         pause_s=PAUSE_S,
@@ -155,14 +155,14 @@ def test_prefill(benchmark: Any, ours: Ours, theirs: Theirs, length: int) -> Non
 
 
 def test_divergence_of_tidal(benchmark: Any, folder: Path) -> None:
-    """Mean KL to dense attention over 256 tokens behind the long prompt."""
+    """Mean KL divergence from dense attention over 256 tokens after the long prompt."""
     found: list[list[np.ndarray]] = []
 
     def measure() -> None:
         for attention in ("dense", TIDAL):
-            made = Ours(folder, attention)
+            made = Lowtide(folder, attention)
             made.prefill(LONG)
-            found.append([row.astype(np.float64) for row in made.rows(LONG, 256)])
+            found.append([row.astype(np.float64) for row in made.logits(LONG, 256)])
             made.loaded.close()
 
     benchmark.pedantic(measure, rounds=1)
@@ -170,4 +170,4 @@ def test_divergence_of_tidal(benchmark: Any, folder: Path) -> None:
     for dense, tidal in zip(*found, strict=True):
         one, other = (row - np.logaddexp.reduce(row) for row in (dense, tidal))
         divergences.append(float((np.exp(one) * (one - other)).sum()))
-    print(f"\n{TIDAL} at {LONG}: KL {np.mean(divergences):.4f} to dense attention")
+    print(f"\n{TIDAL} at {LONG}: KL {np.mean(divergences):.4f} nats/token from dense attention")

@@ -1,8 +1,7 @@
-"""Quantised caches beside delta: what is lost against dense attention over a cache of halves.
+"""Quantised KV caches with the delta policy, compared with dense attention over an fp16 cache.
 
-SmolLM2; the text and the keys of `test_delta_quality.py`. Groups are halves whatever the cache's type:
-over a quantised cache they are groups of quantised keys, and its type saves bytes in the window alone.
-Run with `make bench`; takes minutes.
+SmolLM2, with the text and the passkeys of `test_delta_quality.py`. Groups are stored in fp16 for every type
+of the cache; over a quantised cache they are groups of quantised keys. Run with `make bench`; takes minutes.
 """
 
 from __future__ import annotations
@@ -25,37 +24,39 @@ pytestmark = pytest.mark.benchmark
 
 DEPTH = 7600
 SPARSITY = 0.5
-KEPT_ROWS = ("KV cache", "attention scratch")
+KV_COMPONENTS = ("KV cache", "attention scratch")
 
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Next tokens' log probabilities, (places * SCORED, vocabulary), and which keys were answered.
+    """Log probabilities of the next tokens, (places * SCORED, vocabulary), and which passkeys were found.
 
-    That is where each token of the key is the likeliest one behind those before it.
+    A passkey is found if each of its tokens is the top-1 token after the ones before it.
     """
 
-    says: NDArray[np.float32]
+    log_probs: NDArray[np.float32]
     keys: list[bool]
 
 
 def read(held: Essays, policy: Delta | None) -> Read:
-    """Read every place and answer every key; None is dense attention."""
+    """Read the text at every place and answer every passkey; a policy of None is dense attention."""
     controller = held.dense if policy is None else held.controller(policy)
     prefix = held.trial.prefix
-    says = [_says(held, controller, text[:prefix], text[prefix:-1]) for text in held.texts()]
+    log_probs = [
+        _log_probs(held, controller, text[:prefix], text[prefix:-1]) for text in held.texts()
+    ]
     keys = []
     for passkey in held.passkeys():
         *prompt, last = passkey.token_ids
-        answered = _says(held, controller, prompt, [last, *passkey.answer_ids[:-1]])
+        answered = _log_probs(held, controller, prompt, [last, *passkey.answer_ids[:-1]])
         keys.append(answered.argmax(1).tolist() == list(passkey.answer_ids))
-    return Read(np.concatenate(says), keys)
+    return Read(np.concatenate(log_probs), keys)
 
 
-def _says(
+def _log_probs(
     held: Essays, controller: PassController, prompt: list[int], token_ids: list[int]
 ) -> NDArray[np.float32]:
-    """Return log probabilities behind each of the tokens, (tokens, vocabulary), after the prompt."""
+    """Return log probabilities after each of the tokens, (tokens, vocabulary), which follow the prompt."""
     model, rows = held.loaded.model, []
     model.truncate(0)
     extend(model, controller, prompt)
@@ -66,21 +67,25 @@ def _says(
 
 
 def planned_bytes(path: Path, policy: Delta | None, kv_type: str) -> int:
-    """What the plan has for the cache, what replaces it and the kernels' scratch, at `DEPTH` tokens."""
+    """Return the planned bytes of the KV cache and the attention scratch at `DEPTH` tokens."""
     options = LoadConfig(
         memory="8GiB", context=DEPTH, threads=1, kv_type=kv_type, attention=policy or "dense"
     )
     rows = plan_reference(path, options).plan.rows
-    return sum(row.num_bytes for row in rows if row.component in KEPT_ROWS)
+    return sum(row.num_bytes for row in rows if row.component in KV_COMPONENTS)
 
 
 def divergence(base: Read, found: Read) -> float:
-    """KL of the next tokens, nats a token."""
-    return float((np.exp(base.says) * (base.says - found.says)).sum(1, dtype=np.float64).mean())
+    """Return the KL divergence of the next tokens, in nats/token."""
+    return float(
+        (np.exp(base.log_probs) * (base.log_probs - found.log_probs))
+        .sum(1, dtype=np.float64)
+        .mean()
+    )
 
 
 def losses(smollm2: Path) -> dict[tuple[str, bool], float]:
-    """Print what each type loses with dense attention and with groups, and return the divergences."""
+    """Print and return the divergence of each type with dense attention and with groups."""
     base: Read | None = None
     spread: Delta | None = None
     found = dict[tuple[str, bool], float]()
@@ -89,13 +94,13 @@ def losses(smollm2: Path) -> dict[tuple[str, bool], float]:
         with Essays.opened(smollm2, Delta(), kv_type=kv_type) as held:
             spread = spread or held.of_sparsity(Delta(), SPARSITY)
             for policy in (None, spread):
-                seen = read(held, policy)
-                base = base or seen
+                result = read(held, policy)
+                base = base or result
                 share = planned_bytes(smollm2, policy, kv_type) / whole
-                kept = sum(a and b for a, b in zip(base.keys, seen.keys, strict=True))
-                found[kv_type, policy is not None] = apart = divergence(base, seen)
+                same = sum(a and b for a, b in zip(base.keys, result.keys, strict=True))
+                found[kv_type, policy is not None] = kl = divergence(base, result)
                 print(
-                    f"\n{kv_type}, {policy or 'dense'}: KL {apart:.4f}, pass keys {kept} of "
+                    f"\n{kv_type}, {policy or 'dense'}: KL {kl:.4f}, passkeys {same} of "
                     f"{sum(base.keys)}, {share:.2f} of the planned bytes"
                 )
     return found

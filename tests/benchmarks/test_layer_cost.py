@@ -1,7 +1,7 @@
-"""Our layer costs nothing: prefill and decode against llama.cpp's C API with the same settings.
+"""The overhead of lowtide: prefill and decode compared with llama.cpp's C API and the same settings.
 
-Each round times the peer and then us; the figure is the median of the rounds' ratios. Above 1 we are
-faster. Run with `make bench`.
+Each round times llama.cpp and then lowtide. The result is the median ratio of the rounds; above 1 means
+lowtide is faster. Run with `make bench`.
 """
 
 from __future__ import annotations
@@ -47,27 +47,27 @@ def test_decode(benchmark: Any, runtime: Runtime, peer: Peer, depth: int) -> Non
     text, token_ids = prompt_of(runtime, depth)
     peer.prefill(token_ids)
     expected = peer.decode(NUM_DECODED + 1)
-    pieces: list[GenerationChunk] = []
+    chunks: list[GenerationChunk] = []
 
     def begin() -> Iterator[GenerationChunk]:
         answer = runtime.stream(text, max_tokens=NUM_DECODED + 1, temperature=0)
-        pieces.append(next(answer))
+        chunks.append(next(answer))
         return answer
 
-    def peers() -> None:
+    def run_peer() -> None:
         peer.api.llama_memory_seq_rm(peer.memory, 0, depth - 1, -1)
         peer._decode(token_ids[-1:])
         peer.decode(NUM_DECODED)
 
-    # The prompt is in the cache but for its last token: what is timed is that row and the answer.
+    # All but the last token of the prompt are in the cache: that token and the answer are timed.
     begin().close()
     answers: list[list[int | None]] = []
 
-    def ours() -> None:
+    def run_lowtide() -> None:
         answer = begin()
-        answers.append([pieces[-1].token_id, *(piece.token_id for piece in answer)])
+        answers.append([chunks[-1].token_id, *(chunk.token_id for chunk in answer)])
 
-    paired(benchmark, f"decode at {depth}", ours, peers, rounds=25)
+    paired(benchmark, f"decode at {depth}", run_lowtide, run_peer, rounds=25)
     assert answers[-1] == expected[: len(answers[-1])]
 
 
@@ -75,8 +75,10 @@ def test_decode(benchmark: Any, runtime: Runtime, peer: Peer, depth: int) -> Non
 def test_prefill(benchmark: Any, runtime: Runtime, peer: Peer, length: int) -> None:
     text, token_ids = prompt_of(runtime, length)
 
-    def ours() -> None:
+    def run_lowtide() -> None:
         runtime._session.truncate_to_prefix([-1])
         next(runtime.stream(text, max_tokens=1, temperature=0))
 
-    paired(benchmark, f"prefill of {length}", ours, lambda: peer.prefill(token_ids), rounds=7)
+    paired(
+        benchmark, f"prefill of {length}", run_lowtide, lambda: peer.prefill(token_ids), rounds=7
+    )

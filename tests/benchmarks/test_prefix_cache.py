@@ -1,4 +1,4 @@
-"""Two prompts of 3,000 tokens in turn: the first token of each, with the prefix cache and without.
+"""Two alternating prompts of 3,000 tokens: the time to the first token with and without the prefix cache.
 
 Run with `make bench`.
 """
@@ -24,7 +24,7 @@ TEXTS = (
 
 
 def switching(runtime: Runtime, results: list[GenerationResult]) -> Callable[[], None]:
-    """Return what asks the two prompts in turn; each was read once before."""
+    """Return a function that answers the two prompts in turn; both have been read before."""
     tokenizer = runtime._model.tokenizer
     prompts = []
     for text in TEXTS:
@@ -43,21 +43,21 @@ def switching(runtime: Runtime, results: list[GenerationResult]) -> Callable[[],
 
 def test_alternating_prompts(benchmark: Any, smollm2: Path) -> None:
     options = {"memory": "4GiB", "context": 3072, "threads": 2}
-    ours: list[GenerationResult] = []
-    theirs: list[GenerationResult] = []
+    with_cache: list[GenerationResult] = []
+    without: list[GenerationResult] = []
     with (
-        Runtime.open(smollm2, **options, prefix_cache="192MiB") as kept,  # type: ignore[arg-type]
+        Runtime.open(smollm2, **options, prefix_cache="192MiB") as caching,  # type: ignore[arg-type]
         Runtime.open(smollm2, **options) as plain,  # type: ignore[arg-type]
     ):
         paired(
             benchmark,
-            f"going back to a prompt of {LENGTH} tokens, first token",
-            switching(kept, ours),
-            switching(plain, theirs),
+            f"first token of an earlier prompt of {LENGTH} tokens",
+            switching(caching, with_cache),
+            switching(plain, without),
             rounds=3,
-            peer="reading it again",
+            peer="computing it again",
         )
-    for restored, again in zip(ours, theirs, strict=True):
+    for restored, again in zip(with_cache, without, strict=True):
         assert restored.token_ids == again.token_ids
         assert abs(restored.stats.prompt_tokens - LENGTH) < 10
         assert restored.stats.restored_tokens == restored.stats.prompt_tokens - 1

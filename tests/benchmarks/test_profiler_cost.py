@@ -1,4 +1,4 @@
-"""What a profiler costs: decoding with one against decoding without, in turn. Under 2 % is wanted."""
+"""The overhead of a profiler: decoding with and without one, in turn. The goal is less than 2 %."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def test_decode_with_a_profiler(benchmark: Any, smollm2: Path, attention: str) -
         profiled, plain = (
             stack.enter_context(
                 Runtime.open(
-                    smollm2, memory="8GiB", context=1024, attention=attention, profiler=given
+                    smollm2, memory="8GiB", context=1024, attention=attention, profiler=observer
                 )
             )
-            for given in (profiler, None)
+            for observer in (profiler, None)
         )
         name = f"decode with a profiler, {attention}"
         paired(benchmark, name, decoding(profiled), decoding(plain), rounds=25, peer="without it")

@@ -1,8 +1,8 @@
-"""Speculation against our own plain loop, in turn, with the same answers: decoding times alone.
+"""Speculative decoding compared with plain decoding, in turn, with the same answers: decoding times.
 
-Run with `make bench`. LOWTIDE_PROMPTS names a file of prompts, a JSON object a line with `category` and
-`turns` (Spec-Bench's form); without it the prompts here are asked alone. LOWTIDE_PER_KIND is how many of
-each kind, LOWTIDE_THREADS how many threads. Drafts begin anew for each answer: none has seen it before.
+Run with `make bench`. LOWTIDE_PROMPTS names a file of prompts, one JSON object per line with `category` and
+`turns` (the format of Spec-Bench); without it, only the prompts here are used. LOWTIDE_PER_KIND is the number
+of prompts per kind, LOWTIDE_THREADS the number of threads. Drafts are reset before each answer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.benchmark
 ROUNDS = 3
 MAX_TOKENS = 96
 BELOW_FILE = "190MiB"
-"""Below the file's 271 MB, with room for what the tests themselves have in this process."""
+"""Less than the 271 MB of the file, but enough for the tests' own memory in this process."""
 THREADS = int(os.environ.get("LOWTIDE_THREADS", "2"))
 DENSE: dict[str, Any] = {
     "memory": "4GiB",
@@ -58,17 +58,17 @@ COPIES = {
 def decoded_s(
     runtime: Runtime, prompt: str
 ) -> tuple[float, list[int | None], dict[str, Any] | None]:
-    """Return the seconds of decoding an answer, its tokens, and what speculation did."""
+    """Return the seconds of decoding an answer, its tokens, and the statistics of speculation."""
     messages = [{"role": "user", "content": prompt}]
-    pieces = list(
+    chunks = list(
         runtime.chat(messages, max_tokens=MAX_TOKENS, temperature=0, overflow="drop-oldest")
     )
-    stats = pieces[-1].stats
-    return stats.decode_s, [piece.token_id for piece in pieces], stats.speculation
+    stats = chunks[-1].stats
+    return stats.decode_s, [chunk.token_id for chunk in chunks], stats.speculation
 
 
-def forget_drafts(runtime: Runtime) -> None:
-    """Give the runtime drafts that know nothing; what passes cost is known by then."""
+def reset_drafts(runtime: Runtime) -> None:
+    """Give the runtime empty drafts; the measured costs of passes are reused."""
     loaded = runtime._loaded
     assert loaded.speculator is not None
     if loaded.planned.speculation is not None and loaded.planned.speculation.draft_model is None:
@@ -76,21 +76,21 @@ def forget_drafts(runtime: Runtime) -> None:
 
 
 def ratio_of(plain: Runtime, drafting: Runtime, prompt: str, *, same: bool = True) -> float:
-    """Ask both in turn, and return the median of the rounds' ratios: above 1 speculation is faster."""
+    """Run both in turn, and return the median ratio of the rounds; above 1 means speculation is faster."""
     ratios = []
     for _ in range(ROUNDS):
         plain_s, expected, _none = decoded_s(plain, prompt)
-        forget_drafts(drafting)
-        drafting_s, answer, told = decoded_s(drafting, prompt)
-        assert told is not None
+        reset_drafts(drafting)
+        drafting_s, answer, speculation = decoded_s(drafting, prompt)
+        assert speculation is not None
         if same:
-            assert told["identical"] and answer == expected
+            assert speculation["identical"] and answer == expected
         ratios.append(plain_s / max(drafting_s, 1e-9))
     return statistics.median(ratios)
 
 
-def told(benchmark: Any, name: str, ratios: dict[str, float]) -> None:
-    """Print and keep the ratios."""
+def report(benchmark: Any, name: str, ratios: dict[str, float]) -> None:
+    """Print and record the ratios."""
     mean = statistics.mean(ratios.values())
     benchmark.extra_info.update(ratios=ratios, mean=mean)
     for kind, ratio in ratios.items():
@@ -99,7 +99,7 @@ def told(benchmark: Any, name: str, ratios: dict[str, float]) -> None:
 
 
 def prompts_by_kind() -> dict[str, list[str]]:
-    """The prompts of the file that is named."""
+    """Return the prompts of the file in LOWTIDE_PROMPTS."""
     path = os.environ.get("LOWTIDE_PROMPTS")
     if path is None:
         pytest.skip("LOWTIDE_PROMPTS names no file of prompts")
@@ -107,12 +107,12 @@ def prompts_by_kind() -> dict[str, list[str]]:
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
         kinds[entry["category"]].append(entry["turns"][0])
-    most = int(os.environ.get("LOWTIDE_PER_KIND", "2"))
-    return {kind: prompts[:most] for kind, prompts in kinds.items()}
+    limit = int(os.environ.get("LOWTIDE_PER_KIND", "2"))
+    return {kind: prompts[:limit] for kind, prompts in kinds.items()}
 
 
 def planned_for(path: Path, memory: str, speculate: str = "off") -> ResolvedModel:
-    """Plan for `memory`, before anything is loaded; two models in one process pass it: it is not held."""
+    """Plan for `memory`, without checking the budget later: this process has two models."""
     options = LoadConfig(
         memory=memory, context=1024, threads=THREADS, attention="dense", speculate=speculate
     )
@@ -122,7 +122,7 @@ def planned_for(path: Path, memory: str, speculate: str = "off") -> ResolvedMode
     return dataclasses.replace(planned, plan=plan)
 
 
-@pytest.mark.parametrize("repack", [False, True], ids=["llama.cpp's products", "packed"])
+@pytest.mark.parametrize("repack", [False, True], ids=["original", "repacked"])
 def test_every_kind_of_prompt(benchmark: Any, smollm2: Path, *, repack: bool) -> None:
     kinds = prompts_by_kind()
     ratios: dict[str, float] = {}
@@ -137,10 +137,10 @@ def test_every_kind_of_prompt(benchmark: Any, smollm2: Path, *, repack: bool) ->
                 ratios[kind] = statistics.mean(found)
 
     benchmark.pedantic(ask, rounds=1)
-    told(benchmark, f"auto, greedy{', packed' * repack}", ratios)
+    report(benchmark, f"auto, greedy{', repacked' * repack}", ratios)
 
 
-@pytest.mark.parametrize("repack", [False, True], ids=["llama.cpp's products", "packed"])
+@pytest.mark.parametrize("repack", [False, True], ids=["original", "repacked"])
 def test_texts_that_copy_themselves(benchmark: Any, smollm2: Path, *, repack: bool) -> None:
     ratios: dict[str, float] = {}
 
@@ -153,7 +153,7 @@ def test_texts_that_copy_themselves(benchmark: Any, smollm2: Path, *, repack: bo
                 ratios[kind] = ratio_of(plain, drafting, prompt)
 
     benchmark.pedantic(ask, rounds=1)
-    told(benchmark, f"copies, auto{', packed' * repack}", ratios)
+    report(benchmark, f"copies, auto{', repacked' * repack}", ratios)
 
 
 def test_streamed_weights(benchmark: Any, smollm2: Path, tmp_path: Path) -> None:
@@ -170,11 +170,13 @@ def test_streamed_weights(benchmark: Any, smollm2: Path, tmp_path: Path) -> None
                 ratios[kind] = ratio_of(plain, drafting, prompt, same=False)
 
     benchmark.pedantic(ask, rounds=1)
-    told(benchmark, f"F16 in {BELOW_FILE}, weights read again for every pass", ratios)
+    report(benchmark, f"F16 in {BELOW_FILE}, streamed weights", ratios)
 
 
-@pytest.mark.parametrize("repack", [False, True], ids=["llama.cpp's products", "packed"])
-def test_a_draft_of_its_own(benchmark: Any, smollm2: Path, tmp_path: Path, *, repack: bool) -> None:
+@pytest.mark.parametrize("repack", [False, True], ids=["original", "repacked"])
+def test_a_quantised_copy_as_draft_model(
+    benchmark: Any, smollm2: Path, tmp_path: Path, *, repack: bool
+) -> None:
     target = requantised(smollm2, tmp_path / "f16.gguf", "F16")
     draft = requantised(smollm2, tmp_path / "q4_0.gguf", "Q4_0")
     ratios: dict[str, float] = {}
@@ -188,17 +190,17 @@ def test_a_draft_of_its_own(benchmark: Any, smollm2: Path, tmp_path: Path, *, re
                 ratios[kind] = ratio_of(plain, drafting, prompt, same=False)
 
     benchmark.pedantic(ask, rounds=1)
-    told(benchmark, f"F16 with its own Q4_0 copy as draft{', packed' * repack}", ratios)
+    report(benchmark, f"F16 with its own Q4_0 copy as draft{', repacked' * repack}", ratios)
 
 
 def generation_bytes(runtime: Runtime) -> int:
-    """What the plan has beyond weights and libraries for answers: cache, passes, logits, speculation."""
+    """Return the planned bytes of generation: KV cache, compute buffer, logits, speculation."""
     components = (CACHE, COMPUTE, SAMPLING, SPECULATION)
     return sum(row.num_bytes for row in runtime.plan.rows if row.component in components)
 
 
 def test_generation_memory_of_a_chat_of_twenty_turns(benchmark: Any, smollm2: Path) -> None:
-    """At the context that the chat needs and eight rows, against the model's maximum and 32 rows."""
+    """With the needed context and 8 tokens per verification, compared with the maximum and 32 tokens."""
     seconds: dict[str, float] = {}
     num_bytes: dict[str, int] = {}
 
@@ -209,9 +211,9 @@ def test_generation_memory_of_a_chat_of_twenty_turns(benchmark: Any, smollm2: Pa
             messages.append(
                 {"role": "user", "content": f"Say line {turn} of the list: box {turn}."}
             )
-            pieces = list(runtime.chat(messages, max_tokens=24, temperature=0))
-            messages.append({"role": "assistant", "content": "".join(p.text for p in pieces)})
-            total += pieces[-1].stats.decode_s
+            chunks = list(runtime.chat(messages, max_tokens=24, temperature=0))
+            messages.append({"role": "assistant", "content": "".join(c.text for c in chunks)})
+            total += chunks[-1].stats.decode_s
         return total
 
     def chat() -> None:

@@ -1,7 +1,7 @@
-"""Weights that are read again for every pass, beside resident ones: the same model, decoded in turn.
+"""Streamed weights compared with resident weights: the same model, decoded in turn.
 
-An F16 copy of the default model, planned for 130 MiB at a context of 8,192, against the same without a
-budget, the file in the system's page cache, in small pieces to begin with. Run with `make bench`.
+An F16 copy of the default model, planned for 130 MiB with a context of 8,192, compared with the same model
+with all weights resident. The file is in the page cache, at first in small folios. Run with `make bench`.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 
 pytestmark = pytest.mark.benchmark
 NUM_DECODED = 16
-PART_BYTES = 4096
+PAGE_BYTES = 4096
 
 
 def loaded_for(path: Path, memory: str) -> Engine:
-    """The model as planned for `memory`; two of them in one process are beyond it, so it is not held."""
+    """Load the model as planned for `memory`, without checking the budget: this process has two models."""
     planned = plan_reference(path, LoadConfig(memory=memory, context=8192, threads=2))
     budget = dataclasses.replace(planned.plan.budget, num_bytes=8 * GIB)
     plan = dataclasses.replace(planned.plan, budget=budget)
     return Engine(dataclasses.replace(planned, plan=plan))
 
 
-def written_in_parts(source: Path, target: Path) -> Path:
-    """A copy that is on the disk, and in the page cache as it was written: page by page."""
+def written_page_by_page(source: Path, target: Path) -> Path:
+    """Write a copy page by page, so that the page cache holds it in small folios."""
     with source.open("rb") as whole, target.open("wb", buffering=0) as copy:
-        while part := whole.read(PART_BYTES):
-            copy.write(part)
+        while page := whole.read(PAGE_BYTES):
+            copy.write(page)
         os.fsync(copy.fileno())
     return target
 
 
 def test_decode(benchmark: Any, smollm2: Path, tmp_path: Path) -> None:
-    made = requantised(smollm2, tmp_path / "made.gguf", "F16")
-    path = written_in_parts(made, tmp_path / "f16.gguf")
+    original = requantised(smollm2, tmp_path / "original.gguf", "F16")
+    path = written_page_by_page(original, tmp_path / "f16.gguf")
     streamed, resident = loaded_for(path, "130MiB"), loaded_for(path, "4GiB")
     assert streamed.planned.plan.resident_layers is not None
     assert resident.planned.plan.resident_layers is None
@@ -57,7 +57,7 @@ def test_decode(benchmark: Any, smollm2: Path, tmp_path: Path) -> None:
         loaded.model.forward(tuple(range(5, 37)))
     paired(
         benchmark,
-        f"weights read again for every pass, {NUM_DECODED} tokens",
+        f"streamed weights, {NUM_DECODED} tokens",
         lambda: decode(streamed),
         lambda: decode(resident),
         rounds=15,

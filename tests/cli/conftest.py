@@ -1,4 +1,4 @@
-"""The command line over a model that says what the test wants."""
+"""The command line with a fake model whose answers the test sets."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Invoke = Callable[..., Result]
 
 @pytest.fixture
 def lowtide(monkeypatch: pytest.MonkeyPatch) -> Invoke:
-    """Invoke a command with `replies` as the model's answers; `fake.models` are those it opened."""
-    opened: list[FakeModel] = []
+    """Invoke a command with `replies` as the model's answers; `lowtide.models` are the loaded models."""
+    loaded: list[FakeModel] = []
 
     def invoke(
         *arguments: str,
@@ -26,8 +26,8 @@ def lowtide(monkeypatch: pytest.MonkeyPatch) -> Invoke:
         input: str | bytes | None = None,
     ) -> Result:
         def load(_spec: Any, _options: Any) -> FakeModel:
-            opened.append(FakeModel(replies, context=context))
-            return opened[-1]
+            loaded.append(FakeModel(replies, context=context))
+            return loaded[-1]
 
         spec = FakeModel(context=context).spec
         monkeypatch.setattr("lowtide.runtime.planning.plan.read_spec", lambda _path: spec)
@@ -37,5 +37,5 @@ def lowtide(monkeypatch: pytest.MonkeyPatch) -> Invoke:
             main, [*arguments, "--memory", "8GiB"], input=input, catch_exceptions=False
         )
 
-    invoke.models = opened  # type: ignore[attr-defined]
+    invoke.models = loaded  # type: ignore[attr-defined]
     return invoke

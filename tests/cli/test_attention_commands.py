@@ -64,7 +64,7 @@ def test_the_share_of_attended_keys_is_printed(model: str) -> None:
         "--attention", "tidal:k=100",
     )  # fmt: skip
     assert "tidal, k 100, selection layers 2 (default layers: not calibrated" in done.stderr
-    assert "of the cache attended to" in done.stderr
+    assert "of the KV cache" in done.stderr
 
 
 def test_calibrate_then_use_it(model: str, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_an_impossible_calibration_is_refused(model: str, tmp_path: Path) -> Non
     small = tmp_path / "small.txt"
     small.write_text("x")
     text = invoke(*base, "-c", "1024", "--text", str(small))
-    assert text.exit_code == 2 and "give a longer --text" in text.stderr
+    assert text.exit_code == 2 and "use a longer --text" in text.stderr
 
 
 def test_evaluate_for_programs_and_for_people(model: str) -> None:
@@ -123,10 +123,10 @@ def test_bench_for_programs_and_for_people(model: str) -> None:
     assert case["attention"] == "dense" and case["depth"] == 100 and case["peak_rss_bytes"] > 0
     shown = invoke(*base, "--attention", "dense", "--attention", "tidal:k=80,layers=1")
     lines = shown.stdout.splitlines()
-    assert any(line.split()[:2] == ["llama", "100"] for line in lines)
-    assert any(line.split()[:2] == ["dense", "100"] for line in lines)
+    assert any(line.split()[:2] == ["100", "llama.cpp"] for line in lines)
+    assert any(line.split()[:2] == ["100", "dense"] for line in lines)
     assert max(map(len, lines)) <= 110 or os.environ.get("COLUMNS")
     twice = invoke(*base, "--attention", "dense", "--attention", "dense")
     assert twice.exit_code == 2 and "names a policy twice" in twice.stderr
     deep = invoke("bench", model, "--memory", "4GiB", "-d", "5000")
-    assert deep.exit_code == 2 and "was made for 4096" in deep.stderr
+    assert deep.exit_code == 2 and "was trained for 4096" in deep.stderr

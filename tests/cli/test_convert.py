@@ -1,4 +1,4 @@
-"""`lowtide convert`, as a user meets it."""
+"""`lowtide convert`, as typed."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def test_a_model_is_converted_and_runs(tmp_path: Path) -> None:
     folder = tmp_path / "made" / "onnx"
     done = run_lowtide("convert", str(quantised), str(folder))
     assert done.code == 0 and done.stdout == f"{folder}\n"
-    assert "all weights have the values that they had" in done.stderr
+    assert "All weights keep their values." in done.stderr
     again = run_lowtide("convert", str(exact), str(folder))
     assert again.code == 2 and again.stdout == ""
     assert again.stderr.splitlines()[-1].endswith("name another one, or add --force")
     forced = run_lowtide("convert", str(exact), str(folder), "--force")
-    assert forced.code == 0 and "50 matrices of F32 were rounded to 8 bits" in forced.stderr
+    assert forced.code == 0 and "50 matrices of type F32 were quantised to 8 bits" in forced.stderr
     run = run_lowtide("run", str(folder), "--raw", "-p", "tide", "-n", "4", "-t", "1")
     assert run.code == 0, run.stderr
 
 
-def test_what_is_no_gguf_is_refused(tmp_path: Path) -> None:
+def test_other_files_than_gguf_are_refused(tmp_path: Path) -> None:
     text = tmp_path / "text.gguf"
     text.write_text("no model at all, but long enough to have a header")
     done = run_lowtide("convert", str(text), str(tmp_path / "onnx"))
@@ -42,7 +42,7 @@ def test_what_is_no_gguf_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "twice").exists()
 
 
-def test_a_killed_run_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
+def test_a_killed_conversion_leaves_no_folder(tmp_path: Path) -> None:
     quantised, _ = write_pair(tmp_path, "llama", "Q4_0")
     folder = tmp_path / "made" / "onnx"
     code = (
@@ -66,7 +66,7 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(tmp_path: Path) -> None
     assert not list(tmp_path.glob("made/*/model.onnx"))
 
 
-def test_without_the_extra_it_is_named(tmp_path: Path) -> None:
+def test_the_error_names_the_missing_extra(tmp_path: Path) -> None:
     quantised, _ = write_pair(tmp_path, "llama", "Q4_0")
     program = f"import sys; sys.modules['onnx'] = None; {PROGRAM}"
     arguments = ["convert", str(quantised), str(tmp_path / "onnx")]

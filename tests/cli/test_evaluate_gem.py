@@ -1,4 +1,4 @@
-"""`lowtide evaluate --attention gem`."""
+"""`lowtide evaluate` with gem, as typed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(main, list(arguments), catch_exceptions=False)
 
 
-def test_evaluate_for_programs_and_for_people(model: str) -> None:
+def test_evaluate_as_json_and_as_a_table(model: str) -> None:
     base: tuple[str, ...] = (
         "evaluate",
         model,
@@ -38,14 +38,14 @@ def test_evaluate_for_programs_and_for_people(model: str) -> None:
         "2",
     )
     base += ("--attention", "gem:k=100,layer=1")
-    printed = json.loads(invoke(*base, "--json").stdout)
-    assert {"version", "model", "machine", "attention", "context", "nll_change"} <= set(printed)
-    assert printed["questions"]["asked"] == 18 and printed["hard_questions"]["asked"] == 24
-    kinds = {case["kind"] for case in printed["hard_questions"]["cases"]}
+    values = json.loads(invoke(*base, "--json").stdout)
+    assert {"version", "model", "machine", "attention", "context", "nll_change"} <= set(values)
+    assert values["questions"]["asked"] == 18 and values["hard_questions"]["asked"] == 24
+    kinds = {case["kind"] for case in values["hard_questions"]["cases"]}
     assert kinds == {"paraphrase", "two questions", "counting", "question first"}
-    shown = invoke(*base)
-    assert "hard: counting" in shown.stdout and "of 1,500 tokens" in shown.stdout
-    assert f"({printed['nll_change']:+.1%})" in shown.stdout
+    printed = invoke(*base)
+    assert "hard: counting" in printed.stdout and "in 1,500 tokens" in printed.stdout
+    assert f"({values['nll_change']:+.1%})" in printed.stdout
     without = json.loads(invoke(*base, "--json", "--no-passkeys").stdout)
     assert without["questions"]["asked"] == 0 and without["tokens"] == 128
 

@@ -1,4 +1,4 @@
-"""-ngl and --gpu-memory, where there is no GPU and where one is made up. Nothing is loaded on it."""
+"""-ngl and --gpu-memory without a GPU, and with a simulated one, on which nothing is loaded."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(main, list(arguments))
 
 
-def told(*arguments: str) -> dict[str, object]:
+def planned(*arguments: str) -> dict[str, object]:
     done = invoke("plan", "smollm2", "--memory", "4GiB", "-c", "2048", "--json", *arguments)
     assert done.exit_code == 0, done.stderr
-    answer: dict[str, object] = json.loads(done.stdout)
-    return answer
+    plan: dict[str, object] = json.loads(done.stdout)
+    return plan
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> GpuDevice:
 
 @pytest.mark.parametrize("command", ["run", "chat", "plan", "profile"])
 @pytest.mark.parametrize("option", [("-ngl", "1"), ("-ngl", "auto"), ("--gpu-memory", "1GiB")])
-def test_where_there_is_none(command: str, option: tuple[str, str]) -> None:
+def test_without_a_gpu(command: str, option: tuple[str, str]) -> None:
     if read_gpu_devices():
         pytest.skip("this llama.cpp has a device")
     done = CliRunner().invoke(main, [command, *option, "--memory", "1GiB"], input="Hi")
@@ -43,7 +43,7 @@ def test_where_there_is_none(command: str, option: tuple[str, str]) -> None:
     assert "wants a GPU" in done.stderr
 
 
-def test_no_layers_are_allowed_everywhere() -> None:
+def test_zero_layers_need_no_gpu() -> None:
     done = run_lowtide("run", "-ngl", "0", "-n", "2", "--memory", "1GiB", "-p", "Hi")
     assert done.code == 0 and done.stdout.strip()
 
@@ -51,10 +51,10 @@ def test_no_layers_are_allowed_everywhere() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("-ngl", "many"), "gpu_layers is 'many', a number of layers or auto is wanted"),
+        (("-ngl", "many"), "gpu_layers is 'many'; it must be a number of layers or auto"),
         (("-ngl=-1",), "gpu_layers is '-1'"),
         (("-ngl", "0", "--gpu-memory", "1G"), "give one of them up"),
-        (("-ngl", "2", "--gpu-memory", "lots"), "'lots' is no size"),
+        (("-ngl", "2", "--gpu-memory", "lots"), "'lots' is not a size"),
         (("--gpu-memory", "8GiB"), "GPU0 has 150.0 MiB free: ask for less"),
     ],
 )
@@ -65,19 +65,19 @@ def test_wrong_input(one_gpu: GpuDevice, arguments: tuple[str, ...], message: st
 
 
 def test_a_plan_with_a_device(one_gpu: GpuDevice) -> None:
-    plan = told("-ngl", "auto")
+    plan = planned("-ngl", "auto")
     (device,) = plan["gpus"]  # type: ignore[misc]
     assert 0 < plan["gpu_layers"] == device["gpu_layers"] <= 31  # type: ignore[operator]
     assert device["total_bytes"] <= device["budget_bytes"] == int(0.9 * one_gpu.free_bytes)
-    assert told("--gpu-memory", "90%")["gpus"] == plan["gpus"]
-    assert told("-ngl", "3")["gpu_layers"] == 3
-    assert told()["gpus"] == []
-    shown = invoke("plan", "smollm2", "--memory", "4GiB", "-c", "2048", "-ngl", "auto").stdout
-    assert "GPU0: Simulated" in shown and "on GPU0" in shown
+    assert planned("--gpu-memory", "90%")["gpus"] == plan["gpus"]
+    assert planned("-ngl", "3")["gpu_layers"] == 3
+    assert planned()["gpus"] == []
+    printed = invoke("plan", "smollm2", "--memory", "4GiB", "-c", "2048", "-ngl", "auto").stdout
+    assert "GPU0: Simulated" in printed and "total on GPU0" in printed
 
 
-def test_our_attention_keeps_the_cache_in_ram(one_gpu: GpuDevice) -> None:
-    plan = told("-ngl", "5", "--attention", "dense")
+def test_the_cache_of_lowtides_attention_stays_in_ram(one_gpu: GpuDevice) -> None:
+    plan = planned("-ngl", "5", "--attention", "dense")
     rows = {row["component"]: row for row in plan["gpus"][0]["rows"]}  # type: ignore[index]
     assert rows["KV cache"]["bytes"] == 0 and "stays in RAM" in rows["KV cache"]["why"]
 
@@ -88,10 +88,10 @@ def test_layers_that_do_not_fit_are_refused(one_gpu: GpuDevice) -> None:
     assert "31 layers on GPU0 needs at least" in done.stderr and "auto takes" in done.stderr
 
 
-def test_doctor_tells_of_devices(one_gpu: GpuDevice) -> None:
+def test_doctor_lists_devices(one_gpu: GpuDevice) -> None:
     assert "GPU0                 Simulated, 150.0 MiB free of 300.0 MiB" in invoke("doctor").stdout
 
 
-def test_a_model_of_ones_own_has_no_layers_to_give(one_gpu: GpuDevice) -> None:
+def test_a_model_object_has_no_layers_for_a_gpu(one_gpu: GpuDevice) -> None:
     with pytest.raises(BadOption, match="gpu_layers"):
         Runtime.open(FakeModel(), gpu_layers=1)

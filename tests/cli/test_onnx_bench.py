@@ -1,4 +1,4 @@
-"""`lowtide bench` on an ONNX folder: against the graph's own attention, and answers with drafts."""
+"""`lowtide bench` on an ONNX folder: compared with the unchanged graph, and answers with drafts."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def invoke(*arguments: str) -> Result:
     return done
 
 
-def test_policies_are_measured_against_the_graphs_own_attention(folder: Path) -> None:
+def test_policies_are_compared_with_the_unchanged_graph(folder: Path) -> None:
     attentions = ("--attention", "dense", "--attention", "tidal:k=80,layers=1")
     line = ("bench", str(folder), *OPTIONS, "-d", "100", *attentions)
-    told = json.loads(invoke(*line, "--json").stdout)
-    assert [case["attention"] for case in told["cases"]] == ["dense", "tidal:k=80,layers=1"]
-    for case in told["cases"]:
-        assert case["peer"].startswith("onnxruntime ")
-        assert case["peer"].endswith(", the graph with its own GroupQueryAttention")
+    cases = json.loads(invoke(*line, "--json").stdout)["cases"]
+    assert [case["attention"] for case in cases] == ["dense", "tidal:k=80,layers=1"]
+    for case in cases:
+        assert case["peer"].startswith("onnxruntime (onnxruntime ")
+        assert case["peer"].endswith("), attention: GroupQueryAttention")
         assert (case["layers_native"], case["layers"]) == (4, 4)
         assert all(case[name] > 0 for name in case if name.endswith(("ratio", "per_s", "bytes")))
-    shown = invoke(*line).stdout
-    assert any(row.split()[:2] == ["graph", "100"] for row in shown.splitlines())
-    assert "graph is onnxruntime" in shown
+    printed = invoke(*line).stdout
+    assert any(row.split()[:2] == ["100", "onnxruntime"] for row in printed.splitlines())
+    assert "onnxruntime is the baseline" in printed
 
 
-def test_answers_are_measured_with_drafts(folder: Path, tmp_path: Path) -> None:
+def test_answers_with_drafts(folder: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"category": "copies", "turns": ["tide tide tide tide"]}\n')
     line = ("bench", str(folder), *OPTIONS, "--speculate", "ngram", "--prompts", str(prompts))

@@ -1,3 +1,5 @@
+"""`lowtide run`, as typed."""
+
 from __future__ import annotations
 
 import json
@@ -10,7 +12,7 @@ from click.testing import Result
 Invoke = Callable[..., Result]
 
 
-def test_the_answer_alone_on_stdout(lowtide: Invoke) -> None:
+def test_only_the_answer_is_on_stdout(lowtide: Invoke) -> None:
     done = lowtide("run", "-p", "Hi", replies=("The answer 😀",))
     assert (done.exit_code, done.stdout) == (0, "The answer 😀\n")
     assert "planned" in done.stderr and "13 tokens" not in done.stdout
@@ -26,10 +28,18 @@ def test_the_prompt_from_stdin_or_a_file(lowtide: Invoke, tmp_path: Path) -> Non
 
 def test_json_is_one_documented_object(lowtide: Invoke) -> None:
     done = lowtide("run", "-p", "Hi", "--json", "--seed", "4")
-    told = json.loads(done.stdout)
-    assert set(told) == {"version", "model", "machine", "text", "tokens", "finish_reason", "stats"}
-    assert (told["text"], told["finish_reason"]) == ("Hello.", "stop")
-    assert bytes(told["tokens"]) == b"Hello."
+    values = json.loads(done.stdout)
+    assert set(values) == {
+        "version",
+        "model",
+        "machine",
+        "text",
+        "tokens",
+        "finish_reason",
+        "stats",
+    }
+    assert (values["text"], values["finish_reason"]) == ("Hello.", "stop")
+    assert bytes(values["tokens"]) == b"Hello."
     assert {
         "prompt_tokens",
         "reused_tokens",
@@ -41,14 +51,14 @@ def test_json_is_one_documented_object(lowtide: Invoke) -> None:
         "layers_native",
         "layers",
         "speculation",
-    } <= set(told["stats"])
-    assert told["stats"]["seed"] == 4
-    assert told["machine"]["cores"] >= 1
+    } <= set(values["stats"])
+    assert values["stats"]["seed"] == 4
+    assert values["machine"]["cores"] >= 1
 
 
 def test_options_reach_the_generation(lowtide: Invoke) -> None:
-    cut = lowtide("run", "-p", "Hi", "-n", "3")
-    assert cut.stdout == "Hel\n" and "cut at --max-tokens" in cut.stderr
+    short = lowtide("run", "-p", "Hi", "-n", "3")
+    assert short.stdout == "Hel\n" and "stopped at --max-tokens" in short.stderr
     assert lowtide("run", "-p", "Hi", "--stop", "lo").stdout == "Hel\n"
     assert lowtide("run", "-p", "Hi", "-n", "-1").stdout == "Hello.\n"
     assert lowtide("run", "-p", "Hi\n", "--raw").stdout == "Hello.\n"
@@ -62,24 +72,28 @@ def test_a_system_message_comes_first(lowtide: Invoke) -> None:
 
 WRONG = {
     "no such option": (["-p", "x", "--heat", "3"], "No such option"),
-    "two prompts": (["-p", "x", "-f", "y"], "both --prompt and --file"),
-    "missing file": (["-f", "nothing.txt"], "nothing.txt cannot be read"),
-    "a folder": (["-f", "/"], "cannot be read"),
+    "two prompts": (["-p", "x", "-f", "y"], "--prompt and --file exclude each other"),
+    "missing file": (["-f", "nothing.txt"], "cannot read nothing.txt"),
+    "a folder": (["-f", "/"], "cannot read /"),
     "bad temperature": (["-p", "x", "--temp", "-1"], "temperature is -1"),
     "bad count": (["-p", "x", "-n", "0"], "max_tokens is 0"),
+    "bad window": (["-p", "x", "--repeat-last-n", "-1"], "repeat_last_n is -1"),
     "bad number": (["-p", "x", "--top-k", "many"], "is not a valid integer"),
-    "bad context": (["-p", "x", "-c", "99999"], "was made for 512"),
-    "system without template": (["-p", "x", "--raw", "-s", "y"], "--system needs a chat template"),
-    "empty raw prompt beyond context": (
+    "bad context": (["-p", "x", "-c", "99999"], "was trained for 512"),
+    "system without template": (
+        ["-p", "x", "--raw", "-s", "y"],
+        "--system needs the chat template",
+    ),
+    "raw prompt beyond the context": (
         ["-p", "y" * 600, "--raw"],
         "601 tokens, the context holds 512",
     ),
-    "two models": (["a.gguf", "-m", "b.gguf", "-p", "x"], "two models are given"),
+    "two models": (["a.gguf", "-m", "b.gguf", "-p", "x"], "two models are named"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_use_is_a_sentence_and_exit_code_2(name: str, lowtide: Invoke) -> None:
+def test_wrong_use_is_one_sentence_and_exit_code_2(name: str, lowtide: Invoke) -> None:
     arguments, expected = WRONG[name]
     done = lowtide("run", *arguments)
     assert done.exit_code == 2
@@ -87,19 +101,19 @@ def test_wrong_use_is_a_sentence_and_exit_code_2(name: str, lowtide: Invoke) -> 
     assert done.stdout == ""
 
 
-def test_invalid_utf_8_names_the_byte(lowtide: Invoke) -> None:
+def test_the_error_of_invalid_utf_8_has_the_position(lowtide: Invoke) -> None:
     done = lowtide("run", input=b"caf\xe9 au lait")
     assert done.exit_code == 2
     assert "standard input is not UTF-8 at byte 3" in done.stderr
 
 
-def test_a_prompt_beyond_all_measure_is_not_read_whole(lowtide: Invoke) -> None:
+def test_a_huge_prompt_is_not_read_completely(lowtide: Invoke) -> None:
     done = lowtide("run", input=b"x" * 5_000_000)
     assert done.exit_code == 2
     assert "the context holds 512" in done.stderr
 
 
-def test_a_failure_in_the_middle_keeps_what_was_said(
+def test_the_answer_until_a_failure_is_printed(
     lowtide: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lowtide import FakeModel
@@ -107,12 +121,12 @@ def test_a_failure_in_the_middle_keeps_what_was_said(
 
     forward = FakeModel.forward
 
-    def failing(self: FakeModel, token_ids: list[int]) -> object:
+    def fail(self: FakeModel, token_ids: list[int]) -> object:
         if len(token_ids) == 1 and self.num_tokens > 22:
             raise ForwardError("a forward pass failed: no reason")
         return forward(self, token_ids)
 
-    monkeypatch.setattr(FakeModel, "forward", failing)
+    monkeypatch.setattr(FakeModel, "forward", fail)
     done = lowtide("run", "-p", "Hi")
     assert done.exit_code == 1
     assert done.stdout.startswith("H") and "Error: a forward pass failed" in done.stderr

@@ -1,4 +1,4 @@
-"""The cache's pages: given back behind the tokens in use, and nowhere else."""
+"""Pages of the KV cache are released behind the last token, and nowhere else."""
 
 from __future__ import annotations
 
@@ -23,102 +23,106 @@ from lowtide.memory.os.kv_pages import (
     demand_zero_buffers,
 )
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pages are left alone elsewhere")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pages are released on Linux only")
 
-NUM_CELLS, ROW_BYTES, NUM_TENSORS = 256, 192, 4
+NUM_SLOTS, TOKEN_BYTES, NUM_TENSORS = 256, 192, 4
 
 
-def pages_over(*buffers: DemandZeroBuffer) -> KVPageReclaimer:
+def reclaimer_of(*buffers: DemandZeroBuffer) -> KVPageReclaimer:
     return KVPageReclaimer(
-        buffers, num_tensors=NUM_TENSORS, num_cells=NUM_CELLS, row_bytes=ROW_BYTES
+        buffers, num_tensors=NUM_TENSORS, num_slots=NUM_SLOTS, token_bytes=TOKEN_BYTES
     )
 
 
 class Cache:
-    """Tensors in memory of the system's own, the first `num_used` rows of each filled."""
+    """A cache in mapped memory with data in the first `num_used` slots of each tensor."""
 
     def __init__(self, num_used: int) -> None:
-        num_bytes = NUM_TENSORS * NUM_CELLS * ROW_BYTES
+        num_bytes = NUM_TENSORS * NUM_SLOTS * TOKEN_BYTES
         self.memory = mmap.mmap(-1, num_bytes + PAGE_BYTES, flags=mmap.MAP_PRIVATE)
-        rows = np.frombuffer(self.memory, np.uint8, num_bytes, offset=64)
-        self.rows = rows.reshape(NUM_TENSORS, NUM_CELLS, ROW_BYTES)
-        self.rows[:, :num_used] = np.random.default_rng(1).integers(1, 256, ROW_BYTES)
+        slots = np.frombuffer(self.memory, np.uint8, num_bytes, offset=64)
+        self.slots = slots.reshape(NUM_TENSORS, NUM_SLOTS, TOKEN_BYTES)
+        self.slots[:, :num_used] = np.random.default_rng(1).integers(1, 256, TOKEN_BYTES)
         address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory, 64))
-        self.pages = pages_over(DemandZeroBuffer(address, num_bytes))
+        self.reclaimer = reclaimer_of(DemandZeroBuffer(address, num_bytes))
 
 
 @settings(max_examples=80, deadline=None)
-@given(used=st.integers(1, NUM_CELLS), share=st.floats(0, 1))
-def test_what_is_kept_is_kept_and_whole_pages_behind_it_are_gone(used: int, share: float) -> None:
-    cache, kept = Cache(used), int(used * share)
-    before = cache.rows.copy()
-    cache.pages.cut(used, kept)
-    assert (cache.rows[:, :kept] == before[:, :kept]).all()
-    assert cache.pages.is_working
-    if used - kept >= 64:
-        row_pages = -(-PAGE_BYTES // ROW_BYTES)
-        for tensor in cache.rows:  # a page that two tensors share stays
-            assert not tensor[kept + row_pages : NUM_CELLS - row_pages].any()
+@given(used=st.integers(1, NUM_SLOTS), share=st.floats(0, 1))
+def test_tokens_stay_and_whole_pages_behind_them_are_released(used: int, share: float) -> None:
+    cache, num_kept = Cache(used), int(used * share)
+    before = cache.slots.copy()
+    cache.reclaimer.truncate(used, num_kept)
+    assert (cache.slots[:, :num_kept] == before[:, :num_kept]).all()
+    assert cache.reclaimer._tensors
+    if used - num_kept >= 64:
+        slots_per_page = -(-PAGE_BYTES // TOKEN_BYTES)
+        for tensor in cache.slots:  # a page that two tensors share is not released
+            assert not tensor[num_kept + slots_per_page : NUM_SLOTS - slots_per_page].any()
     else:
-        assert (cache.rows == before).all()
+        assert (cache.slots == before).all()
 
 
-def test_a_cache_that_is_not_as_thought_is_left_alone() -> None:
+def test_a_cache_with_an_unexpected_layout_is_never_released() -> None:
     cache = Cache(100)
-    cache.rows[1, 120] = 7  # something lies behind the last token
-    before = cache.rows.copy()
-    cache.pages.cut(100, 0)
-    assert (cache.rows == before).all() and not cache.pages.is_working
+    cache.slots[1, 120] = 7  # data behind the last token
+    before = cache.slots.copy()
+    cache.reclaimer.truncate(100, 0)
+    assert (cache.slots == before).all() and not cache.reclaimer._tensors
     other = Cache(100)
-    other.rows[2, 99] = 0  # and here nothing lies where the last token should be
-    other.pages.cut(100, 0)
-    assert not other.pages.is_working
+    other.slots[2, 99] = 0  # no data where the last token should be
+    other.reclaimer.truncate(100, 0)
+    assert not other.reclaimer._tensors
 
 
-def test_a_cut_too_small_to_act_on_does_not_end_the_giving_back() -> None:
+def test_a_small_truncation_does_not_stop_later_releases() -> None:
     cache = Cache(100)
-    cache.pages.cut(100, 70)  # fewer cells than are worth it
-    cache.pages.cut(90, 0)  # twenty were used again; those behind them still hold what they held
-    assert cache.pages.is_working
-    assert not cache.rows[0, 30 : NUM_CELLS - 30].any()
+    cache.reclaimer.truncate(100, 70)  # too few slots to release
+    cache.reclaimer.truncate(
+        90, 0
+    )  # 20 slots were used again; the slots behind them still have data
+    assert cache.reclaimer._tensors
+    assert not cache.slots[0, 30 : NUM_SLOTS - 30].any()
 
 
-@given(used=st.integers(1, NUM_CELLS), share=st.floats(0, 1))
-def test_a_trim_leaves_the_cells_in_use_alone(used: int, share: float) -> None:
-    cache, kept = Cache(used), int(used * share)
-    before = cache.rows.copy()
-    cache.pages.cut(used, used)
-    cache.pages.trim(used)
-    assert (cache.rows == before).all()
-    cache.pages.trim(kept)
-    assert (cache.rows[:, :kept] == before[:, :kept]).all()
-    row_pages = -(-PAGE_BYTES // ROW_BYTES)
-    assert not any(t[kept + row_pages : NUM_CELLS - row_pages].any() for t in cache.rows)
+@given(used=st.integers(1, NUM_SLOTS), share=st.floats(0, 1))
+def test_releasing_pages_does_not_touch_slots_in_use(used: int, share: float) -> None:
+    cache, num_kept = Cache(used), int(used * share)
+    before = cache.slots.copy()
+    cache.reclaimer.truncate(used, used)
+    cache.reclaimer.release_pages(used)
+    assert (cache.slots == before).all()
+    cache.reclaimer.release_pages(num_kept)
+    assert (cache.slots[:, :num_kept] == before[:, :num_kept]).all()
+    slots_per_page = -(-PAGE_BYTES // TOKEN_BYTES)
+    assert not any(
+        t[num_kept + slots_per_page : NUM_SLOTS - slots_per_page].any() for t in cache.slots
+    )
 
 
-def test_buffers_of_another_size_are_left_alone() -> None:
-    tensor_bytes = NUM_CELLS * ROW_BYTES
-    assert pages_over(DemandZeroBuffer(4096, 4 * tensor_bytes)).is_working
-    assert not pages_over(DemandZeroBuffer(4096, 4 * tensor_bytes + 32)).is_working
-    assert not pages_over(DemandZeroBuffer(4096, 2 * tensor_bytes)).is_working
-    # llama.cpp's row of logits, which is as large as one tensor by chance
+def test_buffers_of_another_size_are_ignored() -> None:
+    tensor_bytes = NUM_SLOTS * TOKEN_BYTES
+    assert reclaimer_of(DemandZeroBuffer(4096, 4 * tensor_bytes))._tensors
+    assert not reclaimer_of(DemandZeroBuffer(4096, 4 * tensor_bytes + 32))._tensors
+    assert not reclaimer_of(DemandZeroBuffer(4096, 2 * tensor_bytes))._tensors
+    # llama.cpp's logits, which have the size of a tensor by chance
     logits = DemandZeroBuffer(1 << 30, tensor_bytes)
-    assert pages_over(DemandZeroBuffer(4096, 4 * tensor_bytes), logits).is_working
-    assert not pages_over().is_working
+    assert reclaimer_of(DemandZeroBuffer(4096, 4 * tensor_bytes), logits)._tensors
+    assert not reclaimer_of()._tensors
 
 
-def test_a_ggml_that_is_laid_out_in_another_way_is_left_alone(
+def test_another_layout_of_ggml_is_not_patched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert can_use_demand_zero()
     patch = module._patch()
     assert patch is not None
-    theirs = patch._type.allocate
+    original = patch._type.allocate
     with demand_zero_buffers():
-        assert patch._type.allocate != theirs
-    assert patch._type.allocate == theirs
+        assert patch._type.allocate != original
+    assert patch._type.allocate == original
     monkeypatch.setattr(module._BufferType, "get_alignment", 12345)
-    assert not module._Patch().fits() and patch._type.allocate == theirs
+    assert not module._Patch().fits() and patch._type.allocate == original
 
 
 @pytest.mark.once
@@ -128,18 +132,18 @@ def test_logits_are_the_same_bit_for_bit(
     model: str, kv_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def logits() -> list[bytes]:
-        seen = []
+        found = []
         with Runtime.open(
             model, memory="8GiB", context=2048, kv_type=kv_type, threads=1
         ) as runtime:
             pages = runtime._model.on_cut.__self__  # type: ignore[attr-defined]
-            for kept, rows in ((0, 300), (120, 128), (10, 60), (0, 128), (128, 100)):
-                runtime._model.truncate(kept)
-                for at in range(0, rows, 100):
-                    ids = range(5 + at, 5 + min(at + 100, rows))
-                    seen.append(runtime._model.forward(list(ids)).tobytes())
-            assert pages.is_working == pages._verified == can_use_demand_zero()
-        return seen
+            for num_tokens, batch in ((0, 300), (120, 128), (10, 60), (0, 128), (128, 100)):
+                runtime._model.truncate(num_tokens)
+                for at in range(0, batch, 100):
+                    ids = range(5 + at, 5 + min(at + 100, batch))
+                    found.append(runtime._model.forward(list(ids)).tobytes())
+            assert bool(pages._tensors) == pages._verified == can_use_demand_zero()
+        return found
 
     released = logits()
     monkeypatch.setattr(module, "_patch", lambda: None)
@@ -147,7 +151,7 @@ def test_logits_are_the_same_bit_for_bit(
     assert logits() == released
 
 
-def test_the_resident_cache_follows_the_tokens(smollm2: Path) -> None:
+def test_the_resident_cache_grows_and_shrinks_with_the_tokens(smollm2: Path) -> None:
     def peaks(context: int) -> tuple[int, int, int]:
         done = run_python(
             "from lowtide import Runtime\n"
@@ -160,8 +164,8 @@ def test_the_resident_cache_follows_the_tokens(smollm2: Path) -> None:
             "    print(opened, used, read().resident_bytes)\n"
         )
         assert done.code == 0, done.stderr
-        opened, used, cut = map(int, done.stdout.split())
-        return opened, used, cut
+        opened, used, truncated = map(int, done.stdout.split())
+        return opened, used, truncated
 
     small, large = peaks(512), peaks(8192)
     mib = 1 << 20

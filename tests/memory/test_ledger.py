@@ -1,3 +1,5 @@
+"""The ledger never reserves more than the budget."""
+
 from __future__ import annotations
 
 import pytest
@@ -11,7 +13,7 @@ ACTIONS = st.lists(st.tuples(st.sampled_from("abc"), st.none() | st.integers(0, 
 
 
 @given(ACTIONS)
-def test_the_sum_never_passes_the_budget(actions: list[tuple[str, int | None]]) -> None:
+def test_the_sum_never_exceeds_the_budget(actions: list[tuple[str, int | None]]) -> None:
     ledger = Ledger(200)
     expected: dict[str, int] = {}
     for component, num_bytes in actions:
@@ -30,18 +32,18 @@ def test_the_sum_never_passes_the_budget(actions: list[tuple[str, int | None]]) 
         assert ledger.reserved_bytes == sum(expected.values()) <= 200
 
 
-def test_a_refusal_says_what_is_wanted_allowed_and_to_change() -> None:
+def test_the_error_has_the_request_the_limit_and_a_hint() -> None:
     ledger = Ledger(100 << 20)
     ledger.reserve("weights", 80 << 20)
     with pytest.raises(OverBudget) as caught:
         ledger.reserve("KV cache", 50 << 20)
     assert (caught.value.needed_bytes, caught.value.budget_bytes) == (130 << 20, 100 << 20)
     assert str(caught.value) == (
-        "KV cache, with what is reserved already, needs at least 130 MiB, 100.0 MiB allowed: "
+        "KV cache, with the memory reserved before it, needs at least 130 MiB, but the limit is 100.0 MiB: "
         "raise --memory or ask for less"
     )
 
 
-def test_less_than_nothing_is_our_own_bug() -> None:
+def test_a_negative_size_is_a_bug() -> None:
     with pytest.raises(ValueError, match="-1 bytes"):
         Ledger(1).reserve("a", -1)

@@ -1,3 +1,5 @@
+"""Buffers of whole pages."""
+
 from __future__ import annotations
 
 import mmap
@@ -9,7 +11,7 @@ from lowtide.memory.os.pages import PAGE_BYTES, PageBuffer
 from lowtide.memory.units import MIB
 
 
-def test_its_memory_can_be_written_and_is_whole_pages() -> None:
+def test_the_memory_is_writable_and_consists_of_whole_pages() -> None:
     buffer = PageBuffer(PAGE_BYTES + 1)
     assert buffer.num_bytes == 2 * PAGE_BYTES
     assert bytes(buffer.view) == bytes(PAGE_BYTES + 1)
@@ -19,37 +21,37 @@ def test_its_memory_can_be_written_and_is_whole_pages() -> None:
     buffer.close()
 
 
-def test_a_part_that_is_in_use_keeps_it_open() -> None:
+def test_a_slice_in_use_prevents_closing() -> None:
     buffer = PageBuffer(100)
-    part = buffer.view[:10]
+    slice = buffer.view[:10]
     with pytest.raises(BufferError):
         buffer.close()
-    part.release()
+    slice.release()
     buffer.close()
 
 
-def test_where_the_system_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_arguments: object, **_named: object) -> mmap.mmap:
+def test_a_system_without_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: object, **_named: object) -> mmap.mmap:
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr(mmap, "mmap", refused)
-    with pytest.raises(MemoryError, match="4,096 bytes: Cannot allocate memory"):
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(MemoryError, match="cannot map 4,096 bytes: Cannot allocate memory"):
         PageBuffer(4096)
 
 
-def test_closing_gives_everything_back_at_once() -> None:
+def test_closing_releases_all_pages_at_once() -> None:
     done = run_python(
         "from lowtide.memory.process import read_process_memory as read\n"
         "from lowtide.memory.os.pages import PageBuffer\n"
         "content = b'x' * (16 << 20)\n"
         "before = read().resident_bytes\n"
         "buffers = [PageBuffer(16 << 20) for _ in range(3)]\n"
-        "made = read().resident_bytes\n"
+        "allocated = read().resident_bytes\n"
         "for buffer in buffers: buffer.view[:] = content\n"
         "written = read().resident_bytes\n"
         "buffers[1].close()\n"
-        "print(made - before, written - before, read().resident_bytes - before)"
+        "print(allocated - before, written - before, read().resident_bytes - before)"
     )
     assert done.code == 0, done.stderr
-    made, written, closed = map(int, done.stdout.split())
-    assert made < MIB and abs(written - 48 * MIB) < MIB and abs(closed - 32 * MIB) < MIB
+    allocated, written, closed = map(int, done.stdout.split())
+    assert allocated < MIB and abs(written - 48 * MIB) < MIB and abs(closed - 32 * MIB) < MIB

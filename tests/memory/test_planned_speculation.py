@@ -72,7 +72,7 @@ def test_rows_are_given_up_one_after_the_other_before_anything_else() -> None:
             assert rows_of(plan)[PREFIXES] == MIB
             assert (plan.context, plan.batch_size) == (whole.context, whole.batch_size)
         if plan.verify_batch < 8:
-            assert plan.downgrades[0].startswith("speculation: 8 rows to ")
+            assert plan.downgrades[0].startswith("speculation: 8 tokens per verification to ")
         assert plan.fits
     assert list(dict.fromkeys(seen)) == [8, 4, 2, 0]
 

@@ -1,3 +1,5 @@
+"""Parsing and formatting of sizes."""
+
 from __future__ import annotations
 
 import pytest
@@ -26,7 +28,7 @@ from lowtide.memory.units import MIB, BadSize, format_bytes, format_bytes_up, pa
         ("100%", 1000),
     ],
 )
-def test_sizes_as_people_write_them(text: str | int, expected: int) -> None:
+def test_valid_sizes(text: str | int, expected: int) -> None:
     assert parse_size(text, whole_bytes=1000) == expected
 
 
@@ -34,24 +36,24 @@ def test_sizes_as_people_write_them(text: str | int, expected: int) -> None:
     "text",
     ["", "GiB", "-1", "1e9", "0", "0MiB", "0%", "101%", "1XB", "1 2", "nan", "½GiB", "9" * 40],
 )
-def test_sizes_that_are_none(text: str) -> None:
+def test_invalid_sizes(text: str) -> None:
     with pytest.raises(BadSize) as caught:
         parse_size(text, whole_bytes=1000)
     assert caught.value.exit_code == 2
 
 
-def test_a_share_needs_a_whole() -> None:
+def test_a_percentage_needs_a_total() -> None:
     with pytest.raises(BadSize):
         parse_size("50%")
 
 
 @given(st.integers(1, 1 << 50))
-def test_bytes_are_read_to_the_byte(number: int) -> None:
+def test_plain_bytes_are_exact(number: int) -> None:
     assert parse_size(str(number)) == number
 
 
 @given(st.integers(1, 1 << 50))
-def test_a_bound_that_is_told_is_enough_when_typed_back(number: int) -> None:
+def test_a_printed_bound_is_enough_when_typed_back(number: int) -> None:
     typed = format_bytes_up(number).replace(" ", "")
     assert number <= parse_size(typed) < number + MIB
 

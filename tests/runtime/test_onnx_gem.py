@@ -168,7 +168,7 @@ def test_commands(tiny: Path) -> None:
     assert sum(passage["tokens"] for passage in json.loads(as_json.stdout)["kept"]) == 300
     profiled = run_lowtide("profile", str(tiny), *words, "--json", "-p", asked.decode())
     assert profiled.code == 0, profiled.stderr
-    assert json.loads(profiled.stdout)["retention_map"]["num_kept"] == 300
+    assert json.loads(profiled.stdout)["retention_map"]["num_retained"] == 300
 
 
 def test_what_a_filter_keeps_is_measured(tiny: Path) -> None:

@@ -1,4 +1,4 @@
-"""Profiler: what is kept of a run, and that nothing else changes by it."""
+"""The profiler: what it records, and that it changes no answer."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_spans_of_a_chat() -> None:
     assert next(span for span in spans if span.name == "prefill pass").num_rows == 22
 
 
-def test_phases_sum_up_to_the_run_also_where_spans_lie_in_each_other() -> None:
+def test_phases_of_nested_spans_sum_up_to_the_run() -> None:
     profiler = Profiler()
     with (
         Runtime.open(FakeModel(["Hello."]), memory="8GiB", profiler=profiler) as runtime,
@@ -60,40 +60,40 @@ def test_phases_sum_up_to_the_run_also_where_spans_lie_in_each_other() -> None:
     assert sum(phase.seconds for phase in report.phases) == pytest.approx(report.seconds, rel=0.02)
 
 
-def test_measured_rows_are_the_plans_and_sum_up_to_the_resident_set() -> None:
+def test_measured_components_are_those_of_the_plan_and_sum_up_to_the_resident_set() -> None:
     profiler, _ = profiled_fake()
     report = profiler.report()
     components = [row.component for row in report.plan.rows]
     assert [row.component for row in report.measured] == [*components, "other"]
     assert sum(row.num_bytes or 0 for row in report.measured) == report.resident_bytes
-    unknown = {row.component for row in report.measured if row.num_bytes is None}
-    assert unknown == {"loading", "profiler", "reserve"}
+    unmeasured = {row.component for row in report.measured if row.num_bytes is None}
+    assert unmeasured == {"loading", "profiler", "reserve"}
     assert all(row.how for row in report.measured)
     assert report.layers == ()
 
 
-def test_one_profiler_for_one_runtime() -> None:
+def test_a_profiler_observes_one_runtime() -> None:
     profiler, _ = profiled_fake()
-    with pytest.raises(BadOption, match="make one for each runtime"):
+    with pytest.raises(BadOption, match="create one profiler per runtime"):
         Runtime.open(FakeModel(), memory="8GiB", profiler=profiler)
     with pytest.raises(BadOption, match="no runtime was opened with this profiler"):
         Profiler().report()
 
 
-def test_a_callback_that_fails_is_the_callers_and_leaves_the_runtime_usable() -> None:
-    def picky(event: object) -> None:
+def test_the_runtime_is_usable_after_a_failed_callback() -> None:
+    def fail_once(event: object) -> None:
         if isinstance(event, Span) and event.name == "decode pass" and not failed:
             failed.append(event)
             raise ZeroDivisionError
 
     failed: list[object] = []
-    with Runtime.open(FakeModel(), memory="8GiB", profiler=Profiler(picky)) as runtime:
+    with Runtime.open(FakeModel(), memory="8GiB", profiler=Profiler(fail_once)) as runtime:
         with pytest.raises(ZeroDivisionError):
             runtime.generate("Hi\n")
         assert runtime.generate("Hi\n").text == "Hello."
 
 
-def test_without_a_profiler_nothing_is_kept(fake_runtime: Callable[..., Runtime]) -> None:
+def test_nothing_is_recorded_without_a_profiler(fake_runtime: Callable[..., Runtime]) -> None:
     from lowtide.runtime.profiling.profiler import SILENT
 
     before = dict(vars(SILENT))
@@ -102,7 +102,7 @@ def test_without_a_profiler_nothing_is_kept(fake_runtime: Callable[..., Runtime]
     assert runtime._profiler is SILENT and vars(SILENT) == before == {}
 
 
-def test_a_long_run_stays_small() -> None:
+def test_the_timeline_of_a_long_run_is_bounded() -> None:
     timeline = Timeline()
     for at in range(2 * MAX_SAMPLES):
         timeline.add_sample(MemorySample(at, 10_000 if at == 7 else at, {}, 0))
@@ -115,7 +115,7 @@ def test_a_long_run_stays_small() -> None:
     assert timeline.num_dropped == 10 and len(list(timeline.spans)) == 50_000
 
 
-def test_seconds_of_layers() -> None:
+def test_seconds_per_layer() -> None:
     timed = LayerPass("decode pass", 0, 10_000, (2_000, 0, 5_000), (500, 0, 600))
     assert layer_seconds(timed) == [2e-6, 0, 3e-6, 5e-6]
 
@@ -130,22 +130,22 @@ with Runtime.open("smollm2", memory="1GiB", profiler=profiler, **options) as run
     answers = [runtime.generate("word " * 700, max_tokens=24, temperature=0)]
     samples = profiler.timeline.samples
     last = samples[-1]
-told = profiler.report().to_dict()
-told["last"] = last.components
-told["tokens"] = max(sample.num_tokens for sample in samples)
-told["sums"] = all(sum(s.components.values()) == s.resident_bytes for s in samples)
-told["answer"] = answers[0].token_ids
-told["timed"] = profiler.report().num_timed_passes
-print(json.dumps(told))
+values = profiler.report().to_dict()
+values["last"] = last.components
+values["tokens"] = max(sample.num_tokens for sample in samples)
+values["sums"] = all(sum(s.components.values()) == s.resident_bytes for s in samples)
+values["answer"] = answers[0].token_ids
+values["timed"] = profiler.report().num_timed_passes
+print(json.dumps(values))
 """
 
 
 def profiled(**options: object) -> dict[str, object]:
     done = run_python(_RUN.replace("{options}", repr(options)))
     assert done.code == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert abs(told["peak_rss_bytes"] - done.peak_bytes) < 2 * MIB
-    return told  # type: ignore[no-any-return]
+    values = json.loads(done.stdout.splitlines()[-1])
+    assert abs(values["peak_rss_bytes"] - done.peak_bytes) < 2 * MIB
+    return values  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def plain() -> dict[str, object]:
 
 
 def test_bytes_of_a_real_model(plain: dict[str, object], smollm2: Path) -> None:
-    """Each owner against what is known of it in another way."""
+    """Compares each component with an independent estimate."""
     rows = {row["component"]: row["bytes"] for row in plain["measured"]}  # type: ignore[attr-defined]
     planned = {row["component"]: row["bytes"] for row in plain["plan"]["rows"]}  # type: ignore[index]
     assert plain["sums"]
@@ -162,16 +162,16 @@ def test_bytes_of_a_real_model(plain: dict[str, object], smollm2: Path) -> None:
     assert plain["resident_bytes"] <= plain["peak_rss_bytes"]  # type: ignore[operator]
     file_bytes = smollm2.stat().st_size
     assert 0.98 * file_bytes <= rows["weights"] <= 1.01 * file_bytes
-    cells = plain["tokens"] * 23040  # type: ignore[operator]
-    assert cells * 0.9 <= rows["KV cache"] <= cells + 64 * 23040 + 60 * 4096 + MIB
+    kv_bytes = plain["tokens"] * 23040  # type: ignore[operator]
+    assert kv_bytes * 0.9 <= rows["KV cache"] <= kv_bytes + 64 * 23040 + 60 * 4096 + MIB
     assert 2 * MIB < rows["vocabulary"] <= planned["vocabulary"]
-    # A large program's own pages count, too: the bound is loose where libraries were read in more full.
+    # The bound is loose, because how much of the libraries is resident differs from machine to machine.
     assert 20 * MIB < rows["interpreter and libraries"] < 70 * MIB
     assert -MIB < rows["compute buffer"] <= planned["compute buffer"] + 2 * MIB
     assert -MIB < rows["other"] <= planned["reserve"]
 
 
-def test_time_by_layer_also_under_llama_cpps_attention(plain: dict[str, object]) -> None:
+def test_time_by_layer_with_llama_cpps_attention(plain: dict[str, object]) -> None:
     layers = plain["layers"]
     assert [layer["name"] for layer in layers] == [*map(str, range(30)), "output"]  # type: ignore
     prefill, decode = plain["timed"]  # type: ignore[misc]
@@ -185,37 +185,35 @@ def test_time_by_layer_also_under_llama_cpps_attention(plain: dict[str, object])
     assert summed == pytest.approx(whole, rel=0.05)
 
 
-def test_our_attention_by_layer_and_its_scratch() -> None:
-    told = profiled(context=1024, attention="dense")
-    for layer in told["layers"][:-1]:  # type: ignore[index]
+def test_lowtides_attention_by_layer_and_its_scratch() -> None:
+    values = profiled(context=1024, attention="dense")
+    for layer in values["layers"][:-1]:  # type: ignore[index]
         assert 0 < layer["decode_attention_s"] < layer["decode_pass_s"]
         assert 0 < layer["prefill_attention_s"] < layer["prefill_pass_s"]
-    rows = {row["component"]: row["bytes"] for row in told["measured"]}  # type: ignore[attr-defined]
-    assert 0 < rows["attention scratch"] <= told["plan"]["rows"][5]["bytes"]  # type: ignore[index]
+    rows = {row["component"]: row["bytes"] for row in values["measured"]}  # type: ignore[attr-defined]
+    assert 0 < rows["attention scratch"] <= values["plan"]["rows"][5]["bytes"]  # type: ignore[index]
 
 
-def test_the_answer_is_bitwise_the_same(smollm2: Path) -> None:
-    """Stopping at layers computes the same graph in parts."""
-    seen = []
+def test_logits_are_bitwise_the_same(smollm2: Path) -> None:
+    """Timing layers computes the same graph in parts."""
+    results = []
     for profiler in (None, Profiler(), None):
         with Runtime.open(
             smollm2, memory="8GiB", context=512, threads=2, profiler=profiler
         ) as runtime:
             logits = runtime._session.append(list(range(300, 400)))
-            seen.append(logits.tobytes())
-            seen[-1] += b"".join(runtime._session.decode((t,)).tobytes() for t in range(20))
-    assert len(set(seen)) == 1
+            results.append(logits.tobytes())
+            results[-1] += b"".join(runtime._session.decode((t,)).tobytes() for t in range(20))
+    assert len(set(results)) == 1
 
 
-def test_a_llama_cpp_that_cannot_be_hooked_has_no_layers(
-    smollm2: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_hook_there_are_no_layers(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lowtide.models.errors import LowtideError
 
-    def refused(_threads: int) -> None:
+    def refuse(_threads: int) -> None:
         raise LowtideError("laid out in another way")
 
-    monkeypatch.setattr("lowtide.runtime.loading.load.LlamaHook", refused)
+    monkeypatch.setattr("lowtide.runtime.loading.load.LlamaHook", refuse)
     profiler = Profiler()
     with Runtime.open(smollm2, memory="8GiB", context=512, profiler=profiler) as runtime:
         runtime.generate("The tide", max_tokens=2)
@@ -225,18 +223,18 @@ def test_a_llama_cpp_that_cannot_be_hooked_has_no_layers(
         Runtime.open(smollm2, memory="8GiB", attention="dense", profiler=Profiler())
 
 
-def test_a_full_timeline_stays_inside_its_row_of_the_plan() -> None:
+def test_a_full_timeline_fits_into_its_line_of_the_plan() -> None:
     num_layers = 30
     tracemalloc.start()
     timeline = Timeline()
     for i in range(MAX_SPANS + 10):
         timeline.add_span(Span("decode pass", 10**12 + i, 2 * 10**12 + i, 1, 1))
     for i in range(MAX_SAMPLES - 1):
-        components = {f"owner {n}": 10**9 + n * i for n in range(10)}
+        components = {f"component {n}": 10**9 + n * i for n in range(10)}
         timeline.add_sample(MemorySample(10**12 + i, 10**9 + i, components, 1000 + i))
         times = tuple(10**6 * i + n for n in range(num_layers))
         timeline.add_pass(LayerPass("decode pass", 10**12 + i, 2 * 10**12 + i, times, times[::-1]))
-    taken, _ = tracemalloc.get_traced_memory()
+    used, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert timeline.num_dropped == 10
-    assert profiler_bytes(num_layers) / 4 < taken <= profiler_bytes(num_layers)
+    assert profiler_bytes(num_layers) / 4 < used <= profiler_bytes(num_layers)

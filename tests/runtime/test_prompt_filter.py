@@ -135,8 +135,8 @@ def test_a_profile_shows_where_the_kept_tokens_lie(smollm2: Path) -> None:
     retention_map = report.retention_map
     assert (
         retention_map is not None
-        and retention_map.num_kept == 400
-        and retention_map.passages == passages
+        and retention_map.num_retained == 400
+        and retention_map.spans == passages
     )
     assert (
         len(retention_map.scores)
@@ -146,7 +146,7 @@ def test_a_profile_shows_where_the_kept_tokens_lie(smollm2: Path) -> None:
     sizes = [retention_map.bin_tokens] * (len(retention_map.kept) - 1)
     sizes.append(retention_map.num_tokens - sum(sizes))
     assert sum(s * k for s, k in zip(sizes, retention_map.kept, strict=True)) == pytest.approx(400)
-    assert json.loads(json.dumps(report.to_dict()))["retention_map"]["num_kept"] == 400
+    assert json.loads(json.dumps(report.to_dict()))["retention_map"]["num_retained"] == 400
     measured = {row.component: row.num_bytes for row in report.measured}
     assert (measured[COMPUTE] or 0) > 0
     assert (

@@ -243,7 +243,7 @@ def test_our_attention_needs_llama_cpps_graph() -> None:
     ("options", "message"),
     [
         ({"attention": "sparse"}, "attention is 'sparse'"),
-        ({"memory": "much"}, "is no size"),
+        ({"memory": "much"}, "is not a size"),
         ({"context": 0}, "context is 0"),
         ({"context": 10**9}, "was made for 512"),
         ({"kv_type": "q9"}, "kv_type"),

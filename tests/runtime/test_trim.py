@@ -10,7 +10,7 @@ import pytest
 from processes import run_python
 
 from lowtide import GenerationResult, Runtime
-from lowtide.memory.reclaim import LEVELS, Reclaimer, trim
+from lowtide.memory.reclaim import LEVELS, Reclaimer, reclaim
 from lowtide.memory.units import MIB
 from lowtide.models.errors import BadOption
 from lowtide.runtime.errors import RuntimeUnusable
@@ -31,19 +31,21 @@ def test_a_level_calls_what_is_milder_too_and_in_order() -> None:
         ("complete", ["complete", "background", "moderate"]),
     ):
         called.clear()
-        assert trim(reclaimers, level).level == level
+        assert reclaim(reclaimers, level).level == level
         assert called == expected
-    with pytest.raises(BadOption, match="level is 'all', one of background, moderate, complete"):
-        trim(reclaimers, "all")
+    with pytest.raises(
+        BadOption, match="level is 'all'; it must be one of background, moderate, complete"
+    ):
+        reclaim(reclaimers, "all")
 
 
 def test_what_is_given_back_is_counted() -> None:
     """In a process of its own, whose heap is small."""
     done = run_python(
-        "from lowtide.memory.reclaim import Reclaimer, trim\n"
+        "from lowtide.memory.reclaim import Reclaimer, reclaim\n"
         "blocks = [bytearray(b'x') * (48 << 20)]\n"
-        "print(trim([Reclaimer('background', blocks.clear)], 'background').freed_bytes)\n"
-        "print(trim([], 'complete').freed_bytes)"
+        "print(reclaim([Reclaimer('background', blocks.clear)], 'background').freed_bytes)\n"
+        "print(reclaim([], 'complete').freed_bytes)"
     )
     given_back, nothing = map(int, done.stdout.split())
     assert abs(given_back - (48 << 20)) < MIB and nothing < MIB

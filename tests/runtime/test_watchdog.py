@@ -9,7 +9,7 @@ import pytest
 from processes import run_python
 
 from lowtide import FakeModel, GenerationResult, Runtime
-from lowtide.memory.reclaim import Trim
+from lowtide.memory.reclaim import Reclaimed
 from lowtide.runtime.generation import watchdog as module
 from lowtide.runtime.generation.watchdog import Watchdog
 
@@ -34,9 +34,9 @@ class Trims:
     def __init__(self) -> None:
         self.levels: list[str] = []
 
-    def __call__(self, level: str) -> Trim:
+    def __call__(self, level: str) -> Reclaimed:
         self.levels.append(level)
-        return Trim(level, 10)
+        return Reclaimed(level, 10)
 
 
 def test_well_below_the_budget_nothing_is_done(resident: list[int]) -> None:
@@ -58,7 +58,7 @@ def test_the_milder_level_first_and_no_more_than_is_needed(resident: list[int]) 
     resident[:] = [980]
     assert not watchdog.is_over()
     assert trims.levels == ["background", "background", "moderate"]
-    assert watchdog.trims == (Trim("background", 20), Trim("moderate", 10))
+    assert watchdog.trims == (Reclaimed("background", 20), Reclaimed("moderate", 10))
 
 
 def test_over_the_budget_it_tries_every_time(resident: list[int]) -> None:

@@ -28,4 +28,4 @@ def gpu_budget(
     holds_cache: bool = True,
 ) -> GpuBudget:
     """Return a budget of all that the devices have free."""
-    return GpuBudget.stated(layers, memory, devices or (gpu(),), holds_cache=holds_cache)
+    return GpuBudget.from_user(layers, memory, devices or (gpu(),), holds_cache=holds_cache)

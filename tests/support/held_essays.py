@@ -173,7 +173,7 @@ class Essays:
         """Return the policy with the sparsity spread over layers and heads, on the reference."""
         model, context = self.loaded.model, self.trial.context
         sample = read_sample(None, 2 * context)
-        text = sample_tokens(model.tokenizer, sample, 2 * context + 2, whose="the reference")
+        text = sample_tokens(model.tokenizer, sample, 2 * context + 2, source="the reference")
         calibration_context = CalibrationContext(
             model=model,
             hook=self.hook,

@@ -1,8 +1,8 @@
-"""Packed weights deep in a context, in Gemma-3-270m, and in files of the shape of Llama-3.2-1B.
+"""Repacked weights at a long context, in Gemma-3-270m, and in a model with the shape of Llama-3.2-1B.
 
-Each round times llama.cpp through its C API and then ours: above 1 ours is faster. Of a token of the large
-shape it also says how fast its weights are read, beside what two threads can read of memory at the most.
-Run with `make bench`.
+Each round times llama.cpp with its C API and then lowtide; a ratio above 1 means lowtide is faster. For the
+large shape, the bandwidth of reading weights is compared with the memory bandwidth of two threads. Run with
+`make bench`.
 """
 
 from __future__ import annotations
@@ -41,20 +41,22 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def deep(smollm2: Path) -> Iterator[tuple[RepackedModel, Peer]]:
-    ours = RepackedModel(smollm2, 8192)
+    repacked = RepackedModel(smollm2, 8192)
     peer = Peer(smollm2, context=8192, batch_size=ROWS, threads=2)
-    with closing(ours.loaded), closing(peer):
-        ours.prefill(DEPTH)
-        peer.prefill(ours.token_ids[:DEPTH])
-        yield ours, peer
+    with closing(repacked.loaded), closing(peer):
+        repacked.prefill(DEPTH)
+        peer.prefill(repacked.token_ids[:DEPTH])
+        yield repacked, peer
 
 
 @pytest.mark.parametrize("attention", ["dense", "tidal"])
 def test_decode_at_7600(
     benchmark: Any, deep: tuple[RepackedModel, Peer], smollm2: Path, attention: str
 ) -> None:
-    ours, peer = deep
-    compare_decode(benchmark, "llama.cpp", ours, peer, DEPTH, attention=attention, is_filled=True)
+    repacked, peer = deep
+    compare_decode(
+        benchmark, "llama.cpp", repacked, peer, DEPTH, attention=attention, is_filled=True
+    )
 
 
 def test_prefill_of_7600(benchmark: Any, deep: tuple[RepackedModel, Peer]) -> None:
@@ -64,9 +66,9 @@ def test_prefill_of_7600(benchmark: Any, deep: tuple[RepackedModel, Peer]) -> No
 @pytest.fixture(scope="module")
 def gemma() -> Iterator[tuple[RepackedModel, Peer]]:
     path = Path(resolve("gemma3-270m"))
-    ours, peer = RepackedModel(path), Peer(path, context=2048, batch_size=ROWS, threads=2)
-    with closing(ours.loaded), closing(peer):
-        yield ours, peer
+    repacked, peer = RepackedModel(path), Peer(path, context=2048, batch_size=ROWS, threads=2)
+    with closing(repacked.loaded), closing(peer):
+        yield repacked, peer
 
 
 def test_decode_of_gemma(benchmark: Any, gemma: tuple[RepackedModel, Peer]) -> None:
@@ -81,17 +83,19 @@ def test_prefill_of_gemma(benchmark: Any, gemma: tuple[RepackedModel, Peer]) -> 
 def large(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, int, RepackedModel, Peer]]:
-    """The format, the bytes of weights that a token reads, and both."""
+    """Yield the format, the bytes of weights that a token reads, and both engines."""
     path = tmp_path_factory.mktemp("large") / f"{request.param}.gguf"
     write_model(path, **LARGE, quantised=request.param)
-    ours, peer = RepackedModel(path), Peer(path, context=2048, batch_size=ROWS, threads=2)
-    embedding = LARGE["vocabulary"] * LARGE["width"] * 18 // 32  # 4.5 bits in both formats
-    with closing(ours.loaded), closing(peer):
-        yield request.param, path.stat().st_size - embedding, ours, peer
+    repacked, peer = RepackedModel(path), Peer(path, context=2048, batch_size=ROWS, threads=2)
+    embedding = (
+        LARGE["vocabulary"] * LARGE["width"] * 18 // 32
+    )  # 4.5 bits per weight in both formats
+    with closing(repacked.loaded), closing(peer):
+        yield request.param, path.stat().st_size - embedding, repacked, peer
 
 
 def read_rate() -> float:
-    """Bytes a second that two threads read of memory that no cache holds, the best of five rounds."""
+    """Return the bytes/s at which two threads read uncached memory, the best of five rounds."""
     halves = np.split(np.ones(GIB // 8, np.int64), 2)
     seconds = []
     with ThreadPoolExecutor(2) as pool:
@@ -105,18 +109,18 @@ def read_rate() -> float:
 def test_decode_of_the_shape_of_llama_1b(
     benchmark: Any, large: tuple[str, int, RepackedModel, Peer]
 ) -> None:
-    kind, num_bytes, ours, peer = large
-    compare_decode(benchmark, f"llama.cpp, 1B in {kind}", ours, peer, 256, rounds=5)
+    kind, num_bytes, repacked, peer = large
+    compare_decode(benchmark, f"llama.cpp, 1B in {kind}", repacked, peer, 256, rounds=5)
     rate, most = num_bytes * NUM_DECODED / benchmark.stats.stats.median, read_rate()
     benchmark.extra_info.update(bytes_per_s=rate, most_bytes_per_s=most)
     print(
-        f"{num_bytes // MIB:,} MiB of weights a token, {rate / 1e9:.1f} GB/s of {most / 1e9:.1f} that two "
-        f"threads read: {rate / most:.0%}"
+        f"{num_bytes // MIB:,} MiB of weights per token at {rate / 1e9:.1f} GB/s; two threads read "
+        f"{most / 1e9:.1f} GB/s: {rate / most:.0%}"
     )
 
 
 def test_prefill_of_the_shape_of_llama_1b(
     benchmark: Any, large: tuple[str, int, RepackedModel, Peer]
 ) -> None:
-    kind, _, ours, peer = large
-    compare_prefill(benchmark, f"llama.cpp, 1B in {kind}", ours, peer, 256, rounds=3)
+    kind, _, repacked, peer = large
+    compare_prefill(benchmark, f"llama.cpp, 1B in {kind}", repacked, peer, 256, rounds=3)

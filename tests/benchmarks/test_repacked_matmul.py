@@ -1,8 +1,8 @@
-"""Tokens and prompts with packed weights against llama.cpp on the same file, and on its fastest format,
-and of F16 and BF16 copies; and how far both are from the same weights in float32.
+"""Repacked weights compared with llama.cpp on the same file, on a Q4_0 copy, and on F16 and BF16 copies.
 
-Each round times llama.cpp through its C API and then ours, so a ratio holds on a noisy machine. Above 1
-ours is faster. Run with `make bench`.
+Also the KL divergence of both from the same weights in fp32. Each round times llama.cpp with its C API and
+then lowtide, so that ratios are valid on a noisy machine; above 1 means lowtide is faster. Run with
+`make bench`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 
 pytestmark = pytest.mark.benchmark
 
-KINDS = ("llama.cpp's products", "packed")
+KINDS = ("original", "repacked")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def ours(smollm2: Path) -> Iterator[RepackedModel]:
+def repacked(smollm2: Path) -> Iterator[RepackedModel]:
     made = RepackedModel(smollm2)
     yield made
     made.loaded.close()
@@ -66,40 +66,44 @@ def peer(request: pytest.FixtureRequest, smollm2: Path, q4_0: Path) -> Iterator[
 def floats(
     request: pytest.FixtureRequest, smollm2: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, RepackedModel, Peer]]:
-    """A copy of weights that are not quantised, packed and with llama.cpp."""
+    """Yield the type of a copy that is not quantised, the repacked model, and llama.cpp."""
     kind = request.param
     path = requantised(smollm2, tmp_path_factory.mktemp("floats") / f"{kind}.gguf", kind)
-    ours = RepackedModel(path)
+    repacked = RepackedModel(path)
     with (
-        closing(ours.loaded),
+        closing(repacked.loaded),
         closing(Peer(path, context=2048, batch_size=ROWS, threads=2)) as peer,
     ):
-        yield kind, ours, peer
+        yield kind, repacked, peer
 
 
 @pytest.mark.parametrize("depth", [256, 1024])
-def test_decode(benchmark: Any, ours: RepackedModel, peer: tuple[str, Peer], depth: int) -> None:
-    compare_decode(benchmark, peer[0], ours, peer[1], depth)
+def test_decode(
+    benchmark: Any, repacked: RepackedModel, peer: tuple[str, Peer], depth: int
+) -> None:
+    compare_decode(benchmark, peer[0], repacked, peer[1], depth)
 
 
 @pytest.mark.parametrize("length", [256, 512])
-def test_prefill(benchmark: Any, ours: RepackedModel, peer: tuple[str, Peer], length: int) -> None:
-    compare_prefill(benchmark, peer[0], ours, peer[1], length)
+def test_prefill(
+    benchmark: Any, repacked: RepackedModel, peer: tuple[str, Peer], length: int
+) -> None:
+    compare_prefill(benchmark, peer[0], repacked, peer[1], length)
 
 
 @pytest.mark.parametrize("num_rows", [2, 4, 8])
-def test_verification(benchmark: Any, ours: RepackedModel, num_rows: int) -> None:
-    compare_verification(benchmark, ours, num_rows)
+def test_verification(benchmark: Any, repacked: RepackedModel, num_rows: int) -> None:
+    compare_verification(benchmark, repacked, num_rows)
 
 
 def test_decode_of_floats(benchmark: Any, floats: tuple[str, RepackedModel, Peer]) -> None:
-    kind, ours, theirs = floats
-    compare_decode(benchmark, f"llama.cpp on {kind}", ours, theirs, 256)
+    kind, repacked, peer = floats
+    compare_decode(benchmark, f"llama.cpp on {kind}", repacked, peer, 256)
 
 
 def test_prefill_of_floats(benchmark: Any, floats: tuple[str, RepackedModel, Peer]) -> None:
-    kind, ours, theirs = floats
-    compare_prefill(benchmark, f"llama.cpp on {kind}", ours, theirs, 512)
+    kind, repacked, peer = floats
+    compare_prefill(benchmark, f"llama.cpp on {kind}", repacked, peer, 512)
 
 
 @pytest.mark.parametrize("num_rows", [4, 8])
@@ -113,7 +117,7 @@ NUM_READ, NUM_COMPARED = 384, 300
 
 
 def distributions(path: Path, token_ids: list[int], *, repack: bool) -> np.ndarray:
-    """Log probabilities after each of the compared tokens, with our attention."""
+    """Return log probabilities after each compared token, with lowtide's attention."""
     options = LoadConfig(memory=8 * GIB, context=1024, threads=2, attention="dense", repack=repack)
     loaded = Engine(plan_reference(path, options))
     try:
@@ -126,11 +130,11 @@ def distributions(path: Path, token_ids: list[int], *, repack: bool) -> np.ndarr
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_how_far_from_the_same_weights_in_float32(
-    benchmark: Any, smollm2: Path, ours: RepackedModel, tmp_path: Path, share: float
+def test_divergence_from_the_same_weights_in_fp32(
+    benchmark: Any, smollm2: Path, repacked: RepackedModel, tmp_path: Path, share: float
 ) -> None:
     text = essays()
-    encode = ours.model.tokenizer.encode
+    encode = repacked.model.tokenizer.encode
     token_ids = encode(text[int(len(text) * share) :][:8000], add_special=True, parse_special=False)
     exact = distributions(
         requantised(smollm2, tmp_path / "F32.gguf", "F32"), token_ids, repack=False
@@ -138,9 +142,9 @@ def test_how_far_from_the_same_weights_in_float32(
     found: dict[str, np.ndarray] = {}
 
     def decode() -> None:
-        found.update({n: distributions(smollm2, token_ids, repack=n == "packed") for n in KINDS})
+        found.update({n: distributions(smollm2, token_ids, repack=n == "repacked") for n in KINDS})
 
     benchmark.pedantic(decode, rounds=1)
     kl = {n: float((np.exp(exact) * (exact - rows)).sum(1).mean()) for n, rows in found.items()}
     benchmark.extra_info.update(kl)
-    print(f"\nessays from {share:.0%} on, KL from float32 weights, nats a token: {kl}")
+    print(f"\nessays from {share:.0%} on, KL from fp32 weights, nats/token: {kl}")

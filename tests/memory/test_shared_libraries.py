@@ -1,4 +1,4 @@
-"""Whose code an address is, and reading it in."""
+"""Which library an address belongs to, making it resident, and releasing startup pages."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from lowtide.memory.process import read_process_memory
 from lowtide.models.gguf.llama_cpp import llama_library
 
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="Linux tells where files are mapped"
+    sys.platform != "linux", reason="only Linux shows where files are mapped"
 )
 
 
-def test_an_address_of_no_library_is_nobodys() -> None:
+def test_an_address_outside_of_libraries() -> None:
     assert library_of(None) is None
     assert library_of(ctypes.addressof(ctypes.create_string_buffer(8))) is None
     fault_in(8)
 
 
-def test_a_library_that_was_let_go_is_read_in_again() -> None:
+def test_a_released_library_becomes_resident_again() -> None:
     address = llama_library().address("ggml_get_type_traits_cpu")
     library = library_of(address)
     assert library is not None and b"ggml-cpu" in library
@@ -42,7 +42,7 @@ def test_a_library_that_was_let_go_is_read_in_again() -> None:
     assert read_process_memory().file_bytes - before >= 0.9 * begin.num_bytes
 
 
-_GIVE_BACK = """
+_RELEASE = """
 import hashlib, json
 import numpy as np
 from lowtide.memory.os.shared_libraries import release_startup_pages
@@ -50,23 +50,23 @@ from lowtide.memory.process import read_process_memory
 before = read_process_memory()
 release_startup_pages()
 after = read_process_memory()
-told = hashlib.sha256(b"tide").hexdigest(), np.linalg.solve(np.eye(3) * 2, np.ones(3)).tolist()
+results = hashlib.sha256(b"tide").hexdigest(), np.linalg.solve(np.eye(3) * 2, np.ones(3)).tolist()
 anonymous_bytes = before.anonymous_bytes - after.anonymous_bytes
-print(json.dumps([before.file_bytes - after.file_bytes, anonymous_bytes, told]))
+print(json.dumps([before.file_bytes - after.file_bytes, anonymous_bytes, results]))
 """
 TIDE = "8a28929ac7f9a17e97a421ac2cd63ac73568ebe87bc0cee641a193d91c761577"
 
 
-def test_what_was_read_while_a_library_was_loaded_goes_back_and_the_library_works() -> None:
-    done = run_python(_GIVE_BACK)
+def test_startup_pages_are_released_and_the_libraries_work() -> None:
+    done = run_python(_RELEASE)
     assert done.code == 0, done.stderr
-    file_bytes, anonymous_bytes, told = json.loads(done.stdout)
-    # Which libraries there are differs from build to build; that nothing written is lost does not.
+    file_bytes, anonymous_bytes, results = json.loads(done.stdout)
+    # The libraries differ from build to build; but written pages are never lost.
     assert file_bytes >= 0 and abs(anonymous_bytes) < 1 << 18
-    assert told == [TIDE, [0.5] * 3]
+    assert results == [TIDE, [0.5] * 3]
 
 
-_FILL_NO_MAP = """
+_MAP_LAZILY = """
 import json
 import numpy as np
 from pathlib import Path
@@ -81,16 +81,16 @@ with open("/proc/self/maps") as lines:
     paths = {line.split()[-1] for line in lines if "umath_linalg" in line and "r-xp" in line}
 (library,) = paths
 first = min(read_file_maps(Path(library)), key=lambda file_map: file_map.address)
-given_back = release_pages(first.address, first.num_bytes)
+released = release_pages(first.address, first.num_bytes)
 before = read_process_memory().file_bytes
 can_map_lazily()
-print(json.dumps([given_back, read_process_memory().file_bytes - before]))
+print(json.dumps([released, read_process_memory().file_bytes - before]))
 """
 
 
-def test_leaving_maps_unfilled_reads_in_no_library_that_has_nothing_to_do_with_it() -> None:
-    """One page of it would be enough: with that, Linux maps what the page cache holds in one piece."""
-    done = run_python(_FILL_NO_MAP)
+def test_lazy_mappings_make_no_other_library_resident() -> None:
+    """Reading one page would be enough: Linux then maps the whole folio around it."""
+    done = run_python(_MAP_LAZILY)
     assert done.code == 0, done.stderr
     assert json.loads(done.stdout) == [True, 0]
 
@@ -113,7 +113,7 @@ Anonymous:             0 kB
 """
 
 
-def test_only_what_nobody_wrote_to_is_let_go(tmp_path: Path) -> None:
+def test_only_unwritten_areas_are_released(tmp_path: Path) -> None:
     smaps = tmp_path / "smaps"
     smaps.write_bytes(_SMAPS)
     found = list(_unwritten_areas(smaps, (b"libcrypto", b"openblas")))

@@ -1,10 +1,12 @@
+"""The machine and its container limits, and the default budget."""
+
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
 
-from lowtide.memory import machine as device
+from lowtide.memory import machine as machine_module
 from lowtide.memory.budget import Budget
 from lowtide.memory.machine import CgroupMemory, Machine, cgroup_limits, read_machine
 from lowtide.memory.units import BadSize
@@ -23,7 +25,7 @@ def _proc(tmp_path: Path, line: str) -> Path:
     return tmp_path / "proc"
 
 
-def test_version_2_takes_every_limit_up_the_hierarchy(tmp_path: Path) -> None:
+def test_version_2_reads_every_limit_up_the_hierarchy(tmp_path: Path) -> None:
     root = tmp_path / "cgroup"
     _write(root / "user" / "app", memory__max=2 * GIB, memory__current=GIB)
     _write(root / "user" / "app", memory__stat=f"anon 5\ninactive_file {GIB // 2}\nactive_file 7")
@@ -49,11 +51,11 @@ def test_a_container_sees_only_the_root(tmp_path: Path) -> None:
     assert cgroup_limits(proc, root) == [CgroupMemory(GIB, 1000)]
 
 
-def test_page_cache_above_the_usage_never_goes_negative() -> None:
+def test_the_free_memory_of_a_group_is_never_negative() -> None:
     assert CgroupMemory(10, 20).free_bytes == 0
 
 
-def test_no_control_groups_at_all(tmp_path: Path) -> None:
+def test_a_system_without_control_groups(tmp_path: Path) -> None:
     assert cgroup_limits(tmp_path / "nothing", tmp_path) == []
 
 
@@ -62,8 +64,8 @@ def test_the_machine_respects_its_container(
 ) -> None:
     root = tmp_path / "cgroup"
     _write(root, memory__max=300 << 20, memory__current=100 << 20)
-    monkeypatch.setattr(device, "PROC", _proc(tmp_path, "0::/"))
-    monkeypatch.setattr(device, "CGROUP_ROOT", root)
+    monkeypatch.setattr(machine_module, "PROC", _proc(tmp_path, "0::/"))
+    monkeypatch.setattr(machine_module, "CGROUP_ROOT", root)
     machine = read_machine()
     assert (machine.total_bytes, machine.available_bytes) == (300 << 20, 200 << 20)
     assert machine.limited_by == "cgroup"
@@ -81,15 +83,15 @@ MACHINE = Machine(
 )
 
 
-def test_the_default_budget_is_four_fifths_of_what_is_available_and_says_so() -> None:
-    budget = Budget.stated(None, MACHINE)
+def test_the_default_budget_is_80_percent_of_the_available_memory() -> None:
+    budget = Budget.from_user(None, MACHINE)
     assert budget.num_bytes == 400
     assert budget.source == "80 % of the 500 B available"
 
 
-def test_stated_budgets() -> None:
-    assert Budget.stated("50%", MACHINE).num_bytes == 250
-    assert Budget.stated(300, MACHINE).warning is None
-    assert "above the 500 B" in (Budget.stated("600", MACHINE).warning or "")
+def test_budgets_from_the_user() -> None:
+    assert Budget.from_user("50%", MACHINE).num_bytes == 250
+    assert Budget.from_user(300, MACHINE).warning is None
+    assert "larger than the 500 B" in (Budget.from_user("600", MACHINE).warning or "")
     with pytest.raises(BadSize):
-        Budget.stated("lots", MACHINE)
+        Budget.from_user("lots", MACHINE)

@@ -1,3 +1,5 @@
+"""Where files are mapped in this process."""
+
 from __future__ import annotations
 
 import mmap
@@ -9,9 +11,9 @@ import pytest
 from lowtide.memory.os.file_mappings import MAPS, FileMap, read_file_maps
 
 
-@pytest.mark.skipif(not MAPS.exists(), reason="this system does not tell its maps")
-def test_a_file_that_is_mapped_is_found(tmp_path: Path) -> None:
-    path = tmp_path / "a file with blanks"
+@pytest.mark.skipif(not MAPS.exists(), reason="this system has no /proc/self/maps")
+def test_mappings_of_a_file_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "a file with spaces"
     path.write_bytes(os.urandom(5 * mmap.PAGESIZE))
     assert read_file_maps(path) == frozenset()
     with path.open("rb") as file:
@@ -28,22 +30,22 @@ def test_a_file_that_is_mapped_is_found(tmp_path: Path) -> None:
     }
 
 
-def test_other_files_and_broken_lines_are_passed_over(tmp_path: Path) -> None:
+def test_other_files_and_malformed_lines_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"x")
-    known = os.stat(path)
-    device = f"{os.major(known.st_dev):02x}:{os.minor(known.st_dev):02x}"
+    status = os.stat(path)
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
     maps = tmp_path / "maps"
     maps.write_text(
-        f"10000-30000 r--s 00002000 {device} {known.st_ino}    {path}\n"
-        f"40000-50000 r--s 00000000 {device} {known.st_ino + 1}    {path}\n"
-        f"60000-70000 r--s 00000000 ff:ff {known.st_ino}    {path}\n"
+        f"10000-30000 r--s 00002000 {device} {status.st_ino}    {path}\n"
+        f"40000-50000 r--s 00000000 {device} {status.st_ino + 1}    {path}\n"
+        f"60000-70000 r--s 00000000 ff:ff {status.st_ino}    {path}\n"
         "70000-80000 rw-p 00000000 00:00 0\n"
         "short\n"
     )
     assert read_file_maps(path, maps) == {FileMap(0x10000, 0x20000, 0x2000)}
 
 
-def test_a_system_without_maps_finds_nothing(tmp_path: Path) -> None:
+def test_a_system_without_maps_has_no_mappings(tmp_path: Path) -> None:
     assert read_file_maps(tmp_path, tmp_path / "none") == frozenset()
     assert read_file_maps(tmp_path / "none") == frozenset()

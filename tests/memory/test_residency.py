@@ -1,4 +1,4 @@
-"""What is resident, against what was touched: in a process of its own where the whole counts."""
+"""Resident bytes compared with the touched bytes, in a process of its own if the total matters."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from processes import run_python
 
-from lowtide.memory.os import residency as residence
+from lowtide.memory.os import residency as residency
 from lowtide.memory.os.residency import ResidentMemoryMeter, resident_file_bytes
 
 
-def test_the_meter_tells_memory_from_pages_of_files(tmp_path: Path) -> None:
+def test_the_meter_separates_memory_from_file_pages(tmp_path: Path) -> None:
     path = tmp_path / "pages"
     path.write_bytes(b"x" * (24 << 20))
     done = run_python(
@@ -29,14 +29,14 @@ def test_the_meter_tells_memory_from_pages_of_files(tmp_path: Path) -> None:
         "print(resident_file_bytes([path]))"
     )
     assert done.code == 0, done.stderr
-    none, grown, of_files, walked = map(int, done.stdout.split())
-    assert none == 0
+    untouched, grown, of_files, counted = map(int, done.stdout.split())
+    assert untouched == 0
     assert abs(grown - (32 << 20)) < 1 << 20
     assert abs(of_files - (16 << 20)) < 1 << 20
-    assert abs(walked - (16 << 20)) < 1 << 20
+    assert abs(counted - (16 << 20)) < 1 << 20
 
 
-def test_pages_of_a_buffer() -> None:
+def test_resident_pages_of_a_buffer() -> None:
     done = run_python(
         "import mmap, ctypes\n"
         "from lowtide.memory.os.residency import resident_buffer_bytes\n"
@@ -54,13 +54,13 @@ def test_pages_of_a_buffer() -> None:
     assert list(map(int, done.stdout.split())) == [0, 5 * 4096, 4096]
 
 
-def test_a_system_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_without_these_counters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "darwin")
-    residence._mincore.cache_clear()
+    residency._mincore.cache_clear()
     meter = ResidentMemoryMeter()
-    assert not meter.tells_files
+    assert not meter.separates_files
     now = meter.read()
     assert now.file_bytes == 0 and now.num_bytes > 10 << 20
-    assert residence.resident_buffer_bytes([]) is None
-    residence._mincore.cache_clear()
+    assert residency.resident_buffer_bytes([]) is None
+    residency._mincore.cache_clear()
     assert resident_file_bytes([Path("/nowhere")]) == 0
