@@ -155,9 +155,9 @@ def _calibrator(attention: str) -> Calibrator:
 
 def _check_engine(spec: ModelSpec) -> None:
     from lowtide.models.errors import BadOption
-    from lowtide.models.onnx.spec import OnnxSpec
+    from lowtide.runtime.planning.plan import backend_for
 
-    if isinstance(spec, OnnxSpec):
+    if not backend_for(spec).supports_calibration:
         raise BadOption(
             f"{spec.name} is an ONNX graph, and calibrate runs GGUF models only: calibrate the GGUF file "
             "(lowtide convert keeps its calibration), or set the policy's settings yourself"

@@ -35,8 +35,8 @@ def command(model: str, folder: Path, activations: str, force: bool, offline: bo
     spec = find_spec(model, offline=offline)
     with click.progressbar(length=spec.weight_bytes, label=spec.name, file=sys.stderr) as bar:
         made = convert(spec, folder, rows=activations, replace=force, advance=bar.update)
-    for type_name, count in sorted(made.use_bf16.items()):
+    for type_name, count in sorted(made.rounded.items()):
         note(f"{count} matrices of type {type_name} were quantised to 8 bits in blocks of 32")
-    if not made.use_bf16:
+    if not made.rounded:
         note("All weights keep their values.")
     click.echo(made.folder)

@@ -35,12 +35,11 @@ def command() -> None:
 def repack(model: str | None, offline: bool) -> None:
     """Write a copy of MODEL for lowtide's matmul kernels to the cache folder, and print its path."""
     from lowtide.cli.output import note
-    from lowtide.runtime.loading.repack import repacked_copy
-    from lowtide.runtime.planning.plan import find_spec
+    from lowtide.runtime.planning.plan import backend_for, find_spec
 
     spec = find_spec(model, offline=offline)
     with click.progressbar(length=spec.weight_bytes, label=spec.name, file=sys.stderr) as bar:
-        repacked = repacked_copy(spec, bar.update)
+        repacked = backend_for(spec).repack(spec, bar.update)
     note(f"Repacked {len(repacked.repacked_tensors)} matrices.")
     for path in repacked.paths:
         click.echo(path)

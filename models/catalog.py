@@ -1,10 +1,8 @@
-"""Catalog: from what a user types to a model file on this machine.
+"""Finds the model file that a reference means: a path, a name, or hf:user/repo on the Hugging Face hub.
 
-Knows paths, names and hf: references; opens nothing.
-
-Fetches GGUF files from the Hugging Face hub into its shared cache.
-
-Knows no model. `huggingface_hub` is an optional dependency and is imported only here, only when used."""
+Files from the hub go to its shared cache. `huggingface_hub` is an optional dependency and is imported only here,
+when it is needed.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ HUB_PREFIX = "hf:"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedModel:
-    """A model that a Python package carries. `assembled` names the file that its pieces make."""
+    """A model in a Python package; `assembled` names the file that its parts are joined into."""
 
     name: str
     package: str
@@ -70,13 +68,13 @@ def resolve(reference: str | Path | None = None, *, offline: bool = False) -> Pa
     if path.exists() or path.suffix or os.sep in text:
         return path
     raise ModelNotFound(
-        f"{text!r} is no file and no known model: give the path of a .gguf file, hf:user/repo, or "
+        f"{text!r} is neither a file nor a known model: give the path of a .gguf file, hf:user/repo, or "
         f"one of {', '.join(model.name for model in NAMED_MODELS)}"
     )
 
 
 def installed_path(model: NamedModel) -> Path | None:
-    """Return where a named model's file is, or None; assembles nothing."""
+    """Return where a named model's file is, or None where its parts are not joined yet."""
     if model.assembled is not None:
         path = cache_folder() / "models" / model.assembled
         return path if path.is_file() else None
@@ -84,12 +82,12 @@ def installed_path(model: NamedModel) -> Path | None:
 
 
 def is_installed(model: NamedModel) -> bool:
-    """Whether the package that carries the model is here."""
+    """Whether the model's package is installed."""
     return importlib.util.find_spec(model.package) is not None
 
 
 def cache_folder() -> Path:
-    """The folder for files that can be made again: $XDG_CACHE_HOME/lowtide."""
+    """Return the folder for files that can be made again: $XDG_CACHE_HOME/lowtide."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "lowtide"
 
@@ -118,7 +116,7 @@ def _installed(model: NamedModel) -> Path:
 
 
 def _assemble(model: NamedModel, target: Path) -> Path:
-    """Join the parts into the cache, under another name until the checksum is right."""
+    """Join the parts into the cache folder, under another name until the checksum is right."""
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f"{target.name}.{os.getpid()}")
     try:
@@ -139,15 +137,15 @@ _SPLIT_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
 def fetch(reference: str, *, offline: bool) -> Path:
-    """Return the local path of "user/repo[:quant]", downloading what the hub's cache does not have.
+    """Return the local path of "user/repo[:quant]"; download what is not in the hub's cache.
 
-    `quant` is matched whatever its case and defaults to Q4_K_M, or to the only file there is. With
-    `offline` nothing leaves the machine. Raises `ModelNotFound` or `DownloadError`.
+    `quant` is matched in any case and defaults to Q4_K_M, or to the only file there is. With `offline` nothing
+    is sent or fetched. Raises `ModelNotFound` or `DownloadError`.
     """
     match = _REFERENCE.match(reference)
     if match is None:
         raise ModelNotFound(
-            f"hf:{reference} is no reference: write hf:user/repo or hf:user/repo:Q4_K_M"
+            f"hf:{reference} is not a valid reference: write hf:user/repo or hf:user/repo:Q4_K_M"
         )
     repo, quant = match["repo"], match["quant"]
     try:
@@ -164,7 +162,7 @@ def fetch(reference: str, *, offline: bool) -> Path:
         paths = [Path(huggingface_hub.hf_hub_download(repo, name)) for name in chosen]
     except ModelNotFound:
         raise
-    except Exception as error:  # the client raises its own, its transport's and plain OSErrors
+    except Exception as error:  # the client raises its own errors, its transport's, and OSError
         first_line = str(error).strip().partition("\n")[0]
         raise DownloadError(
             f"hf:{reference} could not be fetched ({type(error).__name__}: {first_line}): check the "
@@ -174,15 +172,15 @@ def fetch(reference: str, *, offline: bool) -> Path:
 
 
 def choose(names: list[str], quant: str | None, repo: str) -> list[str]:
-    """Return the file to fetch out of a repository's GGUF names: all parts, where it is split."""
-    wanted = (quant or DEFAULT_QUANTISATION).lower()
+    """Return the file to fetch from a repository's GGUF files, with all parts of a split one."""
+    quantisation = (quant or DEFAULT_QUANTISATION).lower()
     firsts = sorted(n for n in names if (m := _SPLIT_PART.search(n)) is None or m[1] == "00001")
-    matching = [n for n in firsts if _has_quantisation(n.lower(), wanted)]
+    matching = [n for n in firsts if _has_quantisation(n.lower(), quantisation)]
     if not matching and quant is None and len(firsts) == 1:
         matching = firsts
     if not matching:
-        offered = ", ".join(firsts) or "no .gguf file at all"
-        raise ModelNotFound(f"hf:{repo} has no file of {wanted.upper()}: it offers {offered}")
+        available = ", ".join(firsts) or "no .gguf file at all"
+        raise ModelNotFound(f"hf:{repo} has no {quantisation.upper()} file: it has {available}")
     first = matching[0]
     split = _SPLIT_PART.search(first)
     if split is None:
@@ -191,8 +189,8 @@ def choose(names: list[str], quant: str | None, repo: str) -> list[str]:
     return [f"{stem}-{part:05}-of-{split[2]}.gguf" for part in range(1, int(split[2]) + 1)]
 
 
-def _has_quantisation(name: str, wanted: str) -> bool:
-    return re.search(rf"(^|[^a-z0-9]){re.escape(wanted)}([^a-z0-9_]|$)", name) is not None
+def _has_quantisation(name: str, quantisation: str) -> bool:
+    return re.search(rf"(^|[^a-z0-9]){re.escape(quantisation)}([^a-z0-9_]|$)", name) is not None
 
 
 def _cached(repo: str, quant: str | None, cache: Path) -> Path:
@@ -201,6 +199,4 @@ def _cached(repo: str, quant: str | None, cache: Path) -> Path:
         names = [str(p.relative_to(snapshot)) for p in snapshot.rglob("*.gguf")]
         if names:
             return snapshot / choose(names, quant, repo)[0]
-    raise ModelNotFound(
-        f"hf:{repo} is not in the hub's cache and --offline forbids fetching it: run once without"
-    )
+    raise ModelNotFound(f"hf:{repo} is not in the hub's cache: run once without --offline")

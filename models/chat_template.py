@@ -1,7 +1,7 @@
 """ChatTemplate: messages to the prompt text that a model was trained on.
 
-Knows no tokens. A template comes with the model, so it is somebody else's code: it runs in
-`template_sandbox`, which bounds what it may touch and how much it may make.
+A template comes with the model, so it is untrusted code: it runs in `models/template_sandbox.py`, which limits
+what it may reach and how much it may make.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ ROLES = ("system", "user", "assistant", "tool")
 class ChatTemplate:
     """A compiled chat template.
 
-    Raises `TemplateError` where `source` is None or no template at all.
+    Raises `TemplateError` where `source` is None or does not parse.
     """
 
     def __init__(self, source: str | None, special_texts: Mapping[str, str]) -> None:
         if source is None:
             raise TemplateError(
-                "the model has no chat template, chatting needs one: use `lowtide run --raw` or "
-                "Runtime.generate, or an instruction-tuned model"
+                "the model has no chat template: use `lowtide run --raw` or Runtime.generate, or an "
+                "instruction-tuned model"
             )
         self._special_texts = dict(special_texts)
         self._template = _compile(source)
 
     def render(self, messages: Sequence[Message]) -> str:
-        """Return the prompt that asks for the next assistant turn.
+        """Return the prompt for the next assistant turn.
 
-        Raises `TemplateError` with the template's own words where it refuses the messages.
+        Raises `TemplateError` with the template's own message where it refuses the messages.
         """
         from lowtide.models.template_sandbox import rendered
 
@@ -53,12 +53,12 @@ class ChatTemplate:
 
 
 def checked_message(message: Message) -> dict[str, str]:
-    """Return the message as a plain dict; raise `TemplateError` where it is not one."""
+    """Return the message as a plain dict; raise `TemplateError` where its role or content is not valid."""
     role, content = message.get("role"), message.get("content")
     if role not in ROLES or not isinstance(content, str):
         raise TemplateError(
-            f"a message has the role {role!r} and {type(content).__name__} content: a role of "
-            f"{', '.join(ROLES)} and a text are wanted"
+            f"a message has the role {role!r} and {type(content).__name__} content; the role must be one of "
+            f"{', '.join(ROLES)} and the content a string"
         )
     return {"role": role, "content": content}
 

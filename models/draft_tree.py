@@ -1,4 +1,4 @@
-"""TokenTree: tokens that may follow a text, each after another one of them. Pure; knows no model."""
+"""TokenTree: draft tokens that may follow a text, as a tree."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 TEXT = -1
-"""The parent of what follows the text itself."""
+"""The parent of tokens that follow the text itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenTree:
-    """Rows of a pass: row i is a token that comes after the row `parents[i]`, which stands before it.
+    """A tree of tokens, one row each: row i follows row `parents[i]`, which comes before it, or `TEXT`.
 
-    So any number of first rows is a tree, too. Raises `ValueError` where a parent does not stand before its
+    So the first n rows are a tree for every n. Raises `ValueError` where a parent does not come before its
     row.
     """
 
@@ -23,40 +23,40 @@ class TokenTree:
     def __post_init__(self) -> None:
         fit = len(self.parents) == len(self.token_ids)
         if not fit or not all(TEXT <= parent < row for row, parent in enumerate(self.parents)):
-            raise ValueError(f"parents are {self.parents}: each has to stand before its row")
+            raise ValueError(f"parents are {self.parents}; each must come before its row")
 
     @classmethod
     def chain(cls, token_ids: Sequence[int]) -> TokenTree:
-        """Return the tree in which each token follows the one before."""
+        """Return the tree in which each token follows the previous one."""
         return cls(tuple(token_ids), tuple(range(TEXT, len(token_ids) - 1)))
 
     def behind(self, token_id: int) -> TokenTree:
-        """Return the tree that is this one after a token, which is its row 0."""
+        """Return this tree behind a token, which becomes row 0."""
         return TokenTree((token_id, *self.token_ids), (TEXT, *(p + 1 for p in self.parents)))
 
     def of_rows(self, rows: Sequence[int]) -> TokenTree:
-        """Return the tree of these rows alone, in their order: a row's parent has to be one, before it."""
-        places = {TEXT: TEXT, **{row: place for place, row in enumerate(rows)}}
+        """Return the tree of these rows only, in this order; each row's parent must be among those before it."""
+        new_rows = {TEXT: TEXT, **{row: new for new, row in enumerate(rows)}}
         return TokenTree(
             tuple(self.token_ids[row] for row in rows),
-            tuple(places[self.parents[row]] for row in rows),
+            tuple(new_rows[self.parents[row]] for row in rows),
         )
 
     def trunk_first(self) -> TokenTree:
-        """Return the same tree with the rows of a longest path before all others."""
+        """Return the same tree with the rows of a longest path first: the trunk."""
         depths = self.depths()
         trunk = self.path(depths.index(max(depths))) if depths else ()
         return self.of_rows([*trunk, *(row for row in range(len(self)) if row not in trunk)])
 
     def depths(self) -> list[int]:
-        """Return how many rows stand before each one on its path."""
+        """Return the depth of each row: 0 for those that follow the text."""
         depths: list[int] = []
         for parent in self.parents:
             depths.append(0 if parent == TEXT else depths[parent] + 1)
         return depths
 
     def path(self, row: int) -> tuple[int, ...]:
-        """Return the rows from the text to this one, itself the last."""
+        """Return the rows from the text to this one, inclusive."""
         rows = []
         while row != TEXT:
             rows.append(row)
@@ -64,7 +64,7 @@ class TokenTree:
         return tuple(reversed(rows))
 
     def first_path(self) -> tuple[int, ...]:
-        """Return the rows of the path that takes the first of the rows after each one."""
+        """Return the path that follows the first child of each row."""
         rows, last = [], TEXT
         for row, parent in enumerate(self.parents):
             if parent == last:
@@ -73,17 +73,17 @@ class TokenTree:
         return tuple(rows)
 
     def later_siblings(self, row: int) -> list[int]:
-        """Return the rows behind this one that come after the same row."""
+        """Return the later rows with the same parent."""
         parent = self.parents[row]
         return [other for other in range(row + 1, len(self)) if self.parents[other] == parent]
 
     def leaves(self) -> list[int]:
-        """Return the rows that none follows."""
+        """Return the rows without children."""
         inner = set(self.parents)
         return [row for row in range(len(self)) if row not in inner]
 
     def runs(self) -> Iterator[tuple[int, ...]]:
-        """Yield all rows, in order, cut wherever one does not follow the row before it."""
+        """Yield all rows in order, split wherever a row does not follow the previous one."""
         run: list[int] = []
         for row, parent in enumerate(self.parents):
             if run and parent != row - 1:
@@ -94,7 +94,7 @@ class TokenTree:
             yield tuple(run)
 
     def child(self, row: int, token_id: int) -> int | None:
-        """Return the first row after `row` that has this token; None for none."""
+        """Return the first child of `row` with this token, or None."""
         return next(
             (
                 child
@@ -106,7 +106,7 @@ class TokenTree:
 
     @property
     def trunk_rows(self) -> int:
-        """How many first rows follow one another."""
+        """The length of the trunk: how many of the first rows follow one another."""
         return len(next(self.runs(), ()))
 
     def __len__(self) -> int:

@@ -1,19 +1,16 @@
-"""The ground floor of the error tree: everything a user can be told begins here.
-
-Knows nothing of budgets or the terminal. The whole tree is drawn in `lowtide.runtime.errors`.
-"""
+"""The base of the error tree, and the errors of models; the whole tree is drawn in `lowtide.runtime.errors`."""
 
 from __future__ import annotations
 
 
 class LowtideError(Exception):
-    """Something a user can act on: one sentence with what was wanted, what there is, what to change."""
+    """Something a user can act on: one sentence with what was requested, what is available, what to change."""
 
     exit_code = 1
 
 
 class BadOption(LowtideError, ValueError):
-    """An option has a value that cannot be: names the option, the value and what is wanted."""
+    """An option has an impossible value: names the option, the value and what is allowed."""
 
     exit_code = 2
 
@@ -25,19 +22,19 @@ class ModelError(LowtideError):
 
 
 class ModelNotFound(ModelError):
-    """The reference names no model that is here."""
+    """The reference names no model on this machine."""
 
 
 class BadModelFile(ModelError):
-    """The file is not a model that can be read: not GGUF, cut short, or with impossible numbers."""
+    """The file cannot be read as a model: another format, truncated, or with impossible numbers."""
 
 
 class UnsupportedModel(ModelError):
-    """The file is a sound model, but what is installed here cannot run it."""
+    """The file is a valid model, but what is installed here cannot run it."""
 
 
 class TemplateError(ModelError):
-    """The model's chat template is missing, broken, or does what a template must not."""
+    """The model's chat template is missing, broken, or does something that is not allowed."""
 
 
 class DownloadError(ModelError):
@@ -47,7 +44,7 @@ class DownloadError(ModelError):
 
 
 class NoGpu(LowtideError):
-    """Layers were wanted on a GPU, and llama.cpp reaches none here."""
+    """Layers were requested on a GPU, but llama.cpp finds none here."""
 
     exit_code = 2
 
@@ -57,4 +54,4 @@ class ForwardError(LowtideError):
 
 
 class SnapshotError(LowtideError):
-    """A KV cache could not be written to a file or read from one; the runtime stays usable."""
+    """A KV cache could not be saved, loaded or copied; the runtime stays usable."""

@@ -1,7 +1,7 @@
-"""A Model with made-up logits and a byte vocabulary: drives tests, examples and docs.
+"""A Model with made-up logits and a byte vocabulary, for tests, examples and docs.
 
-Knows no weights. What it says depends on nothing but the tokens in its cache, so truncating and
-appending again gives the same answers, as with a real model.
+It has no weights. Its logits depend only on the tokens in its KV cache, so truncating and appending again
+gives the same answers, as with a real model.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 BOS, TURN_START, TURN_END = 256, 257, 258
 NUM_TOKENS = 259
 CERTAINTY = 30.0
-_STATE_MAGIC = b"fake"
-_WRITTEN = {BOS: "<bos>", TURN_START: "<|start|>", TURN_END: "<|end|>"}
+_SNAPSHOT_MAGIC = b"fake"
+_CONTROL_TEXTS = {BOS: "<bos>", TURN_START: "<|start|>", TURN_END: "<|end|>"}
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n"
@@ -33,7 +33,7 @@ CHAT_TEMPLATE = (
 
 
 class ByteTokenizer(Tokenizer):
-    """One token a byte, three control tokens."""
+    """One token per byte, and three control tokens."""
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Return the bytes of `text`, after BOS where special tokens are added."""
@@ -41,11 +41,15 @@ class ByteTokenizer(Tokenizer):
         data = text.encode("utf-8", errors="replace")
         while data:
             control = next(
-                (i for i, w in _WRITTEN.items() if parse_special and data.startswith(w.encode())),
+                (
+                    token_id
+                    for token_id, written in _CONTROL_TEXTS.items()
+                    if parse_special and data.startswith(written.encode())
+                ),
                 None,
             )
             token_ids.append(data[0] if control is None else control)
-            data = data[1 if control is None else len(_WRITTEN[control]) :]
+            data = data[1 if control is None else len(_CONTROL_TEXTS[control]) :]
         return token_ids
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -53,20 +57,20 @@ class ByteTokenizer(Tokenizer):
         return bytes([token_id]) if token_id < BOS else b""
 
     def is_end(self, token_id: int) -> bool:
-        """Whether it is the token that ends a turn."""
+        """Whether the token ends a turn."""
         return token_id == TURN_END
 
     @property
     def special_texts(self) -> dict[str, str]:
-        """The written forms of the control tokens."""
-        return {"bos_token": _WRITTEN[BOS], "eos_token": _WRITTEN[TURN_END]}
+        """The texts of the control tokens."""
+        return {"bos_token": _CONTROL_TEXTS[BOS], "eos_token": _CONTROL_TEXTS[TURN_END]}
 
 
 class FakeModel(Model):
-    """Says `replies` in turn, one for each assistant turn of the prompt, over and over.
+    """Answers with `replies` in turn, one for each assistant turn of the prompt, cyclically.
 
-    A prompt without turns is answered with the first reply, after its last newline. `rows` records the
-    rows of every forward pass, for tests of what was computed again.
+    A prompt without turns is answered with the first reply, after its last newline. `rows` records the number
+    of tokens of every forward pass, for tests of what was recomputed.
     """
 
     supports_snapshot = supports_copy = supports_batch = verifies_trees = True
@@ -81,27 +85,27 @@ class FakeModel(Model):
         self.spec = fake_spec(context)
         self.rows: list[int] = []
         self._tokens: list[int] = []
-        self._tree, self._tree_begins = TokenTree((), ()), 0
+        self._tree, self._tree_start = TokenTree((), ()), 0
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens are in the cache."""
+        """How many tokens are in the KV cache."""
         return len(self._tokens)
 
     def forward(self, token_ids: Sequence[int]) -> Logits:
         """Append the tokens; the logits point at the next byte of the reply."""
         if not 0 < len(token_ids) <= min(self.batch_size, self.context - len(self._tokens)):
-            raise ForwardError(f"{len(token_ids)} rows do not fit")
+            raise ForwardError(f"{len(token_ids)} tokens do not fit")
         self._tokens.extend(token_ids)
         self.rows.append(len(token_ids))
         return self._logits()
 
     def forward_rows(self, token_ids: Sequence[int]) -> Logits2D:
-        """Append the tokens; each row's logits are those that it would have had alone."""
+        """Append the tokens; the logits of each are those that it has alone."""
         import numpy as np
 
         if not 0 < len(token_ids) <= min(self.batch_size, self.context - len(self._tokens)):
-            raise ForwardError(f"{len(token_ids)} rows do not fit")
+            raise ForwardError(f"{len(token_ids)} tokens do not fit")
         self.rows.append(len(token_ids))
         rows = []
         for token_id in token_ids:
@@ -110,24 +114,24 @@ class FakeModel(Model):
         return np.stack(rows)
 
     def forward_tree(self, tree: TokenTree) -> Logits2D:
-        """Append the trunk; each row's logits are those behind its path."""
+        """Append the trunk; the logits of each row are those behind its path."""
         import numpy as np
 
         if not 0 < len(tree) <= min(self.batch_size, self.context - len(self._tokens)):
-            raise ForwardError(f"{len(tree)} rows do not fit")
+            raise ForwardError(f"{len(tree)} tokens do not fit")
         self.rows.append(len(tree))
         text, rows = self._tokens, []
         for row in range(len(tree)):
-            self._tokens = [*text, *(tree.token_ids[before] for before in tree.path(row))]
+            self._tokens = [*text, *(tree.token_ids[ancestor] for ancestor in tree.path(row))]
             rows.append(self._logits())
         self._tokens = [*text, *tree.token_ids[: tree.trunk_rows]]
-        self._tree, self._tree_begins = tree, len(text)
+        self._tree, self._tree_start = tree, len(text)
         return np.stack(rows)
 
-    def adopt(self, row: int) -> None:
+    def commit_branch(self, row: int) -> None:
         """Put the row's token at its depth."""
         depth = len(self._tree.path(row)) - 1
-        self._tokens[self._tree_begins + depth] = self._tree.token_ids[row]
+        self._tokens[self._tree_start + depth] = self._tree.token_ids[row]
 
     def _logits(self) -> Logits:
         import numpy as np
@@ -138,19 +142,19 @@ class FakeModel(Model):
         return logits
 
     def _next_token(self) -> int:
-        reply, said = self.replies[0], len(self._after_last(ord("\n")))
+        reply, position = self.replies[0], len(self._after_last(ord("\n")))
         assistant_turns = self._assistant_turns()
         if assistant_turns:
             reply = self.replies[(len(assistant_turns) - 1) % len(self.replies)]
-            said = len(self._tokens) - assistant_turns[-1]
-        return reply[said] if 0 <= said < len(reply) else TURN_END
+            position = len(self._tokens) - assistant_turns[-1]
+        return reply[position] if 0 <= position < len(reply) else TURN_END
 
     def _after_last(self, token_id: int) -> list[int]:
         reverse = self._tokens[::-1]
         return reverse[: reverse.index(token_id)] if token_id in reverse else reverse
 
     def _assistant_turns(self) -> list[int]:
-        """Return the positions where the assistant's turns begin to speak."""
+        """Return the positions of the first tokens of the assistant's turns."""
         head = [TURN_START, *b"assistant\n"]
         return [
             start + len(head)
@@ -159,7 +163,7 @@ class FakeModel(Model):
         ]
 
     def truncate(self, num_tokens: int) -> int:
-        """Forget the tokens from `num_tokens` on."""
+        """Drop the tokens from `num_tokens` on."""
         del self._tokens[num_tokens:]
         return len(self._tokens)
 
@@ -168,58 +172,59 @@ class FakeModel(Model):
         return {"model": self.spec.name}
 
     def save_kv(self, path: Path, token_ids: Sequence[int]) -> int:
-        """Write the tokens, four bytes each: they are all that there is."""
-        return path.write_bytes(_STATE_MAGIC + array("i", token_ids).tobytes())
+        """Write the tokens, four bytes each: the KV cache holds nothing else."""
+        return path.write_bytes(_SNAPSHOT_MAGIC + array("i", token_ids).tobytes())
 
     def load_kv(self, path: Path, num_bytes: int, num_tokens: int) -> list[int]:
-        """Put the tokens back."""
+        """Read the tokens."""
         self._tokens = []
         with path.open("rb") as file:
-            state = file.read(num_bytes)
-        if not state.startswith(_STATE_MAGIC) or len(state) != 4 + 4 * num_tokens:
-            raise SnapshotError("the state is not a fake model's")
-        self._tokens = array("i", state[len(_STATE_MAGIC) :]).tolist()
+            snapshot = file.read(num_bytes)
+        if not snapshot.startswith(_SNAPSHOT_MAGIC) or len(snapshot) != 4 + 4 * num_tokens:
+            raise SnapshotError("the snapshot is not a fake model's")
+        self._tokens = array("i", snapshot[len(_SNAPSHOT_MAGIC) :]).tolist()
         return self._tokens[:]
 
-    def state_bytes(self) -> int:
-        """Return four bytes a token, after as many that say whose they are."""
+    def snapshot_bytes(self) -> int:
+        """Return four bytes for the magic and four per token."""
         return 4 + 4 * len(self._tokens)
 
     def copy_kv(self, into: memoryview) -> None:
         """Copy the tokens."""
-        state = _STATE_MAGIC + array("i", self._tokens).tobytes()
-        if len(into) != len(state):
-            raise SnapshotError(f"{len(into)} bytes are given, {len(state)} are wanted")
-        into[:] = state
+        snapshot = _SNAPSHOT_MAGIC + array("i", self._tokens).tobytes()
+        if len(into) != len(snapshot):
+            raise SnapshotError(f"the buffer has {len(into)} bytes; the copy takes {len(snapshot)}")
+        into[:] = snapshot
 
-    def put_kv(self, state: memoryview, num_tokens: int) -> None:
-        """Put the tokens back."""
+    def put_kv(self, snapshot: memoryview, num_tokens: int) -> None:
+        """Restore the tokens."""
         self._tokens = []
-        if state[: len(_STATE_MAGIC)] != _STATE_MAGIC or len(state) != 4 + 4 * num_tokens:
-            raise SnapshotError("the state is not a fake model's")
-        self._tokens = array("i", bytes(state[len(_STATE_MAGIC) :])).tolist()
+        magic = snapshot[: len(_SNAPSHOT_MAGIC)]
+        if magic != _SNAPSHOT_MAGIC or len(snapshot) != 4 + 4 * num_tokens:
+            raise SnapshotError("the snapshot is not a fake model's")
+        self._tokens = array("i", bytes(snapshot[len(_SNAPSHOT_MAGIC) :])).tolist()
 
     def open_sequences(
-        self, num_sequences: int, num_cells: int, max_logits: int | None = None
+        self, num_sequences: int, num_slots: int, max_logits: int | None = None
     ) -> SequenceBatch:
         """Return sequences, each of which is a model like this one."""
-        return FakeSequences(self, num_sequences, num_cells, max(max_logits or 0, num_sequences))
+        return FakeSequences(self, num_sequences, num_slots, max(max_logits or 0, num_sequences))
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there is nothing to free."""
 
 
 class FakeSequences(SequenceBatch):
-    """A fake model for each sequence; `rows` of the one that they are of has those of every pass."""
+    """One fake model per sequence; every pass is recorded in the `rows` of the model that opened them."""
 
     def __init__(
-        self, model: FakeModel, num_sequences: int, num_cells: int, max_logits: int
+        self, model: FakeModel, num_sequences: int, num_slots: int, max_logits: int
     ) -> None:
-        self.num_sequences, self.num_cells = num_sequences, num_cells
+        self.num_sequences, self.num_slots = num_sequences, num_slots
         self.batch_size, self.max_logits = model.batch_size, max_logits
-        self._told = model.rows
+        self._rows = model.rows
         replies = [reply.decode() for reply in model.replies]
-        self._models = [FakeModel(replies, num_cells) for _ in range(num_sequences)]
+        self._models = [FakeModel(replies, num_slots) for _ in range(num_sequences)]
         self._num_used = self._num_shared = 0
 
     def share(self) -> None:
@@ -228,39 +233,39 @@ class FakeSequences(SequenceBatch):
             other._tokens = self._models[0]._tokens[:]
         self._num_shared = self._num_used
 
-    def forward(self, parts: Sequence[SequenceSlice]) -> Logits2D:
-        """Append the parts; the logits are those of each sequence alone."""
+    def forward(self, slices: Sequence[SequenceSlice]) -> Logits2D:
+        """Append the slices; the logits are those of each sequence alone."""
         import numpy as np
 
-        num_rows = sum(len(part.token_ids) for part in parts)
-        if not 0 < num_rows <= min(self.batch_size, self.num_cells - self._num_used):
-            raise ForwardError(f"{num_rows} rows do not fit")
-        if sum(part.num_logits for part in parts) > self.max_logits:
-            raise ForwardError(f"logits of more than {self.max_logits} rows are wanted")
-        self._num_used += num_rows
-        self._told.append(num_rows)
-        wanted = []
-        for part in parts:
+        num_new = sum(len(part.token_ids) for part in slices)
+        if not 0 < num_new <= min(self.batch_size, self.num_slots - self._num_used):
+            raise ForwardError(f"{num_new} tokens do not fit")
+        if sum(part.num_logits for part in slices) > self.max_logits:
+            raise ForwardError(f"logits of more than {self.max_logits} tokens were requested")
+        self._num_used += num_new
+        self._rows.append(num_new)
+        logits = []
+        for part in slices:
             model = self._models[part.sequence]
-            first_wanted = len(part.token_ids) - part.num_logits
-            for row, token_id in enumerate(part.token_ids):
+            first_with_logits = len(part.token_ids) - part.num_logits
+            for i, token_id in enumerate(part.token_ids):
                 model._tokens.append(token_id)
-                if row >= first_wanted:
-                    wanted.append(model._logits())
-        return np.stack(wanted) if wanted else np.empty((0, NUM_TOKENS), np.float32)
+                if i >= first_with_logits:
+                    logits.append(model._logits())
+        return np.stack(logits) if logits else np.empty((0, NUM_TOKENS), np.float32)
 
     def truncate(self, sequence: int, num_tokens: int) -> None:
-        """Forget the sequence's tokens from `num_tokens` on."""
-        model, kept = self._models[sequence], max(num_tokens, self._num_shared)
-        self._num_used -= max(model.num_tokens - kept, 0)
-        model.truncate(kept)
+        """Drop the sequence's tokens from `num_tokens` on."""
+        model, remaining = self._models[sequence], max(num_tokens, self._num_shared)
+        self._num_used -= max(model.num_tokens - remaining, 0)
+        model.truncate(remaining)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there is nothing to free."""
 
 
 def fake_spec(context: int) -> ModelSpec:
-    """The spec of a model of about a megabyte."""
+    """Return the spec of a model of about a megabyte."""
     return ModelSpec(
         paths=(Path("fake.gguf"),),
         name="fake",

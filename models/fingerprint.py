@@ -1,7 +1,6 @@
-"""Fingerprints: of a model, the same for every quantisation and another for another training; of its files.
+"""Fingerprints of files: 32 hexadecimal digits from samples of their bytes.
 
-A model's are names and shapes of all tensors, and the data of the output norm: every quantisation keeps
-that in F32.
+The fingerprint of a model, which is the same for all its quantisations, is in `models/gguf/spec.py`.
 """
 
 from __future__ import annotations
@@ -10,34 +9,20 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowtide.models.gguf.reader import GgufContents, TensorInfo
-
-NORM = "output_norm.weight"
+DIGITS = 32
 NUM_SAMPLES = 512
 SAMPLE_BYTES = 4096
 
 
-def fingerprint(parts: Sequence[GgufContents]) -> str:
-    """Return 32 hexadecimal digits for the model in these files."""
-    digest = hashlib.sha256()
-    tensors = [(tensor, part) for part in parts for tensor in part.tensors]
-    for tensor, _ in sorted(tensors, key=lambda pair: pair[0].name):
-        digest.update(f"{tensor.name} {tensor.shape}\n".encode())
-    for tensor, part in tensors:
-        if tensor.name == NORM and tensor.type_name == "F32":
-            digest.update(_data(tensor, part))
-    return digest.hexdigest()[:32]
-
-
 def file_fingerprint(paths: Sequence[Path]) -> str:
-    """Return 32 hexadecimal digits for these very files."""
+    """Return the fingerprint of exactly these files."""
     return samples_digest([(path, 0) for path in paths])
 
 
 def samples_digest(files: Sequence[tuple[Path, int]]) -> str:
-    """Return 32 hexadecimal digits for files from a byte of theirs on: sizes, and samples up to the end.
+    """Return a digest of files, each from a byte offset on: their sizes, and samples up to the end.
 
-    Reading all of it would take seconds for a large model; other weights differ in every sample of theirs.
+    Reading all of a large model would take seconds; other weights differ in every sample.
     """
     digest = hashlib.sha256()
     for path, begin in files:
@@ -48,10 +33,4 @@ def samples_digest(files: Sequence[tuple[Path, int]]) -> str:
             for offset in range(0, num_bytes, step):
                 file.seek(begin + offset)
                 digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()[:32]
-
-
-def _data(tensor: TensorInfo, part: GgufContents) -> bytes:
-    with part.path.open("rb") as file:
-        file.seek(part.data_start + tensor.offset)
-        return file.read(tensor.num_bytes)
+    return digest.hexdigest()[:DIGITS]

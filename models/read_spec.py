@@ -1,10 +1,12 @@
-"""The headers of a model of any kind: GGUF, or ONNX by its folder."""
+"""Reads the headers of a model of any kind: GGUF, or ONNX by its folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from lowtide.models.errors import BadModelFile
+from lowtide.models.gguf.spec import read_spec as read_gguf_spec
+from lowtide.models.onnx.read_spec import read_spec as read_onnx_spec
 from lowtide.models.spec import ModelSpec
 
 ONNX_SUFFIX = ".onnx"
@@ -16,19 +18,15 @@ def read_spec(path: Path) -> ModelSpec:
     Raises `ModelError` with what is wrong and what to change.
     """
     if path.is_dir() or path.suffix == ONNX_SUFFIX:
-        from lowtide.models.onnx.read_spec import read_spec as read_onnx
-
-        return read_onnx(path)
-    from lowtide.models.gguf.spec import read_spec as read_gguf
-
-    return of_a_model(read_gguf(path))
+        return read_onnx_spec(path)
+    return require_original(read_gguf_spec(path))
 
 
-def of_a_model(spec: ModelSpec) -> ModelSpec:
-    """Return the spec; raises `BadModelFile` where it is a packed copy, which llama.cpp would misread."""
+def require_original(spec: ModelSpec) -> ModelSpec:
+    """Return the spec; raise `BadModelFile` for a repacked copy, which llama.cpp would misread."""
     if spec.repacked_tensors:
         raise BadModelFile(
-            f"{spec.path} is a packed copy, which --repack finds by itself: name the model that it was made "
-            "from, and --repack"
+            f"{spec.path} is a repacked copy, which --repack finds by itself: name the original model and add "
+            "--repack"
         )
     return spec

@@ -1,6 +1,6 @@
-"""ModelSpec: everything the planner needs to know of a model, from its headers alone.
+"""ModelSpec: everything that a memory plan needs to know of a model, read from its headers alone.
 
-Knows no budget and reads no file: `gguf_header` and `onnx.header` fill it.
+`models/gguf/spec.py` and `models/onnx/read_spec.py` make it.
 """
 
 from __future__ import annotations
@@ -8,12 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+TILE_ROWS = 16
+"""Rows of a matrix that are repacked together (`attention/native/matmul/repack.h`)."""
+TILE_ALIGNMENT = 64
+"""Repacked matrices begin at a multiple of this in their file."""
+KV_PADDING = 256
+"""KV caches have a multiple of so many slots: llama.cpp pads to it, and in lowtide's caches every head begins
+at a page."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VocabularySpec:
-    """What the vocabulary costs and allows.
+    """The size of a vocabulary.
 
-    `text_bytes` is the sum of the tokens' lengths, `longest_token_bytes` the longest one.
+    `text_bytes` is the sum of the tokens' lengths in bytes, `longest_token_bytes` the longest one.
     """
 
     num_tokens: int
@@ -24,7 +32,7 @@ class VocabularySpec:
 
 @dataclass(frozen=True, slots=True)
 class WeightSpan:
-    """Bytes [offset, offset + num_bytes) of file number `part`."""
+    """Bytes [offset, offset + num_bytes) of the model's file number `part`."""
 
     part: int
     offset: int
@@ -33,9 +41,10 @@ class WeightSpan:
 
 @dataclass(frozen=True, slots=True)
 class WeightGroup:
-    """Weights that a pass reads together: those of `layer`, or one tensor outside of all layers.
+    """Weights that a forward pass reads together: those of `layer`, or one tensor outside the layers.
 
-    `name` is that tensor's; of a layer's bytes `projection_bytes` are those that follow its attention.
+    `name` is the name of such a single tensor. `projection_bytes` are the bytes of the layer's attention
+    output projection.
     """
 
     layer: int | None
@@ -51,20 +60,20 @@ class WeightGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """The shape and the size of a decoder-only model.
+    """The shape and size of a decoder-only model.
 
-    `num_kv_heads` and `feed_forward_width` have one entry a layer (0 where a layer has none);
-    `sliding_window` is None where every layer sees the whole context. `weight_bytes` counts the
-    tensors' data over all parts of a split file, `tensor_types` the quantisation types in use.
-    `fingerprint` is the same for every quantisation of a model. `weight_groups` says where in the files the
-    weights lie, the layers' in order and then the others; empty where that is not known. `repacked_tensors`
-    are the names of those that only our kernels can read (`packed_gguf`).
+    `num_kv_heads` and `feed_forward_width` have one entry per layer, 0 where a layer has none.
+    `sliding_window` is None where every layer attends to the whole context. `weight_bytes` is the size of all
+    tensors, over every part of a split file; `tensor_types` are their quantisation types. `fingerprint` is
+    the same for every quantisation of a model. `weight_groups` says where the weights lie in the files, layer
+    by layer and then the other tensors; it is empty where that is unknown. `repacked_tensors` names the
+    tensors that only lowtide's matmul kernels can read (`models/gguf/repacked.py`).
 
-    `engine` runs it. Its cache can have one of `kv_types`, and `cache_copies` of it are there at a time;
-    `copied_bytes` of weights are kept beside the mapped files, less what is let go of these, and making
-    the copies takes `copying_bytes` for a moment.
-    `tokenising_bytes` is the peak growth while a text is tokenised, for each of its bytes; llama.cpp's is
-    123 at the worst (one word of blanks), 18 to 48 for natural text.
+    `engine` is the library that runs the model. The KV cache has one of `kv_types` and exists `cache_copies`
+    times. `copied_bytes` is the size of weights copied beside the mapped files, less what can be released of
+    these; making the copies takes `copying_bytes` more for a moment. `tokenising_bytes` is the peak growth
+    per byte of text while it is tokenised: llama.cpp's is 123 at worst (one word of blanks), 18 to 48 for
+    natural text.
     """
 
     paths: tuple[Path, ...]
@@ -98,5 +107,5 @@ class ModelSpec:
 
     @property
     def path(self) -> Path:
-        """The file to open: the first part of a split one."""
+        """The file to open; of a split model, its first part."""
         return self.paths[0]

@@ -1,11 +1,9 @@
-"""Runs a jinja2 template that nobody vouched for, with bounds on what it reaches and makes.
+"""Runs an untrusted jinja2 template with limits on what it reaches, how long it runs and how much it makes.
 
-jinja2's sandbox keeps templates away from Python's internals but lets them loop and grow without
-end. Here every loop is counted, every operation that can make a long text is measured before it is
-done, and every list is weighed with all that is nested in it, so that a hostile template costs a
-sentence, not the memory budget. Knows no chat.
-
-Allowance: how much one rendering of a chat template may still do. Knows no jinja2 syntax."""
+jinja2's sandbox keeps templates away from Python's internals but lets them loop and grow without end. Here
+every loop is counted, every operation that can make a long text is measured before it runs, and every list is
+measured with everything nested in it. A hostile template ends with an error, within the memory budget.
+"""
 
 from __future__ import annotations
 
@@ -21,31 +19,31 @@ from jinja2.visitor import NodeTransformer
 from lowtide.models.errors import LowtideError, TemplateError
 
 MAX_SOURCE = 64 << 10
-"""Characters of a template; the longest in use have a third of that."""
+"""The most characters of a template; the longest in use have a third of that."""
 MAX_STEPS = 100_000
-"""Loop turns, and items of lists counted as often as they are nested, in one rendering."""
+"""The most loop iterations and (nested) list items of one rendering."""
 MAX_TEXT = 4 << 20
-"""Characters that one operation, or the prompt itself, may have."""
+"""The most characters of the result of one operation, and of the prompt."""
 MAX_TOTAL_TEXT = 64 << 20
-"""Characters that all operations of one rendering may read and make together."""
+"""The most characters that all operations of one rendering read and make together."""
 
 
 class TooMuch(TemplateError):
-    """The template passed one of the bounds, or asked for what none allows."""
+    """The template exceeded one of the limits or used something that is not allowed."""
 
     def __init__(self, what: str) -> None:
-        super().__init__(f"the chat template {what}: it is refused")
+        super().__init__(f"the chat template {what}, which is not allowed")
 
 
 class Allowance:
-    """Counts what a rendering does; raises `TooMuch` before what would pass a bound is done."""
+    """Counts what one rendering does; raises `TooMuch` before an operation that would exceed a limit."""
 
     def __init__(self) -> None:
         self._steps = 0
         self._text = 0
 
     def step(self) -> None:
-        """Count a turn of a loop."""
+        """Count a loop iteration."""
         self._steps += 1
         if self._steps > MAX_STEPS:
             raise TooMuch(f"loops or nests more than {MAX_STEPS:,} times")
@@ -56,18 +54,18 @@ class Allowance:
         if length > MAX_TEXT or self._text > MAX_TOTAL_TEXT:
             raise TooMuch(f"makes a text of more than {MAX_TEXT:,} characters")
 
-    def weigh(self, value: Any) -> None:
+    def count(self, value: Any) -> None:
         """Count every item that printing or comparing the value would visit."""
-        waiting = [value]
-        while waiting:
+        pending = [value]
+        while pending:
             self.step()
-            item = waiting.pop()
+            item = pending.pop()
             if isinstance(item, str):
                 self.make(len(item))
             elif isinstance(item, Mapping):
-                waiting += item.values()
+                pending += item.values()
             elif isinstance(item, (list, tuple, set, frozenset)):
-                waiting += item
+                pending += item
             elif type(item).__name__ == "Namespace":
                 raise TooMuch("prints or nests a namespace")
 
@@ -91,11 +89,11 @@ METHODS: tuple[tuple[type, frozenset[str]], ...] = (
     (float, frozenset()),
     (bytes, frozenset()),
 )
-"""What may be called on plain values; everything else that they have is not there."""
+"""The methods that may be called on plain values; all other attributes are hidden."""
 
 
 class _BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox with an allowance; one for each template, never shared."""
+    """jinja2's sandbox with an allowance; each template has its own."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
@@ -104,26 +102,26 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=["jinja2.ext.loopcontrols"],
-            finalize=self._weighed,
+            finalize=self._measured,
         )
         self.allowance = Allowance()
         charged = {name: self.charged(self.filters[name]) for name in TEXT_FILTERS}
-        kept = {name: self.filters[name] for name in FILTERS if name in self.filters}
-        self.filters = {**kept, **charged, "replace": self._replace, "join": self._join}
+        allowed = {name: self.filters[name] for name in FILTERS if name in self.filters}
+        self.filters = {**allowed, **charged, "replace": self._replace, "join": self._join}
         self.globals.clear()
         self.globals.update(
             namespace=jinja2.utils.Namespace,
-            dict=lambda *args, **kwargs: self._weighed(dict(*args, **kwargs)),
+            dict=lambda *args, **kwargs: self._measured(dict(*args, **kwargs)),
             range=self._range,
             _counted=self._counted,
             _joined=lambda *parts: self._join(parts),
-            _weighed=self._weighed,
+            _measured=self._measured,
         )
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
-        bounded: nodes.Template = _Bounder().visit(tree)
-        return bounded
+        limited: nodes.Template = _Limiter().visit(tree)
+        return limited
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         for kind, names in METHODS:
@@ -132,7 +130,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> None:
-        """Texts have no `format` here: a width in it can ask for any amount of memory."""
+        """Hide `format` of strings: a width in it can request any amount of memory."""
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**":
@@ -153,18 +151,18 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().call(context, function, *args, **kwargs)
 
     def charged(self, text_filter: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the filter with its arguments weighed before it reads them."""
+        """Return the filter with its arguments counted before it reads them."""
 
         @functools.wraps(text_filter)
-        def weighing(*args: Any, **kwargs: Any) -> Any:
-            self.allowance.weigh([a for a in args if not isinstance(a, jinja2.Environment)])
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            self.allowance.count([a for a in args if not isinstance(a, jinja2.Environment)])
             return text_filter(*args, **kwargs)
 
-        return weighing
+        return counting
 
-    def _weighed(self, value: Any) -> Any:
-        """Every printed value, and every list and dict that the template writes down, comes by."""
-        self.allowance.weigh(value)
+    def _measured(self, value: Any) -> Any:
+        """Count a value; called for every printed value and every list and dict literal."""
+        self.allowance.count(value)
         return value
 
     def _range(self, *bounds: int) -> range:
@@ -174,7 +172,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         return numbers
 
     def _counted(self, items: Iterable[Any]) -> list[Any]:
-        """Every `for` of the template goes over this list."""
+        """Return the items of a loop as a list, counted; called for every `for`."""
         return list(self._each(items))
 
     def _each(self, items: Iterable[Any]) -> Iterator[Any]:
@@ -192,18 +190,18 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def _replace(self, text: Any, old: Any, new: Any, count: int | None = None) -> str:
         text, old, new = self._text(text), self._text(old), self._text(new)
-        found: int = text.count(old)
-        times = found if count is None or count < 0 else min(found, count)
+        occurrences: int = text.count(old)
+        times = occurrences if count is None or count < 0 else min(occurrences, count)
         self.allowance.make(len(text) + times * len(new))
         replaced: str = text.replace(old, new, times)
         return replaced
 
     def _text(self, value: Any) -> str:
-        return value if isinstance(value, str) else str(self._weighed(value))
+        return value if isinstance(value, str) else str(self._measured(value))
 
 
-class _Bounder(NodeTransformer):
-    """Sends every loop, every `~` and every list of a template through the bounded versions."""
+class _Limiter(NodeTransformer):
+    """Makes every loop, every `~` and every list literal of a template use the counted versions."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
@@ -218,15 +216,15 @@ class _Bounder(NodeTransformer):
 
     def visit_List(self, node: nodes.List) -> nodes.Call:
         self.generic_visit(node)
-        return _call("_weighed", [node], node.lineno)
+        return _call("_measured", [node], node.lineno)
 
     def visit_Dict(self, node: nodes.Dict) -> nodes.Call:
         self.generic_visit(node)
-        return _call("_weighed", [node], node.lineno)
+        return _call("_measured", [node], node.lineno)
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Expr:
         self.generic_visit(node)
-        return _call("_weighed", [node], node.lineno) if node.ctx == "load" else node
+        return _call("_measured", [node], node.lineno) if node.ctx == "load" else node
 
 
 def _call(name: str, args: Sequence[nodes.Node], lineno: int) -> nodes.Call:
@@ -256,12 +254,12 @@ def compiled(
     functions: Mapping[str, Callable[..., Any]],
     tojson: Callable[..., str],
 ) -> jinja2.Template:
-    """Compile the template, with `functions` in its reach.
+    """Compile the template; it can call `functions`.
 
-    Raises `TemplateError`, with the line, where it is no template.
+    Raises `TemplateError` with the line where it does not parse.
     """
     if len(source) > MAX_SOURCE:
-        raise TooMuch(f"has {len(source):,} characters, {MAX_SOURCE:,} are allowed")
+        raise TooMuch(f"has {len(source):,} characters, more than {MAX_SOURCE:,}")
     environment = _BoundedEnvironment()
     environment.globals.update(functions)
     environment.filters["tojson"] = environment.charged(tojson)
@@ -291,6 +289,6 @@ def rendered(template: jinja2.Template, **variables: Any) -> str:
         raise
     except RecursionError:
         raise TooMuch("calls itself without end") from None
-    except Exception as error:  # the template is somebody else's code: anything can come out
+    except Exception as error:  # untrusted code can raise anything
         raise TemplateError(f"the chat template fails: {type(error).__name__}: {error}") from None
     return "".join(pieces)

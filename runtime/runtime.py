@@ -30,7 +30,7 @@ from lowtide.runtime.generation.chat import (
 from lowtide.runtime.generation.generate import GenerationChunk, GenerationResult, Prompt, generate
 from lowtide.runtime.loading.load import Engine
 from lowtide.runtime.options import SamplingParams
-from lowtide.runtime.planning.plan import LoadConfig, ResolvedModel, plan_reference, plan_spec
+from lowtide.runtime.planning.plan import LoadConfig, ResolvedModel, plan_model, plan_reference
 from lowtide.runtime.profiling.profiler import SILENT, Profiler
 from lowtide.runtime.profiling.retention_map import RetainedSpan
 from lowtide.runtime.sessions.store import SavedChats
@@ -82,10 +82,11 @@ class Runtime(BatchAnswers):
 
         `model` is a path, a name ("smollm2"), "hf:user/repo:Q4_K_M", a `Model` of your own, or None for
         the default model. `memory` is a size such as "1GiB" or "50%" of what is available; None is
-        80 %. `context` None is the longest that fits. `attention` is "llama" (llama.cpp's kernels),
-        "dense" (ours), or an approximation: "tidal", "gem", or `Tidal(...)`, `Gem(...)`. `prefix_cache`
-        is a size for KV states of earlier prompts. `pack` has products computed from a packed copy of the
-        weights, made in the cache folder. `speculate` is "ngram", "trigram", "auto" or a draft model.
+        80 %. `context` None is the longest that fits. `attention` is "llama" (the engine's kernels),
+        "dense" (lowtide's, exact), or an approximation: "tidal", "delta", "gem", or `Tidal(...)`,
+        `Delta(...)`, `Gem(...)`. `prefix_cache` is a size for KV snapshots of earlier prompts. `repack`
+        runs matmuls with lowtide's kernels, from a repacked copy of the weights in the cache folder.
+        `speculate` is "ngram", "trigram", "auto" or a draft model.
         `gpu_layers`, a number or "auto", go to GPUs, each of which gives `gpu_memory`. `provider` runs an
         ONNX model ("cuda"). `profiler` is told where time and bytes go. Raises `OverBudget` before anything
         is loaded where it cannot fit, `ModelError` for an unusable model, `NoGpu` where there is none,
@@ -107,22 +108,19 @@ class Runtime(BatchAnswers):
             offline=offline,
             profiled=profiler is not None,
         )
-        own = model if isinstance(model, Model) else None
         with (profiler or SILENT).span("plan"):
-            if isinstance(model, Model):
-                planned = plan_spec(model.spec, options)
-                planned.require_nothing_of_llama()
-            else:
-                planned = plan_reference(model, options)
-        return cls.load(planned, own, profiler)
+            planned = (
+                plan_model(model, options)
+                if isinstance(model, Model)
+                else plan_reference(model, options)
+            )
+        return cls.load(planned, profiler)
 
     @classmethod
-    def load(
-        cls, planned: ResolvedModel, model: Model | None = None, profiler: Profiler | None = None
-    ) -> Runtime:
-        """Reserve the plan's rows and load; `model` stands in for the planned file's."""
-        told = profiler or SILENT
-        return cls(Engine(planned, model, told), told)
+    def load(cls, planned: ResolvedModel, profiler: Profiler | None = None) -> Runtime:
+        """Reserve the plan's lines and load the model."""
+        profiler = profiler or SILENT
+        return cls(Engine(planned, profiler), profiler)
 
     @property
     def ledger(self) -> Ledger:

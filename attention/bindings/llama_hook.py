@@ -308,7 +308,7 @@ class LlamaHook(AttentionKernels):
         """How many masks did not match `set_batch_layout`: those passes attended to every slot."""
         return int(self._library.lowtide_hook_batches_refused(self._hook))
 
-    def copy_cell(self, source: int, target: int) -> int:
+    def copy_slot(self, source: int, target: int) -> int:
         """Copy a slot's keys and values over another's; return in how many layers.
 
         These are the layers that attended to the last batch layout; none if the last pass had no such slots.

@@ -19,7 +19,7 @@ from lowtide.attention.bindings.policy import AttentionKernels
 from lowtide.attention.bindings.structs import ScoreRule
 from lowtide.models.errors import LowtideError
 from lowtide.models.gguf.reader import TYPE_NUMBERS
-from lowtide.models.onnx.read_spec import RepackPlan
+from lowtide.models.onnx.rewrite.plan import RepackPlan
 from lowtide.models.onnx.rewrite.rewrite import AttentionBackend, LayerArrays, MatmulBackend
 
 if TYPE_CHECKING:
@@ -156,9 +156,9 @@ class OnnxAttention(AttentionKernels, AttentionBackend):
             reason = "the kernels do not support its shape" if failure == 2 else "no memory"
             raise LowtideError(f"lowtide's attention cannot run this model: {reason}")
 
-    def begin(self, num_past: int, num_rows: int) -> None:
+    def begin(self, num_past: int, num_new: int) -> None:
         """Begin a pass; layers that see the same keys share one mask."""
-        self._library.lowtide_onnx_begin(self._attend, num_past, num_rows)
+        self._library.lowtide_onnx_begin(self._attend, num_past, num_new)
 
     def truncate(self, num_slots: int) -> None:
         """Drop what the policy derived from KV slots `num_slots` and later; nothing once closed."""
@@ -182,9 +182,9 @@ def _described(arrays: LayerArrays, mask: int) -> _Layer:
         num_cells=min(len(a) for a in (arrays.key_cache, arrays.cosines) if a is not None),
         num_heads=node.num_heads,
         num_kv_heads=node.num_kv_heads,
-        head_size=node.head_size,
+        head_size=node.head_dim,
         interleaved=node.is_interleaved,
-        is_repacked_file=node.is_repacked_file,
+        is_repacked_file=node.has_packed_qkv,
         is_causal=node.is_causal,
         window=node.window or 0,
         mask=mask,
@@ -249,7 +249,7 @@ class OnnxMatmul(MatmulBackend):
                 "and it is written again"
             )
         address = self._tiles.ctypes.data
-        matrices = form.swap.products.matrices
+        matrices = form.rewrite.matmuls.matrices
         described = (MatrixView * len(matrices))(
             *(
                 MatrixView(

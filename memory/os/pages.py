@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import mmap
-import sys
 from collections.abc import Callable, Sequence
 
 PAGE_BYTES = mmap.PAGESIZE
@@ -54,31 +52,6 @@ def _advise() -> Callable[[int, int, int], int]:
     function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     advise: Callable[[int, int, int], int] = function
     return advise
-
-
-class PageBuffer:
-    """A buffer of whole pages, zeros at first, which `close` returns to the system at once.
-
-    A block of the heap could stay resident after it is freed, because it lies between other blocks. `view`
-    is the memory. Raises `MemoryError` if the system has none left.
-    """
-
-    def __init__(self, num_bytes: int) -> None:
-        try:
-            self._pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError as error:
-            raise MemoryError(f"cannot map {num_bytes:,} bytes: {error.strerror}") from None
-        if sys.platform == "linux":  # a huge page would also make untouched neighbours resident
-            with contextlib.suppress(OSError):  # a kernel without huge pages
-                self._pages.madvise(mmap.MADV_NOHUGEPAGE)
-        self.view = memoryview(self._pages)
-        self.num_bytes = round_up(num_bytes)
-        """How much is resident after every byte was written: whole pages."""
-
-    def close(self) -> None:
-        """Release the pages; slices of the view must be released before. Closing twice is allowed."""
-        self.view.release()
-        self._pages.close()
 
 
 def trim_heap() -> None:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from lowtide.memory.process import ProcessMemory
 from lowtide.memory.units import KIB, MIB
+from lowtide.models.spec import KV_PADDING as KV_PADDING
 from lowtide.models.spec import ModelSpec, VocabularySpec
 
 
@@ -62,8 +63,6 @@ PROFILER_SPANS = 50_000
 PROFILER_SAMPLES = 2_000
 """The most spans, and the most samples and timed passes, that a profiler records."""
 
-KV_PADDING = 256
-"""llama.cpp rounds the slots of a KV cache up to a multiple of this."""
 BLOCK_BYTES = {"f32": (1, 4), "f16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18)}
 """Elements per block and bytes per block of each KV type."""
 SAMPLING_COPIES = 7

@@ -1,38 +1,108 @@
-"""A GGUF model -> an ONNX folder: graph, weights, configuration and tokenizer, whole or not at all.
+"""Converts a GGUF model to an ONNX folder: graph, weights, configuration and tokenizer.
 
-genai_config.json and config.json: what onnxruntime-genai and others are told of a converted model.
-
-WholeFolder: a folder that appears whole under its name, or not at all. Knows no format."""
+The folder appears complete, with checksums, or not at all. genai_config.json is for onnxruntime-genai,
+config.json for other tools.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowtide.models.atomic_file import atomic_folder
 from lowtide.models.convert.dequantize import GgufWeights
 from lowtide.models.convert.graph import DecoderGraph
 from lowtide.models.convert.onnx_writer import (
-    FLOAT_ROWS,
-    INT8_ROWS,
+    FLOAT_ACTIVATIONS,
+    INT8_ACTIVATIONS,
     ExternalData,
     GraphNodes,
-    StoredMatrices,
+    MatrixWriter,
 )
 from lowtide.models.convert.shape import DecoderShape, HeaderKeys, decoder_shape
 from lowtide.models.convert.tokenizer import GgufVocabulary
-from lowtide.models.errors import BadOption, ModelError, UnsupportedModel
+from lowtide.models.errors import ModelError, UnsupportedModel
 from lowtide.models.gguf.reader import read_gguf
 from lowtide.models.onnx.config import onnx_library
 from lowtide.models.onnx.spec import ENGINE, FINGERPRINT
 from lowtide.models.spec import ModelSpec
+
+GRAPH, DATA = "model.onnx", "model.onnx.data"
+ACCURACY_LEVELS = {"int8": INT8_ACTIVATIONS, "float32": FLOAT_ACTIVATIONS}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversion:
+    """What was written; `rounded` counts the floating-point matrices that were rounded to 8 bits, by type."""
+
+    folder: Path
+    num_bytes: int
+    rounded: dict[str, int]
+
+
+def convert(
+    spec: ModelSpec,
+    folder: Path,
+    *,
+    rows: str = "int8",
+    replace: bool = False,
+    advance: Callable[[int], None] = lambda num_bytes: None,
+) -> Conversion:
+    """Write the GGUF model of `spec` as an ONNX folder, tensor by tensor; `advance` is called with bytes read.
+
+    `rows` is the precision of activations in matmuls: "int8" (rounded in blocks of 32, as llama.cpp does) or
+    "float32". Raises `UnsupportedModel` for an architecture that cannot be converted, or without the `onnx`
+    extra; `BadOption` where `folder` exists and `replace` is not set; `ModelError` where it cannot be written.
+    """
+    onnx_library("onnx")
+    if spec.engine == ENGINE:
+        raise UnsupportedModel(f"{spec.path} is not a GGUF model: name a .gguf file to convert")
+    keys = HeaderKeys(read_gguf(spec.path))
+    shape, vocabulary = decoder_shape(spec, keys), GgufVocabulary(keys)
+    try:
+        with atomic_folder(folder, replace=replace) as new:
+            rounded = _write_model(new, spec, shape, ACCURACY_LEVELS[rows], advance)
+            _write_json(new / "genai_config.json", genai_config(shape, vocabulary))
+            _write_json(new / "config.json", model_config(shape, vocabulary))
+            _write_json(new / "tokenizer.json", vocabulary.tokenizer_json())
+            texts = vocabulary.tokenizer_config(shape.architecture, shape.context_length)
+            _write_json(new / "tokenizer_config.json", texts)
+    except OSError as error:
+        raise ModelError(
+            f"{folder} cannot be written ({error.strerror or error}): make room, or name another folder"
+        ) from None
+    num_bytes = sum(file.stat().st_size for file in folder.iterdir())
+    return Conversion(folder=folder, num_bytes=num_bytes, rounded=rounded)
+
+
+def _write_model(
+    folder: Path,
+    spec: ModelSpec,
+    shape: DecoderShape,
+    accuracy_level: int,
+    advance: Callable[[int], None],
+) -> dict[str, int]:
+    weights, nodes = GgufWeights(spec), GraphNodes()
+    try:
+        with (folder / DATA).open("wb") as file:
+            data = ExternalData(file, DATA)
+            matrices = MatrixWriter(
+                nodes, data, weights, accuracy_level=accuracy_level, advance=advance
+            )
+            DecoderGraph(shape, weights, nodes, matrices).build()
+        weights.require_all_read()
+    finally:
+        weights.close()
+    (folder / GRAPH).write_bytes(nodes.model(shape.name, {FINGERPRINT: spec.fingerprint}))
+    return dict(matrices.rounded)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    indent = None if path.name == "tokenizer.json" else 2
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=indent), encoding="utf-8")
 
 
 def genai_config(shape: DecoderShape, vocabulary: GgufVocabulary) -> dict[str, Any]:
@@ -87,7 +157,7 @@ def genai_config(shape: DecoderShape, vocabulary: GgufVocabulary) -> dict[str, A
 
 
 def model_config(shape: DecoderShape, vocabulary: GgufVocabulary) -> dict[str, Any]:
-    """Return the content of config.json, in the names that published models have."""
+    """Return the content of config.json, with the keys of published models."""
     local = shape.local_rotary
     return {
         "model_type": shape.architecture.model_type,
@@ -106,144 +176,3 @@ def model_config(shape: DecoderShape, vocabulary: GgufVocabulary) -> dict[str, A
         "bos_token_id": vocabulary.special("bos"),
         "eos_token_id": vocabulary.end_ids,
     }
-
-
-CHECKSUMS = "SHA256SUMS"
-_READ_BYTES = 1 << 20
-
-
-@contextlib.contextmanager
-def whole_folder(path: Path, *, replace: bool) -> Iterator[Path]:
-    """Yield a new folder beside `path`; it takes `path`'s place, with checksums, when the block ends well.
-
-    However the block ends otherwise, what was at `path` stays. `replace` has an older such folder give
-    way; without it, one that is there is a `BadOption`, as is any other folder that is not empty. Raises
-    `OSError` with the system's reason.
-    """
-    path = path.absolute()
-    if not replace and (path.exists() or path.is_symlink()):
-        raise BadOption(f"{path} exists, a new folder is wanted: name another one, or add --force")
-    if path.exists() and not _may_give_way(path):
-        raise BadOption(
-            f"{path} is nothing that was converted here, and would be deleted: name another folder"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary
-        _write_checksums(temporary)
-        temporary.chmod(0o755)
-        _put(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _may_give_way(path: Path) -> bool:
-    return path.is_dir() and ((path / CHECKSUMS).is_file() or not any(path.iterdir()))
-
-
-def _put(new: Path, path: Path) -> None:
-    """Rename the new folder to `path`; an older one steps aside first, and is deleted last."""
-    if not path.exists():
-        os.rename(new, path)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    os.rename(path, aside)
-    try:
-        os.rename(new, path)
-    except BaseException:
-        os.rename(aside, path)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _write_checksums(folder: Path) -> None:
-    """Write a line for each file, as `sha256sum -c` reads them, with everything on the disk before."""
-    lines = []
-    for file in sorted(folder.iterdir()):
-        digest = hashlib.sha256()
-        with file.open("rb") as data:
-            while piece := data.read(_READ_BYTES):
-                digest.update(piece)
-            os.fsync(data.fileno())
-        lines.append(f"{digest.hexdigest()}  {file.name}\n")
-    with (folder / CHECKSUMS).open("w", encoding="utf-8") as written:
-        written.write("".join(lines))
-        written.flush()
-        os.fsync(written.fileno())
-
-
-GRAPH, DATA = "model.onnx", "model.onnx.data"
-ROWS = {"int8": INT8_ROWS, "float32": FLOAT_ROWS}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Conversion:
-    """What was written: `use_bf16` counts the matrices that lost precision, by their type before."""
-
-    folder: Path
-    num_bytes: int
-    use_bf16: dict[str, int]
-
-
-def convert(
-    spec: ModelSpec,
-    folder: Path,
-    *,
-    rows: str = "int8",
-    replace: bool = False,
-    advance: Callable[[int], None] = lambda num_bytes: None,
-) -> Conversion:
-    """Write the GGUF model of `spec` as an ONNX folder, tensor by tensor; `advance` is told of bytes read.
-
-    `rows` is what products take rows of activations as: "int8" (rounded in blocks of 32, as llama.cpp does)
-    or "float32". Raises `UnsupportedModel` for a model that no graph is written for, or without the extra;
-    `BadOption` where `folder` exists and `replace` is not set; `ModelError` where it cannot be written.
-    """
-    onnx_library("onnx")
-    if spec.engine == ENGINE:
-        raise UnsupportedModel(f"{spec.path} is no GGUF model: name a .gguf file to convert")
-    keys = HeaderKeys(read_gguf(spec.path))
-    shape, vocabulary = decoder_shape(spec, keys), GgufVocabulary(keys)
-    try:
-        with whole_folder(folder, replace=replace) as new:
-            use_bf16 = _write_model(new, spec, shape, ROWS[rows], advance)
-            _write_json(new / "genai_config.json", genai_config(shape, vocabulary))
-            _write_json(new / "config.json", model_config(shape, vocabulary))
-            _write_json(new / "tokenizer.json", vocabulary.tokenizer_json())
-            texts = vocabulary.tokenizer_config(shape.architecture, shape.context_length)
-            _write_json(new / "tokenizer_config.json", texts)
-    except OSError as error:
-        raise ModelError(
-            f"{folder} cannot be written ({error.strerror or error}): make room, or name another place"
-        ) from None
-    num_bytes = sum(file.stat().st_size for file in folder.iterdir())
-    return Conversion(folder=folder, num_bytes=num_bytes, use_bf16=use_bf16)
-
-
-def _write_model(
-    folder: Path,
-    spec: ModelSpec,
-    shape: DecoderShape,
-    accuracy_level: int,
-    advance: Callable[[int], None],
-) -> dict[str, int]:
-    weights, nodes = GgufWeights(spec), GraphNodes()
-    try:
-        with (folder / DATA).open("wb") as file:
-            data = ExternalData(file, DATA)
-            matrices = StoredMatrices(
-                nodes, data, weights, accuracy_level=accuracy_level, advance=advance
-            )
-            DecoderGraph(shape, weights, nodes, matrices).build()
-        weights.require_all_read()
-    finally:
-        weights.close()
-    (folder / GRAPH).write_bytes(nodes.model(shape.name, {FINGERPRINT: spec.fingerprint}))
-    return dict(matrices.use_bf16)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    indent = None if path.name == "tokenizer.json" else 2
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=indent), encoding="utf-8")

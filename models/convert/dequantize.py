@@ -1,11 +1,9 @@
-"""GgufWeights: the tensors of a GGUF model by name, read from the mapped files a few rows at a time.
+"""Reads GGUF tensors as matrices that onnxruntime's operators understand, a few rows at a time.
 
-ggml's types of rows -> BlockMatrix. Knows no file.
-
-Layouts are ggml's (ggml-common.h, block_q4_0 and the others). All quantised types here lose nothing: 5 and
-6 bits are held in 8, and a block's minimum is an offset. Floating-point rows are rounded to 8 bits.
-
-BlockMatrix: quantised rows as onnxruntime's operators read them. Knows no file format."""
+Layouts are ggml's (ggml-common.h, block_q4_0 and the others). Converting quantised types loses nothing: 5-
+and 6-bit quants are stored in 8 bits, and a block's minimum becomes an offset. Floating-point matrices are
+rounded to 8 bits.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowtide.models.errors import UnsupportedModel
-from lowtide.models.gguf.reader import TensorInfo, read_gguf
+from lowtide.models.gguf.reader import TENSOR_TYPES, TYPE_NUMBERS, TensorInfo, read_gguf
 from lowtide.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -26,8 +24,11 @@ if TYPE_CHECKING:
     Blocks = NDArray[Any]
 
 
-ROUNDED_BITS, ROUNDED_BLOCK = 8, 32
-"""What rows of floating-point numbers are rounded to."""
+INT8_BITS, INT8_BLOCK = 8, 32
+"""What floating-point rows are quantised to."""
+FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
+SLICE_BYTES = 4 << 20
+"""About how much of a file is dequantised at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,7 @@ class BlockMatrix:
 
     `quants` is (rows, columns) of uint8, `scales` and `offsets` (rows, columns / block_size) of float32;
     `offsets` is None where all are zero. MatMulNBits and GatherBlockQuantized (onnxruntime, "Contrib
-    operators") mean the same without zero points; offsets are for the graph to add.
+    operators") compute the same without zero points; the graph must add the offsets.
     """
 
     bits: int
@@ -46,12 +47,12 @@ class BlockMatrix:
     offsets: NDArray[np.float32] | None = None
 
     def packed(self) -> NDArray[Any]:
-        """Return the rows' bytes: of 4 bits, the earlier quant is the lower half."""
+        """Return the rows' bytes; of two 4-bit quants in a byte, the first is the lower half."""
         if self.bits == 8:
             return self.quants
         low, high = self.quants[:, 0::2], self.quants[:, 1::2]
-        both: NDArray[Any] = low | (high << 4)
-        return both
+        packed: NDArray[Any] = low | (high << 4)
+        return packed
 
     def weights(self) -> NDArray[np.float32]:
         """Return the weights, (rows, columns)."""
@@ -60,50 +61,47 @@ class BlockMatrix:
         rows, num_blocks = self.scales.shape
         centred = self.quants.reshape(rows, num_blocks, -1).astype(np.float32)
         centred -= np.float32(1 << (self.bits - 1))
-        found = centred * self.scales[:, :, None]
+        weights = centred * self.scales[:, :, None]
         if self.offsets is not None:
-            found += self.offsets[:, :, None]
-        return found.reshape(rows, -1)
+            weights += self.offsets[:, :, None]
+        return weights.reshape(rows, -1)
 
 
-def use_bf16(weights: NDArray[np.float32]) -> BlockMatrix:
-    """Round rows to 8 bits in blocks of 32, each block's largest magnitude to 127."""
+def quantised_int8(weights: NDArray[np.float32]) -> BlockMatrix:
+    """Round rows to 8 bits in blocks of 32, the largest magnitude of each block to 127."""
     import numpy as np
 
     rows, columns = weights.shape
-    blocks = weights.reshape(rows, columns // ROUNDED_BLOCK, ROUNDED_BLOCK)
+    blocks = weights.reshape(rows, columns // INT8_BLOCK, INT8_BLOCK)
     scales = (np.abs(blocks).max(axis=2) / np.float32(127)).astype(np.float32)
     steps = np.where(scales > 0, scales, np.float32(1))[:, :, None]
     quants = (np.rint(blocks / steps) + 128).astype(np.uint8)
     return BlockMatrix(
-        bits=ROUNDED_BITS,
-        block_size=ROUNDED_BLOCK,
+        bits=INT8_BITS,
+        block_size=INT8_BLOCK,
         quants=quants.reshape(rows, columns),
         scales=scales,
     )
 
 
-ROUNDED_TYPES = frozenset({"F32", "F16", "BF16"})
-
-
 def block_matrix(data: Any, type_name: str, rows: int) -> BlockMatrix:
-    """Return `rows` rows that lie in the bytes of `data`, an array of uint8."""
-    if type_name in ROUNDED_TYPES:
-        return use_bf16(floats(data, type_name).reshape(rows, -1))
-    unpack, block_bytes = _UNPACKED[type_name]
-    made: BlockMatrix = unpack(data.reshape(-1, block_bytes))
-    offsets = made.offsets
+    """Return the matrix of `rows` rows of a ggml type in `data`, an array of uint8."""
+    if type_name in FLOAT_TYPES:
+        return quantised_int8(floats(data, type_name).reshape(rows, -1))
+    blocks = data.reshape(-1, TENSOR_TYPES[TYPE_NUMBERS[type_name]][2])
+    matrix = _UNPACKERS[type_name](blocks)
+    offsets = matrix.offsets
     return BlockMatrix(
-        bits=made.bits,
-        block_size=made.block_size,
-        quants=made.quants.reshape(rows, -1),
-        scales=made.scales.reshape(rows, -1),
+        bits=matrix.bits,
+        block_size=matrix.block_size,
+        quants=matrix.quants.reshape(rows, -1),
+        scales=matrix.scales.reshape(rows, -1),
         offsets=None if offsets is None else offsets.reshape(rows, -1),
     )
 
 
 def floats(data: Any, type_name: str) -> NDArray[np.float32]:
-    """Return the numbers in bytes of a floating-point type."""
+    """Return the numbers of a floating-point type in `data`, an array of uint8."""
     import numpy as np
 
     if type_name == "BF16":
@@ -112,22 +110,22 @@ def floats(data: Any, type_name: str) -> NDArray[np.float32]:
     return np.asarray(data.view(np.float16 if type_name == "F16" else np.float32), np.float32)
 
 
-def _half(blocks: Blocks, start: int) -> NDArray[np.float32]:
-    """Return the 16-bit number at byte `start` of each block, (blocks, 1)."""
+def _fp16(blocks: Blocks, start: int) -> NDArray[np.float32]:
+    """Return the fp16 number at byte `start` of each block, (blocks, 1)."""
     import numpy as np
 
     return np.ascontiguousarray(blocks[:, start : start + 2]).view(np.float16).astype(np.float32)
 
 
-def _nibbles(halves: Blocks) -> Blocks:
+def _nibbles(packed: Blocks) -> Blocks:
     """Return the lower halves of all bytes, then the upper ones, along the last axis."""
     import numpy as np
 
-    return np.concatenate([halves & 15, halves >> 4], axis=-1)
+    return np.concatenate([packed & 15, packed >> 4], axis=-1)
 
 
 def _fifth_bits(blocks: Blocks, start: int) -> Blocks:
-    """Return the 32 bits at byte `start` of each block, moved to where a fifth bit stands."""
+    """Return the 32 bits at byte `start` of each block, each shifted to the fifth bit of a quant."""
     import numpy as np
 
     return np.unpackbits(blocks[:, start : start + 4], axis=1, bitorder="little") << 4
@@ -135,40 +133,40 @@ def _fifth_bits(blocks: Blocks, start: int) -> Blocks:
 
 def _q4_0(blocks: Blocks) -> BlockMatrix:
     return BlockMatrix(
-        bits=4, block_size=32, quants=_nibbles(blocks[:, 2:]), scales=_half(blocks, 0)
+        bits=4, block_size=32, quants=_nibbles(blocks[:, 2:]), scales=_fp16(blocks, 0)
     )
 
 
 def _q4_1(blocks: Blocks) -> BlockMatrix:
-    scales = _half(blocks, 0)
+    scales = _fp16(blocks, 0)
     return BlockMatrix(
         bits=4,
         block_size=32,
         quants=_nibbles(blocks[:, 4:]),
         scales=scales,
-        offsets=_half(blocks, 2) + 8 * scales,
+        offsets=_fp16(blocks, 2) + 8 * scales,
     )
 
 
 def _q5_0(blocks: Blocks) -> BlockMatrix:
     quants = _nibbles(blocks[:, 6:]) | _fifth_bits(blocks, 2)
-    return BlockMatrix(bits=8, block_size=32, quants=quants + 112, scales=_half(blocks, 0))
+    return BlockMatrix(bits=8, block_size=32, quants=quants + 112, scales=_fp16(blocks, 0))
 
 
 def _q5_1(blocks: Blocks) -> BlockMatrix:
-    scales = _half(blocks, 0)
+    scales = _fp16(blocks, 0)
     quants = _nibbles(blocks[:, 8:]) | _fifth_bits(blocks, 4)
     return BlockMatrix(
         bits=8,
         block_size=32,
         quants=quants + 112,
         scales=scales,
-        offsets=_half(blocks, 2) + 16 * scales,
+        offsets=_fp16(blocks, 2) + 16 * scales,
     )
 
 
 def _q8_0(blocks: Blocks) -> BlockMatrix:
-    return BlockMatrix(bits=8, block_size=32, quants=blocks[:, 2:] ^ 128, scales=_half(blocks, 0))
+    return BlockMatrix(bits=8, block_size=32, quants=blocks[:, 2:] ^ 128, scales=_fp16(blocks, 0))
 
 
 def _k_scales(blocks: Blocks) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -179,7 +177,7 @@ def _k_scales(blocks: Blocks) -> tuple[NDArray[np.float32], NDArray[np.float32]]
     first, second, third = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
     scales = np.concatenate([first & 63, (third & 15) | ((first >> 6) << 4)], axis=1)
     minima = np.concatenate([second & 63, (third >> 4) | ((second >> 6) << 4)], axis=1)
-    return _half(blocks, 0) * scales, _half(blocks, 2) * minima
+    return _fp16(blocks, 0) * scales, _fp16(blocks, 2) * minima
 
 
 def _q4_k(blocks: Blocks) -> BlockMatrix:
@@ -210,32 +208,28 @@ def _q6_k(blocks: Blocks) -> BlockMatrix:
     shifts = np.array([0, 2, 4, 6], np.uint8)[None, None, :, None]
     high = (blocks[:, 128:192].reshape(-1, 2, 1, 32) >> shifts) & 3
     quants = (low | (high << 4)) + 96
-    scales = _half(blocks, 208) * blocks[:, 192:208].view(np.int8)
+    scales = _fp16(blocks, 208) * blocks[:, 192:208].view(np.int8)
     return BlockMatrix(bits=8, block_size=16, quants=quants, scales=scales)
 
 
-_UNPACKED: dict[str, tuple[Callable[[Any], BlockMatrix], int]] = {
-    "Q4_0": (_q4_0, 18),
-    "Q4_1": (_q4_1, 20),
-    "Q5_0": (_q5_0, 22),
-    "Q5_1": (_q5_1, 24),
-    "Q8_0": (_q8_0, 34),
-    "Q4_K": (_q4_k, 144),
-    "Q5_K": (_q5_k, 176),
-    "Q6_K": (_q6_k, 210),
+_UNPACKERS: dict[str, Callable[[Blocks], BlockMatrix]] = {
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q8_0": _q8_0,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
 }
-MATRIX_TYPES = (*_UNPACKED, *sorted(ROUNDED_TYPES))
+MATRIX_TYPES = (*_UNPACKERS, *sorted(FLOAT_TYPES))
 """The types that matrices may have."""
 
 
-SLICE_BYTES = 4 << 20
-"""About so much of a file is unpacked at a time."""
-
-
 class GgufWeights:
-    """The tensors of all parts; what was asked for is counted, so that none is forgotten.
+    """The tensors of all parts of a model; it tracks which were read, so that none is left out of a graph.
 
-    Raises `UnsupportedModel`, before anything is read, for a tensor of a type that has no conversion.
+    Raises `UnsupportedModel`, before anything is read, for a tensor type that cannot be converted.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -254,9 +248,9 @@ class GgufWeights:
         self._unread = set(self._tensors)
 
     def _check_type(self, tensor: TensorInfo) -> None:
-        if tensor.type_name not in (MATRIX_TYPES if len(tensor.shape) > 1 else ROUNDED_TYPES):
+        if tensor.type_name not in (MATRIX_TYPES if len(tensor.shape) > 1 else FLOAT_TYPES):
             raise self._unsupported(
-                f"{tensor.name} is {tensor.type_name}, one of {', '.join(MATRIX_TYPES)} is wanted"
+                f"{tensor.name} is {tensor.type_name}; only {', '.join(MATRIX_TYPES)} can be converted"
             )
 
     def __contains__(self, name: str) -> bool:
@@ -264,36 +258,39 @@ class GgufWeights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return (rows, columns) of a matrix, (length,) of a vector."""
-        return self._found(name)[0].shape[::-1]
+        return self._read(name)[0].shape[::-1]
 
     def num_bytes(self, name: str) -> int:
         """Return what the tensor takes in its file."""
-        return self._found(name)[0].num_bytes
+        return self._read(name)[0].num_bytes
 
     def type_name(self, name: str) -> str:
-        """Return ggml's name of the tensor's type."""
-        return self._found(name)[0].type_name
+        """Return the tensor's ggml type."""
+        return self._read(name)[0].type_name
 
     def vector(self, name: str) -> NDArray[np.float32]:
-        """Return a tensor of floating-point numbers, in its shape; raises `UnsupportedModel` for others."""
-        tensor, data = self._found(name)
-        if tensor.type_name not in ROUNDED_TYPES:
+        """Return a floating-point tensor in its shape; raise `UnsupportedModel` for another type."""
+        tensor, data = self._read(name)
+        if tensor.type_name not in FLOAT_TYPES:
             raise self._unsupported(
-                f"{name} is {tensor.type_name}, floating-point numbers are wanted"
+                f"{name} is {tensor.type_name}; it must be a floating-point type"
             )
         return floats(data, tensor.type_name).reshape(self.shape(name))
 
     def slices(self, name: str, heads: int = 0) -> Iterator[BlockMatrix]:
-        """Yield a matrix's rows from the first on, a few at a time.
+        """Yield a matrix, a few rows at a time.
 
-        With `heads`, rows of each head that llama.cpp's converter has paired go back to halves.
+        With `heads`, the order of rows within each head is that of the original model instead of llama.cpp's
+        (see `unpaired`).
         """
         import numpy as np
 
-        tensor, data = self._found(name)
+        tensor, data = self._read(name)
         rows, columns = self.shape(name)
-        if columns % ROUNDED_BLOCK:
-            raise self._unsupported(f"{name} has {columns} columns, a multiple of 32 is wanted")
+        if columns % INT8_BLOCK:
+            raise self._unsupported(
+                f"{name} has {columns} columns; only multiples of 32 can be converted"
+            )
         by_row = data.reshape(rows, -1)
         order = unpaired(rows, heads) if heads else None
         step = max(SLICE_BYTES // by_row.shape[1], 1)
@@ -306,17 +303,15 @@ class GgufWeights:
             yield block_matrix(np.ascontiguousarray(part).reshape(-1), tensor.type_name, len(part))
 
     def require_all_read(self) -> None:
-        """Raise `UnsupportedModel` where a tensor was never asked for: the graph would lack it."""
+        """Raise `UnsupportedModel` where a tensor was never read: the graph would lack it."""
         if self._unread:
-            raise self._unsupported(
-                f"{min(self._unread)} is a tensor that its graph has no place for"
-            )
+            raise self._unsupported(f"the graph has no place for its tensor {min(self._unread)}")
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self._tensors.clear()
 
-    def _found(self, name: str) -> tuple[TensorInfo, Any]:
+    def _read(self, name: str) -> tuple[TensorInfo, Any]:
         if name not in self._tensors:
             raise self._unsupported(f"it has no tensor {name}, which its architecture needs")
         self._unread.discard(name)
@@ -334,7 +329,11 @@ def _mapped(path: Path) -> mmap.mmap:
 
 
 def unpaired(rows: int, heads: int) -> Sequence[int] | Any:
-    """Return where each row of halves lies among rows of pairs, head by head."""
+    """Return, for each row in the original order, its place in llama.cpp's.
+
+    llama.cpp's converter interleaves the two halves of each head, so that rotary embedding works on
+    neighbouring rows.
+    """
     import numpy as np
 
     return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)

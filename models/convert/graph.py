@@ -1,9 +1,8 @@
-"""DecoderGraph: the graph of a llama, Gemma 3 or Qwen decoder, its weights written as it goes.
+"""DecoderGraph: the ONNX graph of a llama, Gemma 3 or Qwen decoder; its weights are written along the way.
 
-Attention is GroupQueryAttention with rotary inside; logits are of a pass's last row alone, which
-onnxruntime-genai calls trimmed: a vocabulary's width for each row of a prompt is neither computed nor held.
-
-Cosines and sines of rotary positions, as GroupQueryAttention reads them (Su et al., RoFormer, 3.4)."""
+Attention is GroupQueryAttention with rotary embedding inside. Logits are those of the last token alone, which
+onnxruntime-genai calls trimmed: a prompt then needs no room for the logits of its other tokens.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lowtide.models.convert.dequantize import GgufWeights, unpaired
-from lowtide.models.convert.onnx_writer import MICROSOFT, GraphNodes, StoredMatrices
+from lowtide.models.convert.onnx_writer import MICROSOFT, GraphNodes, MatrixWriter
 from lowtide.models.convert.shape import DecoderShape, Rotary
 
 if TYPE_CHECKING:
@@ -19,41 +18,18 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-SLICE = 4096
-"""So many positions are computed in double precision at a time."""
-
-
-def rotary_tables(
-    rotary: Rotary, head_size: int, num_positions: int, factors: NDArray[np.float32] | None
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return both tables, (positions, head size / 2) of float32.
-
-    `factors`, (head size / 2,), divide the angles one by one, as llama.cpp has Llama 3's scaling.
-    """
-    import numpy as np
-
-    steps = rotary.base ** (-2.0 * np.arange(head_size // 2, dtype=np.float64) / head_size)
-    if factors is not None:
-        steps /= factors
-    cosines, sines = (np.empty((num_positions, head_size // 2), np.float32) for _ in range(2))
-    for start in range(0, num_positions, SLICE):
-        positions = np.arange(start, min(start + SLICE, num_positions), dtype=np.float64)
-        angles = positions[:, None] * (steps / rotary.divisor)
-        cosines[start : start + SLICE] = np.cos(angles)
-        sines[start : start + SLICE] = np.sin(angles)
-    return cosines, sines
-
-
 EMBEDDING, OUTPUT, FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
-BATCH, ROWS, PAST, TOTAL = "batch", "rows", "past_tokens", "total_tokens"
+BATCH, TOKENS, PAST, TOTAL = "batch", "tokens", "past_tokens", "total_tokens"
 INT32 = 6
 """onnx's number of the element type."""
+TABLE_SLICE = 4096
+"""How many positions of a rotary table are computed in float64 at a time."""
 SIMPLE_NORM, SKIP_NORM = "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"
 
 
 @dataclass(frozen=True, slots=True)
 class _Positions:
-    """What attention is told of a pass, the same in every layer."""
+    """Inputs of every layer's attention: the last position, the total length, and the rotary tables."""
 
     last: str
     total: str
@@ -62,10 +38,10 @@ class _Positions:
 
 
 class DecoderGraph:
-    """Builds the whole graph with `build`."""
+    """The graph of one decoder; `build` adds its nodes and writes its weights."""
 
     def __init__(
-        self, shape: DecoderShape, weights: GgufWeights, nodes: GraphNodes, matrices: StoredMatrices
+        self, shape: DecoderShape, weights: GgufWeights, nodes: GraphNodes, matrices: MatrixWriter
     ) -> None:
         self._shape = shape
         self._weights = weights
@@ -73,22 +49,22 @@ class DecoderGraph:
         self._matrices = matrices
 
     def build(self) -> None:
-        """Add everything from token ids to logits."""
+        """Add all nodes from token ids to logits."""
         nodes, shape = self._nodes, self._shape
-        token_ids = nodes.input("input_ids", "int64", (BATCH, ROWS))
+        token_ids = nodes.input("input_ids", "int64", (BATCH, TOKENS))
         positions = self._positions(nodes.input("attention_mask", "int64", (BATCH, TOTAL)))
         embedding = self._matrices.store(EMBEDDING)
-        hidden = self._matrices.rows(token_ids, embedding)
+        hidden = self._matrices.lookup(token_ids, embedding)
         if shape.architecture.is_gemma:
             hidden = nodes.add("Mul", hidden, nodes.scalar(float(shape.width**0.5)))
-        added = ""
+        residual = ""
         for layer in range(shape.num_layers):
-            hidden, added = self._layer(layer, hidden, added, positions)
-        hidden = self._last_row(nodes.add("Add", hidden, added))
+            hidden, residual = self._layer(layer, hidden, residual, positions)
+        hidden = self._last_token(nodes.add("Add", hidden, residual))
         normed = self._norm(hidden, "output_norm.weight")
         head = self._matrices.store(OUTPUT) if OUTPUT in self._weights else embedding
         logits = nodes.output("logits", (BATCH, 1, shape.vocabulary))
-        self._matrices.product(normed, head, output=logits)
+        self._matrices.matmul(normed, head, output=logits)
 
     def _positions(self, mask: str) -> _Positions:
         nodes, shape = self._nodes, self._shape
@@ -112,28 +88,30 @@ class DecoderGraph:
         )
         return cosines, sines
 
-    def _last_row(self, hidden: str) -> str:
+    def _last_token(self, hidden: str) -> str:
         nodes = self._nodes
         ends = nodes.constant(2**31 - 1)
         return nodes.add("Slice", hidden, nodes.constant(-1), ends, nodes.constant(1))
 
-    def _layer(self, layer: int, hidden: str, added: str, positions: _Positions) -> tuple[str, str]:
-        """Add a layer; `added` is what is still to be added to `hidden`, before and after."""
-        hidden, normed = self._normed_sum(hidden, added, f"blk.{layer}.attn_norm.weight")
+    def _layer(
+        self, layer: int, hidden: str, residual: str, positions: _Positions
+    ) -> tuple[str, str]:
+        """Add a layer. The hidden state is `hidden` plus `residual`, at its begin and at its end."""
+        hidden, normed = self._normed_sum(hidden, residual, f"blk.{layer}.attn_norm.weight")
         attended = self._attention(layer, normed, positions)
-        attended = self._norm_of_gemma(attended, f"blk.{layer}.post_attention_norm.weight")
+        attended = self._gemma_norm(attended, f"blk.{layer}.post_attention_norm.weight")
         hidden, normed = self._normed_sum(hidden, attended, f"blk.{layer}.ffn_norm.weight")
-        made = self._feed_forward(layer, normed)
-        return hidden, self._norm_of_gemma(made, f"blk.{layer}.post_ffw_norm.weight")
+        output = self._feed_forward(layer, normed)
+        return hidden, self._gemma_norm(output, f"blk.{layer}.post_ffw_norm.weight")
 
-    def _normed_sum(self, hidden: str, added: str, name: str) -> tuple[str, str]:
-        """Return the sum and its norm, which one operator makes."""
-        if not added:
+    def _normed_sum(self, hidden: str, residual: str, name: str) -> tuple[str, str]:
+        """Return the sum and its norm, which one operator computes."""
+        if not residual:
             return hidden, self._norm(hidden, name)
         epsilon = self._shape.norm_epsilon
         normed, _, _, summed = self._nodes.add_many(
             SKIP_NORM,
-            (added, hidden, self._vector(name)),
+            (residual, hidden, self._vector(name)),
             ("", None, None, ""),
             domain=MICROSOFT,
             epsilon=epsilon,
@@ -146,7 +124,7 @@ class DecoderGraph:
             SIMPLE_NORM, hidden, self._vector(name), axis=-1, epsilon=epsilon, stash_type=1
         )
 
-    def _norm_of_gemma(self, x: str, name: str) -> str:
+    def _gemma_norm(self, x: str, name: str) -> str:
         return self._norm(x, name) if self._shape.architecture.is_gemma else x
 
     def _vector(self, name: str) -> str:
@@ -155,7 +133,7 @@ class DecoderGraph:
     def _projected(self, layer: int, x: str, part: str, heads: int = 0) -> str:
         name = f"blk.{layer}.{part}"
         matrix = self._matrices.store(f"{name}.weight", heads)
-        return self._matrices.product(x, matrix, self._bias(f"{name}.bias", heads))
+        return self._matrices.matmul(x, matrix, self._bias(f"{name}.bias", heads))
 
     def _bias(self, name: str, heads: int) -> str:
         if name not in self._weights:
@@ -167,23 +145,25 @@ class DecoderGraph:
 
     def _attention(self, layer: int, x: str, positions: _Positions) -> str:
         shape, nodes = self._shape, self._nodes
-        pairs = shape.architecture.pairs_rows
+        pairs = shape.architecture.has_paired_rows
         heads, kv_heads = shape.num_heads, shape.num_kv_heads
         queries = self._projected(layer, x, "attn_q", heads if pairs else 0)
         keys = self._projected(layer, x, "attn_k", kv_heads if pairs else 0)
         values = self._projected(layer, x, "attn_v")
-        queries = self._norm_of_heads(queries, f"blk.{layer}.attn_q_norm.weight", heads)
-        keys = self._norm_of_heads(keys, f"blk.{layer}.attn_k_norm.weight", kv_heads)
+        queries = self._head_norm(queries, f"blk.{layer}.attn_q_norm.weight", heads)
+        keys = self._head_norm(keys, f"blk.{layer}.attn_k_norm.weight", kv_heads)
         is_local = shape.is_local(layer)
-        cells = (BATCH, kv_heads, PAST, shape.head_size)
+        past_shape = (BATCH, kv_heads, PAST, shape.head_size)
         past = [
-            nodes.input(f"past_key_values.{layer}.{part}", "float32", cells)
+            nodes.input(f"past_key_values.{layer}.{part}", "float32", past_shape)
             for part in ("key", "value")
         ]
-        cells = (BATCH, kv_heads, TOTAL, shape.head_size)
-        present = [nodes.output(f"present.{layer}.{part}", cells) for part in ("key", "value")]
+        present_shape = (BATCH, kv_heads, TOTAL, shape.head_size)
+        present = [
+            nodes.output(f"present.{layer}.{part}", present_shape) for part in ("key", "value")
+        ]
         tables = positions.local_tables if is_local else positions.tables
-        made, *_ = nodes.add_many(
+        attended, *_ = nodes.add_many(
             "GroupQueryAttention",
             (queries, keys, values, *past, positions.last, positions.total, *tables),
             ("", *present),
@@ -195,14 +175,14 @@ class DecoderGraph:
             scale=shape.score_scale,
             local_window_size=shape.window if is_local else -1,
         )
-        return self._projected(layer, made, "attn_output")
+        return self._projected(layer, attended, "attn_output")
 
-    def _norm_of_heads(self, x: str, name: str, heads: int) -> str:
+    def _head_norm(self, x: str, name: str, heads: int) -> str:
         if name not in self._weights:
             return x
         nodes, size = self._nodes, self._shape.head_size
-        apart = nodes.add("Reshape", x, nodes.constant(0, 0, heads, size))
-        return nodes.add("Reshape", self._norm(apart, name), nodes.constant(0, 0, heads * size))
+        split = nodes.add("Reshape", x, nodes.constant(0, 0, heads, size))
+        return nodes.add("Reshape", self._norm(split, name), nodes.constant(0, 0, heads * size))
 
     def _feed_forward(self, layer: int, x: str) -> str:
         nodes = self._nodes
@@ -212,3 +192,25 @@ class DecoderGraph:
         else:
             gate = nodes.add("Mul", gate, nodes.add("Sigmoid", gate))
         return self._projected(layer, nodes.add("Mul", gate, up), "ffn_down")
+
+
+def rotary_tables(
+    rotary: Rotary, head_size: int, num_positions: int, factors: NDArray[np.float32] | None
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return the tables of cosines and sines, float32 of (positions, head_dim / 2).
+
+    Su et al., "RoFormer", section 3.4. `factors`, (head_dim / 2,), divide the angles one by one: Llama 3's
+    scaling, as llama.cpp stores it.
+    """
+    import numpy as np
+
+    steps = rotary.base ** (-2.0 * np.arange(head_size // 2, dtype=np.float64) / head_size)
+    if factors is not None:
+        steps /= factors
+    cosines, sines = (np.empty((num_positions, head_size // 2), np.float32) for _ in range(2))
+    for start in range(0, num_positions, TABLE_SLICE):
+        positions = np.arange(start, min(start + TABLE_SLICE, num_positions), dtype=np.float64)
+        angles = positions[:, None] * (steps / rotary.divisor)
+        cosines[start : start + TABLE_SLICE] = np.cos(angles)
+        sines[start : start + TABLE_SLICE] = np.sin(angles)
+    return cosines, sines

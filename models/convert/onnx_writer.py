@@ -1,8 +1,8 @@
-"""StoredMatrices: GGUF's matrices in the file beside a graph, and the nodes that read them.
+"""Writes ONNX graphs: nodes, external data, and quantised matrices with the nodes that read them.
 
-ExternalData: the file beside a graph that has its weights, written from front to back.
-
-GraphNodes: an ONNX graph as it grows, node by node. Knows no decoder."""
+`GraphNodes` and `ExternalData` are the graph file and the file of weights beside it; `MatrixWriter` puts GGUF
+matrices into both.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from lowtide.models.convert.dequantize import ROUNDED_TYPES, GgufWeights
+from lowtide.models.convert.dequantize import FLOAT_TYPES, GgufWeights
 from lowtide.models.onnx.config import onnx_library
 
 if TYPE_CHECKING:
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 PAGE = 4096
-"""Where a tensor begins: onnxruntime maps data that does ("ExternalDataInfo" of onnx)."""
+"""Tensors begin at multiples of this, so that onnxruntime can map them ("ExternalDataInfo" of onnx)."""
 
 
 class ExternalData:
-    """Appends arrays to `file`, whose name beside the graph is `location`."""
+    """The file beside a graph with its weights, written front to back; the graph refers to it as `location`."""
 
     def __init__(self, file: BinaryIO, location: str) -> None:
         self._file = file
@@ -32,21 +32,21 @@ class ExternalData:
         self._end = 0
 
     def begin(self) -> int:
-        """Go to the next page; return where it begins."""
+        """Pad to the next page and return its offset."""
         padding = -self._end % PAGE
         self._file.write(b"\0" * padding)
         self._end += padding
         return self._end
 
     def append(self, array: NDArray[Any]) -> None:
-        """Write an array behind what is there."""
+        """Append an array."""
         import numpy as np
 
         self._file.write(np.ascontiguousarray(array).data)
         self._end += array.nbytes
 
     def tensor(self, name: str, shape: tuple[int, ...], element: str, start: int) -> Any:
-        """Return the graph's entry for the data that begins at `start`."""
+        """Return the graph's entry for a tensor whose data begins at `start`."""
         onnx = onnx_library("onnx")
         kind = {"uint8": onnx.TensorProto.UINT8, "float32": onnx.TensorProto.FLOAT}[element]
         entry = onnx.TensorProto(
@@ -64,7 +64,7 @@ Extent = int | str
 
 
 class GraphNodes:
-    """Nodes, constants and the graph's inputs and outputs; outputs of nodes are named after their kinds."""
+    """An ONNX graph under construction; outputs of nodes are named after their operators."""
 
     def __init__(self) -> None:
         self._helper = onnx_library("onnx.helper")
@@ -90,7 +90,7 @@ class GraphNodes:
         domain: str = "",
         **attributes: Any,
     ) -> list[str]:
-        """Append a node; an output "" is given a name, None is left out. Return all names."""
+        """Append a node and return the names of its outputs: "" gets a new name, None is left out."""
         name = f"{kind}_{len(self._nodes)}"
         names = [
             "" if output is None else output or f"{name}_{index}"
@@ -102,12 +102,12 @@ class GraphNodes:
         return names
 
     def constant(self, *numbers: int) -> str:
-        """Return the name of a list of whole numbers."""
+        """Return the name of a constant int64 list."""
         key = ("list", *numbers)
         return self._constant(key, [len(numbers)], self._types.INT64, numbers)
 
     def scalar(self, number: int | float) -> str:
-        """Return the name of a single number, int64 or float32."""
+        """Return the name of a constant number, int64 or float32."""
         kind = self._types.INT64 if isinstance(number, int) else self._types.FLOAT
         return self._constant(("scalar", kind, number), [], kind, [number])
 
@@ -120,12 +120,12 @@ class GraphNodes:
         return self._constants[key]
 
     def weight(self, entry: Any) -> str:
-        """Take a tensor's entry; return its name."""
+        """Add a tensor's entry; return its name."""
         self._weights.append(entry)
         return str(entry.name)
 
     def vector(self, name: str, numbers: Any) -> str:
-        """Take a short array of float32, which lies in the graph itself; return its name."""
+        """Add a short float32 array inside the graph file; return its name."""
         return self.weight(self._numpy_helper.from_array(numbers, name))
 
     def input(self, name: str, element: str, shape: Sequence[Extent]) -> str:
@@ -143,7 +143,7 @@ class GraphNodes:
         return self._helper.make_tensor_value_info(name, kind, shape)
 
     def model(self, name: str, notes: dict[str, str]) -> bytes:
-        """Return the file's bytes, with `notes` as its metadata."""
+        """Return the bytes of the graph file, with `notes` as its metadata."""
         graph = self._helper.make_graph(
             self._nodes, name, self._inputs, self._outputs, self._weights
         )
@@ -158,13 +158,16 @@ class GraphNodes:
         return bytes(model.SerializeToString())
 
 
-INT8_ROWS, FLOAT_ROWS = 4, 1
-"""MatMulNBits' accuracy levels: rows are rounded to 8 bits in blocks for a product, or stay float32."""
+INT8_ACTIVATIONS, FLOAT_ACTIVATIONS = 4, 1
+"""MatMulNBits' accuracy levels: activations are rounded to 8 bits in blocks, or stay float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredMatrix:
-    """Where a matrix is; `offsets`, (blocks, rows), is "" where there are none."""
+    """A matrix in the external data and its entries in the graph.
+
+    `offsets`, (blocks, rows), is "" where there are none.
+    """
 
     name: str
     rows: int
@@ -182,12 +185,12 @@ class StoredMatrix:
         return self.columns * self.bits // 8
 
 
-class StoredMatrices:
-    """Writes each matrix once, slice by slice, and adds products and look-ups of rows to a graph.
+class MatrixWriter:
+    """Writes GGUF matrices to the external data and adds the matmuls and lookups that read them.
 
-    Weights with offsets take a second, small product: of the sums of a row's blocks and the offsets.
-    (MatMulNBits has zero points of floating point for that; without a kernel: twenty times slower.)
-    `use_bf16` counts the matrices that had to be rounded, by their type.
+    Weights with offsets take a second, small matmul: the sums of the activations' blocks times the offsets.
+    (MatMulNBits has floating-point zero points for that, but no kernel for them: twenty times slower.)
+    `rounded` counts the floating-point matrices that were rounded to 8 bits, by type.
     """
 
     def __init__(
@@ -205,15 +208,15 @@ class StoredMatrices:
         self._accuracy_level = accuracy_level
         self._advance = advance
         self._sums: dict[tuple[str, int], str] = {}
-        self.use_bf16 = Counter[str]()
+        self.rounded = Counter[str]()
 
     def store(self, name: str, heads: int = 0) -> StoredMatrix:
         """Write the matrix `name`; `heads` as for `GgufWeights.slices`."""
         import numpy as np
 
         type_name = self._weights.type_name(name)
-        if type_name in ROUNDED_TYPES:
-            self.use_bf16[type_name] += 1
+        if type_name in FLOAT_TYPES:
+            self.rounded[type_name] += 1
         rows, columns = self._weights.shape(name)
         start, scales, offsets = self._data.begin(), [], []
         for part in self._weights.slices(name, heads):
@@ -241,7 +244,7 @@ class StoredMatrices:
         )
 
     def table(self, name: str, numbers: object) -> str:
-        """Write a table of float32; return its name."""
+        """Write a float32 table; return its name."""
         return self._entry(name, numbers)
 
     def _entry(self, name: str, numbers: object) -> str:
@@ -252,9 +255,9 @@ class StoredMatrices:
         self._data.append(array)
         return self._nodes.weight(self._data.tensor(name, array.shape, "float32", start))
 
-    def product(self, x: str, matrix: StoredMatrix, bias: str = "", output: str = "") -> str:
-        """Add x times the matrix's rows; x is (batch, rows, columns). Return the output's name."""
-        (made,) = self._nodes.add_many(
+    def matmul(self, x: str, matrix: StoredMatrix, bias: str = "", output: str = "") -> str:
+        """Add the product of x, (batch, tokens, columns), and the transposed matrix; return its name."""
+        (product,) = self._nodes.add_many(
             "MatMulNBits",
             (x, matrix.quants, matrix.scales, *(("", "", bias) if bias else ())),
             ("" if matrix.offsets else output,),
@@ -266,10 +269,10 @@ class StoredMatrices:
             accuracy_level=self._accuracy_level,
         )
         if not matrix.offsets:
-            return made
+            return product
         sums = self._block_sums(x, matrix.block_size)
-        more = self._nodes.add("MatMul", sums, matrix.offsets)
-        (summed,) = self._nodes.add_many("Add", (made, more), (output,))
+        correction = self._nodes.add("MatMul", sums, matrix.offsets)
+        (summed,) = self._nodes.add_many("Add", (product, correction), (output,))
         return summed
 
     def _block_sums(self, x: str, block_size: int) -> str:
@@ -281,12 +284,12 @@ class StoredMatrices:
             self._sums[key] = self._nodes.add("ReduceSum", blocks, last, keepdims=0)
         return self._sums[key]
 
-    def rows(self, token_ids: str, matrix: StoredMatrix) -> str:
-        """Add a look-up of rows, (batch, rows, columns) of float32."""
+    def lookup(self, token_ids: str, matrix: StoredMatrix) -> str:
+        """Add a lookup of the matrix's rows, float32 of (batch, tokens, columns); return its name."""
         flat = self._data.tensor(
             f"{matrix.name}.rows", (matrix.rows, matrix.row_bytes), "uint8", matrix.start
         )
-        found = self._nodes.add(
+        rows = self._nodes.add(
             "GatherBlockQuantized",
             self._nodes.weight(flat),
             token_ids,
@@ -297,13 +300,13 @@ class StoredMatrices:
             gather_axis=0,
             quantize_axis=1,
         )
-        return self._with_offsets(found, token_ids, matrix) if matrix.offsets else found
+        return self._with_offsets(rows, token_ids, matrix) if matrix.offsets else rows
 
-    def _with_offsets(self, found: str, token_ids: str, matrix: StoredMatrix) -> str:
+    def _with_offsets(self, rows: str, token_ids: str, matrix: StoredMatrix) -> str:
         nodes = self._nodes
         offsets = nodes.add("Gather", matrix.offsets, token_ids, axis=1)
-        by_row = nodes.add("Transpose", offsets, perm=[1, 2, 0])
-        apart = nodes.add("Unsqueeze", by_row, nodes.constant(-1))
-        blocks = nodes.add("Reshape", found, nodes.constant(0, 0, -1, matrix.block_size))
-        summed = nodes.add("Add", blocks, apart)
+        by_token = nodes.add("Transpose", offsets, perm=[1, 2, 0])
+        column = nodes.add("Unsqueeze", by_token, nodes.constant(-1))
+        blocks = nodes.add("Reshape", rows, nodes.constant(0, 0, -1, matrix.block_size))
+        summed = nodes.add("Add", blocks, column)
         return nodes.add("Reshape", summed, nodes.constant(0, 0, matrix.columns))

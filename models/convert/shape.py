@@ -1,8 +1,4 @@
-"""DecoderShape: what a graph must know of a decoder, from its GGUF header. Reads no weights.
-
-HeaderKeys: everything that a GGUF header says, long arrays included, which `read_gguf` only measures.
-
-Reads headers that `read_gguf` has found sound."""
+"""DecoderShape: what the ONNX graph of a decoder depends on, from its GGUF header; reads no weights."""
 
 from __future__ import annotations
 
@@ -17,12 +13,15 @@ from lowtide.models.gguf.reader import GgufContents
 from lowtide.models.spec import ModelSpec
 
 _FORMATS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
-"""GGUF's numbers of scalar types, as `struct` names them."""
+"""The format characters of `struct` by GGUF's number of a scalar type."""
 _STRING, _ARRAY = 8, 9
 
 
 class HeaderKeys:
-    """The keys of one file, with typed look-ups whose errors name the key."""
+    """All keys of one file, long arrays included, which `read_gguf` only measures.
+
+    The file must have been read by `read_gguf`, which checks it. Lookups are typed and errors name the key.
+    """
 
     def __init__(self, contents: GgufContents) -> None:
         self.path: Path = contents.path
@@ -35,7 +34,7 @@ class HeaderKeys:
         self.architecture = str(self._values.get("general.architecture"))
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return a value as it stands; arrays are lists."""
+        """Return a value; arrays are lists."""
         return self._values.get(key, default)
 
     def of_architecture(self, key: str, default: Any = None) -> Any:
@@ -43,20 +42,20 @@ class HeaderKeys:
         return self.get(f"{self.architecture}.{key}", default)
 
     def number(self, key: str, default: float | None = None) -> float:
-        """Return a number of the architecture; raises `BadModelFile` where it is missing or none."""
+        """Return a number of the architecture; raise `BadModelFile` where it is missing or not a number."""
         value = self.of_architecture(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise BadModelFile(
-                f"{self.path}: the header's {self.architecture}.{key} is {value!r}, a number is wanted"
+                f"{self.path}: the header's {self.architecture}.{key} is {value!r}; it must be a number"
             )
         return value
 
     def items(self, key: str, kind: type) -> list[Any]:
-        """Return a list of `kind`, empty where there is none; raises `BadModelFile` for others."""
+        """Return a list of `kind`, empty where there is none; raise `BadModelFile` for anything else."""
         value = self.get(key, [])
         if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
             raise BadModelFile(
-                f"{self.path}: the header's {key} is no list of {kind.__name__}: fetch the file again"
+                f"{self.path}: the header's {key} is not a list of {kind.__name__}: fetch the file again"
             )
         return value
 
@@ -90,20 +89,19 @@ class HeaderKeys:
 class Architecture:
     """What all models of one architecture have in common.
 
-    `pairs_rows`: llama.cpp's converter has moved the rows of queries and keys so that rotary turns
-    neighbours; they go back to halves, as the models were published. `model_type` and `tokenizer_class` are
-    what config.json and tokenizer_config.json call it.
+    `has_paired_rows`: llama.cpp's converter reordered the rows of queries and keys (`dequantize.unpaired`).
+    `model_type` and `tokenizer_class` are the names in config.json and tokenizer_config.json.
     """
 
     model_type: str
     tokenizer_class: str
-    pairs_rows: bool = False
+    has_paired_rows: bool = False
     is_gemma: bool = False
 
 
 ARCHITECTURES = {
     "llama": Architecture(
-        model_type="llama", tokenizer_class="PreTrainedTokenizerFast", pairs_rows=True
+        model_type="llama", tokenizer_class="PreTrainedTokenizerFast", has_paired_rows=True
     ),
     "gemma3": Architecture(
         model_type="gemma3_text", tokenizer_class="GemmaTokenizer", is_gemma=True
@@ -112,15 +110,15 @@ ARCHITECTURES = {
     "qwen3": Architecture(model_type="qwen3", tokenizer_class="Qwen2Tokenizer"),
 }
 GEMMA_PATTERN = 6
-"""Every sixth layer of Gemma 3 sees everything, the others the window (Gemma 3 report, section 2)."""
+"""Every sixth layer of Gemma 3 attends to the whole context, the others to a window (Gemma 3 report, section 2)."""
 GEMMA_LOCAL_BASE = 10_000.0
 GEMMA_27B_LAYERS = 62
-"""The one size that scales scores by its width a head, not by its heads' size."""
+"""The one size that scales scores by embedding width / heads instead of by head_dim."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rotary:
-    """Angles: `base` ** (-2 i / head size) / `divisor` of each position."""
+    """Rotary angles: position * `base` ** (-2 i / head_dim) / `divisor`."""
 
     base: float
     divisor: float = 1.0
@@ -128,7 +126,7 @@ class Rotary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderShape:
-    """Sizes count elements, `window` and `context_length` tokens."""
+    """The shape of a decoder; `window` and `context_length` count tokens, other sizes elements."""
 
     name: str
     architecture: Architecture
@@ -147,30 +145,31 @@ class DecoderShape:
     local_rotary: Rotary | None
 
     def is_local(self, layer: int) -> bool:
-        """Whether the layer sees the window alone."""
+        """Whether the layer attends to the window only."""
         return self.window is not None and (layer + 1) % GEMMA_PATTERN != 0
 
 
 def decoder_shape(spec: ModelSpec, keys: HeaderKeys) -> DecoderShape:
-    """Return the shape; raises `UnsupportedModel` for what no graph is written for."""
+    """Return the shape; raise `UnsupportedModel` for a decoder that cannot be converted."""
     architecture = ARCHITECTURES.get(spec.architecture)
     if architecture is None:
         raise _unsupported(
-            spec, f"the architecture is {spec.architecture!r}, one of {', '.join(ARCHITECTURES)}"
+            spec,
+            f"the architecture is {spec.architecture!r}; only {', '.join(ARCHITECTURES)} can be converted",
         )
     head_size = spec.key_head_dim
     if len(set(spec.num_kv_heads)) != 1 or len(set(spec.feed_forward_width)) != 1:
-        raise _unsupported(spec, "its layers differ in heads or widths, equal ones")
+        raise _unsupported(spec, "its layers differ in heads or widths")
     if spec.value_head_dim != head_size or spec.num_heads % spec.num_kv_heads[0]:
         raise _unsupported(
-            spec, "keys and values differ in size, or heads do not share them evenly"
+            spec, "keys and values differ in size, or query heads do not share them evenly"
         )
     if keys.number("rope.dimension_count", head_size) != head_size:
-        raise _unsupported(spec, "rotary turns a part of each head, whole heads")
+        raise _unsupported(spec, "its rotary embedding covers only a part of each head")
     is_gemma = architecture.is_gemma
     window = spec.sliding_window if is_gemma else None
     if spec.sliding_window and not is_gemma:
-        raise _unsupported(spec, "it has sliding windows, which are known of gemma3 alone; none")
+        raise _unsupported(spec, "it has sliding windows, which only gemma3 may have")
     whole_width = is_gemma and spec.num_layers == GEMMA_27B_LAYERS
     scaled_size = spec.embedding_width / spec.num_heads if whole_width else head_size
     return DecoderShape(
@@ -193,15 +192,16 @@ def decoder_shape(spec: ModelSpec, keys: HeaderKeys) -> DecoderShape:
 
 
 def _divisor(spec: ModelSpec, keys: HeaderKeys) -> float:
-    """Return by what positions are divided; other ways of scaling are refused."""
+    """Return the divisor of positions; raise `UnsupportedModel` for another kind of scaling."""
     kind = keys.of_architecture("rope.scaling.type", "none")
     if kind not in ("none", "linear"):
-        raise _unsupported(spec, f"its rotary positions are scaled by {kind!r}, linear or none")
-    old = keys.number("rope.scale_linear", 1.0)
-    return keys.number("rope.scaling.factor", old) if kind == "linear" else old
+        raise _unsupported(
+            spec,
+            f"its rotary positions are scaled by {kind!r}; only linear or none can be converted",
+        )
+    legacy_factor = keys.number("rope.scale_linear", 1.0)
+    return keys.number("rope.scaling.factor", legacy_factor) if kind == "linear" else legacy_factor
 
 
 def _unsupported(spec: ModelSpec, reason: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"{spec.path} cannot be converted: {reason} is wanted; run the GGUF file itself"
-    )
+    return UnsupportedModel(f"{spec.path} cannot be converted: {reason}; run the GGUF file itself")

@@ -1,9 +1,4 @@
-"""GGUF's vocabulary -> tokenizer.json and tokenizer_config.json, as the `tokenizers` library reads them.
-
-Merges of pairs, found again from the scores of SentencePiece's pieces.
-
-SentencePiece's byte-pair models join the two neighbours whose joint piece has the highest score; a list of
-merges that stands in the order of these scores joins the same."""
+"""Writes GGUF's vocabulary as tokenizer.json and tokenizer_config.json, for the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -12,26 +7,6 @@ from typing import Any
 
 from lowtide.models.convert.shape import Architecture, HeaderKeys
 from lowtide.models.errors import BadModelFile, UnsupportedModel
-
-NORMAL = 1
-
-
-def merges_by_score(
-    tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int]
-) -> list[tuple[str, str]]:
-    """Return every pair of normal pieces that are a third one, the highest score first."""
-    ids = {
-        text: i for i, (text, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == NORMAL
-    }
-    found = []
-    for whole, token_id in ids.items():
-        for end in range(1, len(whole)):
-            left, right = whole[:end], whole[end:]
-            if left in ids and right in ids:
-                found.append((-scores[token_id], token_id, ids[left], ids[right], left, right))
-    found.sort()
-    return [(left, right) for *_, left, right in found]
-
 
 TOKENS, KINDS = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
@@ -43,47 +18,51 @@ _LLAMA3 = (
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 PATTERNS = {"llama-bpe": _LLAMA3, "qwen2": _QWEN2}
-"""How texts are cut before pairs are merged, by "tokenizer.ggml.pre"; others have GPT-2's pattern."""
+"""How texts are split before pairs are merged, by "tokenizer.ggml.pre"; others use GPT-2's pattern."""
 SINGLE_DIGITS = frozenset({"smollm"})
 GPT2 = frozenset({"gpt-2", "default", *SINGLE_DIGITS})
-BEGINNING_FIRST = frozenset({"llama-bpe"})
-"""Byte-pair vocabularies that begin a text with a token of their own where the header does not say."""
+ADDS_BOS = frozenset({"llama-bpe"})
+"""Byte-pair vocabularies that put BOS before a text where the header does not say."""
 ENDS = frozenset(
     "<|im_end|> <|eot_id|> <|eom_id|> <|endoftext|> <|end_of_text|> <|end|> <|return|> <|call|> "
     "<end_of_turn> <end_of_utterance> <EOT> _<EOT> [EOT] [EOS] </s> <|file_sep|> <file_sep> "
     "<|repo_name|> <reponame>".split()
 )
-"""Tokens that end an answer, and are control tokens, whatever the header says, as llama.cpp has it."""
+"""Control tokens that end an answer whatever the header says, as in llama.cpp."""
 
 
 class GgufVocabulary:
-    """The vocabulary in a header; raises `UnsupportedModel` for kinds that have no tokenizer.json."""
+    """The vocabulary in a GGUF header; raises `UnsupportedModel` for kinds without a tokenizer.json."""
 
     def __init__(self, keys: HeaderKeys) -> None:
         self._keys = keys
         self.tokens: list[str] = keys.items(TOKENS, str)
         kinds: list[int] = keys.items(KINDS, int) or [NORMAL] * len(self.tokens)
         self.model = keys.get("tokenizer.ggml.model")
-        self._before = keys.get("tokenizer.ggml.pre", "default")
+        self._pre = keys.get("tokenizer.ggml.pre", "default")
         if not self.tokens or len(kinds) != len(self.tokens):
             raise BadModelFile(
-                f"{keys.path}: its tokens and their types do not agree; fetch it again"
+                f"{keys.path}: it has another number of tokens than of token types; fetch it again"
             )
         pairs = zip(self.tokens, kinds, strict=True)
         self.kinds = [CONTROL if text in ENDS else kind for text, kind in pairs]
         if self.model not in (BYTE_PAIRS, PIECES):
-            raise self._unsupported(f"its vocabulary is {self.model!r}, gpt2 or llama")
-        if self.model == BYTE_PAIRS and self._before not in GPT2 | set(PATTERNS):
+            raise self._unsupported(
+                f"its vocabulary is {self.model!r}; only gpt2 and llama can be converted"
+            )
+        if self.model == BYTE_PAIRS and self._pre not in GPT2 | set(PATTERNS):
             known = ", ".join(sorted(GPT2 | set(PATTERNS)))
-            raise self._unsupported(f"its texts are cut by {self._before!r}, one of {known}")
+            raise self._unsupported(
+                f"its pre-tokenizer is {self._pre!r}; only {known} can be converted"
+            )
 
     def _unsupported(self, reason: str) -> UnsupportedModel:
         return UnsupportedModel(
-            f"{self._keys.path} cannot be converted: {reason} is wanted; run the GGUF file itself"
+            f"{self._keys.path} cannot be converted: {reason}; run the GGUF file itself"
         )
 
     def special(self, name: str) -> int | None:
-        """Return the id of "bos", "eos", "unknown" or "padding", None where there is none."""
+        """Return the id of "bos", "eos", "unknown" or "padding"; None where there is none."""
         value = self._keys.get(f"tokenizer.ggml.{name}_token_id")
         return value if isinstance(value, int) and 0 <= value < len(self.tokens) else None
 
@@ -94,24 +73,24 @@ class GgufVocabulary:
 
     @property
     def end_ids(self) -> list[int]:
-        """The tokens that end an answer; the header's own first."""
-        stated = [self.special(name) for name in ("eos", "eot", "eom")]
+        """The tokens that end an answer, those of the header first."""
+        from_header = [self.special(name) for name in ("eos", "eot", "eom")]
         known = [token_id for token_id, text in enumerate(self.tokens) if text in ENDS]
-        return list(dict.fromkeys(i for i in (*stated, *known) if i is not None))
+        return list(dict.fromkeys(i for i in (*from_header, *known) if i is not None))
 
     @property
-    def begins_texts(self) -> bool:
-        """Whether a text begins with the token "bos"."""
-        default = self.model == PIECES or self._before in BEGINNING_FIRST
+    def adds_bos(self) -> bool:
+        """Whether a text begins with BOS."""
+        default = self.model == PIECES or self._pre in ADDS_BOS
         return bool(self._keys.get("tokenizer.ggml.add_bos_token", default))
 
     @property
-    def _prefixes_blank(self) -> bool:
+    def _adds_space(self) -> bool:
         return bool(self._keys.get("tokenizer.ggml.add_space_prefix", self.model == PIECES))
 
     def tokenizer_json(self) -> dict[str, Any]:
         """Return the content of tokenizer.json."""
-        parts = self._of_bytes() if self.model == BYTE_PAIRS else self._of_pieces()
+        parts = self._byte_level() if self.model == BYTE_PAIRS else self._sentence_pieces()
         return {
             "version": "1.0",
             "truncation": None,
@@ -131,7 +110,7 @@ class GgufVocabulary:
         }
         template = self._keys.get("tokenizer.chat_template")
         return {
-            "add_bos_token": self.begins_texts,
+            "add_bos_token": self.adds_bos,
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
             "model_max_length": context_length,
@@ -156,7 +135,7 @@ class GgufVocabulary:
         ]
 
     def _vocabulary(self) -> dict[str, int]:
-        """Return ids by text; of tokens with the same text the first one."""
+        """Return ids by text; the first one of tokens with the same text."""
         ids: dict[str, int] = {}
         for token_id, text in enumerate(self.tokens):
             ids.setdefault(text, token_id)
@@ -177,17 +156,19 @@ class GgufVocabulary:
             "merges": [list(merge) for merge in merges],
         }
 
-    def _of_bytes(self) -> dict[str, Any]:
-        merges = [self._halves(text) for text in self._keys.items("tokenizer.ggml.merges", str)]
-        pattern = PATTERNS.get(self._before)
-        by_bytes = {
+    def _byte_level(self) -> dict[str, Any]:
+        merges = [
+            self._split_merge(text) for text in self._keys.items("tokenizer.ggml.merges", str)
+        ]
+        pattern = PATTERNS.get(self._pre)
+        byte_level = {
             "type": "ByteLevel",
-            "add_prefix_space": self._prefixes_blank,
+            "add_prefix_space": self._adds_space,
             "trim_offsets": True,
             "use_regex": pattern is None,
         }
         steps: list[dict[str, Any]] = []
-        if self._before in SINGLE_DIGITS:
+        if self._pre in SINGLE_DIGITS:
             steps = [{"type": "Digits", "individual_digits": True}]
         elif pattern is not None:
             steps = [
@@ -199,21 +180,23 @@ class GgufVocabulary:
                 }
             ]
         return {
-            # Qwen's own composes letters and accents first; llama.cpp, whose answers these are, does not.
+            # Qwen's own tokenizer composes letters and accents first; llama.cpp, which this must equal, does not.
             "normalizer": None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, by_bytes]},
-            "decoder": {**by_bytes, "use_regex": True},
-            "model": self._model(self._possible(merges), ignore_merges=self._before == "llama-bpe"),
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, byte_level]},
+            "decoder": {**byte_level, "use_regex": True},
+            "model": self._model(
+                self._possible_merges(merges), ignore_merges=self._pre == "llama-bpe"
+            ),
         }
 
-    def _halves(self, text: str) -> tuple[str, str]:
+    def _split_merge(self, text: str) -> tuple[str, str]:
         left, blank, right = text.partition(" ")
         if not (left and blank and right):
-            raise BadModelFile(f"{self._keys.path}: {text!r} is no merge; fetch the file again")
+            raise BadModelFile(f"{self._keys.path}: {text!r} is not a merge; fetch the file again")
         return left, right
 
-    def _possible(self, merges: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Leave out merges of or to what is no token: they never happen, and `tokenizers` refuses them."""
+    def _possible_merges(self, merges: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Drop merges that involve a text which is not a token: they never apply, and `tokenizers` refuses them."""
         known = set(self.tokens)
         return [
             (left, right)
@@ -221,12 +204,12 @@ class GgufVocabulary:
             if left in known and right in known and left + right in known
         ]
 
-    def _of_pieces(self) -> dict[str, Any]:
-        """SentencePiece's byte pairs: blanks are letters, bytes stand for what has no piece."""
+    def _sentence_pieces(self) -> dict[str, Any]:
+        """Return SentencePiece's byte-pair model: spaces are letters, and bytes spell what has no piece."""
         scores = self._keys.items("tokenizer.ggml.scores", float)
         if len(scores) != len(self.tokens):
             raise BadModelFile(
-                f"{self._keys.path}: its tokens and scores do not agree; fetch it again"
+                f"{self._keys.path}: it has another number of tokens than of scores; fetch it again"
             )
         blanks: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
         normaliser = blanks
@@ -235,7 +218,7 @@ class GgufVocabulary:
             {"type": "ByteFallback"},
             {"type": "Fuse"},
         ]
-        if self._prefixes_blank:
+        if self._adds_space:
             prepended = {"type": "Prepend", "prepend": BLANK}
             normaliser = {"type": "Sequence", "normalizers": [prepended, blanks]}
             decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
@@ -253,7 +236,7 @@ class GgufVocabulary:
 
     def _post_processor(self) -> dict[str, Any] | None:
         token_id, text = self.special("bos"), self.text("bos")
-        if not self.begins_texts or text is None:
+        if not self.adds_bos or text is None:
             return None
         first = {"SpecialToken": {"id": text, "type_id": 0}}
         return {
@@ -267,3 +250,24 @@ class GgufVocabulary:
             ],
             "special_tokens": {text: {"id": text, "ids": [token_id], "tokens": [text]}},
         }
+
+
+def merges_by_score(
+    tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int]
+) -> list[tuple[str, str]]:
+    """Return every pair of normal pieces that form a third one, the highest score first.
+
+    SentencePiece's byte-pair models join the two neighbours whose joint piece has the highest score, so a list of
+    merges in the order of these scores joins the same.
+    """
+    ids = {
+        text: i for i, (text, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == NORMAL
+    }
+    merges = []
+    for whole, token_id in ids.items():
+        for end in range(1, len(whole)):
+            left, right = whole[:end], whole[end:]
+            if left in ids and right in ids:
+                merges.append((-scores[token_id], token_id, ids[left], ids[right], left, right))
+    merges.sort()
+    return [(left, right) for *_, left, right in merges]

@@ -1,21 +1,21 @@
-"""GgufTreeModel: a GGUF model that verifies drafts with branches, with our attention over its cache.
+"""GgufTreeModel: a GGUF model that verifies draft trees in one llama.cpp pass.
 
-TreePasses: a tree of drafts in one llama.cpp pass, behind one sequence.
-
-Every leaf is a sequence of llama.cpp's, and a row is of all sequences whose leaves come after it: it
-sees its own path. The rows of the trunk lie where they would lie without branches; a branch's row that
-counts after all is copied over the trunk's at its depth: the cells then are the plain loop's. Knows no
-drafts."""
+Every leaf of a tree is a llama.cpp sequence, and a row belongs to all sequences that have their leaf behind
+it, so that it attends to its own path. The rows of the trunk lie in the slots where they would lie without
+branches. A row of a branch that is accepted is copied over the trunk's row at its depth: the KV cache then
+equals that of decoding token by token.
+"""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from lowtide.models.draft_tree import TokenTree
 from lowtide.models.gguf.llama_cpp import LlamaLibrary
-from lowtide.models.gguf.model import GgufModel, LoadOptions
+from lowtide.models.gguf.model import GgufModel, GraphKernels, LoadOptions
+from lowtide.models.gguf.sequences import BatchKernels
 from lowtide.models.model import SequenceSlots
 from lowtide.models.spec import ModelSpec
 
@@ -23,71 +23,57 @@ if TYPE_CHECKING:
     from lowtide.models.model import Logits2D
 
 
-class CellHook(Protocol):
-    """What attends to a branch's rows over their own cells, and copies cells."""
-
-    @property
-    def layouts_refused(self) -> int:
-        """How many times cells were found elsewhere than they were said to be."""
-
-    def set_batch_layout(self, cells: SequenceSlots | None) -> None:
-        """Say where the keys of the next pass's parts lie; None: it is one sequence's again."""
-
-    def copy_cell(self, source: int, target: int) -> int:
-        """Copy a cell over another in every layer, and return the number of layers."""
-
-
 class TreePasses:
-    """Passes of up to `batch_size` rows over a context of as many sequences."""
+    """Passes over draft trees of up to `batch_size` rows, in a context of as many sequences."""
 
     def __init__(
         self,
         library: LlamaLibrary,
         context: Any,
-        hook: CellHook,
+        kernels: BatchKernels,
         *,
         batch_size: int,
         num_layers: int,
     ) -> None:
         self._library, self._api = library, library.api
-        self._context, self._hook = context, hook
+        self._context, self._kernels = context, kernels
         self._num_layers = num_layers
         self._memory = self._api.llama_get_memory(context)
         self._batch: Any = self._api.llama_batch_init(batch_size, 0, batch_size)
         self._tree = TokenTree((), ())
-        self._first_cell = 0
+        self._first_slot = 0
 
     def compute(self, tree: TokenTree, num_tokens: int) -> bool:
-        """Compute a tree whose trunk comes first, behind `num_tokens` tokens, the logits of all rows.
+        """Compute a tree, whose trunk comes first, behind `num_tokens` tokens, with the logits of all rows.
 
-        Afterwards the trunk is in the cache and its branches can be `adopt`ed. False where llama.cpp failed
-        or its cells lie elsewhere: what the pass left is to be forgotten then.
+        Afterwards the trunk is in the KV cache, and its branches can be committed. Returns False where
+        llama.cpp failed or put tokens into other slots; the caller then removes what the pass wrote.
         """
         leaves = tree.leaves()
         # The trunk's leaf is llama.cpp's sequence 0, as in every other pass.
         leaves.sort(key=lambda leaf: leaf != tree.trunk_rows - 1)
-        self._tree, self._first_cell = tree, num_tokens
+        self._tree, self._first_slot = tree, num_tokens
         self._fill(tree, leaves)
         for sequence in range(1, len(leaves)):
             self._api.llama_memory_seq_cp(self._memory, 0, sequence, -1, -1)
-        refused_before = self._hook.layouts_refused
-        self._hook.set_batch_layout(self._cells(tree))
+        refused_before = self._kernels.layouts_refused
+        self._kernels.set_batch_layout(self._slots(tree))
         try:
             with self._library.collected_errors():
                 code = self._api.llama_decode(self._context, self._batch)
         finally:
-            self._hook.set_batch_layout(None)
+            self._kernels.set_batch_layout(None)
             for sequence in range(1, len(leaves)):
                 self._api.llama_memory_seq_rm(self._memory, sequence, -1, -1)
-        if code != 0 or self._hook.layouts_refused > refused_before:
+        if code != 0 or self._kernels.layouts_refused > refused_before:
             return False
-        return self._hook.copy_cell(num_tokens, num_tokens) == self._num_layers
+        return self._kernels.copy_slot(num_tokens, num_tokens) == self._num_layers
 
-    def adopt(self, row: int) -> None:
-        """Have a branch's row of the last tree be the token at its depth, in the trunk's place."""
+    def commit_branch(self, row: int) -> None:
+        """Copy a branch's row of the last tree over the trunk's row at its depth."""
         depth = len(self._tree.path(row)) - 1
         if row != depth:
-            self._hook.copy_cell(self._first_cell + row, self._first_cell + depth)
+            self._kernels.copy_slot(self._first_slot + row, self._first_slot + depth)
 
     def _fill(self, tree: TokenTree, leaves: Sequence[int]) -> None:
         batch = self._batch
@@ -97,23 +83,23 @@ class TreePasses:
                 sequences[row].append(sequence)
         for row, depth in enumerate(tree.depths()):
             batch.token[row] = tree.token_ids[row]
-            batch.pos[row] = self._first_cell + depth
+            batch.pos[row] = self._first_slot + depth
             batch.n_seq_id[row] = len(sequences[row])
             for i, sequence in enumerate(sequences[row]):
                 batch.seq_id[row][i] = sequence
             batch.logits[row] = True
         batch.n_tokens = len(tree)
 
-    def _cells(self, tree: TokenTree) -> SequenceSlots:
+    def _slots(self, tree: TokenTree) -> SequenceSlots:
         runs = list(tree.runs())
         return SequenceSlots(
-            num_shared=self._first_cell,
+            num_shared=self._first_slot,
             num_rows=tuple(map(len, runs)),
-            own=tuple(array("i", self._path_cells(tree, run[-1])) for run in runs),
+            own=tuple(array("i", self._path_slots(tree, run[-1])) for run in runs),
         )
 
-    def _path_cells(self, tree: TokenTree, row: int) -> list[int]:
-        return [self._first_cell + before for before in tree.path(row)]
+    def _path_slots(self, tree: TokenTree, row: int) -> list[int]:
+        return [self._first_slot + ancestor for ancestor in tree.path(row)]
 
     def close(self) -> None:
         """Free the batch; closing twice is allowed."""
@@ -123,61 +109,53 @@ class TreePasses:
 
 
 class GgufTreeModel(GgufModel):
-    """Takes trees until one could not be computed: then `verifies_trees` is False, and trunks are.
+    """Computes draft trees; after the first failure `verifies_trees` is False and only trunks are computed.
 
-    `hook` has our attention in every layer, over one cache of all tokens. `options.sequences` is at least
-    `options.verify_batch`: each leaf is a sequence.
+    `kernels` compute attention in every layer, over one KV cache of all tokens. `options.sequences` must be
+    at least `options.verify_batch`: each leaf is a sequence.
     """
 
     _trees: TreePasses | None = None
-    _num_written = 0
-    _is_branched = False
+    _has_branches = False
 
-    def __init__(self, spec: ModelSpec, options: LoadOptions, hook: CellHook) -> None:
+    def __init__(self, spec: ModelSpec, options: LoadOptions, kernels: GraphKernels) -> None:
         assert options.sequences >= options.verify_batch, "there are fewer sequences than leaves"
-        super().__init__(spec, options)
+        super().__init__(spec, options, kernels)
         self.verifies_trees = True
         self._trees = TreePasses(
             self._library,
             self._context,
-            hook,
+            kernels,
             batch_size=self.max_verify_batch,
             num_layers=spec.num_layers,
         )
 
     def forward_tree(self, tree: TokenTree) -> Logits2D:
-        """Append a tree's trunk and compute its branches beside it, where cells lie as we know them."""
-        self._is_branched = self._trees is not None and tree.trunk_rows < len(tree)
-        if self._trees is None or not self._is_branched:
+        """Append a tree's trunk and compute its branches beside it; the trunk alone after a failure."""
+        self._has_branches = self._trees is not None and tree.trunk_rows < len(tree)
+        if self._trees is None or not self._has_branches:
             return super().forward_tree(tree)
-        self._check_rows(tree.token_ids)
-        self._check_verified(len(tree))
+        self._check_tokens(tree.token_ids)
+        self._check_verify_batch(len(tree))
         self._num_written = self._num_tokens + len(tree)
         if self._trees.compute(tree, self._num_tokens):
             self._num_tokens += tree.trunk_rows
-            return self._row_logits(len(tree))
-        self._give_trees_up()
-        self._forget_from(self._num_tokens)
+            return self._all_logits(len(tree))
+        self._disable_trees()
+        self._remove_from(self._num_tokens)
         return super().forward_tree(tree)
 
-    def adopt(self, row: int) -> None:
+    def commit_branch(self, row: int) -> None:
         """Copy a branch's row over the trunk's."""
-        if self._trees is not None and self._is_branched:
-            self._trees.adopt(row)
-
-    def truncate(self, num_tokens: int) -> int:
-        """Forget the tokens from `num_tokens` on, and what branches left behind them."""
-        if self._num_written > self._num_tokens and self.on_cut is not None:
-            self.on_cut(self._num_written, self._num_tokens)
-        self._num_written = 0
-        return super().truncate(num_tokens)
+        if self._trees is not None and self._has_branches:
+            self._trees.commit_branch(row)
 
     def close(self) -> None:
-        """Free the context and what trees took."""
-        self._give_trees_up()
+        """Free the context and the batch for trees."""
+        self._disable_trees()
         super().close()
 
-    def _give_trees_up(self) -> None:
+    def _disable_trees(self) -> None:
         self.verifies_trees = False
         if self._trees is not None:
             self._trees.close()

@@ -1,8 +1,7 @@
 """SimulatedGguf: what llama.cpp would allocate for a model's contexts, without allocating it.
 
-llama.cpp can lay a model out with `no_alloc`: the vocabulary is read, and nothing of the weights, of the KV
-cache and of the compute buffer is allocated; a context takes milliseconds. The sizes are read from what it
-tells of its work, to a hundredth of a MiB, and rounded up by as much. Knows no budget.
+With `no_alloc` llama.cpp lays a model out in milliseconds: it reads the vocabulary but allocates no weights,
+KV cache or compute buffer. The sizes come from its log messages, which round to a hundredth of a MiB.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ _ROUNDING_BYTES = (1 << 20) // 200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedContext:
-    """What one context would take, in bytes: the cache for all its tokens, and the compute buffer.
+    """The bytes of one context: the KV cache for all its tokens, and the compute buffer.
 
-    The cache is rounded down, so that where a formula is exact the formula is the larger.
+    The KV cache is rounded down, so that an exact formula is never below it.
     """
 
     cache_bytes: int
@@ -34,9 +33,9 @@ class SimulatedContext:
 
 
 class SimulatedGguf:
-    """A model that is laid out and not loaded; close it before the real one is loaded.
+    """A model that is laid out but not loaded; close it before the real one is loaded.
 
-    Raises `ModelError` where this llama.cpp cannot do that.
+    Raises `ModelError` where this version of llama.cpp cannot do that.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -46,7 +45,9 @@ class SimulatedGguf:
         self._contexts: dict[LoadOptions, SimulatedContext] = {}
         params = model_parameters(self._api, memory_map=False, repack=True)
         if not hasattr(params, "no_alloc"):
-            raise ModelError("this llama-cpp-python cannot lay a model out without loading it")
+            raise ModelError(
+                "this version of llama-cpp-python cannot lay out a model without loading it"
+            )
         params.no_alloc = True
         with self._library.collected_errors() as errors:
             self._model: Any = self._api.llama_model_load_from_file(os.fsencode(spec.path), params)
@@ -55,7 +56,7 @@ class SimulatedGguf:
             raise ModelError(f"llama.cpp cannot lay out {spec.path}: {reason}")
 
     def context(self, context: int, batch_size: int, kv_type: str) -> SimulatedContext:
-        """Return what a context of `context` tokens and `batch_size` rows a pass would take."""
+        """Return the size of a context of `context` tokens with batches of `batch_size`."""
         options = LoadOptions(context=context, batch_size=batch_size, threads=1, kv_type=kv_type)
         if options not in self._contexts:
             self._contexts[options] = self._measured(options)
@@ -63,24 +64,24 @@ class SimulatedGguf:
 
     def _measured(self, options: LoadOptions) -> SimulatedContext:
         with self._library.collected_messages() as messages:
-            made = self._api.llama_init_from_model(
+            handle = self._api.llama_init_from_model(
                 self._model, context_parameters(self._api, options)
             )
-        if not made:
+        if not handle:
             raise ModelError(f"llama.cpp cannot lay out a context for {self._spec.name}")
-        self._api.llama_free(made)
-        compute = [_num_bytes(found[1]) for m in messages if (found := _COMPUTE.search(m))]
+        self._api.llama_free(handle)
+        compute = [_num_bytes(match[1]) for m in messages if (match := _COMPUTE.search(m))]
         cache = [
-            _num_bytes(found[1]) - 2 * _ROUNDING_BYTES
+            _num_bytes(match[1]) - 2 * _ROUNDING_BYTES
             for m in messages
-            if (found := _CACHE.search(m))
+            if (match := _CACHE.search(m))
         ]
         if not compute:
-            raise ModelError("llama.cpp does not tell the size of its compute buffer")
+            raise ModelError("llama.cpp does not report the size of its compute buffer")
         return SimulatedContext(cache_bytes=sum(cache), compute_bytes=sum(compute))
 
     def close(self) -> None:
-        """Free what the layout took; closing twice is allowed."""
+        """Free the layout; closing twice is allowed."""
         if self._model is not None:
             self._api.llama_model_free(self._model)
             self._model = None

@@ -1,4 +1,4 @@
-"""GpuDevice: what the loaded llama.cpp can reach beside the processor. Asks ggml; decides nothing."""
+"""GpuDevice: the GPUs that the loaded llama.cpp can use, as ggml reports them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lowtide.models.gguf.llama_cpp import llama_library
 
 _P = ctypes.c_void_p
 _GPU, _INTEGRATED_GPU = 1, 2
-"""ggml's numbers of kinds of devices."""
-_ON_THE_PROCESSOR = frozenset({"CPU", "BLAS"})
+"""ggml's numbers of device types."""
+_CPU_BACKENDS = frozenset({"CPU", "BLAS"})
 _APPLE = ("MTL", "Metal")
 
 HOW_TO_GET_ONE = (
@@ -24,9 +24,9 @@ HOW_TO_GET_ONE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuDevice:
-    """A device that layers can be given to, as ggml tells of it.
+    """A device that can take layers.
 
-    `shares_memory` is true where its bytes are the machine's own: of the same memory that a process has.
+    `shares_memory` is true where its memory is the machine's main memory.
     """
 
     name: str
@@ -37,59 +37,59 @@ class GpuDevice:
 
 
 def gpu_backends() -> tuple[str, ...]:
-    """Return the backends that llama.cpp was built with, beside those of the processor."""
+    """Return the GPU backends that llama.cpp was built with."""
     count = _function("ggml_backend_reg_count", ctypes.c_size_t)()
     at = _function("ggml_backend_reg_get", _P, ctypes.c_size_t)
     name = _function("ggml_backend_reg_name", ctypes.c_char_p, _P)
     names = [name(at(i)).decode() for i in range(count)]
-    return tuple(name for name in names if name not in _ON_THE_PROCESSOR)
+    return tuple(name for name in names if name not in _CPU_BACKENDS)
 
 
 def read_gpu_devices() -> tuple[GpuDevice, ...]:
     """Return the devices that llama.cpp would use: integrated ones only where there are no others.
 
-    The first question makes a device's driver take memory of its own in this process.
+    The first call makes GPU drivers allocate memory in this process.
     """
     count = _function("ggml_backend_dev_count", ctypes.c_size_t)()
     at = _function("ggml_backend_dev_get", _P, ctypes.c_size_t)
     kind = _function("ggml_backend_dev_type", ctypes.c_int, _P)
     handles = [at(i) for i in range(count)]
-    for wanted in (_GPU, _INTEGRATED_GPU):
-        found = tuple(_device(handle) for handle in handles if kind(handle) == wanted)
-        if found:
-            return found
+    for device_type in (_GPU, _INTEGRATED_GPU):
+        devices = tuple(_device(handle) for handle in handles if kind(handle) == device_type)
+        if devices:
+            return devices
     return ()
 
 
-def require_gpus(wanted_by: str) -> tuple[GpuDevice, ...]:
-    """Return the devices; raises `NoGpu`, which says how to come by one, where the option has none."""
+def require_gpus(option: str) -> tuple[GpuDevice, ...]:
+    """Return the devices for a command-line option; raise `NoGpu` with how to get one where there is none."""
     devices = read_gpu_devices()
     if devices:
         return devices
     backends = gpu_backends()
     if backends:
         raise NoGpu(
-            f"{wanted_by} wants a GPU, llama.cpp's backend {', '.join(backends)} finds none: look at its "
-            f"driver, or leave {wanted_by} out"
+            f"{option} needs a GPU, but llama.cpp's backend {', '.join(backends)} finds none: check its "
+            f"driver, or leave {option} out"
         )
     raise NoGpu(
-        f"{wanted_by} wants a GPU, llama-cpp-python {llama_library().version} is built for the "
-        f"processor alone: {HOW_TO_GET_ONE}, or leave {wanted_by} out"
+        f"{option} needs a GPU, but llama-cpp-python {llama_library().version} is built for the CPU only: "
+        f"{HOW_TO_GET_ONE}, or leave {option} out"
     )
 
 
 def device_address(name: str) -> int:
     """Return ggml's handle of a device."""
-    found: int | None = _function("ggml_backend_dev_by_name", _P, ctypes.c_char_p)(name.encode())
-    if found is None:
-        raise NoGpu(f"{name} is wanted, and is no longer there: plan again")
-    return found
+    handle: int | None = _function("ggml_backend_dev_by_name", _P, ctypes.c_char_p)(name.encode())
+    if handle is None:
+        raise NoGpu(f"the device {name} is no longer there: plan again")
+    return handle
 
 
 def cpu_buffer_type() -> int:
-    """Return ggml's handle of the processor's memory."""
-    found: int = _function("ggml_backend_cpu_buffer_type", _P)()
-    return found
+    """Return ggml's handle of the buffer type of main memory."""
+    handle: int = _function("ggml_backend_cpu_buffer_type", _P)()
+    return handle
 
 
 def _device(handle: int) -> GpuDevice:

@@ -1,7 +1,7 @@
 """llama.cpp's C API, imported without the rest of llama-cpp-python.
 
-Knows no model. The package's own `__init__` imports its server types, caches and chat formats, which
-costs 22 MiB and 95 ms that a memory budget would pay for; only the generated C bindings are loaded here.
+The package's own `__init__` imports its server types, caches and chat formats, which would cost the memory
+budget 22 MiB, and 95 ms; only the generated C bindings are loaded here.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _lock = threading.Lock()
 
 
 class LlamaLibrary:
-    """The bindings (`.api`) and llama.cpp's messages; one for the process, from `llama_library()`."""
+    """The bindings (`.api`) and llama.cpp's log; one per process, from `llama_library()`."""
 
     def __init__(self, api: Any) -> None:
         self.api = api
         self._errors: deque[str] = deque(maxlen=64)
-        self._own = threading.local()
+        self._thread = threading.local()
         self._level = 0
-        # llama.cpp keeps the pointer for the life of the process: so must we.
+        # llama.cpp keeps the pointer for the life of the process, so this object must too.
         self._log_callback = api.llama_log_callback(self._receive)
         api.llama_log_set(self._log_callback, None)
         api.llama_backend_init()
@@ -45,24 +45,24 @@ class LlamaLibrary:
         if self._level == LOG_LEVEL_ERROR:
             self._errors.append(text.decode("utf-8", errors="replace").strip())
         elif self._level == LOG_LEVEL_INFO:
-            messages: list[str] | None = getattr(self._own, "messages", None)
+            messages: list[str] | None = getattr(self._thread, "messages", None)
             if messages is not None:
                 messages.append(text.decode("utf-8", errors="replace").strip())
 
     @contextlib.contextmanager
     def collected_errors(self) -> Iterator[deque[str]]:
-        """Yield the error messages that llama.cpp prints inside the block."""
+        """Yield the error messages that llama.cpp logs inside the block."""
         self._errors.clear()
         yield self._errors
 
     @contextlib.contextmanager
     def collected_messages(self) -> Iterator[list[str]]:
-        """Yield what llama.cpp tells of its work on this thread inside the block, line by line."""
-        self._own.messages = messages = list[str]()
+        """Yield the lines that llama.cpp logs on this thread inside the block."""
+        self._thread.messages = messages = list[str]()
         try:
             yield messages
         finally:
-            self._own.messages = None
+            self._thread.messages = None
 
     def set_abort_callback(self, address: int) -> None:
         """Have ggml call the C function at `address` (void (const char *)) when an assertion fails."""
@@ -71,12 +71,14 @@ class LlamaLibrary:
     def address(self, function: str) -> int:
         """Return the address of a C function of llama.cpp or ggml."""
         try:
-            found = ctypes.cast(getattr(self.api._lib, function), ctypes.c_void_p).value
+            address = ctypes.cast(getattr(self.api._lib, function), ctypes.c_void_p).value
         except AttributeError:
-            found = None
-        if found is None:
-            raise ModelError(f"this llama-cpp-python has no {function}: version 0.3.36 is wanted")
-        return found
+            address = None
+        if address is None:
+            raise ModelError(
+                f"this version of llama-cpp-python has no {function}: install version 0.3.36"
+            )
+        return address
 
     @property
     def version(self) -> str:
@@ -87,16 +89,16 @@ class LlamaLibrary:
 
     @property
     def repacks(self) -> bool:
-        """Whether weights may lie in layouts of its own: not where it was compiled for AMX.
+        """Whether llama.cpp may repack weights into layouts of its own: not where it was compiled for AMX.
 
-        GCC before 14 loses most of the tile configuration that its AMX products load, and then the first of
-        them ends the process; what such layouts take is not planned either.
+        GCC before 14 loses most of the tile configuration that its AMX matmuls load, and the first of them then
+        ends the process. The memory of such layouts is not planned either.
         """
         return "AMX_INT8 = 1" not in self.system_info
 
     @property
     def system_info(self) -> str:
-        """The instruction sets that llama.cpp's own kernels use, in its words."""
+        """llama.cpp's description of the instruction sets that its kernels use."""
         text: bytes = self.api.llama_print_system_info()
         return text.decode("utf-8", errors="replace").strip()
 
@@ -105,7 +107,7 @@ _library: LlamaLibrary | None = None
 
 
 def llama_library() -> LlamaLibrary:
-    """Load llama.cpp once. Raises `ModelError` where llama-cpp-python is missing or does not load."""
+    """Load llama.cpp once; raise `ModelError` where llama-cpp-python is missing or does not load."""
     global _library
     with _lock:
         if _library is None:
@@ -114,13 +116,13 @@ def llama_library() -> LlamaLibrary:
 
 
 def _import_bindings() -> ModuleType:
-    already = sys.modules.get(f"{PACKAGE}.{PACKAGE}")
-    if already is not None:
-        return already
+    imported = sys.modules.get(f"{PACKAGE}.{PACKAGE}")
+    if imported is not None:
+        return imported
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.submodule_search_locations is None:
         raise ModelError(
-            "llama-cpp-python is not installed, it runs GGUF models: pip install llama-cpp-python"
+            "llama-cpp-python, which runs GGUF models, is not installed: pip install llama-cpp-python"
         )
     # A stand-in package with the real search path: its submodules load, its __init__ does not run.
     stand_in = ModuleType(PACKAGE)
@@ -133,7 +135,7 @@ def _import_bindings() -> ModuleType:
             f"llama-cpp-python does not load ({error}): reinstall it for this machine"
         ) from error
     finally:
-        # The user's own `import llama_cpp` must find the whole package.
+        # A later `import llama_cpp` by the user must find the whole package.
         for name in [n for n in sys.modules if n == PACKAGE or n.startswith(f"{PACKAGE}.")]:
             del sys.modules[name]
     _check_layout(bindings)
@@ -141,17 +143,17 @@ def _import_bindings() -> ModuleType:
 
 
 def _check_layout(api: Any) -> None:
-    """Refuse a llama-cpp-python whose parameter structs are not the ones that we fill."""
-    wanted = {
+    """Raise `ModelError` where llama-cpp-python's parameter structs lack a field that lowtide sets."""
+    required = {
         "llama_model_params": ("load_mode", "use_extra_bufts", "n_gpu_layers"),
         "llama_context_params": ("n_outputs_max", "flash_attn_type", "cb_eval", "swa_full"),
     }
-    for name, fields in wanted.items():
+    for name, fields in required.items():
         struct: type[ctypes.Structure] = getattr(api, name)
         present = {field[0] for field in struct._fields_}
         missing = [field for field in fields if field not in present]
         if missing:
             raise ModelError(
-                f"this llama-cpp-python has no {name}.{missing[0]}: version 0.3.36 or newer is "
-                "wanted; pip install --upgrade llama-cpp-python"
+                f"this version of llama-cpp-python has no {name}.{missing[0]}, which version 0.3.36 or newer "
+                "has: pip install --upgrade llama-cpp-python"
             )

@@ -1,10 +1,8 @@
-"""A GGUF model over llama.cpp's low-level C API: weights, one context, one sequence.
+"""GgufModel: a GGUF model over llama.cpp's low-level C API; weights, one context, one sequence.
 
-Knows no budget: what to allocate is decided by whoever fills `LoadOptions`.
-
-RowBatch: the rows of one llama.cpp pass over one sequence.
-
-What to ask of llama.cpp when a GGUF model is loaded, or only laid out. Allocates nothing."""
+`LoadOptions` says what to allocate; `model_parameters` and `context_parameters` translate it to llama.cpp,
+for loading and for dry runs (`models/gguf/dry_run.py`).
+"""
 
 from __future__ import annotations
 
@@ -14,20 +12,21 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lowtide.models.errors import ForwardError, ModelError, UnsupportedModel
 from lowtide.models.fingerprint import file_fingerprint
 from lowtide.models.gguf.gpu import cpu_buffer_type, device_address
 from lowtide.models.gguf.llama_cpp import LlamaLibrary, llama_library
-from lowtide.models.gguf.sequences import GgufSequences
+from lowtide.models.gguf.reader import TYPE_NUMBERS
+from lowtide.models.gguf.sequences import BatchKernels, GgufSequences
 from lowtide.models.gguf.spec import ATTENTION_OUTPUT
 from lowtide.models.gguf.state import (
     copy_kv,
     put_kv,
     read_state,
     require_tokens,
-    state_bytes,
+    snapshot_bytes,
     write_state,
 )
 from lowtide.models.gguf.tokenizer import GgufTokenizer
@@ -37,45 +36,63 @@ from lowtide.models.spec import ModelSpec
 if TYPE_CHECKING:
     from lowtide.models.model import Logits, Logits2D
 
-
-class RowBatch:
-    """llama.cpp's batch, allocated once for passes of up to `batch_size` rows."""
-
-    def __init__(self, api: Any, batch_size: int) -> None:
-        self._api = api
-        self.struct = api.llama_batch_init(batch_size, 0, 1)
-        for row in range(batch_size):
-            self.struct.n_seq_id[row] = 1
-            self.struct.seq_id[row][0] = 0
-
-    def fill(self, token_ids: Sequence[int], position: int, *, every_row: bool) -> None:
-        """Put the tokens in, at consecutive positions; logits are asked of every row or of the last."""
-        num_rows = len(token_ids)
-        struct = self.struct
-        struct.n_tokens = num_rows
-        for row, token_id in enumerate(token_ids):
-            struct.token[row] = token_id
-            struct.pos[row] = position + row
-            struct.logits[row] = every_row or row == num_rows - 1
-
-    def free(self) -> None:
-        """Give its memory back."""
-        self._api.llama_batch_free(self.struct)
-
-
-KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}
-"""Names of KV cache types and ggml's numbers for them."""
-
 LOAD_COPY = 0
 LOAD_MEMORY_MAP = 1
 FLASH_ATTENTION_ON = 1
 NOTHING = "^$"
-"""A pattern that no tensor's name has."""
+"""A pattern that matches no tensor's name."""
+DECODE_ERRORS = {
+    1: "the KV cache has no room for the tokens",
+    2: "it was aborted",
+    -1: "the batch is not valid",
+}
+
+
+class GraphKernels(BatchKernels, Protocol):
+    """Attention kernels that run inside llama.cpp's graph and may keep data about KV slots."""
+
+    def truncate(self, num_tokens: int) -> None:
+        """Drop whatever is derived from KV slots at or beyond `num_tokens`."""
+
+
+class KVPages(Protocol):
+    """The memory pages of a context's KV cache (`memory/os/kv_pages.py`)."""
+
+    def truncate(self, num_used: int, num_tokens: int) -> None:
+        """Release the pages behind the first `num_tokens` slots; `num_used` slots were written so far."""
+
+    def release_pages(self, num_tokens: int) -> None:
+        """Release every page behind the first `num_tokens` slots, however few they are."""
+
+
+class TokenBatch:
+    """llama.cpp's batch of one sequence, allocated once for passes of up to `batch_size` tokens."""
+
+    def __init__(self, api: Any, batch_size: int) -> None:
+        self._api = api
+        self.struct = api.llama_batch_init(batch_size, 0, 1)
+        for i in range(batch_size):
+            self.struct.n_seq_id[i] = 1
+            self.struct.seq_id[i][0] = 0
+
+    def fill(self, token_ids: Sequence[int], position: int, *, all_logits: bool) -> None:
+        """Fill in tokens at consecutive positions; request logits of all of them or of the last."""
+        num_tokens = len(token_ids)
+        struct = self.struct
+        struct.n_tokens = num_tokens
+        for i, token_id in enumerate(token_ids):
+            struct.token[i] = token_id
+            struct.pos[i] = position + i
+            struct.logits[i] = all_logits or i == num_tokens - 1
+
+    def free(self) -> None:
+        """Free its memory."""
+        self._api.llama_batch_free(self.struct)
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceLayers:
-    """How many layers a device gets, by the name that ggml has for it."""
+    """How many layers a device gets; `device` is ggml's name for it."""
 
     device: str
     num_layers: int
@@ -83,12 +100,14 @@ class DeviceLayers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
-    """What to allocate. `context` and `batch_size` count tokens; `repack` lets llama.cpp copy weights into
-    a layout of its own; `eval_callback` is llama.cpp's evaluation callback (a C function pointer's address
-    and its user data), for attention of our own; `stage` is entered around "weights" and "context" as they
-    are made. `gpu_layers` go to devices, the output's matrix as the last of them; with `gpu_attention`
-    their KV cache and attention go there too. `verify_batch` is how many rows of a pass may have logits,
-    `sequences` how many sequences share the cache's cells.
+    """What to allocate.
+
+    `context` and `batch_size` count tokens. `repack` lets llama.cpp copy weights into a layout of its own.
+    `eval_callback` is llama.cpp's evaluation callback (the address of a C function, and its user data), which
+    lowtide's kernels are called through. `stage` is entered around "weights" and "context" as they are made.
+    `gpu_layers` go to devices, the output matrix as the last layer; with `gpu_attention` their KV cache and
+    attention do too. `verify_batch` is how many tokens of a pass may have logits, `sequences` how many
+    sequences share the slots of the KV cache.
     """
 
     context: int
@@ -106,7 +125,7 @@ class LoadOptions:
 
 
 class _Override(ctypes.Structure):
-    """llama_model_tensor_buft_override: where tensors go whose names a pattern is found in."""
+    """llama_model_tensor_buft_override: the buffer type of tensors whose names match a pattern."""
 
     _fields_ = [("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p)]
 
@@ -119,47 +138,45 @@ def model_parameters(
     gpu_layers: tuple[DeviceLayers, ...] = (),
     gpu_attention: bool = True,
 ) -> Any:
-    """Return llama.cpp's parameters for the weights; they point into memory that lives as long as they."""
+    """Return llama.cpp's parameters for the weights; the object keeps alive what they point to."""
     params = api.llama_model_default_params()
-    # A list of its own, be it empty: llama.cpp would start every device, used or not.
+    # An explicit list even if it is empty: without one llama.cpp starts every device, used or not.
     devices = (ctypes.c_void_p * (len(gpu_layers) + 1))(
         *(device_address(layers.device) for layers in gpu_layers), None
     )
     params.devices = ctypes.addressof(devices)
     params.n_gpu_layers = sum(layers.num_layers for layers in gpu_layers)
-    params.kept_alive = [devices]
+    params.references = [devices]
     if gpu_layers:
         shares = (ctypes.c_float * api.llama_max_devices())(*(g.num_layers for g in gpu_layers))
         params.tensor_split = shares
-        params.kept_alive.append(shares)
-        # With flash attention `offload_kqv` moves the cache alone; attention is computed where the matrix
-        # that follows it lies. Any override keeps llama.cpp from holding inputs of several passes at once.
-        stays = NOTHING if gpu_attention else ATTENTION_OUTPUT.replace(".", r"\.")
-        overrides = (_Override * 2)(_Override(stays.encode(), cpu_buffer_type()))
+        params.references.append(shares)
+        # With flash attention `offload_kqv` moves only the KV cache; attention is computed where the matrix
+        # that follows it lies. Any override also keeps llama.cpp from buffering inputs of several passes.
+        on_cpu = NOTHING if gpu_attention else ATTENTION_OUTPUT.replace(".", r"\.")
+        overrides = (_Override * 2)(_Override(on_cpu.encode(), cpu_buffer_type()))
         params.tensor_buft_overrides = ctypes.addressof(overrides)
-        params.kept_alive.append(overrides)
+        params.references.append(overrides)
     params.load_mode = LOAD_MEMORY_MAP if memory_map else LOAD_COPY
     params.use_extra_bufts = repack
     return params
 
 
 def context_parameters(api: Any, options: LoadOptions) -> Any:
-    """Return llama.cpp's parameters for a context that computes few rows of logits."""
+    """Return llama.cpp's parameters for a context with room for few tokens' logits."""
     params = api.llama_context_default_params()
     params.n_ctx = options.context
     params.n_batch = params.n_ubatch = options.batch_size
     params.n_seq_max = options.sequences
-    params.kv_unified = options.sequences > 1  # what sequences share lies there once
+    params.kv_unified = options.sequences > 1  # a shared prefix is stored once
     params.n_outputs_max = options.verify_batch
     params.n_threads = params.n_threads_batch = options.threads
     params.flash_attn_type = FLASH_ATTENTION_ON
-    params.type_k = params.type_v = KV_TYPES[options.kv_type]
-    params.swa_full = True  # rewinding a sliding window is exact only where its past is kept
+    params.type_k = params.type_v = TYPE_NUMBERS[options.kv_type.upper()]
+    params.swa_full = True  # truncating a sliding window is exact only with its whole past
     params.no_perf = True
     params.offload_kqv = options.gpu_attention
-    params.op_offload = (
-        False  # it would copy weights to a device for every prompt, in bytes unplanned
-    )
+    params.op_offload = False  # it would copy weights to a device for every prompt, unplanned
     if options.eval_callback is not None:
         address, user_data = options.eval_callback
         params.cb_eval = api.ggml_backend_sched_eval_callback(address)
@@ -167,31 +184,30 @@ def context_parameters(api: Any, options: LoadOptions) -> Any:
     return params
 
 
-DECODE_ERRORS = {
-    1: "the KV cache has no room for the rows",
-    2: "it was aborted",
-    -1: "the rows are not valid",
-}
-
-
 class GgufModel(Model):
-    """One llama.cpp model and context; `weights_of` another one, which is closed later, it takes those.
+    """One llama.cpp model and context.
 
-    Raises `UnsupportedModel` where llama.cpp refuses the file or the context, with its own reason.
+    `kernels` are lowtide's attention kernels in its graph. With `weights_of` the context uses the weights of
+    that model, which must be closed later. Raises `UnsupportedModel` with llama.cpp's own reason where it
+    refuses the file or the context.
     """
 
     supports_snapshot = supports_copy = True
 
     def __init__(
-        self, spec: ModelSpec, options: LoadOptions, weights_of: GgufModel | None = None
+        self,
+        spec: ModelSpec,
+        options: LoadOptions,
+        kernels: GraphKernels | None = None,
+        weights_of: GgufModel | None = None,
     ) -> None:
         self.spec = spec
         self.batch_size = options.batch_size
         self.max_verify_batch = min(options.verify_batch, options.batch_size)
         self._options = options
         self.supports_batch = not spec.recurrent_state_bytes and not options.gpu_layers
-        self.on_cut: Callable[[int, int], None] | None = None
-        """Told, after tokens were forgotten, how many there had been and how many are kept."""
+        self._kernels = kernels
+        self._pages: KVPages | None = None
         self._model: Any = None
         self._context: Any = None
         self._batch: Any = None
@@ -210,15 +226,21 @@ class GgufModel(Model):
             with options.stage("context"):
                 self._context = self._create_context(options)
             self._memory = self._api.llama_get_memory(self._context)
-            self._batch = RowBatch(self._api, options.batch_size)
+            self._batch = TokenBatch(self._api, options.batch_size)
         except BaseException:
             self.close()
             raise
         self.context = min(options.context, int(self._api.llama_n_ctx(self._context)))
         self._num_tokens = 0
+        self._num_written = 0
+        """Slots that the last pass wrote, where those are more than tokens: branches of a draft tree."""
         self._num_logits = int(
             self._api.llama_vocab_n_tokens(self._api.llama_model_get_vocab(self._model))
         )
+
+    def attach_pages(self, pages: KVPages) -> None:
+        """Release pages of the KV cache through `pages` from now on; called before the first token."""
+        self._pages = pages
 
     def _create_context(self, options: LoadOptions) -> Any:
         params = context_parameters(self._api, options)
@@ -234,7 +256,7 @@ class GgufModel(Model):
         return self._num_tokens
 
     def forward(self, token_ids: Sequence[int]) -> Logits:
-        """Append the tokens in one llama.cpp batch and return the last row's logits."""
+        """Append the tokens in one llama.cpp batch and return the last token's logits."""
         import numpy as np
 
         self._compute(token_ids)
@@ -242,41 +264,45 @@ class GgufModel(Model):
         return np.ctypeslib.as_array(pointer, shape=(self._num_logits,))
 
     def forward_rows(self, token_ids: Sequence[int]) -> Logits2D:
-        """Append the tokens in one llama.cpp batch and return every row's logits."""
-        self._check_verified(len(token_ids))
-        self._compute(token_ids, every_row=True)
-        return self._row_logits(len(token_ids))
+        """Append the tokens in one llama.cpp batch and return every token's logits."""
+        self._check_verify_batch(len(token_ids))
+        self._compute(token_ids, all_logits=True)
+        return self._all_logits(len(token_ids))
 
-    def _row_logits(self, num_rows: int) -> Logits2D:
+    def _all_logits(self, num_tokens: int) -> Logits2D:
         import numpy as np
 
         pointer = self._api.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(pointer, shape=(num_rows, self._num_logits))
+        return np.ctypeslib.as_array(pointer, shape=(num_tokens, self._num_logits))
 
-    def _check_verified(self, num_rows: int) -> None:
-        if num_rows > self.max_verify_batch:
+    def _check_verify_batch(self, num_tokens: int) -> None:
+        if num_tokens > self.max_verify_batch:
             raise ForwardError(
-                f"logits of {num_rows} rows are wanted, {self.max_verify_batch} are planned"
+                f"logits of {num_tokens} tokens were requested; the plan allows {self.max_verify_batch}"
             )
 
-    def _compute(self, token_ids: Sequence[int], *, every_row: bool = False) -> None:
-        self._check_rows(token_ids)
-        self._batch.fill(token_ids, self._num_tokens, every_row=every_row)
+    def _compute(self, token_ids: Sequence[int], *, all_logits: bool = False) -> None:
+        self._check_tokens(token_ids)
+        self._batch.fill(token_ids, self._num_tokens, all_logits=all_logits)
         with self._library.collected_errors() as errors:
             code = self._api.llama_decode(self._context, self._batch.struct)
         if code != 0:
-            self._forget_from(self._num_tokens)
-            reason = errors[-1] if errors else DECODE_ERRORS.get(code, f"llama.cpp says {code}")
+            self._remove_from(self._num_tokens)
+            reason = (
+                errors[-1] if errors else DECODE_ERRORS.get(code, f"llama_decode returned {code}")
+            )
             raise ForwardError(
-                f"a forward pass over {len(token_ids)} rows at {self._num_tokens} failed: {reason}"
+                f"a forward pass of {len(token_ids)} tokens at {self._num_tokens} failed: {reason}"
             )
         self._num_tokens += len(token_ids)
 
-    def _check_rows(self, token_ids: Sequence[int]) -> None:
+    def _check_tokens(self, token_ids: Sequence[int]) -> None:
         if self._context is None:
             raise ForwardError("the model is closed: open it again")
         if not 0 < len(token_ids) <= self.batch_size:
-            raise ForwardError(f"{len(token_ids)} rows given, 1 to {self.batch_size} are allowed")
+            raise ForwardError(
+                f"a pass has {len(token_ids)} tokens; it must have 1 to {self.batch_size}"
+            )
         if self._num_tokens + len(token_ids) > self.context:
             raise ForwardError(
                 f"{self._num_tokens + len(token_ids)} tokens do not fit the context of "
@@ -288,17 +314,29 @@ class GgufModel(Model):
             )
 
     def truncate(self, num_tokens: int) -> int:
-        """Forget the tokens from `num_tokens` on; everything, where the model cannot go back."""
+        """Drop the tokens from `num_tokens` on; everything, where the model cannot go back.
+
+        This is the one place where llama.cpp's slots, the data that lowtide's kernels derived from them, and
+        the memory pages behind them are released.
+        """
         if num_tokens < 0:
-            raise ValueError(f"num_tokens is {num_tokens}, 0 or more is wanted")
-        kept = min(num_tokens, self._num_tokens)
-        used, self._num_tokens = self._num_tokens, self._forget_from(kept)
-        if self.on_cut is not None:
-            self.on_cut(used, self._num_tokens)
+            raise ValueError(f"num_tokens is {num_tokens}; it must be 0 or more")
+        num_used = max(self._num_written, self._num_tokens)
+        self._num_tokens = self._remove_from(min(num_tokens, self._num_tokens))
+        self._num_written = 0
+        if self._kernels is not None:
+            self._kernels.truncate(self._num_tokens)
+        if self._pages is not None:
+            self._pages.truncate(num_used, self._num_tokens)
         return self._num_tokens
 
+    def release_pages(self) -> None:
+        """Return the pages of the KV cache that hold no token to the system."""
+        if self._pages is not None:
+            self._pages.release_pages(self._num_tokens)
+
     def snapshot_component(self) -> dict[str, str]:
-        """Return the weights, the KV type, and the llama.cpp that lays the cells out."""
+        """Return the weights, the KV type, and the version of llama.cpp, which defines the layout."""
         spec = self.spec
         weights = file_fingerprint(spec.paths)
         return {
@@ -313,46 +351,46 @@ class GgufModel(Model):
         return write_state(self._library, self._context, path, token_ids)
 
     def load_kv(self, path: Path, num_bytes: int, num_tokens: int) -> list[int]:
-        """Put a file's tokens and cells back; cells that hold no token stay untouched."""
+        """Read the tokens, keys and values of a file; slots without a token stay untouched."""
         self.truncate(0)
         require_tokens(self._library, path, num_bytes, num_tokens, self._num_logits)
         try:
             token_ids = read_state(self._library, self._context, path, num_bytes, self.context)
         except BaseException:
-            self._forget_from(0)
+            self._remove_from(0)
             raise
         self._num_tokens = len(token_ids)
         return token_ids
 
-    def state_bytes(self) -> int:
-        """Return the bytes of the cells that hold tokens, and of llama.cpp's notes on them."""
-        return state_bytes(self._library, self._context)
+    def snapshot_bytes(self) -> int:
+        """Return the bytes of the slots that hold tokens, and of llama.cpp's metadata."""
+        return snapshot_bytes(self._library, self._context)
 
     def copy_kv(self, into: memoryview) -> None:
-        """Copy the cells that hold tokens, a tensor at a time."""
+        """Copy the slots that hold tokens, one tensor at a time."""
         copy_kv(self._library, self._context, into)
 
-    def put_kv(self, state: memoryview, num_tokens: int) -> None:
-        """Put the cells back; those that hold no token stay untouched."""
+    def put_kv(self, snapshot: memoryview, num_tokens: int) -> None:
+        """Put the slots back; those without a token stay untouched."""
         self.truncate(0)
         try:
-            put_kv(self._library, self._context, state, num_tokens)
+            put_kv(self._library, self._context, snapshot, num_tokens)
         except BaseException:
-            self._forget_from(0)
+            self._remove_from(0)
             raise
         self._num_tokens = num_tokens
 
     def open_sequences(
-        self, num_sequences: int, num_cells: int, max_logits: int | None = None
+        self, num_sequences: int, num_slots: int, max_logits: int | None = None
     ) -> SequenceBatch:
-        """Make another context, of which every cell is cleared, so that all of it is resident."""
+        """Make another context; llama.cpp clears every slot, so that all of it is resident."""
         if not self.supports_batch:
-            return super().open_sequences(num_sequences, num_cells)
-        wanted = max(max_logits or 0, num_sequences)
+            return super().open_sequences(num_sequences, num_slots)
+        max_logits = max(max_logits or 0, num_sequences)
         options = replace(
             self._options,
-            context=num_cells,
-            verify_batch=wanted,
+            context=num_slots,
+            verify_batch=max_logits,
             sequences=num_sequences,
             stage=nullcontext,
         )
@@ -361,20 +399,21 @@ class GgufModel(Model):
             self._create_context(options),
             num_sequences=num_sequences,
             batch_size=self.batch_size,
-            max_logits=wanted,
+            max_logits=max_logits,
             vocabulary_size=self._num_logits,
+            kernels=self._kernels,
         )
 
-    def _forget_from(self, position: int) -> int:
-        """Remove every cell from `position` on, also those of a pass that was interrupted."""
+    def _remove_from(self, position: int) -> int:
+        """Remove every slot from `position` on, also those of an interrupted pass; return what remains."""
         if position > 0 and self._api.llama_memory_seq_rm(self._memory, 0, position, -1):
             return position
         self._api.llama_memory_clear(self._memory, False)
         return 0
 
     def close(self) -> None:
-        """Free the context, and the weights where they are its own."""
-        self.on_cut = None
+        """Free the context, and the weights unless they are another model's."""
+        self._kernels = self._pages = None
         if self._batch is not None:
             self._batch.free()
             self._batch = None
@@ -404,9 +443,9 @@ def _load_weights(library: LlamaLibrary, spec: ModelSpec, options: LoadOptions) 
 
 def _created(library: LlamaLibrary, create: Callable[[], Any], what: str) -> Any:
     with library.collected_errors() as errors:
-        made = create()
-        if made:
-            return made
+        handle = create()
+        if handle:
+            return handle
         reason = next((e for e in errors if "unknown model architecture" in e), None)
         if reason is not None:
             raise UnsupportedModel(
@@ -414,4 +453,4 @@ def _created(library: LlamaLibrary, create: Callable[[], Any], what: str) -> Any
                 "upgrade llama-cpp-python or pick another model"
             )
         detail = errors[0] if errors else "no reason given"
-        raise ModelError(f"llama.cpp cannot make {what}: {detail}")
+        raise ModelError(f"llama.cpp cannot create {what}: {detail}")

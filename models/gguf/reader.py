@@ -1,8 +1,8 @@
-"""Reads GGUF's key-value section and tensor directory, trusting nothing that the file says.
+"""Reads GGUF's key-value section and tensor directory without trusting the file.
 
-Knows the container format, not what the keys mean. No number read from the file is ever allocated
-from: every count and length is held against the bytes that are really there. Format: GGUF v2 and
-v3, little-endian (ggml docs, "GGUF").
+No memory is allocated by a number from the file: every count and length is compared with the bytes that are
+really there. What the keys mean is in `models/gguf/spec.py`. Format: GGUF v2 and v3, little-endian (ggml
+docs, "GGUF").
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from lowtide.models.errors import BadModelFile, ModelNotFound
 MAX_DIMENSIONS = 4
 MAX_NAME_BYTES = 65535
 MAX_TEXT_BYTES = 4 << 20
-KEPT_ARRAY_ITEMS = 4096
-"""Arrays of at most this many numbers keep their values; longer ones are only measured."""
+MAX_ARRAY_VALUES = 4096
+"""The values of numeric arrays up to this length are read; of longer ones only the length."""
 
 _SCALARS = {
     0: struct.Struct("<B"),
@@ -71,7 +71,7 @@ TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
     35: ("TQ2_0", 256, 66),
     39: ("MXFP4", 32, 17),
 }
-"""ggml's type number: name, elements in a block, bytes of a block."""
+"""By ggml's type number: the name, the elements of a block, and its bytes."""
 TYPE_NUMBERS = {name: number for number, (name, _, _) in TENSOR_TYPES.items()}
 
 Scalar = int | float | bool | str
@@ -79,9 +79,9 @@ Scalar = int | float | bool | str
 
 @dataclass(frozen=True, slots=True)
 class ArrayValue:
-    """An array in the header: `length` items; `values` where they are numbers and few.
+    """An array of `length` items in the header; `values` are read where they are numbers and few.
 
-    Of an array of strings the total and the longest length in bytes are kept, not the texts.
+    Of strings only the total and the longest length in bytes are read.
     """
 
     length: int
@@ -103,9 +103,9 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class GgufContents:
-    """What one GGUF file's headers say; the data section begins at byte `data_start` of `file_bytes`.
+    """The headers of one GGUF file of `file_bytes` bytes; its data section begins at byte `data_start`.
 
-    Its `num_keys` keys with their values end at byte `metadata_end`.
+    The `num_keys` keys and their values end at byte `metadata_end`.
     """
 
     path: Path
@@ -120,7 +120,7 @@ class GgufContents:
 def read_gguf(path: Path) -> GgufContents:
     """Read the headers of the GGUF file at `path` without touching its weights.
 
-    Raises `ModelNotFound` where there is no such file and `BadModelFile` where it is not GGUF.
+    Raises `ModelNotFound` where there is no such file, `BadModelFile` where it is not GGUF.
     """
     try:
         with path.open("rb") as file:
@@ -135,18 +135,18 @@ def read_gguf(path: Path) -> GgufContents:
             "or hf:user/repo"
         ) from None
     except IsADirectoryError:
-        raise BadModelFile(
-            f"{path} is a folder, a .gguf file is wanted: name the file inside it"
-        ) from None
+        raise BadModelFile(f"{path} is a folder: name the .gguf file inside it") from None
     except OSError as error:
         raise ModelNotFound(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def _not_gguf(path: Path, size: int, start: bytes) -> str:
     if size == 0:
-        return f"{path} is empty, a GGUF model is wanted: fetch the file again"
+        return f"{path} is empty: fetch the file again"
     if start == b"GGUF":
-        return f"{path} is cut short: {size} bytes hold no GGUF header; fetch the file again"
+        return (
+            f"{path} is truncated: {size} bytes are too few for a GGUF header; fetch the file again"
+        )
     return (
         f"{path} is not a GGUF file: it begins with {start!r} instead of b'GGUF'; "
         "convert the model, or name another file"
@@ -154,7 +154,7 @@ def _not_gguf(path: Path, size: int, start: bytes) -> str:
 
 
 class _Cursor:
-    """A position in the file that never leaves it."""
+    """A position in the file; reading past its end raises `BadModelFile`."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self.data = data
@@ -170,10 +170,10 @@ class _Cursor:
         version = self.scalar(4)
         if version not in (2, 3):
             raise BadModelFile(
-                f"{self.path} is GGUF version {version}, versions 2 and 3 can be read: "
+                f"{self.path} is GGUF version {version}; only versions 2 and 3 are supported: "
                 "convert it again with a current tool"
             )
-        # A tensor entry takes at least 24 bytes and a key at least 13: more cannot be in the file.
+        # A tensor entry takes at least 24 bytes and a key at least 13, which bounds their number.
         num_tensors = self.count("tensors", item_bytes=24)
         num_keys = self.count("keys", item_bytes=13)
         metadata: dict[str, Scalar | ArrayValue] = {}
@@ -192,19 +192,19 @@ class _Cursor:
     ) -> int:
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-            raise self.broken(f"its alignment is {alignment!r}, a power of two is wanted")
+            raise self.broken(f"its alignment is {alignment!r}; it must be a power of two")
         start = -(-self.position // alignment) * alignment
         end = max((start + tensor.offset + tensor.num_bytes for tensor in tensors), default=0)
         if end > self.size:
             raise BadModelFile(
-                f"{self.path} is cut short: its tensors end at byte {end}, the file has "
+                f"{self.path} is truncated: its tensors end at byte {end}, but the file has "
                 f"{self.size}; fetch the file again"
             )
         return start
 
     def broken(self, reason: str) -> BadModelFile:
         return BadModelFile(
-            f"{self.path} is not a sound GGUF file: {reason} (near byte {self.position}); "
+            f"{self.path} is not a valid GGUF file: {reason} (near byte {self.position}); "
             "fetch or convert it again"
         )
 
@@ -224,7 +224,7 @@ class _Cursor:
         number = self.scalar(10)
         left = self.size - self.position
         if number > left // item_bytes:
-            raise self.broken(f"it claims {number} {what}, and {left} bytes are left to hold them")
+            raise self.broken(f"it claims {number} {what}, but has only {left} bytes left for them")
         return number
 
     def text(self, limit: int) -> str:
@@ -252,13 +252,13 @@ class _Cursor:
             raise self.broken(f"an array has items of the unknown type {item_type}")
         layout = _SCALARS[item_type]
         length = self.count("numbers", item_bytes=layout.size)
-        if length > KEPT_ARRAY_ITEMS:
+        if length > MAX_ARRAY_VALUES:
             self.position += length * layout.size
             return ArrayValue(length, None)
         return ArrayValue(length, tuple(self._unpack(layout) for _ in range(length)))
 
     def text_array(self, length: int) -> ArrayValue:
-        # Vocabularies have hundreds of thousands of strings: the loop is kept flat.
+        # Vocabularies have hundreds of thousands of strings, so this loop calls no functions.
         unpack, data, size = _SCALARS[10].unpack_from, self.data, self.size
         position, total, longest = self.position, 0, 0
         for _ in range(length):

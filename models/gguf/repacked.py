@@ -1,9 +1,9 @@
-"""Packed GGUF files: a model's file with its matrices laid out for our kernels, in the same places.
+"""Headers of repacked GGUF files: copies of a model with matrices in tiles for lowtide's matmul kernels.
 
-A packed matrix takes as many bytes as before, so such a file has the shapes, types and sizes of the one it
-was made from, and llama.cpp maps it like any other; what its matrices mean only our kernels know
-(`attention/native/products/packed_matrix.h`). Keys of the header say which they are. Reads and lays out
-headers; packs nothing.
+A repacked matrix takes as many bytes as before, so the copy has the shapes, types and sizes of its source
+and llama.cpp maps it like any other file; only lowtide's kernels know the tiles
+(`attention/native/matmul/repack.h`). Keys of the header name the repacked tensors. The bytes themselves are
+written by `runtime/backends/repack.py`.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from pathlib import Path
 
 from lowtide.models.fingerprint import samples_digest
 from lowtide.models.gguf.reader import TYPE_NUMBERS, GgufContents, TensorInfo
+from lowtide.models.spec import TILE_ALIGNMENT
 
 LAYOUT = 2
-"""Counts the ways that matrices were laid out in, and which ones: a file of another one is made again."""
-PACKED_TYPES = frozenset("F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K Q5_K Q6_K".split())
-"""The types that have a packed form."""
+"""The version of the layout and of the choice of matrices; a copy with another version is made again."""
+REPACKABLE_TYPES = frozenset("F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K Q5_K Q6_K".split())
+"""The types that have a tiled layout."""
 
 LAYOUT_KEY = "lowtide.packed.layout"
 SOURCE_KEY = "lowtide.packed.source"
 TENSORS_KEY = "lowtide.packed.tensors"
 DIGEST_KEY = "lowtide.packed.digest"
 ALIGNMENT_KEY = "general.alignment"
-ALIGNMENT = 64
 DIGEST_DIGITS = 32
 
 _LAYER_MATRIX = re.compile(
@@ -38,10 +38,10 @@ _UINT32, _STRING = 4, 8
 
 
 @dataclass(frozen=True, slots=True)
-class PackedHeader:
-    """The beginning of a packed file, up to its data, and where its tensors lie.
+class RepackedHeader:
+    """The header of a repacked file, up to its data, and where its tensors lie.
 
-    `digest_offset` is where the digest stands, of zeros until the data is known.
+    The digest at `digest_offset` is zeros until the data is known.
     """
 
     start: bytes
@@ -49,16 +49,16 @@ class PackedHeader:
     digest_offset: int
 
 
-def matrices(tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
-    """Return the tensors that graphs read by products alone, and the embedding where it is the output too.
+def matmul_tensors(tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
+    """Return the tensors that graphs read with matmuls, including an embedding that is the output matrix too.
 
-    An embedding beside an output of its own is left as it is: of it only rows are read.
+    An embedding beside a separate output matrix is left as it is: graphs only look up its rows.
     """
     has_output = any(tensor.name == _OUTPUT for tensor in tensors)
     return [
         tensor
         for tensor in tensors
-        if tensor.type_name in PACKED_TYPES
+        if tensor.type_name in REPACKABLE_TYPES
         and len(tensor.shape) == 2
         and (
             _LAYER_MATRIX.fullmatch(tensor.name)
@@ -68,23 +68,23 @@ def matrices(tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
 
 
 def repacked_header(
-    source: GgufContents, packed: Sequence[TensorInfo], component: str
-) -> PackedHeader:
-    """Lay the header of a packed file out: the source's own keys, ours, and its tensors in their order.
+    source: GgufContents, repacked: Sequence[TensorInfo], source_fingerprint: str
+) -> RepackedHeader:
+    """Lay out the header of a repacked file: the source's keys, lowtide's, and the tensors in their order.
 
-    `component` is the fingerprint of the files that it was made from. Raises `ValueError` where the source's
-    alignment does not suit our kernels.
+    `source_fingerprint` is the `file_fingerprint` of the source. Raises `ValueError` where the source's
+    alignment does not suit the kernels.
     """
-    stated = source.metadata.get(ALIGNMENT_KEY)
-    if stated is not None and (not isinstance(stated, int) or stated % 4):
-        raise ValueError(f"its alignment is {stated}, a multiple of 4 is wanted")
-    alignment = ALIGNMENT if stated is None else stated
+    own_alignment = source.metadata.get(ALIGNMENT_KEY)
+    if own_alignment is not None and (not isinstance(own_alignment, int) or own_alignment % 4):
+        raise ValueError(f"its alignment is {own_alignment}; it must be a multiple of 4")
+    alignment = TILE_ALIGNMENT if own_alignment is None else own_alignment
     keys = [
         (LAYOUT_KEY, struct.pack("<II", _UINT32, LAYOUT)),
-        (SOURCE_KEY, _string_value(component)),
-        (TENSORS_KEY, _string_value("\n".join(tensor.name for tensor in packed))),
+        (SOURCE_KEY, _string_value(source_fingerprint)),
+        (TENSORS_KEY, _string_value("\n".join(tensor.name for tensor in repacked))),
     ]
-    if stated is None:
+    if own_alignment is None:
         keys.append((ALIGNMENT_KEY, struct.pack("<II", _UINT32, alignment)))
     keys.append((DIGEST_KEY, _string_value("0" * DIGEST_DIGITS)))
     with source.path.open("rb") as file:
@@ -102,27 +102,27 @@ def repacked_header(
         )
         offset = _aligned(offset + tensor.num_bytes, alignment)
     start += b"".join(map(_entry, tensors))
-    return PackedHeader(
+    return RepackedHeader(
         start.ljust(_aligned(len(start), alignment), b"\0"), tuple(tensors), digest_offset
     )
 
 
 def repacked_names(contents: GgufContents) -> tuple[str, ...]:
-    """Return the names of a file's packed tensors; none where it is like any other."""
+    """Return the names of a file's repacked tensors; none where it is an ordinary file."""
     names = contents.metadata.get(TENSORS_KEY)
     return tuple(names.split("\n")) if isinstance(names, str) and names else ()
 
 
-def is_valid(contents: GgufContents, component: str) -> bool:
-    """Whether a packed file is of this layout, of the files of that fingerprint, and as it was written."""
-    wanted = {LAYOUT_KEY: LAYOUT, SOURCE_KEY: component}
-    return all(contents.metadata.get(key) == value for key, value in wanted.items()) and (
+def is_valid(contents: GgufContents, source_fingerprint: str) -> bool:
+    """Whether a repacked file has this layout, comes from that source, and is complete."""
+    expected = {LAYOUT_KEY: LAYOUT, SOURCE_KEY: source_fingerprint}
+    return all(contents.metadata.get(key) == value for key, value in expected.items()) and (
         contents.metadata.get(DIGEST_KEY) == data_digest(contents.path, contents.data_start)
     )
 
 
 def data_digest(path: Path, data_start: int) -> str:
-    """Return the digest of a file's data, `DIGEST_DIGITS` long."""
+    """Return the digest of a file's data, `DIGEST_DIGITS` hexadecimal digits."""
     return samples_digest([(path, data_start)])
 
 

@@ -1,16 +1,16 @@
-"""GgufSequences: several sequences in a context of their own, on the weights of a model that is loaded.
+"""GgufSequences: several sequences in a llama.cpp context of their own, on the weights of a loaded model.
 
-llama.cpp's sequence ids say whose a cell is: one that all share has all of them. It puts each token into
-the lowest cell that is free; where it does otherwise, our attention notices and counts it. Knows no budget.
-
-FreeSlots: which cells of a cache hold no token. Knows no llama.cpp and no token."""
+llama.cpp tags every KV slot with the ids of its sequences; a shared slot has all of them. It puts each token
+into the lowest free slot. `FreeSlots` predicts which one that is, so that lowtide's attention reads only the
+slots of a sequence; where the prediction fails, the kernels notice and count it.
+"""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lowtide.models.errors import ForwardError
 from lowtide.models.gguf.llama_cpp import LlamaLibrary
@@ -20,36 +20,53 @@ if TYPE_CHECKING:
     from lowtide.models.model import Logits2D
 
 
-class FreeSlots:
-    """Hands out the cells 0 to `num_cells` - 1, always the lowest that is free."""
+class BatchKernels(Protocol):
+    """Attention kernels that can attend to the slots of each sequence alone."""
 
-    def __init__(self, num_cells: int) -> None:
-        self._num_cells = num_cells
-        self._untouched = 0
-        """The lowest cell that was never handed out."""
-        self._given_back: list[int] = []
+    @property
+    def layouts_refused(self) -> int:
+        """How many passes had slots that differed from the layout that was set."""
+
+    def set_batch_layout(self, slots: SequenceSlots | None) -> None:
+        """Set the slots of the next pass's slices; None: passes have one sequence again."""
+
+    def copy_slot(self, source: int, target: int) -> int:
+        """Copy a slot's keys and values over another's in every layer; return the number of layers."""
+
+
+class FreeSlots:
+    """Allocates the slots 0 to `num_slots` - 1, always the lowest free one."""
+
+    def __init__(self, num_slots: int) -> None:
+        self._num_slots = num_slots
+        self._num_untouched = 0
+        """The lowest slot that was never allocated."""
+        self._freed: list[int] = []
 
     def __len__(self) -> int:
-        """Return how many are free."""
-        return self._num_cells - self._untouched + len(self._given_back)
+        """Return how many slots are free."""
+        return self._num_slots - self._num_untouched + len(self._freed)
 
     def take(self) -> int:
-        """Return the lowest free cell, which is free no longer; raises `IndexError` where none is."""
-        if self._given_back:
-            return heappop(self._given_back)
-        if self._untouched == self._num_cells:
-            raise IndexError("no cell is free")
-        self._untouched += 1
-        return self._untouched - 1
+        """Allocate the lowest free slot and return it; raise `IndexError` where none is free."""
+        if self._freed:
+            return heappop(self._freed)
+        if self._num_untouched == self._num_slots:
+            raise IndexError("no slot is free")
+        self._num_untouched += 1
+        return self._num_untouched - 1
 
-    def release_pages(self, cells: Iterable[int]) -> None:
-        """Take back cells that were handed out."""
-        for cell in cells:
-            heappush(self._given_back, cell)
+    def free(self, slots: Iterable[int]) -> None:
+        """Make allocated slots free again."""
+        for slot in slots:
+            heappush(self._freed, slot)
 
 
 class GgufSequences(SequenceBatch):
-    """Takes `context` over, made for these sequences, and frees it; a row has `vocabulary_size` logits."""
+    """Sequences in `context`, a llama.cpp context made for them, which `close` frees.
+
+    `kernels`, where given, compute its attention and are told each pass's slots.
+    """
 
     def __init__(
         self,
@@ -60,128 +77,133 @@ class GgufSequences(SequenceBatch):
         batch_size: int,
         max_logits: int,
         vocabulary_size: int,
+        kernels: BatchKernels | None = None,
     ) -> None:
         self.num_sequences = num_sequences
         self.batch_size, self.max_logits = batch_size, max_logits
-        self.before_pass: Callable[[SequenceSlots], None] | None = None
-        """Told before each pass where the keys of its parts lie."""
+        self._kernels = kernels
         self._library = library
         self._api = library.api
         self._context: Any = context
         self._vocabulary_size = vocabulary_size
-        self.num_cells = int(self._api.llama_n_ctx(context))
+        self.num_slots = int(self._api.llama_n_ctx(context))
         self._memory = self._api.llama_get_memory(context)
-        self._free = FreeSlots(self.num_cells)
+        self._free = FreeSlots(self.num_slots)
         self._num_shared = 0
         self._own = [array("i") for _ in range(num_sequences)]
         self._batch: Any = self._api.llama_batch_init(batch_size, 0, 1)
 
     def share(self) -> None:
-        """Give every cell all sequence ids."""
+        """Tag the first sequence's slots with all sequence ids."""
         assert not any(self._own[1:]), "another sequence has tokens"
         for sequence in range(1, self.num_sequences):
             self._api.llama_memory_seq_cp(self._memory, 0, sequence, -1, -1)
         self._num_shared, self._own[0] = len(self._own[0]), array("i")
 
-    def forward(self, parts: Sequence[SequenceSlice]) -> Logits2D:
-        """Append the parts in one llama.cpp batch."""
+    def forward(self, slices: Sequence[SequenceSlice]) -> Logits2D:
+        """Append the slices in one llama.cpp batch."""
         import numpy as np
 
-        num_rows = sum(len(part.token_ids) for part in parts)
-        self._check(parts, num_rows)
-        self._fill(parts)
-        if self.before_pass is not None:
-            self.before_pass(
+        num_tokens = sum(len(part.token_ids) for part in slices)
+        self._check(slices, num_tokens)
+        self._fill(slices)
+        if self._kernels is not None:
+            self._kernels.set_batch_layout(
                 SequenceSlots(
                     num_shared=self._num_shared,
-                    num_rows=tuple(len(part.token_ids) for part in parts),
-                    own=tuple(self._own[part.sequence] for part in parts),
+                    num_rows=tuple(len(part.token_ids) for part in slices),
+                    own=tuple(self._own[part.sequence] for part in slices),
                 )
             )
         with self._library.collected_errors() as errors:
             code = self._api.llama_decode(self._context, self._batch)
         if code != 0:
-            reason = errors[-1] if errors else f"llama.cpp says {code}"
+            reason = errors[-1] if errors else f"llama_decode returned {code}"
             raise ForwardError(
-                f"a forward pass over {num_rows} rows of {len(parts)} sequences failed: {reason}"
+                f"a forward pass of {num_tokens} tokens of {len(slices)} sequences failed: {reason}"
             )
-        wanted = sum(part.num_logits for part in parts)
-        if not wanted:
+        num_logits = sum(part.num_logits for part in slices)
+        if not num_logits:
             return np.empty((0, self._vocabulary_size), np.float32)
         pointer = self._api.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(pointer, shape=(wanted, self._vocabulary_size))
+        return np.ctypeslib.as_array(pointer, shape=(num_logits, self._vocabulary_size))
 
     def truncate(self, sequence: int, num_tokens: int) -> None:
-        """Have llama.cpp forget the tokens; it fills their cells with those that come next."""
+        """Drop a sequence's tokens from `num_tokens` on; llama.cpp reuses their slots."""
         if self._context is None:
             raise ForwardError("the sequences are closed")
-        own, kept = self._own[sequence], max(num_tokens - self._num_shared, 0)
-        if kept >= len(own):
+        own, num_own = self._own[sequence], max(num_tokens - self._num_shared, 0)
+        if num_own >= len(own):
             return
-        position = self._num_shared + kept
+        position = self._num_shared + num_own
         if not self._api.llama_memory_seq_rm(self._memory, sequence, position, -1):
-            raise ForwardError(f"llama.cpp cannot forget a sequence's tokens from {position} on")
-        self._free.release_pages(own[kept:])
-        del own[kept:]
+            raise ForwardError(f"llama.cpp cannot drop a sequence's tokens from {position} on")
+        self._free.free(own[num_own:])
+        del own[num_own:]
 
     def rows_agree(self) -> bool:
-        """Compute a row alone and beside the others; what is in the cells does not matter after that."""
-        assert len(self._free) == self.num_cells, "there are tokens"
+        """Compute a token alone and beside the other sequences', and compare the logits."""
+        assert len(self._free) == self.num_slots, "the sequences hold tokens"
         last = self.num_sequences - 1
         alone = self.forward([SequenceSlice(last, [last % 251])])[0].copy()
-        self._forget()
-        parts = [SequenceSlice(i, [i % 251]) for i in range(self.num_sequences)]
-        together = self.forward(parts)[-1]
+        self._clear()
+        slices = [SequenceSlice(i, [i % 251]) for i in range(self.num_sequences)]
+        together = self.forward(slices)[-1]
         agree = bool((alone == together).all())
-        self._forget()
+        self._clear()
         return agree
 
-    def _forget(self) -> None:
+    def _clear(self) -> None:
         self._api.llama_memory_clear(self._memory, False)
-        self._free = FreeSlots(self.num_cells)
+        self._free = FreeSlots(self.num_slots)
         self._own = [array("i") for _ in range(self.num_sequences)]
 
-    def _check(self, parts: Sequence[SequenceSlice], num_rows: int) -> None:
+    def _check(self, slices: Sequence[SequenceSlice], num_tokens: int) -> None:
         if self._context is None:
             raise ForwardError("the sequences are closed")
-        if not 0 < num_rows <= self.batch_size or not all(part.token_ids for part in parts):
-            raise ForwardError(f"{num_rows} rows given, 1 to {self.batch_size} are allowed")
-        if num_rows > len(self._free):
+        if not 0 < num_tokens <= self.batch_size or not all(part.token_ids for part in slices):
             raise ForwardError(
-                f"{num_rows} tokens do not fit the cache: {len(self._free)} of {self.num_cells} cells are "
-                "free"
+                f"a pass has {num_tokens} tokens; it must have 1 to {self.batch_size}"
             )
-        wanted = sum(part.num_logits for part in parts)
-        if wanted > self.max_logits or any(
-            not 0 <= part.num_logits <= len(part.token_ids) for part in parts
+        if num_tokens > len(self._free):
+            raise ForwardError(
+                f"{num_tokens} tokens do not fit the KV cache: {len(self._free)} of {self.num_slots} slots "
+                "are free"
+            )
+        num_logits = sum(part.num_logits for part in slices)
+        if num_logits > self.max_logits or any(
+            not 0 <= part.num_logits <= len(part.token_ids) for part in slices
         ):
             raise ForwardError(
-                f"logits of {wanted} rows of {num_rows} are wanted, {self.max_logits} are planned"
+                f"logits of {num_logits} of {num_tokens} tokens were requested; the plan allows "
+                f"{self.max_logits}"
             )
-        tokens = [token_id for part in parts for token_id in part.token_ids]
+        tokens = [token_id for part in slices for token_id in part.token_ids]
         if min(tokens) < 0 or max(tokens) >= self._vocabulary_size:
             raise ForwardError(
                 f"token {max(tokens, key=abs)} is not in the vocabulary of {self._vocabulary_size}"
             )
 
-    def _fill(self, parts: Sequence[SequenceSlice]) -> None:
-        batch, row = self._batch, 0
-        for part in parts:
+    def _fill(self, slices: Sequence[SequenceSlice]) -> None:
+        batch, i = self._batch, 0
+        for part in slices:
             own = self._own[part.sequence]
-            first_wanted = row + len(part.token_ids) - part.num_logits
+            first_with_logits = i + len(part.token_ids) - part.num_logits
             for token_id in part.token_ids:
-                batch.token[row] = token_id
-                batch.pos[row] = self._num_shared + len(own)
-                batch.n_seq_id[row] = 1
-                batch.seq_id[row][0] = part.sequence
-                batch.logits[row] = row >= first_wanted
+                batch.token[i] = token_id
+                batch.pos[i] = self._num_shared + len(own)
+                batch.n_seq_id[i] = 1
+                batch.seq_id[i][0] = part.sequence
+                batch.logits[i] = i >= first_with_logits
                 own.append(self._free.take())
-                row += 1
-        batch.n_tokens = row
+                i += 1
+        batch.n_tokens = i
 
     def close(self) -> None:
         """Free the context."""
-        self.before_pass = None
+        if self._kernels is not None:
+            self._kernels.set_batch_layout(None)
+            self._kernels = None
         if self._batch is not None:
             self._api.llama_batch_free(self._batch)
             self._batch = None

@@ -1,73 +1,35 @@
-"""GGUF headers -> ModelSpec. Knows what the keys mean; reads no weights.
+"""Reads GGUF headers into a ModelSpec: what the keys mean, and which weights a pass reads together.
 
-Key names follow the GGUF specification ("general.*", "<architecture>.*", "tokenizer.*").
-
-Which weights a pass reads together, and where they lie in the files. Reads no weights."""
+Key names follow the GGUF specification ("general.*", "<architecture>.*", "tokenizer.*"). Of the weights only
+the output norm is read, for the model's fingerprint.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lowtide.models.errors import BadModelFile
-from lowtide.models.fingerprint import fingerprint
-from lowtide.models.gguf.reader import ArrayValue, GgufContents, read_gguf
+from lowtide.models.fingerprint import DIGITS
+from lowtide.models.gguf.reader import ArrayValue, GgufContents, TensorInfo, read_gguf
 from lowtide.models.gguf.repacked import repacked_names
 from lowtide.models.spec import ModelSpec, VocabularySpec, WeightGroup, WeightSpan
 
-ATTENTION_OUTPUT = ".attn_output"
-"""In the name of every tensor between a layer's attention and what is added to its input."""
-_LAYER = re.compile(r"^blk\.(\d+)\.")
-
-
-def weight_groups(parts: Sequence[GgufContents]) -> tuple[WeightGroup, ...]:
-    """Return a group for each layer, in order, and one for each tensor outside of them."""
-    layers = defaultdict[int, list[WeightSpan]](list)
-    projection_bytes = Counter[int]()
-    others = []
-    for number, part in enumerate(parts):
-        for tensor in part.tensors:
-            span = WeightSpan(number, part.data_start + tensor.offset, tensor.num_bytes)
-            layer = _LAYER.match(tensor.name)
-            if layer is None:
-                others.append(WeightGroup(None, (span,), tensor.name))
-                continue
-            number_of_layer = int(layer[1])
-            layers[number_of_layer].append(span)
-            if ATTENTION_OUTPUT in tensor.name:
-                projection_bytes[number_of_layer] += tensor.num_bytes
-    by_layer = (
-        WeightGroup(layer, _joined(layers[layer]), projection_bytes=projection_bytes[layer])
-        for layer in sorted(layers)
-    )
-    return (*by_layer, *others)
-
-
-def _joined(spans: Iterable[WeightSpan]) -> tuple[WeightSpan, ...]:
-    """Spans in order, those that touch (but for the alignment between tensors) as one."""
-    joined: list[WeightSpan] = []
-    for span in sorted(spans, key=lambda s: (s.part, s.offset)):
-        last = joined[-1] if joined else None
-        gap = span.offset - (last.offset + last.num_bytes) if last else -1
-        if last is not None and last.part == span.part and 0 <= gap < 4096:
-            end = span.offset + span.num_bytes
-            joined[-1] = WeightSpan(last.part, last.offset, end - last.offset)
-        else:
-            joined.append(span)
-    return tuple(joined)
-
-
 MAX_REASONABLE = 1 << 24
-"""No width, head or layer count of a real model comes near: more is a broken header."""
-
+"""No width or head count of a real model comes near this: more is a broken header."""
 MAX_LAYERS = 4096
 _SPLIT_NAME = re.compile(r"^(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf$")
+ATTENTION_OUTPUT = ".attn_output"
+"""In the name of every tensor of a layer's attention output projection."""
+_LAYER = re.compile(r"^blk\.(\d+)\.")
+OUTPUT_NORM = "output_norm.weight"
 
 
 def read_spec(path: Path) -> ModelSpec:
-    """Read the `ModelSpec` of the model at `path`; a split model is opened from its first part.
+    """Read the spec of the model at `path`; a split model is opened by its first part.
 
     Raises `ModelNotFound` or `BadModelFile` with what is wrong and what to change.
     """
@@ -83,12 +45,12 @@ def _other_parts(first: GgufContents) -> list[Path]:
     match = _SPLIT_NAME.match(first.path.name)
     if match is None or int(match["parts"]) != num_parts:
         raise BadModelFile(
-            f"{first.path} is one of {num_parts} parts and not named like one: "
+            f"{first.path} is one of {num_parts} parts, but is not named like one: "
             f"name the files NAME-00001-of-{num_parts:05}.gguf as they were published"
         )
     if int(match["part"]) != 1:
         raise BadModelFile(
-            f"{first.path} is part {int(match['part'])} of {num_parts}: open the first, "
+            f"{first.path} is part {int(match['part'])} of {num_parts}: open the first part, "
             f"{match['stem']}-00001-of-{num_parts:05}.gguf"
         )
     others = []
@@ -96,14 +58,14 @@ def _other_parts(first: GgufContents) -> list[Path]:
         other = first.path.with_name(f"{match['stem']}-{part:05}-of-{num_parts:05}.gguf")
         if not other.is_file():
             raise BadModelFile(
-                f"{other} is missing: the model has {num_parts} parts, all are needed in one folder"
+                f"{other} is missing: put all {num_parts} parts of the model into one folder"
             )
         others.append(other)
     return others
 
 
 class _Keys:
-    """Typed look-ups in one file's metadata, with errors that name the key."""
+    """Typed lookups in one file's metadata, with errors that name the key."""
 
     def __init__(self, contents: GgufContents) -> None:
         self.contents = contents
@@ -145,7 +107,7 @@ class _Keys:
         )
 
     def _feed_forward_width(self, num_layers: int) -> tuple[int, ...]:
-        """Return the width of each layer's feed-forward rows: of all experts that a row goes through."""
+        """Return the feed-forward width of each layer: that of all experts that a token passes through."""
         experts = self.number("expert_feed_forward_length", default=0) * self.number(
             "expert_used_count", default=0
         ) + self.number("expert_shared_feed_forward_length", default=0)
@@ -164,7 +126,7 @@ class _Keys:
         tokens = self.contents.metadata.get("tokenizer.ggml.tokens")
         merges = self.contents.metadata.get("tokenizer.ggml.merges")
         if not isinstance(tokens, ArrayValue) or tokens.length == 0:
-            raise self.wrong("tokenizer.ggml.tokens", "is missing: a vocabulary is wanted")
+            raise self.wrong("tokenizer.ggml.tokens", "is missing, so the model has no vocabulary")
         return VocabularySpec(
             num_tokens=tokens.length,
             num_merges=merges.length if isinstance(merges, ArrayValue) else 0,
@@ -181,7 +143,7 @@ class _Keys:
     def optional_text(self, key: str) -> str | None:
         value = self.contents.metadata.get(key)
         if value is not None and not isinstance(value, str):
-            raise self.wrong(key, f"is {value!r}, a text is wanted")
+            raise self.wrong(key, f"is {value!r}; it must be a string")
         return value
 
     def text(self, key: str, default: str | None = None) -> str:
@@ -210,7 +172,65 @@ class _Keys:
 
     def _checked(self, key: str, value: object, least: int, most: int = MAX_REASONABLE) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
-            raise self.wrong(key, f"is {value!r}, a whole number is wanted")
+            raise self.wrong(key, f"is {value!r}; it must be a whole number")
         if not least <= value <= most:
-            raise self.wrong(key, f"is {value}, between {least} and {most} is wanted")
+            raise self.wrong(key, f"is {value}; it must be between {least} and {most}")
         return value
+
+
+def weight_groups(parts: Sequence[GgufContents]) -> tuple[WeightGroup, ...]:
+    """Return one group per layer, in order, and one per tensor outside the layers."""
+    layers = defaultdict[int, list[WeightSpan]](list)
+    projection_bytes = Counter[int]()
+    others = []
+    for part_number, part in enumerate(parts):
+        for tensor in part.tensors:
+            span = WeightSpan(part_number, part.data_start + tensor.offset, tensor.num_bytes)
+            match = _LAYER.match(tensor.name)
+            if match is None:
+                others.append(WeightGroup(None, (span,), tensor.name))
+                continue
+            layer = int(match[1])
+            layers[layer].append(span)
+            if ATTENTION_OUTPUT in tensor.name:
+                projection_bytes[layer] += tensor.num_bytes
+    by_layer = (
+        WeightGroup(layer, _joined(layers[layer]), projection_bytes=projection_bytes[layer])
+        for layer in sorted(layers)
+    )
+    return (*by_layer, *others)
+
+
+def _joined(spans: Iterable[WeightSpan]) -> tuple[WeightSpan, ...]:
+    """Return the spans in order; those that touch, alignment between tensors aside, become one."""
+    joined: list[WeightSpan] = []
+    for span in sorted(spans, key=lambda s: (s.part, s.offset)):
+        last = joined[-1] if joined else None
+        gap = span.offset - (last.offset + last.num_bytes) if last else -1
+        if last is not None and last.part == span.part and 0 <= gap < 4096:
+            end = span.offset + span.num_bytes
+            joined[-1] = WeightSpan(last.part, last.offset, end - last.offset)
+        else:
+            joined.append(span)
+    return tuple(joined)
+
+
+def fingerprint(parts: Sequence[GgufContents]) -> str:
+    """Return 32 hexadecimal digits, the same for all quantisations of a model and different after training.
+
+    They cover the names and shapes of all tensors and the output norm, which every quantisation keeps in F32.
+    """
+    digest = hashlib.sha256()
+    tensors = [(tensor, part) for part in parts for tensor in part.tensors]
+    for tensor, _ in sorted(tensors, key=lambda pair: pair[0].name):
+        digest.update(f"{tensor.name} {tensor.shape}\n".encode())
+    for tensor, part in tensors:
+        if tensor.name == OUTPUT_NORM and tensor.type_name == "F32":
+            digest.update(_data(tensor, part))
+    return digest.hexdigest()[:DIGITS]
+
+
+def _data(tensor: TensorInfo, part: GgufContents) -> bytes:
+    with part.path.open("rb") as file:
+        file.seek(part.data_start + tensor.offset)
+        return file.read(tensor.num_bytes)

@@ -1,9 +1,8 @@
-"""The KV cache of one sequence of llama.cpp, in a file or in memory, and back.
+"""Saves the KV cache of one llama.cpp sequence to a file or to memory, and loads it.
 
-Only what the sequence holds is written and read, a tensor at a time: no copy of it is made but the one
-asked for, and cells without a token stay untouched. llama.cpp trusts what it reads: whoever calls
-`read_state` or `put_kv` answers for the bytes; `require_tokens` checks what can be before. Knows no
-checksum.
+Only slots that hold tokens are written and read, one tensor at a time and without another copy. llama.cpp
+trusts what it reads: the caller of `read_state` or `put_kv` is responsible for the bytes (sessions verify a
+checksum); `require_tokens` checks what can be checked before.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from lowtide.models.gguf.llama_cpp import LlamaLibrary
 
 SEQUENCE = 0
 _HEADER = struct.Struct("=III")
-"""Of a file: magic, version, how many tokens; their numbers follow, four bytes each, and then the cells."""
+"""Magic, version, number of tokens; the token ids follow, four bytes each, and then the slots."""
 
 
 def write_state(library: LlamaLibrary, context: Any, path: Path, token_ids: Sequence[int]) -> int:
-    """Write the tokens and their cells to `path`, and return the file's bytes.
+    """Write the tokens with their keys and values to `path`; return the file's size in bytes.
 
     Raises `SnapshotError` with llama.cpp's reason.
     """
@@ -34,7 +33,7 @@ def write_state(library: LlamaLibrary, context: Any, path: Path, token_ids: Sequ
         written = library.api.llama_state_seq_save_file(
             context, os.fsencode(path), SEQUENCE, tokens, len(token_ids)
         )
-    # Its last bytes go out when llama.cpp closes the file, and nobody tells whether they did.
+    # llama.cpp writes the last bytes when it closes the file and ignores whether that worked.
     if not written or written != path.stat().st_size:
         raise SnapshotError(_reason(errors, f"only {path.stat().st_size:,} bytes could be written"))
     return int(written)
@@ -43,10 +42,10 @@ def write_state(library: LlamaLibrary, context: Any, path: Path, token_ids: Sequ
 def require_tokens(
     library: LlamaLibrary, path: Path, num_bytes: int, num_tokens: int, vocabulary: int
 ) -> None:
-    """Check that the first `num_bytes` of a file say that they are the state of `num_tokens` tokens.
+    """Check that the first `num_bytes` of a file are a snapshot of `num_tokens` tokens, by its header.
 
-    llama.cpp would make room for as many as there are. Raises `SnapshotError` also where one's number is none
-    of `vocabulary`; what is of another magic or version is left to llama.cpp, which refuses it.
+    llama.cpp would allocate room for as many tokens as the header claims. Raises `SnapshotError` also for a
+    token outside `vocabulary`. A file with another magic or version is left to llama.cpp, which refuses it.
     """
     with path.open("rb") as file:
         header = file.read(min(num_bytes, _HEADER.size))
@@ -55,7 +54,7 @@ def require_tokens(
             return
         _, _, num_held = _HEADER.unpack(header)
         if num_held != num_tokens:
-            raise SnapshotError(f"it holds {num_held:,} tokens, {num_tokens:,} are wanted")
+            raise SnapshotError(f"it holds {num_held:,} tokens instead of {num_tokens:,}")
         token_bytes = file.read(min(num_bytes - _HEADER.size, 4 * num_tokens))
     if len(token_bytes) != 4 * num_tokens:
         raise SnapshotError(f"it ends before its {num_tokens:,} tokens do")
@@ -67,10 +66,10 @@ def require_tokens(
 def read_state(
     library: LlamaLibrary, context: Any, path: Path, num_bytes: int, capacity: int
 ) -> list[int]:
-    """Put the cells back and return their tokens, at most `capacity`; the sequence must be empty.
+    """Load the first `num_bytes` of a file and return its tokens, at most `capacity`.
 
-    What stands behind the first `num_bytes` of the file is not looked at. Raises `SnapshotError` where
-    llama.cpp does not take them; the sequence may then hold anything.
+    The sequence must be empty. Raises `SnapshotError` where llama.cpp refuses the file; the sequence may then
+    hold anything.
     """
     tokens = (library.api.llama_token * capacity)()
     num_tokens = ctypes.c_size_t()
@@ -82,27 +81,31 @@ def read_state(
     return list(tokens[: num_tokens.value])
 
 
-def state_bytes(library: LlamaLibrary, context: Any) -> int:
-    """Return how many bytes the sequence's cells take as `copy_kv` writes them."""
+def snapshot_bytes(library: LlamaLibrary, context: Any) -> int:
+    """Return how many bytes `copy_kv` writes for the sequence."""
     return int(library.api.llama_state_seq_get_size(context, SEQUENCE))
 
 
 def copy_kv(library: LlamaLibrary, context: Any, into: memoryview) -> None:
-    """Write the sequence's cells into memory. Raises `SnapshotError` where it is too small for them."""
+    """Copy the sequence's slots into memory; raise `SnapshotError` where it has another size."""
     with library.collected_errors() as errors:
         written = library.api.llama_state_seq_get_data(context, _pointer(into), len(into), SEQUENCE)
     if written != len(into):
-        raise SnapshotError(_reason(errors, f"{written:,} of {len(into):,} bytes were written"))
+        raise SnapshotError(
+            _reason(errors, f"only {written:,} of {len(into):,} bytes were written")
+        )
 
 
-def put_kv(library: LlamaLibrary, context: Any, state: memoryview, num_tokens: int) -> None:
-    """Put the cells of `num_tokens` back; the sequence must be empty.
+def put_kv(library: LlamaLibrary, context: Any, snapshot: memoryview, num_tokens: int) -> None:
+    """Restore a copy of `num_tokens` tokens; the sequence must be empty.
 
-    Raises `SnapshotError` where llama.cpp does not take them; the sequence may then hold anything.
+    Raises `SnapshotError` where llama.cpp refuses it; the sequence may then hold anything.
     """
     with library.collected_errors() as errors:
-        read = library.api.llama_state_seq_set_data(context, _pointer(state), len(state), SEQUENCE)
-    _require_whole(library, context, read, len(state), num_tokens, errors)
+        read = library.api.llama_state_seq_set_data(
+            context, _pointer(snapshot), len(snapshot), SEQUENCE
+        )
+    _require_whole(library, context, read, len(snapshot), num_tokens, errors)
 
 
 def _require_whole(
@@ -121,7 +124,7 @@ def _require_whole(
 
 
 def _pointer(view: memoryview) -> Any:
-    """Where a view's bytes lie. An object that held on to it would keep its memory from being closed."""
+    """Return the address of a view's bytes without keeping the view: that would keep its buffer from closing."""
     address = ctypes.addressof(ctypes.c_uint8.from_buffer(view))
     return ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8))
 

@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file, through llama.cpp. Knows no context and no template."""
+"""GgufTokenizer: the tokenizer of a GGUF file, through llama.cpp."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class GgufTokenizer(Tokenizer):
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Return the token ids of `text`; see `Tokenizer.encode`."""
         data = text.encode("utf-8", errors="replace")
-        # A vocabulary without words spells a blank with three bytes: then llama.cpp asks for more room.
+        # A vocabulary without words spells a space with three bytes: llama.cpp then needs more room.
         for capacity in (len(data) + 8, 4 * len(data) + 8):
             token_ids = (ctypes.c_int32 * capacity)()
             count = self._api.llama_tokenize(
@@ -45,13 +45,13 @@ class GgufTokenizer(Tokenizer):
 
     @property
     def special_texts(self) -> dict[str, str]:
-        """The written form of the beginning-of-text and end-of-text tokens, "" where there is none."""
+        """The texts of BOS and EOS, "" where there is none."""
         return {
-            "bos_token": self._written(self._api.llama_vocab_bos(self._vocabulary)),
-            "eos_token": self._written(self._api.llama_vocab_eos(self._vocabulary)),
+            "bos_token": self._text(self._api.llama_vocab_bos(self._vocabulary)),
+            "eos_token": self._text(self._api.llama_vocab_eos(self._vocabulary)),
         }
 
-    def _written(self, token_id: int) -> str:
+    def _text(self, token_id: int) -> str:
         if token_id == NULL_TOKEN:
             return ""
         return self._piece(token_id, special=True).decode("utf-8", errors="replace")

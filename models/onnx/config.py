@@ -1,12 +1,9 @@
-"""OnnxConfig: what the JSON files of a model's folder say of its shape. Reads no graph.
+"""OnnxConfig: the shape of an ONNX decoder, from the JSON files in its folder; and how to run one.
 
-onnxruntime-genai writes genai_config.json; Optimum copies config.json from where the model came.
-
-onnxruntime's execution providers by short names. Loads no model.
-
-OnnxOptions: what to allocate for an ONNX model, and where it runs. Allocates nothing.
-
-The libraries of the extra `onnx`, imported when needed; without them an error names the extra."""
+onnxruntime-genai writes genai_config.json; Optimum copies config.json from the original model. `OnnxOptions`
+says what to allocate, `provider_name` which execution provider a short name means, and `onnx_library` imports
+the libraries of the `onnx` extra when they are needed.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +23,14 @@ MAX_JSON_BYTES = 8 << 20
 MAX_LAYERS = 4096
 MAX_REASONABLE = 1 << 24
 GRAPHS = ("model.onnx", "decoder_model.onnx", "onnx/model.onnx")
-"""Where a folder without genai_config.json has its graph."""
+"""Where the graph of a folder without genai_config.json may be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxConfig:
-    """The shape that a folder states; `end_ids` are the tokens that end an answer.
+    """The shape of a decoder; `end_ids` are the tokens that end an answer.
 
-    `past_names` and `present_names` are of keys and of values, with %d for the layer.
+    `past_names` and `present_names` are patterns for keys and for values, with %d for the layer.
     """
 
     path: Path
@@ -54,9 +51,9 @@ class OnnxConfig:
 
 
 def read_config(path: Path) -> OnnxConfig:
-    """Read the configuration of the model at `path`, its folder or its .onnx file.
+    """Read the configuration of the model at `path`, a folder or an .onnx file.
 
-    Raises `ModelNotFound` where there is none, `BadModelFile` where a value is missing or impossible.
+    Raises `ModelNotFound` where there is no model, `BadModelFile` where a value is missing or impossible.
     """
     graph = None if path.is_dir() else path
     folders = (path,) if graph is None else (path.parent, path.parent.parent)
@@ -66,30 +63,30 @@ def read_config(path: Path) -> OnnxConfig:
         if (folder / OPTIMUM).is_file():
             return _optimum(folder / OPTIMUM, graph)
     if not path.exists():
-        raise ModelNotFound(f"nothing is at {path}: name an .onnx file or its folder")
+        raise ModelNotFound(f"{path} does not exist: name an .onnx file or its folder")
     raise BadModelFile(
         f"{folders[0]} is a folder with neither {GENAI} nor {OPTIMUM}: name a .gguf file, or the folder "
-        "of an ONNX decoder as onnxruntime-genai or Optimum write it"
+        "of an ONNX decoder written by onnxruntime-genai or Optimum"
     )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a small JSON file; raises `BadModelFile` where it is none."""
+    """Return the object in a small JSON file; raise `BadModelFile` where it is not one."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise BadModelFile(
-                f"{path} has more than {MAX_JSON_BYTES} bytes: it is no configuration"
+                f"{path} has more than {MAX_JSON_BYTES} bytes, so it is not a configuration: fetch it again"
             )
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadModelFile(f"{path} cannot be read as JSON ({error}): fetch it again") from None
     if not isinstance(value, dict):
-        raise BadModelFile(f"{path} holds no JSON object: fetch it again")
+        raise BadModelFile(f"{path} does not hold a JSON object: fetch it again")
     return value
 
 
 class _Values:
-    """Typed look-ups with errors that name the file and the key."""
+    """Typed lookups with errors that name the file and the key."""
 
     def __init__(self, path: Path, values: dict[str, Any]) -> None:
         self.path = path
@@ -107,20 +104,20 @@ class _Values:
         if value is None:
             raise self.wrong(key, "is missing")
         if not isinstance(value, int) or not 1 <= value <= most:
-            raise self.wrong(key, f"is {value!r}, a number from 1 to {most} is wanted")
+            raise self.wrong(key, f"is {value!r}; it must be a number from 1 to {most}")
         return value
 
     def text(self, key: str, default: str) -> str:
         value = self.values.get(key, default)
         if not isinstance(value, str):
-            raise self.wrong(key, f"is {value!r}, a text is wanted")
+            raise self.wrong(key, f"is {value!r}; it must be a string")
         return value
 
     def numbers(self, key: str) -> tuple[int, ...]:
         value = self.values.get(key)
         items = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(item, int) for item in items):
-            raise self.wrong(key, f"is {value!r}, token ids are wanted")
+            raise self.wrong(key, f"is {value!r}; it must be token ids")
         return tuple(items)
 
     def wrong(self, key: str, reason: str) -> BadModelFile:
@@ -135,7 +132,7 @@ def _genai(path: Path, graph: Path | None) -> OnnxConfig:
         for key, name in decoder.inner("inputs").values.items()
         if isinstance(name, str) and not key.startswith("past_")
     }
-    names, made = decoder.inner("inputs"), decoder.inner("outputs")
+    names, outputs = decoder.inner("inputs"), decoder.inner("outputs")
     window = decoder.values.get("sliding_window")
     width, heads = decoder.number("hidden_size"), decoder.number("num_attention_heads")
     return OnnxConfig(
@@ -156,25 +153,27 @@ def _genai(path: Path, graph: Path | None) -> OnnxConfig:
             names.text("past_value_names", "past_key_values.%d.value"),
         ),
         present_names=(
-            made.text("present_key_names", "present.%d.key"),
-            made.text("present_value_names", "present.%d.value"),
+            outputs.text("present_key_names", "present.%d.key"),
+            outputs.text("present_value_names", "present.%d.value"),
         ),
-        input_names={**inputs, "logits": made.text("logits", "logits")},
+        input_names={**inputs, "logits": outputs.text("logits", "logits")},
     )
 
 
 def _optimum(path: Path, graph: Path | None) -> OnnxConfig:
     values = _Values(path, read_json(path))
     folder = path.parent
-    found = graph or next((folder / name for name in GRAPHS if (folder / name).is_file()), None)
-    if found is None:
-        raise BadModelFile(f"{folder} has no {' or '.join(GRAPHS)}: name the .onnx file itself")
+    graph = graph or next((folder / name for name in GRAPHS if (folder / name).is_file()), None)
+    if graph is None:
+        raise BadModelFile(f"{folder} has none of {', '.join(GRAPHS)}: name the .onnx file itself")
     width, heads = values.number("hidden_size"), values.number("num_attention_heads")
-    more = folder / "generation_config.json"
-    generation = _Values(more, read_json(more) if more.is_file() else {})
+    generation_path = folder / "generation_config.json"
+    generation = _Values(
+        generation_path, read_json(generation_path) if generation_path.is_file() else {}
+    )
     return OnnxConfig(
         path=path,
-        graph=found,
+        graph=graph,
         architecture=values.text("model_type", "decoder"),
         num_layers=values.number("num_hidden_layers", most=MAX_LAYERS),
         embedding_width=width,
@@ -195,7 +194,7 @@ EXTRA = "pip install 'lowtide[onnx]'"
 
 
 def onnx_library(name: str) -> Any:
-    """Return the module `name`; raises `UnsupportedModel` with what to install where it is missing."""
+    """Import and return the module `name`; raise `UnsupportedModel` with what to install where it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -207,13 +206,13 @@ def onnx_library(name: str) -> Any:
 CPU = "cpu"
 _SUFFIX = "ExecutionProvider"
 NOT_ON_THIS_MACHINE = frozenset({"azure"})
-"""Providers that run models elsewhere."""
+"""Providers that run models on other machines."""
 
 
 def provider_name(provider: str) -> str:
-    """Return onnxruntime's own name of `provider` ("cuda" is CUDAExecutionProvider).
+    """Return onnxruntime's full name of a provider ("cuda" is CUDAExecutionProvider).
 
-    Raises `BadOption` with those that are installed where it is none of them.
+    Raises `BadOption` with the installed ones where it is not installed.
     """
     library = onnx_library("onnxruntime")
     installed = {
@@ -223,26 +222,25 @@ def provider_name(provider: str) -> str:
     }
     if provider.lower() not in installed:
         raise BadOption(
-            f"provider is {provider!r}, and onnxruntime {library.__version__} has "
-            f"{', '.join(sorted(installed))} here: choose one of these, or install a build of onnxruntime "
-            "that has it"
+            f"provider is {provider!r}, but onnxruntime {library.__version__} here has only "
+            f"{', '.join(sorted(installed))}: choose one of these, or install a build of onnxruntime with it"
         )
     return str(installed[provider.lower()])
 
 
 def session_providers(provider: str) -> list[str]:
-    """Return what a session is told: the provider, and the processor for what it does not run."""
-    name, processor = provider_name(provider), provider_name(CPU)
-    return [name] if name == processor else [name, processor]
+    """Return the full names for a session: the provider, and the CPU for what it cannot run."""
+    name, cpu = provider_name(provider), provider_name(CPU)
+    return [name] if name == cpu else [name, cpu]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxOptions:
-    """`context` and `batch_size` count tokens; `stage` is entered around "weights" and "context".
+    """What to allocate for an ONNX model and where to run it.
 
-    `kv_type` is what keys and values are kept as where attention is ours; a whole one keeps its own.
-    `provider` is the short name of an execution provider, `verify_batch` how many rows of a pass may have
-    logits.
+    `context` and `batch_size` count tokens. `kv_type` is the KV type of a rewritten graph; any other graph has
+    its own. `provider` is the short name of an execution provider. `verify_batch` is how many tokens of a pass
+    may have logits. `stage` is entered around "weights" and "context" as they are made.
     """
 
     context: int
@@ -255,10 +253,10 @@ class OnnxOptions:
 
 
 def session_options(threads: int) -> Any:
-    """Return onnxruntime's options: threads sleep between passes.
+    """Return onnxruntime's session options; its threads sleep between passes.
 
-    Activations lie in its arena, which keeps their room: in the C library's heap they now and then leave
-    holes of tens of MiB.
+    Activations lie in its arena, which keeps their memory: on the C library's heap they sometimes leave holes
+    of tens of MiB.
     """
     options = onnx_library("onnxruntime").SessionOptions()
     options.intra_op_num_threads = threads

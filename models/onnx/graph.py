@@ -1,26 +1,19 @@
 """OnnxGraph: the nodes, inputs and weights of an ONNX file, without the weights' data.
 
-Knows no decoder. Field numbers are those of onnx.proto3.
-
-Reads protocol buffers field by field, trusting nothing that the file says.
-
-Knows the wire format, not what the fields mean. Nothing is copied but what is asked for: a field of bytes
-is told by where it lies.
-
-Which form of attention a decoder's graph has: what is told of it, and whether it shares its cache."""
+`Wire` reads protocol buffers field by field without trusting the file; a field of bytes is represented by its
+place, so that nothing else is copied. Field numbers are those of onnx.proto3.
+"""
 
 from __future__ import annotations
 
 import mmap
 import struct
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
 from lowtide.models.errors import BadModelFile, ModelNotFound, UnsupportedModel
-from lowtide.models.onnx.spec import GraphPorts
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 _FIXED = {FIXED64: 8, FIXED32: 4}
@@ -28,7 +21,7 @@ _FIXED = {FIXED64: 8, FIXED32: 4}
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """Field `number` of a message: its `value` where it is a number, its bytes from `start` to `end`."""
+    """Field `number` of a message: its `value` if it is a number, else its bytes from `start` to `end`."""
 
     number: int
     kind: int
@@ -38,14 +31,14 @@ class Field:
 
 
 class Wire:
-    """The bytes of one file of messages."""
+    """The bytes of one protocol buffer file."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self.data = data
         self.path = path
 
     def fields(self, start: int, end: int) -> Iterator[Field]:
-        """Yield the fields of the message in [start, end); raises `BadModelFile` where it is none."""
+        """Yield the fields of the message in [start, end); raise `BadModelFile` where it is not a message."""
         position = start
         while position < end:
             key, position = self._varint(position, end)
@@ -67,18 +60,18 @@ class Wire:
             position += length
 
     def text(self, field: Field) -> str:
-        """Return a field of text."""
+        """Return the text of a field."""
         return self.data[field.start : field.end].decode("utf-8", errors="replace")
 
     def numbers(self, field: Field) -> list[int]:
-        """Return the whole numbers of a repeated field, packed or one by one; negative ones are signed."""
+        """Return the integers of a repeated field, packed or one by one."""
         if field.kind == VARINT:
             return [_signed(field.value)]
-        found, position = [], field.start
+        numbers, position = [], field.start
         while position < field.end:
             value, position = self._varint(position, field.end)
-            found.append(_signed(value))
-        return found
+            numbers.append(_signed(value))
+        return numbers
 
     def _varint(self, position: int, end: int) -> tuple[int, int]:
         value = shift = 0
@@ -92,9 +85,9 @@ class Wire:
         raise self.broken(position, "a number has no end")
 
     def broken(self, position: int, reason: str) -> BadModelFile:
-        """Return the error that says where the file cannot be read."""
+        """Return an error that says where and why the file cannot be read."""
         return BadModelFile(
-            f"{self.path} is not a sound ONNX file: {reason} (near byte {position}); "
+            f"{self.path} is not a valid ONNX file: {reason} (near byte {position}); "
             "fetch or export it again"
         )
 
@@ -122,13 +115,13 @@ ELEMENT_BITS = {
     21: ("uint4", 4),
     22: ("int4", 4),
 }
-"""onnx's number of an element type: its name and bits."""
+"""By onnx's number of an element type: its name and its bits."""
 _EXTERNAL = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weight:
-    """A tensor of the file: `location` is the other file that has its data, None where it lies inside."""
+    """A tensor of the file; `location` is the file beside it with the data, None where the data is inside."""
 
     name: str
     shape: tuple[int, ...]
@@ -140,7 +133,7 @@ class Weight:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """An operator; of its attributes the numbers."""
+    """An operator; `numbers` are its numeric attributes."""
 
     name: str
     kind: str
@@ -150,13 +143,13 @@ class Node:
     numbers: dict[str, float]
 
     def input(self, index: int) -> str:
-        """Return the name of an input, "" where the node has none there."""
+        """Return the name of an input, "" where the node does not have it."""
         return self.inputs[index] if index < len(self.inputs) else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Port:
-    """An input or output of the graph; an extent that is not fixed is None."""
+    """An input or output of the graph; a dimension that is not fixed is None."""
 
     name: str
     element_type: str
@@ -165,7 +158,7 @@ class Port:
 
 @dataclass(slots=True, kw_only=True)
 class OnnxGraph:
-    """What one .onnx file says; `num_bytes` is the file's own size, `metadata` what its writer noted."""
+    """The content of one .onnx file of `num_bytes` bytes; `metadata` are its writer's notes."""
 
     path: Path
     num_bytes: int
@@ -177,18 +170,16 @@ class OnnxGraph:
 
 
 def read_graph(path: Path) -> OnnxGraph:
-    """Read the graph at `path`; weights are told by where they lie, inside or in files beside it.
+    """Read the graph at `path`; of weights only their place is read, inside it or in files beside it.
 
-    Raises `ModelNotFound` where there is no file, `BadModelFile` where it is no ONNX or its data is not
-    where it says, `UnsupportedModel` where an operator is of a domain that onnxruntime has not.
+    Raises `ModelNotFound` where there is no file, `BadModelFile` where it is not ONNX or data is missing,
+    `UnsupportedModel` for an operator of a domain that onnxruntime does not have.
     """
     try:
         num_bytes = path.stat().st_size
         with path.open("rb") as file:
             if num_bytes == 0:
-                raise BadModelFile(
-                    f"{path} is empty, an ONNX model is wanted: fetch the file again"
-                )
+                raise BadModelFile(f"{path} is empty: fetch the file again")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 graph = _Reader(Wire(data, path)).graph(num_bytes)
     except FileNotFoundError:
@@ -225,7 +216,7 @@ class _Reader:
                 (graph.inputs if part.number == 11 else graph.outputs)[port.name] = port
         if not graph.nodes or len(graph.nodes) > MAX_NODES:
             raise self._wire.broken(body.start, f"its graph has {len(graph.nodes)} nodes")
-        for name in graph.weights:  # old files name them as inputs, too
+        for name in graph.weights:  # old files list weights as inputs, too
             graph.inputs.pop(name, None)
         return graph
 
@@ -334,13 +325,13 @@ def _check_domains(graph: OnnxGraph) -> None:
     for node in graph.nodes:
         if node.domain not in KNOWN_DOMAINS:
             raise UnsupportedModel(
-                f"{graph.path} has the operator {node.domain}.{node.kind}, of a domain that onnxruntime "
-                "has not: export the model with standard and com.microsoft operators"
+                f"{graph.path} has the operator {node.domain}.{node.kind}, which onnxruntime does not have: "
+                "export the model with standard and com.microsoft operators"
             )
 
 
 def _check_external(graph: OnnxGraph) -> None:
-    """Refuse data outside of the folder, missing, or cut short."""
+    """Refuse data that lies outside the folder, is missing, or is truncated."""
     sizes: dict[str, int] = {}
     for weight in graph.weights.values():
         location = weight.location
@@ -351,7 +342,7 @@ def _check_external(graph: OnnxGraph) -> None:
         end = weight.offset + weight.num_bytes
         if end > sizes[location]:
             raise BadModelFile(
-                f"{location} beside {graph.path} is cut short: tensor {weight.name!r} ends at byte {end}, "
+                f"{location} beside {graph.path} is truncated: tensor {weight.name!r} ends at byte {end}, but "
                 f"the file has {sizes[location]}; fetch it again"
             )
 
@@ -360,50 +351,12 @@ def _external_bytes(path: Path, location: str) -> int:
     relative = Path(location)
     if not location or relative.is_absolute() or ".." in relative.parts:
         raise BadModelFile(
-            f"{path} keeps weights in {location!r}, outside of its folder, which is refused: "
-            "export it with its data beside it"
+            f"{path} has weights in {location!r}, outside its folder, which is not allowed: export it with its "
+            "data beside it"
         )
     try:
         return (path.parent / relative).stat().st_size
     except OSError:
         raise BadModelFile(
-            f"{location} is missing beside {path}: it has the weights; fetch it into the same folder"
+            f"{location}, which has the weights, is missing beside {path}: fetch it into the same folder"
         ) from None
-
-
-FORMS = {
-    ("com.microsoft", "GroupQueryAttention"): "GroupQueryAttention",
-    ("com.microsoft", "MultiHeadAttention"): "MultiHeadAttention",
-    ("", "Attention"): "Attention",
-}
-DECOMPOSED = "decomposed attention"
-SHARING = "GroupQueryAttention"
-_PAST, _PRESENT = (3, 4), (1, 2)
-"""GroupQueryAttention's inputs and outputs of keys and values."""
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionForm:
-    """The form of most layers; `shares_cache` is true where that holds for all."""
-
-    name: str
-    shares_cache: bool
-
-
-def attention_form(graph: OnnxGraph, ports: GraphPorts) -> AttentionForm:
-    """Return the form; a graph that has no attention node is taken for decomposed."""
-    kinds = Counter(
-        FORMS[node.domain, node.kind] for node in graph.nodes if (node.domain, node.kind) in FORMS
-    )
-    name = kinds.most_common(1)[0][0] if kinds else DECOMPOSED
-    shared = {
-        (node.input(past), node.outputs[present])
-        for node in graph.nodes
-        if FORMS.get((node.domain, node.kind)) == SHARING
-        for past, present in zip(_PAST, _PRESENT, strict=True)
-        if present < len(node.outputs)
-    }
-    wanted = {
-        pair for layer in ports.layers for pair in zip(layer.past, layer.present, strict=True)
-    }
-    return AttentionForm(name, wanted <= shared)

@@ -1,4 +1,4 @@
-"""The tokenizer of an ONNX folder: tokenizer.json, through the `tokenizers` library. Knows no template."""
+"""OnnxTokenizer: the tokenizer.json of an ONNX folder, through the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lowtide.models.tokenizer import Tokenizer
 
 _BYTE_TOKEN = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
 BLANK = "▁"
-"""How vocabularies of pieces write a blank."""
+"""How SentencePiece vocabularies write a space."""
 
 
 class OnnxTokenizer(Tokenizer):
     """Encodes and decodes with a folder's tokenizer.json.
 
-    Raises `BadModelFile` where it cannot be read, or has tokens that the model has not.
+    Raises `BadModelFile` where it cannot be read or has more tokens than the model.
     """
 
     def __init__(self, spec: OnnxSpec) -> None:
@@ -30,8 +30,8 @@ class OnnxTokenizer(Tokenizer):
         highest = self._tokenizer.get_vocab_size(with_added_tokens=True)
         if highest > self._num_tokens:
             raise BadModelFile(
-                f"{spec.tokenizer_path} has {highest} tokens, the model has {self._num_tokens}: "
-                "take the tokenizer that was exported with it"
+                f"{spec.tokenizer_path} has {highest} tokens, but the model has {self._num_tokens}: use the "
+                "tokenizer that was exported with it"
             )
         added = self._tokenizer.get_added_tokens_decoder()
         self._control = {token_id for token_id, token in added.items() if token.special}
@@ -49,7 +49,7 @@ class OnnxTokenizer(Tokenizer):
         return list(self._tokenizer.encode(clean, add_special_tokens=add_special).ids)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes of one token; control tokens, and ids without a token, have none."""
+        """Return the bytes of one token; control tokens and unused ids have none."""
         if not 0 <= token_id < self._num_tokens:
             raise ModelError(
                 f"token {token_id} is not in the vocabulary: ids from 0 to {self._num_tokens - 1} "
@@ -71,7 +71,7 @@ class OnnxTokenizer(Tokenizer):
 
     @property
     def special_texts(self) -> dict[str, str]:
-        """The texts that chat templates ask for."""
+        """The texts of BOS and EOS for chat templates."""
         return dict(self._special_texts)
 
 
@@ -79,12 +79,14 @@ def _loaded(path: Path) -> Any:
     library = onnx_library("tokenizers")
     try:
         return library.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library has no class of its own for it
-        raise BadModelFile(f"{path} is no tokenizer that can be read: {error}") from None
+    except Exception as error:  # the library has no exception class of its own
+        raise BadModelFile(
+            f"{path} cannot be read as a tokenizer ({error}): fetch it again"
+        ) from None
 
 
 def _is_byte_level(tokenizer: Any) -> bool:
-    """Whether pieces are written in the alphabet of bytes."""
+    """Whether tokens are written with one letter per byte."""
     decoder = tokenizer.decoder
     return decoder is not None and '"ByteLevel"' in json.dumps(
         json.loads(decoder.__getstate__().decode())
@@ -92,7 +94,7 @@ def _is_byte_level(tokenizer: Any) -> bool:
 
 
 def _byte_alphabet() -> dict[str, bytes]:
-    """The letters that stand for bytes: printable ones for themselves, the others from 256 on."""
+    """Return the byte that each letter stands for: printable ones themselves, the others from 256 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     letters = {chr(byte): bytes([byte]) for byte in printable}

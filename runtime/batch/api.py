@@ -13,7 +13,6 @@ from typing import Any
 from lowtide.memory.plan.batch import BatchPlan
 from lowtide.memory.plan.line import BATCH
 from lowtide.models.errors import BadOption
-from lowtide.models.gguf.model import GgufModel
 from lowtide.runtime.batch.batch import BatchPrompt, BatchSequence, generate_together
 from lowtide.runtime.batch.memory import BatchMemory, batch_plans, why_not_drafted
 from lowtide.runtime.batch.speculation import BatchSpeculation, load_batch_speculation
@@ -176,7 +175,9 @@ class BatchAnswers(ABC):
         rows_agree = room.rows_agree(plan.num_sequences)
         if speculation is not None:
             rows_agree = rows_agree and speculation.rows_agree
-        reason = self._why_not_identical(rows_agree)
+        reason = loaded.planned.backend.batch_nondeterminism(
+            loaded.planned, rows_agree=rows_agree, exact_prefill=loaded.controller.exact_prefill
+        )
         told = {
             "sequences": plan.num_sequences,
             "shared_tokens": plan.shared_tokens,
@@ -190,23 +191,6 @@ class BatchAnswers(ABC):
         if loaded.planned.speculation is not None and speculation is None:
             speculator = Speculator.without(why_not_drafted(loaded.planned, loaded.model, asked))
         return replace(alone, speculator=speculator, batch=told, planned_bytes=planned_bytes)
-
-    def _why_not_identical(self, rows_agree: bool) -> str | None:
-        """Say why a greedy answer may differ from that of its prompt alone; None where it cannot."""
-        loaded = self._loaded
-        if not isinstance(loaded.model, GgufModel):
-            return None
-        if not rows_agree:
-            types = ", ".join(sorted(loaded.planned.spec.tensor_types - {"F32"}))
-            return f"this machine's products of {types} round a row by the rows beside it"
-        if loaded.hook is None:
-            return (
-                "llama.cpp's attention sums a sequence in another order among others: open with "
-                "attention='dense'"
-            )
-        if not loaded.controller.exact_prefill:
-            return "prompts in bfloat16 are rounded by how many rows are read together"
-        return None
 
 
 def _tell_cells_differ(*told: dict[str, Any] | None) -> None:

@@ -14,7 +14,6 @@ from lowtide.memory.plan.batch import BatchPlan, plan_batch
 from lowtide.memory.plan.estimates import KV_PADDING, kv_bytes
 from lowtide.memory.plan.line import BATCH, CACHE
 from lowtide.memory.units import OverBudget, format_bytes, format_bytes_up
-from lowtide.models.gguf.sequences import GgufSequences
 from lowtide.models.model import Model, SequenceBatch
 from lowtide.runtime.batch.batch import BatchPrompt, num_shared
 from lowtide.runtime.kv.session import KVSession
@@ -61,7 +60,6 @@ class BatchMemory:
                 self._open = opened = model.open_sequences(
                     plan.num_sequences, plan.num_cells, plan.num_logits
                 )
-            self._tell_hook(opened)
             self._refused_before = self._num_refused()
             if plan.num_sequences not in self._agree:
                 self._loaded.controller.begin_prefill()
@@ -82,8 +80,6 @@ class BatchMemory:
             return
         self._open.close()
         self._open = None
-        if self._loaded.hook is not None:
-            self._loaded.hook.set_batch_layout(None)
         self._loaded.ledger.release(BATCH)
         self._loaded.trim("background")
 
@@ -140,11 +136,6 @@ class BatchMemory:
             budget_bytes,
             "lower max_tokens, ask fewer prompts at once, or raise --memory",
         )
-
-    def _tell_hook(self, sequences: SequenceBatch) -> None:
-        hook = self._loaded.hook
-        if hook is not None and isinstance(sequences, GgufSequences):
-            sequences.before_pass = hook.set_batch_layout
 
 
 MOST_DRAFTED = 32

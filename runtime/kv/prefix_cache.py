@@ -8,10 +8,11 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-from lowtide.memory.os.pages import PageBuffer, round_up
+from lowtide.memory.os.pages import round_up
 from lowtide.memory.units import KIB
 from lowtide.models.errors import SnapshotError
 from lowtide.models.model import Model
+from lowtide.models.page_buffer import PageBuffer
 from lowtide.models.tokenizer import common_prefix
 
 OBJECT_BYTES = 2 * KIB
@@ -97,7 +98,7 @@ class PrefixCache:
         num_lost = num_tokens - max([num_staying, *common.values()])
         if not continued and num_lost < LEAST_SHARE * num_tokens:
             return
-        needed_bytes = kept_bytes(num_tokens, model.state_bytes())
+        needed_bytes = kept_bytes(num_tokens, model.snapshot_bytes())
         if needed_bytes + (besides.num_bytes if besides else 0) > self.limit_bytes:
             return
         for state in continued:
@@ -114,7 +115,7 @@ class PrefixCache:
     def _copy(self, model: Model, token_ids: Sequence[int], exact_until: int) -> None:
         """Without memory for it, or where native code fails, there is one state less and no harm done."""
         try:
-            kept = CachedPrefix(token_ids, model.state_bytes(), exact_until)
+            kept = CachedPrefix(token_ids, model.snapshot_bytes(), exact_until)
         except MemoryError:
             return
         try:

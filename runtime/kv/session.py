@@ -201,7 +201,7 @@ class KVSession:
 
     def accept(self, token_id: int, row: int) -> None:
         """Take a row of the last verification, which is in the cache already, as the next token."""
-        self._model.adopt(row)
+        self._model.commit_branch(row)
         self.token_ids.append(token_id)
 
     def _take_off_drafts(self) -> None:

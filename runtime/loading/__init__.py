@@ -1,1 +1,1 @@
-"""From a plan to a loaded model: weights, kernels, speculation."""
+"""From a memory plan to a loaded model: weights, kernels, speculation."""

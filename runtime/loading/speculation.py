@@ -10,9 +10,8 @@ from lowtide.memory.plan.estimates import padded_context
 from lowtide.memory.plan.speculation import DRAFT_PASS_ROWS
 from lowtide.models.gguf.model import GgufModel, LoadOptions
 from lowtide.models.model import Model
-from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.spec import ModelSpec
-from lowtide.runtime.planning.plan import ResolvedModel
+from lowtide.runtime.backends.backend import ResolvedModel
 from lowtide.runtime.speculation.control import SpeculationControl
 from lowtide.runtime.speculation.drafts import (
     Draft,
@@ -23,7 +22,7 @@ from lowtide.runtime.speculation.drafts import (
 )
 from lowtide.runtime.speculation.options import SpeculationArg
 from lowtide.runtime.speculation.speculator import Speculator
-from lowtide.runtime.speculation.step_cost import StepBenchmark, StepCostModel, benchmark_steps
+from lowtide.runtime.speculation.step_cost import StepCostModel, benchmark_steps
 
 FREE_DRAFTS: dict[str, type[NgramDraft] | type[TrigramDraft]] = {
     "ngram": NgramDraft,
@@ -60,7 +59,9 @@ def load_speculator(
         SpeculationControl(drafts, StepCostModel(passes.costs), branches=model.verifies_trees),
         most_rows=num_rows,
         vocabulary_size=planned.spec.vocabulary.num_tokens,
-        not_identical=_not_identical(planned, model, passes),
+        not_identical=planned.backend.verification_nondeterminism(
+            planned, rows_agree=passes.rows_agree
+        ),
     )
 
 
@@ -100,30 +101,3 @@ def passes_key(planned: ResolvedModel) -> str:
         [(gpu.device.name, gpu.num_layers) for gpu in plan.gpus], spec.engine, planned.options.provider,
     )  # fmt: skip
     return " ".join(map(str, parts))
-
-
-def _not_identical(planned: ResolvedModel, model: Model, passes: StepBenchmark) -> str | None:
-    """Say why an answer may differ from the plain loop's; None where it cannot."""
-    policy = planned.policy
-    if policy.shares_selection:
-        return f"{policy.name} chooses keys once for all rows of a verification"
-    if not passes.rows_agree:
-        types = ", ".join(sorted(planned.spec.tensor_types - {"F32"}))
-        if isinstance(planned.spec, OnnxSpec):
-            types = planned.spec.quantisation
-        return f"this machine's products of {types} round a row by the rows beside it"
-    if isinstance(planned.spec, OnnxSpec) and not policy.uses_native_kernels:
-        return (
-            f"onnxruntime's {planned.spec.attention} may sum a row alone in another order than among "
-            "others: open with attention='dense'"
-        )
-    if (
-        isinstance(model, GgufModel)
-        and not policy.uses_native_kernels
-        and planned.options.num_threads > 1
-    ):
-        return (
-            "llama.cpp's attention sums a single row in another order with several threads: open with "
-            "attention='dense', or with one thread"
-        )
-    return None

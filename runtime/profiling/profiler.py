@@ -14,13 +14,14 @@ from lowtide.attention.bindings.llama_hook import LayerClock, LlamaHook
 from lowtide.memory.os.kv_pages import DemandZeroBuffer
 from lowtide.memory.os.residency import ResidentMemory
 from lowtide.memory.plan.line import CACHE
+from lowtide.memory.plan.plan import MemoryPlan
 from lowtide.models.errors import BadOption
+from lowtide.models.spec import ModelSpec
 from lowtide.runtime.profiling.memory import PACE, MemoryWatch, WatchedModel
 from lowtide.runtime.profiling.retention_map import RetentionMap
 from lowtide.runtime.profiling.timeline import LayerPass, MemorySample, Span, Timeline
 
 if TYPE_CHECKING:
-    from lowtide.runtime.planning.plan import ResolvedModel
     from lowtide.runtime.profiling.report import ProfileReport
 
     OnEvent = Callable[[Span | MemorySample | LayerPass], None]
@@ -46,7 +47,7 @@ class Profiler:
         self._on_event = on_event
         self._watch = MemoryWatch()
         self._clock: LayerClock | None = None
-        self._planned: ResolvedModel | None = None
+        self._planned: tuple[ModelSpec, MemoryPlan] | None = None
         self._num_tokens: Callable[[], int] = lambda: 0
         self._seconds: dict[str, tuple[int, int]] = {}
         self._open: list[_OpenSpan] = []
@@ -66,13 +67,13 @@ class Profiler:
         """Time the block under `name`; spans may be nested."""
         return _OpenSpan(self, name, num_rows)
 
-    def watch(self, planned: ResolvedModel, model: WatchedModel) -> None:
+    def watch(self, spec: ModelSpec, plan: MemoryPlan, model: WatchedModel) -> None:
         """Observe a runtime, before its model is loaded. Raises `BadOption` for a second one."""
         if self._planned is not None:
             raise BadOption(
                 "this profiler already observes a runtime: create one profiler per runtime"
             )
-        self._planned = planned
+        self._planned = spec, plan
         self._watch.start(model)
 
     def cache_lies_in(self, buffers: Sequence[DemandZeroBuffer], component: str = CACHE) -> None:
@@ -108,7 +109,7 @@ class Profiler:
             raise BadOption(
                 "no runtime was opened with this profiler: pass it to Runtime.open(profiler=...)"
             )
-        return ProfileReport.of(self._planned, self, self._watch.how)
+        return ProfileReport.of(*self._planned, self, self._watch.how)
 
     @property
     def phases(self) -> list[tuple[str, int, int]]:
@@ -214,7 +215,7 @@ class _Silent(Profiler):
         """Run the block."""
         return self._NOTHING
 
-    def watch(self, planned: ResolvedModel, model: WatchedModel) -> None:
+    def watch(self, spec: ModelSpec, plan: MemoryPlan, model: WatchedModel) -> None:
         """Observe nothing."""
 
     def cache_lies_in(self, buffers: Sequence[DemandZeroBuffer], component: str = CACHE) -> None:

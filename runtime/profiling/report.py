@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from lowtide.memory.plan.plan import MemoryPlan
 from lowtide.memory.process import read_process_memory
+from lowtide.models.spec import ModelSpec
 from lowtide.runtime.profiling.memory import OTHER
 from lowtide.runtime.profiling.retention_map import RetentionMap
 from lowtide.runtime.profiling.timeline import LayerPass, MemorySample, Timeline
 
 if TYPE_CHECKING:
-    from lowtide.runtime.planning.plan import ResolvedModel
     from lowtide.runtime.profiling.profiler import Profiler
 
 OUTSIDE = "outside"
@@ -80,7 +80,7 @@ class ProfileReport:
 
     @classmethod
     def of(
-        cls, planned: ResolvedModel, profiler: Profiler, how: Callable[[str], str]
+        cls, spec: ModelSpec, plan: MemoryPlan, profiler: Profiler, how: Callable[[str], str]
     ) -> ProfileReport:
         """Sum up the records of a profiler."""
         timeline = profiler.timeline
@@ -96,9 +96,9 @@ class ProfileReport:
             for kind in ("prefill pass", "decode pass")
         }
         return cls(
-            model_name=planned.spec.name,
-            plan=planned.plan,
-            measured=_measured(planned.plan, highest, how),
+            model_name=spec.name,
+            plan=plan,
+            measured=_measured(plan, highest, how),
             resident_bytes=resident,
             # The counter that samples read is off by a few pages per thread on Linux.
             peak_rss_bytes=max(read_process_memory().peak_bytes, resident),

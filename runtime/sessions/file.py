@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 from lowtide.memory.plan.estimates import SESSION_CHUNK_BYTES
-from lowtide.models.atomic_file import whole_file
+from lowtide.models.atomic_file import atomic_file
 from lowtide.models.chat_template import checked_message
 from lowtide.models.errors import SnapshotError, TemplateError
 from lowtide.runtime.errors import SessionMismatch, TranscriptError
@@ -47,7 +47,7 @@ def write_session(path: Path, write_state: Callable[[Path], int], head: dict[str
     reason, such as a full disk.
     """
     try:
-        with whole_file(path) as file:
+        with atomic_file(path) as file:
             num_state_bytes = write_state(Path(str(file.name)))
             digest = _digest(file, num_state_bytes)
             num_head_bytes = 0
@@ -179,7 +179,7 @@ class Transcript:
         body = {"format": FORMAT, "version": TRANSCRIPT_VERSION, **self.to_dict()}
         text = json.dumps({**body, "sha256": _checksum(body)}, ensure_ascii=False, indent=1)
         try:
-            with whole_file(path) as file:
+            with atomic_file(path) as file:
                 file.write(text.encode())
         except OSError as error:
             raise TranscriptError(

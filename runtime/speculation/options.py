@@ -11,8 +11,7 @@ from lowtide.memory.plan.speculation import SpeculationConfig
 from lowtide.models.catalog import resolve
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf.spec import read_spec
-from lowtide.models.onnx.spec import OnnxSpec
-from lowtide.models.read_spec import of_a_model
+from lowtide.models.read_spec import require_original
 from lowtide.models.spec import ModelSpec
 
 OFF = "off"
@@ -68,8 +67,7 @@ class SpeculationArg:
     def wish(self, target: ModelSpec, *, offline: bool = False) -> SpeculationConfig | None:
         """Return what the plan must know; finds a draft model and reads its headers.
 
-        Raises `ModelNotFound` where it is not there, and `BadOption` where its vocabulary is another one or
-        the target an ONNX graph.
+        Raises `ModelNotFound` where it is not there, and `BadOption` where its vocabulary is another one.
         """
         if self.is_off:
             return None
@@ -77,12 +75,7 @@ class SpeculationArg:
             return SpeculationConfig(
                 num_rows=self.num_rows, table_bytes=TABLE_BYTES, token_bytes=TOKEN_BYTES
             )
-        if isinstance(target, OnnxSpec):
-            raise BadOption(
-                f"speculate is the draft model {self.model}, and {target.name} is an ONNX graph, for which "
-                f"there are {', '.join(FREE_DRAFTS)} and {AUTO}: take one of them, or the model as GGUF"
-            )
-        draft = of_a_model(read_spec(resolve(self.model, offline=offline)))
+        draft = require_original(read_spec(resolve(self.model, offline=offline)))
         require_vocabulary(draft, target)
         return SpeculationConfig(num_rows=self.num_rows, token_bytes=TOKEN_BYTES, draft_model=draft)
 

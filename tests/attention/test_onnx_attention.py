@@ -136,7 +136,7 @@ def test_truncating_equals_never_having_read_on(model: RewrittenOnnxModel) -> No
 
 def test_a_copied_snapshot_is_restored(model: RewrittenOnnxModel) -> None:
     model.forward(IDS[:50])
-    state = memoryview(bytearray(model.state_bytes()))
+    state = memoryview(bytearray(model.snapshot_bytes()))
     model.copy_kv(state)
     wanted = model.forward(IDS[50:60]).copy()
     model.truncate(0)
@@ -156,7 +156,7 @@ def test_a_saved_snapshot_is_restored(model: RewrittenOnnxModel, tmp_path: Path)
     model.forward(IDS[30:60])
     assert model.load_kv(path, num_bytes, 50) == IDS[:50]
     assert np.array_equal(model.forward(IDS[50:60]), wanted)
-    assert model.snapshot_component()["attention"] == "ours"
+    assert model.snapshot_component()["attention"] == "lowtide"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(SnapshotError, match="it ends before its cells do"):
         model.load_kv(path, num_bytes, 50)

@@ -78,8 +78,8 @@ def seen_by_attention(folder: Path, layer: int) -> tuple[np.ndarray, np.ndarray]
     import onnxruntime
 
     spec = read_spec(folder)
-    assert isinstance(spec, OnnxSpec) and not isinstance(spec.swap, str)
-    node = spec.swap.layers[layer]
+    assert isinstance(spec, OnnxSpec) and not isinstance(spec.rewrite, str)
+    node = spec.rewrite.layers[layer]
     model = onnx.load(folder / "model.onnx")
     for name in (node.query, node.key):
         model.graph.output.append(onnx.ValueInfoProto(name=name))

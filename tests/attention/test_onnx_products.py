@@ -12,16 +12,17 @@ import pytest
 from onnx_decoders import Shape, write_decoder
 from tiny_gguf import write_pair
 
-from lowtide.attention.bindings.matmul import is_valid_tile_file, write_tiles
 from lowtide.attention.bindings.onnx_ops import OnnxAttention, OnnxMatmul
 from lowtide.models.convert.convert import convert
 from lowtide.models.errors import LowtideError
 from lowtide.models.onnx.config import OnnxOptions
 from lowtide.models.onnx.model import OnnxModel
-from lowtide.models.onnx.read_spec import RepackPlan, packed_spec
+from lowtide.models.onnx.read_spec import repacked_spec
 from lowtide.models.onnx.rewrite.model import RewrittenOnnxModel
+from lowtide.models.onnx.rewrite.plan import RepackPlan
 from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.read_spec import read_spec
+from lowtide.runtime.backends.repack import is_valid_tile_file, write_tile_file
 
 IDS = [int(i) for i in np.random.default_rng(3).integers(0, 320, 90)]
 PARTS = (0, 64, 66, 67, 68, 90)
@@ -34,8 +35,8 @@ def ignored(_: int) -> None:
 
 def form_of(folder: Path) -> tuple[OnnxSpec, RepackPlan]:
     spec = read_spec(folder)
-    assert isinstance(spec, OnnxSpec) and isinstance(spec.packed, RepackPlan), spec
-    return spec, spec.packed
+    assert isinstance(spec, OnnxSpec) and isinstance(spec.repack, RepackPlan), spec
+    return spec, spec.repack
 
 
 @pytest.fixture
@@ -50,9 +51,9 @@ def opened(tmp_path: Path) -> Iterator[Callable[..., OnnxModel]]:
         options = OnnxOptions(context=256, batch_size=64, threads=threads, kv_type=kv_type)
         if repack:
             tiles = tmp_path / f"{folder.name}.panels"
-            write_tiles(form, folder, tiles, ignored)
+            write_tile_file(form, folder, tiles, ignored)
             products = OnnxMatmul(form, tiles, 64, threads)
-            spec = packed_spec(spec, form)
+            spec = repacked_spec(spec, form)
             models.append(RewrittenOnnxModel(spec, options, OnnxAttention(threads), products))
         else:
             models.append(OnnxModel(spec, options))
@@ -143,7 +144,7 @@ def test_weights_that_no_matmul_reads_stay_with_onnxruntime(
     model.forward(IDS[:5])
     assert isinstance(model, RewrittenOnnxModel) and isinstance(model._matmul_backend, OnnxMatmul)
     _, form = form_of(folder)
-    assert model._matmul_backend.num_nodes == len(form.swap.products.nodes) == 51
+    assert model._matmul_backend.num_nodes == len(form.rewrite.matmuls.nodes) == 51
     assert model._matmul_backend.scratch_bytes > 64 * 64
 
 
@@ -153,9 +154,9 @@ def test_a_damaged_tile_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "new" / "tiny.panels"
     assert not is_valid_tile_file(path, form)
     told: list[int] = []
-    write_tiles(form, folder, path, told.append)
+    write_tile_file(form, folder, path, told.append)
     assert is_valid_tile_file(path, form) and path.stat().st_size == form.offsets[-1]
-    assert sum(told) == sum(matrix.num_bytes for matrix in form.swap.products.matrices)
+    assert sum(told) == sum(matrix.num_bytes for matrix in form.rewrite.matmuls.matrices)
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert not is_valid_tile_file(path, form)
@@ -168,7 +169,7 @@ def test_a_damaged_tile_file_is_refused(tmp_path: Path) -> None:
 def test_closing_twice(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", WIDE, bits=4)
     _, form = form_of(folder)
-    write_tiles(form, folder, tmp_path / "tiles", ignored)
+    write_tile_file(form, folder, tmp_path / "tiles", ignored)
     products = OnnxMatmul(form, tmp_path / "tiles", 64, 1)
     products.close()
     products.close()

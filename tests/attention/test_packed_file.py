@@ -12,10 +12,11 @@ import pytest
 from gguf_files import write_model
 from kernel_calls import RepackedArray, repack_array, unpack_row
 
-from lowtide.attention.bindings.matmul import repackable, write_repacked
+from lowtide.attention.bindings.matmul import repackable
 from lowtide.models.gguf.reader import GgufContents, read_gguf
 from lowtide.models.gguf.repacked import is_valid, repacked_names
 from lowtide.models.gguf.spec import read_spec
+from lowtide.runtime.backends.repack import repackable_tensors, write_repacked_gguf
 
 
 @pytest.fixture
@@ -25,14 +26,14 @@ def source(tmp_path: Path) -> GgufContents:
 
 def written(source: GgufContents, tmp_path: Path, component: str = "component") -> GgufContents:
     target = tmp_path / "packed" / "m.gguf"
-    write_repacked(source, target, component, lambda _: None)
+    write_repacked_gguf(source, target, component, lambda _: None)
     return read_gguf(target)
 
 
 def test_the_tensors_are_those_of_the_source(source: GgufContents, tmp_path: Path) -> None:
     packed = written(source, tmp_path)
     names = repacked_names(packed)
-    assert set(names) == {t.name for t in repackable(source)}
+    assert set(names) == {t.name for t in repackable_tensors(source)}
     assert "output.weight" in names and "token_embd.weight" not in names
     assert len(names) == 2 * 7 + 1
     before = {t.name: t.data for t in gguf.GGUFReader(source.path).tensors}
@@ -63,7 +64,7 @@ def test_an_embedding_that_is_also_the_output_is_repacked(smollm2: Path) -> None
 
 def test_progress_counts_every_byte(source: GgufContents, tmp_path: Path) -> None:
     told: list[int] = []
-    write_repacked(source, tmp_path / "p.gguf", "component", told.append)
+    write_repacked_gguf(source, tmp_path / "p.gguf", "component", told.append)
     assert sum(told) == sum(tensor.num_bytes for tensor in source.tensors)
 
 
@@ -88,12 +89,12 @@ def test_a_full_disk_leaves_nothing_behind(
 
     monkeypatch.setattr(f"lowtide.models.atomic_file.os.{failing}", full)
     with pytest.raises(OSError, match="No space"):
-        write_repacked(source, tmp_path / "packed" / "m.gguf", "component", lambda _: None)
+        write_repacked_gguf(source, tmp_path / "packed" / "m.gguf", "component", lambda _: None)
     assert list((tmp_path / "packed").iterdir()) == []
 
 
 def test_a_source_that_is_truncated_meanwhile(source: GgufContents, tmp_path: Path) -> None:
     os.truncate(source.path, source.file_bytes - 100)
     with pytest.raises(OSError, match="ended while it was read"):
-        write_repacked(source, tmp_path / "packed" / "m.gguf", "component", lambda _: None)
+        write_repacked_gguf(source, tmp_path / "packed" / "m.gguf", "component", lambda _: None)
     assert list((tmp_path / "packed").iterdir()) == []

@@ -15,7 +15,7 @@ import pytest
 from held_essays import Essays
 from numpy.typing import NDArray
 
-from lowtide.attention.delta.tokens import Delta
+from lowtide.attention.delta.policy import Delta
 from lowtide.attention.evaluation.divergence import extend, log_softmax
 from lowtide.attention.policy import PassController
 from lowtide.runtime.planning.plan import LoadConfig, plan_reference

@@ -31,7 +31,7 @@ with Runtime.open({model!r}, memory="4GiB", **options) as runtime:
     runtime.generate("The tide comes in", max_tokens=4, temperature=0.7, top_k=0)
     model.truncate(0)
     runtime._session.token_ids.clear()
-    pages = model.on_cut.__self__
+    pages = model._pages
     for tensor in pages._tensors:  # make every slot resident
         ctypes.memset(tensor, 0, runtime.plan.context * pages._token_bytes)
     for _ in range(min({context} // {rows}, 3)):

@@ -136,7 +136,7 @@ def test_logits_are_the_same_bit_for_bit(
         with Runtime.open(
             model, memory="8GiB", context=2048, kv_type=kv_type, threads=1
         ) as runtime:
-            pages = runtime._model.on_cut.__self__  # type: ignore[attr-defined]
+            pages = runtime._model._pages  # type: ignore[attr-defined]
             for num_tokens, batch in ((0, 300), (120, 128), (10, 60), (0, 128), (128, 100)):
                 runtime._model.truncate(num_tokens)
                 for at in range(0, batch, 100):

@@ -7,8 +7,9 @@ import mmap
 import pytest
 from processes import run_python
 
-from lowtide.memory.os.pages import PAGE_BYTES, PageBuffer
+from lowtide.memory.os.pages import PAGE_BYTES
 from lowtide.memory.units import MIB
+from lowtide.models.page_buffer import PageBuffer
 
 
 def test_the_memory_is_writable_and_consists_of_whole_pages() -> None:
@@ -42,7 +43,7 @@ def test_a_system_without_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_closing_releases_all_pages_at_once() -> None:
     done = run_python(
         "from lowtide.memory.process import read_process_memory as read\n"
-        "from lowtide.memory.os.pages import PageBuffer\n"
+        "from lowtide.models.page_buffer import PageBuffer\n"
         "content = b'x' * (16 << 20)\n"
         "before = read().resident_bytes\n"
         "buffers = [PageBuffer(16 << 20) for _ in range(3)]\n"

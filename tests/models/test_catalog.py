@@ -36,7 +36,7 @@ def test_an_unknown_name_lists_the_known() -> None:
         catalog.resolve("gpt5")
 
 
-def test_a_model_in_pieces_is_put_together_once(
+def test_the_parts_of_a_model_are_joined_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -38,7 +38,7 @@ def test_what_templates_commonly_use() -> None:
     assert render(LLAMA3) == "<s><|user|>Hi1<|assistant|>1"
 
 
-def test_the_templates_own_refusal_is_told() -> None:
+def test_the_templates_own_error_is_reported() -> None:
     with pytest.raises(TemplateError, match="roles must alternate"):
         render(LLAMA3, {"role": "assistant", "content": "?"})
 
@@ -115,7 +115,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_templates_cost_a_sentence(name: str) -> None:
+def test_hostile_templates_end_with_one_sentence(name: str) -> None:
     tracemalloc.start()
     started = time.process_time()
     try:
@@ -126,22 +126,22 @@ def test_hostile_templates_cost_a_sentence(name: str) -> None:
         tracemalloc.stop()
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
     assert peak < 64 << 20
-    assert time.process_time() - started < 20  # not a speed: endless is what it must not be
+    assert time.process_time() - started < 20  # no speed limit: it must only not be endless
 
 
 @pytest.mark.parametrize(
     "path", ["raise_exception.__globals__", "messages.__class__", "''.__doc__"]
 )
-def test_what_the_sandbox_hides_is_not_there(path: str) -> None:
+def test_hidden_attributes_are_undefined(path: str) -> None:
     assert render("{{ " + path + " is defined }}") == "False"
 
 
-def test_no_template_says_what_to_do() -> None:
+def test_a_missing_template_says_what_to_do() -> None:
     with pytest.raises(TemplateError, match="--raw"):
         ChatTemplate(None, SPECIAL)
 
 
 @pytest.mark.parametrize("message", [{}, {"role": "king", "content": "x"}, {"role": "user"}])
-def test_messages_that_are_none(message: dict[str, str]) -> None:
+def test_invalid_messages(message: dict[str, str]) -> None:
     with pytest.raises(TemplateError, match="a message has the role"):
         render("{{ messages }}", message)

@@ -50,16 +50,16 @@ def test_truncating_equals_never_having_appended(
     assert _logits(model, after) == expected
 
 
-@pytest.mark.parametrize("rows", [[], list(range(17)), [320], [-1]])
-def test_wrong_rows_are_refused_and_change_nothing(model: GgufModel, rows: list[int]) -> None:
+@pytest.mark.parametrize("token_ids", [[], list(range(17)), [320], [-1]])
+def test_invalid_batches_change_nothing(model: GgufModel, token_ids: list[int]) -> None:
     model.truncate(0)
     model.forward([5])
     with pytest.raises(ForwardError):
-        model.forward(rows)
+        model.forward(token_ids)
     assert model.num_tokens == 1
 
 
-def test_rows_beyond_the_context_are_refused(model: GgufModel) -> None:
+def test_tokens_beyond_the_context_are_refused(model: GgufModel) -> None:
     model.truncate(0)
     for _ in range(16):
         model.forward([5] * 16)
@@ -86,7 +86,7 @@ def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
 
 
 def test_a_model_that_llama_cpp_refuses_carries_its_reason(tmp_path: Path) -> None:
-    # The header promises four layers, the file holds two.
+    # The header says four layers, the file has two.
     spec = read_spec(write_model(tmp_path / "two.gguf", overrides={"block_count": 4}))
     with pytest.raises(ModelError, match="blk.2.attn_norm.weight"):
         GgufModel(spec, OPTIONS)
@@ -103,23 +103,23 @@ def test_kv_types(kv_type: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sets", "repacks"), [("AMX_INT8 = 1 | REPACK = 1", False), ("REPACK = 1", True)]
 )
-def test_layouts_of_a_llama_cpp_that_was_compiled_for_amx_are_not_used(
+def test_llama_cpp_does_not_repack_where_it_was_compiled_for_amx(
     sets: str, repacks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[bool] = []
+    requested: list[bool] = []
 
     def recorded(api: object, **options: object) -> object:
-        asked.append(bool(options["repack"]))
+        requested.append(bool(options["repack"]))
         return model_parameters(api, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(LlamaLibrary, "system_info", f"CPU : AVX2 = 1 | {sets} | ")
     monkeypatch.setattr(gguf_model, "model_parameters", recorded)
     with GgufModel(read_spec(write_model(tmp_path / "random.gguf")), OPTIONS):
         assert llama_library().repacks == repacks
-    assert asked == [repacks]
+    assert requested == [repacks]
 
 
-def test_the_users_own_import_of_llama_cpp_is_whole() -> None:
+def test_a_later_import_of_llama_cpp_finds_the_whole_package() -> None:
     done = run_python(
         "from lowtide.models.gguf.llama_cpp import llama_library\n"
         "api = llama_library().api\n"

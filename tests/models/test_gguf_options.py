@@ -1,4 +1,4 @@
-"""What llama.cpp is asked for; devices are made up, and nothing is loaded on them."""
+"""Parameters for llama.cpp, with made-up devices; nothing is loaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lowtide.models.gguf import model as gguf_options
+from lowtide.models.gguf import model as gguf_model
 from lowtide.models.gguf.gpu import cpu_buffer_type
 from lowtide.models.gguf.llama_cpp import llama_library
 from lowtide.models.gguf.model import (
@@ -23,7 +23,7 @@ LAYERS = (DeviceLayers("CUDA0", 20), DeviceLayers("CUDA1", 11))
 
 @pytest.fixture(autouse=True)
 def _addresses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_options, "device_address", lambda name: 1000 + int(name[-1]))
+    monkeypatch.setattr(gguf_model, "device_address", lambda name: 1000 + int(name[-1]))
 
 
 def pointers(address: int, count: int) -> list[int | None]:
@@ -31,10 +31,10 @@ def pointers(address: int, count: int) -> list[int | None]:
 
 
 def patterns(params: Any) -> list[re.Pattern[str]]:
-    """Return the patterns of tensors that stay with the processor."""
-    told = (gguf_options._Override * 2).from_address(params.tensor_buft_overrides)
-    assert told[1].pattern is None and told[0].buffer_type == cpu_buffer_type()
-    return [re.compile(told[0].pattern.decode())]
+    """Return the patterns of tensors that stay on the CPU."""
+    overrides = (gguf_model._Override * 2).from_address(params.tensor_buft_overrides)
+    assert overrides[1].pattern is None and overrides[0].buffer_type == cpu_buffer_type()
+    return [re.compile(overrides[0].pattern.decode())]
 
 
 def test_without_layers_no_device_is_started() -> None:
@@ -44,7 +44,7 @@ def test_without_layers_no_device_is_started() -> None:
     assert params.tensor_buft_overrides is None
 
 
-def test_layers_go_to_the_devices_as_they_were_counted() -> None:
+def test_layers_go_to_the_devices_as_counted() -> None:
     params = model_parameters(llama_library().api, memory_map=False, repack=True, gpu_layers=LAYERS)
     assert params.n_gpu_layers == 31
     assert pointers(params.devices, 3) == [1000, 1001, None]
@@ -53,7 +53,7 @@ def test_layers_go_to_the_devices_as_they_were_counted() -> None:
     assert not pattern.search("blk.3.attn_output.weight")
 
 
-def test_the_matrix_behind_our_attention_stays_with_it() -> None:
+def test_the_matrix_behind_native_attention_stays_on_the_cpu() -> None:
     params = model_parameters(
         llama_library().api,
         memory_map=False,
@@ -65,8 +65,8 @@ def test_the_matrix_behind_our_attention_stays_with_it() -> None:
     assert pattern.search("blk.3.attn_output.weight") and not pattern.search("blk.3.attn_q.weight")
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_the_cache_goes_where_attention_does(there: bool) -> None:
-    options = LoadOptions(context=64, batch_size=1, threads=1, gpu_attention=there)
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_the_kv_cache_is_where_attention_is(on_gpu: bool) -> None:
+    options = LoadOptions(context=64, batch_size=1, threads=1, gpu_attention=on_gpu)
     params = context_parameters(llama_library().api, options)
-    assert params.offload_kqv is there and params.op_offload is False
+    assert params.offload_kqv is on_gpu and params.op_offload is False

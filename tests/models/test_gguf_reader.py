@@ -38,9 +38,9 @@ def _with(data: bytes, at: int, replacement: bytes) -> bytes:
 BAD_FILES = {
     "empty": (lambda d: b"", "is empty"),
     "text": (lambda d: b"Dear diary, today I " * 20, "is not a GGUF file"),
-    "only a magic": (lambda d: b"GGUF" + bytes(4), "cut short"),
+    "only a magic": (lambda d: b"GGUF" + bytes(4), "truncated"),
     "header cut": (lambda d: d[:200], "GGUF"),
-    "weights cut": (lambda d: d[:-1000], "is cut short: its tensors end at byte"),
+    "weights cut": (lambda d: d[:-1000], "is truncated: its tensors end at byte"),
     "version 1": (lambda d: _with(d, 4, struct.pack("<I", 1)), "version 1"),
     "big endian": (lambda d: _with(d, 4, struct.pack(">I", 3)), "version 50331648"),
     "absurd keys": (
@@ -53,7 +53,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_files_get_one_sentence(name: str, small: Path, tmp_path: Path) -> None:
+def test_bad_files_are_refused_in_one_sentence(name: str, small: Path, tmp_path: Path) -> None:
     change, expected = BAD_FILES[name]
     path = tmp_path / "bad.gguf"
     path.write_bytes(change(small.read_bytes()))
@@ -71,7 +71,7 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
         read_spec(tmp_path)
 
 
-def test_absurd_counts_are_never_allocated_from(small: Path, tmp_path: Path) -> None:
+def test_no_memory_is_allocated_by_a_count_in_the_file(small: Path, tmp_path: Path) -> None:
     path = tmp_path / "absurd.gguf"
     data = small.read_bytes()
     tracemalloc.start()
@@ -104,7 +104,7 @@ HEADER_BYTES = 8000
     cut=st.none() | st.integers(0, HEADER_BYTES),
 )
 @example(edits=[(36, b"\xff" * 8)], cut=None)
-def test_fuzzed_headers_are_read_or_refused_in_words(
+def test_fuzzed_headers_are_read_or_refused(
     edits: list[tuple[int, bytes]], cut: int | None, small: Path, tmp_path: Path
 ) -> None:
     data = bytearray(small.read_bytes())

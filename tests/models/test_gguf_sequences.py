@@ -1,4 +1,4 @@
-"""Several sequences in one llama.cpp cache: what is taken off leaves no trace, and leaves its cells."""
+"""Several sequences in one llama.cpp cache: truncated tokens leave no trace, and their slots are reused."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from gguf_files import write_model
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lowtide import Runtime
 from lowtide.models.errors import ForwardError
+from lowtide.models.gguf.sequences import FreeSlots
 from lowtide.models.model import SequenceBatch, SequenceSlice
 
 SHARED = [(3 * k) % 290 for k in range(70)]
@@ -27,77 +30,97 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
 
 @pytest.fixture
 def sequences(dense: Runtime) -> Iterator[SequenceBatch]:
-    """Four sequences that begin with the same tokens, and attention that is told of their cells."""
-    hook = dense._loaded.hook
-    assert hook is not None
+    """Four sequences with a common prefix, and lowtide's attention over the slots of each."""
     opened = dense._model.open_sequences(4, 512, max_logits=24)
-    opened.before_pass = hook.set_batch_layout  # type: ignore[attr-defined]
     opened.forward([SequenceSlice(0, SHARED, num_logits=0)])
     opened.share()
     yield opened
     opened.close()
-    hook.set_batch_layout(None)
 
 
-def test_rows_behind_what_was_taken_off_are_bit_for_bit_those_of_a_sequence_alone(
+def test_logits_after_truncating_equal_those_of_a_sequence_alone(
     dense: Runtime, sequences: SequenceBatch
 ) -> None:
-    """Rows come, some of them go, and others lie where they lay, among those of other sequences."""
+    """Tokens are appended and truncated at random, so that slots are reused across sequences."""
     chance, hook = random.Random(5), dense._loaded.hook
     assert hook is not None
     refused = hook.layouts_refused
     texts: list[list[int]] = [[] for _ in range(4)]
     found: list[list[np.ndarray]] = [[] for _ in range(4)]  # type: ignore[type-arg]
     for _ in range(25):
-        parts = [
+        slices = [
             SequenceSlice(i, [chance.randrange(300) for _ in range(count)], num_logits=count)
             for i, count in enumerate(chance.choices((1, 2, 4, 6), k=4))
             if chance.random() < 0.8
         ]
-        if not parts:
+        if not slices:
             continue
-        rows, at = sequences.forward(parts).copy(), 0
-        for part in parts:
-            kept = chance.randint(1, len(part.token_ids))
-            texts[part.sequence] += part.token_ids[:kept]
-            found[part.sequence].extend(rows[at : at + kept])
+        logits, at = sequences.forward(slices).copy(), 0
+        for part in slices:
+            accepted = chance.randint(1, len(part.token_ids))
+            texts[part.sequence] += part.token_ids[:accepted]
+            found[part.sequence].extend(logits[at : at + accepted])
             at += len(part.token_ids)
             sequences.truncate(part.sequence, len(SHARED) + len(texts[part.sequence]))
-    sequences.before_pass = None  # type: ignore[attr-defined]
     hook.set_batch_layout(None)
     assert hook.layouts_refused == refused
-    for text, logits in zip(texts, found, strict=True):
+    for text, rows in zip(texts, found, strict=True):
         dense._model.truncate(0)
         dense._model.forward(SHARED)
-        for token_id, row in zip(text, logits, strict=True):
+        for token_id, row in zip(text, rows, strict=True):
             assert np.array_equal(dense._model.forward([token_id]), row)
 
 
-def test_cells_of_what_is_taken_off_are_room_for_more(sequences: SequenceBatch) -> None:
-    taken_off = 5
-    for start in range(0, 512 - len(SHARED), taken_off):
-        room = min(taken_off, 512 - len(SHARED) - start)
+def test_slots_of_truncated_tokens_are_reused(sequences: SequenceBatch) -> None:
+    num_truncated = 5
+    for start in range(0, 512 - len(SHARED), num_truncated):
+        room = min(num_truncated, 512 - len(SHARED) - start)
         sequences.forward([SequenceSlice(1, [7] * room)])
         sequences.truncate(1, len(SHARED) + start)
         sequences.forward([SequenceSlice(1, [7] * room)])
-    with pytest.raises(ForwardError, match="0 of 512 cells are free"):
+    with pytest.raises(ForwardError, match="0 of 512 slots are free"):
         sequences.forward([SequenceSlice(2, [7])])
     sequences.truncate(1, 0)
     assert sequences.forward([SequenceSlice(2, [7])]).shape[0] == 1
 
 
-def test_more_logits_than_are_planned_are_an_error_and_not_an_abort(
+def test_too_many_logits_are_an_error_and_not_an_abort(
     sequences: SequenceBatch,
 ) -> None:
-    with pytest.raises(ForwardError, match="logits of 25 rows of 25 are wanted, 24 are planned"):
+    with pytest.raises(
+        ForwardError, match="logits of 25 of 25 tokens were requested; the plan allows 24"
+    ):
         sequences.forward([SequenceSlice(0, [1] * 25, num_logits=25)])
-    with pytest.raises(ForwardError, match="logits of 2 rows of 1 are wanted"):
+    with pytest.raises(ForwardError, match="logits of 2 of 1 tokens were requested"):
         sequences.forward([SequenceSlice(0, [1], num_logits=2)])
     assert sequences.forward([SequenceSlice(0, [1] * 24, num_logits=24)]).shape[0] == 24
 
 
-def test_closed_sequences_forget_nothing(dense: Runtime) -> None:
+def test_closed_sequences_cannot_be_truncated(dense: Runtime) -> None:
     closed = dense._model.open_sequences(2, 256)
     closed.close()
     with pytest.raises(ForwardError, match="closed"):
         closed.truncate(0, 0)
+
+
+@given(steps=st.lists(st.one_of(st.none(), st.integers(0, 30)), max_size=60))
+def test_the_lowest_free_slot_is_allocated_and_none_twice(steps: list[int | None]) -> None:
+    slots, free, allocated = FreeSlots(20), set(range(20)), list[int]()
+    for step in steps:
+        if step is None and free:
+            lowest = min(free)
+            assert slots.take() == lowest
+            free.remove(lowest)
+            allocated.append(lowest)
+        elif step is not None and allocated:
+            freed = [allocated.pop(step % len(allocated))]
+            slots.free(freed)
+            free.update(freed)
+        assert len(slots) == len(free)
+
+
+def test_a_full_cache_has_no_free_slot() -> None:
+    slots = FreeSlots(1)
+    assert slots.take() == 0
+    with pytest.raises(IndexError, match="no slot is free"):
+        slots.take()

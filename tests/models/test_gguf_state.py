@@ -40,29 +40,29 @@ def models(file: Path, request: pytest.FixtureRequest) -> Iterator[tuple[GgufMod
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(kept=IDS, before=st.lists(IDS, max_size=8), after=st.lists(IDS, min_size=1, max_size=3))
-def test_loading_equals_never_having_left(
+def test_loading_equals_never_having_stopped(
     models: tuple[GgufModel, GgufModel],
     tmp_path: Path,
     kept: list[int],
     before: list[list[int]],
     after: list[list[int]],
 ) -> None:
-    """Whatever the other model held before."""
-    stayed, came_back = models
+    """Also where the other model held other tokens before."""
+    original, restored = models
     for model in models:
         model.truncate(0)
-    stayed.forward(kept)
-    num_bytes = stayed.save_kv(tmp_path / "state", kept)
+    original.forward(kept)
+    num_bytes = original.save_kv(tmp_path / "state", kept)
     with (tmp_path / "state").open("ab") as more:
-        more.write(b"what stands behind it")
+        more.write(b"other data behind it")
     for token_ids in before:
-        came_back.forward(token_ids)
-    assert came_back.load_kv(tmp_path / "state", num_bytes, len(kept)) == kept
-    assert came_back.num_tokens == len(kept)
+        restored.forward(token_ids)
+    assert restored.load_kv(tmp_path / "state", num_bytes, len(kept)) == kept
+    assert restored.num_tokens == len(kept)
     for token_ids in after:
-        assert came_back.forward(token_ids).tobytes() == stayed.forward(token_ids).tobytes()
-    assert came_back.truncate(1) == stayed.truncate(1)
-    assert came_back.forward([7]).tobytes() == stayed.forward([7]).tobytes()
+        assert restored.forward(token_ids).tobytes() == original.forward(token_ids).tobytes()
+    assert restored.truncate(1) == original.truncate(1)
+    assert restored.forward([7]).tobytes() == original.forward([7]).tobytes()
 
 
 @settings(
@@ -71,39 +71,39 @@ def test_loading_equals_never_having_left(
 @given(
     kept=st.lists(IDS, min_size=1, max_size=6),
     before=st.lists(IDS, max_size=8),
-    cut=st.integers(1, 96),
+    remaining=st.integers(1, 96),
     after=st.lists(IDS, min_size=1, max_size=3),
 )
-def test_putting_back_a_copy_equals_never_having_left(
+def test_restoring_a_copy_equals_never_having_left(
     models: tuple[GgufModel, GgufModel],
     kept: list[list[int]],
     before: list[list[int]],
-    cut: int,
+    remaining: int,
     after: list[list[int]],
 ) -> None:
-    """Also after a cut into it, and in the very model that was read on meanwhile."""
-    stayed, came_back = models
+    """Also after truncating it, and in a model that computed other tokens meanwhile."""
+    original, restored = models
     for model in models:
         model.truncate(0)
         for token_ids in kept:
             model.forward(token_ids)
-    num_tokens = came_back.num_tokens
-    state = memoryview(bytearray(came_back.state_bytes()))
-    came_back.copy_kv(state)
-    came_back.truncate(0)
+    num_tokens = restored.num_tokens
+    state = memoryview(bytearray(restored.snapshot_bytes()))
+    restored.copy_kv(state)
+    restored.truncate(0)
     for token_ids in before:
-        came_back.forward(token_ids)
-    came_back.put_kv(state, num_tokens)
-    assert came_back.num_tokens == num_tokens
-    assert came_back.truncate(cut) == stayed.truncate(cut)
+        restored.forward(token_ids)
+    restored.put_kv(state, num_tokens)
+    assert restored.num_tokens == num_tokens
+    assert restored.truncate(remaining) == original.truncate(remaining)
     for token_ids in after:
-        assert came_back.forward(token_ids).tobytes() == stayed.forward(token_ids).tobytes()
+        assert restored.forward(token_ids).tobytes() == original.forward(token_ids).tobytes()
 
 
-def test_a_copy_needs_its_bytes_and_comes_back_whole(file: Path) -> None:
+def test_a_copy_needs_a_buffer_of_its_size(file: Path) -> None:
     with GgufModel(read_spec(file), OPTIONS) as model:
         model.forward([5, 6, 7])
-        state = memoryview(bytearray(model.state_bytes()))
+        state = memoryview(bytearray(model.snapshot_bytes()))
         for wrong in (state[:-1], memoryview(bytearray(10))):
             with pytest.raises(SnapshotError):
                 model.copy_kv(wrong)
@@ -116,8 +116,8 @@ def test_a_copy_needs_its_bytes_and_comes_back_whole(file: Path) -> None:
         assert model.num_tokens == 3
 
 
-def test_whose_a_state_is(file: Path, tmp_path: Path) -> None:
-    """The same file at another place is the same; other weights of the same shape, or types, are not."""
+def test_what_a_snapshot_depends_on(file: Path, tmp_path: Path) -> None:
+    """Not on the path of the file, but on its weights and the KV type."""
     spec = read_spec(file)
     with GgufModel(spec, OPTIONS) as model:
         component = model.snapshot_component()
@@ -146,7 +146,7 @@ def test_a_file_fingerprint_sees_every_part_of_a_large_file(tmp_path: Path) -> N
     assert len(seen) == 10
 
 
-def test_bytes_that_are_no_state_of_this_model_are_an_error(file: Path, tmp_path: Path) -> None:
+def test_other_bytes_are_refused(file: Path, tmp_path: Path) -> None:
     path = tmp_path / "state"
     with GgufModel(read_spec(file), OPTIONS) as model:
         model.forward([5, 6, 7])
@@ -157,7 +157,7 @@ def test_bytes_that_are_no_state_of_this_model_are_an_error(file: Path, tmp_path
             "none": b"x" * 500,
             "cut": state[:-5],
             "half": state[: len(state) // 2],
-            "tokens that the vocabulary has not": state[:12] + b"\xff" * 4 + state[16:],
+            "tokens outside the vocabulary": state[:12] + b"\xff" * 4 + state[16:],
             "another length": state[:8] + b"\x02" + state[9:],
             "longer than it says": state,
         }
@@ -171,7 +171,7 @@ def test_bytes_that_are_no_state_of_this_model_are_an_error(file: Path, tmp_path
         assert model.load_kv(path, num_bytes, 3) == [5, 6, 7]
 
 
-def test_a_header_that_says_otherwise_is_refused_before_llama_cpp_reads(
+def test_a_wrong_header_is_refused_before_llama_cpp_reads(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "state"
@@ -181,16 +181,16 @@ def test_a_header_that_says_otherwise_is_refused_before_llama_cpp_reads(
         state, read = path.read_bytes(), []
         load = model._api.llama_state_seq_load_file
         monkeypatch.setattr(
-            model._api, "llama_state_seq_load_file", lambda *given: read.append(0) or load(*given)
+            model._api, "llama_state_seq_load_file", lambda *args: read.append(0) or load(*args)
         )
 
         def forged(at: int, number: int) -> bytes:
             return state[:at] + struct.pack("=i", number) + state[at + 4 :]
 
         cases = (
-            (forged(8, 200), num_bytes, 3, "it holds 200 tokens, 3 are wanted"),
-            (forged(8, 2), num_bytes, 3, "it holds 2 tokens, 3 are wanted"),
-            (state, num_bytes, 4, "it holds 3 tokens, 4 are wanted"),
+            (forged(8, 200), num_bytes, 3, "it holds 200 tokens instead of 3"),
+            (forged(8, 2), num_bytes, 3, "it holds 2 tokens instead of 3"),
+            (state, num_bytes, 4, "it holds 3 tokens instead of 4"),
             (forged(16, 320), num_bytes, 3, "not in the vocabulary"),
             (forged(12, -1), num_bytes, 3, "not in the vocabulary"),
             (state, 20, 3, "it ends before its 3 tokens do"),
@@ -207,7 +207,7 @@ def test_a_header_that_says_otherwise_is_refused_before_llama_cpp_reads(
         assert len(read) == 2
 
 
-def test_a_longer_state_than_the_context_is_an_error(file: Path, tmp_path: Path) -> None:
+def test_a_snapshot_beyond_the_context_is_an_error(file: Path, tmp_path: Path) -> None:
     path, spec = tmp_path / "state", read_spec(file)
     with GgufModel(spec, replace(OPTIONS, context=1024)) as model:
         for _ in range(20):
@@ -217,8 +217,8 @@ def test_a_longer_state_than_the_context_is_an_error(file: Path, tmp_path: Path)
         model.load_kv(path, num_bytes, 320)
 
 
-def test_a_write_that_the_system_cuts_short_is_an_error(file: Path, tmp_path: Path) -> None:
-    """The second limit lets everything through but the last bytes, which go out when the file is closed."""
+def test_an_incomplete_write_is_an_error(file: Path, tmp_path: Path) -> None:
+    """The second limit only cuts the last bytes, which are written when the file is closed."""
     done = run_python(
         "import resource, signal\n"
         "from pathlib import Path\n"
@@ -241,7 +241,7 @@ def test_a_write_that_the_system_cuts_short_is_an_error(file: Path, tmp_path: Pa
     assert first.startswith("SnapshotError") and second.startswith("SnapshotError"), done.stderr
 
 
-def test_a_fake_models_state(tmp_path: Path) -> None:
+def test_a_fake_models_snapshot(tmp_path: Path) -> None:
     model, other = FakeModel(), FakeModel()
     model.forward([1, 2, 3])
     num_bytes = model.save_kv(tmp_path / "state", [1, 2, 3])
@@ -256,7 +256,7 @@ def test_a_fake_models_state(tmp_path: Path) -> None:
 def test_a_fake_models_copy() -> None:
     model, other = FakeModel(), FakeModel()
     model.forward([1, 2, 3])
-    state = memoryview(bytearray(model.state_bytes()))
+    state = memoryview(bytearray(model.snapshot_bytes()))
     with pytest.raises(SnapshotError):
         model.copy_kv(state[:-1])
     model.copy_kv(state)
@@ -268,15 +268,15 @@ def test_a_fake_models_copy() -> None:
         assert other.num_tokens == 0
 
 
-def test_a_model_that_copies_nothing_says_so() -> None:
+def test_a_model_that_cannot_copy_its_cache_says_so() -> None:
     class Bare(FakeModel):
-        state_bytes = Model.state_bytes
+        snapshot_bytes = Model.snapshot_bytes
         copy_kv = Model.copy_kv
         put_kv = Model.put_kv
 
     bare = Bare()
     for call in (
-        bare.state_bytes,
+        bare.snapshot_bytes,
         lambda: bare.copy_kv(memoryview(b"")),
         lambda: bare.put_kv(memoryview(b""), 0),
     ):

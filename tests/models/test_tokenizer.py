@@ -9,8 +9,8 @@ from lowtide.models.tokenizer import TextStream, Tokenizer
 
 HARD = "naïve 日本語 👩‍👩‍👧‍👦 🏴󠁧󠁢󠁳󠁣󠁴󠁿 e\u0301 ﷽ 𝔘𝔫𝔦 ‮abc‬ \u200b|"
 
-# This vocabulary has no token for some control characters and rarer planes: they are lost in it.
-WRITTEN = st.characters(categories=["L", "N", "P", "Zs"], max_codepoint=0xFFFF)
+# This vocabulary has no tokens for some control characters and rare planes.
+LETTERS = st.characters(categories=["L", "N", "P", "Zs"], max_codepoint=0xFFFF)
 
 
 def _streamed(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
@@ -43,8 +43,8 @@ def test_half_a_character_at_the_end_is_not_printed(real_runtime: Runtime) -> No
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.text(WRITTEN, max_size=80))
-def test_the_real_vocabulary_gives_texts_back(real_runtime: Runtime, text: str) -> None:
+@given(st.text(LETTERS, max_size=80))
+def test_texts_round_trip_in_the_real_vocabulary(real_runtime: Runtime, text: str) -> None:
     tokenizer = real_runtime._model.tokenizer
     token_ids = tokenizer.encode(text, add_special=False, parse_special=False)
     assert "".join(_streamed(tokenizer, token_ids)) == text
@@ -56,7 +56,7 @@ def test_hard_text_round_trips(real_runtime: Runtime) -> None:
     assert tokenizer.decode(token_ids) == HARD
 
 
-def test_control_tokens_are_read_only_where_allowed(real_runtime: Runtime) -> None:
+def test_control_tokens_are_parsed_only_where_allowed(real_runtime: Runtime) -> None:
     tokenizer = real_runtime._model.tokenizer
     end = tokenizer.encode("<|im_end|>", add_special=False, parse_special=True)
     plain = tokenizer.encode("<|im_end|>", add_special=False, parse_special=False)

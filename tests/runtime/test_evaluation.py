@@ -9,7 +9,7 @@ import pytest
 
 from lowtide.attention.gem import calibrate as gem_calibrate
 from lowtide.attention.gem.policy import Gem
-from lowtide.attention.parse import parse_policy
+from lowtide.attention.registry import parse_policy
 from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.evaluation.evaluate import evaluate, evaluation_config

@@ -18,10 +18,10 @@ from lowtide import Runtime
 from lowtide.memory.units import MIB
 from lowtide.models.errors import BadModelFile, BadOption
 from lowtide.models.gguf.spec import read_spec
+from lowtide.runtime.backends.repack import repacked_gguf, repacked_path
 from lowtide.runtime.errors import CannotRepack
 from lowtide.runtime.generation.generate import GenerationResult
 from lowtide.runtime.loading.load import Engine
-from lowtide.runtime.loading.repack import repacked_copy, repacked_path
 from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 
 FORMATS = [name for name in FILE_TYPES if name != "F32"]
@@ -56,7 +56,7 @@ def logits(path: Path, *, repack: bool, **options: Any) -> np.ndarray:
         facts = loaded.generation_context()
         assert bool(facts.repacked_tensors) == repack and facts.not_repacked_reason is None
         if repack:
-            counts = loaded._callback.counts()  # type: ignore[union-attr]
+            counts = loaded._loaded._callback.counts()  # type: ignore[union-attr]
             assert counts.matmuls_repacked > 0 and counts.repacked_refused == 0
         return np.stack(rows)
     finally:
@@ -155,22 +155,22 @@ def test_a_budget_below_the_file_streams_packed_weights(smollm2: Path, tmp_path:
 
 def test_a_copy_is_made_once_and_made_again_where_it_is_not_sound(models: dict[str, Path]) -> None:
     spec = read_spec(models["Q4_0"])
-    packed = repacked_copy(spec)
+    packed = repacked_gguf(spec)
     made = packed.path.stat()
     assert (packed.name, packed.fingerprint) == (spec.name, spec.fingerprint)
-    assert repacked_copy(spec).path.stat().st_ino == made.st_ino
+    assert repacked_gguf(spec).path.stat().st_ino == made.st_ino
     whole = packed.path.read_bytes()
     for broken in (whole[:-1], whole[:100], b"", whole[:-200] + bytes(200)):
         packed.path.write_bytes(broken)
-        assert repacked_copy(spec).path.read_bytes() == whole
-    foreign = repacked_copy(read_spec(models["Q4_1"]))
+        assert repacked_gguf(spec).path.read_bytes() == whole
+    foreign = repacked_gguf(read_spec(models["Q4_1"]))
     os.replace(foreign.path, packed.path)
-    assert repacked_copy(spec).path.read_bytes() == whole
+    assert repacked_gguf(spec).path.read_bytes() == whole
 
 
 def test_a_copy_is_not_opened_as_a_model(models: dict[str, Path]) -> None:
     """llama.cpp would take its bytes for its own layout."""
-    path = repacked_copy(read_spec(models["Q4_0"])).path
+    path = repacked_gguf(read_spec(models["Q4_0"])).path
     for options in ({"attention": "dense"}, {"repack": True}, {"gpu_layers": 1}):
         with pytest.raises(BadModelFile, match="is a packed copy, which --repack finds by itself"):
             Runtime.open(path, memory="1GiB", **options)  # type: ignore[arg-type]
@@ -180,9 +180,9 @@ def test_a_copy_is_not_opened_as_a_model(models: dict[str, Path]) -> None:
 
 def test_a_changed_model_has_another_copy(tmp_path: Path) -> None:
     path = write_model(tmp_path / "m.gguf", quantised="Q4_0")
-    first = repacked_copy(read_spec(path)).path
+    first = repacked_gguf(read_spec(path)).path
     write_model(path, quantised="Q4_0", vocabulary=336)
-    assert repacked_copy(read_spec(path)).path != first
+    assert repacked_gguf(read_spec(path)).path != first
 
 
 def test_parts_keep_their_numbers() -> None:
@@ -202,7 +202,7 @@ def test_two_processes_pack_the_same_model(models: dict[str, Path]) -> None:
 def test_what_cannot_be_packed_runs_and_says_why(tmp_path: Path, models: dict[str, Path]) -> None:
     plain = write_model(tmp_path / "m.gguf")
     with pytest.raises(CannotRepack, match="none of the matrices"):
-        repacked_copy(read_spec(plain))
+        repacked_gguf(read_spec(plain))
     with Runtime.open(plain, memory="1GiB", repack=True) as runtime:
         assert "none of the matrices" in str(
             runtime.generate("a", max_tokens=2).stats.not_repacked_reason

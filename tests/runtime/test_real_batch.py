@@ -71,7 +71,6 @@ def test_logits_are_bit_for_bit_those_of_a_sequence_alone(dense: Runtime) -> Non
         expected.append([logits, *steps])
     sequences = model.open_sequences(4, 512)
     try:
-        sequences.before_pass = hook.set_batch_layout  # type: ignore[attr-defined]
         for start in range(0, len(shared), 90):
             sequences.forward([SequenceSlice(0, shared[start : start + 90], num_logits=0)])
         sequences.share()
@@ -81,7 +80,6 @@ def test_logits_are_bit_for_bit_those_of_a_sequence_alone(dense: Runtime) -> Non
             found.append(sequences.forward(parts).copy())
     finally:
         sequences.close()
-        hook.set_batch_layout(None)
     for i in range(4):
         for step in range(4):
             assert np.array_equal(found[step][i], expected[i][step])
@@ -89,31 +87,31 @@ def test_logits_are_bit_for_bit_those_of_a_sequence_alone(dense: Runtime) -> Non
 
 
 def test_cells_that_are_not_as_told_are_noticed_and_all_keys_are_attended_to(
-    dense: Runtime,
+    dense: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hook = dense._loaded.hook
     assert hook is not None
     refused = hook.layouts_refused
 
-    def passes(*, lie: bool) -> np.ndarray:  # type: ignore[type-arg]
+    def passes() -> np.ndarray:  # type: ignore[type-arg]
         sequences = dense._model.open_sequences(2, 256)
         try:
-            if lie:
-
-                def told_wrong(cells):  # type: ignore[no-untyped-def]
-                    cells.own[0][-1] = 200
-                    hook.set_batch_layout(cells)
-
-                sequences.before_pass = told_wrong  # type: ignore[attr-defined]
             logits = sequences.forward(
                 [SequenceSlice(0, [1, 2, 3]), SequenceSlice(1, [4, 5])]
             ).copy()
         finally:
             sequences.close()
-            hook.set_batch_layout(None)
         return logits
 
-    expected, found = passes(lie=False), passes(lie=True)
+    expected, set_layout = passes(), hook.set_batch_layout
+
+    def set_wrong_layout(slots):  # type: ignore[no-untyped-def]
+        if slots is not None:
+            slots.own[0][-1] = 200
+        set_layout(slots)
+
+    monkeypatch.setattr(hook, "set_batch_layout", set_wrong_layout)
+    found = passes()
     assert hook.layouts_refused > refused
     assert np.allclose(found, expected, atol=1e-3)
 

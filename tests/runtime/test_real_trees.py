@@ -70,7 +70,7 @@ def test_a_row_is_bit_for_bit_its_path_and_so_is_what_comes_after_it(
         read(model, text)
         model.forward_tree(tree)
         for before in tree.path(row):
-            model.adopt(before)
+            model.commit_branch(before)
         assert model.truncate(len(text) + len(path)) == len(text) + len(path)
         assert np.array_equal(model.forward((11,)), after)
     assert model.verifies_trees
@@ -136,10 +136,10 @@ def test_no_cell_beyond_the_pass_is_copied(random_model: Path, cell: int) -> Non
         model, hook = model_of(runtime), runtime._loaded.hook
         assert hook is not None
         read(model, [3] * 40)
-        assert hook.copy_cell(1, 2) == 0, "no pass in parts yet"
+        assert hook.copy_slot(1, 2) == 0, "no pass in parts yet"
         model.forward_tree(TokenTree((5, 6, 7), (-1, 0, 0)))
-        assert hook.copy_cell(41, 41) == runtime.spec.num_layers
-        assert hook.copy_cell(cell, 41) == hook.copy_cell(41, cell) == 0
+        assert hook.copy_slot(41, 41) == runtime.spec.num_layers
+        assert hook.copy_slot(cell, 41) == hook.copy_slot(41, cell) == 0
 
 
 def test_room_for_branches_takes_no_memory_of_llama_cpps(smollm2: Path) -> None:

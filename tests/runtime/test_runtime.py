@@ -235,7 +235,7 @@ def test_a_process_that_is_already_over_is_told_so() -> None:
 
 
 def test_our_attention_needs_llama_cpps_graph() -> None:
-    with pytest.raises(BadOption, match="runs in llama.cpp's graph alone"):
+    with pytest.raises(BadOption, match="does not work with a Model object"):
         Runtime.open(FakeModel(), attention="dense")
 
 

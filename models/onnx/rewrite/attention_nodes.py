@@ -1,98 +1,90 @@
-"""AttentionNode: what a graph's attention node attends to and how, for attention in its place.
+"""Reads the attention nodes of an ONNX graph: which operator a graph uses, and what each node computes.
 
-Requires nothing. Ensures that a node which is read says everything: what it says beside is `CannotRewrite`.
+A node with an input or attribute that is not modelled here raises `CannotRewrite`: lowtide's attention must
+not replace it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from lowtide.models.onnx.config import OnnxConfig
 from lowtide.models.onnx.graph import Node, OnnxGraph
-from lowtide.models.onnx.spec import LayerPorts
+from lowtide.models.onnx.rewrite.plan import AttentionNode, CannotRewrite
+from lowtide.models.onnx.spec import GraphPorts, LayerPorts
+
+OPERATORS = {
+    ("com.microsoft", "GroupQueryAttention"): "GroupQueryAttention",
+    ("com.microsoft", "MultiHeadAttention"): "MultiHeadAttention",
+    ("", "Attention"): "Attention",
+}
+DECOMPOSED = "decomposed attention"
+SHARING = "GroupQueryAttention"
+_PAST, _PRESENT = (3, 4), (1, 2)
+"""GroupQueryAttention's inputs and outputs of keys and values."""
 
 
-class CannotRewrite(Exception):
-    """A graph that is left whole, and why: in words that follow "its graph"."""
+@dataclass(frozen=True, slots=True)
+class AttentionForm:
+    """The attention operator of most layers.
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionNode:
-    """One node, of all layers in a row; names are of values in the graph, "" where there is none.
-
-    With no `key` and no `value`, `query` is all three, packed. `bias` is added to scores and hides keys.
-    `cosines` and `sines` are weights, (positions, pairs), that turn queries and keys. A causal node's
-    rows see the `window` last keys, their own among them, or all. `past` and `present` are its cache.
+    `shares_cache` is true where every layer appends to its past keys and values in place.
     """
 
-    index: int
-    query: str
-    key: str
-    value: str
-    bias: str
-    output: str
-    cosines: str
-    sines: str
-    is_interleaved: bool
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    scale: float
-    softcap: float
-    is_causal: bool
-    window: int | None
-    past: tuple[str, str]
-    present: tuple[str, str]
+    name: str
+    shares_cache: bool
 
-    @property
-    def is_repacked_file(self) -> bool:
-        """Whether queries, keys and values come side by side."""
-        return not self.key
 
-    @property
-    def width(self) -> int:
-        """The channels of all query heads."""
-        return self.num_heads * self.head_size
-
-    @property
-    def kv_width(self) -> int:
-        """The channels of all key heads."""
-        return self.num_kv_heads * self.head_size
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """The values that the graph has to make for it."""
-        return tuple(n for n in (self.query, self.key, self.value, self.bias) if n)
+def attention_form(graph: OnnxGraph, ports: GraphPorts) -> AttentionForm:
+    """Return the graph's attention operator; a graph without one has decomposed attention."""
+    kinds = Counter(
+        OPERATORS[node.domain, node.kind]
+        for node in graph.nodes
+        if (node.domain, node.kind) in OPERATORS
+    )
+    name = kinds.most_common(1)[0][0] if kinds else DECOMPOSED
+    shared = {
+        (node.input(past), node.outputs[present])
+        for node in graph.nodes
+        if OPERATORS.get((node.domain, node.kind)) == SHARING
+        for past, present in zip(_PAST, _PRESENT, strict=True)
+        if present < len(node.outputs)
+    }
+    caches = {
+        pair for layer in ports.layers for pair in zip(layer.past, layer.present, strict=True)
+    }
+    return AttentionForm(name, caches <= shared)
 
 
 def read_attention_nodes(graph: OnnxGraph, config: OnnxConfig) -> tuple[AttentionNode, ...]:
-    """Return the attention nodes in the graph's order; raises `CannotRewrite` where one is not known."""
-    found = []
+    """Return the attention nodes in the graph's order; raise `CannotRewrite` for an unsupported one."""
+    nodes = []
     for index, node in enumerate(graph.nodes):
         reader = _READERS.get((node.domain, node.kind))
         if reader is not None:
-            found.append(reader(index, node, graph, config))
-    return tuple(found)
+            nodes.append(reader(index, node, graph, config))
+    return tuple(nodes)
 
 
 def check_layers(nodes: tuple[AttentionNode, ...], layers: tuple[LayerPorts, ...]) -> None:
-    """Raise `CannotRewrite` unless the nodes are those of the layers, in order, each with its own cache."""
+    """Raise `CannotRewrite` unless there is one node a layer, in order, each with that layer's cache."""
     if len(nodes) != len(layers):
         raise CannotRewrite(f"has {len(nodes)} attention operators for {len(layers)} layers")
     for node, ports in zip(nodes, layers, strict=True):
         if node.past != ports.past or node.present != ports.present:
-            raise CannotRewrite(f"does not give {ports.past[0]} straight to its layer's attention")
+            raise CannotRewrite(f"does not pass {ports.past[0]} directly to its layer's attention")
 
 
 def _group_query(index: int, node: Node, graph: OnnxGraph, config: OnnxConfig) -> AttentionNode:
-    """com.microsoft.GroupQueryAttention: causal, with a cache, rotary inside or not, packed or not."""
-    _only(node, inputs=9, outputs=3)
-    _without(node, "smooth_softmax", "qk_output", "kv_cache_bit_width")
-    turns = bool(node.numbers.get("do_rotary", 0))
-    cosines, sines = (node.input(7), node.input(8)) if turns else ("", "")
-    if turns and not {cosines, sines} <= set(graph.weights):
+    """Read com.microsoft.GroupQueryAttention: causal, with a cache; rotary embedding and packing optional."""
+    _require_at_most(node, inputs=9, outputs=3)
+    _require_unset(node, "smooth_softmax", "qk_output", "kv_cache_bit_width")
+    has_rotary = bool(node.numbers.get("do_rotary", 0))
+    cosines, sines = (node.input(7), node.input(8)) if has_rotary else ("", "")
+    if has_rotary and not {cosines, sines} <= set(graph.weights):
         raise CannotRewrite("computes its rotary embedding's cosines and sines")
     window = int(node.numbers.get("local_window_size", -1))
     return AttentionNode(
@@ -109,8 +101,8 @@ def _group_query(index: int, node: Node, graph: OnnxGraph, config: OnnxConfig) -
 
 
 def _multi_head(index: int, node: Node, graph: OnnxGraph, config: OnnxConfig) -> AttentionNode:
-    """com.microsoft.MultiHeadAttention of three inputs, with a bias that hides keys."""
-    _only(node, inputs=8, outputs=3)
+    """Read com.microsoft.MultiHeadAttention with separate inputs and a bias that hides keys."""
+    _require_at_most(node, inputs=8, outputs=3)
     if node.input(3) or node.input(4) or not node.input(1):
         raise CannotRewrite("has MultiHeadAttention with packed inputs, biases or a padding mask")
     num_heads = int(node.numbers.get("num_heads", 0))
@@ -128,8 +120,8 @@ def _multi_head(index: int, node: Node, graph: OnnxGraph, config: OnnxConfig) ->
 
 
 def _standard(index: int, node: Node, graph: OnnxGraph, config: OnnxConfig) -> AttentionNode:
-    """The standard Attention operator (opset 23) of inputs of three dimensions."""
-    _only(node, inputs=6, outputs=3)
+    """Read the standard Attention operator (opset 23) with inputs of three dimensions."""
+    _require_at_most(node, inputs=6, outputs=3)
     num_heads = int(node.numbers.get("q_num_heads", 0))
     if not num_heads:
         raise CannotRewrite("has Attention over inputs of four dimensions")
@@ -164,7 +156,7 @@ def _common(
 ) -> dict[str, Any]:
     query, key, value = (node.input(i) for i in inputs)
     if bool(key) != bool(value) or len(node.outputs) < 3:
-        raise CannotRewrite(f"has {node.kind} without a cache, or with keys and no values")
+        raise CannotRewrite(f"has {node.kind} without a cache, or with keys but no values")
     scale = float(node.numbers.get("scale", 0))
     return {
         "index": index,
@@ -172,7 +164,7 @@ def _common(
         "key": key,
         "value": value,
         "output": node.outputs[0],
-        "head_size": config.head_size,
+        "head_dim": config.head_size,
         "scale": scale or config.head_size**-0.5,
         "softcap": float(node.numbers.get("softcap", 0)),
         "past": (node.input(past[0]), node.input(past[1])),
@@ -180,12 +172,12 @@ def _common(
     }
 
 
-def _only(node: Node, *, inputs: int, outputs: int) -> None:
+def _require_at_most(node: Node, *, inputs: int, outputs: int) -> None:
     if any(node.inputs[inputs:]) or any(node.outputs[outputs:]):
-        raise CannotRewrite(f"has {node.kind} with inputs or outputs that are not known here")
+        raise CannotRewrite(f"has {node.kind} with unsupported inputs or outputs")
 
 
-def _without(node: Node, *attributes: str) -> None:
+def _require_unset(node: Node, *attributes: str) -> None:
     for name in attributes:
         if node.numbers.get(name, 0) > 0:
             raise CannotRewrite(f"has {node.kind} with {name}")

@@ -1,18 +1,8 @@
-"""Swap: which nodes of a graph stay when its attention, and products, are ours. Reads headers alone.
+"""Rewrites an ONNX decoder so that lowtide's kernels compute its attention and, optionally, its matmuls.
 
-Requires the attention nodes, layer by layer. Ensures that what stays is all that the logits depend on, and
-that what only attention needed (masks of lengths, caches) does not.
-
-RewrittenGraph: a graph's model with our operators in their places, as bytes for a session.
-
-LastRows: where a graph leaves a pass's last row for its logits, so that a few more can be left.
-
-Requires a graph whose logits are of one row. Ensures that behind that place every operator takes rows one
-by one: logits of more rows are then those of each.
-
-Attender: the seam to whatever attends in a graph's place. It is handed in; models know no attention.
-
-Multiplier: the seam to what multiplies in a graph's place. It is handed in; models know no kernel."""
+`plan_rewrite` decides from headers which nodes are replaced and which remain; `RewrittenGraph` makes the
+rewritten model for a session. The kernels are passed in as an `AttentionBackend` and a `MatmulBackend`.
+"""
 
 from __future__ import annotations
 
@@ -22,85 +12,75 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowtide.models.onnx.config import OnnxConfig, onnx_library
-from lowtide.models.onnx.graph import DECOMPOSED, OnnxGraph
+from lowtide.models.onnx.graph import OnnxGraph
 from lowtide.models.onnx.rewrite.attention_nodes import (
-    AttentionNode,
-    CannotRewrite,
+    DECOMPOSED,
     check_layers,
     read_attention_nodes,
 )
-from lowtide.models.onnx.rewrite.matmul_nodes import MatmulNode, MatmulNodes
+from lowtide.models.onnx.rewrite.plan import (
+    AttentionNode,
+    CannotRewrite,
+    MatmulNode,
+    MatmulNodes,
+    RewritePlan,
+)
 from lowtide.models.onnx.spec import GraphPorts
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-
 BRANCHES = frozenset({"If", "Loop", "Scan"})
-MOST_INLINE_BYTES = 16 << 20
-"""Weights inside of the .onnx file are read into memory to be given on: no more than this."""
-LARGEST_HEAD = 256
-NO_MATMULS = MatmulNodes()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RewritePlan:
-    """The nodes that become ours, the places of those that stay, and the weights that these read.
-
-    `inputs` are those of the graph that are still read, `inline_bytes` of weights inside the .onnx file.
-    """
-
-    layers: tuple[AttentionNode, ...]
-    nodes: frozenset[int]
-    weights: frozenset[str]
-    inputs: frozenset[str]
-    inline_bytes: int
-    products: MatmulNodes
+MAX_INLINE_BYTES = 16 << 20
+"""Weights inside the .onnx file are read into memory to be passed on; a graph with more is not rewritten."""
+MAX_HEAD_DIM = 256
 
 
 def plan_rewrite(
     graph: OnnxGraph,
     ports: GraphPorts,
     config: OnnxConfig,
-    products: MatmulNodes = NO_MATMULS,
+    matmuls: MatmulNodes | None = None,
 ) -> RewritePlan:
-    """Return what is swapped, `products` too.
+    """Return the plan that replaces the graph's attention, and the nodes of `matmuls`.
 
-    Raises `CannotRewrite` with the reason where the graph is left whole.
+    What remains of the graph is exactly what the logits depend on; nodes that only attention needed (masks,
+    lengths, caches) go. Raises `CannotRewrite` with the reason where the graph must run as it is.
     """
+    matmuls = matmuls or MatmulNodes()
     branch = next((node.kind for node in graph.nodes if node.kind in BRANCHES), None)
     if branch is not None:
         raise CannotRewrite(f"has branches ({branch})")
     inline = sum(w.num_bytes for w in graph.weights.values() if w.location is None)
-    if inline > MOST_INLINE_BYTES:
-        raise CannotRewrite("keeps its weights inside the .onnx file, not as external data")
+    if inline > MAX_INLINE_BYTES:
+        raise CannotRewrite("has its weights inside the .onnx file, not as external data")
     layers = read_attention_nodes(graph, config)
     if not layers:
         raise CannotRewrite(f"has {DECOMPOSED}")
     check_layers(layers, ports.layers)
     _check_sizes(layers)
-    reached, read = _reached(graph, ports, layers, products)
-    products = products.among(reached)
-    ours = {node.index for node in (*layers, *products.nodes)}
-    nodes = frozenset(reached - ours)
-    read -= {graph.nodes[index].outputs[0] for index in ours}
+    reached, read = _reached(graph, ports, layers, matmuls)
+    matmuls = matmuls.among(reached)
+    replaced = {node.index for node in (*layers, *matmuls.nodes)}
+    nodes = frozenset(reached - replaced)
+    read -= {graph.nodes[index].outputs[0] for index in replaced}
     return RewritePlan(
         layers=layers,
         nodes=nodes,
         weights=read & frozenset(graph.weights),
         inputs=read - frozenset(graph.weights) - {n for i in nodes for n in graph.nodes[i].outputs},
         inline_bytes=inline,
-        products=products,
+        matmuls=matmuls,
     )
 
 
 def _check_sizes(layers: tuple[AttentionNode, ...]) -> None:
     for node in layers:
         whole_groups = node.num_kv_heads > 0 and node.num_heads % node.num_kv_heads == 0
-        if not whole_groups or node.head_size % 16 or node.head_size > LARGEST_HEAD:
+        if not whole_groups or node.head_dim % 16 or node.head_dim > MAX_HEAD_DIM:
             raise CannotRewrite(
-                f"has {node.num_heads} heads over {node.num_kv_heads} of size {node.head_size}"
+                f"has {node.num_heads} heads over {node.num_kv_heads} of size {node.head_dim}"
             )
 
 
@@ -108,18 +88,18 @@ def _reached(
     graph: OnnxGraph,
     ports: GraphPorts,
     layers: tuple[AttentionNode, ...],
-    products: MatmulNodes,
+    matmuls: MatmulNodes,
 ) -> tuple[frozenset[int], frozenset[str]]:
-    """The nodes that the logits depend on, ours among them, and all values that are read."""
+    """Return the nodes that the logits depend on, replaced ones included, and all values that they read."""
     maker = {name: i for i, node in enumerate(graph.nodes) for name in node.outputs if name}
     attention = {node.index for node in layers}
-    ours = {node.index: node.reads for node in (*layers, *products.nodes)}
+    replaced = {node.index: node.inputs for node in (*layers, *matmuls.nodes)}
     caches = {name for node in layers for name in (*node.past, *node.present)}
     reached: set[int] = set()
     read: set[str] = set()
-    wanted = [ports.logits]
-    while wanted:
-        name = wanted.pop()
+    pending = [ports.logits]
+    while pending:
+        name = pending.pop()
         if name in read:
             continue
         read.add(name)
@@ -129,36 +109,40 @@ def _reached(
         if index is None or index in reached:
             continue
         reached.add(index)
-        wanted += [n for n in ours.get(index, graph.nodes[index].inputs) if n]
+        pending += [n for n in replaced.get(index, graph.nodes[index].inputs) if n]
     if not attention <= reached:
-        raise CannotRewrite("has attention that its logits do not depend on")
+        raise CannotRewrite("has an attention node that its logits do not depend on")
     return frozenset(reached), frozenset(read)
 
 
 BEGIN = "lowtide_logits_begin"
-"""The input that says where the rows with logits begin, from a pass's end: -1 leaves the last one."""
-ROW_BY_ROW = frozenset(
+"""The graph input with the first position that gets logits, from the end: -1 selects the last token."""
+TOKENWISE = frozenset(
     "Add Cast Div LayerNormalization MatMul MatMulNBits Mul SimplifiedLayerNormalization Tanh".split()
 )
-ROWS_AXIS = 1
+TOKEN_AXIS = 1
 
 
-class LastRows:
-    """Widens the Slice of one graph, as onnx has it; `is_found` says whether there is such a one."""
+class LastTokenSlice:
+    """The Slice with which a graph keeps only the last token before its logits; it can be made to keep more.
+
+    It is found only where every operator behind it works token by token, so that logits of more tokens equal
+    those of each token alone.
+    """
 
     def __init__(self, graph: Any, logits: str) -> None:
         self._onnx = onnx_library("onnx")
         self._weights = {weight.name: weight for weight in graph.initializer}
         self._maker = {name: node for node in graph.node for name in node.output if name}
-        self._slice = self._found(logits)
+        self._slice = self._find(logits)
 
     @property
     def is_found(self) -> bool:
-        """Whether more rows can be left."""
+        """Whether the graph has such a Slice."""
         return self._slice is not None
 
     def node(self, node: Any) -> Any:
-        """Return a node of the graph as it is to be: the Slice begins where the input says."""
+        """Return the node; the Slice is replaced by one that begins where the input `BEGIN` says."""
         if node is not self._slice:
             return node
         widened = self._onnx.NodeProto()
@@ -167,34 +151,34 @@ class LastRows:
         return widened
 
     def input(self) -> Any:
-        """Return the graph's further input."""
+        """Return the additional graph input `BEGIN`."""
         return self._onnx.helper.make_tensor_value_info(BEGIN, self._onnx.TensorProto.INT64, [1])
 
     def output(self, port: Any) -> Any:
-        """Return the logits' port, of any number of rows."""
+        """Return the logits' output, with any number of tokens."""
         widened = self._onnx.ValueInfoProto()
         widened.CopyFrom(port)
-        widened.type.tensor_type.shape.dim[ROWS_AXIS].Clear()
+        widened.type.tensor_type.shape.dim[TOKEN_AXIS].Clear()
         return widened
 
-    def _found(self, logits: str) -> Any:
-        """The Slice behind which there is nothing but operators that take rows one by one."""
+    def _find(self, logits: str) -> Any:
+        """Return the Slice behind which only token-wise operators follow."""
         name = logits
         while (node := self._maker.get(name)) is not None:
             if node.op_type == "Slice":
-                return node if self._leaves_last_row(node) else None
-            made = [given for given in node.input if given in self._maker]
-            if node.op_type not in ROW_BY_ROW or len(made) != 1:
+                return node if self._keeps_last_token(node) else None
+            computed = [name for name in node.input if name in self._maker]
+            if node.op_type not in TOKENWISE or len(computed) != 1:
                 return None
-            name = made[0]
+            name = computed[0]
         return None
 
-    def _leaves_last_row(self, node: Any) -> bool:
+    def _keeps_last_token(self, node: Any) -> bool:
         values = [self._value(name) for name in node.input[1:]]
         if len(values) < 3 or any(value is None or value.size != 1 for value in values):
             return False
         begin, end, axis, *step = (int(value.item()) for value in values if value is not None)
-        return begin == -1 and end > 0 and axis == ROWS_AXIS and step in ([], [1])
+        return begin == -1 and end > 0 and axis == TOKEN_AXIS and step in ([], [1])
 
     def _value(self, name: str) -> NDArray[np.generic] | None:
         weight = self._weights.get(name)
@@ -206,9 +190,9 @@ class LastRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerArrays:
-    """A layer's attention and what it keeps.
+    """A layer's attention node, KV cache and rotary tables.
 
-    The caches are (cells, kv_heads, head_size); `cosines` and `sines` (positions, pairs) or None.
+    The caches are (slots, kv_heads, head_dim); `cosines` and `sines` are (positions, pairs) or None.
     """
 
     node: AttentionNode
@@ -219,27 +203,27 @@ class LayerArrays:
 
 
 class AttentionBackend(ABC):
-    """Attends where a graph's node says so, by the operator that `library` has for onnxruntime."""
+    """Computes attention in a rewritten graph, through an operator that `library` registers with onnxruntime."""
 
     library: Path
     domain: str
     number: int
-    """What a node's attribute `attention_backend` names it by."""
+    """The handle that a node's attribute refers to this object by."""
 
     @abstractmethod
     def operator(self, element: str) -> str:
-        """Return the operator's name for rows of an element type, as numpy names it."""
+        """Return the operator's name for activations of a numpy element type."""
 
     @abstractmethod
     def bind(self, layers: list[LayerArrays]) -> None:
-        """Attend in every layer's arrays from the next pass on, until others are bound.
+        """Use the arrays of these layers from the next pass on, until others are bound.
 
-        The model keeps them as long as it lives. The same list again costs nothing.
+        The caller keeps the arrays alive. Binding the same list again costs nothing.
         """
 
     @abstractmethod
-    def begin(self, num_past: int, num_rows: int) -> None:
-        """Say that the next pass has `num_rows` after `num_past` tokens."""
+    def begin(self, num_past: int, num_new: int) -> None:
+        """Announce a pass of `num_new` tokens after `num_past`."""
 
     @abstractmethod
     def truncate(self, num_slots: int) -> None:
@@ -248,17 +232,17 @@ class AttentionBackend(ABC):
     @property
     @abstractmethod
     def has_ended(self) -> bool:
-        """Whether the last pass ended in a layer's attention, as was wanted, and not in an error."""
+        """Whether the last pass ended early in a layer's attention, as requested, and not with an error."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give everything back; closing twice is allowed."""
+        """Free everything; closing twice is allowed."""
 
 
 class MatmulBackend(ABC):
-    """Computes a graph's products and look-ups of packed matrices, which nodes name by their numbers.
+    """Computes a rewritten graph's matmuls and lookups from repacked matrices, which nodes refer to by number.
 
-    The operators are of the attender's library and domain; a node's attribute `products` is `number`.
+    The operators belong to the library and domain of the `AttentionBackend`.
     """
 
     matmul_operator: str
@@ -267,88 +251,95 @@ class MatmulBackend(ABC):
 
     @abstractmethod
     def begin(self) -> None:
-        """Say that a pass begins."""
+        """Announce a pass."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give everything back; closing twice is allowed."""
+        """Free everything; closing twice is allowed."""
 
 
 OPERATOR_VERSION = 1
 
 
 class RewrittenGraph:
-    """Holds the graph of `path` without its external weights; `element` is what attention's rows hold.
+    """The graph of `path` without its external weights; `element` is the type of attention's activations.
 
-    With `widens` an input says how many of the last rows have logits, where the graph leaves one.
+    With `more_logits`, a graph that keeps the last token gets an input that selects how many tokens have
+    logits.
     """
 
     def __init__(
-        self, path: Path, swap: RewritePlan, element: str, logits: str, *, widens: bool = False
+        self,
+        path: Path,
+        plan: RewritePlan,
+        element: str,
+        logits: str,
+        *,
+        more_logits: bool = False,
     ) -> None:
         self._onnx = onnx_library("onnx")
         self._folder = path.parent
-        self._swap = swap
+        self._plan = plan
         self._element = element
         self._model = self._onnx.load(str(path), load_external_data=False)
         self._logits = logits
-        last_rows = LastRows(self._model.graph, logits) if widens else None
-        self._last_rows = last_rows if last_rows is not None and last_rows.is_found else None
+        last_token = LastTokenSlice(self._model.graph, logits) if more_logits else None
+        self._last_token = last_token if last_token is not None and last_token.is_found else None
         self._weights = {weight.name: weight for weight in self._model.graph.initializer}
 
     @property
-    def is_widened(self) -> bool:
-        """Whether the graph has the input `last_rows.BEGIN`."""
-        return self._last_rows is not None
+    def has_begin_input(self) -> bool:
+        """Whether the graph has the input `BEGIN`."""
+        return self._last_token is not None
 
     def serialised(
         self, attention_backend: AttentionBackend, matmul_backend: MatmulBackend | None = None
     ) -> bytes:
-        """Return the model in which both compute what is theirs; of its outputs the logits are left.
+        """Return the model with both backends' operators in it; its only output is the logits.
 
-        A swap with products wants a multiplier.
+        A plan with matmuls needs a matmul backend.
         """
         onnx, graph = self._onnx, self._model.graph
-        ours = {
+        replaced = {
             node.index: self._attention(layer, attention_backend)
-            for layer, node in enumerate(self._swap.layers)
+            for layer, node in enumerate(self._plan.layers)
         }
         if matmul_backend is not None:
-            ours |= self._products(matmul_backend, attention_backend.domain)
+            replaced |= self._matmuls(matmul_backend, attention_backend.domain)
         nodes = [
-            ours[index] if index in ours else self._theirs(node)
+            replaced[index] if index in replaced else self._remaining(node)
             for index, node in enumerate(graph.node)
-            if index in ours or index in self._swap.nodes
+            if index in replaced or index in self._plan.nodes
         ]
-        made = onnx.helper.make_graph(
+        rewritten = onnx.helper.make_graph(
             nodes,
             graph.name or "decoder",
             self._inputs(),
             self._outputs(),
-            [self._weights[name] for name in sorted(self._swap.weights)],
+            [self._weights[name] for name in sorted(self._plan.weights)],
         )
         version = onnx.helper.make_opsetid(attention_backend.domain, OPERATOR_VERSION)
         model = onnx.helper.make_model(
-            made,
+            rewritten,
             opset_imports=[*self._model.opset_import, version],
             ir_version=self._model.ir_version,
         )
         serialised: bytes = model.SerializeToString()
         return serialised
 
-    def _theirs(self, node: Any) -> Any:
-        return node if self._last_rows is None else self._last_rows.node(node)
+    def _remaining(self, node: Any) -> Any:
+        return node if self._last_token is None else self._last_token.node(node)
 
     def _inputs(self) -> list[Any]:
-        kept = [port for port in self._model.graph.input if port.name in self._swap.inputs]
-        return kept if self._last_rows is None else [*kept, self._last_rows.input()]
+        kept = [port for port in self._model.graph.input if port.name in self._plan.inputs]
+        return kept if self._last_token is None else [*kept, self._last_token.input()]
 
     def _outputs(self) -> list[Any]:
         kept = [port for port in self._model.graph.output if port.name == self._logits]
-        return kept if self._last_rows is None else list(map(self._last_rows.output, kept))
+        return kept if self._last_token is None else list(map(self._last_token.output, kept))
 
     def _attention(self, layer: int, attention_backend: AttentionBackend) -> Any:
-        node = self._swap.layers[layer]
+        node = self._plan.layers[layer]
         inputs = [node.query, node.key, node.value, node.bias]
         while not inputs[-1]:
             inputs.pop()
@@ -362,18 +353,18 @@ class RewrittenGraph:
             layer=layer,
         )
 
-    def _products(self, matmul_backend: MatmulBackend, domain: str) -> dict[int, Any]:
-        """Nodes for products and look-ups, by the place of the node that each stands for."""
+    def _matmuls(self, matmul_backend: MatmulBackend, domain: str) -> dict[int, Any]:
+        """Return nodes for matmuls and lookups, by the index of the node that each replaces."""
         names: dict[str, int] = {}
-        made = {}
-        for node in self._swap.products.nodes:
+        nodes = {}
+        for node in self._plan.matmuls.nodes:
             kind, more = matmul_backend.gather_operator, {}
             if isinstance(node, MatmulNode):
                 kind = matmul_backend.matmul_operator
-                more = {"input": names.setdefault(node.rows, len(names))}
-            made[node.index] = self._onnx.helper.make_node(
+                more = {"input": names.setdefault(node.activations, len(names))}
+            nodes[node.index] = self._onnx.helper.make_node(
                 kind,
-                node.reads,
+                node.inputs,
                 [node.output],
                 name=f"{kind}_{node.index}",
                 domain=domain,
@@ -381,10 +372,10 @@ class RewrittenGraph:
                 matrix=node.matrix,
                 **more,
             )
-        return made
+        return nodes
 
     def weight(self, name: str) -> NDArray[np.float32] | None:
-        """Return a weight as an array of its own; None for ""."""
+        """Return a copy of a weight, float32; None for the name ""."""
         import numpy as np
 
         if not name:

@@ -105,8 +105,8 @@ class OneLayer:
 
     def __init__(self, folder: Path, num_tokens: int) -> None:
         spec = read_spec(folder)
-        assert isinstance(spec, OnnxSpec) and not isinstance(spec.swap, str)
-        node = spec.swap.layers[0]
+        assert isinstance(spec, OnnxSpec) and not isinstance(spec.rewrite, str)
+        node = spec.rewrite.layers[0]
         model = onnx.load(folder / "model.onnx")
         names = (node.query, node.key, node.value)
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
@@ -217,7 +217,7 @@ def test_truncating_equals_never_having_read_on(opened: Opened, policy: Delta) -
 def test_restored_tokens_are_merged_again(opened: Opened, policy: Delta) -> None:
     """A snapshot restores slots that no pass has written: what was merged of others is not theirs."""
     opened.read_all(policy, (128, 128))
-    snapshot = memoryview(bytearray(opened.model.state_bytes()))
+    snapshot = memoryview(bytearray(opened.model.snapshot_bytes()))
     opened.model.copy_kv(snapshot)
     expected = opened.read((44,))
     opened.model.truncate(0)

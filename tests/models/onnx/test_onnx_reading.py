@@ -1,4 +1,4 @@
-"""An ONNX folder is read without its weights, and what is wrong with one is said before it runs."""
+"""ONNX folders are read without their weights, and broken ones are refused with a reason."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def test_shape(tmp_path: Path, form: str, layout: str) -> None:
     assert spec.file_bytes > spec.weight_bytes > 400_000
 
 
-def test_weights_inside_the_file_are_not_read(tmp_path: Path) -> None:
+def test_weights_inside_the_file(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", external=False)
     spec = read(folder / "model.onnx")
     assert spec.paths == (folder / "model.onnx",)
     assert spec.weight_bytes == read(write_decoder(tmp_path / "other")).weight_bytes
 
 
-def test_fingerprint_is_of_the_shapes(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_shapes(tmp_path: Path) -> None:
     one = read(write_decoder(tmp_path / "one"))
     assert one.fingerprint == read(write_decoder(tmp_path / "two", layout="optimum")).fingerprint
     other = read(write_decoder(tmp_path / "three", shape=Shape(feed_forward=128)))
@@ -105,14 +105,14 @@ def _input(folder: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], type[LowtideError], str]] = {
-    "cut graph": (_cut_graph, BadModelFile, "not a sound ONNX file"),
+    "cut graph": (_cut_graph, BadModelFile, "not a valid ONNX file"),
     "no protobuf": (_no_protobuf, BadModelFile, "unknown wire type 7"),
     "empty": (_empty, BadModelFile, "is empty"),
     "no graph": (lambda f: (f / "model.onnx").unlink(), ModelNotFound, "no file at"),
-    "cut data": (_cut_data, BadModelFile, "is cut short"),
+    "cut data": (_cut_data, BadModelFile, "is truncated"),
     "no data": (lambda f: (f / "model.onnx.data").unlink(), BadModelFile, "is missing beside"),
-    "data outside": (_moved_data, BadModelFile, "outside of its folder, which is refused"),
-    "absolute data": (lambda f: _located(f, "/etc/passwd"), BadModelFile, "is refused"),
+    "data outside": (_moved_data, BadModelFile, "outside its folder, which is not allowed"),
+    "absolute data": (lambda f: _located(f, "/etc/passwd"), BadModelFile, "is not allowed"),
     "domain": (_domain, UnsupportedModel, "com.example.Gather"),
     "input": (_input, UnsupportedModel, "'pixels'"),
     "no config": (lambda f: (f / "genai_config.json").unlink(), BadModelFile, "neither"),
@@ -124,7 +124,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], type[LowtideError], str]] = {
     "layers": (
         lambda f: write_genai_config(f, Shape(), num_hidden_layers=3),
         BadModelFile,
-        "has no past_key_values.2.key, and .* states 3 layers",
+        "has no past_key_values.2.key, but .* has 3 layers",
     ),
     "fewer layers": (
         lambda f: write_genai_config(f, Shape(), num_hidden_layers=1),
@@ -134,7 +134,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], type[LowtideError], str]] = {
     "heads": (
         lambda f: write_genai_config(f, Shape(), num_key_value_heads=2),
         BadModelFile,
-        r"shape \(\?, 4, \?, 16\), .* states 2 heads of 16",
+        r"shape \(\?, 4, \?, 16\), .* has 2 heads of 16",
     ),
     "negative": (
         lambda f: write_genai_config(f, Shape(), num_hidden_layers=-1),
@@ -144,14 +144,14 @@ BROKEN: dict[str, tuple[Callable[[Path], object], type[LowtideError], str]] = {
     "vocabulary": (
         lambda f: write_genai_config(f, Shape(vocabulary=400)),
         BadModelFile,
-        "makes 320 logits",
+        "has 320 logits",
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), BadModelFile, "tokenizer.json"),
 }
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_broken_folders_are_told(tmp_path: Path, what: str) -> None:
+def test_broken_folders_are_refused(tmp_path: Path, what: str) -> None:
     folder = write_decoder(tmp_path / "tiny")
     breaks, kind, message = BROKEN[what]
     breaks(folder)
@@ -159,7 +159,7 @@ def test_broken_folders_are_told(tmp_path: Path, what: str) -> None:
         read_spec(folder)
 
 
-def test_any_cut_of_the_graph_is_an_error_and_no_crash(tmp_path: Path) -> None:
+def test_a_graph_truncated_anywhere_is_an_error(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", layout="optimum")
     graph = folder / "model.onnx"
     whole = graph.read_bytes()
@@ -172,30 +172,30 @@ def test_any_cut_of_the_graph_is_an_error_and_no_crash(tmp_path: Path) -> None:
 def test_optimum_config_disagrees(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", layout="optimum")
     write_optimum_config(folder, Shape(), head_dim=32)
-    with pytest.raises(BadModelFile, match="states 4 heads of 32"):
+    with pytest.raises(BadModelFile, match="has 4 heads of 32"):
         read_spec(folder)
 
 
-def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFound, match="nothing is at"):
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match="does not exist"):
         read_spec(tmp_path / "no.onnx")
 
 
-def test_tokenizer_with_tokens_that_the_model_has_not(tmp_path: Path) -> None:
+def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny")
     write_tokenizer(folder, 321, None)
-    with pytest.raises(BadModelFile, match="has 321 tokens, the model has 320"):
+    with pytest.raises(BadModelFile, match="has 321 tokens, but the model has 320"):
         OnnxTokenizer(read(folder))
 
 
-def test_tokenizer_that_is_none(tmp_path: Path) -> None:
+def test_an_invalid_tokenizer(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny")
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(BadModelFile, match="no tokenizer that can be read"):
+    with pytest.raises(BadModelFile, match="cannot be read as a tokenizer"):
         OnnxTokenizer(read(folder))
 
 
-def test_texts_come_back_and_control_tokens_are_not_forged(tmp_path: Path) -> None:
+def test_texts_round_trip_and_control_tokens_need_permission(tmp_path: Path) -> None:
     tokenizer = OnnxTokenizer(read(write_decoder(tmp_path / "tiny")))
     text = "héllo 🌊 <|end|> word3\n"
     plain = tokenizer.encode(text, add_special=True, parse_special=False)
@@ -206,7 +206,7 @@ def test_texts_come_back_and_control_tokens_are_not_forged(tmp_path: Path) -> No
     assert tokenizer.special_texts == {"bos_token": "<|start|>", "eos_token": "<|end|>"}
 
 
-def test_without_the_extra_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = read(write_decoder(tmp_path / "tiny"))
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
     with pytest.raises(UnsupportedModel, match=r"pip install 'lowtide\[onnx\]'"):

@@ -1,4 +1,4 @@
-"""Rows of every type mean the same numbers after conversion as ggml's own reading of them."""
+"""Matrices of every type have the same values as the gguf library dequantises them to."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import gguf
 import numpy as np
 import pytest
 
-from lowtide.models.convert.dequantize import MATRIX_TYPES, ROUNDED_TYPES, BlockMatrix, block_matrix
+from lowtide.models.convert.dequantize import FLOAT_TYPES, MATRIX_TYPES, BlockMatrix, block_matrix
 
 ROWS, COLUMNS = 6, 512
 
 
 def random_rows(type_name: str) -> np.ndarray:
-    """Return the bytes of rows: random bits, with the 16-bit numbers of blocks finite and of both signs."""
+    """Return the bytes of rows: random bits, but with finite fp16 numbers of both signs."""
     kind = gguf.GGMLQuantizationType[type_name]
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     random = np.random.default_rng(3)
-    if type_name in ROUNDED_TYPES:
+    if type_name in FLOAT_TYPES:
         numbers = random.standard_normal((ROWS, COLUMNS)).astype(np.float32)
         return np.asarray(gguf.quants.quantize(numbers, kind)).view(np.uint8).reshape(-1)
     data = random.integers(0, 256, (ROWS * COLUMNS // block, block_bytes), np.uint8)
@@ -27,9 +27,9 @@ def random_rows(type_name: str) -> np.ndarray:
     return data.reshape(-1)
 
 
-def expected(data: np.ndarray, type_name: str) -> np.ndarray:
+def reference(data: np.ndarray, type_name: str) -> np.ndarray:
     kind = gguf.GGMLQuantizationType[type_name]
-    if type_name in ROUNDED_TYPES:
+    if type_name in FLOAT_TYPES:
         data = data.view(np.float32 if type_name == "F32" else np.uint16)
         data = data.view(np.float16) if type_name == "F16" else data
         data = data.view(np.uint8) if type_name == "BF16" else data
@@ -37,17 +37,17 @@ def expected(data: np.ndarray, type_name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("type_name", MATRIX_TYPES)
-def test_rows_mean_the_same(type_name: str) -> None:
+def test_values_are_the_same(type_name: str) -> None:
     data = random_rows(type_name)
     matrix = block_matrix(data, type_name, ROWS)
-    wanted = expected(data, type_name)
-    error = np.abs(matrix.weights() - wanted).max() / np.abs(wanted).max()
-    assert error < (5e-3 if type_name in ROUNDED_TYPES else 3e-7)
+    expected = reference(data, type_name)
+    error = np.abs(matrix.weights() - expected).max() / np.abs(expected).max()
+    assert error < (5e-3 if type_name in FLOAT_TYPES else 3e-7)
     assert matrix.quants.dtype == np.uint8 and matrix.scales.dtype == np.float32
     assert matrix.quants.max() < 1 << matrix.bits
 
 
-def test_halves_of_bytes_are_in_order() -> None:
+def test_the_order_of_quants_in_a_byte() -> None:
     quants = np.array([[1, 2, 3, 15]], np.uint8)
     matrix = BlockMatrix(bits=4, block_size=4, quants=quants, scales=np.ones((1, 1), np.float32))
     assert matrix.packed().tolist() == [[0x21, 0xF3]]

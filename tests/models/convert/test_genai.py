@@ -1,4 +1,4 @@
-"""onnxruntime-genai loads a converted folder as it is, tokenises as we do, and answers the same."""
+"""onnxruntime-genai loads converted folders, tokenises like lowtide and gives the same answers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_answers_are_the_same(tmp_path: Path, architecture: str, kind: str) -> N
     with Runtime.open(folder, memory="4GiB", context=128, threads=1) as runtime:
         for text in PROMPTS:
             encode = runtime._model.tokenizer.encode
-            # onnxruntime-genai leaves the beginning to chat templates.
+            # onnxruntime-genai leaves BOS to chat templates.
             plain = encode(text, add_special=False, parse_special=False)
             assert [int(i) for i in tokenizer.encode(text)] == plain
             prompt = encode(text, add_special=True, parse_special=False)

@@ -1,4 +1,4 @@
-"""What llama.cpp lays out is what it allocates."""
+"""The sizes of a dry run are those that llama.cpp allocates."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ CASES = [(512, 32, "f16"), (2048, 128, "f16"), (2048, 64, "q8_0"), (1024, 32, "q
 def test_the_sizes_are_those_of_the_real_context(name: str) -> None:
     spec = read_spec(resolve(name))
     simulated = SimulatedGguf(spec)
-    told = {case: simulated.context(*case) for case in CASES}
+    sizes_of = {case: simulated.context(*case) for case in CASES}
     simulated.close()
     simulated.close()
-    for (context, batch_size, kv_type), sizes in told.items():
+    for (context, batch_size, kv_type), sizes in sizes_of.items():
         options = LoadOptions(context=context, batch_size=batch_size, threads=1, kv_type=kv_type)
         with llama_library().collected_messages() as messages, GgufModel(spec, options):
             pass
@@ -34,8 +34,8 @@ def test_the_sizes_are_those_of_the_real_context(name: str) -> None:
         compute = re.findall(r"compute buffer size = +([\d.]+) MiB", lines)
         cache = re.findall(r"KV buffer size = +([\d.]+) MiB", lines)
         assert compute and cache
-        told_bytes = sum(map(float, compute)) * 2**20
-        assert told_bytes <= sizes.compute_bytes <= told_bytes + len(compute) * 2**20 / 100
+        logged_bytes = sum(map(float, compute)) * 2**20
+        assert logged_bytes <= sizes.compute_bytes <= logged_bytes + len(compute) * 2**20 / 100
         cache_bytes = kv_bytes(spec, context, kv_type)
         assert cache_bytes - 2**20 / 25 <= sizes.cache_bytes <= cache_bytes
         assert abs(sum(map(float, cache)) * 2**20 - cache_bytes) < 2**20 / 25

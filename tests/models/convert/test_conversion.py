@@ -1,4 +1,4 @@
-"""GGUF decoders as ONNX folders: the same next tokens, whole folders, and clear refusals."""
+"""GGUF decoders as ONNX folders: the same next tokens, complete folders, and clear errors."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lowtide.models.errors import BadOption, ModelError, UnsupportedModel
 from lowtide.models.read_spec import read_spec
 
 NEAR = 2e-5
-"""llama.cpp keeps keys and values, and a table of activations, in 16 bits."""
+"""A tolerance: llama.cpp stores keys, values and a table of activations in 16 bits."""
 TEXT = "tide tide de ti tide\n the Tide é 12 tide de de"
 
 
 def logits(path: Path, text: str = TEXT, chunks: int = 1) -> tuple[list[int], np.ndarray]:
-    """Return a text's ids and the logits after each of them, fed `chunks` at a time."""
+    """Return a text's tokens and the logits after each chunk of `chunks` tokens."""
     with Runtime.open(path, memory="4GiB", context=256, threads=1) as runtime:
         model = runtime._model
         ids = model.tokenizer.encode(text, add_special=True, parse_special=False)
@@ -30,9 +30,9 @@ def logits(path: Path, text: str = TEXT, chunks: int = 1) -> tuple[list[int], np
         return ids, np.stack([np.array(model.forward(step), np.float64) for step in steps])
 
 
-def divergence(wanted: np.ndarray, found: np.ndarray) -> float:
-    """Return the mean KL of next tokens, in nats."""
-    p, q = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (wanted, found))
+def divergence(expected: np.ndarray, found: np.ndarray) -> float:
+    """Return the mean KL divergence of next tokens, in nats."""
+    p, q = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (expected, found))
     return float((np.exp(p) * (p - q)).sum(axis=1).mean())
 
 
@@ -47,19 +47,19 @@ def divergence(wanted: np.ndarray, found: np.ndarray) -> float:
         ("qwen3", "Q5_0", True),
     ],
 )
-def test_next_tokens_are_those_of_the_same_weights(
+def test_next_tokens_are_those_of_the_dequantised_weights(
     tmp_path: Path, architecture: str, kind: str, tied: bool
 ) -> None:
     quantised, exact = write_pair(tmp_path, architecture, kind, tied=tied)
-    made = convert(read_spec(quantised), tmp_path / "onnx", rows="float32")
-    assert not made.use_bf16
-    ids, wanted = logits(exact)
-    own_ids, found = logits(made.folder)
+    converted = convert(read_spec(quantised), tmp_path / "onnx", rows="float32")
+    assert not converted.rounded
+    ids, expected = logits(exact)
+    own_ids, found = logits(converted.folder)
     assert own_ids == ids and len(ids) > 20
-    assert divergence(wanted, found) < NEAR
-    _, in_chunks = logits(made.folder, chunks=7)
+    assert divergence(expected, found) < NEAR
+    _, in_chunks = logits(converted.folder, chunks=7)
     last = np.append(np.arange(6, len(ids), 7), len(ids) - 1)[: len(in_chunks)]
-    assert divergence(wanted[last], in_chunks) < NEAR
+    assert divergence(expected[last], in_chunks) < NEAR
 
 
 TEXTS = (
@@ -70,14 +70,14 @@ TEXTS = (
 
 
 @pytest.mark.parametrize("before", ["gpt-2", "smollm", "llama-bpe", "qwen2", None])
-def test_texts_are_cut_alike(tmp_path: Path, before: str | None) -> None:
+def test_texts_are_split_alike(tmp_path: Path, before: str | None) -> None:
     quantised, _ = write_pair(tmp_path, "llama", "Q4_0", before=before)
     folder = convert(read_spec(quantised), tmp_path / "onnx").folder
     assert vocabulary_facts(folder) == vocabulary_facts(quantised)
 
 
 def vocabulary_facts(path: Path) -> list[object]:
-    """Return how texts are cut, and what each token is."""
+    """Return how texts are tokenised, and what each token is."""
     with Runtime.open(path, memory="4GiB", context=256, threads=1) as runtime:
         tokenizer = runtime._model.tokenizer
         return [
@@ -90,14 +90,14 @@ def vocabulary_facts(path: Path) -> list[object]:
         ]
 
 
-def test_rounded_weights_are_told_and_near(tmp_path: Path) -> None:
+def test_rounded_weights_are_reported_and_close(tmp_path: Path) -> None:
     _, exact = write_pair(tmp_path, "llama", "Q8_0")
-    made = convert(read_spec(exact), tmp_path / "onnx", rows="float32")
-    assert made.use_bf16 == {"F32": 50}
-    assert 1e-9 < divergence(logits(exact)[1], logits(made.folder)[1]) < 5e-3
+    converted = convert(read_spec(exact), tmp_path / "onnx", rows="float32")
+    assert converted.rounded == {"F32": 50}
+    assert 1e-9 < divergence(logits(exact)[1], logits(converted.folder)[1]) < 5e-3
 
 
-def test_the_folder_says_what_it_is(tmp_path: Path) -> None:
+def test_configuration_and_checksums(tmp_path: Path) -> None:
     quantised, _ = write_pair(tmp_path, "gemma3", "Q8_0")
     folder = convert(read_spec(quantised), tmp_path / "onnx").folder
     model = json.loads((folder / "genai_config.json").read_text())["model"]
@@ -111,8 +111,8 @@ def test_the_folder_says_what_it_is(tmp_path: Path) -> None:
     assert spec.chat_template and spec.vocabulary.num_tokens == 320
 
 
-def test_calibrations_of_the_model_are_the_folders_too(tmp_path: Path) -> None:
-    """A graph that says nothing, or no fingerprint, has one of its own."""
+def test_the_folder_has_the_fingerprint_of_its_source(tmp_path: Path) -> None:
+    """So calibrations apply to it. A graph with an invalid note has a fingerprint of its own."""
     quantised, _ = write_pair(tmp_path, "llama", "Q4_0")
     graph = convert(read_spec(quantised), tmp_path / "onnx").folder / "model.onnx"
     written = read_spec(quantised).fingerprint
@@ -122,14 +122,14 @@ def test_calibrations_of_the_model_are_the_folders_too(tmp_path: Path) -> None:
     assert len(own) == 32 and own != written and "." not in own
 
 
-def test_an_older_folder_gives_way_only_where_that_was_asked_for(tmp_path: Path) -> None:
+def test_an_older_folder_is_replaced_only_on_request(tmp_path: Path) -> None:
     quantised, _ = write_pair(tmp_path, "llama", "Q4_0")
     folder = tmp_path / "onnx"
     folder.mkdir()
     (folder / "old").write_text("old")
     with pytest.raises(BadOption, match="exists.*--force"):
         convert(read_spec(quantised), folder)
-    with pytest.raises(BadOption, match="nothing that was converted here, and would be deleted"):
+    with pytest.raises(BadOption, match="was not made by lowtide convert and would be deleted"):
         convert(read_spec(quantised), folder, replace=True)
     assert (folder / "old").read_text() == "old"
     (folder / "SHA256SUMS").touch()
@@ -142,7 +142,7 @@ def test_an_older_folder_gives_way_only_where_that_was_asked_for(tmp_path: Path)
     ]
 
 
-def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
     quantised, _ = write_pair(tmp_path, "llama", "Q4_0")
     before = sorted(tmp_path.iterdir())
 
@@ -154,12 +154,12 @@ def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_what_no_graph_is_written_for_is_refused(tmp_path: Path) -> None:
+def test_unsupported_models_are_refused(tmp_path: Path) -> None:
     other = write_model(tmp_path / "phi.gguf", architecture="phi2")
-    with pytest.raises(UnsupportedModel, match="the architecture is 'phi2', one of llama, gemma3"):
+    with pytest.raises(UnsupportedModel, match="the architecture is 'phi2'; only llama, gemma3"):
         convert(read_spec(other), tmp_path / "onnx")
     partial = write_model(tmp_path / "part.gguf", overrides={"rope.dimension_count": 8})
-    with pytest.raises(UnsupportedModel, match="a part of each head"):
+    with pytest.raises(UnsupportedModel, match="only a part of each head"):
         convert(read_spec(partial), tmp_path / "onnx")
     more = tmp_path / "more.gguf"
     write_pair(tmp_path, "llama", "Q4_0")
@@ -168,6 +168,6 @@ def test_what_no_graph_is_written_for_is_refused(tmp_path: Path) -> None:
     at = data.index(name) + len(name) + 16
     assert data[at : at + 4] == (2).to_bytes(4, "little"), "the number of Q4_0"
     more.write_bytes(data[:at] + (20).to_bytes(4, "little") + data[at + 4 :])
-    with pytest.raises(UnsupportedModel, match="token_embd.weight is IQ4_NL, one of Q4_0, Q4_1"):
+    with pytest.raises(UnsupportedModel, match="token_embd.weight is IQ4_NL; only Q4_0, Q4_1"):
         convert(read_spec(more), tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()

@@ -1,4 +1,4 @@
-"""What ggml tells of its devices, which are made up here, function by function."""
+"""Devices as ggml reports them; its functions are replaced one by one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lowtide.models.errors import NoGpu
-from lowtide.models.gguf import gpu as gpu_device
+from lowtide.models.gguf import gpu as gguf_gpu
 from lowtide.models.gguf.gpu import GpuDevice, gpu_backends, read_gpu_devices, require_gpus
 
 CPU, GPU, INTEGRATED = 0, 1, 2
@@ -17,9 +17,9 @@ CPU, GPU, INTEGRATED = 0, 1, 2
 
 @pytest.fixture
 def ggml(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Have ggml tell of `devices` (name and kind) and `backends`."""
+    """Make ggml report `devices` (name and type) and `backends`."""
 
-    def tell(*devices: tuple[str, int], backends: tuple[str, ...] = ("CPU",)) -> None:
+    def report(*devices: tuple[str, int], backends: tuple[str, ...] = ("CPU",)) -> None:
         def memory(handle: int, free: int, total: int) -> None:
             ctypes.c_size_t.from_address(free).value = 100 * handle
             ctypes.c_size_t.from_address(total).value = 200 * handle
@@ -35,19 +35,19 @@ def ggml(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             "ggml_backend_dev_description": lambda handle: b"A device ",
             "ggml_backend_dev_memory": memory,
         }
-        monkeypatch.setattr(gpu_device, "_function", lambda name, *_types: functions[name])
+        monkeypatch.setattr(gguf_gpu, "_function", lambda name, *_types: functions[name])
 
-    return tell
+    return report
 
 
-def test_what_is_here_is_read_without_harm() -> None:
+def test_the_real_devices_can_be_read() -> None:
     for device in read_gpu_devices():
         assert device.name and 0 <= device.free_bytes <= device.total_bytes
     assert "CPU" not in gpu_backends()
-    assert gpu_device.cpu_buffer_type()
+    assert gguf_gpu.cpu_buffer_type()
 
 
-def test_devices_of_their_own_come_before_integrated_ones(ggml: Callable[..., None]) -> None:
+def test_integrated_devices_are_used_only_without_others(ggml: Callable[..., None]) -> None:
     ggml(("CPU", CPU), ("CUDA0", GPU), ("Vulkan0", INTEGRATED), ("MTL0", GPU))
     first, apple = read_gpu_devices()
     assert first == GpuDevice(
@@ -60,7 +60,7 @@ def test_devices_of_their_own_come_before_integrated_ones(ggml: Callable[..., No
 
 def test_no_backend_is_an_error_that_says_how_to_get_one(ggml: Callable[..., None]) -> None:
     ggml(("CPU", CPU))
-    with pytest.raises(NoGpu, match=r"--gpu-memory wants a GPU.*CMAKE_ARGS=-DGGML_CUDA=on pip"):
+    with pytest.raises(NoGpu, match=r"--gpu-memory needs a GPU.*CMAKE_ARGS=-DGGML_CUDA=on pip"):
         require_gpus("--gpu-memory")
     ggml(("CPU", CPU), backends=("CPU", "CUDA"))
     with pytest.raises(NoGpu, match="backend CUDA finds none"):
@@ -68,5 +68,5 @@ def test_no_backend_is_an_error_that_says_how_to_get_one(ggml: Callable[..., Non
 
 
 def test_a_device_that_is_gone() -> None:
-    with pytest.raises(NoGpu, match="CUDA77 is wanted"):
-        gpu_device.device_address("CUDA77")
+    with pytest.raises(NoGpu, match="CUDA77 is no longer there"):
+        gguf_gpu.device_address("CUDA77")

@@ -1,4 +1,4 @@
-"""Trees of tokens: which rows come after which, and the order that verification wants them in."""
+"""Draft trees: which rows follow which, and their order for verification."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from lowtide.models.draft_tree import TEXT, TokenTree
 
 @st.composite
 def trees(draw: st.DrawFn, most: int = 12) -> TokenTree:
-    """Any tree; siblings may have the same token."""
+    """Return any tree; siblings may have the same token."""
     size = draw(st.integers(1, most))
     parents = tuple(draw(st.integers(TEXT, row - 1)) for row in range(size))
     return TokenTree(tuple(draw(st.integers(0, 5)) for _ in range(size)), parents)
 
 
-def said(tree: TokenTree, row: int) -> tuple[int, ...]:
-    return tuple(tree.token_ids[before] for before in tree.path(row))
+def text_of(tree: TokenTree, row: int) -> tuple[int, ...]:
+    return tuple(tree.token_ids[ancestor] for ancestor in tree.path(row))
 
 
 @given(trees())
-def test_the_trunk_is_a_longest_path_and_stands_first(tree: TokenTree) -> None:
+def test_the_trunk_is_a_longest_path_and_comes_first(tree: TokenTree) -> None:
     ordered = tree.trunk_first()
     longest = max(tree.depths()) + 1
     assert ordered.trunk_rows == longest
     assert ordered.parents[:longest] == tuple(range(TEXT, longest - 1))
-    assert sorted(said(ordered, row) for row in range(len(tree))) == sorted(
-        said(tree, row) for row in range(len(tree))
+    assert sorted(text_of(ordered, row) for row in range(len(tree))) == sorted(
+        text_of(tree, row) for row in range(len(tree))
     )
 
 
 @given(trees())
-def test_runs_are_all_rows_in_order_and_each_goes_on_from_the_row_before(tree: TokenTree) -> None:
+def test_runs_are_all_rows_in_order(tree: TokenTree) -> None:
     runs = list(tree.runs())
     assert [row for run in runs for row in run] == list(range(len(tree)))
     for run in runs:
@@ -42,17 +42,17 @@ def test_runs_are_all_rows_in_order_and_each_goes_on_from_the_row_before(tree: T
 
 
 @given(trees(), st.integers(0, 99))
-def test_a_row_behind_a_token_is_found_by_its_token(tree: TokenTree, token_id: int) -> None:
+def test_children_are_found_by_their_token(tree: TokenTree, token_id: int) -> None:
     whole = tree.behind(token_id)
     assert whole.token_ids[0] == token_id and whole.parents[0] == TEXT
     for row in range(1, len(whole)):
         found = whole.child(whole.parents[row], whole.token_ids[row])
-        assert found is not None and said(whole, found) == said(whole, row) and found <= row
+        assert found is not None and text_of(whole, found) == text_of(whole, row) and found <= row
     assert whole.child(0, 77) is None
 
 
 @given(trees())
-def test_every_row_is_on_the_way_to_a_leaf_and_the_first_path_takes_first_children(
+def test_leaves_and_the_first_path(
     tree: TokenTree,
 ) -> None:
     assert {row for leaf in tree.leaves() for row in tree.path(leaf)} == set(range(len(tree)))
@@ -64,7 +64,7 @@ def test_every_row_is_on_the_way_to_a_leaf_and_the_first_path_takes_first_childr
     assert tree.path(first[-1]) == first and first[-1] in tree.leaves()
 
 
-def test_a_chain_is_a_tree_and_its_first_rows_are_one() -> None:
+def test_a_chain_and_its_first_rows_are_trees() -> None:
     chain = TokenTree.chain((4, 5, 6))
     assert chain.parents == (TEXT, 0, 1) and chain.trunk_rows == 3 and chain.leaves() == [2]
     assert chain.of_rows([0, 1]) == TokenTree.chain((4, 5))

@@ -25,7 +25,7 @@ def test_the_default_model(smollm2_spec: ModelSpec, smollm2: Path) -> None:
     assert spec.sliding_window is None
 
 
-def test_reading_a_spec_touches_no_weights(smollm2: Path) -> None:
+def test_reading_a_spec_reads_no_weights(smollm2: Path) -> None:
     """The peak of a process that reads the headers of a 98 MB file stays near the interpreter's."""
     from processes import run_python
 
@@ -89,7 +89,7 @@ def test_a_split_model_runs_like_the_whole(split: list[Path]) -> None:
 
 def test_a_later_part_names_the_first(split: list[Path]) -> None:
     shutil.copy(split[0], split[0].with_name("model-00002-of-00002.gguf"))
-    with pytest.raises(BadModelFile, match="open the first, model-00001-of-00002.gguf"):
+    with pytest.raises(BadModelFile, match="open the first part, model-00001-of-00002.gguf"):
         read_spec(split[1])
 
 

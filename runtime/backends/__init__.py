@@ -1,0 +1,1 @@
+"""What each inference engine brings of its own: planning, repacking, loading."""

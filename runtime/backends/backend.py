@@ -1,0 +1,178 @@
+"""Backend: everything that an inference engine brings of its own.
+
+`GgufBackend` (llama.cpp), `OnnxBackend` (onnxruntime) and `UserBackend` (a `Model` object of the caller's)
+implement it. The planner calls `resolve` and `measure`, the engine calls `repack` and `load`; nobody else asks
+which kind of model it is. `ResolvedModel` is what passes from the one to the other.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from lowtide.attention.bindings.llama_hook import LlamaHook
+from lowtide.attention.bindings.policy import AttentionKernels
+from lowtide.attention.policy import AttentionPolicy
+from lowtide.memory.budget import Budget
+from lowtide.memory.machine import Machine
+from lowtide.memory.plan.attention import FilterPrefill
+from lowtide.memory.plan.estimates import ContextSizes
+from lowtide.memory.plan.gpu import GpuBudget
+from lowtide.memory.plan.plan import MemoryPlan, ProcessBaseline
+from lowtide.memory.plan.planner import require_fit
+from lowtide.memory.plan.speculation import SpeculationConfig
+from lowtide.memory.process import read_process_memory
+from lowtide.memory.reclaim import Reclaimer
+from lowtide.memory.units import OverBudget
+from lowtide.models.errors import UnsupportedModel
+from lowtide.models.model import Model
+from lowtide.models.spec import ModelSpec
+from lowtide.runtime.backends.config import LoadConfig
+from lowtide.runtime.errors import CannotRepack
+from lowtide.runtime.profiling.profiler import Profiler
+
+Progress = Callable[[int], None]
+"""Called with a number of bytes each time so many were written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedModel:
+    """A model's spec, the machine, the backend that runs it, and the memory plan.
+
+    `baseline` and `sizes` are what the plan was made from; `policy` is resolved for the model.
+    """
+
+    spec: ModelSpec
+    machine: Machine
+    plan: MemoryPlan
+    options: LoadConfig
+    policy: AttentionPolicy
+    baseline: ProcessBaseline
+    sizes: ContextSizes
+    backend: Backend
+    gpu: GpuBudget | None = None
+    speculation: SpeculationConfig | None = None
+
+    @property
+    def attention_in_words(self) -> str:
+        """Who computes attention and how."""
+        return self.backend.describe_attention(self.spec, self.policy)
+
+    def require_fit(self) -> None:
+        """Raise `OverBudget` where the plan, or what this process has used so far, is over the budget."""
+        options = self.options.plan_request(self.policy, self.gpu, self.speculation)
+        require_fit(self.plan, self.spec, options, self.baseline, self.sizes)
+        peak = read_process_memory().peak_bytes
+        if peak > self.plan.budget.num_bytes:
+            raise OverBudget(
+                "this process, by what it did before lowtide was opened,",
+                peak,
+                self.plan.budget.num_bytes,
+                "raise --memory, or open the model in a process of its own",
+            )
+
+
+class LoadedModel:
+    """A model in memory with the kernels that compute its attention; `kernels` is None for the engine's own.
+
+    `hook` is `kernels` where those run in llama.cpp's graph. `reclaimers` release memory beside the KV cache.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        kernels: AttentionKernels | None = None,
+        *,
+        hook: LlamaHook | None = None,
+        reclaimers: Sequence[Reclaimer] = (),
+    ) -> None:
+        self.model = model
+        self.kernels = kernels
+        self.hook = hook
+        self.reclaimers = tuple(reclaimers)
+
+    def load_filter_context(self, filter_prefill: FilterPrefill) -> Model:
+        """Make a second KV cache on the model's weights, for GemFilter's first pass, which ends early.
+
+        Close it before this one.
+        """
+        raise UnsupportedModel(
+            f"prompts cannot be filtered on {self.model.spec.name}: no kernels of lowtide run in it"
+        )
+
+    def check_graph(self) -> None:
+        """Raise `LowtideError` where the passes so far show a graph that repacked weights do not work with."""
+
+    def close(self) -> None:
+        """Free the model and its kernels; closing twice is allowed."""
+        self.model.close()
+
+
+class Backend(ABC):
+    """An inference engine, with what planning and loading need to know of it. It has no state."""
+
+    supports_draft_models: bool = True
+    """Whether a draft model may speculate for its models."""
+    supports_calibration: ClassVar[bool] = True
+    """Whether `lowtide calibrate` works on its models."""
+    runs_without_repack: ClassVar[bool] = True
+    """Whether the plan for repacked weights holds for the original ones too."""
+
+    @abstractmethod
+    def resolve(
+        self, spec: ModelSpec, config: LoadConfig, policy: AttentionPolicy
+    ) -> tuple[ModelSpec, AttentionPolicy]:
+        """Return the spec and the policy to plan with; raise `BadOption` for options that do not apply."""
+
+    @abstractmethod
+    def measure(
+        self, spec: ModelSpec, policy: AttentionPolicy, budget: Budget
+    ) -> AbstractContextManager[tuple[ProcessBaseline, ContextSizes]]:
+        """Measure what this process needs beside the model; yield it with the sizes of contexts.
+
+        Libraries are imported and the vocabulary is loaded, as far as the budget allows. The sizes may be
+        used inside the block only as the measured ones; afterwards they fall back to formulas.
+        """
+
+    def repack(self, spec: ModelSpec, progress: Progress = lambda _: None) -> ModelSpec:
+        """Return the spec of the model's repacked copy; make the copy where there is no valid one.
+
+        Raises `CannotRepack` with the reason where no matrix can be repacked or the copy cannot be written.
+        """
+        raise CannotRepack(f"{spec.name} has no weights that lowtide's kernels can read")
+
+    @abstractmethod
+    def load(self, resolved: ResolvedModel, profiler: Profiler) -> LoadedModel:
+        """Load the weights and make the KV cache as planned; `profiler` times both."""
+
+    def describe_attention(self, spec: ModelSpec, policy: AttentionPolicy) -> str:
+        """Return, in words, who computes attention and how."""
+        return str(policy)
+
+    def describe_engine(self, spec: ModelSpec) -> str:
+        """Return the engine's name and version, for measurements against its own kernels."""
+        return spec.engine
+
+    def options_of_engine(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Return `LoadConfig` values that run a model with the engine's own kernels instead of lowtide's."""
+        return {**options, "attention": "llama", "repack": False}
+
+    def verification_nondeterminism(
+        self, resolved: ResolvedModel, *, rows_agree: bool
+    ) -> str | None:
+        """Say why verifying drafts may change greedy answers; None where it cannot.
+
+        `rows_agree` says whether logits of one token beside others were found equal to those alone.
+        """
+        if resolved.policy.shares_selection:
+            return f"{resolved.policy.name} selects keys once for all tokens of a verification"
+        return None
+
+    def batch_nondeterminism(
+        self, resolved: ResolvedModel, *, rows_agree: bool, exact_prefill: bool
+    ) -> str | None:
+        """Say why a greedy answer in a batch may differ from that of its prompt alone; None where it cannot."""
+        return None

@@ -1,0 +1,141 @@
+"""LoadConfig: what to load and how much memory it may take, checked when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowtide.attention.policy import AttentionPolicy
+from lowtide.attention.registry import parse_policy
+from lowtide.memory.machine import usable_cores
+from lowtide.memory.plan.attention import AttentionMemory
+from lowtide.memory.plan.gpu import GpuBudget, parse_gpu_layers
+from lowtide.memory.plan.plan import PlanRequest
+from lowtide.memory.plan.speculation import SpeculationConfig
+from lowtide.memory.units import BadSize, parse_size
+from lowtide.models.errors import BadOption
+from lowtide.models.gguf.gpu import require_gpus
+from lowtide.models.onnx.config import CPU
+from lowtide.models.spec import ModelSpec
+from lowtide.runtime.speculation.options import SpeculationArg
+
+MAX_THREADS = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadConfig:
+    """What to load and how much memory it may take.
+
+    `memory` is a size ("1GiB", "50%"), `context` a number of tokens, `kv_type` one of f16, q8_0 and q4_0; None
+    leaves the choice to the plan. `threads` None means the cores that this process may use.
+
+    `attention` is a policy or its name: "llama" (the engine's own kernels), "dense" (lowtide's kernels: exact,
+    and a token's result does not depend on the batch or the threads), or an approximation: "tidal" (`Tidal`:
+    top-k keys, "tidal:k=512"), "delta" (`Delta`: similar keys share a score) or "gem" (`Gem`: prompts are
+    filtered).
+
+    `gpu_layers` is how many layers go to the GPUs, counted as llama.cpp does, or "auto": as many as fit into
+    `gpu_memory`, a size on each device (None: 90 % of what is free). Both None use no GPU.
+    `prefix_cache` is a size ("64MiB") for KV snapshots of earlier prompts; 0 keeps none.
+    `repack` runs matmuls with lowtide's kernels, from a repacked copy of the weights in the cache folder,
+    which is made on first use; an ONNX graph then runs with "dense" attention instead of its own.
+    `speculate` is "off", "ngram", "trigram", "auto" or a draft model. `provider` is the short name of an
+    execution provider for ONNX models.
+
+    `compared_tokens` is how many distributions over the vocabulary a measurement keeps, `attention_memory`
+    the memory of attention if that is not the policy's own, `profiled` whether a profiler observes.
+
+    Raises `BadOption` or `BadSize` for values that cannot be.
+    """
+
+    memory: str | int | None = None
+    context: int | None = None
+    kv_type: str | None = None
+    batch_size: int | None = None
+    threads: int | None = None
+    attention: str | AttentionPolicy = "llama"
+    gpu_layers: int | str | None = None
+    gpu_memory: str | int | None = None
+    offline: bool = False
+    compared_tokens: int = 0
+    profiled: bool = False
+    attention_memory: AttentionMemory | None = None
+    prefix_cache: str | int = 0
+    repack: bool = False
+    speculate: str = "off"
+    provider: str = CPU
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise BadOption(f"threads is {self.threads}; it must be between 1 and {MAX_THREADS}")
+        parse_policy(self.attention)
+        _ = self.prefix_bytes
+        SpeculationArg.parse(self.speculate)
+        if parse_gpu_layers(self.gpu_layers) == 0 and self.gpu_memory is not None:
+            raise BadOption(
+                "gpu_memory is set, but gpu_layers is 0: leave gpu_memory out, or raise gpu_layers"
+            )
+        if self.repack and (self.gpu_layers or self.gpu_memory is not None):
+            raise BadOption(
+                "repack is for matmuls on the CPU, but gpu_layers or gpu_memory is set: leave one of them out"
+            )
+
+    def policy(self, spec: ModelSpec) -> AttentionPolicy:
+        """Return the attention policy, resolved for the model; raise `BadOption` where it does not fit."""
+        return parse_policy(self.attention).resolve(spec)
+
+    def gpu_budget(self, policy: AttentionPolicy) -> GpuBudget | None:
+        """Return what the devices may take; None where no GPU is used.
+
+        Lowtide's own attention runs on the CPU: its KV cache stays there. Raises `NoGpu` where llama.cpp has
+        no device.
+        """
+        layers = parse_gpu_layers(self.gpu_layers)
+        if layers == 0 or (self.gpu_layers is None and self.gpu_memory is None):
+            return None
+        if policy.prompt_selector is not None:
+            raise BadOption(
+                f"attention {policy.name!r} filters prompts with the first layers alone, which does not work "
+                "with layers on a GPU: leave one of them out"
+            )
+        devices = require_gpus("--gpu-memory" if self.gpu_layers is None else "--gpu-layers")
+        return GpuBudget.from_user(
+            layers, self.gpu_memory, devices, holds_cache=not policy.uses_native_kernels
+        )
+
+    def plan_request(
+        self,
+        policy: AttentionPolicy,
+        gpu: GpuBudget | None = None,
+        speculation: SpeculationConfig | None = None,
+    ) -> PlanRequest:
+        """Return what the memory plan needs to know of these options."""
+        return PlanRequest(
+            context=self.context,
+            kv_type=self.kv_type,
+            batch_size=self.batch_size,
+            threads=self.num_threads,
+            attention_threads=self.num_threads if policy.uses_native_kernels else 0,
+            attention=self.attention_memory or policy.memory,
+            compared_tokens=self.compared_tokens,
+            profiled=self.profiled,
+            prefix_bytes=self.prefix_bytes,
+            repacked=self.repack,
+            gpu=gpu,
+            speculation=speculation,
+        )
+
+    @property
+    def prefix_bytes(self) -> int:
+        """The most that the prefix cache may hold; raises `BadSize` where `prefix_cache` is not a size."""
+        text = str(self.prefix_cache).strip()
+        try:
+            return 0 if text == "0" else parse_size(text)
+        except BadSize:
+            raise BadSize(
+                f"prefix_cache is {text!r}, which is not a size: write one such as 64MiB, or 0 for none"
+            ) from None
+
+    @property
+    def num_threads(self) -> int:
+        """The number of threads to compute with."""
+        return self.threads or usable_cores()

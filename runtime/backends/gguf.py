@@ -1,0 +1,286 @@
+"""GgufBackend: GGUF models through llama.cpp.
+
+Loading makes the process take what was planned: the KV cache is demand-zero memory whose pages are released
+with the tokens (`memory/os/kv_pages.py`), and weights that do not fit are mapped lazily and evicted layer by
+layer. Lowtide's kernels run in llama.cpp's graph through `LlamaHook`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import chain
+
+from lowtide.attention.bindings.library import guarded_aborts, lazy_mappings
+from lowtide.attention.bindings.llama_hook import LlamaHook, isolate_spans, mapped_spans
+from lowtide.attention.policy import AttentionPolicy
+from lowtide.memory.budget import Budget
+from lowtide.memory.machine import read_machine
+from lowtide.memory.os.file_mappings import FileMap, read_file_maps, release_pages, use_large_folios
+from lowtide.memory.os.kv_pages import DemandZeroBuffer, KVPageReclaimer, demand_zero_buffers
+from lowtide.memory.plan.attention import FilterPrefill
+from lowtide.memory.plan.estimates import (
+    ContextSizes,
+    kv_token_bytes,
+    max_matmul_width,
+    padded_context,
+)
+from lowtide.memory.plan.line import FILTER_PREFILL
+from lowtide.memory.plan.plan import ProcessBaseline
+from lowtide.memory.reclaim import Reclaimer
+from lowtide.models.errors import BadOption, LowtideError
+from lowtide.models.gguf.draft_tree import GgufTreeModel
+from lowtide.models.gguf.model import DeviceLayers, GgufModel, LoadOptions
+from lowtide.models.onnx.config import CPU
+from lowtide.models.spec import ModelSpec
+from lowtide.runtime.backends.backend import Backend, LoadedModel, Progress, ResolvedModel
+from lowtide.runtime.backends.config import LoadConfig
+from lowtide.runtime.backends.gguf_baseline import measured_baseline
+from lowtide.runtime.backends.repack import repacked_gguf
+from lowtide.runtime.profiling.profiler import Profiler
+
+_maps_lock = threading.Lock()
+"""One model is loaded at a time: its mappings are found by comparing with those that were there before."""
+
+
+class GgufBackend(Backend):
+    """llama.cpp, with lowtide's kernels in its graph where a policy or `repack` asks for them."""
+
+    def resolve(
+        self, spec: ModelSpec, config: LoadConfig, policy: AttentionPolicy
+    ) -> tuple[ModelSpec, AttentionPolicy]:
+        """Refuse an execution provider: those are onnxruntime's."""
+        if config.provider != CPU:
+            raise BadOption(
+                f"provider is {config.provider!r}, but {spec.name} is a GGUF model and providers are for "
+                "ONNX models: leave it out; --gpu-layers puts a GGUF model on a GPU"
+            )
+        return spec, policy
+
+    def measure(
+        self, spec: ModelSpec, policy: AttentionPolicy, budget: Budget
+    ) -> AbstractContextManager[tuple[ProcessBaseline, ContextSizes]]:
+        """Import what an answer needs and let llama.cpp lay the model out without its weights."""
+        return measured_baseline(spec, budget)
+
+    def repack(self, spec: ModelSpec, progress: Progress = lambda _: None) -> ModelSpec:
+        """Return the spec of the repacked GGUF file in the cache folder; the file is made where needed."""
+        return repacked_gguf(spec, progress)
+
+    def load(self, resolved: ResolvedModel, profiler: Profiler) -> LoadedModel:
+        """Make the hook that the plan needs, map or copy the weights, and make the context."""
+        with profiler.span("libraries"):
+            hook = _make_hook(resolved, profiler)
+        try:
+            return LoadedGguf(resolved, hook, profiler)
+        except BaseException:
+            if hook is not None:
+                hook.close()
+            raise
+
+    def describe_engine(self, spec: ModelSpec) -> str:
+        """Return llama.cpp with the version of its Python package."""
+        from importlib.metadata import version
+
+        return f"llama.cpp, by llama-cpp-python {version('llama-cpp-python')}"
+
+    def verification_nondeterminism(
+        self, resolved: ResolvedModel, *, rows_agree: bool
+    ) -> str | None:
+        """Name what in llama.cpp makes a token's logits depend on the tokens beside it."""
+        reason = super().verification_nondeterminism(resolved, rows_agree=rows_agree)
+        if reason is not None:
+            return reason
+        if not rows_agree:
+            return _rounding(resolved)
+        if not resolved.policy.uses_native_kernels and resolved.options.num_threads > 1:
+            return (
+                "llama.cpp's attention sums a single token in another order with several threads: open with "
+                "attention='dense', or with one thread"
+            )
+        return None
+
+    def batch_nondeterminism(
+        self, resolved: ResolvedModel, *, rows_agree: bool, exact_prefill: bool
+    ) -> str | None:
+        """Name what in llama.cpp, or in the policy, makes a sequence depend on the others."""
+        if not rows_agree:
+            return _rounding(resolved)
+        if not resolved.policy.uses_native_kernels:
+            return (
+                "llama.cpp's attention sums a sequence in another order beside others: open with "
+                "attention='dense'"
+            )
+        if not exact_prefill:
+            return "prompts in bf16 are rounded by how many tokens are computed together"
+        return None
+
+
+def _rounding(resolved: ResolvedModel) -> str:
+    types = ", ".join(sorted(resolved.spec.tensor_types - {"F32"}))
+    return (
+        f"matmuls of {types} on this machine round a token's result by the tokens computed with it"
+    )
+
+
+def _make_hook(resolved: ResolvedModel, profiler: Profiler) -> LlamaHook | None:
+    """Return a hook where lowtide's attention, repacked weights or weight streaming need one.
+
+    A profiler that times layers wants one too, but does without where llama.cpp cannot be hooked.
+    """
+    is_needed = (
+        resolved.policy.uses_native_kernels
+        or resolved.plan.resident_layers is not None
+        or bool(resolved.spec.repacked_tensors)
+    )
+    if not is_needed and not profiler.wants_layers:
+        return None
+    try:
+        hook = LlamaHook(resolved.options.num_threads)
+    except LowtideError:
+        if is_needed:
+            raise
+        return None
+    hook.set_active(resolved.policy.uses_native_kernels)
+    profiler.time_layers(hook, resolved.spec.num_layers)
+    return hook
+
+
+class LoadedGguf(LoadedModel):
+    """A GGUF model in memory; `callback` is the hook in its graph, where there is one for any reason."""
+
+    def __init__(
+        self, resolved: ResolvedModel, callback: LlamaHook | None, profiler: Profiler
+    ) -> None:
+        self._resolved = resolved
+        self._callback = callback
+        self._profiler = profiler
+        kernels = callback if resolved.policy.uses_native_kernels else None
+        plan, spec = resolved.plan, resolved.spec
+        if plan.resident_layers is not None:
+            use_large_folios(spec.paths, read_machine().available_bytes)
+        with guarded_aborts(), demand_zero_buffers() as buffers, _new_maps(resolved) as maps:
+            self._model = self._load(kernels)
+        if plan.resident_layers is not None and callback is not None:
+            try:
+                _stream_weights(spec, maps, callback, plan.resident_layers)
+            except BaseException:
+                self._model.close()
+                raise
+        if callback is not None and spec.repacked_tensors:
+            callback.read_repacked(spec.repacked_tensors, plan.batch_size, max_matmul_width(spec))
+        profiler.cache_lies_in(buffers)
+        self._release_pages_of(self._model, buffers)
+        # Milder levels are for answers in progress, which would read the weights again at once.
+        reclaimers = [
+            Reclaimer("complete", partial(release_pages, file_map))
+            for file_maps in maps
+            for file_map in file_maps
+        ]
+        super().__init__(self._model, kernels, hook=kernels, reclaimers=reclaimers)
+
+    def _load(self, kernels: LlamaHook | None) -> GgufModel:
+        spec, options = self._resolved.spec, self._options()
+        if options.sequences > 1 and kernels is not None:
+            return GgufTreeModel(spec, options, kernels)
+        return GgufModel(spec, options, kernels)
+
+    def _options(self) -> LoadOptions:
+        resolved, plan = self._resolved, self._resolved.plan
+        return LoadOptions(
+            context=plan.context,
+            batch_size=plan.batch_size,
+            threads=resolved.options.num_threads,
+            kv_type=plan.kv_type,
+            memory_map=plan.memory_map,
+            repack=plan.resident_layers is None and not resolved.options.repack,
+            eval_callback=self._callback.callback if self._callback else None,
+            stage=self._profiler.span,
+            gpu_layers=tuple(DeviceLayers(gpu.device.name, gpu.num_layers) for gpu in plan.gpus),
+            gpu_attention=not resolved.policy.uses_native_kernels,
+            verify_batch=max(plan.verify_batch, 1),
+            sequences=plan.verify_batch if _verifies_trees(resolved) else 1,
+        )
+
+    def load_filter_context(self, filter_prefill: FilterPrefill) -> GgufModel:
+        """Make a second llama.cpp context on the model's weights."""
+        with guarded_aborts(), demand_zero_buffers() as buffers:
+            context = GgufModel(self._resolved.spec, self._options(), weights_of=self._model)
+        self._profiler.cache_lies_in(buffers, FILTER_PREFILL)
+        num_unused = 2 * (self._resolved.spec.num_layers - filter_prefill.num_layers)
+        self._release_pages_of(context, buffers, num_unused)
+        return context
+
+    def _release_pages_of(
+        self, model: GgufModel, buffers: Sequence[DemandZeroBuffer], num_unused: int = 0
+    ) -> None:
+        """Let the model release pages of its KV cache with its tokens, where their place is known."""
+        spec, plan = self._resolved.spec, self._resolved.plan
+        token_bytes = kv_token_bytes(spec, plan.kv_type)
+        if token_bytes is None or plan.gpu_cache_bytes:
+            return
+        model.attach_pages(
+            KVPageReclaimer(
+                buffers,
+                num_tensors=2 * spec.num_layers,
+                num_slots=padded_context(plan.context),
+                token_bytes=token_bytes,
+                num_unused=num_unused,
+            )
+        )
+
+    def check_graph(self) -> None:
+        """Raise `LowtideError` where the graph reads repacked weights in a way the kernels do not support."""
+        if self._callback is not None and self._callback.counts().repacked_refused:
+            spec = self._resolved.spec
+            raise LowtideError(
+                f"{spec.name} ({spec.architecture}) reads repacked weights in a way that lowtide's kernels do "
+                "not support: leave --repack out"
+            )
+
+    def close(self) -> None:
+        """Free the model, then the hook in its graph."""
+        super().close()
+        if self._callback is not None:
+            self._callback.close()
+            self._callback = None
+
+
+def _verifies_trees(resolved: ResolvedModel) -> bool:
+    """Whether drafts may have branches: lowtide's attention must read every layer from one KV cache."""
+    spec, plan, policy = resolved.spec, resolved.plan, resolved.policy
+    one_cache = spec.sliding_window is None and not spec.recurrent_state_bytes and not plan.gpus
+    return (
+        plan.verify_batch > 2 and policy.uses_native_kernels and policy.supports_batch and one_cache
+    )
+
+
+@contextlib.contextmanager
+def _new_maps(resolved: ResolvedModel) -> Iterator[list[frozenset[FileMap]]]:
+    """Yield a list that, after the block, has the mappings that the block made of each of the model's files.
+
+    Where weights are streamed, the mappings are not populated.
+    """
+    paths, maps = resolved.spec.paths, list[frozenset[FileMap]]()
+    if not resolved.plan.memory_map:
+        yield maps
+        return
+    lazily = lazy_mappings() if resolved.plan.resident_layers is not None else nullcontext()
+    with _maps_lock, lazily:
+        before = [read_file_maps(path) for path in paths]
+        yield maps
+        maps += (read_file_maps(path) - old for path, old in zip(paths, before, strict=True))
+
+
+def _stream_weights(
+    spec: ModelSpec, maps: Sequence[frozenset[FileMap]], hook: LlamaHook, resident_layers: int
+) -> None:
+    """Have the hook evict all weights after use, except those of the first `resident_layers` layers."""
+    spans = mapped_spans(spec, maps)
+    isolate_spans(spec, spans, chain.from_iterable(maps))
+    in_layers = (group.layer is not None for group in spec.weight_groups)
+    resident = bytes(is_layer and i < resident_layers for i, is_layer in enumerate(in_layers))
+    hook.stream_weights(spans, resident)

@@ -1,0 +1,201 @@
+"""OnnxBackend: ONNX decoders through onnxruntime.
+
+A graph runs as it is, with its own attention, or rewritten: then lowtide's kernels compute attention and,
+with `repack`, the matmuls, and the KV cache has lowtide's layout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from lowtide.attention.bindings.onnx_ops import OnnxAttention, OnnxMatmul
+from lowtide.attention.dense import Dense
+from lowtide.attention.policy import AttentionPolicy
+from lowtide.memory.budget import Budget
+from lowtide.memory.os.pages import trim_heap
+from lowtide.memory.plan.attention import FilterPrefill
+from lowtide.memory.plan.estimates import ContextSizes
+from lowtide.memory.plan.plan import ProcessBaseline
+from lowtide.models.errors import BadOption
+from lowtide.models.onnx.config import CPU, OnnxOptions, provider_name
+from lowtide.models.onnx.model import OnnxModel
+from lowtide.models.onnx.read_spec import repacked_spec
+from lowtide.models.onnx.rewrite.model import RewrittenOnnxModel
+from lowtide.models.onnx.rewrite.plan import RepackPlan
+from lowtide.models.onnx.spec import KV_TYPE_OF, OnnxSpec
+from lowtide.models.spec import ModelSpec
+from lowtide.runtime.backends.backend import Backend, LoadedModel, Progress, ResolvedModel
+from lowtide.runtime.backends.config import LoadConfig
+from lowtide.runtime.backends.onnx_baseline import INLINE_COPIES, OnnxSizes, measured_baseline
+from lowtide.runtime.backends.repack import repacked_onnx
+from lowtide.runtime.profiling.profiler import Profiler
+
+REWRITTEN_KV_TYPES = tuple(sorted(KV_TYPE_OF.values()))
+"""KV types of a rewritten graph, whatever it computes in; fp16 unless the user says otherwise."""
+
+
+class OnnxBackend(Backend):
+    """onnxruntime, with lowtide's operators in the graph where a policy or `repack` asks for them."""
+
+    supports_draft_models = False
+    supports_calibration = False
+    runs_without_repack = False
+
+    def resolve(
+        self, spec: ModelSpec, config: LoadConfig, policy: AttentionPolicy
+    ) -> tuple[ModelSpec, AttentionPolicy]:
+        """Rewrite the spec where lowtide's kernels run in the graph; refuse what only llama.cpp can do.
+
+        With `repack` attention is always lowtide's, since the rewritten graph has no KV cache of its own.
+        """
+        spec = _onnx(spec)
+        if config.repack and not policy.uses_native_kernels:
+            policy = Dense()
+        if policy.uses_native_kernels:
+            spec = rewritten_spec(spec, policy, repack=config.repack)
+        if config.gpu_budget(policy) is not None:
+            raise BadOption(
+                f"gpu_layers or gpu_memory is set, but {spec.name} is an ONNX model and runs on the CPU: leave "
+                "them out"
+            )
+        is_cpu = provider_name(config.provider) == provider_name(CPU)
+        if policy.uses_native_kernels and not is_cpu:
+            reason = "repack is set" if config.repack else f"attention is {policy.name!r}"
+            raise BadOption(
+                f"provider is {config.provider!r}, but {reason}, which runs on the CPU: leave one of them out"
+            )
+        return spec, policy
+
+    @contextlib.contextmanager
+    def measure(
+        self, spec: ModelSpec, policy: AttentionPolicy, budget: Budget
+    ) -> Iterator[tuple[ProcessBaseline, ContextSizes]]:
+        """Import onnxruntime and load the tokenizer; sizes of contexts are upper bounds by formula."""
+        is_rewritten = policy.uses_native_kernels
+        sizes = OnnxSizes(_onnx(spec), is_rewritten=is_rewritten)
+        yield measured_baseline(_onnx(spec), budget, is_rewritten=is_rewritten), sizes
+
+    def repack(self, spec: ModelSpec, progress: Progress = lambda _: None) -> ModelSpec:
+        """Return the spec with the file of repacked weights; the file is made where needed."""
+        return repacked_onnx(_onnx(spec), progress)
+
+    def load(self, resolved: ResolvedModel, profiler: Profiler) -> LoadedModel:
+        """Open the session and make the KV cache."""
+        spec, options = _onnx(resolved.spec), _options(resolved, profiler)
+        loaded: LoadedModel
+        if resolved.policy.uses_native_kernels:
+            attention = OnnxAttention(resolved.options.num_threads)
+            matmul = _matmul_backend(spec, options)
+            loaded = LoadedOnnx(
+                RewrittenOnnxModel(spec, options, attention, matmul), attention, options
+            )
+        else:
+            loaded = LoadedModel(OnnxModel(spec, options))
+        trim_heap()  # reading the tokenizer takes twice its size, which no copy of weights reuses
+        return loaded
+
+    def describe_attention(self, spec: ModelSpec, policy: AttentionPolicy) -> str:
+        """Return the policy, or the graph's own operator where it is not rewritten."""
+        return str(policy) if policy.uses_native_kernels else _onnx(spec).attention
+
+    def describe_engine(self, spec: ModelSpec) -> str:
+        """Return onnxruntime's version and the graph's own attention operator."""
+        from importlib.metadata import version
+
+        name = spec.engine
+        return f"{name} {version(name)}, the graph with its own {_onnx(spec).attention}"
+
+    def options_of_engine(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Leave out the KV type, too: a graph that runs as it is has its own."""
+        return {**super().options_of_engine(options), "kv_type": None}
+
+    def verification_nondeterminism(
+        self, resolved: ResolvedModel, *, rows_agree: bool
+    ) -> str | None:
+        """Name what in onnxruntime makes a token's logits depend on the tokens beside it."""
+        spec = _onnx(resolved.spec)
+        reason = super().verification_nondeterminism(resolved, rows_agree=rows_agree)
+        if reason is not None:
+            return reason
+        if not rows_agree:
+            return (
+                f"matmuls of {spec.quantisation} on this machine round a token's result by the tokens computed "
+                "with it"
+            )
+        if not resolved.policy.uses_native_kernels:
+            return (
+                f"onnxruntime's {spec.attention} may sum a single token in another order than several: open "
+                "with attention='dense'"
+            )
+        return None
+
+
+class LoadedOnnx(LoadedModel):
+    """A rewritten ONNX model in memory; the model closes its kernels."""
+
+    def __init__(
+        self, model: RewrittenOnnxModel, attention: OnnxAttention, options: OnnxOptions
+    ) -> None:
+        super().__init__(model, attention)
+        self._rewritten = model
+        self._attention = attention
+        self._options = options
+
+    def load_filter_context(self, filter_prefill: FilterPrefill) -> RewrittenOnnxModel:
+        """Make a second KV cache in the model's session."""
+        model = self._rewritten
+        return RewrittenOnnxModel(
+            _onnx(model.spec), self._options, self._attention, weights_of=model
+        )
+
+
+def rewritten_spec(spec: OnnxSpec, policy: AttentionPolicy, *, repack: bool) -> OnnxSpec:
+    """Return the spec of the graph with lowtide's attention and, with `repack`, its matmuls.
+
+    Raises `BadOption` where the graph cannot be rewritten.
+    """
+    if repack:
+        if isinstance(spec.repack, str):
+            raise BadOption(
+                f"repack does not work for {spec.name}, because its graph {spec.repack}: leave it out, or use "
+                "the model as a GGUF file"
+            )
+        spec = repacked_spec(spec, spec.repack)
+    if isinstance(spec.rewrite, str):
+        raise BadOption(
+            f"attention is {policy.name!r}, but {spec.name} must run with its own {spec.attention}, because its "
+            f"graph {spec.rewrite}: leave attention out, or use the model as a GGUF file"
+        )
+    return replace(
+        spec,
+        cache_copies=1,
+        kv_types=REWRITTEN_KV_TYPES,
+        copied_bytes=spec.copied_bytes + (INLINE_COPIES - 1) * spec.rewrite.inline_bytes,
+    )
+
+
+def _onnx(spec: ModelSpec) -> OnnxSpec:
+    assert isinstance(spec, OnnxSpec), "the backend is chosen by the spec's engine"
+    return spec
+
+
+def _matmul_backend(spec: OnnxSpec, options: OnnxOptions) -> OnnxMatmul | None:
+    if spec.tiles is None or not isinstance(spec.repack, RepackPlan):
+        return None
+    return OnnxMatmul(spec.repack, spec.tiles, options.batch_size, options.threads)
+
+
+def _options(resolved: ResolvedModel, profiler: Profiler) -> OnnxOptions:
+    plan = resolved.plan
+    return OnnxOptions(
+        context=plan.context,
+        batch_size=plan.batch_size,
+        threads=resolved.options.num_threads,
+        kv_type=plan.kv_type,
+        provider=resolved.options.provider,
+        verify_batch=max(plan.verify_batch, 1),
+        stage=profiler.span,
+    )

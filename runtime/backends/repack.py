@@ -1,0 +1,205 @@
+"""Repacked weights in the cache folder: found, checked, and made where there is no valid copy.
+
+A GGUF model gets a copy of its files with matrices in tiles (`models/gguf/repacked.py`), an ONNX model one
+file with the tiles of all its matrices. Both are written with the kernels' own repacking, a slice at a time,
+and appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from lowtide.attention.bindings.matmul import can_repack, repack_rows
+from lowtide.models.atomic_file import atomic_file
+from lowtide.models.catalog import cache_folder
+from lowtide.models.errors import LowtideError
+from lowtide.models.fingerprint import file_fingerprint, samples_digest
+from lowtide.models.gguf.reader import GgufContents, TensorInfo, read_gguf
+from lowtide.models.gguf.repacked import data_digest, is_valid, matmul_tensors, repacked_header
+from lowtide.models.gguf.spec import read_spec
+from lowtide.models.onnx.rewrite.plan import RepackPlan
+from lowtide.models.onnx.spec import OnnxSpec
+from lowtide.models.spec import TILE_ALIGNMENT, TILE_ROWS, ModelSpec
+from lowtide.runtime.errors import CannotRepack
+
+SLICE_BYTES = 1 << 20
+"""How much is read, repacked and written at once."""
+TILE_FILE_MAGIC = b"lowtide tiles 1\n"
+"""The first line of a file of tiles, with the version of its layout."""
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes that were just written."""
+
+
+def repacked_gguf(spec: ModelSpec, progress: Progress = lambda _: None) -> ModelSpec:
+    """Return the spec of the model's repacked copy; make the copy where there is no valid one.
+
+    Raises `CannotRepack` with the reason where no matrix can be repacked, or the copy cannot be written.
+    """
+    fingerprint = file_fingerprint(spec.paths)
+    targets = [repacked_path(path, fingerprint) for path in spec.paths]
+    if not all(_is_valid_copy(path, fingerprint) for path in targets):
+        sources = [read_gguf(path) for path in spec.paths]
+        if not any(repackable_tensors(source) for source in sources):
+            raise CannotRepack(
+                f"none of the matrices of {spec.name} ({spec.quantisation}) can be repacked"
+            )
+        for source, target in zip(sources, targets, strict=True):
+            write = partial(write_repacked_gguf, source, target, fingerprint, progress)
+            _write(write, f"the repacked copy of {source.path}", target)
+    # The headers of the copy say nothing else about the model, whose fingerprint depends on its data.
+    return replace(read_spec(targets[0]), name=spec.name, fingerprint=spec.fingerprint)
+
+
+def repacked_onnx(spec: OnnxSpec, progress: Progress = lambda _: None) -> OnnxSpec:
+    """Return the spec with the file of its repacked weights; make the file where there is no valid one.
+
+    Raises `CannotRepack` with the reason where no matmul can be repacked or the file cannot be written,
+    `BadModelFile` for weights that cannot be converted.
+    """
+    plan = spec.repack
+    if isinstance(plan, str):
+        raise CannotRepack(f"the weights of {spec.name} cannot be repacked: its graph {plan}")
+    target = cache_folder() / "repacked" / f"{file_fingerprint(spec.paths)}.tiles"
+    if not is_valid_tile_file(target, plan):
+        write = partial(write_tile_file, plan, spec.path.parent, target, progress)
+        _write(write, f"the repacked weights of {spec.name}", target)
+    names = tuple(node.output for node in plan.rewrite.matmuls.matmuls)
+    return replace(spec, tiles=target, paths=(*spec.paths, target), repacked_tensors=names)
+
+
+def _write(write: Callable[[], None], what: str, target: Path) -> None:
+    try:
+        write()
+    except (OSError, ValueError) as error:
+        if isinstance(error, LowtideError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise CannotRepack(
+            f"{what} cannot be written to {target.parent} ({reason}): make room, or leave --repack out"
+        ) from error
+
+
+def repacked_path(path: Path, fingerprint: str) -> Path:
+    """Return where the repacked copy of one of a model's files lies; parts of a split model keep their number."""
+    stem, _, number = path.stem.partition("-0000")
+    suffix = f"-0000{number}" if number and stem else ""
+    return cache_folder() / "repacked" / f"{fingerprint}{suffix}.gguf"
+
+
+def _is_valid_copy(path: Path, fingerprint: str) -> bool:
+    try:
+        return is_valid(read_gguf(path), fingerprint)
+    except (LowtideError, OSError):
+        return False
+
+
+def repackable_tensors(contents: GgufContents) -> list[TensorInfo]:
+    """Return the tensors of a GGUF file that can be repacked."""
+    return [
+        tensor
+        for tensor in matmul_tensors(contents.tensors)
+        if can_repack(tensor.type_name, tensor.shape[1], tensor.shape[0])
+    ]
+
+
+def write_repacked_gguf(
+    source: GgufContents, target: Path, fingerprint: str, progress: Progress
+) -> None:
+    """Write `source` with repacked matrices to `target`; `fingerprint` is that of the model's files.
+
+    Raises `OSError` where the system cannot write it and `ValueError` where its header does not suit the
+    kernels; nothing is left behind then.
+    """
+    tensors = repackable_tensors(source)
+    header = repacked_header(source, tensors, fingerprint)
+    names = {tensor.name for tensor in tensors}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(target) as out, source.path.open("rb") as file:
+        out.write(header.start)
+        for old, new in zip(source.tensors, header.tensors, strict=True):
+            out.write(b"\0" * (len(header.start) + new.offset - out.tell()))
+            file.seek(source.data_start + old.offset)
+            _copy_tensor(file, out, old, progress, repack=old.name in names)
+        out.flush()
+        digest = data_digest(Path(out.name), len(header.start))
+        out.seek(header.digest_offset)
+        out.write(digest.encode())
+
+
+def _copy_tensor(
+    file: BinaryIO, out: BinaryIO, tensor: TensorInfo, progress: Progress, *, repack: bool
+) -> None:
+    num_columns, num_rows = (*tensor.shape, 1)[:2]
+    row_bytes = tensor.num_bytes // num_rows if repack else 1
+    step = _slice_rows(row_bytes) * row_bytes
+    for begin in range(0, tensor.num_bytes, step):
+        rows = bytearray(file.read(min(step, tensor.num_bytes - begin)))
+        if len(rows) < min(step, tensor.num_bytes - begin):
+            raise OSError(f"{file.name} ended while it was read")
+        if repack:
+            _write_tiles(out, tensor.type_name, rows, len(rows) // row_bytes, num_columns, progress)
+        else:
+            out.write(rows)
+            progress(len(rows))
+
+
+def write_tile_file(plan: RepackPlan, folder: Path, target: Path, progress: Progress) -> None:
+    """Write the matrices of `plan`, with weights in `folder`, to `target`.
+
+    The file begins with `TILE_ALIGNMENT` bytes: a line that identifies it, and a digest of the data behind.
+    Raises `OSError` where the system cannot read or write, `BadModelFile` for weights that cannot be
+    converted; nothing is left behind then.
+    """
+    *starts, end = plan.offsets
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(target) as out:
+        for matrix, start in zip(plan.rewrite.matmuls.matrices, starts, strict=True):
+            out.seek(start)
+            for rows in matrix.ggml_rows(folder, _slice_rows(matrix.num_bytes // matrix.num_rows)):
+                blocks = bytearray(rows.tobytes())
+                _write_tiles(out, matrix.type_name, blocks, len(rows), matrix.num_columns, progress)
+        out.truncate(end)
+        out.flush()
+        digest = samples_digest([(Path(out.name), TILE_ALIGNMENT)])
+        out.seek(0)
+        out.write(_tile_file_header(digest))
+
+
+def is_valid_tile_file(path: Path, plan: RepackPlan) -> bool:
+    """Whether the file at `path` is complete and has the matrices of `plan`; False where there is none."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(TILE_ALIGNMENT)
+        return path.stat().st_size == plan.offsets[-1] and header == _tile_file_header(
+            samples_digest([(path, TILE_ALIGNMENT)])
+        )
+    except OSError:
+        return False
+
+
+def _tile_file_header(digest: str) -> bytes:
+    return (TILE_FILE_MAGIC + digest.encode()).ljust(TILE_ALIGNMENT, b"\n")
+
+
+def _slice_rows(row_bytes: int) -> int:
+    """Return how many rows of so many bytes make a slice: whole tiles."""
+    return max(SLICE_BYTES // row_bytes // TILE_ROWS, 1) * TILE_ROWS
+
+
+def _write_tiles(
+    out: BinaryIO,
+    type_name: str,
+    rows: bytearray,
+    num_rows: int,
+    num_columns: int,
+    progress: Progress,
+) -> None:
+    tiles = bytearray(len(rows))
+    repack_rows(type_name, rows, num_rows, num_columns, tiles)
+    out.write(tiles)
+    progress(len(tiles))

@@ -1,0 +1,61 @@
+"""UserBackend: a `Model` object that the caller made."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+from lowtide.attention.policy import AttentionPolicy
+from lowtide.memory.budget import Budget
+from lowtide.memory.plan.estimates import ContextSizes
+from lowtide.memory.plan.plan import ProcessBaseline
+from lowtide.memory.units import format_bytes
+from lowtide.models.errors import BadOption
+from lowtide.models.model import Model
+from lowtide.models.spec import ModelSpec
+from lowtide.runtime.backends.backend import Backend, LoadedModel, ResolvedModel
+from lowtide.runtime.backends.config import LoadConfig
+from lowtide.runtime.profiling.profiler import Profiler
+
+
+class UserBackend(Backend):
+    """Runs `model`, which is loaded already; the plan is made as if `engine` ran it."""
+
+    def __init__(self, model: Model, engine: Backend) -> None:
+        self._model = model
+        self._engine = engine
+        self.supports_draft_models = engine.supports_draft_models
+
+    def resolve(
+        self, spec: ModelSpec, config: LoadConfig, policy: AttentionPolicy
+    ) -> tuple[ModelSpec, AttentionPolicy]:
+        """Refuse what needs lowtide's kernels in an engine's graph, and a prefix cache without copies."""
+        name, reason = None, "it runs in llama.cpp's or onnxruntime's graph"
+        if policy.uses_native_kernels:
+            name = f"attention={policy.name!r}"
+        elif config.repack:
+            name = "repack"
+        elif config.gpu_layers or config.gpu_memory is not None:
+            name = "gpu_layers"
+        elif config.prefix_bytes and not self._model.supports_copy:
+            name = f"prefix_cache of {format_bytes(config.prefix_bytes)}"
+            reason = f"{spec.name} cannot copy its KV cache"
+        if name is not None:
+            raise BadOption(
+                f"{name} does not work with a Model object, because {reason}: leave {name.split('=')[0].split()[0]} "
+                "out, or open the model from its file"
+            )
+        return self._engine.resolve(spec, config, policy)
+
+    def measure(
+        self, spec: ModelSpec, policy: AttentionPolicy, budget: Budget
+    ) -> AbstractContextManager[tuple[ProcessBaseline, ContextSizes]]:
+        """Measure what the engine of the model's file would need."""
+        return self._engine.measure(spec, policy, budget)
+
+    def load(self, resolved: ResolvedModel, profiler: Profiler) -> LoadedModel:
+        """Return the model: there is nothing to load."""
+        return LoadedModel(self._model)
+
+    def describe_attention(self, spec: ModelSpec, policy: AttentionPolicy) -> str:
+        """Return what the engine would say."""
+        return self._engine.describe_attention(spec, policy)
