@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from lowtide.runtime.errors import LowtideError as LowtideError
     from lowtide.runtime.errors import OverBudget as OverBudget
     from lowtide.runtime.errors import PromptTooLong as PromptTooLong
-    from lowtide.runtime.generation.generate import GenerationChunk as GenerationChunk
-    from lowtide.runtime.generation.generate import GenerationResult as GenerationResult
+    from lowtide.runtime.generation.result import GenerationChunk as GenerationChunk
+    from lowtide.runtime.generation.result import GenerationResult as GenerationResult
     from lowtide.runtime.generation.statistics import Statistics as Statistics
     from lowtide.runtime.options import SamplingParams as SamplingParams
     from lowtide.runtime.profiling.profiler import Profiler as Profiler
@@ -36,11 +36,11 @@ _MODULES = {
     "FakeModel": "models.fake_model",
     "Gem": "attention.gem.policy",
     "SamplingParams": "runtime.options",
-    "GenerationResult": "runtime.generation.generate",
+    "GenerationResult": "runtime.generation.result",
     "LowtideError": "runtime.errors",
     "MemoryPlan": "memory.plan.plan",
     "OverBudget": "runtime.errors",
-    "GenerationChunk": "runtime.generation.generate",
+    "GenerationChunk": "runtime.generation.result",
     "Profiler": "runtime.profiling.profiler",
     "PromptTooLong": "runtime.errors",
     "Runtime": "runtime.runtime",

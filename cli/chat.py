@@ -24,7 +24,7 @@ from lowtide.cli.options import (
 from lowtide.cli.output import note, statistics_line
 from lowtide.memory.units import format_bytes
 from lowtide.models.errors import LowtideError
-from lowtide.runtime.errors import OverBudget, SessionMismatch
+from lowtide.runtime.errors import OverBudget, SnapshotMismatch
 
 if TYPE_CHECKING:
     from lowtide import GenerationChunk, Runtime
@@ -136,7 +136,7 @@ class Repl:
     def _answer(self, turn: str) -> None:
         """Print the answer as it is generated; after Ctrl-C, the part until then stays in the conversation."""
         question = {"role": "user", "content": turn}
-        chunks = self._runtime.chat([*self.messages, question], options=self._options)
+        chunks = self._runtime.chat([*self.messages, question], params=self._options)
         texts: list[str] = []
         try:
             with closing(chunks):
@@ -169,12 +169,12 @@ class Repl:
         path = _path(name, "/save")
         suffix = ""
         try:
-            saved = self._runtime.session.save(path, self.messages)
+            saved = self._runtime.saved_chats.save(path, self.messages)
             if saved.num_tokens:
                 size = format_bytes(saved.num_bytes)
                 suffix = f", with the KV cache of {saved.num_tokens:,} tokens ({size})"
         except OverBudget as error:
-            self._runtime.session.save(path, self.messages, state=False)
+            self._runtime.saved_chats.save(path, self.messages, state=False)
             suffix = f" without the KV cache, because {error}"
         note(f"Saved {len(self._turns)} messages to {path}{suffix}.")
 
@@ -182,14 +182,14 @@ class Repl:
         path = _path(name, "/load")
         state = "they are computed with your next turn"
         try:
-            loaded = self._runtime.session.load(path)
+            loaded = self._runtime.saved_chats.load(path)
             messages, model = loaded.messages, loaded.model
             if loaded.num_tokens:
                 state = f"{loaded.num_tokens:,} tokens restored to the KV cache"
             if model != self._runtime.spec.name:
                 state += f"; the answers are from {model}"
-        except (SessionMismatch, OverBudget) as error:
-            messages = self._runtime.session.read_messages(path)
+        except (SnapshotMismatch, OverBudget) as error:
+            messages = self._runtime.saved_chats.read_messages(path)
             state += f", because {error}"
         self._continue(list(messages))
         note(f"Loaded {len(self._turns)} messages; {state}.")

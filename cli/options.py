@@ -92,7 +92,7 @@ speculate_option = click.option(
     metavar="DRAFT",
     help="Speculative decoding: draft tokens and verify several in one pass when that is faster. ngram "
     "(prompt lookup), trigram (a table that learns), auto (both), or the path of a smaller model. Append "
-    ":rows=4 to verify at most 4 tokens per pass.",
+    ":draft=4 to draft at most 4 tokens per pass.",
 )
 
 _GPU: tuple[Option, ...] = (

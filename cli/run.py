@@ -99,11 +99,11 @@ def _answer(
     runtime: Runtime, text: str, system: str | None, raw: bool, generation: SamplingParams
 ) -> Iterator[GenerationChunk]:
     if raw:
-        return runtime.stream(text, options=generation)
+        return runtime.stream(text, params=generation)
     messages = [{"role": "user", "content": text}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    return runtime.chat(messages, options=generation)
+    return runtime.chat(messages, params=generation)
 
 
 def _printed(chunks: Iterator[GenerationChunk]) -> Iterator[GenerationChunk]:

@@ -30,7 +30,7 @@ class TokenTree:
         """Return the tree in which each token follows the previous one."""
         return cls(tuple(token_ids), tuple(range(TEXT, len(token_ids) - 1)))
 
-    def behind(self, token_id: int) -> TokenTree:
+    def with_root(self, token_id: int) -> TokenTree:
         """Return this tree behind a token, which becomes row 0."""
         return TokenTree((token_id, *self.token_ids), (TEXT, *(p + 1 for p in self.parents)))
 

@@ -1,27 +1,27 @@
-"""The whole error tree, and the errors of running.
+"""The tree of all errors, and the errors of running.
 
-LowtideError                 everything a user can act on; `exit_code` 1
-  + BadOption                2  an option with an impossible value (also a ValueError)
-  + BadSize                  2  a size that cannot be read
-  + OverBudget               2  what was asked for does not fit the budget
-  + NotEnforceable           2  the kernel cannot be made to hold the budget
-  + KilledByLimit            1  the kernel ended the process at its limit
-  + ModelError               2  a model cannot be found, read or run
+LowtideError                  every error that a user can act on; `exit_code` 1
+  + BadOption                 2  an option has an impossible value (also a ValueError)
+  + BadSize                   2  a size cannot be read
+  + OverBudget                2  a request does not fit the memory budget
+  + NotEnforceable            2  the kernel cannot enforce the budget
+  + KilledByLimit             1  the kernel killed the process at its limit
+  + ModelError                2  a model cannot be found, read or run
   |   - ModelNotFound
   |   - BadModelFile
   |   - UnsupportedModel
   |   - TemplateError
-  |   - DownloadError        1
-  + NoGpu                    2  layers were wanted on a GPU, and there is none
-  + CalibrationError         2  a calibration file is broken or of another model
-  + NotCalibrated            1  no setting of a policy stays inside the target
-  + PromptTooLong            2  the prompt does not fit the context
-  + ForwardError             1  a forward pass failed in native code
-  + CannotRepack                1  a model has no packed copy, and cannot have one here
-  + RuntimeUnusable          1  closed, or busy with another answer
-  + SnapshotError               1  native code could not write or read a KV cache
-  + TranscriptError          1  a conversation could not be saved or loaded
-  |   - SessionMismatch      2  its KV state belongs to another model or setting
+  |   - DownloadError         1
+  + NoGpu                     2  layers were requested on a GPU, and there is none
+  + CalibrationError          2  a calibration file is damaged or of another model
+  + NotCalibrated             1  no setting of a policy reaches the target
+  + PromptTooLong             2  the prompt does not fit the context
+  + ForwardError              1  a forward pass failed in native code
+  + CannotRepack              1  the weights of a model cannot be repacked here
+  + RuntimeUnusable           1  the runtime is closed, or another answer was started
+  + SnapshotError             1  native code could not write or read a KV snapshot
+  + TranscriptError           1  a chat could not be saved or loaded
+  |   - SnapshotMismatch      2  its KV snapshot is of another model or other settings
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ __all__ = [
     "OverBudget",
     "PromptTooLong",
     "RuntimeUnusable",
-    "SessionMismatch",
     "SnapshotError",
+    "SnapshotMismatch",
     "TemplateError",
     "TranscriptError",
     "UnsupportedModel",
@@ -69,11 +69,11 @@ __all__ = [
 
 
 class CannotRepack(LowtideError):
-    """There is no packed copy of a model, for the reason given; it runs from its own file."""
+    """The weights of a model cannot be repacked; it runs from its own file."""
 
 
 class PromptTooLong(LowtideError):
-    """The prompt has `num_tokens` tokens and the context `context`."""
+    """The prompt has `num_tokens` tokens and the context has room for `context`."""
 
     exit_code = 2
 
@@ -87,22 +87,22 @@ class PromptTooLong(LowtideError):
         if droppable:
             advice = "shorten the prompt, raise --context, or pass --overflow drop-oldest"
         super().__init__(
-            f"the prompt has {about}{num_tokens:,} tokens, the context holds {context:,}: {advice}"
+            f"the prompt has {about}{num_tokens:,} tokens but the context holds {context:,}; {advice}"
         )
 
 
 class RuntimeUnusable(LowtideError):
-    """The runtime is closed, or another answer has been started on it."""
+    """The runtime is closed, or another answer was started on it."""
 
 
 class TranscriptError(LowtideError):
-    """A conversation could not be saved or loaded; the one in memory is as it was."""
+    """A chat could not be saved or loaded; the one in memory is unchanged."""
 
 
-class SessionMismatch(TranscriptError):
-    """The file's KV state belongs to another model, KV type or attention, or to a longer context.
+class SnapshotMismatch(TranscriptError):
+    """The KV snapshot in a file is of another model, KV type or attention, or longer than the context.
 
-    Its messages can be read all the same, and answered after reading them again.
+    The messages in the file can be read all the same; answering them computes them again.
     """
 
     exit_code = 2

@@ -1,4 +1,4 @@
-"""What the user may ask of a generation, checked when it is made."""
+"""SamplingParams: how to choose tokens and when to stop, checked when it is made."""
 
 from __future__ import annotations
 
@@ -15,36 +15,40 @@ MAX_SEED = (1 << 63) - 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How to choose tokens and when to stop.
-
-    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off, as is `repeat_penalty` 1,
-    which looks back over `repeat_last_n` tokens. `max_tokens` None goes on until the model ends or the
-    context is full. `stop` texts end the answer and are not part of it. `overflow` says what happens
-    to a prompt beyond the context: "error", or "drop-oldest". `seed` None draws one, reported in the
-    statistics. `explain` has the last piece tell what a filter (`Gem`) kept of the prompt.
-    """
+    """How to choose tokens and when to stop. Raises `BadOption` for a value out of range."""
 
     max_tokens: int | None = 512
+    """Most tokens to generate; None goes on until the model ends the text or the context is full."""
     temperature: float = 0.7
+    """Divides the logits; 0 is greedy (the most probable token)."""
     top_k: int = 40
+    """Samples from the k most probable tokens; 0 is off."""
     top_p: float = 0.95
+    """Samples from the most probable tokens that reach this probability together; 1 is off."""
     min_p: float = 0.05
+    """Drops tokens below this share of the most probable one's probability; 0 is off."""
     repeat_penalty: float = 1.0
+    """Makes tokens that occurred before less probable; 1 is off."""
     repeat_last_n: int = 64
+    """Tokens that the penalty looks back on."""
     seed: int | None = None
+    """Seed of the random draws; None draws one, which the statistics report."""
     stop: tuple[str, ...] = ()
+    """Texts that end the answer and are not part of it; a single text is accepted, too."""
     overflow: str = "error"
+    """What happens to a prompt that exceeds the context: "error", or "drop-oldest"."""
     explain: bool = False
+    """Whether the last chunk lists the spans of the prompt that `Gem` retained."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _texts(self.stop))
         self._check_ranges()
         if not all(isinstance(text, str) and text for text in self.stop):
-            raise BadOption(f"stop is {self.stop!r}, texts of at least one character are wanted")
-        if self.overflow not in OVERFLOWS:
             raise BadOption(
-                f"overflow is {self.overflow!r}, one of {', '.join(OVERFLOWS)} is wanted"
+                f"stop is {self.stop!r}; each stop text must have at least one character"
             )
+        if self.overflow not in OVERFLOWS:
+            raise BadOption(f"overflow is {self.overflow!r}; it must be {' or '.join(OVERFLOWS)}")
 
     def _check_ranges(self) -> None:
         for name, least, most in (
@@ -60,20 +64,24 @@ class SamplingParams:
             value = getattr(self, name)
             if value is None and name in ("max_tokens", "seed"):
                 continue
-            whole = name in ("max_tokens", "top_k", "repeat_last_n", "seed")
-            kind: Any = int if whole else (int, float)
+            is_whole = name in ("max_tokens", "top_k", "repeat_last_n", "seed")
+            kind: Any = int if is_whole else (int, float)
             if isinstance(value, bool) or not isinstance(value, kind):
-                raise BadOption(f"{name} is {value!r}, a number is wanted")
+                raise BadOption(
+                    f"{name} is {value!r}; it must be a {'whole ' if is_whole else ''}number"
+                )
             if not least <= value <= most:
-                raise BadOption(f"{name} is {value}, {_range(least, most)} is wanted")
+                raise BadOption(f"{name} is {value}; it must be {_range(least, most)}")
 
     @classmethod
     def of(cls, base: SamplingParams | None = None, **values: Any) -> SamplingParams:
-        """Return `base`, or the defaults, with these values; a name that is none is a `BadOption`."""
+        """Return `base`, or the defaults, with `values`; raises `BadOption` for an unknown name."""
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(names))
         if unknown:
-            raise BadOption(f"{unknown[0]!r} is no option of a generation: use {', '.join(names)}")
+            raise BadOption(
+                f"unknown sampling parameter {unknown[0]!r}; the parameters are {', '.join(names)}"
+            )
         return dataclasses.replace(base or cls(), **values)
 
 
@@ -82,4 +90,4 @@ def _texts(value: Any) -> tuple[Any, ...]:
 
 
 def _range(least: float, most: float) -> str:
-    return f"{least} or more" if most == math.inf else f"{least} to {most}"
+    return f"at least {least}" if most == math.inf else f"between {least} and {most}"

@@ -1,33 +1,27 @@
-"""Runtime: open a model inside a budget, ask it, close it. Knows how parts fit, none of their insides."""
+"""Runtime: opens a model inside a memory budget, generates text with it, and closes it."""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lowtide.attention.policy import AttentionPolicy
 from lowtide.memory.budget import Ledger
 from lowtide.memory.plan.estimates import prompt_limit_bytes
 from lowtide.memory.plan.plan import MemoryPlan
 from lowtide.memory.reclaim import Reclaimer
-from lowtide.models.chat_template import ChatTemplate, Message
-from lowtide.models.errors import BadOption
+from lowtide.models.chat_template import Message
 from lowtide.models.model import Model
 from lowtide.models.spec import ModelSpec
-from lowtide.runtime.batch.api import BatchAnswers
-from lowtide.runtime.errors import PromptTooLong, RuntimeUnusable
-from lowtide.runtime.generation.chat import (
-    ChatEncoder,
-    ChatPrompt,
-    LastTurn,
-    fit_messages,
-    fit_tokens,
-)
-from lowtide.runtime.generation.generate import GenerationChunk, GenerationResult, Prompt, generate
+from lowtide.runtime.batch.generator import BatchGenerator, ParamsOfAll, params_of_each
+from lowtide.runtime.errors import PromptTooLong
+from lowtide.runtime.generation.active import ActiveGeneration
+from lowtide.runtime.generation.chat import ChatPrompt, LastTurn, PromptEncoder
+from lowtide.runtime.generation.generate import generate
+from lowtide.runtime.generation.result import GenerationChunk, GenerationResult
+from lowtide.runtime.generation.state import GenerationRequest, GenerationState
 from lowtide.runtime.loading.load import Engine
 from lowtide.runtime.options import SamplingParams
 from lowtide.runtime.planning.plan import LoadConfig, ResolvedModel, plan_model, plan_reference
@@ -36,26 +30,27 @@ from lowtide.runtime.profiling.retention_map import RetainedSpan
 from lowtide.runtime.sessions.store import SavedChats
 
 
-class Runtime(BatchAnswers):
-    """A loaded model that answers inside its plan; made by `Runtime.open`, used as a context manager.
+class Runtime:
+    """A loaded model that generates inside its memory plan. Made by `Runtime.open`; a context manager.
 
-    One answer or batch at a time: another ends it. Not for several threads; one in each is fine.
+    It runs one answer or one batch at a time: another one ends it. Use it from one thread, or one runtime in each;
+    `trim` may be called from any thread.
     """
 
-    def __init__(self, loaded: Engine, profiler: Profiler = SILENT) -> None:
-        self._loaded = loaded
+    def __init__(self, engine: Engine, profiler: Profiler = SILENT) -> None:
+        self._engine = engine
         self._profiler = profiler
-        self._model = loaded.model
-        self._session = loaded.new_session()
-        self._last = LastTurn()
-        loaded.reclaimers.insert(0, Reclaimer("complete", self._session.forget))
-        self._conversation: ChatEncoder | None = None
-        self._answer = 0
-        self._lock = threading.Lock()
-        self._stepping = threading.RLock()
-        self._closed = False
-        self._store = SavedChats(
-            loaded, self._session, self._last, begin=self._begin, require_open=self._require_open
+        self._model = engine.model
+        self._session = engine.new_session()
+        engine.reclaimers.insert(0, Reclaimer("complete", self._session.clear))
+        last = LastTurn()
+        self._encoder = PromptEncoder(
+            self._model.tokenizer, self.spec.chat_template, last, self._check_text, profiler
+        )
+        self._active = ActiveGeneration()
+        self._batch = BatchGenerator(engine, self._session, profiler)
+        self._saved_chats = SavedChats(
+            engine, self._session, last, start=self._start, require_open=self._active.require_open
         )
 
     @classmethod
@@ -63,56 +58,38 @@ class Runtime(BatchAnswers):
         cls,
         model: str | Path | Model | None = None,
         *,
-        memory: str | int | None = None,
-        context: int | None = None,
-        kv_type: str | None = None,
-        batch_size: int | None = None,
-        threads: int | None = None,
-        attention: str | AttentionPolicy = "llama",
-        prefix_cache: str | int = 0,
-        repack: bool = False,
-        gpu_layers: int | str | None = None,
-        gpu_memory: str | int | None = None,
-        speculate: str = "off",
-        provider: str = "cpu",
-        offline: bool = False,
         profiler: Profiler | None = None,
+        **options: Any,
     ) -> Runtime:
-        """Plan and load a model so that the whole process stays at or under `memory`.
+        """Plan and load a model so that the whole process stays inside the budget.
 
-        `model` is a path, a name ("smollm2"), "hf:user/repo:Q4_K_M", a `Model` of your own, or None for
-        the default model. `memory` is a size such as "1GiB" or "50%" of what is available; None is
-        80 %. `context` None is the longest that fits. `attention` is "llama" (the engine's kernels),
-        "dense" (lowtide's, exact), or an approximation: "tidal", "delta", "gem", or `Tidal(...)`,
-        `Delta(...)`, `Gem(...)`. `prefix_cache` is a size for KV snapshots of earlier prompts. `repack`
-        runs matmuls with lowtide's kernels, from a repacked copy of the weights in the cache folder.
-        `speculate` is "ngram", "trigram", "auto" or a draft model.
-        `gpu_layers`, a number or "auto", go to GPUs, each of which gives `gpu_memory`. `provider` runs an
-        ONNX model ("cuda"). `profiler` is told where time and bytes go. Raises `OverBudget` before anything
-        is loaded where it cannot fit, `ModelError` for an unusable model, `NoGpu` where there is none,
-        `BadOption` for wrong values.
+        `model` is a path, a name ("smollm2"), "hf:user/repo:Q4_K_M", a `Model` of your own, or None for the default
+        model. `profiler` records where time and memory go. The `options` are the fields of `LoadConfig`, by name:
+
+        * `memory`: the budget, a size ("1GiB") or a share ("50%") of the available memory; default 80%
+        * `context`: tokens of context; default the longest that fits
+        * `kv_type`: "f16", "q8_0" or "q4_0"; default the best that fits
+        * `batch_size`: tokens of a forward pass
+        * `threads`: default the cores that this process may use
+        * `attention`: "llama" (the engine's kernels, the default), "dense" (lowtide's, exact), or an approximation:
+          "tidal", "delta", "gem", or a policy object such as `Tidal(k=512)`
+        * `prefix_cache`: size of the cache for the prefixes of earlier prompts; default 0
+        * `repack`: True multiplies repacked weights with lowtide's matmul kernels
+        * `gpu_layers`, `gpu_memory`: layers on GPUs, a number or "auto", and the size to use of each GPU
+        * `speculate`: "off" (the default), "ngram", "trigram", "auto" or a draft model, with ":draft=N" for the most
+          draft tokens of a pass
+        * `provider`: the execution provider of an ONNX model ("cpu", "cuda")
+        * `offline`: True downloads nothing
+
+        Raises `OverBudget`, before anything is loaded, if the model cannot fit, `ModelError` for an unusable
+        model, `NoGpu` if there is no GPU, and `BadOption` for a wrong option or value.
         """
-        options = LoadConfig(
-            memory=memory,
-            context=context,
-            kv_type=kv_type,
-            batch_size=batch_size,
-            threads=threads,
-            attention=attention,
-            prefix_cache=prefix_cache,
-            repack=repack,
-            gpu_layers=gpu_layers,
-            gpu_memory=gpu_memory,
-            speculate=speculate,
-            provider=provider,
-            offline=offline,
-            profiled=profiler is not None,
-        )
+        config = LoadConfig.of(**options, profiled=profiler is not None)
         with (profiler or SILENT).span("plan"):
             planned = (
-                plan_model(model, options)
+                plan_model(model, config)
                 if isinstance(model, Model)
-                else plan_reference(model, options)
+                else plan_reference(model, config)
             )
         return cls.load(planned, profiler)
 
@@ -124,12 +101,12 @@ class Runtime(BatchAnswers):
 
     @property
     def ledger(self) -> Ledger:
-        """The bytes that the model's owners hold."""
-        return self._loaded.ledger
+        """The bytes that each component has reserved."""
+        return self._engine.ledger
 
     @property
     def plan(self) -> MemoryPlan:
-        """Who may hold which bytes; prints as a table."""
+        """The memory plan; prints as a table."""
         return self.planned.plan
 
     @property
@@ -139,160 +116,151 @@ class Runtime(BatchAnswers):
 
     @property
     def planned(self) -> ResolvedModel:
-        """The plan with the model and the machine it was made for."""
-        return self._loaded.planned
+        """The plan with the model and the machine that it was made for."""
+        return self._engine.planned
 
     @property
-    def session(self) -> SavedChats:
-        """The conversation on disk, KV state included: `save(path, messages)` and `load(path)`."""
-        return self._store
+    def saved_chats(self) -> SavedChats:
+        """Chats on disk with their KV cache: `save(path, messages)` and `load(path)`."""
+        return self._saved_chats
 
     def retained_spans(self) -> list[RetainedSpan]:
-        """Return what `gem` kept of the last prompt that it filtered; nothing where it filtered none."""
-        return self._loaded.prompt_filter.passages() if self._loaded.prompt_filter else []
+        """Return the spans that `gem` retained of the last prompt that it filtered, in order."""
+        prompt_filter = self._engine.prompt_filter
+        return prompt_filter.retained_spans() if prompt_filter else []
 
     def chat(
-        self,
-        messages: Sequence[Message],
-        options: SamplingParams | None = None,
-        **named: Any,
+        self, messages: Sequence[Message], params: SamplingParams | None = None, **named: Any
     ) -> Generator[GenerationChunk, None, None]:
-        """Answer a conversation, piece by piece; `options`, or `named` as in `SamplingParams`.
+        """Answer a chat, chunk by chunk; `named` are fields of `SamplingParams`.
 
-        `messages` are dicts with "role" and "content". What the KV cache holds of an earlier call is
-        used again. Raises `PromptTooLong` before anything is computed; closing the iterator stops the
-        answer and leaves the runtime usable.
+        `messages` are dicts with "role" and "content". What the KV cache holds of an earlier prompt is reused.
+        Raises `PromptTooLong` before anything is computed. Closing the iterator stops the answer and leaves the
+        runtime usable.
         """
         asked_at = time.perf_counter()
-        chosen = SamplingParams.of(options, **named)
-        self._loaded.check(chosen)
-        answer = self._begin()
-        with self._profiler.span("template"):
-            conversation = self._chatting()
-
-        def prepared(some: Sequence[Message]) -> ChatPrompt:
-            with self._profiler.span("template"):
-                text = conversation.render(some)
-            self._check_text(text)
-            with self._profiler.span("tokenise"):
-                token_ids = conversation.prompt_ids(text, some)
-            return ChatPrompt(text=text, token_ids=token_ids, num_messages=len(some))
-
-        chat_prompt, dropped = fit_messages(messages, prepared, self._loaded.most_tokens(), chosen)
-        prompt = Prompt(
-            token_ids=chat_prompt.token_ids,
-            asked_at=asked_at,
-            dropped_tokens=dropped.num_tokens,
-            dropped_messages=dropped.num_messages,
+        params = SamplingParams.of(params, **named)
+        self._engine.check(params)
+        number = self._start()
+        request, prompt = self._encoder.encode_chat(
+            messages, self._engine.most_tokens(), params, asked_at
         )
-        return self._remembered(answer, prompt, chosen, chat_prompt)
+        return self._remembered(number, request, prompt)
 
     def stream(
-        self, prompt: str, options: SamplingParams | None = None, **named: Any
+        self, prompt: str, params: SamplingParams | None = None, **named: Any
     ) -> Generator[GenerationChunk, None, None]:
-        """Continue `prompt` as it stands, without a chat template, piece by piece."""
+        """Continue `prompt` as it stands, without a chat template, chunk by chunk; see `chat`."""
         asked_at = time.perf_counter()
-        chosen = SamplingParams.of(options, **named)
-        self._loaded.check(chosen, is_completion=True)
-        answer = self._begin()
-        self._check_text(prompt)
-        with self._profiler.span("tokenise"):
-            token_ids = self._model.tokenizer.encode(prompt, add_special=True, parse_special=False)
-        if not token_ids:
-            raise BadOption("the prompt is empty, and this model adds no token: write one")
-        kept, dropped = fit_tokens(token_ids, self._loaded.most_tokens(), chosen)
-        fitted = Prompt(token_ids=kept, asked_at=asked_at, dropped_tokens=dropped)
-        return self._pieces(answer, fitted, chosen)
+        params = SamplingParams.of(params, **named)
+        self._engine.check(params, is_completion=True)
+        number = self._start()
+        request = self._encoder.encode_text(prompt, self._engine.most_tokens(), params, asked_at)
+        return self._active.run(number, self._generate(request))
 
     def generate(
-        self, prompt: str, options: SamplingParams | None = None, **named: Any
+        self, prompt: str, params: SamplingParams | None = None, **named: Any
     ) -> GenerationResult:
-        """Continue `prompt` and return the whole result; options as for `chat`."""
-        return GenerationResult.of(self.stream(prompt, options, **named))
+        """Continue `prompt` as `stream` does and return the whole result."""
+        return GenerationResult.of(self.stream(prompt, params, **named))
+
+    def stream_batch(
+        self, prompts: Sequence[str], params: ParamsOfAll = None, **named: Any
+    ) -> Generator[tuple[int, GenerationChunk], None, None]:
+        """Yield the chunks of `generate_batch` as they come, as pairs of the prompt's index and the chunk.
+
+        Closing the iterator stops all answers and leaves the runtime usable.
+        """
+        asked_at = time.perf_counter()
+        params_of = params_of_each(prompts, params, named)
+        for one in params_of:
+            self._engine.check(one, is_completion=True)
+        self._batch.check(len(prompts))
+        number = self._start()
+        requests = [
+            self._encoder.encode_text(prompt, self._model.context, one, asked_at)
+            for prompt, one in zip(prompts, params_of, strict=True)
+        ]
+        return self._active.run(number, self._batch.generate(requests))
+
+    def generate_batch(
+        self, prompts: Sequence[str], params: ParamsOfAll = None, **named: Any
+    ) -> list[GenerationResult]:
+        """Continue several prompts at once, one forward pass for all of them; return the results in order.
+
+        `params` are for all prompts, or a list with those of each; `named` are fields of `SamplingParams`, for all.
+        The prefix that all prompts share is computed once. A greedy answer is that of its prompt alone, token for
+        token, where `stats.batch["identical"]` is True. A batch takes memory beside the plan's, inside the
+        budget: the KV cache of all its tokens. Where the runtime speculates, each sequence has drafts of its own;
+        a draft model is not used. Raises `OverBudget`, before anything is allocated, where there is no room, and
+        `BadOption` where the model or the attention runs one sequence at a time.
+        """
+        chunks: list[list[GenerationChunk]] = [[] for _ in prompts]
+        for index, chunk in self.stream_batch(prompts, params, **named):
+            chunks[index].append(chunk)
+        return [GenerationResult.of(some) for some in chunks]
 
     def trim(self, level: str = "background") -> int:
-        """Give memory back, as a mobile system asks for it; return by how many bytes the resident set fell.
+        """Release memory, as a mobile system asks for it; return by how many bytes the resident set fell.
 
-        "background" gives back what nobody uses, "moderate" also the prefix cache and garbage; "complete"
-        also forgets the KV cache and lets go of mapped weights, which are read again with the next prompt,
-        and ends an answer that is still being read. Answers stay the same. From another thread it waits
-        for the pass in work. Raises `BadOption` for a level that is none.
+        "background" releases what nobody uses, "moderate" the prefix cache and garbage, too. "complete" also clears
+        the KV cache, drops mapped weights, which the next prompt reads again, and ends a running answer. Answers stay
+        the same. From another thread it waits for the forward pass that runs. Raises `BadOption` for an unknown
+        level.
         """
-        with self._stepping:
+        with self._active.between_steps():
             if level == "complete":
-                self._begin()  # the one before cannot go on
-            self._check_goes_on(self._answer)
-            return self._loaded.trim(level).freed_bytes
+                self._start()  # ends the running answer
+            self._active.require_open()
+            return self._engine.trim(level).freed_bytes
 
-    def _begin(self) -> int:
-        self._end_batch()
-        with self._lock:
-            self._require_open()
-            self._answer += 1
-            return self._answer
+    def _start(self) -> int:
+        """End what runs, and return the number of the next generation."""
+        self._close_batch()
+        return self._active.start()
 
-    def _require_open(self) -> None:
-        if self._closed:
-            raise RuntimeUnusable("the runtime is closed: open it again")
-
-    def _chatting(self) -> ChatEncoder:
-        if self._conversation is None:
-            tokenizer = self._model.tokenizer
-            template = ChatTemplate(self.spec.chat_template, tokenizer.special_texts)
-            self._conversation = ChatEncoder(template, tokenizer, self._last)
-        return self._conversation
+    def _close_batch(self) -> None:
+        if self._batch.is_open:
+            with self._active.between_steps():
+                self._batch.close()
 
     def _check_text(self, text: str) -> None:
-        """Refuse a text that would pass its row while it is tokenised; set aside a cache in its way."""
+        """Refuse a text that takes more memory to tokenise than planned; evict a KV cache in its way."""
         num_bytes = len(text.encode("utf-8", errors="replace"))
         if num_bytes > prompt_limit_bytes(self.plan.kv_tokens):
             raise PromptTooLong(
                 num_bytes // 4, self._model.context, estimated=True, droppable=False
             )
-        if not self._loaded.has_room_to_tokenise(num_bytes, len(self._session.token_ids)):
+        if not self._engine.has_room_to_tokenise(num_bytes, len(self._session.token_ids)):
             self._session.evict()
 
-    def _pieces(
-        self, answer: int, prompt: Prompt, options: SamplingParams
-    ) -> Generator[GenerationChunk, None, None]:
-        facts = self._loaded.generation_context()
-        pieces = generate(self._model, self._session, prompt, options, facts, self._profiler)
-        while True:
-            with self._stepping:
-                self._check_goes_on(answer)
-                piece = next(pieces, None)
-            if piece is None:
-                return
-            if options.explain and piece.finish_reason is not None:
-                piece = replace(piece, kept=tuple(self.retained_spans()))
-            yield piece
-
-    def _check_goes_on(self, answer: int) -> None:
-        self._require_open()
-        if answer != self._answer:
-            raise RuntimeUnusable("another answer or a complete trim was asked for and ended this")
+    def _generate(self, request: GenerationRequest) -> Generator[GenerationChunk, None, None]:
+        context = self._engine.generation_context()
+        state = GenerationState(0, request, self._model, context)
+        for _, chunk in generate(self._session, [state], context, self._profiler):
+            if request.params.explain and chunk.finish_reason is not None:
+                chunk = replace(chunk, retained=tuple(self.retained_spans()))
+            yield chunk
 
     def _remembered(
-        self, answer: int, prompt: Prompt, options: SamplingParams, chat_prompt: ChatPrompt
+        self, number: int, request: GenerationRequest, prompt: ChatPrompt
     ) -> Generator[GenerationChunk, None, None]:
         """Yield the answer and remember it for the next turn, unless another was started meanwhile."""
         token_ids: list[int] = []
         try:
-            for piece in self._pieces(answer, prompt, options):
-                if piece.token_id is not None:
-                    token_ids.append(piece.token_id)
-                yield piece
+            for chunk in self._active.run(number, self._generate(request)):
+                if chunk.token_id is not None:
+                    token_ids.append(chunk.token_id)
+                yield chunk
         finally:
-            if answer == self._answer:
-                self._chatting().answered(chat_prompt, token_ids)
+            if self._active.is_current(number):
+                self._encoder.remember(prompt, token_ids)
 
     def close(self) -> None:
-        """Free the model; an answer that is still being read ends with an error."""
-        self._end_batch()
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._loaded.close()
+        """Free the model; an answer that is still read ends with an error. Closing twice is allowed."""
+        self._close_batch()
+        if self._active.close():
+            self._engine.close()
 
     def __enter__(self) -> Runtime:
         return self

@@ -202,7 +202,7 @@ class PlanLines:
         num_bytes = config.num_bytes(self._spec, verify_batch, kv_tokens, candidate.kv_type)
         why = f"verifies {verify_batch} tokens at once" if verify_batch else "off, no room"
         row = PlanLine(components.SPECULATION, num_bytes, why)
-        return (row, *config.draft_model_rows(verify_batch, kv_tokens))
+        return (row, *config.draft_model_lines(verify_batch, kv_tokens))
 
     def _attention(self, candidate: PlanCandidate) -> PlanLine:
         """The scratch of lowtide's kernels: dense attention, matmuls, and what the policy adds."""

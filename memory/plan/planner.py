@@ -297,7 +297,7 @@ class _Planner:
     def _verify_batches(self) -> tuple[int, ...]:
         """Sizes of a verification, largest first; empty without speculation."""
         config = self._options.speculation
-        return config.row_choices() if config is not None else ()
+        return config.verify_batches() if config is not None else ()
 
     @property
     def _resident_layers(self) -> tuple[int | None, ...]:

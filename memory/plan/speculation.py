@@ -1,13 +1,11 @@
-"""What speculation takes and what it gives, by arithmetic alone: SpecMemo's model and its allocator.
+"""What speculative decoding takes and gains, by arithmetic alone: the model of SpecMemo and its allocator.
 
-A reconstruction: the paper's own formulas were not at hand. N rows of one verification take N cells of
-the KV cache and N rows of logits, never a row for each path; beside them stands what the draft holds. What
-they give follows from what a pass of N rows costs on this device and how often each position is accepted.
-Of what fits, the operating point is the least memory that keeps 96 % of the best throughput. When memory is
-short, rows go first, from the last one that would be verified; then the draft; then speculation. Knows no
-tokens.
-
-SpeculationConfig: what a plan must know of speculation before anything is loaded. Knows no draft."""
+A reconstruction, as the paper's own formulas were not at hand. Verifying N tokens in one pass takes N slots of the
+KV cache and N rows of logits, not a row for each path of a tree; the draft takes memory of its own. The gain follows
+from the measured cost of a pass of N tokens and from the acceptance rate of each position. The operating point is the
+least memory that reaches 96 % of the best throughput that fits. When memory is short, drafted tokens go first, from the
+last one; then the draft; then speculation.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +13,29 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lowtide.memory.plan import estimates as footprint
+from lowtide.memory.plan import estimates
 from lowtide.memory.plan.line import DRAFT_CACHE, DRAFT_COMPUTE, DRAFT_WEIGHTS, PlanLine
 from lowtide.models.spec import ModelSpec
 
-LEAST_SPEED_UP = 1.05
-"""What speculation must promise to be worth any memory."""
-KEPT_SHARE = 0.96
-"""Of the best throughput, what the operating point keeps."""
+MIN_SPEED_UP = 1.05
+"""The least speed-up that is worth any memory."""
+ENOUGH_SHARE = 0.96
+"""Share of the best throughput that the operating point must reach."""
 LOGITS_COPIES = 2
 """llama.cpp holds a row of logits in its graph and in its output."""
+DRAFT_BATCH_SIZE = 32
+"""Tokens of a forward pass of a draft model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostCurve:
-    """Seconds of a pass by its rows, as measured at a few numbers of them, ascending from 1."""
+    """Seconds of a pass by its tokens, measured at a few numbers of them, ascending from 1."""
 
     num_rows: tuple[int, ...]
     seconds: tuple[float, ...]
 
     def of(self, num_rows: int) -> float:
-        """Return the seconds of a pass, between and beyond what was measured on a straight line."""
+        """Return the seconds of a pass, linear between and beyond the measured points."""
         rows, seconds = self.num_rows, self.seconds
         if len(rows) == 1:
             return seconds[0] * num_rows / rows[0]
@@ -49,8 +49,8 @@ class CostCurve:
 class DraftPromise:
     """A draft as the allocator sees it.
 
-    `acceptance` is by position: how often it is accepted where all before it were; the last one holds for
-    what comes after it. A proposal of n tokens costs `fixed_s` and n times `token_s`.
+    `acceptance` is the acceptance rate by position where all drafts before it were right; the last rate holds for
+    later positions, too. A proposal of n tokens takes `fixed_s` + n * `token_s` seconds.
     """
 
     name: str
@@ -62,7 +62,7 @@ class DraftPromise:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculationPoint:
-    """A draft with so many rows of a verification, what it takes and what it promises."""
+    """A draft with passes of `num_rows` tokens: its memory and its expected speed-up."""
 
     draft: str
     num_rows: int
@@ -71,7 +71,7 @@ class SpeculationPoint:
 
 
 def expected_tokens(acceptance: Sequence[float], num_drafted: int) -> float:
-    """Return how many tokens a verification of `num_drafted` tokens gives on average, 1 among them."""
+    """Return how many tokens a pass with `num_drafted` drafts gives on average, its own token included."""
     total = reached = 1.0
     for position in range(num_drafted if acceptance else 0):
         reached *= acceptance[min(position, len(acceptance) - 1)]
@@ -80,8 +80,7 @@ def expected_tokens(acceptance: Sequence[float], num_drafted: int) -> float:
 
 
 def speed_up(draft: DraftPromise, cost: CostCurve, num_rows: int) -> float:
-    """Return the throughput with verifications of `num_rows`, of which one is no draft's, over that
-    without."""
+    """Return the throughput with passes of `num_rows` tokens, all but one drafted, relative to none drafted."""
     if num_rows <= 1:
         return 1.0
     num_drafted = num_rows - 1
@@ -90,16 +89,15 @@ def speed_up(draft: DraftPromise, cost: CostCurve, num_rows: int) -> float:
     return expected_tokens(draft.acceptance, num_drafted) * cost.of(1) / round_s
 
 
-def verification_bytes(num_rows: int, cell_bytes: int, vocabulary_size: int) -> int:
-    """Return what rows of a verification take beside a plain step's one: cells and logits."""
+def verification_bytes(num_rows: int, kv_token_bytes: int, vocabulary_size: int) -> int:
+    """Return what a pass of `num_rows` tokens takes beyond a pass of one: KV slots and logits."""
     if num_rows <= 1:
         return 0
-    return num_rows * cell_bytes + (num_rows - 1) * LOGITS_COPIES * 4 * vocabulary_size
+    return num_rows * kv_token_bytes + (num_rows - 1) * LOGITS_COPIES * 4 * vocabulary_size
 
 
 def branch_bytes(num_rows: int, num_cells: int) -> int:
-    """Return what our attention keeps of the branches of a verification: of each row at the most, the
-    numbers of the cells on its path."""
+    """Return what lowtide's attention holds for draft trees: the KV slots of each row's path, at the most."""
     return 4 * num_rows * num_cells if num_rows > 2 else 0
 
 
@@ -107,101 +105,98 @@ def points(
     drafts: Iterable[DraftPromise],
     cost: CostCurve,
     *,
-    most_rows: int,
-    cell_bytes: int,
+    max_rows: int,
+    kv_token_bytes: int,
     vocabulary_size: int,
 ) -> list[SpeculationPoint]:
-    """Return every draft with every number of rows from 2 on."""
+    """Return every draft with passes of every size from 2 tokens on."""
     return [
         SpeculationPoint(
             draft=draft.name,
             num_rows=rows,
-            num_bytes=draft.num_bytes + verification_bytes(rows, cell_bytes, vocabulary_size),
+            num_bytes=draft.num_bytes + verification_bytes(rows, kv_token_bytes, vocabulary_size),
             speed_up=speed_up(draft, cost, rows),
         )
         for draft in drafts
-        for rows in range(2, most_rows + 1)
+        for rows in range(2, max_rows + 1)
     ]
 
 
 def best_within(
     candidates: Iterable[SpeculationPoint], budget_bytes: int
 ) -> SpeculationPoint | None:
-    """Return the fastest point that fits and is worth it, the smallest of equals; None for none."""
+    """Return the fastest point that fits and is faster than none, of equals the smallest; None for none."""
     fitting = [point for point in candidates if point.num_bytes <= budget_bytes]
-    worth = [point for point in fitting if point.speed_up > 1]
-    return max(worth, key=lambda point: (point.speed_up, -point.num_bytes), default=None)
+    faster = [point for point in fitting if point.speed_up > 1]
+    return max(faster, key=lambda point: (point.speed_up, -point.num_bytes), default=None)
 
 
 def operating_point(
     candidates: Sequence[SpeculationPoint], budget_bytes: int
 ) -> SpeculationPoint | None:
-    """Return the smallest point that keeps `KEPT_SHARE` of the best that fits; None where none pays."""
+    """Return the smallest point that reaches `ENOUGH_SHARE` of the best that fits; None where none pays."""
     best = best_within(candidates, budget_bytes)
-    if best is None or best.speed_up < LEAST_SPEED_UP:
+    if best is None or best.speed_up < MIN_SPEED_UP:
         return None
     enough = [
         point
         for point in candidates
         if point.num_bytes <= budget_bytes
-        and point.speed_up >= max(KEPT_SHARE * best.speed_up, LEAST_SPEED_UP)
+        and point.speed_up >= max(ENOUGH_SHARE * best.speed_up, MIN_SPEED_UP)
     ]
     return min(enough, key=lambda point: (point.num_bytes, -point.speed_up))
 
 
 def lower_bound_bytes(candidates: Iterable[SpeculationPoint]) -> int | None:
-    """Return the least memory at which speculation promises `LEAST_SPEED_UP`; None where none does."""
-    worth = (point.num_bytes for point in candidates if point.speed_up >= LEAST_SPEED_UP)
+    """Return the least memory at which speculation reaches `MIN_SPEED_UP`; None where it never does."""
+    worth = (point.num_bytes for point in candidates if point.speed_up >= MIN_SPEED_UP)
     return min(worth, default=None)
-
-
-DRAFT_PASS_ROWS = 32
-"""Rows of a pass of a draft model: it reads what it missed of the text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculationConfig:
-    """Verifications of up to `num_rows` rows; `table_bytes` and `token_bytes`, a token of context, are what
-    the drafts hold. `draft_model`, where there is one, proposes instead.
+    """What a plan must know of speculation before anything is loaded.
+
+    A pass verifies up to `verify_batch` tokens, one of which is no draft. The drafts hold `table_bytes` and
+    `token_bytes` for each token of the context. `draft_model`, where there is one, proposes instead of them.
     """
 
-    num_rows: int
+    verify_batch: int
     table_bytes: int = 0
     token_bytes: int = 0
     draft_model: ModelSpec | None = None
 
-    def row_choices(self) -> tuple[int, ...]:
-        """Return how many rows may be verified, from what is wanted down to the least that is of use."""
-        halves = (self.num_rows >> shift for shift in range(self.num_rows.bit_length()))
-        return tuple(rows for rows in halves if rows >= 2)
+    def verify_batches(self) -> tuple[int, ...]:
+        """Return the sizes that a plan may choose, from the largest by halves down to the least useful one."""
+        halves = (self.verify_batch >> shift for shift in range(self.verify_batch.bit_length()))
+        return tuple(size for size in halves if size >= 2)
 
-    def num_bytes(self, spec: ModelSpec, num_rows: int, kv_tokens: int, kv_type: str) -> int:
-        """Return what verifications and the drafts' tables take."""
-        if num_rows < 2:
+    def num_bytes(self, spec: ModelSpec, verify_batch: int, kv_tokens: int, kv_type: str) -> int:
+        """Return the bytes of passes of `verify_batch` tokens and of the drafts' tables."""
+        if verify_batch < 2:
             return 0
-        cells = footprint.kv_bytes(spec, footprint.KV_PADDING, kv_type)
-        cell_bytes = -(-cells // footprint.KV_PADDING)
-        verifying = verification_bytes(num_rows, cell_bytes, spec.vocabulary.num_tokens)
+        padded_bytes = estimates.kv_bytes(spec, estimates.KV_PADDING, kv_type)
+        token_bytes = -(-padded_bytes // estimates.KV_PADDING)
+        verifying = verification_bytes(verify_batch, token_bytes, spec.vocabulary.num_tokens)
         return verifying + self.table_bytes + self.token_bytes * kv_tokens
 
-    def draft_model_rows(self, num_rows: int, kv_tokens: int) -> tuple[PlanLine, ...]:
-        """Return the rows of the draft model: weights with vocabulary, cache, and what a pass takes."""
+    def draft_model_lines(self, verify_batch: int, kv_tokens: int) -> tuple[PlanLine, ...]:
+        """Return the plan lines of the draft model: weights with vocabulary, KV cache, and compute."""
         draft = self.draft_model
-        if draft is None or num_rows < 2:
+        if draft is None or verify_batch < 2:
             return ()
-        context = max(footprint.padded_context(kv_tokens), footprint.KV_PADDING)
-        weights = footprint.weight_bytes(draft, memory_map=False)
-        vocabulary = footprint.vocabulary_bytes(draft.vocabulary)
-        passes = (
-            footprint.compute_bytes(draft, context, DRAFT_PASS_ROWS, "f16")
-            + footprint.CONTEXT_BYTES
+        context = max(estimates.padded_context(kv_tokens), estimates.KV_PADDING)
+        weights = estimates.weight_bytes(draft, memory_map=False)
+        vocabulary = estimates.vocabulary_bytes(draft.vocabulary)
+        compute = (
+            estimates.compute_bytes(draft, context, DRAFT_BATCH_SIZE, "f16")
+            + estimates.CONTEXT_BYTES
             + 2 * 4 * draft.vocabulary.num_tokens
         )
         why = f"{draft.name}, {draft.quantisation}, with its vocabulary"
+        cache = estimates.kv_bytes(draft, context, "f16")
         return (
             PlanLine(DRAFT_WEIGHTS, weights + vocabulary, why),
-            PlanLine(
-                DRAFT_CACHE, footprint.kv_bytes(draft, context, "f16"), f"{context:,} tokens of f16"
-            ),
-            PlanLine(DRAFT_COMPUTE, passes, f"{DRAFT_PASS_ROWS} rows a pass"),
+            PlanLine(DRAFT_CACHE, cache, f"{context:,} tokens of f16"),
+            PlanLine(DRAFT_COMPUTE, compute, f"passes of {DRAFT_BATCH_SIZE} tokens"),
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from lowtide.attention.policy import AttentionPolicy
 from lowtide.attention.registry import parse_policy
@@ -16,7 +17,7 @@ from lowtide.models.errors import BadOption
 from lowtide.models.gguf.gpu import require_gpus
 from lowtide.models.onnx.config import CPU
 from lowtide.models.spec import ModelSpec
-from lowtide.runtime.speculation.options import SpeculationArg
+from lowtide.runtime.planning.speculation import SpeculationArg
 
 MAX_THREADS = 512
 
@@ -38,7 +39,8 @@ class LoadConfig:
     `prefix_cache` is a size ("64MiB") for KV snapshots of earlier prompts; 0 keeps none.
     `repack` runs matmuls with lowtide's kernels, from a repacked copy of the weights in the cache folder,
     which is made on first use; an ONNX graph then runs with "dense" attention instead of its own.
-    `speculate` is "off", "ngram", "trigram", "auto" or a draft model. `provider` is the short name of an
+    `speculate` is "off", "ngram", "trigram", "auto" or a draft model, each with ":draft=N" for the most draft
+    tokens of a pass. `provider` is the short name of an
     execution provider for ONNX models.
 
     `compared_tokens` is how many distributions over the vocabulary a measurement keeps, `attention_memory`
@@ -78,6 +80,15 @@ class LoadConfig:
             raise BadOption(
                 "repack is for matmuls on the CPU, but gpu_layers or gpu_memory is set: leave one of them out"
             )
+
+    @classmethod
+    def of(cls, **options: Any) -> LoadConfig:
+        """Return the config with these fields; raise `BadOption` for a name that is not one of them."""
+        names = [field.name for field in fields(cls)]
+        unknown = sorted(set(options) - set(names))
+        if unknown:
+            raise BadOption(f"unknown option {unknown[0]!r}; the options are {', '.join(names)}")
+        return cls(**options)
 
     def policy(self, spec: ModelSpec) -> AttentionPolicy:
         """Return the attention policy, resolved for the model; raise `BadOption` where it does not fit."""

@@ -1,8 +1,4 @@
-"""Makes room for several sequences inside the budget, and the sequences in it; gives both back.
-
-Knows how a batch is planned, and nothing of its answers.
-
-Plans a batch: first with as many drafts as may be of use, then with fewer, at last with none."""
+"""BatchMemory: plans the memory of a batch, reserves it inside the budget, and opens the sequences in it."""
 
 from __future__ import annotations
 
@@ -15,40 +11,49 @@ from lowtide.memory.plan.estimates import KV_PADDING, kv_bytes
 from lowtide.memory.plan.line import BATCH, CACHE
 from lowtide.memory.units import OverBudget, format_bytes, format_bytes_up
 from lowtide.models.model import Model, SequenceBatch
-from lowtide.runtime.batch.batch import BatchPrompt, num_shared
+from lowtide.models.tokenizer import common_prefix
+from lowtide.runtime.generation.state import GenerationRequest
 from lowtide.runtime.kv.session import KVSession
 from lowtide.runtime.loading.load import Engine
 from lowtide.runtime.planning.plan import ResolvedModel
 
+MAX_DRAFTED = 32
+"""Drafts of a pass beyond which more do not pay: a token costs more the more there are."""
+
 
 class BatchMemory:
-    """Room beside what a loaded model holds, or, where the budget has none, where its own cache would lie.
+    """Memory beside the loaded model; where the budget has none, that of the model's own KV cache.
 
-    `session` is the one of that cache: it gives up what it holds then.
+    `session` holds that cache, and evicts it then.
     """
 
-    def __init__(self, loaded: Engine, session: KVSession) -> None:
-        self._loaded = loaded
+    def __init__(self, engine: Engine, session: KVSession) -> None:
+        self._engine = engine
         self._session = session
-        self._agree: dict[int, bool] = {}
-        self._open: SequenceBatch | None = None
+        self._rows_agree: dict[int, bool] = {}
+        self._sequences: SequenceBatch | None = None
         self._refused_before = 0
 
-    def largest(self, plans: Sequence[BatchPlan]) -> BatchPlan:
-        """Return the first that there is room for, the last in any case.
+    @property
+    def is_open(self) -> bool:
+        """Whether sequences are open."""
+        return self._sequences is not None
 
-        The session's cache is given up only where the last one cannot do without.
+    def choose(self, plans: Sequence[BatchPlan]) -> BatchPlan:
+        """Return the first plan that there is room for; the last one in any case.
+
+        Memory of the model's own cache counts only where the last plan does not fit without it.
         """
-        ledger = self._loaded.ledger
+        ledger = self._engine.ledger
         free_bytes = ledger.budget_bytes - ledger.reserved_bytes
         *larger, last = plans
         if last.num_bytes > free_bytes:
-            free_bytes += self._grown_bytes() + self._lent_bytes()
+            free_bytes += self._grown_bytes() + self._lendable_bytes()
         return next((plan for plan in larger if plan.num_bytes <= free_bytes), last)
 
     @contextlib.contextmanager
-    def opened(self, plan: BatchPlan) -> Iterator[SequenceBatch]:
-        """Yield the sequences, which are closed behind the block.
+    def open(self, plan: BatchPlan) -> Iterator[SequenceBatch]:
+        """Yield the sequences, which are closed after the block.
 
         Raises `OverBudget`, before anything is allocated, where there is no room for them.
         """
@@ -56,138 +61,147 @@ class BatchMemory:
         self._reserve(plan)
         try:
             with guarded_aborts():
-                model = self._loaded.model
-                self._open = opened = model.open_sequences(
-                    plan.num_sequences, plan.num_cells, plan.num_logits
+                model = self._engine.model
+                self._sequences = opened = model.open_sequences(
+                    plan.num_sequences, plan.num_kv_tokens, plan.num_logits
                 )
             self._refused_before = self._num_refused()
-            if plan.num_sequences not in self._agree:
-                self._loaded.controller.begin_prefill()
-                self._agree[plan.num_sequences] = opened.rows_agree()
+            if plan.num_sequences not in self._rows_agree:
+                self._engine.controller.begin_prefill()
+                self._rows_agree[plan.num_sequences] = opened.rows_agree()
         except BaseException:
             self.close()
-            self._loaded.ledger.release(BATCH)
+            self._engine.ledger.release(BATCH)
             raise
         try:
             yield opened
         finally:
-            if self._open is opened:
+            if self._sequences is opened:
                 self.close()
 
     def close(self) -> None:
-        """Close the sequences that are open, also those of an answer that nobody reads on."""
-        if self._open is None:
+        """Close the sequences, also those of a batch that is not read to its end, and release their memory."""
+        if self._sequences is None:
             return
-        self._open.close()
-        self._open = None
-        self._loaded.ledger.release(BATCH)
-        self._loaded.trim("background")
+        self._sequences.close()
+        self._sequences = None
+        self._engine.ledger.release(BATCH)
+        self._engine.trim("background")
 
     def rows_agree(self, num_sequences: int) -> bool:
-        """Whether rows of so many sequences were found to be what each is alone, when they were opened."""
-        return self._agree[num_sequences]
+        """Return whether a token among `num_sequences` sequences has the logits that it has alone."""
+        return self._rows_agree[num_sequences]
 
     @property
-    def cells_differ(self) -> bool:
-        """Whether keys of the open sequences were found to lie elsewhere than they were taken to lie."""
+    def slots_differ(self) -> bool:
+        """Whether llama.cpp stored keys of the open sequences in other slots than expected."""
         return self._num_refused() > self._refused_before
 
     def _num_refused(self) -> int:
-        hook = self._loaded.hook
+        hook = self._engine.hook
         return hook.layouts_refused if hook is not None else 0
 
     def _reserve(self, plan: BatchPlan) -> None:
-        ledger = self._loaded.ledger
+        ledger = self._engine.ledger
         try:
             ledger.reserve(BATCH, plan.num_bytes)
         except OverBudget:
-            lent_bytes = self._lent_bytes()
+            lendable_bytes = self._lendable_bytes()
             free_bytes = ledger.budget_bytes - ledger.reserved_bytes + self._grown_bytes()
-            if plan.num_bytes > free_bytes + lent_bytes:
-                raise self._no_room(plan, free_bytes + lent_bytes) from None
+            if plan.num_bytes > free_bytes + lendable_bytes:
+                raise self._no_room(plan, free_bytes + lendable_bytes) from None
             self._session.evict()
-            self._loaded.trim("background")
-            # The rest lies where the cache is empty meanwhile.
-            ledger.reserve(BATCH, max(plan.num_bytes - lent_bytes, 0))
+            self._engine.trim("background")
+            # The rest of the batch lies in memory that the model's own cache does not use meanwhile.
+            ledger.reserve(BATCH, max(plan.num_bytes - lendable_bytes, 0))
 
-    def _lent_bytes(self) -> int:
-        """What the session's cache leaves free once it is empty: all but what is kept of it in any case."""
-        planned = self._loaded.planned
+    def _lendable_bytes(self) -> int:
+        """Return what the model's own cache leaves free once it is empty: all but its first tokens."""
+        planned = self._engine.planned
         if not planned.baseline.kv_on_demand or planned.plan.gpus:
             return 0
-        least_bytes = kv_bytes(planned.spec, KV_PADDING, planned.plan.kv_type)
-        return max(self._planned_cache_bytes() - least_bytes, 0)
+        min_bytes = kv_bytes(planned.spec, KV_PADDING, planned.plan.kv_type)
+        return max(self._planned_cache_bytes() - min_bytes, 0)
 
     def _planned_cache_bytes(self) -> int:
-        rows = self._loaded.planned.plan.rows
-        return next(row.num_bytes for row in rows if row.component == CACHE)
+        lines = self._engine.planned.plan.rows
+        return next(line.num_bytes for line in lines if line.component == CACHE)
 
     def _grown_bytes(self) -> int:
-        """What the cache has beyond its row, and gives back with its tokens."""
-        return self._loaded.ledger.components[CACHE] - self._planned_cache_bytes()
+        """Return what the model's own cache has beyond its plan, and releases with its tokens."""
+        return self._engine.ledger.components[CACHE] - self._planned_cache_bytes()
 
     def _no_room(self, plan: BatchPlan, free_bytes: int) -> OverBudget:
-        budget_bytes = self._loaded.ledger.budget_bytes
+        budget_bytes = self._engine.ledger.budget_bytes
         return OverBudget(
-            f"a batch of {plan.num_sequences} sequences, {plan.num_cells:,} tokens of KV cache in all, "
+            f"a batch of {plan.num_sequences} sequences with {plan.num_kv_tokens:,} tokens of KV cache in all "
             f"takes {format_bytes_up(plan.num_bytes)} where {format_bytes(max(free_bytes, 0))} are free, "
             "and with what is loaded",
             budget_bytes + plan.num_bytes - free_bytes,
             budget_bytes,
-            "lower max_tokens, ask fewer prompts at once, or raise --memory",
+            "lower max_tokens, pass fewer prompts at once, or raise --memory",
         )
 
 
-MOST_DRAFTED = 32
-"""Drafts of a pass beyond which more do not pay: rows cost more the more there are."""
-
-
 def batch_plans(
-    planned: ResolvedModel, model: Model, asked: Sequence[BatchPrompt]
+    planned: ResolvedModel, model: Model, requests: Sequence[GenerationRequest]
 ) -> tuple[BatchPlan, ...]:
-    """Return the plans for these prompts from the largest to the smallest, which drafts nothing."""
-    shared = num_shared(asked)
+    """Return plans for a batch from the most drafts that may be of use, by halves, to none."""
+    shared = num_shared(requests)
     threads = planned.options.num_threads if planned.policy.uses_native_kernels else 0
-    most_drafted = _most_drafted(planned, model, asked)
-    choices = [most_drafted >> shift for shift in range(most_drafted.bit_length())]
+    max_drafted = _max_drafted(planned, model, requests)
+    choices = [max_drafted >> shift for shift in range(max_drafted.bit_length())]
     return tuple(
         plan_batch(
             planned.spec,
             planned.sizes,
-            num_sequences=len(asked),
+            num_sequences=len(requests),
             shared_tokens=shared,
-            own_tokens=sum(one.most_cells(model.context) - shared for one in asked),
+            own_tokens=sum(one.max_kv_tokens(model.context) - shared for one in requests),
             batch_size=model.batch_size,
             kv_type=planned.plan.kv_type,
             context=planned.plan.context,
             attention_threads=threads,
-            most_drafted=number,
+            max_drafted=number,
             speculation=planned.speculation,
         )
         for number in (*choices, 0)
     )
 
 
-def why_not_drafted(planned: ResolvedModel, model: Model, asked: Sequence[BatchPrompt]) -> str:
-    """Say why no pass of this batch verifies drafts, although that was asked for."""
-    wish = planned.speculation
-    if wish is not None and wish.draft_model is not None:
-        return "a draft model follows one text: a batch drafts with ngram, trigram or auto"
+def num_shared(requests: Sequence[GenerationRequest]) -> int:
+    """Return how many tokens all prompts begin with; each has one more, whose logits are needed."""
+    first, *others = (request.token_ids for request in requests)
+    if not others:
+        return 0
+    shared = min(common_prefix(first, other) for other in others)
+    return max(min(shared, *(len(request.token_ids) - 1 for request in requests)), 0)
+
+
+def why_not_drafted(
+    planned: ResolvedModel, model: Model, requests: Sequence[GenerationRequest]
+) -> str:
+    """Return why a batch verifies no drafts although speculation is on."""
+    config = planned.speculation
+    if config is not None and config.draft_model is not None:
+        return "a draft model follows one sequence; a batch drafts with ngram, trigram or auto"
     if planned.plan.verify_batch < 2:
         return "the plan has no room for it"
-    if not _most_drafted(planned, model, asked):
+    if not _max_drafted(planned, model, requests):
         return "neither the passes nor the answers have room for drafts"
     return "the budget has no room for it beside the batch"
 
 
-def _most_drafted(planned: ResolvedModel, model: Model, asked: Sequence[BatchPrompt]) -> int:
-    """How many drafts a pass may verify: each answer's first token and its last are none."""
-    wish = planned.speculation
-    if wish is None or wish.draft_model is not None:
+def _max_drafted(
+    planned: ResolvedModel, model: Model, requests: Sequence[GenerationRequest]
+) -> int:
+    """Return how many drafts a pass may verify: the first and the last token of an answer are none."""
+    config = planned.speculation
+    if config is None or config.draft_model is not None:
         return 0
-    most_each = max(planned.plan.verify_batch - 1, 0)
-    wanted = sum(
-        min(max(one.most_cells(model.context) - len(one.prompt.token_ids) - 1, 0), most_each)
-        for one in asked
+    max_each = max(planned.plan.verify_batch - 1, 0)
+    useful = sum(
+        min(max(one.max_kv_tokens(model.context) - len(one.token_ids) - 1, 0), max_each)
+        for one in requests
     )
-    return max(min(wanted, MOST_DRAFTED, model.batch_size - len(asked)), 0)
+    return max(min(useful, MAX_DRAFTED, model.batch_size - len(requests)), 0)

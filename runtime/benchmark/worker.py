@@ -18,14 +18,14 @@ from typing import Any
 
 from lowtide.attention.evaluation.divergence import extend
 from lowtide.memory.process import read_process_memory
-from lowtide.models.chat_template import ChatTemplate
 from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.read_spec import read_spec
 from lowtide.runtime.errors import CannotRepack
-from lowtide.runtime.generation.chat import ChatEncoder, LastTurn
-from lowtide.runtime.generation.generate import Prompt, generate
+from lowtide.runtime.generation.chat import LastTurn, PromptEncoder
+from lowtide.runtime.generation.generate import generate
+from lowtide.runtime.generation.state import GenerationRequest, GenerationState
 from lowtide.runtime.loading.load import Engine
-from lowtide.runtime.loading.speculation import load_speculator
+from lowtide.runtime.loading.speculation import load_speculation
 from lowtide.runtime.options import SamplingParams
 from lowtide.runtime.planning.plan import LoadConfig, plan_spec
 
@@ -42,6 +42,9 @@ class Worker:
         if self._engine.not_repacked_reason is not None:
             raise CannotRepack(self._engine.not_repacked_reason)
         self._session = self._engine.new_session()
+        self._encoder = PromptEncoder(
+            self._engine.model.tokenizer, self._planned.spec.chat_template, LastTurn()
+        )
         numbers = random.Random(0)  # time does not depend on which tokens a prompt has
         num_tokens = self._planned.spec.vocabulary.num_tokens
         self._token_ids = [numbers.randrange(num_tokens) for _ in range(self._engine.model.context)]
@@ -71,23 +74,18 @@ class Worker:
 
         `seconds` and `tokens` are those of decoding: they start with the second token.
         """
-        engine, token_ids = self._engine, self._prompt_ids(prompt)
-        if len(token_ids) + tokens > engine.most_tokens():
+        engine, request = self._engine, self._request(prompt, tokens)
+        num_tokens = len(request.token_ids)
+        if num_tokens + tokens > engine.most_tokens():
             raise BadOption(
-                f"a prompt has {len(token_ids)} tokens, and {tokens} more do not fit into the context of "
+                f"a prompt has {num_tokens} tokens, and {tokens} more do not fit into the context of "
                 f"{engine.most_tokens()}: raise --context"
             )
-        self._session.forget()
+        self._session.clear()
         self._reset_drafts()
-        chunks = list(
-            generate(
-                engine.model,
-                self._session,
-                Prompt(token_ids=token_ids, asked_at=time.perf_counter()),
-                SamplingParams(max_tokens=tokens, temperature=0),
-                engine.generation_context(),
-            )
-        )
+        context = engine.generation_context()
+        state = GenerationState(0, request, engine.model, context)
+        chunks = [chunk for _, chunk in generate(self._session, [state], context)]
         stats = chunks[-1].stats
         return {
             "seconds": stats.decode_s,
@@ -96,21 +94,20 @@ class Worker:
             "speculation": stats.speculation,
         }
 
-    def _prompt_ids(self, prompt: str) -> list[int]:
-        spec, tokenizer = self._planned.spec, self._engine.model.tokenizer
-        if spec.chat_template is None:
-            return tokenizer.encode(prompt, add_special=True, parse_special=False)
-        template = ChatTemplate(spec.chat_template, tokenizer.special_texts)
-        encoder = ChatEncoder(template, tokenizer, LastTurn())
+    def _request(self, prompt: str, max_tokens: int) -> GenerationRequest:
+        params = SamplingParams(max_tokens=max_tokens, temperature=0)
+        most, asked_at = self._engine.most_tokens(), time.perf_counter()
+        if self._planned.spec.chat_template is None:
+            return self._encoder.encode_text(prompt, most, params, asked_at)
         messages = [{"role": "user", "content": prompt}]
-        return encoder.prompt_ids(encoder.render(messages), messages)
+        return self._encoder.encode_chat(messages, most, params, asked_at)[0]
 
     def _reset_drafts(self) -> None:
-        """Make drafts that learn from text anew; a draft model follows the cache by itself."""
+        """Replace drafts that learn by new ones; a draft model follows the new prompt by itself."""
         config = self._planned.speculation
         if config is not None and config.draft_model is None:
             engine = self._engine
-            engine.speculator = load_speculator(self._planned, engine.model, engine.controller)
+            engine.speculation = load_speculation(self._planned, engine.model, engine.controller)
 
     def facts(self) -> dict[str, Any]:
         """Return the peak memory of the process, and which kernels run."""

@@ -1,11 +1,8 @@
-"""Conversation: messages to prompt tokens, so that a new turn costs only its new tokens.
+"""From a text or chat messages to a request: render, check the size, tokenise, fit into the context.
 
-Knows no model but its tokenizer and template. An answer that was generated goes back into the next
-prompt as the very tokens that were sampled: written out and tokenised again they could be others.
-
-What to do with a prompt beyond the context: refuse it, or drop the oldest of it and say so.
-
-Pure but for the function that turns messages into tokens."""
+A new turn of a chat costs only its new tokens: an answer that was generated goes into the next prompt as the very
+tokens that were sampled, because its text might be tokenised otherwise.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +11,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lowtide.models.chat_template import ChatTemplate, Message
-from lowtide.models.errors import TemplateError
+from lowtide.models.errors import BadOption, TemplateError
 from lowtide.models.tokenizer import Tokenizer
 from lowtide.runtime.errors import PromptTooLong
+from lowtide.runtime.generation.state import GenerationRequest
 from lowtide.runtime.options import SamplingParams
+from lowtide.runtime.profiling.profiler import SILENT, Profiler
+
+MAX_ANSWER_ROOM = 256
+"""Most tokens that are left free for the answer when something is dropped; never more than a quarter of the
+context."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatPrompt:
-    """A prompt as text and as tokens, and how many messages are in it."""
+    """A rendered chat as text and as tokens, and the number of its messages."""
 
     text: str
     token_ids: Sequence[int]
@@ -31,35 +34,96 @@ class ChatPrompt:
 
 @dataclass(slots=True)
 class LastTurn:
-    """The last prompt of a chat with its answer, as text and as the tokens that it was read as."""
+    """The last prompt of a chat with its answer, as text and as the tokens that the model read."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     num_messages: int = 0
 
     def set(self, text: str, token_ids: list[int], num_messages: int) -> None:
-        """Be another one; with an empty text the next prompt is tokenised whole."""
+        """Replace the turn; with an empty text the next prompt is tokenised as a whole."""
         self.text, self.token_ids, self.num_messages = text, token_ids, num_messages
 
 
-class ChatEncoder:
-    """Writes prompts and keeps `last` up to date."""
+class PromptEncoder:
+    """Encodes prompts, and remembers the last chat turn in `last`.
 
-    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, last: LastTurn) -> None:
-        self._template = template
+    `template` is the model's chat template, None for a model without one. `check_text` may raise
+    `PromptTooLong` for a text that is too large to be tokenised.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str | None,
+        last: LastTurn,
+        check_text: Callable[[str], None] = lambda _text: None,
+        profiler: Profiler = SILENT,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._template_text = template
         self._last = last
+        self._check_text = check_text
+        self._profiler = profiler
+        self._template: ChatTemplate | None = None
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """Return the prompt as text."""
-        return self._template.render(messages)
+    def encode_text(
+        self, text: str, context: int, params: SamplingParams, asked_at: float
+    ) -> GenerationRequest:
+        """Return the request to continue `text` as it stands, in a context of `context` tokens.
 
-    def prompt_ids(self, text: str, messages: Sequence[Message]) -> list[int]:
-        """Return the tokens of the rendered prompt `text`.
-
-        Only the template may write control tokens: where a message spells one out, it is read as
-        plain text.
+        Raises `PromptTooLong` where it does not fit, and `BadOption` where it has no token.
         """
+        self._check_text(text)
+        with self._profiler.span("tokenise"):
+            token_ids = self._tokenizer.encode(text, add_special=True, parse_special=False)
+        if not token_ids:
+            raise BadOption(
+                "the prompt is empty and this model adds no token of its own; pass a text"
+            )
+        fitted, num_dropped = fit_tokens(token_ids, context, params)
+        return GenerationRequest(
+            token_ids=fitted, params=params, asked_at=asked_at, dropped_tokens=num_dropped
+        )
+
+    def encode_chat(
+        self, messages: Sequence[Message], context: int, params: SamplingParams, asked_at: float
+    ) -> tuple[GenerationRequest, ChatPrompt]:
+        """Return the request to answer `messages`, and the prompt to `remember` with its answer.
+
+        Raises `PromptTooLong` where they do not fit, and `TemplateError` where they cannot be rendered.
+        """
+        prompt, dropped = fit_messages(messages, self._render, context, params)
+        request = GenerationRequest(
+            token_ids=prompt.token_ids,
+            params=params,
+            asked_at=asked_at,
+            dropped_tokens=dropped.num_tokens,
+            dropped_messages=dropped.num_messages,
+        )
+        return request, prompt
+
+    def remember(self, prompt: ChatPrompt, answer_ids: Sequence[int]) -> None:
+        """Remember the answer of a chat prompt, also where it was cut short."""
+        answer = self._tokenizer.decode(answer_ids)
+        if "\ufffd" in answer:  # half a character: the tokens do not spell the text that was shown
+            self._last.set("", [], 0)
+            return
+        token_ids = [*prompt.token_ids, *answer_ids]
+        self._last.set(prompt.text + answer, token_ids, prompt.num_messages + 1)
+
+    def _render(self, messages: Sequence[Message]) -> ChatPrompt:
+        with self._profiler.span("template"):
+            if self._template is None:
+                self._template = ChatTemplate(self._template_text, self._tokenizer.special_texts)
+            text = self._template.render(messages)
+        self._check_text(text)
+        with self._profiler.span("tokenise"):
+            token_ids = self._chat_ids(text, messages)
+        return ChatPrompt(text=text, token_ids=token_ids, num_messages=len(messages))
+
+    def _chat_ids(self, text: str, messages: Sequence[Message]) -> list[int]:
+        """Return the tokens of a rendered chat, the last turn's as they were."""
         last = self._last
         if last.text and text.startswith(last.text):
             rest = text[len(last.text) :]
@@ -69,16 +133,11 @@ class ChatEncoder:
         add_special = begins_text is None or not text.startswith(begins_text)
         return self._encode(text, messages, add_special=add_special)
 
-    def answered(self, prompt: ChatPrompt, answer_ids: Sequence[int]) -> None:
-        """Remember what followed the prompt, also where the answer was cut short."""
-        answer = self._tokenizer.decode(answer_ids)
-        if "\ufffd" in answer:  # half a character: its tokens do not spell the text that was shown
-            self._last.set("", [], 0)
-            return
-        token_ids = [*prompt.token_ids, *answer_ids]
-        self._last.set(prompt.text + answer, token_ids, prompt.num_messages + 1)
-
     def _encode(self, text: str, messages: Sequence[Message], *, add_special: bool) -> list[int]:
+        """Tokenise a rendered chat in which only the template may write control tokens.
+
+        Where a message spells one out, it is read as plain text.
+        """
         forged = [m["content"] for m in messages if self._spells_control_tokens(m["content"])]
         token_ids: list[int] = []
         position = 0
@@ -100,24 +159,20 @@ class ChatEncoder:
 
 
 def _find(text: str, content: str, position: int) -> tuple[int, str]:
-    """Return where `content` stands in the rendered text, as written or without its outer blanks."""
+    """Return where `content` is in the rendered text, as it is or stripped of outer white space."""
     for written in (content, content.strip()):
         start = text.find(written, position)
         if start >= 0:
             return start, written
     raise TemplateError(
-        "a message spells out one of the model's control tokens and the chat template rewrites it: "
-        "take the token out of the message"
+        "a message spells out one of the model's control tokens and the chat template rewrites it; "
+        "remove the token from the message"
     )
-
-
-MAX_ANSWER_ROOM = 256
-"""Tokens kept free for the answer when something is dropped anyway; at most a quarter of the context."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """What did not fit."""
+    """What of a prompt was left out."""
 
     num_tokens: int = 0
     num_messages: int = 0
@@ -125,18 +180,18 @@ class Dropped:
 
 def fit_messages(
     messages: Sequence[Message],
-    prepare: Callable[[Sequence[Message]], ChatPrompt],
+    render: Callable[[Sequence[Message]], ChatPrompt],
     context: int,
-    options: SamplingParams,
+    params: SamplingParams,
 ) -> tuple[ChatPrompt, Dropped]:
-    """Return the prompt of `messages`, without the oldest turns where the options allow that.
+    """Return the prompt of `messages`, without the oldest turns where `overflow` allows that.
 
-    Dropping leaves room for an answer. A system message and the last message always stay, and the rest
-    begins with a user's turn. `prepare` may raise `PromptTooLong` with an estimate, for a text too long to
-    tokenise: what was dropped is then an estimate too. Raises `PromptTooLong` where nothing fits.
+    Dropping leaves room for an answer. A system message and the last message always stay, and the rest begins with
+    a user's turn. `render` may raise `PromptTooLong` with an estimate, for a text that is too long to tokenise:
+    the dropped tokens are then an estimate, too. Raises `PromptTooLong` where nothing fits.
     """
-    if options.overflow != "drop-oldest":
-        prompt = prepare(messages)
+    if params.overflow != "drop-oldest":
+        prompt = render(messages)
         if len(prompt.token_ids) > context:
             raise PromptTooLong(len(prompt.token_ids), context)
         return prompt, Dropped()
@@ -147,19 +202,19 @@ def fit_messages(
 
     def prompt_from(start: int) -> ChatPrompt | None:
         try:
-            prompt = prepare([*system, *turns[start:]])
+            prompt = render([*system, *turns[start:]])
         except PromptTooLong as error:
             sizes[start] = error.num_tokens
             return None
         sizes[start] = len(prompt.token_ids)
         return prompt
 
-    def is_roomy(start: int) -> bool:
+    def leaves_room(start: int) -> bool:
         return prompt_from(start) is not None and sizes[start] <= room
 
-    room = context - answer_room(context, options)
-    # The later it starts, the shorter the prompt: the earliest start that leaves room is found by halves.
-    first = 0 if is_roomy(0) else bisect_left(starts, True, lo=1, key=is_roomy)
+    room = context - answer_room(context, params)
+    # The later the start, the shorter the prompt: bisect for the earliest start that leaves room.
+    first = 0 if leaves_room(0) else bisect_left(starts, True, lo=1, key=leaves_room)
     start = starts[min(first, len(starts) - 1)]
     chosen = prompt_from(start)
     if chosen is None or sizes[start] > context:
@@ -168,18 +223,18 @@ def fit_messages(
 
 
 def fit_tokens(
-    token_ids: Sequence[int], context: int, options: SamplingParams
+    token_ids: Sequence[int], context: int, params: SamplingParams
 ) -> tuple[list[int], int]:
-    """Return the tokens, or the last of them that leave room for an answer, and how many were dropped."""
+    """Return the tokens, or the last ones that leave room for an answer, and how many were dropped."""
     room = context
-    if options.overflow == "drop-oldest":
-        room -= answer_room(context, options)
+    if params.overflow == "drop-oldest":
+        room -= answer_room(context, params)
     elif len(token_ids) > context:
         raise PromptTooLong(len(token_ids), context)
-    kept = list(token_ids[-room:])
-    return kept, len(token_ids) - len(kept)
+    fitted = list(token_ids[-room:])
+    return fitted, len(token_ids) - len(fitted)
 
 
-def answer_room(context: int, options: SamplingParams) -> int:
+def answer_room(context: int, params: SamplingParams) -> int:
     """Return how many tokens to leave free for the answer."""
-    return min(options.max_tokens or MAX_ANSWER_ROOM, MAX_ANSWER_ROOM, context // 4)
+    return min(params.max_tokens or MAX_ANSWER_ROOM, MAX_ANSWER_ROOM, context // 4)

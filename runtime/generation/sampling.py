@@ -1,6 +1,6 @@
-"""Sampler: from logits to one token. Pure but for its own random generator; knows no model.
+"""Sampler: chooses one token from logits. Its only state is its random generator.
 
-The order of the steps is llama.cpp's default: penalty, top-k, top-p, min-p, temperature, draw.
+The steps are in llama.cpp's default order: penalty, top-k, top-p, min-p, temperature, draw.
 """
 
 from __future__ import annotations
@@ -23,49 +23,48 @@ if TYPE_CHECKING:
     Indices = NDArray[np.int32]
 
 WIDE_MARGIN = 12.0
-"""Logits this far below the largest are rarely among the first k: they are looked at only if need be."""
+"""Logits further than this below the largest are rarely among the top k; they are sorted only if needed."""
 FEW_SHARE = 8
-"""Up to this part of the vocabulary is sorted by itself; for more, everything is."""
+"""Partial sorting is used for up to 1/8 of the vocabulary; for more, everything is sorted."""
 
 
 class Sampler:
-    """Chooses tokens under `options`; `seed` is the one in use, drawn where none was given."""
+    """Chooses tokens under `params`; `seed` is the seed in use, drawn at random where `params` has none."""
 
-    def __init__(self, options: SamplingParams) -> None:
-        self._options = options
-        self.seed = (
-            int.from_bytes(os.urandom(6), "little") if options.seed is None else options.seed
-        )
+    def __init__(self, params: SamplingParams) -> None:
+        self._params = params
+        self.seed = int.from_bytes(os.urandom(6), "little") if params.seed is None else params.seed
         self._random = random.Random(self.seed)
 
     def choose(self, logits: Logits, history: Sequence[int]) -> int:
         """Return the next token after `history`, given its `logits` of shape (vocabulary,)."""
         logits = self._penalised(logits, history)
-        if self._options.temperature == 0:
+        if self._params.temperature == 0:
             return int(logits.argmax())
         candidates, probabilities = self.distribution(logits)
         np.cumsum(probabilities, out=probabilities)
         return int(candidates[np.searchsorted(probabilities, self._random.random())])
 
     def distribution(self, logits: Logits) -> tuple[Indices, NDArray[np.float64]]:
-        """Return the tokens that can be drawn, most likely first, and their probabilities (sum 1).
+        """Return the tokens that may be drawn, most probable first, and their probabilities (sum 1).
 
-        Holds no more than four arrays of the vocabulary's size, in floats, at once.
+        Holds at most four fp32 arrays of the vocabulary's size at once, as the memory plan has it.
         """
-        options = self._options
-        candidates = _largest(logits, options.top_k)
-        kept = logits[candidates]
-        count = len(kept)
-        if options.top_p < 1:
-            count = _num_until(kept, options.top_p)
-        if options.min_p > 0:
-            count = min(count, int(np.count_nonzero(kept >= kept[0] + math.log(options.min_p))))
-        tempered = _softmax(kept[:count], options.temperature)
+        params = self._params
+        candidates = _largest(logits, params.top_k)
+        largest = logits[candidates]
+        count = len(largest)
+        if params.top_p < 1:
+            count = _num_until(largest, params.top_p)
+        if params.min_p > 0:
+            min_logit = largest[0] + math.log(params.min_p)
+            count = min(count, int(np.count_nonzero(largest >= min_logit)))
+        tempered = _softmax(largest[:count], params.temperature)
         tempered[-1] += 1.0 - tempered.sum()  # the cumulative sum must reach 1
         return candidates[:count], tempered
 
     def _penalised(self, logits: Logits, history: Sequence[int]) -> Logits:
-        penalty, last_n = self._options.repeat_penalty, self._options.repeat_last_n
+        penalty, last_n = self._params.repeat_penalty, self._params.repeat_last_n
         if penalty == 1 or last_n == 0 or not history:
             return logits
         recent = np.unique(np.asarray(history[-last_n:]))
@@ -76,7 +75,7 @@ class Sampler:
 
 
 def _largest(logits: Logits, count: int) -> Indices:
-    """Return the indices of the `count` largest logits (0: all), largest first."""
+    """Return the indices of the `count` largest logits (0: of all), largest first."""
     if not 0 < count <= len(logits) // FEW_SHARE:
         order = np.argsort(-logits, kind="stable").astype(np.int32)
         return order[: count or None]
@@ -89,14 +88,14 @@ def _largest(logits: Logits, count: int) -> Indices:
 
 
 def _num_until(logits: Logits, share: float) -> int:
-    """Return how many of the sorted logits it takes until their probabilities reach `share`."""
+    """Return how many of the sorted logits reach a probability of `share` together."""
     reached = _softmax(logits)
     np.cumsum(reached, out=reached)
     return min(int(np.searchsorted(reached, share)) + 1, len(reached))
 
 
 def _softmax(logits: Logits, temperature: float = 1.0) -> NDArray[np.float64]:
-    """Return the probabilities of the logits under a temperature; their order is kept."""
+    """Return the probabilities of the logits at a temperature, in the same order, in fp64."""
     values = logits.astype(np.float64)
     values -= values.max()
     values /= temperature

@@ -1,4 +1,4 @@
-"""Statistics: what one answer cost. Travels with every piece of the answer."""
+"""What one answer cost. Every chunk of the answer carries these values."""
 
 from __future__ import annotations
 
@@ -10,56 +10,70 @@ from lowtide.memory.reclaim import Reclaimed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """Counts in tokens, times in seconds, sizes in bytes; None is "not known (yet)".
-
-    `reused_tokens` of the prompt were in the KV cache already, `restored_tokens` of these because the
-    prefix cache put them back; `retained_tokens` of it are seen by all of the model (a policy may filter it),
-    `dropped_tokens` and `dropped_messages` went to `--overflow drop-oldest`. `layers_native` of `layers`
-    ran our attention kernels under the policy `attention`; `attended_share` of the cached keys were
-    attended to while decoding. `scores` is what those of decoding cost and saved where keys are states
-    (`ScoreCost`). `repacked_tensors` matrices were multiplied by our kernels; `not_repacked_reason`
-    says why none was, where that was wanted. `peak_rss_bytes` is the process's peak so far. It, the share
-    and `speculation` (None where nothing is drafted) are read at the end of an answer. `trims` are what was
-    given back because the process came near its budget, `batch` tells of answers generated together.
-    """
+    """Counts in tokens, times in seconds, sizes in bytes. None means unknown, or not known yet."""
 
     prompt_tokens: int
+    """Tokens of the prompt, dropped ones included."""
     reused_tokens: int
+    """Prompt tokens that were in the KV cache before, and were not computed again."""
     retained_tokens: int
+    """Prompt tokens that every layer reads (GemFilter may retain fewer than the prompt has)."""
     dropped_tokens: int
+    """Prompt tokens left out by `overflow="drop-oldest"`."""
     dropped_messages: int
+    """Chat messages left out by `overflow="drop-oldest"`."""
     generated_tokens: int
+    """Sampled tokens, without the end-of-text token."""
     prefill_s: float
+    """Seconds from the start of the generation to the end of the prompt's last pass."""
     decode_s: float
+    """Seconds from the first sampled token to the last one."""
     time_to_first_token_s: float | None
+    """Seconds from the request to the first sampled token (TTFT)."""
     layers_native: int
+    """Layers whose attention ran on lowtide's kernels."""
     layers: int
+    """Layers of the model."""
     seed: int
+    """Seed of the sampler, also where the caller gave none."""
     budget_bytes: int
+    """The memory budget in bytes."""
     planned_bytes: int
+    """Bytes of the memory plan, with the batch's where there is one."""
     restored_tokens: int = 0
+    """Of `reused_tokens`, those that the prefix cache restored."""
     attention: str = "llama"
+    """The attention policy and its settings."""
     attended_share: float | None = None
+    """Share (0 to 1) of the cached keys that decoding attended to; on the last chunk."""
     scores: dict[str, Any] | None = None
+    """With `delta` on channel blocks: cost and savings of the attention scores (`ScoreCost`)."""
     repacked_tensors: int = 0
+    """Matrices that lowtide's matmul kernels multiplied."""
     not_repacked_reason: str | None = None
+    """Why no matrix was repacked although `repack` was set."""
     peak_rss_bytes: int | None = None
+    """Peak resident set of the process so far, in bytes; on the last chunk."""
     speculation: dict[str, Any] | None = None
+    """What speculative decoding did (`SpeculationController.statistics`); on the last chunk."""
     batch: dict[str, Any] | None = None
+    """The batch of this answer: sequences, shared tokens, KV tokens, bytes, and whether a greedy answer is
+    identical to that of its prompt alone."""
     trims: tuple[Reclaimed, ...] = ()
+    """What the watchdog released because the process came near its budget, by level."""
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
-        """Prompt tokens computed (not reused) for each second."""
+        """Computed (not reused) prompt tokens per second."""
         return _rate(self.retained_tokens - self.reused_tokens, self.prefill_s)
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        """Tokens after the first for each second: the first one belongs to the prompt's pass."""
+        """Generated tokens per second, without the first one, which the prefill computes."""
         return _rate(self.generated_tokens - 1, self.decode_s)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every field and rate for JSON."""
+        """Return every field and both rates for JSON."""
         return {
             **asdict(self),
             "prefill_tokens_per_s": self.prefill_tokens_per_s,

@@ -1,6 +1,6 @@
-"""PrefixCache: the KV states of prompts that others replaced, found again by their beginnings.
+"""PrefixCache: KV snapshots of prompts that others replaced, found again by their common prefix.
 
-Holds no more bytes than it may: the state that was used least recently goes first. Knows no text.
+Its size is limited: the snapshot that was used least recently is dropped first.
 """
 
 from __future__ import annotations
@@ -16,55 +16,56 @@ from lowtide.models.page_buffer import PageBuffer
 from lowtide.models.tokenizer import common_prefix
 
 OBJECT_BYTES = 2 * KIB
-"""What Python's objects around a state take at most."""
-LEAST_SHARE = 1 / 8
-"""Of a state's tokens: where fewer would be lost it is not worth its bytes, which others may need more."""
+"""Most bytes of the Python objects around a snapshot."""
+MIN_NEW_SHARE = 1 / 8
+"""Least share of a snapshot's tokens that no other place holds: fewer are not worth the memory, which other
+snapshots may need more."""
 _ID_BYTES = array("i").itemsize
 
 
 class CachedPrefix:
-    """A copy of a model's KV cache and the tokens in it, in pages of its own.
+    """A copy of a model's KV cache with its tokens, in pages of its own.
 
-    Tokens from `exact_until` on have keys and values that an approximate pass computed.
+    Tokens from position `exact_until` on have keys and values that an approximate pass computed.
     """
 
-    def __init__(self, token_ids: Sequence[int], num_state_bytes: int, exact_until: int) -> None:
-        num_id_bytes = len(token_ids) * _ID_BYTES
-        self._pages = PageBuffer(num_id_bytes + num_state_bytes)
-        self.token_ids = self._pages.view[:num_id_bytes].cast("i")
+    def __init__(self, token_ids: Sequence[int], kv_bytes: int, exact_until: int) -> None:
+        id_bytes = len(token_ids) * _ID_BYTES
+        self._pages = PageBuffer(id_bytes + kv_bytes)
+        self.token_ids = self._pages.view[:id_bytes].cast("i")
         self.token_ids[:] = array("i", token_ids)
-        self.state = self._pages.view[num_id_bytes:]
+        self.snapshot = self._pages.view[id_bytes:]
         self.num_tokens = len(token_ids)
         self.exact_until = exact_until
-        self.num_bytes = kept_bytes(len(token_ids), num_state_bytes)
+        self.num_bytes = cached_bytes(len(token_ids), kv_bytes)
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self.token_ids.release()
-        self.state.release()
+        self.snapshot.release()
         self._pages.close()
 
 
 class PrefixCache:
-    """At most `limit_bytes` of states; with 0 nothing is kept and nothing is found."""
+    """Holds at most `limit_bytes` of snapshots; with 0 it stores nothing and finds nothing."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
-        self._states: list[CachedPrefix] = []  # the least recently used first
+        self._prefixes: list[CachedPrefix] = []  # the least recently used first
 
     @property
     def num_bytes(self) -> int:
-        """What is kept now."""
-        return sum(state.num_bytes for state in self._states)
+        """Bytes in use."""
+        return sum(prefix.num_bytes for prefix in self._prefixes)
 
     def find(self, token_ids: Sequence[int], longer_than: int) -> CachedPrefix | None:
-        """Return the state with the longest common beginning, beyond `longer_than` tokens; None for none.
+        """Return the snapshot with the longest common prefix, of equals the shortest snapshot.
 
-        Of several the shortest: the least is put back.
+        None where no common prefix has more than `longer_than` tokens.
         """
         ranked = [
-            (common_prefix(state.token_ids, token_ids), -state.num_tokens, state)
-            for state in self._states
+            (common_prefix(prefix.token_ids, token_ids), -prefix.num_tokens, prefix)
+            for prefix in self._prefixes
         ]
         common, _, found = max(ranked, key=lambda one: one[:2], default=(0, 0, None))
         if found is None or common <= longer_than:
@@ -72,76 +73,76 @@ class PrefixCache:
         self._use(found)
         return found
 
-    def keep(
+    def store(
         self,
         model: Model,
         token_ids: Sequence[int],
         exact_until: int,
         *,
         num_staying: int = 0,
-        besides: CachedPrefix | None = None,
+        keep: CachedPrefix | None = None,
     ) -> None:
-        """Copy the model's state, that of `token_ids`, where it fits and is worth it.
+        """Copy the model's KV cache, that of `token_ids`, if it fits and is worth it.
 
-        The first `num_staying` tokens stay in the model in any case. A state that these tokens continue is
-        replaced; `besides` is not given up for the new one.
+        The first `num_staying` tokens stay in the model in any case. A snapshot of which these tokens are a
+        continuation is replaced; `keep` is not dropped to make room.
         """
         num_tokens = len(token_ids)
         if not num_tokens or not self.limit_bytes:
             return
-        common = {state: common_prefix(state.token_ids, token_ids) for state in self._states}
-        covering = next((state for state in common if common[state] == num_tokens), None)
+        common = {prefix: common_prefix(prefix.token_ids, token_ids) for prefix in self._prefixes}
+        covering = next((prefix for prefix in common if common[prefix] == num_tokens), None)
         if covering is not None:
             self._use(covering)
             return
-        continued = [state for state in common if common[state] == state.num_tokens]
-        num_lost = num_tokens - max([num_staying, *common.values()])
-        if not continued and num_lost < LEAST_SHARE * num_tokens:
+        continued = [prefix for prefix in common if common[prefix] == prefix.num_tokens]
+        num_new = num_tokens - max([num_staying, *common.values()])
+        if not continued and num_new < MIN_NEW_SHARE * num_tokens:
             return
-        needed_bytes = kept_bytes(num_tokens, model.snapshot_bytes())
-        if needed_bytes + (besides.num_bytes if besides else 0) > self.limit_bytes:
+        needed_bytes = cached_bytes(num_tokens, model.snapshot_bytes())
+        if needed_bytes + (keep.num_bytes if keep else 0) > self.limit_bytes:
             return
-        for state in continued:
-            self.discard(state)
-        self._make_room(needed_bytes, besides)
+        for prefix in continued:
+            self.discard(prefix)
+        self._make_room(needed_bytes, keep)
         self._copy(model, token_ids, exact_until)
 
-    def _make_room(self, num_bytes: int, besides: CachedPrefix | None) -> None:
-        for state in [state for state in self._states if state is not besides]:
+    def _make_room(self, num_bytes: int, keep: CachedPrefix | None) -> None:
+        for prefix in [prefix for prefix in self._prefixes if prefix is not keep]:
             if self.num_bytes + num_bytes <= self.limit_bytes:
                 return
-            self.discard(state)
+            self.discard(prefix)
 
     def _copy(self, model: Model, token_ids: Sequence[int], exact_until: int) -> None:
-        """Without memory for it, or where native code fails, there is one state less and no harm done."""
+        """Store a snapshot; without memory for it, or where native code fails, nothing is stored."""
         try:
-            kept = CachedPrefix(token_ids, model.snapshot_bytes(), exact_until)
+            made = CachedPrefix(token_ids, model.snapshot_bytes(), exact_until)
         except MemoryError:
             return
         try:
-            model.copy_kv(kept.state)
+            model.copy_kv(made.snapshot)
         except BaseException as error:
-            kept.close()
+            made.close()
             if isinstance(error, SnapshotError):
                 return
             raise
-        self._states.append(kept)
+        self._prefixes.append(made)
 
-    def _use(self, state: CachedPrefix) -> None:
-        self._states.remove(state)
-        self._states.append(state)
+    def _use(self, prefix: CachedPrefix) -> None:
+        self._prefixes.remove(prefix)
+        self._prefixes.append(prefix)
 
-    def discard(self, state: CachedPrefix) -> None:
-        """Give one state up."""
-        self._states.remove(state)
-        state.close()
+    def discard(self, prefix: CachedPrefix) -> None:
+        """Drop one snapshot."""
+        self._prefixes.remove(prefix)
+        prefix.close()
 
     def clear(self) -> None:
-        """Give everything up; prompts are read again."""
-        for state in self._states[:]:
-            self.discard(state)
+        """Drop all snapshots; their prompts are computed again."""
+        for prefix in self._prefixes[:]:
+            self.discard(prefix)
 
 
-def kept_bytes(num_tokens: int, num_state_bytes: int) -> int:
-    """Return what a state takes in the cache, with its tokens, in whole pages."""
-    return round_up(num_tokens * _ID_BYTES + num_state_bytes) + OBJECT_BYTES
+def cached_bytes(num_tokens: int, kv_bytes: int) -> int:
+    """Return the bytes of a snapshot in the cache, with its tokens, in whole pages."""
+    return round_up(num_tokens * _ID_BYTES + kv_bytes) + OBJECT_BYTES

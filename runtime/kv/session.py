@@ -1,4 +1,4 @@
-"""Session: the tokens that are in a model's KV cache. Knows no text and no sampling."""
+"""KVSession: the KV cache of a model's one sequence, with the prefix cache and the prompt filter in front of it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from lowtide.memory.plan.kv_reservation import KVReservation
 from lowtide.memory.units import OverBudget
 from lowtide.models.draft_tree import TokenTree
 from lowtide.models.errors import SnapshotError
-from lowtide.models.model import Model
+from lowtide.models.model import Model, SequenceSlice
 from lowtide.models.tokenizer import common_prefix
+from lowtide.runtime.kv.cache import CachedPrompt, DecodeStep, KVCache
 from lowtide.runtime.kv.prefix_cache import CachedPrefix, PrefixCache
 from lowtide.runtime.kv.prompt_filter import PromptFilter
 from lowtide.runtime.profiling.profiler import DECODE, FILTER, PREFILL, SILENT, Profiler
@@ -21,26 +22,27 @@ if TYPE_CHECKING:
     from lowtide.models.model import Logits, Logits2D
 
 
-class KVSession:
-    """Keeps the KV cache and the list of its tokens in step, whatever interrupts them.
+class KVSession(KVCache):
+    """Keeps a model's KV cache and the list of its tokens consistent, also after an interrupted pass.
 
-    `controller` tells the attention kernels what kind of pass comes, `growth` reserves the cache's bytes,
-    `profiler` times the passes, `prefixes` keeps what another prompt replaces, `prompt_filter` shortens
-    long prompts. Tokens from `exact_until` on have keys and values that an approximate pass computed.
+    It has one sequence, number 0. `controller` prepares the attention kernels for each pass, `reservation` reserves
+    the cache's bytes, `profiler` times the passes, `prefixes` stores what another prompt replaces, and
+    `prompt_filter` shortens long prompts. Tokens from position `exact_until` on have keys and values that an
+    approximate pass computed.
     """
 
     def __init__(
         self,
         model: Model,
         controller: PassController | None = None,
-        growth: KVReservation | None = None,
+        reservation: KVReservation | None = None,
         profiler: Profiler = SILENT,
         prompt_filter: PromptFilter | None = None,
         prefixes: PrefixCache | None = None,
     ) -> None:
         self._model = model
         self._controller = controller or PassController()
-        self._growth = growth
+        self._reservation = reservation
         self._profiler = profiler
         self._filter = prompt_filter
         self._prefixes = prefixes or PrefixCache(0)
@@ -48,116 +50,132 @@ class KVSession:
         self.exact_until = 0
 
     @property
-    def is_full(self) -> bool:
-        """Whether the context has no room for another token."""
-        return len(self.token_ids) >= self._model.context
+    def batch_size(self) -> int:
+        """Tokens that one forward pass takes."""
+        return self._model.batch_size
 
-    def admit(self, num_tokens: int) -> None:
-        """Reserve the cache's bytes for `num_tokens` in all; raises `OverBudget` where there is no room."""
-        if self._growth is not None:
-            self._growth.admit(num_tokens)
+    def reserve(self, num_tokens: int) -> None:
+        """Reserve memory for `num_tokens` tokens in all; raises `OverBudget` where there is no room."""
+        if self._reservation is not None:
+            self._reservation.admit(num_tokens)
 
-    @property
-    def num_free(self) -> int:
-        """How many more tokens the context has room for."""
+    def num_free(self, sequence: int = 0) -> int:
+        """Return how many more tokens the context has room for."""
         return self._model.context - len(self.token_ids)
 
-    @property
-    def has_room(self) -> bool:
-        """Whether the budget has room for another token; it is reserved then."""
+    def has_room(self, sequence: int = 0) -> bool:
+        """Return whether the memory budget allows one more token, and reserve it."""
         try:
-            self.admit(len(self.token_ids) + 1)
+            self.reserve(len(self.token_ids) + 1)
         except OverBudget:
             return False
         return True
 
-    def shortened(self, token_ids: Sequence[int]) -> Sequence[int]:
-        """Return what of a prompt is to be computed; makes room for a filter that keeps nothing itself."""
+    def add(self, sequence: int, token_ids: Sequence[int]) -> CachedPrompt:
+        """Go to the longest cached prefix of a prompt, which is filtered before where the policy says so."""
+        retained = self._filtered(token_ids)
+        is_restored = self.restore(retained)
+        num_reused = self.truncate_to_prefix(retained)
+        self.reserve(len(retained))
+        return CachedPrompt(
+            token_ids=retained,
+            num_cached=num_reused,
+            num_reused=num_reused,
+            num_restored=num_reused if is_restored else 0,
+        )
+
+    def _filtered(self, token_ids: Sequence[int]) -> Sequence[int]:
+        """Return the tokens of a prompt that the filter retains; evict the cache if the filter needs its room."""
         if self._filter is None or not self._filter.applies_to(token_ids):
             return token_ids
-        if not self._filter.keeps:
+        if not self._filter.caches_prompt:
             self.evict()
-        self._controller.begin_prefill()  # its passes are a prompt's, whatever was decoded before
+        self._controller.begin_prefill()  # the filter computes a prompt, whatever was decoded before
         with self._profiler.span(FILTER, len(token_ids)):
-            kept = self._filter.filtered(token_ids)
+            retained = self._filter.filter(token_ids)
         self._profiler.filtered(self._filter.retention_map)
-        return kept
+        return retained
 
     def truncate_to_prefix(self, token_ids: Sequence[int]) -> int:
-        """Go back to the longest common beginning with `token_ids` and return its length.
+        """Keep the longest common prefix with `token_ids` and return its length.
 
-        At least the last token is left to compute, since its logits are wanted. Also removes what an
-        interrupted pass may have left behind.
+        At least the last token is left to compute, because its logits are needed. Also removes what an interrupted
+        pass may have left in the cache.
         """
         common = common_prefix(self.token_ids, token_ids)
         with self._profiler.span("rewind"):
-            kept = self._model.truncate(max(min(common, len(token_ids) - 1), 0))
-        del self.token_ids[kept:]
-        self.admit(kept)
-        self.exact_until = min(self.exact_until, kept)
-        return kept
+            num_left = self._model.truncate(max(min(common, len(token_ids) - 1), 0))
+        del self.token_ids[num_left:]
+        self.reserve(num_left)
+        self.exact_until = min(self.exact_until, num_left)
+        return num_left
 
     def restore(self, token_ids: Sequence[int]) -> bool:
-        """Go to the kept state that has the most of `token_ids`, where it has more than the session.
+        """Restore the prefix cache's best match for a prompt if it is longer than the session's own.
 
-        Return whether that was so; `truncate_to_prefix` then cuts it to what is common. What the session holds and
-        would lose is kept before.
+        Returns whether it did; `truncate_to_prefix` then removes what is not common. What the session holds and
+        would lose is stored before.
         """
         if not self._prefixes.limit_bytes:
             return False
         self.sync()
-        wanted = token_ids[:-1]  # the last one's logits are wanted: it is computed in any case
-        common = common_prefix(self.token_ids, wanted)
-        found = self._prefixes.find(wanted, longer_than=common)
-        self._keep(num_staying=0 if found else common, besides=found)
+        prompt = token_ids[:-1]  # the last token is computed in any case
+        common = common_prefix(self.token_ids, prompt)
+        found = self._prefixes.find(prompt, longer_than=common)
+        self._store_prefix(num_staying=0 if found else common, keep=found)
         return found is not None and self._put_back(found)
 
-    def _keep(self, num_staying: int = 0, besides: CachedPrefix | None = None) -> None:
+    def _store_prefix(self, num_staying: int = 0, keep: CachedPrefix | None = None) -> None:
         if num_staying < len(self.token_ids):
             with self._profiler.span("prefix cache"):
-                self._prefixes.keep(
+                self._prefixes.store(
                     self._model,
                     self.token_ids,
                     self.exact_until,
                     num_staying=num_staying,
-                    besides=besides,
+                    keep=keep,
                 )
 
-    def _put_back(self, kept: CachedPrefix) -> bool:
-        """Be where the state was taken; where that fails the tokens are read again."""
+    def _put_back(self, prefix: CachedPrefix) -> bool:
+        """Restore a snapshot; where that fails the prompt is computed."""
         try:
-            self.admit(kept.num_tokens)
+            self.reserve(prefix.num_tokens)
         except OverBudget:
             return False
         self.token_ids, self.exact_until = [], 0
         try:
             with self._profiler.span("rewind"):
-                self._model.put_kv(kept.state, kept.num_tokens)
+                self._model.put_kv(prefix.snapshot, prefix.num_tokens)
         except SnapshotError:
-            self._prefixes.discard(kept)
+            self._prefixes.discard(prefix)
             return False
-        self.token_ids, self.exact_until = list(kept.token_ids), kept.exact_until
+        self.token_ids, self.exact_until = list(prefix.token_ids), prefix.exact_until
         return True
 
     def evict(self) -> None:
-        """Give the KV cache's memory up, but for what the prefix cache keeps."""
+        """Store the cache in the prefix cache, then clear it."""
         self.sync()
-        self._keep()
-        self.forget()
+        self._store_prefix()
+        self.clear()
 
-    def forget(self) -> None:
-        """Give up everything that was computed: the next prompt is read again."""
+    def clear(self) -> None:
+        """Remove all tokens and release their memory."""
         self._model.truncate(0)
         self.token_ids.clear()
         self.exact_until = 0
-        self.admit(0)
+        self.reserve(0)
+
+    def prefill(self, chunks: Sequence[SequenceSlice]) -> list[Logits2D]:
+        """Append tokens of the prompt; see `KVCache.prefill`."""
+        (chunk,) = chunks
+        return [self.append(chunk.token_ids)[None][: chunk.num_logits]]
 
     def append(self, token_ids: Sequence[int]) -> Logits:
-        """Compute tokens of a prompt, at most `batch_size`, exactly; return the last one's logits.
+        """Compute tokens of a prompt exactly, at most `batch_size`; return the last one's logits, (vocabulary,).
 
         Raises `OverBudget`, before anything is computed, where the cache may not grow so far.
         """
-        self.admit(len(self.token_ids) + len(token_ids))
+        self.reserve(len(self.token_ids) + len(token_ids))
         self._controller.begin_prefill()
         was_exact = self.exact_until == len(self.token_ids)
         with self._profiler.span(PREFILL, len(token_ids)):
@@ -167,66 +185,74 @@ class KVSession:
             self.exact_until = len(self.token_ids)
         return logits
 
-    def decode(self, token_ids: Sequence[int]) -> Logits:
-        """Compute tokens after the prompt as the policy has them; return the last one's logits.
+    def decode(self, steps: Sequence[DecodeStep]) -> list[Logits2D]:
+        """Compute the last token and its drafts under the attention policy; see `KVCache.decode`.
 
-        When the policy's correction is due, they and those before them are computed again, exactly
+        Drafts lie in the cache beyond the session's tokens until they are accepted, in slots that the plan has for
+        them.
+        """
+        (step,) = steps
+        if len(step.tree) == 1:
+            return [self.decode_token(step.tree.token_ids[0])[None]]
+        return [self._verify(step.tree)]
+
+    def decode_token(self, token_id: int) -> Logits:
+        """Compute one token after the prompt; return its logits, shape (vocabulary,).
+
+        When the policy's correction is due, the tokens since the last one are computed again, exactly
         (TidalDecode's KV cache correction).
         """
-        self._take_off_drafts()
-        self.admit(len(self.token_ids) + len(token_ids))
+        self.reserve(len(self.token_ids) + 1)
         self._controller.begin_decode()
-        with self._profiler.span(DECODE, len(token_ids)):
-            logits = self._model.forward(token_ids)
-        self.token_ids.extend(token_ids)
+        with self._profiler.span(DECODE, 1):
+            logits = self._model.forward((token_id,))
+        self.token_ids.append(token_id)
         interval = self._controller.correction_interval
         if interval is not None and len(self.token_ids) - self.exact_until >= interval:
             return self._correct()
         return logits
 
-    def verify(self, tree: TokenTree) -> Logits2D:
-        """Compute a token and the drafts after it in one pass; return the logits of the tree's first rows.
-
-        Row 0 is the session's, the others once they are accepted: until then, and where they never are,
-        the cache holds more than the session, which the next pass takes off. Their cells are the plan's
-        for speculation. Branches may be left out, as in `Model.forward_tree`.
-        """
-        self._take_off_drafts()
-        self.admit(len(self.token_ids) + 1)
+    def _verify(self, tree: TokenTree) -> Logits2D:
+        self.reserve(len(self.token_ids) + 1)
         self._controller.begin_decode()
         with self._profiler.span(DECODE, len(tree)):
             rows = self._model.forward_tree(tree)
         self.token_ids.append(tree.token_ids[0])
         return rows
 
-    def accept(self, token_id: int, row: int) -> None:
-        """Take a row of the last verification, which is in the cache already, as the next token."""
+    def accept(self, sequence: int, token_id: int, row: int) -> None:
+        """Append a draft of the last step, which is in the cache already."""
         self._model.commit_branch(row)
         self.token_ids.append(token_id)
 
-    def _take_off_drafts(self) -> None:
-        if self._model.num_tokens > len(self.token_ids):
-            self.sync()
+    def truncate(self, sequence: int, num_tokens: int) -> None:
+        """Remove the tokens from `num_tokens` on, rejected drafts included."""
+        if self._model.num_tokens > num_tokens:
+            self._truncate_model(num_tokens)
 
     def sync(self) -> int:
-        """Forget what an interrupted pass may have left behind, and return how many tokens there are."""
-        del self.token_ids[self._model.truncate(len(self.token_ids)) :]
-        self.exact_until = min(self.exact_until, len(self.token_ids))
+        """Remove what an interrupted pass may have left in the cache; return how many tokens there are."""
+        return self._truncate_model(len(self.token_ids))
+
+    def _truncate_model(self, num_tokens: int) -> int:
+        num_left = self._model.truncate(num_tokens)
+        del self.token_ids[num_left:]
+        self.exact_until = min(self.exact_until, num_left)
         return len(self.token_ids)
 
     def save_kv(self, path: Path) -> int:
-        """Write the KV cache of the session's tokens, settled before, to a file and return its bytes."""
+        """Write the KV cache, after `sync`, to a file and return its bytes."""
         return self._model.save_kv(path, self.token_ids)
 
     def load_kv(self, path: Path, num_bytes: int, num_tokens: int, exact_until: int) -> None:
-        """Be the session whose state is the beginning of a file; an empty one where that fails."""
+        """Load a KV cache from the first bytes of a file; where that fails the session is empty."""
         self.token_ids, self.exact_until = [], 0
         self.token_ids = self._model.load_kv(path, num_bytes, num_tokens)
         self.exact_until = min(exact_until, len(self.token_ids))
 
     def _correct(self) -> Logits:
         again = self.token_ids[:]
-        kept = self.truncate_to_prefix(again[: self.exact_until + 1])
-        for start in range(kept, len(again), self._model.batch_size):
-            logits = self.append(again[start : start + self._model.batch_size])
+        start = self.truncate_to_prefix(again[: self.exact_until + 1])
+        for begin in range(start, len(again), self.batch_size):
+            logits = self.append(again[begin : begin + self.batch_size])
         return logits

@@ -24,16 +24,16 @@ from lowtide.models.errors import BadOption
 from lowtide.models.model import Model
 from lowtide.runtime.backends.backend import LoadedModel, ResolvedModel
 from lowtide.runtime.errors import CannotRepack
-from lowtide.runtime.generation.generate import GenerationContext
+from lowtide.runtime.generation.state import GenerationContext
 from lowtide.runtime.generation.watchdog import Watchdog
 from lowtide.runtime.kv.prefix_cache import PrefixCache
 from lowtide.runtime.kv.prompt_filter import PromptFilter
 from lowtide.runtime.kv.session import KVSession
-from lowtide.runtime.loading.speculation import load_speculator
+from lowtide.runtime.loading.speculation import load_speculation
 from lowtide.runtime.options import SamplingParams
 from lowtide.runtime.profiling.memory import WatchedModel
 from lowtide.runtime.profiling.profiler import SILENT, Profiler
-from lowtide.runtime.speculation.speculator import Speculator
+from lowtide.runtime.speculation.controller import SpeculationController
 
 
 class Engine:
@@ -53,7 +53,7 @@ class Engine:
             self.ledger.reserve(line.component, line.num_bytes)
         self._profiler = profiler
         self.prefixes = PrefixCache(self.ledger.components.get(PREFIXES, 0))
-        self.speculator: Speculator | None = None
+        self.speculation: SpeculationController | None = None
         self.prompt_filter: PromptFilter | None = None
         self._loaded: LoadedModel | None = None
         profiler.watch(planned.spec, planned.plan, self._watched())
@@ -80,7 +80,7 @@ class Engine:
         self.prompt_filter = self._make_prompt_filter()
         if planned.plan.resident_layers is not None or planned.spec.repacked_tensors:
             self._try_passes()
-        self.speculator = load_speculator(planned, model, self.controller)
+        self.speculation = load_speculation(planned, model, self.controller)
         self.reclaimers += (Reclaimer("moderate", gc.collect), Reclaimer("background", trim_heap))
         self._check_resident()
 
@@ -119,8 +119,8 @@ class Engine:
             return planned_bytes + max(more, 0)
 
         growth = KVReservation(self.ledger, plan.kv_tokens, bytes_of, component=FILTER_PREFILL)
-        made = PromptFilter(context, scorer, selector, growth, keeps=plan.cache_filter_pass)
-        self.reclaimers.insert(0, Reclaimer("moderate", made.forget))
+        made = PromptFilter(context, scorer, selector, growth, caches_prompt=plan.cache_filter_pass)
+        self.reclaimers.insert(0, Reclaimer("moderate", made.clear))
         self.reclaimers.append(Reclaimer("background", context.release_pages))
         return made
 
@@ -151,7 +151,7 @@ class Engine:
             not_repacked_reason=self.not_repacked_reason,
             kernel_counts=self.kernel_counts,
             watchdog=Watchdog(plan.budget.num_bytes, self.trim),
-            speculator=self.speculator,
+            speculation=self.speculation,
         )
 
     def trim(self, level: str) -> Reclaimed:
@@ -246,8 +246,8 @@ class Engine:
         self.prefixes.clear()
         if self.prompt_filter is not None:
             self.prompt_filter.close()
-        if self.speculator is not None:
-            self.speculator.close()
+        if self.speculation is not None:
+            self.speculation.close()
         self._loaded_model.close()
         for component in self.ledger.components:
             self.ledger.release(component)

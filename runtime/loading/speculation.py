@@ -1,4 +1,4 @@
-"""Makes the speculator that a plan has room for, beside a model that was just loaded."""
+"""Makes the speculation controller that a plan has room for, for one answer or for a batch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import platform
 
 from lowtide.attention.bindings.library import guarded_aborts
 from lowtide.attention.policy import PassController
+from lowtide.memory.plan.batch import BatchPlan
 from lowtide.memory.plan.estimates import padded_context
-from lowtide.memory.plan.speculation import DRAFT_PASS_ROWS
+from lowtide.memory.plan.speculation import DRAFT_BATCH_SIZE
 from lowtide.models.gguf.model import GgufModel, LoadOptions
-from lowtide.models.model import Model
+from lowtide.models.model import Model, SequenceBatch, SingleSequence
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.backends.backend import ResolvedModel
-from lowtide.runtime.speculation.control import SpeculationControl
+from lowtide.runtime.planning.speculation import SpeculationArg
+from lowtide.runtime.speculation.controller import SpeculationController
 from lowtide.runtime.speculation.drafts import (
     Draft,
     ModelDraft,
@@ -20,8 +22,6 @@ from lowtide.runtime.speculation.drafts import (
     TrigramDraft,
     require_same_tokens,
 )
-from lowtide.runtime.speculation.options import SpeculationArg
-from lowtide.runtime.speculation.speculator import Speculator
 from lowtide.runtime.speculation.step_cost import StepCostModel, benchmark_steps
 
 FREE_DRAFTS: dict[str, type[NgramDraft] | type[TrigramDraft]] = {
@@ -30,45 +30,68 @@ FREE_DRAFTS: dict[str, type[NgramDraft] | type[TrigramDraft]] = {
 }
 
 
-def load_speculator(
+def load_speculation(
     planned: ResolvedModel, model: Model, controller: PassController
-) -> Speculator | None:
-    """Return what drafts and verifies; None where nothing was asked for.
+) -> SpeculationController | None:
+    """Return the controller of single answers; None where speculation is off.
 
-    Measures what a pass costs by its rows, where that is not known; the model's cache is empty then.
-    Raises `BadOption` where a draft model's vocabulary is not the model's.
+    Measures what a pass costs by its tokens where that is unknown: the model's cache must be empty. Raises
+    `BadOption` where a draft model's vocabulary is not the model's.
     """
     if planned.speculation is None:
         return None
-    num_rows = min(planned.plan.verify_batch, model.max_verify_batch)
-    if planned.plan.verify_batch >= 2 > num_rows:
-        return Speculator.without(
-            f"the graph of {planned.spec.name} makes logits of a pass's last row alone"
-            + ("" if planned.policy.uses_native_kernels else ": open with attention='dense'")
+    verify_batch = min(planned.plan.verify_batch, model.max_verify_batch)
+    if planned.plan.verify_batch >= 2 > verify_batch:
+        return SpeculationController.off(
+            f"the graph of {planned.spec.name} computes the logits of a pass's last token only"
+            + ("" if planned.policy.uses_native_kernels else "; open with attention='dense'")
         )
-    if num_rows < 2:
-        return Speculator.without("the plan has no room for it")
+    if verify_batch < 2:
+        return SpeculationController.off("the plan has no room for it")
     if controller.correction_interval is not None:
-        return Speculator.without(
-            f"{planned.policy.name}'s correction computes decoded tokens again"
+        return SpeculationController.off(
+            f"the correction of {planned.policy.name} computes decoded tokens again"
         )
-    passes = benchmark_steps(model, num_rows, passes_key(planned))
-    drafts = _drafts(planned, model)
-    return Speculator(
-        drafts,
-        SpeculationControl(drafts, StepCostModel(passes.costs), branches=model.verifies_trees),
-        most_rows=num_rows,
+    steps = benchmark_steps(model, verify_batch, steps_key(planned))
+    return SpeculationController(
+        [_drafts(planned, model)],
+        StepCostModel(steps.costs),
+        max_draft=verify_batch - 1,
         vocabulary_size=planned.spec.vocabulary.num_tokens,
-        not_identical=planned.backend.verification_nondeterminism(
-            planned, rows_agree=passes.rows_agree
+        trees=model.verifies_trees,
+        nondeterminism=planned.backend.verification_nondeterminism(
+            planned, rows_agree=steps.rows_agree
         ),
     )
 
 
+def load_batch_speculation(
+    planned: ResolvedModel, plan: BatchPlan, sequences: SequenceBatch, controller: PassController
+) -> tuple[SpeculationController, bool]:
+    """Return the controller of a batch, and whether tokens have the same logits in any of its passes.
+
+    Measures what a pass costs where that is unknown: the sequences must be empty.
+    """
+    controller.begin_decode()
+    key = f"{steps_key(planned)} among sequences"
+    steps = benchmark_steps(SingleSequence(sequences), plan.num_logits, key)
+    speculation = SpeculationController(
+        [_free_drafts(planned) for _ in range(plan.num_sequences)],
+        StepCostModel(steps.costs),
+        max_draft=planned.plan.verify_batch - 1,
+        vocabulary_size=planned.spec.vocabulary.num_tokens,
+    )
+    return speculation, steps.rows_agree
+
+
 def _drafts(planned: ResolvedModel, model: Model) -> list[Draft]:
-    wish = planned.speculation
-    if wish is not None and wish.draft_model is not None:
-        return [_draft_model(planned, wish.draft_model, model)]
+    config = planned.speculation
+    if config is not None and config.draft_model is not None:
+        return [_draft_model(planned, config.draft_model, model)]
+    return _free_drafts(planned)
+
+
+def _free_drafts(planned: ResolvedModel) -> list[Draft]:
     names = SpeculationArg.parse(planned.options.speculate).drafts
     return [FREE_DRAFTS[name]() for name in names]
 
@@ -76,7 +99,7 @@ def _drafts(planned: ResolvedModel, model: Model) -> list[Draft]:
 def _draft_model(planned: ResolvedModel, spec: ModelSpec, model: Model) -> ModelDraft:
     options = LoadOptions(
         context=padded_context(planned.plan.kv_tokens),
-        batch_size=DRAFT_PASS_ROWS,
+        batch_size=DRAFT_BATCH_SIZE,
         threads=planned.options.num_threads,
         memory_map=False,
     )
@@ -91,7 +114,7 @@ def _draft_model(planned: ResolvedModel, spec: ModelSpec, model: Model) -> Model
     return ModelDraft(draft)
 
 
-def passes_key(planned: ResolvedModel) -> str:
+def steps_key(planned: ResolvedModel) -> str:
     """Return everything that the cost of a pass depends on."""
     spec, plan = planned.spec, planned.plan
     parts = (

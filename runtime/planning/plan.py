@@ -23,7 +23,7 @@ from lowtide.runtime.backends.config import LoadConfig
 from lowtide.runtime.backends.gguf import GgufBackend
 from lowtide.runtime.backends.onnx import OnnxBackend
 from lowtide.runtime.backends.user_model import UserBackend
-from lowtide.runtime.speculation.options import AUTO, FREE_DRAFTS, SpeculationArg
+from lowtide.runtime.planning.speculation import AUTO, FREE_DRAFTS, SpeculationArg
 
 __all__ = [
     "LoadConfig",
@@ -98,4 +98,4 @@ def _speculation(
             f"speculate names the draft model {choice.model}, but {spec.name} is an ONNX model: choose "
             f"{', '.join(FREE_DRAFTS)} or {AUTO}, or use the model as a GGUF file"
         )
-    return choice.wish(spec, offline=options.offline)
+    return choice.resolve(spec, offline=options.offline)

@@ -1,17 +1,13 @@
-"""SessionFile: the KV state of a conversation and all that belongs to it, in one checksummed file.
+"""Files of saved chats: a transcript alone (JSON), or a chat file with the KV snapshot, too. Both are checksummed.
 
-    state   as the model writes it; it stands first, since llama.cpp reads a file from its beginning
-    head    JSON in UTF-8: whose state it is, how to go on, the messages
-    foot    magic, bytes of state, bytes of head, SHA-256 of everything before it
+A chat file is laid out as follows.
 
-The state is never in memory as a whole. Knows no model and no messages.
+    snapshot   the KV cache as the model writes it; first, because llama.cpp reads a file from its beginning
+    header     JSON in UTF-8: what the snapshot is of, how to go on from it, and the messages
+    footer     magic, bytes of the snapshot, bytes of the header, SHA-256 of everything before it
 
-SessionHead: what a session file says beside the KV state. Knows no file and no model.
-
-Transcript: a conversation on disk, checksummed and written whole or not at all.
-
-Holds messages, no KV state: loading it costs one prefill. Knows no model but its name. What
-`session_file` writes holds both."""
+The snapshot is never in memory as a whole. A file is written completely or not at all.
+"""
 
 from __future__ import annotations
 
@@ -29,124 +25,126 @@ from lowtide.memory.plan.estimates import SESSION_CHUNK_BYTES
 from lowtide.models.atomic_file import atomic_file
 from lowtide.models.chat_template import checked_message
 from lowtide.models.errors import SnapshotError, TemplateError
-from lowtide.runtime.errors import SessionMismatch, TranscriptError
+from lowtide.runtime.errors import SnapshotMismatch, TranscriptError
 from lowtide.runtime.generation.chat import LastTurn
 
 MAGIC = b"lowtide\x01"
 FORMAT_VERSION = 1
-MAX_HEAD_BYTES = 64 << 20
-Seen: TypeAlias = tuple[int, int]
+MAX_HEADER_BYTES = 64 << 20
+FileStamp: TypeAlias = tuple[int, int]
 _LENGTHS = struct.Struct("<8sQQ")
-FOOT_BYTES = _LENGTHS.size + hashlib.sha256().digest_size
+FOOTER_BYTES = _LENGTHS.size + hashlib.sha256().digest_size
 
 
-def write_session(path: Path, write_state: Callable[[Path], int], head: dict[str, Any]) -> int:
-    """Write the file whole or not at all, and return its bytes.
+def write_chat(path: Path, write_snapshot: Callable[[Path], int], header: dict[str, Any]) -> int:
+    """Write a chat file completely or not at all, and return its bytes.
 
-    `write_state` makes the file that it is given and returns its bytes. Raises `TranscriptError` with the
-    reason, such as a full disk.
+    `write_snapshot` writes the file at the path that it is called with and returns its bytes. Raises
+    `TranscriptError` with the reason, such as a full disk.
     """
     try:
         with atomic_file(path) as file:
-            num_state_bytes = write_state(Path(str(file.name)))
-            digest = _digest(file, num_state_bytes)
-            num_head_bytes = 0
-            for piece in json.JSONEncoder().iterencode({**head, "version": FORMAT_VERSION}):
-                num_head_bytes += file.write(piece.encode())
-                digest.update(piece.encode())
-            lengths = _LENGTHS.pack(MAGIC, num_state_bytes, num_head_bytes)
+            num_snapshot_bytes = write_snapshot(Path(str(file.name)))
+            digest = _digest(file, num_snapshot_bytes)
+            num_header_bytes = 0
+            for text in json.JSONEncoder().iterencode({**header, "version": FORMAT_VERSION}):
+                num_header_bytes += file.write(text.encode())
+                digest.update(text.encode())
+            lengths = _LENGTHS.pack(MAGIC, num_snapshot_bytes, num_header_bytes)
             digest.update(lengths)
             file.write(lengths + digest.digest())
             return file.tell()
     except (OSError, SnapshotError) as error:
         reason = getattr(error, "strerror", None) or error
         raise TranscriptError(
-            f"{path} was not saved ({reason}): the conversation goes on, save it somewhere else"
+            f"{path} was not saved ({reason}); the chat goes on, save it somewhere else"
         ) from None
 
 
-class SessionFile:
-    """A file that was read through once and is what was written; made by `opened_session`."""
+class ChatFile:
+    """A chat file whose checksum is right; made by `open_chat`."""
 
-    def __init__(self, path: Path, file: BinaryIO, lengths: tuple[int, int], seen: Seen) -> None:
+    def __init__(
+        self, path: Path, file: BinaryIO, lengths: tuple[int, int], stamp: FileStamp
+    ) -> None:
         self.path = path
-        self.num_state_bytes, self.num_head_bytes = lengths
+        self.num_snapshot_bytes, self.num_header_bytes = lengths
         self._file = file
-        self._seen = seen
+        self._stamp = stamp
 
-    def head(self) -> dict[str, Any]:
-        """Return the JSON object."""
-        self._file.seek(self.num_state_bytes)
+    def header(self) -> dict[str, Any]:
+        """Return the header's JSON object."""
+        self._file.seek(self.num_snapshot_bytes)
         try:
-            head = json.loads(self._file.read(self.num_head_bytes))
+            header = json.loads(self._file.read(self.num_header_bytes))
         except (ValueError, RecursionError):
-            head = None
-        if not isinstance(head, dict) or head.get("version") != FORMAT_VERSION:
+            header = None
+        if not isinstance(header, dict) or header.get("version") != FORMAT_VERSION:
             raise TranscriptError(
-                f"{self.path} is of another version than {FORMAT_VERSION}, which can be read: "
+                f"{self.path} is not of format version {FORMAT_VERSION}, the one that can be read; "
                 "upgrade lowtide"
             )
-        return head
+        return header
 
     @property
-    def state_path(self) -> Path:
-        """Where the bytes that were checked can be opened, whatever has taken the name since."""
+    def snapshot_path(self) -> Path:
+        """Path of the bytes that were checked, also where another file has taken the name since."""
         same = Path(f"/proc/self/fd/{self._file.fileno()}")
         return same if same.exists() else self.path
 
     def require_unchanged(self) -> None:
-        """Raise `TranscriptError` where somebody has written into the file since it was checked."""
-        if _seen(self._file) != self._seen:
-            raise TranscriptError(f"{self.path} was changed while it was read: load it again")
+        """Raise `TranscriptError` where the file was written to since it was checked."""
+        if _stamp(self._file) != self._stamp:
+            raise TranscriptError(f"{self.path} was changed while it was read; load it again")
 
 
 @contextlib.contextmanager
-def opened_session(path: Path) -> Iterator[SessionFile | None]:
-    """Check a file from beginning to end and yield it; None where it is no session file.
+def open_chat(path: Path) -> Iterator[ChatFile | None]:
+    """Check a file from beginning to end and yield it; None where it is not a chat file with a snapshot.
 
     Raises `TranscriptError` where it is damaged or cannot be read.
     """
     with _readable(path) as file:
-        seen = _seen(file)
+        stamp = _stamp(file)
         num_bytes = os.fstat(file.fileno()).st_size
-        file.seek(max(num_bytes - FOOT_BYTES, 0))
-        foot = file.read(FOOT_BYTES)
-        if len(foot) < FOOT_BYTES or not foot.startswith(MAGIC):
+        file.seek(max(num_bytes - FOOTER_BYTES, 0))
+        footer = file.read(FOOTER_BYTES)
+        if len(footer) < FOOTER_BYTES or not footer.startswith(MAGIC):
             yield None
             return
-        _, num_state_bytes, num_head_bytes = _LENGTHS.unpack_from(foot)
-        digest = _digest(file, num_bytes - FOOT_BYTES)
-        digest.update(foot[: _LENGTHS.size])
+        _, num_snapshot_bytes, num_header_bytes = _LENGTHS.unpack_from(footer)
+        digest = _digest(file, num_bytes - FOOTER_BYTES)
+        digest.update(footer[: _LENGTHS.size])
         if (
-            num_state_bytes + num_head_bytes + FOOT_BYTES != num_bytes
-            or num_head_bytes > MAX_HEAD_BYTES
-            or digest.digest() != foot[_LENGTHS.size :]
+            num_snapshot_bytes + num_header_bytes + FOOTER_BYTES != num_bytes
+            or num_header_bytes > MAX_HEADER_BYTES
+            or digest.digest() != footer[_LENGTHS.size :]
         ):
-            raise TranscriptError(f"{path} is damaged, its checksum does not match: use a backup")
-        session = SessionFile(path, file, (num_state_bytes, num_head_bytes), seen)
-        session.require_unchanged()
-        yield session
+            raise TranscriptError(f"{path} is damaged, its checksum is wrong; use a backup")
+        chat = ChatFile(path, file, (num_snapshot_bytes, num_header_bytes), stamp)
+        chat.require_unchanged()
+        yield chat
 
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[BinaryIO]:
     try:
         if path.exists() and not path.is_file():
-            raise TranscriptError(f"{path} is no file: name a file from /save")
+            raise TranscriptError(f"{path} is not a regular file; name a file written by /save")
         with path.open("rb") as file:
             yield file
     except OSError as error:
         raise TranscriptError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _seen(file: BinaryIO) -> Seen:
-    """What changes when somebody writes into the file."""
+def _stamp(file: BinaryIO) -> FileStamp:
+    """Return what changes when somebody writes to the file."""
     status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns
 
 
 def _digest(file: BinaryIO, num_bytes: int) -> Any:
-    """Return the SHA-256 of the first bytes, and leave the file behind them."""
+    """Return the SHA-256 of the first bytes; the file's position is behind them then."""
     digest = hashlib.sha256()
     chunk = memoryview(bytearray(SESSION_CHUNK_BYTES))
     file.seek(0)
@@ -166,13 +164,13 @@ MAX_FILE_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transcript:
-    """The messages of a chat and the name of the model that answered."""
+    """The messages of a chat and the name of the model that answered; loading it costs one prefill."""
 
     model: str
     messages: tuple[dict[str, str], ...]
 
     def save(self, path: Path) -> None:
-        """Write the file under another name, then rename it: an older file stays whole on failure.
+        """Write the file under a temporary name, then rename it: an older file stays whole on failure.
 
         Raises `TranscriptError` with the system's reason, such as a full disk.
         """
@@ -183,37 +181,36 @@ class Transcript:
                 file.write(text.encode())
         except OSError as error:
             raise TranscriptError(
-                f"{path} was not saved ({error.strerror or error}): the conversation goes on, save it "
-                "somewhere else"
+                f"{path} was not saved ({error.strerror or error}); the chat goes on, save it somewhere else"
             ) from None
 
     @classmethod
     def load(cls, path: Path) -> Transcript:
-        """Read and verify a file. Raises `TranscriptError` with what is wrong with it."""
+        """Read and check a file. Raises `TranscriptError` with what is wrong with it."""
         try:
             if path.stat().st_size > MAX_FILE_BYTES:
-                raise TranscriptError(f"{path} is larger than any conversation: name another file")
+                raise TranscriptError(f"{path} is larger than any chat; name another file")
             body = json.loads(path.read_bytes().decode("utf-8"))
         except OSError as error:
             raise TranscriptError(f"{path} cannot be read: {error.strerror or error}") from None
         except (ValueError, RecursionError):
             raise TranscriptError(
-                f"{path} is no saved conversation: it is not JSON; name a file from /save"
+                f"{path} is not a saved chat: it is not JSON; name a file written by /save"
             ) from None
         return cls._verified(path, body)
 
     @classmethod
     def _verified(cls, path: Path, body: Any) -> Transcript:
         if not isinstance(body, dict) or body.get("format") != FORMAT:
-            raise TranscriptError(f"{path} is no saved conversation: name a file from /save")
+            raise TranscriptError(f"{path} is not a saved chat; name a file written by /save")
         if body.get("version") != TRANSCRIPT_VERSION:
             raise TranscriptError(
-                f"{path} has format version {body.get('version')}, {FORMAT_VERSION} can be read: "
-                "upgrade lowtide"
+                f"{path} has format version {body.get('version')}, but only version "
+                f"{TRANSCRIPT_VERSION} can be read; upgrade lowtide"
             )
         checksum = body.pop("sha256", None)
         if checksum != _checksum(body):
-            raise TranscriptError(f"{path} is damaged, its checksum does not match: use a backup")
+            raise TranscriptError(f"{path} is damaged, its checksum is wrong; use a backup")
         return cls.from_dict(path, body)
 
     def to_dict(self) -> dict[str, Any]:
@@ -222,12 +219,12 @@ class Transcript:
 
     @classmethod
     def from_dict(cls, path: Path, body: dict[str, Any]) -> Transcript:
-        """Return the transcript in a file's JSON; raises `TranscriptError` where there is none."""
+        """Return the transcript in a file's JSON; raises `TranscriptError` where it is invalid."""
         try:
             messages = tuple(checked_message(message) for message in body["messages"])
             return cls(model=str(body["model"]), messages=messages)
         except (TemplateError, KeyError, TypeError, AttributeError):
-            raise TranscriptError(f"{path} holds messages that are none: use a backup") from None
+            raise TranscriptError(f"{path} has invalid messages; use a backup") from None
 
 
 def _checksum(body: dict[str, Any]) -> str:
@@ -236,10 +233,10 @@ def _checksum(body: dict[str, Any]) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SessionHead:
-    """Whose KV state it is (`component`, by property), how many tokens it holds and how to go on from them.
+class ChatHeader:
+    """What a KV snapshot is of (`component`: properties by name), its tokens, and how to go on from them.
 
-    Tokens from `exact_until` on were computed by an approximate pass.
+    Tokens from position `exact_until` on were computed by an approximate pass.
     """
 
     component: dict[str, str]
@@ -259,8 +256,8 @@ class SessionHead:
         }
 
     @classmethod
-    def from_dict(cls, path: Path, values: dict[str, Any]) -> SessionHead:
-        """Return the head in a file's JSON; raises `TranscriptError` where it is none."""
+    def from_dict(cls, path: Path, values: dict[str, Any]) -> ChatHeader:
+        """Return the header in a file's JSON; raises `TranscriptError` where it is invalid."""
         transcript = Transcript.from_dict(path, values)
         try:
             last = values["last"]
@@ -276,19 +273,19 @@ class SessionHead:
                 transcript=transcript,
             )
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise TranscriptError(f"{path} holds values that are none: use a backup") from None
+            raise TranscriptError(f"{path} has an invalid header; use a backup") from None
 
     def require_match(self, path: Path, component: dict[str, str], context: int) -> None:
-        """Raise `SessionMismatch` where the state is not `component`'s or does not fit the context."""
-        for name, ours in component.items():
-            theirs = self.component.get(name)
-            if theirs != ours:
-                raise SessionMismatch(
-                    f"{path} was saved with the {name} {theirs}, here it is {ours}: open that one, or "
-                    "go on with its messages alone"
+        """Raise `SnapshotMismatch` where the snapshot is not of `component` or does not fit the context."""
+        for name, expected in component.items():
+            found = self.component.get(name)
+            if found != expected:
+                raise SnapshotMismatch(
+                    f"{path} was saved with the {name} {found}, but the {name} is {expected} now; use that of "
+                    "the file, or go on with the messages alone"
                 )
         if self.num_tokens > context:
-            raise SessionMismatch(
-                f"{path} holds {self.num_tokens:,} tokens, the context {context:,}: raise --context, or "
-                "go on with its messages alone"
+            raise SnapshotMismatch(
+                f"{path} has {self.num_tokens:,} tokens but the context holds {context:,}; raise --context, "
+                "or go on with the messages alone"
             )

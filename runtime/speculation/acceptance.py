@@ -1,13 +1,12 @@
-"""Accepting: which rows of a verification count, and how often proposals turn out right. Pure.
+"""Verification of drafts against the target's logits, and how often drafts are right.
 
-A token is chosen from a verified row as the plain loop would choose it, with the same draw, and a draft
-counts if it is that very token. So greedy and sampled answers are those of the plain loop, token for token,
-with whatever penalties. For drafts of certain tokens it is speculative rejection sampling: x is accepted
-with the target's own probability q(x), and otherwise the token comes from q without x. So it is in a tree,
-one child after the other (recursive rejection sampling without replacement: the second child is accepted
-with q(y) / (1 - q(x)) where the first was not), and the distribution is exact.
-
-SpeculationRecord: what speculation did in one answer, counted. Decides nothing."""
+A token is sampled from a verified row as it would be without drafts, by the same random draw, and a draft counts
+if it is that very token. So greedy and sampled answers are those of the plain loop, token for token, with any
+penalties. For a draft of fixed tokens this is speculative rejection sampling: x is accepted with the target's
+own probability q(x), and otherwise the token is drawn from q without x. A tree of drafts is verified one child
+after the other (recursive rejection sampling without replacement: the second child is accepted with
+q(y) / (1 - q(x)) where the first was rejected), so the distribution is exact there, too.
+"""
 
 from __future__ import annotations
 
@@ -20,42 +19,48 @@ if TYPE_CHECKING:
     from lowtide.models.model import Logits, Logits2D
 
 
-MEMORY = 0.96
-"""What a count is worth after each later one: acceptance follows the text in some 25 proposals."""
+DECAY = 0.96
+"""Weight of an observation after each later one: acceptance follows the last 25 proposals or so."""
 PRIOR_WEIGHT = 3.0
-"""How many proposals a draft's own word for its acceptance is worth."""
-PRIOR_OF_NEXT = 0.9
-"""What is taken for the next position's acceptance, as a share of the one before."""
-PRIOR_OF_OTHERS = 0.2
-"""What is taken at first for the token beside a wrong one: rather too little."""
+"""Number of proposals that a draft's prior acceptance rate counts for."""
+NEXT_POSITION_PRIOR = 0.9
+"""Prior acceptance of the next position, as a share of the position before."""
+SIBLING_PRIOR = 0.2
+"""Prior acceptance of a sibling of a rejected draft; deliberately low."""
 
 
 class DraftVerification:
-    """The tree of one pass and its rows, walked from one accepted token to the next.
+    """Walks a verified tree from one accepted token to the next.
 
-    `rows` are the logits of the tree's first rows; what has none cannot be accepted. Row 0 is no draft.
+    Row 0 of `tree` is the last sampled token, the others are drafts. `rows` are the logits of the tree's first
+    rows, shape (rows, vocabulary); a draft without logits cannot be accepted.
     """
 
     def __init__(self, tree: TokenTree, rows: Logits2D) -> None:
         self._tree = tree
         self._rows = rows
         self.row = 0
-        """Where the walk stands."""
+        """The row of the last accepted token."""
         self.num_accepted = 0
 
     @property
+    def num_drafted(self) -> int:
+        """Drafts that were verified."""
+        return len(self._tree) - 1
+
+    @property
     def first(self) -> Logits:
-        """The logits after the token that was no draft."""
+        """Logits after row 0, shape (vocabulary,)."""
         row: Logits = self._rows[0]
         return row
 
     @property
     def is_branch(self) -> bool:
-        """Whether the walk has left the trunk."""
+        """Whether the last accepted token is outside the trunk."""
         return self.row >= self._tree.trunk_rows
 
     def accept(self, token_id: int) -> Logits | None:
-        """Return the logits after `token_id`, which was chosen; None where it is not what was drafted."""
+        """Return the logits after `token_id`, which was sampled; None where it was not drafted."""
         child = self._tree.child(self.row, token_id)
         if child is None or child >= len(self._rows):
             return None
@@ -65,113 +70,112 @@ class DraftVerification:
         return logits
 
 
-class _Share:
-    """How often something was so; recent times count more."""
+class _Rate:
+    """A share of successes in which recent observations count more."""
 
-    __slots__ = ("_right", "_tried")
+    __slots__ = ("_successes", "_trials")
 
     def __init__(self) -> None:
-        self._tried = self._right = 0.0
+        self._trials = self._successes = 0.0
 
-    def count(self, is_right: bool) -> None:
-        self._tried = MEMORY * self._tried + 1
-        self._right = MEMORY * self._right + is_right
+    def count(self, is_success: bool) -> None:
+        self._trials = DECAY * self._trials + 1
+        self._successes = DECAY * self._successes + is_success
 
     def expected(self, prior: float) -> float:
-        return (self._right + PRIOR_WEIGHT * prior) / (self._tried + PRIOR_WEIGHT)
+        return (self._successes + PRIOR_WEIGHT * prior) / (self._trials + PRIOR_WEIGHT)
 
 
 class Acceptance:
-    """How often each position of a proposal is right where all before it were; recent ones count more.
+    """Acceptance rates by position: how often a draft is right where all drafts before it were.
 
-    `prior` is believed of the first position before anything is counted. Of what was proposed beside a
-    token, it counts how often that came where the token itself did not.
+    `prior` is the rate of the first position before anything is counted.
     """
 
     def __init__(self, num_positions: int, prior: float) -> None:
         self._prior = prior
-        self._positions = [_Share() for _ in range(num_positions)]
-        self._others = _Share()
+        self._positions = [_Rate() for _ in range(num_positions)]
+        self._siblings = _Rate()
 
     def count(self, num_right: int, num_wrong: int) -> None:
-        """Count a proposal whose first `num_right` tokens came; then, with `num_wrong` 1, another did."""
-        for position, share in enumerate(self._positions[: num_right + num_wrong]):
-            share.count(position < num_right)
+        """Count a proposal whose first `num_right` tokens were right and whose next `num_wrong` (0 or 1) not."""
+        for position, rate in enumerate(self._positions[: num_right + num_wrong]):
+            rate.count(position < num_right)
 
-    def count_other(self, *, is_right: bool) -> None:
-        """Count a wrong token beside which there was another."""
-        self._others.count(is_right)
+    def count_sibling(self, *, is_right: bool) -> None:
+        """Count a sibling of a token that was wrong."""
+        self._siblings.count(is_right)
 
     def by_position(self) -> tuple[float, ...]:
-        """Return the share that was right; what is not known is nearly as the position before."""
-        shares = []
+        """Return the expected rate of each position; an unknown one is a little below the one before."""
+        rates = []
         expected = self._prior
-        for share in self._positions:
-            expected = share.expected(expected)
-            shares.append(expected)
-            expected *= PRIOR_OF_NEXT
-        return tuple(shares)
+        for rate in self._positions:
+            expected = rate.expected(expected)
+            rates.append(expected)
+            expected *= NEXT_POSITION_PRIOR
+        return tuple(rates)
 
     @property
-    def of_others(self) -> float:
-        """How often the next token beside a wrong one is right."""
-        return self._others.expected(PRIOR_OF_OTHERS)
+    def of_siblings(self) -> float:
+        """Expected rate of a sibling where the token before it was wrong."""
+        return self._siblings.expected(SIBLING_PRIOR)
 
 
 def chances(tree: TokenTree, acceptance: Acceptance) -> list[float]:
-    """Return how often each row of a proposal is accepted, itself and its whole path."""
+    """Return the probability that each row of a proposal is accepted, with its whole path."""
     positions = acceptance.by_position()
     reached: list[float] = []
+    # By parent: the probability that none of its children so far is right.
     missed: dict[int, float] = {}
-    """Of each row, how often none of those after it that were looked at is right."""
     for parent, depth in zip(tree.parents, tree.depths(), strict=True):
         left = missed.get(parent)
-        share = positions[min(depth, len(positions) - 1)] if left is None else acceptance.of_others
+        rate = positions[min(depth, len(positions) - 1)] if left is None else acceptance.of_siblings
         left = 1.0 if left is None else left
-        reached.append((1.0 if parent == TEXT else reached[parent]) * left * share)
-        missed[parent] = left * (1 - share)
+        reached.append((1.0 if parent == TEXT else reached[parent]) * left * rate)
+        missed[parent] = left * (1 - rate)
     return reached
 
 
-MOST_STRETCHES = 64
-"""Stretches of rounds of equal size that are kept: the last ones."""
+MAX_RUNS = 64
+"""Runs of rounds of equal size that the record holds; older ones are dropped."""
 
 
 class SpeculationRecord:
-    """Rounds, tokens and seconds."""
+    """Counts the rounds, tokens and seconds of one answer."""
 
     def __init__(self) -> None:
         self.num_rounds = self._num_drafted = self._num_accepted = self._num_on_branches = 0
         self._drafting_s = self._verifying_s = 0.0
         self._by_draft = Counter[str]()
-        self._stretches: list[list[int]] = []
+        self._runs: list[list[int]] = []
 
-    def drafting(self, seconds: float) -> None:
-        """Drafts were asked, whether they had anything to say or not."""
+    def add_drafting(self, seconds: float) -> None:
+        """Add the time of asking the drafts, with or without a proposal."""
         self._drafting_s += seconds
 
-    def drafted(self, name: str, num_tokens: int) -> None:
-        """A round begins with so many tokens of a draft."""
+    def add_round(self, draft: str, num_tokens: int) -> None:
+        """Add a round that verifies `num_tokens` tokens of a draft."""
         self.num_rounds += 1
         self._num_drafted += num_tokens
-        self._by_draft[name] += 1
+        self._by_draft[draft] += 1
         num_rows = num_tokens + 1
-        if self._stretches and self._stretches[-1][0] == num_rows:
-            self._stretches[-1][1] += 1
+        if self._runs and self._runs[-1][0] == num_rows:
+            self._runs[-1][1] += 1
         else:
-            self._stretches = [*self._stretches, [num_rows, 1]][-MOST_STRETCHES:]
+            self._runs = [*self._runs, [num_rows, 1]][-MAX_RUNS:]
 
-    def verified(self, seconds: float) -> None:
-        """Its pass took so long."""
+    def add_verifying(self, seconds: float) -> None:
+        """Add the time of a verifying pass."""
         self._verifying_s += seconds
 
-    def accepted(self, *, on_branch: bool) -> None:
-        """A drafted token was right."""
+    def add_accepted(self, *, on_branch: bool) -> None:
+        """Add an accepted draft."""
         self._num_accepted += 1
         self._num_on_branches += on_branch
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the values for JSON; `rows` has pairs of rows and rounds, in order, the last ones."""
+        """Return the values for JSON; `rows` are pairs of tokens a pass and rounds in a row, the last ones."""
         rounds = self.num_rounds
         return {
             "rounds": rounds,
@@ -181,6 +185,6 @@ class SpeculationRecord:
             "mean_accepted": self._num_accepted / rounds if rounds else None,
             "drafting_s": self._drafting_s,
             "verifying_s": self._verifying_s,
-            "rows": [tuple(stretch) for stretch in self._stretches],
+            "rows": [tuple(run) for run in self._runs],
             "rounds_by_draft": dict(self._by_draft),
         }

@@ -1,7 +1,7 @@
-"""What a pass costs by its rows, and whether rows depend on each other: measured on this machine when a
-model is opened, and kept in a file.
+"""What a forward pass costs by its number of tokens, measured on this machine when a model is loaded.
 
-Knows no draft.
+The measurement also tells whether a token's logits depend on the other tokens of its pass. It is stored in the
+folder of the calibrations and read again by later runs.
 """
 
 from __future__ import annotations
@@ -22,72 +22,72 @@ if TYPE_CHECKING:
     from lowtide.models.model import Logits, Logits2D
 
 ENOUGH_S = 0.15
-"""Time after which no further round of measurements is begun."""
-MOST_ROUNDS = 3
-FOLLOWING = 0.1
-"""How far the curve moves to each pass that it is held against."""
-RETURNING = 0.005
-"""How far it moves back to what was measured at first with each plain step: one slow pass is forgiven."""
-MOST_SURPRISE = 2.0
-"""A pass that took longer than this many times what was expected was disturbed, and counts as so many."""
+"""No further round of measurements starts after this many seconds."""
+MAX_ROUNDS = 3
+FOLLOW_RATE = 0.1
+"""How far the curve moves towards each measured pass."""
+RETURN_RATE = 0.005
+"""How far it moves back to the first measurement with each plain pass: one slow pass is forgiven."""
+MAX_SURPRISE = 2.0
+"""A pass that took more than this multiple of the expected time was disturbed, and counts as this multiple."""
 
 
-class Passes(Protocol):
-    """A sequence that rows are appended to and taken off again, as `Model` has it."""
+class SteppedModel(Protocol):
+    """A sequence to which tokens are appended and removed again, as `Model` has them."""
 
     def forward(self, token_ids: Sequence[int]) -> Logits:
-        """Append the tokens and return the logits of the last row."""
+        """Append the tokens and return the last one's logits, shape (vocabulary,)."""
         ...
 
     def forward_rows(self, token_ids: Sequence[int]) -> Logits2D:
-        """Append the tokens and return the logits of every row."""
+        """Append the tokens and return the logits of each, shape (tokens, vocabulary)."""
         ...
 
     def truncate(self, num_tokens: int) -> int | None:
-        """Forget every token from position `num_tokens` on."""
+        """Remove the tokens from position `num_tokens` on."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class StepBenchmark:
-    """`costs` by rows; `rows_agree` where a row of a large pass had the very bits that it has alone.
+    """`costs` of a pass by its tokens; `rows_agree` if a token's logits have the same bits alone and in a pass.
 
-    That is seen at an empty cache: of attention over many keys it says nothing.
+    That is tested with an empty cache: it says nothing of attention over many keys.
     """
 
     costs: CostCurve
     rows_agree: bool
 
 
-def benchmark_steps(model: Passes, num_rows: int, key: str) -> StepBenchmark:
-    """Return what passes of 1 to `num_rows` rows are like; `key` says of which model, machine and setting.
+def benchmark_steps(model: SteppedModel, max_tokens: int, key: str) -> StepBenchmark:
+    """Measure passes of 1 to `max_tokens` tokens; `key` names the model, the machine and the settings.
 
-    The model's cache is empty before and after. What was measured under the key is not measured again.
+    The model's cache is empty before and after. A stored measurement of the same key is returned instead.
     """
-    rows = _measured_rows(num_rows)
+    rows = _measured_rows(max_tokens)
     name = f"pass-costs-{hashlib.sha256(f'{key} {rows}'.encode()).hexdigest()[:16]}.json"
-    known = _read(find_file(name), rows)
-    if known is not None:
-        return known
-    curve = CostCurve(num_rows=rows, seconds=tuple(_measured(model, rows)))
-    found = StepBenchmark(curve, _rows_agree(model, num_rows))
+    stored = _read(find_file(name), rows)
+    if stored is not None:
+        return stored
+    curve = CostCurve(num_rows=rows, seconds=tuple(_measure(model, rows)))
+    found = StepBenchmark(curve, _rows_agree(model, max_tokens))
     values = {"of": key, "num_rows": rows, "seconds": curve.seconds, "rows_agree": found.rows_agree}
-    with contextlib.suppress(CalibrationError):  # in a folder that cannot be written it is not kept
+    with contextlib.suppress(CalibrationError):  # the folder may not be writable
         write_values(name, values)
     return found
 
 
-def _measured_rows(num_rows: int) -> tuple[int, ...]:
-    return tuple(sorted({1, num_rows, *(n for n in (2, 4, 8, 16, 32) if n < num_rows)}))
+def _measured_rows(max_tokens: int) -> tuple[int, ...]:
+    return tuple(sorted({1, max_tokens, *(n for n in (2, 4, 8, 16, 32) if n < max_tokens)}))
 
 
-def _measured(model: Passes, rows: tuple[int, ...]) -> list[float]:
-    """The least of a few rounds: whatever else the machine did only adds."""
+def _measure(model: SteppedModel, rows: tuple[int, ...]) -> list[float]:
+    """Return the shortest of a few rounds: whatever else the machine does only adds time."""
     best = [float("inf")] * len(rows)
     model.truncate(0)
     model.forward_rows((0,))
     started = time.perf_counter()
-    for _ in range(MOST_ROUNDS):
+    for _ in range(MAX_ROUNDS):
         for i, num_rows in enumerate(rows):
             model.truncate(1)
             before = time.perf_counter()
@@ -99,8 +99,8 @@ def _measured(model: Passes, rows: tuple[int, ...]) -> list[float]:
     return best
 
 
-def _rows_agree(model: Passes, num_rows: int) -> bool:
-    """Compare each row of a pass with the same row computed alone; rows are as long as a vocabulary."""
+def _rows_agree(model: SteppedModel, num_rows: int) -> bool:
+    """Compare the logits of each token of a pass with those of the token alone, by digest to save memory."""
     token_ids = [row * 7 % 251 for row in range(num_rows)]
     together = [_digest(row) for row in model.forward_rows(token_ids)]
     model.truncate(0)
@@ -117,7 +117,7 @@ def _digest(row: Logits) -> bytes:
 
 
 def _read(path: Path | None, rows: tuple[int, ...]) -> StepBenchmark | None:
-    """What another run measured; anything odd is measured again."""
+    """Return a stored measurement; None where there is none or the file is invalid."""
     if path is None:
         return None
     try:
@@ -132,7 +132,10 @@ def _read(path: Path | None, rows: tuple[int, ...]) -> StepBenchmark | None:
 
 
 class StepCostModel:
-    """The curve as it is now: passes get slower as the cache fills, and machines change their pace."""
+    """The measured curve, adjusted by every pass: passes slow down as the cache fills or the machine does.
+
+    `clock` returns the time in seconds.
+    """
 
     def __init__(self, measured: CostCurve, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
@@ -144,25 +147,28 @@ class StepCostModel:
         self._num_plain = 0
 
     @property
-    def most_rows(self) -> int:
-        """The most rows that were measured."""
+    def max_tokens(self) -> int:
+        """The most tokens of a pass that were measured."""
         return len(self._ratios) - 1
 
-    def of(self, num_rows: int) -> float:
-        """Return the seconds that a pass of so many rows takes."""
-        return self._one_s * self._ratios[num_rows]
+    def of(self, num_tokens: int) -> float:
+        """Return the seconds of a pass of `num_tokens` tokens."""
+        return self._one_s * self._ratios[num_tokens]
 
-    def observe(self, num_rows: int, seconds: float, plain_rows: int = 1) -> None:
-        """Hold the curve against a pass; one of `plain_rows` verified nothing: it tells the pace."""
-        surprise = seconds / max(self.of(num_rows), 1e-9)
-        surprise = min(max(surprise, 1 / MOST_SURPRISE), MOST_SURPRISE)
-        if num_rows == plain_rows:
-            # What was measured is of another day, maybe: the first steps count for more.
+    def observe(self, num_tokens: int, seconds: float, plain_rows: int = 1) -> None:
+        """Adjust the curve to a pass that took `seconds`; one of `plain_rows` tokens had no drafts.
+
+        Passes without drafts set the time of one token, others the ratios to it.
+        """
+        surprise = seconds / max(self.of(num_tokens), 1e-9)
+        surprise = min(max(surprise, 1 / MAX_SURPRISE), MAX_SURPRISE)
+        if num_tokens == plain_rows:
+            # The first passes count for more: the stored measurement may be from another day.
             self._num_plain += 1
-            self._one_s *= surprise ** max(FOLLOWING, 1 / (1 + self._num_plain))
+            self._one_s *= surprise ** max(FOLLOW_RATE, 1 / (1 + self._num_plain))
             for rows in range(2, len(self._ratios)):
                 back = self._measured[rows] / self._ratios[rows]
-                self._ratios[rows] *= back**RETURNING
+                self._ratios[rows] *= back**RETURN_RATE
         else:
             for rows in range(2, len(self._ratios)):
-                self._ratios[rows] *= surprise ** (FOLLOWING / (1 + abs(rows - num_rows)))
+                self._ratios[rows] *= surprise ** (FOLLOW_RATE / (1 + abs(rows - num_tokens)))

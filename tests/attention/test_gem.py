@@ -112,7 +112,7 @@ class Opened:
     def scores(self, layer: int, **settings: Any) -> np.ndarray:
         policy = Gem(k=100, layer=layer, min_prompt=0, **settings).resolve(self.model.spec)
         prompt_filter = PromptFilter(self.model, self.hook, policy.selection)
-        prompt_filter.filtered(PROMPT)
+        prompt_filter.filter(PROMPT)
         assert prompt_filter.last is not None
         return prompt_filter.last.scores
 
@@ -202,7 +202,7 @@ def test_an_early_exit_at_any_layer_leaves_the_model_as_it_was(opened: Opened) -
 
 def test_a_prompt_that_repeats_one_token(opened: Opened) -> None:
     policy = Gem(k=100, layer=1, min_prompt=0).resolve(opened.model.spec)
-    retained = PromptFilter(opened.model, opened.hook, policy.selection).filtered([7] * 500)
+    retained = PromptFilter(opened.model, opened.hook, policy.selection).filter([7] * 500)
     assert retained == [7] * 100
 
 

@@ -263,7 +263,7 @@ def test_scores_of_a_whole_prompt_equal_those_of_a_filter(random_model: Path) ->
                 assert np.array_equal(found, again)
                 whole.clear()
                 prompt_filter = PromptFilter(model, hook, policy.selection)
-                prompt_filter.filtered(prompt)
+                prompt_filter.filter(prompt)
                 assert prompt_filter.last is not None
                 assert found == pytest.approx(prompt_filter.last.scores, rel=1e-3, abs=1e-6)
                 whole.read(prompt)

@@ -146,7 +146,7 @@ def test_an_answer_of_the_runtime(smollm2: Path) -> None:
         result = runtime.generate("The tide is", max_tokens=8, temperature=0)
         assert (result.stats.layers_native, result.stats.layers) == (30, 30)
         rows = {row.component: row.num_bytes for row in runtime.plan.rows}
-        counts = runtime._loaded.kernel_counts()
+        counts = runtime._engine.kernel_counts()
         assert counts is not None and 0 < counts.scratch_bytes <= rows["attention scratch"]
     with Runtime.open(smollm2, memory="8GiB", context=512) as runtime:
         assert runtime.generate("The tide is", max_tokens=2).stats.layers_native == 0

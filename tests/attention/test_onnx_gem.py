@@ -41,7 +41,7 @@ class Opened:
     def filtered(self, layer: int, **settings: Any) -> PromptFilter:
         policy = Gem(k=100, layer=layer, min_prompt=0, **settings).resolve(self.model.spec)
         made = PromptFilter(self.reader, self.attention, policy.selection)
-        made.filtered(PROMPT)
+        made.filter(PROMPT)
         return made
 
     def scores(self, layer: int, **settings: Any) -> np.ndarray:

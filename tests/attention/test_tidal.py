@@ -180,7 +180,7 @@ def test_threads_change_nothing(smollm2: Path) -> None:
             assert result.stats.attended_share is not None and result.stats.attended_share < 0.6
             assert result.stats.attention.startswith("tidal, k 200, selection layers 2+8+14+20")
             rows = {row.component: row.num_bytes for row in runtime.plan.rows}
-            counts = runtime._loaded.kernel_counts()
+            counts = runtime._engine.kernel_counts()
             assert counts is not None and 0 < counts.scratch_bytes <= rows["attention scratch"]
     assert len(seen) == 1
 

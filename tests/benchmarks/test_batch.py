@@ -60,11 +60,11 @@ def one_after_another(
     """Return a function that answers each prompt alone; with `anew`, without a common prefix in the cache."""
 
     def ask() -> None:
-        runtime._session.forget()
+        runtime._session.clear()
         answers = []
         for prompt in prompts:
             if anew:
-                runtime._session.forget()
+                runtime._session.clear()
             answers.append(runtime.generate(prompt, max_tokens=MAX_TOKENS, temperature=0))
         results.append(answers)
 

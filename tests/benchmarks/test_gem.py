@@ -64,7 +64,7 @@ def answer(runtime: Runtime, text: str, num_tokens: int) -> str:
 def first_token(runtime: Runtime, text: str, *, afresh: bool) -> None:
     if afresh:
         runtime.trim("moderate")
-        runtime._session.forget()
+        runtime._session.clear()
     answer(runtime, text, 1)
 
 

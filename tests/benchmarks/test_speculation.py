@@ -22,7 +22,7 @@ from lowtide import Runtime
 from lowtide.memory.plan.line import CACHE, COMPUTE, SAMPLING, SPECULATION
 from lowtide.memory.units import GIB
 from lowtide.runtime.loading.load import Engine
-from lowtide.runtime.loading.speculation import load_speculator
+from lowtide.runtime.loading.speculation import load_speculation
 from lowtide.runtime.planning.plan import LoadConfig, ResolvedModel, plan_reference
 
 pytestmark = pytest.mark.benchmark
@@ -69,10 +69,10 @@ def decoded_s(
 
 def reset_drafts(runtime: Runtime) -> None:
     """Give the runtime empty drafts; the measured costs of passes are reused."""
-    loaded = runtime._loaded
-    assert loaded.speculator is not None
+    loaded = runtime._engine
+    assert loaded.speculation is not None
     if loaded.planned.speculation is not None and loaded.planned.speculation.draft_model is None:
-        loaded.speculator = load_speculator(loaded.planned, loaded.model, loaded.controller)
+        loaded.speculation = load_speculation(loaded.planned, loaded.model, loaded.controller)
 
 
 def ratio_of(plain: Runtime, drafting: Runtime, prompt: str, *, same: bool = True) -> float:
@@ -220,7 +220,7 @@ def test_generation_memory_of_a_chat_of_twenty_turns(benchmark: Any, smollm2: Pa
         common = {"memory": "8GiB", "threads": THREADS, "attention": "dense"}
         with (
             Runtime.open(smollm2, **common, context=2048, speculate="auto") as planned,  # type: ignore[arg-type]
-            Runtime.open(smollm2, **common, context=8192, speculate="auto:rows=32") as free,  # type: ignore[arg-type]
+            Runtime.open(smollm2, **common, context=8192, speculate="auto:draft=31") as free,  # type: ignore[arg-type]
         ):
             for name, runtime in (("planned", planned), ("unconstrained", free)) * 2:
                 seconds[name] = talk(runtime)

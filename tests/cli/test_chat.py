@@ -130,7 +130,7 @@ def test_messages_are_computed_again_if_the_kv_cache_does_not_fit(
     lowtide("chat", input=f"{'x' * 500}\n/save {path}\n", context=1024)
     done = lowtide("chat", input=f"/load {path}\n/reset\nHi\n")
     assert "Loaded 2 messages; they are computed with your next turn, because" in done.stderr
-    assert "tokens, the context 512: raise --context" in done.stderr
+    assert "tokens but the context holds 512; raise --context" in done.stderr
     assert (done.exit_code, done.stdout) == (0, "Hello.\n")
 
 

@@ -86,7 +86,7 @@ WRONG = {
     ),
     "raw prompt beyond the context": (
         ["-p", "y" * 600, "--raw"],
-        "601 tokens, the context holds 512",
+        "601 tokens but the context holds 512",
     ),
     "two models": (["a.gguf", "-m", "b.gguf", "-p", "x"], "two models are named"),
 }

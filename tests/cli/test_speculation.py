@@ -28,7 +28,10 @@ def invoke(*arguments: str) -> Result:
 @pytest.mark.parametrize(
     ("speculate", "message"),
     [
-        ("ngram:rows=0", "speculate is 'ngram:rows=0'"),
+        (
+            "ngram:draft=0",
+            "speculate is 'ngram:draft=0'; draft must be between 1 and 31 tokens",
+        ),
         ("nothing-like-it", "nothing-like-it"),
     ],
 )
@@ -43,7 +46,7 @@ def test_a_wrong_draft_is_one_error_sentence(
 
 
 def test_the_plan_has_a_line_for_speculation(model: str) -> None:
-    done = invoke("plan", model, "--memory", "4GiB", "--speculate", "auto:rows=4", "--json")
+    done = invoke("plan", model, "--memory", "4GiB", "--speculate", "auto:draft=3", "--json")
     plan = json.loads(done.stdout)
     rows = {row["component"]: row for row in plan["rows"]}
     assert plan["verify_batch"] == 4 and rows["speculation"]["bytes"] > 600_000

@@ -1,4 +1,4 @@
-"""What a batch takes with drafts, beside what it takes without."""
+"""The memory of a batch with drafts and without."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from lowtide.memory.plan.speculation import SpeculationConfig
 from lowtide.models.fake_model import fake_spec
 
 SPEC = fake_spec(512)
-WISH = SpeculationConfig(num_rows=8, table_bytes=1000, token_bytes=9)
+CONFIG = SpeculationConfig(verify_batch=8, table_bytes=1000, token_bytes=9)
 
 
-def plan_of(most_drafted: int) -> BatchPlan:
+def plan_of(max_drafted: int) -> BatchPlan:
     return plan_batch(
         SPEC,
         FormulaSizes(SPEC),
@@ -22,16 +22,16 @@ def plan_of(most_drafted: int) -> BatchPlan:
         kv_type="f16",
         context=512,
         attention_threads=0,
-        most_drafted=most_drafted,
-        speculation=WISH,
+        max_drafted=max_drafted,
+        speculation=CONFIG,
     )
 
 
-def test_drafts_take_rows_of_logits_and_what_they_hold_of_each_text_and_no_cells() -> None:
+def test_drafts_take_logits_and_tables_but_no_kv_cache() -> None:
     without, drafting = plan_of(0), plan_of(5)
     logits = 5 * 2 * 4 * SPEC.vocabulary.num_tokens
-    held = 3 * 1000 + 9 * (3 * 100 + 50)
-    assert drafting.num_bytes - without.num_bytes == logits + held
+    tables = 3 * 1000 + 9 * (3 * 100 + 50)
+    assert drafting.num_bytes - without.num_bytes == logits + tables
     assert drafting.cache_bytes == without.cache_bytes
-    assert (drafting.num_logits, drafting.most_drafted) == (8, 5)
-    assert (without.num_logits, without.most_drafted) == (3, 0)
+    assert (drafting.num_logits, drafting.max_drafted) == (8, 5)
+    assert (without.num_logits, without.max_drafted) == (3, 0)

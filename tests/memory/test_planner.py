@@ -63,7 +63,7 @@ def specs(draw: st.DrawFn) -> ModelSpec:
 OPTIONS = st.builds(
     PlanRequest,
     prefix_bytes=st.just(0) | st.integers(1, 1 << 30),
-    speculation=st.none() | st.builds(SpeculationConfig, num_rows=st.integers(2, 16)),
+    speculation=st.none() | st.builds(SpeculationConfig, verify_batch=st.integers(2, 16)),
     context=st.none() | st.integers(1, 300),
     kv_type=st.none() | st.just("f16"),
     batch_size=st.none() | st.integers(1, 512),

@@ -43,7 +43,7 @@ def test_runs_are_all_rows_in_order(tree: TokenTree) -> None:
 
 @given(trees(), st.integers(0, 99))
 def test_children_are_found_by_their_token(tree: TokenTree, token_id: int) -> None:
-    whole = tree.behind(token_id)
+    whole = tree.with_root(token_id)
     assert whole.token_ids[0] == token_id and whole.parents[0] == TEXT
     for row in range(1, len(whole)):
         found = whole.child(whole.parents[row], whole.token_ids[row])

@@ -42,7 +42,7 @@ def test_logits_after_truncating_equal_those_of_a_sequence_alone(
     dense: Runtime, sequences: SequenceBatch
 ) -> None:
     """Tokens are appended and truncated at random, so that slots are reused across sequences."""
-    chance, hook = random.Random(5), dense._loaded.hook
+    chance, hook = random.Random(5), dense._engine.hook
     assert hook is not None
     refused = hook.layouts_refused
     texts: list[list[int]] = [[] for _ in range(4)]

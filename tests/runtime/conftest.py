@@ -13,7 +13,7 @@ from lowtide import Runtime
 def saved(fake_runtime: Callable[..., Runtime], tmp_path: Path) -> Path:
     runtime = fake_runtime("One.", "Two.")
     chat(runtime, TURNS)
-    told = runtime.session.save(tmp_path / "talk", SAID)
-    assert told.num_tokens == runtime.fake.num_tokens  # type: ignore[attr-defined]
-    assert told.num_bytes == (tmp_path / "talk").stat().st_size
+    written = runtime.saved_chats.save(tmp_path / "talk", SAID)
+    assert written.num_tokens == runtime.fake.num_tokens  # type: ignore[attr-defined]
+    assert written.num_bytes == (tmp_path / "talk").stat().st_size
     return tmp_path / "talk"

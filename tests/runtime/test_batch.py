@@ -1,4 +1,4 @@
-"""Several prompts together, over the fake model: each answer is that of its prompt alone."""
+"""Batches over the fake model: each answer is that of its prompt alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def test_each_answer_is_that_of_its_prompt_alone(fake_runtime: Opened) -> None:
             assert other.stats.batch is not None and other.stats.batch["identical"]
 
 
-def test_what_all_begin_with_is_read_once_and_a_pass_takes_all_a_step(fake_runtime: Opened) -> None:
+def test_the_shared_prefix_is_computed_once_and_a_pass_gives_each_a_token(
+    fake_runtime: Opened,
+) -> None:
     runtime = fake_runtime("abc")
     rows = runtime.fake.rows  # type: ignore[attr-defined]
     results = runtime.generate_batch(PROMPTS, temperature=0)
@@ -58,13 +60,13 @@ def test_each_has_its_own_length_stop_texts_and_sampling(fake_runtime: Opened) -
         SamplingParams(max_tokens=None, stop=("f",), temperature=0),
     ]
     results = runtime.generate_batch(PROMPTS, options)
-    told = [(result.text, result.finish_reason) for result in results]
+    found = [(result.text, result.finish_reason) for result in results]
     whole = ("abc END def", "stop")
-    assert told == [("ab", "length"), ("abc ", "stop"), whole, ("abc END de", "stop")]
+    assert found == [("ab", "length"), ("abc ", "stop"), whole, ("abc END de", "stop")]
     assert results[1].stats.seed == 3
 
 
-def test_the_same_prompt_many_times_one_prompt_and_none(fake_runtime: Opened) -> None:
+def test_equal_prompts_one_prompt_and_none(fake_runtime: Opened) -> None:
     runtime = fake_runtime("abc")
     same = runtime.generate_batch([PROMPTS[0]] * 3, temperature=0)
     assert [result.text for result in same] == ["abc"] * 3
@@ -74,7 +76,7 @@ def test_the_same_prompt_many_times_one_prompt_and_none(fake_runtime: Opened) ->
     assert runtime.generate_batch([]) == []
 
 
-def test_a_full_context_ends_that_answer_alone(fake_runtime: Opened) -> None:
+def test_a_full_context_ends_that_sequence_alone(fake_runtime: Opened) -> None:
     runtime = fake_runtime("x" * 500, context=64)
     long, short = "y" * 50 + "\n", "\n"
     results = runtime.generate_batch([long, short], temperature=0, max_tokens=30)
@@ -83,25 +85,25 @@ def test_a_full_context_ends_that_answer_alone(fake_runtime: Opened) -> None:
     assert [r.token_ids for r in results] == [r.token_ids for r in alone]
 
 
-def test_a_stopped_batch_leaves_the_runtime_usable(fake_runtime: Opened) -> None:
+def test_closing_the_iterator_leaves_the_runtime_usable(fake_runtime: Opened) -> None:
     runtime = fake_runtime("abcdef")
     before = dict(runtime.ledger.components)
-    pieces = runtime.stream_batch(PROMPTS, temperature=0)
-    assert [next(pieces)[0] for _ in range(6)] == [0, 1, 2, 3, 0, 1]
+    chunks = runtime.stream_batch(PROMPTS, temperature=0)
+    assert [next(chunks)[0] for _ in range(6)] == [0, 1, 2, 3, 0, 1]
     assert runtime.ledger.components[BATCH] > 0
-    pieces.close()
+    chunks.close()
     assert dict(runtime.ledger.components) == before
     assert runtime.generate(PROMPTS[0], temperature=0).text == "abcdef"
 
 
-def test_another_answer_ends_a_batch_and_its_memory_goes_back(fake_runtime: Opened) -> None:
+def test_another_answer_ends_a_batch_and_its_memory_is_released(fake_runtime: Opened) -> None:
     runtime = fake_runtime("abcdef")
-    pieces = runtime.stream_batch(PROMPTS, temperature=0)
-    next(pieces)
+    chunks = runtime.stream_batch(PROMPTS, temperature=0)
+    next(chunks)
     assert runtime.generate(PROMPTS[0], temperature=0).text == "abcdef"
     assert BATCH not in runtime.ledger.components
-    with pytest.raises(RuntimeUnusable, match="ended this"):
-        next(pieces)
+    with pytest.raises(RuntimeUnusable, match="was ended by another answer"):
+        next(chunks)
     again = runtime.stream_batch(PROMPTS, temperature=0)
     next(again)
     runtime.close()
@@ -125,10 +127,10 @@ def test_a_pass_that_fails_ends_the_batch_alone(
     assert runtime.generate_batch(PROMPTS, temperature=0)[3].text == "abc"
 
 
-def test_a_conversation_goes_on_behind_a_batch(fake_runtime: Opened) -> None:
+def test_a_chat_goes_on_after_a_batch(fake_runtime: Opened) -> None:
     runtime = fake_runtime("One.", "Two.")
     turns = [{"role": "user", "content": "a"}]
-    said = "".join(piece.text for piece in runtime.chat(turns, temperature=0))
+    said = "".join(chunk.text for chunk in runtime.chat(turns, temperature=0))
     runtime.generate_batch(PROMPTS, temperature=0)
     turns += [{"role": "assistant", "content": said}, {"role": "user", "content": "b"}]
     *_, last = runtime.chat(turns, temperature=0)
@@ -138,14 +140,14 @@ def test_a_conversation_goes_on_behind_a_batch(fake_runtime: Opened) -> None:
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
-        ("one text", {}, "prompts is one text"),
-        (["a", 5], {}, "no text"),
-        (["a"], {"options": [SamplingParams()] * 2}, "2 options are given for 1 prompts"),
-        (["a"], {"retention_map": 1}, "'heat' is no option"),
-        (["a"] * 65, {}, "a pass takes 64 rows"),
+        ("one text", {}, "prompts is a single text"),
+        (["a", 5], {}, "not a text"),
+        (["a"], {"params": [SamplingParams()] * 2}, "2 parameter sets for 1 prompts"),
+        (["a"], {"heat": 1}, "unknown sampling parameter 'heat'"),
+        (["a"] * 65, {}, "more than the 64 tokens of a pass"),
     ],
 )
-def test_wrong_wishes(
+def test_wrong_arguments_compute_nothing(
     fake_runtime: Opened, prompts: list[str], options: dict[str, object], message: str
 ) -> None:
     runtime = fake_runtime()
@@ -154,7 +156,9 @@ def test_wrong_wishes(
     assert runtime.fake.rows == []  # type: ignore[attr-defined]
 
 
-def test_one_prompt_too_long_is_an_error_before_anything_is_computed(fake_runtime: Opened) -> None:
+def test_a_prompt_that_is_too_long_is_refused_before_anything_is_computed(
+    fake_runtime: Opened,
+) -> None:
     runtime = fake_runtime(context=64)
     with pytest.raises(PromptTooLong, match="the context holds 64"):
         runtime.generate_batch(["short", "x" * 100])
@@ -165,18 +169,18 @@ def test_one_prompt_too_long_is_an_error_before_anything_is_computed(fake_runtim
     assert cut[1].stats.dropped_tokens > 0 and cut[0].text == "Hello."
 
 
-def test_a_model_that_computes_one_sequence_says_so() -> None:
-    class Lonely(FakeModel):
+def test_a_model_that_runs_one_sequence_is_refused() -> None:
+    class OneSequence(FakeModel):
         supports_batch = False
 
     with (
-        Runtime.open(Lonely(), memory="8GiB") as runtime,
-        pytest.raises(BadOption, match="fake computes one sequence at a time"),
+        Runtime.open(OneSequence(), memory="8GiB") as runtime,
+        pytest.raises(BadOption, match="fake cannot run a batch of 4 prompts"),
     ):
         runtime.generate_batch(PROMPTS)
 
 
-def test_what_does_not_fit_says_what_is_free(fake_runtime: Opened) -> None:
+def test_a_batch_that_does_not_fit_reports_what_is_free(fake_runtime: Opened) -> None:
     runtime = fake_runtime("abc")
     ledger = runtime.ledger
     ledger.budget_bytes = ledger.reserved_bytes + 100_000

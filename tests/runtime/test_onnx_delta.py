@@ -62,12 +62,12 @@ def test_speculation_answers_as_the_plain_loop(tiny: Path, attention: str) -> No
     told = []
     for speculate in ("off", "auto"):
         with Runtime.open(tiny, attention=attention, speculate=speculate, **OPTIONS) as runtime:  # type: ignore[arg-type]
-            speculator = runtime._loaded.speculator
-            if speculator is not None:
-                speculator._control.costs = StepCostModel(CHEAP, Ticks())
+            speculation = runtime._engine.speculation
+            if speculation is not None:
+                speculation.costs = StepCostModel(CHEAP, Ticks())
             result = runtime.generate(TEXT, max_tokens=60, temperature=0)
             runtime._session.sync()
-            told.append((result.token_ids, runtime._session.decode((11,)).copy()))
+            told.append((result.token_ids, runtime._session.decode_token(11).copy()))
     stats = result.stats.speculation
     assert stats is not None and stats["rounds"] > 0
     if stats["identical"]:  # as this machine's products are

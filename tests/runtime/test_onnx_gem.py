@@ -51,7 +51,7 @@ def test_a_long_prompt_is_filtered_and_its_answer_explained(tiny: Path) -> None:
         stats = pieces[-1].stats
         assert stats.prompt_tokens > 1100 and stats.retained_tokens == 300
         assert stats.attention == "gem, k 300, layer 1 (user), then dense"
-        assert list(pieces[-1].kept) == runtime.retained_spans()
+        assert list(pieces[-1].retained) == runtime.retained_spans()
         assert sum(passage.tokens for passage in runtime.retained_spans()) == 300
         assert len(runtime._session.token_ids) < 310
         short = ask(runtime, [{"role": "user", "content": "What floats?"}])
@@ -75,13 +75,13 @@ def test_another_question_on_the_same_text_reads_its_own_rows_alone(
     """And chooses as if it were the first: what was decoded sparsely before leaves no trace."""
     attention = Gem(k=300, layer=3, then=then)
     with Runtime.open(tiny, **OPTIONS, attention=attention) as runtime:  # type: ignore[arg-type]
-        prompt_filter = runtime._loaded.prompt_filter
+        prompt_filter = runtime._engine.prompt_filter
         assert prompt_filter is not None and runtime.plan.cache_filter_pass
         fresh = ask(runtime, ANOTHER), runtime.retained_spans()
         runtime.trim("moderate")
-        assert prompt_filter._reader.num_tokens == 0
+        assert prompt_filter._model.num_tokens == 0
         first = ask(runtime, QUESTION)
-        read = prompt_filter._reader.num_tokens
+        read = prompt_filter._model.num_tokens
         again = ask(runtime, ANOTHER), runtime.retained_spans()
         assert first.stats.prompt_tokens == read > 1100
         assert again[0].token_ids == fresh[0].token_ids
@@ -93,8 +93,8 @@ def test_a_stopped_filter_pass_leaves_the_runtime_usable(
 ) -> None:
     with Runtime.open(tiny, **OPTIONS, attention=POLICY) as runtime:  # type: ignore[arg-type]
         expected = ask(runtime, QUESTION).token_ids
-        assert runtime._loaded.prompt_filter is not None
-        reader = runtime._loaded.prompt_filter._reader
+        assert runtime._engine.prompt_filter is not None
+        reader = runtime._engine.prompt_filter._model
         forward, passes = reader.forward, []
         runtime.trim("moderate")
 

@@ -12,7 +12,7 @@ from recorded import recorded_logits
 
 from lowtide import GenerationResult, Runtime, Tidal
 from lowtide.models.fake_model import CHAT_TEMPLATE
-from lowtide.runtime.errors import SessionMismatch, TranscriptError
+from lowtide.runtime.errors import SnapshotMismatch, TranscriptError
 
 QUESTION = "Tell me about the sea. " * 4
 TALK = [{"role": "user", "content": QUESTION}]
@@ -55,11 +55,11 @@ def test_going_on_is_the_same_bit_for_bit(
     options = {"memory": "2GiB", "threads": 2, "attention": attention, "kv_type": kv_type}
     with Runtime.open(tiny, context=512, **options) as stayed:  # type: ignore[arg-type]
         said = _answer(stayed, QUESTION).text
-        saved = stayed.session.save(path)
+        saved = stayed.saved_chats.save(path)
         expected, logits = _next_turn(stayed, said)
     with Runtime.open(tiny, context=1024, **options) as came_back:  # type: ignore[arg-type]
         came_back.generate("word " * 30, max_tokens=3)  # what was there before leaves no trace
-        assert came_back.session.load(path).num_tokens == saved.num_tokens > 60
+        assert came_back.saved_chats.load(path).num_tokens == saved.num_tokens > 60
         result, same_logits = _next_turn(came_back, said)
     assert result.token_ids == expected.token_ids
     assert result.stats.reused_tokens == expected.stats.reused_tokens > 60
@@ -71,35 +71,38 @@ def test_what_a_state_belongs_to_is_refused_by_all_others(tiny: Path, tmp_path: 
     options = {"memory": "2GiB", "threads": 1, "attention": "dense"}
     with Runtime.open(tiny, **options) as runtime:  # type: ignore[arg-type]
         runtime.generate("word " * 110, max_tokens=2)
-        runtime.session.save(path, TALK)
+        runtime.saved_chats.save(path, TALK)
     other_model = write_decoder(tmp_path / "other", "gqa", Shape(layers=4, kv_heads=4))
     others = {
-        "with the KV type f16, here it is f32": {**options, "kv_type": "f32"},
-        "with the attention dense, here it is Tidal": {**options, "attention": "tidal:layers=1"},
-        "with the KV type f16, here it is f32: ": {**options, "attention": "llama"},
-        "tokens, the context 512: raise --context": {**options, "context": 512},
+        "with the KV type f16, but the KV type is f32 now": {**options, "kv_type": "f32"},
+        "with the attention dense, but the attention is Tidal": {
+            **options,
+            "attention": "tidal:layers=1",
+        },
+        "with the KV type f16, but the KV type is f32 now; ": {**options, "attention": "llama"},
+        "tokens but the context holds 512; raise --context": {**options, "context": 512},
         "with the model tiny": {**options, "model": other_model},
     }
     for sentence, other in others.items():
         with (
             Runtime.open(other.pop("model", tiny), **other) as runtime,  # type: ignore[arg-type]
-            pytest.raises(SessionMismatch, match=sentence),
+            pytest.raises(SnapshotMismatch, match=sentence),
         ):
-            runtime.session.load(path)
+            runtime.saved_chats.load(path)
 
 
 def test_any_damaged_byte_is_refused(tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "talk"
     with Runtime.open(tiny, memory="2GiB", threads=1, attention="dense") as runtime:
         runtime.generate("Hi", max_tokens=2, temperature=0)
-        runtime.session.save(path, TALK)
+        runtime.saved_chats.save(path, TALK)
         whole = path.read_bytes()
         for at in [*range(24), *range(24, len(whole), 61)]:
             path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
             with pytest.raises(TranscriptError, match="talk"):
-                runtime.session.load(path)
+                runtime.saved_chats.load(path)
         path.write_bytes(whole)
-        assert runtime.session.load(path).num_tokens > 0
+        assert runtime.saved_chats.load(path).num_tokens > 0
 
 
 @pytest.mark.parametrize("attention", ["llama", "dense"])
@@ -112,15 +115,15 @@ def test_the_peak_of_saving_and_loading_is_what_is_reserved(tmp_path: Path, atte
         f"options = {{'memory': '2GiB', 'threads': 1, 'attention': {attention!r}}}\n"
         f"with Runtime.open({str(folder)!r}, **options) as runtime:\n"
         "    runtime._session.append([7])\n"
-        f"    runtime.session.save({str(tmp_path / 'first')!r})\n"
-        f"    runtime.session.load({str(tmp_path / 'first')!r})  # code that is read in is no state\n"
-        "    runtime._session.forget()\n"
+        f"    runtime.saved_chats.save({str(tmp_path / 'first')!r})\n"
+        f"    runtime.saved_chats.load({str(tmp_path / 'first')!r})  # code that is read in is no state\n"
+        "    runtime._session.clear()\n"
         "    while len(runtime._session.token_ids) < 2048:\n"
         "        runtime._session.append([7] * runtime._model.batch_size)\n"
         "    before = read().peak_bytes\n"
         f"    path = {str(tmp_path / 'talk')!r}\n"
-        "    saved = runtime.session.save(path)\n"
-        "    loaded = runtime.session.load(path)\n"
+        "    saved = runtime.saved_chats.save(path)\n"
+        "    loaded = runtime.saved_chats.load(path)\n"
         "    reserved = session_bytes(runtime.spec, 2048, runtime.plan.kv_type, 1000)\n"
         "    print(saved.num_bytes, loaded.num_tokens, reserved, before, read().peak_bytes)\n"
     )

@@ -1,4 +1,4 @@
-"""Speculation in ONNX graphs: tokens and logits of the plain loop, in planned memory."""
+"""Speculation in ONNX graphs: the tokens and logits of the plain loop, in planned memory."""
 
 from __future__ import annotations
 
@@ -23,88 +23,90 @@ SHAPE = Shape(layers=4, kv_heads=2)
 
 
 def eager(runtime: Runtime) -> Runtime:
-    """Have everything verified, whatever passes and drafts cost on this machine."""
-    speculator = runtime._loaded.speculator
-    assert speculator is not None
-    speculator._control.costs = StepCostModel(CHEAP, Ticks())
+    """Verify everything, whatever passes and drafts cost on this machine."""
+    speculation = runtime._engine.speculation
+    assert speculation is not None
+    speculation.costs = StepCostModel(CHEAP, Ticks())
     return runtime
 
 
 @pytest.mark.parametrize("last_row", [False, True])
 @pytest.mark.parametrize("temperature", [0, 0.7])
-def test_answers_are_the_plain_loops_and_so_is_the_cache_after_them(
+def test_answers_and_cache_are_those_of_the_plain_loop(
     tmp_path: Path, last_row: bool, temperature: float
 ) -> None:
     folder = write_decoder(
         tmp_path / "tiny", "gqa", SHAPE, bits=4, last_row=last_row, chat_template=CHAT_TEMPLATE
     )
-    told = []
+    seen = []
     for speculate in ("off", "auto"):
         with Runtime.open(folder, **OPTIONS, speculate=speculate) as runtime:  # type: ignore[arg-type]
             if speculate != "off":
                 eager(runtime)
-            # Of two likely tokens: of all, random weights may repeat nothing that could be drafted.
+            # top_k=2: without a limit, random weights may repeat nothing that could be drafted.
             result = runtime.generate(TEXT, max_tokens=60, temperature=temperature, top_k=2, seed=7)
             runtime._session.sync()
-            logits = runtime._session.decode((11,)).copy()
-            told.append((result.token_ids, result.text, logits))
+            logits = runtime._session.decode_token(11).copy()
+            seen.append((result.token_ids, result.text, logits))
     stats = result.stats.speculation
     assert stats is not None and stats["rounds"] > 0 and stats["off_reason"] is None
-    if stats["identical"]:  # as this machine's products are
-        assert told[0][:2] == told[1][:2]
-        assert np.array_equal(told[0][2], told[1][2])
+    if stats["identical"]:  # where this machine's matmul does not depend on the batch
+        assert seen[0][:2] == seen[1][:2]
+        assert np.array_equal(seen[0][2], seen[1][2])
     else:
-        assert stats["nondeterminism"].startswith("this machine's products of int4 round")
+        assert stats["nondeterminism"].startswith("this machine's int4 matmul rounds")
 
 
 @pytest.mark.once
-def test_a_converted_models_answers_are_the_plain_loops(
+def test_answers_of_a_converted_model_are_those_of_the_plain_loop(
     tmp_path: Path, smollm2_spec: ModelSpec
 ) -> None:
     folder = convert(smollm2_spec, tmp_path / "smollm2").folder
     messages = [{"role": "user", "content": "Write three times: the harbour master counts boats."}]
-    told = []
+    seen = []
     for speculate in ("off", "auto"):
         with Runtime.open(folder, **OPTIONS, context=512, speculate=speculate) as runtime:  # type: ignore[arg-type]
             if speculate != "off":
                 eager(runtime)
-            pieces = list(runtime.chat(messages, max_tokens=60, temperature=0))
-            told.append([piece.token_id for piece in pieces])
-    stats = pieces[-1].stats.speculation
+            chunks = list(runtime.chat(messages, max_tokens=60, temperature=0))
+            seen.append([chunk.token_id for chunk in chunks])
+    stats = chunks[-1].stats.speculation
     assert stats is not None and stats["accepted"] > 5
-    assert told[0] == told[1] or not stats["identical"]
+    assert seen[0] == seen[1] or not stats["identical"]
 
 
 @pytest.mark.parametrize(
     ("options", "last_row", "words"),
     [
         ({"attention": "llama"}, False, "GroupQueryAttention may sum a row alone"),
-        ({"attention": "tidal:k=80,layers=1"}, False, "tidal chooses keys once for all rows"),
+        ({"attention": "tidal:k=80,layers=1"}, False, "tidal selects keys once for all drafts"),
     ],
 )
-def test_what_cannot_be_promised_is_said(
+def test_nondeterminism_is_reported(
     tmp_path: Path, options: dict[str, str], last_row: bool, words: str
 ) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", SHAPE, bits=4, last_row=last_row)
     with Runtime.open(folder, **{**OPTIONS, **options}, speculate="ngram") as runtime:  # type: ignore[arg-type]
         stats = eager(runtime).generate(TEXT, max_tokens=20, temperature=0).stats.speculation
     assert stats is not None and stats["rounds"] > 0 and not stats["identical"]
-    assert words in stats["nondeterminism"] or "round a row" in stats["nondeterminism"]
+    assert words in stats["nondeterminism"] or "matmul rounds" in stats["nondeterminism"]
 
 
-def test_a_whole_graph_that_leaves_one_row_verifies_nothing_and_says_so(tmp_path: Path) -> None:
+def test_a_graph_with_the_logits_of_one_token_verifies_nothing_and_reports_it(
+    tmp_path: Path,
+) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", SHAPE, last_row=True)
     with Runtime.open(folder, **{**OPTIONS, "attention": "llama"}, speculate="ngram") as runtime:  # type: ignore[arg-type]
         stats = runtime.generate(TEXT, max_tokens=8, temperature=0).stats.speculation
     assert stats is not None and stats["rounds"] == 0
     assert stats["off_reason"] == (
-        "the graph of tiny makes logits of a pass's last row alone: open with attention='dense'"
+        "the graph of tiny computes the logits of a pass's last token only; open with attention='dense'"
     )
 
 
 @pytest.mark.parametrize("last_row", [False, True])
 def test_the_peak_stays_inside_the_plan(tmp_path: Path, last_row: bool) -> None:
-    """A vocabulary so large that rows of logits are most of what verifications take."""
+    """A vocabulary so large that logits are most of what verifying takes."""
     shape = Shape(layers=2, kv_heads=2, vocabulary=32768)
     folder = write_decoder(tmp_path / "wide", "gqa", shape, last_row=last_row)
     measured = run_python(
@@ -115,7 +117,7 @@ from lowtide.runtime.speculation.step_cost import StepCostModel
 options = {{"memory": "1GiB", "threads": 1, "attention": "dense", "speculate": "auto"}}
 with Runtime.open({str(folder)!r}, **options) as runtime:
     cheap = CostCurve(num_rows=(1, 8), seconds=(1.0, 1.1))
-    runtime._loaded.speculator._control.costs = StepCostModel(cheap, lambda: 0.0)
+    runtime._engine.speculation.costs = StepCostModel(cheap, lambda: 0.0)
     result = runtime.generate({TEXT!r}, max_tokens=60, temperature=0)
     assert result.stats.speculation["rounds"] > 0, result.stats.speculation
     print(runtime.plan.total_bytes)
@@ -125,8 +127,8 @@ with Runtime.open({str(folder)!r}, **options) as runtime:
     assert measured.peak_bytes <= int(measured.stdout.split()[-1])
 
 
-def test_more_rows_are_a_row_of_the_plan(tmp_path: Path) -> None:
+def test_verifying_has_a_line_in_the_plan(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", SHAPE, last_row=True)
-    with Runtime.open(folder, **OPTIONS, speculate="auto:rows=4") as runtime:  # type: ignore[arg-type]
+    with Runtime.open(folder, **OPTIONS, speculate="auto:draft=3") as runtime:  # type: ignore[arg-type]
         components = {row.component: row.num_bytes for row in runtime.plan.rows}
         assert runtime.plan.verify_batch == 4 and components[SPECULATION] > 3 * 2 * 4 * 320

@@ -20,7 +20,7 @@ from lowtide.models.errors import BadModelFile, BadOption
 from lowtide.models.gguf.spec import read_spec
 from lowtide.runtime.backends.repack import repacked_gguf, repacked_path
 from lowtide.runtime.errors import CannotRepack
-from lowtide.runtime.generation.generate import GenerationResult
+from lowtide.runtime.generation.result import GenerationResult
 from lowtide.runtime.loading.load import Engine
 from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 
@@ -112,7 +112,7 @@ with Runtime.open({str(models["Q4_1"])!r}, **options) as runtime:
         told += [runtime.generate(p, max_tokens=6, temperature=0).token_ids for p in ("a b", "c")]
         together = runtime.generate_batch(["a b", "c"], max_tokens=6, temperature=0)
         assert [r.token_ids for r in together] == told, (together, told)
-        runtime._session.forget()
+        runtime._session.clear()
     assert alone == again
 """
     unmapped = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=65536"}

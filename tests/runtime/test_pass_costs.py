@@ -1,4 +1,4 @@
-"""Costs are measured once, kept, and measured again where the file is odd."""
+"""Costs of passes are measured once, stored, and measured again where the file is invalid."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lowtide.memory.plan.speculation import CostCurve
 from lowtide.runtime.speculation.step_cost import StepCostModel, benchmark_steps
 
 
-def test_they_are_measured_once_for_each_key(tmp_path: Path) -> None:
+def test_costs_are_measured_once_for_each_key(tmp_path: Path) -> None:
     model = FakeModel()
     first = benchmark_steps(model, 8, "this machine")
     assert first.costs.num_rows == (1, 2, 4, 8) and min(first.costs.seconds) > 0
@@ -30,7 +30,7 @@ def test_they_are_measured_once_for_each_key(tmp_path: Path) -> None:
     "broken",
     ["", "[]", "{}", '{"num_rows": [1, 8], "seconds": [-1, 2], "rows_agree": true}'],
 )
-def test_a_file_that_is_odd_is_measured_again(tmp_path: Path, broken: str) -> None:
+def test_an_invalid_file_is_measured_again(tmp_path: Path, broken: str) -> None:
     model = FakeModel()
     benchmark_steps(model, 8, "key")
     (path,) = (tmp_path / "calibrations").glob("pass-costs-*.json")
@@ -41,14 +41,14 @@ def test_a_file_that_is_odd_is_measured_again(tmp_path: Path, broken: str) -> No
     assert len(model.rows) > num_passes
 
 
-def test_a_folder_that_cannot_be_written_is_no_error(
+def test_a_folder_that_is_not_writable_is_not_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "calibrations").write_text("a file")
     assert benchmark_steps(FakeModel(), 4, "key").costs.num_rows == (1, 2, 4)
 
 
-def test_rows_that_depend_on_their_batch_are_found_out() -> None:
+def test_logits_that_depend_on_the_batch_are_detected() -> None:
     class Rounding(FakeModel):
         def forward_rows(self, token_ids: Sequence[int]) -> np.ndarray:
             rows = super().forward_rows(token_ids)
@@ -58,7 +58,7 @@ def test_rows_that_depend_on_their_batch_are_found_out() -> None:
     assert benchmark_steps(Rounding(), 3, "key").rows_agree
 
 
-def test_passes_that_verify_nothing_tell_the_pace_of_all() -> None:
+def test_passes_without_drafts_set_the_time_of_all_passes() -> None:
     curve = CostCurve(num_rows=(1, 8, 16), seconds=(1.0, 4.0, 8.0))
     costs = StepCostModel(curve)
     for _ in range(60):

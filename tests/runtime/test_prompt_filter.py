@@ -1,4 +1,4 @@
-"""Long prompts under `gem`: what is kept, what is answered, what it takes, from the front door."""
+"""Long prompts under `gem`: what is retained, what is answered, what it takes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lowtide.models.errors import BadOption
 from lowtide.runtime.profiling.export import profile_page
 
 SENTENCES = [f"Boat {i} left the harbour with {i * 7 % 100} crates of fish. " for i in range(90)]
-NEEDLE = "The secret pass key is 48213. Remember it: 48213 is the pass key. "
-TEXT = "".join([*SENTENCES[:40], NEEDLE, *SENTENCES[40:]])
+PASSKEY = "The secret pass key is 48213. Remember it: 48213 is the pass key. "
+TEXT = "".join([*SENTENCES[:40], PASSKEY, *SENTENCES[40:]])
 QUESTION = [{"role": "user", "content": TEXT + "What is the secret pass key in the text?"}]
 
 
@@ -32,18 +32,18 @@ def ask(runtime: Runtime, messages: list[dict[str, str]], num_tokens: int = 24) 
     return GenerationResult.of(runtime.chat(messages, max_tokens=num_tokens, temperature=0))
 
 
-def test_a_pass_key_is_found_in_what_is_kept(runtime: Runtime) -> None:
+def test_a_passkey_is_found_among_the_retained_tokens(runtime: Runtime) -> None:
     result = ask(runtime, QUESTION)
     assert "48213" in result.text
     assert result.stats.prompt_tokens > 1400 and result.stats.retained_tokens == 400
     assert len(runtime._session.token_ids) < 400 + 24
-    passages = runtime.retained_spans()
-    assert sum(passage.tokens for passage in passages) == 400
-    assert [p for p in passages if "48213" in p.text and p.score > 0.05]
-    assert "secret pass key in the text?" in passages[-1].text
+    spans = runtime.retained_spans()
+    assert sum(span.tokens for span in spans) == 400
+    assert [p for p in spans if "48213" in p.text and p.score > 0.05]
+    assert "secret pass key in the text?" in spans[-1].text
 
 
-def test_every_question_filters_the_whole_conversation_again(runtime: Runtime) -> None:
+def test_every_question_filters_the_whole_chat_again(runtime: Runtime) -> None:
     first = ask(runtime, QUESTION)
     again = [*QUESTION, {"role": "assistant", "content": first.text}]
     again.append({"role": "user", "content": "How many crates did Boat 3 leave with?"})
@@ -55,7 +55,7 @@ def test_every_question_filters_the_whole_conversation_again(runtime: Runtime) -
     assert short.stats.retained_tokens == short.stats.prompt_tokens
 
 
-def test_a_k_beyond_the_prompt_is_the_whole_prompt(smollm2: Path) -> None:
+def test_a_k_beyond_the_prompt_retains_the_whole_prompt(smollm2: Path) -> None:
     answers = []
     for attention in ("dense", Gem(k=3000)):
         with Runtime.open(smollm2, memory="2GiB", context=4096, attention=attention) as opened:
@@ -63,13 +63,13 @@ def test_a_k_beyond_the_prompt_is_the_whole_prompt(smollm2: Path) -> None:
     assert answers[0] == answers[1]
 
 
-def test_a_stopped_filter_pass_leaves_the_runtime_usable(
+def test_an_interrupted_filter_pass_leaves_the_runtime_usable(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = ask(runtime, QUESTION).token_ids
-    assert runtime._loaded.prompt_filter is not None
-    reader = runtime._loaded.prompt_filter._reader
-    forward, passes = reader.forward, []
+    assert runtime._engine.prompt_filter is not None
+    filter_model = runtime._engine.prompt_filter._model
+    forward, passes = filter_model.forward, []
     runtime.trim("moderate")
 
     def interrupted(token_ids: tuple[int, ...]) -> object:
@@ -78,7 +78,7 @@ def test_a_stopped_filter_pass_leaves_the_runtime_usable(
             raise KeyboardInterrupt
         return forward(token_ids)
 
-    monkeypatch.setattr(reader, "forward", interrupted)
+    monkeypatch.setattr(filter_model, "forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ask(runtime, QUESTION)
     monkeypatch.undo()
@@ -88,34 +88,34 @@ def test_a_stopped_filter_pass_leaves_the_runtime_usable(
 ANOTHER = [{"role": "user", "content": TEXT + "How many crates did Boat 3 leave with?"}]
 
 
-def test_another_question_on_the_same_text_reads_its_own_rows_alone(
+def test_another_question_on_the_same_text_computes_only_its_own_tokens(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert runtime.plan.cache_filter_pass and runtime._loaded.prompt_filter is not None
-    reader = runtime._loaded.prompt_filter._reader
+    assert runtime.plan.cache_filter_pass and runtime._engine.prompt_filter is not None
+    filter_model = runtime._engine.prompt_filter._model
     runtime.trim("moderate")
     fresh = ask(runtime, ANOTHER), runtime.retained_spans()
     runtime.trim("moderate")
-    assert reader.num_tokens == 0
+    assert filter_model.num_tokens == 0
     ask(runtime, QUESTION)
-    read = reader.num_tokens
-    forward, rows = reader.forward, []
+    num_read = filter_model.num_tokens
+    forward, rows = filter_model.forward, []
 
     def counted(token_ids: tuple[int, ...]) -> object:
         rows.append(len(token_ids))
         return forward(token_ids)
 
-    monkeypatch.setattr(reader, "forward", counted)
+    monkeypatch.setattr(filter_model, "forward", counted)
     again = ask(runtime, ANOTHER), runtime.retained_spans()
-    assert sum(rows) < 64 < read
+    assert sum(rows) < 64 < num_read
     assert again[0].token_ids == fresh[0].token_ids and again[1] == fresh[1]
 
 
-def test_an_answer_explains_what_was_kept(runtime: Runtime, smollm2: Path) -> None:
-    pieces = list(runtime.chat(QUESTION, max_tokens=3, temperature=0, explain=True))
-    assert [bool(piece.kept) for piece in pieces] == [False, False, True]
-    assert list(pieces[-1].kept) == runtime.retained_spans()
-    assert not ask(runtime, QUESTION).kept
+def test_an_answer_lists_the_retained_spans(runtime: Runtime, smollm2: Path) -> None:
+    chunks = list(runtime.chat(QUESTION, max_tokens=3, temperature=0, explain=True))
+    assert [bool(chunk.retained) for chunk in chunks] == [False, False, True]
+    assert list(chunks[-1].retained) == runtime.retained_spans()
+    assert not ask(runtime, QUESTION).retained
     with (
         Runtime.open(smollm2, memory="2GiB", context=512) as other,
         pytest.raises(BadOption, match="open with attention='gem'"),
@@ -123,20 +123,20 @@ def test_an_answer_explains_what_was_kept(runtime: Runtime, smollm2: Path) -> No
         other.chat(QUESTION, explain=True)
 
 
-def test_a_profile_shows_where_the_kept_tokens_lie(smollm2: Path) -> None:
+def test_a_profile_shows_where_the_retained_tokens_are(smollm2: Path) -> None:
     profiler = Profiler()
     attention = Gem(k=400)
     with Runtime.open(
         smollm2, memory="2GiB", context=4096, attention=attention, profiler=profiler
     ) as opened:
         ask(opened, QUESTION, 2)
-        passages = tuple(opened.retained_spans())
+        spans = tuple(opened.retained_spans())
     report = profiler.report()
     retention_map = report.retention_map
     assert (
         retention_map is not None
         and retention_map.num_retained == 400
-        and retention_map.spans == passages
+        and retention_map.spans == spans
     )
     assert (
         len(retention_map.scores)
@@ -158,7 +158,7 @@ def test_a_profile_shows_where_the_kept_tokens_lie(smollm2: Path) -> None:
     assert "What was kept of the last prompt" in page and "Remember it: 48213" in page
 
 
-def test_a_text_is_continued_only_where_that_is_meant(runtime: Runtime, smollm2: Path) -> None:
+def test_a_text_is_continued_only_with_continues(runtime: Runtime, smollm2: Path) -> None:
     with pytest.raises(BadOption, match="ask in a chat, or open with"):
         runtime.generate("Once upon a time")
     forced = Gem(continues=True)
@@ -172,18 +172,20 @@ with Runtime.open({path!r}, memory={memory}, context=4096, threads=1, attention=
     message = [dict(role="user", content={text!r})]
     for _ in range(2):
         result = GenerationResult.of(runtime.chat(message, max_tokens=4, temperature=0))
-    held = runtime._loaded.prompt_filter._reader.num_tokens if runtime._loaded.prompt_filter else 0
+    held = runtime._engine.prompt_filter._model.num_tokens if runtime._engine.prompt_filter else 0
     print(runtime.plan.cache_filter_pass, runtime.plan.total_bytes, held, *result.token_ids)
 """
 
 
 @pytest.mark.once
-@pytest.mark.skipif(not can_use_demand_zero(), reason="the cache is whole from the start here")
-def test_the_first_pass_takes_the_cache_of_its_layers_and_stays_where_there_is_room(
+@pytest.mark.skipif(
+    not can_use_demand_zero(), reason="this system allocates the whole cache at once"
+)
+def test_the_filter_takes_the_cache_of_its_layers_and_keeps_it_where_there_is_room(
     smollm2: Path,
 ) -> None:
     text = "".join(SENTENCES * 2) + "What floats?"
-    told, peaks = {}, {}
+    printed, peaks = {}, {}
     for name, attention, memory in (
         ("dense", "'dense'", "'2GiB'"),
         ("kept", "Gem(k=400)", "'2GiB'"),
@@ -192,17 +194,17 @@ def test_the_first_pass_takes_the_cache_of_its_layers_and_stays_where_there_is_r
         code = PEAK.format(attention=attention, path=str(smollm2), text=text, memory=memory)
         done = run_python(code)
         assert done.code == 0, done.stderr
-        told[name], peaks[name] = done.stdout.split(), done.peak_bytes
-    assert [told[name][0] for name in ("kept", "tight")] == ["True", "False"]
-    assert int(told["kept"][2]) > 2800 and told["tight"][2] == "0"
-    assert told["kept"][3:] == told["tight"][3:]
+        printed[name], peaks[name] = done.stdout.split(), done.peak_bytes
+    assert [printed[name][0] for name in ("kept", "tight")] == ["True", "False"]
+    assert int(printed["kept"][2]) > 2800 and printed["tight"][2] == "0"
+    assert printed["kept"][3:] == printed["tight"][3:]
     for name, peak in peaks.items():
-        assert peak <= int(told[name][1]), name
-    # About 2,900 tokens of 30 layers take 65 MiB, of 8 layers 17, and the kept 400 of 30 take 9.
+        assert peak <= int(printed[name][1]), name
+    # About 2,900 tokens of 30 layers take 65 MiB, of 8 layers 17, and 400 retained tokens of 30 take 9.
     assert peaks["tight"] < peaks["kept"] < peaks["dense"] - 25 * MIB
 
 
-def test_the_command_shows_what_was_kept() -> None:
+def test_the_command_shows_the_retained_spans() -> None:
     arguments = (
         "run",
         "-t",
@@ -216,17 +218,17 @@ def test_the_command_shows_what_was_kept() -> None:
         "--temp",
         "0",
     )
-    asked = QUESTION[0]["content"].encode()
-    done = run_lowtide(*arguments, "--explain", "--memory", "1GiB", stdin=asked)
+    prompt = QUESTION[0]["content"].encode()
+    done = run_lowtide(*arguments, "--explain", "--memory", "1GiB", stdin=prompt)
     assert done.code == 0, done.stderr
     assert "48213" in done.stdout and "(400 kept)" in done.stderr
     assert "Remember it: 48213" in done.stderr
-    as_json = run_lowtide(*arguments, "--explain", "--json", "--memory", "1GiB", stdin=asked)
+    as_json = run_lowtide(*arguments, "--explain", "--json", "--memory", "1GiB", stdin=prompt)
     kept = json.loads(as_json.stdout)["kept"]
-    assert sum(passage["tokens"] for passage in kept) == 400
+    assert sum(span["tokens"] for span in kept) == 400
 
 
-def test_asking_to_explain_another_policy_is_a_mistake() -> None:
+def test_explain_needs_gem() -> None:
     done = run_lowtide("run", "--explain", "-p", "Hi")
     assert done.code == 2 and "--explain shows what --attention gem kept" in done.stderr
     assert run_lowtide("evaluate", "--attention", "gem", "-c", "512").code == 2

@@ -1,4 +1,4 @@
-"""Several prompts together on llama.cpp: the tokens of each prompt alone, in planned memory."""
+"""Batches on llama.cpp: the tokens of each prompt alone, in planned memory."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def test_greedy_answers_of_a_real_model_are_those_of_each_prompt_alone(smollm2: 
         batch = together[0].stats.batch
         assert batch is not None and batch["identical"] and batch["shared_tokens"] > 90
         assert together[0].stats.layers_native == together[0].stats.layers == 30
-        hook = runtime._loaded.hook
+        hook = runtime._engine.hook
         assert hook is not None and hook.layouts_refused == 0
 
 
 def test_logits_are_bit_for_bit_those_of_a_sequence_alone(dense: Runtime) -> None:
-    model, hook = dense._model, dense._loaded.hook
+    model, hook = dense._model, dense._engine.hook
     assert hook is not None
     tails = [[(7 * i + k) % 300 for k in range(n)] for i, n in enumerate((1, 9, 40, 3))]
     shared = [(3 * k) % 290 for k in range(270)]
@@ -76,8 +76,8 @@ def test_logits_are_bit_for_bit_those_of_a_sequence_alone(dense: Runtime) -> Non
         sequences.share()
         found = [sequences.forward([SequenceSlice(i, tail) for i, tail in enumerate(tails)]).copy()]
         for step in range(3):
-            parts = [SequenceSlice(i, [i + step]) for i in range(4)]
-            found.append(sequences.forward(parts).copy())
+            slices = [SequenceSlice(i, [i + step]) for i in range(4)]
+            found.append(sequences.forward(slices).copy())
     finally:
         sequences.close()
     for i in range(4):
@@ -86,10 +86,10 @@ def test_logits_are_bit_for_bit_those_of_a_sequence_alone(dense: Runtime) -> Non
     assert hook.layouts_refused == 0
 
 
-def test_cells_that_are_not_as_told_are_noticed_and_all_keys_are_attended_to(
+def test_other_slots_than_expected_are_noticed_and_all_keys_attended_to(
     dense: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hook = dense._loaded.hook
+    hook = dense._engine.hook
     assert hook is not None
     refused = hook.layouts_refused
 
@@ -116,25 +116,25 @@ def test_cells_that_are_not_as_told_are_noticed_and_all_keys_are_attended_to(
     assert np.allclose(found, expected, atol=1e-3)
 
 
-def test_answers_from_other_cells_than_told_are_not_called_identical(
+def test_answers_from_other_slots_than_expected_are_not_called_identical(
     dense: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hook = dense._loaded.hook
+    hook = dense._engine.hook
     assert hook is not None
-    told = hook.set_batch_layout
+    set_layout = hook.set_batch_layout
 
     def wrong(cells):  # type: ignore[no-untyped-def]
         if cells is not None:
             cells.own[0][-1] = 0 if cells.own[0][-1] else 1
-        told(cells)
+        set_layout(cells)
 
     monkeypatch.setattr(hook, "set_batch_layout", wrong)
     batch = dense.generate_batch(PROMPTS, max_tokens=3, temperature=0)[0].stats.batch
     assert batch is not None and not batch["identical"]
-    assert "other cells" in batch["nondeterminism"]
+    assert "other slots" in batch["nondeterminism"]
 
 
-def test_what_cannot_be_promised_is_said(random_model: Path) -> None:
+def test_nondeterminism_is_reported(random_model: Path) -> None:
     with Runtime.open(random_model, memory="4GiB", context=512, threads=1) as runtime:
         before = runtime.generate("tide", max_tokens=4, temperature=0).token_ids
         results = runtime.generate_batch(["tide", "sea"], max_tokens=4, temperature=0)
@@ -146,7 +146,7 @@ def test_what_cannot_be_promised_is_said(random_model: Path) -> None:
 
 
 @pytest.mark.parametrize("attention", ["tidal:k=100,layers=1", Gem(layer=1, k=100, continues=True)])
-def test_attention_that_chooses_keys_of_one_sequence_is_refused(
+def test_attention_that_selects_keys_of_one_sequence_is_refused(
     random_model: Path, attention: str | AttentionPolicy
 ) -> None:
     with Runtime.open(random_model, memory="4GiB", context=512, attention=attention) as runtime:
@@ -155,10 +155,10 @@ def test_attention_that_chooses_keys_of_one_sequence_is_refused(
         assert runtime.generate("tide", max_tokens=2).finish_reason == "length"
 
 
-def test_the_peak_stays_inside_the_budget_also_where_the_cache_lends_its_room(
+def test_the_peak_stays_inside_the_budget_where_the_batch_uses_the_models_cache(
     smollm2: Path,
 ) -> None:
-    """The plan takes all of the budget; the batch lies where the cache is empty meanwhile."""
+    """The plan takes all of the budget; the batch uses the memory of the evicted KV cache."""
     measured = run_python(
         f"""
 from lowtide import OverBudget, Runtime
@@ -178,8 +178,8 @@ with Runtime.open({str(smollm2)!r}, memory="230MiB", context=4096, threads=1) as
 """
     )
     assert measured.code == 0, measured.stderr
-    *_, said, budget = measured.stdout.splitlines()
-    assert "are free" in said
+    *_, refusal, budget = measured.stdout.splitlines()
+    assert "are free" in refusal
     assert measured.peak_bytes <= int(budget)
 
 

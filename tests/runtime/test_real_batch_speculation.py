@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from batch_drafting import CHEAP
 from gguf_files import write_model
 from processes import run_python
+from speculating import CHEAP_BATCH
 
 from lowtide import Runtime, SamplingParams
 from lowtide.memory.plan.speculation import CostCurve
-from lowtide.runtime.batch import speculation as batch_speculation_loading
+from lowtide.runtime.loading import speculation as module
 from lowtide.runtime.speculation.step_cost import StepBenchmark, StepCostModel, benchmark_steps
 
 PARAGRAPH = (
@@ -32,15 +32,15 @@ OPTIONS: dict[str, Any] = {"memory": "4GiB", "context": 1024, "threads": 2, "att
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have everything verified, whatever this machine's passes cost."""
+    """Verify everything, whatever passes cost on this machine."""
 
     def cheap(passes: Any, num_rows: int, key: str) -> StepBenchmark:
         found = benchmark_steps(passes, num_rows, key)
         rows = (1, num_rows)
-        costs = CostCurve(num_rows=rows, seconds=tuple(map(CHEAP.of, rows)))
+        costs = CostCurve(num_rows=rows, seconds=tuple(map(CHEAP_BATCH.of, rows)))
         return dataclasses.replace(found, costs=costs)
 
-    monkeypatch.setattr(batch_speculation_loading, "benchmark_steps", cheap)
+    monkeypatch.setattr(module, "benchmark_steps", cheap)
     monkeypatch.setattr(StepCostModel, "observe", lambda *_, **__: None)
 
 
@@ -62,7 +62,7 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_answers_are_those_of_each_prompt_alone(
     smollm2: Path, drafting: Runtime, temperature: float
 ) -> None:
-    hook = drafting._loaded.hook
+    hook = drafting._engine.hook
     assert hook is not None
     refused = hook.layouts_refused
     options = [
@@ -74,15 +74,15 @@ def test_answers_are_those_of_each_prompt_alone(
     assert [r.token_ids for r in together] == [r.token_ids for r in alone]
     assert [r.text for r in together] == [r.text for r in alone]
     assert [r.finish_reason for r in together] == [r.finish_reason for r in alone]
-    told = [r.stats.speculation for r in together]
-    assert all(stats is not None and stats["identical"] for stats in told)
-    assert sum(stats["accepted"] for stats in told if stats is not None) > 10
+    stats_of = [r.stats.speculation for r in together]
+    assert all(stats is not None and stats["identical"] for stats in stats_of)
+    assert sum(stats["accepted"] for stats in stats_of if stats is not None) > 10
     batch = together[0].stats.batch
     assert batch is not None and batch["identical"]
     assert hook.layouts_refused == refused
 
 
-def test_rows_are_verified_only_where_that_pays_here(drafting: Runtime) -> None:
+def test_drafts_are_verified_only_where_that_pays_on_this_machine(drafting: Runtime) -> None:
     results = drafting.generate_batch(PROMPTS, max_tokens=24, temperature=0)
     for result in results:
         stats = result.stats.speculation
@@ -91,27 +91,27 @@ def test_rows_are_verified_only_where_that_pays_here(drafting: Runtime) -> None:
 
 
 @pytest.mark.usefixtures("eager")
-def test_answers_from_other_cells_than_told_are_not_called_identical(
+def test_answers_from_other_slots_than_expected_are_not_called_identical(
     drafting: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hook = drafting._loaded.hook
+    hook = drafting._engine.hook
     assert hook is not None
-    told = hook.set_batch_layout
+    set_layout = hook.set_batch_layout
 
     def wrong(cells):  # type: ignore[no-untyped-def]
         if cells is not None and len(cells.num_rows) > 1:
             cells.own[0][-1] = 0 if cells.own[0][-1] else 1
-        told(cells)
+        set_layout(cells)
 
     monkeypatch.setattr(hook, "set_batch_layout", wrong)
     for result in drafting.generate_batch(PROMPTS, max_tokens=3, temperature=0):
         batch, speculation = result.stats.batch, result.stats.speculation
         assert batch is not None and not batch["identical"]
         assert speculation is not None and not speculation["identical"]
-        assert "other cells" in speculation["nondeterminism"]
+        assert "other slots" in speculation["nondeterminism"]
 
 
-def test_what_cannot_be_promised_is_said(random_model: Path) -> None:
+def test_nondeterminism_is_reported(random_model: Path) -> None:
     options = {**OPTIONS, "context": 512, "attention": "llama"}
     with Runtime.open(random_model, **options, speculate="ngram") as runtime:
         stats = runtime.generate_batch(["tide", "sea"], max_tokens=4)[0].stats.speculation
@@ -119,19 +119,19 @@ def test_what_cannot_be_promised_is_said(random_model: Path) -> None:
     assert "attention='dense'" in stats["nondeterminism"]
 
 
-def test_a_draft_model_drafts_nothing_in_a_batch_and_it_is_said(random_model: Path) -> None:
+def test_a_draft_model_is_not_used_in_a_batch_and_the_reason_reported(random_model: Path) -> None:
     options = {**OPTIONS, "context": 512}
-    with Runtime.open(random_model, **options, speculate=f"{random_model}:rows=4") as runtime:
+    with Runtime.open(random_model, **options, speculate=f"{random_model}:draft=3") as runtime:
         results = runtime.generate_batch(["tide", "sea"], max_tokens=8, temperature=0)
         alone = [runtime.generate(text, max_tokens=8, temperature=0) for text in ("tide", "sea")]
     assert [r.token_ids for r in results] == [r.token_ids for r in alone]
     stats = results[0].stats.speculation
     assert stats is not None and stats["rounds"] == 0
-    assert "a draft model follows one text" in stats["off_reason"]
+    assert "a draft model follows one sequence" in stats["off_reason"]
 
 
 def test_the_peak_stays_inside_the_budget_also_where_costs_are_measured(smollm2: Path) -> None:
-    """Rows of logits, tables of eight texts, and the comparison of each row with the one alone."""
+    """Logits, the tables of eight drafts, and the comparison of each token's logits with those alone."""
     measured = run_python(
         f"""
 from lowtide import Runtime

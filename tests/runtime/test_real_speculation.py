@@ -1,4 +1,4 @@
-"""Speculation on llama.cpp: tokens and logits of the plain loop, in planned memory."""
+"""Speculation on llama.cpp: the tokens and logits of the plain loop, in planned memory."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ OPTIONS = {"memory": "4GiB", "context": 1024, "threads": 2, "attention": "dense"
 
 
 def eager(runtime: Runtime) -> Runtime:
-    """Have everything verified, whatever this machine's passes cost."""
-    speculator = runtime._loaded.speculator
-    assert speculator is not None
-    speculator._control.costs = StepCostModel(CHEAP)
+    """Verify everything, whatever passes cost on this machine."""
+    speculation = runtime._engine.speculation
+    assert speculation is not None
+    speculation.costs = StepCostModel(CHEAP)
     return runtime
 
 
@@ -49,23 +49,23 @@ def drafting(smollm2: Path) -> Iterator[Runtime]:
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("temperature", [0, 0.7])
-def test_answers_are_the_plain_loops_and_so_is_the_cache_after_them(
+def test_answers_and_cache_are_those_of_the_plain_loop(
     plain: Runtime, drafting: Runtime, prompt: str, temperature: float
 ) -> None:
-    told = []
+    seen = []
     for runtime in (plain, drafting):
         messages = [{"role": "user", "content": prompt}]
-        pieces = list(runtime.chat(messages, max_tokens=40, temperature=temperature, seed=7))
+        chunks = list(runtime.chat(messages, max_tokens=40, temperature=temperature, seed=7))
         runtime._session.sync()
-        logits = runtime._session.decode((11,)).copy()
-        told.append(([p.token_id for p in pieces], [p.text for p in pieces], logits))
-        stats = pieces[-1].stats
-    assert told[0][:2] == told[1][:2]
-    assert np.array_equal(told[0][2], told[1][2])
+        logits = runtime._session.decode_token(11).copy()
+        seen.append(([p.token_id for p in chunks], [p.text for p in chunks], logits))
+        stats = chunks[-1].stats
+    assert seen[0][:2] == seen[1][:2]
+    assert np.array_equal(seen[0][2], seen[1][2])
     assert stats.speculation is not None and stats.speculation["identical"]
 
 
-def test_some_of_it_was_drafted(drafting: Runtime) -> None:
+def test_some_tokens_are_drafted(drafting: Runtime) -> None:
     messages = [{"role": "user", "content": PROMPTS[0]}]
     *_, last = drafting.chat(messages, max_tokens=60, temperature=0)
     stats = last.stats.speculation
@@ -73,7 +73,7 @@ def test_some_of_it_was_drafted(drafting: Runtime) -> None:
     assert stats["verifying_s"] > 0 and set(stats["rounds_by_draft"]) <= {"ngram", "trigram"}
 
 
-def test_what_cannot_be_promised_is_said(smollm2: Path) -> None:
+def test_nondeterminism_is_reported(smollm2: Path) -> None:
     options = {**OPTIONS, "attention": "llama"}
     with Runtime.open(smollm2, **options, speculate="ngram") as runtime:  # type: ignore[arg-type]
         stats = runtime.generate("One two", max_tokens=3).stats.speculation
@@ -81,8 +81,8 @@ def test_what_cannot_be_promised_is_said(smollm2: Path) -> None:
     assert "attention='dense'" in stats["nondeterminism"]
 
 
-def test_more_rows_of_logits_take_no_more_than_their_row_of_the_plan(smollm2: Path) -> None:
-    """llama.cpp's graph with its logits of eight rows, laid out; the output's rows are as many again."""
+def test_more_logits_take_no_more_than_planned(smollm2: Path) -> None:
+    """A dry run of llama.cpp's graph with the logits of eight tokens; the output buffer has as many again."""
     spec = read_spec(smollm2)
     simulated = SimulatedGguf(spec)
     try:
@@ -105,7 +105,7 @@ from lowtide import Runtime
 from lowtide.memory.plan.speculation import CostCurve
 from lowtide.runtime.speculation.step_cost import StepCostModel
 with Runtime.open({str(smollm2)!r}, memory="400MiB", context=512, threads=1, speculate="auto") as runtime:
-    runtime._loaded.speculator._control.costs = StepCostModel(CostCurve(num_rows=(1, 8), seconds=(1.0, 1.1)))
+    runtime._engine.speculation.costs = StepCostModel(CostCurve(num_rows=(1, 8), seconds=(1.0, 1.1)))
     result = runtime.generate("one two three four " * 60, max_tokens=60, temperature=0)
     assert result.stats.speculation["rounds"] > 0, result.stats.speculation
     print(runtime.plan.total_bytes)
@@ -127,7 +127,7 @@ def test_a_draft_model_drafts_and_its_bytes_are_planned(random_model: Path) -> N
     options = {"memory": "4GiB", "context": 512, "threads": 1}
     with Runtime.open(random_model, **options) as runtime:  # type: ignore[arg-type]
         expected = runtime.generate("tide", max_tokens=30, temperature=0)
-    with Runtime.open(random_model, **options, speculate=f"{random_model}:rows=4") as runtime:  # type: ignore[arg-type]
+    with Runtime.open(random_model, **options, speculate=f"{random_model}:draft=3") as runtime:  # type: ignore[arg-type]
         components = {row.component: row.num_bytes for row in runtime.plan.rows}
         assert components[DRAFT_WEIGHTS] > 0 and components[SPECULATION] > 0
         result = eager(runtime).generate("tide", max_tokens=30, temperature=0)
@@ -135,7 +135,7 @@ def test_a_draft_model_drafts_and_its_bytes_are_planned(random_model: Path) -> N
     assert result.token_ids == expected.token_ids and len(again.token_ids) == 8
     stats = result.stats.speculation
     assert stats is not None and stats["drafts"] == ["model"]
-    assert stats["accepted"] >= stats["drafted"] - 3 > 10  # the last round is cut by max_tokens
+    assert stats["accepted"] >= stats["drafted"] - 3 > 10  # max_tokens ends the last round
 
 
 def test_a_draft_of_another_vocabulary_and_one_that_is_too_large_are_refused(
@@ -148,24 +148,24 @@ def test_a_draft_of_another_vocabulary_and_one_that_is_too_large_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("stated", "message"),
+    ("speculate", "message"),
     [
-        ("ngram:rows=0", "2 to 32 rows"),
-        ("auto:rows=many", "2 to 32 rows"),
+        ("ngram:draft=-1", "draft must be between 1 and 31"),
+        ("auto:draft=many", "draft must be between 1 and 31"),
         ("", "speculate is empty"),
         ("/nowhere/draft.gguf", "/nowhere/draft.gguf"),
     ],
 )
-def test_wrong_wishes_are_a_sentence_before_anything_is_loaded(
-    stated: str, message: str, random_model: Path
+def test_wrong_values_are_refused_before_anything_is_loaded(
+    speculate: str, message: str, random_model: Path
 ) -> None:
     from lowtide import LowtideError
 
     with pytest.raises(LowtideError, match=message):
-        Runtime.open(random_model, memory="4GiB", speculate=stated)
+        Runtime.open(random_model, memory="4GiB", speculate=speculate)
 
 
-def test_tokens_that_are_computed_again_are_not_drafted_and_it_is_said(random_model: Path) -> None:
+def test_with_a_correction_nothing_is_drafted_and_the_reason_reported(random_model: Path) -> None:
     with Runtime.open(
         random_model,
         memory="4GiB",
@@ -174,4 +174,4 @@ def test_tokens_that_are_computed_again_are_not_drafted_and_it_is_said(random_mo
     ) as runtime:
         stats = runtime.generate("tide tide tide", max_tokens=8, temperature=0).stats.speculation
     assert stats is not None and stats["rounds"] == 0
-    assert stats["off_reason"] == "tidal's correction computes decoded tokens again"
+    assert stats["off_reason"] == "the correction of tidal computes decoded tokens again"

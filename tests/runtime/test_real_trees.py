@@ -1,4 +1,4 @@
-"""Trees of drafts on llama.cpp: every row as its path alone, and a cache as if only the path had been."""
+"""Draft trees on llama.cpp: the logits of each row are those of its path alone, and so is the cache after it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from gguf_files import write_model
 from processes import run_python
-from speculating import CHEAP, BranchingDraft, mixed_tree
+from speculating import CHEAP, ScriptedTrees, mixed_tree
 
 from lowtide import Runtime
 from lowtide.models.draft_tree import TokenTree
 from lowtide.models.gguf.draft_tree import GgufTreeModel
 from lowtide.models.gguf.dry_run import SimulatedGguf
 from lowtide.models.gguf.spec import read_spec
-from lowtide.runtime.speculation.control import SpeculationControl
+from lowtide.runtime.speculation.controller import SpeculationController
 from lowtide.runtime.speculation.step_cost import StepCostModel
 
 OPTIONS = {"memory": "4GiB", "context": 512, "threads": 2, "attention": "dense"}
@@ -33,7 +33,7 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["f16", "q8_0", "q4_0"])
 def trees(request: pytest.FixtureRequest, random_model: Path) -> Iterator[Runtime]:
-    options = {**OPTIONS, "kv_type": request.param, "speculate": "ngram:rows=8"}
+    options = {**OPTIONS, "kv_type": request.param, "speculate": "ngram:draft=7"}
     with Runtime.open(random_model, **options) as runtime:
         yield runtime
 
@@ -51,12 +51,12 @@ def read(model: GgufTreeModel, token_ids: Sequence[int]) -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_row_is_bit_for_bit_its_path_and_so_is_what_comes_after_it(
+def test_a_row_and_what_follows_it_have_the_bits_of_its_path_alone(
     trees: Runtime, seed: int
 ) -> None:
     model, chance = model_of(trees), random.Random(seed)
     text = [chance.randrange(300) for _ in range(chance.choice((3, 63, 70, 260)))]
-    tree = mixed_tree((), seed, num_tokens=300).behind(7).trunk_first()
+    tree = mixed_tree((), seed, num_tokens=300).with_root(7).trunk_first()
     read(model, text)
     found = model.forward_tree(tree).copy()
     assert model.verifies_trees and len(found) == len(tree)
@@ -76,26 +76,31 @@ def test_a_row_is_bit_for_bit_its_path_and_so_is_what_comes_after_it(
     assert model.verifies_trees
 
 
-def test_answers_of_a_real_model_behind_trees_are_the_plain_loops(smollm2: Path) -> None:
-    asked = {"max_tokens": 40, "temperature": 0.7, "seed": 5}
+def test_answers_with_trees_are_those_of_the_plain_loop(smollm2: Path) -> None:
+    params = {"max_tokens": 40, "temperature": 0.7, "seed": 5}
     with Runtime.open(smollm2, **OPTIONS) as plain:  # type: ignore[arg-type]
-        expected = plain.generate(PROMPT, **asked)
+        expected = plain.generate(PROMPT, **params)
         plain._session.sync()
-        logits = plain._session.decode((11,)).copy()
+        logits = plain._session.decode_token(11).copy()
     with Runtime.open(smollm2, **OPTIONS, speculate="ngram") as runtime:  # type: ignore[arg-type]
-        begun = len(runtime._model.tokenizer.encode(PROMPT, add_special=True, parse_special=False))
+        num_prompt = len(
+            runtime._model.tokenizer.encode(PROMPT, add_special=True, parse_special=False)
+        )
 
         def tree(text: Sequence[int]) -> TokenTree:
-            rest = expected.token_ids[len(text) - begun :]
+            rest = expected.token_ids[len(text) - num_prompt :]
             return mixed_tree(rest, len(text), num_tokens=49_000)
 
-        speculator = runtime._loaded.speculator
-        assert speculator is not None
-        drafts = [BranchingDraft(tree)]
-        speculator._control = SpeculationControl(drafts, StepCostModel(CHEAP), branches=True)
-        result = runtime.generate(PROMPT, **asked)
+        runtime._engine.speculation = SpeculationController(
+            [[ScriptedTrees(tree)]],
+            StepCostModel(CHEAP),
+            max_draft=7,
+            vocabulary_size=runtime.spec.vocabulary.num_tokens,
+            trees=True,
+        )
+        result = runtime.generate(PROMPT, **params)
         runtime._session.sync()
-        assert np.array_equal(runtime._session.decode((11,)), logits)
+        assert np.array_equal(runtime._session.decode_token(11), logits)
         assert model_of(runtime).verifies_trees
     assert result.token_ids == expected.token_ids
     stats = result.stats.speculation
@@ -103,21 +108,23 @@ def test_answers_of_a_real_model_behind_trees_are_the_plain_loops(smollm2: Path)
     assert stats["accepted_on_branches"] > 3
 
 
-def test_where_cells_are_elsewhere_trunks_are_verified_from_then_on(
+def test_where_slots_differ_only_trunks_are_verified_from_then_on(
     random_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = TokenTree((5, 6, 7, 8), (-1, 0, 1, 0))
     with Runtime.open(random_model, **OPTIONS, speculate="ngram") as runtime:  # type: ignore[arg-type]
-        model, hook = model_of(runtime), runtime._loaded.hook
+        model, hook = model_of(runtime), runtime._engine.hook
         assert hook is not None
         read(model, [3] * 40)
         expected = model.forward_tree(tree)[:3].copy()
         model.truncate(40)
-        tell = hook.set_batch_layout
+        set_layout = hook.set_batch_layout
         monkeypatch.setattr(
             hook,
             "set_batch_layout",
-            lambda cells: tell(cells and type(cells)(num_shared=39, **_without_shared(cells))),
+            lambda cells: set_layout(
+                cells and type(cells)(num_shared=39, **_without_shared(cells))
+            ),
         )
         found = model.forward_tree(tree)
         assert not model.verifies_trees and model.num_tokens == 43
@@ -131,18 +138,18 @@ def _without_shared(cells: object) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("cell", [-1, 1 << 20])
-def test_no_cell_beyond_the_pass_is_copied(random_model: Path, cell: int) -> None:
+def test_no_slot_outside_the_pass_is_copied(random_model: Path, cell: int) -> None:
     with Runtime.open(random_model, **OPTIONS, speculate="ngram") as runtime:  # type: ignore[arg-type]
-        model, hook = model_of(runtime), runtime._loaded.hook
+        model, hook = model_of(runtime), runtime._engine.hook
         assert hook is not None
         read(model, [3] * 40)
-        assert hook.copy_slot(1, 2) == 0, "no pass in parts yet"
+        assert hook.copy_slot(1, 2) == 0, "no batch layout yet"
         model.forward_tree(TokenTree((5, 6, 7), (-1, 0, 0)))
         assert hook.copy_slot(41, 41) == runtime.spec.num_layers
         assert hook.copy_slot(cell, 41) == hook.copy_slot(41, cell) == 0
 
 
-def test_room_for_branches_takes_no_memory_of_llama_cpps(smollm2: Path) -> None:
+def test_branches_take_no_more_memory_of_llama_cpp(smollm2: Path) -> None:
     import dataclasses
 
     simulated = SimulatedGguf(read_spec(smollm2))
@@ -164,10 +171,9 @@ def test_branches_stay_inside_the_plan(smollm2: Path) -> None:
 from lowtide import Runtime
 from lowtide.memory.plan.speculation import CostCurve
 from lowtide.runtime.speculation.step_cost import StepCostModel
-options = dict(memory="400MiB", context=512, threads=1, attention="dense", speculate="auto:rows=16")
+options = dict(memory="400MiB", context=512, threads=1, attention="dense", speculate="auto:draft=15")
 with Runtime.open({str(smollm2)!r}, **options) as runtime:
-    control = runtime._loaded.speculator._control
-    control.costs = StepCostModel(CostCurve(num_rows=(1, 16), seconds=(1.0, 1.01)))
+    runtime._engine.speculation.costs = StepCostModel(CostCurve(num_rows=(1, 16), seconds=(1.0, 1.01)))
     prompt = "one two three one two four one two five " * 40
     result = runtime.generate(prompt, max_tokens=80, temperature=1.5, seed=3)
     stats = result.stats.speculation

@@ -1,4 +1,4 @@
-"""Session files that are damaged, of another model, or forged: refused, and nothing else changes."""
+"""Chat files that are damaged, of another model, or forged: refused, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from saved_talk import NEXT, SAID, TURNS, chat
 from lowtide import FakeModel, Runtime
 from lowtide.models.errors import SnapshotError
 from lowtide.models.gguf.llama_cpp import llama_library
-from lowtide.runtime.errors import SessionMismatch, TranscriptError
-from lowtide.runtime.sessions.file import opened_session, write_session
+from lowtide.runtime.errors import SnapshotMismatch, TranscriptError
+from lowtide.runtime.sessions.file import open_chat, write_chat
 
 Opened = Callable[..., Runtime]
 
@@ -38,7 +38,7 @@ def test_any_damaged_byte_is_refused_and_changes_nothing(
     chat(runtime, TURNS)
     held = list(runtime._session.token_ids)
     try:
-        for refused in (runtime.session.load, runtime.session.read_messages):
+        for refused in (runtime.saved_chats.load, runtime.saved_chats.read_messages):
             with pytest.raises(TranscriptError, match="talk"):
                 refused(saved)
     finally:
@@ -62,31 +62,31 @@ def _short_context() -> Runtime:
 
 def _other_attention() -> Runtime:
     runtime = Runtime.open(FakeModel(), memory="8GiB")
-    runtime._loaded.planned = replace(runtime.planned, policy=runtime.planned.policy.__class__())
-    runtime._loaded.planned.policy.name = "sparse"  # type: ignore[misc]
+    runtime._engine.planned = replace(runtime.planned, policy=runtime.planned.policy.__class__())
+    runtime._engine.planned.policy.name = "sparse"  # type: ignore[misc]
     return runtime
 
 
 MISMATCHES = {
-    "the model fake, here it is another": _other_model,
-    "tokens, the context 16": _short_context,
-    "the attention llama, here it is sparse": _other_attention,
+    "the model fake, but the model is another now": _other_model,
+    "tokens but the context holds 16": _short_context,
+    "the attention llama, but the attention is sparse now": _other_attention,
 }
 
 
 @pytest.mark.parametrize("sentence", MISMATCHES)
-def test_the_state_of_another_is_refused_and_its_messages_are_not(
+def test_the_snapshot_of_another_model_is_refused_and_its_messages_are_not(
     sentence: str, saved: Path
 ) -> None:
     runtime = MISMATCHES[sentence]()
-    with pytest.raises(SessionMismatch, match=sentence) as caught:
-        runtime.session.load(saved)
+    with pytest.raises(SnapshotMismatch, match=sentence) as caught:
+        runtime.saved_chats.load(saved)
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
     assert runtime._session.token_ids == []
-    assert list(runtime.session.read_messages(saved)) == SAID
+    assert list(runtime.saved_chats.read_messages(saved)) == SAID
 
 
-def test_a_state_that_native_code_refuses_leaves_an_empty_session(
+def test_a_snapshot_that_native_code_refuses_leaves_an_empty_cache(
     fake_runtime: Opened, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(self: FakeModel, path: Path, num_bytes: int, num_tokens: int) -> list[int]:
@@ -97,7 +97,7 @@ def test_a_state_that_native_code_refuses_leaves_an_empty_session(
     chat(runtime, TURNS)
     monkeypatch.setattr(FakeModel, "load_kv", refuse)
     with pytest.raises(TranscriptError, match=r"cannot be read \(no room\)"):
-        runtime.session.load(saved)
+        runtime.saved_chats.load(saved)
     answer = chat(runtime, NEXT)
     assert (answer.text, answer.stats.reused_tokens) == ("Two.", 0)
 
@@ -114,12 +114,12 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
     monkeypatch.setattr(FakeModel, "load_kv", changed)
     runtime = fake_runtime("One.", "Two.")
     with pytest.raises(TranscriptError, match="was changed while it was read"):
-        runtime.session.load(saved)
+        runtime.saved_chats.load(saved)
     assert runtime._session.token_ids == [] and runtime.fake.num_tokens == 0  # type: ignore[attr-defined]
 
 
 FORGED = {
-    "no owner": {"component": None},
+    "no component": {"component": None},
     "no numbers": {"num_tokens": "many"},
     "no last answer": {"last": []},
     "other tokens": {"num_tokens": 4},
@@ -128,10 +128,10 @@ FORGED = {
 
 
 @pytest.mark.parametrize("name", FORGED)
-def test_forged_values_are_a_sentence_even_with_a_right_checksum(
+def test_forged_values_are_refused_even_with_a_right_checksum(
     name: str, fake_runtime: Opened, tmp_path: Path
 ) -> None:
-    head = {
+    header = {
         "component": {"model": "fake", "attention": "llama"},
         "num_tokens": 3,
         "exact_until": 3,
@@ -139,14 +139,14 @@ def test_forged_values_are_a_sentence_even_with_a_right_checksum(
         "model": "fake",
         "messages": SAID,
     }
-    state = b"fake" + array("i", [1, 2, 3]).tobytes()
+    snapshot = b"fake" + array("i", [1, 2, 3]).tobytes()
     path = tmp_path / "talk"
     runtime = fake_runtime()
-    write_session(path, lambda at: at.write_bytes(state), head)
-    assert runtime.session.load(path).num_tokens == 3
-    write_session(path, lambda at: at.write_bytes(state), {**head, **FORGED[name]})
-    with pytest.raises(TranscriptError, match="talk holds") as caught:
-        runtime.session.load(path)
+    write_chat(path, lambda at: at.write_bytes(snapshot), header)
+    assert runtime.saved_chats.load(path).num_tokens == 3
+    write_chat(path, lambda at: at.write_bytes(snapshot), {**header, **FORGED[name]})
+    with pytest.raises(TranscriptError, match="talk has") as caught:
+        runtime.saved_chats.load(path)
     assert "\n" not in str(caught.value)
 
 
@@ -159,15 +159,15 @@ def test_a_forged_count_is_refused_before_llama_cpp_reads_the_state(
     model = write_model(tmp_path / "random.gguf", width=128)
     with Runtime.open(model, memory="4GiB", context=512, threads=1) as runtime:
         runtime.generate("The tide comes in.", temperature=0, max_tokens=2)
-        num_held = runtime.session.save(path).num_tokens
-        with opened_session(path) as file:
+        num_held = runtime.saved_chats.save(path).num_tokens
+        with open_chat(path) as file:
             assert file is not None
-            head, state = file.head(), path.read_bytes()[: file.num_state_bytes]
-        assert runtime.session.load(path).num_tokens == num_held > 1
-        write_session(path, lambda at: at.write_bytes(state), {**head, "num_tokens": num_tokens})
+            header, snapshot = file.header(), path.read_bytes()[: file.num_snapshot_bytes]
+        assert runtime.saved_chats.load(path).num_tokens == num_held > 1
+        write_chat(path, lambda at: at.write_bytes(snapshot), {**header, "num_tokens": num_tokens})
         monkeypatch.delattr(llama_library().api, "llama_state_seq_load_file")
         sentence = f"it holds {num_held} tokens, {num_tokens} are wanted"
         with pytest.raises(TranscriptError, match=sentence) as caught:
-            runtime.session.load(path)
-        assert "\n" not in str(caught.value) and runtime.session.read_messages(path) == ()
+            runtime.saved_chats.load(path)
+        assert "\n" not in str(caught.value) and runtime.saved_chats.read_messages(path) == ()
         assert runtime.generate("The tide", temperature=0, max_tokens=2).stats.reused_tokens == 0

@@ -1,4 +1,4 @@
-"""The prefix cache with real models: the same bits as never having left, the memory that was planned."""
+"""The prefix cache with real models: the same bits as without another prompt between, in planned memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lowtide import GenerationResult, Runtime, Tidal
 from lowtide.memory.os.kv_pages import can_use_demand_zero
 from lowtide.memory.units import MIB
 
-TALE = "Tell me about the sea. " * 16
+STORY = "Tell me about the sea. " * 16
 OTHER = "Ships are made of wood or of steel. " * 12
 
 CASES = [
@@ -26,8 +26,8 @@ CASES = [
 ]
 
 
-def _talk(runtime: Runtime, *texts: str) -> GenerationResult:
-    """What follows the texts of a conversation, or one text where the model has no template."""
+def _answer(runtime: Runtime, *texts: str) -> GenerationResult:
+    """Answer a chat of these texts, or continue them where the model has no chat template."""
     if runtime.spec.chat_template is None:
         return runtime.generate(" ".join(texts), temperature=0, max_tokens=8)
     roles = ("user", "assistant", "user")
@@ -35,22 +35,22 @@ def _talk(runtime: Runtime, *texts: str) -> GenerationResult:
     return GenerationResult.of(runtime.chat(messages, temperature=0, max_tokens=8))
 
 
-def _turns(runtime: Runtime, leave: str | None) -> tuple[list[GenerationResult], list[bytes]]:
-    """A turn, the next one, and one that has the first half of the first; in between `leave` is read."""
-    said = _talk(runtime, TALE).text
-    seen: list[bytes] = []
+def _turns(runtime: Runtime, between: str | None) -> tuple[list[GenerationResult], list[bytes]]:
+    """Answer a turn, the next one, and half of the first one; `between` is answered before the last two."""
+    said = _answer(runtime, STORY).text
+    all_logits: list[bytes] = []
     results = []
-    for texts in ((TALE, said, "And of the tide?"), (TALE[: len(TALE) // 2],)):
-        if leave:
-            _talk(runtime, leave)
+    for texts in ((STORY, said, "And of the tide?"), (STORY[: len(STORY) // 2],)):
+        if between:
+            _answer(runtime, between)
         with recorded_logits(runtime) as logits:
-            results.append(_talk(runtime, *texts))
-        seen += logits
-    return results, seen
+            results.append(_answer(runtime, *texts))
+        all_logits += logits
+    return results, all_logits
 
 
 @pytest.mark.parametrize(("model", "kv_type", "attention"), CASES)
-def test_coming_back_is_bit_for_bit_never_having_left(
+def test_a_restored_prompt_has_the_same_bits_as_one_that_stayed(
     model: str, kv_type: str, attention: str | Tidal
 ) -> None:
     options = {"memory": "4GiB", "context": 1024, "threads": 1}
@@ -93,30 +93,34 @@ with Runtime.open({path!r}, memory=budget, prefix_cache="50MiB", **options) as r
         restored.append(result.stats.restored_tokens)
         trims += result.stats.trims
     plan = runtime.plan
-    kept_bytes = runtime._loaded.prefixes.num_bytes
-print(json.dumps([budget, plan.total_bytes, kept_bytes, restored, len(trims), plan.downgrades]))
+    cached_bytes = runtime._engine.prefixes.num_bytes
+print(json.dumps([budget, plan.total_bytes, cached_bytes, restored, len(trims), plan.downgrades]))
 """
 
 
-@pytest.mark.skipif(not can_use_demand_zero(), reason="the cache is whole from the start here")
-@pytest.mark.parametrize(("room", "num_states"), [(55, 3), (35, 2), (10, 0)])
-def test_the_peak_stays_under_a_tight_budget(wide_model: Path, room: int, num_states: int) -> None:
-    """A second copy of a state would be 15 MiB more, which no plan has."""
+@pytest.mark.skipif(
+    not can_use_demand_zero(), reason="this system allocates the whole cache at once"
+)
+@pytest.mark.parametrize(("room", "num_snapshots"), [(55, 3), (35, 2), (10, 0)])
+def test_the_peak_stays_under_a_tight_budget(
+    wide_model: Path, room: int, num_snapshots: int
+) -> None:
+    """A second copy of a snapshot would be 15 MiB more, which no plan has."""
     done = run_python(_ALTERNATE.format(path=str(wide_model), room_bytes=room * MIB))
     assert done.code == 0, done.stderr
-    budget, planned, kept_bytes, restored, num_trims, downgrades = json.loads(done.stdout)
+    budget, planned, cached_bytes, restored, num_trims, downgrades = json.loads(done.stdout)
     assert done.peak_bytes <= planned <= budget
-    assert planned - done.peak_bytes < 15 * MIB + (min(room, 50) * MIB - kept_bytes)
-    assert kept_bytes // (15 * MIB) == num_states and kept_bytes <= min(room, 50) * MIB
-    # Three prompts alternate: one is in the cache, the others are kept where there is room.
-    assert any(restored) is (num_states > 1)
-    if num_states == 3:
+    assert planned - done.peak_bytes < 15 * MIB + (min(room, 50) * MIB - cached_bytes)
+    assert cached_bytes // (15 * MIB) == num_snapshots and cached_bytes <= min(room, 50) * MIB
+    # Three prompts alternate: one is in the KV cache, the others are stored where there is room.
+    assert any(restored) is (num_snapshots > 1)
+    if num_snapshots == 3:
         assert [tokens > 900 for tokens in restored] == [False] * 3 + [True] * 5
     assert num_trims == 0
     assert bool(downgrades) is (room < 50)
 
 
-def test_keeping_takes_its_own_bytes_and_putting_back_none(wide_model: Path) -> None:
+def test_storing_takes_the_snapshots_bytes_and_restoring_none(wide_model: Path) -> None:
     done = run_python(
         "from lowtide import Runtime\n"
         "from lowtide.memory.process import read_process_memory as read\n"
@@ -124,19 +128,19 @@ def test_keeping_takes_its_own_bytes_and_putting_back_none(wide_model: Path) -> 
         "        prefix_cache='50MiB') as runtime:\n"
         "    runtime.generate('b' * 1000, max_tokens=2)\n"
         "    runtime.generate('a' * 1000, max_tokens=2)\n"
-        "    session, cache = runtime._session, runtime._loaded.prefixes\n"
+        "    session, cache = runtime._session, runtime._engine.prefixes\n"
         "    before, held = read().peak_bytes, cache.num_bytes\n"
-        "    wanted = [*cache._states[0].token_ids, 5]\n"
-        "    print(session.restore(wanted), cache.num_bytes - held, read().peak_bytes - before)"
+        "    prompt = [*cache._prefixes[0].token_ids, 5]\n"
+        "    print(session.restore(prompt), cache.num_bytes - held, read().peak_bytes - before)"
     )
     assert done.code == 0, done.stderr
-    restored, kept_bytes, grown = done.stdout.split()
-    assert restored == "True" and int(kept_bytes) > 15 * MIB
-    assert int(grown) < int(kept_bytes) + MIB
+    restored, cached_bytes, grown = done.stdout.split()
+    assert restored == "True" and int(cached_bytes) > 15 * MIB
+    assert int(grown) < int(cached_bytes) + MIB
 
 
-def test_a_chat_that_starts_over_comes_back(smollm2: Path) -> None:
-    """As a user would: a system message, another, and the first one again."""
+def test_a_chat_that_starts_over_is_restored(smollm2: Path) -> None:
+    """As a user does it: a system message, another one, and the first one again."""
     system = "You are a sailor who answers in one short sentence. " * 6
     lines = [f"/system {system}", "Hello.", "/system You count.", "Count.", f"/system {system}"]
     done = run_lowtide(

@@ -1,3 +1,5 @@
+"""The sampler against the softmax, its limits one by one, and what it refuses."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -41,22 +43,22 @@ def test_without_limits_it_is_the_softmax(logits: np.ndarray) -> None:
 
 @settings(max_examples=300)
 @given(LOGITS, st.integers(0, 60), st.floats(0, 1), st.floats(0, 1), st.floats(0.05, 5))
-def test_limits_keep_the_most_likely(
+def test_limits_leave_the_most_probable_tokens(
     logits: np.ndarray, top_k: int, top_p: float, min_p: float, temperature: float
 ) -> None:
     found = distribution(logits, top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
-    kept = np.array(list(found))
-    assert 1 <= len(kept) <= (top_k or len(logits))
+    left = np.array(list(found))
+    assert 1 <= len(left) <= (top_k or len(logits))
     assert sum(found.values()) == pytest.approx(1, abs=1e-9)
     assert min(found.values()) >= -1e-12
-    dropped = np.setdiff1d(np.arange(len(logits)), kept)
+    dropped = np.setdiff1d(np.arange(len(logits)), left)
     if len(dropped):
-        assert logits[kept].min() >= logits[dropped].max()
+        assert logits[left].min() >= logits[dropped].max()
     if min_p > 0:
-        assert all(logits[kept] >= logits.max() + np.log(min_p) - 1e-5)
+        assert all(logits[left] >= logits.max() + np.log(min_p) - 1e-5)
 
 
-def test_top_p_keeps_the_token_that_crosses_it() -> None:
+def test_top_p_includes_the_token_that_reaches_it() -> None:
     logits = np.log(logits_of(0.5, 0.3, 0.15, 0.05))
     assert set(distribution(logits, top_p=0.5)) == {0}
     assert set(distribution(logits, top_p=0.51)) == {0, 1}
@@ -82,13 +84,13 @@ def test_temperature_sharpens() -> None:
     assert distribution(logits, temperature=0.5)[0] == pytest.approx(1 / (1 + np.exp(-2)))
 
 
-def test_greedy_is_the_largest_and_the_first_of_equals() -> None:
+def test_greedy_is_the_largest_logit_and_the_first_of_equals() -> None:
     greedy = Sampler(SamplingParams(temperature=0))
     assert greedy.choose(logits_of(1, 3, 2), ()) == 1
     assert greedy.choose(logits_of(3, 1, 3), ()) == 0
 
 
-def test_a_seed_repeats_and_a_drawn_one_is_told() -> None:
+def test_a_seed_repeats_and_a_random_one_is_reported() -> None:
     logits = np.random.default_rng(1).standard_normal(1000).astype(np.float32)
     first = Sampler(SamplingParams())
     again = Sampler(SamplingParams(seed=first.seed))
@@ -98,14 +100,14 @@ def test_a_seed_repeats_and_a_drawn_one_is_told() -> None:
     assert Sampler(SamplingParams()).seed != first.seed
 
 
-def test_repetition_is_penalised_within_reach() -> None:
-    options = SamplingParams(temperature=0, repeat_penalty=2.0, repeat_last_n=2)
+def test_repeated_tokens_are_penalised_within_repeat_last_n() -> None:
+    params = SamplingParams(temperature=0, repeat_penalty=2.0, repeat_last_n=2)
     logits = logits_of(3.0, 2.0, -1.0)
-    assert Sampler(options).choose(logits, [0, 2, 2]) == 0  # token 0 is out of reach
-    assert Sampler(options).choose(logits, [2, 0]) == 1
-    assert logits.tolist() == [3.0, 2.0, -1.0]  # the model's array is not touched
+    assert Sampler(params).choose(logits, [0, 2, 2]) == 0  # token 0 is out of reach
+    assert Sampler(params).choose(logits, [2, 0]) == 1
+    assert logits.tolist() == [3.0, 2.0, -1.0]  # the model's array is unchanged
     negative = logits_of(-1.0, -1.5)
-    assert Sampler(options).choose(negative, [0]) == 1
+    assert Sampler(params).choose(negative, [0]) == 1
 
 
 BAD = {
@@ -121,18 +123,18 @@ BAD = {
 
 
 @pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in BAD.items() for v in values])
-def test_bad_options_are_named(name: str, value: object) -> None:
+def test_bad_values_are_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(BadOption, match=name):
         SamplingParams(**{name: value})  # type: ignore[arg-type]
 
 
-def test_unknown_options_are_listed_with_the_known() -> None:
+def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        BadOption, match=r"'temprature' is no option of a generation: use max_tokens"
+        BadOption, match=r"unknown sampling parameter 'temprature'; the parameters are max_tokens"
     ):
         SamplingParams.of(temprature=1)
 
 
-def test_options_print_as_what_makes_them() -> None:
-    options = SamplingParams(temperature=0, stop="END")
-    assert eval(repr(options), {"SamplingParams": SamplingParams}) == options
+def test_parameters_print_as_the_call_that_makes_them() -> None:
+    params = SamplingParams(temperature=0, stop="END")
+    assert eval(repr(params), {"SamplingParams": SamplingParams}) == params

@@ -1,4 +1,4 @@
-"""Sessions of real models on disk: the same bits, the same memory, and no kill that loses a file."""
+"""Saved chats of real models: the same bits, the same memory, and no kill that loses a file."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from recorded import recorded_logits
 from lowtide import GenerationResult, Runtime, Tidal
 from lowtide.memory.os.kv_pages import can_use_demand_zero
 from lowtide.memory.units import MIB
-from lowtide.runtime.errors import SessionMismatch, TranscriptError
+from lowtide.runtime.errors import SnapshotMismatch, TranscriptError
 
 QUESTION = "Tell me about the sea. " * 12
-TALK = [{"role": "user", "content": QUESTION}]
+CHAT = [{"role": "user", "content": QUESTION}]
 LONG = "word " * 150
 
 
 @pytest.fixture(scope="module")
 def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small weights and a large cache, 16 KiB a token: a long session costs little time."""
+    """Small weights and a large cache, 16 KiB a token: a long chat takes little time."""
     path = tmp_path_factory.mktemp("model") / "wide.gguf"
     return write_model(
         path, layers=8, width=512, heads=8, kv_heads=8, feed_forward=64, context=4096
@@ -73,56 +73,59 @@ def test_going_on_is_the_same_bit_for_bit(
     }
     with Runtime.open(model, **options) as stayed:  # type: ignore[arg-type]
         said = _answer(stayed, QUESTION).text
-        saved = stayed.session.save(path)
+        saved = stayed.saved_chats.save(path)
         expected, logits = _next_turn(stayed, said)
-    with Runtime.open(model, **{**options, "context": 2048}) as came_back:  # type: ignore[arg-type]
-        came_back.generate(LONG, max_tokens=3)  # what was there before leaves no trace
-        assert came_back.session.load(path).num_tokens == saved.num_tokens > 60
-        result, same_logits = _next_turn(came_back, said)
+    with Runtime.open(model, **{**options, "context": 2048}) as reloaded:  # type: ignore[arg-type]
+        reloaded.generate(LONG, max_tokens=3)  # an earlier prompt leaves no trace
+        assert reloaded.saved_chats.load(path).num_tokens == saved.num_tokens > 60
+        result, same_logits = _next_turn(reloaded, said)
     assert result.token_ids == expected.token_ids
     assert result.stats.reused_tokens == expected.stats.reused_tokens > 60
     assert same_logits == logits
 
 
-def test_what_a_state_belongs_to_is_refused_by_all_others(smollm2: Path, tmp_path: Path) -> None:
+def test_a_snapshot_is_refused_by_other_models_and_settings(smollm2: Path, tmp_path: Path) -> None:
     path = tmp_path / "talk"
     options = {"memory": "4GiB", "context": 1024}
     with Runtime.open(smollm2, **options) as runtime:  # type: ignore[arg-type]
         runtime.generate("word " * 520, max_tokens=2)
-        runtime.session.save(path, TALK)
+        runtime.saved_chats.save(path, CHAT)
     others = {
-        "with the KV type f16, here it is q8_0": {**options, "kv_type": "q8_0"},
-        "with the attention llama, here it is dense": {**options, "attention": "dense"},
-        "tokens, the context 512: raise --context": {**options, "context": 512},
+        "with the KV type f16, but the KV type is q8_0 now": {**options, "kv_type": "q8_0"},
+        "with the attention llama, but the attention is dense now": {
+            **options,
+            "attention": "dense",
+        },
+        "tokens but the context holds 512; raise --context": {**options, "context": 512},
         "with the model Smollm2": {**options, "model": "gemma3-270m"},
     }
     for sentence, other in others.items():
         with (
             Runtime.open(other.pop("model", smollm2), **other) as runtime,  # type: ignore[arg-type]
-            pytest.raises(SessionMismatch, match=sentence),
+            pytest.raises(SnapshotMismatch, match=sentence),
         ):
-            runtime.session.load(path)
+            runtime.saved_chats.load(path)
 
 
 def test_any_damaged_byte_of_a_real_file_is_refused(real_runtime: Runtime, tmp_path: Path) -> None:
-    """Bytes all through the file, those of its two ends one by one."""
+    """Bytes all through the file, and every byte at its two ends."""
     path = tmp_path / "talk"
     real_runtime.generate("Hi", max_tokens=2, temperature=0)
-    real_runtime.session.save(path, TALK)
+    real_runtime.saved_chats.save(path, CHAT)
     size = path.stat().st_size
-    places = [*range(64), *range(64, size - 600, size // 50), *range(size - 600, size, 7)]
-    for at in places:
+    positions = [*range(64), *range(64, size - 600, size // 50), *range(size - 600, size, 7)]
+    for at in positions:
         with path.open("r+b") as file:
             file.seek(at)
             byte = file.read(1)
             file.seek(at)
             file.write(bytes([byte[0] ^ 1]))
         with pytest.raises(TranscriptError, match="talk"):
-            real_runtime.session.load(path)
+            real_runtime.saved_chats.load(path)
         with path.open("r+b") as file:
             file.seek(at)
             file.write(byte)
-    assert real_runtime.session.load(path).num_tokens > 0
+    assert real_runtime.saved_chats.load(path).num_tokens > 0
 
 
 def test_a_few_tokens_touch_a_few_pages(smollm2: Path, tmp_path: Path) -> None:
@@ -136,10 +139,10 @@ def test_a_few_tokens_touch_a_few_pages(smollm2: Path, tmp_path: Path) -> None:
         "    runtime.generate('word ' * 100, max_tokens=4)\n"
         "    before = read().peak_bytes\n"
         f"    path = {str(tmp_path / 'talk')!r}\n"
-        "    saved = runtime.session.save(path)\n"
+        "    saved = runtime.saved_chats.save(path)\n"
         "    after_save = read().peak_bytes\n"
         "    runtime._session.truncate_to_prefix(())\n"
-        "    loaded = runtime.session.load(path)\n"
+        "    loaded = runtime.saved_chats.load(path)\n"
         "    runtime.generate('word ' * 110, max_tokens=4)\n"
         "    print(saved.num_tokens, loaded.num_tokens, before, after_save, read().peak_bytes)\n"
     )
@@ -159,26 +162,26 @@ def test_a_plan_without_a_byte_to_spare_saves_and_loads(smollm2: Path, tmp_path:
         for num_tokens in (64, 2048):
             while len(runtime._session.token_ids) < num_tokens:
                 runtime._session.append([7] * min(64, runtime._model.batch_size))
-            assert runtime.session.save(path).num_tokens == num_tokens
-            assert runtime.session.load(path).num_tokens == num_tokens
+            assert runtime.saved_chats.save(path).num_tokens == num_tokens
+            assert runtime.saved_chats.load(path).num_tokens == num_tokens
 
 
 def test_the_peak_of_saving_and_loading_is_what_is_reserved(
     wide_model: Path, tmp_path: Path
 ) -> None:
-    """A copy of the state as a whole would be sixteen times as much."""
+    """A copy of the whole snapshot would be sixteen times as much."""
     done = run_python(
         "from lowtide import Runtime\n"
         "from lowtide.memory.plan.estimates import session_bytes\n"
         "from lowtide.memory.process import read_process_memory as read\n"
         f"with Runtime.open({str(wide_model)!r}, memory='2GiB', context=4096, threads=1) as runtime:\n"
-        f"    runtime.session.save({str(tmp_path / 'first')!r}, state=False)\n"
+        f"    runtime.saved_chats.save({str(tmp_path / 'first')!r}, state=False)\n"
         "    while len(runtime._session.token_ids) < 3968:\n"
         "        runtime._session.append([7] * runtime._model.batch_size)\n"
         "    before = read().peak_bytes\n"
         f"    path = {str(tmp_path / 'talk')!r}\n"
-        "    saved = runtime.session.save(path)\n"
-        "    loaded = runtime.session.load(path)\n"
+        "    saved = runtime.saved_chats.save(path)\n"
+        "    loaded = runtime.saved_chats.load(path)\n"
         "    reserved = session_bytes(runtime.spec, 4096, 'f16', 1000)\n"
         "    print(saved.num_bytes, loaded.num_tokens, reserved, before, read().peak_bytes)\n"
     )
@@ -194,14 +197,14 @@ from lowtide import Runtime
 with Runtime.open(sys.argv[1], memory='2GiB', context=4096, threads=1) as runtime:
     while len(runtime._session.token_ids) < 1024:
         runtime._session.append([7] * runtime._model.batch_size)
-    runtime.session.save(sys.argv[2], [{'role': 'user', 'content': 'old'}])
+    runtime.saved_chats.save(sys.argv[2], [{'role': 'user', 'content': 'old'}])
     print('saved', flush=True)
     while True:
-        runtime.session.save(sys.argv[2], [{'role': 'user', 'content': 'new'}])
+        runtime.saved_chats.save(sys.argv[2], [{'role': 'user', 'content': 'new'}])
 """
 
 
-def test_a_kill_inside_a_save_leaves_a_whole_file(wide_model: Path, tmp_path: Path) -> None:
+def test_a_kill_during_a_save_leaves_a_whole_file(wide_model: Path, tmp_path: Path) -> None:
     killed_inside = 0
     with Runtime.open(wide_model, memory="2GiB", context=4096) as runtime:
         for attempt in range(6):
@@ -221,14 +224,14 @@ def test_a_kill_inside_a_save_leaves_a_whole_file(wide_model: Path, tmp_path: Pa
             assert process.wait() == -signal.SIGKILL
             process.stdout.close()
             killed_inside += len(os.listdir(folder)) == 2
-            loaded = runtime.session.load(path)
+            loaded = runtime.saved_chats.load(path)
             assert loaded.num_tokens == 1024
             assert loaded.messages[0]["content"] in ("old", "new")
     assert killed_inside >= 1
 
 
 def test_a_chat_goes_on_in_another_process(smollm2: Path, tmp_path: Path) -> None:
-    """As a user would; the budget holds at the lower bound, too."""
+    """As a user does it, in a budget at the lower bound."""
     path = tmp_path / "talk"
     options = ("chat", str(smollm2), "--memory", "180MiB", "--temp", "0", "-n", "12")
     turns = ("My name is Ada.", "What is my name?")

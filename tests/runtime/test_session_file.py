@@ -1,3 +1,5 @@
+"""Chat files: any content survives, any damage is refused, and a failure loses no older file."""
+
 from __future__ import annotations
 
 import errno
@@ -14,108 +16,111 @@ from processes import run_python
 from lowtide.models.errors import SnapshotError
 from lowtide.runtime.errors import TranscriptError
 from lowtide.runtime.sessions import file as module
-from lowtide.runtime.sessions.file import opened_session, write_session
+from lowtide.runtime.sessions.file import open_chat, write_chat
 
-STATE = random.Random(1).randbytes(3000)
-HEAD = {"messages": [{"role": "user", "content": "Hi 😀\n"}], "num_tokens": 3}
+SNAPSHOT = random.Random(1).randbytes(3000)
+HEADER = {"messages": [{"role": "user", "content": "Hi 😀\n"}], "num_tokens": 3}
 FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
-def write(path: Path, state: bytes = STATE, head: dict[str, Any] = HEAD) -> int:
-    return write_session(path, lambda at: at.write_bytes(state), head)
+def write(path: Path, snapshot: bytes = SNAPSHOT, header: dict[str, Any] = HEADER) -> int:
+    return write_chat(path, lambda at: at.write_bytes(snapshot), header)
 
 
 def read(path: Path) -> tuple[bytes, dict[str, Any]]:
-    with opened_session(path) as file:
+    with open_chat(path) as file:
         assert file is not None
-        state = file.state_path.read_bytes()[: file.num_state_bytes]
-        return state, file.head()
+        return file.snapshot_path.read_bytes()[: file.num_snapshot_bytes], file.header()
 
 
-def test_there_and_back(tmp_path: Path) -> None:
+def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert write(tmp_path / "talk") == (tmp_path / "talk").stat().st_size
-    assert read(tmp_path / "talk") == (STATE, {**HEAD, "version": 1})
+    assert read(tmp_path / "talk") == (SNAPSHOT, {**HEADER, "version": 1})
     assert os.listdir(tmp_path) == ["talk"]
 
 
 @FIXTURE
 @given(st.binary(max_size=100), st.dictionaries(st.text(), st.text()))
-def test_any_state_and_any_text_survive(tmp_path: Path, state: bytes, head: dict[str, str]) -> None:
-    write(tmp_path / "talk", state, head)
-    assert read(tmp_path / "talk") == (state, {**head, "version": 1})
+def test_any_snapshot_and_any_text_survive(
+    tmp_path: Path, snapshot: bytes, header: dict[str, str]
+) -> None:
+    write(tmp_path / "talk", snapshot, header)
+    assert read(tmp_path / "talk") == (snapshot, {**header, "version": 1})
 
 
-def test_a_state_of_many_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_snapshot_of_many_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SESSION_CHUNK_BYTES", 7)
     write(tmp_path / "talk")
-    assert read(tmp_path / "talk")[0] == STATE
+    assert read(tmp_path / "talk")[0] == SNAPSHOT
 
 
 @settings(FIXTURE, max_examples=300)
 @given(st.data())
 def test_any_damaged_byte_is_refused(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "talk"
-    write(path, STATE[:200])
+    write(path, SNAPSHOT[:200])
     damaged = bytearray(path.read_bytes())
     at = data.draw(st.integers(0, len(damaged) - 1))
     damaged[at] ^= data.draw(st.integers(1, 255))
     path.write_bytes(damaged)
     try:
-        with opened_session(path) as file:
-            assert file is None  # the magic is what was hit: it is no session file any more
-            assert 0 <= at - (len(damaged) - module.FOOT_BYTES) < len(module.MAGIC)
+        with open_chat(path) as file:
+            assert file is None  # the magic is what was hit: it is not a chat file any more
+            assert 0 <= at - (len(damaged) - module.FOOTER_BYTES) < len(module.MAGIC)
     except TranscriptError as error:
         assert "damaged" in str(error)
 
 
 @FIXTURE
 @given(st.integers(0, 10_000), st.binary(max_size=100))
-def test_a_cut_or_a_longer_file_is_refused(tmp_path: Path, length: int, more: bytes) -> None:
+def test_a_shorter_or_longer_file_is_refused(tmp_path: Path, length: int, more: bytes) -> None:
     path = tmp_path / "talk"
-    write(path, STATE[:200])
+    write(path, SNAPSHOT[:200])
     whole = path.read_bytes()
     path.write_bytes(other := whole[:length] + more)
     if other == whole:
-        assert read(path)[0] == STATE[:200]
+        assert read(path)[0] == SNAPSHOT[:200]
         return
     try:
-        with opened_session(path) as file:
+        with open_chat(path) as file:
             assert file is None
     except TranscriptError as error:
         assert "damaged" in str(error)
 
 
-def test_another_version_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FORMAT_VERSION", 2)
     write(tmp_path / "talk")
     monkeypatch.undo()
-    with pytest.raises(TranscriptError, match="another version than 1, which can be read: upgrade"):
+    with pytest.raises(
+        TranscriptError, match="is not of format version 1, the one that can be read; upgrade"
+    ):
         read(tmp_path / "talk")
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
+def test_paths_that_are_not_regular_files(tmp_path: Path) -> None:
     for path in (tmp_path, Path("/dev/zero")):
-        with pytest.raises(TranscriptError, match="is no file"), opened_session(path):
+        with pytest.raises(TranscriptError, match="is not a regular file"), open_chat(path):
             pass
         with pytest.raises(TranscriptError, match="which is no file"):
             write(path)
-    with pytest.raises(TranscriptError, match="No such file"), opened_session(tmp_path / "none"):
+    with pytest.raises(TranscriptError, match="No such file"), open_chat(tmp_path / "none"):
         pass
 
 
-def test_a_file_that_took_the_name_since_is_not_read(tmp_path: Path) -> None:
+def test_a_file_that_took_the_name_meanwhile_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "talk"
     write(path)
-    with opened_session(path) as file:
+    with open_chat(path) as file:
         write(path, b"another")
         assert file is not None
-        assert file.state_path.read_bytes().startswith(STATE)
+        assert file.snapshot_path.read_bytes().startswith(SNAPSHOT)
 
 
-def test_a_file_that_was_written_into_since_is_noticed(tmp_path: Path) -> None:
+def test_a_file_that_was_written_to_meanwhile_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "talk"
     write(path)
-    with opened_session(path) as file:
+    with open_chat(path) as file:
         assert file is not None
         file.require_unchanged()
         with path.open("ab") as more:
@@ -137,32 +142,32 @@ def test_a_failure_leaves_the_old_file_whole(
 ) -> None:
     path = tmp_path / "talk"
     write(path)
-    for write_state in (_full, _failed):
+    for write_snapshot in (_full, _failed):
         with pytest.raises(TranscriptError, match=r"was not saved \((No space|the disk is gone)"):
-            write_session(path, write_state, {})
+            write_chat(path, write_snapshot, {})
     with pytest.raises(TranscriptError, match="ends 1 bytes too early"):
-        write_session(path, lambda at: at.write_bytes(STATE) + 1, {})
+        write_chat(path, lambda at: at.write_bytes(SNAPSHOT) + 1, {})
     monkeypatch.setattr(os, "fsync", _full)
     with pytest.raises(TranscriptError, match="No space left on device"):
         write(path, b"")
-    assert read(path)[0] == STATE
+    assert read(path)[0] == SNAPSHOT
     assert os.listdir(tmp_path) == ["talk"]
 
 
-def test_a_state_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
+def test_a_snapshot_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
     done = run_python(
         "import os\n"
         "from pathlib import Path\n"
         "from lowtide.memory.process import read_process_memory as read\n"
-        "from lowtide.runtime.sessions.file import opened_session, write_session\n"
-        "def state(path):\n"
+        "from lowtide.runtime.sessions.file import open_chat, write_chat\n"
+        "def snapshot(path):\n"
         "    with path.open('wb') as file:\n"
         "        return sum(file.write(os.urandom(1 << 16)) for _ in range(1024))\n"
         f"path = Path({str(tmp_path / 'talk')!r})\n"
-        "write_session(path, lambda at: at.write_bytes(b'warm'), {})\n"
+        "write_chat(path, lambda at: at.write_bytes(b'warm'), {})\n"
         "before = read().peak_bytes\n"
-        "write_session(path, state, {})\n"
-        "with opened_session(path) as file: file.head()\n"
+        "write_chat(path, snapshot, {})\n"
+        "with open_chat(path) as file: file.header()\n"
         "print(path.stat().st_size, read().peak_bytes - before)"
     )
     assert done.code == 0, done.stderr

@@ -1,4 +1,4 @@
-"""`Runtime.session` over the fake model: what is kept, what goes on, what is refused."""
+"""`Runtime.saved_chats` over the fake model: what is saved, how a chat goes on, what is refused."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ Opened = Callable[..., Runtime]
 
 
 def test_going_on_equals_never_having_left(fake_runtime: Opened, saved: Path) -> None:
-    stayed, came_back = fake_runtime("One.", "Two."), fake_runtime("One.", "Two.")
+    stayed, reloaded = fake_runtime("One.", "Two."), fake_runtime("One.", "Two.")
     chat(stayed, TURNS)
-    loaded = came_back.session.load(saved)
+    loaded = reloaded.saved_chats.load(saved)
     assert list(loaded.messages) == SAID and loaded.model == "fake"
-    assert loaded.num_tokens == came_back.fake.num_tokens  # type: ignore[attr-defined]
-    theirs, ours = chat(stayed, NEXT), chat(came_back, NEXT)
-    assert ours.token_ids == theirs.token_ids and ours.text == "Two."
-    assert ours.stats.reused_tokens == theirs.stats.reused_tokens == loaded.num_tokens
-    assert came_back.ledger.components == stayed.ledger.components
+    assert loaded.num_tokens == reloaded.fake.num_tokens  # type: ignore[attr-defined]
+    expected, found = chat(stayed, NEXT), chat(reloaded, NEXT)
+    assert found.token_ids == expected.token_ids and found.text == "Two."
+    assert found.stats.reused_tokens == expected.stats.reused_tokens == loaded.num_tokens
+    assert reloaded.ledger.components == stayed.ledger.components
 
 
-def test_the_last_answer_is_kept_as_the_tokens_that_were_sampled(
+def test_the_last_answer_is_saved_as_the_tokens_that_were_sampled(
     fake_runtime: Opened, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tokenised again, the answer is other tokens here: only those of the file can be reused."""
+    """Tokenised again, the answer has other tokens here: only those in the file can be reused."""
     runtime = fake_runtime("One.", "Two.")
-    loaded = runtime.session.load(saved)
+    loaded = runtime.saved_chats.load(saved)
     tokenizer = runtime.fake.tokenizer  # type: ignore[attr-defined]
     encode = tokenizer.encode
     monkeypatch.setattr(
@@ -55,50 +55,52 @@ def test_without_messages_and_without_a_template(tmp_path: Path) -> None:
 
     runtime = opened()
     runtime.generate("Hi", temperature=0, max_tokens=2)
-    runtime.session.save(str(tmp_path / "talk"))
+    runtime.saved_chats.save(str(tmp_path / "talk"))
     other = opened()
-    assert other.session.load(str(tmp_path / "talk")).messages == ()
+    assert other.saved_chats.load(str(tmp_path / "talk")).messages == ()
     again = other.generate("Hi", temperature=0, max_tokens=2)
     assert again.stats.reused_tokens == again.stats.prompt_tokens - 1
 
 
-def test_transcripts_without_state_load_as_messages(fake_runtime: Opened, tmp_path: Path) -> None:
+def test_transcripts_without_a_snapshot_load_as_messages(
+    fake_runtime: Opened, tmp_path: Path
+) -> None:
     path = tmp_path / "talk.json"
     Transcript(model="somebody", messages=tuple(SAID)).save(path)
     runtime = fake_runtime("One.", "Two.")
-    loaded = runtime.session.load(path)
+    loaded = runtime.saved_chats.load(path)
     assert (list(loaded.messages), loaded.model, loaded.num_tokens) == (SAID, "somebody", 0)
     assert chat(runtime, NEXT).text == "Two."
 
 
-def test_a_model_that_keeps_no_state_saves_its_messages(
+def test_a_model_without_snapshots_saves_its_messages(
     fake_runtime: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FakeModel, "supports_snapshot", False)
     runtime = fake_runtime("One.")
     chat(runtime, TURNS)
-    assert runtime.session.save(tmp_path / "talk", SAID).num_tokens == 0
+    assert runtime.saved_chats.save(tmp_path / "talk", SAID).num_tokens == 0
     assert Transcript.load(tmp_path / "talk").messages == tuple(SAID)
 
 
-def test_saving_inside_an_answer_leaves_it_whole(fake_runtime: Opened, tmp_path: Path) -> None:
+def test_saving_during_an_answer_does_not_change_it(fake_runtime: Opened, tmp_path: Path) -> None:
     runtime = fake_runtime("A long answer.")
-    pieces = runtime.chat(TURNS, temperature=0)
-    first = list(itertools.islice(pieces, 3))
-    saved = runtime.session.save(tmp_path / "talk", TURNS)
-    assert "".join(p.text for p in [*first, *pieces]) == "A long answer."
+    chunks = runtime.chat(TURNS, temperature=0)
+    first = list(itertools.islice(chunks, 3))
+    saved = runtime.saved_chats.save(tmp_path / "talk", TURNS)
+    assert "".join(p.text for p in [*first, *chunks]) == "A long answer."
     other = fake_runtime("A long answer.")
-    assert other.session.load(tmp_path / "talk").num_tokens == saved.num_tokens
+    assert other.saved_chats.load(tmp_path / "talk").num_tokens == saved.num_tokens
     assert chat(other, TURNS).text == "A long answer."
 
 
-def test_loading_ends_the_answer_that_is_being_read(fake_runtime: Opened, saved: Path) -> None:
+def test_loading_ends_a_running_answer(fake_runtime: Opened, saved: Path) -> None:
     runtime = fake_runtime("One.", "Two.")
-    pieces = runtime.chat([{"role": "user", "content": "another talk"}])
-    next(pieces)
-    num_tokens = runtime.session.load(saved).num_tokens
+    chunks = runtime.chat([{"role": "user", "content": "another talk"}])
+    next(chunks)
+    num_tokens = runtime.saved_chats.load(saved).num_tokens
     with pytest.raises(RuntimeUnusable, match="another answer"):
-        next(pieces)
+        next(chunks)
     assert chat(runtime, NEXT).stats.reused_tokens == num_tokens
 
 
@@ -108,9 +110,9 @@ def test_an_interrupted_pass_is_not_saved(
     runtime = fake_runtime("One.", "Two.")
     chat(runtime, TURNS)
     runtime.fake.forward([1, 2, 3])  # type: ignore[attr-defined]
-    saved = runtime.session.save(tmp_path / "talk", SAID)
+    saved = runtime.saved_chats.save(tmp_path / "talk", SAID)
     other = fake_runtime("One.", "Two.")
-    assert other.session.load(tmp_path / "talk").num_tokens == saved.num_tokens
+    assert other.saved_chats.load(tmp_path / "talk").num_tokens == saved.num_tokens
     assert chat(other, NEXT).stats.reused_tokens == saved.num_tokens
 
 
@@ -121,47 +123,53 @@ def test_what_does_not_fit_the_budget_is_refused(
     chat(runtime, TURNS)
     before = dict(runtime.ledger.components)
     monkeypatch.setattr(module, "session_bytes", lambda *_: 1 << 40)
-    for refused in (runtime.session.load, runtime.session.save, runtime.session.read_messages):
+    for refused in (
+        runtime.saved_chats.load,
+        runtime.saved_chats.save,
+        runtime.saved_chats.read_messages,
+    ):
         with pytest.raises(OverBudget, match="session file"):
             refused(saved)
     assert runtime.ledger.components == before
     assert chat(runtime, NEXT).stats.reused_tokens > len("One.")
 
 
-def test_at_the_lower_bound_a_session_is_saved_and_loaded(
+def test_at_the_lower_bound_a_chat_is_saved_and_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The plan has no byte to spare: what a file takes comes out of the idle prompt's row."""
-    # What other tests of this process have taken is not the matter.
+    """The plan has no byte to spare: a file uses the memory that tokenising a prompt would."""
+    # Other tests of this process may have used more.
     small = replace(read_process_memory(), resident_bytes=50 * MIB, peak_bytes=50 * MIB)
-    for user in ("planning", "measured_baseline", "loaded_model"):
+    for user in ("planning.plan", "planning.gguf", "loading.load"):
         monkeypatch.setattr(f"lowtide.runtime.{user}.read_process_memory", lambda: small)
     model = FakeModel(("One.", "Two."))
     bound = Runtime.open(model, memory="8GiB").plan.lower_bound_bytes
     runtime = Runtime.open(model, memory=bound)
     assert runtime.ledger.reserved_bytes == bound
     chat(runtime, TURNS)
-    num_tokens = runtime.session.save(tmp_path / "talk", SAID).num_tokens
-    assert runtime.session.load(tmp_path / "talk").num_tokens == num_tokens > 0
+    num_tokens = runtime.saved_chats.save(tmp_path / "talk", SAID).num_tokens
+    assert runtime.saved_chats.load(tmp_path / "talk").num_tokens == num_tokens > 0
 
 
-def test_wrong_use_is_a_sentence(fake_runtime: Opened, tmp_path: Path, saved: Path) -> None:
+def test_wrong_use_is_refused_in_one_sentence(
+    fake_runtime: Opened, tmp_path: Path, saved: Path
+) -> None:
     runtime = fake_runtime()
     chat(runtime, TURNS)
     with pytest.raises(TemplateError, match="role 'king'"):
-        runtime.session.save(tmp_path / "x", [{"role": "king", "content": ""}])
+        runtime.saved_chats.save(tmp_path / "x", [{"role": "king", "content": ""}])
     with pytest.raises(TranscriptError, match="was not saved"):
-        runtime.session.save(tmp_path / "no" / "where")
+        runtime.saved_chats.save(tmp_path / "no" / "where")
     with pytest.raises(TranscriptError, match="cannot be read: No such file"):
-        runtime.session.load(tmp_path / "none")
+        runtime.saved_chats.load(tmp_path / "none")
     runtime.close()
-    for closed in (runtime.session.save, runtime.session.load):
+    for closed in (runtime.saved_chats.save, runtime.saved_chats.load):
         with pytest.raises(RuntimeUnusable, match="closed"):
             closed(saved)
 
 
-class Stateless(FakeModel):
-    """A model of a user's own, which has the four methods alone."""
+class NoSnapshots(FakeModel):
+    """A model of a user's own without snapshots."""
 
     supports_snapshot = False
     snapshot_component = FakeModel.__mro__[1].snapshot_component  # type: ignore[attr-defined]
@@ -169,8 +177,8 @@ class Stateless(FakeModel):
     load_kv = FakeModel.__mro__[1].load_kv  # type: ignore[attr-defined]
 
 
-def test_a_model_of_ones_own_need_not_keep_state(saved: Path) -> None:
-    runtime = Runtime.open(Stateless(), memory="8GiB")
+def test_a_model_of_ones_own_need_not_support_snapshots(saved: Path) -> None:
+    runtime = Runtime.open(NoSnapshots(), memory="8GiB")
     with pytest.raises(LowtideError):
-        runtime.session.load(saved)
-    assert list(runtime.session.read_messages(saved)) == SAID
+        runtime.saved_chats.load(saved)
+    assert list(runtime.saved_chats.read_messages(saved)) == SAID

@@ -1,3 +1,5 @@
+"""Transcripts: any text survives, any damage is refused, and a failure loses no older file."""
+
 from __future__ import annotations
 
 import errno
@@ -12,32 +14,32 @@ from processes import run_python
 from lowtide.runtime.errors import TranscriptError
 from lowtide.runtime.sessions.file import Transcript
 
-TALK = Transcript(
+CHAT = Transcript(
     model="m",
     messages=({"role": "user", "content": "Hi 😀"}, {"role": "assistant", "content": "Ho\n"}),
 )
 FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
-def test_there_and_back(tmp_path: Path) -> None:
-    TALK.save(tmp_path / "talk.json")
-    assert Transcript.load(tmp_path / "talk.json") == TALK
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    CHAT.save(tmp_path / "talk.json")
+    assert Transcript.load(tmp_path / "talk.json") == CHAT
     assert os.listdir(tmp_path) == ["talk.json"]
 
 
 @FIXTURE
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]))))
 def test_any_text_survives(tmp_path: Path, texts: list[str]) -> None:
-    talk = Transcript(model="m", messages=tuple({"role": "user", "content": t} for t in texts))
-    talk.save(tmp_path / "talk.json")
-    assert Transcript.load(tmp_path / "talk.json") == talk
+    chat = Transcript(model="m", messages=tuple({"role": "user", "content": t} for t in texts))
+    chat.save(tmp_path / "talk.json")
+    assert Transcript.load(tmp_path / "talk.json") == chat
 
 
 @FIXTURE
 @given(st.data())
 def test_any_damaged_byte_is_refused(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "talk.json"
-    TALK.save(path)
+    CHAT.save(path)
     damaged = bytearray(path.read_bytes())
     at = data.draw(st.integers(0, len(damaged) - 1))
     damaged[at] ^= data.draw(st.integers(1, 255))
@@ -46,7 +48,7 @@ def test_any_damaged_byte_is_refused(tmp_path: Path, data: st.DataObject) -> Non
         loaded = Transcript.load(path)
     except TranscriptError:
         return
-    assert loaded == TALK  # blanks between the values carry nothing
+    assert loaded == CHAT  # white space between values has no meaning
 
 
 BROKEN = {
@@ -62,7 +64,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_files_are_a_sentence(name: str, tmp_path: Path) -> None:
+def test_broken_files_are_refused_in_one_sentence(name: str, tmp_path: Path) -> None:
     path = tmp_path / "talk.json"
     path.write_bytes(BROKEN[name])
     with pytest.raises(TranscriptError, match=r"talk\.json") as caught:
@@ -70,10 +72,10 @@ def test_broken_files_are_a_sentence(name: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value) and caught.value.exit_code == 1
 
 
-def test_messages_that_are_none_are_refused_even_with_a_right_checksum(tmp_path: Path) -> None:
+def test_invalid_messages_are_refused_even_with_a_right_checksum(tmp_path: Path) -> None:
     path = tmp_path / "talk.json"
     Transcript(model="m", messages=({"role": "king", "content": "x"},)).save(path)
-    with pytest.raises(TranscriptError, match="messages that are none"):
+    with pytest.raises(TranscriptError, match="has invalid messages"):
         Transcript.load(path)
 
 
@@ -81,14 +83,14 @@ def test_missing_files(tmp_path: Path) -> None:
     with pytest.raises(TranscriptError, match="cannot be read"):
         Transcript.load(tmp_path / "none.json")
     with pytest.raises(TranscriptError, match="was not saved"):
-        TALK.save(tmp_path / "no" / "folder.json")
+        CHAT.save(tmp_path / "no" / "folder.json")
 
 
 def test_a_full_disk_leaves_the_old_file_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "talk.json"
-    TALK.save(path)
+    CHAT.save(path)
 
     def full(_handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -96,14 +98,14 @@ def test_a_full_disk_leaves_the_old_file_whole(
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(TranscriptError, match="No space left on device"):
         Transcript(model="n", messages=()).save(path)
-    assert Transcript.load(path) == TALK
+    assert Transcript.load(path) == CHAT
     assert os.listdir(tmp_path) == ["talk.json"]
 
 
-def test_a_write_that_the_system_cuts_short_leaves_the_old_file_whole(tmp_path: Path) -> None:
+def test_a_write_that_the_system_ends_early_leaves_the_old_file_whole(tmp_path: Path) -> None:
     """A limit on file sizes makes a real write fail half-way, as a disk that fills up does."""
     path = tmp_path / "talk.json"
-    TALK.save(path)
+    CHAT.save(path)
     done = run_python(
         "import resource, signal\n"
         "from pathlib import Path\n"
@@ -115,5 +117,5 @@ def test_a_write_that_the_system_cuts_short_leaves_the_old_file_whole(tmp_path: 
         "except Exception as error:\n    print(type(error).__name__, error)"
     )
     assert done.stdout.startswith("TranscriptError") and "was not saved" in done.stdout
-    assert Transcript.load(path) == TALK
+    assert Transcript.load(path) == CHAT
     assert os.listdir(tmp_path) == ["talk.json"]

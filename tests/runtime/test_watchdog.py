@@ -1,4 +1,4 @@
-"""The watchdog: when it looks, what it gives back, when an answer ends, and that nothing is lost then."""
+"""The watchdog: when it reads, what it releases, when an answer ends, and that nothing is lost then."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 @pytest.fixture
 def resident(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What is resident, in turn, at each reading; the last goes on. Every step is looked at."""
+    """The resident bytes at each reading in turn, the last one from then on. Every pass is watched."""
     readings = [0]
     monkeypatch.setattr(module, "INTERVAL_S", 0.0)
     monkeypatch.setattr(
@@ -29,7 +29,7 @@ def resident(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 class Trims:
-    """Records the levels that were asked for."""
+    """Records the levels of its calls."""
 
     def __init__(self) -> None:
         self.levels: list[str] = []
@@ -47,13 +47,13 @@ def test_well_below_the_budget_nothing_is_done(resident: list[int]) -> None:
     assert trims.levels == [] and watchdog.trims == ()
 
 
-def test_the_milder_level_first_and_no_more_than_is_needed(resident: list[int]) -> None:
+def test_the_milder_level_comes_first_and_no_more_than_needed(resident: list[int]) -> None:
     trims = Trims()
     watchdog = Watchdog(1000, trims)
     resident[:] = [960, 900]
     assert not watchdog.is_over()
     assert trims.levels == ["background"]
-    resident[:] = [970]  # not far from where it was: not again
+    resident[:] = [970]  # hardly more than before: nothing is released again
     assert not watchdog.is_over() and len(trims.levels) == 1
     resident[:] = [980]
     assert not watchdog.is_over()
@@ -73,17 +73,17 @@ def test_over_the_budget_it_tries_every_time(resident: list[int]) -> None:
     assert trims.levels == ["background", "moderate", "background", "background", "moderate"]
 
 
-def test_it_looks_only_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks: list[int] = []
+def test_it_reads_at_most_once_an_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings: list[int] = []
     clock: Iterator[float] = iter([100.0, 100.01, 100.019, 100.021, 100.03])
     monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(module, "read_resident_bytes", lambda: looks.append(1) or 0)
+    monkeypatch.setattr(module, "read_resident_bytes", lambda: readings.append(1) or 0)
     watchdog = Watchdog(1000, Trims())
     assert [watchdog.is_over() for _ in range(5)] == [False] * 5
-    assert len(looks) == 2
+    assert len(readings) == 2
 
 
-def test_an_answer_ends_with_what_was_said_and_the_next_goes_on(
+def test_an_answer_over_the_budget_ends_and_the_next_one_goes_on(
     fake_runtime: Opened, resident: list[int]
 ) -> None:
     runtime = fake_runtime("Hello.", "Hello.")
@@ -100,7 +100,9 @@ def test_an_answer_ends_with_what_was_said_and_the_next_goes_on(
     assert again.stats.reused_tokens >= result.stats.prompt_tokens + 3
 
 
-def test_a_finished_answer_is_not_said_to_be_cut(fake_runtime: Opened, resident: list[int]) -> None:
+def test_an_answer_that_is_complete_does_not_end_for_memory(
+    fake_runtime: Opened, resident: list[int]
+) -> None:
     runtime = fake_runtime("Hello.")
     resident[:] = [0, 0, runtime.plan.budget.num_bytes + 1]
     result = GenerationResult.of(runtime.chat(HELLO, temperature=0, max_tokens=3))
@@ -113,25 +115,25 @@ from lowtide import GenerationResult, Runtime
 with Runtime.open("smollm2", memory="260MiB", context=512, threads=1) as runtime:
     question = [{"role": "user", "content": "Count to a hundred."}]
     blocks, said = [], ""
-    for piece in runtime.chat(question, temperature=0, max_tokens=80):
-        said += piece.text
+    for chunk in runtime.chat(question, temperature=0, max_tokens=80):
+        said += chunk.text
         blocks.append(bytearray(b"x") * (4 << 20))
     del blocks
     again = GenerationResult.of(runtime.chat(question, temperature=0, max_tokens=80))
-    print(json.dumps([piece.finish_reason, said, again.text, again.finish_reason, piece.stats.to_dict()]))
+    print(json.dumps([chunk.finish_reason, said, again.text, again.finish_reason, chunk.stats.to_dict()]))
 """
 
 
-def test_a_host_program_that_grows_ends_the_answer_and_no_more() -> None:
+def test_a_host_program_that_grows_ends_the_answer_alone() -> None:
     done = run_python(BASELINE)
     assert done.code == 0, done.stderr
     finish_reason, said, whole, then, stats = json.loads(done.stdout)
     assert finish_reason == "memory" and then in ("stop", "length")
     assert said and whole.startswith(said) and len(whole) > len(said)
     assert stats["trims"] and stats["generated_tokens"] < 80
-    assert done.peak_bytes < 300 << 20  # it ended soon after the budget was passed
+    assert done.peak_bytes < 300 << 20  # it ended soon after the budget was exceeded
 
 
-def test_the_fake_model_is_never_near() -> None:
+def test_far_below_the_budget_nothing_is_released() -> None:
     with Runtime.open(FakeModel(["Hello."]), memory="8GiB") as runtime:
         assert runtime.generate("x\n", temperature=0).stats.trims == ()

@@ -1,4 +1,4 @@
-"""A short talk with the fake model, and its session file."""
+"""A short chat with the fake model, as it is saved."""
 
 from __future__ import annotations
 

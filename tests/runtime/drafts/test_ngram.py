@@ -1,4 +1,4 @@
-"""Prompt lookup: long matches first, the most recent of equals, and the text taken back from its end."""
+"""Prompt lookup: the longest match, the most recent of equals, and texts that get shorter."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from lowtide.runtime.speculation.drafts import (
     CLASSES,
-    LEAST_MATCH,
-    MOST_MATCH,
+    MAX_MATCH,
+    MIN_MATCH,
     NgramDraft,
     Proposal,
 )
@@ -25,30 +25,30 @@ def proposed(text: Sequence[int], num_tokens: int) -> Proposal:
 
 
 def searched(text: Sequence[int], num_tokens: int) -> tuple[int, ...]:
-    """The same by trying every earlier place."""
+    """Return the same by comparing every earlier position."""
     last = len(text) - 1
 
-    def length(place: int) -> int:
-        most = min(MOST_MATCH, place + 1)
-        return next((n for n in range(most) if text[place - n] != text[last - n]), most)
+    def length(position: int) -> int:
+        most = min(MAX_MATCH, position + 1)
+        return next((n for n in range(most) if text[position - n] != text[last - n]), most)
 
-    places = [place for place in range(last) if length(place) >= LEAST_MATCH]
-    if not places:
+    positions = [position for position in range(last) if length(position) >= MIN_MATCH]
+    if not positions:
         return ()
-    best = max(places, key=lambda place: (length(place), place))
-    copied = list(text)
-    while len(copied) < len(text) + num_tokens:
-        copied.append(copied[best + 1 + len(copied) - len(text)])
-    return tuple(copied[len(text) :])
+    best = max(positions, key=lambda position: (length(position), position))
+    following = list(text)
+    while len(following) < len(text) + num_tokens:
+        following.append(following[best + 1 + len(following) - len(text)])
+    return tuple(following[len(text) :])
 
 
 @given(texts, st.integers(1, 9))
-def test_it_finds_what_a_search_of_every_place_finds(text: list[int], num_tokens: int) -> None:
+def test_it_finds_what_a_search_of_every_position_finds(text: list[int], num_tokens: int) -> None:
     assert proposed(text, num_tokens).token_ids == searched(text, num_tokens)
 
 
 @given(texts, texts, st.integers(1, 5))
-def test_a_text_that_was_followed_before_leaves_nothing_behind(
+def test_an_earlier_text_leaves_no_trace(
     before: list[int], text: list[int], num_tokens: int
 ) -> None:
     draft = NgramDraft()
@@ -57,15 +57,15 @@ def test_a_text_that_was_followed_before_leaves_nothing_behind(
     assert draft.propose(num_tokens) == proposed(text, num_tokens)
 
 
-def test_a_longer_match_is_surer() -> None:
+def test_a_longer_match_has_a_higher_confidence() -> None:
     text = list(range(100, 130))
-    surenesses = [proposed([*text, 0, *text[-n - 3 : -3]], 2).confidence for n in (3, 4, 8, 25)]
-    assert surenesses == sorted(surenesses) and surenesses[0] == 0
-    assert surenesses[-1] == len(CLASSES) < NgramDraft.num_classes
+    confidences = [proposed([*text, 0, *text[-n - 3 : -3]], 2).confidence for n in (3, 4, 8, 25)]
+    assert confidences == sorted(confidences) and confidences[0] == 0
+    assert confidences[-1] == len(CLASSES) < NgramDraft.num_classes
     priors = [NgramDraft().prior(confidence) for confidence in range(NgramDraft.num_classes)]
     assert priors == sorted(priors) and 0 < priors[0] < priors[-1] < 1
 
 
-def test_nothing_that_came_before_is_nothing_proposed() -> None:
+def test_without_a_match_nothing_is_proposed() -> None:
     assert proposed([], 4) == proposed([1, 2, 3], 4) == proposed(range(50), 4) == Proposal()
     assert proposed([1, 2, 3, 1, 2, 3], 0) == Proposal()

@@ -1,0 +1,275 @@
+"""The state of one sequence that is being generated: sampling, stop texts, finish reason and statistics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from lowtide.attention.bindings.counts import KernelCounts
+from lowtide.memory.process import read_process_memory
+from lowtide.models.model import Model
+from lowtide.models.tokenizer import TextStream
+from lowtide.runtime.generation.result import GenerationChunk
+from lowtide.runtime.generation.sampling import Sampler
+from lowtide.runtime.generation.statistics import Statistics
+from lowtide.runtime.generation.watchdog import Watchdog
+from lowtide.runtime.kv.cache import CachedPrompt, KVCache
+from lowtide.runtime.options import SamplingParams
+from lowtide.runtime.speculation.controller import SpeculationController
+
+if TYPE_CHECKING:
+    from lowtide.models.model import Logits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """A prompt that fits the context, and how to continue it.
+
+    `asked_at` is the caller's time (`time.perf_counter`); `dropped_tokens` and `dropped_messages` were left
+    out of the prompt.
+    """
+
+    token_ids: Sequence[int]
+    params: SamplingParams
+    asked_at: float
+    dropped_tokens: int = 0
+    dropped_messages: int = 0
+
+    def max_kv_tokens(self, context: int) -> int:
+        """Return how many tokens the sequence may have in the cache; the last sampled one is not computed."""
+        if self.params.max_tokens is None:
+            return context
+        return min(len(self.token_ids) + self.params.max_tokens - 1, context)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationContext:
+    """What a generation needs to know of the loaded model around it.
+
+    `attention` describes the policy. `kernel_counts` returns the counters of lowtide's kernels, None where
+    the engine's own run. `watchdog` is asked after each pass whether the process is over its budget.
+    `speculation` drafts tokens; None where speculation is off. `batch` describes the batch for the statistics.
+    """
+
+    budget_bytes: int
+    planned_bytes: int
+    attention: str
+    kernel_counts: Callable[[], KernelCounts | None]
+    watchdog: Watchdog
+    repacked_tensors: int = 0
+    not_repacked_reason: str | None = None
+    speculation: SpeculationController | None = None
+    batch: dict[str, Any] | None = None
+
+
+class StopMatcher:
+    """Ends a text at the first of `stops`, also where that arrives over several tokens.
+
+    Text that could be the start of a stop text is held back until that is clear.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Return the text that may be shown now, and whether a stop text was found behind it."""
+        self._held += text
+        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            shown, self._held = self._held[: min(found)], ""
+            return shown, True
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        split = len(self._held) - keep
+        shown, self._held = self._held[:split], self._held[split:]
+        return shown, False
+
+    def rest(self) -> str:
+        """Return the text that was held back; the text has ended."""
+        shown, self._held = self._held, ""
+        return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of `text` that is a start of `stop`."""
+    return next(
+        (n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0
+    )
+
+
+class StatsRecorder:
+    """Measures one sequence; the clock starts when it is made."""
+
+    def __init__(
+        self,
+        index: int,
+        request: GenerationRequest,
+        num_layers: int,
+        seed: int,
+        context: GenerationContext,
+    ) -> None:
+        self._index = index
+        self._request = request
+        self._num_layers = num_layers
+        self._seed = seed
+        self._context = context
+        self._prompt = CachedPrompt(token_ids=request.token_ids, num_cached=0)
+        self.generated_tokens = 0
+        self._prefill_s: float | None = None
+        self._layers_native = 0
+        self._counts_at_prefill: KernelCounts | None = None
+        self._first_token_s: float | None = None
+        self._first_token_at = 0.0
+        self._now = self._started_at = time.perf_counter()
+
+    def record_prompt(self, prompt: CachedPrompt) -> None:
+        """Record how much of the prompt was cached and retained."""
+        self._prompt = prompt
+
+    def record_prefill(self) -> None:
+        """Record the end of the prompt's last pass; later calls do nothing."""
+        if self._prefill_s is not None:
+            return
+        self._now = time.perf_counter()
+        self._prefill_s = self._now - self._started_at
+        counts = self._counts_at_prefill = self._context.kernel_counts()
+        self._layers_native = counts.layers_native if counts else 0
+
+    def record_token(self) -> None:
+        """Record a sampled token."""
+        self._now = time.perf_counter()
+        self.generated_tokens += 1
+        if self._first_token_s is None:
+            self._first_token_at = self._now
+            self._first_token_s = self._now - self._request.asked_at
+
+    def statistics(self) -> Statistics:
+        """Return what is known while the generation goes on."""
+        request, context, prompt = self._request, self._context, self._prompt
+        return Statistics(
+            prompt_tokens=len(request.token_ids) + request.dropped_tokens,
+            reused_tokens=prompt.num_reused,
+            restored_tokens=prompt.num_restored,
+            retained_tokens=len(prompt.token_ids),
+            dropped_tokens=request.dropped_tokens,
+            dropped_messages=request.dropped_messages,
+            generated_tokens=self.generated_tokens,
+            prefill_s=self._prefill_s or 0.0,
+            decode_s=self._now - self._first_token_at if self.generated_tokens else 0.0,
+            time_to_first_token_s=self._first_token_s,
+            layers_native=self._layers_native,
+            layers=self._num_layers,
+            attention=context.attention,
+            repacked_tensors=context.repacked_tensors,
+            not_repacked_reason=context.not_repacked_reason,
+            seed=self._seed,
+            budget_bytes=context.budget_bytes,
+            planned_bytes=context.planned_bytes,
+            batch=context.batch,
+            trims=context.watchdog.trims,
+        )
+
+    def final(self) -> Statistics:
+        """Return the complete statistics at the end of the generation."""
+        speculation = self._context.speculation
+        return replace(
+            self.statistics(),
+            peak_rss_bytes=read_process_memory().peak_bytes,
+            attended_share=self._attended_share(),
+            scores=self._scores(),
+            speculation=speculation.statistics(self._index) if speculation else None,
+        )
+
+    def _attended_share(self) -> float | None:
+        """Return which share of the cached keys decoding attended to."""
+        now, before = self._context.kernel_counts(), self._counts_at_prefill
+        if now is None or before is None:
+            return None
+        held = now.keys_held - before.keys_held
+        return (now.keys_read - before.keys_read) / held if held else None
+
+    def _scores(self) -> dict[str, Any] | None:
+        """Return the cost of the scores since the prefill; None where no block of channels was merged."""
+        now, before = self._context.kernel_counts(), self._counts_at_prefill
+        if now is None or before is None:
+            return None
+        cost = now.scores - before.scores
+        return cost.to_dict() if cost.channels_behind else None
+
+
+class GenerationState:
+    """One sequence of the decode loop, a request in progress.
+
+    `token_ids` are the prompt as the cache holds it and the sampled tokens, which the penalties look back on.
+    The first `num_computed` of them are in the cache: the others are the rest of the prompt, or the one token
+    that was sampled last.
+    """
+
+    def __init__(
+        self, index: int, request: GenerationRequest, model: Model, context: GenerationContext
+    ) -> None:
+        self.index = index
+        self.request = request
+        self.token_ids: list[int] = []
+        self.num_computed = 0
+        self.is_finished = False
+        self._num_prompt = 0
+        self._is_end = model.tokenizer.is_end
+        self._sampler = Sampler(request.params)
+        self._stream = TextStream(model.tokenizer)
+        self._stops = StopMatcher(request.params.stop)
+        self._stats = StatsRecorder(
+            index, request, model.spec.num_layers, self._sampler.seed, context
+        )
+
+    def begin(self, cache: KVCache) -> None:
+        """Find out what the cache holds of the prompt, and what is left to compute."""
+        prompt = cache.add(self.index, self.request.token_ids)
+        self._stats.record_prompt(prompt)
+        self.token_ids = list(prompt.token_ids)
+        self.num_computed, self._num_prompt = prompt.num_cached, len(prompt.token_ids)
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether tokens of the prompt are left to compute."""
+        return self.num_computed < self._num_prompt
+
+    def next_chunk(self, max_tokens: int) -> list[int]:
+        """Return up to `max_tokens` tokens of the prompt, to be computed now."""
+        start = self.num_computed
+        self.num_computed = min(start + max_tokens, self._num_prompt)
+        return self.token_ids[start : self.num_computed]
+
+    def sample(self, logits: Logits) -> int:
+        """Return the next token, given its logits of shape (vocabulary,).
+
+        A constraint on the output (a grammar, say) belongs here, between the logits and the sampler.
+        """
+        self._stats.record_prefill()
+        return self._sampler.choose(logits, self.token_ids)
+
+    def append(self, token_id: int, cache: KVCache, *, is_over_budget: bool) -> GenerationChunk:
+        """Take a sampled token and return its chunk; the sequence may be finished then."""
+        if self._is_end(token_id):
+            self.is_finished = True
+            return GenerationChunk(self._stops.rest(), None, "stop", self._stats.final())
+        self._stats.record_token()
+        text, is_stopped = self._stops.push(self._stream.push(token_id))
+        finish_reason = "stop" if is_stopped else self._finish_reason(cache)
+        if finish_reason is None and is_over_budget:
+            finish_reason = "memory"
+        if finish_reason is not None:
+            self.is_finished = True
+            rest = "" if is_stopped else self._stops.rest()
+            return GenerationChunk(text + rest, token_id, finish_reason, self._stats.final())
+        self.token_ids.append(token_id)
+        return GenerationChunk(text, token_id, None, self._stats.statistics())
+
+    def _finish_reason(self, cache: KVCache) -> str | None:
+        if self._stats.generated_tokens == self.request.params.max_tokens:
+            return "length"
+        if cache.num_free(self.index) <= 0:
+            return "context"
+        return None if cache.has_room(self.index) else "memory"

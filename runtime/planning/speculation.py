@@ -1,0 +1,95 @@
+"""SpeculationArg: the text of the `speculate` option as a value, and what it means for a memory plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowtide.memory.plan.speculation import SpeculationConfig
+from lowtide.models.catalog import resolve
+from lowtide.models.errors import BadOption
+from lowtide.models.gguf.spec import read_spec
+from lowtide.models.read_spec import require_original
+from lowtide.models.spec import ModelSpec
+
+OFF = "off"
+FREE_DRAFTS = ("ngram", "trigram")
+AUTO = "auto"
+MAX_DRAFT = 31
+DEFAULT_DRAFT = 7
+TABLE_BYTES = 640 * 1024
+"""The trigram table, the hash heads of prompt lookup and the acceptance counts, as measured."""
+TOKEN_BYTES = 16
+"""Bytes a token of context: the text in both drafts, the hash chains, and the copy passed to them; the arrays grow
+by an eighth at a time."""
+DRAFT = ":draft="
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationArg:
+    """Drafts that need no model, or the reference of a draft model, and the most draft tokens of a pass."""
+
+    drafts: tuple[str, ...] = ()
+    model: str | None = None
+    max_draft: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> SpeculationArg:
+        """Read "off", "ngram", "trigram", "auto" (both) or the reference of a draft model.
+
+        Each but "off" may end in ":draft=N", the most draft tokens that a pass verifies. Raises `BadOption` where
+        N is not a number of tokens in range.
+        """
+        name, has_draft, number = text.partition(DRAFT)
+        max_draft = DEFAULT_DRAFT
+        if has_draft:
+            max_draft = int(number) if number.isdecimal() else 0
+            if not 1 <= max_draft <= MAX_DRAFT:
+                raise BadOption(
+                    f"speculate is {text!r}; draft must be between 1 and {MAX_DRAFT} tokens, or set "
+                    "speculate to off"
+                )
+        if not name:
+            raise BadOption(
+                "speculate is empty; it must be off, ngram, trigram, auto or the path of a draft model"
+            )
+        if name == OFF:
+            return cls()
+        if name == AUTO:
+            return cls(FREE_DRAFTS, None, max_draft)
+        return cls((name,), None, max_draft) if name in FREE_DRAFTS else cls((), name, max_draft)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether nothing is drafted."""
+        return not self.drafts and self.model is None
+
+    def resolve(self, target: ModelSpec, *, offline: bool = False) -> SpeculationConfig | None:
+        """Return what the plan must know, None where speculation is off; reads a draft model's header.
+
+        Raises `ModelNotFound` if the draft model does not exist, and `BadOption` if its vocabulary differs
+        from the target's.
+        """
+        if self.is_off:
+            return None
+        verify_batch = self.max_draft + 1
+        if self.model is None:
+            return SpeculationConfig(
+                verify_batch=verify_batch, table_bytes=TABLE_BYTES, token_bytes=TOKEN_BYTES
+            )
+        draft = require_original(read_spec(resolve(self.model, offline=offline)))
+        require_vocabulary(draft, target)
+        return SpeculationConfig(
+            verify_batch=verify_batch, token_bytes=TOKEN_BYTES, draft_model=draft
+        )
+
+
+def require_vocabulary(draft: ModelSpec, target: ModelSpec) -> None:
+    """Raise `BadOption` where the headers show that a draft model's vocabulary is not the target's."""
+    expected, found = target.vocabulary, draft.vocabulary
+    if (expected.num_tokens, expected.text_bytes) == (found.num_tokens, found.text_bytes):
+        return
+    raise BadOption(
+        f"the draft model {draft.name} has a vocabulary of {found.num_tokens:,} tokens "
+        f"({found.text_bytes:,} bytes), but {target.name} has one of {expected.num_tokens:,} "
+        f"({expected.text_bytes:,} bytes); use a smaller model of the same family, or speculate=auto"
+    )

@@ -1,0 +1,407 @@
+"""SpeculationController: what to draft and verify for N sequences; a single answer is N = 1.
+
+Each sequence has drafts and acceptance rates of its own. Every proposal is compared with the tokens that are
+sampled next, verified or not: so it is known at no cost how often a draft is right, and speculation turns itself
+off and on again as the text changes. One pass verifies the drafts of all sequences; its time depends on its tokens
+alone, so what is gained and lost is counted for all of them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+from lowtide.memory.plan.batch import RowShares, share_rows
+from lowtide.memory.plan.speculation import CostCurve
+from lowtide.models.draft_tree import TokenTree
+from lowtide.runtime.speculation.acceptance import Acceptance, SpeculationRecord, chances
+from lowtide.runtime.speculation.drafts import NOTHING, Draft, Proposal
+from lowtide.runtime.speculation.step_cost import StepCostModel
+
+MIN_GAIN = 1.08
+"""Expected speed of a verifying pass, in multiples of a pass without drafts, from which it is done."""
+WASTED_SHARE = 0.01
+"""Share of the decoding time that proposals which are not verified may take."""
+FREE_WASTE_S = 0.001
+"""Seconds that such proposals may take before anything is decoded."""
+LOST_SHARE = 0.01
+"""Share of the decoding time that verifying may have lost in all."""
+MAX_WATCHED = 3
+"""Proposals of a draft that are compared with the text at once, beside those that are verified."""
+MAX_CREDIT_STEPS = 8
+"""Earlier gains make up for later losses up to the time of so many passes without drafts."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftProposal:
+    """What a draft proposes: the rows of a tree, in the order in which they are verified.
+
+    `chances[i]` is the probability that `rows[i]` is accepted with its whole path; `seconds[i]` is the time that
+    proposing it takes, where that counts (a draft model). All of the proposal took `drafting_s` seconds.
+    """
+
+    draft: str
+    tree: TokenTree
+    acceptance: Acceptance
+    rows: tuple[int, ...]
+    chances: tuple[float, ...]
+    seconds: tuple[float, ...]
+    drafting_s: float
+
+    def first(self, num_rows: int) -> TokenTree:
+        """Return the tree of the first `num_rows` rows."""
+        return self.tree.of_rows(sorted(self.rows[:num_rows]))
+
+
+class _WatchedProposal:
+    """Compares the first path of a proposal with the tokens that are sampled."""
+
+    def __init__(self, tree: TokenTree, acceptance: Acceptance) -> None:
+        self._tree = tree
+        self._path = tree.first_path()
+        self._acceptance = acceptance
+        self._num_right = 0
+
+    def observe_token(self, token_id: int) -> bool:
+        """Compare the next token; return whether more are to be compared."""
+        row = self._path[self._num_right]
+        if self._tree.token_ids[row] != token_id:
+            self._acceptance.count(self._num_right, 1)
+            self._count_siblings(row, token_id)
+            return False
+        self._num_right += 1
+        if self._num_right == len(self._path):
+            self._acceptance.count(self._num_right, 0)
+            return False
+        return True
+
+    def _count_siblings(self, row: int, token_id: int) -> None:
+        for sibling in self._tree.later_siblings(row):
+            is_right = self._tree.token_ids[sibling] == token_id
+            self._acceptance.count_sibling(is_right=is_right)
+            if is_right:
+                return
+
+
+@dataclass(slots=True)
+class _DraftState:
+    """A draft, its acceptance rates by class of confidence, and the seconds that a token of it takes."""
+
+    draft: Draft
+    classes: list[Acceptance]
+    watched: list[_WatchedProposal] = field(default_factory=list)
+    token_s: float = 0.0
+
+    def proposal(
+        self, tree: TokenTree, confidence: int, max_rows: int, drafting_s: float
+    ) -> DraftProposal:
+        """Return the tree's most probable rows as a proposal."""
+        acceptance = self.classes[confidence]
+        reached = chances(tree, acceptance)
+        rows = sorted(range(len(tree)), key=lambda row: -reached[row])[:max_rows]
+        token_s, path = 0.0 if self.draft.is_free else self.token_s, set(tree.first_path())
+        return DraftProposal(
+            draft=self.draft.name,
+            tree=tree,
+            acceptance=acceptance,
+            rows=tuple(rows),
+            chances=tuple(reached[row] for row in rows),
+            seconds=tuple(token_s * (row in path) for row in rows),
+            drafting_s=drafting_s,
+        )
+
+
+class _SequenceDrafts:
+    """The drafts of one sequence, what is known of them, and what they did in its answer.
+
+    `best_gain` is the highest speed that any proposal promised, in multiples of a pass without drafts.
+    """
+
+    def __init__(
+        self, drafts: Sequence[Draft], num_positions: int, vocabulary_size: int, *, trees: bool
+    ) -> None:
+        self.record = SpeculationRecord()
+        self.best_gain: float | None = None
+        self._vocabulary_size = vocabulary_size
+        self._trees = trees
+        self._states = [
+            _DraftState(
+                draft,
+                [Acceptance(num_positions, draft.prior(c)) for c in range(draft.num_classes)],
+            )
+            for draft in drafts
+        ]
+        self._wasted_s = self._decoded_s = 0.0
+
+    def begin(self) -> None:
+        """Start a new answer; what was learned of the drafts stays."""
+        self.record = SpeculationRecord()
+        self.best_gain = None
+        for state in self._states:
+            state.watched.clear()
+
+    def propose(
+        self,
+        text: Sequence[int],
+        max_tokens: int,
+        costs: StepCostModel,
+        value: Callable[[DraftProposal], float],
+        min_value: float,
+    ) -> DraftProposal | None:
+        """Return the proposal of the highest `value` above `min_value`, of at most `max_tokens` rows."""
+        if max_tokens < 1:
+            return None
+        started = costs.clock()
+        best, best_value = None, min_value
+        for state in self._states:
+            if not self._may_propose(state, max_tokens, costs):
+                continue
+            before = costs.clock()
+            proposal = self._ask(state, text, max_tokens, costs.clock)
+            its_value = min_value if proposal is None else value(proposal)
+            is_best = its_value > best_value
+            if proposal is not None and (is_best or len(state.watched) < MAX_WATCHED):
+                state.watched.append(_WatchedProposal(proposal.tree, proposal.acceptance))
+            if is_best:
+                best, best_value = proposal, its_value
+            else:
+                self._wasted_s += costs.clock() - before
+        self.record.add_drafting(costs.clock() - started)
+        return best
+
+    def _may_propose(self, state: _DraftState, max_tokens: int, costs: StepCostModel) -> bool:
+        """Return whether a proposal is worth its time, or there is time to waste on finding out."""
+        if self._wasted_s <= FREE_WASTE_S + WASTED_SHARE * self._decoded_s:
+            return True
+        if state.draft.is_free:
+            return False
+        chain = TokenTree.chain((0,) * max_tokens)
+        return _gain_alone(state.proposal(chain, 0, max_tokens, 0.0), costs) > MIN_GAIN
+
+    def _ask(
+        self,
+        state: _DraftState,
+        text: Sequence[int],
+        max_tokens: int,
+        clock: Callable[[], float],
+    ) -> DraftProposal | None:
+        """Return a draft's proposal; None where it has none, fails, or proposes something invalid."""
+        before = clock()
+        proposal = self._valid(state, text, max_tokens)
+        drafting_s = clock() - before
+        num_tokens = len(proposal.token_ids)
+        if not num_tokens:
+            return None
+        state.token_s += 0.1 * (drafting_s / num_tokens - state.token_s)
+        return state.proposal(proposal.tree, proposal.confidence, max_tokens, drafting_s)
+
+    def _valid(self, state: _DraftState, text: Sequence[int], max_tokens: int) -> Proposal:
+        try:
+            state.draft.follow(text)
+            proposal = state.draft.propose(max_tokens)
+            tree = proposal.tree
+            is_valid = (
+                0 <= proposal.confidence < len(state.classes)
+                and max(tree.depths(), default=0) < max_tokens
+                and all(0 <= token_id < self._vocabulary_size for token_id in tree.token_ids)
+            )
+        except Exception:  # whatever a draft does, the answer goes on without it
+            return Proposal()
+        if not is_valid:
+            return Proposal()
+        if self._trees:
+            return proposal
+        return Proposal(tree.of_rows(tree.first_path()), proposal.confidence)
+
+    def take(self, proposal: DraftProposal | None, num_rows: int) -> TokenTree:
+        """Return the first rows of a proposal, to be verified; its time is wasted where there are none."""
+        if proposal is None:
+            return NOTHING
+        if not num_rows:
+            self._wasted_s += proposal.drafting_s
+            return NOTHING
+        self.record.add_round(proposal.draft, num_rows)
+        return proposal.first(num_rows)
+
+    def note_gain(self, gain: float) -> None:
+        """Remember the highest gain that was promised."""
+        self.best_gain = max(gain, self.best_gain or 0.0)
+
+    def add_step(self, seconds: float) -> None:
+        """Add this sequence's share of a pass; the drafts may waste a share of it."""
+        self._decoded_s += seconds
+
+    def observe_token(self, token_id: int) -> None:
+        """Compare a sampled token with the proposals that waited for it."""
+        for state in self._states:
+            state.watched = [one for one in state.watched if one.observe_token(token_id)]
+
+
+class SpeculationController:
+    """Chooses the drafts that each pass verifies, and learns from the tokens that are sampled.
+
+    `drafts[i]` are those of sequence i. At most `max_draft` tokens of `vocabulary_size` are proposed for a
+    sequence at once, and a pass has at most the tokens that `costs` was measured for. With `trees`, drafts may
+    have branches. `nondeterminism` says why a greedy answer may differ from the plain loop's; None where it
+    cannot. `off_reason` says why nothing is ever drafted.
+    """
+
+    def __init__(
+        self,
+        drafts: Sequence[Sequence[Draft]],
+        costs: StepCostModel,
+        *,
+        max_draft: int,
+        vocabulary_size: int,
+        trees: bool = False,
+        nondeterminism: str | None = None,
+        off_reason: str | None = None,
+    ) -> None:
+        self.costs = costs
+        self.nondeterminism = nondeterminism
+        self._drafts = tuple(tuple(some) for some in drafts)
+        num_positions = max(costs.max_tokens - 1, 1)
+        self._sequences = [
+            _SequenceDrafts(some, num_positions, vocabulary_size, trees=trees)
+            for some in self._drafts
+        ]
+        self._max_draft = max_draft
+        self._off_reason = off_reason
+        self._round: tuple[int, float] | None = None  # sequences and seconds of a pass with drafts
+        self._decoded_s = self._won_s = 0.0
+
+    @classmethod
+    def off(cls, reason: str, num_sequences: int = 1) -> SpeculationController:
+        """Return a controller that never drafts, for `reason`."""
+        no_costs = StepCostModel(CostCurve(num_rows=(1,), seconds=(1.0,)))
+        return cls(
+            [()] * num_sequences, no_costs, max_draft=0, vocabulary_size=0, off_reason=reason
+        )
+
+    def begin(self) -> None:
+        """Start new answers; what was learned of drafts and costs stays."""
+        self._round = None
+        for sequence in self._sequences:
+            sequence.begin()
+
+    def propose(self, waiting: Sequence[tuple[int, Sequence[int], int]]) -> list[TokenTree]:
+        """Return the drafts to verify in the next pass, an empty tree for none.
+
+        Each of `waiting` is a sequence, its tokens, and how many drafts it has room for. A single answer takes
+        the draft that promises the highest speed. In a batch each sequence offers the draft that promises the
+        most tokens, and `share_rows` decides how many of each are verified.
+        """
+        if self._off_reason is not None:
+            return [NOTHING] * len(waiting)
+        proposals = [
+            self._proposal(self._sequences[i], text, min(num_free, self._max_draft))
+            for i, text, num_free in waiting
+        ]
+        shares = _share(proposals, self.costs)
+        trees = []
+        for (i, _, _), proposal, num_rows in zip(
+            waiting, proposals, shares.num_drafted, strict=True
+        ):
+            if proposal is not None:
+                self._sequences[i].note_gain(shares.gain or 0.0)
+            trees.append(self._sequences[i].take(proposal, 0 if self.has_lost else num_rows))
+        return trees
+
+    def _proposal(
+        self, sequence: _SequenceDrafts, text: Sequence[int], max_tokens: int
+    ) -> DraftProposal | None:
+        if len(self._sequences) > 1:
+            return sequence.propose(text, max_tokens, self.costs, _num_expected, 0.0)
+
+        def gain(proposal: DraftProposal) -> float:
+            found = _gain_alone(proposal, self.costs)
+            sequence.note_gain(found)
+            return found
+
+        min_gain = float("inf") if self.has_lost else MIN_GAIN
+        return sequence.propose(text, max_tokens, self.costs, gain, min_gain)
+
+    def record_step(self, steps: Sequence[tuple[int, int]], seconds: float) -> None:
+        """Record a decode pass: each sequence with the number of its drafts, and the pass's seconds."""
+        if self._off_reason is not None:
+            return
+        num_sequences, num_drafted = len(steps), sum(number for _, number in steps)
+        self._decoded_s += seconds
+        self.costs.observe(num_sequences + num_drafted, seconds, plain_rows=num_sequences)
+        for i, number in steps:
+            self._sequences[i].add_step(seconds / num_sequences)
+            if number:
+                self._sequences[i].record.add_verifying(seconds)
+        self._round = (num_sequences, seconds) if num_drafted else None
+
+    def observe_token(
+        self, sequence: int, token_id: int, *, is_accepted: bool, on_branch: bool
+    ) -> None:
+        """Learn from a sampled token after which the sequence goes on; `is_accepted` if it was drafted."""
+        drafts = self._sequences[sequence]
+        drafts.observe_token(token_id)
+        if is_accepted:
+            drafts.record.add_accepted(on_branch=on_branch)
+
+    def end_round(self, num_tokens: int) -> None:
+        """Record that the last pass gave `num_tokens` tokens of all sequences, and what drafts gained or lost."""
+        if self._round is None:
+            return
+        num_sequences, seconds = self._round
+        plain_s = self.costs.of(num_sequences)
+        won_s = self._won_s + num_tokens / num_sequences * plain_s - seconds
+        self._won_s = min(won_s, MAX_CREDIT_STEPS * plain_s)
+        self._round = None
+
+    @property
+    def has_lost(self) -> bool:
+        """Whether verifying waits until more was decoded without it."""
+        return -self._won_s > LOST_SHARE * self._decoded_s
+
+    def statistics(self, sequence: int) -> dict[str, Any]:
+        """Return the values of `Statistics.speculation` for one sequence."""
+        drafts = self._sequences[sequence]
+        return {
+            **drafts.record.to_dict(),
+            "drafts": [draft.name for draft in self._drafts[sequence]],
+            "off_reason": self._why_off(drafts),
+            "identical": self.nondeterminism is None,
+            "nondeterminism": self.nondeterminism,
+        }
+
+    def _why_off(self, drafts: _SequenceDrafts) -> str | None:
+        if self._off_reason is not None or drafts.record.num_rounds:
+            return self._off_reason
+        if drafts.best_gain is None:
+            return "no draft had a proposal"
+        return (
+            f"no proposal was expected to pay: the best promised {drafts.best_gain:.2f} times the speed of "
+            "a pass without drafts"
+        )
+
+    def close(self) -> None:
+        """Close the drafts. Closing twice is allowed."""
+        for draft in chain.from_iterable(self._drafts):
+            draft.close()
+
+
+def _share(proposals: Sequence[DraftProposal | None], costs: StepCostModel) -> RowShares:
+    return share_rows(
+        [one.chances if one else () for one in proposals],
+        costs.of,
+        max_rows=costs.max_tokens,
+        min_gain=MIN_GAIN,
+        seconds=[one.seconds if one else () for one in proposals],
+    )
+
+
+def _gain_alone(proposal: DraftProposal, costs: StepCostModel) -> float:
+    """Return the highest speed that rows of one sequence's proposal promise."""
+    return _share([proposal], costs).gain or 0.0
+
+
+def _num_expected(proposal: DraftProposal) -> float:
+    """Return how many tokens a proposal promises if all of it is verified, with the one that is no draft."""
+    return sum(proposal.chances, 1.0)
