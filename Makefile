@@ -68,3 +68,11 @@ build/types: Makefile
 	@ln -sf ../../../__init__.py build/types/lowtide/__init__.py
 	@ln -sf ../../../runtime/py.typed build/types/lowtide/py.typed
 	@touch build/types
+
+.PHONY: docs
+docs: $(VENV)/.docs build/types ## build the site into build/site; a broken link or an unknown name fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/.docs: $(VENV)/.dev
+	$(BIN)/pip install --quiet --group docs
+	@touch $@
