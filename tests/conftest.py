@@ -1,14 +1,16 @@
-"""Fixtures that several folders share."""
+"""Fixtures of several folders, the `real` marker, the hypothesis profiles, and a core for each xdist worker."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
-# An editable install puts the checkout's parent folder on the path: what lies there is not ours.
+# An editable install puts the checkout's parent folder on the path. Other folders there are not the package.
 _PARENT = str(Path(__file__).resolve().parent.parent.parent)
 sys.path[:] = [entry for entry in sys.path if entry != _PARENT]
 
@@ -16,6 +18,31 @@ from lowtide import FakeModel, Runtime  # noqa: E402
 from lowtide.models.catalog import resolve  # noqa: E402
 from lowtide.models.gguf.spec import read_spec  # noqa: E402
 from lowtide.models.spec import ModelSpec  # noqa: E402
+
+collect_ignore = ["smoke"]  # tests/wheel_test.sh runs them, outside the checkout
+
+# `quick` draws the same examples in each run; `thorough` draws many new ones.
+settings.register_profile("quick", max_examples=60, deadline=None, derandomize=True)
+settings.register_profile("thorough", max_examples=500, deadline=None)
+settings.load_profile("quick")
+
+_MODEL_FIXTURES = {"real_runtime", "smollm2"}
+"""Fixtures that hand out a real model: the tests that use them are `real`."""
+
+
+def pytest_configure() -> None:
+    """Give each worker of pytest-xdist a core of its own, so that threads of two workers do not spin for one."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that use a real model's fixture."""
+    for item in items:
+        if _MODEL_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.real)
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +59,9 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2_spec(smollm2: Path) -> ModelSpec:
-    return read_spec(smollm2)
+def smollm2_spec() -> ModelSpec:
+    """The default model's header: a test that reads no weights is not `real`."""
+    return read_spec(resolve("smollm2"))
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from lowtide.models.errors import BadOption
 from lowtide.models.gguf.gpu import require_gpus
 from lowtide.models.onnx.config import CPU
 from lowtide.models.spec import ModelSpec
-from lowtide.runtime.planning.speculation import SpeculationArg
+from lowtide.runtime.speculation.options import SpeculationArg
 
 MAX_THREADS = 512
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
-from lowtide.runtime.planning.speculation import OFF, SpeculationArg
+from lowtide.runtime.speculation.options import OFF, SpeculationArg
 
 PREFILL, DECODE = "prefill", "decode"
 ENGINE_POLICY = "llama"

@@ -13,7 +13,6 @@ from lowtide.models.gguf.model import GgufModel, LoadOptions
 from lowtide.models.model import Model, SequenceBatch, SingleSequence
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.backends.backend import ResolvedModel
-from lowtide.runtime.planning.speculation import SpeculationArg
 from lowtide.runtime.speculation.controller import SpeculationController
 from lowtide.runtime.speculation.drafts import (
     Draft,
@@ -22,6 +21,7 @@ from lowtide.runtime.speculation.drafts import (
     TrigramDraft,
     require_same_tokens,
 )
+from lowtide.runtime.speculation.options import SpeculationArg
 from lowtide.runtime.speculation.step_cost import StepCostModel, benchmark_steps
 
 FREE_DRAFTS: dict[str, type[NgramDraft] | type[TrigramDraft]] = {

@@ -23,7 +23,7 @@ from lowtide.runtime.backends.config import LoadConfig
 from lowtide.runtime.backends.gguf import GgufBackend
 from lowtide.runtime.backends.onnx import OnnxBackend
 from lowtide.runtime.backends.user_model import UserBackend
-from lowtide.runtime.planning.speculation import AUTO, FREE_DRAFTS, SpeculationArg
+from lowtide.runtime.speculation.options import AUTO, FREE_DRAFTS, SpeculationArg
 
 __all__ = [
     "LoadConfig",

@@ -16,8 +16,6 @@ from lowtide.attention.tidal.policy import Tidal
 from lowtide.models.gguf.model import GgufModel, LoadOptions
 from lowtide.models.gguf.spec import read_spec
 
-pytestmark = pytest.mark.once
-
 CONTEXT = 768
 
 

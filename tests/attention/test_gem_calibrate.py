@@ -31,8 +31,6 @@ from lowtide.models.gguf.model import GgufModel, LoadOptions
 from lowtide.models.gguf.spec import read_spec
 from lowtide.runtime.kv.prompt_filter import PromptFilter
 
-pytestmark = pytest.mark.once
-
 CONTEXT = 4096
 DOT = ord(".")
 TEXT = [DOT] * (2 * CONTEXT + 2)

@@ -30,7 +30,7 @@ def hooked(
     path: Path,
     *,
     context: int = 1024,
-    threads: int = 2,
+    threads: int = 1,
     kv_type: str = "f16",
     batch_size: int = 128,
 ) -> Iterator[tuple[GgufModel, LlamaHook]]:
@@ -119,21 +119,21 @@ def test_replaced_nodes_are_restored(smollm2: Path) -> None:
     assert len(seen[True]) == len(seen[False]) == 1 and seen[True] != seen[False]
 
 
+@pytest.mark.real
 def test_sliding_windows_and_another_head_size() -> None:
     theirs, ours = both_ways(resolve("gemma3-270m"))
     assert mean_kl(theirs, ours) <= 0.02
 
 
-@pytest.mark.once
 def test_a_token_is_bitwise_the_same_in_any_batch_and_with_any_threads(smollm2: Path) -> None:
     """llama.cpp's own attention is not batch-invariant; exact speculation depends on this."""
     seen = set()
     for threads, batches in ((1, [1] * 24), (2, [1] * 24), (2, [2] * 12), (3, [8] * 3), (2, [24])):
         with hooked(smollm2, threads=threads) as (model, _hook):
-            token_ids = model.tokenizer.encode(TEXT, add_special=True, parse_special=False)[:664]
-            for at in range(0, 640, 128):
+            token_ids = model.tokenizer.encode(TEXT, add_special=True, parse_special=False)[:280]
+            for at in range(0, 256, 128):
                 model.forward(token_ids[at : at + 128])
-            at = 640
+            at = 256
             for rows in batches:
                 logits = model.forward(token_ids[at : at + rows])
                 at += rows
@@ -152,7 +152,6 @@ def test_an_answer_of_the_runtime(smollm2: Path) -> None:
         assert runtime.generate("The tide is", max_tokens=2).stats.layers_native == 0
 
 
-@pytest.mark.once
 def test_the_scratch_stays_inside_the_plan_at_every_batch_size(smollm2: Path) -> None:
     from lowtide.memory.plan.estimates import attention_bytes
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kernel_calls import AttentionInputs, UnsupportedShape, attend, select
 from reference import (
@@ -275,7 +275,6 @@ def test_strided_views_of_a_larger_cache(kernels: str) -> None:
     assert found.tobytes() == inputs.run(kernels=kernels).tobytes()
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 40),
     group=st.integers(1, 5),

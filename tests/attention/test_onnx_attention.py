@@ -143,7 +143,7 @@ def test_a_copied_snapshot_is_restored(model: RewrittenOnnxModel) -> None:
     model.forward(IDS[30:60])
     model.put_kv(state, 50)
     assert np.array_equal(model.forward(IDS[50:60]), wanted)
-    with pytest.raises(SnapshotError, match="which is not 49 tokens'"):
+    with pytest.raises(SnapshotError, match="not the size of 49 tokens"):
         model.put_kv(state, 49)
 
 
@@ -158,7 +158,7 @@ def test_a_saved_snapshot_is_restored(model: RewrittenOnnxModel, tmp_path: Path)
     assert np.array_equal(model.forward(IDS[50:60]), wanted)
     assert model.snapshot_component()["attention"] == "lowtide"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(SnapshotError, match="it ends before its cells do"):
+    with pytest.raises(SnapshotError, match="it ends before its keys and values do"):
         model.load_kv(path, num_bytes, 50)
     assert model.num_tokens == 0
 
@@ -191,7 +191,9 @@ def test_every_token_of_a_pass_has_logits(
             rows = swapped.forward_rows(IDS[40 : 40 + num_rows])
             assert rows.shape == (num_rows, 320) and rows.dtype == np.float32
             np.testing.assert_allclose(rows, alone[:num_rows], atol=atol)
-        with pytest.raises(ForwardError, match="logits of 9 rows are wanted, 8 are planned"):
+        with pytest.raises(
+            ForwardError, match="logits of 9 tokens were requested; the plan allows 8"
+        ):
             swapped.forward_rows(IDS[:9])
 
 
@@ -257,7 +259,9 @@ def test_a_graph_that_cannot_be_rewritten_says_why(
     tmp_path: Path, attention: OnnxAttention, form: str, reason: str
 ) -> None:
     folder = write_decoder(tmp_path / "tiny", form)
-    with pytest.raises(UnsupportedModel, match=f"keeps its own attention, as its graph {reason}"):
+    with pytest.raises(
+        UnsupportedModel, match=f"with its own attention, because its graph {reason}"
+    ):
         opened(folder, attention)
 
 
@@ -265,12 +269,14 @@ def test_positions_without_rotary_embedding_are_not_read(
     tmp_path: Path, attention: OnnxAttention
 ) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", shape_of("gqa", context=128))
-    with pytest.raises(UnsupportedModel, match="turns 128 positions.*lower --context to 128"):
+    with pytest.raises(
+        UnsupportedModel, match="has rotary tables for 128 positions.*lower --context to 128"
+    ):
         opened(folder, attention, context=129)
     with opened(folder, attention, context=128) as swapped:
         swapped.forward(IDS[:64])
         swapped.forward(IDS[:64])
-        with pytest.raises(ForwardError, match="room for 0 tokens"):
+        with pytest.raises(ForwardError, match="has room for 0"):
             swapped.forward(IDS[:1])
 
 

@@ -153,7 +153,7 @@ def test_layers_behind_the_selecting_layer_are_not_computed(opened: Opened) -> N
     opened.attention.score_prompt(1, Gem(k=100, layer=1).selection.rule, is_last=False)
     opened.reader.forward(PROMPT[:100])
     opened.attention.run_whole_passes()
-    keys = [opened.reader._cells.tensor(layer, 0) for layer in range(SHAPE.layers)]
+    keys = [opened.reader._slots.tensor(layer, 0) for layer in range(SHAPE.layers)]
     assert [bool(np.any(tensor[:100])) for tensor in keys] == [True, True, False, False, False]
     assert opened.reader.num_tokens == 100
     assert opened.attention.prompt_scores(100) is None
@@ -170,7 +170,7 @@ def test_a_pass_that_fails_is_not_one_that_ends(opened: Opened) -> None:
     opened.reader._bind_array = lambda name, values: (  # type: ignore[method-assign]
         None if name == "input_ids" else bind(name, values)
     )
-    with pytest.raises(ForwardError, match="a forward pass over 1 rows at 10 failed"):
+    with pytest.raises(ForwardError, match="a forward pass of 1 tokens at 10 failed"):
         opened.reader.forward([5])
     assert opened.reader.num_tokens == 10
 

@@ -12,7 +12,6 @@ import pytest
 from gguf_files import write_model
 from kernel_calls import RepackedArray, repack_array, unpack_row
 
-from lowtide.attention.bindings.matmul import repackable
 from lowtide.models.gguf.reader import GgufContents, read_gguf
 from lowtide.models.gguf.repacked import is_valid, repacked_names
 from lowtide.models.gguf.spec import read_spec
@@ -58,7 +57,7 @@ def test_the_header_equals_the_source(source: GgufContents, tmp_path: Path) -> N
 
 
 def test_an_embedding_that_is_also_the_output_is_repacked(smollm2: Path) -> None:
-    names = {tensor.name for tensor in repackable(read_gguf(smollm2))}
+    names = {tensor.name for tensor in repackable_tensors(read_gguf(smollm2))}
     assert "token_embd.weight" in names and len(names) == 30 * 7 + 1
 
 

@@ -12,7 +12,7 @@ from kernel_calls import multiply, repack_array, unpack_row, usable_matmul_kerne
 from lowtide.attention.bindings.matmul import can_repack, repack_rows
 from lowtide.models.errors import LowtideError
 from lowtide.models.gguf.reader import TENSOR_TYPES, TYPE_NUMBERS
-from lowtide.models.gguf.repacked import PACKED_TYPES
+from lowtide.models.gguf.repacked import REPACKABLE_TYPES
 
 SETS = usable_matmul_kernels()
 FLOATS = ("BF16", "F16")
@@ -53,7 +53,7 @@ def rounded(rows: Any, type_name: str) -> Any:
 
 
 @pytest.mark.parametrize("shape", [(16, 256), (48, 768), (16, 2304)], ids=str)
-@pytest.mark.parametrize("type_name", sorted(PACKED_TYPES))
+@pytest.mark.parametrize("type_name", sorted(REPACKABLE_TYPES))
 @pytest.mark.parametrize("kernels", SETS)
 def test_results_equal_double_precision(
     kernels: str, type_name: str, shape: tuple[int, int]
@@ -124,7 +124,7 @@ def test_nan_and_inf_in_a_row_count_as_zero(kernels: str) -> None:
     assert np.array_equal(found[0], multiply(packed, without, kernels=kernels)[0])
 
 
-@pytest.mark.parametrize("type_name", sorted(PACKED_TYPES))
+@pytest.mark.parametrize("type_name", sorted(REPACKABLE_TYPES))
 def test_unpacked_rows_equal_ggmls(type_name: str) -> None:
     blocks = random_blocks(type_name, 32, 512)
     packed = repack_array(type_name, blocks, 512)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,13 +10,16 @@ import pytest
 from dumped_nodes import DumpedNodes
 from kernel_calls import AttentionInputs, attend
 from reference import attention, attention_weights
+from sample_text import sample_text
 
 from lowtide.attention.bindings.library import usable_kernel_sets
 from lowtide.models.catalog import resolve
 from lowtide.models.gguf.model import GgufModel, LoadOptions
 from lowtide.models.gguf.spec import read_spec
 
-TEXT = (Path(__file__).resolve().parent / "test_kernels.py").read_text()
+pytestmark = pytest.mark.real
+
+TEXT = sample_text()
 NUM_TOKENS = 900
 ROWS = 48
 WINDOW = 256

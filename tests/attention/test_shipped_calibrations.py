@@ -14,7 +14,7 @@ from lowtide.runtime.evaluation.text import SPARE_TOKENS
 from lowtide.runtime.loading.load import Engine
 from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.slow
 
 WINDOWS = 8
 DELTA_CONTEXT = 1024

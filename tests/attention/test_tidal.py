@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sample_text import sample_text
 
 from lowtide import Runtime
 from lowtide.attention.bindings.library import cpu_features
@@ -22,7 +23,7 @@ from lowtide.models.gguf.model import GgufModel, LoadOptions
 from lowtide.models.gguf.spec import read_spec
 from lowtide.models.spec import ModelSpec
 
-TEXT = (Path(__file__).resolve().parent / "test_kernels.py").read_text()
+TEXT = sample_text()
 LAYERS = (2, 8, 14, 20)
 
 
@@ -54,9 +55,9 @@ class Bench:
 
     def __init__(self, path: Path) -> None:
         self.spec = read_spec(path)
-        self.hook = LlamaHook(threads=2)
+        self.hook = LlamaHook(threads=1)
         options = LoadOptions(
-            context=2048, batch_size=128, threads=2, eval_callback=self.hook.callback
+            context=2048, batch_size=128, threads=1, eval_callback=self.hook.callback
         )
         self.model = GgufModel(self.spec, options)
         self.token_ids = self.model.tokenizer.encode(TEXT, add_special=True, parse_special=False)
@@ -164,7 +165,6 @@ def test_a_prompt_is_exact_under_every_policy(bench: Bench) -> None:
     bench.model.truncate(0)
 
 
-@pytest.mark.once
 def test_threads_change_nothing(smollm2: Path) -> None:
     seen = set()
     for threads in (1, 2, 3):
@@ -185,7 +185,6 @@ def test_threads_change_nothing(smollm2: Path) -> None:
     assert len(seen) == 1
 
 
-@pytest.mark.once
 def test_correction_makes_the_cache_exact_again(smollm2: Path) -> None:
     """With a correction after every token only the attention of the newest token is sparse."""
     answers = {}
@@ -213,7 +212,6 @@ def test_the_scratch_stays_inside_the_plan(bench: Bench) -> None:
     assert bench.hook.counts().scratch_bytes <= planned
 
 
-@pytest.mark.once
 def test_two_policies_in_two_runtimes_do_not_disturb_each_other(smollm2: Path) -> None:
     def answer(attention: AttentionPolicy, other: AttentionPolicy | None = None) -> Any:
         with Runtime.open(smollm2, memory="8GiB", context=1024, attention=attention) as runtime:

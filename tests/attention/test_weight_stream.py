@@ -85,7 +85,7 @@ def test_the_logits_are_bitwise_the_same(
     resident, loaded = logits_of(planned(path, streamed=False, attention=attention))
     loaded.close()
     streamed, loaded = logits_of(planned(path, streamed=True, attention=attention))
-    counts = loaded._loaded._callback.counts() if loaded._loaded._callback else None
+    counts = loaded.hook.counts() if loaded.hook else None
     loaded.close()
     assert np.array_equal(resident, streamed)
     assert counts is not None
@@ -111,7 +111,7 @@ def test_unordered_spans_and_unknown_groups_are_refused() -> None:
     hook = LlamaHook(1)
     first, second = NativeSpan(4096, 8192, 4096, 8192, 0), NativeSpan(8192, 9000, 8192, 12288, 1)
     hook.stream_weights([first, second], b"\0\0")
-    for spans, kept in (([second, first], b"\0\0"), ([first, second], b"\0")):
-        with pytest.raises(ValueError, match="not in order, or of a group"):
-            hook.stream_weights(spans, kept)
+    for spans, resident in (([second, first], b"\0\0"), ([first, second], b"\0")):
+        with pytest.raises(ValueError, match="must be in order, and each group"):
+            hook.stream_weights(spans, resident)
     hook.close()

@@ -25,13 +25,17 @@ def lowtide(monkeypatch: pytest.MonkeyPatch) -> Invoke:
         context: int = 512,
         input: str | bytes | None = None,
     ) -> Result:
-        def load(_spec: Any, _options: Any) -> FakeModel:
-            loaded.append(FakeModel(replies, context=context))
+        class Loaded(FakeModel):
+            def attach_pages(self, _pages: object) -> None:
+                """Do nothing: a fake model has no pages."""
+
+        def load(_spec: Any, _options: Any, _kernels: Any) -> FakeModel:
+            loaded.append(Loaded(replies, context=context))
             return loaded[-1]
 
         spec = FakeModel(context=context).spec
         monkeypatch.setattr("lowtide.runtime.planning.plan.read_spec", lambda _path: spec)
-        monkeypatch.setattr("lowtide.runtime.loading.gguf.GgufModel", load)
+        monkeypatch.setattr("lowtide.runtime.backends.gguf.GgufModel", load)
         runner = CliRunner()
         return runner.invoke(
             main, [*arguments, "--memory", "8GiB"], input=input, catch_exceptions=False

@@ -12,8 +12,6 @@ from gguf_files import write_model
 from lowtide.attention.evaluation import questions
 from lowtide.cli.main import main
 
-pytestmark = pytest.mark.once
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -34,6 +32,7 @@ def one_depth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(questions, "DEPTHS", (0.5,))
 
 
+@pytest.mark.real
 @pytest.mark.usefixtures("one_depth")
 def test_calibrate_the_default_model_then_use_it(tmp_path: Path) -> None:
     path = tmp_path / "c.json"

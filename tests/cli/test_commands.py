@@ -34,8 +34,6 @@ def test_help_lists_every_command_and_each_command_has_help() -> None:
 
 def test_every_command_module_is_listed() -> None:
     folder = Path(__file__).resolve().parents[2] / "cli"
-    if not folder.is_dir():
-        pytest.skip("the sources are not in the wheel")
     files = {
         path.stem
         for path in folder.glob("*.py")
@@ -104,7 +102,7 @@ def _bad_models(folder: Path) -> dict[str, tuple[Path, str]]:
     contents = {
         "empty": (b"", "is empty"),
         "text": (b"Once upon a time\n" * 50, "is not a GGUF file"),
-        "truncated": (valid[: len(valid) // 2], "cut short"),
+        "truncated": (valid[: len(valid) // 2], "is truncated"),
         "absurd": (valid[:16] + b"\xff" * 8 + valid[24:], "claims"),
     }
     found = {}
@@ -125,7 +123,7 @@ def _bad_models(folder: Path) -> dict[str, tuple[Path, str]]:
         "no template": (write_model(folder / "plain.gguf"), "no chat template"),
         "malicious template": (
             write_model(folder / "evil.gguf", chat_template="{{ 'x' * 10**12 }}"),
-            "it is refused",
+            "which is not allowed",
         ),
     }
 

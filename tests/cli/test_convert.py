@@ -22,7 +22,7 @@ def test_a_model_is_converted_and_runs(tmp_path: Path) -> None:
     assert "All weights keep their values." in done.stderr
     again = run_lowtide("convert", str(exact), str(folder))
     assert again.code == 2 and again.stdout == ""
-    assert again.stderr.splitlines()[-1].endswith("name another one, or add --force")
+    assert again.stderr.splitlines()[-1].endswith("or add --force to replace it")
     forced = run_lowtide("convert", str(exact), str(folder), "--force")
     assert forced.code == 0 and "50 matrices of type F32 were quantised to 8 bits" in forced.stderr
     run = run_lowtide("run", str(folder), "--raw", "-p", "tide", "-n", "4", "-t", "1")
@@ -38,7 +38,7 @@ def test_other_files_than_gguf_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "onnx"
     assert run_lowtide("convert", str(quantised), str(folder)).code == 0
     done = run_lowtide("convert", str(folder), str(tmp_path / "twice"))
-    assert done.code == 2 and "is no GGUF model: name a .gguf file" in done.stderr
+    assert done.code == 2 and "is not a GGUF model: name a .gguf file" in done.stderr
     assert not (tmp_path / "twice").exists()
 
 

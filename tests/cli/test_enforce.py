@@ -23,6 +23,8 @@ from lowtide.memory.os import cgroup as control_group
 from lowtide.memory.os.cgroup import ControlGroup
 from lowtide.memory.units import MIB
 
+pytestmark = pytest.mark.real
+
 Invoke = Callable[..., Result]
 real = pytest.mark.skipif(bool(reason_against_enforcing()), reason=reason_against_enforcing())
 SMALL = ("--memory", "200MiB", "-c", "512", "--temp", "0", "-t", "1")

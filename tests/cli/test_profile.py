@@ -120,6 +120,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"json": json.loads(done.stdout), "folder": folder, "stderr": done.stderr}
 
 
+@pytest.mark.real
 def test_the_trace_has_the_trace_event_format(outputs: dict[str, Any]) -> None:
     trace = json.loads((outputs["folder"] / "t.json").read_text())
     events = trace["traceEvents"]
@@ -140,6 +141,7 @@ def test_the_trace_has_the_trace_event_format(outputs: dict[str, Any]) -> None:
     assert max(sum(event["args"].values()) for event in resident) == values["resident_bytes"]
 
 
+@pytest.mark.real
 @needs_matplotlib
 def test_the_page_refers_to_no_other_file(outputs: dict[str, Any]) -> None:
     page = (outputs["folder"] / "r.html").read_text()
@@ -153,6 +155,7 @@ def test_the_page_refers_to_no_other_file(outputs: dict[str, Any]) -> None:
     assert len(identifiers) == len(set(identifiers))
 
 
+@pytest.mark.real
 @needs_matplotlib
 def test_the_page_has_the_numbers_of_the_json(outputs: dict[str, Any]) -> None:
     page, values = (outputs["folder"] / "r.html").read_text(), outputs["json"]
@@ -170,6 +173,7 @@ def test_the_page_has_the_numbers_of_the_json(outputs: dict[str, Any]) -> None:
         assert f"<td>{layer['name']}</td><td class=n>{1000 * layer['prefill_pass_s']:.4f}" in page
 
 
+@pytest.mark.real
 @needs_matplotlib
 def test_the_image_is_a_large_png(outputs: dict[str, Any]) -> None:
     data = (outputs["folder"] / "p.png").read_bytes()
@@ -178,6 +182,7 @@ def test_the_image_is_a_large_png(outputs: dict[str, Any]) -> None:
     assert width > 1000 and height > 1000
 
 
+@pytest.mark.real
 @needs_matplotlib
 def test_drawing_is_not_in_the_measured_peak(outputs: dict[str, Any]) -> None:
     """matplotlib needs tens of megabytes, which would count as other."""

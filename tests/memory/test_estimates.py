@@ -11,6 +11,8 @@ from processes import run_python
 
 from lowtide.memory.units import MIB
 
+pytestmark = pytest.mark.real
+
 _RUN = """
 import json, sys
 from lowtide import Runtime

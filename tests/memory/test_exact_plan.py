@@ -1,13 +1,12 @@
 """The planned peak compared with the measured peak, with every slot of the KV cache in use.
 
-Runs ten combinations of model, context, batch size and KV type; `LOWTIDE_PLANS=40` runs all.
+`make test` runs six combinations of model, context, batch size and KV type; `make test-all` runs all 40.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
 
 import pytest
 from processes import run_python
@@ -15,12 +14,16 @@ from processes import run_python
 from lowtide.memory.os.kv_pages import can_use_demand_zero
 from lowtide.memory.units import MIB
 
-ALL = list(
-    itertools.product(
-        ("smollm2", "gemma3-270m"), (512, 1024, 2048, 4096, 8192), (32, 128), ("f16", "q8_0")
+pytestmark = pytest.mark.real
+
+CASES = [
+    pytest.param(*case, marks=[] if number % 7 == 0 else [pytest.mark.slow])
+    for number, case in enumerate(
+        itertools.product(
+            ("smollm2", "gemma3-270m"), (512, 1024, 2048, 4096, 8192), (32, 128), ("f16", "q8_0")
+        )
     )
-)
-CASES = ALL[:: max(len(ALL) // int(os.environ.get("LOWTIDE_PLANS", "10")), 1)]
+]
 
 _FILL = """
 import ctypes, json

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 from gpus import gpu, gpu_budget
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lowtide.memory.budget import Budget
@@ -103,7 +103,6 @@ def test_a_device_copies_the_cache_if_it_computes_the_attention(
     assert unknown - known == estimates.kv_bytes(odd, 2048, "f16") // LAYERS
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     free=st.lists(st.integers(10, 400), min_size=1, max_size=3),
     context=st.none() | st.integers(1, 8192),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from processes import run_python
 
@@ -47,7 +47,6 @@ class Cache:
         self.reclaimer = reclaimer_of(DemandZeroBuffer(address, num_bytes))
 
 
-@settings(max_examples=80, deadline=None)
 @given(used=st.integers(1, NUM_SLOTS), share=st.floats(0, 1))
 def test_tokens_stay_and_whole_pages_behind_them_are_released(used: int, share: float) -> None:
     cache, num_kept = Cache(used), int(used * share)
@@ -125,7 +124,7 @@ def test_another_layout_of_ggml_is_not_patched(
     assert not module._Patch().fits() and patch._type.allocate == original
 
 
-@pytest.mark.once
+@pytest.mark.real
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
 @pytest.mark.parametrize("model", ["smollm2", "gemma3-270m"])
 def test_logits_are_the_same_bit_for_bit(

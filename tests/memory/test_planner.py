@@ -6,7 +6,7 @@ import dataclasses
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lowtide.memory.budget import Budget
@@ -70,7 +70,6 @@ OPTIONS = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
 @given(specs(), OPTIONS, st.integers(1 << 20, 1 << 34))
 def test_every_plan(spec: ModelSpec, options: PlanRequest, budget_bytes: int) -> None:
     plan = plan_memory(spec, options, budget_of(budget_bytes), BASELINE)
@@ -90,7 +89,6 @@ def test_every_plan(spec: ModelSpec, options: PlanRequest, budget_bytes: int) ->
         assert plan.kv_type == options.kv_type
 
 
-@settings(max_examples=150, deadline=None)
 @given(specs(), OPTIONS)
 def test_a_budget_of_the_reported_bound_is_enough(spec: ModelSpec, options: PlanRequest) -> None:
     refused = plan_memory(spec, options, budget_of(1 << 20), BASELINE)
@@ -104,7 +102,6 @@ def test_a_budget_of_the_reported_bound_is_enough(spec: ModelSpec, options: Plan
     assert bound - plan.lower_bound_bytes < MIB
 
 
-@settings(max_examples=100, deadline=None)
 @given(specs(), st.integers(64, 8192), st.integers(0, 512))
 def test_a_larger_budget_never_gives_a_shorter_context(
     spec: ModelSpec, less: int, more: int
@@ -202,7 +199,6 @@ def test_a_context_of_the_user_gets_the_largest_cache_that_fits(
     assert streaming_plan_of(smollm2_spec, 130, context=8192).kv_tokens > plan.kv_tokens
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.integers(60, 400), st.none() | st.integers(1, 8192))
 def test_every_streaming_plan(smollm2_spec: ModelSpec, mebibytes: int, context: int | None) -> None:
     plan = streaming_plan_of(smollm2_spec, mebibytes, context=context)

@@ -29,9 +29,7 @@ def _logits(model: GgufModel, token_ids: list[int]) -> bytes:
     return b"".join(model.forward([token]).tobytes() for token in token_ids)
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kept=st.lists(st.integers(3, 319), min_size=1, max_size=20),
     dropped=st.lists(st.integers(3, 319), max_size=20),

@@ -92,9 +92,7 @@ def test_no_memory_is_allocated_by_a_count_in_the_file(small: Path, tmp_path: Pa
 HEADER_BYTES = 8000
 
 
-@settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     edits=st.lists(
         st.tuples(st.integers(0, HEADER_BYTES), st.binary(min_size=1, max_size=9)),

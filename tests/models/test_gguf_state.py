@@ -36,9 +36,7 @@ def models(file: Path, request: pytest.FixtureRequest) -> Iterator[tuple[GgufMod
         yield one, other
 
 
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kept=IDS, before=st.lists(IDS, max_size=8), after=st.lists(IDS, min_size=1, max_size=3))
 def test_loading_equals_never_having_stopped(
     models: tuple[GgufModel, GgufModel],
@@ -65,9 +63,7 @@ def test_loading_equals_never_having_stopped(
     assert restored.forward([7]).tobytes() == original.forward([7]).tobytes()
 
 
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kept=st.lists(IDS, min_size=1, max_size=6),
     before=st.lists(IDS, max_size=8),

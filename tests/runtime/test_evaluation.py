@@ -17,8 +17,6 @@ from lowtide.runtime.evaluation.report import QuestionCounts
 from lowtide.runtime.loading.load import Engine
 from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 
-pytestmark = pytest.mark.once
-
 
 def load(path: Path, attention: str, compared_tokens: int) -> Engine:
     config = LoadConfig(

@@ -1,4 +1,4 @@
-"""What a plan with a device asks of llama.cpp. The device is made up, so nothing is loaded."""
+"""What a plan with GPUs requests from llama.cpp. The devices are made up, so nothing is loaded."""
 
 from __future__ import annotations
 
@@ -14,34 +14,36 @@ from lowtide.models.gguf.model import DeviceLayers, LoadOptions
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[LoadOptions]:
-    """The options of every model that would be loaded, beside a device of 110 MiB and one of 1 GiB."""
-    wanted: list[LoadOptions] = []
+def requested(monkeypatch: pytest.MonkeyPatch) -> list[LoadOptions]:
+    """Return the options of every model that would be loaded, with devices of 110 MiB and of 1 GiB."""
+    options_of_models: list[LoadOptions] = []
 
-    def load(_spec: Any, options: LoadOptions) -> None:
-        wanted.append(options)
+    def load(_spec: Any, options: LoadOptions, _kernels: Any) -> None:
+        options_of_models.append(options)
         raise ModelError("nothing is loaded here")
 
     devices = (gpu("A", 110), gpu("B", 1000))
     monkeypatch.setattr("lowtide.models.gguf.gpu.read_gpu_devices", lambda: devices)
-    monkeypatch.setattr("lowtide.runtime.loading.gguf.GgufModel", load)
-    return wanted
+    monkeypatch.setattr("lowtide.runtime.backends.gguf.GgufModel", load)
+    return options_of_models
 
 
-@pytest.mark.parametrize(("attention", "there"), [("llama", True), ("dense", False)])
+@pytest.mark.parametrize(("attention", "on_gpu"), [("llama", True), ("dense", False)])
 def test_layers_are_loaded_where_they_are_planned(
-    asked: list[LoadOptions], smollm2: Path, attention: str, there: bool
+    requested: list[LoadOptions], smollm2: Path, attention: str, on_gpu: bool
 ) -> None:
     with pytest.raises(ModelError, match="nothing is loaded"):
         Runtime.open(smollm2, memory="2GiB", context=1024, attention=attention, gpu_layers="auto")
-    (options,) = asked
+    (options,) = requested
     first, second = options.gpu_layers
     assert isinstance(first, DeviceLayers) and (first.device, second.device) == ("A", "B")
     assert first.num_layers + second.num_layers == 31
-    assert options.gpu_attention is there and not options.memory_map and options.repack
+    assert options.gpu_attention is on_gpu and not options.memory_map and options.repack
 
 
-def test_without_layers_nothing_goes_to_a_device(asked: list[LoadOptions], smollm2: Path) -> None:
+def test_without_layers_nothing_goes_to_a_device(
+    requested: list[LoadOptions], smollm2: Path
+) -> None:
     with pytest.raises(ModelError, match="nothing is loaded"):
         Runtime.open(smollm2, memory="2GiB", context=1024)
-    assert asked[0].gpu_layers == () and asked[0].memory_map
+    assert requested[0].gpu_layers == () and requested[0].memory_map

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lowtide import FakeModel
@@ -13,7 +13,6 @@ from lowtide.runtime.kv.session import KVSession
 IDS = st.lists(st.integers(0, 5), min_size=1, max_size=30)
 
 
-@settings(max_examples=200)
 @given(st.lists(IDS, min_size=1, max_size=6))
 def test_reusing_a_prefix_equals_starting_over(prompts: list[list[int]]) -> None:
     model = FakeModel(context=64)

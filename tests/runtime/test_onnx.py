@@ -1,4 +1,4 @@
-"""ONNX folders through the runtime and the command line: planned, answered, and never over."""
+"""ONNX folders through the runtime and the command line, always inside the plan."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tiny(tmp_path: Path) -> Path:
     return write_decoder(tmp_path / "tiny", chat_template=CHAT_TEMPLATE)
 
 
-def test_answers_are_the_same_after_going_back(tiny: Path) -> None:
+def test_answers_are_the_same_after_truncating(tiny: Path) -> None:
     with Runtime.open(tiny, memory="2GiB", threads=1, prefix_cache="4MiB") as runtime:
         assert runtime.plan.kv_type == "f32" and runtime.plan.context == 512
         first = runtime.generate("Once upon a time", **GREEDY)
@@ -42,7 +42,7 @@ def test_answers_are_the_same_after_going_back(tiny: Path) -> None:
         assert runtime.generate("Once upon a time", **GREEDY).token_ids == first.token_ids
 
 
-def test_a_chat_reuses_its_cache(tiny: Path) -> None:
+def test_a_chat_reuses_its_kv_cache(tiny: Path) -> None:
     messages = [{"role": "user", "content": "Name a colour."}]
     with Runtime.open(tiny, memory="2GiB", threads=1) as runtime:
         *_, last = runtime.chat(messages, **GREEDY)
@@ -53,7 +53,7 @@ def test_a_chat_reuses_its_cache(tiny: Path) -> None:
 
 @pytest.mark.parametrize("external", [True, False])
 @pytest.mark.parametrize("form", ["gqa", "mha", "standard", "decomposed"])
-def test_never_over_its_plan(tmp_path: Path, form: str, external: bool) -> None:
+def test_the_peak_is_inside_the_plan(tmp_path: Path, form: str, external: bool) -> None:
     shape = BIG if form != "mha" else Shape(**{**vars_of(BIG), "kv_heads": 6})
     folder = write_decoder(tmp_path / "big", form, shape, external=external)
     prompt = TEXT.encode()
@@ -97,7 +97,7 @@ def vars_of(shape: Shape) -> dict[str, int]:
 def test_a_long_text_is_tokenised_inside_the_plan(tmp_path: Path) -> None:
     shape = Shape(context=65536, width=32, heads=2, kv_heads=1)
     folder = write_decoder(tmp_path / "long", "gqa", shape)
-    text = b"ab\n" * 200_000  # refused after it was tokenised: as many tokens as bytes
+    text = b"ab\n" * 200_000  # refused after tokenising: one token per byte
     done = run_lowtide("run", str(folder), "--raw", "--memory", "700MiB", "-t", "1", stdin=text)
     assert done.code == 2 and "the prompt has 600,000 tokens" in done.stderr
     plan = json.loads(
@@ -106,7 +106,7 @@ def test_a_long_text_is_tokenised_inside_the_plan(tmp_path: Path) -> None:
     assert plan["total_bytes"] > done.peak_bytes > 250 << 20
 
 
-def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "big", "gqa", BIG)
     with pytest.raises(OverBudget, match="raise --memory to"):
         Runtime.open(folder, memory="60MiB", threads=1)
@@ -116,8 +116,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 def test_the_lower_bound_runs(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "big", "gqa", BIG)
-    asked = run_lowtide("plan", str(folder), "--memory", "60MiB", "--json", "-t", "1")
-    bound = json.loads(asked.stdout)["lower_bound_bytes"]
+    plan = run_lowtide("plan", str(folder), "--memory", "60MiB", "--json", "-t", "1")
+    bound = json.loads(plan.stdout)["lower_bound_bytes"]
     done = run_lowtide(
         *("run", str(folder), "--raw", "-n", "4", "-t", "1", "--memory", str(bound)),
         stdin=TEXT[:400].encode(),
@@ -129,21 +129,23 @@ def test_the_lower_bound_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"speculate": "draft.gguf"}, "for which there are ngram, trigram and auto"),
+        ({"speculate": "draft.gguf"}, "choose ngram, trigram or auto"),
         ({"kv_type": "q8_0"}, "the graph of tiny keeps f32"),
-        ({"context": 1000}, "was made for 512"),
+        ({"context": 1000}, "was trained for 512"),
     ],
 )
-def test_what_a_whole_graph_cannot_do(tiny: Path, options: dict[str, object], message: str) -> None:
+def test_unsupported_options_of_a_graph(
+    tiny: Path, options: dict[str, object], message: str
+) -> None:
     with pytest.raises(BadOption, match=message):
         Runtime.open(tiny, memory="2GiB", **options)  # type: ignore[arg-type]
 
 
-def test_another_models_tokenizer_is_told_before_loading(tiny: Path) -> None:
+def test_another_models_tokenizer_is_refused_before_loading(tiny: Path) -> None:
     from onnx_folders import write_tokenizer
 
     write_tokenizer(tiny, 400, None)
-    with pytest.raises(BadModelFile, match="take the tokenizer that was exported with it"):
+    with pytest.raises(BadModelFile, match="use the tokenizer that was exported with it"):
         Runtime.open(tiny, memory="2GiB")
 
 

@@ -1,4 +1,4 @@
-"""Delta in ONNX models: opened, answered, speculated on, and taken back."""
+"""Delta attention in ONNX models: answers, statistics, prefix cache, speculation, plan and calibrations."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_decoder(folder, "gqa", shape, bits=4, last_row=True)
 
 
-def test_an_answer_says_what_it_skipped(tiny: Path) -> None:
+def test_statistics_of_skipped_work(tiny: Path) -> None:
     stats = []
     for attention in ("dense", ROWS, BLOCKS):
         with Runtime.open(tiny, attention=attention, **OPTIONS) as runtime:  # type: ignore[arg-type]
@@ -49,7 +49,7 @@ def test_an_answer_says_what_it_skipped(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("attention", [ROWS, BLOCKS])
-def test_a_prompt_that_comes_back_is_answered_the_same(tiny: Path, attention: str) -> None:
+def test_a_restored_prompt_is_answered_the_same(tiny: Path, attention: str) -> None:
     with Runtime.open(tiny, attention=attention, prefix_cache="16MiB", **OPTIONS) as runtime:  # type: ignore[arg-type]
         first = runtime.generate(TEXT, **GREEDY)
         runtime.generate(TEXT[::-1], **GREEDY)
@@ -59,7 +59,7 @@ def test_a_prompt_that_comes_back_is_answered_the_same(tiny: Path, attention: st
 
 @pytest.mark.parametrize("attention", [ROWS, BLOCKS])
 def test_speculation_answers_as_the_plain_loop(tiny: Path, attention: str) -> None:
-    told = []
+    found = []
     for speculate in ("off", "auto"):
         with Runtime.open(tiny, attention=attention, speculate=speculate, **OPTIONS) as runtime:  # type: ignore[arg-type]
             speculation = runtime._engine.speculation
@@ -67,16 +67,16 @@ def test_speculation_answers_as_the_plain_loop(tiny: Path, attention: str) -> No
                 speculation.costs = StepCostModel(CHEAP, Ticks())
             result = runtime.generate(TEXT, max_tokens=60, temperature=0)
             runtime._session.sync()
-            told.append((result.token_ids, runtime._session.decode_token(11).copy()))
+            found.append((result.token_ids, runtime._session.decode_token(11).copy()))
     stats = result.stats.speculation
     assert stats is not None and stats["rounds"] > 0
-    if stats["identical"]:  # as this machine's products are
-        assert told[0][0] == told[1][0] and np.array_equal(told[0][1], told[1][1])
+    if stats["identical"]:  # depends on this machine's matmul kernels
+        assert found[0][0] == found[1][0] and np.array_equal(found[0][1], found[1][1])
     else:
-        assert stats["nondeterminism"].startswith("this machine's products of int4 round")
+        assert stats["nondeterminism"].startswith("matmuls of int4 on this machine round")
 
 
-def test_the_plan_has_what_is_kept(tiny: Path) -> None:
+def test_the_plan_has_what_delta_keeps_beside_the_cache(tiny: Path) -> None:
     def rows(attention: str) -> dict[str, tuple[int, str]]:
         planned = plan_reference(tiny, LoadConfig(attention=attention, **OPTIONS))  # type: ignore[arg-type]
         return {row.component: (row.num_bytes, row.why) for row in planned.plan.rows}
@@ -88,7 +88,7 @@ def test_the_plan_has_what_is_kept(tiny: Path) -> None:
     assert dense[CACHE] == grouped[CACHE] == blocks[CACHE]
 
 
-def test_calibrations_of_the_model_are_the_folders_too(
+def test_calibrations_of_the_source_apply_to_the_converted_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -118,7 +118,7 @@ def test_calibrations_of_the_model_are_the_folders_too(
 
 
 @pytest.mark.parametrize("attention", [ROWS, BLOCKS])
-def test_a_graph_that_keeps_its_own_attention_says_so(tmp_path: Path, attention: str) -> None:
+def test_a_graph_that_cannot_be_rewritten_says_why(tmp_path: Path, attention: str) -> None:
     folder = write_decoder(tmp_path / "tiny", "decomposed")
-    with pytest.raises(BadOption, match="'delta'.* keeps its own .*: leave attention out"):
+    with pytest.raises(BadOption, match="'delta'.* its own .*: leave attention out"):
         Runtime.open(folder, memory="2GiB", attention=attention)

@@ -1,4 +1,4 @@
-"""Long prompts under `gem` in ONNX graphs: what is kept, what is answered, what it takes."""
+"""GemFilter in ONNX graphs: retained tokens, answers and memory."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_long_prompt_is_filtered_and_its_answer_explained(tiny: Path) -> None:
             runtime.generate("Once upon a time")
 
 
-def test_a_k_beyond_the_prompt_is_the_whole_prompt(tiny: Path) -> None:
+def test_k_beyond_the_prompt_retains_the_whole_prompt(tiny: Path) -> None:
     answers = []
     for attention in ("dense", Gem(k=1900, layer=2)):
         with Runtime.open(tiny, **OPTIONS, attention=attention) as runtime:  # type: ignore[arg-type]
@@ -69,10 +69,10 @@ def test_a_k_beyond_the_prompt_is_the_whole_prompt(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("then", [Dense(), Tidal(k=80, selection_layers=(1,))], ids=str)
-def test_another_question_on_the_same_text_reads_its_own_rows_alone(
+def test_another_question_on_the_same_text_reuses_the_filter_pass(
     tiny: Path, then: AttentionPolicy
 ) -> None:
-    """And chooses as if it were the first: what was decoded sparsely before leaves no trace."""
+    """It selects the same tokens as the first question would: sparse decoding leaves no trace."""
     attention = Gem(k=300, layer=3, then=then)
     with Runtime.open(tiny, **OPTIONS, attention=attention) as runtime:  # type: ignore[arg-type]
         prompt_filter = runtime._engine.prompt_filter
@@ -124,24 +124,24 @@ with Runtime.open({path!r}, **options) as runtime:
 """
 
 
-def test_the_first_pass_takes_the_cache_of_its_layers(tmp_path: Path) -> None:
+def test_the_filter_pass_takes_the_cache_of_its_layers(tmp_path: Path) -> None:
     shape = Shape(layers=12, width=256, heads=4, kv_heads=4, feed_forward=256, context=8192)
     folder = write_decoder(tmp_path / "deep", "gqa", shape, chat_template=CHAT_TEMPLATE)
     text = "".join(SENTENCES) + "What floats?"
-    told, peaks = {}, {}
+    printed, peaks = {}, {}
     for name, attention in (("dense", "'dense'"), ("gem", "Gem(k=400, layer=2)")):
         code = PEAK.format(attention=attention, path=str(folder), text=text, memory="2GiB")
         done = run_python(code)
         assert done.code == 0, done.stderr
-        told[name], peaks[name] = list(map(int, done.stdout.split())), done.peak_bytes
+        printed[name], peaks[name] = list(map(int, done.stdout.split())), done.peak_bytes
     for name, peak in peaks.items():
-        assert peak <= told[name][0], name
-    # About 4,200 tokens take 1 KiB in each of 12 layers, of 3 layers a quarter, the kept ones a tenth.
+        assert peak <= printed[name][0], name
+    # About 4,200 tokens take 1 KiB in each of 12 layers, in 3 layers a quarter, the retained ones a tenth.
     assert peaks["gem"] < peaks["dense"] - (20 << 20)
-    assert told["gem"][1] > 3 * 8192 * 1024
+    assert printed["gem"][1] > 3 * 8192 * 1024
 
 
-def test_what_is_kept_takes_a_row_of_the_plan(tiny: Path) -> None:
+def test_the_filter_pass_is_a_line_of_the_plan(tiny: Path) -> None:
     planned = run_lowtide(
         *("plan", str(tiny), "--attention", "gem:k=300,layer=1", "-t", "1", "--json")
     )
@@ -155,7 +155,7 @@ def test_what_is_kept_takes_a_row_of_the_plan(tiny: Path) -> None:
     done = run_lowtide(
         "run", str(tiny), "-n", "4", *words, str(bound["lower_bound_bytes"]), stdin=prompt
     )
-    assert done.code in (0, 2), done.stderr  # a prompt beyond what there is room for is refused
+    assert done.code in (0, 2), done.stderr  # a prompt without room is refused
     assert done.peak_bytes <= bound["lower_bound_bytes"]
 
 
@@ -163,15 +163,15 @@ def test_commands(tiny: Path) -> None:
     words = ("--attention", "gem:k=300,layer=1", "-t", "1", "-n", "4", "--temp", "0")
     asked = QUESTION[0]["content"].encode()
     done = run_lowtide("run", str(tiny), *words, "--explain", stdin=asked)
-    assert done.code == 0 and "(300 kept)" in done.stderr, done.stderr
+    assert done.code == 0 and "(300 retained)" in done.stderr, done.stderr
     as_json = run_lowtide("run", str(tiny), *words, "--explain", "--json", stdin=asked)
-    assert sum(passage["tokens"] for passage in json.loads(as_json.stdout)["kept"]) == 300
+    assert sum(passage["tokens"] for passage in json.loads(as_json.stdout)["retained_spans"]) == 300
     profiled = run_lowtide("profile", str(tiny), *words, "--json", "-p", asked.decode())
     assert profiled.code == 0, profiled.stderr
     assert json.loads(profiled.stdout)["retention_map"]["num_retained"] == 300
 
 
-def test_what_a_filter_keeps_is_measured(tiny: Path) -> None:
+def test_retained_tokens_are_evaluated(tiny: Path) -> None:
     config = LoadConfig(
         memory="2GiB",
         context=640 + SPARE_TOKENS,
@@ -180,28 +180,28 @@ def test_what_a_filter_keeps_is_measured(tiny: Path) -> None:
         attention_memory=GemMemory(),
         compared_tokens=1,
     )
-    told = {}
+    reports = {}
     for k in (100, 319):
         engine = Engine(plan_reference(tiny, config))
         policy = Gem(k=k, layer=1, min_prompt=0).resolve(engine.model.spec)
         found = evaluate_filter(engine, policy, context=640, windows=2, kinds=())
         engine.close()
-        told[k] = found.to_dict()
-    assert told[100]["tokens"] == 128 and told[100]["dense_nll"] == told[319]["dense_nll"]
-    assert told[100]["nll"] != told[319]["nll"]
+        reports[k] = found.to_dict()
+    assert reports[100]["tokens"] == 128 and reports[100]["dense_nll"] == reports[319]["dense_nll"]
+    assert reports[100]["nll"] != reports[319]["nll"]
 
 
-def test_a_graph_that_keeps_its_own_attention_says_so(tmp_path: Path) -> None:
+def test_a_graph_that_cannot_be_rewritten_says_why(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", "decomposed")
-    with pytest.raises(BadOption, match="attention is 'gem'.*keeps its own"):
+    with pytest.raises(BadOption, match="attention is 'gem'.*its own"):
         Runtime.open(folder, memory="2GiB", attention="gem")
 
 
-@pytest.mark.once
-def test_a_pass_key_is_found_in_what_is_kept(tmp_path: Path, smollm2_spec: ModelSpec) -> None:
+@pytest.mark.real
+def test_a_passkey_is_in_the_retained_tokens(tmp_path: Path, smollm2_spec: ModelSpec) -> None:
     folder = convert(smollm2_spec, tmp_path / "smollm2").folder
     found = Gem().resolve(read_spec(folder))
-    assert found.layer == 7 and "calibrated" in str(found)  # as of the GGUF file
+    assert found.layer == 7 and "calibrated" in str(found)  # like the GGUF file
     asked = [{"role": "user", "content": LONG + "What is the secret pass key in the text?"}]
     options = {**OPTIONS, "context": 4096, "attention": Gem(k=400, layer=7)}
     with Runtime.open(folder, **options) as runtime:  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Conversations of ONNX models on disk: whole graphs and our attention, bit for bit and inside the plan."""
+"""Saved sessions of ONNX models, with their own and with lowtide's attention: exact and inside the plan."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def _answer(runtime: Runtime, *texts: str) -> GenerationResult:
     return GenerationResult.of(runtime.chat(messages, temperature=0, max_tokens=8))
 
 
-def _next_turn(runtime: Runtime, said: str) -> tuple[GenerationResult, list[bytes]]:
+def _next_turn(runtime: Runtime, answer: str) -> tuple[GenerationResult, list[bytes]]:
     with recorded_logits(runtime) as logits:
-        result = _answer(runtime, QUESTION, said, "And of the tide?")
+        result = _answer(runtime, QUESTION, answer, "And of the tide?")
     return result, logits
 
 
@@ -48,25 +48,25 @@ def _next_turn(runtime: Runtime, said: str) -> tuple[GenerationResult, list[byte
         ("delta:granularity=element,sparsity=0.5,window=20", "f32"),
     ],
 )
-def test_going_on_is_the_same_bit_for_bit(
+def test_continuing_is_the_same_bit_for_bit(
     tiny: Path, tmp_path: Path, attention: str | Tidal, kv_type: str | None
 ) -> None:
     path = tmp_path / "talk"
     options = {"memory": "2GiB", "threads": 2, "attention": attention, "kv_type": kv_type}
-    with Runtime.open(tiny, context=512, **options) as stayed:  # type: ignore[arg-type]
-        said = _answer(stayed, QUESTION).text
-        saved = stayed.saved_chats.save(path)
-        expected, logits = _next_turn(stayed, said)
-    with Runtime.open(tiny, context=1024, **options) as came_back:  # type: ignore[arg-type]
-        came_back.generate("word " * 30, max_tokens=3)  # what was there before leaves no trace
-        assert came_back.saved_chats.load(path).num_tokens == saved.num_tokens > 60
-        result, same_logits = _next_turn(came_back, said)
+    with Runtime.open(tiny, context=512, **options) as original:  # type: ignore[arg-type]
+        answer = _answer(original, QUESTION).text
+        saved = original.saved_chats.save(path)
+        expected, logits = _next_turn(original, answer)
+    with Runtime.open(tiny, context=1024, **options) as restored:  # type: ignore[arg-type]
+        restored.generate("word " * 30, max_tokens=3)  # earlier tokens leave no trace
+        assert restored.saved_chats.load(path).num_tokens == saved.num_tokens > 60
+        result, same_logits = _next_turn(restored, answer)
     assert result.token_ids == expected.token_ids
     assert result.stats.reused_tokens == expected.stats.reused_tokens > 60
     assert same_logits == logits
 
 
-def test_what_a_state_belongs_to_is_refused_by_all_others(tiny: Path, tmp_path: Path) -> None:
+def test_a_snapshot_is_refused_by_other_models_and_settings(tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "talk"
     options = {"memory": "2GiB", "threads": 1, "attention": "dense"}
     with Runtime.open(tiny, **options) as runtime:  # type: ignore[arg-type]
@@ -106,7 +106,7 @@ def test_any_damaged_byte_is_refused(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("attention", ["llama", "dense"])
-def test_the_peak_of_saving_and_loading_is_what_is_reserved(tmp_path: Path, attention: str) -> None:
+def test_saving_and_loading_stay_inside_the_reservation(tmp_path: Path, attention: str) -> None:
     folder = write_decoder(tmp_path / "wide", "gqa", WIDE)
     done = run_python(
         "from lowtide import Runtime\n"
@@ -134,7 +134,7 @@ def test_the_peak_of_saving_and_loading_is_what_is_reserved(tmp_path: Path, atte
 
 
 @pytest.mark.parametrize("attention", ["llama", "dense"])
-def test_a_chat_goes_on_in_another_process(tiny: Path, tmp_path: Path, attention: str) -> None:
+def test_a_chat_continues_in_another_process(tiny: Path, tmp_path: Path, attention: str) -> None:
     path = tmp_path / "talk"
     options = ("chat", str(tiny), "--attention", attention, "--temp", "0", "-n", "8", "-t", "1")
     turns = ("My name is Ada.", "What is my name?")

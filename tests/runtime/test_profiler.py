@@ -153,6 +153,7 @@ def plain() -> dict[str, object]:
     return profiled(context=2048)
 
 
+@pytest.mark.real
 def test_bytes_of_a_real_model(plain: dict[str, object], smollm2: Path) -> None:
     """Compares each component with an independent estimate."""
     rows = {row["component"]: row["bytes"] for row in plain["measured"]}  # type: ignore[attr-defined]
@@ -171,6 +172,7 @@ def test_bytes_of_a_real_model(plain: dict[str, object], smollm2: Path) -> None:
     assert -MIB < rows["other"] <= planned["reserve"]
 
 
+@pytest.mark.real
 def test_time_by_layer_with_llama_cpps_attention(plain: dict[str, object]) -> None:
     layers = plain["layers"]
     assert [layer["name"] for layer in layers] == [*map(str, range(30)), "output"]  # type: ignore
@@ -185,6 +187,7 @@ def test_time_by_layer_with_llama_cpps_attention(plain: dict[str, object]) -> No
     assert summed == pytest.approx(whole, rel=0.05)
 
 
+@pytest.mark.real
 def test_lowtides_attention_by_layer_and_its_scratch() -> None:
     values = profiled(context=1024, attention="dense")
     for layer in values["layers"][:-1]:  # type: ignore[index]
@@ -199,7 +202,7 @@ def test_logits_are_bitwise_the_same(smollm2: Path) -> None:
     results = []
     for profiler in (None, Profiler(), None):
         with Runtime.open(
-            smollm2, memory="8GiB", context=512, threads=2, profiler=profiler
+            smollm2, memory="8GiB", context=512, threads=1, profiler=profiler
         ) as runtime:
             logits = runtime._session.append(list(range(300, 400)))
             results.append(logits.tobytes())
@@ -213,7 +216,7 @@ def test_without_a_hook_there_are_no_layers(smollm2: Path, monkeypatch: pytest.M
     def refuse(_threads: int) -> None:
         raise LowtideError("laid out in another way")
 
-    monkeypatch.setattr("lowtide.runtime.loading.load.LlamaHook", refuse)
+    monkeypatch.setattr("lowtide.runtime.backends.gguf.LlamaHook", refuse)
     profiler = Profiler()
     with Runtime.open(smollm2, memory="8GiB", context=512, profiler=profiler) as runtime:
         runtime.generate("The tide", max_tokens=2)
@@ -223,6 +226,7 @@ def test_without_a_hook_there_are_no_layers(smollm2: Path, monkeypatch: pytest.M
         Runtime.open(smollm2, memory="8GiB", attention="dense", profiler=Profiler())
 
 
+@pytest.mark.real
 def test_a_full_timeline_fits_into_its_line_of_the_plan() -> None:
     num_layers = 30
     tracemalloc.start()

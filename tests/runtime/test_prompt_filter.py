@@ -16,6 +16,8 @@ from lowtide.memory.units import MIB
 from lowtide.models.errors import BadOption
 from lowtide.runtime.profiling.export import profile_page
 
+pytestmark = pytest.mark.real
+
 SENTENCES = [f"Boat {i} left the harbour with {i * 7 % 100} crates of fish. " for i in range(90)]
 PASSKEY = "The secret pass key is 48213. Remember it: 48213 is the pass key. "
 TEXT = "".join([*SENTENCES[:40], PASSKEY, *SENTENCES[40:]])
@@ -57,9 +59,10 @@ def test_every_question_filters_the_whole_chat_again(runtime: Runtime) -> None:
 
 def test_a_k_beyond_the_prompt_retains_the_whole_prompt(smollm2: Path) -> None:
     answers = []
-    for attention in ("dense", Gem(k=3000)):
+    short = [{"role": "user", "content": "".join(SENTENCES[:30]) + "How many boats are there?"}]
+    for attention in ("dense", Gem(k=3000, min_prompt=0)):
         with Runtime.open(smollm2, memory="2GiB", context=4096, attention=attention) as opened:
-            answers.append(ask(opened, QUESTION, 16).token_ids)
+            answers.append(ask(opened, short, 16).token_ids)
     assert answers[0] == answers[1]
 
 
@@ -140,12 +143,14 @@ def test_a_profile_shows_where_the_retained_tokens_are(smollm2: Path) -> None:
     )
     assert (
         len(retention_map.scores)
-        == len(retention_map.kept)
+        == len(retention_map.retained)
         == -(-retention_map.num_tokens // retention_map.bin_tokens)
     )
-    sizes = [retention_map.bin_tokens] * (len(retention_map.kept) - 1)
+    sizes = [retention_map.bin_tokens] * (len(retention_map.retained) - 1)
     sizes.append(retention_map.num_tokens - sum(sizes))
-    assert sum(s * k for s, k in zip(sizes, retention_map.kept, strict=True)) == pytest.approx(400)
+    assert sum(s * k for s, k in zip(sizes, retention_map.retained, strict=True)) == pytest.approx(
+        400
+    )
     assert json.loads(json.dumps(report.to_dict()))["retention_map"]["num_retained"] == 400
     measured = {row.component: row.num_bytes for row in report.measured}
     assert (measured[COMPUTE] or 0) > 0
@@ -155,7 +160,7 @@ def test_a_profile_shows_where_the_retained_tokens_are(smollm2: Path) -> None:
         < next(row.num_bytes for row in report.plan.rows if row.component == FILTER_PREFILL)
     )
     page = profile_page(report)
-    assert "What was kept of the last prompt" in page and "Remember it: 48213" in page
+    assert "Retained tokens of the last prompt" in page and "Remember it: 48213" in page
 
 
 def test_a_text_is_continued_only_with_continues(runtime: Runtime, smollm2: Path) -> None:
@@ -177,7 +182,6 @@ with Runtime.open({path!r}, memory={memory}, context=4096, threads=1, attention=
 """
 
 
-@pytest.mark.once
 @pytest.mark.skipif(
     not can_use_demand_zero(), reason="this system allocates the whole cache at once"
 )
@@ -221,16 +225,16 @@ def test_the_command_shows_the_retained_spans() -> None:
     prompt = QUESTION[0]["content"].encode()
     done = run_lowtide(*arguments, "--explain", "--memory", "1GiB", stdin=prompt)
     assert done.code == 0, done.stderr
-    assert "48213" in done.stdout and "(400 kept)" in done.stderr
+    assert "48213" in done.stdout and "(400 retained)" in done.stderr
     assert "Remember it: 48213" in done.stderr
     as_json = run_lowtide(*arguments, "--explain", "--json", "--memory", "1GiB", stdin=prompt)
-    kept = json.loads(as_json.stdout)["kept"]
+    kept = json.loads(as_json.stdout)["retained_spans"]
     assert sum(span["tokens"] for span in kept) == 400
 
 
 def test_explain_needs_gem() -> None:
     done = run_lowtide("run", "--explain", "-p", "Hi")
-    assert done.code == 2 and "--explain shows what --attention gem kept" in done.stderr
+    assert done.code == 2 and "--explain shows what --attention gem retained" in done.stderr
     assert run_lowtide("evaluate", "--attention", "gem", "-c", "512").code == 2
     assert run_lowtide("bench", "--attention", "gem", "-d", "512").code == 2
     assert "layer is 30" in run_lowtide("run", "--attention", "gem:layer=30", "-p", "Hi").stderr

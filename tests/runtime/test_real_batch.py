@@ -42,7 +42,7 @@ def dense(random_model: Path) -> Iterator[Runtime]:
 
 def test_greedy_answers_of_a_real_model_are_those_of_each_prompt_alone(smollm2: Path) -> None:
     with Runtime.open(
-        smollm2, memory="4GiB", context=1024, threads=2, attention="dense"
+        smollm2, memory="4GiB", context=1024, threads=1, attention="dense"
     ) as runtime:
         options = [SamplingParams(max_tokens=n, temperature=0) for n in (24, 12, 24, 8)]
         alone = [runtime.generate(*one) for one in zip(PROMPTS, options, strict=True)]

@@ -27,7 +27,7 @@ ENDS = (
     "The list: 1. a boat, 2. a boat, 3. a boat, 4. a boat,",
 )
 PROMPTS = [PARAGRAPH * 5 + end for end in ENDS]
-OPTIONS: dict[str, Any] = {"memory": "4GiB", "context": 1024, "threads": 2, "attention": "dense"}
+OPTIONS: dict[str, Any] = {"memory": "4GiB", "context": 1024, "threads": 1, "attention": "dense"}
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ PROMPTS = (
     "Continue the list up to 12: 1. one, 2. two, 3. three, 4. four,",
     "Why is the sea salty?",
 )
-OPTIONS = {"memory": "4GiB", "context": 1024, "threads": 2, "attention": "dense"}
+OPTIONS = {"memory": "4GiB", "context": 1024, "threads": 1, "attention": "dense"}
 
 
 def eager(runtime: Runtime) -> Runtime:

@@ -24,7 +24,8 @@ Opened = Callable[..., Runtime]
 
 
 @settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    deadline=None,
 )
 @given(data=st.data())
 def test_any_damaged_byte_is_refused_and_changes_nothing(

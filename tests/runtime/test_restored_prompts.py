@@ -14,6 +14,8 @@ from lowtide import GenerationResult, Runtime, Tidal
 from lowtide.memory.os.kv_pages import can_use_demand_zero
 from lowtide.memory.units import MIB
 
+pytestmark = pytest.mark.real
+
 STORY = "Tell me about the sea. " * 16
 OTHER = "Ships are made of wood or of steel. " * 12
 

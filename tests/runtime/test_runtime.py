@@ -245,7 +245,7 @@ def test_a_model_of_ones_own_runs_its_own_attention() -> None:
         ({"attention": "sparse"}, "attention is 'sparse'"),
         ({"memory": "much"}, "is not a size"),
         ({"context": 0}, "context is 0"),
-        ({"context": 10**9}, "was made for 512"),
+        ({"context": 10**9}, "was trained for 512"),
         ({"kv_type": "q9"}, "kv_type"),
         ({"threads": 0}, "threads is 0"),
         ({"heat": 1}, "unknown option 'heat'; the options are memory"),

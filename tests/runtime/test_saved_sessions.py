@@ -20,6 +20,8 @@ from lowtide.memory.os.kv_pages import can_use_demand_zero
 from lowtide.memory.units import MIB
 from lowtide.runtime.errors import SnapshotMismatch, TranscriptError
 
+pytestmark = pytest.mark.real
+
 QUESTION = "Tell me about the sea. " * 12
 CHAT = [{"role": "user", "content": QUESTION}]
 LONG = "word " * 150

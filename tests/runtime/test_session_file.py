@@ -54,7 +54,7 @@ def test_a_snapshot_of_many_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert read(tmp_path / "talk")[0] == SNAPSHOT
 
 
-@settings(FIXTURE, max_examples=300)
+@FIXTURE
 @given(st.data())
 def test_any_damaged_byte_is_refused(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "talk"

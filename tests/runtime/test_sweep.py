@@ -1,6 +1,6 @@
-"""Random requests, each in a process of its own: never over the budget, and refused only below the bound.
+"""Random requests, each in a process of its own: inside the budget, and refused only below the lower bound.
 
-`LOWTIDE_SWEEP=200` runs as many cases; `LOWTIDE_SWEEP_SEED` draws others.
+`LOWTIDE_SWEEP=200` runs 200 cases; `LOWTIDE_SWEEP_SEED` draws others.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from processes import run_lowtide, run_python
 
 from lowtide.memory.units import MIB
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.real
 
 NUM_CASES = int(os.environ.get("LOWTIDE_SWEEP", "12"))
 TOLERANCE_BYTES = 4 * MIB
-"""The bound is measured: what this process did before it was asked for moves it so far."""
+"""The bound is measured, and varies by so much with what the process did before."""
+QUICK = (1, 5, 11)
+"""The numbers of the cases that `make test` runs; `make test-all` runs all of them."""
 SEED = int(os.environ.get("LOWTIDE_SWEEP_SEED", "5"))
 
 
 @dataclass(frozen=True)
 class Case:
-    """A request: `context` None leaves it to the plan, `prompt_words` a turn."""
+    """A request; `context` None leaves it to the plan, `prompt_words` are per turn."""
 
     budget_bytes: int
     context: int | None
@@ -35,7 +37,7 @@ class Case:
 
     @classmethod
     def drawn(cls, numbers: random.Random) -> Case:
-        """Budgets from below any bound to where everything fits, a third of them near the bounds."""
+        """Draw a budget from below any bound to where everything fits; a third of them are near the bounds."""
         near = numbers.random() < 1 / 3
         return cls(
             budget_bytes=numbers.randrange(60 * MIB, (120 if near else 400) * MIB),
@@ -58,11 +60,11 @@ import json
 from lowtide import GenerationResult, OverBudget, PromptTooLong, Runtime
 from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 opening = dict(memory={case.budget_bytes}, context={case.context}, attention={case.attention!r}, threads=1)
-told = dict(bound=plan_reference("smollm2", LoadConfig(**opening)).plan.lower_bound_bytes)
+report = dict(bound=plan_reference("smollm2", LoadConfig(**opening)).plan.lower_bound_bytes)
 try:
     runtime = Runtime.open("smollm2", **opening)
 except OverBudget as error:
-    told.update(refused=error.needed_bytes)
+    report.update(refused=error.needed_bytes)
 else:
     with runtime:
         history, ended = [], []
@@ -77,33 +79,42 @@ else:
                 continue
             history.append(dict(role="assistant", content=result.text))
             ended.append(result.finish_reason)
-            told.update(peak=result.stats.peak_rss_bytes, trims=len(result.stats.trims))
-        told.update(ended=ended, planned=runtime.plan.total_bytes)
-print(json.dumps(told))
+            report.update(peak=result.stats.peak_rss_bytes, trims=len(result.stats.trims))
+        report.update(ended=ended, planned=runtime.plan.total_bytes)
+print(json.dumps(report))
 """
 
 
-@pytest.mark.parametrize("case", CASES, ids=[str(number) for number in range(NUM_CASES)])
-def test_never_over_and_never_refused_without_need(case: Case) -> None:
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=str(number), marks=[] if number in QUICK else [pytest.mark.slow])
+        for number, case in enumerate(CASES)
+    ],
+)
+def test_inside_the_budget_and_refused_only_below_the_bound(case: Case) -> None:
     done = run_python(_RUN.format(case=case), timeout=600)
     assert done.code == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert done.peak_bytes <= max(case.budget_bytes, 64 * MIB)  # what Python and its libraries take
-    if "refused" in told:
-        assert case.budget_bytes < told["bound"] + TOLERANCE_BYTES
+    report = json.loads(done.stdout)
+    assert done.peak_bytes <= max(
+        case.budget_bytes, 64 * MIB
+    )  # at least what Python and its libraries need
+    if "refused" in report:
+        assert case.budget_bytes < report["bound"] + TOLERANCE_BYTES
         return
-    assert case.budget_bytes > told["bound"] - TOLERANCE_BYTES
-    if not told["ended"]:
-        return  # every prompt was longer than the context, and refused
-    assert told["peak"] <= told["planned"] <= case.budget_bytes
+    assert case.budget_bytes > report["bound"] - TOLERANCE_BYTES
+    if not report["ended"]:
+        return  # every prompt was longer than the context
+    assert report["peak"] <= report["planned"] <= case.budget_bytes
 
 
-@pytest.mark.skipif(NUM_CASES < 12, reason="too few to be of every kind")
-def test_the_cases_are_of_every_kind() -> None:
+@pytest.mark.slow
+@pytest.mark.skipif(NUM_CASES < 12, reason="too few cases for every kind")
+def test_every_kind_of_case_occurs() -> None:
     assert {None, 512, 8192} <= {case.context for case in CASES}
     assert {case.turns for case in CASES} == {1, 2, 3}
     assert {case.attention for case in CASES} == {"llama", "dense", "tidal"}
-    told = [run_lowtide("plan", *case.options(), "--json") for case in CASES[:24]]
+    plans = [run_lowtide("plan", *case.options(), "--json") for case in CASES[:24]]
     assert (
-        0 < sum(plan.code == 2 for plan in told) < len(told) / 2
+        0 < sum(plan.code == 2 for plan in plans) < len(plans) / 2
     )  # some are refused, most are run

@@ -1,4 +1,4 @@
-"""Memory given back on request: the resident set falls, and the next answer is token for token the same."""
+"""Memory released on request: the resident set falls, and the next answer is the same."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Opened = Callable[..., Runtime]
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
-def test_a_level_calls_what_is_milder_too_and_in_order() -> None:
+def test_a_level_includes_the_milder_ones_in_order() -> None:
     called: list[str] = []
     reclaimers = [
         Reclaimer(level, lambda name=level: called.append(name))  # type: ignore[misc]
@@ -39,19 +39,19 @@ def test_a_level_calls_what_is_milder_too_and_in_order() -> None:
         reclaim(reclaimers, "all")
 
 
-def test_what_is_given_back_is_counted() -> None:
-    """In a process of its own, whose heap is small."""
+def test_freed_bytes_are_measured() -> None:
+    """In a process of its own with a small heap."""
     done = run_python(
         "from lowtide.memory.reclaim import Reclaimer, reclaim\n"
         "blocks = [bytearray(b'x') * (48 << 20)]\n"
         "print(reclaim([Reclaimer('background', blocks.clear)], 'background').freed_bytes)\n"
         "print(reclaim([], 'complete').freed_bytes)"
     )
-    given_back, nothing = map(int, done.stdout.split())
-    assert abs(given_back - (48 << 20)) < MIB and nothing < MIB
+    freed, nothing = map(int, done.stdout.split())
+    assert abs(freed - (48 << 20)) < MIB and nothing < MIB
 
 
-def test_complete_reads_the_next_prompt_again(fake_runtime: Opened) -> None:
+def test_after_complete_the_next_prompt_is_computed_again(fake_runtime: Opened) -> None:
     runtime = fake_runtime("Hello.")
     first = GenerationResult.of(runtime.chat(HELLO, temperature=0))
     for level, reused in (("background", True), ("moderate", True), ("complete", False)):
@@ -63,12 +63,12 @@ def test_complete_reads_the_next_prompt_again(fake_runtime: Opened) -> None:
         runtime.trim("most")
 
 
-def test_an_answer_in_the_middle(fake_runtime: Opened) -> None:
+def test_trimming_during_an_answer(fake_runtime: Opened) -> None:
     runtime = fake_runtime("Hello.")
     pieces = runtime.chat(HELLO, temperature=0)
-    said = next(pieces).text
+    begin = next(pieces).text
     runtime.trim("moderate")
-    assert said + "".join(piece.text for piece in pieces) == "Hello."
+    assert begin + "".join(piece.text for piece in pieces) == "Hello."
     pieces = runtime.chat(HELLO, temperature=0)
     next(pieces)
     runtime.trim("complete")
@@ -77,7 +77,7 @@ def test_an_answer_in_the_middle(fake_runtime: Opened) -> None:
     assert GenerationResult.of(runtime.chat(HELLO, temperature=0)).text == "Hello."
 
 
-def test_a_closed_runtime_has_nothing_to_give(fake_runtime: Opened) -> None:
+def test_a_closed_runtime_cannot_be_trimmed(fake_runtime: Opened) -> None:
     runtime = fake_runtime()
     runtime.close()
     for level in LEVELS:
@@ -85,7 +85,7 @@ def test_a_closed_runtime_has_nothing_to_give(fake_runtime: Opened) -> None:
             runtime.trim(level)
 
 
-def test_another_thread_waits_for_the_pass_in_work(fake_runtime: Opened) -> None:
+def test_another_thread_waits_for_the_running_pass(fake_runtime: Opened) -> None:
     """The pages behind the last token are being written while a pass runs."""
     runtime = fake_runtime("Hello.")
     model = runtime._model
@@ -118,31 +118,35 @@ with Runtime.open("smollm2", memory="8GiB", context=8192, threads=1, attention={
     def answer():
         result = GenerationResult.of(runtime.chat(history, temperature=0, max_tokens=12))
         return list(result.token_ids), result.stats.reused_tokens
-    told = {{}}
+    report = {{}}
     first, _ = answer()
     for level in ("background", "moderate", "complete"):
         before = read().resident_bytes
-        given_back = runtime.trim(level)
-        told[level] = [given_back, before - read().resident_bytes, *answer()]
-    print(json.dumps([first, told]))
+        freed = runtime.trim(level)
+        report[level] = [freed, before - read().resident_bytes, *answer()]
+    print(json.dumps([first, report]))
 """
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("attention", ["llama", "tidal"])
-def test_the_resident_set_falls_and_the_answer_stays(attention: str) -> None:
+def test_the_resident_set_falls_and_the_answer_is_the_same(attention: str) -> None:
     done = run_python(REAL.format(attention=attention))
     assert done.code == 0, done.stderr
-    first, told = json.loads(done.stdout)
-    for given_back, fell, token_ids, _ in told.values():
+    first, report = json.loads(done.stdout)
+    for freed, fell, token_ids, _ in report.values():
         assert token_ids == first
-        assert abs(given_back - max(fell, 0)) < MIB
-    assert told["background"][3] > 400 and told["moderate"][3] > 400  # the cache was kept
-    assert told["complete"][3] == 0
-    assert told["complete"][0] > 8 * MIB  # 470 tokens of 22.5 KiB
+        assert abs(freed - max(fell, 0)) < MIB
+    assert (
+        report["background"][3] > 400 and report["moderate"][3] > 400
+    )  # the KV cache is still there
+    assert report["complete"][3] == 0
+    assert report["complete"][0] > 8 * MIB  # 470 tokens of 22.5 KiB
 
 
-def test_free_heap_goes_back() -> None:
-    """Small blocks that were freed below one that is kept stay in the C library's arena."""
+@pytest.mark.real
+def test_free_heap_is_released() -> None:
+    """Small freed blocks below one in use would otherwise stay in the C library's arena."""
     done = run_python(
         "from lowtide import Runtime\n"
         "with Runtime.open('smollm2', memory='8GiB', context=8192, threads=1) as runtime:\n"
@@ -157,5 +161,5 @@ def test_free_heap_goes_back() -> None:
         "    print(runtime.generate('word', max_tokens=8, temperature=0).token_ids == expected)"
     )
     assert done.code == 0, done.stderr
-    given_back, same = done.stdout.split()
-    assert int(given_back) > MIB // 2 and same == "True"
+    freed, same = done.stdout.split()
+    assert int(freed) > MIB // 2 and same == "True"

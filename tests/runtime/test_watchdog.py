@@ -124,6 +124,7 @@ with Runtime.open("smollm2", memory="260MiB", context=512, threads=1) as runtime
 """
 
 
+@pytest.mark.real
 def test_a_host_program_that_grows_ends_the_answer_alone() -> None:
     done = run_python(BASELINE)
     assert done.code == 0, done.stderr

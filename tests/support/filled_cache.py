@@ -1,5 +1,6 @@
-"""Fills a model's KV cache with random state, through llama.cpp's own state calls: for depths whose
-prompt would take an hour to compute. Time and bytes do not depend on what a cache holds.
+"""Fill a model's KV cache with random values through llama.cpp's state calls, without computing a prompt.
+
+Speed and memory do not depend on the values.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes small GGUF models of random weights: time and bytes do not depend on values."""
+"""Write small GGUF models of random weights: speed and memory do not depend on their values."""
 
 from __future__ import annotations
 

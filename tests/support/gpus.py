@@ -1,4 +1,4 @@
-"""Devices that are not there, for plans."""
+"""Imaginary GPUs, for plans."""
 
 from __future__ import annotations
 

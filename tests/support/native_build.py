@@ -5,6 +5,7 @@ The sources and their flags are those of `attention/native/sources.txt`, as in t
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -20,6 +21,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests" / "attention" / "native"
 NATIVE = ROOT / "attention" / "native"
+BUILDS = ROOT / "build" / "tests"
 PROGRAMS = sorted(path.name.removesuffix("_test.cpp") for path in TESTS.glob("*_test.cpp"))
 """Test programs: none of them needs llama.cpp or onnxruntime."""
 LIBRARIES = {"mmap_hook": "mapping_library"}
@@ -38,7 +40,7 @@ def read_sources(processor: str) -> dict[str, list[str]]:
     return sources
 
 
-SOURCES: Mapping[str, list[str]] = read_sources("x86_64") if NATIVE.is_dir() else {}
+SOURCES: Mapping[str, list[str]] = read_sources("x86_64")
 KERNELS = [source for source, flags in SOURCES.items() if flags]
 """The sources of the x86-64 instruction sets."""
 
@@ -58,23 +60,24 @@ class NativeBuild:
         version = '-DLOWTIDE_VERSION="test"'
         self._common = [compiler, "-std=c++17", f"-I{NATIVE}", version, *flags]
 
-    def program(self, name: str) -> Path:
-        """Build the test program `name` and return its path."""
+    def programs(self, names: Sequence[str]) -> dict[str, Path]:
+        """Build test programs, as many at a time as there are cores; return their paths by name."""
         archive = self._folder / "native.a"
         if not archive.exists():
             subprocess.run(["ar", "rcs", archive, *self.objects()], check=True)
-        more = [str(archive)]
-        if name in LIBRARIES:
-            more.append(self._linked(LIBRARIES[name], "-fPIC", "-shared"))
-        return Path(self._linked(f"{name}_test", *more, "-pthread", "-ldl"))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return dict(
+                zip(
+                    names,
+                    pool.map(functools.partial(self._program, archive=archive), names),
+                    strict=True,
+                )
+            )
 
     def library(self, name: str, *tests: str) -> Path:
         """Build a shared library of the C++ core and of some sources in `TESTS`."""
-        path = self._folder / name
         sources = [str(TESTS / test) for test in tests]
-        objects = map(str, self.objects())
-        self._run(*sources, *objects, "-shared", "-pthread", "-ldl", "-o", str(path))
-        return path
+        return self._made(name, *sources, *map(str, self.objects()), "-shared", "-pthread", "-ldl")
 
     def objects(self) -> list[Path]:
         """Compile every source, as many at a time as there are cores, and return the objects."""
@@ -82,50 +85,59 @@ class NativeBuild:
             return list(pool.map(self.object, self._sources))
 
     def object(self, source: str) -> Path:
-        """Return the object of `source`, a path in sources.txt; it is compiled the first time."""
-        path = self._folder / f"{source.replace('/', '_')}.o"
+        """Return the object of `source`, a path in sources.txt."""
+        flags = self._sources[source]
+        return self._made(f"{source.replace('/', '_')}.o", *flags, "-c", str(NATIVE / source))
+
+    def _program(self, name: str, archive: Path) -> Path:
+        more = [str(archive), "-pthread", "-ldl"]
+        if name in LIBRARIES:
+            source = str(TESTS / f"{LIBRARIES[name]}.cpp")
+            more.append(str(self._made(f"{LIBRARIES[name]}.so", source, "-fPIC", "-shared")))
+        return self._made(f"{name}_test", str(TESTS / f"{name}_test.cpp"), *more)
+
+    def _made(self, name: str, *arguments: str) -> Path:
+        """Return the file `name`, compiled the first time; a compilation that is killed leaves none."""
+        path = self._folder / name
         if not path.exists():
-            self._run(*self._sources[source], "-c", str(NATIVE / source), "-o", str(path))
+            part = path.with_name(f"{name}.part")
+            subprocess.run([*self._common, *arguments, "-o", str(part)], check=True)
+            part.rename(path)
         return path
 
-    def _linked(self, test: str, *more: str) -> str:
-        path = str(self._folder / test)
-        self._run(str(TESTS / f"{test}.cpp"), *more, "-o", path)
-        return path
 
-    def _run(self, *arguments: str) -> None:
-        subprocess.run([*self._common, *arguments], check=True)
+def cached_build(name: str, compiler: str, flags: Sequence[str]) -> NativeBuild:
+    """Return a build under build/tests that stays until a source, a flag or the compiler changes."""
+    folder = BUILDS / f"{name}-{_content_hash(compiler, flags)}"
+    if not folder.is_dir():
+        for old in BUILDS.glob(f"{name}-*"):
+            shutil.rmtree(old)
+        folder.mkdir(parents=True)
+    return NativeBuild(compiler, folder, flags)
 
 
 @functools.cache
 def test_library() -> Path:
     """Build `lowtide_native_test`, the C++ core with the entry points of kernel_calls.h; return its path.
 
-    It stays in build/ until a source or the compiler changes. Skips the test where the sources (in the
-    tests of the wheel) or a compiler are missing.
+    Skips the test where there is no compiler.
     """
-    if not NATIVE.is_dir():
-        pytest.skip("the C++ sources are not here: this runs against the wheel")
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ is not installed")
-    builds = ROOT / "build" / "native-tests"
-    folder = builds / _content_hash(compiler)
-    library = folder / "lowtide_native_test.so"
-    if not library.exists():
-        shutil.rmtree(builds, ignore_errors=True)
-        folder.mkdir(parents=True)
-        build = NativeBuild(compiler, folder, TEST_LIBRARY_FLAGS)
-        build.library("unfinished.so", "kernel_calls.cpp").rename(library)
-    return library
+    BUILDS.mkdir(parents=True, exist_ok=True)
+    with (BUILDS / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # workers of pytest-xdist build it at the same time
+        build = cached_build("library", compiler, TEST_LIBRARY_FLAGS)
+        return build.library("lowtide_native_test.so", "kernel_calls.cpp")
 
 
 test_library.__test__ = False  # type: ignore[attr-defined]  # pytest would collect it by its name
 
 
-def _content_hash(compiler: str) -> str:
+def _content_hash(compiler: str, flags: Sequence[str]) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    content = hashlib.sha256(version + " ".join(TEST_LIBRARY_FLAGS).encode())
+    content = hashlib.sha256(version + " ".join(flags).encode())
     for folder in (NATIVE, TESTS):
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             content.update(path.name.encode() + path.read_bytes())

@@ -1,4 +1,4 @@
-"""Writes small ONNX decoders of random weights, in every form of attention that exporters have.
+"""Write small ONNX decoders of random weights, with each form of attention that exporters write.
 
 The same seed gives every form the same weights, so that all of them answer the same.
 """
@@ -159,7 +159,7 @@ def _model(
 
 
 def _positions(graph: _Graph, form: str, shape: Shape) -> dict[str, str]:
-    """What attention needs to know of the tokens' places, once for all layers."""
+    """Return the position inputs of attention, which all layers share."""
     half = shape.head_size // 2
     angles = np.outer(np.arange(shape.context), 10000.0 ** (-np.arange(half) / half))
     graph.keep("cos_cache", np.cos(angles), np.float32)

@@ -1,4 +1,4 @@
-"""Writes the files beside a graph: configuration as onnxruntime-genai or Optimum write it, tokenizer."""
+"""Write the files beside a graph: the configuration of onnxruntime-genai or Optimum, and a tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times two ways of doing the same work in turn, so that a ratio holds when the machine's speed drifts."""
+"""Time two variants alternately, so that their ratio is right even if the machine's speed drifts."""
 
 from __future__ import annotations
 

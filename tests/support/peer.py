@@ -1,4 +1,4 @@
-"""llama.cpp through its C API and nothing else: what our layer is measured against."""
+"""llama.cpp through its C API alone: the baseline of the benchmarks."""
 
 from __future__ import annotations
 

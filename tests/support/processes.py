@@ -1,7 +1,7 @@
-"""Runs a command as a process of its own and reads its peak from the operating system.
+"""Run a command in a process of its own and read its peak memory from the operating system.
 
-The command is started by a small process, not by the test's own large one: Linux counts what a process
-had before it became another program.
+A small process starts the command: Linux counts the memory that a process had before exec in its peak,
+and the process of the tests is large.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ print("\\n" + json.dumps({"code": code, "peak": usage.ru_maxrss * 1024}), file=s
 
 @dataclass(frozen=True)
 class Finished:
-    """How a process ended; `peak_bytes` is its maximum resident set as `time -v` would say it."""
+    """How a process ended; `peak_bytes` is its maximum resident set, as `time -v` reports it."""
 
     code: int
     stdout: str
@@ -32,8 +32,8 @@ class Finished:
     peak_bytes: int
 
 
-def run_measured(*command: str, stdin: bytes = b"", timeout: float = 120) -> Finished:
-    """Run the command; its first part is the path of a program."""
+def run_measured(*command: str, stdin: bytes = b"", timeout: float = 300) -> Finished:
+    """Run a command; its first word is the path of a program."""
     done = subprocess.run(
         [sys.executable, "-S", "-E", "-c", _LAUNCHER, *command],
         input=stdin,
@@ -46,12 +46,12 @@ def run_measured(*command: str, stdin: bytes = b"", timeout: float = 120) -> Fin
     return Finished(usage["code"], done.stdout.decode(errors="replace"), stderr, usage["peak"])
 
 
-def run_lowtide(*arguments: str, stdin: bytes = b"", timeout: float = 120) -> Finished:
-    """Run the command line as a user would."""
+def run_lowtide(*arguments: str, stdin: bytes = b"", timeout: float = 300) -> Finished:
+    """Run `lowtide` as a user does."""
     program = "from lowtide.cli.main import run; run()"
     return run_measured(sys.executable, "-c", program, *arguments, stdin=stdin, timeout=timeout)
 
 
-def run_python(code: str, timeout: float = 120) -> Finished:
+def run_python(code: str, timeout: float = 300) -> Finished:
     """Run a Python program."""
     return run_measured(sys.executable, "-c", code, timeout=timeout)

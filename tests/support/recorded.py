@@ -1,4 +1,4 @@
-"""Collects the logits of a runtime's passes."""
+"""Collect the logits of a runtime's forward passes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lowtide import Runtime
 
 @contextmanager
 def recorded_logits(runtime: Runtime) -> Iterator[list[bytes]]:
-    """Collect the logits of every pass."""
+    """Collect the logits of every forward pass, as bytes."""
     seen: list[bytes] = []
     forward = runtime._model.forward
 

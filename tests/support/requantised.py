@@ -1,4 +1,4 @@
-"""Copies of a model in another quantisation, made by llama.cpp's own quantiser."""
+"""Copies of a model in another quantisation, made by llama.cpp's quantiser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes tiny quantised GGUF decoders of several architectures, each with a copy of its values in F32."""
+"""Write tiny quantised GGUF decoders of several architectures, each with an F32 copy of its values."""
 
 from __future__ import annotations
 

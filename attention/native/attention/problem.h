@@ -62,7 +62,6 @@ struct AttentionProblem {
     const MergedKeys* merged_keys;
 
     int group_size() const { return num_heads / num_kv_heads; }
-    int slot_of(int key) const { return selected_slots == nullptr ? key : selected_slots[key]; }
 };
 
 constexpr uint16_t kMaskedKey = 0xfc00;  // -inf in a mask

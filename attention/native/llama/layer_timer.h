@@ -20,7 +20,6 @@ public:
     // Called after the node was computed. Returns true: the pass goes on.
     bool on_stop();
 
-    bool is_timing() const { return is_timing_; }
     void add_attention(int layer, int64_t nanoseconds) { attention_[layer] += is_timing_ ? nanoseconds : 0; }
 
     // Since the start of the pass, in nanoseconds; 0 if the layer has not ended in it.

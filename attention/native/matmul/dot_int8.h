@@ -33,7 +33,6 @@ inline int32_t load_4_bytes(const int8_t* from) {
     return four;
 }
 
-inline Ints splat_int(int32_t value) { return value - Ints{}; }
 inline Floats to_floats(Ints value) { return __builtin_convertvector(value, Floats); }
 
 // a * b + c, rounded once if the processor has such an instruction.

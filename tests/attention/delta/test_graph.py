@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sample_text import sample_text
 
 from lowtide import Runtime
 from lowtide.attention.bindings.counts import ScoreCost
@@ -20,7 +21,7 @@ from lowtide.memory.plan.estimates import attention_bytes
 from lowtide.models.gguf.model import GgufModel, LoadOptions
 from lowtide.models.gguf.spec import read_spec
 
-TEXT = (Path(__file__).resolve().parents[1] / "test_kernels.py").read_text()
+TEXT = sample_text()
 LENGTH, CONTEXT = 400, 768
 TOKENS = Delta(sparsity=0.5, window=96)
 BLOCKS = Delta(granularity="block", sparsity=0.5, window=96)
@@ -28,7 +29,7 @@ GRANULARITIES = pytest.mark.parametrize(
     "half",
     [
         TOKENS,
-        pytest.param(BLOCKS, marks=pytest.mark.once),
+        BLOCKS,
     ],
     ids=lambda policy: policy.granularity,
 )
@@ -94,7 +95,6 @@ def test_groups_stay_close_to_dense_and_read_less(bench: Bench) -> None:
     assert less_read < 0.7 < all_read < 1 == exact_read
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     "policy",
     [
@@ -131,7 +131,6 @@ def test_blocks_stay_close_to_dense_and_skip_multiplications(bench: Bench, polic
         assert bytes_skipped > 0 or few_elements
 
 
-@pytest.mark.once
 def test_blocks_work_with_a_quantised_cache(smollm2: Path) -> None:
     with Runtime.open(
         smollm2, memory="2GiB", context=CONTEXT, attention=BLOCKS, kv_type="q8_0", threads=1
@@ -212,9 +211,7 @@ def test_scratch_stays_inside_the_plan(policy: Delta, smollm2: Path) -> None:
     ("policy", "name", "read"),
     [
         (TOKENS, "delta, sparsity 50%, window 96", 0.9),
-        pytest.param(
-            BLOCKS, "delta, blocks of 8, sparsity 50%, window 96", 1, marks=pytest.mark.once
-        ),
+        pytest.param(BLOCKS, "delta, blocks of 8, sparsity 50%, window 96", 1),
     ],
     ids=["token", "block"],
 )
@@ -276,7 +273,6 @@ def test_measuring_groups_leaves_attention_dense(bench: Bench) -> None:
     bench.start(Dense())
 
 
-@pytest.mark.once
 def test_measuring_blocks_leaves_attention_dense(bench: Bench) -> None:
     expected = read_dense(bench)
     bench.start(BLOCKS)

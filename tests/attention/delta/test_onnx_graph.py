@@ -125,7 +125,7 @@ class OneLayer:
 
         del model.graph.output[1:]
         del model.graph.node[node.index]
-        shape = (1, num_tokens, node.width)
+        shape = (1, num_tokens, node.num_heads * node.head_dim)
         attended = onnx.helper.make_tensor_value_info(node.output, onnx.TensorProto.FLOAT, shape)
         model.graph.input.append(attended)
         self._rest, self._attended = model.SerializeToString(), node.output

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sample_text import sample_text
 
 from lowtide.attention.delta.policy import Delta
 from lowtide.attention.dense import DenseController
@@ -17,13 +18,12 @@ from lowtide.memory.plan.line import SCRATCH
 from lowtide.runtime.loading.load import Engine
 from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 
-pytestmark = pytest.mark.once
-
-TEXT = (Path(__file__).resolve().parents[1] / "test_kernels.py").read_text()
+TEXT = sample_text()
 LENGTH, NUM_DECODED = 700, 12
 
 
 @pytest.fixture(
+    scope="module",
     params=[
         Delta(window=96, sparsity=0.6),
         Delta(window=96, granularity="block", sparsity=0.9),
@@ -36,9 +36,9 @@ def policy(request: pytest.FixtureRequest) -> Delta:
     return found
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def engine(smollm2: Path, policy: Delta) -> Iterator[Engine]:
-    config = LoadConfig(memory="2GiB", context=1024, threads=2, attention=policy)
+    config = LoadConfig(memory="2GiB", context=1024, threads=1, attention=policy)
     made = Engine(plan_reference(smollm2, config))
     yield made
     made.close()
@@ -77,7 +77,7 @@ def test_only_decoding_refines_and_stays_inside_the_plan(engine: Engine, policy:
 def test_refining_more_is_nearer_to_dense_attention(engine: Engine, policy: Delta) -> None:
     assert engine.hook is not None
     token_ids = engine.model.tokenizer.encode(TEXT, add_special=True, parse_special=False)
-    reference = Reference(engine.model, DenseController(engine.hook), token_ids, LENGTH, 60)
+    reference = Reference(engine.model, DenseController(engine.hook), token_ids, LENGTH, 24)
     none, some, more = (
         reference.distance(configured(engine, replace(policy, refine=share))).kl
         for share in (0, 0.01, 0.001)

@@ -21,7 +21,7 @@ double expected(const Case& c, int token, int head, int channel) {
     const int kv_head = head / p.group_size();
     double sum = 0, total = 0;
     for (int i = 0; i < p.num_keys; ++i) {
-        const int key = p.slot_of(i);
+        const int key = p.selected_slots == nullptr ? i : p.selected_slots[i];
         if (c.mask_of(token, key) == kMaskedKey) continue;
         const double weight = std::exp(c.score(token, head, key) - 40);
         total += weight;

@@ -1,4 +1,4 @@
-"""ONNX folders whose products are ours: planned, answered, never over, and clear where they cannot be."""
+"""ONNX folders with repacked weights: the same answers, inside the plan; clear errors where that is impossible."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tiles(tmp_path: Path) -> list[Path]:
-    return sorted((tmp_path / "cache").rglob("*.panels"))
+    return sorted((tmp_path / "cache").rglob("*.tiles"))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_never_over_its_plan_and_below_the_copies(tmp_path: Path, bits: int) -> None:
-    """The first run writes the packed weights, in the same process."""
+def test_the_peak_is_inside_a_plan_below_onnxruntimes_copies(tmp_path: Path, bits: int) -> None:
+    """The first run also writes the repacked weights."""
     folder = write_decoder(tmp_path / "big", "gqa", BIG, bits=bits)
     planned = {}
     for words in (("--attention", "dense"), ("--repack",), ("--repack",)):
@@ -54,10 +54,10 @@ def test_never_over_its_plan_and_below_the_copies(tmp_path: Path, bits: int) -> 
 def test_the_lower_bound_runs(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "big", "gqa", BIG, bits=4)
     words = ("--repack", "-t", "1", "--memory")
-    asked = run_lowtide("plan", str(folder), *words, "60MiB", "--json")
-    bound = json.loads(asked.stdout)["lower_bound_bytes"]
+    plan = run_lowtide("plan", str(folder), *words, "60MiB", "--json")
+    bound = json.loads(plan.stdout)["lower_bound_bytes"]
     assert not tiles(tmp_path), "a plan writes nothing"
-    for _ in ("packing", "packed"):
+    for _ in ("writing", "reading"):
         done = run_lowtide(
             *("run", str(folder), "--raw", "-n", "4", *words, str(bound)), stdin=TEXT[:400].encode()
         )
@@ -76,12 +76,12 @@ def test_the_lower_bound_runs(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_it_goes_with_what_else_there_is(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_other_options_give_the_same_answers(tmp_path: Path, options: dict[str, Any]) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", SMALL, bits=4)
     found = []
     for more in ({}, options):
-        wanted = {"memory": "2GiB", "threads": 1, "repack": True, **more}
-        with Runtime.open(folder, **wanted) as runtime:
+        opened = {"memory": "2GiB", "threads": 1, "repack": True, **more}
+        with Runtime.open(folder, **opened) as runtime:
             result = runtime.generate(TEXT[:300], **GREEDY)
             assert result.stats.repacked_tensors == 29
             found.append(result.token_ids)
@@ -90,7 +90,7 @@ def test_it_goes_with_what_else_there_is(tmp_path: Path, options: dict[str, Any]
     assert found[0] == found[1] and len(found[0]) == 12
 
 
-def test_gem_reads_its_first_pass_from_the_same_weights(tmp_path: Path) -> None:
+def test_gem_filters_with_the_same_weights(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", SMALL, bits=4)
     policy = Gem(k=80, layer=2, continues=True)
     with Runtime.open(folder, memory="2GiB", threads=1, repack=True, attention=policy) as runtime:
@@ -98,7 +98,7 @@ def test_gem_reads_its_first_pass_from_the_same_weights(tmp_path: Path) -> None:
         assert runtime.generate(TEXT[:300], **GREEDY).token_ids == first.token_ids
 
 
-def test_models_pack_writes_what_pack_reads(tmp_path: Path) -> None:
+def test_models_repack_writes_what_repack_reads(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", SMALL, bits=4)
     done = run_lowtide("models", "repack", str(folder))
     assert done.code == 0 and "29 matrices are packed" in done.stderr
@@ -122,25 +122,25 @@ def test_other_weights_have_another_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "written", "options", "told"),
+    ("form", "written", "options", "message"),
     [
-        ("gqa", {}, {}, "is an ONNX graph that has no product .* can be packed: leave it out"),
-        ("decomposed", {"bits": 4}, {}, "that has decomposed attention: leave it out"),
+        ("gqa", {}, {}, "its graph has no matmul .* can be repacked: leave it out"),
+        ("decomposed", {"bits": 4}, {}, "its graph has decomposed attention: leave it out"),
         ("gqa", {"bits": 4}, {"provider": "cuda"}, "'cuda'"),
     ],
 )
-def test_what_cannot_be_packed_is_told_before_loading(
-    tmp_path: Path, form: str, written: dict[str, Any], options: dict[str, Any], told: str
+def test_impossible_repacking_is_refused_before_loading(
+    tmp_path: Path, form: str, written: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:
     folder = write_decoder(tmp_path / "tiny", form, SMALL, **written)
-    with pytest.raises(BadOption, match=told):
+    with pytest.raises(BadOption, match=message):
         Runtime.open(folder, memory="2GiB", repack=True, **options)
 
 
 def test_a_cache_folder_that_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The plan is another without: it does not go on unpacked."""
+    """The plan does not hold for the original weights, so the model is not loaded."""
     folder = write_decoder(tmp_path / "tiny", "gqa", SMALL, bits=4)
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

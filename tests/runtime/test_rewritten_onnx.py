@@ -1,4 +1,4 @@
-"""ONNX folders with our attention in the graph: planned, answered, and never over."""
+"""ONNX folders with lowtide's attention in the graph, always inside the plan."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GREEDY = {"max_tokens": 12, "temperature": 0}
 
 
 @pytest.mark.parametrize("form", ["gqa", "gqa packed", "gqa rotary outside", "standard"])
-def test_the_same_tokens_as_the_whole_graph(tmp_path: Path, form: str) -> None:
+def test_the_same_tokens_as_the_graphs_own_attention(tmp_path: Path, form: str) -> None:
     folder = write_decoder(tmp_path / "tiny", form, Shape(kv_heads=2), chat_template=CHAT_TEMPLATE)
     found = []
     for attention, kv_type in (("llama", None), ("dense", "f32")):
@@ -46,7 +46,7 @@ def test_the_same_tokens_as_the_whole_graph(tmp_path: Path, form: str) -> None:
     assert result.stats.attention == "dense" and result.stats.layers_native == 2
 
 
-def test_tidal_runs_and_with_room_for_all_keys_answers_as_dense(tmp_path: Path) -> None:
+def test_tidal_with_k_beyond_the_context_answers_as_dense(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", Shape(layers=4, kv_heads=2))
     found = []
     for attention in ("dense", "tidal:k=512,layers=1", "tidal:k=80,layers=1"):
@@ -57,7 +57,7 @@ def test_tidal_runs_and_with_room_for_all_keys_answers_as_dense(tmp_path: Path) 
     assert result.stats.attention.startswith("tidal, k 80")
 
 
-def test_a_cache_of_halves_is_half_as_large(tmp_path: Path) -> None:
+def test_an_fp16_cache_is_half_as_large(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", Shape(kv_heads=2))
     sizes = []
     for kv_type in ("f32", None):
@@ -77,16 +77,16 @@ def test_a_policy_is_measured_against_dense_attention(tmp_path: Path) -> None:
     )
     text = tmp_path / "text.txt"
     text.write_text("The tide goes out, and nobody knows why. " * 40)
-    told = {}
-    skipping = "delta:granularity=block,sparsity=0.5"
-    for policy in ("dense", "tidal:k=200,layers=1", "delta:sparsity=0.5", skipping):
+    reports = {}
+    blocks_policy = "delta:granularity=block,sparsity=0.5"
+    for policy in ("dense", "tidal:k=200,layers=1", "delta:sparsity=0.5,refine=0", blocks_policy):
         done = run_lowtide(
             *("evaluate", str(folder), "-c", "640", "-t", "1", "--attention", policy, "--json"),
             *("--kv-type", "f32", "--text", str(text)),
         )
         assert done.code == 0, done.stderr
-        told[policy] = json.loads(done.stdout)
-    exact, *sparse, blocks = told.values()
+        reports[policy] = json.loads(done.stdout)
+    exact, *sparse, blocks = reports.values()
     assert exact["kl"] == 0 and exact["keys_read"] == blocks["keys_read"] == 1
     for found in sparse:
         assert found["kl"] > 0 and 0.3 < found["keys_read"] < 0.7 and found["scores"] is None
@@ -106,7 +106,7 @@ CASES: list[tuple[str, Shape, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("form", "shape", "weights"), CASES, ids=str)
-def test_never_over_its_plan(
+def test_the_peak_is_inside_the_plan(
     tmp_path: Path, form: str, shape: Shape, weights: dict[str, Any]
 ) -> None:
     folder = write_decoder(tmp_path / "big", form, shape, **weights)
@@ -122,7 +122,7 @@ def test_never_over_its_plan(
     assert done.peak_bytes <= stats["planned_bytes"]
 
 
-@pytest.mark.once
+@pytest.mark.real
 @pytest.mark.parametrize(
     "chosen",
     [
@@ -148,20 +148,20 @@ def test_a_real_model_is_planned_closely(
     assert 1900 < stats["prompt_tokens"] + 8 <= 2048
     assert 0.93 * stats["planned_bytes"] < done.peak_bytes <= stats["planned_bytes"]
     words = (*chosen, "-t", "2", "--memory")
-    asked = run_lowtide("plan", str(folder), *words, "60MiB", "--json")
-    bound = json.loads(asked.stdout)["lower_bound_bytes"]
-    least = run_lowtide(
+    plan = run_lowtide("plan", str(folder), *words, "60MiB", "--json")
+    bound = json.loads(plan.stdout)["lower_bound_bytes"]
+    smallest = run_lowtide(
         *("run", str(folder), "--raw", "-n", "4", *words, str(bound)), stdin=TEXT[:400].encode()
     )
-    assert least.code == 0, least.stderr
-    assert least.peak_bytes <= bound
+    assert smallest.code == 0, smallest.stderr
+    assert smallest.peak_bytes <= bound
 
 
 def test_the_lower_bound_runs(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "big", "gqa", BIG)
     words = ("--attention", "dense", "-t", "1", "--memory")
-    asked = run_lowtide("plan", str(folder), *words, "60MiB", "--json")
-    bound = json.loads(asked.stdout)["lower_bound_bytes"]
+    plan = run_lowtide("plan", str(folder), *words, "60MiB", "--json")
+    bound = json.loads(plan.stdout)["lower_bound_bytes"]
     done = run_lowtide(
         *("run", str(folder), "--raw", "-n", "4", *words, str(bound)), stdin=TEXT[:400].encode()
     )
@@ -169,10 +169,12 @@ def test_the_lower_bound_runs(tmp_path: Path) -> None:
     assert done.peak_bytes <= bound
 
 
-def test_a_graph_that_keeps_its_own_attention_says_so(tmp_path: Path) -> None:
+def test_a_graph_that_cannot_be_rewritten_says_why(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", "decomposed")
-    with pytest.raises(BadOption, match="keeps its own .* as it has decomposed attention: leave"):
+    with pytest.raises(
+        BadOption, match="its own .* because its graph has decomposed attention: leave"
+    ):
         Runtime.open(folder, memory="2GiB", attention="dense")
     folder = write_decoder(tmp_path / "inside", "gqa", BIG, external=False)
-    with pytest.raises(BadOption, match="keeps its weights inside the .onnx file"):
+    with pytest.raises(BadOption, match="has its weights inside the .onnx file"):
         Runtime.open(folder, memory="2GiB", attention="dense")
