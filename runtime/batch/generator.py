@@ -10,7 +10,6 @@ from typing import Any
 from lowtide.memory.plan.batch import BatchPlan
 from lowtide.memory.plan.line import BATCH
 from lowtide.models.errors import BadOption
-from lowtide.models.gguf.model import GgufModel
 from lowtide.models.model import SequenceBatch
 from lowtide.runtime.batch.memory import BatchMemory, batch_plans, why_not_drafted
 from lowtide.runtime.generation.generate import generate
@@ -147,19 +146,11 @@ class BatchGenerator:
     def _nondeterminism(self, *, rows_agree: bool) -> str | None:
         """Return why a greedy answer may differ from that of its prompt alone; None where it cannot."""
         engine = self._engine
-        if not isinstance(engine.model, GgufModel):
-            return None
-        if not rows_agree:
-            types = ", ".join(sorted(engine.planned.spec.tensor_types - {"F32"}))
-            return f"this machine's {types} matmul rounds a token's result by the tokens beside it"
-        if engine.hook is None:
-            return (
-                "llama.cpp's attention sums a sequence in another order among others; open with "
-                "attention='dense'"
-            )
-        if not engine.controller.exact_prefill:
-            return "prompts in bfloat16 are rounded by how many tokens are computed together"
-        return None
+        return engine.planned.backend.batch_nondeterminism(
+            engine.planned,
+            rows_agree=rows_agree,
+            exact_prefill=engine.controller.exact_prefill,
+        )
 
 
 def _mark_nondeterministic(*stats: dict[str, Any] | None) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from lowtide.memory.plan.plan import MemoryPlan
 from lowtide.memory.process import read_process_memory
@@ -15,11 +15,22 @@ from lowtide.runtime.profiling.memory import OTHER
 from lowtide.runtime.profiling.retention_map import RetentionMap
 from lowtide.runtime.profiling.timeline import LayerPass, MemorySample, Timeline
 
-if TYPE_CHECKING:
-    from lowtide.runtime.profiling.profiler import Profiler
-
 OUTSIDE = "outside"
 OUTPUT = "output"
+
+
+class ProfilerRecords(Protocol):
+    """What a report reads of a profiler: its records, and when they begin and end, in nanoseconds."""
+
+    timeline: Timeline
+    retention_map: RetentionMap | None
+    begin_ns: int
+    end_ns: int
+
+    @property
+    def phases(self) -> list[tuple[str, int, int]]:
+        """Name, nanoseconds without nested spans, and number of each kind of span."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +91,7 @@ class ProfileReport:
 
     @classmethod
     def of(
-        cls, spec: ModelSpec, plan: MemoryPlan, profiler: Profiler, how: Callable[[str], str]
+        cls, spec: ModelSpec, plan: MemoryPlan, profiler: ProfilerRecords, how: Callable[[str], str]
     ) -> ProfileReport:
         """Sum up the records of a profiler."""
         timeline = profiler.timeline
