@@ -31,7 +31,8 @@ _MODEL: tuple[Option, ...] = (
         "--ctx-size",
         type=click.IntRange(min=1),
         metavar="TOKENS",
-        help="Context length.  [default: the longest that fits, up to the model's own]",
+        help="Context length.  [default: the longest that fits, up to the model's own; for evaluate and "
+        "calibrate: 4,096]",
     ),
     click.option(
         "--kv-type",
@@ -59,12 +60,11 @@ _MODEL: tuple[Option, ...] = (
 _ATTENTION = click.option(
     "--attention",
     default="llama",
-    show_default=True,
     metavar="POLICY",
     help="Attention policy: llama (llama.cpp's own), dense (lowtide's kernels, exact), or an approximation: "
     "tidal (sparse decoding: each token reads the top-k keys), delta (similar keys share one score) or gem "
     "(only the prompt tokens that matter for the question are processed in full). Settings follow a colon: "
-    "tidal:k=1024, delta:window=256, gem:k=512,layer=7.",
+    "tidal:k=1024, delta:window=256, gem:k=512,layer=7.  [default: llama; for evaluate and calibrate: tidal]",
 )
 
 _PROVIDER = click.option(

@@ -150,6 +150,7 @@ def fetch(reference: str, *, offline: bool) -> Path:
     repo, quant = match["repo"], match["quant"]
     try:
         import huggingface_hub
+        import huggingface_hub.constants
     except ImportError:
         raise ModelNotFound(
             "hf: references need huggingface_hub: pip install 'lowtide[hub]'"

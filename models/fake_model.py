@@ -167,7 +167,7 @@ class FakeModel(Model):
         del self._tokens[num_tokens:]
         return len(self._tokens)
 
-    def snapshot_component(self) -> dict[str, str]:
+    def snapshot_properties(self) -> dict[str, str]:
         """Return its name: all fake models have the same keys and values."""
         return {"model": self.spec.name}
 
@@ -281,9 +281,7 @@ def fake_spec(context: int) -> ModelSpec:
         context_length=context,
         sliding_window=None,
         recurrent_state_bytes=0,
-        vocabulary=VocabularySpec(
-            num_tokens=NUM_TOKENS, num_merges=0, text_bytes=NUM_TOKENS, longest_token_bytes=9
-        ),
+        vocabulary=VocabularySpec(num_tokens=NUM_TOKENS, num_merges=0, text_bytes=NUM_TOKENS),
         weight_bytes=1 << 20,
         file_bytes=1 << 20,
         tensor_types=frozenset({"F32"}),

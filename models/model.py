@@ -44,7 +44,7 @@ class Model(ABC):
     max_verify_batch: int = 1
     """The most tokens that `forward_rows` takes: it returns the logits of each."""
     supports_snapshot: bool = False
-    """Whether the KV cache can be saved to a file and loaded: `snapshot_component`, `save_kv`, `load_kv`."""
+    """Whether the KV cache can be saved to a file and loaded: `snapshot_properties`, `save_kv`, `load_kv`."""
     supports_copy: bool = False
     """Whether the KV cache can be copied to memory and back: `snapshot_bytes`, `copy_kv`, `put_kv`."""
     verifies_trees: bool = False
@@ -99,7 +99,7 @@ class Model(ABC):
         """Return pages of the KV cache that hold no token to the system, where the model can."""
         return None
 
-    def snapshot_component(self) -> dict[str, str]:
+    def snapshot_properties(self) -> dict[str, str]:
         """Return the properties that a saved KV cache depends on; a snapshot loads only where all are equal."""
         raise SnapshotError(f"{self.spec.name} cannot save its KV cache")
 
@@ -113,7 +113,7 @@ class Model(ABC):
     def load_kv(self, path: Path, num_bytes: int, num_tokens: int) -> list[int]:
         """Load `num_tokens` tokens from the first `num_bytes` of a file, and return them.
 
-        The bytes must come from `save_kv` with the same `snapshot_component`; continuing then equals never
+        The bytes must come from `save_kv` with the same `snapshot_properties`; continuing then equals never
         having stopped. Raises `SnapshotError` where they do not; the KV cache is then empty.
         """
         raise SnapshotError(f"{self.spec.name} cannot load a KV cache")

@@ -23,7 +23,7 @@ class PageBuffer:
         try:
             self._pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
-            raise MemoryError(f"{num_bytes:,} bytes: {error.strerror}") from None
+            raise MemoryError(f"cannot map {num_bytes:,} bytes: {error.strerror}") from None
         if _IS_LINUX:  # a huge page could reach into a neighbour's untouched memory
             with contextlib.suppress(OSError):  # a kernel without huge pages
                 self._pages.madvise(mmap.MADV_NOHUGEPAGE)

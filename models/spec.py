@@ -19,15 +19,11 @@ at a page."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VocabularySpec:
-    """The size of a vocabulary.
-
-    `text_bytes` is the sum of the tokens' lengths in bytes, `longest_token_bytes` the longest one.
-    """
+    """The size of a vocabulary; `text_bytes` is the sum of the tokens' lengths in bytes."""
 
     num_tokens: int
     num_merges: int
     text_bytes: int
-    longest_token_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

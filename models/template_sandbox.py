@@ -141,13 +141,13 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        component, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
-        if isinstance(component, str):
+        receiver, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
+        if isinstance(receiver, str):
             if name == "replace":
-                return self._replace(component, *args, **kwargs)
+                return self._replace(receiver, *args, **kwargs)
             if name == "join":
-                return self._join(args[0] if args else (), component)
-            self.allowance.make(len(component))
+                return self._join(args[0] if args else (), receiver)
+            self.allowance.make(len(receiver))
         return super().call(context, function, *args, **kwargs)
 
     def charged(self, text_filter: Callable[..., Any]) -> Callable[..., Any]:

@@ -47,7 +47,7 @@ class _Counts(ctypes.Structure):
         (name, ctypes.c_int64)
         for name in (
             "layers_native layers_fallback nodes_native nodes_fallback nanoseconds scratch_bytes keys_read "
-            "keys_held weight_bytes_evicted matmuls_streamed matmuls_repacked repacked_refused".split()
+            "keys_visible weight_bytes_evicted matmuls_streamed matmuls_repacked repacked_refused".split()
         )
     ]
 
@@ -246,7 +246,7 @@ class LlamaHook(AttentionKernels):
             counts.nanoseconds / 1e9,
             counts.scratch_bytes,
             counts.keys_read,
-            counts.keys_held,
+            counts.keys_visible,
             counts.weight_bytes_evicted,
             counts.matmuls_streamed,
             counts.matmuls_repacked,

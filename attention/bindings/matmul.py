@@ -12,7 +12,7 @@ from lowtide.models.gguf.reader import TYPE_NUMBERS
 
 
 class MatrixView(ctypes.Structure):
-    """The C++ `PackedMatrix`, field for field; `tiles` is an address that must stay valid."""
+    """The C++ `RepackedMatrix`, field for field; `tiles` is an address that must stay valid."""
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in "format num_rows num_columns".split()),

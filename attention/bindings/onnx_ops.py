@@ -3,7 +3,7 @@
 onnxruntime's session calls them on its own threads (`native/onnx/`). `OnnxAttention` replaces attention: one
 call a layer applies the rotary embedding, appends keys and values to the layer's cache, and attends.
 `OnnxMatmul` replaces quantised matmuls and embedding lookups, over tiles that are mapped from a file
-(`matmul.write_tiles`).
+(`runtime/backends/repack.py` writes it).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class _Layer(ctypes.Structure):
         *(
             (name, ctypes.c_int32)
             for name in (
-                "cache_type num_cells num_heads num_kv_heads head_size rotary_pairs interleaved "
-                "is_repacked_file is_causal window mask"
+                "cache_type num_slots num_heads num_kv_heads head_dim rotary_pairs interleaved "
+                "is_packed is_causal window mask"
             ).split()
         ),
         ("scale", ctypes.c_float),
@@ -54,7 +54,7 @@ class _Counts(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_int64)
-        for name in "keys_read keys_held nodes nanoseconds scratch_bytes".split()
+        for name in "keys_read keys_visible nodes nanoseconds scratch_bytes".split()
     ]
 
 
@@ -130,7 +130,7 @@ class OnnxAttention(AttentionKernels, AttentionBackend):
             seconds=counts.nanoseconds / 1e9,
             scratch_bytes=counts.scratch_bytes,
             keys_read=counts.keys_read,
-            keys_held=counts.keys_held,
+            keys_visible=counts.keys_visible,
             weight_bytes_evicted=0,
             matmuls_streamed=0,
             matmuls_repacked=0,
@@ -179,12 +179,12 @@ def _described(arrays: LayerArrays, mask: int) -> _Layer:
         k_cache=arrays.key_cache.ctypes.data,
         v_cache=arrays.value_cache.ctypes.data,
         cache_type=ELEMENTS[str(arrays.key_cache.dtype)],
-        num_cells=min(len(a) for a in (arrays.key_cache, arrays.cosines) if a is not None),
+        num_slots=min(len(a) for a in (arrays.key_cache, arrays.cosines) if a is not None),
         num_heads=node.num_heads,
         num_kv_heads=node.num_kv_heads,
-        head_size=node.head_dim,
+        head_dim=node.head_dim,
         interleaved=node.is_interleaved,
-        is_repacked_file=node.has_packed_qkv,
+        is_packed=node.has_packed_qkv,
         is_causal=node.is_causal,
         window=node.window or 0,
         mask=mask,
@@ -223,7 +223,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 class _MatmulCounts(ctypes.Structure):
-    """The C++ `OnnxProductCounts`."""
+    """The C++ `OnnxMatmulCounts`."""
 
     _fields_ = [(name, ctypes.c_int64) for name in ("nodes", "scratch_bytes")]
 

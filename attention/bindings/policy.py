@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from lowtide.attention.bindings.counts import KernelCounts, ScoreCost
 from lowtide.attention.bindings.structs import (
-    BlocksRule,
-    DeltaRule,
+    DeltaBlocksRule,
+    DeltaRowsRule,
     ScoreCounts,
     ScoreRule,
     SelectionRule,
@@ -82,7 +82,7 @@ class AttentionKernels(PromptScorer, ABC):
 
     def set_groups(
         self,
-        rule: DeltaRule,
+        rule: DeltaRowsRule,
         num_groups: NDArray[np.uint8],
         score_bias: NDArray[np.float32],
         scales: NDArray[np.float32],
@@ -109,7 +109,7 @@ class AttentionKernels(PromptScorer, ABC):
     def start_grouped(self, *, refine: bool = False) -> None:
         """Attend to groups of keys until the next `start_pass`.
 
-        With `refine`, the keys of groups with much of a head's attention weight are read, see `DeltaRule`.
+        With `refine`, the keys of groups with much of a head's attention weight are read, see `DeltaRowsRule`.
         """
         self._library.lowtide_policy_start_delta_rows(self._policy, refine)
 
@@ -160,7 +160,7 @@ class BlockKernels:
 
     def set_head_params(
         self,
-        rule: BlocksRule,
+        rule: DeltaBlocksRule,
         thresholds: NDArray[np.float32],
         shares: NDArray[np.float32],
         scales: NDArray[np.float32],
@@ -181,14 +181,14 @@ class BlockKernels:
             *scales.shape,
         )
         if failed == 2:
-            raise ValueError(f"blocks cannot have {rule.block} channels")
+            raise ValueError(f"blocks cannot have {rule.block_size} channels")
         if failed:
             raise MemoryError
 
     def start(self, *, refine: bool = False) -> None:
         """Attend to merged key blocks until the next `start_pass`.
 
-        With `refine`, keys with much of a head's attention weight are read exactly, see `BlocksRule`.
+        With `refine`, keys with much of a head's attention weight are read exactly, see `DeltaBlocksRule`.
         """
         self._library.lowtide_policy_start_delta_blocks(self._policy, refine)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lowtide.attention.bindings.policy import AttentionKernels
-from lowtide.attention.bindings.structs import BlocksRule
+from lowtide.attention.bindings.structs import DeltaBlocksRule
 from lowtide.attention.calibration import Calibration
 from lowtide.attention.delta.head_params import (
     FULL_SCALE,
@@ -154,7 +154,7 @@ class HeadThresholds:
 
     def configure(self, kernels: AttentionKernels, span: Span) -> StartPass:
         """Set each head's threshold and scales."""
-        rule = BlocksRule(span.window, span.sinks, self.block, span.refine)
+        rule = DeltaBlocksRule(span.window, span.sinks, self.block, span.refine)
         kernels.blocks.set_head_params(rule, *self.arrays())
         return kernels.blocks.start
 

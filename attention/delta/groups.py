@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lowtide.attention.bindings.policy import AttentionKernels
-from lowtide.attention.bindings.structs import DeltaRule
+from lowtide.attention.bindings.structs import DeltaRowsRule
 from lowtide.attention.calibration import Calibration
 from lowtide.attention.delta.head_params import (
     FULL_SCALE,
@@ -138,7 +138,7 @@ class HeadGroups:
 
     def configure(self, kernels: AttentionKernels, span: Span) -> StartPass:
         """Set each head's groups."""
-        kernels.set_groups(DeltaRule(span.window, span.sinks, span.refine), *self.arrays())
+        kernels.set_groups(DeltaRowsRule(span.window, span.sinks, span.refine), *self.arrays())
         return kernels.start_grouped
 
     def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:

@@ -123,7 +123,9 @@ class EvalPositions:
                 before = self._kernels.counts()
                 distance = reference.distance(self._configured(policy))
                 after = self._kernels.counts()
-                share = (after.keys_read - before.keys_read) / (after.keys_held - before.keys_held)
+                share = (after.keys_read - before.keys_read) / (
+                    after.keys_visible - before.keys_visible
+                )
                 total = totals[index]
                 totals[index] = replace(
                     total,

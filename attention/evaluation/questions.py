@@ -399,4 +399,4 @@ class WholePrompt:
     @property
     def _head(self) -> Sequence[int]:
         """All tokens but the last ones, whose queries score."""
-        return self.token_ids[: max(len(self.token_ids) - self._rule.num_rows, 0)]
+        return self.token_ids[: max(len(self.token_ids) - self._rule.num_tokens, 0)]

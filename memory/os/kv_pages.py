@@ -5,9 +5,9 @@ How the KV cache of llama.cpp comes to use memory only for the tokens in it, in 
 1. **While loading** (`demand_zero_buffers`). llama.cpp writes zeros over a whole new cache, which makes all
    of it resident. Fresh pages of the system are zero without being written, so the write is unnecessary.
    Inside the block, the pointer `allocate` in ggml's CPU buffer type is replaced, and every buffer allocated
-   meanwhile gets our `clear` function in its own function table (vtable): it releases the buffer's pages
+   meanwhile gets a `clear` function of lowtide in its own function table (vtable): it releases the buffer's pages
    with MADV_DONTNEED instead of writing zeros. Both tables are private structs of ggml. So `_Patch.fits`
-   first allocates and clears a test buffer through ggml; if anything differs from what we expect, or the
+   first allocates and clears a test buffer through ggml; if anything is unexpected, or the
    system does not promise zeros, nothing is patched and the plan counts the whole cache
    (`ProcessBaseline.kv_on_demand` is False).
 2. **While generating** (`KVPageReclaimer`). When the cache is truncated, the pages behind the last token are

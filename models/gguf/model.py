@@ -335,7 +335,7 @@ class GgufModel(Model):
         if self._pages is not None:
             self._pages.release_pages(self._num_tokens)
 
-    def snapshot_component(self) -> dict[str, str]:
+    def snapshot_properties(self) -> dict[str, str]:
         """Return the weights, the KV type, and the version of llama.cpp, which defines the layout."""
         spec = self.spec
         weights = file_fingerprint(spec.paths)

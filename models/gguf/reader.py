@@ -81,13 +81,12 @@ Scalar = int | float | bool | str
 class ArrayValue:
     """An array of `length` items in the header; `values` are read where they are numbers and few.
 
-    Of strings only the total and the longest length in bytes are read.
+    Of strings only the total length in bytes is read.
     """
 
     length: int
     values: tuple[Scalar, ...] | None
     text_bytes: int = 0
-    longest_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,19 +259,17 @@ class _Cursor:
     def text_array(self, length: int) -> ArrayValue:
         # Vocabularies have hundreds of thousands of strings, so this loop calls no functions.
         unpack, data, size = _SCALARS[10].unpack_from, self.data, self.size
-        position, total, longest = self.position, 0, 0
+        position, total = self.position, 0
         for _ in range(length):
             if position + 8 > size:
                 raise self.broken("an array of strings runs past the end of the file")
             (num_bytes,) = unpack(data, position)
             position += 8 + num_bytes
             total += num_bytes
-            if num_bytes > longest:
-                longest = num_bytes
         if position > size:
             raise self.broken("an array of strings runs past the end of the file")
         self.position = position
-        return ArrayValue(length, None, total, longest)
+        return ArrayValue(length, None, total)
 
     def tensor(self) -> TensorInfo:
         name = self.text(limit=MAX_NAME_BYTES)

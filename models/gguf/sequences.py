@@ -65,7 +65,7 @@ class FreeSlots:
 class GgufSequences(SequenceBatch):
     """Sequences in `context`, a llama.cpp context made for them, which `close` frees.
 
-    `kernels`, where given, compute its attention and are told each pass's slots.
+    `kernels`, if not None, compute its attention; each pass sets its slots in them.
     """
 
     def __init__(

@@ -131,7 +131,6 @@ class _Keys:
             num_tokens=tokens.length,
             num_merges=merges.length if isinstance(merges, ArrayValue) else 0,
             text_bytes=tokens.text_bytes,
-            longest_token_bytes=tokens.longest_bytes,
         )
 
     def wrong(self, key: str, reason: str) -> BadModelFile:

@@ -262,7 +262,7 @@ class OnnxModel(CachedModel):
         address = values.ctypes.data
         self._binding.bind_input(name, "cpu", 0, values.dtype, list(values.shape), address)
 
-    def snapshot_component(self) -> dict[str, str]:
+    def snapshot_properties(self) -> dict[str, str]:
         """Return the weights, the KV type, who computes attention, and the version of onnxruntime."""
         spec = self._onnx_spec
         return {

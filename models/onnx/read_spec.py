@@ -165,7 +165,6 @@ def repacked_spec(spec: OnnxSpec, plan: RepackPlan) -> OnnxSpec:
 
 TOKENIZER = "tokenizer.json"
 TEMPLATE = "chat_template.jinja"
-LONGEST_TOKEN_BYTES = 256
 TOKENISING_BYTES = 512
 """Memory per byte of text while `tokenizers` works on it: 219 to 383 measured, one token per byte."""
 FINGERPRINT_FORM = re.compile("[0-9a-f]{32}")
@@ -207,7 +206,6 @@ def read_spec(path: Path) -> OnnxSpec:
             num_tokens=config.vocabulary,
             num_merges=0,
             text_bytes=tokenizer.stat().st_size,
-            longest_token_bytes=LONGEST_TOKEN_BYTES,
         ),
         weight_bytes=weight_bytes,
         file_bytes=sum(file.stat().st_size for file in files),

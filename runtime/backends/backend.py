@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from lowtide.attention.bindings.llama_hook import LlamaHook
 from lowtide.attention.bindings.policy import AttentionKernels
@@ -152,14 +152,6 @@ class Backend(ABC):
         """Return, in words, who computes attention and how."""
         return str(policy)
 
-    def describe_engine(self, spec: ModelSpec) -> str:
-        """Return the engine's name and version, for measurements against its own kernels."""
-        return spec.engine
-
-    def options_of_engine(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Return `LoadConfig` values that run a model with the engine's own kernels instead of lowtide's."""
-        return {**options, "attention": "llama", "repack": False}
-
     def verification_nondeterminism(
         self, resolved: ResolvedModel, *, rows_agree: bool
     ) -> str | None:
@@ -169,10 +161,21 @@ class Backend(ABC):
         """
         if resolved.policy.shares_selection:
             return f"{resolved.policy.name} selects keys once for all tokens of a verification"
-        return None
+        return None if rows_agree else self.rounding(resolved)
 
     def batch_nondeterminism(
         self, resolved: ResolvedModel, *, rows_agree: bool, exact_prefill: bool
     ) -> str | None:
         """Say why a greedy answer in a batch may differ from that of its prompt alone; None where it cannot."""
-        return None
+        return None if rows_agree else self.rounding(resolved)
+
+    def rounding(self, resolved: ResolvedModel) -> str:
+        """Say that a token's logits depend on the tokens computed with it, which was measured."""
+        return (
+            f"matmuls of {self.weight_types(resolved.spec)} on this machine round a token's result by the "
+            "tokens computed with it"
+        )
+
+    def weight_types(self, spec: ModelSpec) -> str:
+        """Return the types of the weights, as the engine calls them."""
+        return spec.quantisation

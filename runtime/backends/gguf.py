@@ -81,11 +81,9 @@ class GgufBackend(Backend):
                 hook.close()
             raise
 
-    def describe_engine(self, spec: ModelSpec) -> str:
-        """Return llama.cpp with the version of its Python package."""
-        from importlib.metadata import version
-
-        return f"llama.cpp, by llama-cpp-python {version('llama-cpp-python')}"
+    def weight_types(self, spec: ModelSpec) -> str:
+        """Return the types of the tensors, but for those that are not quantised."""
+        return ", ".join(sorted(spec.tensor_types - {"F32"}))
 
     def verification_nondeterminism(
         self, resolved: ResolvedModel, *, rows_agree: bool
@@ -94,8 +92,6 @@ class GgufBackend(Backend):
         reason = super().verification_nondeterminism(resolved, rows_agree=rows_agree)
         if reason is not None:
             return reason
-        if not rows_agree:
-            return _rounding(resolved)
         if not resolved.policy.uses_native_kernels and resolved.options.num_threads > 1:
             return (
                 "llama.cpp's attention sums a single token in another order with several threads: open with "
@@ -108,7 +104,7 @@ class GgufBackend(Backend):
     ) -> str | None:
         """Name what in llama.cpp, or in the policy, makes a sequence depend on the others."""
         if not rows_agree:
-            return _rounding(resolved)
+            return self.rounding(resolved)
         if not resolved.policy.uses_native_kernels:
             return (
                 "llama.cpp's attention sums a sequence in another order beside others: open with "
@@ -117,13 +113,6 @@ class GgufBackend(Backend):
         if not exact_prefill:
             return "prompts in bf16 are rounded by how many tokens are computed together"
         return None
-
-
-def _rounding(resolved: ResolvedModel) -> str:
-    types = ", ".join(sorted(resolved.spec.tensor_types - {"F32"}))
-    return (
-        f"matmuls of {types} on this machine round a token's result by the tokens computed with it"
-    )
 
 
 def _make_hook(resolved: ResolvedModel, profiler: Profiler) -> LlamaHook | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from lowtide.attention.bindings.onnx_ops import OnnxAttention, OnnxMatmul
 from lowtide.attention.dense import Dense
@@ -101,17 +100,6 @@ class OnnxBackend(Backend):
         """Return the policy, or the graph's own operator where it is not rewritten."""
         return str(policy) if policy.uses_native_kernels else _onnx(spec).attention
 
-    def describe_engine(self, spec: ModelSpec) -> str:
-        """Return onnxruntime's version and the graph's own attention operator."""
-        from importlib.metadata import version
-
-        name = spec.engine
-        return f"{name} {version(name)}, the graph with its own {_onnx(spec).attention}"
-
-    def options_of_engine(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Leave out the KV type, too: a graph that runs as it is has its own."""
-        return {**super().options_of_engine(options), "kv_type": None}
-
     def verification_nondeterminism(
         self, resolved: ResolvedModel, *, rows_agree: bool
     ) -> str | None:
@@ -120,11 +108,6 @@ class OnnxBackend(Backend):
         reason = super().verification_nondeterminism(resolved, rows_agree=rows_agree)
         if reason is not None:
             return reason
-        if not rows_agree:
-            return (
-                f"matmuls of {spec.quantisation} on this machine round a token's result by the tokens computed "
-                "with it"
-            )
         if not resolved.policy.uses_native_kernels:
             return (
                 f"onnxruntime's {spec.attention} may sum a single token in another order than several: open "

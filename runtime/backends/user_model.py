@@ -10,7 +10,9 @@ from lowtide.memory.plan.estimates import ContextSizes
 from lowtide.memory.plan.plan import ProcessBaseline
 from lowtide.memory.units import format_bytes
 from lowtide.models.errors import BadOption
+from lowtide.models.gguf.model import GgufModel
 from lowtide.models.model import Model
+from lowtide.models.onnx.model import OnnxModel
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.backends.backend import Backend, LoadedModel, ResolvedModel
 from lowtide.runtime.backends.config import LoadConfig
@@ -23,6 +25,7 @@ class UserBackend(Backend):
     def __init__(self, model: Model, engine: Backend) -> None:
         self._model = model
         self._engine = engine
+        self._is_engines_own = isinstance(model, GgufModel | OnnxModel)
         self.supports_draft_models = engine.supports_draft_models
 
     def resolve(
@@ -59,3 +62,20 @@ class UserBackend(Backend):
     def describe_attention(self, spec: ModelSpec, policy: AttentionPolicy) -> str:
         """Return what the engine would say."""
         return self._engine.describe_attention(spec, policy)
+
+    def verification_nondeterminism(
+        self, resolved: ResolvedModel, *, rows_agree: bool
+    ) -> str | None:
+        """Return what the engine would say, where it runs the model."""
+        if self._is_engines_own:
+            return self._engine.verification_nondeterminism(resolved, rows_agree=rows_agree)
+        return super().verification_nondeterminism(resolved, rows_agree=rows_agree)
+
+    def batch_nondeterminism(
+        self, resolved: ResolvedModel, *, rows_agree: bool, exact_prefill: bool
+    ) -> str | None:
+        """Return what the engine would say, where it runs the model."""
+        how = {"rows_agree": rows_agree, "exact_prefill": exact_prefill}
+        if self._is_engines_own:
+            return self._engine.batch_nondeterminism(resolved, **how)
+        return super().batch_nondeterminism(resolved, **how)

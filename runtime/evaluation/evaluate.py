@@ -111,7 +111,7 @@ def evaluate(
         distances=tuple(distances),
         passkeys=passkeys,
         keys_read=share,
-        scores=scores if scores.channels_behind else None,
+        scores=scores if scores.channels_merged else None,
     )
 
 
@@ -124,7 +124,7 @@ def _keys_read(
         controller.begin_decode()
         model.forward((token_ids[-1],))
         after = kernels.counts()
-    share = (after.keys_read - before.keys_read) / (after.keys_held - before.keys_held)
+    share = (after.keys_read - before.keys_read) / (after.keys_visible - before.keys_visible)
     return share, after.scores - before.scores
 
 

@@ -108,7 +108,7 @@ def preload() -> None:
     """Run every sampling step once on a small vocabulary.
 
     The first call of a numpy function reads its code from disk, which makes the process larger. The memory
-    planner calls this before it measures the process (`runtime/planning/gguf.py`). A new sampling option
+    planner calls this before it measures the process (`runtime/backends/gguf_baseline.py`). A new sampling option
     must be switched on here.
     """
     options = SamplingParams(top_p=0.9, min_p=0.1, repeat_penalty=1.1)

@@ -187,7 +187,7 @@ class StatsRecorder:
         now, before = self._context.kernel_counts(), self._counts_at_prefill
         if now is None or before is None:
             return None
-        held = now.keys_held - before.keys_held
+        held = now.keys_visible - before.keys_visible
         return (now.keys_read - before.keys_read) / held if held else None
 
     def _scores(self) -> dict[str, Any] | None:
@@ -196,7 +196,7 @@ class StatsRecorder:
         if now is None or before is None:
             return None
         cost = now.scores - before.scores
-        return cost.to_dict() if cost.channels_behind else None
+        return cost.to_dict() if cost.channels_merged else None
 
 
 class GenerationState:

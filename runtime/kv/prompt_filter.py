@@ -151,7 +151,7 @@ class PromptFilter:
         """
         common = common_prefix(self._token_ids, token_ids)
         num_left = self._model.truncate(
-            max(min(common, len(token_ids) - self._selector.rule.num_rows), 0)
+            max(min(common, len(token_ids) - self._selector.rule.num_tokens), 0)
         )
         del self._token_ids[num_left:]
         return num_left

@@ -103,7 +103,7 @@ class KVSession(KVCache):
         pass may have left in the cache.
         """
         common = common_prefix(self.token_ids, token_ids)
-        with self._profiler.span("rewind"):
+        with self._profiler.span("truncate"):
             num_left = self._model.truncate(max(min(common, len(token_ids) - 1), 0))
         del self.token_ids[num_left:]
         self.reserve(num_left)
@@ -144,7 +144,7 @@ class KVSession(KVCache):
             return False
         self.token_ids, self.exact_until = [], 0
         try:
-            with self._profiler.span("rewind"):
+            with self._profiler.span("restore"):
                 self._model.put_kv(prefix.snapshot, prefix.num_tokens)
         except SnapshotError:
             self._prefixes.discard(prefix)

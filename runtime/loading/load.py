@@ -39,7 +39,7 @@ from lowtide.runtime.speculation.controller import SpeculationController
 class Engine:
     """A loaded model inside its plan.
 
-    `controller` is told of each forward pass, `growth` reserves the bytes of its tokens. `reclaimers` release
+    `controller` prepares each forward pass, `kv_reservation` reserves the bytes of its tokens. `reclaimers` release
     memory, in order; the heap is trimmed last, for what the others free. Raises `OverBudget` before anything
     is loaded where the plan does not fit, and after loading where the process exceeds it all the same.
     """
@@ -76,7 +76,7 @@ class Engine:
         self.controller = (
             PassController() if kernels is None else planned.policy.configure(kernels, planned.spec)
         )
-        self.growth = KVReservation(self.ledger, planned.plan.cache_tokens, self._kv_bytes)
+        self.kv_reservation = KVReservation(self.ledger, planned.plan.cache_tokens, self._kv_bytes)
         self.prompt_filter = self._make_prompt_filter()
         if planned.plan.resident_layers is not None or planned.spec.repacked_tensors:
             self._try_passes()
@@ -118,15 +118,17 @@ class Engine:
             more = self._filter_layers_bytes(num_tokens) - self._filter_layers_bytes(plan.kv_tokens)
             return planned_bytes + max(more, 0)
 
-        growth = KVReservation(self.ledger, plan.kv_tokens, bytes_of, component=FILTER_PREFILL)
-        made = PromptFilter(context, scorer, selector, growth, caches_prompt=plan.cache_filter_pass)
+        reservation = KVReservation(self.ledger, plan.kv_tokens, bytes_of, component=FILTER_PREFILL)
+        made = PromptFilter(
+            context, scorer, selector, reservation, caches_prompt=plan.cache_filter_pass
+        )
         self.reclaimers.insert(0, Reclaimer("moderate", made.clear))
         self.reclaimers.append(Reclaimer("background", context.release_pages))
         return made
 
     def most_tokens(self) -> int:
         """Return how many tokens a prompt may have now: the context, or what the budget allows."""
-        most = self.growth.most_tokens(self.model.context)
+        most = self.kv_reservation.most_tokens(self.model.context)
         return max(most, self.prompt_filter.most_tokens()) if self.prompt_filter else most
 
     def new_session(self) -> KVSession:
@@ -134,7 +136,7 @@ class Engine:
         return KVSession(
             self.model,
             self.controller,
-            self.growth,
+            self.kv_reservation,
             self._profiler,
             prefixes=self.prefixes,
             prompt_filter=self.prompt_filter,

@@ -41,7 +41,8 @@ GROWS_UNDER = {
     "template": INTERPRETER,  # the first one imports jinja2
     "weights": WEIGHTS,
     "context": COMPUTE,
-    "rewind": COMPUTE,
+    "truncate": COMPUTE,
+    "restore": COMPUTE,
     "filter pass": COMPUTE,
     "prefill pass": COMPUTE,
     "decode pass": COMPUTE,

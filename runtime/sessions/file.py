@@ -29,7 +29,8 @@ from lowtide.runtime.errors import SnapshotMismatch, TranscriptError
 from lowtide.runtime.generation.chat import LastTurn
 
 MAGIC = b"lowtide\x01"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 called the properties of the snapshot its owner."""
 MAX_HEADER_BYTES = 64 << 20
 FileStamp: TypeAlias = tuple[int, int]
 _LENGTHS = struct.Struct("<8sQQ")
@@ -79,10 +80,11 @@ class ChatFile:
             header = json.loads(self._file.read(self.num_header_bytes))
         except (ValueError, RecursionError):
             header = None
-        if not isinstance(header, dict) or header.get("version") != FORMAT_VERSION:
+        version = header.get("version") if isinstance(header, dict) else None
+        if not isinstance(header, dict) or version != FORMAT_VERSION:
             raise TranscriptError(
-                f"{self.path} is not of format version {FORMAT_VERSION}, the one that can be read; "
-                "upgrade lowtide"
+                f"{self.path} has format version {version}, but only version {FORMAT_VERSION} can be read; "
+                "use the version of lowtide that saved it"
             )
         return header
 
@@ -234,12 +236,12 @@ def _checksum(body: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatHeader:
-    """What a KV snapshot is of (`component`: properties by name), its tokens, and how to go on from them.
+    """What a KV snapshot depends on (`properties` by name), its tokens, and how to go on from them.
 
     Tokens from position `exact_until` on were computed by an approximate pass.
     """
 
-    component: dict[str, str]
+    properties: dict[str, str]
     num_tokens: int
     exact_until: int
     last: LastTurn
@@ -248,7 +250,7 @@ class ChatHeader:
     def to_dict(self) -> dict[str, Any]:
         """Return the values for JSON."""
         return {
-            "component": self.component,
+            "properties": self.properties,
             "num_tokens": self.num_tokens,
             "exact_until": self.exact_until,
             "last": asdict(self.last),
@@ -262,7 +264,7 @@ class ChatHeader:
         try:
             last = values["last"]
             return cls(
-                component={str(name): str(value) for name, value in values["component"].items()},
+                properties={str(name): str(value) for name, value in values["properties"].items()},
                 num_tokens=int(values["num_tokens"]),
                 exact_until=max(int(values["exact_until"]), 0),
                 last=LastTurn(
@@ -275,10 +277,10 @@ class ChatHeader:
         except (KeyError, TypeError, ValueError, AttributeError):
             raise TranscriptError(f"{path} has an invalid header; use a backup") from None
 
-    def require_match(self, path: Path, component: dict[str, str], context: int) -> None:
-        """Raise `SnapshotMismatch` where the snapshot is not of `component` or does not fit the context."""
-        for name, expected in component.items():
-            found = self.component.get(name)
+    def require_match(self, path: Path, properties: dict[str, str], context: int) -> None:
+        """Raise `SnapshotMismatch` where the snapshot has other properties or does not fit the context."""
+        for name, expected in properties.items():
+            found = self.properties.get(name)
             if found != expected:
                 raise SnapshotMismatch(
                     f"{path} was saved with the {name} {found}, but the {name} is {expected} now; use that of "

@@ -84,7 +84,7 @@ class SavedChats:
             transcript.save(path)
             return SavedChat(num_tokens=0, num_bytes=path.stat().st_size)
         header = ChatHeader(
-            component=self._component(),
+            properties=self._properties(),
             num_tokens=num_tokens,
             exact_until=self._session.exact_until,
             last=self._last,
@@ -112,7 +112,7 @@ class SavedChats:
                 )
             with self._reserved(0, file.num_header_bytes):
                 header = ChatHeader.from_dict(path, file.header())
-            header.require_match(path, self._component(), self._engine.model.context)
+            header.require_match(path, self._properties(), self._engine.model.context)
             with self._reserved(header.num_tokens, file.num_header_bytes, file.num_snapshot_bytes):
                 self._session.reserve(header.num_tokens)
                 self._load_kv(file, header)
@@ -135,9 +135,9 @@ class SavedChats:
         with self._reserved(0, path.stat().st_size):
             return Transcript.load(path)
 
-    def _component(self) -> dict[str, str]:
+    def _properties(self) -> dict[str, str]:
         policy = self._engine.planned.policy
-        return {**self._engine.model.snapshot_component(), "attention": policy.cache_key}
+        return {**self._engine.model.snapshot_properties(), "attention": policy.cache_key}
 
     def _load_kv(self, file: ChatFile, header: ChatHeader) -> None:
         self._start()

@@ -41,7 +41,6 @@ class DraftVerification:
         self._rows = rows
         self.row = 0
         """The row of the last accepted token."""
-        self.num_accepted = 0
 
     @property
     def num_drafted(self) -> int:
@@ -65,7 +64,6 @@ class DraftVerification:
         if child is None or child >= len(self._rows):
             return None
         self.row = child
-        self.num_accepted += 1
         logits: Logits = self._rows[child]
         return logits
 

@@ -177,8 +177,8 @@ class _SequenceDrafts:
             return True
         if state.draft.is_free:
             return False
-        chain = TokenTree.chain((0,) * max_tokens)
-        return _gain_alone(state.proposal(chain, 0, max_tokens, 0.0), costs) > MIN_GAIN
+        longest = TokenTree.chain((0,) * max_tokens)
+        return _gain_alone(state.proposal(longest, 0, max_tokens, 0.0), costs) > MIN_GAIN
 
     def _ask(
         self,

@@ -30,12 +30,12 @@ PROMPT = [5 + i * i % 300 for i in range(700)]
 
 def test_the_rule_of_the_paper_can_be_set() -> None:
     rule = Gem(k=100, layer=0).selection.rule
-    assert (rule.num_rows, rule.use_softmax, rule.use_maximum) == (16, 1, 1)
+    assert (rule.num_tokens, rule.use_softmax, rule.use_maximum) == (16, 1, 1)
     paper = Gem(
         k=40, layer=0, rows=1, weights="raw", heads="sum", pool="mean", pool_size=5, first=0, last=0
     )
     rule = paper.selection.rule
-    assert (rule.num_rows, rule.use_softmax, rule.use_maximum) == (1, 0, 0)
+    assert (rule.num_tokens, rule.use_softmax, rule.use_maximum) == (1, 0, 0)
 
 
 def test_a_policy_is_resolved_for_the_model(smollm2_spec: ModelSpec) -> None:

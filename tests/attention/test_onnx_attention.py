@@ -156,7 +156,7 @@ def test_a_saved_snapshot_is_restored(model: RewrittenOnnxModel, tmp_path: Path)
     model.forward(IDS[30:60])
     assert model.load_kv(path, num_bytes, 50) == IDS[:50]
     assert np.array_equal(model.forward(IDS[50:60]), wanted)
-    assert model.snapshot_component()["attention"] == "lowtide"
+    assert model.snapshot_properties()["attention"] == "lowtide"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(SnapshotError, match="it ends before its keys and values do"):
         model.load_kv(path, num_bytes, 50)
@@ -241,7 +241,7 @@ def test_tidal_in_a_graph(tmp_path: Path, attention: OnnxAttention) -> None:
             after = attention.counts()
             found.append(logits)
             shares.append(
-                (after.keys_read - before.keys_read) / (after.keys_held - before.keys_held)
+                (after.keys_read - before.keys_read) / (after.keys_visible - before.keys_visible)
             )
     assert np.array_equal(found[0], found[1]) and shares[:2] == [1, 1]
     # Layers 0 and 1 read everything, 2 and 3 read 40 keys of 65 to 80.
@@ -292,5 +292,5 @@ def test_closing_twice(tmp_path: Path, attention: OnnxAttention) -> None:
     made = opened(write_decoder(tmp_path / "tiny"), attention)
     made.close()
     made.close()
-    with pytest.raises(LowtideError, match="is closed with the model"):
+    with pytest.raises(LowtideError, match="was closed with its model"):
         opened(tmp_path / "tiny", attention)

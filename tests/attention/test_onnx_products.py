@@ -162,7 +162,7 @@ def test_a_damaged_tile_file_is_refused(tmp_path: Path) -> None:
     assert not is_valid_tile_file(path, form)
     path.write_bytes(data[:-64])
     assert not is_valid_tile_file(path, form)
-    with pytest.raises(LowtideError, match="remove it, and it is made again"):
+    with pytest.raises(LowtideError, match="delete it, and it is written again"):
         OnnxMatmul(form, path, 64, 1)
 
 

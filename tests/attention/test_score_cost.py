@@ -15,7 +15,7 @@ def test_the_cost_between_two_counts() -> None:
     assert cost.to_dict() == {
         "sparsity": 0.8,
         "skipped": 0.525,
-        "key_bytes_held": 4000,
+        "key_bytes_total": 4000,
         "key_bytes_read": 2300,
     }
     assert str(cost) == "52% of the score multiplications skipped (80% behind the window)"

@@ -85,7 +85,7 @@ def test_the_logits_are_bitwise_the_same(
     resident, loaded = logits_of(planned(path, streamed=False, attention=attention))
     loaded.close()
     streamed, loaded = logits_of(planned(path, streamed=True, attention=attention))
-    counts = loaded.hook.counts() if loaded.hook else None
+    counts = loaded._loaded._callback.counts() if loaded._loaded._callback else None
     loaded.close()
     assert np.array_equal(resident, streamed)
     assert counts is not None

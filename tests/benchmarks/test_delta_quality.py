@@ -57,7 +57,7 @@ def measured(held: Essays, spread: Delta) -> tuple[Distance, ScoreCost]:
     )
     if spread.channels is not None:
         print(
-            f"{cost}, {1 - cost.key_bytes_read / cost.key_bytes_held:.0%} of the bytes of keys not read"
+            f"{cost}, {1 - cost.key_bytes_read / cost.key_bytes_total:.0%} of the bytes of keys not read"
         )
     return distance, cost
 

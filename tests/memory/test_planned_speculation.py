@@ -26,9 +26,7 @@ from lowtide.models.spec import ModelSpec, VocabularySpec
 BASELINE = ProcessBaseline(interpreter_bytes=46 * MIB, processor="x86_64")
 SPEC = dataclasses.replace(
     fake_spec(512),
-    vocabulary=VocabularySpec(
-        num_tokens=50_000, num_merges=0, text_bytes=400_000, longest_token_bytes=9
-    ),
+    vocabulary=VocabularySpec(num_tokens=50_000, num_merges=0, text_bytes=400_000),
 )
 CONFIG = SpeculationConfig(verify_batch=8, table_bytes=100_000, token_bytes=9)
 

@@ -25,7 +25,7 @@ def test_reads_what_the_gguf_package_wrote(small: Path) -> None:
     assert contents.metadata["llama.embedding_length"] == 32
     assert contents.metadata["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
     tokens = contents.metadata["tokenizer.ggml.tokens"]
-    assert (tokens.length, tokens.longest_bytes) == (320, len("▁word60".encode()))
+    assert tokens.length == 320 and tokens.text_bytes > 320
     names = {tensor.name: tensor for tensor in contents.tensors}
     assert names["blk.0.ffn_up.weight"].shape == (32, 128)
     assert names["blk.0.ffn_up.weight"].num_bytes == 4 * 32 * 128

@@ -116,18 +116,18 @@ def test_what_a_snapshot_depends_on(file: Path, tmp_path: Path) -> None:
     """Not on the path of the file, but on its weights and the KV type."""
     spec = read_spec(file)
     with GgufModel(spec, OPTIONS) as model:
-        component = model.snapshot_component()
-    assert set(component) == {"model", "KV type", "llama-cpp-python"}
+        properties = model.snapshot_properties()
+    assert set(properties) == {"model", "KV type", "llama-cpp-python"}
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(file.read_bytes())
     with GgufModel(read_spec(copy), OPTIONS) as model:
-        assert model.snapshot_component() == component
+        assert model.snapshot_properties() == properties
     with copy.open("r+b") as weights:
         weights.seek(-4000, 2)
         weights.write(b"\x3c" * 4000)
     with GgufModel(read_spec(copy), replace(OPTIONS, kv_type="q8_0")) as model:
-        assert model.snapshot_component()["model"] != component["model"]
-        assert model.snapshot_component()["KV type"] == "q8_0"
+        assert model.snapshot_properties()["model"] != properties["model"]
+        assert model.snapshot_properties()["KV type"] == "q8_0"
 
 
 def test_a_file_fingerprint_sees_every_part_of_a_large_file(tmp_path: Path) -> None:

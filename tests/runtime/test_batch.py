@@ -180,6 +180,15 @@ def test_a_model_that_runs_one_sequence_is_refused() -> None:
         runtime.generate_batch(PROMPTS)
 
 
+def test_a_model_whose_tokens_depend_on_the_pass_is_not_called_identical(
+    fake_runtime: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeSequences, "rows_agree", lambda self: False)
+    batch = fake_runtime("abc").generate_batch(PROMPTS, temperature=0)[0].stats.batch
+    assert batch is not None and not batch["identical"]
+    assert "round a token's result" in batch["nondeterminism"]
+
+
 def test_a_batch_that_does_not_fit_reports_what_is_free(fake_runtime: Opened) -> None:
     runtime = fake_runtime("abc")
     ledger = runtime.ledger

@@ -48,7 +48,7 @@ FULL = """
 import json
 from lowtide import GenerationResult, OverBudget, PromptTooLong, Runtime
 with Runtime.open("smollm2", memory=BUDGET, context=4096, kv_type="f16", threads=1) as runtime:
-    room = runtime._engine.growth.most_tokens(4096)
+    room = runtime._engine.kv_reservation.most_tokens(4096)
     count = len(runtime._model.tokenizer.encode("tide " * 100, add_special=True, parse_special=False))
     words = (room - 12) * 100 // count
     result = runtime.generate("tide " * words, max_tokens=None, temperature=0)

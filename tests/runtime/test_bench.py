@@ -178,7 +178,7 @@ def test_files_without_prompts_are_refused(text: str, tmp_path: Path) -> None:
         (lambda spec: attention_workers(spec, ("dense", "dense"), OPTIONS), "names a policy twice"),
         (lambda _: speculation_workers("dense", ("ngram", "off"), OPTIONS), "is the baseline"),
         (lambda _: speculation_workers("dense", ("ngram",) * 2, OPTIONS), "names a draft twice"),
-        (lambda _: speculation_workers("dense", ("ngram:rows=99",), OPTIONS), "rows=99"),
+        (lambda _: speculation_workers("dense", ("ngram:draft=99",), OPTIONS), "draft=99"),
     ],
 )
 def test_wrong_configurations(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from lowtide.attention.gem import calibrate as gem_calibrate
+from lowtide.attention.evaluation import questions
 from lowtide.attention.gem.policy import Gem
-from lowtide.attention.registry import parse_policy
+from lowtide.attention.tidal.policy import Tidal
 from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.evaluation.evaluate import evaluate, evaluation_config
@@ -45,7 +46,7 @@ def dense(smollm2: Path) -> Iterator[Engine]:
 
 @pytest.fixture
 def one_depth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gem_calibrate, "DEPTHS", (0.5,))
+    monkeypatch.setattr(questions, "DEPTHS", (0.5,))
 
 
 def test_a_policy_on_a_text_and_on_passkeys(tidal: Engine) -> None:
@@ -127,7 +128,7 @@ def test_a_layer_that_does_not_attend_to_the_answer_retains_little(dense: Engine
 
 def test_wrong_use_of_a_filter(dense: Engine, tmp_path: Path) -> None:
     spec = dense.planned.spec
-    with pytest.raises(BadOption, match="half of it are not filtered .k 512, min_prompt 1024"):
+    with pytest.raises(BadOption, match="half of it are not filtered .gem, k 512"):
         evaluate(dense, Gem(k=512, layer=7).resolve(spec), context=1000)
     policy = Gem(k=100, layer=7, min_prompt=0).resolve(spec)
     with pytest.raises(BadOption, match="it must be at most 1035"):
@@ -140,8 +141,9 @@ def test_wrong_use_of_a_filter(dense: Engine, tmp_path: Path) -> None:
 
 def test_how_a_model_is_loaded_for_an_evaluation(smollm2_spec: ModelSpec) -> None:
     plain = LoadConfig(attention="tidal")
-    config = evaluation_config(plain, plain.policy(smollm2_spec), smollm2_spec, 1000)
+    config = evaluation_config(plain, plain.policy(smollm2_spec), 1000)
     assert (config.context, config.compared_tokens, config.attention) == (1065, 64, "tidal")
-    gem = parse_policy("gem:then=tidal").resolve(smollm2_spec)
-    config = evaluation_config(LoadConfig(attention="gem"), gem, smollm2_spec, 1000)
-    assert config.policy(smollm2_spec).name == "tidal" and config.selection_layers == 30
+    gem = Gem(then=Tidal()).resolve(smollm2_spec)
+    config = evaluation_config(LoadConfig(attention="gem"), gem, 1000)
+    assert config.policy(smollm2_spec).name == "tidal" and config.compared_tokens == 1
+    assert config.attention_memory == replace(gem.memory, filter_prefill=None)

@@ -18,8 +18,7 @@ from lowtide.models.errors import BadOption
 from lowtide.models.fake_model import CHAT_TEMPLATE
 from lowtide.models.read_spec import read_spec
 from lowtide.models.spec import ModelSpec
-from lowtide.runtime.evaluation.evaluate import SPARE_TOKENS
-from lowtide.runtime.evaluation.prompt_filter import evaluate_filter
+from lowtide.runtime.evaluation.evaluate import SPARE_TOKENS, evaluate
 from lowtide.runtime.loading.load import Engine
 from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 
@@ -184,7 +183,7 @@ def test_retained_tokens_are_evaluated(tiny: Path) -> None:
     for k in (100, 319):
         engine = Engine(plan_reference(tiny, config))
         policy = Gem(k=k, layer=1, min_prompt=0).resolve(engine.model.spec)
-        found = evaluate_filter(engine, policy, context=640, windows=2, kinds=())
+        found = evaluate(engine, policy, context=640, windows=2, kinds=())
         engine.close()
         reports[k] = found.to_dict()
     assert reports[100]["tokens"] == 128 and reports[100]["dense_nll"] == reports[319]["dense_nll"]

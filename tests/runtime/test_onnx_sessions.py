@@ -143,4 +143,4 @@ def test_a_chat_continues_in_another_process(tiny: Path, tmp_path: Path, attenti
     second = run_lowtide(*options, stdin=f"/load {path}\n{turns[1]}\n".encode())
     assert (whole.code, first.code, second.code) == (0, 0, 0), second.stderr
     assert first.stdout + second.stdout == whole.stdout
-    assert "tokens are in the KV cache again" in second.stderr
+    assert "tokens restored to the KV cache" in second.stderr

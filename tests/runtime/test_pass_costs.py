@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lowtide import FakeModel
+from lowtide import FakeModel, Runtime
 from lowtide.memory.plan.speculation import CostCurve
 from lowtide.runtime.speculation.step_cost import StepCostModel, benchmark_steps
 
@@ -48,14 +48,22 @@ def test_a_folder_that_is_not_writable_is_not_an_error(
     assert benchmark_steps(FakeModel(), 4, "key").costs.num_rows == (1, 2, 4)
 
 
-def test_logits_that_depend_on_the_batch_are_detected() -> None:
-    class Rounding(FakeModel):
-        def forward_rows(self, token_ids: Sequence[int]) -> np.ndarray:
-            rows = super().forward_rows(token_ids)
-            return np.nextafter(rows, np.float32(np.inf)) if len(token_ids) > 3 else rows
+class Rounding(FakeModel):
+    def forward_rows(self, token_ids: Sequence[int]) -> np.ndarray:
+        rows = super().forward_rows(token_ids)
+        return np.nextafter(rows, np.float32(np.inf)) if len(token_ids) > 3 else rows
 
+
+def test_logits_that_depend_on_the_batch_are_detected() -> None:
     assert not benchmark_steps(Rounding(), 8, "key").rows_agree
     assert benchmark_steps(Rounding(), 3, "key").rows_agree
+
+
+def test_answers_of_such_a_model_object_are_not_called_identical() -> None:
+    with Runtime.open(Rounding(), memory="8GiB", speculate="ngram") as runtime:
+        stats = runtime.generate("abc\n", temperature=0).stats.speculation
+    assert stats is not None and not stats["identical"]
+    assert "round a token's result" in stats["nondeterminism"]
 
 
 def test_passes_without_drafts_set_the_time_of_all_passes() -> None:

@@ -36,7 +36,9 @@ def profiled_fake(**options: object) -> tuple[Profiler, list[object]]:
 def test_spans_of_a_chat() -> None:
     profiler, events = profiled_fake()
     phases = {phase.name: phase for phase in profiler.report().phases}
-    assert {"plan", "template", "tokenise", "rewind", "prefill pass", "decode pass"} <= set(phases)
+    assert {"plan", "template", "tokenise", "truncate", "prefill pass", "decode pass"} <= set(
+        phases
+    )
     assert phases["decode pass"].calls == 6 and phases["sampling"].calls == 7
     spans = list(profiler.timeline.spans)
     assert [e for e in events if isinstance(e, Span)] == spans
@@ -206,7 +208,7 @@ def test_logits_are_bitwise_the_same(smollm2: Path) -> None:
         ) as runtime:
             logits = runtime._session.append(list(range(300, 400)))
             results.append(logits.tobytes())
-            results[-1] += b"".join(runtime._session.decode((t,)).tobytes() for t in range(20))
+            results[-1] += b"".join(runtime._session.decode_token(t).tobytes() for t in range(20))
     assert len(set(results)) == 1
 
 

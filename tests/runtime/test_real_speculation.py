@@ -74,7 +74,7 @@ def test_some_tokens_are_drafted(drafting: Runtime) -> None:
 
 
 def test_nondeterminism_is_reported(smollm2: Path) -> None:
-    options = {**OPTIONS, "attention": "llama"}
+    options = {**OPTIONS, "attention": "llama", "threads": 2}
     with Runtime.open(smollm2, **options, speculate="ngram") as runtime:  # type: ignore[arg-type]
         stats = runtime.generate("One two", max_tokens=3).stats.speculation
     assert stats is not None and not stats["identical"]

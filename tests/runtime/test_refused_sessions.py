@@ -49,7 +49,7 @@ def test_any_damaged_byte_is_refused_and_changes_nothing(
 
 
 class Other(FakeModel):
-    def snapshot_component(self) -> dict[str, str]:
+    def snapshot_properties(self) -> dict[str, str]:
         return {"model": "another"}
 
 
@@ -120,7 +120,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 
 
 FORGED = {
-    "no component": {"component": None},
+    "no properties": {"properties": None},
     "no numbers": {"num_tokens": "many"},
     "no last answer": {"last": []},
     "other tokens": {"num_tokens": 4},
@@ -133,7 +133,7 @@ def test_forged_values_are_refused_even_with_a_right_checksum(
     name: str, fake_runtime: Opened, tmp_path: Path
 ) -> None:
     header = {
-        "component": {"model": "fake", "attention": "llama"},
+        "properties": {"model": "fake", "attention": "llama"},
         "num_tokens": 3,
         "exact_until": 3,
         "last": {"text": "", "token_ids": [], "num_messages": 0},
@@ -167,7 +167,7 @@ def test_a_forged_count_is_refused_before_llama_cpp_reads_the_state(
         assert runtime.saved_chats.load(path).num_tokens == num_held > 1
         write_chat(path, lambda at: at.write_bytes(snapshot), {**header, "num_tokens": num_tokens})
         monkeypatch.delattr(llama_library().api, "llama_state_seq_load_file")
-        sentence = f"it holds {num_held} tokens, {num_tokens} are wanted"
+        sentence = f"it holds {num_held} tokens instead of {num_tokens}"
         with pytest.raises(TranscriptError, match=sentence) as caught:
             runtime.saved_chats.load(path)
         assert "\n" not in str(caught.value) and runtime.saved_chats.read_messages(path) == ()

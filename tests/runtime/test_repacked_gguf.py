@@ -56,7 +56,7 @@ def logits(path: Path, *, repack: bool, **options: Any) -> np.ndarray:
         about = loaded.generation_context()
         assert bool(about.repacked_tensors) == repack and about.not_repacked_reason is None
         if repack:
-            counts = loaded.hook.counts()  # type: ignore[union-attr]
+            counts = loaded._loaded._callback.counts()  # type: ignore[union-attr]
             assert counts.matmuls_repacked > 0 and counts.repacked_refused == 0
         return np.stack(rows)
     finally:

@@ -101,7 +101,7 @@ def test_gem_filters_with_the_same_weights(tmp_path: Path) -> None:
 def test_models_repack_writes_what_repack_reads(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", SMALL, bits=4)
     done = run_lowtide("models", "repack", str(folder))
-    assert done.code == 0 and "29 matrices are packed" in done.stderr
+    assert done.code == 0 and "Repacked 29 matrices" in done.stderr
     (path,) = tiles(tmp_path)
     assert done.stdout.split()[-1] == str(path)
     written = path.stat().st_mtime_ns

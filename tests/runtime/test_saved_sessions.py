@@ -242,5 +242,5 @@ def test_a_chat_goes_on_in_another_process(smollm2: Path, tmp_path: Path) -> Non
     second = run_lowtide(*options, stdin=f"/load {path}\n{turns[1]}\n".encode())
     assert (whole.code, first.code, second.code) == (0, 0, 0), second.stderr
     assert first.stdout + second.stdout == whole.stdout
-    assert "tokens are in the KV cache again" in second.stderr
+    assert "tokens restored to the KV cache" in second.stderr
     assert max(first.peak_bytes, second.peak_bytes) <= 180 * MIB

@@ -35,7 +35,7 @@ def read(path: Path) -> tuple[bytes, dict[str, Any]]:
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert write(tmp_path / "talk") == (tmp_path / "talk").stat().st_size
-    assert read(tmp_path / "talk") == (SNAPSHOT, {**HEADER, "version": 1})
+    assert read(tmp_path / "talk") == (SNAPSHOT, {**HEADER, "version": 2})
     assert os.listdir(tmp_path) == ["talk"]
 
 
@@ -45,7 +45,7 @@ def test_any_snapshot_and_any_text_survive(
     tmp_path: Path, snapshot: bytes, header: dict[str, str]
 ) -> None:
     write(tmp_path / "talk", snapshot, header)
-    assert read(tmp_path / "talk") == (snapshot, {**header, "version": 1})
+    assert read(tmp_path / "talk") == (snapshot, {**header, "version": 2})
 
 
 def test_a_snapshot_of_many_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,12 +89,10 @@ def test_a_shorter_or_longer_file_is_refused(tmp_path: Path, length: int, more: 
 
 
 def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(module, "FORMAT_VERSION", 1)
     write(tmp_path / "talk")
     monkeypatch.undo()
-    with pytest.raises(
-        TranscriptError, match="is not of format version 1, the one that can be read; upgrade"
-    ):
+    with pytest.raises(TranscriptError, match="has format version 1, but only version 2 can be"):
         read(tmp_path / "talk")
 
 
@@ -102,7 +100,7 @@ def test_paths_that_are_not_regular_files(tmp_path: Path) -> None:
     for path in (tmp_path, Path("/dev/zero")):
         with pytest.raises(TranscriptError, match="is not a regular file"), open_chat(path):
             pass
-        with pytest.raises(TranscriptError, match="which is no file"):
+        with pytest.raises(TranscriptError, match="exists and is not a file"):
             write(path)
     with pytest.raises(TranscriptError, match="No such file"), open_chat(tmp_path / "none"):
         pass

@@ -16,7 +16,7 @@ from lowtide.runtime.sessions.file import ChatHeader, Transcript
 
 def header(text: str, token_ids: list[int], messages: list[str]) -> ChatHeader:
     return ChatHeader(
-        component={"model": "m"},
+        properties={"model": "m"},
         num_tokens=len(token_ids),
         exact_until=1,
         last=LastTurn(text, token_ids, len(messages)),

@@ -140,7 +140,7 @@ def test_at_the_lower_bound_a_chat_is_saved_and_loaded(
     """The plan has no byte to spare: a file uses the memory that tokenising a prompt would."""
     # Other tests of this process may have used more.
     small = replace(read_process_memory(), resident_bytes=50 * MIB, peak_bytes=50 * MIB)
-    for user in ("planning.plan", "planning.gguf", "loading.load"):
+    for user in ("backends.backend", "backends.gguf_baseline", "loading.load"):
         monkeypatch.setattr(f"lowtide.runtime.{user}.read_process_memory", lambda: small)
     model = FakeModel(("One.", "Two."))
     bound = Runtime.open(model, memory="8GiB").plan.lower_bound_bytes
@@ -172,7 +172,7 @@ class NoSnapshots(FakeModel):
     """A model of a user's own without snapshots."""
 
     supports_snapshot = False
-    snapshot_component = FakeModel.__mro__[1].snapshot_component  # type: ignore[attr-defined]
+    snapshot_properties = FakeModel.__mro__[1].snapshot_properties  # type: ignore[attr-defined]
     save_kv = FakeModel.__mro__[1].save_kv  # type: ignore[attr-defined]
     load_kv = FakeModel.__mro__[1].load_kv  # type: ignore[attr-defined]
 

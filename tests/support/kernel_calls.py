@@ -12,7 +12,12 @@ from native_build import test_library
 from numpy.typing import NDArray
 
 from lowtide.attention.bindings.matmul import MatrixView, can_repack, repack_rows
-from lowtide.attention.bindings.structs import BlocksRule, DeltaRule, ScoreCounts, SelectionRule
+from lowtide.attention.bindings.structs import (
+    DeltaBlocksRule,
+    DeltaRowsRule,
+    ScoreCounts,
+    SelectionRule,
+)
 from lowtide.models.errors import LowtideError
 from lowtide.models.gguf.reader import TYPE_NUMBERS
 
@@ -168,7 +173,7 @@ class GroupedLayer:
 
     def __init__(
         self,
-        rule: DeltaRule,
+        rule: DeltaRowsRule,
         num_groups: NDArray[np.uint8],
         score_bias: NDArray[np.float32],
         scales: NDArray[np.float32],
@@ -221,7 +226,7 @@ class BlocksLayer:
 
     def __init__(
         self,
-        rule: BlocksRule,
+        rule: DeltaBlocksRule,
         thresholds: NDArray[np.float32],
         shares: NDArray[np.float32],
         scales: NDArray[np.float32],
@@ -244,7 +249,7 @@ class BlocksLayer:
         )
         if not self._layer:
             raise LowtideError(
-                f"heads of {scales.shape[1]} channels cannot have blocks of {rule.block}"
+                f"heads of {scales.shape[1]} channels cannot have blocks of {rule.block_size}"
             )
         self.counts = ScoreCounts()
 

@@ -218,16 +218,16 @@ def page_points(
 
 
 def page_groups(
-    points: NDArray[np.float64], num_groups: int, num_fixed: int = 0
+    points: NDArray[np.float64], num_groups: int, num_sink_tokens: int = 0
 ) -> list[list[int]]:
     """Return the groups of a page's points (keys, size), each a list of keys, ordered by their first key.
 
     Ward's method: it merges the two groups that raise the sum of squared distances from the means least,
-    until `num_groups` are left. The first `num_fixed` keys stay alone.
+    until `num_groups` are left. The first `num_sink_tokens` keys stay alone.
     """
     distances = ((points[:, None] - points[None]) ** 2).sum(axis=2)
     distances[np.tril_indices(len(points))] = np.inf
-    distances[:num_fixed] = np.inf
+    distances[:num_sink_tokens] = np.inf
     groups = {row: [row] for row in range(len(points))}
     while len(groups) > num_groups:
         first, second = map(int, np.unravel_index(distances.argmin(), distances.shape))
@@ -235,7 +235,7 @@ def page_groups(
         distances[second] = distances[:, second] = np.inf
         mean, size = points[groups[first]].mean(axis=0), len(groups[first])
         for other, rows in groups.items():
-            if other == first or other < num_fixed:
+            if other == first or other < num_sink_tokens:
                 continue
             apart = ((points[rows].mean(axis=0) - mean) ** 2).sum()
             at = (min(first, other), max(first, other))
@@ -252,7 +252,7 @@ def grouped_attention(
     scale: float,
     window: int,
     num_groups: int,
-    num_fixed: int = 0,
+    num_sink_tokens: int = 0,
     score_bias: float = 0.0,
     refine: float = 0.0,
 ) -> NDArray[np.float64]:
@@ -276,7 +276,7 @@ def grouped_attention(
     for begin in range(0, num_keys - window - PAGE_KEYS + 1, PAGE_KEYS):
         page = slice(begin, begin + PAGE_KEYS)
         found = page_groups(
-            page_points(k[page], v[page], scales), num_groups, 0 if begin else num_fixed
+            page_points(k[page], v[page], scales), num_groups, 0 if begin else num_sink_tokens
         )
         pages.append([[begin + key for key in rows] for rows in found])
     out = []

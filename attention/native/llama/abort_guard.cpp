@@ -17,5 +17,5 @@ extern "C" void lowtide_leave_guarded_section() {
 
 extern "C" void lowtide_on_abort(const char* message) {
     if (guarded_sections > 0) throw std::runtime_error(message);
-    std::fprintf(stderr, "%s\n", message);  // ggml ends the process when we return
+    std::fprintf(stderr, "%s\n", message);  // ggml ends the process when this returns
 }

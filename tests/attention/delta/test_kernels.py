@@ -12,7 +12,7 @@ from kernel_calls import AttentionInputs, GroupedLayer, attend
 from reference import grouped_attention, quantise_q4_0, quantise_q8_0
 
 from lowtide.attention.bindings.library import usable_kernel_sets
-from lowtide.attention.bindings.structs import DeltaRule
+from lowtide.attention.bindings.structs import DeltaRowsRule
 from lowtide.models.errors import LowtideError
 
 WINDOW, FIXED = 96, 4
@@ -66,7 +66,7 @@ class Cache:
                 scale=0.125,
                 window=WINDOW,
                 num_groups=int(NUM_GROUPS[head]),
-                num_fixed=FIXED,
+                num_sink_tokens=FIXED,
                 score_bias=float(SCORE_BIAS[head]),
                 refine=refine,
             )
@@ -84,7 +84,7 @@ def layer() -> Iterator[GroupedLayer]:
 def new_layer(
     window: int = WINDOW, num_groups: np.ndarray = NUM_GROUPS, refine: float = 0.0
 ) -> GroupedLayer:
-    return GroupedLayer(DeltaRule(window, FIXED, refine), num_groups, SCORE_BIAS, SCALES)
+    return GroupedLayer(DeltaRowsRule(window, FIXED, refine), num_groups, SCORE_BIAS, SCALES)
 
 
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
@@ -215,5 +215,5 @@ def test_soft_caps_and_sinks(layer: GroupedLayer) -> None:
 def test_a_number_of_groups_that_a_page_cannot_have(count: int) -> None:
     with pytest.raises(LowtideError, match="a page cannot have so many groups"):
         GroupedLayer(
-            DeltaRule(WINDOW, FIXED), np.array([24, count, 64], np.uint8), SCORE_BIAS, SCALES
+            DeltaRowsRule(WINDOW, FIXED), np.array([24, count, 64], np.uint8), SCORE_BIAS, SCALES
         )

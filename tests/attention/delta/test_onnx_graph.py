@@ -125,7 +125,7 @@ class OneLayer:
 
         del model.graph.output[1:]
         del model.graph.node[node.index]
-        shape = (1, num_tokens, node.num_heads * node.head_dim)
+        shape = (1, num_tokens, SHAPE.heads * SHAPE.head_size)
         attended = onnx.helper.make_tensor_value_info(node.output, onnx.TensorProto.FLOAT, shape)
         model.graph.input.append(attended)
         self._rest, self._attended = model.SerializeToString(), node.output
@@ -179,7 +179,7 @@ def test_attention_equals_the_oracle(one_layer: Path, policy: Delta) -> None:
             scales = np.ones(SHAPE.head_size)
             by_head.append(
                 grouped_attention(
-                    q, k, v, scales, num_groups=count, num_fixed=policy.sinks, **common
+                    q, k, v, scales, num_groups=count, num_sink_tokens=policy.sinks, **common
                 )
             )
         else:
@@ -256,11 +256,11 @@ def test_fewer_keys_are_read(opened: Opened) -> None:
     between = opened.attention.counts()
     opened.read_all(BLOCKS)
     after = opened.attention.counts()
-    read, held = between.keys_read - before.keys_read, between.keys_held - before.keys_held
+    read, held = between.keys_read - before.keys_read, between.keys_visible - before.keys_visible
     assert 0.6 < read / held < 0.9 and between.scores == before.scores
     scores = after.scores - between.scores
     assert 0.45 <= scores.sparsity <= 0.52 and 0 < scores.skipped < scores.sparsity
-    assert scores.key_bytes_read < scores.key_bytes_held
+    assert scores.key_bytes_read < scores.key_bytes_total
 
 
 def test_layers_with_a_sliding_window_stay_dense(tmp_path: Path) -> None:

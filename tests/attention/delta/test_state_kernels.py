@@ -19,7 +19,7 @@ from reference import (
 )
 
 from lowtide.attention.bindings.library import usable_kernel_sets
-from lowtide.attention.bindings.structs import BlocksRule
+from lowtide.attention.bindings.structs import DeltaBlocksRule
 from lowtide.models.errors import LowtideError
 
 WINDOW, FIXED, PAGE = 96, 4, 64
@@ -109,7 +109,7 @@ def new_layer(
     refine: float = 0.0,
 ) -> BlocksLayer:
     scales = np.ascontiguousarray(SCALES[:, :size])
-    return BlocksLayer(BlocksRule(window, FIXED, block, refine), thresholds, shares, scales)
+    return BlocksLayer(DeltaBlocksRule(window, FIXED, block, refine), thresholds, shares, scales)
 
 
 @pytest.fixture
@@ -187,15 +187,15 @@ def test_stored_channels_are_counted(block: int) -> None:
         counts = layer.counts
     pages = (410 - WINDOW) // PAGE
     num_stored = int(stored[:, : pages * PAGE].sum()) * block
-    assert counts.channels_behind == pages * PAGE * SIZE * KV_HEADS
-    assert counts.channels_sent == num_stored
-    assert 0.1 < num_stored / counts.channels_behind < 0.9
+    assert counts.channels_merged == pages * PAGE * SIZE * KV_HEADS
+    assert counts.channels_stored == num_stored
+    assert 0.1 < num_stored / counts.channels_merged < 0.9
     beside = (410 - pages * PAGE) * SIZE * KV_HEADS
-    assert counts.channels_held == 410 * SIZE * KV_HEADS
+    assert counts.channels_total == 410 * SIZE * KV_HEADS
     assert counts.channels_multiplied == num_stored + beside
     by_page = stored[:, : pages * PAGE].reshape(KV_HEADS, pages, PAGE, -1).sum(axis=2)
     indices = np.where(by_page <= 16, PAGE // 2, PAGE).sum() + by_page.size
-    assert counts.key_bytes_held == 2 * counts.channels_held
+    assert counts.key_bytes_total == 2 * counts.channels_total
     assert counts.key_bytes_read == 2 * counts.channels_multiplied + indices
 
 
@@ -253,7 +253,7 @@ def test_a_window_over_everything_and_no_threshold_are_dense(
     cache = Cache(seed=4)
     with closing(new_layer(block, window, thresholds)) as layer:
         found = layer.attend(cache.rows(0, 400))
-        skipped = layer.counts.channels_behind - layer.counts.channels_sent
+        skipped = layer.counts.channels_merged - layer.counts.channels_stored
     expected = attend(cache.rows(0, 400))
     assert np.abs(found - expected).max() <= 2e-5 * np.abs(expected).max()
     # Elements of a page may be equal; blocks of them are not.
@@ -268,8 +268,8 @@ def test_every_page_stores_its_share(block: int, share: float) -> None:
         counts, before = [], 0
         for end in range(WINDOW + PAGE, 440, PAGE):
             layer.attend(cache.rows(0 if end == WINDOW + PAGE else end - PAGE, end))
-            counts.append(layer.counts.channels_sent - before)
-            before = layer.counts.channels_sent
+            counts.append(layer.counts.channels_stored - before)
+            before = layer.counts.channels_stored
     shares_of_pages = np.diff(np.array([0, *counts])) / (PAGE * SIZE * KV_HEADS)
     whole = FIXED / PAGE
     assert share * 0.9 - whole <= shares_of_pages[0] <= share + whole

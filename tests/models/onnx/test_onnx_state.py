@@ -101,17 +101,17 @@ def test_other_bytes_are_refused(model: OnnxModel, tmp_path: Path) -> None:
 
 def test_what_a_snapshot_depends_on(model: OnnxModel, tmp_path: Path) -> None:
     """The same folder is the same; other weights of the same shape, or elements, are not."""
-    component = model.snapshot_component()
-    assert set(component) == {"model", "KV type", "attention", "onnxruntime"}
+    properties = model.snapshot_properties()
+    assert set(properties) == {"model", "KV type", "attention", "onnxruntime"}
     with opened(tmp_path / "tiny", context=64) as again:
-        assert again.snapshot_component() == component
+        assert again.snapshot_properties() == properties
     with opened(write_decoder(tmp_path / "half" / "tiny", element="float16")) as half:
-        other = half.snapshot_component()
-        assert other["model"] != component["model"] and other["KV type"] == "f16"
+        other = half.snapshot_properties()
+        assert other["model"] != properties["model"] and other["KV type"] == "f16"
     weights = tmp_path / "tiny" / "model.onnx.data"
     weights.write_bytes(b"\x3c" + weights.read_bytes()[1:])
     with opened(tmp_path / "tiny") as changed:
-        assert changed.snapshot_component()["model"] != component["model"]
+        assert changed.snapshot_properties()["model"] != properties["model"]
 
 
 def test_an_incomplete_write_is_an_error(tmp_path: Path) -> None:
