@@ -84,7 +84,7 @@ class Runtime:
         Raises `OverBudget`, before anything is loaded, if the model cannot fit, `ModelError` for an unusable
         model, `NoGpu` if there is no GPU, and `BadOption` for a wrong option or value.
         """
-        config = LoadConfig.of(**options, profiled=profiler is not None)
+        config = replace(LoadConfig.of(**options), profiled=profiler is not None)
         with (profiler or SILENT).span("plan"):
             planned = (
                 plan_model(model, config)

@@ -275,11 +275,6 @@ class OnnxMatmul(MatmulBackend):
         self._library.lowtide_onnx_matmul_begin(self._products)
 
     @property
-    def num_nodes(self) -> int:
-        """How many nodes have been computed, matmuls and lookups."""
-        return int(self._library.lowtide_onnx_matmul_counts(self._products).nodes)
-
-    @property
     def scratch_bytes(self) -> int:
         """Bytes of a pass's rows in 8 bits."""
         return int(self._library.lowtide_onnx_matmul_counts(self._products).scratch_bytes)

@@ -20,6 +20,8 @@ from lowtide.models.spec import ModelSpec
 from lowtide.runtime.speculation.options import SpeculationArg
 
 MAX_THREADS = 512
+INTERNAL_FIELDS = ("compared_tokens", "attention_memory", "profiled")
+"""Set by evaluations and the profiler, not by users."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +86,7 @@ class LoadConfig:
     @classmethod
     def of(cls, **options: Any) -> LoadConfig:
         """Return the config with these fields; raise `BadOption` for a name that is not one of them."""
-        names = [field.name for field in fields(cls)]
+        names = [field.name for field in fields(cls) if field.name not in INTERNAL_FIELDS]
         unknown = sorted(set(options) - set(names))
         if unknown:
             raise BadOption(f"unknown option {unknown[0]!r}; the options are {', '.join(names)}")

@@ -24,7 +24,7 @@ from lowtide.runtime.speculation.drafts import (
 from lowtide.runtime.speculation.options import SpeculationArg
 from lowtide.runtime.speculation.step_cost import StepCostModel, benchmark_steps
 
-FREE_DRAFTS: dict[str, type[NgramDraft] | type[TrigramDraft]] = {
+DRAFT_CLASSES: dict[str, type[NgramDraft] | type[TrigramDraft]] = {
     "ngram": NgramDraft,
     "trigram": TrigramDraft,
 }
@@ -93,7 +93,7 @@ def _drafts(planned: ResolvedModel, model: Model) -> list[Draft]:
 
 def _free_drafts(planned: ResolvedModel) -> list[Draft]:
     names = SpeculationArg.parse(planned.options.speculate).drafts
-    return [FREE_DRAFTS[name]() for name in names]
+    return [DRAFT_CLASSES[name]() for name in names]
 
 
 def _draft_model(planned: ResolvedModel, spec: ModelSpec, model: Model) -> ModelDraft:

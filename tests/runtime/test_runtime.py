@@ -249,6 +249,7 @@ def test_a_model_of_ones_own_runs_its_own_attention() -> None:
         ({"kv_type": "q9"}, "kv_type"),
         ({"threads": 0}, "threads is 0"),
         ({"heat": 1}, "unknown option 'heat'; the options are memory"),
+        ({"profiled": True}, "unknown option 'profiled'; the options are memory"),
     ],
 )
 def test_bad_options_of_open_are_refused(options: dict[str, object], message: str) -> None:
