@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from essays import essays
-from packed_beside import (
+from repacked_beside import (
     ROWS,
     RepackedModel,
     compare_decode,

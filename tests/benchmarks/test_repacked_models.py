@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf_files import write_model
-from packed_beside import NUM_DECODED, ROWS, RepackedModel, compare_decode, compare_prefill
+from repacked_beside import NUM_DECODED, ROWS, RepackedModel, compare_decode, compare_prefill
 from peer import Peer
 
 from lowtide.memory.units import GIB, MIB
