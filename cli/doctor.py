@@ -165,7 +165,7 @@ def _print(findings: dict[str, Any], problems: list[str]) -> None:
     for name, value in findings.items():
         if name == "machine":
             limit = f", limited by {value['limited_by']}" if value["limited_by"] else ""
-            _line("machine", f"{value['processor']}, {value['cores']} cores, {value['system']}")
+            _line("machine", f"{value['processor']}, {_cores(value)}, {value['system']}")
             _line(
                 "memory",
                 f"{format_bytes(value['available_bytes'])} available of "
@@ -179,6 +179,15 @@ def _print(findings: dict[str, Any], problems: list[str]) -> None:
         click.secho(f"Problem: {problem}", fg="red")
     if not problems:
         click.secho("No problems found.", fg="green")
+
+
+def _cores(machine: dict[str, Any]) -> str:
+    """Return how many CPUs lowtide uses, and the container's limit where there is one."""
+    cores, quota = machine["cores"], machine["cpu_quota"]
+    text = f"{cores} core{'' if cores == 1 else 's'}"
+    if quota is None:
+        return text
+    return f"{text} (the container's quota is {quota:.2f} CPUs)"
 
 
 def _print_gpus(devices: list[dict[str, Any]], backends: list[str]) -> None:

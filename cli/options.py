@@ -44,7 +44,7 @@ _MODEL: tuple[Option, ...] = (
         "-t",
         "--threads",
         type=click.IntRange(1, 512),
-        help="Number of threads.  [default: all cores]",
+        help="Number of threads.  [default: all cores, or the CPU quota of the container]",
     ),
     click.option(
         "--repack/--no-repack",

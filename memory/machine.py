@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lowtide.memory.os.cpu_quota import cpu_quota
+
 PROC = Path("/proc")
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 UNLIMITED = 1 << 60
@@ -16,7 +18,12 @@ UNLIMITED = 1 << 60
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """`total_bytes` and `available_bytes` respect a container's limit; `limited_by` then names it."""
+    """The hardware, as far as the surrounding container may use it.
+
+    `total_bytes` and `available_bytes` respect a container's limit; `limited_by` then names it. `cores` is how
+    many CPUs this process may keep busy; `cpu_quota` is the container's limit on CPU time in CPUs, None without
+    one.
+    """
 
     system: str
     processor: str
@@ -24,6 +31,7 @@ class Machine:
     total_bytes: int
     available_bytes: int
     limited_by: str | None
+    cpu_quota: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields for JSON."""
@@ -60,13 +68,19 @@ def read_machine() -> Machine:
         total_bytes=total,
         available_bytes=available,
         limited_by=limited_by,
+        cpu_quota=cpu_quota(PROC, CGROUP_ROOT),
     )
 
 
 def usable_cores() -> int:
-    """Return how many processors this process may run on, at least 1."""
+    """Return how many CPUs this process may keep busy, by affinity and by its containers' quota; at least 1.
+
+    A quota is rounded down: a thread more would wait for the others in every layer.
+    """
     affinity = getattr(os, "sched_getaffinity", None)  # missing on macOS
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    quota = cpu_quota(PROC, CGROUP_ROOT)
+    return cores if quota is None else max(min(cores, int(quota)), 1)
 
 
 def cgroup_limits(proc: Path, root: Path) -> list[CgroupMemory]:

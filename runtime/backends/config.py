@@ -29,7 +29,8 @@ class LoadConfig:
     """What to load and how much memory it may take.
 
     `memory` is a size ("1GiB", "50%"), `context` a number of tokens, `kv_type` one of f16, q8_0 and q4_0; None
-    leaves the choice to the plan. `threads` None means the cores that this process may use.
+    leaves the choice to the plan. `threads` None means the cores that this process may use, by affinity and by
+    the CPU quota of its container.
 
     `attention` is a policy or its name: "llama" (the engine's own kernels), "dense" (lowtide's kernels: exact,
     and a token's result does not depend on the batch or the threads), or an approximation: "tidal" (`Tidal`:
