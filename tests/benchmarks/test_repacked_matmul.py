@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from essays import essays
+from peer import Peer
 from repacked_beside import (
     ROWS,
     RepackedModel,
@@ -22,7 +23,6 @@ from repacked_beside import (
     compare_prefill,
     compare_verification,
 )
-from peer import Peer
 from requantised import requantised
 
 from lowtide.attention.evaluation.divergence import log_softmax

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf_files import write_model
-from repacked_beside import NUM_DECODED, ROWS, RepackedModel, compare_decode, compare_prefill
 from peer import Peer
+from repacked_beside import NUM_DECODED, ROWS, RepackedModel, compare_decode, compare_prefill
 
 from lowtide.memory.units import GIB, MIB
 from lowtide.models.catalog import resolve
