@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lowtide.models.errors import TemplateError
+from lowtide.models.prompt_span import PromptSpan
 
 if TYPE_CHECKING:
     import jinja2
@@ -37,19 +38,28 @@ class ChatTemplate:
         self._special_texts = dict(special_texts)
         self._template = _compile(source)
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> list[PromptSpan]:
         """Return the prompt for the next assistant turn.
 
-        Raises `TemplateError` with the template's own message where it refuses the messages.
+        `tools` are the JSON schemas of functions that the model may call, and `arguments` further variables of the
+        template, by name. Raises `TemplateError` with the template's own message where it refuses the messages.
         """
         from lowtide.models.template_sandbox import rendered
 
-        return rendered(
+        text = rendered(
             self._template,
             messages=[checked_message(message) for message in messages],
+            tools=tools,
             add_generation_prompt=True,
-            **self._special_texts,
+            **{**self._special_texts, **(arguments or {})},
         )
+        return [PromptSpan(text, from_message=False)]
 
 
 def checked_message(message: Message) -> dict[str, str]:

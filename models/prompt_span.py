@@ -5,6 +5,7 @@ What a message says is text, always: control tokens come from the template's spa
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -18,3 +19,8 @@ class PromptSpan:
 
     text: str
     from_message: bool
+
+
+def text_of(spans: Iterable[PromptSpan]) -> str:
+    """Return the whole text of a prompt."""
+    return "".join(span.text for span in spans)

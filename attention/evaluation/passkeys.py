@@ -15,6 +15,7 @@ from lowtide.attention.policy import PassController
 from lowtide.models.chat_template import ChatTemplate
 from lowtide.models.errors import TemplateError
 from lowtide.models.model import Model
+from lowtide.models.prompt_span import text_of
 from lowtide.models.tokenizer import common_prefix
 
 ANSWER_TOKENS = 10
@@ -47,7 +48,7 @@ def chat_framing(model: Model) -> Framing:
         template.render([{"role": "user", "content": "x"}])
     except TemplateError:
         return lambda text: text + "\n"
-    return lambda text: template.render([{"role": "user", "content": text}])
+    return lambda text: text_of(template.render([{"role": "user", "content": text}]))
 
 
 def make_passkey(seed: int, *, doubled: bool = False) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from lowtide.models.chat_template import ChatTemplate, Message
 from lowtide.models.errors import BadOption, TemplateError
+from lowtide.models.prompt_span import text_of
 from lowtide.models.tokenizer import Tokenizer
 from lowtide.runtime.errors import PromptTooLong
 from lowtide.runtime.generation.state import GenerationRequest
@@ -116,7 +117,7 @@ class PromptEncoder:
         with self._profiler.span("template"):
             if self._template is None:
                 self._template = ChatTemplate(self._template_text, self._tokenizer.special_texts)
-            text = self._template.render(messages)
+            text = text_of(self._template.render(messages))
         self._check_text(text)
         with self._profiler.span("tokenise"):
             token_ids = self._chat_ids(text, messages)

@@ -7,6 +7,7 @@ import pytest
 
 from lowtide.models.chat_template import ChatTemplate
 from lowtide.models.errors import TemplateError
+from lowtide.models.prompt_span import text_of
 from lowtide.models.spec import ModelSpec
 
 USER = {"role": "user", "content": "Hi"}
@@ -14,7 +15,7 @@ SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 
 
 def render(source: str, *messages: dict[str, str]) -> str:
-    return ChatTemplate(source, SPECIAL).render(messages or (USER,))
+    return text_of(ChatTemplate(source, SPECIAL).render(messages or (USER,)))
 
 
 def test_the_default_models_own_template(smollm2_spec: ModelSpec) -> None:
