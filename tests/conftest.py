@@ -72,10 +72,10 @@ def real_runtime(smollm2: Path):  # type: ignore[no-untyped-def]
 
 @pytest.fixture
 def fake_runtime() -> Callable[..., Runtime]:
-    def opened(*replies: str, context: int = 512, batch_size: int = 64) -> Runtime:
+    def open_runtime(*replies: str, context: int = 512, batch_size: int = 64) -> Runtime:
         model = FakeModel(replies or ("Hello.",), context=context, batch_size=batch_size)
         runtime = Runtime.open(model, memory="8GiB")
         runtime.fake = model  # type: ignore[attr-defined]
         return runtime
 
-    return opened
+    return open_runtime

@@ -62,16 +62,16 @@ class Inputs:
 
 
 def check(inputs: Inputs, hook: LlamaHook, **options: Any) -> None:
-    theirs_graph, ours_graph = inputs.graph(**options), inputs.graph(**options)
-    theirs, ours = theirs_graph.computed(), ours_graph.computed(hook)
+    llama_graph, hooked_graph = inputs.graph(**options), inputs.graph(**options)
+    llama, hooked = llama_graph.computed(), hooked_graph.computed(hook)
     counts = hook.counts()
     assert (counts.nodes_native, counts.nodes_fallback) == (1, 0)
     expected = inputs.expected(**options)
-    np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=1e-5)
-    distance = np.abs(theirs - expected).max()
-    assert np.abs(ours - expected).max() <= max(distance, 1e-6)  # llama.cpp rounds q or v to f16
-    theirs_graph.close()
-    ours_graph.close()
+    np.testing.assert_allclose(hooked, expected, rtol=2e-5, atol=1e-5)
+    distance = np.abs(llama - expected).max()
+    assert np.abs(hooked - expected).max() <= max(distance, 1e-6)  # llama.cpp rounds q or v to f16
+    llama_graph.close()
+    hooked_graph.close()
 
 
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
@@ -104,9 +104,9 @@ def test_a_soft_cap(hook: LlamaHook) -> None:
 )
 def test_an_unknown_node_is_left_to_llama_cpp(options: dict[str, Any], hook: LlamaHook) -> None:
     inputs = Inputs()
-    theirs, ours = inputs.graph(**options), inputs.graph(**options)
-    assert ours.computed(hook).tobytes() == theirs.computed().tobytes()
+    llama, hooked = inputs.graph(**options), inputs.graph(**options)
+    assert hooked.computed(hook).tobytes() == llama.computed().tobytes()
     counts = hook.counts()
     assert (counts.nodes_native, counts.nodes_fallback) == (0, 1)
-    theirs.close()
-    ours.close()
+    llama.close()
+    hooked.close()

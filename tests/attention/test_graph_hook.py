@@ -70,14 +70,14 @@ def both_ways(path: Path, kv_type: str = "f16") -> tuple[Any, Any]:
     with hooked(path, kv_type=kv_type) as (model, hook):
         token_ids = model.tokenizer.encode(TEXT, add_special=True, parse_special=False)[:680]
         hook.set_active(False)
-        theirs = logits_along(model, token_ids, 620)
+        llama_logits = logits_along(model, token_ids, 620)
         assert hook.counts().nodes_native == 0
         hook.set_active(True)
-        ours = logits_along(model, token_ids, 620)
+        lowtide_logits = logits_along(model, token_ids, 620)
         counts = hook.counts()
     assert (counts.layers_native, counts.layers_fallback) == (model.spec.num_layers, 0)
     assert counts.seconds > 0
-    return theirs, ours
+    return llama_logits, lowtide_logits
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +87,13 @@ def exact(smollm2: Path) -> tuple[Any, Any]:
 
 def test_the_default_model_stays_at_the_noise_floor(exact: tuple[Any, Any]) -> None:
     """Another order of summation moves this model's distribution by 0.0036 nats."""
-    theirs, ours = exact
-    assert 0 < mean_kl(theirs, ours) <= 0.005
+    llama_logits, lowtide_logits = exact
+    assert 0 < mean_kl(llama_logits, lowtide_logits) <= 0.005
 
 
 def test_without_8_bit_activations_only_rounding_differs(smollm2: Path, tmp_path: Path) -> None:
-    theirs, ours = both_ways(requantised(smollm2, tmp_path / "f16.gguf", "F16"))
-    assert 0 < mean_kl(theirs, ours) <= 5e-4
+    llama_logits, lowtide_logits = both_ways(requantised(smollm2, tmp_path / "f16.gguf", "F16"))
+    assert 0 < mean_kl(llama_logits, lowtide_logits) <= 5e-4
 
 
 @pytest.mark.parametrize("kv_type", ["q8_0", "q4_0"])
@@ -101,8 +101,8 @@ def test_a_quantised_cache_is_read_as_exactly_as_by_llama_cpp(
     kv_type: str, exact: tuple[Any, Any], smollm2: Path
 ) -> None:
     """Rounding keys to few bits amplifies any change, so the distance from f16 is compared."""
-    theirs, ours = both_ways(smollm2, kv_type)
-    assert mean_kl(exact[0], ours) <= 1.15 * mean_kl(exact[0], theirs) + 0.002
+    llama_logits, lowtide_logits = both_ways(smollm2, kv_type)
+    assert mean_kl(exact[0], lowtide_logits) <= 1.15 * mean_kl(exact[0], llama_logits) + 0.002
 
 
 def test_replaced_nodes_are_restored(smollm2: Path) -> None:
@@ -122,8 +122,8 @@ def test_replaced_nodes_are_restored(smollm2: Path) -> None:
 
 @pytest.mark.real
 def test_sliding_windows_and_another_head_size() -> None:
-    theirs, ours = both_ways(resolve("gemma3-270m"))
-    assert mean_kl(theirs, ours) <= 0.02
+    llama_logits, lowtide_logits = both_ways(resolve("gemma3-270m"))
+    assert mean_kl(llama_logits, lowtide_logits) <= 0.02
 
 
 def test_a_token_is_bitwise_the_same_in_any_batch_and_with_any_threads(smollm2: Path) -> None:
@@ -215,9 +215,9 @@ def test_tensors_on_a_device_are_left_to_llama_cpp(
 ) -> None:
     real = llama_hook.ggml_functions()
     elsewhere = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(lambda _buffer: False)
-    told = type(real)(*(getattr(real, f[0]) for f in real._fields_))
-    told.backend_buffer_is_host = ctypes.cast(elsewhere, ctypes.c_void_p).value
-    monkeypatch.setattr(llama_hook, "ggml_functions", lambda: told)
+    changed = type(real)(*(getattr(real, f[0]) for f in real._fields_))
+    changed.backend_buffer_is_host = ctypes.cast(elsewhere, ctypes.c_void_p).value
+    monkeypatch.setattr(llama_hook, "ggml_functions", lambda: changed)
     with Runtime.open(smollm2, memory="4GiB", context=512, threads=1, attention="dense") as runtime:
         stats = runtime.generate("The sea is", max_tokens=2, temperature=0).stats
     assert (stats.layers_native, stats.layers) == (0, 30)

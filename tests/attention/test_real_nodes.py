@@ -34,7 +34,7 @@ def nodes(request: Any) -> list[AttentionInputs]:
         text = model.tokenizer.encode(TEXT, add_special=True, parse_special=False)[:NUM_TOKENS]
         for at in range(0, NUM_TOKENS - ROWS, ROWS):
             model.forward(text[at : at + ROWS])
-        dumped.wanted = True
+        dumped.recording = True
         model.forward(text[model.num_tokens : model.num_tokens + ROWS - 12])
         model.forward(text[-1:])
         assert len(dumped.nodes) == 2 * model.spec.num_layers

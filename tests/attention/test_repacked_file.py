@@ -24,19 +24,19 @@ def source(tmp_path: Path) -> GgufContents:
 
 
 def written(source: GgufContents, tmp_path: Path, component: str = "component") -> GgufContents:
-    target = tmp_path / "packed" / "m.gguf"
+    target = tmp_path / "repacked" / "m.gguf"
     write_repacked_gguf(source, target, component, lambda _: None)
     return read_gguf(target)
 
 
 def test_the_tensors_are_those_of_the_source(source: GgufContents, tmp_path: Path) -> None:
-    packed = written(source, tmp_path)
-    names = repacked_names(packed)
+    repacked = written(source, tmp_path)
+    names = repacked_names(repacked)
     assert set(names) == {t.name for t in repackable_tensors(source)}
     assert "output.weight" in names and "token_embd.weight" not in names
     assert len(names) == 2 * 7 + 1
     before = {t.name: t.data for t in gguf.GGUFReader(source.path).tensors}
-    after = {t.name: t for t in gguf.GGUFReader(packed.path).tensors}
+    after = {t.name: t for t in gguf.GGUFReader(repacked.path).tensors}
     assert list(before) == list(after)
     for name, tensor in after.items():
         if name in names:
@@ -48,11 +48,11 @@ def test_the_tensors_are_those_of_the_source(source: GgufContents, tmp_path: Pat
 
 
 def test_the_header_equals_the_source(source: GgufContents, tmp_path: Path) -> None:
-    packed = written(source, tmp_path)
-    own = {key for key in packed.metadata if key.startswith("lowtide.")} | {"general.alignment"}
-    assert {k: v for k, v in packed.metadata.items() if k not in own} == source.metadata
-    before, after = read_spec(source.path), read_spec(packed.path)
-    assert after.repacked_tensors == repacked_names(packed) and not before.repacked_tensors
+    repacked = written(source, tmp_path)
+    own = {key for key in repacked.metadata if key.startswith("lowtide.")} | {"general.alignment"}
+    assert {k: v for k, v in repacked.metadata.items() if k not in own} == source.metadata
+    before, after = read_spec(source.path), read_spec(repacked.path)
+    assert after.repacked_tensors == repacked_names(repacked) and not before.repacked_tensors
     assert (after.fingerprint, after.weight_bytes) == (before.fingerprint, before.weight_bytes)
 
 
@@ -62,21 +62,21 @@ def test_an_embedding_that_is_also_the_output_is_repacked(smollm2: Path) -> None
 
 
 def test_progress_counts_every_byte(source: GgufContents, tmp_path: Path) -> None:
-    told: list[int] = []
-    write_repacked_gguf(source, tmp_path / "p.gguf", "component", told.append)
-    assert sum(told) == sum(tensor.num_bytes for tensor in source.tensors)
+    written_bytes: list[int] = []
+    write_repacked_gguf(source, tmp_path / "p.gguf", "component", written_bytes.append)
+    assert sum(written_bytes) == sum(tensor.num_bytes for tensor in source.tensors)
 
 
 def test_a_valid_file_is_recognised(source: GgufContents, tmp_path: Path) -> None:
-    packed = written(source, tmp_path)
-    assert is_valid(packed, "component")
-    assert not is_valid(packed, "another") and not is_valid(source, "component")
-    data = bytearray(packed.path.read_bytes())
-    for at in (packed.data_start + 5, packed.data_start + 4000, len(data) - 1):
+    repacked = written(source, tmp_path)
+    assert is_valid(repacked, "component")
+    assert not is_valid(repacked, "another") and not is_valid(source, "component")
+    data = bytearray(repacked.path.read_bytes())
+    for at in (repacked.data_start + 5, repacked.data_start + 4000, len(data) - 1):
         changed = bytearray(data)
         changed[at] ^= 1
-        packed.path.write_bytes(changed)
-        assert not is_valid(read_gguf(packed.path), "component")
+        repacked.path.write_bytes(changed)
+        assert not is_valid(read_gguf(repacked.path), "component")
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
@@ -88,12 +88,12 @@ def test_a_full_disk_leaves_nothing_behind(
 
     monkeypatch.setattr(f"lowtide.models.atomic_file.os.{failing}", full)
     with pytest.raises(OSError, match="No space"):
-        write_repacked_gguf(source, tmp_path / "packed" / "m.gguf", "component", lambda _: None)
-    assert list((tmp_path / "packed").iterdir()) == []
+        write_repacked_gguf(source, tmp_path / "repacked" / "m.gguf", "component", lambda _: None)
+    assert list((tmp_path / "repacked").iterdir()) == []
 
 
 def test_a_source_that_is_truncated_meanwhile(source: GgufContents, tmp_path: Path) -> None:
     os.truncate(source.path, source.file_bytes - 100)
     with pytest.raises(OSError, match="ended while it was read"):
-        write_repacked_gguf(source, tmp_path / "packed" / "m.gguf", "component", lambda _: None)
-    assert list((tmp_path / "packed").iterdir()) == []
+        write_repacked_gguf(source, tmp_path / "repacked" / "m.gguf", "component", lambda _: None)
+    assert list((tmp_path / "repacked").iterdir()) == []

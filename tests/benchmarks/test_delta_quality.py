@@ -35,13 +35,13 @@ def compare_with_dense(
 
     The last trial must need the most memory.
     """
-    with Essays.opened(path, policy, trials[-1]) as opened:
+    with Essays.open(path, policy, trials[-1]) as essays:
         if sparsity is None:
             spread: Delta = policy.resolve(read_spec(path))
         else:
-            spread = opened.of_sparsity(policy, sparsity)
+            spread = essays.of_sparsity(policy, sparsity)
         results: list[tuple[Distance, ScoreCost]] = benchmark.pedantic(
-            lambda: [measured(replace(opened, trial=trial), spread) for trial in trials], rounds=1
+            lambda: [measured(replace(essays, trial=trial), spread) for trial in trials], rounds=1
         )
     return results
 
@@ -102,7 +102,7 @@ def test_distance_of_another_order_of_sums(benchmark: Any, smollm2: Path) -> Non
     """llama.cpp's matmul compared with lowtide's, both exact: the noise that no policy can avoid."""
 
     def answers(*, repack: bool) -> list[tuple[bool, float]]:
-        with Essays.opened(smollm2, Delta(), SHORT, repack=repack) as held:
+        with Essays.open(smollm2, Delta(), SHORT, repack=repack) as held:
             passkeys = list(held.passkeys())
             return [
                 (passkey.key in held.answer(None, passkey), held.lead(passkey))

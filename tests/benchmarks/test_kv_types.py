@@ -91,7 +91,7 @@ def losses(smollm2: Path) -> dict[tuple[str, bool], float]:
     found = dict[tuple[str, bool], float]()
     whole = planned_bytes(smollm2, None, "f16")
     for kv_type in ("f16", "q8_0", "q4_0"):
-        with Essays.opened(smollm2, Delta(), kv_type=kv_type) as held:
+        with Essays.open(smollm2, Delta(), kv_type=kv_type) as held:
             spread = spread or held.of_sparsity(Delta(), SPARSITY)
             for policy in (None, spread):
                 result = read(held, policy)

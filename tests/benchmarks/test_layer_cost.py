@@ -25,15 +25,15 @@ SETTINGS = {"context": 2560, "batch_size": 128, "threads": 2}
 
 @pytest.fixture(scope="module")
 def runtime(smollm2: Path) -> Iterator[Runtime]:
-    with Runtime.open(smollm2, memory="8GiB", **SETTINGS) as opened:
-        yield opened
+    with Runtime.open(smollm2, memory="8GiB", **SETTINGS) as loaded:
+        yield loaded
 
 
 @pytest.fixture(scope="module")
 def peer(smollm2: Path) -> Iterator[Peer]:
-    opened = Peer(smollm2, **SETTINGS)
-    yield opened
-    opened.close()
+    llama = Peer(smollm2, **SETTINGS)
+    yield llama
+    llama.close()
 
 
 def prompt_of(runtime: Runtime, num_tokens: int) -> tuple[str, list[int]]:

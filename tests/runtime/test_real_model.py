@@ -66,9 +66,9 @@ def peer_texts(smollm2: Path) -> list[str]:
     return texts
 
 
-def assert_same(ours: str, theirs: str) -> None:
+def assert_same(answer: str, peer_answer: str) -> None:
     """The peer goes on beyond max_tokens until a character is whole; we leave the half one out."""
-    assert theirs.startswith(ours) and len(theirs) - len(ours) <= 1
+    assert peer_answer.startswith(answer) and len(peer_answer) - len(answer) <= 1
 
 
 def test_greedy_output_is_llama_cpp_pythons_own(peer_texts: list[str], smollm2: Path) -> None:

@@ -143,11 +143,11 @@ def test_drop_oldest_for_plain_text(fake_runtime: Opened) -> None:
 def test_closing_the_iterator_leaves_the_runtime_usable(fake_runtime: Opened) -> None:
     runtime = fake_runtime("A long answer.", "Next.")
     chunks = runtime.chat(turns("a"), temperature=0)
-    said = next(chunks).text + next(chunks).text
+    answer = next(chunks).text + next(chunks).text
     chunks.close()
-    assert said == "A "
+    assert answer == "A "
     rows(runtime)
-    second = chat(runtime, turns("a", said, "b"), temperature=0)
+    second = chat(runtime, turns("a", answer, "b"), temperature=0)
     assert second.text == "Next."
     assert (
         second.stats.reused_tokens

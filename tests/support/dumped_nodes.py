@@ -33,10 +33,10 @@ _Tensor._fields_ = [
 
 
 class DumpedNodes:
-    """An evaluation callback that keeps every attention node of the passes while `wanted` is set."""
+    """An evaluation callback that keeps every attention node of the passes while `recording` is set."""
 
     def __init__(self) -> None:
-        self.wanted = False
+        self.recording = False
         self.nodes: list[AttentionInputs] = []
         op_name = llama_library().address("ggml_op_name")
         self._op_name = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_int32)(op_name)
@@ -53,7 +53,7 @@ class DumpedNodes:
         node = _Tensor.from_address(address)
         is_attention = self._op_name(node.op) == b"FLASH_ATTN_EXT"
         if ask:
-            return self.wanted and is_attention
+            return self.recording and is_attention
         self.nodes.append(_inputs(node))
         return True
 

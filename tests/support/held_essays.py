@@ -70,7 +70,7 @@ class Essays:
 
     @staticmethod
     @contextlib.contextmanager
-    def opened(
+    def open(
         path: Path,
         policy: Delta,
         trial: Trial = SHORT,

@@ -58,8 +58,8 @@ def write_decoder(
     """
     folder.mkdir(parents=True, exist_ok=True)
     shape = shape or Shape()
-    wanted = _attributes(attributes or {})
-    model = _model(form, shape, np.dtype(element), wanted, last_row=last_row)
+    requested = _attributes(attributes or {})
+    model = _model(form, shape, np.dtype(element), requested, last_row=last_row)
     if bits is not None:
         model = _quantised(model, bits, accuracy_level, block_size, symmetric=symmetric)
     onnx.save_model(
@@ -95,11 +95,11 @@ def _quantised(
     return made
 
 
-def _attributes(wanted: dict[str, object]) -> dict[str, object]:
+def _attributes(requested: dict[str, object]) -> dict[str, object]:
     names = {"interleaved": "rotary_interleaved", "window": "local_window_size"}
     return {
         names.get(name, name): int(value) if name in names else value  # type: ignore[call-overload]
-        for name, value in wanted.items()
+        for name, value in requested.items()
     }
 
 

@@ -1,4 +1,4 @@
-"""A model with packed weights, timed beside llama.cpp through its C API, in turn."""
+"""A model with repacked weights, timed beside llama.cpp through its C API, in turn."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROWS = 128
 
 
 class RepackedModel:
-    """The model from its packed copy, with our exact attention."""
+    """The model from its repacked copy, with lowtide's exact attention."""
 
     def __init__(self, path: Path, context: int = 2048) -> None:
         options = LoadConfig(
@@ -66,8 +66,8 @@ class RepackedModel:
 def compare_decode(
     benchmark: Any,
     name: str,
-    ours: RepackedModel,
-    theirs: Peer,
+    repacked: RepackedModel,
+    llama: Peer,
     depth: int,
     *,
     attention: str | None = None,
@@ -76,38 +76,38 @@ def compare_decode(
 ) -> None:
     """Time tokens behind `depth` others, which both read first unless they have."""
     if not is_filled:
-        ours.prefill(depth)
-        theirs.prefill(ours.token_ids[:depth])
+        repacked.prefill(depth)
+        llama.prefill(repacked.token_ids[:depth])
 
     def peers() -> None:
-        theirs.api.llama_memory_seq_rm(theirs.memory, 0, depth, -1)
-        for token_id in ours.token_ids[depth : depth + NUM_DECODED]:
-            theirs._decode([token_id])
+        llama.api.llama_memory_seq_rm(llama.memory, 0, depth, -1)
+        for token_id in repacked.token_ids[depth : depth + NUM_DECODED]:
+            llama._decode([token_id])
 
-    told = f"packed, {attention or 'dense'}, decode at {depth}"
-    paired(benchmark, told, lambda: ours.decode(depth, attention), peers, rounds, peer=name)
+    label = f"repacked, {attention or 'dense'}, decode at {depth}"
+    paired(benchmark, label, lambda: repacked.decode(depth, attention), peers, rounds, peer=name)
 
 
 def compare_prefill(
-    benchmark: Any, name: str, ours: RepackedModel, theirs: Peer, length: int, rounds: int = 9
+    benchmark: Any, name: str, repacked: RepackedModel, llama: Peer, length: int, rounds: int = 9
 ) -> None:
     """Time a whole prompt."""
-    token_ids = ours.token_ids[:length]
+    token_ids = repacked.token_ids[:length]
     paired(
-        benchmark, f"packed, prompt of {length}", lambda: ours.prefill(length),
-        lambda: theirs.prefill(token_ids), rounds, peer=name,
+        benchmark, f"repacked, prompt of {length}", lambda: repacked.prefill(length),
+        lambda: llama.prefill(token_ids), rounds, peer=name,
     )  # fmt: skip
 
 
-def compare_verification(benchmark: Any, ours: RepackedModel, num_rows: int) -> None:
+def compare_verification(benchmark: Any, repacked: RepackedModel, num_rows: int) -> None:
     """How much less than so many single rows; rows / ratio is the cost in single rows."""
-    ours.prefill(256)
+    repacked.prefill(256)
 
     def alone() -> None:
         for _ in range(num_rows):
-            ours.verify(256, 1)
+            repacked.verify(256, 1)
 
     paired(
-        benchmark, f"packed, {num_rows} rows at once", lambda: ours.verify(256, num_rows), alone, 9,
+        benchmark, f"repacked, {num_rows} rows at once", lambda: repacked.verify(256, num_rows), alone, 9,
         peer=f"{num_rows} single rows",
     )  # fmt: skip

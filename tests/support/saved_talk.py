@@ -5,8 +5,8 @@ from __future__ import annotations
 from lowtide import GenerationResult, Runtime
 
 TURNS = [{"role": "user", "content": "a"}]
-SAID = [*TURNS, {"role": "assistant", "content": "One."}]
-NEXT = [*SAID, {"role": "user", "content": "b"}]
+MESSAGES = [*TURNS, {"role": "assistant", "content": "One."}]
+NEXT = [*MESSAGES, {"role": "user", "content": "b"}]
 
 
 def chat(runtime: Runtime, messages: list[dict[str, str]]) -> GenerationResult:

@@ -81,8 +81,8 @@ def perfect(tokens: Sequence[int]) -> ScriptedDraft:
     """Return a draft that knows the tokens after the text's last newline."""
 
     def rest(text: Sequence[int]) -> Sequence[int]:
-        said = list(reversed(text)).index(ord("\n"))
-        return tokens[said:]
+        from_end = list(reversed(text)).index(ord("\n"))
+        return tokens[from_end:]
 
     return ScriptedDraft(rest)
 

@@ -35,12 +35,12 @@ def write_pair(
         for name, shape in _shapes(architecture, tied).items():
             numbers = _numbers(random, name, shape)
             quantised = len(shape) == 2
-            wanted = gguf.GGMLQuantizationType[kind]
-            data = gguf.quants.quantize(numbers, wanted) if quantised else numbers
+            ggml_type = gguf.GGMLQuantizationType[kind]
+            data = gguf.quants.quantize(numbers, ggml_type) if quantised else numbers
             if path == paths[0] and quantised:
-                writer.add_tensor(name, data, raw_dtype=wanted)
+                writer.add_tensor(name, data, raw_dtype=ggml_type)
             else:
-                exact = gguf.quants.dequantize(data, wanted) if quantised else data
+                exact = gguf.quants.dequantize(data, ggml_type) if quantised else data
                 writer.add_tensor(name, exact.astype(np.float32))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

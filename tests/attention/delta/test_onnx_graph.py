@@ -35,7 +35,7 @@ GRANULARITIES = pytest.mark.parametrize(
 BATCHES = (128, 128, 77, 1, 1, 1)
 
 
-class Opened:
+class OpenModel:
     """A small decoder of random weights with lowtide's attention in its graph."""
 
     def __init__(self, folder: Path, *, kv_type: str = "f16", threads: int = 1) -> None:
@@ -73,8 +73,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def opened(folder: Path) -> Iterator[Opened]:
-    made = Opened(folder)
+def small_model(folder: Path) -> Iterator[OpenModel]:
+    made = OpenModel(folder)
     yield made
     made.model.close()
 
@@ -92,7 +92,7 @@ def opened(folder: Path) -> Iterator[Opened]:
 )
 @pytest.mark.parametrize("kv_type", ["f16", "f32"])
 def test_with_nothing_merged_it_is_dense(folder: Path, policy: Delta, kv_type: str) -> None:
-    made = Opened(folder, kv_type=kv_type)
+    made = OpenModel(folder, kv_type=kv_type)
     dense, found, far = (made.read_all(one) for one in (Dense(), policy, TOKENS))
     made.model.close()
     # Another order of summation rounds some halves of the cache otherwise; groups are in halves, too.
@@ -158,7 +158,7 @@ def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=repr,
 )
 def test_attention_equals_the_oracle(one_layer: Path, policy: Delta) -> None:
-    oracle, num_rows, made = OneLayer(one_layer, 300), 4, Opened(one_layer)
+    oracle, num_rows, made = OneLayer(one_layer, 300), 4, OpenModel(one_layer)
     policy = policy.resolve(made.model.spec)
     controller = made.start(policy)
     made.read((128, 128, 40))
@@ -191,7 +191,7 @@ def test_attention_equals_the_oracle(one_layer: Path, policy: Delta) -> None:
                 delta_attention(q, k[:, None], v[:, None], merged[:, None], page=64, **common)
             )
     expected = oracle.logits(np.concatenate(by_head, axis=1))
-    dense = Opened(one_layer)
+    dense = OpenModel(one_layer)
     dense.start(Dense())
     dense.read((128, 128, 40))
     exact = np.array([dense.read((1,)) for _ in range(num_rows)])
@@ -202,60 +202,60 @@ def test_attention_equals_the_oracle(one_layer: Path, policy: Delta) -> None:
 
 
 @GRANULARITIES
-def test_truncating_equals_never_having_read_on(opened: Opened, policy: Delta) -> None:
-    expected = opened.read_all(policy, (128, 128, 44))
-    opened.read((100, 1, 1))
-    assert opened.model.truncate(200) == 200
-    assert np.array_equal(opened.read((60, 39, 1)), expected)
-    opened.model.truncate(0)
-    opened.read((128, 100), begin=300)
-    opened.model.truncate(0)
-    assert np.array_equal(opened.read((100, 100, 100)), expected)
+def test_truncating_equals_never_having_read_on(small_model: OpenModel, policy: Delta) -> None:
+    expected = small_model.read_all(policy, (128, 128, 44))
+    small_model.read((100, 1, 1))
+    assert small_model.model.truncate(200) == 200
+    assert np.array_equal(small_model.read((60, 39, 1)), expected)
+    small_model.model.truncate(0)
+    small_model.read((128, 100), begin=300)
+    small_model.model.truncate(0)
+    assert np.array_equal(small_model.read((100, 100, 100)), expected)
 
 
 @GRANULARITIES
-def test_restored_tokens_are_merged_again(opened: Opened, policy: Delta) -> None:
+def test_restored_tokens_are_merged_again(small_model: OpenModel, policy: Delta) -> None:
     """A snapshot restores slots that no pass has written: what was merged of others is not theirs."""
-    opened.read_all(policy, (128, 128))
-    snapshot = memoryview(bytearray(opened.model.snapshot_bytes()))
-    opened.model.copy_kv(snapshot)
-    expected = opened.read((44,))
-    opened.model.truncate(0)
-    opened.read((128, 128, 100), begin=300)
-    opened.model.put_kv(snapshot, 256)
-    assert np.array_equal(opened.read((44,)), expected)
+    small_model.read_all(policy, (128, 128))
+    snapshot = memoryview(bytearray(small_model.model.snapshot_bytes()))
+    small_model.model.copy_kv(snapshot)
+    expected = small_model.read((44,))
+    small_model.model.truncate(0)
+    small_model.read((128, 128, 100), begin=300)
+    small_model.model.put_kv(snapshot, 256)
+    assert np.array_equal(small_model.read((44,)), expected)
 
 
-def test_policies_that_follow_one_another_do_not_mix(opened: Opened) -> None:
-    logits = [opened.read_all(policy).tobytes() for policy in (TOKENS, BLOCKS, Dense()) * 2]
+def test_policies_that_follow_one_another_do_not_mix(small_model: OpenModel) -> None:
+    logits = [small_model.read_all(policy).tobytes() for policy in (TOKENS, BLOCKS, Dense()) * 2]
     assert logits[:3] == logits[3:] and len(set(logits)) == 3
-    opened.read_all(Dense(), (128, 72))
-    opened.start(TOKENS)
-    expected = opened.read((60, 1))
-    opened.read_all(TOKENS, (128, 128, 128))
-    opened.model.truncate(0)
-    opened.start(Dense())
-    opened.read((128, 72))
-    opened.start(TOKENS)
-    assert np.array_equal(opened.read((60, 1)), expected)
+    small_model.read_all(Dense(), (128, 72))
+    small_model.start(TOKENS)
+    expected = small_model.read((60, 1))
+    small_model.read_all(TOKENS, (128, 128, 128))
+    small_model.model.truncate(0)
+    small_model.start(Dense())
+    small_model.read((128, 72))
+    small_model.start(TOKENS)
+    assert np.array_equal(small_model.read((60, 1)), expected)
 
 
 @GRANULARITIES
 def test_threads_change_nothing(folder: Path, policy: Delta) -> None:
     found = []
     for threads in (1, 2):
-        made = Opened(folder, threads=threads)
+        made = OpenModel(folder, threads=threads)
         found.append(made.read_all(policy, (128, 128, 128, 100, 1, 1)))
         made.model.close()
     assert np.array_equal(*found)
 
 
-def test_fewer_keys_are_read(opened: Opened) -> None:
-    before = opened.attention.counts()
-    opened.read_all(TOKENS)
-    between = opened.attention.counts()
-    opened.read_all(BLOCKS)
-    after = opened.attention.counts()
+def test_fewer_keys_are_read(small_model: OpenModel) -> None:
+    before = small_model.attention.counts()
+    small_model.read_all(TOKENS)
+    between = small_model.attention.counts()
+    small_model.read_all(BLOCKS)
+    after = small_model.attention.counts()
     read, held = between.keys_read - before.keys_read, between.keys_visible - before.keys_visible
     assert 0.6 < read / held < 0.9 and between.scores == before.scores
     scores = after.scores - between.scores
@@ -265,7 +265,7 @@ def test_fewer_keys_are_read(opened: Opened) -> None:
 
 def test_layers_with_a_sliding_window_stay_dense(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", SHAPE, attributes={"window": 100})
-    made = Opened(folder)
+    made = OpenModel(folder)
     for policy in (TOKENS, BLOCKS):
         assert np.array_equal(made.read_all(policy), made.read_all(Dense()))
     made.model.close()
@@ -275,7 +275,7 @@ def test_layers_with_a_sliding_window_stay_dense(tmp_path: Path) -> None:
     "policy", [TOKENS, Delta(granularity="element", threshold=0)], ids=lambda p: p.granularity
 )
 def test_scratch_stays_inside_the_plan(folder: Path, policy: Delta) -> None:
-    made = Opened(folder)
+    made = OpenModel(folder)
     spec = made.model.spec
     made.read_all(Dense(), (128,) * 5)
     before = made.attention.counts().scratch_bytes

@@ -36,14 +36,16 @@ def hidden(*kinds: str, length: int = 4000) -> list[HiddenQuestion]:
 @pytest.mark.parametrize("kinds", [KINDS, (*KINDS, *HARD_KINDS)])
 def test_every_sentence_is_at_its_span(kinds: tuple[str, ...]) -> None:
     for found in hidden(*kinds):
-        told = [TOKENIZER.decode(found.token_ids[begin:end]) for begin, end in found.spans]
-        assert told == list(found.question.sentences)
+        sentence = [TOKENIZER.decode(found.token_ids[begin:end]) for begin, end in found.spans]
+        assert sentence == list(found.question.sentences)
         assert 0.8 * 4000 < len(found.token_ids) <= 4000
         assert abs(found.spans[0][0] / 4000 - found.depth) < 0.12
         asked = TOKENIZER.decode(found.token_ids)
         assert asked.count(found.question.text) == 1
         for question in (ask(kind, 3) for kind in kinds):
-            assert all(f"\n{told}{question.aside}\n" in asked for told in question.sentences)
+            assert all(
+                f"\n{sentence}{question.aside}\n" in asked for sentence in question.sentences
+            )
 
 
 def test_prompts_of_one_text_differ_only_in_their_questions() -> None:

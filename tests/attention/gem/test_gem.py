@@ -99,7 +99,7 @@ def test_selections_are_those_of_loops(pool: str, k: int, size: int, first: int,
             assert found.tolist() == selected_by_loops(scores.tolist(), policy)
 
 
-class Opened:
+class OpenModel:
     """A small model of random weights under the hook."""
 
     def __init__(self, path: Path, batch_size: int) -> None:
@@ -139,8 +139,8 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def opened(random_model: Path) -> Iterator[Opened]:
-    made = Opened(random_model, batch_size=128)
+def small_model(random_model: Path) -> Iterator[OpenModel]:
+    made = OpenModel(random_model, batch_size=128)
     yield made
     made.close()
 
@@ -151,7 +151,7 @@ def weights_by_numpy(path: Path, layer: int) -> np.ndarray:
     options = LoadOptions(context=768, batch_size=128, threads=2, eval_callback=dumped.callback)
     with GgufModel(read_spec(path), options) as model:
         for begin in range(0, len(PROMPT), 100):
-            dumped.wanted = begin + 100 >= len(PROMPT)
+            dumped.recording = begin + 100 >= len(PROMPT)
             model.forward(PROMPT[begin : begin + 100])
     node = dumped.nodes[layer]
     k = node.k.astype(np.float64)
@@ -160,28 +160,28 @@ def weights_by_numpy(path: Path, layer: int) -> np.ndarray:
 
 @pytest.mark.parametrize("layer", [0, 2, 4])
 def test_scores_equal_numpy_over_the_last_queries(
-    layer: int, opened: Opened, random_model: Path
+    layer: int, small_model: OpenModel, random_model: Path
 ) -> None:
     weights = weights_by_numpy(random_model, layer)[:, :, : len(PROMPT)]
     largest, total = weights.max(axis=(0, 1)), weights.sum(axis=(0, 1))
-    assert opened.scores(layer) == pytest.approx(largest, rel=0.02, abs=1e-5)
-    assert opened.scores(layer, heads="sum") == pytest.approx(total, rel=0.02, abs=1e-4)
+    assert small_model.scores(layer) == pytest.approx(largest, rel=0.02, abs=1e-5)
+    assert small_model.scores(layer, heads="sum") == pytest.approx(total, rel=0.02, abs=1e-4)
 
 
 @pytest.mark.parametrize("weights", ["softmax", "raw"])
 @pytest.mark.parametrize("heads", ["max", "sum"])
 def test_a_prompt_in_small_passes_is_scored_the_same(
-    weights: str, heads: str, opened: Opened, random_model: Path
+    weights: str, heads: str, small_model: OpenModel, random_model: Path
 ) -> None:
-    small = Opened(random_model, batch_size=32)
+    small = OpenModel(random_model, batch_size=32)
     found = small.scores(3, weights=weights, heads=heads)
     small.close()
-    whole = opened.scores(3, weights=weights, heads=heads)
+    whole = small_model.scores(3, weights=weights, heads=heads)
     assert found == pytest.approx(whole, rel=1e-3, abs=1e-6)
 
 
 def test_scratch_stays_inside_the_plan(random_model: Path) -> None:
-    made = Opened(random_model, batch_size=128)
+    made = OpenModel(random_model, batch_size=128)
     made.logits()
     spec, before = made.model.spec, made.hook.counts().scratch_bytes
     made.scores(2)
@@ -191,18 +191,18 @@ def test_scratch_stays_inside_the_plan(random_model: Path) -> None:
     assert 4 * spec.num_heads * len(PROMPT) < taken <= planned
 
 
-def test_an_early_exit_at_any_layer_leaves_the_model_as_it_was(opened: Opened) -> None:
-    before = opened.logits()
-    for layer in range(opened.model.spec.num_layers):
-        scores = opened.scores(layer)
+def test_an_early_exit_at_any_layer_leaves_the_model_as_it_was(small_model: OpenModel) -> None:
+    before = small_model.logits()
+    for layer in range(small_model.model.spec.num_layers):
+        scores = small_model.scores(layer)
         assert scores.shape == (len(PROMPT),) and scores.max() > 0
-        assert opened.model.num_tokens == 0
-    assert np.array_equal(before, opened.logits())
+        assert small_model.model.num_tokens == 0
+    assert np.array_equal(before, small_model.logits())
 
 
-def test_a_prompt_that_repeats_one_token(opened: Opened) -> None:
-    policy = Gem(k=100, layer=1, min_prompt=0).resolve(opened.model.spec)
-    retained = PromptFilter(opened.model, opened.hook, policy.selection).filter([7] * 500)
+def test_a_prompt_that_repeats_one_token(small_model: OpenModel) -> None:
+    policy = Gem(k=100, layer=1, min_prompt=0).resolve(small_model.model.spec)
+    retained = PromptFilter(small_model.model, small_model.hook, policy.selection).filter([7] * 500)
     assert retained == [7] * 100
 
 

@@ -27,7 +27,7 @@ SHAPE = Shape(layers=5, kv_heads=2)
 KINDS: list[dict[str, Any]] = [{}, {"last_row": True}, {"bits": 4}, {"element": "float16"}]
 
 
-class Opened:
+class OpenModel:
     """A small decoder of random weights, and a second cache in the same session."""
 
     def __init__(self, folder: Path, batch_size: int = 128, kv_type: str = "f32") -> None:
@@ -67,8 +67,8 @@ def outside(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def opened(outside: Path) -> Iterator[Opened]:
-    made = Opened(outside)
+def small_model(outside: Path) -> Iterator[OpenModel]:
+    made = OpenModel(outside)
     yield made
     made.close()
 
@@ -110,7 +110,7 @@ def test_the_retained_tokens_equal_numpy_over_the_same_queries_and_keys(
     weights = attention_weights(
         query[-16:], key.astype(np.float64), mask, scale=SHAPE.head_size**-0.5
     )
-    made = Opened(outside, batch_size)
+    made = OpenModel(outside, batch_size)
     for heads, scores in (("max", weights.max(axis=(0, 1))), ("sum", weights.sum(axis=(0, 1)))):
         last = made.filtered(layer, heads=heads).last
         assert last is not None
@@ -125,7 +125,7 @@ def test_the_retained_tokens_equal_numpy_over_the_same_queries_and_keys(
 def test_an_early_exit_at_any_layer_leaves_the_model_as_it_was(
     tmp_path: Path, kind: dict[str, Any]
 ) -> None:
-    made = Opened(write_decoder(tmp_path / "tiny", "gqa packed", SHAPE, **kind), kv_type="f16")
+    made = OpenModel(write_decoder(tmp_path / "tiny", "gqa packed", SHAPE, **kind), kv_type="f16")
     before = made.logits()
     for layer in range(SHAPE.layers):
         scores = made.scores(layer)
@@ -139,48 +139,48 @@ def test_an_early_exit_at_any_layer_leaves_the_model_as_it_was(
     made.close()
 
 
-def test_a_prompt_in_small_passes_is_scored_the_same(outside: Path, opened: Opened) -> None:
-    small = Opened(outside, batch_size=32)
+def test_a_prompt_in_small_passes_is_scored_the_same(outside: Path, small_model: OpenModel) -> None:
+    small = OpenModel(outside, batch_size=32)
     for weights in ("softmax", "raw"):
-        found, whole = (made.scores(3, weights=weights) for made in (small, opened))
+        found, whole = (made.scores(3, weights=weights) for made in (small, small_model))
         assert found == pytest.approx(whole, rel=1e-3, abs=1e-6)
     small.close()
 
 
-def test_layers_behind_the_selecting_layer_are_not_computed(opened: Opened) -> None:
-    opened.scores(1)
-    opened.reader.truncate(0)
-    opened.attention.score_prompt(1, Gem(k=100, layer=1).selection.rule, is_last=False)
-    opened.reader.forward(PROMPT[:100])
-    opened.attention.run_whole_passes()
-    keys = [opened.reader._slots.tensor(layer, 0) for layer in range(SHAPE.layers)]
+def test_layers_behind_the_selecting_layer_are_not_computed(small_model: OpenModel) -> None:
+    small_model.scores(1)
+    small_model.reader.truncate(0)
+    small_model.attention.score_prompt(1, Gem(k=100, layer=1).selection.rule, is_last=False)
+    small_model.reader.forward(PROMPT[:100])
+    small_model.attention.run_whole_passes()
+    keys = [small_model.reader._slots.tensor(layer, 0) for layer in range(SHAPE.layers)]
     assert [bool(np.any(tensor[:100])) for tensor in keys] == [True, True, False, False, False]
-    assert opened.reader.num_tokens == 100
-    assert opened.attention.prompt_scores(100) is None
+    assert small_model.reader.num_tokens == 100
+    assert small_model.attention.prompt_scores(100) is None
 
 
-def test_a_pass_that_fails_is_not_one_that_ends(opened: Opened) -> None:
-    opened.attention.score_prompt(1, Gem(k=100, layer=1).selection.rule, is_last=True)
+def test_a_pass_that_fails_is_not_one_that_ends(small_model: OpenModel) -> None:
+    small_model.attention.score_prompt(1, Gem(k=100, layer=1).selection.rule, is_last=True)
     with pytest.raises(ForwardError, match="is not in the vocabulary"):
-        opened.reader.forward([320])
-    opened.reader.forward(PROMPT[:10])
-    opened.attention.run_whole_passes()
-    opened.reader._binding.bind_cpu_input("input_ids", np.zeros((1, 3), np.int64))
-    bind = opened.reader._bind_array
-    opened.reader._bind_array = lambda name, values: (  # type: ignore[method-assign]
+        small_model.reader.forward([320])
+    small_model.reader.forward(PROMPT[:10])
+    small_model.attention.run_whole_passes()
+    small_model.reader._binding.bind_cpu_input("input_ids", np.zeros((1, 3), np.int64))
+    bind = small_model.reader._bind_array
+    small_model.reader._bind_array = lambda name, values: (  # type: ignore[method-assign]
         None if name == "input_ids" else bind(name, values)
     )
     with pytest.raises(ForwardError, match="a forward pass of 1 tokens at 10 failed"):
-        opened.reader.forward([5])
-    assert opened.reader.num_tokens == 10
+        small_model.reader.forward([5])
+    assert small_model.reader.num_tokens == 10
 
 
-def test_scratch_stays_inside_the_plan(opened: Opened) -> None:
-    opened.logits()
-    before = opened.attention.counts().scratch_bytes
-    opened.scores(2)
-    taken = opened.attention.counts().scratch_bytes - before
-    spec = opened.model.spec
+def test_scratch_stays_inside_the_plan(small_model: OpenModel) -> None:
+    small_model.logits()
+    before = small_model.attention.counts().scratch_bytes
+    small_model.scores(2)
+    taken = small_model.attention.counts().scratch_bytes - before
+    spec = small_model.model.spec
     masks = 2 * 128 * len(PROMPT)  # of longer passes
     rows = 4 * 128 * spec.num_heads * spec.key_head_dim
     assert 4 * spec.num_heads * len(PROMPT) < taken

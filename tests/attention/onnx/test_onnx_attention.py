@@ -25,7 +25,7 @@ SWAPPED_FORMS = [form for form in FORMS if form != "decomposed"]
 PARTS = (64, 66, 67, 68, 90)
 
 
-def opened(
+def open_model(
     folder: Path,
     attention: OnnxAttention | None,
     *,
@@ -78,33 +78,33 @@ def test_logits_equal_those_of_the_graphs_own_attention(
     shape = shape_of(form, **{k: v for k, v in changes.items() if k == "layers"})
     attributes = {k: v for k, v in changes.items() if k != "layers"}
     folder = write_decoder(tmp_path / "tiny", form, shape, attributes=attributes)
-    with opened(folder, None) as whole, opened(folder, attention) as swapped:
-        for wanted, found in zip(passes(whole), passes(swapped), strict=True):
-            assert np.abs(wanted).max() > 1
-            np.testing.assert_allclose(found, wanted, atol=1e-5)
+    with open_model(folder, None) as whole, open_model(folder, attention) as swapped:
+        for expected, found in zip(passes(whole), passes(swapped), strict=True):
+            assert np.abs(expected).max() > 1
+            np.testing.assert_allclose(found, expected, atol=1e-5)
     plain = write_decoder(tmp_path / "plain", form, shape)
     if attributes:  # they change what is answered
-        with opened(plain, None) as other:
-            assert np.abs(passes(other)[-1] - wanted).max() > 1e-3
+        with open_model(plain, None) as other:
+            assert np.abs(passes(other)[-1] - expected).max() > 1e-3
 
 
 def test_half_precision(tmp_path: Path, attention: OnnxAttention) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa packed", shape_of("gqa"), element="float16")
-    with opened(folder, None) as whole, opened(folder, attention, kv_type="f16") as swapped:
-        for wanted, found in zip(passes(whole), passes(swapped), strict=True):
-            np.testing.assert_allclose(found, wanted, atol=0.01)
+    with open_model(folder, None) as whole, open_model(folder, attention, kv_type="f16") as swapped:
+        for expected, found in zip(passes(whole), passes(swapped), strict=True):
+            np.testing.assert_allclose(found, expected, atol=0.01)
 
 
 def test_a_cache_of_halves(tmp_path: Path, attention: OnnxAttention) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", shape_of("gqa"))
-    with opened(folder, None) as whole, opened(folder, attention, kv_type="f16") as swapped:
+    with open_model(folder, None) as whole, open_model(folder, attention, kv_type="f16") as swapped:
         np.testing.assert_allclose(passes(swapped)[-1], passes(whole)[-1], atol=0.01)
 
 
 def test_weights_inside_the_file_and_quantised_weights(tmp_path: Path) -> None:
     for name, changes in (("in", {"external": False}), ("bits", {"bits": 4})):
         folder = write_decoder(tmp_path / name, "gqa", shape_of("gqa"), **changes)  # type: ignore[arg-type]
-        with opened(folder, None) as whole, opened(folder, OnnxAttention(2)) as swapped:
+        with open_model(folder, None) as whole, open_model(folder, OnnxAttention(2)) as swapped:
             np.testing.assert_allclose(passes(swapped)[-1], passes(whole)[-1], atol=1e-4)
 
 
@@ -113,24 +113,24 @@ def model(
     request: pytest.FixtureRequest, tmp_path: Path, attention: OnnxAttention
 ) -> Iterator[RewrittenOnnxModel]:
     folder = write_decoder(tmp_path / "tiny", request.param, shape_of(request.param))
-    with opened(folder, attention) as made:
+    with open_model(folder, attention) as made:
         assert isinstance(made, RewrittenOnnxModel)
         yield made
 
 
 def test_truncating_equals_never_having_read_on(model: RewrittenOnnxModel) -> None:
     model.forward(IDS[:40])
-    wanted = model.forward(IDS[40:80]).copy()
+    expected = model.forward(IDS[40:80]).copy()
     assert model.num_tokens == 80
-    for kept in (40, 17, 0):
+    for length in (40, 17, 0):
         model.forward(IDS[80:])
-        assert model.truncate(kept) == kept == model.num_tokens
-        if kept < 40:
-            model.forward(IDS[kept:40])
+        assert model.truncate(length) == length == model.num_tokens
+        if length < 40:
+            model.forward(IDS[length:40])
         found = model.forward(IDS[40:80])
-        if kept in (40, 0):  # the same passes
-            assert np.array_equal(found, wanted)
-        np.testing.assert_allclose(found, wanted, atol=1e-5)
+        if length in (40, 0):  # the same passes
+            assert np.array_equal(found, expected)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
     assert model.truncate(500) == 80
 
 
@@ -138,11 +138,11 @@ def test_a_copied_snapshot_is_restored(model: RewrittenOnnxModel) -> None:
     model.forward(IDS[:50])
     state = memoryview(bytearray(model.snapshot_bytes()))
     model.copy_kv(state)
-    wanted = model.forward(IDS[50:60]).copy()
+    expected = model.forward(IDS[50:60]).copy()
     model.truncate(0)
     model.forward(IDS[30:60])
     model.put_kv(state, 50)
-    assert np.array_equal(model.forward(IDS[50:60]), wanted)
+    assert np.array_equal(model.forward(IDS[50:60]), expected)
     with pytest.raises(SnapshotError, match="not the size of 49 tokens"):
         model.put_kv(state, 49)
 
@@ -151,11 +151,11 @@ def test_a_saved_snapshot_is_restored(model: RewrittenOnnxModel, tmp_path: Path)
     path = tmp_path / "state"
     model.forward(IDS[:50])
     num_bytes = model.save_kv(path, IDS[:50])
-    wanted = model.forward(IDS[50:60]).copy()
+    expected = model.forward(IDS[50:60]).copy()
     model.truncate(0)
     model.forward(IDS[30:60])
     assert model.load_kv(path, num_bytes, 50) == IDS[:50]
-    assert np.array_equal(model.forward(IDS[50:60]), wanted)
+    assert np.array_equal(model.forward(IDS[50:60]), expected)
     assert model.snapshot_properties()["attention"] == "lowtide"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(SnapshotError, match="it ends before its keys and values do"):
@@ -165,12 +165,12 @@ def test_a_saved_snapshot_is_restored(model: RewrittenOnnxModel, tmp_path: Path)
 
 def test_a_failed_pass_changes_nothing(model: RewrittenOnnxModel) -> None:
     model.forward(IDS[:10])
-    wanted = model.forward(IDS[10:12]).copy()
+    expected = model.forward(IDS[10:12]).copy()
     model.truncate(10)
     for rows in ([], IDS[:65], [320], [-1]):
         with pytest.raises(ForwardError):
             model.forward(rows)
-    assert np.array_equal(model.forward(IDS[10:12]), wanted)
+    assert np.array_equal(model.forward(IDS[10:12]), expected)
 
 
 @pytest.mark.parametrize("weights", [{}, {"bits": 4}, {"element": "float16"}], ids=str)
@@ -181,7 +181,10 @@ def test_every_token_of_a_pass_has_logits(
     """Also if the graph returns the last token's logits only: the rewritten graph returns as many as asked for."""
     shape = shape_of("gqa")
     folder = write_decoder(tmp_path / "tiny", "gqa", shape, last_row=last_row, **weights)  # type: ignore[arg-type]
-    with opened(folder, None) as whole, opened(folder, attention, verify_batch=8) as swapped:
+    with (
+        open_model(folder, None) as whole,
+        open_model(folder, attention, verify_batch=8) as swapped,
+    ):
         assert swapped.max_verify_batch == 8
         atol = 0.01 if weights else 1e-5
         np.testing.assert_allclose(swapped.forward(IDS[:40]), whole.forward(IDS[:40]), atol=atol)
@@ -206,7 +209,7 @@ def test_a_graph_with_an_unknown_output_is_not_widened(
     gathered = onnx.helper.make_node("Gather", [cut.input[0], "last0"], cut.output, axis=1)
     cut.CopyFrom(gathered)
     onnx.save(graph, folder / "model.onnx")
-    with opened(folder, attention, verify_batch=8) as swapped:
+    with open_model(folder, attention, verify_batch=8) as swapped:
         assert swapped.max_verify_batch == 1
         assert swapped.forward_rows(IDS[:1]).shape == (1, 320)
 
@@ -216,7 +219,7 @@ def test_threads_change_nothing(tmp_path: Path) -> None:
     found = []
     for threads in (1, 3):
         attention = OnnxAttention(threads)
-        with opened(folder, attention) as swapped:
+        with open_model(folder, attention) as swapped:
             found.append(passes(swapped))
         attention.close()
     for one, other in zip(*found, strict=True):
@@ -227,7 +230,7 @@ def test_tidal_in_a_graph(tmp_path: Path, attention: OnnxAttention) -> None:
     shape = shape_of("gqa", layers=4)
     folder = write_decoder(tmp_path / "tiny", "gqa", shape)
     found, shares = [], []
-    with opened(folder, attention) as swapped:
+    with open_model(folder, attention) as swapped:
         for k in (None, 500, 40):
             policy = Dense() if k is None else Tidal(k=k, selection_layers=(1,), recent=8)
             controller = policy.configure(attention, swapped.spec)
@@ -262,7 +265,7 @@ def test_a_graph_that_cannot_be_rewritten_says_why(
     with pytest.raises(
         UnsupportedModel, match=f"with its own attention, because its graph {reason}"
     ):
-        opened(folder, attention)
+        open_model(folder, attention)
 
 
 def test_positions_without_rotary_embedding_are_not_read(
@@ -272,8 +275,8 @@ def test_positions_without_rotary_embedding_are_not_read(
     with pytest.raises(
         UnsupportedModel, match="has rotary tables for 128 positions.*lower --context to 128"
     ):
-        opened(folder, attention, context=129)
-    with opened(folder, attention, context=128) as swapped:
+        open_model(folder, attention, context=129)
+    with open_model(folder, attention, context=128) as swapped:
         swapped.forward(IDS[:64])
         swapped.forward(IDS[:64])
         with pytest.raises(ForwardError, match="has room for 0"):
@@ -284,13 +287,13 @@ def test_a_graph_with_its_own_attention_runs_beside(
     tmp_path: Path, attention: OnnxAttention
 ) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", shape_of("gqa"))
-    with opened(folder, attention) as swapped, opened(folder, None) as whole:
+    with open_model(folder, attention) as swapped, open_model(folder, None) as whole:
         np.testing.assert_allclose(swapped.forward(IDS[:5]), whole.forward(IDS[:5]), atol=1e-5)
 
 
 def test_closing_twice(tmp_path: Path, attention: OnnxAttention) -> None:
-    made = opened(write_decoder(tmp_path / "tiny"), attention)
+    made = open_model(write_decoder(tmp_path / "tiny"), attention)
     made.close()
     made.close()
     with pytest.raises(LowtideError, match="was closed with its model"):
-        opened(tmp_path / "tiny", attention)
+        open_model(tmp_path / "tiny", attention)

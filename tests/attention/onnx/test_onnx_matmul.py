@@ -40,7 +40,7 @@ def form_of(folder: Path) -> tuple[OnnxSpec, RepackPlan]:
 
 
 @pytest.fixture
-def opened(tmp_path: Path) -> Iterator[Callable[..., OnnxModel]]:
+def open_model(tmp_path: Path) -> Iterator[Callable[..., OnnxModel]]:
     """Opens a folder's graph, repacked or not, with a cache of floats, and closes it."""
     models = []
 
@@ -69,8 +69,8 @@ def passes(model: OnnxModel) -> np.ndarray:
     return np.stack([np.array(model.forward(IDS[a:b]), np.float64) for a, b in pairs])
 
 
-def divergence(wanted: np.ndarray, found: np.ndarray) -> float:
-    p, q = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (wanted, found))
+def divergence(expected: np.ndarray, found: np.ndarray) -> float:
+    p, q = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (expected, found))
     return float((np.exp(p) * (p - q)).sum(axis=1).mean())
 
 
@@ -87,23 +87,25 @@ def divergence(wanted: np.ndarray, found: np.ndarray) -> float:
 )
 @pytest.mark.parametrize("form", ["gqa", "standard", "gqa packed"])
 def test_repacked_matmuls_are_as_exact_as_onnxruntimes(
-    tmp_path: Path, opened: Callable[..., OnnxModel], form: str, written: dict[str, Any]
+    tmp_path: Path, open_model: Callable[..., OnnxModel], form: str, written: dict[str, Any]
 ) -> None:
     """Both round rows to 8 bits in blocks, and are as far from float rows."""
     folder = write_decoder(tmp_path / "int8", form, WIDE, **written)
     floats = write_decoder(tmp_path / "floats", form, WIDE, **written, accuracy_level=1)
-    exact = passes(opened(floats, repack=False))
-    theirs, ours = (divergence(exact, passes(opened(folder, repack=p))) for p in (False, True))
-    assert 0 < ours < max(2 * theirs, 2e-3)
+    exact = passes(open_model(floats, repack=False))
+    plain, repacked = (
+        divergence(exact, passes(open_model(folder, repack=p))) for p in (False, True)
+    )
+    assert 0 < repacked < max(2 * plain, 2e-3)
 
 
 def test_a_token_is_the_same_in_any_batch_and_on_any_threads(
-    tmp_path: Path, opened: Callable[..., OnnxModel]
+    tmp_path: Path, open_model: Callable[..., OnnxModel]
 ) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", WIDE, bits=4)
-    together = opened(folder, repack=True, threads=2)
+    together = open_model(folder, repack=True, threads=2)
     found = together.forward(IDS[:60])
-    one = opened(folder, repack=True, threads=1)
+    one = open_model(folder, repack=True, threads=1)
     for token_id in IDS[:60]:
         alone = one.forward([token_id])
     np.testing.assert_array_equal(alone, found)
@@ -119,7 +121,7 @@ def test_a_token_is_the_same_in_any_batch_and_on_any_threads(
     ],
 )
 def test_converted_folders_have_the_logits_of_the_repacked_gguf(
-    tmp_path: Path, opened: Callable[..., OnnxModel], architecture: str, kind: str, tied: bool
+    tmp_path: Path, open_model: Callable[..., OnnxModel], architecture: str, kind: str, tied: bool
 ) -> None:
     """The weights are the same; only rounding to 8 bits of sums in another order differs."""
     from lowtide import Runtime
@@ -129,18 +131,18 @@ def test_converted_folders_have_the_logits_of_the_repacked_gguf(
     options = {"memory": "4GiB", "context": 256, "threads": 1, "attention": "dense", "repack": True}
     with Runtime.open(quantised, **options) as runtime:  # type: ignore[arg-type]
         pairs = pairwise(PARTS)
-        wanted = np.stack(
+        expected = np.stack(
             [np.array(runtime._model.forward(IDS[a:b]), np.float64) for a, b in pairs]
         )
-    assert divergence(wanted, passes(opened(folder, repack=True, kv_type="f16"))) < 2e-3
+    assert divergence(expected, passes(open_model(folder, repack=True, kv_type="f16"))) < 2e-3
 
 
 def test_weights_that_no_matmul_reads_stay_with_onnxruntime(
-    tmp_path: Path, opened: Callable[..., OnnxModel]
+    tmp_path: Path, open_model: Callable[..., OnnxModel]
 ) -> None:
     quantised, _ = write_pair(tmp_path, "llama", "Q8_0")
     folder = convert(read_spec(quantised), tmp_path / "onnx").folder
-    model = opened(folder, repack=True)
+    model = open_model(folder, repack=True)
     model.forward(IDS[:5])
     assert isinstance(model, RewrittenOnnxModel) and isinstance(model._matmul_backend, OnnxMatmul)
     _, form = form_of(folder)
@@ -155,10 +157,10 @@ def test_a_damaged_tile_file_is_refused(tmp_path: Path) -> None:
     _, form = form_of(folder)
     path = tmp_path / "new" / "tiny.panels"
     assert not is_valid_tile_file(path, form)
-    told: list[int] = []
-    write_tile_file(form, folder, path, told.append)
+    written_bytes: list[int] = []
+    write_tile_file(form, folder, path, written_bytes.append)
     assert is_valid_tile_file(path, form) and path.stat().st_size == form.offsets[-1]
-    assert sum(told) == sum(matrix.num_bytes for matrix in form.rewrite.matmuls.matrices)
+    assert sum(written_bytes) == sum(matrix.num_bytes for matrix in form.rewrite.matmuls.matrices)
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert not is_valid_tile_file(path, form)

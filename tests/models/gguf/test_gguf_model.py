@@ -21,8 +21,8 @@ OPTIONS = LoadOptions(context=256, batch_size=16, threads=1)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GgufModel]:
     path = write_model(tmp_path_factory.mktemp("model") / "random.gguf")
-    with GgufModel(read_spec(path), OPTIONS) as opened:
-        yield opened
+    with GgufModel(read_spec(path), OPTIONS) as loaded:
+        yield loaded
 
 
 def _logits(model: GgufModel, token_ids: list[int]) -> bytes:
@@ -31,20 +31,20 @@ def _logits(model: GgufModel, token_ids: list[int]) -> bytes:
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    kept=st.lists(st.integers(3, 319), min_size=1, max_size=20),
+    prefix=st.lists(st.integers(3, 319), min_size=1, max_size=20),
     dropped=st.lists(st.integers(3, 319), max_size=20),
     after=st.lists(st.integers(3, 319), min_size=1, max_size=10),
 )
 def test_truncating_equals_never_having_appended(
-    model: GgufModel, kept: list[int], dropped: list[int], after: list[int]
+    model: GgufModel, prefix: list[int], dropped: list[int], after: list[int]
 ) -> None:
     model.truncate(0)
-    _logits(model, kept)
+    _logits(model, prefix)
     expected = _logits(model, after)
     model.truncate(0)
-    _logits(model, kept)
+    _logits(model, prefix)
     _logits(model, dropped)
-    assert model.truncate(len(kept)) == len(kept) == model.num_tokens
+    assert model.truncate(len(prefix)) == len(prefix) == model.num_tokens
     assert _logits(model, after) == expected
 
 

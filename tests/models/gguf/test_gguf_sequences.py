@@ -31,11 +31,11 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
 @pytest.fixture
 def sequences(dense: Runtime) -> Iterator[SequenceBatch]:
     """Four sequences with a common prefix, and lowtide's attention over the slots of each."""
-    opened = dense._model.open_sequences(4, 512, max_logits=24)
-    opened.forward([SequenceSlice(0, SHARED, num_logits=0)])
-    opened.share()
-    yield opened
-    opened.close()
+    batch = dense._model.open_sequences(4, 512, max_logits=24)
+    batch.forward([SequenceSlice(0, SHARED, num_logits=0)])
+    batch.share()
+    yield batch
+    batch.close()
 
 
 def test_logits_after_truncating_equal_those_of_a_sequence_alone(

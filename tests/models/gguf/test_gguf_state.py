@@ -37,11 +37,11 @@ def models(file: Path, request: pytest.FixtureRequest) -> Iterator[tuple[GgufMod
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(kept=IDS, before=st.lists(IDS, max_size=8), after=st.lists(IDS, min_size=1, max_size=3))
+@given(prompt=IDS, before=st.lists(IDS, max_size=8), after=st.lists(IDS, min_size=1, max_size=3))
 def test_loading_equals_never_having_stopped(
     models: tuple[GgufModel, GgufModel],
     tmp_path: Path,
-    kept: list[int],
+    prompt: list[int],
     before: list[list[int]],
     after: list[list[int]],
 ) -> None:
@@ -49,14 +49,14 @@ def test_loading_equals_never_having_stopped(
     original, restored = models
     for model in models:
         model.truncate(0)
-    original.forward(kept)
-    num_bytes = original.save_kv(tmp_path / "state", kept)
+    original.forward(prompt)
+    num_bytes = original.save_kv(tmp_path / "state", prompt)
     with (tmp_path / "state").open("ab") as more:
         more.write(b"other data behind it")
     for token_ids in before:
         restored.forward(token_ids)
-    assert restored.load_kv(tmp_path / "state", num_bytes, len(kept)) == kept
-    assert restored.num_tokens == len(kept)
+    assert restored.load_kv(tmp_path / "state", num_bytes, len(prompt)) == prompt
+    assert restored.num_tokens == len(prompt)
     for token_ids in after:
         assert restored.forward(token_ids).tobytes() == original.forward(token_ids).tobytes()
     assert restored.truncate(1) == original.truncate(1)
@@ -65,14 +65,14 @@ def test_loading_equals_never_having_stopped(
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    kept=st.lists(IDS, min_size=1, max_size=6),
+    prompt=st.lists(IDS, min_size=1, max_size=6),
     before=st.lists(IDS, max_size=8),
     remaining=st.integers(1, 96),
     after=st.lists(IDS, min_size=1, max_size=3),
 )
 def test_restoring_a_copy_equals_never_having_left(
     models: tuple[GgufModel, GgufModel],
-    kept: list[list[int]],
+    prompt: list[list[int]],
     before: list[list[int]],
     remaining: int,
     after: list[list[int]],
@@ -81,7 +81,7 @@ def test_restoring_a_copy_equals_never_having_left(
     original, restored = models
     for model in models:
         model.truncate(0)
-        for token_ids in kept:
+        for token_ids in prompt:
             model.forward(token_ids)
     num_tokens = restored.num_tokens
     state = memoryview(bytearray(restored.snapshot_bytes()))

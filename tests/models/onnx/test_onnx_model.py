@@ -18,7 +18,7 @@ IDS = [int(i) for i in np.random.default_rng(3).integers(0, 320, 90)]
 SHAPE = Shape(kv_heads=4)
 
 
-def opened(folder: Path, context: int = 512, verify_batch: int = 1) -> OnnxModel:
+def open_model(folder: Path, context: int = 512, verify_batch: int = 1) -> OnnxModel:
     spec = read_spec(folder)
     assert isinstance(spec, OnnxSpec)
     return OnnxModel(
@@ -28,7 +28,7 @@ def opened(folder: Path, context: int = 512, verify_batch: int = 1) -> OnnxModel
 
 @pytest.fixture(params=FORMS)
 def model(request: pytest.FixtureRequest, tmp_path: Path):  # type: ignore[no-untyped-def]
-    with opened(write_decoder(tmp_path / "tiny", request.param, SHAPE)) as model:
+    with open_model(write_decoder(tmp_path / "tiny", request.param, SHAPE)) as model:
         yield model
 
 
@@ -36,7 +36,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path):  # type: ignore[no-un
 def test_attention_operators_give_the_same_logits(tmp_path: Path, form: str) -> None:
     logits = []
     for name, which in (("one", FORMS[0]), ("two", form)):
-        with opened(write_decoder(tmp_path / name, which, SHAPE)) as model:
+        with open_model(write_decoder(tmp_path / name, which, SHAPE)) as model:
             model.forward(IDS[:64])
             logits.append(model.forward(IDS[64:]).copy())
     assert np.abs(logits[0]).max() > 1
@@ -46,7 +46,7 @@ def test_attention_operators_give_the_same_logits(tmp_path: Path, form: str) -> 
 @pytest.mark.parametrize("form", ["gqa", "decomposed"])
 def test_fewer_kv_heads(tmp_path: Path, form: str) -> None:
     shape = Shape(kv_heads=2)
-    with opened(write_decoder(tmp_path / "tiny", form, shape)) as model:
+    with open_model(write_decoder(tmp_path / "tiny", form, shape)) as model:
         whole = model.forward(IDS[:60]).copy()
         model.truncate(0)
         for token_id in IDS[:60]:
@@ -58,11 +58,11 @@ def test_truncating_equals_never_having_appended(model: OnnxModel) -> None:
     model.forward(IDS[:40])
     expected = model.forward(IDS[40:80]).copy()
     assert model.num_tokens == 80
-    for kept in (40, 17, 0):
+    for length in (40, 17, 0):
         model.forward(IDS[80:])
-        assert model.truncate(kept) == kept == model.num_tokens
-        if kept < 40:
-            model.forward(IDS[kept:40])
+        assert model.truncate(length) == length == model.num_tokens
+        if length < 40:
+            model.forward(IDS[length:40])
         assert np.array_equal(model.forward(IDS[40:80]), expected)
     assert model.truncate(500) == 80
 
@@ -95,7 +95,7 @@ def test_invalid_batches_change_nothing(model: OnnxModel) -> None:
 
 
 def test_the_context_is_the_limit(tmp_path: Path) -> None:
-    with opened(write_decoder(tmp_path / "tiny"), context=20) as model:
+    with open_model(write_decoder(tmp_path / "tiny"), context=20) as model:
         model.forward(IDS[:20])
         with pytest.raises(ForwardError, match="has room for 0"):
             model.forward(IDS[:1])
@@ -103,7 +103,7 @@ def test_the_context_is_the_limit(tmp_path: Path) -> None:
 
 def test_every_token_of_a_pass_has_logits(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa")
-    with opened(folder, verify_batch=5) as model:
+    with open_model(folder, verify_batch=5) as model:
         assert model.max_verify_batch == 5
         model.forward(IDS[:30])
         rows = model.forward_rows(IDS[30:35]).copy()
@@ -120,7 +120,7 @@ def test_every_token_of_a_pass_has_logits(tmp_path: Path) -> None:
 
 def test_a_graph_with_logits_of_the_last_token_alone(tmp_path: Path) -> None:
     folder, all_rows = write_decoder(tmp_path / "one", last_row=True), tmp_path / "all"
-    with opened(folder, verify_batch=5) as one, opened(write_decoder(all_rows)) as every:
+    with open_model(folder, verify_batch=5) as one, open_model(write_decoder(all_rows)) as every:
         assert one.max_verify_batch == 1
         np.testing.assert_allclose(one.forward(IDS[:30]), every.forward(IDS[:30]), atol=2e-5)
         assert one.forward_rows(IDS[:1]).shape == (1, 320)
@@ -132,7 +132,7 @@ def test_a_graph_with_logits_of_the_last_token_alone(tmp_path: Path) -> None:
 
 def test_half_precision(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", element="float16")
-    with opened(folder) as half, opened(write_decoder(tmp_path / "full")) as full:
+    with open_model(folder) as half, open_model(write_decoder(tmp_path / "full")) as full:
         assert half.spec.kv_types == ("f16",)
         logits = half.forward(IDS[:30])
         assert logits.dtype == np.float32
@@ -144,10 +144,10 @@ def test_a_graph_that_onnxruntime_refuses(tmp_path: Path) -> None:
     graph = folder / "model.onnx"
     graph.write_bytes(graph.read_bytes().replace(b"GroupQueryAttention", b"GroupQueryAttentiox"))
     with pytest.raises(UnsupportedModel, match="onnxruntime .* cannot run"):
-        opened(folder)
+        open_model(folder)
 
 
 def test_closing_twice(tmp_path: Path) -> None:
-    model = opened(write_decoder(tmp_path / "tiny"))
+    model = open_model(write_decoder(tmp_path / "tiny"))
     model.close()
     model.close()

@@ -22,7 +22,7 @@ IDS = [int(i) for i in np.random.default_rng(5).integers(0, 320, 90)]
 HEADER_BYTES = 16
 
 
-def opened(folder: Path, context: int = 512) -> OnnxModel:
+def open_model(folder: Path, context: int = 512) -> OnnxModel:
     spec = read_spec(folder)
     assert isinstance(spec, OnnxSpec)
     return OnnxModel(spec, OnnxOptions(context=context, batch_size=64, threads=1))
@@ -30,7 +30,7 @@ def opened(folder: Path, context: int = 512) -> OnnxModel:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Iterator[OnnxModel]:
-    with opened(write_decoder(tmp_path / "tiny")) as made:
+    with open_model(write_decoder(tmp_path / "tiny")) as made:
         yield made
 
 
@@ -38,7 +38,7 @@ def model(tmp_path: Path) -> Iterator[OnnxModel]:
 def test_loading_equals_never_having_stopped(tmp_path: Path, form: str) -> None:
     folder = write_decoder(tmp_path / "tiny", form)
     path = tmp_path / "state"
-    with opened(folder) as original, opened(folder) as restored:
+    with open_model(folder) as original, open_model(folder) as restored:
         original.forward(IDS[:50])
         num_bytes = original.save_kv(path, IDS[:50])
         assert num_bytes == path.stat().st_size
@@ -103,14 +103,14 @@ def test_what_a_snapshot_depends_on(model: OnnxModel, tmp_path: Path) -> None:
     """The same folder is the same; other weights of the same shape, or elements, are not."""
     properties = model.snapshot_properties()
     assert set(properties) == {"model", "KV type", "attention", "onnxruntime"}
-    with opened(tmp_path / "tiny", context=64) as again:
+    with open_model(tmp_path / "tiny", context=64) as again:
         assert again.snapshot_properties() == properties
-    with opened(write_decoder(tmp_path / "half" / "tiny", element="float16")) as half:
+    with open_model(write_decoder(tmp_path / "half" / "tiny", element="float16")) as half:
         other = half.snapshot_properties()
         assert other["model"] != properties["model"] and other["KV type"] == "f16"
     weights = tmp_path / "tiny" / "model.onnx.data"
     weights.write_bytes(b"\x3c" + weights.read_bytes()[1:])
-    with opened(tmp_path / "tiny") as changed:
+    with open_model(tmp_path / "tiny") as changed:
         assert changed.snapshot_properties()["model"] != properties["model"]
 
 

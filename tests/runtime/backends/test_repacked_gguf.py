@@ -155,16 +155,16 @@ def test_a_budget_below_the_file_streams_repacked_weights(smollm2: Path, tmp_pat
 
 def test_a_copy_is_made_once_and_again_where_it_is_invalid(models: dict[str, Path]) -> None:
     spec = read_spec(models["Q4_0"])
-    packed = repacked_gguf(spec)
-    first = packed.path.stat()
-    assert (packed.name, packed.fingerprint) == (spec.name, spec.fingerprint)
+    repacked = repacked_gguf(spec)
+    first = repacked.path.stat()
+    assert (repacked.name, repacked.fingerprint) == (spec.name, spec.fingerprint)
     assert repacked_gguf(spec).path.stat().st_ino == first.st_ino
-    whole = packed.path.read_bytes()
+    whole = repacked.path.read_bytes()
     for broken in (whole[:-1], whole[:100], b"", whole[:-200] + bytes(200)):
-        packed.path.write_bytes(broken)
+        repacked.path.write_bytes(broken)
         assert repacked_gguf(spec).path.read_bytes() == whole
     foreign = repacked_gguf(read_spec(models["Q4_1"]))
-    os.replace(foreign.path, packed.path)
+    os.replace(foreign.path, repacked.path)
     assert repacked_gguf(spec).path.read_bytes() == whole
 
 

@@ -80,8 +80,8 @@ def test_other_options_give_the_same_answers(tmp_path: Path, options: dict[str, 
     folder = write_decoder(tmp_path / "tiny", "gqa", SMALL, bits=4)
     found = []
     for more in ({}, options):
-        opened = {"memory": "2GiB", "threads": 1, "repack": True, **more}
-        with Runtime.open(folder, **opened) as runtime:
+        settings = {"memory": "2GiB", "threads": 1, "repack": True, **more}
+        with Runtime.open(folder, **settings) as runtime:
             result = runtime.generate(TEXT[:300], **GREEDY)
             assert result.stats.repacked_tensors == 29
             found.append(result.token_ids)

@@ -130,9 +130,9 @@ def test_a_pass_that_fails_ends_the_batch_alone(
 def test_a_chat_goes_on_after_a_batch(fake_runtime: Opened) -> None:
     runtime = fake_runtime("One.", "Two.")
     turns = [{"role": "user", "content": "a"}]
-    said = "".join(chunk.text for chunk in runtime.chat(turns, temperature=0))
+    answer = "".join(chunk.text for chunk in runtime.chat(turns, temperature=0))
     runtime.generate_batch(PROMPTS, temperature=0)
-    turns += [{"role": "assistant", "content": said}, {"role": "user", "content": "b"}]
+    turns += [{"role": "assistant", "content": answer}, {"role": "user", "content": "b"}]
     *_, last = runtime.chat(turns, temperature=0)
     assert last.stats.reused_tokens > 10
 

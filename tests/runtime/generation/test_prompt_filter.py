@@ -26,8 +26,8 @@ QUESTION = [{"role": "user", "content": TEXT + "What is the secret pass key in t
 
 @pytest.fixture(scope="module")
 def runtime(smollm2: Path) -> Iterator[Runtime]:
-    with Runtime.open(smollm2, memory="2GiB", context=4096, attention=Gem(k=400)) as opened:
-        yield opened
+    with Runtime.open(smollm2, memory="2GiB", context=4096, attention=Gem(k=400)) as filtering:
+        yield filtering
 
 
 def ask(runtime: Runtime, messages: list[dict[str, str]], num_tokens: int = 24) -> GenerationResult:
@@ -61,8 +61,8 @@ def test_a_k_beyond_the_prompt_retains_the_whole_prompt(smollm2: Path) -> None:
     answers = []
     short = [{"role": "user", "content": "".join(SENTENCES[:30]) + "How many boats are there?"}]
     for attention in ("dense", Gem(k=3000, min_prompt=0)):
-        with Runtime.open(smollm2, memory="2GiB", context=4096, attention=attention) as opened:
-            answers.append(ask(opened, short, 16).token_ids)
+        with Runtime.open(smollm2, memory="2GiB", context=4096, attention=attention) as filtering:
+            answers.append(ask(filtering, short, 16).token_ids)
     assert answers[0] == answers[1]
 
 
@@ -131,9 +131,9 @@ def test_a_profile_shows_where_the_retained_tokens_are(smollm2: Path) -> None:
     attention = Gem(k=400)
     with Runtime.open(
         smollm2, memory="2GiB", context=4096, attention=attention, profiler=profiler
-    ) as opened:
-        ask(opened, QUESTION, 2)
-        spans = tuple(opened.retained_spans())
+    ) as filtering:
+        ask(filtering, QUESTION, 2)
+        spans = tuple(filtering.retained_spans())
     report = profiler.report()
     retention_map = report.retention_map
     assert (
@@ -167,8 +167,8 @@ def test_a_text_is_continued_only_with_continues(runtime: Runtime, smollm2: Path
     with pytest.raises(BadOption, match="ask in a chat, or open with"):
         runtime.generate("Once upon a time")
     forced = Gem(continues=True)
-    with Runtime.open(smollm2, memory="2GiB", context=512, attention=forced) as opened:
-        assert opened.generate("Once upon a time", max_tokens=4).token_ids
+    with Runtime.open(smollm2, memory="2GiB", context=512, attention=forced) as filtering:
+        assert filtering.generate("Once upon a time", max_tokens=4).token_ids
 
 
 PEAK = """
@@ -192,20 +192,20 @@ def test_the_filter_takes_the_cache_of_its_layers_and_keeps_it_where_there_is_ro
     printed, peaks = {}, {}
     for name, attention, memory in (
         ("dense", "'dense'", "'2GiB'"),
-        ("kept", "Gem(k=400)", "'2GiB'"),
+        ("roomy", "Gem(k=400)", "'2GiB'"),
         ("tight", "Gem(k=400)", "'230MiB'"),
     ):
         code = PEAK.format(attention=attention, path=str(smollm2), text=text, memory=memory)
         done = run_python(code)
         assert done.code == 0, done.stderr
         printed[name], peaks[name] = done.stdout.split(), done.peak_bytes
-    assert [printed[name][0] for name in ("kept", "tight")] == ["True", "False"]
-    assert int(printed["kept"][2]) > 2800 and printed["tight"][2] == "0"
-    assert printed["kept"][3:] == printed["tight"][3:]
+    assert [printed[name][0] for name in ("roomy", "tight")] == ["True", "False"]
+    assert int(printed["roomy"][2]) > 2800 and printed["tight"][2] == "0"
+    assert printed["roomy"][3:] == printed["tight"][3:]
     for name, peak in peaks.items():
         assert peak <= int(printed[name][1]), name
     # About 2,900 tokens of 30 layers take 65 MiB, of 8 layers 17, and 400 retained tokens of 30 take 9.
-    assert peaks["tight"] < peaks["kept"] < peaks["dense"] - 25 * MIB
+    assert peaks["tight"] < peaks["roomy"] < peaks["dense"] - 25 * MIB
 
 
 def test_the_command_shows_the_retained_spans() -> None:
@@ -228,8 +228,8 @@ def test_the_command_shows_the_retained_spans() -> None:
     assert "48213" in done.stdout and "(400 retained)" in done.stderr
     assert "Remember it: 48213" in done.stderr
     as_json = run_lowtide(*arguments, "--explain", "--json", "--memory", "1GiB", stdin=prompt)
-    kept = json.loads(as_json.stdout)["retained_spans"]
-    assert sum(span["tokens"] for span in kept) == 400
+    roomy = json.loads(as_json.stdout)["retained_spans"]
+    assert sum(span["tokens"] for span in roomy) == 400
 
 
 def test_explain_needs_gem() -> None:

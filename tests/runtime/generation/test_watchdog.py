@@ -114,13 +114,13 @@ import json
 from lowtide import GenerationResult, Runtime
 with Runtime.open("smollm2", memory="260MiB", context=512, threads=1) as runtime:
     question = [{"role": "user", "content": "Count to a hundred."}]
-    blocks, said = [], ""
+    blocks, answer = [], ""
     for chunk in runtime.chat(question, temperature=0, max_tokens=80):
-        said += chunk.text
+        answer += chunk.text
         blocks.append(bytearray(b"x") * (4 << 20))
     del blocks
     again = GenerationResult.of(runtime.chat(question, temperature=0, max_tokens=80))
-    print(json.dumps([chunk.finish_reason, said, again.text, again.finish_reason, chunk.stats.to_dict()]))
+    print(json.dumps([chunk.finish_reason, answer, again.text, again.finish_reason, chunk.stats.to_dict()]))
 """
 
 
@@ -128,9 +128,9 @@ with Runtime.open("smollm2", memory="260MiB", context=512, threads=1) as runtime
 def test_a_host_program_that_grows_ends_the_answer_alone() -> None:
     done = run_python(BASELINE)
     assert done.code == 0, done.stderr
-    finish_reason, said, whole, then, stats = json.loads(done.stdout)
+    finish_reason, answer, whole, then, stats = json.loads(done.stdout)
     assert finish_reason == "memory" and then in ("stop", "length")
-    assert said and whole.startswith(said) and len(whole) > len(said)
+    assert answer and whole.startswith(answer) and len(whole) > len(answer)
     assert stats["trims"] and stats["generated_tokens"] < 80
     assert done.peak_bytes < 300 << 20  # it ended soon after the budget was exceeded
 

@@ -204,7 +204,7 @@ def ask(runtime: Runtime, text: str) -> GenerationResult:
     return GenerationResult.of(runtime.chat(messages, temperature=0))
 
 
-def opened(prefix_cache: str | int = "1MiB") -> Runtime:
+def open_runtime(prefix_cache: str | int = "1MiB") -> Runtime:
     model = FakeModel(("Hello.",), context=4096)
     return Runtime.open(model, memory="8GiB", prefix_cache=prefix_cache)
 
@@ -213,7 +213,7 @@ FIRST, SECOND = "first " * 20, "second " * 20
 
 
 def test_returning_to_a_prompt_computes_one_token_and_reports_the_restored_ones() -> None:
-    runtime, plain = opened(), opened(0)
+    runtime, plain = open_runtime(), open_runtime(0)
     for text in (FIRST, SECOND):
         assert ask(runtime, text).stats.restored_tokens == 0
     again = ask(runtime, FIRST)
@@ -230,12 +230,12 @@ def test_it_is_off_by_default() -> None:
     runtime = Runtime.open(FakeModel(), memory="8GiB")
     assert PREFIXES not in runtime.ledger.components
     assert all(row.component != PREFIXES for row in runtime.plan.rows)
-    assert opened("64KiB").ledger.components[PREFIXES] == 64 * KIB
+    assert open_runtime("64KiB").ledger.components[PREFIXES] == 64 * KIB
 
 
 @pytest.mark.parametrize("level", ["moderate", "complete"])
 def test_a_moderate_trim_clears_it_and_a_background_trim_does_not(level: str) -> None:
-    runtime = opened()
+    runtime = open_runtime()
     for text in (FIRST, SECOND):
         ask(runtime, text)
     cache = runtime._engine.prefixes
@@ -248,17 +248,17 @@ def test_a_moderate_trim_clears_it_and_a_background_trim_does_not(level: str) ->
 
 
 def test_a_trim_during_an_answer_does_not_change_it() -> None:
-    runtime = opened()
+    runtime = open_runtime()
     for text in (FIRST, SECOND):
         ask(runtime, text)
     chunks = runtime.chat([{"role": "user", "content": FIRST}], temperature=0)
-    said = next(chunks).text
+    answer = next(chunks).text
     runtime.trim("moderate")
-    assert said + "".join(chunk.text for chunk in chunks) == "Hello."
+    assert answer + "".join(chunk.text for chunk in chunks) == "Hello."
 
 
 def test_closing_clears_it() -> None:
-    runtime = opened()
+    runtime = open_runtime()
     for text in (FIRST, SECOND):
         ask(runtime, text)
     runtime.close()
@@ -266,7 +266,7 @@ def test_closing_clears_it() -> None:
 
 
 def test_a_kv_cache_in_the_way_of_a_text_is_evicted_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = opened()
+    runtime = open_runtime()
     first = ask(runtime, FIRST)
     monkeypatch.setattr(runtime._engine, "has_room_to_tokenise", lambda *_: False)
     again = ask(runtime, FIRST)
@@ -275,7 +275,7 @@ def test_a_kv_cache_in_the_way_of_a_text_is_evicted_to_it(monkeypatch: pytest.Mo
 
 
 def test_saving_a_chat_may_use_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = opened()
+    runtime = open_runtime()
     for text in (FIRST, SECOND):
         ask(runtime, text)
     free_bytes = runtime.plan.budget.num_bytes - runtime.ledger.reserved_bytes

@@ -39,10 +39,10 @@ def _answer(runtime: Runtime, *texts: str) -> GenerationResult:
 
 def _turns(runtime: Runtime, between: str | None) -> tuple[list[GenerationResult], list[bytes]]:
     """Answer a turn, the next one, and half of the first one; `between` is answered before the last two."""
-    said = _answer(runtime, STORY).text
+    answer = _answer(runtime, STORY).text
     all_logits: list[bytes] = []
     results = []
-    for texts in ((STORY, said, "And of the tide?"), (STORY[: len(STORY) // 2],)):
+    for texts in ((STORY, answer, "And of the tide?"), (STORY[: len(STORY) // 2],)):
         if between:
             _answer(runtime, between)
         with recorded_logits(runtime) as logits:
@@ -64,11 +64,13 @@ def test_a_restored_prompt_has_the_same_bits_as_one_that_stayed(
         # What the policy had chosen, and which tokens are exact, comes from the state, too.
         assert left._session.exact_until == stayed._session.exact_until
     assert same_logits == logits
-    for ours, theirs in zip(results, expected, strict=True):
-        assert ours.token_ids == theirs.token_ids
-        assert ours.stats.restored_tokens == ours.stats.reused_tokens == theirs.stats.reused_tokens
-        assert ours.stats.reused_tokens > 30
-        assert theirs.stats.restored_tokens == 0
+    for found, original in zip(results, expected, strict=True):
+        assert found.token_ids == original.token_ids
+        assert (
+            found.stats.restored_tokens == found.stats.reused_tokens == original.stats.reused_tokens
+        )
+        assert found.stats.reused_tokens > 30
+        assert original.stats.restored_tokens == 0
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from gguf_files import write_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from saved_talk import NEXT, SAID, TURNS, chat
+from saved_talk import MESSAGES, NEXT, TURNS, chat
 
 from lowtide import FakeModel, Runtime
 from lowtide.models.errors import SnapshotError
@@ -84,7 +84,7 @@ def test_the_snapshot_of_another_model_is_refused_and_its_messages_are_not(
         runtime.saved_chats.load(saved)
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
     assert runtime._session.token_ids == []
-    assert list(runtime.saved_chats.read_messages(saved)) == SAID
+    assert list(runtime.saved_chats.read_messages(saved)) == MESSAGES
 
 
 def test_a_snapshot_that_native_code_refuses_leaves_an_empty_cache(
@@ -138,7 +138,7 @@ def test_forged_values_are_refused_even_with_a_right_checksum(
         "exact_until": 3,
         "last": {"text": "", "token_ids": [], "num_messages": 0},
         "model": "fake",
-        "messages": SAID,
+        "messages": MESSAGES,
     }
     snapshot = b"fake" + array("i", [1, 2, 3]).tobytes()
     path = tmp_path / "talk"

@@ -45,9 +45,9 @@ def _answer(runtime: Runtime, *texts: str) -> GenerationResult:
     return GenerationResult.of(runtime.chat(messages, temperature=0, max_tokens=8))
 
 
-def _next_turn(runtime: Runtime, said: str) -> tuple[GenerationResult, list[bytes]]:
+def _next_turn(runtime: Runtime, answer: str) -> tuple[GenerationResult, list[bytes]]:
     with recorded_logits(runtime) as logits:
-        result = _answer(runtime, QUESTION, said, "And of the tide?")
+        result = _answer(runtime, QUESTION, answer, "And of the tide?")
     return result, logits
 
 
@@ -74,13 +74,13 @@ def test_going_on_is_the_same_bit_for_bit(
         "threads": 2,
     }
     with Runtime.open(model, **options) as stayed:  # type: ignore[arg-type]
-        said = _answer(stayed, QUESTION).text
+        answer = _answer(stayed, QUESTION).text
         saved = stayed.saved_chats.save(path)
-        expected, logits = _next_turn(stayed, said)
+        expected, logits = _next_turn(stayed, answer)
     with Runtime.open(model, **{**options, "context": 2048}) as reloaded:  # type: ignore[arg-type]
         reloaded.generate(LONG, max_tokens=3)  # an earlier prompt leaves no trace
         assert reloaded.saved_chats.load(path).num_tokens == saved.num_tokens > 60
-        result, same_logits = _next_turn(reloaded, said)
+        result, same_logits = _next_turn(reloaded, answer)
     assert result.token_ids == expected.token_ids
     assert result.stats.reused_tokens == expected.stats.reused_tokens > 60
     assert same_logits == logits

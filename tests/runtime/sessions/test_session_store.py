@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from saved_talk import NEXT, SAID, TURNS, chat
+from saved_talk import MESSAGES, NEXT, TURNS, chat
 
 from lowtide import FakeModel, OverBudget, Runtime
 from lowtide.memory.process import read_process_memory
@@ -25,7 +25,7 @@ def test_going_on_equals_never_having_left(fake_runtime: Opened, saved: Path) ->
     stayed, reloaded = fake_runtime("One.", "Two."), fake_runtime("One.", "Two.")
     chat(stayed, TURNS)
     loaded = reloaded.saved_chats.load(saved)
-    assert list(loaded.messages) == SAID and loaded.model == "fake"
+    assert list(loaded.messages) == MESSAGES and loaded.model == "fake"
     assert loaded.num_tokens == reloaded.fake.num_tokens  # type: ignore[attr-defined]
     expected, found = chat(stayed, NEXT), chat(reloaded, NEXT)
     assert found.token_ids == expected.token_ids and found.text == "Two."
@@ -48,15 +48,15 @@ def test_the_last_answer_is_saved_as_the_tokens_that_were_sampled(
 
 
 def test_without_messages_and_without_a_template(tmp_path: Path) -> None:
-    def opened() -> Runtime:
+    def open_runtime() -> Runtime:
         model = FakeModel(("One.",))
         model.spec = replace(model.spec, chat_template=None)
         return Runtime.open(model, memory="8GiB")
 
-    runtime = opened()
+    runtime = open_runtime()
     runtime.generate("Hi", temperature=0, max_tokens=2)
     runtime.saved_chats.save(str(tmp_path / "talk"))
-    other = opened()
+    other = open_runtime()
     assert other.saved_chats.load(str(tmp_path / "talk")).messages == ()
     again = other.generate("Hi", temperature=0, max_tokens=2)
     assert again.stats.reused_tokens == again.stats.prompt_tokens - 1
@@ -66,10 +66,10 @@ def test_transcripts_without_a_snapshot_load_as_messages(
     fake_runtime: Opened, tmp_path: Path
 ) -> None:
     path = tmp_path / "talk.json"
-    Transcript(model="somebody", messages=tuple(SAID)).save(path)
+    Transcript(model="somebody", messages=tuple(MESSAGES)).save(path)
     runtime = fake_runtime("One.", "Two.")
     loaded = runtime.saved_chats.load(path)
-    assert (list(loaded.messages), loaded.model, loaded.num_tokens) == (SAID, "somebody", 0)
+    assert (list(loaded.messages), loaded.model, loaded.num_tokens) == (MESSAGES, "somebody", 0)
     assert chat(runtime, NEXT).text == "Two."
 
 
@@ -79,8 +79,8 @@ def test_a_model_without_snapshots_saves_its_messages(
     monkeypatch.setattr(FakeModel, "supports_snapshot", False)
     runtime = fake_runtime("One.")
     chat(runtime, TURNS)
-    assert runtime.saved_chats.save(tmp_path / "talk", SAID).num_tokens == 0
-    assert Transcript.load(tmp_path / "talk").messages == tuple(SAID)
+    assert runtime.saved_chats.save(tmp_path / "talk", MESSAGES).num_tokens == 0
+    assert Transcript.load(tmp_path / "talk").messages == tuple(MESSAGES)
 
 
 def test_saving_during_an_answer_does_not_change_it(fake_runtime: Opened, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_an_interrupted_pass_is_not_saved(
     runtime = fake_runtime("One.", "Two.")
     chat(runtime, TURNS)
     runtime.fake.forward([1, 2, 3])  # type: ignore[attr-defined]
-    saved = runtime.saved_chats.save(tmp_path / "talk", SAID)
+    saved = runtime.saved_chats.save(tmp_path / "talk", MESSAGES)
     other = fake_runtime("One.", "Two.")
     assert other.saved_chats.load(tmp_path / "talk").num_tokens == saved.num_tokens
     assert chat(other, NEXT).stats.reused_tokens == saved.num_tokens
@@ -147,7 +147,7 @@ def test_at_the_lower_bound_a_chat_is_saved_and_loaded(
     runtime = Runtime.open(model, memory=bound)
     assert runtime.ledger.reserved_bytes == bound
     chat(runtime, TURNS)
-    num_tokens = runtime.saved_chats.save(tmp_path / "talk", SAID).num_tokens
+    num_tokens = runtime.saved_chats.save(tmp_path / "talk", MESSAGES).num_tokens
     assert runtime.saved_chats.load(tmp_path / "talk").num_tokens == num_tokens > 0
 
 
@@ -181,4 +181,4 @@ def test_a_model_of_ones_own_need_not_support_snapshots(saved: Path) -> None:
     runtime = Runtime.open(NoSnapshots(), memory="8GiB")
     with pytest.raises(LowtideError):
         runtime.saved_chats.load(saved)
-    assert list(runtime.saved_chats.read_messages(saved)) == SAID
+    assert list(runtime.saved_chats.read_messages(saved)) == MESSAGES

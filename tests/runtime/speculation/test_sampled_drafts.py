@@ -20,7 +20,7 @@ CHAIN = ScriptedDraft(lambda _text: b"he")
 BRANCHES = ScriptedTrees(lambda _text: TokenTree((*b"he0l", 182), (-1, 0, -1, -1, -1)))
 
 
-def opened(batch_size: int = 64) -> Runtime:
+def open_runtime(batch_size: int = 64) -> Runtime:
     return Runtime.open(FakeModel([REPLY], batch_size=batch_size), memory="8GiB", speculate="auto")
 
 
@@ -31,7 +31,7 @@ def third_of(result: GenerationResult) -> int:
 
 def third_tokens(draft: Draft | None, first_seed: int, num_draws: int) -> Counter[int]:
     """Count the third tokens of answers: their logits come from the second token's row where that was drafted."""
-    with opened() as runtime:
+    with open_runtime() as runtime:
         runtime._engine.speculation = controller_of(draft) if draft is not None else None
         results = [
             runtime.generate(PROMPT, max_tokens=3, seed=first_seed + i, **SAMPLING)

@@ -94,7 +94,7 @@ def speculating(
         yield Speculating(mode, runtime, model)
 
 
-def opened(
+def open_runtime(
     speculate: str = "off",
     *,
     controller: SpeculationController | None = None,
@@ -143,7 +143,7 @@ def test_answers_are_those_of_the_plain_loop(
         )
         for i, length in enumerate(lengths)
     ]
-    plain, unhelped = opened(context=context)
+    plain, unhelped = open_runtime(context=context)
     alone = [plain.generate(*one) for one in zip(PROMPTS, params, strict=True)]
 
     def drafts_of(i: int) -> list[Draft]:
@@ -174,8 +174,10 @@ def test_with_trees_of_any_shape_answers_and_cache_are_those_of_the_plain_loop(
     seed: int, max_tokens: int, temperature: float, context: int
 ) -> None:
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    plain, unhelped = opened(context=context)
-    drafting, model = opened(controller=controller_of(random_trees(TOKENS, seed)), context=context)
+    plain, unhelped = open_runtime(context=context)
+    drafting, model = open_runtime(
+        controller=controller_of(random_trees(TOKENS, seed)), context=context
+    )
     for _ in range(2):
         prompt = PROMPTS[0]
         assert answers([drafting.generate(prompt, params)]) == answers(
@@ -188,7 +190,7 @@ def test_with_trees_of_any_shape_answers_and_cache_are_those_of_the_plain_loop(
 
 
 def test_branches_are_accepted_and_counted() -> None:
-    runtime, _ = opened(controller=controller_of(random_trees(TOKENS, 3)))
+    runtime, _ = open_runtime(controller=controller_of(random_trees(TOKENS, 3)))
     stats = runtime.generate(PROMPTS[0], temperature=0).stats.speculation
     assert stats is not None and stats["accepted"] >= stats["accepted_on_branches"] > 0
 
@@ -300,8 +302,8 @@ def test_closing_in_the_middle_of_a_round_leaves_the_runtime_usable(
 
 
 def test_closing_in_the_middle_of_a_round_leaves_the_cache_of_the_plain_loop() -> None:
-    runtime, model = opened(controller=controller_of(perfect(TOKENS)))
-    plain, unhelped = opened()
+    runtime, model = open_runtime(controller=controller_of(perfect(TOKENS)))
+    plain, unhelped = open_runtime()
     for num_read in (2, 3, 7, 12):
         for one in (runtime, plain):
             chunks = one.stream(PROMPTS[0], temperature=0)
@@ -326,15 +328,15 @@ def test_another_answer_in_the_middle_of_a_round_ends_the_batch() -> None:
 
 
 def test_drafts_that_follow_one_chat_are_right_in_another() -> None:
-    runtime, _ = opened(controller=controller_of(NgramDraft(), TrigramDraft()))
-    plain, _ = opened()
+    runtime, _ = open_runtime(controller=controller_of(NgramDraft(), TrigramDraft()))
+    plain, _ = open_runtime()
     for prompt in ("Say it.\n", "Then say it once more.\n", "Say it.\n", "S\n"):
         one, other = (some.generate(prompt, temperature=0) for some in (runtime, plain))
         assert answers([one]) == answers([other])
 
 
 def test_a_controller_that_is_off_says_why() -> None:
-    runtime, _ = opened(controller=SpeculationController.off("the plan has no room for it"))
+    runtime, _ = open_runtime(controller=SpeculationController.off("the plan has no room for it"))
     stats = runtime.generate(PROMPTS[0], temperature=0).stats.speculation
     assert stats is not None and stats["off_reason"] == "the plan has no room for it"
 
@@ -344,7 +346,7 @@ def test_each_sequence_has_its_own_acceptance(monkeypatch: pytest.MonkeyPatch) -
     wrong = ScriptedDraft(lambda _: b"#" * 7)
     drafts = [perfect(TOKENS), wrong, wrong, ScriptedDraft(lambda _: ())]
     speculate_in_batches(monkeypatch, lambda i: [drafts[i]], expected=FAIR_BATCH)
-    runtime, _ = opened("auto")
+    runtime, _ = open_runtime("auto")
     results = runtime.generate_batch(PROMPTS, temperature=0)
     assert [result.text for result in results] == [REPLY] * 4
     right, first, second, silent = (result.stats.speculation for result in results)
@@ -364,7 +366,7 @@ def test_a_pass_has_no_more_tokens_than_the_batch_size() -> None:
 
 def test_a_batch_drafts_as_the_runtime_was_opened() -> None:
     """Costs are measured in the batch's own sequences, which are empty again before the prompts."""
-    runtime, _ = opened("trigram:draft=3")
+    runtime, _ = open_runtime("trigram:draft=3")
     results = runtime.generate_batch(PROMPTS, temperature=0)
     assert [result.text for result in results] == [REPLY] * 4
     stats = results[0].stats.speculation
@@ -376,7 +378,7 @@ def test_verifying_that_loses_time_stops_for_all(monkeypatch: pytest.MonkeyPatch
     """Passes are expected to be cheap and are not: plain passes make up for the loss."""
     steep = CostCurve(num_rows=(1, 4, 5, 64), seconds=(1.0, 1.0, 90.0, 90.0))
     speculate_in_batches(monkeypatch, lambda _: [perfect(TOKENS)], cost=steep)
-    runtime, _ = opened("auto")
+    runtime, _ = open_runtime("auto")
     results = runtime.generate_batch(PROMPTS, temperature=0)
     stats = results[0].stats.speculation
     assert stats is not None and stats["rounds"] == 1
@@ -393,9 +395,9 @@ def test_no_sequence_drafts_more_than_it_has_room_for() -> None:
 
 
 def test_a_batch_without_drafts_says_why() -> None:
-    runtime, _ = opened()
+    runtime, _ = open_runtime()
     assert runtime.generate_batch(PROMPTS, temperature=0)[0].stats.speculation is None
-    runtime, _ = opened("auto")
+    runtime, _ = open_runtime("auto")
     stats = runtime.generate_batch(PROMPTS, max_tokens=2)[0].stats.speculation
     assert stats is not None and stats["rounds"] == 0
     assert stats["off_reason"] == "neither the passes nor the answers have room for drafts"
