@@ -6,8 +6,13 @@
 from __future__ import annotations
 
 import codecs
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+
+MAX_STACK_BYTES_PER_CHARACTER = 330
+"""The most stack that any pre-tokenizer of llama.cpp takes for a character of a match (measured)."""
+_STRETCH = re.compile(r"\S+|\s+")
 
 
 class Tokenizer(ABC):
@@ -20,6 +25,10 @@ class Tokenizer(ABC):
         `add_special` adds what the model expects around a prompt (BOS, for most). `parse_special` turns
         control tokens written out in the text into tokens, which is meant for chat templates only.
         """
+
+    def stack_bytes(self, text: str) -> int:
+        """Return about how much stack native code touches to tokenise `text`; 0 where it does not recurse."""
+        return 0
 
     @abstractmethod
     def token_bytes(self, token_id: int) -> bytes:
@@ -49,6 +58,16 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """Return the text that this token completes."""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+
+def longest_stretch(text: str) -> int:
+    """Return the length of the longest run of white space, or of anything else, in characters."""
+    return max((len(match[0]) for match in _STRETCH.finditer(text)), default=0)
+
+
+def longest_line(text: str) -> int:
+    """Return the length of the longest line in characters."""
+    return max(map(len, text.split("\n")))
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

@@ -12,9 +12,12 @@ from lowtide.memory.budget import Ledger
 from lowtide.memory.plan.estimates import prompt_limit_bytes
 from lowtide.memory.plan.plan import MemoryPlan
 from lowtide.memory.reclaim import Reclaimer
+from lowtide.memory.units import format_bytes
 from lowtide.models.chat_template import Message
+from lowtide.models.errors import BadOption
 from lowtide.models.model import Model
 from lowtide.models.spec import ModelSpec
+from lowtide.models.tokenizer import longest_stretch
 from lowtide.runtime.batch.generator import BatchGenerator, ParamsOfAll, params_of_each
 from lowtide.runtime.errors import PromptTooLong
 from lowtide.runtime.generation.active import ActiveGeneration
@@ -225,14 +228,25 @@ class Runtime:
                 self._batch.close()
 
     def _check_text(self, text: str) -> None:
-        """Refuse a text that takes more memory to tokenise than planned; evict a KV cache in its way."""
+        """Refuse a text that takes more memory to tokenise than planned; evict a KV cache in its way.
+
+        Some pre-tokenizers take stack for every character of a long word. Such a text may be refused that another
+        vocabulary tokenises.
+        """
         num_bytes = len(text.encode("utf-8", errors="replace"))
         if num_bytes > prompt_limit_bytes(self.plan.kv_tokens):
             raise PromptTooLong(
                 num_bytes // 4, self._model.context, estimated=True, droppable=False
             )
-        if not self._engine.has_room_to_tokenise(num_bytes, len(self._session.token_ids)):
-            self._session.evict()
+        if self._engine.has_room_to_tokenise(text, len(self._session.token_ids)):
+            return
+        self._session.evict()
+        if not self._engine.has_room_to_tokenise(text, 0):
+            raise BadOption(
+                f"the prompt has a run of {longest_stretch(text):,} characters that tokenising takes "
+                f"{format_bytes(self._model.tokenizer.stack_bytes(text))} of stack for, more than is planned: put "
+                "blanks or new lines into it, or raise --memory and --context"
+            )
 
     def _generate(self, request: GenerationRequest) -> Generator[GenerationChunk, None, None]:
         context = self._engine.generation_context()

@@ -15,7 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 from lowtide.models.errors import ModelError
 
@@ -26,11 +26,32 @@ LOG_LEVEL_CONTINUED = 5
 _lock = threading.Lock()
 
 
+class Tokenize(Protocol):
+    """A call of llama_tokenize; `touched` receives the bytes of stack that it used, where that is known."""
+
+    def __call__(
+        self,
+        vocabulary: Any,
+        data: bytes,
+        token_ids: ctypes.Array[ctypes.c_int32],
+        *,
+        add_special: bool,
+        parse_special: bool,
+        touched: ctypes.c_size_t | None = None,
+    ) -> int:
+        """Write the tokens of `data`; return how many they are, or less than 0 where they do not fit."""
+
+
 class LlamaLibrary:
-    """The bindings (`.api`) and llama.cpp's log; one per process, from `llama_library()`."""
+    """The bindings (`.api`) and llama.cpp's log; one per process, from `llama_library()`.
+
+    `tokenize` calls llama.cpp's tokenizer, which a long text can crash; the layer above replaces it with a call
+    that is guarded (`attention/bindings/tokenize.py`).
+    """
 
     def __init__(self, api: Any) -> None:
         self.api = api
+        self.tokenize: Tokenize = self._tokenize
         self._errors: deque[str] = deque(maxlen=64)
         self._thread = threading.local()
         self._level = 0
@@ -48,6 +69,22 @@ class LlamaLibrary:
             messages: list[str] | None = getattr(self._thread, "messages", None)
             if messages is not None:
                 messages.append(text.decode("utf-8", errors="replace").strip())
+
+    def _tokenize(
+        self,
+        vocabulary: Any,
+        data: bytes,
+        token_ids: ctypes.Array[ctypes.c_int32],
+        *,
+        add_special: bool,
+        parse_special: bool,
+        touched: ctypes.c_size_t | None = None,
+    ) -> int:
+        return int(
+            self.api.llama_tokenize(
+                vocabulary, data, len(data), token_ids, len(token_ids), add_special, parse_special
+            )
+        )
 
     @contextlib.contextmanager
     def collected_errors(self) -> Iterator[deque[str]]:

@@ -3,33 +3,80 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any
 
 from lowtide.models.errors import ModelError
 from lowtide.models.gguf.llama_cpp import LlamaLibrary
-from lowtide.models.tokenizer import Tokenizer
+from lowtide.models.tokenizer import Tokenizer, longest_line, longest_stretch
 
 PIECE_BYTES = 256
 NULL_TOKEN = -1
+
+PROBE_CHARACTERS = 2048
+PROBES = ("A", "a", "1", " ", "\n", "-", "\u00e9", "\u4e2d", "\u0301", "\u200d")
+"""One character of each kind that a pre-tokenizer may put into one word."""
+PROBE_OF_WORDS = "tide "
+PROBE_OF_LINES = "tide\n"
+LITTLE_STACK_BYTES = 16
+"""Stack for each character below which the pre-tokenizer does not recurse."""
 
 
 class GgufTokenizer(Tokenizer):
     """Encodes and decodes with the vocabulary of a loaded llama.cpp model."""
 
     def __init__(self, library: LlamaLibrary, vocabulary: Any) -> None:
-        self._api = library.api
+        self._library, self._api = library, library.api
         self._vocabulary = vocabulary
         self._num_tokens = int(self._api.llama_vocab_n_tokens(vocabulary))
         self._buffer = ctypes.create_string_buffer(PIECE_BYTES)
 
+    def stack_bytes(self, text: str) -> int:
+        """Return about how much stack llama.cpp touches to cut `text` into words.
+
+        Whether this vocabulary's pre-tokenizer recurses is measured, once, when it is asked for first.
+        """
+        in_words, in_lines, in_text = self._stack_bytes_per_character
+        return max(
+            in_words * longest_stretch(text), in_lines * longest_line(text), in_text * len(text)
+        )
+
+    @functools.cached_property
+    def _stack_bytes_per_character(self) -> tuple[int, int, int]:
+        """The stack for each character of a word, of a line and of the text."""
+        in_words = max(self._probe(character) for character in PROBES)
+        return in_words, self._probe(PROBE_OF_WORDS), self._probe(PROBE_OF_LINES)
+
+    def _probe(self, repeated: str) -> int:
+        text = (repeated * PROBE_CHARACTERS)[:PROBE_CHARACTERS]
+        touched = ctypes.c_size_t()
+        self._call(text.encode(), add_special=False, parse_special=False, touched=touched)
+        num_bytes = touched.value // PROBE_CHARACTERS
+        return num_bytes if num_bytes >= LITTLE_STACK_BYTES else 0
+
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Return the token ids of `text`; see `Tokenizer.encode`."""
         data = text.encode("utf-8", errors="replace")
+        return self._call(data, add_special=add_special, parse_special=parse_special)
+
+    def _call(
+        self,
+        data: bytes,
+        *,
+        add_special: bool,
+        parse_special: bool,
+        touched: ctypes.c_size_t | None = None,
+    ) -> list[int]:
         # A vocabulary without words spells a space with three bytes: llama.cpp then needs more room.
         for capacity in (len(data) + 8, 4 * len(data) + 8):
             token_ids = (ctypes.c_int32 * capacity)()
-            count = self._api.llama_tokenize(
-                self._vocabulary, data, len(data), token_ids, capacity, add_special, parse_special
+            count = self._library.tokenize(
+                self._vocabulary,
+                data,
+                token_ids,
+                add_special=add_special,
+                parse_special=parse_special,
+                touched=touched,
             )
             if count >= 0:
                 return list(token_ids[:count])

@@ -16,6 +16,7 @@ from itertools import chain
 
 from lowtide.attention.bindings.library import guarded_aborts, lazy_mappings
 from lowtide.attention.bindings.llama_hook import LlamaHook, isolate_spans, mapped_spans
+from lowtide.attention.bindings.tokenize import install_guarded_tokenizer
 from lowtide.attention.policy import AttentionPolicy
 from lowtide.memory.budget import Budget
 from lowtide.memory.machine import read_machine
@@ -151,6 +152,7 @@ class LoadedGguf(LoadedModel):
         plan, spec = resolved.plan, resolved.spec
         if plan.resident_layers is not None:
             use_large_folios(spec.paths, read_machine().available_bytes)
+        install_guarded_tokenizer()
         with guarded_aborts(), demand_zero_buffers() as buffers, _new_maps(resolved) as maps:
             self._model = self._load(kernels)
         if plan.resident_layers is not None and callback is not None:

@@ -22,6 +22,7 @@ from lowtide.memory.reclaim import Reclaimed, Reclaimer, reclaim
 from lowtide.memory.units import OverBudget
 from lowtide.models.errors import BadOption
 from lowtide.models.model import Model
+from lowtide.models.tokenizer import MAX_STACK_BYTES_PER_CHARACTER
 from lowtide.runtime.backends.backend import LoadedModel, ResolvedModel
 from lowtide.runtime.errors import CannotRepack
 from lowtide.runtime.generation.state import GenerationContext
@@ -194,9 +195,16 @@ class Engine:
         kernels = self.attention_kernels
         return kernels.counts() if kernels is not None else None
 
-    def has_room_to_tokenise(self, text_bytes: int, num_tokens: int) -> bool:
-        """Whether a text can be tokenised while the KV cache holds `num_tokens`."""
-        return tokenising_bytes(self.planned.spec, text_bytes) <= self.idle_bytes(num_tokens)
+    def has_room_to_tokenise(self, text: str, num_tokens: int) -> bool:
+        """Whether a text can be tokenised while the KV cache holds `num_tokens`.
+
+        Most vocabularies take next to no stack. Which ones do is measured only where the worst would not fit.
+        """
+        text_bytes = len(text.encode("utf-8", errors="replace"))
+        room = self.idle_bytes(num_tokens) - tokenising_bytes(self.planned.spec, text_bytes)
+        if room < 0 or MAX_STACK_BYTES_PER_CHARACTER * len(text) <= room:
+            return room >= 0
+        return self.model.tokenizer.stack_bytes(text) <= room
 
     def idle_bytes(self, num_tokens: int) -> int:
         """Return how much of the plan is unused between prompts, while the KV cache holds `num_tokens`.

@@ -1,0 +1,88 @@
+"""llama.cpp's tokenizer on a thread with a stack of its own: no text can end the process.
+
+llama.cpp cuts a text into words with std::regex, which recurses once for each character of a match. Measured with
+every pre-tokenizer of llama-cpp-python 0.3.36: at most 368 bytes of stack a character.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+from lowtide.attention.bindings.library import guarded_aborts, native_library
+from lowtide.memory.units import format_bytes
+from lowtide.models.errors import ModelError
+from lowtide.models.gguf.llama_cpp import llama_library
+
+STACK_BYTES = 1 << 20
+"""The stack for everything but the recursion."""
+STACK_BYTES_PER_BYTE = 1024
+"""The stack that is reserved for each byte of the text; only pages that the recursion reaches become resident."""
+MESSAGE_BYTES = 1024
+FAILED = 1
+
+
+@functools.cache
+def install_guarded_tokenizer() -> None:
+    """Let every `GgufTokenizer` of this process call llama.cpp through `guarded_tokenize`."""
+    with guarded_aborts():
+        llama_library().tokenize = guarded_tokenize
+
+
+def guarded_tokenize(
+    vocabulary: Any,
+    data: bytes,
+    token_ids: ctypes.Array[ctypes.c_int32],
+    *,
+    add_special: bool,
+    parse_special: bool,
+    touched: ctypes.c_size_t | None = None,
+) -> int:
+    """Call llama_tokenize on a stack that its recursion cannot overflow; return what it returns.
+
+    `touched` receives the bytes of that stack that were used. Raises `ModelError` where the tokenizer throws, or
+    where the system has no address space for the stack.
+    """
+    stack_bytes = STACK_BYTES + STACK_BYTES_PER_BYTE * len(data)
+    count, message = ctypes.c_int32(), ctypes.create_string_buffer(MESSAGE_BYTES)
+    status = _function()(
+        llama_library().address("llama_tokenize"),
+        ctypes.cast(vocabulary, ctypes.c_void_p),
+        data,
+        len(data),
+        token_ids,
+        len(token_ids),
+        add_special,
+        parse_special,
+        stack_bytes,
+        ctypes.byref(count),
+        None if touched is None else ctypes.byref(touched),
+        message,
+        MESSAGE_BYTES,
+    )
+    if status == FAILED:
+        reason = message.value.decode("utf-8", errors="replace")
+        raise ModelError(
+            f"llama.cpp cannot tokenise this text of {len(data):,} bytes with the model's vocabulary ({reason}): use "
+            "another conversion of the model"
+        )
+    if status != 0:
+        raise ModelError(
+            f"a text of {len(data):,} bytes needs {format_bytes(stack_bytes)} of address space to be tokenised, and "
+            "the system does not give it: shorten the text, or raise the limit (ulimit -v)"
+        )
+    return count.value
+
+
+@functools.cache
+def _function() -> Any:
+    function = native_library().lowtide_tokenize
+    function.restype = ctypes.c_int
+    function.argtypes = [
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32),
+        *(ctypes.POINTER(ctypes.c_int32), ctypes.c_int32, ctypes.c_int, ctypes.c_int),
+        *(ctypes.c_size_t, ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_size_t)),
+        *(ctypes.c_char_p, ctypes.c_size_t),
+    ]
+    return function
