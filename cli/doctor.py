@@ -19,8 +19,13 @@ MIN_AVAILABLE_BYTES = 256 * MIB
 
 @click.command("doctor", short_help="Check this machine and the installation.")
 @click.argument("model", required=False)
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    help="Memory budget of the pass through MODEL.  [default: 80% of the available memory]",
+)
 @json_option
-def command(model: str | None, as_json: bool) -> None:
+def command(model: str | None, memory: str | None, as_json: bool) -> None:
     """Show the machine, the active kernels, and problems. Exits with 1 if there is a problem.
 
     Runs one token of MODEL (by default, of the default model if it is installed) to see in how many of its
@@ -32,7 +37,7 @@ def command(model: str | None, as_json: bool) -> None:
 
     findings: dict[str, Any] = {"version": lowtide.__version__, "python": platform.python_version()}
     problems: list[str] = []
-    for examine in (_machine, _native, _llama, _gpus, _models, lambda: _attention(model)):
+    for examine in (_machine, _native, _llama, _gpus, _models, lambda: _attention(model, memory)):
         _examine(examine, findings, problems)
     if as_json:
         click.echo(json.dumps({**findings, "problems": problems}, indent=2))
@@ -127,13 +132,13 @@ def _models() -> dict[str, Any]:
     return {"models_installed": installed, "hub": hub}
 
 
-def _attention(reference: str | None) -> dict[str, Any]:
+def _attention(reference: str | None, memory: str | None) -> dict[str, Any]:
     """Run one token with the tidal policy, which new users try first."""
     from lowtide.attention.bindings.llama_hook import LlamaHook
     from lowtide.memory.plan.planner import MIN_CONTEXT
     from lowtide.models.catalog import NAMED_MODELS, is_installed
     from lowtide.runtime.loading.load import Engine
-    from lowtide.runtime.planning.plan import LoadConfig, plan_reference
+    from lowtide.runtime.planning.plan import LoadConfig, find_spec, plan_spec
 
     hook = LlamaHook(threads=1)
     kernels = hook.kernels
@@ -142,8 +147,10 @@ def _attention(reference: str | None) -> dict[str, Any]:
         return {
             "attention_dense": f"works with the {kernels} kernels; no model is installed to try it"
         }
-    config = LoadConfig(context=MIN_CONTEXT, batch_size=32, attention="tidal")
-    engine = Engine(plan_reference(reference, config))
+    spec = find_spec(reference)
+    context = min(MIN_CONTEXT, spec.context_length)
+    config = LoadConfig(memory=memory, context=context, batch_size=32, attention="tidal")
+    engine = Engine(plan_spec(spec, config))
     try:
         engine.model.forward((0,))
         counts, policy = engine.kernel_counts(), str(engine.planned.policy)

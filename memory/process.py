@@ -5,10 +5,15 @@ Resident file pages count in full, as in the maximum resident set size of `time 
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+PEAK_NOISE_BYTES = 1 << 20
+"""The kernel counts pages in batches for each thread, so that a peak may still move by so much."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,11 +27,55 @@ class ProcessMemory:
 
 
 def read_process_memory() -> ProcessMemory:
-    """Read all counters. Cheap enough to call once per answer, not once per token."""
+    """Read all counters. Cheap enough to call once per answer, not once per token.
+
+    A peak of `not_charged_if_refused` is not counted.
+    """
+    return _charged(_read())
+
+
+def _read() -> ProcessMemory:
     try:
         return _from_status(Path("/proc/self/status").read_text(encoding="ascii", errors="replace"))
     except (OSError, KeyError, ValueError):
         return _from_psutil()
+
+
+@dataclass
+class _RefusedPeak:
+    """The peak that a refused open reached, and the highest that was seen outside of it."""
+
+    peak_bytes: int
+    counted_bytes: int
+
+
+_refused: _RefusedPeak | None = None
+
+
+@contextlib.contextmanager
+def not_charged_if_refused() -> Iterator[None]:
+    """Do not count the peak of this block afterwards if it ends with an error, since nothing of it remains.
+
+    The system has one peak for the life of a process. Without this, a model that was refused under a large
+    budget would have every later one refused under a smaller budget.
+    """
+    global _refused
+    before = read_process_memory()
+    try:
+        yield
+    except Exception:
+        after = _read()
+        if after.peak_bytes > before.peak_bytes:
+            _refused = _RefusedPeak(after.peak_bytes, before.peak_bytes)
+        raise
+
+
+def _charged(memory: ProcessMemory) -> ProcessMemory:
+    refused = _refused
+    if refused is None or memory.peak_bytes > refused.peak_bytes + PEAK_NOISE_BYTES:
+        return memory
+    refused.counted_bytes = max(refused.counted_bytes, memory.resident_bytes)
+    return replace(memory, peak_bytes=refused.counted_bytes)
 
 
 def read_resident_bytes() -> int:

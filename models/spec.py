@@ -69,7 +69,8 @@ class ModelSpec:
     times. `copied_bytes` is the size of weights copied beside the mapped files, less what can be released of
     these; making the copies takes `copying_bytes` more for a moment. `tokenising_bytes` is the peak growth
     per byte of text while it is tokenised: llama.cpp's is 123 at worst (one word of blanks), 18 to 48 for
-    natural text.
+    natural text. `header_bytes` is the size of the header's keys and values, `header_texts` the number of
+    strings in them, `num_tensors` that of tensors; 0 where they are not known.
     """
 
     paths: tuple[Path, ...]
@@ -100,6 +101,9 @@ class ModelSpec:
     copied_bytes: int = 0
     copying_bytes: int = 0
     tokenising_bytes: int = 128
+    header_bytes: int = 0
+    header_texts: int = 0
+    num_tensors: int = 0
 
     @property
     def path(self) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 from lowtide.memory.budget import Ledger
 from lowtide.memory.plan.estimates import prompt_limit_bytes
 from lowtide.memory.plan.plan import MemoryPlan
+from lowtide.memory.process import not_charged_if_refused
 from lowtide.memory.reclaim import Reclaimer
 from lowtide.memory.units import format_bytes
 from lowtide.models.chat_template import Message
@@ -88,13 +89,14 @@ class Runtime:
         model, `NoGpu` if there is no GPU, and `BadOption` for a wrong option or value.
         """
         config = replace(LoadConfig.of(**options), profiled=profiler is not None)
-        with (profiler or SILENT).span("plan"):
-            planned = (
-                plan_model(model, config)
-                if isinstance(model, Model)
-                else plan_reference(model, config)
-            )
-        return cls.load(planned, profiler)
+        with not_charged_if_refused():
+            with (profiler or SILENT).span("plan"):
+                planned = (
+                    plan_model(model, config)
+                    if isinstance(model, Model)
+                    else plan_reference(model, config)
+                )
+            return cls.load(planned, profiler)
 
     @classmethod
     def load(cls, planned: ResolvedModel, profiler: Profiler | None = None) -> Runtime:

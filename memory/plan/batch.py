@@ -15,7 +15,7 @@ from lowtide.memory.plan.speculation import LOGITS_COPIES, SpeculationConfig
 from lowtide.models.spec import ModelSpec
 
 SLOT_BYTES = 16
-"""Bytes of a KV slot in the lists of each sequence's slots, and in llama.cpp's own."""
+"""Bytes of a KV slot in the lists of each sequence's slots."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +87,7 @@ def plan_batch(
         + logits
         + scratch
         + drafts
+        + sizes.slot_bytes(num_kv_tokens, num_kv_tokens)
         + SLOT_BYTES * (num_kv_tokens + num_sequences * (shared_tokens + 1)),
     )
 

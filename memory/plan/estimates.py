@@ -27,6 +27,10 @@ class ContextSizes(Protocol):
         """Return the bytes of the compute buffer."""
         ...
 
+    def slot_bytes(self, context: int, num_used: int) -> int:
+        """Return the bytes of the engine's own list of `context` KV slots, of which `num_used` hold a token."""
+        ...
+
     def filter_context_bytes(self, context: int, batch_size: int, kv_type: str) -> int:
         """Return the bytes of a second context on the same weights, without its KV cache."""
         ...
@@ -40,9 +44,15 @@ memory/os/shared_libraries.py).
 """
 LIBRARIES_BYTES = 31 * MIB
 """How much these libraries add to a process that has not loaded them."""
+SLACK_BYTES = MIB
+"""The allocator's slack between small allocations."""
 RESERVE_BYTES = 2 * MIB
-"""Small allocations, and the allocator's slack between them."""
+"""The least reserve: slack, and the lists of a small model with a short context."""
 
+KV_SLOT_BYTES = 52
+"""What llama.cpp stores of each KV slot, used or not: its position, shift and sequences (`llama_kv_cells`)."""
+USED_SLOT_BYTES = 96
+"""Two nodes of sorted sets for each slot that holds a token."""
 CONTEXT_BYTES = MIB
 """A llama.cpp context without its KV cache, compute buffer and logits."""
 
@@ -58,6 +68,21 @@ STREAM_SLICE_BYTES = MIB + 256 * KIB
 """A slice of the output matrix with the blocks around it; one per thread."""
 STREAM_EDGE_BYTES = MIB
 """Pages mapped around a weight group: 64 KiB at each end of a few spans."""
+
+TENSOR_BYTES = 2 * KIB
+"""What llama.cpp stores of a tensor of the model: 1.5 KiB measured."""
+TENSOR_GRAPH_BYTES = 6 * KIB
+"""What a context's graph takes for each tensor of the model: 5 KiB measured."""
+TENSOR_PASS_BYTES = 4 * KIB
+"""What the first pass adds to that: 3 KiB measured."""
+TENSORS_PER_LAYER = 12
+"""Where their number is not known."""
+TEMPLATE_BYTES = 3000
+"""What jinja takes for a moment per character of a chat template: at most 2,600 measured, 600 are usual."""
+MAX_TEMPLATE_CHARACTERS = 65_536
+"""Longer templates are refused without being compiled (`models/template_sandbox.py`)."""
+HEADER_TEXT_BYTES = 48
+"""What a string of the header takes beside its characters while llama.cpp reads it."""
 
 PROFILER_SPANS = 50_000
 PROFILER_SAMPLES = 2_000
@@ -91,15 +116,33 @@ def interpreter_bytes(process: ProcessMemory) -> int:
 def vocabulary_bytes(vocabulary: VocabularySpec) -> int:
     """Return the heap of a loaded vocabulary: two tables over the tokens, one over the merges."""
     return (
-        2 * MIB + 160 * vocabulary.num_tokens + 2 * vocabulary.text_bytes
+        2 * MIB + 160 * vocabulary.num_tokens + 3 * vocabulary.text_bytes
         + 180 * vocabulary.num_merges
     )  # fmt: skip
+
+
+def structure_bytes(spec: ModelSpec) -> int:
+    """Return what llama.cpp stores of the model's tensors and of the graph of one context, without any data."""
+    num_tensors = spec.num_tensors or TENSORS_PER_LAYER * spec.num_layers
+    return num_tensors * (TENSOR_BYTES + TENSOR_GRAPH_BYTES)
+
+
+def graph_bytes(spec: ModelSpec) -> int:
+    """Return what llama.cpp stores of the graph of the last pass, beside that of the context."""
+    return TENSOR_PASS_BYTES * (spec.num_tensors or TENSORS_PER_LAYER * spec.num_layers)
+
+
+def template_bytes(spec: ModelSpec) -> int:
+    """Return the temporary memory for compiling the chat template, at most."""
+    length = len(spec.chat_template or "")
+    return TEMPLATE_BYTES * length if length <= MAX_TEMPLATE_CHARACTERS else 4 * length
 
 
 def loading_bytes(spec: ModelSpec) -> int:
     """Return the temporary memory of loading: the header's arrays in llama.cpp, and copied tensors."""
     vocabulary = spec.vocabulary
-    headers = 2 * MIB + 48 * (vocabulary.num_tokens + vocabulary.num_merges)
+    num_texts = max(spec.header_texts, vocabulary.num_tokens + vocabulary.num_merges)
+    headers = 2 * MIB + HEADER_TEXT_BYTES * num_texts + spec.header_bytes
     return headers + spec.copying_bytes
 
 
@@ -178,6 +221,15 @@ def padded_context(context: int) -> int:
     return -(-context // KV_PADDING) * KV_PADDING
 
 
+def slot_bytes(spec: ModelSpec, context: int, num_used: int) -> int:
+    """Return the bytes of llama.cpp's list of `context` KV slots, of which `num_used` hold a token.
+
+    A model with a sliding window has a list for the layers with one and a list for the others.
+    """
+    num_lists = 2 if spec.sliding_window else 1
+    return num_lists * (KV_SLOT_BYTES * padded_context(context) + USED_SLOT_BYTES * num_used)
+
+
 def supports_kv_type(spec: ModelSpec, kv_type: str) -> bool:
     """Whether the head dimensions are multiples of the type's block size."""
     elements, _ = BLOCK_BYTES[kv_type]
@@ -193,15 +245,23 @@ def compute_bytes(spec: ModelSpec, context: int, batch_size: int, kv_type: str) 
     """
     feed_forward = max(spec.feed_forward_width)
     heads = spec.num_heads * max(spec.key_head_dim, spec.value_head_dim)
-    num_masks = 2 if spec.sliding_window else 1
     token_bytes = 4 * (3 * feed_forward + 4 * spec.embedding_width + 2 * heads) + 64
-    total = batch_size * (token_bytes + num_masks * 2 * padded_context(context))
-    return total if kv_type == "f16" else total * 3 // 2
+    activations = batch_size * token_bytes
+    masks = compute_slope(spec, batch_size, kv_type) * padded_context(context)
+    return (activations if kv_type == "f16" else activations * 3 // 2) + masks
 
 
-def second_context_bytes(spec: ModelSpec, compute_bytes: int) -> int:
+def compute_slope(spec: ModelSpec, batch_size: int, kv_type: str) -> int:
+    """Return by how many bytes llama.cpp's compute buffer grows with each KV slot, at most."""
+    num_masks = 2 if spec.sliding_window else 1
+    slope = batch_size * num_masks * 2
+    return slope if kv_type == "f16" else slope * 3 // 2
+
+
+def second_context_bytes(spec: ModelSpec, compute_bytes: int, context: int) -> int:
     """Return the bytes of another llama.cpp context without its KV cache, given its compute buffer."""
-    return compute_bytes + CONTEXT_BYTES + 4 * spec.vocabulary.num_tokens
+    slots = slot_bytes(spec, context, context)
+    return compute_bytes + slots + CONTEXT_BYTES + 4 * spec.vocabulary.num_tokens
 
 
 def logits_bytes(spec: ModelSpec) -> int:
@@ -301,7 +361,11 @@ class FormulaSizes:
         """Return an upper bound of the compute buffer's bytes."""
         return compute_bytes(self._spec, context, batch_size, kv_type)
 
+    def slot_bytes(self, context: int, num_used: int) -> int:
+        """Return the bytes of llama.cpp's list of KV slots."""
+        return slot_bytes(self._spec, context, num_used)
+
     def filter_context_bytes(self, context: int, batch_size: int, kv_type: str) -> int:
-        """Return an upper bound for a compute buffer of its own and the logits of one token."""
+        """Return an upper bound for a compute buffer, a list of slots and the logits of one token."""
         computing = self.compute_bytes(context, batch_size, kv_type)
-        return second_context_bytes(self._spec, computing)
+        return second_context_bytes(self._spec, computing, context)

@@ -33,10 +33,14 @@ class KVReservation:
         """Return how many tokens, at most `limit`, the ledger has room for now."""
         free_bytes = self._ledger.budget_bytes - self._ledger.reserved_bytes
         room_bytes = free_bytes + self._bytes_of(self._admitted_tokens)
-        most = self._planned_tokens
-        while most < limit and self._bytes_of(most + KV_PADDING) <= room_bytes:
-            most += KV_PADDING
-        return min(most, limit)
+        low, high = 0, max(-(-(limit - self._planned_tokens) // KV_PADDING), 0) + 1
+        while high - low > 1:  # steps of the padding beyond the planned tokens
+            middle = (low + high) // 2
+            if self._bytes_of(self._planned_tokens + middle * KV_PADDING) <= room_bytes:
+                low = middle
+            else:
+                high = middle
+        return min(self._planned_tokens + low * KV_PADDING, limit)
 
     def admit(self, num_tokens: int) -> None:
         """Reserve the bytes of `num_tokens` in total.

@@ -63,6 +63,7 @@ class PlanLines:
         loading = max(
             estimates.loading_bytes(spec),
             self._baseline.vocabulary_loading_bytes - weights.num_bytes,
+            self._template_bytes(),
         )
         loading -= follows
         if self._gpu_layers is not None and self.gpus(candidate):
@@ -84,7 +85,7 @@ class PlanLines:
             PlanLine(
                 components.LOADING, max(loading, 0), "temporary, beyond the memory used later"
             ),
-            PlanLine(components.RESERVE, estimates.RESERVE_BYTES, "allocator slack"),
+            self._reserve(candidate),
         )
 
     def memory_map(self, candidate: PlanCandidate) -> bool:
@@ -99,7 +100,8 @@ class PlanLines:
     def _vocabulary(self) -> PlanLine:
         vocabulary = self._spec.vocabulary
         measured = self._baseline.vocabulary_bytes
-        num_bytes = estimates.vocabulary_bytes(vocabulary) if measured is None else measured
+        formula = estimates.vocabulary_bytes(vocabulary) + estimates.structure_bytes(self._spec)
+        num_bytes = formula if measured is None else measured
         return PlanLine(components.VOCABULARY, num_bytes, f"{vocabulary.num_tokens:,} tokens")
 
     def _weights(self, candidate: PlanCandidate) -> PlanLine:
@@ -143,6 +145,17 @@ class PlanLines:
         if elsewhere:
             why += ", layers in RAM" if num_bytes > 0 else ", all on a GPU"
         return PlanLine(components.CACHE, max(num_bytes, 0), why)
+
+    def _reserve(self, candidate: PlanCandidate) -> PlanLine:
+        """What no other line counts: lists that grow with the context and the layers, small otherwise."""
+        slots = self._sizes.slot_bytes(candidate.context, self.cache_tokens(candidate))
+        lists = slots + estimates.graph_bytes(self._spec)
+        num_bytes = max(estimates.RESERVE_BYTES, estimates.SLACK_BYTES + lists)
+        return PlanLine(components.RESERVE, num_bytes, "allocator slack, KV slots, graph")
+
+    def _template_bytes(self) -> int:
+        measured = self._baseline.template_bytes
+        return estimates.template_bytes(self._spec) if measured is None else measured
 
     def cache_tokens(self, candidate: PlanCandidate) -> int:
         """Return how many tokens the KV cache's line covers: with a filter, only the retained ones."""

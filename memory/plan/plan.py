@@ -73,7 +73,8 @@ class ProcessBaseline:
     layers (see memory/os/file_mappings.py). A measured `vocabulary_bytes` replaces the formula;
     `tolerance_bytes` is how much measurements differ from run to run. `repacks` says whether llama.cpp may
     copy weights into layouts of its own. `vocabulary_loading_bytes` are needed for a moment while the
-    vocabulary is loaded, before the weights are.
+    vocabulary is loaded, before the weights are. A measured `template_bytes` replaces the formula of what
+    compiling the chat template takes for a moment.
     """
 
     interpreter_bytes: int
@@ -83,6 +84,7 @@ class ProcessBaseline:
     repacks: bool = True
     vocabulary_bytes: int | None = None
     vocabulary_loading_bytes: int = 0
+    template_bytes: int | None = None
     tolerance_bytes: int = 0
 
 

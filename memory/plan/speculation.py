@@ -191,6 +191,7 @@ class SpeculationConfig:
         compute = (
             estimates.compute_bytes(draft, context, DRAFT_BATCH_SIZE, "f16")
             + estimates.CONTEXT_BYTES
+            + estimates.slot_bytes(draft, context, context)
             + 2 * 4 * draft.vocabulary.num_tokens
         )
         why = f"{draft.name}, {draft.quantisation}, with its vocabulary"

@@ -43,6 +43,7 @@ class SimulatedGguf:
         self._library = llama_library()
         self._api = self._library.api
         self._contexts: dict[LoadOptions, SimulatedContext] = {}
+        self._held: Any = None
         params = model_parameters(self._api, memory_map=False, repack=True)
         if not hasattr(params, "no_alloc"):
             raise ModelError(
@@ -61,6 +62,26 @@ class SimulatedGguf:
         if options not in self._contexts:
             self._contexts[options] = self._measured(options)
         return self._contexts[options]
+
+    @property
+    def num_laid_out(self) -> int:
+        """How many contexts were laid out so far; others are remembered."""
+        return len(self._contexts)
+
+    def hold(self, context: int, batch_size: int, kv_type: str) -> None:
+        """Lay out a context that stays until `release`: what is resident then includes its graph."""
+        options = LoadOptions(context=context, batch_size=batch_size, threads=1, kv_type=kv_type)
+        self._held = self._api.llama_init_from_model(
+            self._model, context_parameters(self._api, options)
+        )
+        if not self._held:
+            raise ModelError(f"llama.cpp cannot lay out a context for {self._spec.name}")
+
+    def release(self) -> None:
+        """Free the context that is held, if any is."""
+        if self._held:
+            self._api.llama_free(self._held)
+        self._held = None
 
     def _measured(self, options: LoadOptions) -> SimulatedContext:
         with self._library.collected_messages() as messages:
@@ -82,6 +103,7 @@ class SimulatedGguf:
 
     def close(self) -> None:
         """Free the layout; closing twice is allowed."""
+        self.release()
         if self._model is not None:
             self._api.llama_model_free(self._model)
             self._model = None

@@ -20,6 +20,17 @@ MAX_NAME_BYTES = 65535
 MAX_TEXT_BYTES = 4 << 20
 MAX_ARRAY_VALUES = 4096
 """The values of numeric arrays up to this length are read; of longer ones only the length."""
+MAX_VALUES = 1 << 18
+"""Values of all arrays together that are read."""
+MAX_KEYS = MAX_TENSORS = 1 << 16
+"""More than any model has; each takes memory before a plan is made."""
+MAX_STORED_TEXT = 1 << 10
+"""Longer texts, in characters, are skipped, but for those of `STORED_PREFIXES`."""
+STORED_PREFIXES = ("general.", "tokenizer.", "lowtide.")
+MAX_STORED_TEXTS = 16 << 20
+"""Characters of all keys and texts together."""
+READ_AHEAD_BYTES = 4 << 20
+"""Pages of the file behind the cursor are released when it has passed so many bytes."""
 
 _SCALARS = {
     0: struct.Struct("<B"),
@@ -104,7 +115,7 @@ class TensorInfo:
 class GgufContents:
     """The headers of one GGUF file of `file_bytes` bytes; its data section begins at byte `data_start`.
 
-    The `num_keys` keys and their values end at byte `metadata_end`.
+    The `num_keys` keys and their values end at byte `metadata_end`; `num_texts` strings are in their arrays.
     """
 
     path: Path
@@ -114,6 +125,7 @@ class GgufContents:
     data_start: int
     num_keys: int
     metadata_end: int
+    num_texts: int = 0
 
 
 def read_gguf(path: Path) -> GgufContents:
@@ -160,6 +172,9 @@ class _Cursor:
         self.path = path
         self.size = len(data)
         self.position = 0
+        self.num_texts = 0
+        self._values_left = MAX_VALUES
+        self._released = 0
 
     def contents(self) -> GgufContents:
         magic = self.data[:4]
@@ -173,18 +188,43 @@ class _Cursor:
                 "convert it again with a current tool"
             )
         # A tensor entry takes at least 24 bytes and a key at least 13, which bounds their number.
-        num_tensors = self.count("tensors", item_bytes=24)
-        num_keys = self.count("keys", item_bytes=13)
+        num_tensors = self.count("tensors", item_bytes=24, most=MAX_TENSORS)
+        num_keys = self.count("keys", item_bytes=13, most=MAX_KEYS)
         metadata: dict[str, Scalar | ArrayValue] = {}
+        num_stored = 0
         for _ in range(num_keys):
             key = self.text(limit=MAX_NAME_BYTES)
-            metadata[key] = self.value(self.scalar(4))
+            value = self.value(self.scalar(4))
+            self._release_read_pages()
+            length = len(value) if isinstance(value, str) else 0
+            if length <= MAX_STORED_TEXT or key.startswith(STORED_PREFIXES):
+                metadata[key] = value
+                num_stored += len(key) + length
+            if num_stored > MAX_STORED_TEXTS:
+                raise self.broken(
+                    f"its keys and texts have more than {MAX_STORED_TEXTS} characters"
+                )
         metadata_end = self.position
         directory = [self.tensor() for _ in range(num_tensors)]
         start = self._check_data_section(metadata, directory)
         return GgufContents(
-            self.path, metadata, tuple(directory), self.size, start, num_keys, metadata_end
+            self.path,
+            metadata,
+            tuple(directory),
+            self.size,
+            start,
+            num_keys,
+            metadata_end,
+            self.num_texts,
         )
+
+    def _release_read_pages(self) -> None:
+        """Let the system take back the pages that were read, which count as resident until then."""
+        if self.position - self._released < READ_AHEAD_BYTES or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        end = self.position // mmap.PAGESIZE * mmap.PAGESIZE
+        self.data.madvise(mmap.MADV_DONTNEED, self._released, end - self._released)
+        self._released = end
 
     def _check_data_section(
         self, metadata: dict[str, Scalar | ArrayValue], tensors: Sequence[TensorInfo]
@@ -219,9 +259,11 @@ class _Cursor:
         number: int | float | bool = value
         return number
 
-    def count(self, what: str, item_bytes: int) -> int:
+    def count(self, what: str, item_bytes: int, most: int | None = None) -> int:
         number = self.scalar(10)
         left = self.size - self.position
+        if most is not None and number > most:
+            raise self.broken(f"it claims {number} {what}, and no model has more than {most}")
         if number > left // item_bytes:
             raise self.broken(f"it claims {number} {what}, but has only {left} bytes left for them")
         return number
@@ -251,24 +293,30 @@ class _Cursor:
             raise self.broken(f"an array has items of the unknown type {item_type}")
         layout = _SCALARS[item_type]
         length = self.count("numbers", item_bytes=layout.size)
-        if length > MAX_ARRAY_VALUES:
+        if length > min(MAX_ARRAY_VALUES, self._values_left):
             self.position += length * layout.size
             return ArrayValue(length, None)
+        self._values_left -= length
         return ArrayValue(length, tuple(self._unpack(layout) for _ in range(length)))
 
     def text_array(self, length: int) -> ArrayValue:
         # Vocabularies have hundreds of thousands of strings, so this loop calls no functions.
         unpack, data, size = _SCALARS[10].unpack_from, self.data, self.size
         position, total = self.position, 0
+        release_at = position + READ_AHEAD_BYTES
         for _ in range(length):
             if position + 8 > size:
                 raise self.broken("an array of strings runs past the end of the file")
             (num_bytes,) = unpack(data, position)
             position += 8 + num_bytes
             total += num_bytes
+            if position > release_at:
+                self.position, release_at = min(position, size), position + READ_AHEAD_BYTES
+                self._release_read_pages()
         if position > size:
             raise self.broken("an array of strings runs past the end of the file")
         self.position = position
+        self.num_texts += length
         return ArrayValue(length, None, total)
 
     def tensor(self) -> TensorInfo:

@@ -9,18 +9,22 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lowtide.models.errors import BadModelFile
 from lowtide.models.fingerprint import DIGITS
 from lowtide.models.gguf.reader import ArrayValue, GgufContents, TensorInfo, read_gguf
 from lowtide.models.gguf.repacked import repacked_names
-from lowtide.models.spec import ModelSpec, VocabularySpec, WeightGroup, WeightSpan
+from lowtide.models.spec import KV_PADDING, ModelSpec, VocabularySpec, WeightGroup, WeightSpan
 
 MAX_REASONABLE = 1 << 24
 """No width or head count of a real model comes near this: more is a broken header."""
 MAX_LAYERS = 4096
+MAX_UINT32 = (1 << 32) - 1
+MAX_CONTEXT = (1 << 31) - KV_PADDING
+"""llama.cpp counts positions in 32 bits with a sign."""
+READ_BYTES = 1 << 20
 _SPLIT_NAME = re.compile(r"^(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf$")
 ATTENTION_OUTPUT = ".attn_output"
 """In the name of every tensor of a layer's attention output projection."""
@@ -93,7 +97,7 @@ class _Keys:
             num_kv_heads=kv_heads,
             key_head_dim=self.number("attention.key_length", default=head_size),
             value_head_dim=self.number("attention.value_length", default=head_size),
-            context_length=self.number("context_length"),
+            context_length=min(self.number("context_length", most=MAX_UINT32), MAX_CONTEXT),
             sliding_window=self.number("attention.sliding_window", default=0) or None,
             recurrent_state_bytes=self._recurrent_state_bytes(num_layers),
             vocabulary=self._vocabulary(),
@@ -104,6 +108,9 @@ class _Keys:
             fingerprint=fingerprint(parts),
             weight_groups=weight_groups(parts),
             repacked_tensors=tuple(name for part in parts for name in repacked_names(part)),
+            header_bytes=sum(part.metadata_end for part in parts),
+            header_texts=sum(part.num_texts for part in parts),
+            num_tensors=len(tensors),
         )
 
     def _feed_forward_width(self, num_layers: int) -> tuple[int, ...]:
@@ -225,11 +232,16 @@ def fingerprint(parts: Sequence[GgufContents]) -> str:
         digest.update(f"{tensor.name} {tensor.shape}\n".encode())
     for tensor, part in tensors:
         if tensor.name == OUTPUT_NORM and tensor.type_name == "F32":
-            digest.update(_data(tensor, part))
+            for data in _data(tensor, part):
+                digest.update(data)
     return digest.hexdigest()[:DIGITS]
 
 
-def _data(tensor: TensorInfo, part: GgufContents) -> bytes:
+def _data(tensor: TensorInfo, part: GgufContents) -> Iterator[bytes]:
+    """Yield the tensor's bytes, a few at a time: the header alone says how many there are."""
     with part.path.open("rb") as file:
         file.seek(part.data_start + tensor.offset)
-        return file.read(tensor.num_bytes)
+        left = tensor.num_bytes
+        while left > 0 and (data := file.read(min(left, READ_BYTES))):
+            left -= len(data)
+            yield data

@@ -68,7 +68,7 @@ class ResolvedModel:
         peak = read_process_memory().peak_bytes
         if peak > self.plan.budget.num_bytes:
             raise OverBudget(
-                "this process, by what it did before lowtide was opened,",
+                "this process, at its peak so far,",
                 peak,
                 self.plan.budget.num_bytes,
                 "raise --memory, or open the model in a process of its own",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import math
 import platform
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from lowtide.memory.os.kv_pages import can_use_demand_zero
 from lowtide.memory.os.pages import trim_heap
 from lowtide.memory.os.shared_libraries import address_of, fault_in, release_startup_pages
 from lowtide.memory.plan import estimates
-from lowtide.memory.plan.estimates import ContextSizes, FormulaSizes
+from lowtide.memory.plan.estimates import ContextSizes, FormulaSizes, padded_context
 from lowtide.memory.plan.plan import ProcessBaseline
 from lowtide.memory.process import read_process_memory
 from lowtide.memory.units import MIB
@@ -31,6 +32,12 @@ from lowtide.models.gguf.dry_run import SimulatedContext, SimulatedGguf
 from lowtide.models.gguf.llama_cpp import llama_library
 from lowtide.models.spec import ModelSpec
 
+SHORTEST_LAYOUT, LONGEST_LAYOUT = 256, 131_072
+"""Tokens of the contexts that are laid out; the longest takes 7 MiB."""
+LAYOUT_BYTES = 2 * MIB
+"""What laying out a context takes beside its graph and its slots: 1 MiB measured."""
+TEMPLATE_PEAK_SHARE = 4
+"""Compiling a template takes at its peak a quarter more than what is resident right afterwards."""
 SMALL_BATCH = 32
 """The batch size with which a KV cache is laid out: its size does not depend on it."""
 TOLERANCE_BYTES = MIB
@@ -43,36 +50,72 @@ functions must use them in `preload()` too. The names are text because these mod
 
 
 class SimulatedSizes:
-    """`ContextSizes` as llama.cpp lays them out; the formulas where it does not report them."""
+    """`ContextSizes` as llama.cpp lays them out; the formulas where it does not report them.
 
-    def __init__(self, spec: ModelSpec, simulated: SimulatedGguf) -> None:
+    llama.cpp stores `KV_SLOT_BYTES` for each slot of a context that it only lays out, too. So no context is laid out
+    that is longer than `LONGEST_LAYOUT`, or that takes more than `room_bytes`. Sizes of others lie on a line through
+    the shortest context and the next power of two: a compute buffer is a sum of terms that are constant or grow
+    with the slots, or the largest of several such sums, and no such function lies above that line. Beyond the
+    longest layout the line goes on with its slope or that of the formula, whichever is steeper.
+    """
+
+    def __init__(self, spec: ModelSpec, simulated: SimulatedGguf, room_bytes: int) -> None:
         self._spec = spec
         self._formulas = FormulaSizes(spec)
         self._simulated: SimulatedGguf | None = simulated
+        self._longest = SHORTEST_LAYOUT
+        while (
+            self._longest < LONGEST_LAYOUT and layout_bytes(spec, 2 * self._longest) <= room_bytes
+        ):
+            self._longest *= 2
 
     def kv_bytes(self, context: int, kv_type: str) -> int:
         """Return the bytes of the KV cache: the formula's, or more where this architecture needs more."""
-        formula = self._formulas.kv_bytes(context, kv_type)
-        laid_out = self._context(context, SMALL_BATCH, kv_type)
-        return max(formula, laid_out.cache_bytes) if laid_out else formula
+        formula, longer = self._formulas.kv_bytes(context, kv_type), self._at_least(context)
+        laid_out = self._context(longer, SMALL_BATCH, kv_type)
+        if laid_out is None:
+            return formula
+        more = laid_out.cache_bytes - self._formulas.kv_bytes(longer, kv_type)
+        return formula + max(-(-more * padded_context(context) // longer), 0)
 
     def compute_bytes(self, context: int, batch_size: int, kv_type: str) -> int:
         """Return the compute buffer's bytes."""
-        laid_out = self._context(context, batch_size, kv_type)
-        if laid_out is None:
+        context, longer = padded_context(context), self._at_least(context)
+        begin = self._context(SHORTEST_LAYOUT, batch_size, kv_type)
+        end = self._context(longer, batch_size, kv_type)
+        if begin is None or end is None:
             return self._formulas.compute_bytes(context, batch_size, kv_type)
-        return laid_out.compute_bytes
+        width = longer - SHORTEST_LAYOUT
+        slope = (end.compute_bytes - begin.compute_bytes) / width if width else 0.0
+        if context > longer:
+            slope = max(slope, estimates.compute_slope(self._spec, batch_size, kv_type))
+        return end.compute_bytes + math.ceil(slope * (context - longer))
+
+    def _at_least(self, context: int) -> int:
+        """Return the shortest context to lay out that has so many tokens, or the longest of them."""
+        longer = SHORTEST_LAYOUT
+        while longer < min(context, self._longest):
+            longer *= 2
+        return longer
+
+    def slot_bytes(self, context: int, num_used: int) -> int:
+        """Return the bytes of llama.cpp's list of KV slots."""
+        return self._formulas.slot_bytes(context, num_used)
 
     def filter_context_bytes(self, context: int, batch_size: int, kv_type: str) -> int:
-        """Return the bytes of a second context: its compute buffer and one token's logits."""
+        """Return the bytes of a second context: its compute buffer, its slots and one token's logits."""
         compute_bytes = self.compute_bytes(context, batch_size, kv_type)
-        return estimates.second_context_bytes(self._spec, compute_bytes)
+        return estimates.second_context_bytes(self._spec, compute_bytes, context)
 
     def _context(self, context: int, batch_size: int, kv_type: str) -> SimulatedContext | None:
         if self._simulated is None:
             return None
         with contextlib.suppress(ModelError), guarded_aborts():
-            return self._simulated.context(context, batch_size, kv_type)
+            before = self._simulated.num_laid_out
+            laid_out = self._simulated.context(context, batch_size, kv_type)
+            if self._simulated.num_laid_out > before:
+                trim_heap()  # the next layout would otherwise take other pages
+            return laid_out
         return None
 
     def close(self) -> None:
@@ -81,6 +124,12 @@ class SimulatedSizes:
             self._simulated.close()
             trim_heap()
         self._simulated = None
+
+
+def layout_bytes(spec: ModelSpec, context: int) -> int:
+    """Return what laying out a context takes beside the model's own layout, at most."""
+    graph = estimates.structure_bytes(spec) + LAYOUT_BYTES
+    return graph + estimates.slot_bytes(spec, context, 0)
 
 
 @contextlib.contextmanager
@@ -110,22 +159,30 @@ def measured_baseline(
     if resident > budget.num_bytes:
         yield formulas, FormulaSizes(spec)
         return
-    _preload(spec)
+    _preload()
+    template_bytes = _compile_template(spec, budget)
+    formulas = replace(formulas, template_bytes=template_bytes)
     before = read_process_memory().resident_bytes
-    laid_out = estimates.vocabulary_bytes(spec.vocabulary) + estimates.loading_bytes(spec)
-    if before + laid_out > budget.num_bytes:
+    model_bytes = estimates.vocabulary_bytes(spec.vocabulary) + estimates.structure_bytes(spec)
+    shortest = layout_bytes(spec, SHORTEST_LAYOUT)
+    if before + model_bytes + max(estimates.loading_bytes(spec), shortest) > budget.num_bytes:
         yield replace(formulas, interpreter_bytes=before), FormulaSizes(spec)
         return
     try:
         with guarded_aborts():
             simulated = SimulatedGguf(spec)
-            simulated.context(estimates.KV_PADDING, 1, "f16")
+            simulated.hold(SHORTEST_LAYOUT, 1, "f16")
     except ModelError:
-        yield _baseline(spec, before, vocabulary=False), FormulaSizes(spec)
+        measured = _baseline(spec, before, vocabulary=False)
+        yield replace(measured, template_bytes=template_bytes), FormulaSizes(spec)
         return
-    sizes = SimulatedSizes(spec, simulated)
+    measured = replace(_baseline(spec, before), template_bytes=template_bytes)
+    simulated.release()
+    trim_heap()
+    room_bytes = budget.num_bytes - read_process_memory().resident_bytes
+    sizes = SimulatedSizes(spec, simulated, room_bytes)
     try:
-        yield _baseline(spec, before), sizes
+        yield measured, sizes
     finally:
         sizes.close()
 
@@ -144,7 +201,7 @@ def _baseline(spec: ModelSpec, before_bytes: int, *, vocabulary: bool = True) ->
     )
 
 
-def _preload(spec: ModelSpec) -> None:
+def _preload() -> None:
     """Import libraries and fault in the code pages that the first answer runs."""
     modules = [importlib.import_module(name) for name in PRELOADED_MODULES]
     if read_process_memory().resident_bytes < estimates.INTERPRETER_BYTES:  # no host program
@@ -154,5 +211,19 @@ def _preload(spec: ModelSpec) -> None:
     for module in modules:  # after the pages that the imports read were released
         getattr(module, "preload", lambda: None)()
     hashlib.sha256(bytes(1024)).digest()  # saving a session computes such a digest
+
+
+def _compile_template(spec: ModelSpec, budget: Budget) -> int | None:
+    """Compile the chat template, as the first answer will; return what that takes for a moment.
+
+    None where the budget might not hold it. jinja's code is in memory afterwards.
+    """
+    before = read_process_memory().resident_bytes
+    if before + estimates.template_bytes(spec) > budget.num_bytes:
+        return None
+    template = None
     with contextlib.suppress(TemplateError):
-        ChatTemplate(spec.chat_template, {})
+        template = ChatTemplate(spec.chat_template, {})
+    grown_bytes = max(read_process_memory().resident_bytes - before, 0)
+    del template
+    return grown_bytes + grown_bytes // TEMPLATE_PEAK_SHARE

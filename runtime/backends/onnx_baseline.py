@@ -53,6 +53,10 @@ class OnnxSizes:
         """Return the bytes of the KV cache, including the longer copy that some graphs make."""
         return estimates.kv_bytes(self._spec, context, kv_type)
 
+    def slot_bytes(self, context: int, num_used: int) -> int:
+        """Return 0: the KV cache is lowtide's own and has no list of slots."""
+        return 0
+
     def filter_context_bytes(self, context: int, batch_size: int, kv_type: str) -> int:
         """Return what a second KV cache takes beside its buffers; a graph that runs as it is has none."""
         return FILTER_CONTEXT_BYTES if self._is_rewritten else 0

@@ -77,7 +77,9 @@ class Engine:
         self.controller = (
             PassController() if kernels is None else planned.policy.configure(kernels, planned.spec)
         )
-        self.kv_reservation = KVReservation(self.ledger, planned.plan.cache_tokens, self._kv_bytes)
+        self.kv_reservation = KVReservation(
+            self.ledger, planned.plan.cache_tokens, self._reserved_kv_bytes
+        )
         self.prompt_filter = self._make_prompt_filter()
         if planned.plan.resident_layers is not None or planned.spec.repacked_tensors:
             self._try_passes()
@@ -171,6 +173,11 @@ class Engine:
 
     def _kv_bytes(self, num_tokens: int) -> int:
         return kv_bytes(self.planned.spec, num_tokens, self.planned.plan.kv_type)
+
+    def _reserved_kv_bytes(self, num_tokens: int) -> int:
+        """Return what the KV cache takes, and the engine's list of slots where it is longer than planned."""
+        more = max(num_tokens - self.planned.plan.cache_tokens, 0)
+        return self._kv_bytes(num_tokens) + self.planned.sizes.slot_bytes(0, more)
 
     def _filter_layers_bytes(self, num_tokens: int) -> int:
         first = self.planned.policy.memory.filter_prefill

@@ -58,9 +58,13 @@ CASES = [Case.drawn(numbers) for numbers in [random.Random(SEED)] for _ in range
 _RUN = """
 import json
 from lowtide import GenerationResult, OverBudget, PromptTooLong, Runtime
+from lowtide.memory.process import read_process_memory
 from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 opening = dict(memory={case.budget_bytes}, context={case.context}, attention={case.attention!r}, threads=1)
-report = dict(bound=plan_reference("smollm2", LoadConfig(**opening)).plan.lower_bound_bytes)
+plan = plan_reference("smollm2", LoadConfig(**opening)).plan
+report = dict(
+    bound=plan.lower_bound_bytes, needs=plan.total_bytes, planning=read_process_memory().peak_bytes
+)
 try:
     runtime = Runtime.open("smollm2", **opening)
 except OverBudget as error:
@@ -99,6 +103,7 @@ def test_inside_the_budget_and_refused_only_below_the_bound(case: Case) -> None:
     assert done.peak_bytes <= max(
         case.budget_bytes, 64 * MIB
     )  # at least what Python and its libraries need
+    assert report["planning"] <= max(report["needs"], 64 * MIB)
     if "refused" in report:
         assert case.budget_bytes < report["bound"] + TOLERANCE_BYTES
         return

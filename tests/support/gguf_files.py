@@ -23,8 +23,12 @@ def write_model(
     overrides: dict[str, int] | None = None,
     quantised: str | None = None,
     halves: tuple[str, ...] = (),
+    extra: dict[str, object] | None = None,
+    word: str = "word",
 ) -> Path:
     """Write a llama-shaped model in F32 with a byte vocabulary; `overrides` replaces header numbers.
+
+    `extra` are more keys of the header, with texts or lists of texts; `word` begins the words of the vocabulary.
 
     `quantised`, "Q4_0" or "Q4_K", is the matrices' type, but for those with one of `halves` in their names:
     F16.
@@ -44,7 +48,12 @@ def write_model(
     for name, number in numbers.items():
         writer.add_uint32(f"{architecture}.{name}", number)
     writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
-    _add_vocabulary(writer, vocabulary)
+    _add_vocabulary(writer, vocabulary, word)
+    for name, value in (extra or {}).items():
+        if isinstance(value, str):
+            writer.add_string(name, value)
+        else:
+            writer.add_array(name, value)  # type: ignore[arg-type]
     if chat_template is not None:
         writer.add_chat_template(chat_template)
     shape = (layers, width, heads, kv_heads, feed_forward, vocabulary)
@@ -56,9 +65,9 @@ def write_model(
     return path
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: int) -> None:
+def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: int, word: str) -> None:
     texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    texts += [f"▁word{i}" for i in range(vocabulary - len(texts))]
+    texts += [f"▁{word}{i}" for i in range(vocabulary - len(texts))]
     kinds = [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2, *[gguf.TokenType.BYTE] * 256]
     kinds += [gguf.TokenType.NORMAL] * (vocabulary - len(kinds))
     writer.add_tokenizer_model("llama")
