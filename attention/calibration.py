@@ -8,13 +8,14 @@ was measured and `params` the settings; the policy knows the meaning of both. Fi
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from lowtide.models.catalog import cache_folder
 from lowtide.models.errors import LowtideError
+from lowtide.models.folders import CACHE_VARIABLE, cache_folder
 from lowtide.models.spec import ModelSpec
 
 SHIPPED = Path(__file__).with_name("calibrations")
@@ -111,15 +112,17 @@ class Calibration:
         )
 
 
-def calibration_folder() -> Path:
-    """Return the folder of the user's calibrations."""
-    return cache_folder() / "calibrations"
+def calibration_folder() -> Path | None:
+    """Return the folder of the user's calibrations; None for a user without a cache folder."""
+    folder = cache_folder()
+    return folder / "calibrations" if folder is not None else None
 
 
 def find_file(name: str) -> Path | None:
     """Return the file of that name, the user's before the shipped one; None if there is none."""
-    paths = (folder / name for folder in (calibration_folder(), SHIPPED))
-    return next((path for path in paths if path.is_file()), None)
+    folders = (calibration_folder(), SHIPPED)
+    paths = (folder / name for folder in folders if folder is not None)
+    return next((path for path in paths if os.path.isfile(path)), None)
 
 
 def find_calibration(key: str, spec: ModelSpec) -> Calibration | None:
@@ -180,7 +183,14 @@ def write_values(name: str, values: Mapping[str, Any], path: Path | None = None)
 
     Raises `CalibrationError` if the file cannot be written.
     """
-    path = path or calibration_folder() / name
+    if path is None:
+        folder = calibration_folder()
+        if folder is None:
+            raise CalibrationError(
+                f"the calibration has no place, because this user has no home folder: set {CACHE_VARIABLE}, "
+                "or name an output file"
+            )
+        path = folder / name
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -188,7 +198,8 @@ def write_values(name: str, values: Mapping[str, Any], path: Path | None = None)
         part.replace(path)
     except OSError as error:
         raise CalibrationError(
-            f"the calibration cannot be written to {path}: {error.strerror or error}"
+            f"the calibration cannot be written to {path} ({error.strerror or error}): name another output "
+            f"file, or set {CACHE_VARIABLE} to a folder that can be written"
         ) from None
     return path
 

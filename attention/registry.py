@@ -7,6 +7,8 @@ from lowtide.attention.dense import Dense, Llama
 from lowtide.attention.gem.policy import Gem
 from lowtide.attention.policy import AttentionPolicy
 from lowtide.attention.tidal.policy import Tidal
+from lowtide.models.arguments.names import option
+from lowtide.models.arguments.values import shown
 from lowtide.models.errors import BadOption
 
 _CLASSES: tuple[type[AttentionPolicy], ...] = (
@@ -26,7 +28,9 @@ def parse_policy(text: str | AttentionPolicy) -> AttentionPolicy:
     """
     if isinstance(text, AttentionPolicy):
         return text
-    name, _, settings = text.partition(":")
-    if name not in POLICIES:
-        raise BadOption(f"attention is {name!r}; it must be one of {', '.join(POLICIES)}")
+    name, _, settings = text.partition(":") if isinstance(text, str) else (text, "", "")
+    if not isinstance(name, str) or name not in POLICIES:
+        raise BadOption(
+            f"{option('attention')} is {shown(name)}; it must be one of {', '.join(POLICIES)}"
+        )
     return POLICIES[name].parse(settings)

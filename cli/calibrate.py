@@ -99,6 +99,7 @@ def command(
     from lowtide.runtime.loading.load import Engine
 
     calibrator = _calibrator(options["attention"])
+    _check_output(output)
     spec = take_spec(options)
     _check_engine(spec)
     request = CalibrationRequest(Targets(target_kl, target_key_loss), max_layers, k)
@@ -151,6 +152,19 @@ def _calibrator(attention: str) -> Calibrator:
         if name not in calibrator.options and context.get_parameter_source(name) is not default:
             raise BadOption(f"{policy.name} is calibrated without {option}: leave it out")
     return calibrator
+
+
+def _check_output(output: Path | None) -> None:
+    """Raise `CalibrationError` now, and not after minutes, where the result could not be saved."""
+    from lowtide.attention.calibration import CalibrationError, calibration_folder
+    from lowtide.models.folders import CACHE_VARIABLE, unusable
+
+    folder = calibration_folder() if output is None else output.absolute().parent
+    reason = unusable(folder, CACHE_VARIABLE)
+    if reason is not None:
+        raise CalibrationError(
+            f"the calibration could not be saved, because {reason}, or use --output"
+        )
 
 
 def _check_engine(spec: ModelSpec) -> None:

@@ -22,6 +22,7 @@ from lowtide.cli.options import (
     take_generation_options,
 )
 from lowtide.cli.output import note, statistics_line
+from lowtide.cli.streams import is_terminal, one_line
 from lowtide.memory.units import format_bytes
 from lowtide.models.errors import LowtideError
 from lowtide.runtime.errors import OverBudget, SnapshotMismatch
@@ -54,7 +55,7 @@ def command(system: str | None, enforce: ControlGroup | None, **options: Any) ->
     planned.require_fit()
     note(plan_line(planned))
     set_limit(enforce, planned.plan.budget)
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    interactive = is_terminal(sys.stdin) and is_terminal(sys.stdout)
     with Runtime.load(planned) as runtime:
         reader = TurnReader(prompt_limit_bytes(planned.plan.kv_tokens), interactive=interactive)
         repl = Repl(runtime, generation, system)
@@ -112,14 +113,14 @@ class Repl:
         while True:
             try:
                 turn = reader.read()
-                if turn is None or turn.strip() in ("/exit", "/quit"):
+                if turn is None or turn.split(maxsplit=1)[:1] in (["/exit"], ["/quit"]):
                     return exit_code
                 self._take(turn)
             except KeyboardInterrupt:
                 click.echo(err=True)
                 note("Type /exit or press Ctrl-D to leave.")
             except LowtideError as error:
-                click.echo(f"Error: {error}", err=True)
+                click.echo(f"Error: {one_line(str(error))}", err=True)
                 exit_code = exit_code if interactive else error.exit_code
 
     def _take(self, turn: str) -> None:
@@ -151,7 +152,7 @@ class Repl:
                 self._turns += [question, {"role": "assistant", "content": "".join(texts)}]
                 click.echo()
         if texts and self._last is not None:
-            note(statistics_line(self._last.stats, self._last.finish_reason))
+            note(statistics_line(self._last.stats, self._last.finish_reason, self._options))
         else:
             note("Stopped before the first token; the question was removed.")
 
@@ -201,12 +202,13 @@ class Repl:
     def _show_statistics(self, _rest: str) -> None:
         click.echo(str(self._runtime.plan), err=True)
         if self._last is not None:
-            note(statistics_line(self._last.stats, self._last.finish_reason))
+            note(statistics_line(self._last.stats, self._last.finish_reason, self._options))
 
 
 def _path(name: str, command: str) -> Path:
+    from lowtide.models.arguments.paths import user_path
     from lowtide.models.errors import BadOption
 
     if not name:
         raise BadOption(f"{command} needs a file name: type {command} talk.session")
-    return Path(name).expanduser()
+    return user_path(f"the file of {command}", name)

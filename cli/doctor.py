@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import click
@@ -37,7 +38,8 @@ def command(model: str | None, memory: str | None, as_json: bool) -> None:
 
     findings: dict[str, Any] = {"version": lowtide.__version__, "python": platform.python_version()}
     problems: list[str] = []
-    for examine in (_machine, _native, _llama, _gpus, _models, lambda: _attention(model, memory)):
+    attention = partial(_attention, model, memory)
+    for examine in (_machine, _native, _llama, _gpus, _models, _folders, attention):
         _examine(examine, findings, problems)
     if as_json:
         click.echo(json.dumps({**findings, "problems": problems}, indent=2))
@@ -130,6 +132,26 @@ def _models() -> dict[str, Any]:
     installed = [model.name for model in NAMED_MODELS if is_installed(model)]
     hub = importlib.util.find_spec("huggingface_hub") is not None
     return {"models_installed": installed, "hub": hub}
+
+
+def _folders() -> dict[str, Any]:
+    """Report where files can be stored; without a folder lowtide works, and stores nothing."""
+    from lowtide.models.folders import (
+        CACHE_VARIABLE,
+        STATE_VARIABLE,
+        cache_folder,
+        state_folder,
+        unusable,
+    )
+
+    found = {}
+    for name, folder, variable in (
+        ("cache_folder", cache_folder(), CACHE_VARIABLE),
+        ("history_folder", state_folder(), STATE_VARIABLE),
+    ):
+        reason = unusable(folder, variable)
+        found[name] = str(folder) if reason is None else f"none, because {reason}"
+    return found
 
 
 def _attention(reference: str | None, memory: str | None) -> dict[str, Any]:

@@ -69,7 +69,11 @@ def command(
     """
     from lowtide.attention.registry import parse_policy
     from lowtide.cli.output import json_object, note
-    from lowtide.runtime.evaluation.evaluate import evaluate, evaluation_config
+    from lowtide.runtime.evaluation.evaluate import (
+        evaluate,
+        evaluation_config,
+        require_approximation,
+    )
     from lowtide.runtime.evaluation.text import DEFAULT_CONTEXT, SPARE_TOKENS
 
     source = click.get_current_context().get_parameter_source("attention")
@@ -77,6 +81,7 @@ def command(
         options["attention"] = "tidal"
     spec = take_spec(options)
     policy = parse_policy(options["attention"]).resolve(spec)
+    require_approximation(policy, spec)
     config = take_open_options(options)
     context = config.context or min(DEFAULT_CONTEXT, spec.context_length - SPARE_TOKENS)
     planned = plan_with(spec, evaluation_config(config, policy, context))

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import sys
 from pathlib import Path
 from typing import BinaryIO
 
 import click
 
+from lowtide.cli.streams import is_terminal
+from lowtide.models.arguments.paths import shown_path
+from lowtide.models.arguments.text_files import decoded
 from lowtide.models.errors import BadOption
+from lowtide.models.folders import STATE_VARIABLE, state_folder, unusable
 
 FENCE = '"""'
 HISTORY_LINES = 1000
+STDIN = "-"
+"""The file name that means standard input."""
 
 
 def read_text(stream: BinaryIO, name: str, limit_bytes: int) -> str:
@@ -20,43 +26,48 @@ def read_text(stream: BinaryIO, name: str, limit_bytes: int) -> str:
 
     Raises `BadOption` if the text is not UTF-8.
     """
-    return decoded(stream.read(limit_bytes + 1), name)
-
-
-def decoded(data: bytes, name: str) -> str:
-    """Return the text; raises `BadOption` with the position of the first byte that is not UTF-8."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if error.reason == "unexpected end of data" and error.end == len(data) > 4096:
-            return data.decode("utf-8", errors="ignore")  # the limit is inside a character
-        raise BadOption(
-            f"{name} is not UTF-8 at byte {error.start}: convert it, for example with iconv"
-        ) from None
+    data = stream.read(limit_bytes + 1)
+    return decoded(data, name, is_cut=len(data) > limit_bytes)
 
 
 def prompt_text(prompt: str | None, file: Path | None, limit_bytes: int) -> str:
-    """Return the prompt: from the option, from the file, or from standard input."""
+    """Return the prompt: from the option, from the file, or from standard input.
+
+    Raises `UsageError` where there is none, or nothing but white space.
+    """
     if prompt is not None and file is not None:
         raise click.UsageError("--prompt and --file exclude each other: use one")
-    if prompt is not None:
-        return prompt
-    if file is not None:
-        return read_file(file, limit_bytes)
-    if sys.stdin.isatty():
+    text = prompt
+    if text is None:
+        text = _stdin_text(limit_bytes) if file is None else read_file(file, limit_bytes)
+    if not text.strip():
         raise click.UsageError(
             "no prompt: use --prompt or --file, or write the prompt to standard input"
         )
-    return read_text(sys.stdin.buffer, "standard input", limit_bytes)
+    return text
+
+
+def _stdin_text(limit_bytes: int) -> str:
+    if is_terminal(sys.stdin):
+        return ""
+    try:
+        return read_text(sys.stdin.buffer, "standard input", limit_bytes)
+    except OSError as error:
+        raise BadOption(f"cannot read standard input: {error.strerror or error}") from None
 
 
 def read_file(path: Path, limit_bytes: int) -> str:
-    """Read a file like `read_text`; raises `BadOption` if it cannot be read."""
+    """Read a file like `read_text`, - as standard input; raises `BadOption` if it cannot be read."""
+    if str(path) == STDIN:
+        return _stdin_text(limit_bytes)
     try:
         with path.open("rb") as stream:
-            return read_text(stream, str(path), limit_bytes)
-    except OSError as error:
-        raise BadOption(f"cannot read {path}: {error.strerror or error}") from None
+            return read_text(stream, shown_path(path), limit_bytes)
+    except (OSError, ValueError) as error:
+        if isinstance(error, BadOption):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise BadOption(f"cannot read {shown_path(path)}: {reason}") from None
 
 
 class TurnReader:
@@ -68,9 +79,7 @@ class TurnReader:
     def __init__(self, limit_bytes: int, *, interactive: bool) -> None:
         self._limit_bytes = limit_bytes
         self._interactive = interactive
-        self._history = _history_path()
-        if interactive:
-            self._open_history()
+        self._history = _open_history() if interactive else None
 
     def read(self) -> str | None:
         """Return the next turn, or None at the end of input."""
@@ -101,32 +110,19 @@ class TurnReader:
         return "\n".join(lines)
 
     def _line(self, prompt: str) -> str | None:
-        if self._interactive:
-            try:
+        """Return the next line; None at the end, which a terminal that was closed is, too."""
+        try:
+            if self._interactive:
                 return input(prompt)
-            except EOFError:
-                return None
-        data = sys.stdin.buffer.readline(self._limit_bytes + 1)
-        return decoded(data, "standard input").rstrip("\r\n") if data else None
-
-    def _open_history(self) -> None:
-        try:
-            import readline
-        except (
-            ImportError
-        ):  # this Python has no readline: lines cannot be edited, but the chat works
-            return
-        readline.set_history_length(HISTORY_LINES)
-        try:
-            self._history.parent.mkdir(parents=True, exist_ok=True)
-            if self._history.exists():
-                readline.read_history_file(self._history)
-        except OSError:
-            return
+            data = sys.stdin.buffer.readline(self._limit_bytes + 1)
+        except (EOFError, OSError):
+            return None
+        is_cut = len(data) > self._limit_bytes
+        return decoded(data, "standard input", is_cut=is_cut).rstrip("\r\n") if data else None
 
     def close(self) -> None:
         """Save the history for the next chat."""
-        if not self._interactive:
+        if self._history is None:
             return
         try:
             import readline
@@ -136,6 +132,24 @@ class TurnReader:
             return
 
 
-def _history_path() -> Path:
-    base = os.environ.get("XDG_STATE_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "state") / "lowtide" / "chat_history"
+def _open_history() -> Path | None:
+    """Recall the lines of earlier chats; return the file of the history, None where there is none.
+
+    A line on stderr says why it cannot be saved.
+    """
+    try:
+        import readline
+    except ImportError:  # this Python has no readline: lines cannot be edited, but the chat works
+        return None
+    from lowtide.cli.output import note
+
+    readline.set_history_length(HISTORY_LINES)
+    folder = state_folder()
+    reason = unusable(folder, STATE_VARIABLE)
+    if folder is None or reason is not None:
+        note(f"The history of this chat will not be saved, because {reason}.")
+        return None
+    history = folder / "chat_history"
+    with contextlib.suppress(OSError):
+        readline.read_history_file(history)
+    return history

@@ -10,11 +10,15 @@ import errno
 import importlib
 import os
 import sys
+import warnings
+from functools import partial
 from typing import Any, NoReturn
 
 import click
 
-from lowtide.models.errors import LowtideError
+from lowtide.cli.streams import one_line, prepare_streams, print_warning
+from lowtide.models.arguments.names import on_command_line
+from lowtide.models.errors import LowtideError, LowtideWarning
 
 COMMANDS = tuple("chat run plan profile evaluate calibrate bench models convert doctor".split())
 
@@ -37,13 +41,35 @@ class CommandLine(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; print a `LowtideError` as one sentence on stderr."""
         try:
-            return super().invoke(ctx)
+            with on_command_line(_spelling), warnings.catch_warnings():
+                warnings.showwarning = partial(print_warning, standard=warnings.showwarning)
+                warnings.simplefilter("always", LowtideWarning)
+                return super().invoke(ctx)
         except LowtideError as error:
-            click.echo(f"Error: {error}", err=True)
+            click.echo(f"Error: {one_line(str(error))}", err=True)
             raise SystemExit(error.exit_code) from None
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             raise SystemExit(130) from None
+
+
+def _spelling(name: str) -> str | None:
+    """Return how the running command writes the option; None if it does not have it."""
+    context = click.get_current_context(silent=True)
+    while context is not None:
+        for parameter in context.command.params:
+            if parameter.name in (name, *_SPELLED.get(name, ())):
+                return next((o for o in parameter.opts if o.startswith("--")), parameter.opts[0])
+        context = context.parent
+    return None
+
+
+_SPELLED = {
+    "attention": ("attentions",),
+    "speculate": ("speculations",),
+    "model": ("model_option",),
+}
+"""The names of options that some commands store under another name."""
 
 
 def _print_version(ctx: click.Context, _parameter: click.Parameter, enabled: bool) -> None:
@@ -81,18 +107,16 @@ def run() -> NoReturn:
 
     The destructors would make up to 3 MiB of pages resident that the plan does not contain.
     """
+    prepare_streams()
     try:
         main()
         code = 0
     except SystemExit as ending:
         code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        click.echo(
-            "Error: cannot write the output, because the disk is full: free some space", err=True
-        )
-        os._exit(1)  # the rest cannot be written either
+        click.echo(f"Error: {one_line(_system_error(error))}", err=True)
+        atexit._run_exitfuncs()
+        os._exit(1)  # the rest of the output cannot be written either
     atexit._run_exitfuncs()
     try:
         sys.stdout.flush()
@@ -100,3 +124,11 @@ def run() -> NoReturn:
     except OSError:  # the reader has closed the pipe
         code = code or 1
     os._exit(code)
+
+
+def _system_error(error: OSError) -> str:
+    """Return what the system refused, and what to change."""
+    if error.errno == errno.ENOSPC and error.filename is None:
+        return "cannot write the output, because the disk is full: free some space"
+    what = f"{error.filename} cannot be used" if error.filename else "cannot write the output"
+    return f"{what} ({error.strerror or error})"

@@ -117,7 +117,7 @@ _SAMPLING: tuple[Option, ...] = (
         type=int,
         default=512,
         show_default=True,
-        help="Maximum length of an answer; -1 means until the model stops or the context is full.",
+        help="Maximum length of an answer, from 1; -1 means until the model stops or the context is full.",
     ),
     click.option(
         "--temp",
@@ -166,7 +166,7 @@ _SAMPLING: tuple[Option, ...] = (
     click.option(
         "--seed",
         type=int,
-        help="Seed of sampling; the same seed gives the same answer.  [default: random, reported]",
+        help="Seed of sampling; the same seed gives the same answer. -1 draws one.  [default: random, reported]",
     ),
     click.option(
         "--stop", multiple=True, metavar="TEXT", help="Stop the answer at this text; repeatable."
@@ -262,7 +262,4 @@ def take_generation_options(options: dict[str, Any]) -> SamplingParams:
     names = (
         "max_tokens temperature top_k top_p min_p repeat_penalty repeat_last_n seed stop overflow"
     ).split()
-    values = {name: options.pop(name) for name in names}
-    if values["max_tokens"] == -1:
-        values["max_tokens"] = None
-    return SamplingParams(**values)
+    return SamplingParams(**{name: options.pop(name) for name in names})

@@ -12,6 +12,7 @@ from lowtide.memory.units import format_bytes
 if TYPE_CHECKING:
     from lowtide.memory.plan.gpu import GpuPlan
     from lowtide.runtime.generation.statistics import Statistics
+    from lowtide.runtime.options import SamplingParams
     from lowtide.runtime.planning.plan import ResolvedModel
 
 
@@ -48,8 +49,13 @@ def gpu_line(gpu: GpuPlan) -> str:
     )
 
 
-def statistics_line(stats: Statistics, finish_reason: str | None) -> str:
-    """Return the statistics of an answer in one line, with everything that is unusual."""
+def statistics_line(
+    stats: Statistics, finish_reason: str | None, params: SamplingParams | None = None
+) -> str:
+    """Return the statistics of an answer in one line, with everything that is unusual.
+
+    With `params`, also the seed that was drawn, which makes the answer repeatable.
+    """
     parts = [f"{stats.generated_tokens} tokens"]
     if stats.decode_tokens_per_s is not None:
         parts.append(f"{stats.decode_tokens_per_s:.1f} tokens/s")
@@ -61,6 +67,8 @@ def statistics_line(stats: Statistics, finish_reason: str | None) -> str:
     filtered = stats.retained_tokens < stats.prompt_tokens - stats.dropped_tokens
     retained = f" ({stats.retained_tokens} retained)" if filtered else ""
     parts.append(f"prompt {stats.prompt_tokens}{retained}, {reused}")
+    if params is not None and params.draws_seed:
+        parts.append(f"seed {stats.seed}")
     parts += _unusual(stats)
     if finish_reason in ENDINGS:
         parts.append(ENDINGS[finish_reason])

@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 @speculate_option
 @click.option("-p", "--prompt", help="The prompt.  [default: read from standard input]")
 @click.option(
-    "-f", "--file", type=click.Path(path_type=Path), help="Read the prompt from this file."
+    "-f",
+    "--file",
+    type=click.Path(path_type=Path),
+    help="Read the prompt from this file; - is standard input.",
 )
 @system_option
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without the chat template.")
@@ -92,7 +95,7 @@ def command(
     click.echo()
     for span in spans or ():
         note(f"{span.position:>7,}  {span.score:.3f}  {span.text!r}")
-    note(statistics_line(result.stats, result.finish_reason))
+    note(statistics_line(result.stats, result.finish_reason, generation))
 
 
 def _answer(

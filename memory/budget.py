@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from lowtide.memory.machine import Machine
 from lowtide.memory.units import OverBudget, format_bytes, parse_size
+from lowtide.models.arguments.names import option
 
 DEFAULT_SHARE = 0.8
 """Share of the available memory that is the budget when the user sets none."""
@@ -80,7 +81,7 @@ class Ledger:
                     f"{component}, with the memory reserved before it,",
                     others + num_bytes,
                     self.budget_bytes,
-                    "raise --memory or ask for less",
+                    f"raise {option('memory')} or ask for less",
                 )
             self._reserved[component] = num_bytes
 

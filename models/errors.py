@@ -9,6 +9,10 @@ class LowtideError(Exception):
     exit_code = 1
 
 
+class LowtideWarning(UserWarning):
+    """Something goes on in another way than usual; one sentence says why. The command line prints it on stderr."""
+
+
 class BadOption(LowtideError, ValueError):
     """An option has an impossible value: names the option, the value and what is allowed."""
 

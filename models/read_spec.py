@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from lowtide.models.errors import BadModelFile
+from lowtide.models.arguments.names import option
+from lowtide.models.errors import BadModelFile, ModelNotFound
 from lowtide.models.gguf.spec import read_spec as read_gguf_spec
 from lowtide.models.onnx.read_spec import read_spec as read_onnx_spec
 from lowtide.models.spec import ModelSpec
@@ -17,16 +19,19 @@ def read_spec(path: Path) -> ModelSpec:
 
     Raises `ModelError` with what is wrong and what to change.
     """
-    if path.is_dir() or path.suffix == ONNX_SUFFIX:
-        return read_onnx_spec(path)
-    return require_original(read_gguf_spec(path))
+    try:
+        if path.suffix == ONNX_SUFFIX or os.path.isdir(path):
+            return read_onnx_spec(path)
+        return require_original(read_gguf_spec(path))
+    except OSError as error:  # such as a folder that this user may not enter
+        raise ModelNotFound(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def require_original(spec: ModelSpec) -> ModelSpec:
     """Return the spec; raise `BadModelFile` for a repacked copy, which llama.cpp would misread."""
     if spec.repacked_tensors:
         raise BadModelFile(
-            f"{spec.path} is a repacked copy, which --repack finds by itself: name the original model and add "
-            "--repack"
+            f"{spec.path} is a repacked copy, which {option('repack')} finds by itself: name the original model "
+            f"and add {option('repack', True)}"
         )
     return spec

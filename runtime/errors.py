@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from lowtide.attention.calibration import CalibrationError, NotCalibrated
 from lowtide.memory.units import BadSize, KilledByLimit, NotEnforceable, OverBudget
+from lowtide.models.arguments.names import option
 from lowtide.models.errors import (
     BadModelFile,
     BadOption,
@@ -83,9 +84,9 @@ class PromptTooLong(LowtideError):
         self.num_tokens = num_tokens
         self.context = context
         about = "about " if estimated else ""
-        advice = "shorten the prompt, or raise --context (and --memory)"
+        advice = f"shorten the prompt, or raise {option('context')} (and {option('memory')})"
         if droppable:
-            advice = "shorten the prompt, raise --context, or pass --overflow drop-oldest"
+            advice = f"shorten the prompt, raise {option('context')}, or pass {option('overflow', 'drop-oldest')}"
         super().__init__(
             f"the prompt has {about}{num_tokens:,} tokens but the context holds {context:,}; {advice}"
         )

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lowtide.models.arguments.names import option
+from lowtide.models.arguments.values import (
+    as_whole,
+    choice,
+    flag,
+    number,
+    shown,
+    texts,
+    whole_number,
+)
 from lowtide.models.errors import BadOption
 
 OVERFLOWS = ("error", "drop-oldest")
@@ -15,10 +26,13 @@ MAX_SEED = (1 << 63) - 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How to choose tokens and when to stop. Raises `BadOption` for a value out of range."""
+    """How to choose tokens and when to stop. Raises `BadOption` for a value out of range.
+
+    A number may be of any type that converts to the field's without loss, such as numpy's.
+    """
 
     max_tokens: int | None = 512
-    """Most tokens to generate; None goes on until the model ends the text or the context is full."""
+    """Most tokens to generate; None or -1 goes on until the model ends the text or the context is full."""
     temperature: float = 0.7
     """Divides the logits; 0 is greedy (the most probable token)."""
     top_k: int = 40
@@ -32,50 +46,53 @@ class SamplingParams:
     repeat_last_n: int = 64
     """Tokens that the penalty looks back on."""
     seed: int | None = None
-    """Seed of the random draws; None draws one, which the statistics report."""
+    """Seed of the random draws; None or -1 draws one, which the statistics report."""
     stop: tuple[str, ...] = ()
-    """Texts that end the answer and are not part of it; a single text is accepted, too."""
+    """Texts that end the answer and are not part of it; a single text, a list, or None for none, too."""
     overflow: str = "error"
     """What happens to a prompt that exceeds the context: "error", or "drop-oldest"."""
     explain: bool = False
     """Whether the last chunk lists the spans of the prompt that `Gem` retained."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", _texts(self.stop))
-        self._check_ranges()
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise BadOption(
-                f"stop is {self.stop!r}; each stop text must have at least one character"
-            )
-        if self.overflow not in OVERFLOWS:
-            raise BadOption(f"overflow is {self.overflow!r}; it must be {' or '.join(OVERFLOWS)}")
+        for name, value in self._checked().items():
+            object.__setattr__(self, name, value)
 
-    def _check_ranges(self) -> None:
-        for name, least, most in (
-            ("max_tokens", 1, math.inf),
-            ("temperature", 0, 100),
-            ("top_k", 0, math.inf),
-            ("top_p", 0, 1),
-            ("min_p", 0, 1),
-            ("repeat_penalty", 0.01, 100),
-            ("repeat_last_n", 0, math.inf),
-            ("seed", 0, MAX_SEED),
-        ):
+    def _checked(self) -> dict[str, Any]:
+        """Return every field's value as the type that it has here; raise `BadOption` for a wrong one."""
+        checked: dict[str, Any] = {}
+        for name, least, most in _WHOLE:
             value = getattr(self, name)
-            if value is None and name in ("max_tokens", "seed"):
-                continue
-            is_whole = name in ("max_tokens", "top_k", "repeat_last_n", "seed")
-            kind: Any = int if is_whole else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kind):
-                raise BadOption(
-                    f"{name} is {value!r}; it must be a {'whole ' if is_whole else ''}number"
-                )
-            if not least <= value <= most:
-                raise BadOption(f"{name} is {value}; it must be {_range(least, most)}")
+            is_none = name in _NONE_OR_MINUS_ONE and (value is None or _is_minus_one(value))
+            checked[name] = (
+                None
+                if is_none
+                else whole_number(option(name), value, least, most, _ALSO.get(name, ""))
+            )
+        for name, lowest, highest in _REAL:
+            checked[name] = number(option(name), getattr(self, name), lowest, highest)
+        checked["stop"] = texts(option("stop"), self.stop)
+        checked["overflow"] = choice(option("overflow"), self.overflow, OVERFLOWS)
+        checked["explain"] = flag(option("explain"), self.explain)
+        return checked
+
+    @property
+    def draws_seed(self) -> bool:
+        """Whether an answer depends on a seed that nobody chose."""
+        return self.seed is None and self.temperature > 0
 
     @classmethod
-    def of(cls, base: SamplingParams | None = None, **values: Any) -> SamplingParams:
-        """Return `base`, or the defaults, with `values`; raises `BadOption` for an unknown name."""
+    def of(
+        cls, base: SamplingParams | Mapping[str, Any] | None = None, **values: Any
+    ) -> SamplingParams:
+        """Return `base`, or the defaults, with `values`; raises `BadOption` for an unknown name.
+
+        `base` may be a dict with fields by name.
+        """
+        if isinstance(base, Mapping):
+            base = cls.of(None, **{str(name): value for name, value in base.items()})
+        if base is not None and not isinstance(base, cls):
+            raise BadOption(f"params is {shown(base)}; it must be a SamplingParams or a dict")
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(names))
         if unknown:
@@ -85,9 +102,24 @@ class SamplingParams:
         return dataclasses.replace(base or cls(), **values)
 
 
-def _texts(value: Any) -> tuple[Any, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
+_WHOLE = (
+    ("max_tokens", 1, math.inf),
+    ("top_k", 0, math.inf),
+    ("repeat_last_n", 0, math.inf),
+    ("seed", 0, MAX_SEED),
+)
+_REAL = (
+    ("temperature", 0, 100),
+    ("top_p", 0, 1),
+    ("min_p", 0, 1),
+    ("repeat_penalty", 0.01, 100),
+)
+_NONE_OR_MINUS_ONE = ("max_tokens", "seed")
+_ALSO = {
+    "max_tokens": ", or -1 to go on until the model ends the text or the context is full",
+    "seed": ", or -1 to draw one",
+}
 
 
-def _range(least: float, most: float) -> str:
-    return f"at least {least}" if most == math.inf else f"between {least} and {most}"
+def _is_minus_one(value: Any) -> bool:
+    return as_whole(value) == -1

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lowtide.memory.budget import Ledger
+from lowtide.memory.os.descriptors import hold_standard_descriptors
 from lowtide.memory.plan.estimates import prompt_limit_bytes
 from lowtide.memory.plan.plan import MemoryPlan
 from lowtide.memory.process import not_charged_if_refused
 from lowtide.memory.reclaim import Reclaimer
 from lowtide.memory.units import format_bytes
+from lowtide.models.arguments.names import option
 from lowtide.models.chat_template import Message
 from lowtide.models.errors import BadOption
 from lowtide.models.model import Model
@@ -88,6 +90,7 @@ class Runtime:
         Raises `OverBudget`, before anything is loaded, if the model cannot fit, `ModelError` for an unusable
         model, `NoGpu` if there is no GPU, and `BadOption` for a wrong option or value.
         """
+        hold_standard_descriptors()
         config = replace(LoadConfig.of(**options), profiled=profiler is not None)
         with not_charged_if_refused():
             with (profiler or SILENT).span("plan"):
@@ -247,7 +250,7 @@ class Runtime:
             raise BadOption(
                 f"the prompt has a run of {longest_stretch(text):,} characters that tokenising takes "
                 f"{format_bytes(self._model.tokenizer.stack_bytes(text))} of stack for, more than is planned: put "
-                "blanks or new lines into it, or raise --memory and --context"
+                f"blanks or new lines into it, or raise {option('memory')} and {option('context')}"
             )
 
     def _generate(self, request: GenerationRequest) -> Generator[GenerationChunk, None, None]:

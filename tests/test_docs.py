@@ -121,7 +121,7 @@ def test_python_example_of_readme_names_a_budget_that_is_large_enough() -> None:
     (block,) = (block for block in PYTHON_BLOCKS if block.page == README)
     done = run_python(block.text, timeout=TIMEOUT_S)
     assert "planned peak" in done.stdout
-    assert re.search(r"needs at least (\d+) MiB.*: raise --memory to \1MiB", done.stdout)
+    assert re.search(r"needs at least (\d+) MiB.*: raise memory to \1MiB", done.stdout)
 
 
 def test_readme_is_short() -> None:

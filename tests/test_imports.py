@@ -1,14 +1,22 @@
-"""No import circles between files, however and wherever a file imports another."""
+"""No import circles between files, and no words of an upper layer in a lower one."""
 
 from __future__ import annotations
 
 import ast
+import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from lowtide.runtime.backends.config import LoadConfig
+from lowtide.runtime.options import SamplingParams
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("models", "memory", "attention", "runtime", "cli")
 PACKAGE = "lowtide"
+PARAMETERS = {f.name for kind in (LoadConfig, SamplingParams) for f in dataclasses.fields(kind)}
+COMMAND_LINE_ONLY = ("lowtide ", "--enforce")
+"""Texts with these are read on the command line alone."""
 
 
 def test_no_file_imports_itself_through_others() -> None:
@@ -17,6 +25,42 @@ def test_no_file_imports_itself_through_others() -> None:
     assert not circles, "import circles:\n" + "\n".join(
         "  " + ", ".join(circle) for circle in sorted(circles)
     )
+
+
+def test_no_message_below_the_command_line_writes_an_option_itself() -> None:
+    """The same message is read by callers in Python, who write `memory`: use `option("memory")`."""
+    written = {f"--{name.replace('_', '-')}" for name in PARAMETERS}
+    for folder in FOLDERS[:-1]:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for line, text in literals(path):
+                if any(words in text for words in COMMAND_LINE_ONLY):
+                    continue
+                assert not written & set(re.findall(r"--[a-z-]+", text)), (
+                    f"{path}:{line} writes an option as the command line does: use "
+                    f"lowtide.models.arguments.names.option in {text!r}"
+                )
+
+
+def literals(path: Path) -> list[tuple[int, str]]:
+    """Return the texts of a module, docstrings aside, and joined where they stand together."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found: list[tuple[int, str]] = []
+    docstrings = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    inside: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            parts = [part for part in node.values if isinstance(part, ast.Constant)]
+            inside |= {id(part) for part in parts}
+            found.append((node.lineno, "\0".join(str(part.value) for part in parts)))
+    for node in ast.walk(tree):
+        is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if is_text and id(node) not in docstrings | inside:
+            found.append((node.lineno, node.value))
+    return found
 
 
 def import_graph() -> dict[str, set[str]]:

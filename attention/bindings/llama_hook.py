@@ -22,6 +22,7 @@ from lowtide.attention.bindings.policy import AttentionKernels
 from lowtide.attention.bindings.structs import ScoreRule
 from lowtide.memory.os import pages
 from lowtide.memory.os.file_mappings import FileMap
+from lowtide.models.arguments.names import option
 from lowtide.models.errors import LowtideError
 from lowtide.models.gguf.llama_cpp import llama_library
 from lowtide.models.model import SequenceSlots
@@ -142,7 +143,7 @@ def mapped_spans(spec: ModelSpec, maps: Sequence[Collection[FileMap]]) -> list[N
     if found != expected:
         raise LowtideError(
             f"{expected - found} bytes of {spec.name}'s weights are not mapped from its file, so they cannot "
-            "be evicted between passes: raise --memory so that the weights stay resident"
+            f"be evicted between passes: raise {option('memory')} so that the weights stay resident"
         )
     return sorted(spans, key=lambda span: int(span.begin))
 
@@ -178,7 +179,7 @@ def isolate_spans(spec: ModelSpec, spans: Sequence[NativeSpan], maps: Iterable[F
         ):
             raise LowtideError(
                 f"{spec.name}'s weights need {len(cuts)} memory areas, and the system does not allow as many: "
-                "raise vm.max_map_count, or --memory so that the weights stay resident"
+                f"raise vm.max_map_count, or {option('memory')} so that the weights stay resident"
             )
 
 
@@ -212,7 +213,7 @@ class LlamaHook(AttentionKernels):
         if not self._hook:
             raise LowtideError(
                 f"lowtide's attention cannot run in this llama.cpp ({reason.value.decode()}): use "
-                "--attention llama, or another version of llama-cpp-python"
+                f"{option('attention', 'llama')}, or another version of llama-cpp-python"
             )
         super().__init__(library, library.lowtide_hook_policy(self._hook))
 

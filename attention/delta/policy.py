@@ -28,6 +28,7 @@ from lowtide.attention.policy import (
     read_share,
 )
 from lowtide.memory.plan.attention import AttentionMemory
+from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
 
@@ -137,7 +138,7 @@ class Delta(AttentionPolicy):
             counts = ", ".join(map(str, sorted(set(spec.num_kv_heads))))
             raise BadOption(
                 f"delta needs the same number of KV heads in every layer, and {spec.name} has {counts}: "
-                "use --attention tidal or dense"
+                f"use {option('attention', 'tidal')} or dense"
             )
         refine = DEFAULT_REFINE[self.granularity] if self.refine is None else self.refine
         if self.params is not None:

@@ -28,6 +28,7 @@ from lowtide.attention.evaluation.questions import (
 )
 from lowtide.attention.gem.selection import GemSelection
 from lowtide.memory.plan.attention import AttentionMemory
+from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
 
@@ -137,7 +138,7 @@ class GemSearch:
         window = model.spec.sliding_window
         if window is not None and context.context < 2 * window:
             raise BadOption(
-                f"context is {context.context} and {model.spec.name} has sliding windows of {window} "
+                f"{option('context')} is {context.context} and {model.spec.name} has sliding windows of {window} "
                 f"tokens; it must be {2 * window} or more, to show which layers see beyond the window"
             )
         searched, held_out = context.halves
@@ -170,7 +171,7 @@ class GemSearch:
         if not any(trial.is_answered_whole for trial in trials):
             raise NotCalibrated(
                 f"{self._model.spec.name} answers none of {len(trials)} questions from whole prompts, so a "
-                "filter has no answers to keep: use another model, or a smaller --context"
+                f"filter has no answers to keep: use another model, or a smaller {option('context')}"
             )
         for candidate in candidates:
             metrics = self._measured(candidate, trials)

@@ -14,6 +14,8 @@ from lowtide.memory.plan import estimates
 from lowtide.memory.plan import line as components
 from lowtide.memory.plan.line import CACHE, PlanCandidate, PlanLine
 from lowtide.memory.units import MIB, OverBudget, format_bytes, parse_size
+from lowtide.models.arguments.names import option
+from lowtide.models.arguments.values import MOST, as_whole, shown
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf.gpu import GpuDevice
 from lowtide.models.spec import ModelSpec
@@ -61,14 +63,13 @@ class GpuBudget:
 
 def parse_gpu_layers(text: str | int | None) -> int | None:
     """Return the number of layers, None for "auto"; raises `BadOption` for anything else."""
-    if text is None or str(text).strip().lower() == AUTO:
+    if text is None or (isinstance(text, str) and text.strip().lower() == AUTO):
         return None
-    try:
-        layers = int(text)
-    except ValueError:
-        layers = -1
-    if layers < 0:
-        raise BadOption(f"gpu_layers is {text!r}; it must be a number of layers or {AUTO}")
+    layers = as_whole(text)
+    if layers is None or not 0 <= layers <= MOST:
+        raise BadOption(
+            f"{option('gpu_layers')} is {shown(text)}; it must be a number of layers or {AUTO}"
+        )
     return layers
 
 
@@ -78,7 +79,7 @@ def _device_bytes(memory: str | int | None, device: GpuDevice) -> int:
     num_bytes = parse_size(memory, whole_bytes=device.free_bytes)
     if num_bytes > device.free_bytes:
         raise BadOption(
-            f"gpu_memory is {format_bytes(num_bytes)}, but {device.name} has "
+            f"{option('gpu_memory')} is {format_bytes(num_bytes)}, but {device.name} has "
             f"{format_bytes(device.free_bytes)} free: ask for less"
         )
     return num_bytes
@@ -313,5 +314,6 @@ def require_gpu_fit(plans: Sequence[GpuPlan], spec: ModelSpec, budget: GpuBudget
         f"{spec.name} with {count} layers on {too_small.device.name}",
         too_small.total_bytes,
         too_small.budget_bytes,
-        "ask for fewer --gpu-layers (auto takes as many as fit), shorten --context, or raise --gpu-memory",
+        f"ask for fewer {option('gpu_layers')} (auto takes as many as fit), shorten {option('context')}, or "
+        f"raise {option('gpu_memory')}",
     )

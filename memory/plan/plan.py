@@ -19,6 +19,7 @@ from lowtide.memory.plan.gpu import GpuBudget, GpuPlan
 from lowtide.memory.plan.line import PlanLine
 from lowtide.memory.plan.speculation import SpeculationConfig
 from lowtide.memory.units import format_bytes
+from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption
 
 KV_TYPES = ("f16", "q8_0", "q4_0", "f32")
@@ -51,11 +52,15 @@ class PlanRequest:
 
     def __post_init__(self) -> None:
         if self.context is not None and self.context < 1:
-            raise BadOption(f"context is {self.context}; it must be at least 1 token")
+            raise BadOption(f"{option('context')} is {self.context}; it must be at least 1 token")
         if self.kv_type is not None and self.kv_type not in KV_TYPES:
-            raise BadOption(f"kv_type is {self.kv_type!r}; it must be one of {', '.join(KV_TYPES)}")
+            raise BadOption(
+                f"{option('kv_type')} is {self.kv_type!r}; it must be one of {', '.join(KV_TYPES)}"
+            )
         if self.batch_size is not None and not 1 <= self.batch_size <= 4096:
-            raise BadOption(f"batch_size is {self.batch_size}; it must be between 1 and 4096")
+            raise BadOption(
+                f"{option('batch_size')} is {self.batch_size}; it must be between 1 and 4096"
+            )
 
     @property
     def filter_prefill(self) -> FilterPrefill | None:

@@ -24,6 +24,7 @@ from lowtide.memory.plan.line import PlanCandidate
 from lowtide.memory.plan.lines import PlanLines
 from lowtide.memory.plan.plan import MemoryPlan, PlanRequest, ProcessBaseline
 from lowtide.memory.units import OverBudget, format_bytes_up
+from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
 
@@ -78,7 +79,7 @@ def require_fit(
     if plan.fits:
         return
     require_gpu_fit(plan.gpus, spec, options.gpu)
-    hint = f"raise --memory to {format_bytes_up(plan.lower_bound_bytes).replace(' ', '')}"
+    hint = f"raise {option('memory')} to {format_bytes_up(plan.lower_bound_bytes).replace(' ', '')}"
     if options.context is not None and options.context > MIN_CONTEXT:
         any_context = replace(options, context=None)
         planner = _Planner(
@@ -86,7 +87,7 @@ def require_fit(
         )
         shorter = planner.best()
         if shorter is not None:
-            hint += f", shorten --context to {shorter.context}"
+            hint += f", shorten {option('context')} to {shorter.context}"
     raise OverBudget(
         f"{spec.name} with a context of {plan.context} tokens",
         plan.lower_bound_bytes,
@@ -98,17 +99,17 @@ def require_fit(
 def _check(spec: ModelSpec, options: PlanRequest) -> None:
     if options.context is not None and options.context > spec.context_length:
         raise BadOption(
-            f"context is {options.context} tokens, but {spec.name} was trained for {spec.context_length}: "
+            f"{option('context')} is {options.context} tokens, but {spec.name} was trained for {spec.context_length}: "
             f"ask for {spec.context_length} or less"
         )
     if options.kv_type is not None and options.kv_type not in spec.kv_types:
         raise BadOption(
-            f"kv_type is {options.kv_type!r}, but {spec.name} has a KV cache of "
+            f"{option('kv_type')} is {options.kv_type!r}, but {spec.name} has a KV cache of "
             f"{', '.join(spec.kv_types)}: leave kv_type out"
         )
     if options.kv_type is not None and not supports_kv_type(spec, options.kv_type):
         raise BadOption(
-            f"kv_type is {options.kv_type!r}, which needs a head_dim that is a multiple of 32, but "
+            f"{option('kv_type')} is {options.kv_type!r}, which needs a head_dim that is a multiple of 32, but "
             f"{spec.name} has a head_dim of {spec.key_head_dim}: use f16"
         )
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadModelFile, BadOption, ModelNotFound, UnsupportedModel
 
 GENAI = "genai_config.json"
@@ -222,7 +223,7 @@ def provider_name(provider: str) -> str:
     }
     if provider.lower() not in installed:
         raise BadOption(
-            f"provider is {provider!r}, but onnxruntime {library.__version__} here has only "
+            f"{option('provider')} is {provider!r}, but onnxruntime {library.__version__} here has only "
             f"{', '.join(sorted(installed))}: choose one of these, or install a build of onnxruntime with it"
         )
     return str(installed[provider.lower()])

@@ -27,6 +27,7 @@ from lowtide.memory.plan.speculation import SpeculationConfig
 from lowtide.memory.process import read_process_memory
 from lowtide.memory.reclaim import Reclaimer
 from lowtide.memory.units import OverBudget
+from lowtide.models.arguments.names import option
 from lowtide.models.errors import UnsupportedModel
 from lowtide.models.model import Model
 from lowtide.models.spec import ModelSpec
@@ -71,7 +72,7 @@ class ResolvedModel:
                 "this process, at its peak so far,",
                 peak,
                 self.plan.budget.num_bytes,
-                "raise --memory, or open the model in a process of its own",
+                f"raise {option('memory')}, or open the model in a process of its own",
             )
 
 

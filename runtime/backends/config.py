@@ -12,7 +12,9 @@ from lowtide.memory.plan.attention import AttentionMemory
 from lowtide.memory.plan.gpu import GpuBudget, parse_gpu_layers
 from lowtide.memory.plan.plan import PlanRequest
 from lowtide.memory.plan.speculation import SpeculationConfig
-from lowtide.memory.units import BadSize, parse_size
+from lowtide.memory.units import BadSize, checked_size, parse_size
+from lowtide.models.arguments.names import option
+from lowtide.models.arguments.values import MOST, as_whole, flag, shown, text, whole_number
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf.gpu import require_gpus
 from lowtide.models.onnx.config import CPU
@@ -70,19 +72,61 @@ class LoadConfig:
     provider: str = CPU
 
     def __post_init__(self) -> None:
-        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
-            raise BadOption(f"threads is {self.threads}; it must be between 1 and {MAX_THREADS}")
-        parse_policy(self.attention)
-        _ = self.prefix_bytes
-        SpeculationArg.parse(self.speculate)
+        for name, value in {**self._numbers(), **self._sizes(), **self._choices()}.items():
+            object.__setattr__(self, name, value)
+        gpu_memory, gpu_layers = option("gpu_memory"), option("gpu_layers")
         if parse_gpu_layers(self.gpu_layers) == 0 and self.gpu_memory is not None:
             raise BadOption(
-                "gpu_memory is set, but gpu_layers is 0: leave gpu_memory out, or raise gpu_layers"
+                f"{gpu_memory} is set, but {gpu_layers} is 0: leave {gpu_memory} out, or raise {gpu_layers}"
             )
         if self.repack and (self.gpu_layers or self.gpu_memory is not None):
             raise BadOption(
-                "repack is for matmuls on the CPU, but gpu_layers or gpu_memory is set: leave one of them out"
+                f"{option('repack')} is for matmuls on the CPU, but {gpu_layers} or {gpu_memory} is set: leave "
+                "one of them out"
             )
+
+    def _numbers(self) -> dict[str, int | None]:
+        """Return the checked counts; raise `BadOption` for what is none."""
+        ranges = (("context", 1, MOST), ("batch_size", 1, MOST), ("threads", 1, MAX_THREADS))
+        return {
+            name: None
+            if (value := getattr(self, name)) is None
+            else whole_number(option(name), value, least, most)
+            for name, least, most in ranges
+        }
+
+    def _sizes(self) -> dict[str, str | int | None]:
+        """Return the checked sizes; raise `BadSize` for what is none."""
+        cached = self.prefix_cache
+        no_cache = cached is None or as_whole(cached) == 0
+        return {
+            **{
+                name: None
+                if (value := getattr(self, name)) is None
+                else checked_size(option(name), value)
+                for name in ("memory", "gpu_memory")
+            },
+            "prefix_cache": 0 if no_cache else _cache_size(cached),
+        }
+
+    def _choices(self) -> dict[str, Any]:
+        """Return the other checked options, with None as the default; raise `BadOption` for a wrong value."""
+        defaults: dict[str, Any] = {field.name: field.default for field in fields(self)}
+        names = ("attention", "speculate", "provider", "offline", "repack", "kv_type", "gpu_layers")
+        values = {
+            name: defaults[name] if getattr(self, name) is None else getattr(self, name)
+            for name in names
+        }
+        parse_policy(values["attention"])
+        values["speculate"] = SpeculationArg.text(values["speculate"])
+        SpeculationArg.parse(values["speculate"])
+        parse_gpu_layers(values["gpu_layers"])
+        for name in ("offline", "repack"):
+            values[name] = flag(option(name), values[name])
+        for name in ("provider", "kv_type"):
+            if values[name] is not None:
+                values[name] = text(option(name), values[name])
+        return values
 
     @classmethod
     def of(cls, **options: Any) -> LoadConfig:
@@ -90,7 +134,9 @@ class LoadConfig:
         names = [field.name for field in fields(cls) if field.name not in INTERNAL_FIELDS]
         unknown = sorted(set(options) - set(names))
         if unknown:
-            raise BadOption(f"unknown option {unknown[0]!r}; the options are {', '.join(names)}")
+            raise BadOption(
+                f"unknown option {shown(unknown[0])}; the options are {', '.join(names)}"
+            )
         return cls(**options)
 
     def policy(self, spec: ModelSpec) -> AttentionPolicy:
@@ -108,10 +154,12 @@ class LoadConfig:
             return None
         if policy.prompt_selector is not None:
             raise BadOption(
-                f"attention {policy.name!r} filters prompts with the first layers alone, which does not work "
+                f"{option('attention', policy.name)} filters prompts with the first layers alone, which does not work "
                 "with layers on a GPU: leave one of them out"
             )
-        devices = require_gpus("--gpu-memory" if self.gpu_layers is None else "--gpu-layers")
+        devices = require_gpus(
+            option("gpu_memory") if self.gpu_layers is None else option("gpu_layers")
+        )
         return GpuBudget.from_user(
             layers, self.gpu_memory, devices, holds_cache=not policy.uses_native_kernels
         )
@@ -140,16 +188,23 @@ class LoadConfig:
 
     @property
     def prefix_bytes(self) -> int:
-        """The most that the prefix cache may hold; raises `BadSize` where `prefix_cache` is not a size."""
-        text = str(self.prefix_cache).strip()
-        try:
-            return 0 if text == "0" else parse_size(text)
-        except BadSize:
-            raise BadSize(
-                f"prefix_cache is {text!r}, which is not a size: write one such as 64MiB, or 0 for none"
-            ) from None
+        """The most that the prefix cache may hold."""
+        return 0 if self.prefix_cache == 0 else parse_size(self.prefix_cache)
 
     @property
     def num_threads(self) -> int:
         """The number of threads to compute with."""
         return self.threads or usable_cores()
+
+
+def _cache_size(value: Any) -> str | int:
+    """Return the size of the prefix cache; raises `BadSize` for a share, which it cannot be, or no size."""
+    try:
+        size = checked_size(option("prefix_cache"), value)
+        parse_size(size)
+    except BadSize:
+        raise BadSize(
+            f"{option('prefix_cache')} is {shown(value)}, which is not a size: write one such as 64MiB, or 0 "
+            "for none"
+        ) from None
+    return size

@@ -32,6 +32,7 @@ from lowtide.memory.plan.estimates import (
 from lowtide.memory.plan.line import FILTER_PREFILL
 from lowtide.memory.plan.plan import ProcessBaseline
 from lowtide.memory.reclaim import Reclaimer
+from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.gguf.draft_tree import GgufTreeModel
 from lowtide.models.gguf.model import DeviceLayers, GgufModel, LoadOptions
@@ -56,8 +57,8 @@ class GgufBackend(Backend):
         """Refuse an execution provider: those are onnxruntime's."""
         if config.provider != CPU:
             raise BadOption(
-                f"provider is {config.provider!r}, but {spec.name} is a GGUF model and providers are for "
-                "ONNX models: leave it out; --gpu-layers puts a GGUF model on a GPU"
+                f"{option('provider')} is {config.provider!r}, but {spec.name} is a GGUF model and providers are for "
+                f"ONNX models: leave it out; {option('gpu_layers')} puts a GGUF model on a GPU"
             )
         return spec, policy
 
@@ -229,7 +230,7 @@ class LoadedGguf(LoadedModel):
             spec = self._resolved.spec
             raise LowtideError(
                 f"{spec.name} ({spec.architecture}) reads repacked weights in a way that lowtide's kernels do "
-                "not support: leave --repack out"
+                f"not support: leave {option('repack', True)} out"
             )
 
     def close(self) -> None:

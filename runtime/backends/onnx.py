@@ -18,6 +18,7 @@ from lowtide.memory.os.pages import trim_heap
 from lowtide.memory.plan.attention import FilterPrefill
 from lowtide.memory.plan.estimates import ContextSizes
 from lowtide.memory.plan.plan import ProcessBaseline
+from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption
 from lowtide.models.onnx.config import CPU, OnnxOptions, provider_name
 from lowtide.models.onnx.model import OnnxModel
@@ -62,9 +63,14 @@ class OnnxBackend(Backend):
             )
         is_cpu = provider_name(config.provider) == provider_name(CPU)
         if policy.uses_native_kernels and not is_cpu:
-            reason = "repack is set" if config.repack else f"attention is {policy.name!r}"
+            reason = (
+                f"{option('repack')} is set"
+                if config.repack
+                else f"{option('attention')} is {policy.name!r}"
+            )
             raise BadOption(
-                f"provider is {config.provider!r}, but {reason}, which runs on the CPU: leave one of them out"
+                f"{option('provider')} is {config.provider!r}, but {reason}, which runs on the CPU: leave "
+                "one of them out"
             )
         return spec, policy
 
@@ -143,14 +149,15 @@ def rewritten_spec(spec: OnnxSpec, policy: AttentionPolicy, *, repack: bool) -> 
     if repack:
         if isinstance(spec.repack, str):
             raise BadOption(
-                f"repack does not work for {spec.name}, because its graph {spec.repack}: leave it out, or use "
-                "the model as a GGUF file"
+                f"{option('repack')} does not work for {spec.name}, because its graph {spec.repack}: leave it out, or "
+                "use the model as a GGUF file"
             )
         spec = repacked_spec(spec, spec.repack)
     if isinstance(spec.rewrite, str):
         raise BadOption(
-            f"attention is {policy.name!r}, but {spec.name} must run with its own {spec.attention}, because its "
-            f"graph {spec.rewrite}: leave attention out, or use the model as a GGUF file"
+            f"{option('attention')} is {policy.name!r}, but {spec.name} must run with its own {spec.attention}, "
+            f"because its graph {spec.rewrite}: leave {option('attention')} out, or use the model as a "
+            "GGUF file"
         )
     return replace(
         spec,

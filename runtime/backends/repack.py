@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lowtide.attention.bindings.matmul import can_repack, repack_rows
+from lowtide.models.arguments.names import option
 from lowtide.models.atomic_file import atomic_file
-from lowtide.models.catalog import cache_folder
 from lowtide.models.errors import LowtideError
 from lowtide.models.fingerprint import file_fingerprint, samples_digest
+from lowtide.models.folders import CACHE_VARIABLE, cache_folder
 from lowtide.models.gguf.reader import GgufContents, TensorInfo, read_gguf
 from lowtide.models.gguf.repacked import data_digest, is_valid, matmul_tensors, repacked_header
 from lowtide.models.gguf.spec import read_spec
@@ -64,7 +65,7 @@ def repacked_onnx(spec: OnnxSpec, progress: Progress = lambda _: None) -> OnnxSp
     plan = spec.repack
     if isinstance(plan, str):
         raise CannotRepack(f"the weights of {spec.name} cannot be repacked: its graph {plan}")
-    target = cache_folder() / "repacked" / f"{file_fingerprint(spec.paths)}.tiles"
+    target = _folder() / f"{file_fingerprint(spec.paths)}.tiles"
     if not is_valid_tile_file(target, plan):
         write = partial(write_tile_file, plan, spec.path.parent, target, progress)
         _write(write, f"the repacked weights of {spec.name}", target)
@@ -80,15 +81,27 @@ def _write(write: Callable[[], None], what: str, target: Path) -> None:
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise CannotRepack(
-            f"{what} cannot be written to {target.parent} ({reason}): make room, or leave --repack out"
+            f"{what} cannot be written to {target.parent} ({reason}): make room, set {CACHE_VARIABLE} to "
+            f"another folder, or leave {option('repack', True)} out"
         ) from error
+
+
+def _folder() -> Path:
+    """Return the folder of repacked copies; raises `CannotRepack` for a user without a cache folder."""
+    folder = cache_folder()
+    if folder is None:
+        raise CannotRepack(
+            f"repacked weights have no place, because this user has no home folder: set {CACHE_VARIABLE}, or "
+            f"leave {option('repack', True)} out"
+        )
+    return folder / "repacked"
 
 
 def repacked_path(path: Path, fingerprint: str) -> Path:
     """Return where the repacked copy of one of a model's files lies; parts of a split model keep their number."""
     stem, _, number = path.stem.partition("-0000")
     suffix = f"-0000{number}" if number and stem else ""
-    return cache_folder() / "repacked" / f"{fingerprint}{suffix}.gguf"
+    return _folder() / f"{fingerprint}{suffix}.gguf"
 
 
 def _is_valid_copy(path: Path, fingerprint: str) -> bool:

@@ -10,6 +10,7 @@ from lowtide.memory.plan.batch import BatchPlan, plan_batch
 from lowtide.memory.plan.estimates import KV_PADDING, kv_bytes
 from lowtide.memory.plan.line import BATCH, CACHE
 from lowtide.memory.units import OverBudget, format_bytes, format_bytes_up
+from lowtide.models.arguments.names import option
 from lowtide.models.model import Model, SequenceBatch
 from lowtide.models.tokenizer import common_prefix
 from lowtide.runtime.generation.state import GenerationRequest
@@ -139,7 +140,7 @@ class BatchMemory:
             "and with what is loaded",
             budget_bytes + plan.num_bytes - free_bytes,
             budget_bytes,
-            "lower max_tokens, pass fewer prompts at once, or raise --memory",
+            f"lower {option('max_tokens')}, pass fewer prompts at once, or raise {option('memory')}",
         )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from lowtide.memory.os.cgroup import ControlGroup, limit_for
 from lowtide.memory.units import KilledByLimit, format_bytes
+from lowtide.models.arguments.names import option
 from lowtide.models.errors import LowtideError
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.benchmark.tasks import DECODE, PREFILL, Request, Task, WorkerConfig
@@ -171,7 +172,7 @@ class WorkerProcess:
         if self._group is not None and self._group.num_kills:
             limit = format_bytes(self._group.limit_bytes or 0)
             return KilledByLimit(
-                f"the kernel killed a benchmark process at the enforced limit of {limit}: raise --memory"
+                f"the kernel killed a benchmark process at the enforced limit of {limit}: raise {option('memory')}"
             )
         return BenchmarkFailed("a benchmark process died: run lowtide doctor")
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from lowtide.models.arguments.names import option
+from lowtide.models.arguments.paths import shown_path
+from lowtide.models.arguments.text_files import decoded
 from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.speculation.options import OFF, SpeculationArg
@@ -143,7 +146,7 @@ def attention_workers(
             f"attention {ENGINE_POLICY!r} is the baseline of the benchmark: name other policies"
         )
     if len(set(attentions)) < len(attentions):
-        raise BadOption("attention names a policy twice: name each policy once")
+        raise BadOption(f"{option('attention')} names a policy twice: name each policy once")
     # The baseline of an ONNX model runs its graph as it is, whose KV cache has a type of its own.
     kv_type = options["kv_type"] if options["kv_type"] in spec.kv_types else None
     baseline = WorkerConfig(
@@ -172,7 +175,7 @@ def speculation_workers(
         if SpeculationArg.parse(speculate).is_off:
             raise BadOption("speculate 'off' is the baseline of the benchmark: leave it out")
     if len(set(speculations)) < len(speculations):
-        raise BadOption("speculate names a draft twice: name each draft once")
+        raise BadOption(f"{option('speculate')} names a draft twice: name each draft once")
     return [
         WorkerConfig(name=speculate, attention=attention, speculate=speculate, options=options)
         for speculate in (OFF, *speculations)
@@ -209,13 +212,13 @@ def read_prompts(path: Path, max_per_kind: int) -> dict[str, list[str]]:
     """
     kinds: dict[str, list[str]] = defaultdict(list)
     try:
-        for line in filter(None, path.read_text(encoding="utf-8").splitlines()):
+        for line in filter(None, decoded(path.read_bytes(), shown_path(path)).splitlines()):
             entry = json.loads(line)
             if len(kinds[entry["category"]]) < max_per_kind:
                 kinds[entry["category"]].append(str(entry["turns"][0]))
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise BadOption(
-            f"cannot read prompts from {path} ({error!r}): write one JSON object per line, with "
+            f"cannot read prompts from {shown_path(path)} ({error!r}): write one JSON object per line, with "
             '"category" and "turns"'
         ) from error
     if not kinds:

@@ -18,6 +18,7 @@ from typing import Any
 
 from lowtide.attention.evaluation.divergence import extend
 from lowtide.memory.process import read_process_memory
+from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.read_spec import read_spec
 from lowtide.runtime.errors import CannotRepack
@@ -79,7 +80,7 @@ class Worker:
         if num_tokens + tokens > engine.most_tokens():
             raise BadOption(
                 f"a prompt has {num_tokens} tokens, and {tokens} more do not fit into the context of "
-                f"{engine.most_tokens()}: raise --context"
+                f"{engine.most_tokens()}: raise {option('context')}"
             )
         self._session.clear()
         self._reset_drafts()

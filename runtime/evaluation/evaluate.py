@@ -17,8 +17,10 @@ from lowtide.attention.evaluation.divergence import WINDOW_TOKENS, Reference, re
 from lowtide.attention.evaluation.passkeys import chat_framing, finds, hide_passkey, make_passkey
 from lowtide.attention.evaluation.questions import HARD_KINDS, KINDS
 from lowtide.attention.policy import AttentionPolicy, PassController
+from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption
 from lowtide.models.model import Model
+from lowtide.models.spec import ModelSpec
 from lowtide.runtime.evaluation.prompt_filter import evaluate_filter
 from lowtide.runtime.evaluation.report import Evaluation, PasskeyResult
 from lowtide.runtime.evaluation.text import (
@@ -52,6 +54,19 @@ def evaluation_config(config: LoadConfig, policy: AttentionPolicy, context: int)
     )
 
 
+def require_approximation(policy: AttentionPolicy, spec: ModelSpec) -> None:
+    """Raise `BadOption`, before anything is planned, for a policy that is not lowtide's own attention."""
+    if not policy.uses_native_kernels:
+        raise _engines_own(spec)
+
+
+def _engines_own(spec: ModelSpec) -> BadOption:
+    return BadOption(
+        f"{option('attention')} is {spec.engine}'s own, which differs from dense attention only by rounding: "
+        f"evaluate an approximation such as {option('attention', 'tidal')}"
+    )
+
+
 def evaluate(
     engine: Engine,
     policy: AttentionPolicy | None = None,
@@ -82,13 +97,10 @@ def evaluate(
         )
     model, kernels = engine.model, engine.attention_kernels
     if kernels is None:
-        raise BadOption(
-            f"attention is {model.spec.engine}'s own, which differs from dense attention only by rounding: "
-            "evaluate an approximation such as --attention tidal"
-        )
+        raise _engines_own(model.spec)
     if not MIN_CONTEXT <= context <= model.context - SPARE_TOKENS:
         raise BadOption(
-            f"context is {context}; it must be between {MIN_CONTEXT} and {model.context - SPARE_TOKENS}, "
+            f"{option('context')} is {context}; it must be between {MIN_CONTEXT} and {model.context - SPARE_TOKENS}, "
             f"because {SPARE_TOKENS} more tokens must fit into the planned {model.context}"
         )
     source = BUILT_IN if text is None else str(text)

@@ -17,6 +17,7 @@ from lowtide.attention.evaluation.questions import (
     questions_alone,
 )
 from lowtide.attention.policy import AttentionPolicy, PromptSelector
+from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption, LowtideError
 from lowtide.runtime.evaluation.report import Evaluation, FilteredAnswer, FilterResult
 from lowtide.runtime.evaluation.text import (
@@ -56,12 +57,12 @@ def evaluate_filter(
     lengths = (context // 2, context)
     if not selector.applies_to(min(lengths)):
         raise BadOption(
-            f"context is {context}, and prompts of half of it are not filtered ({policy}): raise --context, "
-            "or lower the policy's k"
+            f"{option('context')} is {context}, and prompts of half of it are not filtered ({policy}): raise "
+            f"{option('context')}, or lower the policy's k"
         )
     if context > model.context - SPARE_TOKENS:
         raise BadOption(
-            f"context is {context}; it must be at most {model.context - SPARE_TOKENS}, because "
+            f"{option('context')} is {context}; it must be at most {model.context - SPARE_TOKENS}, because "
             f"{SPARE_TOKENS} more tokens must fit into the planned {model.context}"
         )
     source = BUILT_IN if text is None else str(text)

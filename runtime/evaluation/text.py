@@ -7,6 +7,9 @@ from pathlib import Path
 
 from lowtide.attention.evaluation.divergence import WINDOW_TOKENS
 from lowtide.memory.plan.estimates import prompt_limit_bytes
+from lowtide.models.arguments.names import option
+from lowtide.models.arguments.paths import shown_path
+from lowtide.models.arguments.text_files import decoded
 from lowtide.models.errors import BadOption
 from lowtide.models.tokenizer import Tokenizer
 
@@ -30,9 +33,11 @@ def read_sample(path: Path | None, context: int) -> str:
         return _built_in()[:limit]
     try:
         with path.open("rb") as file:
-            return file.read(limit).decode("utf-8", errors="ignore")
-    except OSError as error:
-        raise BadOption(f"cannot read {path}: {error.strerror or error}") from None
+            data = file.read(limit)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BadOption(f"cannot read {shown_path(path)}: {reason}") from None
+    return decoded(data, shown_path(path), is_cut=len(data) == limit)
 
 
 def sample_tokens(
@@ -45,8 +50,8 @@ def sample_tokens(
     token_ids = tokenizer.encode(text, add_special=True, parse_special=False)
     if len(token_ids) < num_tokens:
         raise BadOption(
-            f"{source} has {len(token_ids):,} tokens, but {num_tokens:,} are needed: use a longer --text or "
-            "a smaller --context"
+            f"{source} has {len(token_ids):,} tokens, but {num_tokens:,} are needed: use a longer "
+            f"{option('text')} or a smaller {option('context')}"
         )
     return token_ids[:num_tokens]
 
@@ -63,6 +68,7 @@ def _built_in() -> str:
         from pydoc_data.topics import topics
     except ImportError:
         raise BadOption(
-            "this Python was installed without its language reference: use a text of your own with --text"
+            "this Python was installed without its language reference: use a text of your own with "
+            f"{option('text')}"
         ) from None
     return "\n".join(topics[name] for name in sorted(topics))

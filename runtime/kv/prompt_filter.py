@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from lowtide.attention.bindings.policy import PromptScorer
 from lowtide.attention.policy import PromptSelector
 from lowtide.memory.plan.kv_reservation import KVReservation
+from lowtide.models.arguments.names import option
 from lowtide.models.errors import LowtideError
 from lowtide.models.model import Model
 from lowtide.models.tokenizer import common_prefix
@@ -96,7 +97,7 @@ class PromptFilter:
         if scores is None:
             raise LowtideError(
                 f"gem cannot filter at layer {self._selector.layer} of {self._model.spec.name}: lowtide's "
-                "kernels do not support its attention; set another layer, or use --attention llama"
+                f"kernels do not support its attention; set another layer, or use {option('attention', 'llama')}"
             )
         positions = self._selector.retained(scores)
         self.last = FilteredPrompt(token_ids=token_ids, positions=positions, scores=scores)

@@ -20,6 +20,7 @@ from lowtide.memory.plan.line import CACHE, FILTER_PREFILL, PREFIXES, PROMPT
 from lowtide.memory.process import read_process_memory
 from lowtide.memory.reclaim import Reclaimed, Reclaimer, reclaim
 from lowtide.memory.units import OverBudget
+from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption
 from lowtide.models.model import Model
 from lowtide.models.tokenizer import MAX_STACK_BYTES_PER_CHARACTER
@@ -254,7 +255,7 @@ class Engine:
                 f"{self.planned.spec.name}, loaded,",
                 needed,
                 plan.budget.num_bytes,
-                "raise --memory",
+                f"raise {option('memory')}",
             )
 
     def close(self) -> None:

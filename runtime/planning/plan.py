@@ -12,6 +12,7 @@ from lowtide.memory.budget import Budget
 from lowtide.memory.machine import read_machine
 from lowtide.memory.plan.planner import plan_memory
 from lowtide.memory.plan.speculation import SpeculationConfig
+from lowtide.models.arguments.names import option
 from lowtide.models.catalog import resolve
 from lowtide.models.errors import BadOption
 from lowtide.models.model import Model
@@ -95,7 +96,7 @@ def _speculation(
     choice = SpeculationArg.parse(options.speculate)
     if choice.model is not None and not backend.supports_draft_models:
         raise BadOption(
-            f"speculate names the draft model {choice.model}, but {spec.name} is an ONNX model: choose "
+            f"{option('speculate')} names the draft model {choice.model}, but {spec.name} is an ONNX model: choose "
             f"{', '.join(FREE_DRAFTS)} or {AUTO}, or use the model as a GGUF file"
         )
     return choice.resolve(spec, offline=options.offline)

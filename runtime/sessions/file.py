@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 from lowtide.memory.plan.estimates import SESSION_CHUNK_BYTES
+from lowtide.models.arguments.names import option
 from lowtide.models.atomic_file import atomic_file
 from lowtide.models.chat_template import checked_message
 from lowtide.models.errors import SnapshotError, TemplateError
@@ -288,6 +289,6 @@ class ChatHeader:
                 )
         if self.num_tokens > context:
             raise SnapshotMismatch(
-                f"{path} has {self.num_tokens:,} tokens but the context holds {context:,}; raise --context, "
+                f"{path} has {self.num_tokens:,} tokens but the context holds {context:,}; raise {option('context')}, "
                 "or go on with the messages alone"
             )

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from lowtide.memory.plan.speculation import SpeculationConfig
+from lowtide.models.arguments.names import option
+from lowtide.models.arguments.paths import exists
+from lowtide.models.arguments.values import shown, text
 from lowtide.models.catalog import resolve
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf.spec import read_spec
@@ -22,6 +29,10 @@ TOKEN_BYTES = 16
 """Bytes a token of context: the text in both drafts, the hash chains, and the copy passed to them; the arrays grow
 by an eighth at a time."""
 DRAFT = ":draft="
+_OTHER_SETTING = re.compile(
+    rf"^(?:{OFF}|{AUTO}|{'|'.join(FREE_DRAFTS)})[:,]|:\s*\w+\s*=[^/]*$", re.IGNORECASE
+)
+"""A setting that is not `draft`, which would otherwise be part of the path of a draft model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +44,15 @@ class SpeculationArg:
     max_draft: int = 0
 
     @classmethod
+    def text(cls, value: Any) -> str:
+        """Return the option as a text; the path of a draft model may be an `os.PathLike`."""
+        if isinstance(value, os.PathLike):
+            return os.fsdecode(os.fspath(value))
+        return text(
+            option("speculate"), value, "off, ngram, trigram, auto or the path of a draft model"
+        )
+
+    @classmethod
     def parse(cls, text: str) -> SpeculationArg:
         """Read "off", "ngram", "trigram", "auto" (both) or the reference of a draft model.
 
@@ -42,15 +62,20 @@ class SpeculationArg:
         name, has_draft, number = text.partition(DRAFT)
         max_draft = DEFAULT_DRAFT
         if has_draft:
-            max_draft = int(number) if number.isdecimal() else 0
+            max_draft = int(number) if number.isdecimal() and len(number) < 4 else 0
             if not 1 <= max_draft <= MAX_DRAFT:
                 raise BadOption(
-                    f"speculate is {text!r}; draft must be between 1 and {MAX_DRAFT} tokens, or set "
-                    "speculate to off"
+                    f"{option('speculate')} is {shown(text)}; draft must be between 1 and {MAX_DRAFT} tokens, "
+                    f"or set {option('speculate', OFF)}"
                 )
-        if not name:
+        if not name.strip():
             raise BadOption(
-                "speculate is empty; it must be off, ngram, trigram, auto or the path of a draft model"
+                f"{option('speculate')} is empty; it must be off, ngram, trigram, auto or the path of a draft "
+                "model"
+            )
+        if _OTHER_SETTING.search(name) and not exists(Path(name)):
+            raise BadOption(
+                f"{option('speculate')} is {shown(text)}; its only setting is draft, as in ngram:draft=4"
             )
         if name == OFF:
             return cls()
@@ -91,5 +116,6 @@ def require_vocabulary(draft: ModelSpec, target: ModelSpec) -> None:
     raise BadOption(
         f"the draft model {draft.name} has a vocabulary of {found.num_tokens:,} tokens "
         f"({found.text_bytes:,} bytes), but {target.name} has one of {expected.num_tokens:,} "
-        f"({expected.text_bytes:,} bytes); use a smaller model of the same family, or speculate=auto"
+        f"({expected.text_bytes:,} bytes); use a smaller model of the same family, or "
+        f"{option('speculate', AUTO)}"
     )

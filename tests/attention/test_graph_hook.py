@@ -206,7 +206,7 @@ def test_another_ggml_abi_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     maker = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(lambda _c, t: t)
     wrong.view_tensor = ctypes.cast(maker, ctypes.c_void_p).value
     monkeypatch.setattr(llama_hook, "ggml_functions", lambda: wrong)
-    with pytest.raises(LowtideError, match="another layout.*--attention llama"):
+    with pytest.raises(LowtideError, match="another layout.*attention='llama'"):
         LlamaHook(2)
 
 

@@ -51,7 +51,7 @@ def test_a_weight_in_two_mappings_becomes_two_spans() -> None:
 
 
 def test_a_weight_that_is_not_mapped_is_an_error() -> None:
-    with pytest.raises(LowtideError, match="10000 bytes of .* are not mapped.*raise --memory"):
+    with pytest.raises(LowtideError, match="10000 bytes of .* are not mapped.*raise memory"):
         mapped_spans(spec_of(LAYER, OUTPUT), [{FileMap(1 << 30, 393_216, 0)}])
 
 

@@ -52,9 +52,9 @@ def test_zero_layers_need_no_gpu() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("-ngl", "many"), "gpu_layers is 'many'; it must be a number of layers or auto"),
-        (("-ngl=-1",), "gpu_layers is '-1'"),
-        (("-ngl", "0", "--gpu-memory", "1G"), "leave gpu_memory out"),
+        (("-ngl", "many"), "--gpu-layers is 'many'; it must be a number of layers or auto"),
+        (("-ngl=-1",), "--gpu-layers is '-1'"),
+        (("-ngl", "0", "--gpu-memory", "1G"), "leave --gpu-memory out"),
         (("-ngl", "2", "--gpu-memory", "lots"), "'lots' is not a size"),
         (("--gpu-memory", "8GiB"), "GPU0 has 150.0 MiB free: ask for less"),
     ],

@@ -69,7 +69,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
         "cannot write /nowhere/t.json, because the folder /nowhere does not exist: create it",
     ),
     "a folder": (["-p", "x", "--trace", "/"], "is a directory"),
-    "bad count": (["-p", "x", "-n", "0"], "max_tokens is 0"),
+    "bad count": (["-p", "x", "-n", "0"], "--max-tokens is 0"),
     "too long": (["-p", "y" * 600], "the context holds 512"),
 }
 

@@ -75,9 +75,9 @@ WRONG = {
     "two prompts": (["-p", "x", "-f", "y"], "--prompt and --file exclude each other"),
     "missing file": (["-f", "nothing.txt"], "cannot read nothing.txt"),
     "a folder": (["-f", "/"], "cannot read /"),
-    "bad temperature": (["-p", "x", "--temp", "-1"], "temperature is -1"),
-    "bad count": (["-p", "x", "-n", "0"], "max_tokens is 0"),
-    "bad window": (["-p", "x", "--repeat-last-n", "-1"], "repeat_last_n is -1"),
+    "bad temperature": (["-p", "x", "--temp", "-1"], "--temp is -1"),
+    "bad count": (["-p", "x", "-n", "0"], "--max-tokens is 0"),
+    "bad window": (["-p", "x", "--repeat-last-n", "-1"], "--repeat-last-n is -1"),
     "bad number": (["-p", "x", "--top-k", "many"], "is not a valid integer"),
     "bad context": (["-p", "x", "-c", "99999"], "was trained for 512"),
     "system without template": (

@@ -19,7 +19,7 @@ def test_the_cache_grows_while_the_ledger_has_room() -> None:
     assert ledger.components[CACHE] == 100  # the planned size stays reserved
     reservation.admit(25)
     assert ledger.components[CACHE] == 250
-    with pytest.raises(OverBudget, match="KV cache.*raise --memory"):
+    with pytest.raises(OverBudget, match="KV cache.*raise memory"):
         reservation.admit(41)
     assert ledger.components[CACHE] == 250
     reservation.admit(40)

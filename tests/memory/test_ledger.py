@@ -40,7 +40,7 @@ def test_the_error_has_the_request_the_limit_and_a_hint() -> None:
     assert (caught.value.needed_bytes, caught.value.budget_bytes) == (130 << 20, 100 << 20)
     assert str(caught.value) == (
         "KV cache, with the memory reserved before it, needs at least 130 MiB, but the limit is 100.0 MiB: "
-        "raise --memory or ask for less"
+        "raise memory or ask for less"
     )
 
 

@@ -91,5 +91,5 @@ def test_a_draft_model_is_part_of_the_request() -> None:
     assert plan.lower_bound_bytes >= without.lower_bound_bytes + 30 * MIB
     tight = plan_of(without.lower_bound_bytes + MIB, speculation=config)
     assert not tight.fits
-    with pytest.raises(OverBudget, match="raise --memory"):
+    with pytest.raises(OverBudget, match="raise memory"):
         require_fit(tight, SPEC, PlanRequest(speculation=config), BASELINE)

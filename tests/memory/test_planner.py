@@ -94,7 +94,7 @@ def test_a_budget_of_the_reported_bound_is_enough(spec: ModelSpec, options: Plan
     refused = plan_memory(spec, options, budget_of(1 << 20), BASELINE)
     with pytest.raises(OverBudget) as caught:
         require_fit(refused, spec, options, BASELINE)
-    typed = re.search(r"raise --memory to (\S+?),", str(caught.value))
+    typed = re.search(r"raise memory to (\S+?),", str(caught.value))
     assert typed is not None
     bound = parse_size(typed[1])
     plan = plan_memory(spec, options, budget_of(bound), BASELINE)
@@ -218,9 +218,9 @@ def test_a_context_that_may_be_chosen_shrinks_before_the_kv_type_changes(
 def test_the_error_offers_a_context_that_fits(smollm2_spec: ModelSpec) -> None:
     options = PlanRequest(context=8192)
     plan = plan_memory(smollm2_spec, options, budget_of(200 * MIB), BASELINE)
-    with pytest.raises(OverBudget, match="shorten --context to") as caught:
+    with pytest.raises(OverBudget, match="shorten context to") as caught:
         require_fit(plan, smollm2_spec, options, BASELINE)
-    context = int(caught.value.hint.split("shorten --context to ")[1].split(",")[0])
+    context = int(caught.value.hint.split("shorten context to ")[1].split(",")[0])
     assert plan_of(smollm2_spec, 200, context=context).fits
 
 

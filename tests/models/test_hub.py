@@ -115,7 +115,7 @@ def test_an_unknown_repository_is_one_sentence(server: type[_Hub]) -> None:
 
 
 def test_offline_without_a_cache(server: type[_Hub]) -> None:
-    with pytest.raises(ModelNotFound, match="run once without --offline"):
+    with pytest.raises(ModelNotFound, match="run once without offline"):
         catalog.fetch("user/tiny", offline=True)
     assert server.downloads == []
 

@@ -13,6 +13,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadModelFile
 from lowtide.models.gguf.reader import TENSOR_TYPES, TYPE_NUMBERS
 from lowtide.models.onnx.graph import Weight
@@ -128,7 +129,7 @@ def _fp16_bytes(numbers: NDArray[np.float32], name: str) -> NDArray[np.uint8]:
     largest = float(np.abs(rounded).max(initial=0))
     if not isfinite(largest):
         raise BadModelFile(
-            f"{name} has a scale or a minimum that does not fit fp16: leave --repack out"
+            f"{name} has a scale or a minimum that does not fit fp16: leave {option('repack', True)} out"
         )
     return rounded.view(np.uint8).reshape(*rounded.shape, 2)
 

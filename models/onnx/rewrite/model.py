@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lowtide.models.arguments.names import option
 from lowtide.models.errors import UnsupportedModel
 from lowtide.models.onnx.config import OnnxOptions
 from lowtide.models.onnx.kv_cache import SlotCache
@@ -124,12 +125,12 @@ class RewrittenOnnxModel(OnnxModel):
         if cosines.ndim != 2 or cosines.shape != sines.shape:
             raise UnsupportedModel(
                 f"{self.spec.name} has cosines of {cosines.shape} and sines of {sines.shape}; both must have "
-                "the same shape: leave --attention out to run the graph with its own attention"
+                f"the same shape: leave {option('attention')} out to run the graph with its own attention"
             )
         if len(cosines) < self.context:
             raise UnsupportedModel(
                 f"{self.spec.name} has rotary tables for {len(cosines)} positions, the context is "
-                f"{self.context}: lower --context to {len(cosines)}"
+                f"{self.context}: lower {option('context')} to {len(cosines)}"
             )
 
     @property

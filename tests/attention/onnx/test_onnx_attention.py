@@ -273,7 +273,7 @@ def test_positions_without_rotary_embedding_are_not_read(
 ) -> None:
     folder = write_decoder(tmp_path / "tiny", "gqa", shape_of("gqa", context=128))
     with pytest.raises(
-        UnsupportedModel, match="has rotary tables for 128 positions.*lower --context to 128"
+        UnsupportedModel, match="has rotary tables for 128 positions.*lower context to 128"
     ):
         open_model(folder, attention, context=129)
     with open_model(folder, attention, context=128) as swapped:

@@ -163,5 +163,5 @@ def test_a_scale_that_does_not_fit_fp16_is_refused(tmp_path: Path) -> None:
     with (folder / (scales.location or "")).open("r+b") as file:
         file.seek(scales.offset)
         file.write(np.float32(70_000).tobytes())
-    with pytest.raises(BadModelFile, match="does not fit fp16: leave --repack out"):
+    with pytest.raises(BadModelFile, match="does not fit fp16: leave repack=True out"):
         list(plan.rewrite.matmuls.matrices[0].ggml_rows(folder, 16))

@@ -35,7 +35,7 @@ def test_a_provider_that_is_not_installed_is_refused(tmp_path: Path, smollm2: Pa
         BadOption, match=r"provider is 'qnn', but onnxruntime .* here has only .*cpu"
     ):
         Runtime.open(folder, memory="2GiB", provider="qnn")
-    with pytest.raises(BadOption, match="ONNX models.*--gpu-layers"):
+    with pytest.raises(BadOption, match="ONNX models.*gpu_layers"):
         Runtime.open(smollm2, memory="2GiB", provider="cuda")
     with Runtime.open(folder, memory="2GiB", provider="CPU", threads=1) as runtime:
         assert runtime.generate("a", max_tokens=2, temperature=0).token_ids

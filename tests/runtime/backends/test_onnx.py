@@ -108,7 +108,7 @@ def test_a_long_text_is_tokenised_inside_the_plan(tmp_path: Path) -> None:
 
 def test_a_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     folder = write_decoder(tmp_path / "big", "gqa", BIG)
-    with pytest.raises(OverBudget, match="raise --memory to"):
+    with pytest.raises(OverBudget, match="raise memory to"):
         Runtime.open(folder, memory="60MiB", threads=1)
     done = run_lowtide("plan", str(folder), "--memory", "60MiB")
     assert done.code == 2 and "onnxruntime" in done.stdout

@@ -172,9 +172,7 @@ def test_a_copy_is_not_opened_as_a_model(models: dict[str, Path]) -> None:
     """llama.cpp would misread its bytes."""
     path = repacked_gguf(read_spec(models["Q4_0"])).path
     for options in ({"attention": "dense"}, {"repack": True}, {"gpu_layers": 1}):
-        with pytest.raises(
-            BadModelFile, match="is a repacked copy, which --repack finds by itself"
-        ):
+        with pytest.raises(BadModelFile, match="is a repacked copy, which repack finds by itself"):
             Runtime.open(path, memory="1GiB", **options)  # type: ignore[arg-type]
     with pytest.raises(BadModelFile, match="is a repacked copy"):
         Runtime.open(models["Q4_0"], memory="1GiB", speculate=str(path))

@@ -145,6 +145,7 @@ def test_a_cache_folder_that_cannot_be_written(
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(
-        CannotRepack, match="cannot be written to .*: make room, or leave --repack out"
+        CannotRepack,
+        match="cannot be written to .*: make room, set XDG_CACHE_HOME.*leave repack=True out",
     ):
         Runtime.open(folder, memory="2GiB", repack=True)

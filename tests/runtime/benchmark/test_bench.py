@@ -102,7 +102,7 @@ def test_a_prompt_that_is_too_long_is_an_error(chat_model: Path) -> None:
     tasks = [AnswerTask("long", ("x" * 500,), tokens=100)]
     with (
         PairedBenchmark(read_spec(chat_model), workers, tasks) as benchmark,
-        pytest.raises(BenchmarkFailed, match="raise --context"),
+        pytest.raises(BenchmarkFailed, match="raise context"),
     ):
         benchmark.run(rounds=1)
 
@@ -145,7 +145,7 @@ def test_the_kernel_kills_a_worker_over_its_limit(
         assert not any(group.num_kills for group in groups)
         benchmark.run(rounds=1)
     monkeypatch.setattr("lowtide.runtime.benchmark.paired.WORKER_CODE", ALLOCATES_200_MIB)
-    with pytest.raises(KilledByLimit, match="at the enforced limit of 166.5 MiB: raise --memory"):
+    with pytest.raises(KilledByLimit, match="at the enforced limit of 166.5 MiB: raise memory"):
         paired(model, enforced=True, memory=160 << 20)
     assert len({group.folder for group in groups[:2]}) == 2
     assert not any(group.folder.exists() for group in groups)

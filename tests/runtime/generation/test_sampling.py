@@ -114,7 +114,7 @@ BAD = {
     "top_p": [1.1, -1],
     "top_k": [-1, 1.5],
     "max_tokens": [0, -5],
-    "seed": [-1, 1 << 63],
+    "seed": [-2, 1 << 63],
     "repeat_penalty": [0],
     "stop": [("",), (1,)],
     "overflow": ["truncate"],

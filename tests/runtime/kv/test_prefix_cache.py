@@ -292,7 +292,7 @@ def test_saving_a_chat_may_use_its_memory(tmp_path: Path, monkeypatch: pytest.Mo
 def test_wrong_sizes_are_refused_in_one_sentence() -> None:
     for size in ("much", "50%", -5, "1 quart", "0MiB", ""):
         with pytest.raises(
-            BadSize, match=f"prefix_cache is '{size}', which is not a size: write one"
+            BadSize, match=f"prefix_cache is {size!r}, which is not a size: write one"
         ):
             Runtime.open(FakeModel(), prefix_cache=size)
     assert LoadConfig(prefix_cache="0").prefix_bytes == LoadConfig().prefix_bytes == 0

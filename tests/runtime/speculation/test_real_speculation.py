@@ -143,7 +143,7 @@ def test_a_draft_of_another_vocabulary_and_one_that_is_too_large_are_refused(
 ) -> None:
     with pytest.raises(BadOption, match=r"vocabulary of 49,152 tokens .* one of 320"):
         Runtime.open(random_model, memory="4GiB", speculate=str(smollm2))
-    with pytest.raises(OverBudget, match="raise --memory to"):
+    with pytest.raises(OverBudget, match="raise memory to"):
         Runtime.open(smollm2, memory="150MiB", context=512, speculate=str(smollm2))
 
 
