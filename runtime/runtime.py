@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import time
+import warnings
+import weakref
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,12 +39,15 @@ from lowtide.runtime.profiling.profiler import SILENT, Profiler
 from lowtide.runtime.profiling.retention_map import RetainedSpan
 from lowtide.runtime.sessions.store import SavedChats
 
+_open_runtimes: weakref.WeakSet[Runtime] = weakref.WeakSet()
+
 
 class Runtime:
     """A loaded model that generates inside its memory plan. Made by `Runtime.open`; a context manager.
 
-    It runs one answer or one batch at a time: another one ends it. Use it from one thread, or one runtime in each;
-    `trim` may be called from any thread.
+    It runs one answer or one batch at a time: another one ends it. Every method may be called from any thread, and
+    waits for the forward pass that runs. A runtime that is dropped without `close` is freed when it is collected, with
+    a `ResourceWarning`. A forked child cannot use the runtime of its parent: it opens one of its own.
     """
 
     def __init__(self, engine: Engine, profiler: Profiler = SILENT) -> None:
@@ -53,11 +60,12 @@ class Runtime:
         self._encoder = PromptEncoder(
             self._model.tokenizer, self.spec.chat_template, last, self._check_text, profiler
         )
-        self._active = ActiveGeneration()
         self._batch = BatchGenerator(engine, self._session, profiler)
+        self._active = ActiveGeneration(free=self._free)
         self._saved_chats = SavedChats(
-            engine, self._session, last, start=self._start, require_open=self._active.require_open
+            engine, self._session, last, start=self._start, alone=self._active.between_steps
         )
+        _open_runtimes.add(self)
 
     @classmethod
     def open(
@@ -91,6 +99,8 @@ class Runtime:
         model, `NoGpu` if there is no GPU, and `BadOption` for a wrong option or value.
         """
         hold_standard_descriptors()
+        if _open_runtimes:
+            gc.collect()  # a runtime that was dropped without `close` gives its memory back now
         config = replace(LoadConfig.of(**options), profiled=profiler is not None)
         with not_charged_if_refused():
             with (profiler or SILENT).span("plan"):
@@ -149,10 +159,11 @@ class Runtime:
         asked_at = time.perf_counter()
         params = SamplingParams.of(params, **named)
         self._engine.check(params)
-        number = self._start()
-        request, prompt = self._encoder.encode_chat(
-            messages, self._engine.most_tokens(), params, asked_at
-        )
+        with self._active.between_steps():
+            number = self._start()
+            request, prompt = self._encoder.encode_chat(
+                messages, self._engine.most_tokens(), params, asked_at
+            )
         return self._remembered(number, request, prompt)
 
     def stream(
@@ -162,8 +173,11 @@ class Runtime:
         asked_at = time.perf_counter()
         params = SamplingParams.of(params, **named)
         self._engine.check(params, is_completion=True)
-        number = self._start()
-        request = self._encoder.encode_text(prompt, self._engine.most_tokens(), params, asked_at)
+        with self._active.between_steps():
+            number = self._start()
+            request = self._encoder.encode_text(
+                prompt, self._engine.most_tokens(), params, asked_at
+            )
         return self._active.run(number, self._generate(request))
 
     def generate(
@@ -184,11 +198,12 @@ class Runtime:
         for one in params_of:
             self._engine.check(one, is_completion=True)
         self._batch.check(len(prompts))
-        number = self._start()
-        requests = [
-            self._encoder.encode_text(prompt, self._model.context, one, asked_at)
-            for prompt, one in zip(prompts, params_of, strict=True)
-        ]
+        with self._active.between_steps():
+            number = self._start()
+            requests = [
+                self._encoder.encode_text(prompt, self._model.context, one, asked_at)
+                for prompt, one in zip(prompts, params_of, strict=True)
+            ]
         return self._active.run(number, self._batch.generate(requests))
 
     def generate_batch(
@@ -219,18 +234,12 @@ class Runtime:
         with self._active.between_steps():
             if level == "complete":
                 self._start()  # ends the running answer
-            self._active.require_open()
             return self._engine.trim(level).freed_bytes
 
     def _start(self) -> int:
-        """End what runs, and return the number of the next generation."""
-        self._close_batch()
+        """End what runs, and return the number of the next generation; called between steps."""
+        self._batch.close()
         return self._active.start()
-
-    def _close_batch(self) -> None:
-        if self._batch.is_open:
-            with self._active.between_steps():
-                self._batch.close()
 
     def _check_text(self, text: str) -> None:
         """Refuse a text that takes more memory to tokenise than planned; evict a KV cache in its way.
@@ -273,13 +282,34 @@ class Runtime:
                 yield chunk
         finally:
             if self._active.is_current(number):
-                self._encoder.remember(prompt, token_ids)
+                with self._active.between_steps():
+                    if self._active.is_current(number):
+                        self._encoder.remember(prompt, token_ids)
 
     def close(self) -> None:
-        """Free the model; an answer that is still read ends with an error. Closing twice is allowed."""
-        self._close_batch()
-        if self._active.close():
-            self._engine.close()
+        """Free the model when the forward pass that runs is done, also from another thread.
+
+        An answer that is still read ends with `RuntimeUnusable`. Closing twice is allowed.
+        """
+        _open_runtimes.discard(self)
+        self._active.close()
+
+    def _free(self) -> None:
+        self._batch.close()
+        self._engine.close()
+
+    def __del__(self) -> None:
+        """Free the model of a runtime that nobody closed, with a `ResourceWarning`."""
+        active = getattr(self, "_active", None)  # None where __init__ failed
+        if active is None or active.is_closed or active.is_forked or sys.is_finalizing():
+            return
+        warnings.warn(
+            f"a runtime of {self.spec.name} was not closed",
+            ResourceWarning,
+            stacklevel=2,
+            source=self,
+        )
+        self.close()
 
     def __enter__(self) -> Runtime:
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -71,11 +71,16 @@ def real_runtime(smollm2: Path):  # type: ignore[no-untyped-def]
 
 
 @pytest.fixture
-def fake_runtime() -> Callable[..., Runtime]:
+def fake_runtime() -> Iterator[Callable[..., Runtime]]:
+    runtimes: list[Runtime] = []
+
     def open_runtime(*replies: str, context: int = 512, batch_size: int = 64) -> Runtime:
         model = FakeModel(replies or ("Hello.",), context=context, batch_size=batch_size)
         runtime = Runtime.open(model, memory="8GiB")
         runtime.fake = model  # type: ignore[attr-defined]
+        runtimes.append(runtime)
         return runtime
 
-    return open_runtime
+    yield open_runtime
+    for runtime in runtimes:
+        runtime.close()

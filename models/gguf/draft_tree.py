@@ -60,7 +60,7 @@ class TreePasses:
         self._kernels.set_batch_layout(self._slots(tree))
         try:
             with self._library.collected_errors():
-                code = self._api.llama_decode(self._context, self._batch)
+                code = self._library.decode(self._context, self._batch)
         finally:
             self._kernels.set_batch_layout(None)
             for sequence in range(1, len(leaves)):

@@ -10,14 +10,18 @@ import contextlib
 import ctypes
 import importlib
 import importlib.util
+import os
 import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lowtide.models.errors import ModelError
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 PACKAGE = "llama_cpp"
 LOG_LEVEL_INFO = 2
@@ -59,6 +63,25 @@ class LlamaLibrary:
         self._log_callback = api.llama_log_callback(self._receive)
         api.llama_log_set(self._log_callback, None)
         api.llama_backend_init()
+        self._compute_thread: ThreadPoolExecutor | None = None
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._compute_on_own_thread)
+
+    def decode(self, context: Any, batch: Any) -> int:
+        """Run llama.cpp's forward pass of `batch`; return its code, 0 for success."""
+        if self._compute_thread is None:
+            return int(self.api.llama_decode(context, batch))
+        return self._compute_thread.submit(self.api.llama_decode, context, batch).result()  # type: ignore[no-any-return]
+
+    def _compute_on_own_thread(self) -> None:
+        """Compute on a thread of its own in a forked child.
+
+        OpenMP keeps the threads of a parallel region with the thread that started it. After a fork, the child's first
+        thread waits for ever for threads of its parent; a new thread starts its own.
+        """
+        from concurrent.futures import ThreadPoolExecutor
+
+        self._compute_thread = ThreadPoolExecutor(1, thread_name_prefix="lowtide")
 
     def _receive(self, level: int, text: bytes, _user_data: object) -> None:
         if level != LOG_LEVEL_CONTINUED:

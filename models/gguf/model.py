@@ -285,7 +285,7 @@ class GgufModel(Model):
         self._check_tokens(token_ids)
         self._batch.fill(token_ids, self._num_tokens, all_logits=all_logits)
         with self._library.collected_errors() as errors:
-            code = self._api.llama_decode(self._context, self._batch.struct)
+            code = self._library.decode(self._context, self._batch.struct)
         if code != 0:
             self._remove_from(self._num_tokens)
             reason = (

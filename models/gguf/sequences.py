@@ -116,7 +116,7 @@ class GgufSequences(SequenceBatch):
                 )
             )
         with self._library.collected_errors() as errors:
-            code = self._api.llama_decode(self._context, self._batch)
+            code = self._library.decode(self._context, self._batch)
         if code != 0:
             reason = errors[-1] if errors else f"llama_decode returned {code}"
             raise ForwardError(

@@ -1,10 +1,15 @@
-"""ActiveGeneration: one generation of a runtime at a time, step by step, also when several threads call."""
+"""ActiveGeneration: one generation of a runtime at a time, step by step, also when several threads call.
+
+It holds the lock of everything that touches the loaded model: forward passes, tokenising, saving, trimming, and
+freeing. Whoever needs the model enters `between_steps`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
-from collections.abc import Generator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterator
 from typing import TypeVar
 
 from lowtide.runtime.errors import RuntimeUnusable
@@ -15,28 +20,48 @@ T = TypeVar("T")
 class ActiveGeneration:
     """Knows which generation may go on: starting another ends the one before with an error.
 
-    A step, which is one forward pass, is never interrupted: `between_steps` waits for the one that runs.
+    A step, which is one forward pass, is never interrupted: `between_steps` waits for the one that runs. `free` frees
+    the model; `close` calls it once, when no step runs. A forked child has the memory of the model but none of the
+    threads that compute with it, so there everything raises.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, free: Callable[[], None]) -> None:
+        self._free = free
+        self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._stepping = threading.RLock()
+        self._model_lock = threading.RLock()
+        self._depth = 0
         self._number = 0
-        self._is_closed = False
+        self._is_closed = self._is_freed = False
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._is_closed
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this process is a forked child of the one that loaded the model."""
+        return os.getpid() != self._pid
 
     def start(self) -> int:
-        """Start a generation and return its number. Raises `RuntimeUnusable` after `close`."""
+        """Start a generation and return its number. Raises `RuntimeUnusable` after `close` and in a forked child."""
+        self.require_open()
         with self._lock:
-            self.require_open()
             self._number += 1
             return self._number
 
     def is_current(self, number: int) -> bool:
-        """Return whether no other generation was started since."""
-        return number == self._number
+        """Return whether the runtime is open and no other generation was started since."""
+        return number == self._number and not self._is_closed
 
     def require_open(self) -> None:
-        """Raise `RuntimeUnusable` after `close`."""
+        """Raise `RuntimeUnusable` after `close` and in a forked child."""
+        if self.is_forked:
+            raise RuntimeUnusable(
+                f"process {self._pid} opened this runtime, and process {os.getpid()} was forked from it without "
+                "the threads that compute: open a runtime in the child, or start it with spawn"
+            )
         if self._is_closed:
             raise RuntimeUnusable("the runtime is closed; open it again")
 
@@ -46,15 +71,23 @@ class ActiveGeneration:
         if not self.is_current(number):
             raise RuntimeUnusable("this answer was ended by another answer or by a complete trim")
 
-    def between_steps(self) -> AbstractContextManager[object]:
-        """Return a block in which no step runs."""
-        return self._stepping
+    @contextlib.contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Wait for the step that runs; none starts while the block runs.
+
+        Raises `RuntimeUnusable` where the runtime is closed.
+        """
+        self.require_open()
+        with self._alone():
+            self.require_open()
+            yield
 
     def run(self, number: int, steps: Generator[T, None, None]) -> Generator[T, None, None]:
         """Yield what `steps` yields while generation `number` may go on, and close it at the end."""
         try:
             while True:
-                with self._stepping:
+                self.require_current(number)
+                with self._alone():
                     self.require_current(number)
                     try:
                         value = next(steps)
@@ -62,10 +95,34 @@ class ActiveGeneration:
                         return
                 yield value
         finally:
-            steps.close()
+            if not self.is_forked:
+                with self._alone():
+                    steps.close()
 
-    def close(self) -> bool:
-        """End everything for good; return False if that was so before."""
-        with self._lock:
-            was_closed, self._is_closed = self._is_closed, True
-            return not was_closed
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        with self._model_lock:
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                self._free_if_closed()
+
+    def close(self) -> None:
+        """End everything for good, and free the model when the step that runs is done.
+
+        Closing again, from any thread, waits for the first close. From inside a step, as a signal handler does it, the
+        model is freed at the end of that step. In a forked child nothing is freed: that would wait for threads that
+        are not there.
+        """
+        if self.is_forked:
+            return
+        self._is_closed = True  # first, so that the running answer makes no further step
+        with self._model_lock:
+            self._free_if_closed()
+
+    def _free_if_closed(self) -> None:
+        if self._is_closed and not self._is_freed and self._depth == 0:
+            self._is_freed = True
+            self._free()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +50,7 @@ class LoadedChat:
 
 
 class SavedChats:
-    """Made by `Runtime`. `start` ends a running answer; `require_open` raises once the runtime is closed."""
+    """Made by `Runtime`. `start` ends a running answer; no forward pass runs in a block of `alone`."""
 
     def __init__(
         self,
@@ -58,13 +59,13 @@ class SavedChats:
         last: LastTurn,
         *,
         start: Callable[[], int],
-        require_open: Callable[[], None],
+        alone: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._engine = engine
         self._session = session
         self._last = last
         self._start = start
-        self._require_open = require_open
+        self._alone = alone
 
     def save(
         self, path: str | Path, messages: Sequence[Message] = (), *, state: bool = True
@@ -74,8 +75,11 @@ class SavedChats:
         With `state=False`, or with an empty cache, the file is JSON with the messages alone. Raises
         `TranscriptError` with the system's reason, and `OverBudget` where the buffer for the snapshot does not fit.
         """
-        self._require_open()
-        path, model = Path(path), self._engine.model
+        with self._alone():
+            return self._save(Path(path), messages, state=state)
+
+    def _save(self, path: Path, messages: Sequence[Message], *, state: bool) -> SavedChat:
+        model = self._engine.model
         transcript = Transcript(
             model=model.spec.name, messages=tuple(checked_message(message) for message in messages)
         )
@@ -102,8 +106,10 @@ class SavedChats:
         `TranscriptError` where it is damaged or not a saved chat. After an error the next answer computes the
         messages again, at worst.
         """
-        self._require_open()
-        path = Path(path)
+        with self._alone():
+            return self._load(Path(path))
+
+    def _load(self, path: Path) -> LoadedChat:
         with open_chat(path) as file:
             if file is None:
                 transcript = self._read_transcript(path)
@@ -125,7 +131,7 @@ class SavedChats:
     def read_messages(self, path: str | Path) -> tuple[dict[str, str], ...]:
         """Check the file and return its messages, whichever model answered them; nothing else changes."""
         path = Path(path)
-        with open_chat(path) as file:
+        with self._alone(), open_chat(path) as file:
             if file is None:
                 return self._read_transcript(path).messages
             with self._reserved(0, file.num_header_bytes):
