@@ -105,7 +105,9 @@ def _llama() -> dict[str, Any]:
 
     library = llama_library()
     return {
-        "llama_cpp_python": library.version,
+        "llama_cpp": str(library.file),
+        "llama_cpp_library": str(library.file.path),
+        "llama_cpp_built_for": library.file.built_for(library.variant),
         "llama_cpp_kernels": library.system_info,
         "llama_cpp_layouts": "used"
         if library.repacks
@@ -228,7 +230,7 @@ def _print_gpus(devices: list[dict[str, Any]], backends: list[str]) -> None:
         shared = ", shared with the machine" if device["shares_memory"] else ""
         _line(device["name"], f"{device['description']}, {free} free of {total}{shared}")
     if not devices:
-        cpu_only = f"none, because llama-cpp-python was built for the CPU only: {HOW_TO_GET_ONE}"
+        cpu_only = f"none, because this llama.cpp was built for the CPU only: {HOW_TO_GET_ONE}"
         _line("gpus", "none found" if backends else cpu_only)
 
 

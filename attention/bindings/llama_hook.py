@@ -2,7 +2,7 @@
 
 llama.cpp calls an evaluation callback for every node of a graph before it computes the node. The callback is
 C++ (`native/llama/hook.cpp`): it replaces each attention node by a node that runs lowtide's kernel, in
-llama.cpp's thread pool. It works with an unmodified llama-cpp-python; nodes that it does not know are left
+llama.cpp's thread pool. It works with an unmodified llama.cpp; nodes that it does not know are left
 to llama.cpp and counted.
 
 The hook also streams weights (`LlamaHook.stream_weights`): it evicts the pages of mapped weights once a pass
@@ -213,7 +213,7 @@ class LlamaHook(AttentionKernels):
         if not self._hook:
             raise LowtideError(
                 f"lowtide's attention cannot run in this llama.cpp ({reason.value.decode()}): use "
-                f"{option('attention', 'llama')}, or another version of llama-cpp-python"
+                f"{option('attention', 'llama')}, or install the llama.cpp of llama-cpp-python 0.3.36"
             )
         super().__init__(library, library.lowtide_hook_policy(self._hook))
 

@@ -35,7 +35,7 @@ class SimulatedContext:
 class SimulatedGguf:
     """A model that is laid out but not loaded; close it before the real one is loaded.
 
-    Raises `ModelError` where this version of llama.cpp cannot do that.
+    Raises `ModelError` where llama.cpp refuses the model.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -45,10 +45,6 @@ class SimulatedGguf:
         self._contexts: dict[LoadOptions, SimulatedContext] = {}
         self._held: Any = None
         params = model_parameters(self._api, memory_map=False, repack=True)
-        if not hasattr(params, "no_alloc"):
-            raise ModelError(
-                "this version of llama-cpp-python cannot lay out a model without loading it"
-            )
         params.no_alloc = True
         with self._library.collected_errors() as errors:
             self._model: Any = self._api.llama_model_load_from_file(os.fsencode(spec.path), params)

@@ -13,7 +13,8 @@ from lowtide.models.gguf.llama_cpp import llama_library
 _P = ctypes.c_void_p
 _GPU, _INTEGRATED_GPU = 1, 2
 """ggml's numbers of device types."""
-_CPU_BACKENDS = frozenset({"CPU", "BLAS"})
+_NO_GPUS = frozenset({"CPU", "BLAS", "RPC"})
+"""Backends that have no GPU of this machine."""
 _APPLE = ("MTL", "Metal")
 
 HOW_TO_GET_ONE = (
@@ -42,7 +43,7 @@ def gpu_backends() -> tuple[str, ...]:
     at = _function("ggml_backend_reg_get", _P, ctypes.c_size_t)
     name = _function("ggml_backend_reg_name", ctypes.c_char_p, _P)
     names = [name(at(i)).decode() for i in range(count)]
-    return tuple(name for name in names if name not in _CPU_BACKENDS)
+    return tuple(name for name in names if name not in _NO_GPUS)
 
 
 def read_gpu_devices() -> tuple[GpuDevice, ...]:
@@ -73,7 +74,7 @@ def require_gpus(option: str) -> tuple[GpuDevice, ...]:
             f"driver, or leave {option} out"
         )
     raise NoGpu(
-        f"{option} needs a GPU, but llama-cpp-python {llama_library().version} is built for the CPU only: "
+        f"{option} needs a GPU, but the llama.cpp of {llama_library().file} is built for the CPU only: "
         f"{HOW_TO_GET_ONE}, or leave {option} out"
     )
 

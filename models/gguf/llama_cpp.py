@@ -1,29 +1,26 @@
-"""llama.cpp's C API, imported without the rest of llama-cpp-python.
+"""llama.cpp in this process: the C API of the library that was found, and its log.
 
-The package's own `__init__` imports its server types, caches and chat formats, which would cost the memory
-budget 22 MiB, and 95 ms; only the generated C bindings are loaded here.
+`binding/` finds the library, loads it and checks that its structs are those that lowtide declares.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
-import importlib.util
 import os
-import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lowtide.models.errors import ModelError
+from lowtide.models.gguf.binding.declarations import CApi
+from lowtide.models.gguf.binding.find import LibraryFile, find_library
+from lowtide.models.gguf.binding.layout import check_layout
+from lowtide.models.gguf.binding.loaded import LoadedLibrary
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
-PACKAGE = "llama_cpp"
 LOG_LEVEL_INFO = 2
 LOG_LEVEL_ERROR = 4
 LOG_LEVEL_CONTINUED = 5
@@ -47,22 +44,26 @@ class Tokenize(Protocol):
 
 
 class LlamaLibrary:
-    """The bindings (`.api`) and llama.cpp's log; one per process, from `llama_library()`.
+    """The C API (`.api`) and llama.cpp's log; one per process, from `llama_library()`.
 
     `tokenize` calls llama.cpp's tokenizer, which a long text can crash; the layer above replaces it with a call
-    that is guarded (`attention/bindings/tokenize.py`).
+    that is guarded (`attention/bindings/tokenize.py`). Raises `ModelError` where the library's structs are not
+    those that lowtide declares.
     """
 
-    def __init__(self, api: Any) -> None:
-        self.api = api
+    def __init__(self, loaded: LoadedLibrary) -> None:
+        self._loaded = loaded
+        self.api: Any = CApi(loaded.address)
         self.tokenize: Tokenize = self._tokenize
         self._errors: deque[str] = deque(maxlen=64)
         self._thread = threading.local()
         self._level = 0
         # llama.cpp keeps the pointer for the life of the process, so this object must too.
-        self._log_callback = api.llama_log_callback(self._receive)
-        api.llama_log_set(self._log_callback, None)
-        api.llama_backend_init()
+        self._log_callback = self.api.llama_log_callback(self._receive)
+        self.api.llama_log_set(self._log_callback, None)
+        loaded.load_plugins()
+        check_layout(self.api, loaded.address, str(loaded.file))
+        self.api.llama_backend_init()
         self._compute_thread: ThreadPoolExecutor | None = None
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._compute_on_own_thread)
@@ -126,26 +127,31 @@ class LlamaLibrary:
 
     def set_abort_callback(self, address: int) -> None:
         """Have ggml call the C function at `address` (void (const char *)) when an assertion fails."""
-        self.api._lib.ggml_set_abort_callback(ctypes.c_void_p(address))
+        set_callback = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+        set_callback(self.address("ggml_set_abort_callback"))(address)
 
     def address(self, function: str) -> int:
         """Return the address of a C function of llama.cpp or ggml."""
-        try:
-            address = ctypes.cast(getattr(self.api._lib, function), ctypes.c_void_p).value
-        except AttributeError:
-            address = None
-        if address is None:
-            raise ModelError(
-                f"this version of llama-cpp-python has no {function}: install version 0.3.36"
-            )
-        return address
+        return self._loaded.address(function)
+
+    @property
+    def file(self) -> LibraryFile:
+        """The library's file, and what it came with."""
+        return self._loaded.file
+
+    @property
+    def variant(self) -> str | None:
+        """Which of several plug-ins for processors runs, such as "zen4"; None where there is one build."""
+        return self._loaded.variant
 
     @property
     def version(self) -> str:
-        """The version of llama-cpp-python."""
-        import importlib.metadata  # 3 MiB, for a line of `doctor` and of some errors
-
-        return importlib.metadata.version("llama-cpp-python")
+        """The version of the package that the library came with, or the library's own."""
+        if self.file.version:
+            return self.file.version
+        names = ("llama_version", "ggml_commit")
+        texts = (ctypes.CFUNCTYPE(ctypes.c_char_p)(self.address(name))() for name in names)
+        return " ".join(text.decode(errors="replace") for text in texts)
 
     @property
     def repacks(self) -> bool:
@@ -167,53 +173,9 @@ _library: LlamaLibrary | None = None
 
 
 def llama_library() -> LlamaLibrary:
-    """Load llama.cpp once; raise `ModelError` where llama-cpp-python is missing or does not load."""
+    """Load llama.cpp once; raise `ModelError` where no library of it, or only another version, is here."""
     global _library
     with _lock:
         if _library is None:
-            _library = LlamaLibrary(_import_bindings())
+            _library = LlamaLibrary(LoadedLibrary(find_library()))
         return _library
-
-
-def _import_bindings() -> ModuleType:
-    imported = sys.modules.get(f"{PACKAGE}.{PACKAGE}")
-    if imported is not None:
-        return imported
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or spec.submodule_search_locations is None:
-        raise ModelError(
-            "llama-cpp-python, which runs GGUF models, is not installed: pip install llama-cpp-python"
-        )
-    # A stand-in package with the real search path: its submodules load, its __init__ does not run.
-    stand_in = ModuleType(PACKAGE)
-    stand_in.__path__ = list(spec.submodule_search_locations)
-    sys.modules[PACKAGE] = stand_in
-    try:
-        bindings = importlib.import_module(f"{PACKAGE}.{PACKAGE}")
-    except (OSError, RuntimeError, AttributeError) as error:
-        raise ModelError(
-            f"llama-cpp-python does not load ({error}): reinstall it for this machine"
-        ) from error
-    finally:
-        # A later `import llama_cpp` by the user must find the whole package.
-        for name in [n for n in sys.modules if n == PACKAGE or n.startswith(f"{PACKAGE}.")]:
-            del sys.modules[name]
-    _check_layout(bindings)
-    return bindings
-
-
-def _check_layout(api: Any) -> None:
-    """Raise `ModelError` where llama-cpp-python's parameter structs lack a field that lowtide sets."""
-    required = {
-        "llama_model_params": ("load_mode", "use_extra_bufts", "n_gpu_layers"),
-        "llama_context_params": ("n_outputs_max", "flash_attn_type", "cb_eval", "swa_full"),
-    }
-    for name, fields in required.items():
-        struct: type[ctypes.Structure] = getattr(api, name)
-        present = {field[0] for field in struct._fields_}
-        missing = [field for field in fields if field not in present]
-        if missing:
-            raise ModelError(
-                f"this version of llama-cpp-python has no {name}.{missing[0]}, which version 0.3.36 or newer "
-                "has: pip install --upgrade llama-cpp-python"
-            )

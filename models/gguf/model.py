@@ -450,7 +450,7 @@ def _created(library: LlamaLibrary, create: Callable[[], Any], what: str) -> Any
         if reason is not None:
             raise UnsupportedModel(
                 f"llama.cpp {library.version} cannot run {what}: {reason.split(': ', 1)[-1]}; "
-                "upgrade llama-cpp-python or pick another model"
+                "pick another model"
             )
         detail = errors[0] if errors else "no reason given"
         raise ModelError(f"llama.cpp cannot create {what}: {detail}")

@@ -20,6 +20,7 @@ from lowtide.attention.evaluation.divergence import extend
 from lowtide.memory.process import read_process_memory
 from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption, LowtideError
+from lowtide.models.gguf.llama_cpp import llama_library
 from lowtide.models.read_spec import read_spec
 from lowtide.runtime.errors import CannotRepack
 from lowtide.runtime.generation.chat import LastTurn, PromptEncoder
@@ -30,8 +31,8 @@ from lowtide.runtime.loading.speculation import load_speculation
 from lowtide.runtime.options import SamplingParams
 from lowtide.runtime.planning.plan import LoadConfig, plan_spec
 
-PACKAGES = {"llama.cpp": "llama-cpp-python"}
-"""The Python package of an engine, if it has another name."""
+LIBRARIES: dict[str, Callable[[], object]] = {"llama.cpp": lambda: llama_library().file}
+"""What an engine's library came with, if that is not the Python package of its name."""
 
 
 class Worker:
@@ -113,11 +114,11 @@ class Worker:
     def facts(self) -> dict[str, Any]:
         """Return the peak memory of the process, and which kernels run."""
         spec, counts = self._planned.spec, self._engine.kernel_counts()
-        package = PACKAGES.get(spec.engine, spec.engine)
+        library = LIBRARIES.get(spec.engine, lambda: f"{spec.engine} {version(spec.engine)}")()
         attention = self._planned.attention_in_words
         return {
             "policy": str(self._planned.policy),
-            "engine": f"{spec.engine} ({package} {version(package)}), attention: {attention}",
+            "engine": f"{spec.engine} ({library}), attention: {attention}",
             "peak_rss_bytes": read_process_memory().peak_bytes,
             "layers_native": counts.layers_native if counts else 0,
             "layers": spec.num_layers,

@@ -15,6 +15,7 @@ from processes import run_lowtide, run_measured
 
 import lowtide as package
 from lowtide.cli.main import COMMANDS, main
+from lowtide.models.gguf.binding.declarations import VERSION
 
 
 def invoke(*arguments: str) -> Result:
@@ -179,7 +180,9 @@ def test_doctor_finds_no_problem_here() -> None:
     findings = json.loads(done.stdout)
     assert (done.exit_code, findings["problems"]) == (0, [])
     assert findings["native_library"] == package.__version__
-    assert findings["llama_cpp_python"].startswith("0.3.")
+    assert findings["llama_cpp"] == f"llama-cpp-python {VERSION}"
+    assert Path(findings["llama_cpp_library"]).is_file()
+    assert "the processor that compiled it" in findings["llama_cpp_built_for"]
     assert findings["attention_kernels"][-1] in ("portable", "neon")
     assert findings["attention_dense"].startswith("runs in 30 of 30 layers of Smollm2")
     assert "calibrated: KL 0.0" in findings["attention_tidal"]

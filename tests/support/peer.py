@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-
-from lowtide.models.gguf.llama_cpp import llama_library
+from llama_bindings import llama_bindings
 
 
 class Peer:
     """One model and context; greedy decoding in the shortest loop that Python allows."""
 
     def __init__(self, path: Path, *, context: int, batch_size: int, threads: int) -> None:
-        self.api = api = llama_library().api
+        self.api = api = llama_bindings()
         model_params = api.llama_model_default_params()
         model_params.n_gpu_layers = 0
         self.model = api.llama_model_load_from_file(str(path).encode(), model_params)

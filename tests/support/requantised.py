@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
-from lowtide.models.gguf.llama_cpp import llama_library
+from llama_bindings import llama_bindings
 
 FILE_TYPES = {
     "F32": 0,
@@ -24,7 +24,7 @@ FILE_TYPES = {
 
 def requantised(source: Path, target: Path, file_type: str) -> Path:
     """Write `source` again as `file_type`, at `target`."""
-    api = llama_library().api
+    api = llama_bindings()
     params = api.llama_model_quantize_default_params()
     params.ftype, params.allow_requantize = FILE_TYPES[file_type], True
     failure = api.llama_model_quantize(
