@@ -1,26 +1,26 @@
 """ChatTemplate: messages to the prompt text that a model was trained on.
 
-A template comes with the model, so it is untrusted code: it runs in `models/template_sandbox.py`, which limits
-what it may reach and how much it may make.
+A template comes with the model, so it is untrusted code: it runs in `models/template/sandbox.py`, which limits what
+it may reach and how much it may make, and which traces what a message brought. It renders what transformers'
+`apply_chat_template` does.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from lowtide.models.errors import TemplateError
+from lowtide.models.errors import BadOption, TemplateError
 from lowtide.models.prompt_span import PromptSpan
+from lowtide.models.template.message import ROLES, Message, checked_message
 
 if TYPE_CHECKING:
     import jinja2
 
-Message: TypeAlias = Mapping[str, str]
-"""One turn: "role" ("system", "user" or "assistant") and "content"."""
+    from lowtide.models.template.conversation import Form
 
-ROLES = ("system", "user", "assistant", "tool")
+__all__ = ["ROLES", "ChatTemplate", "Message", "checked_message"]
 
 
 class ChatTemplate:
@@ -32,9 +32,10 @@ class ChatTemplate:
     def __init__(self, source: str | None, special_texts: Mapping[str, str]) -> None:
         if source is None:
             raise TemplateError(
-                "the model has no chat template: use `lowtide run --raw` or Runtime.generate, or an "
-                "instruction-tuned model"
+                "the model has no chat template: state one with --chat-template FILE, use `lowtide run --raw` or "
+                "Runtime.generate, or an instruction-tuned model"
             )
+        self._source = source
         self._special_texts = dict(special_texts)
         self._template = _compile(source)
 
@@ -45,51 +46,76 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         arguments: Mapping[str, Any] | None = None,
     ) -> list[PromptSpan]:
-        """Return the prompt for the next assistant turn.
+        """Return the prompt for the next assistant turn; neighbouring spans are of different kinds.
 
         `tools` are the JSON schemas of functions that the model may call, and `arguments` further variables of the
-        template, by name. Raises `TemplateError` with the template's own message where it refuses the messages.
+        template, by name. What a caller brings is a message's text, in whatever way the template changes it. Raises
+        `TemplateError` with the template's own message where it refuses the messages, and `BadOption` where an
+        argument has the name of something that lowtide states.
+
+        Templates differ in the form that they expect of content parts, of arguments of tool calls, and of the role
+        "developer". Where the template fails with the form that is given, or prints it in Python's notation, the
+        other one is rendered.
         """
-        from lowtide.models.template_sandbox import rendered
+        from lowtide.models.template.conversation import forms_of
 
-        text = rendered(
-            self._template,
-            messages=[checked_message(message) for message in messages],
-            tools=tools,
-            add_generation_prompt=True,
-            **{**self._special_texts, **(arguments or {})},
-        )
-        return [PromptSpan(text, from_message=False)]
+        self._check_arguments(arguments or {})
+        checked = [checked_message(message, self._source) for message in messages]
+        failures: list[TemplateError] = []
+        poor: list[list[PromptSpan]] = []
+        for form in forms_of(checked, self._source):
+            try:
+                spans, misused = self._rendered(form, checked, tools, arguments or {})
+            except TemplateError as error:
+                failures.append(error)
+                continue
+            if not misused:
+                return spans
+            poor.append(spans)
+        if poor:
+            return poor[0]
+        raise failures[0]
 
+    def _rendered(
+        self,
+        form: Form,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        arguments: Mapping[str, Any],
+    ) -> tuple[list[PromptSpan], bool]:
+        from lowtide.models.template.conversation import Marker
+        from lowtide.models.template.sandbox import rendered
 
-def checked_message(message: Message) -> dict[str, str]:
-    """Return the message as a plain dict; raise `TemplateError` where its role or content is not valid."""
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES or not isinstance(content, str):
-        raise TemplateError(
-            f"a message has the role {role!r} and {type(content).__name__} content; the role must be one of "
-            f"{', '.join(ROLES)} and the content a string"
-        )
-    return {"role": role, "content": content}
+        marker = Marker()
+        variables = {
+            "documents": None,
+            **self._special_texts,
+            "messages": [marker.message(form.applied(message)) for message in messages],
+            "tools": marker.marked(list(tools)) if tools else None,
+            "add_generation_prompt": True,
+            **{name: marker.marked(value) for name, value in arguments.items()},
+        }
+        return rendered(self._template, variables, marker.allowance(len(messages)), marker.watched)
+
+    def _check_arguments(self, arguments: Mapping[str, Any]) -> None:
+        from lowtide.models.template.conversation import OWN_VARIABLES
+
+        taken = sorted({*OWN_VARIABLES, *self._special_texts} & set(arguments))
+        if taken:
+            raise BadOption(
+                f"the template argument {taken[0]} is stated by lowtide itself: leave it out"
+            )
 
 
 def _compile(source: str) -> jinja2.Template:
-    from lowtide.models.template_sandbox import compiled
+    from lowtide.models.template.sandbox import compiled
 
-    return compiled(
-        source,
-        functions={"raise_exception": _raise_exception, "strftime_now": _strftime_now},
-        tojson=_to_json,
-    )
+    return compiled(source, {"raise_exception": _raise_exception, "strftime_now": _strftime_now})
 
 
 def _raise_exception(message: str) -> None:
     raise TemplateError(f"the chat template refuses these messages: {message}")
 
 
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)

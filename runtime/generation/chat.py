@@ -139,7 +139,8 @@ class PromptEncoder:
 
         Where a message spells one out, it is read as plain text.
         """
-        forged = [m["content"] for m in messages if self._spells_control_tokens(m["content"])]
+        contents = [m["content"] for m in messages if isinstance(m.get("content"), str)]
+        forged = [content for content in contents if self._spells_control_tokens(content)]
         token_ids: list[int] = []
         position = 0
         for content in forged:

@@ -110,6 +110,32 @@ HOSTILE = {
     "nests dicts": "{% set ns = namespace(x={}) %}{% for i in range(60) %}"
     "{% set ns.x = dict(a=ns.x, b=ns.x) %}{% endfor %}{{ ns.x }}",
     "prints a namespace": "{{ namespace(x=1) }}",
+    "batches": "{{ [1] | batch(10 ** 9, 'x') | list | length }}",
+    "slices": "{{ [1] | slice(10 ** 9) | list | length }}",
+    "nests batches": "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}"
+    "{% set ns.x = (ns.x + ns.x) | batch(2) | list %}{% endfor %}{{ ns.x == ns.x }}{{ ns.x }}",
+    "sums lists": "{% set l = range(9000) | list %}{{ ([l] * 9000) | sum(start=[]) | length }}",
+    "recursive loops that fork": "{% for a in [1, 2] recursive %}{% if loop.depth < 60 %}{{ loop([1, 2]) }}"
+    "{% endif %}{% endfor %}",
+    "macros that fork": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+    "{{ f(60) }}",
+    "blocks that fork": "{% block a %}{{ self.a() }}{{ self.a() }}{% endblock %}",
+    "filters out all": "{% for a in range(9999) %}{% for b in range(9999) if false %}{% endfor %}{% endfor %}",
+    "names a variable as the limiter": "{% set tick = 1 %}{% set environment = 1 %}{% for a in range(9999) %}"
+    "{% for b in range(9999) %}{% endfor %}{% endfor %}",
+    "compares long texts": "{% set a = 'x' * 4000000 %}{% set b = a[1:] ~ 'x' %}{% for i in range(90000) %}"
+    "{{ 'y' if a == b }}{% endfor %}",
+    "formats by a spec in a spec": "{{ '{:{}}'.format(1, 10 ** 12) }}",
+    "formats by a star": "{{ '%*d' % (10 ** 12, 1) }}{{ '%.*f' % (10 ** 9, 1.5) }}",
+    "formats numbers to many places": "{{ '{:.999999999f}'.format(1.5) }}",
+    "rounds to many places": "{{ 1.5 | round(10 ** 9, 'ceil') }}",
+    "fills with zeros": "{{ 'x'.zfill(10 ** 10) }}",
+    "expands tabs": "{{ ('\t' * 1000).expandtabs(10 ** 9) }}",
+    "translates": "{% set t = 'x' * 3000000 %}{{ 'aaaa'.translate({97: t}) }}",
+    "fills with text": "{{ 'Lorem' }}{{ lipsum(n=10 ** 9) }}",
+    "inserts at line ends": "{{ ('x ' * 90000) | wordwrap(1, wrapstring='y' * 90000) }}",
+    "squares a number": "{% set ns = namespace(x=9) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}"
+    "{% endfor %}{{ ns.x > 1 }}",
     "is long": "x" * 70000,
     "deep nesting": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
 }

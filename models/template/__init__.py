@@ -1,0 +1,1 @@
+"""Chat templates: a sandbox with limits, in which the origin of every character is traced."""
