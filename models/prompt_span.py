@@ -5,7 +5,7 @@ What a message says is text, always: control tokens come from the template's spa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -24,3 +24,21 @@ class PromptSpan:
 def text_of(spans: Iterable[PromptSpan]) -> str:
     """Return the whole text of a prompt."""
     return "".join(span.text for span in spans)
+
+
+def split_spans(
+    spans: Sequence[PromptSpan], num_characters: int
+) -> tuple[list[PromptSpan], list[PromptSpan]]:
+    """Return the first `num_characters` of a prompt, and the rest of it."""
+    before: list[PromptSpan] = []
+    behind: list[PromptSpan] = []
+    for span in spans:
+        num_before = min(max(num_characters, 0), len(span.text))
+        num_characters -= len(span.text)
+        if num_before == len(span.text):
+            before.append(span)
+            continue
+        if num_before:
+            before.append(PromptSpan(span.text[:num_before], span.from_message))
+        behind.append(PromptSpan(span.text[num_before:], span.from_message))
+    return before, behind

@@ -6,9 +6,13 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import groupby
+
+from lowtide.models.prompt_span import PromptSpan, text_of
 
 MAX_STACK_BYTES_PER_CHARACTER = 330
 """The most stack that any pre-tokenizer of llama.cpp takes for a character of a match (measured)."""
@@ -25,6 +29,40 @@ class Tokenizer(ABC):
         `add_special` adds what the model expects around a prompt (BOS, for most). `parse_special` turns
         control tokens written out in the text into tokens, which is meant for chat templates only.
         """
+
+    def encode_spans(
+        self,
+        spans: Sequence[PromptSpan],
+        *,
+        add_special: bool,
+        continues: bool = False,
+        template: str = "",
+    ) -> list[int]:
+        """Return the token ids of a prompt in which only the template's spans become control tokens.
+
+        The rest is text, whatever it spells, and is tokenised as in the whole text. `add_special` adds what `encode`
+        adds, but never a second BOS. `continues` says that the spans follow text whose tokens are known. `template`
+        is the template's source: other tokens that it uses as markers are its alone, too.
+        """
+        token_ids: list[int] = []
+        for from_message, same in groupby(spans, key=lambda span: span.from_message):
+            text = text_of(same)
+            token_ids += self.encode(text, add_special=False, parse_special=not from_message)
+        return self.with_affixes(token_ids) if add_special else token_ids
+
+    def with_affixes(self, token_ids: list[int]) -> list[int]:
+        """Return the tokens between what `add_special` adds; a BOS that is there already is not doubled."""
+        first, last = self._affixes
+        return [*([] if token_ids[: len(first)] == first else first), *token_ids, *last]
+
+    @functools.cached_property
+    def _affixes(self) -> tuple[list[int], list[int]]:
+        plain = self.encode("a", add_special=False, parse_special=False)
+        added = self.encode("a", add_special=True, parse_special=False)
+        num_first = next(
+            (i for i in range(len(added)) if added[i : i + len(plain)] == plain), len(added)
+        )
+        return added[:num_first], added[num_first + len(plain) :]
 
     def stack_bytes(self, text: str) -> int:
         """Return about how much stack native code touches to tokenise `text`; 0 where it does not recurse."""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from lowtide.models.errors import ModelError
 from lowtide.models.gguf.llama_cpp import LlamaLibrary
+from lowtide.models.gguf.span_vocabulary import GgufSpanVocabulary
+from lowtide.models.prompt_span import PromptSpan
+from lowtide.models.span_encoder import SpanEncoder
 from lowtide.models.tokenizer import Tokenizer, longest_line, longest_stretch
 
 PIECE_BYTES = 256
@@ -58,6 +62,24 @@ class GgufTokenizer(Tokenizer):
         """Return the token ids of `text`; see `Tokenizer.encode`."""
         data = text.encode("utf-8", errors="replace")
         return self._call(data, add_special=add_special, parse_special=parse_special)
+
+    def encode_spans(
+        self,
+        spans: Sequence[PromptSpan],
+        *,
+        add_special: bool,
+        continues: bool = False,
+        template: str = "",
+    ) -> list[int]:
+        """Return the token ids of a prompt; see `Tokenizer.encode_spans`."""
+        token_ids = self._span_encoder.encode(spans, continues=continues, template=template)
+        return self.with_affixes(token_ids) if add_special else token_ids
+
+    @functools.cached_property
+    def _span_encoder(self) -> SpanEncoder:
+        encode = functools.partial(self._call, add_special=False, parse_special=False)
+        piece = functools.partial(self._piece, special=True)
+        return SpanEncoder(GgufSpanVocabulary(self._api, self._vocabulary, encode, piece))
 
     def _call(
         self,

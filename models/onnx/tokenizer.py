@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lowtide.models.errors import BadModelFile, ModelError
 from lowtide.models.onnx.config import onnx_library
+from lowtide.models.onnx.span_vocabulary import OnnxSpanVocabulary
 from lowtide.models.onnx.spec import OnnxSpec
+from lowtide.models.prompt_span import PromptSpan
+from lowtide.models.span_encoder import SpanEncoder
 from lowtide.models.tokenizer import Tokenizer
 
 _BYTE_TOKEN = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
@@ -45,8 +50,30 @@ class OnnxTokenizer(Tokenizer):
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Return the token ids of `text`; see `Tokenizer.encode`."""
         self._tokenizer.encode_special_tokens = not parse_special
-        clean = text.encode("utf-8", errors="replace").decode("utf-8")
-        return list(self._tokenizer.encode(clean, add_special_tokens=add_special).ids)
+        return list(self._tokenizer.encode(_clean(text), add_special_tokens=add_special).ids)
+
+    def encode_spans(
+        self,
+        spans: Sequence[PromptSpan],
+        *,
+        add_special: bool,
+        continues: bool = False,
+        template: str = "",
+    ) -> list[int]:
+        """Return the token ids of a prompt; see `Tokenizer.encode_spans`.
+
+        The library's tokens of the whole text are taken where no message forges one.
+        """
+        spans = [PromptSpan(_clean(span.text), span.from_message) for span in spans]
+        whole = None if continues else self._span_vocabulary.whole(spans, template=template)
+        if whole is None:
+            encoder = SpanEncoder(self._span_vocabulary)
+            whole = encoder.encode(spans, continues=continues, template=template)
+        return self.with_affixes(whole) if add_special else whole
+
+    @functools.cached_property
+    def _span_vocabulary(self) -> OnnxSpanVocabulary:
+        return OnnxSpanVocabulary(self._tokenizer, self.is_end)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of one token; control tokens and unused ids have none."""
@@ -73,6 +100,11 @@ class OnnxTokenizer(Tokenizer):
     def special_texts(self) -> dict[str, str]:
         """The texts of BOS and EOS for chat templates."""
         return dict(self._special_texts)
+
+
+def _clean(text: str) -> str:
+    """Replace halves of surrogate pairs, which UTF-8 has not."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _loaded(path: Path) -> Any:

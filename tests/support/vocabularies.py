@@ -109,13 +109,14 @@ def _first_tokens(kind: str, with_bytes: bool) -> tuple[list[str], list[int]]:
     elif kind == "rwkv":
         own = [f"\\x{byte:02x}" for byte in range(256)] + ["ti", "tide", " tide"]
     else:
-        if with_bytes:
+        if with_bytes and kind != "bert":
             texts += [f"<0x{byte:02X}>" for byte in range(256)]
             kinds += [BYTE] * 256
         letters = [chr(code) for code in range(0x21, 0x7F)]
         own = ["▁", "▁▁", "ti", "de", "tide", "▁tide", "▁t", "AA", *letters, "é", "中"]
         if kind == "bert":
             own += [f"▁{letter}" for letter in letters]
+    own = list(dict.fromkeys(own))
     return texts + own, kinds + [NORMAL] * len(own)
 
 
@@ -126,7 +127,7 @@ def _byte_letters() -> list[str]:
 
 def pre_tokenizer_candidates() -> list[str]:
     """Return the texts in llama.cpp's library that may name a pre-tokenizer; the linker may merge some others."""
-    library = Path(llama_library().api._lib._name).read_bytes()
+    library = llama_library()._loaded.file.path.read_bytes()
     names = {
         name.decode() for name in re.findall(rb"(?<=\0)[a-z0-9][a-zA-Z0-9._-]{1,30}(?=\0)", library)
     }

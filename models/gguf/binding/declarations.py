@@ -175,8 +175,11 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_tokenize": (_int, (_void, _text, _int, _tokens, _int, _bool, _bool)),
     "llama_vocab_bos": (_int, (_void,)),
     "llama_vocab_eos": (_int, (_void,)),
+    "llama_vocab_get_attr": (_int, (_void, _int)),
+    "llama_vocab_get_text": (_text, (_void, _int)),
     "llama_vocab_is_eog": (_bool, (_void, _int)),
     "llama_vocab_n_tokens": (_int, (_void,)),
+    "llama_vocab_type": (_int, (_void,)),
 }
 """Each function's result and arguments."""
 
