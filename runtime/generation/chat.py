@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lowtide.models.chat_template import ChatTemplate, Message
-from lowtide.models.errors import BadOption, TemplateError
-from lowtide.models.prompt_span import text_of
+from lowtide.models.errors import BadOption
+from lowtide.models.prompt_span import PromptSpan, split_spans, text_of
 from lowtide.models.tokenizer import Tokenizer
 from lowtide.runtime.errors import PromptTooLong
 from lowtide.runtime.generation.state import GenerationRequest
@@ -117,59 +117,36 @@ class PromptEncoder:
         with self._profiler.span("template"):
             if self._template is None:
                 self._template = ChatTemplate(self._template_text, self._tokenizer.special_texts)
-            text = text_of(self._template.render(messages))
+            spans = self._template.render(messages)
+        text = text_of(spans)
         self._check_text(text)
         with self._profiler.span("tokenise"):
-            token_ids = self._chat_ids(text, messages)
+            token_ids = self._chat_ids(spans, text)
         return ChatPrompt(text=text, token_ids=token_ids, num_messages=len(messages))
 
-    def _chat_ids(self, text: str, messages: Sequence[Message]) -> list[int]:
-        """Return the tokens of a rendered chat, the last turn's as they were."""
-        last = self._last
-        if last.text and text.startswith(last.text):
-            rest = text[len(last.text) :]
-            new_messages = messages[last.num_messages :]
-            return [*last.token_ids, *self._encode(rest, new_messages, add_special=False)]
-        begins_text = self._tokenizer.special_texts.get("bos_token") or None
-        add_special = begins_text is None or not text.startswith(begins_text)
-        return self._encode(text, messages, add_special=add_special)
+    def _chat_ids(self, spans: Sequence[PromptSpan], text: str) -> list[int]:
+        """Return the tokens of a rendered chat, the last turn's as they were.
 
-    def _encode(self, text: str, messages: Sequence[Message], *, add_special: bool) -> list[int]:
-        """Tokenise a rendered chat in which only the template may write control tokens.
-
-        Where a message spells one out, it is read as plain text.
+        A sampled answer is often not what its text is tokenised to. Where it is, the chat has the tokens of the same
+        chat read anew, also where a token reaches over the end of the answer.
         """
-        contents = [m["content"] for m in messages if isinstance(m.get("content"), str)]
-        forged = [content for content in contents if self._spells_control_tokens(content)]
-        token_ids: list[int] = []
-        position = 0
-        for content in forged:
-            start, written = _find(text, content, position)
-            if start > position:
-                token_ids += self._tokenizer.encode(
-                    text[position:start], add_special=add_special, parse_special=True
-                )
-                add_special = False
-            token_ids += self._tokenizer.encode(written, add_special=False, parse_special=False)
-            position = start + len(written)
-        rest = self._tokenizer.encode(text[position:], add_special=add_special, parse_special=True)
-        return token_ids + rest
+        token_ids, last = self._encode(spans), self._last
+        if not last.text or not text.startswith(last.text):
+            return token_ids
+        if token_ids[: len(last.token_ids)] == last.token_ids:
+            return token_ids
+        before, behind = split_spans(spans, len(last.text))
+        if self._encode(before) == last.token_ids:
+            return token_ids
+        return [*last.token_ids, *self._encode(behind, continues=True)]
 
-    def _spells_control_tokens(self, content: str) -> bool:
-        plain = self._tokenizer.encode(content, add_special=False, parse_special=False)
-        return plain != self._tokenizer.encode(content, add_special=False, parse_special=True)
-
-
-def _find(text: str, content: str, position: int) -> tuple[int, str]:
-    """Return where `content` is in the rendered text, as it is or stripped of outer white space."""
-    for written in (content, content.strip()):
-        start = text.find(written, position)
-        if start >= 0:
-            return start, written
-    raise TemplateError(
-        "a message spells out one of the model's control tokens and the chat template rewrites it; "
-        "remove the token from the message"
-    )
+    def _encode(self, spans: Sequence[PromptSpan], *, continues: bool = False) -> list[int]:
+        return self._tokenizer.encode_spans(
+            spans,
+            add_special=not continues,
+            continues=continues,
+            template=self._template_text or "",
+        )
 
 
 @dataclass(frozen=True, slots=True)
