@@ -8,6 +8,7 @@ from typing import ClassVar
 from lowtide.attention.bindings.library import cpu_features
 from lowtide.attention.bindings.policy import AttentionKernels
 from lowtide.attention.policy import AttentionPolicy, PassController, Setting
+from lowtide.models.arguments.values import choice
 from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
 
@@ -17,9 +18,7 @@ PROMPTS_SETTING = Setting("prompts", str)
 
 
 def check_prompts(prompts: str) -> None:
-    """Raise `BadOption` for an unknown value, or one that this processor does not support."""
-    if prompts not in PROMPTS:
-        raise BadOption(f"prompts is {prompts!r}; it must be one of {', '.join(PROMPTS)}")
+    """Raise `BadOption` for a value that this processor does not support."""
     if prompts == BF16 and "avx512_bf16" not in cpu_features():
         raise BadOption(
             "prompts is 'bf16' and this processor does not have avx512_bf16: leave prompts out"
@@ -57,6 +56,9 @@ class Dense(AttentionPolicy):
     can_follow_filter: ClassVar[bool] = True
 
     prompts: str = EXACT
+
+    def __post_init__(self) -> None:
+        choice("dense's prompts", self.prompts, PROMPTS)
 
     def resolve(self, spec: ModelSpec) -> Dense:
         """Check that the processor supports `prompts`."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from lowtide.memory.process import read_resident_bytes
-from lowtide.models.errors import BadOption
+from lowtide.models.arguments.values import choice
 
 LEVELS = ("background", "moderate", "complete")
 """From the mildest to the strongest."""
@@ -37,8 +37,7 @@ def reclaim(reclaimers: Iterable[Reclaimer], level: str) -> Reclaimed:
 
     Raises `BadOption` if `level` is not one of `LEVELS`.
     """
-    if level not in LEVELS:
-        raise BadOption(f"level is {level!r}; it must be one of {', '.join(LEVELS)}")
+    choice("level", level, LEVELS)
     before = read_resident_bytes()
     called = LEVELS[: LEVELS.index(level) + 1]
     for reclaimer in reclaimers:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import time
 import warnings
 import weakref
 from collections.abc import Generator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from lowtide.memory.budget import Ledger
@@ -20,11 +20,13 @@ from lowtide.memory.process import not_charged_if_refused
 from lowtide.memory.reclaim import Reclaimer
 from lowtide.memory.units import format_bytes
 from lowtide.models.arguments.names import option
+from lowtide.models.arguments.values import shown
 from lowtide.models.chat_template import Message
 from lowtide.models.errors import BadOption
 from lowtide.models.model import Model
 from lowtide.models.spec import ModelSpec
 from lowtide.models.tokenizer import longest_stretch
+from lowtide.runtime.arguments import checked_messages, checked_prompt, checked_prompts
 from lowtide.runtime.batch.generator import BatchGenerator, ParamsOfAll, params_of_each
 from lowtide.runtime.errors import PromptTooLong
 from lowtide.runtime.generation.active import ActiveGeneration
@@ -70,7 +72,7 @@ class Runtime:
     @classmethod
     def open(
         cls,
-        model: str | Path | Model | None = None,
+        model: str | os.PathLike[str] | Model | None = None,
         *,
         profiler: Profiler | None = None,
         **options: Any,
@@ -99,6 +101,8 @@ class Runtime:
         model, `NoGpu` if there is no GPU, and `BadOption` for a wrong option or value.
         """
         hold_standard_descriptors()
+        if profiler is not None and not isinstance(profiler, Profiler):
+            raise BadOption(f"profiler is {shown(profiler)}; it must be a Profiler, or None")
         if _open_runtimes:
             gc.collect()  # a runtime that was dropped without `close` gives its memory back now
         config = replace(LoadConfig.of(**options), profiled=profiler is not None)
@@ -148,16 +152,18 @@ class Runtime:
         return prompt_filter.retained_spans() if prompt_filter else []
 
     def chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None, **named: Any
+        self, messages: Sequence[Message] | str, params: SamplingParams | None = None, **named: Any
     ) -> Generator[GenerationChunk, None, None]:
         """Answer a chat, chunk by chunk; `named` are fields of `SamplingParams`.
 
-        `messages` are dicts with "role" and "content". What the KV cache holds of an earlier prompt is reused.
+        `messages` are dicts with "role" and "content"; a text alone is one question of the user.
+        What the KV cache holds of an earlier prompt is reused.
         Raises `PromptTooLong` before anything is computed. Closing the iterator stops the answer and leaves the
         runtime usable.
         """
         asked_at = time.perf_counter()
         params = SamplingParams.of(params, **named)
+        messages = checked_messages(messages)
         self._engine.check(params)
         with self._active.between_steps():
             number = self._start()
@@ -172,6 +178,7 @@ class Runtime:
         """Continue `prompt` as it stands, without a chat template, chunk by chunk; see `chat`."""
         asked_at = time.perf_counter()
         params = SamplingParams.of(params, **named)
+        prompt = checked_prompt(prompt)
         self._engine.check(params, is_completion=True)
         with self._active.between_steps():
             number = self._start()
@@ -194,6 +201,7 @@ class Runtime:
         Closing the iterator stops all answers and leaves the runtime usable.
         """
         asked_at = time.perf_counter()
+        prompts = checked_prompts(prompts)
         params_of = params_of_each(prompts, params, named)
         for one in params_of:
             self._engine.check(one, is_completion=True)
@@ -218,6 +226,7 @@ class Runtime:
         a draft model is not used. Raises `OverBudget`, before anything is allocated, where there is no room, and
         `BadOption` where the model or the attention runs one sequence at a time.
         """
+        prompts = checked_prompts(prompts)
         chunks: list[list[GenerationChunk]] = [[] for _ in prompts]
         for index, chunk in self.stream_batch(prompts, params, **named):
             chunks[index].append(chunk)
@@ -232,7 +241,7 @@ class Runtime:
         level.
         """
         with self._active.between_steps():
-            if level == "complete":
+            if isinstance(level, str) and level == "complete":
                 self._start()  # ends the running answer
             return self._engine.trim(level).freed_bytes
 

@@ -27,8 +27,10 @@ from lowtide.attention.policy import (
     Setting,
     read_share,
 )
+from lowtide.attention.settings import Ranges, file_field, set_fields, whole_fields
 from lowtide.memory.plan.attention import AttentionMemory
 from lowtide.models.arguments.names import option
+from lowtide.models.arguments.values import choice, number, shown
 from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
 
@@ -84,32 +86,29 @@ class Delta(AttentionPolicy):
     source: str = USER
 
     def __post_init__(self) -> None:
+        choice("delta's granularity", self.granularity, GRANULARITIES)
+        counts: Ranges = {"block": 0, "window": (1, MOST_WINDOW), "sinks": (0, LEAST_GROUPS - 1)}
+        set_fields(self, whole_fields(self, counts))
         self._check_granularity()
         for name, least, most in (
             ("sparsity", 0, MOST_SPARSITY[self.granularity]),
             ("threshold", 0, MOST_THRESHOLD),
-            ("window", 1, MOST_WINDOW),
-            ("sinks", 0, LEAST_GROUPS - 1),
             ("refine", 0, 1),
         ):
-            value = getattr(self, name)
-            if value is not None and not least <= value <= most:
-                raise BadOption(
-                    f"delta's {name} is {value:g}; it must be between {least} and {most:,g}"
-                )
-        if self.prompts not in (GROUPED, EXACT):
-            raise BadOption(f"delta's prompts is {self.prompts!r}; it must be {GROUPED} or {EXACT}")
+            if (value := getattr(self, name)) is not None:
+                set_fields(self, {name: number(f"delta's {name}", value, least, most)})
+        choice("delta's prompts", self.prompts, (GROUPED, EXACT))
+        set_fields(self, {"calibration": file_field("delta's calibration", self.calibration)})
+        if not isinstance(self.params, HeadGroups | HeadThresholds | None):
+            raise BadOption(
+                f"delta's params is {shown(self.params)}; it must be what a calibration found, or None"
+            )
         if self.sparsity is not None and self.threshold is not None:
             raise BadOption("delta's sparsity follows from its threshold: leave one of them out")
         if self.sparsity is not None and self.calibration is not None:
             raise BadOption("delta's calibration has its own sparsity: leave one of them out")
 
     def _check_granularity(self) -> None:
-        if self.granularity not in GRANULARITIES:
-            raise BadOption(
-                f"delta's granularity is {self.granularity!r}; it must be one of "
-                f"{', '.join(GRANULARITIES)}"
-            )
         if self.block is not None and self.granularity != BLOCK:
             raise BadOption(
                 f"delta's block is {self.block} and its granularity is {self.granularity}: leave block "

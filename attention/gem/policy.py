@@ -27,8 +27,10 @@ from lowtide.attention.policy import (
     Setting,
     read_k,
 )
+from lowtide.attention.settings import Ranges, file_field, number_of_keys, set_fields, whole_fields
 from lowtide.memory.plan.attention import NO_ATTENTION_MEMORY, AttentionMemory, FilterPrefill
 from lowtide.memory.plan.estimates import attention_bytes, padded_context
+from lowtide.models.arguments.values import MOST, choice, flag, shown
 from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
 
@@ -90,20 +92,32 @@ class Gem(AttentionPolicy):
     source: str = USER
 
     def __post_init__(self) -> None:
+        counts: Ranges = {
+            "rows": (1, MAX_ROWS),
+            "pool_size": 1,
+            "first": 0,
+            "last": 0,
+            "min_prompt": 0,
+        }
+        set_fields(self, whole_fields(self, {**counts, "layer": (-MOST, MOST)}))
+        set_fields(
+            self,
+            {
+                "k": number_of_keys("gem's k", self.k),
+                "continues": flag("gem's continues", self.continues),
+                "calibration": file_field("gem's calibration", self.calibration),
+            },
+        )
         if self.k is not None:
             check_k(self.k, self.first + self.last)
         for name, values in CHOICES.items():
-            if getattr(self, name) not in values:
-                raise BadOption(
-                    f"gem's {name} is {getattr(self, name)!r}; it must be one of {', '.join(values)}"
-                )
-        if not 1 <= self.rows <= MAX_ROWS:
-            raise BadOption(f"gem's rows is {self.rows}; it must be between 1 and {MAX_ROWS}")
-        if self.pool_size < 1 or self.pool_size % 2 == 0:
+            choice(f"gem's {name}", getattr(self, name), values)
+        if self.pool_size % 2 == 0:
             raise BadOption(f"gem's pool_size is {self.pool_size}; it must be an odd number")
-        for name in ("first", "last", "min_prompt"):
-            if getattr(self, name) < 0:
-                raise BadOption(f"gem's {name} is {getattr(self, name)}; it must be 0 or more")
+        if not isinstance(self.then, AttentionPolicy):
+            raise BadOption(
+                f"gem's then is {shown(self.then)}; it must be a policy, such as Dense()"
+            )
 
     def resolve(self, spec: ModelSpec) -> Gem:
         """Fill in k, the layer, and the policy that follows; raises `BadOption` for an unknown layer."""

@@ -21,7 +21,7 @@ from lowtide.attention.calibration import (
     load_calibration,
 )
 from lowtide.attention.calibrator import Calibrator
-from lowtide.attention.dense import EXACT, PROMPTS_SETTING, check_kernels, check_prompts
+from lowtide.attention.dense import EXACT, PROMPTS, PROMPTS_SETTING, check_kernels, check_prompts
 from lowtide.attention.policy import (
     CALIBRATION,
     USER,
@@ -30,8 +30,16 @@ from lowtide.attention.policy import (
     Setting,
     read_k,
 )
+from lowtide.attention.settings import (
+    file_field,
+    layers_field,
+    number_of_keys,
+    set_fields,
+    whole_fields,
+)
 from lowtide.memory.plan.attention import AttentionMemory
 from lowtide.memory.plan.estimates import padded_context
+from lowtide.models.arguments.values import choice
 from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
 
@@ -94,11 +102,16 @@ class Tidal(AttentionPolicy):
 
     def __post_init__(self) -> None:
         least = {"dense_layers": 0, "sinks": 0, "recent": 1, "refresh": 1}
-        for field, lowest in {**least, "min_context": 0, "correction": 0}.items():
-            if getattr(self, field) < lowest:
-                raise BadOption(
-                    f"tidal's {field} is {getattr(self, field)}; it must be {lowest} or more"
-                )
+        set_fields(self, whole_fields(self, {**least, "min_context": 0, "correction": 0}))
+        set_fields(
+            self,
+            {
+                "k": number_of_keys("tidal's k", self.k),
+                "selection_layers": layers_field("tidal's selection_layers", self.selection_layers),
+                "calibration": file_field("tidal's calibration", self.calibration),
+                "prompts": choice("tidal's prompts", self.prompts, PROMPTS),
+            },
+        )
         if self.k is not None:
             _check_k(self.k, self.sinks + self.recent)
         if self.refresh > self.recent:

@@ -21,13 +21,18 @@ def user_path(name: str, value: Any) -> Path:
     """
     try:
         path = os.fsdecode(os.fspath(value))
-    except (TypeError, ValueError):
+    except Exception:  # not a path, or a caller's own class that fails
         raise BadOption(f"{name} is {shown(value)}; it must be a path") from None
     if not path:
         raise BadOption(f"{name} is empty; it must be a path")
     if "\0" in path:
         raise BadOption(f"{name} is {shown(path)}; a path has no NUL character")
-    encoded = os.fsencode(path)
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:
+        raise BadOption(
+            f"{name} is {shown(path)}, with a character that no path can have: pass the path as bytes"
+        ) from None
     if len(encoded) > MOST_BYTES or max(map(len, encoded.split(b"/"))) > MOST_NAME_BYTES:
         raise BadOption(
             f"{name} is {shown(path)}, of {len(path):,} characters; a path has at most {MOST_BYTES:,} "

@@ -16,6 +16,8 @@ from lowtide.models.errors import BadOption
 
 MOST = (1 << 31) - 1
 """Counts reach native code as 32-bit integers."""
+MOST_WORD = (1 << 63) - 1
+"""More than there is of anything; what has no upper limit ends here."""
 _SHOWN_CHARACTERS = 60
 
 
@@ -38,7 +40,7 @@ def whole_number(
         raise BadOption(f"{name} is {shown(value)}; it must be a whole number{alternative}")
     if not least <= whole <= most:
         raise BadOption(f"{name} is {shown(whole)}; it must be {_range(least, most)}{alternative}")
-    return whole
+    return whole if most < math.inf else min(whole, MOST_WORD)
 
 
 def number(name: str, value: Any, least: float, most: float) -> float:

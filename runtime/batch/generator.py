@@ -11,6 +11,7 @@ from lowtide.memory.plan.batch import BatchPlan
 from lowtide.memory.plan.line import BATCH
 from lowtide.models.errors import BadOption
 from lowtide.models.model import SequenceBatch
+from lowtide.runtime.arguments import checked_all
 from lowtide.runtime.batch.memory import BatchMemory, batch_plans, why_not_drafted
 from lowtide.runtime.generation.generate import generate
 from lowtide.runtime.generation.result import GenerationChunk
@@ -163,18 +164,11 @@ def params_of_each(
     prompts: Sequence[str], params: ParamsOfAll, named: dict[str, Any]
 ) -> list[SamplingParams]:
     """Return the parameters of each prompt; raises `BadOption` where the arguments do not fit each other."""
-    if isinstance(prompts, str):
-        raise BadOption("prompts is a single text; pass a list: [prompt]")
-    if not all(isinstance(prompt, str) for prompt in prompts):
-        raise BadOption("prompts has an item that is not a text; pass a list of texts")
-    if params is None or isinstance(params, SamplingParams):
-        return [SamplingParams.of(params, **named)] * len(prompts)
-    if len(params) != len(prompts):
-        raise BadOption(
-            f"there are {len(params)} parameter sets for {len(prompts)} prompts; pass one for each prompt, "
-            "or one for all"
-        )
-    return [SamplingParams.of(one, **named) for one in params]
+    each = checked_all(params, len(prompts))
+    if each is None:
+        one_for_all: Any = params
+        return [SamplingParams.of(one_for_all, **named)] * len(prompts)
+    return [SamplingParams.of(one, **named) for one in each]
 
 
 def _why_alone(engine: Engine) -> str:

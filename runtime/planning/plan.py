@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
-from pathlib import Path
 
 from lowtide.memory.budget import Budget
 from lowtide.memory.machine import read_machine
@@ -44,12 +44,12 @@ def backend_for(spec: ModelSpec) -> Backend:
     return _ONNX if spec.engine == ONNXRUNTIME else _GGUF
 
 
-def plan_reference(reference: str | Path | None, options: LoadConfig) -> ResolvedModel:
+def plan_reference(reference: str | os.PathLike[str] | None, options: LoadConfig) -> ResolvedModel:
     """Find the model, read its headers and plan; load no weights and refuse nothing that can be read."""
     return plan_spec(find_spec(reference, offline=options.offline), options)
 
 
-def find_spec(reference: str | Path | None, *, offline: bool = False) -> ModelSpec:
+def find_spec(reference: str | os.PathLike[str] | None, *, offline: bool = False) -> ModelSpec:
     """Find the model and read its headers."""
     return read_spec(resolve(reference, offline=offline))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from lowtide.attention.bindings.library import guarded_aborts
 from lowtide.memory.plan.estimates import session_bytes
 from lowtide.memory.plan.line import PREFIXES
 from lowtide.memory.units import OverBudget
+from lowtide.models.arguments.paths import user_path
 from lowtide.models.chat_template import Message, checked_message
 from lowtide.models.errors import SnapshotError
+from lowtide.runtime.arguments import checked_messages
 from lowtide.runtime.errors import TranscriptError
 from lowtide.runtime.generation.chat import LastTurn
 from lowtide.runtime.kv.session import KVSession
@@ -68,15 +71,17 @@ class SavedChats:
         self._alone = alone
 
     def save(
-        self, path: str | Path, messages: Sequence[Message] = (), *, state: bool = True
+        self, path: str | os.PathLike[str], messages: Sequence[Message] = (), *, state: bool = True
     ) -> SavedChat:
         """Write `messages` and a snapshot of the KV cache; an older file stays whole on failure.
 
         With `state=False`, or with an empty cache, the file is JSON with the messages alone. Raises
         `TranscriptError` with the system's reason, and `OverBudget` where the buffer for the snapshot does not fit.
         """
+        is_empty = isinstance(messages, Sequence) and not messages
+        messages = () if is_empty else checked_messages(messages)
         with self._alone():
-            return self._save(Path(path), messages, state=state)
+            return self._save(user_path("path", path), messages, state=state)
 
     def _save(self, path: Path, messages: Sequence[Message], *, state: bool) -> SavedChat:
         model = self._engine.model
@@ -98,7 +103,7 @@ class SavedChats:
             num_bytes = write_chat(path, self._session.save_kv, header.to_dict())
         return SavedChat(num_tokens=num_tokens, num_bytes=num_bytes)
 
-    def load(self, path: str | Path) -> LoadedChat:
+    def load(self, path: str | os.PathLike[str]) -> LoadedChat:
         """Check the file and load its KV snapshot; a running answer ends.
 
         Raises `SnapshotMismatch` where the snapshot is of another model, KV type or attention or does not fit the
@@ -107,7 +112,7 @@ class SavedChats:
         messages again, at worst.
         """
         with self._alone():
-            return self._load(Path(path))
+            return self._load(user_path("path", path))
 
     def _load(self, path: Path) -> LoadedChat:
         with open_chat(path) as file:
@@ -128,9 +133,9 @@ class SavedChats:
             num_tokens=len(self._session.token_ids),
         )
 
-    def read_messages(self, path: str | Path) -> tuple[dict[str, str], ...]:
+    def read_messages(self, path: str | os.PathLike[str]) -> tuple[dict[str, str], ...]:
         """Check the file and return its messages, whichever model answered them; nothing else changes."""
-        path = Path(path)
+        path = user_path("path", path)
         with self._alone(), open_chat(path) as file:
             if file is None:
                 return self._read_transcript(path).messages

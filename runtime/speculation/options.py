@@ -10,7 +10,7 @@ from typing import Any
 
 from lowtide.memory.plan.speculation import SpeculationConfig
 from lowtide.models.arguments.names import option
-from lowtide.models.arguments.paths import exists
+from lowtide.models.arguments.paths import exists, user_path
 from lowtide.models.arguments.values import shown, text
 from lowtide.models.catalog import resolve
 from lowtide.models.errors import BadOption
@@ -47,7 +47,7 @@ class SpeculationArg:
     def text(cls, value: Any) -> str:
         """Return the option as a text; the path of a draft model may be an `os.PathLike`."""
         if isinstance(value, os.PathLike):
-            return os.fsdecode(os.fspath(value))
+            value = str(user_path(option("speculate"), value))
         return text(
             option("speculate"), value, "off, ngram, trigram, auto or the path of a draft model"
         )
