@@ -109,6 +109,7 @@ def _print_known(rows: list[dict[str, Any]]) -> None:
 def _described(reference: str) -> dict[str, Any]:
     from lowtide.memory.plan.estimates import kv_bytes
     from lowtide.models.catalog import resolve
+    from lowtide.models.kind import PURPOSES
     from lowtide.models.read_spec import read_spec
 
     spec = read_spec(resolve(reference))
@@ -117,6 +118,8 @@ def _described(reference: str) -> dict[str, Any]:
         "path": str(spec.path),
         "parts": len(spec.paths),
         "architecture": spec.architecture,
+        "purpose": PURPOSES[spec.kind],
+        "pooling": spec.pooling,
         "quantisation": spec.quantisation,
         "layers": spec.num_layers,
         "heads": spec.num_heads,

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lowtide.models.kind import DECODER, Kind
+
 TILE_ROWS = 16
 """Rows of a matrix that are repacked together (`attention/native/matmul/repack.h`)."""
 TILE_ALIGNMENT = 64
@@ -56,7 +58,7 @@ class WeightGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """The shape and size of a decoder-only model.
+    """The shape and size of a model.
 
     `num_kv_heads` and `feed_forward_width` have one entry per layer, 0 where a layer has none.
     `sliding_window` is None where every layer attends to the whole context. `weight_bytes` is the size of all
@@ -71,6 +73,9 @@ class ModelSpec:
     per byte of text while it is tokenised: llama.cpp's is 123 at worst (one word of blanks), 18 to 48 for
     natural text. `header_bytes` is the size of the header's keys and values, `header_texts` the number of
     strings in them, `num_tensors` that of tensors; 0 where they are not known.
+
+    `kind` says what the model is for. `pooling` is how its header makes one embedding from those of all tokens
+    ("mean", "cls", ...), None where it does not say.
     """
 
     paths: tuple[Path, ...]
@@ -104,6 +109,8 @@ class ModelSpec:
     header_bytes: int = 0
     header_texts: int = 0
     num_tensors: int = 0
+    kind: Kind = DECODER
+    pooling: str | None = None
 
     @property
     def path(self) -> Path:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowtide.models.errors import ModelError
+from lowtide.models.gguf.kind import llama_kind
 from lowtide.models.gguf.llama_cpp import llama_library
 from lowtide.models.gguf.model import LoadOptions, context_parameters, model_parameters
+from lowtide.models.kind import Kind
 from lowtide.models.spec import ModelSpec
 
 _COMPUTE = re.compile(r"compute buffer size = +(\d+\.\d+) MiB")
@@ -54,7 +56,12 @@ class SimulatedGguf:
 
     def context(self, context: int, batch_size: int, kv_type: str) -> SimulatedContext:
         """Return the size of a context of `context` tokens with batches of `batch_size`."""
-        options = LoadOptions(context=context, batch_size=batch_size, threads=1, kv_type=kv_type)
+        return self.laid_out(
+            LoadOptions(context=context, batch_size=batch_size, threads=1, kv_type=kv_type)
+        )
+
+    def laid_out(self, options: LoadOptions) -> SimulatedContext:
+        """Return the size of a context with these options."""
         if options not in self._contexts:
             self._contexts[options] = self._measured(options)
         return self._contexts[options]
@@ -67,11 +74,16 @@ class SimulatedGguf:
     def hold(self, context: int, batch_size: int, kv_type: str) -> None:
         """Lay out a context that stays until `release`: what is resident then includes its graph."""
         options = LoadOptions(context=context, batch_size=batch_size, threads=1, kv_type=kv_type)
-        self._held = self._api.llama_init_from_model(
-            self._model, context_parameters(self._api, options)
-        )
+        self._hold(options)
+
+    def _hold(self, options: LoadOptions) -> None:
+        with self._library.collected_messages() as messages:
+            self._held = self._api.llama_init_from_model(
+                self._model, context_parameters(self._api, options)
+            )
         if not self._held:
             raise ModelError(f"llama.cpp cannot lay out a context for {self._spec.name}")
+        self.kind: Kind = llama_kind(self._api, self._model, self._held, messages)
 
     def release(self) -> None:
         """Free the context that is held, if any is."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lowtide.models.errors import ForwardError, ModelError, UnsupportedModel
 from lowtide.models.fingerprint import file_fingerprint
 from lowtide.models.gguf.gpu import cpu_buffer_type, device_address
+from lowtide.models.gguf.kind import llama_kind
 from lowtide.models.gguf.llama_cpp import LlamaLibrary, llama_library
 from lowtide.models.gguf.reader import TYPE_NUMBERS
 from lowtide.models.gguf.sequences import BatchKernels, GgufSequences
@@ -30,6 +31,7 @@ from lowtide.models.gguf.state import (
     write_state,
 )
 from lowtide.models.gguf.tokenizer import GgufTokenizer
+from lowtide.models.kind import require_decoder
 from lowtide.models.model import Model, SequenceBatch
 from lowtide.models.spec import ModelSpec
 
@@ -226,6 +228,7 @@ class GgufModel(Model):
             with options.stage("context"):
                 self._context = self._create_context(options)
             self._memory = self._api.llama_get_memory(self._context)
+            require_decoder(spec, llama_kind(self._api, self._model, self._context))
             self._batch = TokenBatch(self._api, options.batch_size)
         except BaseException:
             self.close()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lowtide.models.errors import BadModelFile
 from lowtide.models.fingerprint import DIGITS
+from lowtide.models.gguf.kind import POOLINGS, header_kind
 from lowtide.models.gguf.reader import ArrayValue, GgufContents, TensorInfo, read_gguf
 from lowtide.models.gguf.repacked import repacked_names
 from lowtide.models.spec import KV_PADDING, ModelSpec, VocabularySpec, WeightGroup, WeightSpan
@@ -111,7 +112,18 @@ class _Keys:
             header_bytes=sum(part.metadata_end for part in parts),
             header_texts=sum(part.num_texts for part in parts),
             num_tensors=len(tensors),
+            kind=header_kind(
+                self.contents.metadata.get(f"{self.architecture}.attention.causal"),
+                (tensor.name for tensor in tensors),
+            ),
+            pooling=self._pooling(),
         )
+
+    def _pooling(self) -> str | None:
+        number = self.contents.metadata.get(f"{self.architecture}.pooling_type")
+        if not isinstance(number, int) or not 0 <= number < len(POOLINGS):
+            return None
+        return POOLINGS[number]
 
     def _feed_forward_width(self, num_layers: int) -> tuple[int, ...]:
         """Return the feed-forward width of each layer: that of all experts that a token passes through."""

@@ -30,6 +30,7 @@ from lowtide.models.chat_template import ChatTemplate
 from lowtide.models.errors import ModelError, TemplateError
 from lowtide.models.gguf.dry_run import SimulatedContext, SimulatedGguf
 from lowtide.models.gguf.llama_cpp import llama_library
+from lowtide.models.kind import require_decoder
 from lowtide.models.spec import ModelSpec
 
 SHORTEST_LAYOUT, LONGEST_LAYOUT = 256, 131_072
@@ -178,6 +179,11 @@ def measured_baseline(
         return
     measured = replace(_baseline(spec, before), template_bytes=template_bytes)
     simulated.release()
+    try:
+        require_decoder(spec, simulated.kind)
+    except ModelError:
+        simulated.close()
+        raise
     trim_heap()
     room_bytes = budget.num_bytes - read_process_memory().resident_bytes
     sizes = SimulatedSizes(spec, simulated, room_bytes)

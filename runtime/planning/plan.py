@@ -15,6 +15,7 @@ from lowtide.memory.plan.speculation import SpeculationConfig
 from lowtide.models.arguments.names import option
 from lowtide.models.catalog import resolve
 from lowtide.models.errors import BadOption
+from lowtide.models.kind import require_decoder
 from lowtide.models.model import Model
 from lowtide.models.onnx.spec import ENGINE as ONNXRUNTIME
 from lowtide.models.read_spec import read_spec
@@ -63,7 +64,11 @@ def plan_model(model: Model, options: LoadConfig) -> ResolvedModel:
 def plan_spec(
     spec: ModelSpec, options: LoadConfig, backend: Backend | None = None
 ) -> ResolvedModel:
-    """Plan a model with a known spec; `backend` None is the one for its kind of file."""
+    """Plan a model with a known spec; `backend` None is the one for its kind of file.
+
+    Raises `UnsupportedModel` for a model that cannot generate text.
+    """
+    require_decoder(spec, spec.kind)
     backend = backend or backend_for(spec)
     machine = read_machine()
     budget = Budget.from_user(options.memory, machine)

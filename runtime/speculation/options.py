@@ -15,6 +15,7 @@ from lowtide.models.arguments.values import shown, text
 from lowtide.models.catalog import resolve
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf.spec import read_spec
+from lowtide.models.kind import require_decoder
 from lowtide.models.read_spec import require_original
 from lowtide.models.spec import ModelSpec
 
@@ -91,8 +92,8 @@ class SpeculationArg:
     def resolve(self, target: ModelSpec, *, offline: bool = False) -> SpeculationConfig | None:
         """Return what the plan must know, None where speculation is off; reads a draft model's header.
 
-        Raises `ModelNotFound` if the draft model does not exist, and `BadOption` if its vocabulary differs
-        from the target's.
+        Raises `ModelNotFound` if the draft model does not exist, `UnsupportedModel` if it generates no text, and
+        `BadOption` if its vocabulary differs from the target's.
         """
         if self.is_off:
             return None
@@ -102,6 +103,7 @@ class SpeculationArg:
                 verify_batch=verify_batch, table_bytes=TABLE_BYTES, token_bytes=TOKEN_BYTES
             )
         draft = require_original(read_spec(resolve(self.model, offline=offline)))
+        require_decoder(draft, draft.kind)
         require_vocabulary(draft, target)
         return SpeculationConfig(
             verify_batch=verify_batch, token_bytes=TOKEN_BYTES, draft_model=draft
