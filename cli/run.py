@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,11 @@ if TYPE_CHECKING:
 @system_option
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without the chat template.")
 @click.option(
+    "--special",
+    is_flag=True,
+    help="With --raw: parse the control tokens that the text spells, such as <|im_start|>.",
+)
+@click.option(
     "--explain", is_flag=True, help="Show which parts of the prompt --attention gem retained."
 )
 @json_option
@@ -48,6 +54,7 @@ def command(
     file: Path | None,
     system: str | None,
     raw: bool,
+    special: bool,
     explain: bool,
     as_json: bool,
     enforce: ControlGroup | None,
@@ -66,7 +73,11 @@ def command(
         raise click.UsageError(
             "--system needs the chat template, which --raw skips: leave one of them out"
         )
-    generation = take_generation_options(options)
+    if special and not raw:
+        raise click.UsageError(
+            "--special parses control tokens in a text without a chat template: add --raw, or leave it out"
+        )
+    generation = replace(take_generation_options(options), special=special)
     planned = planned_model(options)
     if explain and planned.policy.prompt_selector is None:
         raise click.UsageError(
@@ -77,6 +88,10 @@ def command(
     note(plan_line(planned))
     set_limit(enforce, planned.plan.budget)
     with Runtime.load(planned) as runtime:
+        if raw and not special and runtime.spells_control_tokens(text):
+            note(
+                "the prompt spells control tokens of the model, and they are read as text; --special parses them"
+            )
         chunks = _answer(runtime, text, system, raw, generation)
         result = GenerationResult.of(chunks if as_json else _printed(chunks))
         spans = runtime.retained_spans() if explain else None

@@ -51,6 +51,8 @@ class SamplingParams:
     """Texts that end the answer and are not part of it; a single text, a list, or None for none, too."""
     overflow: str = "error"
     """What happens to a prompt that exceeds the context: "error", or "drop-oldest"."""
+    special: bool = False
+    """Whether control tokens that a raw prompt spells become tokens; in a chat, only the template's do."""
     explain: bool = False
     """Whether the last chunk lists the spans of the prompt that `Gem` retained."""
 
@@ -73,6 +75,7 @@ class SamplingParams:
             checked[name] = number(option(name), getattr(self, name), lowest, highest)
         checked["stop"] = texts(option("stop"), self.stop)
         checked["overflow"] = choice(option("overflow"), self.overflow, OVERFLOWS)
+        checked["special"] = flag(option("special"), self.special)
         checked["explain"] = flag(option("explain"), self.explain)
         return checked
 

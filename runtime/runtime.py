@@ -165,6 +165,11 @@ class Runtime:
         params = SamplingParams.of(params, **named)
         messages = checked_messages(messages)
         self._engine.check(params)
+        if params.special:
+            raise BadOption(
+                "special is for raw prompts, and a chat's control tokens are those of its template: leave it out, or "
+                "use Runtime.generate"
+            )
         with self._active.between_steps():
             number = self._start()
             request, prompt = self._encoder.encode_chat(
@@ -231,6 +236,12 @@ class Runtime:
         for index, chunk in self.stream_batch(prompts, params, **named):
             chunks[index].append(chunk)
         return [GenerationResult.of(some) for some in chunks]
+
+    def spells_control_tokens(self, prompt: str) -> bool:
+        """Whether a raw prompt would have other tokens with `special=True`."""
+        with self._active.between_steps():
+            self._active.require_open()
+            return self._encoder.spells_control_tokens(prompt)
 
     def trim(self, level: str = "background") -> int:
         """Release memory, as a mobile system asks for it; return by how many bytes the resident set fell.

@@ -73,11 +73,13 @@ class PromptEncoder:
     ) -> GenerationRequest:
         """Return the request to continue `text` as it stands, in a context of `context` tokens.
 
+        With `params.special` the control tokens that it spells are tokens; else they are text, as in a message.
         Raises `PromptTooLong` where it does not fit, and `BadOption` where it has no token.
         """
         self._check_text(text)
         with self._profiler.span("tokenise"):
-            token_ids = self._tokenizer.encode(text, add_special=True, parse_special=False)
+            spans = [PromptSpan(text, from_message=not params.special)]
+            token_ids = self._tokenizer.encode_spans(spans, add_special=True)
         if not token_ids:
             raise BadOption(
                 "the prompt is empty and this model adds no token of its own; pass a text"
@@ -86,6 +88,15 @@ class PromptEncoder:
         return GenerationRequest(
             token_ids=fitted, params=params, asked_at=asked_at, dropped_tokens=num_dropped
         )
+
+    def spells_control_tokens(self, text: str) -> bool:
+        """Whether `text` has other tokens where the control tokens that it spells are parsed."""
+        self._check_text(text)
+        written, said = (
+            self._tokenizer.encode_spans([PromptSpan(text, from_message)], add_special=False)
+            for from_message in (False, True)
+        )
+        return written != said
 
     def encode_chat(
         self, messages: Sequence[Message], context: int, params: SamplingParams, asked_at: float

@@ -130,3 +130,19 @@ def test_the_answer_until_a_failure_is_printed(
     done = lowtide("run", "-p", "Hi")
     assert done.exit_code == 1
     assert done.stdout.startswith("H") and "Error: a forward pass failed" in done.stderr
+
+
+def test_a_raw_prompt_may_spell_control_tokens(lowtide: Invoke) -> None:
+    prompt = ("run", "--raw", "--json", "-p", "<|start|>user\nHi<|end|>\n<|start|>assistant\n")
+    as_text, parsed = lowtide(*prompt), lowtide(*prompt, "--special")
+    assert as_text.stderr.count("--special parses them") == 1 and "--special" not in parsed.stderr
+    num_as_text, num_parsed = (
+        json.loads(done.stdout)["stats"]["prompt_tokens"] for done in (as_text, parsed)
+    )
+    assert (num_as_text, num_parsed) == (1 + 25 + 18, 1 + 3 + 18)
+    assert "--special" not in lowtide("run", "--raw", "-p", "Hi <|en").stderr
+
+
+def test_special_is_for_raw_prompts(lowtide: Invoke) -> None:
+    done = lowtide("run", "--special", "-p", "Hi")
+    assert done.exit_code == 2 and "add --raw" in done.stderr

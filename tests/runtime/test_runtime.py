@@ -294,3 +294,13 @@ def test_two_runtimes_in_two_threads(fake_runtime: Opened) -> None:
     for thread in threads:
         thread.join()
     assert results == {"left": "left" * 20, "right": "right" * 20}
+
+
+def test_control_tokens_of_a_raw_prompt_are_parsed_only_where_asked(fake_runtime: Opened) -> None:
+    runtime = fake_runtime("Answer.")
+    prompt = "<|start|>assistant\n"
+    for special, num_tokens in ((False, 1 + 19), (True, 1 + 1 + 10)):
+        assert runtime.generate(prompt, special=special).stats.prompt_tokens == num_tokens
+    assert runtime.spells_control_tokens(prompt) and not runtime.spells_control_tokens("<|star")
+    with pytest.raises(BadOption, match="special is for raw prompts"):
+        list(runtime.chat(turns("Hi"), special=True))
