@@ -127,11 +127,13 @@ def command(
     else:
         context = max(task.to_dict()["depth"] for task in tasks) + tokens + 1
     options["context"] = options["context"] or context
+    options["expected_tokens"] = context
     planned = plan_with(spec, take_open_options(options))
     planned.require_fit()
     config = {
         "memory": planned.plan.budget.num_bytes,
         "context": planned.plan.context,
+        "expected_tokens": context,
         "kv_type": planned.plan.kv_type,
         "threads": planned.options.num_threads,
         "batch_size": planned.plan.batch_size,

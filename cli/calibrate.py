@@ -105,6 +105,7 @@ def command(
     request = CalibrationRequest(Targets(target_kl, target_key_loss), max_layers, k)
     calibrator.check(spec, request)
     options["context"] = options["context"] or min(DEFAULT_CONTEXT, spec.context_length)
+    options["expected_tokens"] = options["context"]
     options["attention"] = "dense"
     config = replace(
         take_open_options(options),

@@ -11,6 +11,7 @@ import click
 if TYPE_CHECKING:
     from lowtide.models.spec import ModelSpec
     from lowtide.runtime.options import SamplingParams
+    from lowtide.runtime.planning.expected import ExpectedPrompt
     from lowtide.runtime.planning.plan import LoadConfig, ResolvedModel
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -239,17 +240,19 @@ def take_open_options(options: dict[str, Any]) -> LoadConfig:
 
     names = (
         "memory context kv_type threads attention prefix_cache repack speculate gpu_layers gpu_memory "
-        "provider"
+        "provider expected_tokens"
     ).split()
     options["repack"] |= options.pop("pack")  # a hidden alias
     return LoadConfig(**{name: options.pop(name) for name in names if name in options})
 
 
-def plan_with(spec: ModelSpec, options: LoadConfig) -> ResolvedModel:
-    """Plan the model, and print a warning if the budget is unusual."""
+def plan_with(
+    spec: ModelSpec, options: LoadConfig, prompt: ExpectedPrompt | None = None
+) -> ResolvedModel:
+    """Plan the model, with room for `prompt`, and print a warning if the budget is unusual."""
     from lowtide.runtime.planning.plan import plan_spec
 
-    planned = plan_spec(spec, options)
+    planned = plan_spec(spec, options, prompt=prompt)
     if planned.plan.budget.warning:
         click.echo(f"Warning: {planned.plan.budget.warning}", err=True)
     return planned

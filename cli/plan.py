@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 @opening_options
 @speculate_option
 @prefix_cache_option
+@click.option(
+    "--expected-tokens",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="TOKENS",
+    help="Make room for a prompt and its answer of so many tokens before anything else.  [default: unknown]",
+)
 @json_option
 def command(as_json: bool, **options: Any) -> None:
     """Show how much memory each component of a model needs. Reads its headers and loads nothing.

@@ -63,16 +63,18 @@ def command(
     """
     from lowtide import Profiler, Runtime
     from lowtide.cli.output import json_object, note, plan_line
-    from lowtide.memory.plan.estimates import prompt_limit_bytes
+    from lowtide.runtime.planning.expected import ExpectedPrompt, prompt_limit
 
     _check_outputs(report, trace, png)
     generation = take_generation_options(options)
     profiler = Profiler()
+    spec = take_spec(options)
+    config = replace(take_open_options(options), profiled=True)
+    turns = _turns(prompt, script, prompt_limit(spec, config))
+    messages = [{"role": "user", "content": turn} for turn in turns]
     with profiler.span("plan"):
-        spec = take_spec(options)
-        planned = plan_with(spec, replace(take_open_options(options), profiled=True))
+        planned = plan_with(spec, config, ExpectedPrompt(messages=messages, params=generation))
     planned.require_fit()
-    turns = _turns(prompt, script, prompt_limit_bytes(planned.plan.kv_tokens))
     note(plan_line(planned))
     with Runtime.load(planned, profiler=profiler) as runtime:
         answers = _run(runtime, turns, generation)

@@ -14,16 +14,17 @@ from lowtide.cli.options import (
     generation_options,
     json_option,
     opening_options,
-    planned_model,
+    plan_with,
     speculate_option,
     system_option,
     take_generation_options,
+    take_open_options,
+    take_spec,
 )
 
 if TYPE_CHECKING:
-    from lowtide import GenerationChunk, Runtime
+    from lowtide import GenerationChunk
     from lowtide.memory.os.cgroup import ControlGroup
-    from lowtide.runtime.options import SamplingParams
 
 
 @click.command("run", short_help="Answer one prompt.")
@@ -67,7 +68,7 @@ def command(
     from lowtide import GenerationResult, Runtime
     from lowtide.cli.input import prompt_text
     from lowtide.cli.output import json_object, note, plan_line, statistics_line
-    from lowtide.memory.plan.estimates import prompt_limit_bytes
+    from lowtide.runtime.planning.expected import ExpectedPrompt, prompt_limit
 
     if system is not None and raw:
         raise click.UsageError(
@@ -78,13 +79,17 @@ def command(
             "--special parses control tokens in a text without a chat template: add --raw, or leave it out"
         )
     generation = replace(take_generation_options(options), special=special)
-    planned = planned_model(options)
+    spec = take_spec(options)
+    config = take_open_options(options)
+    text = prompt_text(prompt, file, prompt_limit(spec, config))
+    messages = [] if raw else _messages(text, system)
+    expected = ExpectedPrompt(text=text, messages=messages, params=generation)
+    planned = plan_with(spec, config, expected)
     if explain and planned.policy.prompt_selector is None:
         raise click.UsageError(
             "--explain shows what --attention gem retained of a prompt: add --attention gem"
         )
     planned.require_fit()
-    text = prompt_text(prompt, file, prompt_limit_bytes(planned.plan.kv_tokens))
     note(plan_line(planned))
     set_limit(enforce, planned.plan.budget)
     with Runtime.load(planned) as runtime:
@@ -92,7 +97,11 @@ def command(
             note(
                 "the prompt spells control tokens of the model, and they are read as text; --special parses them"
             )
-        chunks = _answer(runtime, text, system, raw, generation)
+        chunks = (
+            runtime.stream(text, params=generation)
+            if raw
+            else runtime.chat(messages, params=generation)
+        )
         result = GenerationResult.of(chunks if as_json else _printed(chunks))
         spans = runtime.retained_spans() if explain else None
     if as_json:
@@ -113,15 +122,9 @@ def command(
     note(statistics_line(result.stats, result.finish_reason, generation))
 
 
-def _answer(
-    runtime: Runtime, text: str, system: str | None, raw: bool, generation: SamplingParams
-) -> Iterator[GenerationChunk]:
-    if raw:
-        return runtime.stream(text, params=generation)
+def _messages(text: str, system: str | None) -> list[dict[str, str]]:
     messages = [{"role": "user", "content": text}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    return runtime.chat(messages, params=generation)
+    return messages if system is None else [{"role": "system", "content": system}, *messages]
 
 
 def _printed(chunks: Iterator[GenerationChunk]) -> Iterator[GenerationChunk]:

@@ -86,6 +86,7 @@ class Runtime:
         * `context`: tokens of context; default the longest that fits
         * `kv_type`: "f16", "q8_0" or "q4_0"; default the best that fits
         * `batch_size`: tokens of a forward pass
+        * `expected_tokens`: tokens of the longest prompt with its answer, if known; the plan makes room for them first
         * `threads`: default the cores that this process may use
         * `attention`: "llama" (the engine's kernels, the default), "dense" (lowtide's, exact), or an approximation:
           "tidal", "delta", "gem", or a policy object such as `Tidal(k=512)`

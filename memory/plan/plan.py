@@ -32,6 +32,8 @@ class PlanRequest:
     context: int | None = None
     kv_type: str | None = None
     batch_size: int | None = None
+    expected_tokens: int = 0
+    """Tokens of the longest prompt with its answer, if they are known: they come before everything else."""
     threads: int = 2
     attention_threads: int = 0
     """Threads of lowtide's attention kernels; 0 if llama.cpp's own attention runs."""
@@ -53,6 +55,10 @@ class PlanRequest:
     def __post_init__(self) -> None:
         if self.context is not None and self.context < 1:
             raise BadOption(f"{option('context')} is {self.context}; it must be at least 1 token")
+        if self.expected_tokens < 0:
+            raise BadOption(
+                f"expected_tokens is {self.expected_tokens}; it must be 0, for unknown, or more"
+            )
         if self.kv_type is not None and self.kv_type not in KV_TYPES:
             raise BadOption(
                 f"{option('kv_type')} is {self.kv_type!r}; it must be one of {', '.join(KV_TYPES)}"
@@ -79,7 +85,8 @@ class ProcessBaseline:
     `tolerance_bytes` is how much measurements differ from run to run. `repacks` says whether llama.cpp may
     copy weights into layouts of its own. `vocabulary_loading_bytes` are needed for a moment while the
     vocabulary is loaded, before the weights are. A measured `template_bytes` replaces the formula of what
-    compiling the chat template takes for a moment.
+    compiling the chat template takes for a moment. `prompt_tokens` are those of the prompt that is held while the
+    model is planned, with its answer.
     """
 
     interpreter_bytes: int
@@ -90,6 +97,7 @@ class ProcessBaseline:
     vocabulary_bytes: int | None = None
     vocabulary_loading_bytes: int = 0
     template_bytes: int | None = None
+    prompt_tokens: int = 0
     tolerance_bytes: int = 0
 
 

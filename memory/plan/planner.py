@@ -1,25 +1,20 @@
 """The planner: from a model, a request and a budget to a `MemoryPlan`, by arithmetic alone.
 
-If not everything fits, the planner reduces in this order, starting with what does not change any answer:
-speculation; the prefix cache; the cached filter prefill; the batch size of a prefill; the context, if the
-user did not set it; resident weights (they are streamed instead); the type of the KV cache; the planned size
-of the KV cache, if the user set the context. If that is not enough, the plan does not fit. The planner never
-shortens a context that the user set, and never drops a draft model that the user named.
+The candidates stand on a ladder (`memory/plan/ladder.py`), and the highest one that fits is the plan. Caches, and
+speculation where weights are not streamed, get what the preferred candidate leaves. If not even the lowest rung
+fits, the plan does not fit. The planner never shortens a context that the user set, and never drops a draft model
+that the user named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from lowtide.memory.budget import WATCHED_SHARE, Budget
-from lowtide.memory.plan.estimates import (
-    KV_PADDING,
-    ContextSizes,
-    FormulaSizes,
-    supports_kv_type,
-)
+from lowtide.memory.plan.estimates import ContextSizes, FormulaSizes, supports_kv_type
 from lowtide.memory.plan.gpu import require_gpu_fit
+from lowtide.memory.plan.ladder import MIN_CONTEXT as MIN_CONTEXT
+from lowtide.memory.plan.ladder import Ladder, LadderBounds
 from lowtide.memory.plan.line import PlanCandidate
 from lowtide.memory.plan.lines import PlanLines
 from lowtide.memory.plan.plan import MemoryPlan, PlanRequest, ProcessBaseline
@@ -28,9 +23,7 @@ from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
 
-MIN_CONTEXT = 512
-"""The shortest context that the planner chooses by itself, in tokens."""
-BATCH_SIZES = (128, 64, 32)
+BATCH_SIZES = (32, 64, 128)
 """Tokens per prefill batch. More than 128 measured no faster, and Ctrl-C would have to wait longer."""
 
 
@@ -115,7 +108,7 @@ def _check(spec: ModelSpec, options: PlanRequest) -> None:
 
 
 class _Planner:
-    """Searches the candidates of one model for the best one within a budget."""
+    """Finds the best candidate of one model within a budget."""
 
     def __init__(
         self,
@@ -130,183 +123,116 @@ class _Planner:
         self._budget_bytes = budget_bytes
         self._baseline = baseline
         self.lines = PlanLines(spec, options, baseline, sizes)
-        self._batch_sizes = BATCH_SIZES if options.batch_size is None else (options.batch_size,)
-        # Weights on a GPU are not streamed from the file.
-        self._can_stream = (
-            baseline.can_stream_weights and bool(spec.weight_groups) and not options.gpu
-        )
+        self._ladder = Ladder(self._bounds())
 
     def preferred(self) -> PlanCandidate:
         """Return the candidate for unlimited memory."""
-        context = self._options.context or self._spec.context_length
-        candidate = self._candidate(context, self._kv_types[0])
         return replace(
-            candidate,
+            self._ladder.top,
             prefix_bytes=self._options.prefix_bytes,
             cache_filter_pass=self._options.filter_prefill is not None,
-            verify_batch=max(self._verify_batches, default=0),
+            verify_batch=max(self._verify_batches),
         )
 
     def best(self) -> PlanCandidate | None:
         """Return the best candidate that fits, None if none does.
 
-        Caches and speculation get only what the rest leaves below the level at which the watchdog would
-        release them at once.
+        Caches get only what the preferred candidate leaves below the level at which the watchdog would release
+        them at once; a candidate that is not the preferred one has none, or the next MiB would shrink them.
         """
-        found = self._best_without_caches()
-        if found is None:
-            return None
+        found = self._ladder.highest(self._fits)
+        if found is None or found != self._ladder.top:
+            return found
         watched_bytes = int(self._budget_bytes * WATCHED_SHARE)
         if self._options.filter_prefill is not None:
             caching = replace(found, cache_filter_pass=True)
             found = caching if self.lines.total_bytes(caching) <= watched_bytes else found
         left_bytes = watched_bytes - self.lines.total_bytes(found)
         found = replace(found, prefix_bytes=min(self._options.prefix_bytes, max(left_bytes, 0)))
-        return self._with_speculation(found, watched_bytes)
-
-    def _with_speculation(self, found: PlanCandidate, limit_bytes: int) -> PlanCandidate:
-        """Return the candidate with the largest verify batch that fits into `limit_bytes`."""
-        candidates = (replace(found, verify_batch=size) for size in self._verify_batches)
-        return next((c for c in candidates if self.lines.total_bytes(c) <= limit_bytes), found)
-
-    def _best_without_caches(self) -> PlanCandidate | None:
-        """Return the first candidate that fits, with as many resident layers as fit; None if none does."""
-        found = next(filter(self._fits, self._from_best_to_smallest()), None)
-        if found is None or found.resident_layers is None:
-            return found
-        # A pass that streams weights costs the same for any number of tokens. So speculation gains more
-        # than a resident layer does, and gets its memory first.
-        found = self._with_speculation(found, self._budget_bytes)
-        return self._longest(
-            lambda layers: replace(found, resident_layers=layers), 0, self._spec.num_layers
-        )
+        larger = [size for size in self._verify_batches if size > found.verify_batch]
+        faster = (replace(found, verify_batch=size) for size in reversed(larger))
+        return next((c for c in faster if self.lines.total_bytes(c) <= watched_bytes), found)
 
     def smallest(self) -> PlanCandidate:
         """Return the candidate that needs the fewest bytes."""
-        context = self._options.context or min(MIN_CONTEXT, self._spec.context_length)
-        kv_tokens = min(context, MIN_CONTEXT) if self._baseline.kv_on_demand else context
         candidates = [
-            self._small(context, kv_type, resident_layers=layers, kv_tokens=kv_tokens)
+            self._ladder.smallest(kv_type, layers)
             for kv_type in self._kv_types
-            for layers in self._resident_layers
+            for layers in ((None, 0) if self._can_stream else (None,))
         ]
-        return min(
-            candidates, key=lambda c: (self._bytes_beyond_gpus(c), self.lines.total_bytes(c))
+        return min(candidates, key=self._cost)
+
+    def _bounds(self) -> LadderBounds:
+        options = self._options
+        draft = options.speculation is not None and options.speculation.draft_model is not None
+        verify_batches = self._verify_batches
+        bounds = LadderBounds(
+            longest=options.context or self._spec.context_length,
+            stated_context=options.context,
+            expected=options.expected_tokens,
+            kv_on_demand=self._baseline.kv_on_demand,
+            kv_types=self._kv_types[:1],
+            batch_sizes=BATCH_SIZES if options.batch_size is None else (options.batch_size,),
+            # A draft model is part of the request: it is never dropped, only verified in smaller batches.
+            verify_batches=verify_batches[1:] if draft else verify_batches,
+            num_layers=self._spec.num_layers,
+            streams=False,
         )
+        bounds = replace(bounds, streams=self._streaming_helps(Ladder(bounds)))
+        return replace(bounds, kv_types=self._helpful_kv_types(bounds))
 
-    def _from_best_to_smallest(self) -> Iterator[PlanCandidate]:
-        requested = self._options.context
-        for kv_type in self._kv_types:
-            for layers in self._resident_layers:
-                if layers is None:
-                    for batch_size in self._batch_sizes:
-                        context = requested or self._spec.context_length
-                        yield self._candidate(context, kv_type, batch_size)
-                if requested is not None:
-                    yield self._small(requested, kv_type, resident_layers=layers)
-                else:
-                    yield from self._longest_context(kv_type, layers)
-        if requested is not None and self._baseline.kv_on_demand:
-            for kv_type in self._kv_types:
-                yield from self._largest_cache(requested, kv_type)
+    def _streaming_helps(self, ladder: Ladder) -> bool:
+        """Whether streamed weights take less than resident ones; tiny models have nothing to stream."""
+        if not self._can_stream:
+            return False
+        kv_type = self._kv_types[0]
+        return self._cost(ladder.smallest(kv_type, 0)) < self._cost(ladder.smallest(kv_type, None))
 
-    def _longest_context(
-        self, kv_type: str, resident_layers: int | None
-    ) -> Iterator[PlanCandidate]:
-        """Yield the longest context that fits, in steps of the cache's padding, if any does."""
-        limit = self._spec.context_length
-        found = self._longest(
-            lambda steps: self._small(
-                min(max(steps * KV_PADDING, MIN_CONTEXT), limit),
-                kv_type,
-                resident_layers=resident_layers,
-            ),
-            MIN_CONTEXT // KV_PADDING,
-            -(-limit // KV_PADDING),
-        )
-        if found is not None:
-            yield found
-
-    def _largest_cache(self, context: int, kv_type: str) -> Iterator[PlanCandidate]:
-        """Yield the requested context with the largest planned KV cache that fits, if any does."""
-        layers = self._resident_layers[-1]
-        found = self._longest(
-            lambda steps: self._small(
-                context, kv_type, resident_layers=layers, kv_tokens=min(steps * KV_PADDING, context)
-            ),
-            MIN_CONTEXT // KV_PADDING,
-            -(-context // KV_PADDING),
-        )
-        if found is not None:
-            yield found
-
-    def _longest(
-        self, candidate_of: Callable[[int], PlanCandidate], least: int, most: int
-    ) -> PlanCandidate | None:
-        """Return the candidate of the largest number from `least` to `most` that fits, by bisection."""
-        if not self._fits(candidate_of(least)):
-            return None
-        low, high = least, max(most, least) + 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self._fits(candidate_of(middle)):
-                low = middle
-            else:
-                high = middle
-        return candidate_of(low)
+    def _helpful_kv_types(self, bounds: LadderBounds) -> tuple[str, ...]:
+        """Return the preferred type last, and before it those that take less, with few tokens and with many."""
+        choices = [
+            replace(
+                Ladder(replace(bounds, longest=tokens)).top,
+                batch_size=bounds.batch_sizes[0],
+                resident_layers=0 if bounds.streams else None,
+            )
+            for tokens in (bounds.least, bounds.needed)
+        ]
+        helpful = [self._kv_types[0]]
+        for kv_type in self._kv_types[1:]:
+            if all(
+                self._cost(replace(choice, kv_type=kv_type))
+                < self._cost(replace(choice, kv_type=helpful[-1]))
+                for choice in choices
+            ):
+                helpful.append(kv_type)
+        return tuple(reversed(helpful))
 
     def _fits(self, candidate: PlanCandidate) -> bool:
-        fits_process = self.lines.total_bytes(candidate) <= self._budget_bytes
-        return fits_process and not self._bytes_beyond_gpus(candidate)
+        beyond_gpus, num_bytes = self._cost(candidate)
+        return num_bytes <= self._budget_bytes and not beyond_gpus
 
-    def _bytes_beyond_gpus(self, candidate: PlanCandidate) -> int:
-        """Return by how many bytes the requested layers exceed the budgets of their GPUs."""
+    def _cost(self, candidate: PlanCandidate) -> tuple[int, int]:
+        """Return by how many bytes the requested layers exceed the budgets of their GPUs, and the planned peak."""
         gpus = self.lines.gpus(candidate)
-        return sum(max(gpu.total_bytes - gpu.budget_bytes, 0) for gpu in gpus)
+        beyond_gpus = sum(max(gpu.total_bytes - gpu.budget_bytes, 0) for gpu in gpus)
+        return beyond_gpus, self.lines.total_bytes(candidate)
 
-    def _candidate(
-        self, context: int, kv_type: str, batch_size: int | None = None
-    ) -> PlanCandidate:
-        config = self._options.speculation
-        # A draft model is part of the request: it is never dropped, only verified in smaller batches.
-        smallest_verify = min(self._verify_batches) if config and config.draft_model else 0
-        return PlanCandidate(
-            context=context,
-            batch_size=batch_size or self._batch_sizes[0],
-            kv_type=kv_type,
-            kv_tokens=context,
-            verify_batch=smallest_verify,
-        )
-
-    def _small(
-        self,
-        context: int,
-        kv_type: str,
-        *,
-        resident_layers: int | None,
-        kv_tokens: int | None = None,
-    ) -> PlanCandidate:
-        """Return a candidate with the smallest batch size."""
-        candidate = self._candidate(context, kv_type, self._batch_sizes[-1])
-        return replace(
-            candidate,
-            resident_layers=resident_layers,
-            kv_tokens=kv_tokens if kv_tokens else context,
-        )
+    @property
+    def _can_stream(self) -> bool:
+        """Whether weights can be streamed from the file; those on a GPU are not."""
+        has_groups = bool(self._spec.weight_groups)
+        return self._baseline.can_stream_weights and has_groups and not self._options.gpu
 
     @property
     def _verify_batches(self) -> tuple[int, ...]:
-        """Sizes of a verification, largest first; empty without speculation."""
+        """Sizes of a verification, smallest first; 0 is none."""
         config = self._options.speculation
-        return config.verify_batches() if config is not None else ()
-
-    @property
-    def _resident_layers(self) -> tuple[int | None, ...]:
-        """All weights resident (None) and, if weights can be streamed, no layer resident (0)."""
-        return (None, 0) if self._can_stream else (None,)
+        return (0, *reversed(config.verify_batches())) if config is not None else (0,)
 
     @property
     def _kv_types(self) -> tuple[str, ...]:
+        """The types that may be chosen, the preferred one first."""
         if self._options.kv_type is not None:
             return (self._options.kv_type,)
         return tuple(kind for kind in self._spec.kv_types if supports_kv_type(self._spec, kind))

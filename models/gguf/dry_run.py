@@ -15,6 +15,7 @@ from lowtide.models.errors import ModelError
 from lowtide.models.gguf.kind import llama_kind
 from lowtide.models.gguf.llama_cpp import llama_library
 from lowtide.models.gguf.model import LoadOptions, context_parameters, model_parameters
+from lowtide.models.gguf.tokenizer import GgufTokenizer
 from lowtide.models.kind import Kind
 from lowtide.models.spec import ModelSpec
 
@@ -70,6 +71,11 @@ class SimulatedGguf:
     def num_laid_out(self) -> int:
         """How many contexts were laid out so far; others are remembered."""
         return len(self._contexts)
+
+    @property
+    def tokenizer(self) -> GgufTokenizer:
+        """The model's tokenizer, usable until `close`."""
+        return GgufTokenizer(self._library, self._api.llama_model_get_vocab(self._model))
 
     def hold(self, context: int, batch_size: int, kv_type: str) -> None:
         """Lay out a context that stays until `release`: what is resident then includes its graph."""

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from lowtide.attention.bindings.llama_hook import LlamaHook
 from lowtide.attention.bindings.policy import AttentionKernels
@@ -19,7 +19,7 @@ from lowtide.attention.policy import AttentionPolicy
 from lowtide.memory.budget import Budget
 from lowtide.memory.machine import Machine
 from lowtide.memory.plan.attention import FilterPrefill
-from lowtide.memory.plan.estimates import ContextSizes
+from lowtide.memory.plan.estimates import ContextSizes, template_bytes, tokenising_bytes
 from lowtide.memory.plan.gpu import GpuBudget
 from lowtide.memory.plan.plan import MemoryPlan, ProcessBaseline
 from lowtide.memory.plan.planner import require_fit
@@ -31,9 +31,39 @@ from lowtide.models.arguments.names import option
 from lowtide.models.errors import UnsupportedModel
 from lowtide.models.model import Model
 from lowtide.models.spec import ModelSpec
+from lowtide.models.tokenizer import Tokenizer
 from lowtide.runtime.backends.config import LoadConfig
 from lowtide.runtime.errors import CannotRepack
 from lowtide.runtime.profiling.profiler import Profiler
+
+
+class PlannedPrompt(Protocol):
+    """A prompt that is held while the model is planned."""
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of its texts."""
+        ...
+
+    def count(self, tokenizer: Tokenizer | None, template: str | None) -> int:
+        """Return the tokens of the prompt with its answer; an estimate without a tokenizer."""
+        ...
+
+
+def prompt_tokens_of(
+    prompt: PlannedPrompt | None, spec: ModelSpec, budget: Budget, tokenizer: Tokenizer | None
+) -> int:
+    """Return the tokens of the prompt with its answer, 0 without one.
+
+    They are an estimate without a tokenizer, and where the budget has no room to tokenise the prompt now.
+    """
+    if prompt is None:
+        return 0
+    needed = tokenising_bytes(spec, prompt.num_bytes) + template_bytes(spec)
+    if read_process_memory().resident_bytes + needed > budget.num_bytes:
+        tokenizer = None
+    return prompt.count(tokenizer, spec.chat_template)
+
 
 Progress = Callable[[int], None]
 """Called with a number of bytes each time so many were written."""
@@ -64,7 +94,9 @@ class ResolvedModel:
 
     def require_fit(self) -> None:
         """Raise `OverBudget` where the plan, or what this process has used so far, is over the budget."""
-        options = self.options.plan_request(self.policy, self.gpu, self.speculation)
+        options = self.options.plan_request(
+            self.policy, self.gpu, self.speculation, self.baseline.prompt_tokens
+        )
         require_fit(self.plan, self.spec, options, self.baseline, self.sizes)
         peak = read_process_memory().peak_bytes
         if peak > self.plan.budget.num_bytes:
@@ -130,12 +162,17 @@ class Backend(ABC):
 
     @abstractmethod
     def measure(
-        self, spec: ModelSpec, policy: AttentionPolicy, budget: Budget
+        self,
+        spec: ModelSpec,
+        policy: AttentionPolicy,
+        budget: Budget,
+        prompt: PlannedPrompt | None = None,
     ) -> AbstractContextManager[tuple[ProcessBaseline, ContextSizes]]:
         """Measure what this process needs beside the model; yield it with the sizes of contexts.
 
         Libraries are imported and the vocabulary is loaded, as far as the budget allows. The sizes may be
-        used inside the block only as the measured ones; afterwards they fall back to formulas.
+        used inside the block only as the measured ones; afterwards they fall back to formulas. The baseline's
+        `prompt_tokens` are those of `prompt`, counted if the vocabulary is loaded.
         """
 
     def repack(self, spec: ModelSpec, progress: Progress = lambda _: None) -> ModelSpec:

@@ -34,6 +34,9 @@ class LoadConfig:
     leaves the choice to the plan. `threads` None means the cores that this process may use, by affinity and by
     the CPU quota of its container.
 
+    `expected_tokens` are those of the longest prompt with its answer, where they are known: the plan makes room for
+    them before anything else. 0 means unknown.
+
     `attention` is a policy or its name: "llama" (the engine's own kernels), "dense" (lowtide's kernels: exact,
     and a token's result does not depend on the batch or the threads), or an approximation: "tidal" (`Tidal`:
     top-k keys, "tidal:k=512"), "delta" (`Delta`: similar keys share a score) or "gem" (`Gem`: prompts are
@@ -58,6 +61,7 @@ class LoadConfig:
     context: int | None = None
     kv_type: str | None = None
     batch_size: int | None = None
+    expected_tokens: int = 0
     threads: int | None = None
     attention: str | AttentionPolicy = "llama"
     gpu_layers: int | str | None = None
@@ -87,7 +91,12 @@ class LoadConfig:
 
     def _numbers(self) -> dict[str, int | None]:
         """Return the checked counts; raise `BadOption` for what is none."""
-        ranges = (("context", 1, MOST), ("batch_size", 1, MOST), ("threads", 1, MAX_THREADS))
+        ranges = (
+            ("context", 1, MOST),
+            ("batch_size", 1, MOST),
+            ("expected_tokens", 0, MOST),
+            ("threads", 1, MAX_THREADS),
+        )
         return {
             name: None
             if (value := getattr(self, name)) is None
@@ -169,12 +178,17 @@ class LoadConfig:
         policy: AttentionPolicy,
         gpu: GpuBudget | None = None,
         speculation: SpeculationConfig | None = None,
+        prompt_tokens: int = 0,
     ) -> PlanRequest:
-        """Return what the memory plan needs to know of these options."""
+        """Return what the memory plan needs to know of these options.
+
+        `prompt_tokens` are those of a prompt that is held already, with its answer.
+        """
         return PlanRequest(
             context=self.context,
             kv_type=self.kv_type,
             batch_size=self.batch_size,
+            expected_tokens=max(self.expected_tokens, prompt_tokens),
             threads=self.num_threads,
             attention_threads=self.num_threads if policy.uses_native_kernels else 0,
             attention=self.attention_memory or policy.memory,

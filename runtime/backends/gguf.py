@@ -38,7 +38,13 @@ from lowtide.models.gguf.draft_tree import GgufTreeModel
 from lowtide.models.gguf.model import DeviceLayers, GgufModel, LoadOptions
 from lowtide.models.onnx.config import CPU
 from lowtide.models.spec import ModelSpec
-from lowtide.runtime.backends.backend import Backend, LoadedModel, Progress, ResolvedModel
+from lowtide.runtime.backends.backend import (
+    Backend,
+    LoadedModel,
+    PlannedPrompt,
+    Progress,
+    ResolvedModel,
+)
 from lowtide.runtime.backends.config import LoadConfig
 from lowtide.runtime.backends.gguf_baseline import measured_baseline
 from lowtide.runtime.backends.repack import repacked_gguf
@@ -63,10 +69,14 @@ class GgufBackend(Backend):
         return spec, policy
 
     def measure(
-        self, spec: ModelSpec, policy: AttentionPolicy, budget: Budget
+        self,
+        spec: ModelSpec,
+        policy: AttentionPolicy,
+        budget: Budget,
+        prompt: PlannedPrompt | None = None,
     ) -> AbstractContextManager[tuple[ProcessBaseline, ContextSizes]]:
         """Import what an answer needs and let llama.cpp lay the model out without its weights."""
-        return measured_baseline(spec, budget)
+        return measured_baseline(spec, budget, prompt)
 
     def repack(self, spec: ModelSpec, progress: Progress = lambda _: None) -> ModelSpec:
         """Return the spec of the repacked GGUF file in the cache folder; the file is made where needed."""

@@ -32,6 +32,7 @@ from lowtide.models.gguf.dry_run import SimulatedContext, SimulatedGguf
 from lowtide.models.gguf.llama_cpp import llama_library
 from lowtide.models.kind import require_decoder
 from lowtide.models.spec import ModelSpec
+from lowtide.runtime.backends.backend import PlannedPrompt, prompt_tokens_of
 
 SHORTEST_LAYOUT, LONGEST_LAYOUT = 256, 131_072
 """Tokens of the contexts that are laid out; the longest takes 7 MiB."""
@@ -135,7 +136,7 @@ def layout_bytes(spec: ModelSpec, context: int) -> int:
 
 @contextlib.contextmanager
 def measured_baseline(
-    spec: ModelSpec, budget: Budget
+    spec: ModelSpec, budget: Budget, prompt: PlannedPrompt | None = None
 ) -> Iterator[tuple[ProcessBaseline, ContextSizes]]:
     """Yield the baseline and the context sizes to plan `spec` with; the layout is freed at the end.
 
@@ -151,11 +152,10 @@ def measured_baseline(
         kv_on_demand=is_linux and estimates.kv_token_bytes(spec, "f16") is not None,
         can_stream_weights=is_linux,
     )
+    formulas = replace(formulas, prompt_tokens=prompt_tokens_of(prompt, spec, budget, None))
     if not spec.path.is_file():
-        yield (
-            ProcessBaseline(interpreter_bytes=resident, processor=platform.machine()),
-            FormulaSizes(spec),
-        )
+        without_file = replace(formulas, kv_on_demand=False, can_stream_weights=False)
+        yield without_file, FormulaSizes(spec)
         return
     if resident > budget.num_bytes:
         yield formulas, FormulaSizes(spec)
@@ -175,7 +175,10 @@ def measured_baseline(
             simulated.hold(SHORTEST_LAYOUT, 1, "f16")
     except ModelError:
         measured = _baseline(spec, before, vocabulary=False)
-        yield replace(measured, template_bytes=template_bytes), FormulaSizes(spec)
+        measured = replace(
+            measured, template_bytes=template_bytes, prompt_tokens=formulas.prompt_tokens
+        )
+        yield measured, FormulaSizes(spec)
         return
     measured = replace(_baseline(spec, before), template_bytes=template_bytes)
     simulated.release()
@@ -184,6 +187,8 @@ def measured_baseline(
     except ModelError:
         simulated.close()
         raise
+    prompt_tokens = prompt_tokens_of(prompt, spec, budget, simulated.tokenizer)
+    measured = replace(measured, prompt_tokens=prompt_tokens)
     trim_heap()
     room_bytes = budget.num_bytes - read_process_memory().resident_bytes
     sizes = SimulatedSizes(spec, simulated, room_bytes)

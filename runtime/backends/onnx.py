@@ -27,7 +27,13 @@ from lowtide.models.onnx.rewrite.model import RewrittenOnnxModel
 from lowtide.models.onnx.rewrite.plan import RepackPlan
 from lowtide.models.onnx.spec import KV_TYPE_OF, OnnxSpec
 from lowtide.models.spec import ModelSpec
-from lowtide.runtime.backends.backend import Backend, LoadedModel, Progress, ResolvedModel
+from lowtide.runtime.backends.backend import (
+    Backend,
+    LoadedModel,
+    PlannedPrompt,
+    Progress,
+    ResolvedModel,
+)
 from lowtide.runtime.backends.config import LoadConfig
 from lowtide.runtime.backends.onnx_baseline import INLINE_COPIES, OnnxSizes, measured_baseline
 from lowtide.runtime.backends.repack import repacked_onnx
@@ -76,12 +82,17 @@ class OnnxBackend(Backend):
 
     @contextlib.contextmanager
     def measure(
-        self, spec: ModelSpec, policy: AttentionPolicy, budget: Budget
+        self,
+        spec: ModelSpec,
+        policy: AttentionPolicy,
+        budget: Budget,
+        prompt: PlannedPrompt | None = None,
     ) -> Iterator[tuple[ProcessBaseline, ContextSizes]]:
         """Import onnxruntime and load the tokenizer; sizes of contexts are upper bounds by formula."""
         is_rewritten = policy.uses_native_kernels
         sizes = OnnxSizes(_onnx(spec), is_rewritten=is_rewritten)
-        yield measured_baseline(_onnx(spec), budget, is_rewritten=is_rewritten), sizes
+        baseline = measured_baseline(_onnx(spec), budget, prompt, is_rewritten=is_rewritten)
+        yield baseline, sizes
 
     def repack(self, spec: ModelSpec, progress: Progress = lambda _: None) -> ModelSpec:
         """Return the spec with the file of repacked weights; the file is made where needed."""

@@ -24,6 +24,7 @@ from lowtide.models.errors import TemplateError
 from lowtide.models.onnx.config import onnx_library
 from lowtide.models.onnx.spec import ELEMENT_BYTES, OnnxSpec
 from lowtide.models.onnx.tokenizer import OnnxTokenizer
+from lowtide.runtime.backends.backend import PlannedPrompt, prompt_tokens_of
 
 SESSION_BYTES = 10 * MIB
 """What onnxruntime takes for a session beside its weights: code pages, nodes, threads."""
@@ -95,7 +96,9 @@ class OnnxSizes:
         return 4 * 8 * heads + mask_bytes * slots, 0
 
 
-def measured_baseline(spec: OnnxSpec, budget: Budget, *, is_rewritten: bool) -> ProcessBaseline:
+def measured_baseline(
+    spec: OnnxSpec, budget: Budget, prompt: PlannedPrompt | None = None, *, is_rewritten: bool
+) -> ProcessBaseline:
     """Return the baseline to plan `spec` with.
 
     A budget that the vocabulary would exceed is planned with a formula. Raises `ModelError` where the `onnx`
@@ -110,6 +113,7 @@ def measured_baseline(spec: OnnxSpec, budget: Budget, *, is_rewritten: bool) -> 
         ChatTemplate(spec.chat_template, {})
     before = read_process_memory().resident_bytes
     vocabulary, loading = VOCABULARY_BYTES_PER_BYTE * spec.tokenizer_path.stat().st_size, 0
+    prompt_tokens = prompt_tokens_of(prompt, spec, budget, None)
     if before + vocabulary + SESSION_BYTES <= budget.num_bytes:
         tokenizer = OnnxTokenizer(spec)
         peak = read_process_memory().peak_bytes
@@ -117,6 +121,7 @@ def measured_baseline(spec: OnnxSpec, budget: Budget, *, is_rewritten: bool) -> 
         trim_heap()
         vocabulary = max(read_process_memory().resident_bytes - before, 0)
         loading = max(peak - before - vocabulary, 0)
+        prompt_tokens = prompt_tokens_of(prompt, spec, budget, tokenizer)
         del tokenizer
         gc.collect()
         trim_heap()
@@ -127,5 +132,6 @@ def measured_baseline(spec: OnnxSpec, budget: Budget, *, is_rewritten: bool) -> 
         and estimates.kv_token_bytes(spec, spec.kv_types[0]) is not None,
         vocabulary_bytes=vocabulary,
         vocabulary_loading_bytes=loading,
+        prompt_tokens=prompt_tokens,
         tolerance_bytes=MIB,
     )

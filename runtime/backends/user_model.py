@@ -14,7 +14,7 @@ from lowtide.models.gguf.model import GgufModel
 from lowtide.models.model import Model
 from lowtide.models.onnx.model import OnnxModel
 from lowtide.models.spec import ModelSpec
-from lowtide.runtime.backends.backend import Backend, LoadedModel, ResolvedModel
+from lowtide.runtime.backends.backend import Backend, LoadedModel, PlannedPrompt, ResolvedModel
 from lowtide.runtime.backends.config import LoadConfig
 from lowtide.runtime.profiling.profiler import Profiler
 
@@ -50,10 +50,14 @@ class UserBackend(Backend):
         return self._engine.resolve(spec, config, policy)
 
     def measure(
-        self, spec: ModelSpec, policy: AttentionPolicy, budget: Budget
+        self,
+        spec: ModelSpec,
+        policy: AttentionPolicy,
+        budget: Budget,
+        prompt: PlannedPrompt | None = None,
     ) -> AbstractContextManager[tuple[ProcessBaseline, ContextSizes]]:
         """Measure what the engine of the model's file would need."""
-        return self._engine.measure(spec, policy, budget)
+        return self._engine.measure(spec, policy, budget, prompt)
 
     def load(self, resolved: ResolvedModel, profiler: Profiler) -> LoadedModel:
         """Return the model: there is nothing to load."""

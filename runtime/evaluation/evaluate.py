@@ -43,7 +43,7 @@ def evaluation_config(config: LoadConfig, policy: AttentionPolicy, context: int)
 
     A filter is measured on a model that reads whole prompts, with the policy that follows the filter.
     """
-    config = replace(config, context=context + SPARE_TOKENS)
+    config = replace(config, context=context + SPARE_TOKENS, expected_tokens=context + SPARE_TOKENS)
     if policy.prompt_selector is None:
         return replace(config, compared_tokens=WINDOW_TOKENS)
     return replace(

@@ -20,7 +20,7 @@ from lowtide.models.model import Model
 from lowtide.models.onnx.spec import ENGINE as ONNXRUNTIME
 from lowtide.models.read_spec import read_spec
 from lowtide.models.spec import ModelSpec
-from lowtide.runtime.backends.backend import Backend, ResolvedModel
+from lowtide.runtime.backends.backend import Backend, PlannedPrompt, ResolvedModel
 from lowtide.runtime.backends.config import LoadConfig
 from lowtide.runtime.backends.gguf import GgufBackend
 from lowtide.runtime.backends.onnx import OnnxBackend
@@ -62,11 +62,15 @@ def plan_model(model: Model, options: LoadConfig) -> ResolvedModel:
 
 
 def plan_spec(
-    spec: ModelSpec, options: LoadConfig, backend: Backend | None = None
+    spec: ModelSpec,
+    options: LoadConfig,
+    backend: Backend | None = None,
+    prompt: PlannedPrompt | None = None,
 ) -> ResolvedModel:
     """Plan a model with a known spec; `backend` None is the one for its kind of file.
 
-    Raises `UnsupportedModel` for a model that cannot generate text.
+    The plan makes room for `prompt` and its answer before anything else. Raises `UnsupportedModel` for a model that
+    cannot generate text.
     """
     require_decoder(spec, spec.kind)
     backend = backend or backend_for(spec)
@@ -76,10 +80,10 @@ def plan_spec(
     # Before the process is measured: GPU drivers take memory of their own in it.
     gpu = options.gpu_budget(policy)
     speculation = _speculation(spec, options, backend)
-    with backend.measure(spec, policy, budget) as (baseline, sizes):
+    with backend.measure(spec, policy, budget, prompt) as (baseline, sizes):
         if gpu is not None and gpu.holds_cache:
             baseline = replace(baseline, kv_on_demand=False)
-        request = options.plan_request(policy, gpu, speculation)
+        request = options.plan_request(policy, gpu, speculation, baseline.prompt_tokens)
         plan = plan_memory(spec, request, budget, baseline, sizes)
     return ResolvedModel(
         spec=spec,

@@ -1,0 +1,71 @@
+"""ExpectedPrompt: a prompt that is held before the model is planned, so that the plan makes room for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lowtide.memory.budget import Budget
+from lowtide.memory.machine import read_machine
+from lowtide.memory.plan.estimates import MIN_PROMPT_BYTES, prompt_limit_bytes
+from lowtide.models.chat_template import Message
+from lowtide.models.errors import LowtideError
+from lowtide.models.spec import ModelSpec
+from lowtide.models.tokenizer import Tokenizer
+from lowtide.runtime.backends.config import LoadConfig
+from lowtide.runtime.generation.chat import LastTurn, PromptEncoder
+from lowtide.runtime.options import SamplingParams
+
+ANY_CONTEXT = 1 << 40
+"""No prompt is too long to be counted."""
+UNLIMITED_ANSWER_TOKENS = 512
+"""Expected of an answer without a limit."""
+BYTES_PER_TOKEN = 3
+"""Of a text whose tokens cannot be counted: natural text has about four."""
+TEMPLATE_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpectedPrompt:
+    """A text to continue, or the messages of a chat, with the options of the answer."""
+
+    params: SamplingParams
+    text: str = ""
+    messages: Sequence[Message] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of its texts in UTF-8."""
+        texts = [self.text, *(str(message.get("content", "")) for message in self.messages)]
+        return sum(len(text.encode("utf-8", errors="replace")) for text in texts)
+
+    def count(self, tokenizer: Tokenizer | None, template: str | None) -> int:
+        """Return the tokens of the prompt with its answer; an estimate without a tokenizer.
+
+        A prompt that cannot be encoded is estimated, too: answering it says why.
+        """
+        answer = self.params.max_tokens
+        answer_tokens = UNLIMITED_ANSWER_TOKENS if answer is None else answer
+        if tokenizer is not None:
+            try:
+                return self._num_tokens(tokenizer, template) + answer_tokens
+            except LowtideError:
+                pass
+        return self.num_bytes // BYTES_PER_TOKEN + TEMPLATE_TOKENS + answer_tokens
+
+    def _num_tokens(self, tokenizer: Tokenizer, template: str | None) -> int:
+        encoder = PromptEncoder(tokenizer, template, LastTurn())
+        params, now = replace(self.params, overflow="error"), time.perf_counter()
+        if self.messages:
+            request, _ = encoder.encode_chat(self.messages, ANY_CONTEXT, params, now)
+        else:
+            request = encoder.encode_text(self.text, ANY_CONTEXT, params, now)
+        return len(request.token_ids)
+
+
+def prompt_limit(spec: ModelSpec, config: LoadConfig) -> int:
+    """Return the longest text, in bytes, that any plan within the budget can hold and tokenise."""
+    budget = Budget.from_user(config.memory, read_machine())
+    longest = prompt_limit_bytes(config.context or spec.context_length)
+    return min(longest, max(budget.num_bytes // spec.tokenising_bytes, MIN_PROMPT_BYTES))
