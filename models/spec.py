@@ -61,7 +61,8 @@ class ModelSpec:
     """The shape and size of a model.
 
     `num_kv_heads` and `feed_forward_width` have one entry per layer, 0 where a layer has none.
-    `sliding_window` is None where every layer attends to the whole context. `weight_bytes` is the size of all
+    `sliding_window` is None where every layer attends to the whole context; `sliding_layers` are the layers that
+    do not, None where that is not known. `weight_bytes` is the size of all
     tensors, over every part of a split file; `tensor_types` are their quantisation types. `fingerprint` is
     the same for every quantisation of a model. `weight_groups` says where the weights lie in the files, layer
     by layer and then the other tensors; it is empty where that is unknown. `repacked_tensors` names the
@@ -98,6 +99,7 @@ class ModelSpec:
     tensor_types: frozenset[str]
     chat_template: str | None
     fingerprint: str
+    sliding_layers: tuple[int, ...] | None = None
     weight_groups: tuple[WeightGroup, ...] = ()
     repacked_tensors: tuple[str, ...] = ()
     engine: str = "llama.cpp"
@@ -111,6 +113,15 @@ class ModelSpec:
     num_tensors: int = 0
     kind: Kind = DECODER
     pooling: str | None = None
+
+    @property
+    def full_layers(self) -> tuple[int, ...] | None:
+        """The layers that attend to the whole context; None where that is not known."""
+        if self.sliding_window is None:
+            return tuple(range(self.num_layers))
+        if self.sliding_layers is None:
+            return None
+        return tuple(layer for layer in range(self.num_layers) if layer not in self.sliding_layers)
 
     @property
     def path(self) -> Path:

@@ -8,6 +8,7 @@ stored before it; the comparison with all stored blocks of the page measured muc
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -103,6 +104,16 @@ class HeadThresholds:
             query_rms=((1.0,) * num_kv_heads,) * num_layers,
             scales=((bytes([FULL_SCALE]) * head_dim,) * num_kv_heads,) * num_layers,
             share=share,
+        )
+
+    def without(self, layers: Collection[int]) -> HeadThresholds:
+        """Return the parameters with these layers dense."""
+        return replace(
+            self,
+            thresholds=tuple(
+                (LEFT_DENSE,) * len(heads) if layer in layers else heads
+                for layer, heads in enumerate(self.thresholds)
+            ),
         )
 
     @staticmethod

@@ -7,8 +7,8 @@ multiplied nor read, of V as of K. See `fit_score_bias` for the correction of th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lowtide.attention.bindings.policy import AttentionKernels
@@ -102,6 +102,16 @@ class HeadGroups:
             num_groups=((num_groups,) * num_kv_heads,) * num_layers,
             score_bias=((0.0,) * num_kv_heads,) * num_layers,
             scales=((bytes([FULL_SCALE]) * head_dim,) * num_kv_heads,) * num_layers,
+        )
+
+    def without(self, layers: Collection[int]) -> HeadGroups:
+        """Return the parameters with these layers dense."""
+        return replace(
+            self,
+            num_groups=tuple(
+                (PAGE_KEYS,) * len(counts) if layer in layers else counts
+                for layer, counts in enumerate(self.num_groups)
+            ),
         )
 
     @staticmethod

@@ -159,23 +159,25 @@ class Delta(AttentionPolicy):
         return params, found.kl_summary
 
     def _uniform(self, spec: ModelSpec) -> tuple[HeadParams, str]:
-        if spec.sliding_window is not None:
-            raise BadOption(
-                f"{spec.name} has layers with a sliding window, and its header does not say which: run "
-                f"lowtide calibrate --attention {self.usage}, or name a calibration"
-            )
+        """Return the same parameters for all layers that see the whole context, and where they come from.
+
+        Where it is not known which do, the kernels leave a layer dense as soon as its window hides a key.
+        """
         is_set = self.sparsity is not None or self.threshold is not None
         sparsity = self.sparsity if is_set else DEFAULT_SPARSITY
         share = 1.0 if sparsity is None else 1 - sparsity
         source = self.source if is_set else "not calibrated for this model"
+        dense = set(range(spec.num_layers)) - set(spec.full_layers or range(spec.num_layers))
+        source += f"; {len(dense)} layers with a sliding window stay dense" if dense else ""
         shape = (spec.num_layers, max(spec.num_kv_heads), spec.key_head_dim)
         if self.channels is None:
-            return HeadGroups.uniform(*shape, round(share * PAGE_KEYS)), source
+            groups = HeadGroups.uniform(*shape, round(share * PAGE_KEYS))
+            return groups.without(dense), source
         threshold = self.threshold or 0.0
-        return (
-            HeadThresholds.uniform(*shape, block=self.channels, threshold=threshold, share=share),
-            source,
+        thresholds = HeadThresholds.uniform(
+            *shape, block=self.channels, threshold=threshold, share=share
         )
+        return thresholds.without(dense), source
 
     @property
     def usage(self) -> str:

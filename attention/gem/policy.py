@@ -243,9 +243,11 @@ def _default_layer(found: Calibration | None, spec: ModelSpec) -> tuple[int, str
             f"calibrated: {found.metric('num_answered')} of {found.metric('num_dense_answered')} answers "
             f"kept at {found.context:,} tokens"
         )
-    if spec.sliding_window is not None:
+    if not spec.full_layers:
         raise BadOption(
             f"gem needs a layer that sees the whole prompt, and {spec.name} has sliding windows: name a "
             "layer, as in gem:layer=7, or run lowtide calibrate --attention gem"
         )
-    return spec.num_layers // 4, "default layer: not calibrated for this model"
+    later = (layer for layer in spec.full_layers if layer >= spec.num_layers // 4)
+    layer = next(later, spec.full_layers[-1])
+    return layer, "default layer: not calibrated for this model"

@@ -17,6 +17,7 @@ from lowtide.models.fingerprint import DIGITS
 from lowtide.models.gguf.kind import POOLINGS, header_kind
 from lowtide.models.gguf.reader import ArrayValue, GgufContents, TensorInfo, read_gguf
 from lowtide.models.gguf.repacked import repacked_names
+from lowtide.models.gguf.sliding import sliding_layers
 from lowtide.models.spec import KV_PADDING, ModelSpec, VocabularySpec, WeightGroup, WeightSpan
 
 MAX_REASONABLE = 1 << 24
@@ -100,6 +101,7 @@ class _Keys:
             value_head_dim=self.number("attention.value_length", default=head_size),
             context_length=min(self.number("context_length", most=MAX_UINT32), MAX_CONTEXT),
             sliding_window=self.number("attention.sliding_window", default=0) or None,
+            sliding_layers=sliding_layers(self.contents.metadata, self.architecture, num_layers),
             recurrent_state_bytes=self._recurrent_state_bytes(num_layers),
             vocabulary=self._vocabulary(),
             weight_bytes=sum(tensor.num_bytes for tensor in tensors),

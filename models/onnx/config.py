@@ -27,6 +27,9 @@ GRAPHS = ("model.onnx", "decoder_model.onnx", "onnx/model.onnx")
 """Where the graph of a folder without genai_config.json may be."""
 
 
+SLIDING_TYPE = "sliding_attention"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxConfig:
     """The shape of a decoder; `end_ids` are the tokens that end an answer.
@@ -44,6 +47,7 @@ class OnnxConfig:
     head_size: int
     context_length: int
     sliding_window: int | None
+    sliding_layers: tuple[int, ...] | None
     vocabulary: int
     end_ids: tuple[int, ...]
     past_names: tuple[str, str]
@@ -147,6 +151,7 @@ def _genai(path: Path, graph: Path | None) -> OnnxConfig:
         head_size=decoder.number("head_size", default=max(width // heads, 1)),
         context_length=model.number("context_length"),
         sliding_window=window.get("window_size") if isinstance(window, dict) else None,
+        sliding_layers=_layer_numbers(window.get("layers") if isinstance(window, dict) else None),
         vocabulary=model.number("vocab_size"),
         end_ids=model.numbers("eos_token_id"),
         past_names=(
@@ -183,12 +188,26 @@ def _optimum(path: Path, graph: Path | None) -> OnnxConfig:
         head_size=values.number("head_dim", default=max(width // heads, 1)),
         context_length=values.number("max_position_embeddings"),
         sliding_window=values.values.get("sliding_window"),
+        sliding_layers=_sliding_types(values.values.get("layer_types")),
         vocabulary=values.number("vocab_size"),
         end_ids=(*values.numbers("eos_token_id"), *generation.numbers("eos_token_id")),
         past_names=("past_key_values.%d.key", "past_key_values.%d.value"),
         present_names=("present.%d.key", "present.%d.value"),
         input_names={},
     )
+
+
+def _layer_numbers(value: object) -> tuple[int, ...] | None:
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
+        return None
+    return tuple(value)
+
+
+def _sliding_types(value: object) -> tuple[int, ...] | None:
+    """Return the layers with a sliding window from the types of all layers, as transformers names them."""
+    if not isinstance(value, list):
+        return None
+    return tuple(layer for layer, kind in enumerate(value) if kind == SLIDING_TYPE)
 
 
 EXTRA = "pip install 'lowtide[onnx]'"

@@ -201,6 +201,7 @@ def read_spec(path: Path) -> OnnxSpec:
         value_head_dim=config.head_size,
         context_length=config.context_length,
         sliding_window=config.sliding_window,
+        sliding_layers=config.sliding_layers,
         recurrent_state_bytes=0,
         vocabulary=VocabularySpec(
             num_tokens=config.vocabulary,

@@ -19,8 +19,9 @@ from lowtide.attention.calibration import (
     load_calibration,
     save_calibration,
 )
-from lowtide.attention.delta.blocks import HeadThresholds
+from lowtide.attention.delta.blocks import LEFT_DENSE, HeadThresholds
 from lowtide.attention.delta.groups import HeadGroups
+from lowtide.attention.delta.head_params import PAGE_KEYS
 from lowtide.attention.delta.policy import Delta
 from lowtide.attention.gem.calibrate import most_lost
 from lowtide.attention.gem.policy import Gem
@@ -207,15 +208,14 @@ def test_a_model_without_a_calibration_is_described_so(
     )
 
 
-def test_a_model_with_sliding_windows_needs_a_calibration_or_a_layer(
+def test_gem_needs_a_calibration_or_a_layer_where_it_is_not_known_which_layers_slide(
     smollm2_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(calibration_file, "SHIPPED", tmp_path)
     windowed = replace(smollm2_spec, sliding_window=512)
     with pytest.raises(BadOption, match="or run lowtide calibrate --attention gem"):
         Gem().resolve(windowed)
-    with pytest.raises(BadOption, match="lowtide calibrate --attention delta:granularity=element"):
-        Delta(granularity="element", threshold=1).resolve(windowed)
+    assert "stay dense" not in str(Delta(granularity="element", threshold=1).resolve(windowed))
     save_calibration(GEM.calibration(smollm2_spec))
     assert Gem().resolve(windowed).layer == 11
 
@@ -360,3 +360,24 @@ def test_quantisations_share_a_fingerprint_and_other_models_do_not(tmp_path: Pat
     first, same, *others = [spec.fingerprint for spec in specs]
     assert first == same
     assert len({first, *others}) == 3
+
+
+def test_layers_that_slide_stay_dense_without_a_calibration(
+    smollm2_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(calibration_file, "SHIPPED", tmp_path)
+    sliding = tuple(layer for layer in range(smollm2_spec.num_layers) if (layer + 1) % 6)
+    windowed = replace(smollm2_spec, sliding_window=512, sliding_layers=sliding)
+    by_token = Delta().resolve(windowed)
+    assert "25 layers with a sliding window stay dense" in str(by_token)
+    assert isinstance(by_token.params, HeadGroups)
+    dense = [min(counts) == PAGE_KEYS for counts in by_token.params.num_groups]
+    assert [layer for layer, is_dense in enumerate(dense) if is_dense] == list(sliding)
+    by_block = Delta(granularity="block").resolve(windowed)
+    assert isinstance(by_block.params, HeadThresholds)
+    dense = [max(thresholds) == LEFT_DENSE for thresholds in by_block.params.thresholds]
+    assert [layer for layer, is_dense in enumerate(dense) if is_dense] == list(sliding)
+    assert Gem().resolve(windowed).layer == 11  # the first full layer behind a quarter
+    none = replace(windowed, sliding_layers=tuple(range(windowed.num_layers)))
+    with pytest.raises(BadOption, match="needs a layer that sees the whole prompt"):
+        Gem().resolve(none)
