@@ -5,41 +5,72 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 import click
 
 from lowtide.cli.streams import is_terminal
 from lowtide.models.arguments.paths import shown_path
 from lowtide.models.arguments.text_files import decoded
-from lowtide.models.errors import BadOption
+from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.folders import STATE_VARIABLE, state_folder, unusable
 
+if TYPE_CHECKING:
+    from lowtide.runtime.planning.expected import PromptLimit
+
+MAX_COUNTED_BYTES = 64 << 20
+"""Of a text that is too long, bytes that are read to say how long it is."""
+CHUNK_BYTES = 64 << 10
 FENCE = '"""'
 HISTORY_LINES = 1000
 STDIN = "-"
 """The file name that means standard input."""
 
 
-def read_text(stream: BinaryIO, name: str, limit_bytes: int) -> str:
+class Refusal(Protocol):
+    """Makes the error for a text of `num_bytes` bytes, or of more where not all of it was read."""
+
+    def __call__(self, num_bytes: int, *, is_whole: bool) -> LowtideError:
+        """Return the error."""
+        ...
+
+
+def read_text(stream: BinaryIO, name: str, limit_bytes: int, refusal: Refusal | None = None) -> str:
     """Read `stream` up to one byte beyond the limit; the runtime refuses longer texts.
 
-    Raises `BadOption` if the text is not UTF-8.
+    With a `refusal`, that is raised for a longer text, with its true size. Raises `BadOption` if the text is not
+    UTF-8.
     """
     data = stream.read(limit_bytes + 1)
-    return decoded(data, name, is_cut=len(data) > limit_bytes)
+    is_cut = len(data) > limit_bytes
+    if is_cut and refusal is not None:
+        num_bytes, is_whole = _counted(stream, len(data))
+        raise refusal(num_bytes, is_whole=is_whole)
+    return decoded(data, name, is_cut=is_cut)
 
 
-def prompt_text(prompt: str | None, file: Path | None, limit_bytes: int) -> str:
+def _counted(stream: BinaryIO, num_read: int) -> tuple[int, bool]:
+    """Return how many bytes the stream has in all, and whether that is all of it: some never end."""
+    while num_read < MAX_COUNTED_BYTES:
+        chunk = stream.read(CHUNK_BYTES)
+        if not chunk:
+            return num_read, True
+        num_read += len(chunk)
+    return num_read, False
+
+
+def prompt_text(prompt: str | None, file: Path | None, limit: PromptLimit) -> str:
     """Return the prompt: from the option, from the file, or from standard input.
 
-    Raises `UsageError` where there is none, or nothing but white space.
+    Raises `UsageError` where there is none, or nothing but white space, and `PromptTooLong` or `OverBudget` for one
+    that no plan can hold.
     """
     if prompt is not None and file is not None:
         raise click.UsageError("--prompt and --file exclude each other: use one")
     text = prompt
     if text is None:
-        text = _stdin_text(limit_bytes) if file is None else read_file(file, limit_bytes)
+        how = limit.num_bytes, limit.refusal
+        text = _stdin_text(*how) if file is None else read_file(file, *how)
     if not text.strip():
         raise click.UsageError(
             "no prompt: use --prompt or --file, or write the prompt to standard input"
@@ -47,24 +78,24 @@ def prompt_text(prompt: str | None, file: Path | None, limit_bytes: int) -> str:
     return text
 
 
-def _stdin_text(limit_bytes: int) -> str:
+def _stdin_text(limit_bytes: int, refusal: Refusal | None = None) -> str:
     if is_terminal(sys.stdin):
         return ""
     try:
-        return read_text(sys.stdin.buffer, "standard input", limit_bytes)
+        return read_text(sys.stdin.buffer, "standard input", limit_bytes, refusal)
     except OSError as error:
         raise BadOption(f"cannot read standard input: {error.strerror or error}") from None
 
 
-def read_file(path: Path, limit_bytes: int) -> str:
+def read_file(path: Path, limit_bytes: int, refusal: Refusal | None = None) -> str:
     """Read a file like `read_text`, - as standard input; raises `BadOption` if it cannot be read."""
     if str(path) == STDIN:
-        return _stdin_text(limit_bytes)
+        return _stdin_text(limit_bytes, refusal)
     try:
         with path.open("rb") as stream:
-            return read_text(stream, shown_path(path), limit_bytes)
+            return read_text(stream, shown_path(path), limit_bytes, refusal)
     except (OSError, ValueError) as error:
-        if isinstance(error, BadOption):
+        if isinstance(error, LowtideError):
             raise
         reason = getattr(error, "strerror", None) or error
         raise BadOption(f"cannot read {shown_path(path)}: {reason}") from None

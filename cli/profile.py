@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lowtide import Runtime
     from lowtide.runtime.generation.statistics import Statistics
     from lowtide.runtime.options import SamplingParams
+    from lowtide.runtime.planning.expected import PromptLimit
     from lowtide.runtime.profiling.report import ProfileReport
 
 
@@ -63,14 +64,14 @@ def command(
     """
     from lowtide import Profiler, Runtime
     from lowtide.cli.output import json_object, note, plan_line
-    from lowtide.runtime.planning.expected import ExpectedPrompt, prompt_limit
+    from lowtide.runtime.planning.expected import ExpectedPrompt, PromptLimit
 
     _check_outputs(report, trace, png)
     generation = take_generation_options(options)
     profiler = Profiler()
     spec = take_spec(options)
     config = replace(take_open_options(options), profiled=True)
-    turns = _turns(prompt, script, prompt_limit(spec, config))
+    turns = _turns(prompt, script, PromptLimit.of(spec, config))
     messages = [{"role": "user", "content": turn} for turn in turns]
     with profiler.span("plan"):
         planned = plan_with(spec, config, ExpectedPrompt(messages=messages, params=generation))
@@ -104,12 +105,12 @@ def _check_outputs(report: Path | None, trace: Path | None, png: Path | None) ->
             )
 
 
-def _turns(prompt: str | None, script: Path | None, limit_bytes: int) -> list[str]:
+def _turns(prompt: str | None, script: Path | None, limit: PromptLimit) -> list[str]:
     from lowtide.cli.input import prompt_text, read_file
     from lowtide.models.errors import BadOption
 
     if script is None:
-        return [prompt_text(prompt, None, limit_bytes)]
+        return [prompt_text(prompt, None, limit)]
     if prompt is not None:
         raise click.UsageError("--prompt and --script exclude each other: use one")
     text = read_file(script, MAX_SCRIPT_BYTES)

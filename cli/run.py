@@ -68,7 +68,7 @@ def command(
     from lowtide import GenerationResult, Runtime
     from lowtide.cli.input import prompt_text
     from lowtide.cli.output import json_object, note, plan_line, statistics_line
-    from lowtide.runtime.planning.expected import ExpectedPrompt, prompt_limit
+    from lowtide.runtime.planning.expected import ExpectedPrompt, PromptLimit
 
     if system is not None and raw:
         raise click.UsageError(
@@ -81,7 +81,7 @@ def command(
     generation = replace(take_generation_options(options), special=special)
     spec = take_spec(options)
     config = take_open_options(options)
-    text = prompt_text(prompt, file, prompt_limit(spec, config))
+    text = prompt_text(prompt, file, PromptLimit.of(spec, config))
     messages = [] if raw else _messages(text, system)
     expected = ExpectedPrompt(text=text, messages=messages, params=generation)
     planned = plan_with(spec, config, expected)

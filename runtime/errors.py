@@ -74,22 +74,49 @@ class CannotRepack(LowtideError):
 
 
 class PromptTooLong(LowtideError):
-    """The prompt has `num_tokens` tokens and the context has room for `context`."""
+    """The prompt has `num_tokens` tokens and the context has room for `context`.
+
+    The number may be `estimated`, of a text that is not tokenised, or `at_least`, of one that was not read to its
+    end. `longest` is the model's own context, None where it is not known.
+    """
 
     exit_code = 2
 
     def __init__(
-        self, num_tokens: int, context: int, *, estimated: bool = False, droppable: bool = True
+        self,
+        num_tokens: int,
+        context: int,
+        *,
+        estimated: bool = False,
+        at_least: bool = False,
+        droppable: bool = True,
+        longest: int | None = None,
     ) -> None:
         self.num_tokens = num_tokens
         self.context = context
-        about = "about " if estimated else ""
-        advice = f"shorten the prompt, or raise {option('context')} (and {option('memory')})"
-        if droppable:
-            advice = f"shorten the prompt, raise {option('context')}, or pass {option('overflow', 'drop-oldest')}"
+        self._how = {"estimated": estimated, "at_least": at_least, "droppable": droppable}
+        about = "more than " * at_least + "about " * estimated
         super().__init__(
-            f"the prompt has {about}{num_tokens:,} tokens but the context holds {context:,}; {advice}"
+            f"the prompt has {about}{num_tokens:,} tokens but the context holds {context:,}; "
+            f"{_advice(context, longest, droppable)}"
         )
+
+    def of_model(self, longest: int) -> PromptTooLong:
+        """Return the error for a model whose own context has `longest` tokens, with hints that help there."""
+        return PromptTooLong(self.num_tokens, self.context, longest=longest, **self._how)
+
+
+def _advice(context: int, longest: int | None, droppable: bool) -> str:
+    """Return what to change; a context that is the model's own cannot be raised."""
+    hints = ["shorten the prompt"]
+    is_models_own = longest is not None and context >= longest
+    if not is_models_own:
+        hints.append(f"raise {option('context')} (and {option('memory')})")
+    if droppable:
+        hints.append(f"pass {option('overflow', 'drop-oldest')}")
+    if is_models_own:
+        hints.append("use a model with a longer context")
+    return ", ".join(hints[:-1]) + (", or " if len(hints) > 1 else "") + hints[-1]
 
 
 class RuntimeUnusable(LowtideError):

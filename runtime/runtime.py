@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
 import time
 import warnings
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -171,7 +172,7 @@ class Runtime:
                 "special is for raw prompts, and a chat's control tokens are those of its template: leave it out, or "
                 "use Runtime.generate"
             )
-        with self._active.between_steps():
+        with self._active.between_steps(), self._hints_that_help():
             number = self._start()
             request, prompt = self._encoder.encode_chat(
                 messages, self._engine.most_tokens(), params, asked_at
@@ -186,7 +187,7 @@ class Runtime:
         params = SamplingParams.of(params, **named)
         prompt = checked_prompt(prompt)
         self._engine.check(params, is_completion=True)
-        with self._active.between_steps():
+        with self._active.between_steps(), self._hints_that_help():
             number = self._start()
             request = self._encoder.encode_text(
                 prompt, self._engine.most_tokens(), params, asked_at
@@ -212,7 +213,7 @@ class Runtime:
         for one in params_of:
             self._engine.check(one, is_completion=True)
         self._batch.check(len(prompts))
-        with self._active.between_steps():
+        with self._active.between_steps(), self._hints_that_help():
             number = self._start()
             requests = [
                 self._encoder.encode_text(prompt, self._model.context, one, asked_at)
@@ -261,6 +262,14 @@ class Runtime:
         """End what runs, and return the number of the next generation; called between steps."""
         self._batch.close()
         return self._active.start()
+
+    @contextlib.contextmanager
+    def _hints_that_help(self) -> Iterator[None]:
+        """Raise `PromptTooLong` with hints for this model."""
+        try:
+            yield
+        except PromptTooLong as error:
+            raise error.of_model(self.spec.context_length) from None
 
     def _check_text(self, text: str) -> None:
         """Refuse a text that takes more memory to tokenise than planned; evict a KV cache in its way.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lowtide.models.errors import BadModelFile
 from lowtide.models.fingerprint import DIGITS
+from lowtide.models.gguf.file_types import file_type_name
 from lowtide.models.gguf.kind import POOLINGS, header_kind
 from lowtide.models.gguf.reader import ArrayValue, GgufContents, TensorInfo, read_gguf
 from lowtide.models.gguf.repacked import repacked_names
@@ -91,7 +92,7 @@ class _Keys:
             paths=tuple(part.path for part in parts),
             name=self.text("general.name", default=self.contents.path.stem),
             architecture=self.architecture,
-            quantisation=layer_bytes.most_common(1)[0][0] if layer_bytes else "none",
+            quantisation=self._quantisation(layer_bytes),
             num_layers=num_layers,
             embedding_width=width,
             feed_forward_width=self._feed_forward_width(num_layers),
@@ -126,6 +127,12 @@ class _Keys:
         if not isinstance(number, int) or not 0 <= number < len(POOLINGS):
             return None
         return POOLINGS[number]
+
+    def _quantisation(self, layer_bytes: Counter[str]) -> str:
+        """Return the file's own name of its type, or the type of most bytes in the layers."""
+        stated = self.contents.metadata.get("general.file_type")
+        name = file_type_name(stated, layer_bytes)
+        return name or (layer_bytes.most_common(1)[0][0] if layer_bytes else "none")
 
     def _feed_forward_width(self, num_layers: int) -> tuple[int, ...]:
         """Return the feed-forward width of each layer: that of all experts that a token passes through."""

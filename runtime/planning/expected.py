@@ -9,11 +9,14 @@ from dataclasses import dataclass, replace
 from lowtide.memory.budget import Budget
 from lowtide.memory.machine import read_machine
 from lowtide.memory.plan.estimates import MIN_PROMPT_BYTES, prompt_limit_bytes
+from lowtide.memory.units import OverBudget
+from lowtide.models.arguments.names import option
 from lowtide.models.chat_template import Message
 from lowtide.models.errors import LowtideError
 from lowtide.models.spec import ModelSpec
 from lowtide.models.tokenizer import Tokenizer
 from lowtide.runtime.backends.config import LoadConfig
+from lowtide.runtime.errors import PromptTooLong
 from lowtide.runtime.generation.chat import LastTurn, PromptEncoder
 from lowtide.runtime.options import SamplingParams
 
@@ -24,6 +27,8 @@ UNLIMITED_ANSWER_TOKENS = 512
 BYTES_PER_TOKEN = 3
 """Of a text whose tokens cannot be counted: natural text has about four."""
 TEMPLATE_TOKENS = 64
+TEXT_BYTES_PER_TOKEN = 4
+"""Of natural text, for the number in an error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +69,45 @@ class ExpectedPrompt:
         return len(request.token_ids)
 
 
-def prompt_limit(spec: ModelSpec, config: LoadConfig) -> int:
-    """Return the longest text, in bytes, that any plan within the budget can hold and tokenise."""
-    budget = Budget.from_user(config.memory, read_machine())
-    longest = prompt_limit_bytes(config.context or spec.context_length)
-    return min(longest, max(budget.num_bytes // spec.tokenising_bytes, MIN_PROMPT_BYTES))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLimit:
+    """The longest text, in bytes, that any plan within the budget can hold and tokenise."""
+
+    num_bytes: int
+    context: int
+    longest_context: int
+    budget_bytes: int
+    tokenising_bytes: int
+
+    @classmethod
+    def of(cls, spec: ModelSpec, config: LoadConfig) -> PromptLimit:
+        """Return the limit of a model and a request, before anything is planned."""
+        budget = Budget.from_user(config.memory, read_machine())
+        context = min(config.context or spec.context_length, spec.context_length)
+        most = max(budget.num_bytes // spec.tokenising_bytes, MIN_PROMPT_BYTES)
+        return cls(
+            num_bytes=min(prompt_limit_bytes(context), most),
+            context=context,
+            longest_context=spec.context_length,
+            budget_bytes=budget.num_bytes,
+            tokenising_bytes=spec.tokenising_bytes,
+        )
+
+    def refusal(self, num_bytes: int, *, is_whole: bool) -> LowtideError:
+        """Return the error for a text of `num_bytes` bytes, or of more where not all of it was read."""
+        if self.num_bytes < prompt_limit_bytes(self.context):
+            more = "" if is_whole else "more than "
+            return OverBudget(
+                f"tokenising a prompt of {more}{num_bytes:,} bytes",
+                num_bytes * self.tokenising_bytes,
+                self.budget_bytes,
+                f"shorten the prompt, or raise {option('memory')}",
+            )
+        return PromptTooLong(
+            num_bytes // TEXT_BYTES_PER_TOKEN,
+            self.context,
+            estimated=True,
+            at_least=not is_whole,
+            droppable=False,
+            longest=self.longest_context,
+        )
