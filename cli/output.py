@@ -26,7 +26,7 @@ ENDINGS = {
 
 
 def plan_line(planned: ResolvedModel) -> str:
-    """Return the plan in one line: model, context, planned peak, and what was reduced to fit."""
+    """Return the plan in one line: model, context, planned peak, and what was reduced to fit; then its warnings."""
     plan = planned.plan
     line = (
         f"{planned.spec.name}, {planned.spec.quantisation} · context {plan.context:,} · planned "
@@ -38,7 +38,8 @@ def plan_line(planned: ResolvedModel) -> str:
     if planned.options.repack:
         line += " · repacked weights"
     line += "".join(f" · {gpu_line(gpu)}" for gpu in plan.gpus)
-    return line + "".join(f" · reduced to fit: {step}" for step in plan.downgrades)
+    line += "".join(f" · reduced to fit: {step}" for step in plan.downgrades)
+    return "\n".join([line, *(f"Warning: {warning}" for warning in planned.spec.warnings)])
 
 
 def gpu_line(gpu: GpuPlan) -> str:

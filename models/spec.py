@@ -73,7 +73,8 @@ class ModelSpec:
     these; making the copies takes `copying_bytes` more for a moment. `tokenising_bytes` is the peak growth
     per byte of text while it is tokenised: llama.cpp's is 123 at worst (one word of blanks), 18 to 48 for
     natural text. `header_bytes` is the size of the header's keys and values, `header_texts` the number of
-    strings in them, `num_tensors` that of tensors; 0 where they are not known.
+    strings in them, `num_tensors` that of tensors; 0 where they are not known. `warnings` are sentences about what the
+    header lacks: the model runs, but may answer worse.
 
     `kind` says what the model is for. `pooling` is how its header makes one embedding from those of all tokens
     ("mean", "cls", ...), None where it does not say.
@@ -113,6 +114,7 @@ class ModelSpec:
     num_tensors: int = 0
     kind: Kind = DECODER
     pooling: str | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def full_layers(self) -> tuple[int, ...] | None:

@@ -13,7 +13,7 @@ from typing import Any
 from lowtide.attention.bindings.library import guarded_aborts, native_library
 from lowtide.memory.units import format_bytes
 from lowtide.models.errors import ModelError
-from lowtide.models.gguf.llama_cpp import llama_library
+from lowtide.models.gguf.llama_cpp import llama_library, plain_reason
 
 STACK_BYTES = 1 << 20
 """The stack for everything but the recursion."""
@@ -62,7 +62,7 @@ def guarded_tokenize(
         MESSAGE_BYTES,
     )
     if status == FAILED:
-        reason = message.value.decode("utf-8", errors="replace")
+        reason = plain_reason(message.value.decode("utf-8", errors="replace"))
         raise ModelError(
             f"llama.cpp cannot tokenise this text of {len(data):,} bytes with the model's vocabulary ({reason}): use "
             "another conversion of the model"

@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lowtide.models.gguf.binding.declarations import CApi
+from lowtide.models.gguf.binding.declarations import NUM_TENSOR_TYPES, CApi
 from lowtide.models.gguf.binding.find import LibraryFile, find_library
 from lowtide.models.gguf.binding.layout import check_layout
 from lowtide.models.gguf.binding.loaded import LoadedLibrary
@@ -25,6 +26,15 @@ LOG_LEVEL_INFO = 2
 LOG_LEVEL_ERROR = 4
 LOG_LEVEL_CONTINUED = 5
 _lock = threading.Lock()
+
+
+_SOURCE_FOLDER = re.compile(r"\S*/(?=[\w.+-]+\.(?:c|cc|cpp|cu|h|hpp|inl):\d+)")
+_LOADING = re.compile(r"^(?:\w+: )?(?:error loading model(?: \w+)?: )+")
+
+
+def plain_reason(message: str) -> str:
+    """Return an error of llama.cpp without the folders of its sources and the names of its functions."""
+    return _LOADING.sub("", _SOURCE_FOLDER.sub("", message.strip()))
 
 
 class Tokenize(Protocol):
@@ -88,7 +98,7 @@ class LlamaLibrary:
         if level != LOG_LEVEL_CONTINUED:
             self._level = level
         if self._level == LOG_LEVEL_ERROR:
-            self._errors.append(text.decode("utf-8", errors="replace").strip())
+            self._errors.append(plain_reason(text.decode("utf-8", errors="replace")))
         elif self._level == LOG_LEVEL_INFO:
             messages: list[str] | None = getattr(self._thread, "messages", None)
             if messages is not None:
@@ -124,6 +134,20 @@ class LlamaLibrary:
             yield messages
         finally:
             self._thread.messages = None
+
+    def tensor_type(self, number: int) -> tuple[str, int, int] | None:
+        """Return ggml's name of a tensor type, the elements of a block and its bytes; None for an unknown number."""
+        if not 0 <= number < NUM_TENSOR_TYPES:  # ggml reads its table without looking
+            return None
+        name = self._type_property("ggml_type_name", ctypes.c_char_p, number)
+        block = self._type_property("ggml_blck_size", ctypes.c_int64, number)
+        num_bytes = self._type_property("ggml_type_size", ctypes.c_size_t, number)
+        if not name or block <= 0 or num_bytes <= 0:  # a type that was removed
+            return None
+        return str(name.decode()).upper(), int(block), int(num_bytes)
+
+    def _type_property(self, function: str, result: Any, number: int) -> Any:
+        return ctypes.CFUNCTYPE(result, ctypes.c_int)(self.address(function))(number)
 
     def set_abort_callback(self, address: int) -> None:
         """Have ggml call the C function at `address` (void (const char *)) when an assertion fails."""

@@ -452,8 +452,9 @@ def _created(library: LlamaLibrary, create: Callable[[], Any], what: str) -> Any
         reason = next((e for e in errors if "unknown model architecture" in e), None)
         if reason is not None:
             raise UnsupportedModel(
-                f"llama.cpp {library.version} cannot run {what}: {reason.split(': ', 1)[-1]}; "
-                "pick another model"
+                f"llama.cpp {library.version} cannot run {what}: {reason}; pick another model"
             )
         detail = errors[0] if errors else "no reason given"
-        raise ModelError(f"llama.cpp cannot create {what}: {detail}")
+        raise ModelError(
+            f"llama.cpp cannot create {what}: {detail}; if the file is whole, download another conversion of the model"
+        )

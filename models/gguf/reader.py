@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowtide.models.errors import BadModelFile, ModelNotFound
+from lowtide.models.errors import BadModelFile, ModelNotFound, UnsupportedModel
+from lowtide.models.file_kind import START_BYTES, wrong_file
+from lowtide.models.gguf.llama_cpp import llama_library
 
 MAX_DIMENSIONS = 4
 MAX_NAME_BYTES = 65535
@@ -82,7 +84,8 @@ TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
     35: ("TQ2_0", 256, 66),
     39: ("MXFP4", 32, 17),
 }
-"""By ggml's type number: the name, the elements of a block, and its bytes."""
+"""By ggml's type number: the name, the elements of a block, and its bytes. Headers with these types alone are read
+without loading llama.cpp."""
 TYPE_NUMBERS = {name: number for number, (name, _, _) in TENSOR_TYPES.items()}
 
 Scalar = int | float | bool | str
@@ -109,6 +112,7 @@ class TensorInfo:
     type_name: str
     num_bytes: int
     offset: int
+    type_number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +141,7 @@ def read_gguf(path: Path) -> GgufContents:
         with path.open("rb") as file:
             size = path.stat().st_size
             if size < 24:
-                raise BadModelFile(_not_gguf(path, size, file.read(4)))
+                raise BadModelFile(_not_gguf(path, size, file.read(START_BYTES)))
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _Cursor(data, path).contents()
     except FileNotFoundError:
@@ -158,10 +162,7 @@ def _not_gguf(path: Path, size: int, start: bytes) -> str:
         return (
             f"{path} is truncated: {size} bytes are too few for a GGUF header; fetch the file again"
         )
-    return (
-        f"{path} is not a GGUF file: it begins with {start!r} instead of b'GGUF'; "
-        "convert the model, or name another file"
-    )
+    return wrong_file(path, start)
 
 
 class _Cursor:
@@ -177,11 +178,15 @@ class _Cursor:
         self._released = 0
 
     def contents(self) -> GgufContents:
-        magic = self.data[:4]
-        if magic != b"GGUF":
-            raise BadModelFile(_not_gguf(self.path, self.size, magic))
+        if self.data[:4] != b"GGUF":
+            raise BadModelFile(_not_gguf(self.path, self.size, self.data[:START_BYTES]))
         self.position = 4
         version = self.scalar(4)
+        if version.to_bytes(4, "little") in (b"\0\0\0\2", b"\0\0\0\3"):
+            raise BadModelFile(
+                f"{self.path} is a GGUF file for big-endian machines, and this one is little-endian: download the "
+                "little-endian file, or convert it with llama.cpp's gguf_convert_endian.py"
+            )
         if version not in (2, 3):
             raise BadModelFile(
                 f"{self.path} is GGUF version {version}; only versions 2 and 3 are supported: "
@@ -326,12 +331,21 @@ class _Cursor:
             raise self.broken(f"tensor {name!r} has {num_dimensions} dimensions")
         shape = tuple(self.scalar(10) for _ in range(num_dimensions))
         type_number, offset = self.scalar(4), self.scalar(10)
-        if type_number not in TENSOR_TYPES:
-            raise self.broken(f"tensor {name!r} has the unknown type {type_number}")
-        type_name, block, block_bytes = TENSOR_TYPES[type_number]
+        type_name, block, block_bytes = self.tensor_type(name, type_number)
         if 0 in shape or shape[0] % block:
             raise self.broken(f"tensor {name!r} has the shape {shape} in blocks of {block}")
         num_elements = 1
         for extent in shape:
             num_elements *= extent
-        return TensorInfo(name, shape, type_name, num_elements // block * block_bytes, offset)
+        num_bytes = num_elements // block * block_bytes
+        return TensorInfo(name, shape, type_name, num_bytes, offset, type_number)
+
+    def tensor_type(self, name: str, type_number: int) -> tuple[str, int, int]:
+        """Return the type as `TENSOR_TYPES` has it; the installed ggml may know newer ones."""
+        found = TENSOR_TYPES.get(type_number) or llama_library().tensor_type(type_number)
+        if found is None:
+            raise UnsupportedModel(
+                f"{self.path}: tensor {name!r} has type {type_number}, which llama.cpp {llama_library().version} does "
+                "not know: upgrade llama-cpp-python, or download another quantisation of the model"
+            )
+        return found

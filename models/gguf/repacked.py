@@ -11,11 +11,11 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowtide.models.fingerprint import samples_digest
-from lowtide.models.gguf.reader import TYPE_NUMBERS, GgufContents, TensorInfo
+from lowtide.models.gguf.reader import GgufContents, TensorInfo
 from lowtide.models.spec import TILE_ALIGNMENT
 
 LAYOUT = 2
@@ -97,9 +97,7 @@ def repacked_header(
     digest_offset = len(start) - DIGEST_DIGITS
     tensors, offset = [], 0
     for tensor in source.tensors:
-        tensors.append(
-            TensorInfo(tensor.name, tensor.shape, tensor.type_name, tensor.num_bytes, offset)
-        )
+        tensors.append(replace(tensor, offset=offset))
         offset = _aligned(offset + tensor.num_bytes, alignment)
     start += b"".join(map(_entry, tensors))
     return RepackedHeader(
@@ -128,11 +126,7 @@ def data_digest(path: Path, data_start: int) -> str:
 
 def _entry(tensor: TensorInfo) -> bytes:
     shape = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape)
-    return (
-        _string(tensor.name)
-        + shape
-        + struct.pack("<IQ", TYPE_NUMBERS[tensor.type_name], tensor.offset)
-    )
+    return _string(tensor.name) + shape + struct.pack("<IQ", tensor.type_number, tensor.offset)
 
 
 def _string_value(text: str) -> bytes:

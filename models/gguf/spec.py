@@ -120,6 +120,7 @@ class _Keys:
                 (tensor.name for tensor in tensors),
             ),
             pooling=self._pooling(),
+            warnings=self._warnings(),
         )
 
     def _pooling(self) -> str | None:
@@ -160,6 +161,15 @@ class _Keys:
             num_merges=merges.length if isinstance(merges, ArrayValue) else 0,
             text_bytes=tokens.text_bytes,
         )
+
+    def _warnings(self) -> tuple[str, ...]:
+        pairs = self.optional_text("tokenizer.ggml.model") == "gpt2"
+        if pairs and not self.optional_text("tokenizer.ggml.pre"):
+            return (
+                "the file does not say how its tokenizer cuts words (tokenizer.ggml.pre), so llama.cpp guesses, and "
+                "answers may be worse: download a newer GGUF file of the model",
+            )
+        return ()
 
     def wrong(self, key: str, reason: str) -> BadModelFile:
         return BadModelFile(

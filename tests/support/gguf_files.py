@@ -30,7 +30,7 @@ def write_model(
 
     `extra` are more keys of the header, with texts or lists of texts; `word` begins the words of the vocabulary.
 
-    `quantised`, "Q4_0" or "Q4_K", is the matrices' type, but for those with one of `halves` in their names:
+    `quantised`, one of `BLOCKS`, is the matrices' type, but for those with one of `halves` in their names:
     F16.
     """
     writer = gguf.GGUFWriter(path, architecture)
@@ -138,4 +138,18 @@ def _q4_k(random: np.random.Generator, num_weights: int, scale: float) -> np.nda
     return blocks
 
 
-BLOCKS = {"Q4_0": _q4_0, "Q4_K": _q4_k}
+def _nvfp4(random: np.random.Generator, num_weights: int, _scale: float) -> np.ndarray:
+    """Blocks of 64 random weights, 36 bytes each: four small scales, then 4-bit floats."""
+    blocks = random.integers(0, 256, (num_weights // 64, 36), np.uint8)
+    blocks[:, :4] = 0x08  # 2 ** -6
+    return blocks
+
+
+def _q1_0(random: np.random.Generator, num_weights: int, scale: float) -> np.ndarray:
+    """Blocks of 128 random signs and one scale, 18 bytes each."""
+    blocks = random.integers(0, 256, (num_weights // 128, 18), np.uint8)
+    blocks[:, :2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
+    return blocks
+
+
+BLOCKS = {"Q4_0": _q4_0, "Q4_K": _q4_k, "NVFP4": _nvfp4, "Q1_0": _q1_0}

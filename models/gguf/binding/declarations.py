@@ -12,6 +12,8 @@ from typing import Any
 
 VERSION = "0.3.36"
 """The version of llama-cpp-python whose llama.cpp is declared here."""
+NUM_TENSOR_TYPES = 43
+"""GGML_TYPE_COUNT of that version: ggml has no function that returns it."""
 
 _bool, _int, _float = ctypes.c_bool, ctypes.c_int32, ctypes.c_float
 _text, _size, _void = ctypes.c_char_p, ctypes.c_size_t, ctypes.c_void_p
