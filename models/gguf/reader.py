@@ -158,7 +158,7 @@ def read_gguf(path: Path) -> GgufContents:
 def _not_gguf(path: Path, size: int, start: bytes) -> str:
     if size == 0:
         return f"{path} is empty: fetch the file again"
-    if start == b"GGUF":
+    if start.startswith(b"GGUF"):
         return (
             f"{path} is truncated: {size} bytes are too few for a GGUF header; fetch the file again"
         )
