@@ -42,7 +42,7 @@ BAD_FILES = {
     "header cut": (lambda d: d[:200], "GGUF"),
     "weights cut": (lambda d: d[:-1000], "is truncated: its tensors end at byte"),
     "version 1": (lambda d: _with(d, 4, struct.pack("<I", 1)), "version 1"),
-    "big endian": (lambda d: _with(d, 4, struct.pack(">I", 3)), "version 50331648"),
+    "big endian": (lambda d: _with(d, 4, struct.pack(">I", 3)), "big-endian machines"),
     "absurd keys": (
         lambda d: _with(d, 16, struct.pack("<Q", 1 << 60)),
         "claims 1152921504606846976",
