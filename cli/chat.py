@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,8 @@ from lowtide.cli.options import (
     speculate_option,
     system_option,
     take_generation_options,
+    take_template_arguments,
+    template_options,
 )
 from lowtide.cli.output import note, statistics_line
 from lowtide.cli.streams import is_terminal, one_line
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 @opening_options
 @speculate_option
 @system_option
+@template_options
 @prefix_cache_option
 @enforce_option
 @generation_options
@@ -47,10 +50,11 @@ def command(system: str | None, enforce: ControlGroup | None, **options: Any) ->
     """
     from lowtide import Runtime
     from lowtide.cli.input import TurnReader
-    from lowtide.cli.output import note, plan_line
+    from lowtide.cli.output import note, plan_line, template_note
     from lowtide.memory.plan.estimates import prompt_limit_bytes
 
     generation = take_generation_options(options)
+    arguments = take_template_arguments(options)
     planned = planned_model(options)
     planned.require_fit()
     note(plan_line(planned))
@@ -58,7 +62,8 @@ def command(system: str | None, enforce: ControlGroup | None, **options: Any) ->
     interactive = is_terminal(sys.stdin) and is_terminal(sys.stdout)
     with Runtime.load(planned) as runtime:
         reader = TurnReader(prompt_limit_bytes(planned.plan.kv_tokens), interactive=interactive)
-        repl = Repl(runtime, generation, system)
+        template_note(runtime)
+        repl = Repl(runtime, generation, system, arguments)
         try:
             exit_code = repl.run(reader, interactive=interactive)
         finally:
@@ -83,10 +88,17 @@ Press Ctrl-C to stop an answer.'''
 class Repl:
     """One conversation: reads turns, answers them, and runs commands."""
 
-    def __init__(self, runtime: Runtime, options: SamplingParams, system: str | None) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        options: SamplingParams,
+        system: str | None,
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> None:
         self._runtime = runtime
         self._options = options
         self._system = system
+        self._template_arguments = template_arguments
         self._turns: list[dict[str, str]] = []
         self._last: GenerationChunk | None = None
         self._commands: dict[str, Callable[[str], None]] = {
@@ -137,7 +149,11 @@ class Repl:
     def _answer(self, turn: str) -> None:
         """Print the answer as it is generated; after Ctrl-C, the part until then stays in the conversation."""
         question = {"role": "user", "content": turn}
-        chunks = self._runtime.chat([*self.messages, question], params=self._options)
+        chunks = self._runtime.chat(
+            [*self.messages, question],
+            params=self._options,
+            template_arguments=self._template_arguments,
+        )
         texts: list[str] = []
         try:
             with closing(chunks):

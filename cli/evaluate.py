@@ -11,6 +11,7 @@ import click
 
 from lowtide.cli.enforce import enforce_option, set_limit
 from lowtide.cli.options import (
+    chat_template_option,
     json_option,
     opening_options,
     plan_with,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 @click.command("evaluate", short_help="Compare an attention policy with dense attention.")
 @opening_options
+@chat_template_option
 @text_option
 @click.option(
     "--windows",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -193,6 +194,31 @@ system_option = click.option(
 )
 
 
+chat_template_option = click.option(
+    "--chat-template",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Use the chat template (jinja2) in this file.  [default: the model's own, or that of its family]",
+)
+
+_TEMPLATE: tuple[Option, ...] = (
+    chat_template_option,
+    click.option(
+        "--template-arg",
+        "template_arguments",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Set a variable of the chat template, such as enable_thinking=false. VALUE is JSON, or else a text; "
+        "repeatable.",
+    ),
+)
+
+
+def template_options(command: Command) -> Command:
+    """Add --chat-template and --template-arg."""
+    return _decorated(command, _TEMPLATE)
+
+
 def opening_options(command: Command) -> Command:
     """Add MODEL, --memory, --context and the other options of loading a model."""
     return _decorated(command, (*_MODEL, _ATTENTION, *_GPU, _PROVIDER))
@@ -240,10 +266,26 @@ def take_open_options(options: dict[str, Any]) -> LoadConfig:
 
     names = (
         "memory context kv_type threads attention prefix_cache repack speculate gpu_layers gpu_memory "
-        "provider expected_tokens"
+        "provider expected_tokens chat_template"
     ).split()
     options["repack"] |= options.pop("pack")  # a hidden alias
     return LoadConfig(**{name: options.pop(name) for name in names if name in options})
+
+
+def take_template_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Remove the template's arguments from `options` and return them by name."""
+    arguments: dict[str, Any] = {}
+    for stated in options.pop("template_arguments"):
+        name, equals, value = stated.partition("=")
+        if not equals or not name.isidentifier():
+            raise click.UsageError(
+                f"--template-arg is {stated!r}: write a name, = and a value, such as enable_thinking=false"
+            )
+        try:
+            arguments[name] = json.loads(value)
+        except ValueError:
+            arguments[name] = value
+    return arguments
 
 
 def plan_with(

@@ -10,6 +10,7 @@ import click
 from lowtide.memory.units import format_bytes
 
 if TYPE_CHECKING:
+    from lowtide import Runtime
     from lowtide.memory.plan.gpu import GpuPlan
     from lowtide.runtime.generation.statistics import Statistics
     from lowtide.runtime.options import SamplingParams
@@ -105,6 +106,14 @@ def _speculation(values: dict[str, Any]) -> str:
     if values["nondeterminism"] is not None:
         line += f" (the answer may differ from one without drafts: {values['nondeterminism']})"
     return line
+
+
+def template_note(runtime: Runtime) -> None:
+    """Say on stderr where a chat template is that of the model's family."""
+    if runtime.template_family is not None:
+        note(
+            f"{runtime.spec.name} has no chat template of its own: using that of {runtime.template_family}."
+        )
 
 
 def note(text: str) -> None:

@@ -19,6 +19,8 @@ from lowtide.cli.options import (
     take_generation_options,
     take_open_options,
     take_spec,
+    take_template_arguments,
+    template_options,
 )
 from lowtide.cli.output import gpu_line
 from lowtide.memory.units import format_bytes
@@ -40,6 +42,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.command("profile", short_help="Show where memory and time go.")
 @opening_options
 @speculate_option
+@template_options
 @click.option("-p", "--prompt", help="The prompt.  [default: read from standard input]")
 @click.option("--script", type=_FILE, help="Run a chat instead: a file with one turn per line.")
 @click.option("--report", type=_FILE, help="Write a web page with figures; it works offline.")
@@ -63,22 +66,26 @@ def command(
     --memory. MODEL is a .gguf file, an ONNX folder, a name from `lowtide models`, or hf:user/repo[:quant].
     """
     from lowtide import Profiler, Runtime
-    from lowtide.cli.output import json_object, note, plan_line
+    from lowtide.cli.output import json_object, note, plan_line, template_note
     from lowtide.runtime.planning.expected import ExpectedPrompt, PromptLimit
 
     _check_outputs(report, trace, png)
     generation = take_generation_options(options)
+    arguments = take_template_arguments(options)
     profiler = Profiler()
     spec = take_spec(options)
     config = replace(take_open_options(options), profiled=True)
     turns = _turns(prompt, script, PromptLimit.of(spec, config))
     messages = [{"role": "user", "content": turn} for turn in turns]
     with profiler.span("plan"):
-        planned = plan_with(spec, config, ExpectedPrompt(messages=messages, params=generation))
+        planned = plan_with(
+            spec, config, ExpectedPrompt(messages=messages, params=generation, arguments=arguments)
+        )
     planned.require_fit()
     note(plan_line(planned))
     with Runtime.load(planned, profiler=profiler) as runtime:
-        answers = _run(runtime, turns, generation)
+        template_note(runtime)
+        answers = _run(runtime, turns, generation, arguments)
     found = profiler.report()
     if as_json:
         turn_values = [stats.to_dict() for stats in answers]
@@ -122,7 +129,9 @@ def _turns(prompt: str | None, script: Path | None, limit: PromptLimit) -> list[
     return turns
 
 
-def _run(runtime: Runtime, turns: list[str], options: SamplingParams) -> list[Statistics]:
+def _run(
+    runtime: Runtime, turns: list[str], options: SamplingParams, arguments: dict[str, Any]
+) -> list[Statistics]:
     """Answer the turns as a chat, and print the statistics of each answer."""
     from lowtide import GenerationResult
     from lowtide.cli.output import note, statistics_line
@@ -131,7 +140,8 @@ def _run(runtime: Runtime, turns: list[str], options: SamplingParams) -> list[St
     answers = []
     for turn in turns:
         messages.append({"role": "user", "content": turn})
-        result = GenerationResult.of(runtime.chat(messages, options))
+        chunks = runtime.chat(messages, options, template_arguments=arguments)
+        result = GenerationResult.of(chunks)
         messages.append({"role": "assistant", "content": result.text})
         answers.append(result.stats)
         note(statistics_line(result.stats, result.finish_reason))

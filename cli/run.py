@@ -20,6 +20,8 @@ from lowtide.cli.options import (
     take_generation_options,
     take_open_options,
     take_spec,
+    take_template_arguments,
+    template_options,
 )
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     help="Read the prompt from this file; - is standard input.",
 )
 @system_option
+@template_options
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without the chat template.")
 @click.option(
     "--special",
@@ -67,7 +70,7 @@ def command(
     """
     from lowtide import GenerationResult, Runtime
     from lowtide.cli.input import prompt_text
-    from lowtide.cli.output import json_object, note, plan_line, statistics_line
+    from lowtide.cli.output import json_object, note, plan_line, statistics_line, template_note
     from lowtide.runtime.planning.expected import ExpectedPrompt, PromptLimit
 
     if system is not None and raw:
@@ -79,11 +82,16 @@ def command(
             "--special parses control tokens in a text without a chat template: add --raw, or leave it out"
         )
     generation = replace(take_generation_options(options), special=special)
+    arguments = take_template_arguments(options)
+    if raw and (arguments or options["chat_template"]):
+        raise click.UsageError(
+            "--chat-template and --template-arg are for the chat template, which --raw skips: leave one of them out"
+        )
     spec = take_spec(options)
     config = take_open_options(options)
     text = prompt_text(prompt, file, PromptLimit.of(spec, config))
     messages = [] if raw else _messages(text, system)
-    expected = ExpectedPrompt(text=text, messages=messages, params=generation)
+    expected = ExpectedPrompt(text=text, messages=messages, params=generation, arguments=arguments)
     planned = plan_with(spec, config, expected)
     if explain and planned.policy.prompt_selector is None:
         raise click.UsageError(
@@ -93,14 +101,16 @@ def command(
     note(plan_line(planned))
     set_limit(enforce, planned.plan.budget)
     with Runtime.load(planned) as runtime:
-        if raw and not special and runtime.spells_control_tokens(text):
+        if not raw:
+            template_note(runtime)
+        elif not special and runtime.spells_control_tokens(text):
             note(
                 "the prompt spells control tokens of the model, and they are read as text; --special parses them"
             )
         chunks = (
             runtime.stream(text, params=generation)
             if raw
-            else runtime.chat(messages, params=generation)
+            else runtime.chat(messages, params=generation, template_arguments=arguments)
         )
         result = GenerationResult.of(chunks if as_json else _printed(chunks))
         spans = runtime.retained_spans() if explain else None

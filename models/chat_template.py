@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption, TemplateError
 from lowtide.models.prompt_span import PromptSpan
 from lowtide.models.template.message import ROLES, Message, checked_message
@@ -20,7 +22,26 @@ if TYPE_CHECKING:
 
     from lowtide.models.template.conversation import Form
 
-__all__ = ["ROLES", "ChatTemplate", "Message", "checked_message"]
+__all__ = ["ROLES", "ChatTemplate", "Message", "checked_message", "template_source"]
+
+
+def template_source(template: str | Path) -> str:
+    """Return the source of a template of the caller's: a text, or a `Path` of a file in UTF-8.
+
+    Raises `BadOption` where the file cannot be read.
+    """
+    if isinstance(template, str):
+        return template
+    try:
+        return template.expanduser().read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise BadOption(
+            f"cannot read the chat template {template}: {error.strerror or error}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise BadOption(
+            f"the chat template {template} is not UTF-8 at byte {error.start}: convert it"
+        ) from None
 
 
 class ChatTemplate:
@@ -32,8 +53,9 @@ class ChatTemplate:
     def __init__(self, source: str | None, special_texts: Mapping[str, str]) -> None:
         if source is None:
             raise TemplateError(
-                "the model has no chat template: state one with --chat-template FILE, use `lowtide run --raw` or "
-                "Runtime.generate, or an instruction-tuned model"
+                "the model has no chat template, and its vocabulary has the markers of no known family: state one with "
+                f"{option('chat_template')}, use `lowtide run --raw` or Runtime.generate, or an instruction-tuned "
+                "model"
             )
         self._source = source
         self._special_texts = dict(special_texts)

@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 import weakref
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from lowtide.models.chat_template import Message
 from lowtide.models.errors import BadOption
 from lowtide.models.model import Model
 from lowtide.models.spec import ModelSpec
+from lowtide.models.template.families import template_of
 from lowtide.models.tokenizer import longest_stretch
 from lowtide.runtime.arguments import checked_messages, checked_prompt, checked_prompts
 from lowtide.runtime.batch.generator import BatchGenerator, ParamsOfAll, params_of_each
@@ -60,8 +61,9 @@ class Runtime:
         self._session = engine.new_session()
         engine.reclaimers.insert(0, Reclaimer("complete", self._session.clear))
         last = LastTurn()
+        template, self._template_family = template_of(self.spec, self._model.tokenizer)
         self._encoder = PromptEncoder(
-            self._model.tokenizer, self.spec.chat_template, last, self._check_text, profiler
+            self._model.tokenizer, template, last, self._check_text, profiler
         )
         self._batch = BatchGenerator(engine, self._session, profiler)
         self._active = ActiveGeneration(free=self._free)
@@ -98,6 +100,7 @@ class Runtime:
           draft tokens of a pass
         * `provider`: the execution provider of an ONNX model ("cpu", "cuda")
         * `offline`: True downloads nothing
+        * `chat_template`: a chat template instead of the model's own: its text, or the `Path` of a file
 
         Raises `OverBudget`, before anything is loaded, if the model cannot fit, `ModelError` for an unusable
         model, `NoGpu` if there is no GPU, and `BadOption` for a wrong option or value.
@@ -139,6 +142,11 @@ class Runtime:
         return self.planned.spec
 
     @property
+    def template_family(self) -> str | None:
+        """The family whose chat template is used because the file has none, such as "Gemma"; else None."""
+        return self._template_family
+
+    @property
     def planned(self) -> ResolvedModel:
         """The plan with the model and the machine that it was made for."""
         return self._engine.planned
@@ -154,14 +162,24 @@ class Runtime:
         return prompt_filter.retained_spans() if prompt_filter else []
 
     def chat(
-        self, messages: Sequence[Message] | str, params: SamplingParams | None = None, **named: Any
+        self,
+        messages: Sequence[Message] | str,
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
+        **named: Any,
     ) -> Generator[GenerationChunk, None, None]:
         """Answer a chat, chunk by chunk; `named` are fields of `SamplingParams`.
 
-        `messages` are dicts with "role" and "content"; a text alone is one question of the user.
-        What the KV cache holds of an earlier prompt is reused.
-        Raises `PromptTooLong` before anything is computed. Closing the iterator stops the answer and leaves the
-        runtime usable.
+        `messages` are dicts with "role" and "content": a text, or a list of text parts. A text alone is one question
+        of the user. An assistant's message may have "tool_calls". `tools` are the JSON schemas of functions that the
+        model may call, and `template_arguments` variables of the chat template, such as {"enable_thinking": False}.
+        What a message, a tool or an argument says is text: it never becomes a control token.
+
+        What the KV cache holds of an earlier prompt is reused. Raises `TemplateError` for messages that the
+        template refuses, and `PromptTooLong`, before anything is computed. Closing the iterator stops the answer
+        and leaves the runtime usable.
         """
         asked_at = time.perf_counter()
         params = SamplingParams.of(params, **named)
@@ -175,7 +193,12 @@ class Runtime:
         with self._active.between_steps(), self._hints_that_help():
             number = self._start()
             request, prompt = self._encoder.encode_chat(
-                messages, self._engine.most_tokens(), params, asked_at
+                messages,
+                self._engine.most_tokens(),
+                params,
+                asked_at,
+                tools=tools,
+                arguments=template_arguments,
             )
         return self._remembered(number, request, prompt)
 

@@ -16,6 +16,7 @@ from lowtide.models.chat_template import ChatTemplate
 from lowtide.models.errors import TemplateError
 from lowtide.models.model import Model
 from lowtide.models.prompt_span import text_of
+from lowtide.models.template.families import template_of
 from lowtide.models.tokenizer import common_prefix
 
 ANSWER_TOKENS = 10
@@ -43,8 +44,9 @@ class Passkey:
 
 def chat_framing(model: Model) -> Framing:
     """Return the model's chat template, or the plain text if it has none that works."""
+    source, _ = template_of(model.spec, model.tokenizer)
     try:
-        template = ChatTemplate(model.spec.chat_template, model.tokenizer.special_texts)
+        template = ChatTemplate(source, model.tokenizer.special_texts)
         template.render([{"role": "user", "content": "x"}])
     except TemplateError:
         return lambda text: text + "\n"

@@ -14,6 +14,7 @@ from lowtide.memory.process import ProcessMemory
 from lowtide.memory.units import KIB, MIB
 from lowtide.models.spec import KV_PADDING as KV_PADDING
 from lowtide.models.spec import ModelSpec, VocabularySpec
+from lowtide.models.template.families import LONGEST_TEMPLATE
 
 
 class ContextSizes(Protocol):
@@ -134,7 +135,7 @@ def graph_bytes(spec: ModelSpec) -> int:
 
 def template_bytes(spec: ModelSpec) -> int:
     """Return the temporary memory for compiling the chat template, at most."""
-    length = len(spec.chat_template or "")
+    length = len(spec.chat_template or LONGEST_TEMPLATE)
     return TEMPLATE_BYTES * length if length <= MAX_TEMPLATE_CHARACTERS else 4 * length
 
 

@@ -31,6 +31,7 @@ from lowtide.models.arguments.names import option
 from lowtide.models.errors import UnsupportedModel
 from lowtide.models.model import Model
 from lowtide.models.spec import ModelSpec
+from lowtide.models.template.families import template_of
 from lowtide.models.tokenizer import Tokenizer
 from lowtide.runtime.backends.config import LoadConfig
 from lowtide.runtime.errors import CannotRepack
@@ -62,7 +63,8 @@ def prompt_tokens_of(
     needed = tokenising_bytes(spec, prompt.num_bytes) + template_bytes(spec)
     if read_process_memory().resident_bytes + needed > budget.num_bytes:
         tokenizer = None
-    return prompt.count(tokenizer, spec.chat_template)
+    template = spec.chat_template if tokenizer is None else template_of(spec, tokenizer)[0]
+    return prompt.count(tokenizer, template)
 
 
 Progress = Callable[[int], None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from lowtide.attention.policy import AttentionPolicy
@@ -15,6 +16,7 @@ from lowtide.memory.plan.speculation import SpeculationConfig
 from lowtide.memory.units import BadSize, checked_size, parse_size
 from lowtide.models.arguments.names import option
 from lowtide.models.arguments.values import MOST, as_whole, flag, shown, text, whole_number
+from lowtide.models.chat_template import template_source
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf.gpu import require_gpus
 from lowtide.models.onnx.config import CPU
@@ -49,7 +51,8 @@ class LoadConfig:
     which is made on first use; an ONNX graph then runs with "dense" attention instead of its own.
     `speculate` is "off", "ngram", "trigram", "auto" or a draft model, each with ":draft=N" for the most draft
     tokens of a pass. `provider` is the short name of an
-    execution provider for ONNX models.
+    execution provider for ONNX models. `chat_template` replaces the model's own: the text of a template, or the
+    `Path` of a file with one.
 
     `compared_tokens` is how many distributions over the vocabulary a measurement keeps, `attention_memory`
     the memory of attention if that is not the policy's own, `profiled` whether a profiler observes.
@@ -74,6 +77,7 @@ class LoadConfig:
     repack: bool = False
     speculate: str = "off"
     provider: str = CPU
+    chat_template: str | Path | None = None
 
     def __post_init__(self) -> None:
         for name, value in {**self._numbers(), **self._sizes(), **self._choices()}.items():
@@ -126,6 +130,7 @@ class LoadConfig:
             name: defaults[name] if getattr(self, name) is None else getattr(self, name)
             for name in names
         }
+        values["chat_template"] = _chat_template(self.chat_template)
         parse_policy(values["attention"])
         values["speculate"] = SpeculationArg.text(values["speculate"])
         SpeculationArg.parse(values["speculate"])
@@ -209,6 +214,17 @@ class LoadConfig:
     def num_threads(self) -> int:
         """The number of threads to compute with."""
         return self.threads or usable_cores()
+
+
+def _chat_template(value: Any) -> str | None:
+    """Return the source of the caller's chat template; raises `BadOption` where there is none."""
+    if value is None:
+        return None
+    if not isinstance(value, (str, Path)):
+        raise BadOption(
+            f"{option('chat_template')} is {shown(value)}: pass the text of a template, or the Path of a file"
+        )
+    return template_source(value)
 
 
 def _cache_size(value: Any) -> str | int:

@@ -32,6 +32,7 @@ from lowtide.models.gguf.dry_run import SimulatedContext, SimulatedGguf
 from lowtide.models.gguf.llama_cpp import llama_library
 from lowtide.models.kind import require_decoder
 from lowtide.models.spec import ModelSpec
+from lowtide.models.template.families import LONGEST_TEMPLATE
 from lowtide.runtime.backends.backend import PlannedPrompt, prompt_tokens_of
 
 SHORTEST_LAYOUT, LONGEST_LAYOUT = 256, 131_072
@@ -234,7 +235,7 @@ def _compile_template(spec: ModelSpec, budget: Budget) -> int | None:
         return None
     template = None
     with contextlib.suppress(TemplateError):
-        template = ChatTemplate(spec.chat_template, {})
+        template = ChatTemplate(spec.chat_template or LONGEST_TEMPLATE, {})
     grown_bytes = max(read_process_memory().resident_bytes - before, 0)
     del template
     return grown_bytes + grown_bytes // TEMPLATE_PEAK_SHARE

@@ -24,6 +24,7 @@ from lowtide.models.errors import TemplateError
 from lowtide.models.onnx.config import onnx_library
 from lowtide.models.onnx.spec import ELEMENT_BYTES, OnnxSpec
 from lowtide.models.onnx.tokenizer import OnnxTokenizer
+from lowtide.models.template.families import LONGEST_TEMPLATE
 from lowtide.runtime.backends.backend import PlannedPrompt, prompt_tokens_of
 
 SESSION_BYTES = 10 * MIB
@@ -110,7 +111,7 @@ def measured_baseline(
         onnx_library("onnx")
         fault_in(address_of(native_library().lowtide_native_version))
     with contextlib.suppress(TemplateError):
-        ChatTemplate(spec.chat_template, {})
+        ChatTemplate(spec.chat_template or LONGEST_TEMPLATE, {})
     before = read_process_memory().resident_bytes
     vocabulary, loading = VOCABULARY_BYTES_PER_BYTE * spec.tokenizer_path.stat().st_size, 0
     prompt_tokens = prompt_tokens_of(prompt, spec, budget, None)

@@ -53,7 +53,12 @@ def repacked_gguf(spec: ModelSpec, progress: Progress = lambda _: None) -> Model
             write = partial(write_repacked_gguf, source, target, fingerprint, progress)
             _write(write, f"the repacked copy of {source.path}", target)
     # The headers of the copy say nothing else about the model, whose fingerprint depends on its data.
-    return replace(read_spec(targets[0]), name=spec.name, fingerprint=spec.fingerprint)
+    return replace(
+        read_spec(targets[0]),
+        name=spec.name,
+        fingerprint=spec.fingerprint,
+        chat_template=spec.chat_template,
+    )
 
 
 def repacked_onnx(spec: OnnxSpec, progress: Progress = lambda _: None) -> OnnxSpec:

@@ -7,8 +7,10 @@ tokens that were sampled, because its text might be tokenised otherwise.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from lowtide.models.chat_template import ChatTemplate, Message
 from lowtide.models.errors import BadOption
@@ -99,13 +101,22 @@ class PromptEncoder:
         return written != said
 
     def encode_chat(
-        self, messages: Sequence[Message], context: int, params: SamplingParams, asked_at: float
+        self,
+        messages: Sequence[Message],
+        context: int,
+        params: SamplingParams,
+        asked_at: float,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
     ) -> tuple[GenerationRequest, ChatPrompt]:
         """Return the request to answer `messages`, and the prompt to `remember` with its answer.
 
-        Raises `PromptTooLong` where they do not fit, and `TemplateError` where they cannot be rendered.
+        `tools` and `arguments` are for the template. Raises `PromptTooLong` where the messages do not fit, and
+        `TemplateError` where they cannot be rendered.
         """
-        prompt, dropped = fit_messages(messages, self._render, context, params)
+        render = partial(self._render, tools=tools, arguments=arguments)
+        prompt, dropped = fit_messages(messages, render, context, params)
         request = GenerationRequest(
             token_ids=prompt.token_ids,
             params=params,
@@ -124,11 +135,16 @@ class PromptEncoder:
         token_ids = [*prompt.token_ids, *answer_ids]
         self._last.set(prompt.text + answer, token_ids, prompt.num_messages + 1)
 
-    def _render(self, messages: Sequence[Message]) -> ChatPrompt:
+    def _render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        arguments: Mapping[str, Any] | None,
+    ) -> ChatPrompt:
         with self._profiler.span("template"):
             if self._template is None:
                 self._template = ChatTemplate(self._template_text, self._tokenizer.special_texts)
-            spans = self._template.render(messages)
+            spans = self._template.render(messages, tools=tools, arguments=arguments)
         text = text_of(spans)
         self._check_text(text)
         with self._profiler.span("tokenise"):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lowtide.memory.budget import Budget
 from lowtide.memory.machine import read_machine
@@ -38,6 +39,8 @@ class ExpectedPrompt:
     params: SamplingParams
     text: str = ""
     messages: Sequence[Message] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Of the chat template."""
 
     @property
     def num_bytes(self) -> int:
@@ -63,7 +66,9 @@ class ExpectedPrompt:
         encoder = PromptEncoder(tokenizer, template, LastTurn())
         params, now = replace(self.params, overflow="error"), time.perf_counter()
         if self.messages:
-            request, _ = encoder.encode_chat(self.messages, ANY_CONTEXT, params, now)
+            request, _ = encoder.encode_chat(
+                self.messages, ANY_CONTEXT, params, now, arguments=self.arguments
+            )
         else:
             request = encoder.encode_text(self.text, ANY_CONTEXT, params, now)
         return len(request.token_ids)

@@ -74,6 +74,8 @@ def plan_spec(
     """
     require_decoder(spec, spec.kind)
     backend = backend or backend_for(spec)
+    if options.chat_template is not None:
+        spec = replace(spec, chat_template=str(options.chat_template))
     machine = read_machine()
     budget = Budget.from_user(options.memory, machine)
     spec, policy = backend.resolve(spec, options, options.policy(spec))

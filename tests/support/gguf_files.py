@@ -25,10 +25,12 @@ def write_model(
     halves: tuple[str, ...] = (),
     extra: dict[str, object] | None = None,
     word: str = "word",
+    control: tuple[str, ...] = (),
 ) -> Path:
     """Write a llama-shaped model in F32 with a byte vocabulary; `overrides` replaces header numbers.
 
-    `extra` are more keys of the header, with texts or lists of texts; `word` begins the words of the vocabulary.
+    `extra` are more keys of the header, with texts or lists of texts; `word` begins the words of the vocabulary,
+    and `control` are its control tokens beside <s> and </s>.
 
     `quantised`, one of `BLOCKS`, is the matrices' type, but for those with one of `halves` in their names:
     F16.
@@ -48,7 +50,7 @@ def write_model(
     for name, number in numbers.items():
         writer.add_uint32(f"{architecture}.{name}", number)
     writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
-    _add_vocabulary(writer, vocabulary, word)
+    _add_vocabulary(writer, vocabulary, word, control)
     for name, value in (extra or {}).items():
         if isinstance(value, str):
             writer.add_string(name, value)
@@ -65,10 +67,14 @@ def write_model(
     return path
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: int, word: str) -> None:
+def _add_vocabulary(
+    writer: gguf.GGUFWriter, vocabulary: int, word: str, control: tuple[str, ...]
+) -> None:
     texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    texts += control
     texts += [f"▁{word}{i}" for i in range(vocabulary - len(texts))]
     kinds = [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2, *[gguf.TokenType.BYTE] * 256]
+    kinds += [gguf.TokenType.CONTROL] * len(control)
     kinds += [gguf.TokenType.NORMAL] * (vocabulary - len(kinds))
     writer.add_tokenizer_model("llama")
     writer.add_token_list(texts)

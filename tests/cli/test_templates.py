@@ -1,0 +1,111 @@
+"""--chat-template and --template-arg, as typed; and models without a template in the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from gguf_files import write_model
+from processes import run_lowtide
+
+from lowtide import Runtime
+from lowtide.cli.main import main
+from lowtide.models.errors import BadOption, TemplateError
+from lowtide.models.fake_model import CHAT_TEMPLATE, FakeModel
+
+SHOWN = "{% for m in messages %}{{ m.content }}{% endfor %}{{ flag is false }}{{ word }}{{ tools is none }}"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("model") / "random.gguf"
+    return str(write_model(path, chat_template=CHAT_TEMPLATE))
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments), catch_exceptions=False)
+
+
+@pytest.mark.parametrize("command", ["run", "chat", "profile"])
+@pytest.mark.parametrize("stated", ["thinking", "=1", "a b=1"])
+def test_a_template_argument_has_a_name_and_a_value(command: str, stated: str, model: str) -> None:
+    done = invoke(command, model, "--template-arg", stated)
+    assert done.exit_code == 2
+    assert f"--template-arg is '{stated}': write a name, = and a value" in done.stderr
+
+
+def test_raw_takes_no_template(model: str) -> None:
+    done = invoke("run", model, "--raw", "-p", "x", "--template-arg", "a=1")
+    assert done.exit_code == 2
+    assert "which --raw skips" in done.stderr
+
+
+def test_a_template_of_ones_own(model: str, tmp_path: Path) -> None:
+    """The template refuses, and its message shows the arguments and the default of `tools`."""
+    file = tmp_path / "own.jinja"
+    file.write_text("\ufeff{{ raise_exception('%s %s %s' % (flag, word, n)) }}", encoding="utf-8")
+    stated = ("--template-arg", "flag=false", "--template-arg", "word=a b", "--template-arg", "n=3")
+    done = run_lowtide("run", model, "-p", "Hi", "--chat-template", str(file), *stated)
+    assert done.code == 2
+    assert "the chat template refuses these messages: False a b 3" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(None, "cannot read the chat template"), (b"\xff", "is not UTF-8 at byte 0")],
+)
+def test_a_template_that_cannot_be_read(
+    content: bytes | None, expected: str, model: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "own.jinja"
+    if content is not None:
+        file.write_bytes(content)
+    done = run_lowtide("run", model, "-p", "Hi", "--chat-template", str(file))
+    assert done.code == 2
+    assert expected in done.stderr
+
+
+def test_a_family_is_used_and_named(tmp_path: Path) -> None:
+    control = ("<start_of_turn>", "<end_of_turn>")
+    path = write_model(tmp_path / "plain.gguf", control=control)
+    done = run_lowtide("run", str(path), "-p", "Hi", "-n", "2")
+    assert done.code == 0
+    assert "random has no chat template of its own: using that of Gemma." in done.stderr
+
+
+def test_half_of_a_familys_markers_is_no_family(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "plain.gguf", control=("<start_of_turn>",))
+    done = run_lowtide("run", str(path), "-p", "Hi", "-n", "2")
+    assert done.code == 2
+    assert "no chat template" in done.stderr
+    assert "--chat-template" in done.stderr
+
+
+def test_a_runtime_takes_a_template_tools_and_arguments() -> None:
+    with Runtime.open(FakeModel(), chat_template=SHOWN) as runtime:
+        assert runtime.spec.chat_template == SHOWN
+        assert runtime.template_family is None
+        messages = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+        lengths = []
+        for tools in (None, [{"type": "function", "function": {"name": "f"}}]):
+            chunks = runtime.chat(
+                messages, max_tokens=1, tools=tools, template_arguments={"flag": False, "word": "w"}
+            )
+            lengths.append(list(chunks)[-1].stats.prompt_tokens)
+        assert lengths[1] == lengths[0] + len("False") - len("True")
+
+
+@pytest.mark.parametrize("value", [5, b"x", ["x"]])
+def test_a_chat_template_is_a_text_or_a_path(value: object) -> None:
+    with pytest.raises(BadOption, match="chat_template is .*: pass the text of a template"):
+        Runtime.open(FakeModel(), chat_template=value)
+
+
+def test_a_template_that_does_not_parse_is_one_sentence() -> None:
+    with (
+        Runtime.open(FakeModel(), chat_template="{% for %}") as runtime,
+        pytest.raises(TemplateError, match="does not parse at line 1"),
+    ):
+        list(runtime.chat([{"role": "user", "content": "Hi"}]))
