@@ -26,11 +26,25 @@ if TYPE_CHECKING:
     from lowtide.runtime.options import SamplingParams as SamplingParams
     from lowtide.runtime.profiling.profiler import Profiler as Profiler
     from lowtide.runtime.runtime import Runtime as Runtime
+    from lowtide.runtime.structured.constraint import Constraint as Constraint
+    from lowtide.runtime.structured.formats import Choice as Choice
+    from lowtide.runtime.structured.formats import Grammar as Grammar
+    from lowtide.runtime.structured.formats import JsonObject as JsonObject
+    from lowtide.runtime.structured.formats import JsonSchema as JsonSchema
+    from lowtide.runtime.structured.formats import OutputFormat as OutputFormat
+    from lowtide.runtime.structured.formats import Regex as Regex
 
     __version__: str
 
 _MODULES = {
     "AttentionPolicy": "attention.policy",
+    "Choice": "runtime.structured.formats",
+    "Constraint": "runtime.structured.constraint",
+    "Grammar": "runtime.structured.formats",
+    "JsonObject": "runtime.structured.formats",
+    "JsonSchema": "runtime.structured.formats",
+    "OutputFormat": "runtime.structured.formats",
+    "Regex": "runtime.structured.formats",
     "Delta": "attention.delta.policy",
     "Dense": "attention.dense",
     "FakeModel": "models.fake_model",

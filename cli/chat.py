@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from lowtide.cli.options import (
 )
 from lowtide.cli.output import note, statistics_line
 from lowtide.cli.streams import is_terminal, one_line
+from lowtide.cli.structured import structured_options, take_constraint
 from lowtide.memory.units import format_bytes
 from lowtide.models.errors import LowtideError
 from lowtide.runtime.errors import OverBudget, SnapshotMismatch
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 @prefix_cache_option
 @enforce_option
 @generation_options
+@structured_options
 def command(system: str | None, enforce: ControlGroup | None, **options: Any) -> None:
     """Chat with a model. Type /help for the commands.
 
@@ -53,7 +56,9 @@ def command(system: str | None, enforce: ControlGroup | None, **options: Any) ->
     from lowtide.cli.output import note, plan_line, template_note
     from lowtide.memory.plan.estimates import prompt_limit_bytes
 
-    generation = take_generation_options(options)
+    constraint = take_constraint(options)
+    generation = replace(take_generation_options(options), constraint=constraint)
+    options["structured"] = constraint is not None
     arguments = take_template_arguments(options)
     planned = planned_model(options)
     planned.require_fit()

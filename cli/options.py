@@ -266,7 +266,7 @@ def take_open_options(options: dict[str, Any]) -> LoadConfig:
 
     names = (
         "memory context kv_type threads attention prefix_cache repack speculate gpu_layers gpu_memory "
-        "provider expected_tokens chat_template"
+        "provider expected_tokens chat_template structured"
     ).split()
     options["repack"] |= options.pop("pack")  # a hidden alias
     return LoadConfig(**{name: options.pop(name) for name in names if name in options})

@@ -18,6 +18,7 @@ from lowtide.cli.options import (
     prefix_cache_option,
     speculate_option,
 )
+from lowtide.cli.structured import structured_option
 
 if TYPE_CHECKING:
     from lowtide.runtime.planning.plan import ResolvedModel
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 @opening_options
 @speculate_option
 @prefix_cache_option
+@structured_option
 @click.option(
     "--expected-tokens",
     type=click.IntRange(min=0),

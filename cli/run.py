@@ -23,6 +23,7 @@ from lowtide.cli.options import (
     take_template_arguments,
     template_options,
 )
+from lowtide.cli.structured import structured_options, take_constraint
 
 if TYPE_CHECKING:
     from lowtide import GenerationChunk
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 @json_option
 @enforce_option
 @generation_options
+@structured_options
 def command(
     prompt: str | None,
     file: Path | None,
@@ -81,7 +83,9 @@ def command(
         raise click.UsageError(
             "--special parses control tokens in a text without a chat template: add --raw, or leave it out"
         )
-    generation = replace(take_generation_options(options), special=special)
+    constraint = take_constraint(options)
+    generation = replace(take_generation_options(options), special=special, constraint=constraint)
+    options["structured"] = constraint is not None
     arguments = take_template_arguments(options)
     if raw and (arguments or options["chat_template"]):
         raise click.UsageError(

@@ -18,6 +18,7 @@ LowtideError                  every error that a user can act on; `exit_code` 1
   + PromptTooLong             2  the prompt does not fit the context
   + ForwardError              1  a forward pass failed in native code
   + CannotRepack              1  the weights of a model cannot be repacked here
+  + ConstraintFailed          1  a grammar has no way to go on
   + RuntimeUnusable           1  the runtime is closed, or another answer was started
   + SnapshotError             1  native code could not write or read a KV snapshot
   + TranscriptError           1  a chat could not be saved or loaded
@@ -49,6 +50,7 @@ __all__ = [
     "BadSize",
     "CalibrationError",
     "CannotRepack",
+    "ConstraintFailed",
     "DownloadError",
     "ForwardError",
     "KilledByLimit",
@@ -71,6 +73,10 @@ __all__ = [
 
 class CannotRepack(LowtideError):
     """The weights of a model cannot be repacked; it runs from its own file."""
+
+
+class ConstraintFailed(LowtideError):
+    """A schema or grammar has no way to go on, or checking it takes more work than the limits allow."""
 
 
 class PromptTooLong(LowtideError):

@@ -55,6 +55,9 @@ class SamplingParams:
     """Whether control tokens that a raw prompt spells become tokens; in a chat, only the template's do."""
     explain: bool = False
     """Whether the last chunk lists the spans of the prompt that `Gem` retained."""
+    constraint: Any = None
+    """What the answer must look like: `JsonSchema`, `JsonObject`, `Regex`, `Grammar`, `Choice`, a dict with a JSON
+    schema, a pydantic model, or a `Constraint` of your own."""
 
     def __post_init__(self) -> None:
         for name, value in self._checked().items():
@@ -77,7 +80,18 @@ class SamplingParams:
         checked["overflow"] = choice(option("overflow"), self.overflow, OVERFLOWS)
         checked["special"] = flag(option("special"), self.special)
         checked["explain"] = flag(option("explain"), self.explain)
+        if self.constraint is not None:
+            checked["constraint"] = self._format(checked["stop"])
         return checked
+
+    def _format(self, stop: tuple[str, ...]) -> Any:
+        from lowtide.runtime.structured.formats import as_format
+
+        if stop:
+            raise BadOption(
+                f"{option('stop')} is set, but the constraint says where the answer ends: leave one of them out"
+            )
+        return as_format(self.constraint)
 
     @property
     def draws_seed(self) -> bool:

@@ -99,6 +99,7 @@ class Runtime:
         * `speculate`: "off" (the default), "ngram", "trigram", "auto" or a draft model, with ":draft=N" for the most
           draft tokens of a pass
         * `provider`: the execution provider of an ONNX model ("cpu", "cuda")
+        * `structured`: True reserves the memory of structured output (`SamplingParams.constraint`) in the plan
         * `offline`: True downloads nothing
         * `chat_template`: a chat template instead of the model's own: its text, or the `Path` of a file
 
@@ -190,6 +191,7 @@ class Runtime:
                 "special is for raw prompts, and a chat's control tokens are those of its template: leave it out, or "
                 "use Runtime.generate"
             )
+        answer = self._engine.constrained_answer(params)
         with self._active.between_steps(), self._hints_that_help():
             number = self._start()
             request, prompt = self._encoder.encode_chat(
@@ -200,7 +202,7 @@ class Runtime:
                 tools=tools,
                 arguments=template_arguments,
             )
-        return self._remembered(number, request, prompt)
+        return self._remembered(number, replace(request, answer=answer), prompt)
 
     def stream(
         self, prompt: str, params: SamplingParams | None = None, **named: Any
@@ -210,12 +212,13 @@ class Runtime:
         params = SamplingParams.of(params, **named)
         prompt = checked_prompt(prompt)
         self._engine.check(params, is_completion=True)
+        answer = self._engine.constrained_answer(params)
         with self._active.between_steps(), self._hints_that_help():
             number = self._start()
             request = self._encoder.encode_text(
                 prompt, self._engine.most_tokens(), params, asked_at
             )
-        return self._active.run(number, self._generate(request))
+        return self._active.run(number, self._generate(replace(request, answer=answer)))
 
     def generate(
         self, prompt: str, params: SamplingParams | None = None, **named: Any
@@ -236,11 +239,15 @@ class Runtime:
         for one in params_of:
             self._engine.check(one, is_completion=True)
         self._batch.check(len(prompts))
+        answers = [self._engine.constrained_answer(one) for one in params_of]
         with self._active.between_steps(), self._hints_that_help():
             number = self._start()
             requests = [
-                self._encoder.encode_text(prompt, self._model.context, one, asked_at)
-                for prompt, one in zip(prompts, params_of, strict=True)
+                replace(
+                    self._encoder.encode_text(prompt, self._model.context, one, asked_at),
+                    answer=answer,
+                )
+                for prompt, one, answer in zip(prompts, params_of, answers, strict=True)
             ]
         return self._active.run(number, self._batch.generate(requests))
 

@@ -47,6 +47,11 @@ LIBRARIES_BYTES = 31 * MIB
 """How much these libraries add to a process that has not loaded them."""
 SLACK_BYTES = MIB
 """The allocator's slack between small allocations."""
+STRUCTURED_BYTES = 15 * MIB
+"""llguidance's library and its imports (5 MiB), and the largest of 150 grammars with its search for an end (10 MiB);
+a small schema takes 2 to 3 MiB of these."""
+STRUCTURED_TOKEN_BYTES = 300
+"""Bytes of a token in llguidance's trie and in the table that it is made from, as measured with 49,152 and 262,144."""
 RESERVE_BYTES = 2 * MIB
 """The least reserve: slack, and the lists of a small model with a short context."""
 
@@ -268,6 +273,11 @@ def second_context_bytes(spec: ModelSpec, compute_bytes: int, context: int) -> i
 def logits_bytes(spec: ModelSpec) -> int:
     """Return the bytes of one token's logits in llama.cpp and of the sampler's arrays."""
     return 4 * SAMPLING_COPIES * spec.vocabulary.num_tokens
+
+
+def structured_bytes(vocabulary: VocabularySpec) -> int:
+    """Return the bytes of structured output: llguidance, its token trie, and the work of one grammar."""
+    return STRUCTURED_BYTES + STRUCTURED_TOKEN_BYTES * vocabulary.num_tokens
 
 
 def attention_bytes(spec: ModelSpec, context: int, threads: int) -> int:

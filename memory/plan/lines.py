@@ -80,6 +80,7 @@ class PlanLines:
             *self._filter_prefill(candidate),
             *self._prefixes(candidate),
             *self._speculation(candidate),
+            *_structured(spec, options.structured),
             *_comparison(spec, options.compared_tokens),
             *_profiler(spec, options.profiled),
             PlanLine(
@@ -238,6 +239,14 @@ def _kernels_line(options: PlanRequest, engine: str) -> str:
     return f"lowtide's kernels, {threads} {'thread' if threads == 1 else 'threads'}" + (
         f", {description}" if description else ""
     )
+
+
+def _structured(spec: ModelSpec, is_asked: bool) -> tuple[PlanLine, ...]:
+    if not is_asked:
+        return ()
+    num_tokens = spec.vocabulary.num_tokens
+    why = f"the bytes of {num_tokens:,} tokens as a trie, and one grammar"
+    return (PlanLine(components.STRUCTURED, estimates.structured_bytes(spec.vocabulary), why),)
 
 
 def _comparison(spec: ModelSpec, num_tokens: int) -> tuple[PlanLine, ...]:

@@ -47,6 +47,8 @@ class PlanRequest:
     """The drafts to verify; None without speculation."""
     compared_tokens: int = 0
     """How many next-token distributions an evaluation holds at once."""
+    structured: bool = False
+    """Whether the memory of structured output is reserved."""
     repacked: bool = False
     """Whether the weights are a repacked copy for lowtide's matmul kernels."""
     gpu: GpuBudget | None = None

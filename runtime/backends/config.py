@@ -53,6 +53,8 @@ class LoadConfig:
     tokens of a pass. `provider` is the short name of an
     execution provider for ONNX models. `chat_template` replaces the model's own: the text of a template, or the
     `Path` of a file with one.
+    execution provider for ONNX models. `structured` reserves the memory of structured output, so that a constraint
+    cannot be refused for want of room.
 
     `compared_tokens` is how many distributions over the vocabulary a measurement keeps, `attention_memory`
     the memory of attention if that is not the policy's own, `profiled` whether a profiler observes.
@@ -78,6 +80,7 @@ class LoadConfig:
     speculate: str = "off"
     provider: str = CPU
     chat_template: str | Path | None = None
+    structured: bool = False
 
     def __post_init__(self) -> None:
         for name, value in {**self._numbers(), **self._sizes(), **self._choices()}.items():
@@ -125,7 +128,16 @@ class LoadConfig:
     def _choices(self) -> dict[str, Any]:
         """Return the other checked options, with None as the default; raise `BadOption` for a wrong value."""
         defaults: dict[str, Any] = {field.name: field.default for field in fields(self)}
-        names = ("attention", "speculate", "provider", "offline", "repack", "kv_type", "gpu_layers")
+        names = (
+            "attention",
+            "speculate",
+            "provider",
+            "offline",
+            "repack",
+            "kv_type",
+            "gpu_layers",
+            "structured",
+        )
         values = {
             name: defaults[name] if getattr(self, name) is None else getattr(self, name)
             for name in names
@@ -135,7 +147,7 @@ class LoadConfig:
         values["speculate"] = SpeculationArg.text(values["speculate"])
         SpeculationArg.parse(values["speculate"])
         parse_gpu_layers(values["gpu_layers"])
-        for name in ("offline", "repack"):
+        for name in ("offline", "repack", "structured"):
             values[name] = flag(option(name), values[name])
         for name in ("provider", "kv_type"):
             if values[name] is not None:
@@ -191,6 +203,7 @@ class LoadConfig:
         """
         return PlanRequest(
             context=self.context,
+            structured=self.structured,
             kv_type=self.kv_type,
             batch_size=self.batch_size,
             expected_tokens=max(self.expected_tokens, prompt_tokens),

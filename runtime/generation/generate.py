@@ -122,7 +122,7 @@ def _sample(
     while logits is not None:
         with profiler.span("sampling"):
             token_id = sequence.sample(logits)
-        yield sequence.append(token_id, cache, is_over_budget=is_over_budget)
+        yield from sequence.append(token_id, cache, is_over_budget=is_over_budget)
         if sequence.is_finished:
             return
         logits = verification.accept(token_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from lowtide.runtime.generation.statistics import Statistics
 from lowtide.runtime.profiling.retention_map import RetainedSpan
@@ -40,6 +41,11 @@ class GenerationResult:
     """What the whole answer cost."""
     retained: tuple[RetainedSpan, ...] = ()
     """With `explain=True`: the spans of the prompt that GemFilter retained."""
+
+    @property
+    def structured(self) -> dict[str, Any] | None:
+        """With a constraint: how it was enforced, and whether the answer is complete and was closed."""
+        return self.stats.structured
 
     @classmethod
     def of(cls, chunks: Iterable[GenerationChunk]) -> GenerationResult:

@@ -1,6 +1,7 @@
 """Sampler: chooses one token from logits. Its only state is its random generator.
 
-The steps are in llama.cpp's default order: penalty, top-k, top-p, min-p, temperature, draw.
+The steps are in llama.cpp's default order: penalty, top-k, top-p, min-p, temperature, draw. With a constraint on the
+answer, all steps but the penalty see legal tokens only, as if the others were not in the vocabulary.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lowtide.models.model import Logits
+    from lowtide.runtime.structured.answer import ConstrainedAnswer
 
     Indices = NDArray[np.int32]
 
@@ -36,11 +38,37 @@ class Sampler:
         self.seed = int.from_bytes(os.urandom(6), "little") if params.seed is None else params.seed
         self._random = random.Random(self.seed)
 
-    def choose(self, logits: Logits, history: Sequence[int]) -> int:
-        """Return the next token after `history`, given its `logits` of shape (vocabulary,)."""
+    def choose(
+        self, logits: Logits, history: Sequence[int], answer: ConstrainedAnswer | None = None
+    ) -> int:
+        """Return the next token after `history`, given its `logits` of shape (vocabulary,).
+
+        `answer` says which tokens are legal; None for all.
+        """
         logits = self._penalised(logits, history)
+        if answer is not None:
+            return self._choose_legal(answer.weigh(logits), answer)
         if self._params.temperature == 0:
             return int(logits.argmax())
+        return self._draw(logits)
+
+    def _choose_legal(self, logits: Logits, answer: ConstrainedAnswer) -> int:
+        """Return a legal token. A greedy choice is mostly legal as it is, which is cheaper to ask than the mask."""
+        is_greedy = self._params.temperature == 0
+        if is_greedy:
+            best = int(logits.argmax())
+            if answer.allows(best):
+                return best
+        legal = answer.legal_ids()
+        legal = legal[legal < len(logits)]
+        if is_greedy or len(legal) == 1:
+            chosen = int(legal[logits[legal].argmax()])
+            if not is_greedy:
+                self._random.random()
+            return chosen
+        return int(legal[self._draw(logits[legal])])
+
+    def _draw(self, logits: Logits) -> int:
         candidates, probabilities = self.distribution(logits)
         np.cumsum(probabilities, out=probabilities)
         return int(candidates[np.searchsorted(probabilities, self._random.random())])

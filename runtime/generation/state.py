@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from lowtide.runtime.generation.watchdog import Watchdog
 from lowtide.runtime.kv.cache import CachedPrompt, KVCache
 from lowtide.runtime.options import SamplingParams
 from lowtide.runtime.speculation.controller import SpeculationController
+from lowtide.runtime.structured.answer import ConstrainedAnswer
 
 if TYPE_CHECKING:
     from lowtide.models.model import Logits
@@ -28,7 +29,7 @@ class GenerationRequest:
     """A prompt that fits the context, and how to continue it.
 
     `asked_at` is the caller's time (`time.perf_counter`); `dropped_tokens` and `dropped_messages` were left
-    out of the prompt.
+    out of the prompt. `answer` is what the answer must look like; None for any text.
     """
 
     token_ids: Sequence[int]
@@ -36,6 +37,7 @@ class GenerationRequest:
     asked_at: float
     dropped_tokens: int = 0
     dropped_messages: int = 0
+    answer: ConstrainedAnswer | None = None
 
     def max_kv_tokens(self, context: int) -> int:
         """Return how many tokens the sequence may have in the cache; the last sampled one is not computed."""
@@ -173,13 +175,14 @@ class StatsRecorder:
 
     def final(self) -> Statistics:
         """Return the complete statistics at the end of the generation."""
-        speculation = self._context.speculation
+        speculation, answer = self._context.speculation, self._request.answer
         return replace(
             self.statistics(),
             peak_rss_bytes=read_process_memory().peak_bytes,
             attended_share=self._attended_share(),
             scores=self._scores(),
             speculation=speculation.statistics(self._index) if speculation else None,
+            structured=answer.statistics() if answer else None,
         )
 
     def _attended_share(self) -> float | None:
@@ -242,24 +245,55 @@ class GenerationState:
         self.num_computed = min(start + max_tokens, self._num_prompt)
         return self.token_ids[start : self.num_computed]
 
+    @property
+    def answer(self) -> ConstrainedAnswer | None:
+        """What the answer must look like; None for any text."""
+        return self.request.answer
+
     def sample(self, logits: Logits) -> int:
         """Return the next token, given its logits of shape (vocabulary,).
 
-        A constraint on the output (a grammar, say) belongs here, between the logits and the sampler.
+        A constrained answer advances by it, or is closed instead.
         """
         self._stats.record_prefill()
-        return self._sampler.choose(logits, self.token_ids)
+        token_id = self._sampler.choose(logits, self.token_ids, self.answer)
+        if self.answer is not None:
+            self.answer.take(token_id)
+        return token_id
 
-    def append(self, token_id: int, cache: KVCache, *, is_over_budget: bool) -> GenerationChunk:
-        """Take a sampled token and return its chunk; the sequence may be finished then."""
+    def append(
+        self, token_id: int, cache: KVCache, *, is_over_budget: bool
+    ) -> Iterator[GenerationChunk]:
+        """Take a sampled token and yield its chunk; the sequence may be finished then.
+
+        Where a constrained answer must end, the tokens that close it follow; they are not computed.
+        """
+        if self.answer is not None and self.answer.is_closed:
+            yield from self._closed(self.answer, "length")
+            return
         if self._is_end(token_id):
             self.is_finished = True
-            return GenerationChunk(self._stops.rest(), None, "stop", self._stats.final())
-        self._stats.record_token()
-        text, is_stopped = self._stops.push(self._stream.push(token_id))
+            yield GenerationChunk(self._stops.rest(), None, "stop", self._stats.final())
+            return
+        text, is_stopped = self._pushed(token_id)
         finish_reason = "stop" if is_stopped else self._finish_reason(cache)
         if finish_reason is None and is_over_budget:
             finish_reason = "memory"
+        if finish_reason in (None, "stop") or self.answer is None:
+            yield self._chunk(token_id, text, finish_reason, is_stopped=is_stopped)
+            return
+        yield self._chunk(token_id, text, None)
+        yield from self._closed(self.answer, finish_reason)
+
+    def _pushed(self, token_id: int) -> tuple[str, bool]:
+        """Count a token; return the text that may be shown now, and whether the answer ends by it."""
+        self._stats.record_token()
+        text, is_stopped = self._stops.push(self._stream.push(token_id))
+        return text, is_stopped
+
+    def _chunk(
+        self, token_id: int, text: str, finish_reason: str | None, *, is_stopped: bool = False
+    ) -> GenerationChunk:
         if finish_reason is not None:
             self.is_finished = True
             rest = "" if is_stopped else self._stops.rest()
@@ -267,7 +301,17 @@ class GenerationState:
         self.token_ids.append(token_id)
         return GenerationChunk(text, token_id, None, self._stats.statistics())
 
+    def _closed(self, answer: ConstrainedAnswer, finish_reason: str) -> Iterator[GenerationChunk]:
+        """Yield the tokens that close the answer; the last chunk has the reason for which it had to end."""
+        for token_id in answer.close():
+            text, _ = self._pushed(token_id)
+            yield self._chunk(token_id, text, None)
+        self.is_finished = True
+        yield GenerationChunk(self._stops.rest(), None, finish_reason, self._stats.final())
+
     def _finish_reason(self, cache: KVCache) -> str | None:
+        if self.answer is not None and self.answer.is_done:
+            return "stop"
         if self._stats.generated_tokens == self.request.params.max_tokens:
             return "length"
         if cache.num_free(self.index) <= 0:

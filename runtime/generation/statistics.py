@@ -56,6 +56,9 @@ class Statistics:
     """Peak resident set of the process so far, in bytes; on the last chunk."""
     speculation: dict[str, Any] | None = None
     """What speculative decoding did (`SpeculationController.statistics`); on the last chunk."""
+    structured: dict[str, Any] | None = None
+    """With a constraint, on the last chunk: how it was enforced, whether the answer is complete, and whether the
+    constraint closed it (`ConstrainedAnswer.statistics`)."""
     batch: dict[str, Any] | None = None
     """The batch of this answer: sequences, shared tokens, KV tokens, bytes, and whether a greedy answer is
     identical to that of its prompt alone."""

@@ -14,9 +14,14 @@ from lowtide.attention.bindings.policy import AttentionKernels
 from lowtide.attention.policy import PassController
 from lowtide.memory.budget import Ledger
 from lowtide.memory.os.pages import trim_heap
-from lowtide.memory.plan.estimates import filter_layers_bytes, kv_bytes, tokenising_bytes
+from lowtide.memory.plan.estimates import (
+    filter_layers_bytes,
+    kv_bytes,
+    structured_bytes,
+    tokenising_bytes,
+)
 from lowtide.memory.plan.kv_reservation import KVReservation
-from lowtide.memory.plan.line import CACHE, FILTER_PREFILL, PREFIXES, PROMPT
+from lowtide.memory.plan.line import CACHE, FILTER_PREFILL, PREFIXES, PROMPT, STRUCTURED
 from lowtide.memory.process import read_process_memory
 from lowtide.memory.reclaim import Reclaimed, Reclaimer, reclaim
 from lowtide.memory.units import OverBudget
@@ -36,6 +41,8 @@ from lowtide.runtime.options import SamplingParams
 from lowtide.runtime.profiling.memory import WatchedModel
 from lowtide.runtime.profiling.profiler import SILENT, Profiler
 from lowtide.runtime.speculation.controller import SpeculationController
+from lowtide.runtime.structured.answer import ConstrainedAnswer
+from lowtide.runtime.structured.vocabulary import TokenVocabulary
 
 
 class Engine:
@@ -75,6 +82,7 @@ class Engine:
             *self._loaded_model.reclaimers,
             Reclaimer("background", model.release_pages),
         ]
+        self._vocabulary = TokenVocabulary(model.tokenizer, planned.spec.vocabulary.num_tokens)
         self.controller = (
             PassController() if kernels is None else planned.policy.configure(kernels, planned.spec)
         )
@@ -145,6 +153,18 @@ class Engine:
             prefixes=self.prefixes,
             prompt_filter=self.prompt_filter,
         )
+
+    def constrained_answer(self, params: SamplingParams) -> ConstrainedAnswer | None:
+        """Return what the answer must look like, at its start; None where nothing is asked for.
+
+        Raises `BadOption` where the constraint cannot be enforced, and `OverBudget` where it has no room.
+        """
+        if params.constraint is None:
+            return None
+        if STRUCTURED not in self.ledger.components:
+            self.ledger.reserve(STRUCTURED, structured_bytes(self.planned.spec.vocabulary))
+        constraint = params.constraint.compile(self._vocabulary)
+        return ConstrainedAnswer(constraint, self._vocabulary.end_ids, params.max_tokens)
 
     def generation_context(self) -> GenerationContext:
         """Return what the statistics of a generation say about the model and its plan."""

@@ -1,0 +1,121 @@
+"""The options for structured output, and the format that they become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from lowtide.runtime.structured.formats import OutputFormat
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_OPTIONS = (
+    click.option(
+        "--json-schema",
+        "--schema",
+        "json_schema",
+        metavar="FILE|JSON",
+        help="Answer with JSON that follows this schema: a file, or the schema itself.",
+    ),
+    click.option("--json-object", is_flag=True, help="Answer with a JSON object of any kind."),
+    click.option(
+        "--regex",
+        metavar="PATTERN",
+        help="Answer with a text that this pattern matches as a whole.",
+    ),
+    click.option(
+        "--grammar",
+        metavar="FILE",
+        type=click.Path(path_type=Path),
+        help="Answer in this grammar: GBNF as llama.cpp reads it, or Lark.",
+    ),
+    click.option(
+        "--choice",
+        "choices",
+        multiple=True,
+        metavar="TEXT",
+        help="Answer with this text; repeat the option for each of the choices.",
+    ),
+    click.option(
+        "--json-style",
+        type=click.Choice(["flexible", "compact", "pretty"]),
+        help="White space in JSON: up to 8 characters between values, none, or one blank after each comma and "
+        "colon.  [default: flexible]",
+    ),
+)
+
+structured_option = click.option(
+    "--structured",
+    is_flag=True,
+    help="Plan with the memory of structured output, as --json-schema and its like do.",
+)
+
+
+def structured_options(command: Command) -> Command:
+    """Add --json-schema, --regex and the other options that say what an answer must look like."""
+    for decorator in reversed(_OPTIONS):
+        command = decorator(command)
+    return command
+
+
+def take_constraint(options: dict[str, Any]) -> OutputFormat | None:
+    """Remove the options of structured output from `options`; return the format, None where none was asked for."""
+    names = ("json_schema", "json_object", "regex", "grammar", "choices")
+    values = {name: options.pop(name) for name in names}
+    style = options.pop("json_style")
+    used = [name for name in names if values[name] not in (None, False, ())]
+    if len(used) > 1:
+        written = " and ".join(_written(name) for name in used)
+        raise click.UsageError(f"{written} say what the answer must look like: name one of them")
+    if style is not None and used not in (["json_schema"], ["json_object"]):
+        raise click.UsageError(
+            "--json-style is for JSON answers: add --json-schema or --json-object, or leave it out"
+        )
+    return _format(used[0], values[used[0]], style or "flexible") if used else None
+
+
+def _format(name: str, value: Any, style: str) -> OutputFormat:
+    from lowtide.runtime.structured.formats import Choice, Grammar, JsonObject, JsonSchema, Regex
+
+    if name == "json_schema":
+        return JsonSchema(_schema_text(value), style)
+    if name == "json_object":
+        return JsonObject(style)
+    if name == "regex":
+        return Regex(value)
+    if name == "grammar":
+        return Grammar(_read(value, "--grammar"))
+    return Choice(*value) if len(value) > 1 else Choice([*value])
+
+
+def _schema_text(value: str) -> str:
+    if value.lstrip()[:1] in ("{", "[") or value.strip() in ("true", "false"):
+        return value
+    return _read(Path(value), "--json-schema")
+
+
+def _read(path: Path, name: str) -> str:
+    from lowtide.runtime.structured.formats import MAX_SOURCE_BYTES
+
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_SOURCE_BYTES + 1)
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        if len(data) > MAX_SOURCE_BYTES:  # the cut may be inside a character
+            return data.decode("utf-8", errors="replace")
+        raise click.UsageError(f"{name} {path} is not UTF-8 text: convert it") from None
+    except OSError as error:
+        raise click.UsageError(
+            f"{name} {path} cannot be read ({error.strerror}): name a readable file"
+        ) from None
+    except ValueError:  # a null character in the path
+        raise click.UsageError(f"{name} is no path: name a readable file") from None
+
+
+def _written(name: str) -> str:
+    return "--choice" if name == "choices" else "--" + name.replace("_", "-")

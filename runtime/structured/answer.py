@@ -1,0 +1,157 @@
+"""ConstrainedAnswer: one answer that follows a constraint, and that is whole wherever it has to end.
+
+While tokens are chosen it always has a way to the end that fits into the tokens that are left. Where the next
+token would leave too few, or where the context or the memory ends, the constraint alone closes the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lowtide.models.arguments.names import option
+from lowtide.models.errors import BadOption
+from lowtide.runtime.errors import ConstraintFailed
+from lowtide.runtime.structured.constraint import Constraint
+
+if TYPE_CHECKING:
+    from lowtide.models.model import Logits
+    from lowtide.runtime.structured.constraint import TokenIds
+
+MAX_CLOSING = 2048
+"""Most tokens that close an answer which may have any length."""
+WATCHED_TOKENS = 256
+"""A way to the end is looked for when fewer tokens than these, and twice the shortest answer, are left."""
+
+
+class ConstrainedAnswer:
+    """The constraint of one answer of at most `max_tokens` tokens, which `end_ids` may end.
+
+    Raises `BadOption` where the shortest answer has more tokens than that.
+    """
+
+    def __init__(
+        self, constraint: Constraint, end_ids: Sequence[int], max_tokens: int | None
+    ) -> None:
+        self._constraint = constraint
+        self._end_ids = tuple(end_ids)
+        self._num_left = max_tokens
+        self._closing = constraint.closing(MAX_CLOSING)
+        self._is_closed = self._is_watching = False
+        self._num_closing = self._num_masks = self._num_tokens = 0
+        shortest = len(self._closing or ())
+        if max_tokens is not None and shortest > max_tokens:
+            raise BadOption(
+                f"the constraint needs about {shortest} tokens for its shortest answer, but "
+                f"{option('max_tokens')} is {max_tokens}: raise it"
+            )
+        self._watched = WATCHED_TOKENS + 2 * shortest
+
+    @property
+    def constraint(self) -> Constraint:
+        """The constraint behind the tokens so far."""
+        return self._constraint
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing may follow."""
+        return self._constraint.is_done
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the constraint alone ends the answer now."""
+        return self._is_closed
+
+    def allows(self, token_id: int) -> bool:
+        """Whether the token may come next; an end token may where the answer may end."""
+        if token_id in self._end_ids:
+            return self._constraint.is_accepting
+        return self._constraint.allows(token_id)
+
+    def legal_ids(self) -> TokenIds:
+        """Return all tokens that may come next, end tokens among them; raises `ConstraintFailed` for none."""
+        import numpy as np
+
+        self._num_masks += 1
+        found = self._constraint.legal_ids()
+        if self._constraint.is_accepting:
+            found = np.union1d(found, np.asarray(self._end_ids, np.int32)).astype(np.int32)
+        if not len(found):
+            raise ConstraintFailed(
+                f"no token of the model can follow the answer after {self._num_tokens} tokens: change the "
+                "schema or grammar"
+            )
+        return found
+
+    def weigh(self, logits: Logits) -> Logits:
+        """Return the logits with the constraint's preferences."""
+        return self._constraint.weigh(logits)
+
+    def take(self, token_id: int) -> bool:
+        """Append a chosen token where the answer can still be closed after it; return whether it was appended.
+
+        Where it was not, the answer `is_closed`, and `closing` has the rest.
+        """
+        if token_id in self._end_ids:
+            return True
+        state = self._constraint.fork()
+        state.advance(token_id)
+        if self._num_left is not None and self._num_left <= self._watched:
+            if not self._is_watching:
+                self._closing = self._constraint.closing(self._num_left)
+                self._is_watching = True
+            closing = self._closing_after(state, token_id, self._num_left - 1)
+            if closing is None and self._closing is not None:
+                self._is_closed = True
+                return False
+            self._closing = closing
+        self._constraint = state
+        self._num_tokens += 1
+        if self._num_left is not None:
+            self._num_left -= 1
+        return True
+
+    def _closing_after(
+        self, state: Constraint, token_id: int, max_tokens: int
+    ) -> Sequence[int] | None:
+        """Return a way to the end from `state`, which is the answer after `token_id`."""
+        before = self._closing
+        if before is not None:
+            rest = before[1:] if before[:1] == (token_id,) else before
+            if len(rest) <= max_tokens and _ends(state, rest):
+                return rest
+        return state.closing(max_tokens)
+
+    def close(self) -> Sequence[int]:
+        """Return the tokens that close the answer, () where it is complete or no way is found."""
+        self._is_closed = True
+        if self._constraint.is_accepting:
+            return ()
+        closing = self._closing if self._is_watching else None
+        if closing is None:
+            limit = MAX_CLOSING if self._num_left is None else self._num_left
+            closing = self._constraint.closing(limit) or ()
+        for token_id in closing:
+            self._constraint.advance(token_id)
+        self._num_closing = len(closing)
+        return closing
+
+    def statistics(self) -> dict[str, Any]:
+        """Return the values of `Statistics.structured`."""
+        return {
+            "enforced": self._constraint.enforced,
+            "complete": self._constraint.is_accepting,
+            "closed": self._is_closed and self._constraint.is_accepting,
+            "closing_tokens": self._num_closing,
+            "masks": self._num_masks,
+        }
+
+
+def _ends(state: Constraint, token_ids: Sequence[int]) -> bool:
+    """Whether the tokens bring the answer to an end."""
+    if state.num_legal(token_ids) < len(token_ids):
+        return False
+    copy = state.fork()
+    for token_id in token_ids:
+        copy.advance(token_id)
+    return copy.is_accepting

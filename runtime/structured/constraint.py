@@ -1,0 +1,81 @@
+"""Constraint: which tokens may come next in one answer. The one interface that sampling and speculation ask."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lowtide.runtime.structured.closing import find_closing
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from lowtide.models.model import Logits
+
+    TokenIds = NDArray[np.int32]
+
+
+class Constraint(ABC):
+    """The rules for the tokens of one answer, and how far the answer is.
+
+    It knows tokens and no model. It never sees end tokens: an answer may end where `is_accepting`, and must
+    end where `is_done`. A constraint of your own implements the abstract methods.
+    """
+
+    @abstractmethod
+    def allows(self, token_id: int) -> bool:
+        """Whether the token may come next. Changes nothing."""
+
+    @abstractmethod
+    def legal_ids(self) -> TokenIds:
+        """Return all tokens that may come next, ascending, int32 of shape (count,): the mask."""
+
+    @abstractmethod
+    def advance(self, token_id: int) -> None:
+        """Append a token that `allows` returned True for."""
+
+    @abstractmethod
+    def fork(self) -> Constraint:
+        """Return an independent copy."""
+
+    @property
+    @abstractmethod
+    def is_accepting(self) -> bool:
+        """Whether the answer may end here."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no token may follow."""
+        return self.is_accepting and not len(self.legal_ids())
+
+    def num_legal(self, token_ids: Sequence[int]) -> int:
+        """Return how many of the tokens, from the first on, may come one after the other. Changes nothing."""
+        copy = self.fork()
+        for count, token_id in enumerate(token_ids):
+            if not copy.allows(token_id):
+                return count
+            copy.advance(token_id)
+        return len(token_ids)
+
+    def forced(self) -> Sequence[int]:
+        """Return the tokens of the text that must come next, as drafts; none where several texts may come."""
+        return ()
+
+    def closing(self, max_tokens: int) -> Sequence[int] | None:
+        """Return at most `max_tokens` tokens that bring the answer to an end; None where none are found."""
+        return find_closing(self, max_tokens)
+
+    def likely_ends(self) -> Sequence[int]:
+        """Return tokens that tend to lead to the end, the best first; `closing` tries them first."""
+        return ()
+
+    def weigh(self, logits: Logits) -> Logits:
+        """Return the logits, shape (vocabulary,), changed by preferences; illegal tokens need no change."""
+        return logits
+
+    @property
+    def enforced(self) -> str:
+        """How the rules hold: "exact" while tokens are chosen, or "verified" when the answer is complete."""
+        return "exact"

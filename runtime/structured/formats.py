@@ -1,0 +1,268 @@
+"""What an answer must look like: a JSON schema, any JSON object, a regular expression, a grammar, or choices."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from lowtide.models.arguments.names import option
+from lowtide.models.arguments.values import choice, shown, text
+from lowtide.models.errors import BadOption
+from lowtide.runtime.structured.constraint import Constraint
+from lowtide.runtime.structured.llguidance_constraint import (
+    GrammarConstraint,
+    GrammarError,
+    GrammarTokenizer,
+    llguidance,
+)
+from lowtide.runtime.structured.schema import parse_schema, refused_keyword
+from lowtide.runtime.structured.vocabulary import TokenVocabulary
+
+MAX_SOURCE_BYTES = 64 * 1024
+"""Most bytes of a schema, a regular expression or a grammar. Larger ones take seconds and tens of megabytes."""
+STYLES = ("flexible", "compact", "pretty")
+_STYLE_OPTIONS: dict[str, dict[str, Any]] = {
+    "flexible": {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,8}"},
+    "compact": {"whitespace_flexible": False},
+    "pretty": {
+        "whitespace_flexible": False,
+        "item_separator": ", ",
+        "key_separator": ": ",
+    },
+}
+
+
+class OutputFormat(ABC):
+    """What an answer must look like, of any model. A format of your own implements `compile`."""
+
+    @abstractmethod
+    def compile(self, vocabulary: TokenVocabulary) -> Constraint:
+        """Return the constraint of a new answer; raises `BadOption` where it cannot be enforced."""
+
+    def parse(self, answer: str) -> Any:
+        """Return the value that a complete answer stands for."""
+        return answer
+
+
+class _Grammar(OutputFormat):
+    """A format that llguidance reads."""
+
+    def compile(self, vocabulary: TokenVocabulary) -> Constraint:
+        """Return the constraint of a new answer."""
+        tokenizer = vocabulary.cached(GrammarTokenizer)
+        try:
+            return GrammarConstraint(tokenizer, tokenizer.matcher(self._grammar()))
+        except GrammarError as error:
+            raise BadOption(self._refusal(str(error))) from None
+
+    @abstractmethod
+    def _grammar(self) -> str:
+        """Return the grammar as llguidance takes it."""
+
+    def _refusal(self, reason: str) -> str:
+        """Return the sentence for a grammar that cannot be used."""
+        return f"{_name()} cannot be enforced: {_first_line(reason)}; change it"
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonSchema(_Grammar):
+    """JSON that follows a schema: a dict, its text, or a class that pydantic can read (a model, a dataclass).
+
+    `style` is the white space between values: "flexible" allows up to 8 characters, "pretty" one blank after each
+    comma and colon (as `json.dumps` writes it), "compact" none.
+    """
+
+    schema: Any
+    style: str = "flexible"
+
+    def __post_init__(self) -> None:
+        parsed, model = _schema_of(self.schema)
+        object.__setattr__(self, "schema", json.dumps(parsed))
+        object.__setattr__(self, "_model", model)
+        choice(option("json_style"), self.style, STYLES)
+        _check_size(self.schema)
+
+    def _grammar(self) -> str:
+        made: str = llguidance().LLMatcher.grammar_from_json_schema(
+            self.schema, overrides=_STYLE_OPTIONS[self.style]
+        )
+        return made
+
+    def _refusal(self, reason: str) -> str:
+        return refused_keyword(json.loads(self.schema), _first_line(reason))
+
+    def parse(self, answer: str) -> Any:
+        """Return the JSON value, or an object of the pydantic model or dataclass that the schema came from."""
+        model = getattr(self, "_model", None)
+        if model is None:
+            return json.loads(answer)
+        return model.validate_json(answer)
+
+
+class JsonObject(JsonSchema):
+    """Any JSON object."""
+
+    def __init__(self, style: str = "flexible") -> None:
+        super().__init__({"type": "object"}, style)
+
+
+@dataclasses.dataclass(frozen=True)
+class Regex(_Grammar):
+    """A text that a regular expression matches as a whole; the syntax is that of Rust's regex crate."""
+
+    pattern: Any
+
+    def __post_init__(self) -> None:
+        pattern = self.pattern
+        if isinstance(pattern, re.Pattern):
+            object.__setattr__(self, "pattern", pattern.pattern)
+        _check_size(text(option("regex"), self.pattern, "a regular expression"))
+
+    def _grammar(self) -> str:
+        made: str = llguidance().LLMatcher.grammar_from_regex(self.pattern)
+        return made
+
+
+@dataclasses.dataclass(frozen=True)
+class Grammar(_Grammar):
+    """A context-free grammar: Lark as llguidance reads it, or GBNF as llama.cpp does (`root ::= ...`)."""
+
+    grammar: str
+
+    def __post_init__(self) -> None:
+        _check_size(text(option("grammar"), self.grammar, "a grammar"))
+        if not self.grammar.strip():
+            raise BadOption(f"{option('grammar')} is empty; write a rule named start or root")
+
+    def _grammar(self) -> str:
+        source = self.grammar
+        if re.search(r"^\s*[\w-]+\s*::=", source, re.MULTILINE):
+            source = _lark_of(source)
+        made: str = llguidance().LLMatcher.grammar_from_lark(source)
+        return made
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice(_Grammar):
+    """One of several texts."""
+
+    choices: Any
+
+    def __init__(self, *choices: Any) -> None:
+        given = choices[0] if len(choices) == 1 and not isinstance(choices[0], str) else choices
+        if not isinstance(given, (list, tuple, set, frozenset)):
+            raise BadOption(f"{option('choice')} is {shown(given)}; pass a list of texts")
+        found = tuple(text(option("choice"), one) for one in given)
+        if not found or not all(found):
+            raise BadOption(
+                f"{option('choice')} is {shown(given)}; pass at least one text, none of them empty"
+            )
+        object.__setattr__(self, "choices", found)
+        _check_size("".join(found))
+
+    def _grammar(self) -> str:
+        alternatives = " | ".join(json.dumps(one, ensure_ascii=False) for one in self.choices)
+        made: str = llguidance().LLMatcher.grammar_from_lark(f"start: {alternatives}")
+        return made
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnConstraint(OutputFormat):
+    """A constraint that the caller wrote; each answer gets a copy."""
+
+    constraint: Constraint
+
+    def compile(self, vocabulary: TokenVocabulary) -> Constraint:
+        """Return a copy of the constraint."""
+        return self.constraint.fork()
+
+
+def as_format(value: Any) -> OutputFormat:
+    """Return the value as a format; raises `BadOption` for what is none.
+
+    A dict, a pydantic model and a dataclass are JSON schemas, a compiled `re` pattern is a regular expression, a
+    list of texts are choices.
+    """
+    if isinstance(value, OutputFormat):
+        return value
+    if isinstance(value, Constraint):
+        return OwnConstraint(value)
+    if isinstance(value, re.Pattern):
+        return Regex(value)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return Choice(value)
+    if isinstance(value, (Mapping, type)):
+        return JsonSchema(value)
+    raise BadOption(
+        f"constraint is {shown(value)}; it must be JsonSchema(...), JsonObject(), Regex(...), Grammar(...), "
+        "Choice(...), a dict with a JSON schema, or a pydantic model"
+    )
+
+
+def _schema_of(value: Any) -> tuple[Any, Any]:
+    """Return the JSON schema of a value, and pydantic's adapter where it came from a class."""
+    if isinstance(value, type):
+        return _schema_of_class(value)
+    if isinstance(value, str):
+        return parse_schema(value), None
+    if isinstance(value, (Mapping, bool)):
+        try:
+            return parse_schema(json.dumps(value)), None
+        except (TypeError, ValueError, RecursionError) as error:
+            if isinstance(error, BadOption):
+                raise
+            raise BadOption(f"the JSON schema has a value that is not JSON: {error}") from None
+    raise BadOption(f"the JSON schema is {shown(value)}; it must be a dict or its text")
+
+
+def _schema_of_class(value: type) -> tuple[Any, Any]:
+    try:
+        from pydantic import TypeAdapter
+    except ImportError:
+        raise BadOption(
+            f"the JSON schema of {value.__name__} needs pydantic, which is not installed: pip install "
+            "pydantic, or pass the schema as a dict"
+        ) from None
+    try:
+        adapter: Any = TypeAdapter(value)
+        return adapter.json_schema(), adapter
+    except Exception as error:  # pydantic has several, and a class may raise its own
+        raise BadOption(
+            f"{value.__name__} has no JSON schema ({_first_line(str(error))}): pass a pydantic model or a dict"
+        ) from None
+
+
+def _lark_of(gbnf: str) -> str:
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    try:
+        return str(gbnf_to_lark(gbnf))
+    except Exception as error:  # the converter raises what Python's own functions raise
+        raise BadOption(
+            f"the GBNF grammar cannot be read: {_first_line(str(error)) or type(error).__name__}; correct it"
+        ) from None
+
+
+def _check_size(source: str) -> None:
+    num_bytes = len(source.encode("utf-8", errors="replace"))
+    if num_bytes > MAX_SOURCE_BYTES:
+        raise BadOption(
+            f"{_name()} has {num_bytes:,} bytes, but at most {MAX_SOURCE_BYTES:,} can be used: shorten it"
+        )
+
+
+def _name() -> str:
+    return "the schema, grammar or list of choices"
+
+
+def _first_line(reason: str) -> str:
+    """Return what a library says in one line; of a regular expression's error, the part that names it."""
+    if "NoExtension" in reason:
+        return "no text can follow it"
+    lines = [" ".join(line.split()) for line in reason.strip().splitlines()]
+    named = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (named or lines or [""])[-1 if named else 0].rstrip(".;:")

@@ -1,0 +1,168 @@
+"""GrammarConstraint: llguidance behind the interface of `Constraint`. It reads JSON schemas, regexes and grammars.
+
+The library is optional (`lowtide[structured]`) and is imported when the first constraint is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from lowtide.models.errors import BadOption
+from lowtide.runtime.errors import ConstraintFailed
+from lowtide.runtime.structured.constraint import Constraint
+from lowtide.runtime.structured.vocabulary import TokenVocabulary
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+    from lowtide.runtime.structured.constraint import TokenIds
+
+SLICE = r'[^"\\\x00-\x1F\x7F]{1,30}'
+"""Tokens of plain text in a string are checked as one group. A second group costs memory and saves no time."""
+_CLOSERS = b'"}],:0naeltrusf1{[ -.23456789zAT'
+"""The bytes that tend to end a JSON value, the best first."""
+
+
+def llguidance() -> Any:
+    """Import the library; raises `BadOption` where it is not installed."""
+    if find_spec("llguidance") is None:
+        raise BadOption(
+            "structured output needs the package llguidance, which is not installed: "
+            "pip install 'lowtide[structured]'"
+        )
+    import llguidance
+
+    return llguidance
+
+
+class GrammarTokenizer:
+    """A model's vocabulary in llguidance's form, shared by all constraints of the model.
+
+    The library copies the bytes of the tokens: it holds no pointer into the model.
+    """
+
+    def __init__(self, vocabulary: TokenVocabulary) -> None:
+        library = llguidance()
+        self.vocabulary = vocabulary
+        self._first_end = vocabulary.end_ids[0] if vocabulary.end_ids else 0
+        self.tokenizer: LLTokenizer = library.LLTokenizer(
+            library.TokenizerWrapper(_Wrapped(vocabulary)),
+            eos_token=list(vocabulary.end_ids) or None,
+            slices=[SLICE],
+        )
+        by_bytes: dict[bytes, int] = {}
+        for token_id, token in enumerate(vocabulary.token_bytes):
+            if len(token) == 1:
+                by_bytes.setdefault(token, token_id)
+        ordered = [bytes([byte]) for byte in _CLOSERS]
+        ordered += [bytes([byte]) for byte in range(32, 127) if byte not in _CLOSERS]
+        self.likely_ends = tuple(by_bytes[one] for one in ordered if one in by_bytes)
+        vocabulary.release_bytes()
+
+    def matcher(self, grammar: str) -> LLMatcher:
+        """Return a matcher at the start of a grammar; raises `GrammarError` where it cannot be used."""
+        library = llguidance()
+        limits = library.LLParserLimits(verbose_errors=False)
+        made: LLMatcher = library.LLMatcher(self.tokenizer, grammar, log_level=0, limits=limits)
+        if not made.is_error():
+            made.compute_bitmask()  # a `$ref` to itself is an error of the first mask
+        if made.is_error():
+            raise GrammarError(made.get_error())
+        return made
+
+
+class GrammarError(Exception):
+    """What llguidance says of a grammar that it cannot use."""
+
+
+class _Wrapped:
+    """The attributes that llguidance reads: control tokens are special, so that no text contains them."""
+
+    def __init__(self, vocabulary: TokenVocabulary) -> None:
+        tokens = vocabulary.token_bytes
+        ends = set(vocabulary.end_ids)
+        self.special_token_ids = [i for i, token in enumerate(tokens) if not token or i in ends]
+        self.tokens = list(tokens)
+        for i in self.special_token_ids:
+            self.tokens[i] = b"<special_%d>" % i
+        self.eos_token_id = vocabulary.end_ids[0] if vocabulary.end_ids else 0
+        self.bos_token_id = None
+        self._encode = vocabulary.encode
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        return self._encode(text if isinstance(text, bytes) else text.encode())
+
+
+class GrammarConstraint(Constraint):
+    """One answer in a grammar of llguidance."""
+
+    def __init__(
+        self, tokenizer: GrammarTokenizer, matcher: LLMatcher, *, enforced: str = "exact"
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._matcher = matcher
+        self._enforced = enforced
+        self._num_tokens = tokenizer.vocabulary.num_tokens
+
+    def allows(self, token_id: int) -> bool:
+        """Whether the token may come next."""
+        return bool(self._matcher.validate_tokens([token_id]))
+
+    def num_legal(self, token_ids: Sequence[int]) -> int:
+        """Return how many of the tokens may come one after the other."""
+        return int(self._matcher.validate_tokens(list(token_ids)))
+
+    def legal_ids(self) -> TokenIds:
+        """Return all tokens that may come next."""
+        import numpy as np
+
+        if self._matcher.is_stopped():
+            self._check()
+            return np.empty(0, np.int32)
+        words = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        bits = np.unpackbits(words, count=self._num_tokens, bitorder="little")
+        for end_id in self._tokenizer.vocabulary.end_ids:
+            bits[end_id] = 0
+        return np.flatnonzero(bits).astype(np.int32)
+
+    def advance(self, token_id: int) -> None:
+        """Append a token that is allowed."""
+        self._matcher.consume_token(token_id)
+        self._check()
+
+    def fork(self) -> GrammarConstraint:
+        """Return an independent copy."""
+        copy = self._matcher.deep_copy()
+        return GrammarConstraint(self._tokenizer, copy, enforced=self._enforced)
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise ConstraintFailed(
+                f"the grammar cannot go on: {self._matcher.get_error()}; use a simpler schema or grammar"
+            )
+
+    @property
+    def is_accepting(self) -> bool:
+        """Whether the answer may end here."""
+        return bool(self._matcher.is_accepting())
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no token may follow."""
+        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
+
+    def forced(self) -> Sequence[int]:
+        """Return the tokens of the text that must come next."""
+        return () if self._matcher.is_stopped() else self._matcher.compute_ff_tokens()
+
+    def likely_ends(self) -> Sequence[int]:
+        """Return the tokens of single bytes, those that end a JSON value first."""
+        return self._tokenizer.likely_ends
+
+    @property
+    def enforced(self) -> str:
+        """How the rules hold."""
+        return self._enforced

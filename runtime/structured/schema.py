@@ -1,0 +1,89 @@
+"""Reading a JSON schema, and saying which keyword of it cannot be enforced, with its JSON pointer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lowtide.models.errors import BadOption
+
+_NAMED = re.compile(r'"([$\w-]+)"|\'([$\w-]+)\'')
+_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+"""Keywords whose keys are names and not keywords."""
+_DATA = ("enum", "const", "default", "examples", "required")
+"""Keywords whose value is no schema."""
+_INSTEAD = {
+    "oneOf": "use anyOf, or make the alternatives differ in a const",
+    "uniqueItems": "leave it out and remove doubles afterwards",
+    "not": "list what is allowed instead",
+}
+
+
+def parse_schema(source: str) -> Any:
+    """Return the schema in a JSON text; raises `BadOption` where it is none."""
+    try:
+        schema = json.loads(source)
+    except RecursionError:
+        raise BadOption("the JSON schema is nested too deeply: flatten it") from None
+    except ValueError as error:
+        raise BadOption(f"the JSON schema is not JSON: {error}; correct it") from None
+    if not isinstance(schema, (dict, bool)):
+        raise BadOption(
+            f"the JSON schema is a {type(schema).__name__}; it must be an object such as "
+            '{"type": "object"}'
+        )
+    return schema
+
+
+def refused_keyword(schema: Any, reason: str) -> str:
+    """Return the sentence for a schema that llguidance refuses for `reason`, with keyword and JSON pointer."""
+    keyword, pointer = _place(schema, reason)
+    if keyword is None:
+        return f"the JSON schema cannot be enforced: {reason}; leave that part out"
+    instead = _INSTEAD.get(keyword, "leave it out or write it differently")
+    return f"the JSON schema cannot be enforced: {keyword} at {pointer} ({reason}); {instead}"
+
+
+def _place(schema: Any, reason: str) -> tuple[str | None, str]:
+    """Return the keyword that a reason is about, and the JSON pointer of its first occurrence."""
+    sites = [(pointer, keyword, value) for pointer, keyword, value in _keywords(schema)]
+    unknown_format = re.match(r"Unknown format: (.+)", reason)
+    if unknown_format:
+        for pointer, keyword, value in sites:
+            if keyword == "format" and value == unknown_format[1].strip():
+                return keyword, pointer
+    named = [one for pair in _NAMED.findall(reason) for one in pair if one]
+    named += re.findall(
+        r"[$A-Za-z]+", reason.replace("min/maxProperties", "minProperties maxProperties")
+    )
+    for name in named:
+        for pointer, keyword, _ in sites:
+            if keyword == name and keyword not in ("properties", "required", "type"):
+                return keyword, pointer
+    return None, ""
+
+
+def _keywords(schema: Any, pointer: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yield JSON pointer, keyword and value of every keyword of a schema and of those inside it."""
+    stack = [(schema, pointer)]
+    while stack:
+        node, at = stack.pop(0)
+        if isinstance(node, list):
+            stack += [(one, f"{at}/{i}") for i, one in enumerate(node)]
+        if not isinstance(node, Mapping):
+            continue
+        for keyword, value in node.items():
+            here = f"{at}/{_escaped(keyword)}"
+            yield here, keyword, value
+            if keyword in _DATA:
+                continue
+            if keyword in _MAPS and isinstance(value, Mapping):
+                stack += [(one, f"{here}/{_escaped(name)}") for name, one in value.items()]
+            else:
+                stack.append((value, here))
+
+
+def _escaped(name: str) -> str:
+    return name.replace("~", "~0").replace("/", "~1")

@@ -1,0 +1,68 @@
+"""The options for structured output, as typed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+Invoke = Callable[..., Result]
+SCHEMA = '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}'
+
+
+@pytest.mark.parametrize("name", ["--json-schema", "--schema"])
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_schema_from_a_file_or_as_text(
+    lowtide: Invoke, tmp_path: Path, name: str, from_file: bool
+) -> None:
+    file = tmp_path / "schema.json"
+    file.write_text(SCHEMA)
+    done = lowtide("run", "-p", "Hi", name, str(file) if from_file else SCHEMA, "-n", "40")
+    assert done.exit_code == 0 and isinstance(json.loads(done.stdout)["a"], int)
+
+
+def test_the_other_formats(lowtide: Invoke, tmp_path: Path) -> None:
+    grammar = tmp_path / "g.gbnf"
+    grammar.write_text('root ::= "a" [0-9] "b"\n')
+    assert lowtide("run", "-p", "Hi", "--choice", "yes", "--choice", "no").stdout in (
+        "yes\n",
+        "no\n",
+    )
+    assert lowtide("run", "-p", "Hi", "--choice", "yes").stdout == "yes\n"
+    assert len(lowtide("run", "-p", "Hi", "--regex", "[0-9]{3}").stdout) == 4
+    assert lowtide("run", "-p", "Hi", "--grammar", str(grammar)).stdout[0] == "a"
+    done = lowtide(
+        "run", "-p", "Hi", "--json-object", "--json-style", "compact", "-n", "20", "--json"
+    )
+    values = json.loads(done.stdout)
+    assert isinstance(json.loads(values["text"]), dict)
+    assert values["stats"]["structured"]["complete"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--json-schema", '{"not": {}}'], "not at /not"),
+        (["--json-schema", "missing.json"], "cannot be read"),
+        (["--json-schema", "{"], "not JSON"),
+        (["--grammar", "/"], "cannot be read"),
+        (["--regex", "("], "unclosed group"),
+        (["--choice", ""], "none of them empty"),
+        (["--regex", "a", "--choice", "b"], "name one of them"),
+        (["--json-style", "compact"], "add --json-schema"),
+        (["--regex", "a", "--stop", "b"], "--stop is set"),
+        (["--regex", "a{30}", "-n", "9"], "--max-tokens is 9"),
+    ],
+)
+def test_wrong_input_is_one_sentence(lowtide: Invoke, options: list[str], message: str) -> None:
+    done = lowtide("run", "-p", "Hi", *options)
+    assert done.exit_code == 2 and done.stdout == ""
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_plan_has_a_line_for_it(lowtide: Invoke) -> None:
+    assert "structured output" in lowtide("plan", "--structured").stdout
+    assert "structured output" not in lowtide("plan").stdout
