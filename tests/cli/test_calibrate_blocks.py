@@ -92,7 +92,7 @@ def test_settings_that_calibrate_finds_are_refused(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("granularity=head", "granularity is 'head'; it must be one of token, block, element"),
+        ("granularity=head", "granularity is 'head'; it must be token, block or element"),
         ("granularity=block,block=12", "block is 12; it must be 8 or 16 channels"),
         ("block=8", "block is 8 and its granularity is token"),
         ("granularity=element,window=-1", "delta's window is -1"),

@@ -82,6 +82,7 @@ def in_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> catalog.NamedMo
     monkeypatch.setattr(catalog, "_package_folder", lambda _model: tmp_path)
     monkeypatch.setattr(catalog.importlib, "import_module", lambda _name: _Parts)
     monkeypatch.setattr(catalog, "_temporary", {})
+    monkeypatch.setattr(catalog.tempfile, "tempdir", str(tmp_path))
     return model
 
 
