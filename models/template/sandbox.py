@@ -66,6 +66,8 @@ _PASSING_OBJECTS = (
 _SCOPES = ("_loop_vars", "_block_vars")
 """What generated code passes to calls, beside their arguments."""
 _CONTEXTS = (jinja2.Environment, jinja2.nodes.EvalContext, jinja2.runtime.Context)
+_OWN_NAME = f"{TracedText.__module__}.{TracedText.__name__}"
+"""How an error names a message's text: to a template it is a `str`."""
 _BYTES_METHODS = frozenset("count decode endswith find hex index startswith".split())
 
 
@@ -359,6 +361,8 @@ def rendered(
     except RecursionError:
         raise TooMuch("calls itself without end") from None
     except Exception as error:  # untrusted code can raise anything
-        reason = " ".join(str(error).split())[:300]
-        raise TemplateError(f"the chat template fails: {type(error).__name__}: {reason}") from None
+        reason = " ".join(str(error).split()).replace(_OWN_NAME, "str").replace("TracedText", "str")
+        raise TemplateError(
+            f"the chat template fails: {type(error).__name__}: {reason[:300]}"
+        ) from None
     return spans_of(pieces), environment.misused

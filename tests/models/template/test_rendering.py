@@ -215,3 +215,12 @@ def test_1000_messages_stay_inside_the_limits_where_each_looks_at_all() -> None:
     )
     expected = oracle(source, [SYSTEM, *MANY], special_texts=SPECIAL)
     assert render(source, SYSTEM, *MANY) == expected
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ c.x.y }}", "{{ 1 + c }}", "{{ c - 1 }}", "{{ c.center('x') }}"]
+)
+def test_errors_call_a_messages_text_a_str(source: str) -> None:
+    with pytest.raises(TemplateError, match="str") as caught:
+        render("{% set c = messages[0].content %}" + source, USER)
+    assert "Traced" not in str(caught.value)
