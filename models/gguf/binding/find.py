@@ -86,14 +86,14 @@ def _overridden(path: Path) -> LibraryFile:
         raise ModelError(
             f"{ENVIRONMENT} is {path}, but there is no {library_names()[0]}: set it to llama.cpp's folder"
         )
-    return LibraryFile(file.resolve(), f"{ENVIRONMENT}={path}", "", _plugin_folders(file.parent))
+    return LibraryFile(file.resolve(), f"{ENVIRONMENT}={path}", "", (file.parent,))
 
 
 def _in_folder(package: str, folder: Path | None) -> LibraryFile | None:
     file = None if folder is None else _library_in(folder / "lib")
     if folder is None or file is None:
         return None
-    return LibraryFile(file, package, _version(package, folder), _plugin_folders(file.parent))
+    return LibraryFile(file, package, _version(package, folder), (file.parent,))
 
 
 def _xllamacpp() -> LibraryFile | None:
@@ -125,13 +125,6 @@ def library_names() -> tuple[str, ...]:
 
 def _library_in(folder: Path) -> Path | None:
     return next((folder / n for n in library_names() if (folder / n).is_file()), None)
-
-
-def _plugin_folders(folder: Path) -> tuple[Path, ...]:
-    """Return the library's folder, and that of a package with more plug-ins for lowtide-llama."""
-    vulkan = _package_folder("lowtide_llama_vulkan")
-    beside = folder.parent.name == "lowtide_llama" and vulkan is not None
-    return (folder, vulkan / "lib") if beside and vulkan is not None else (folder,)
 
 
 def _package_folder(name: str) -> Path | None:

@@ -56,8 +56,6 @@ def test_the_first_place_that_has_a_library_wins(
     folder = package(site, "lowtide_llama", "0.3.36", f"lib/{NAME}") / "lib"
     found = find_library()
     assert (str(found), found.plugin_folders) == ("lowtide-llama 0.3.36", (folder,))
-    vulkan = package(site, "lowtide_llama_vulkan", "0.3.36", "lib/libggml-vulkan.so") / "lib"
-    assert find_library().plugin_folders == (folder, vulkan)
     for value in (folder, folder / NAME):
         monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(value))
         assert find_library().path == folder / NAME and find_library().version == ""

@@ -1,0 +1,1 @@
+"""llama.cpp's shared libraries, in the folder `lib`; lowtide finds and loads them."""
