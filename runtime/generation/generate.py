@@ -35,7 +35,7 @@ def generate(
     for sequence in sequences:
         sequence.begin(cache)
     if speculation is not None:
-        speculation.begin()
+        speculation.begin([sequence.answer for sequence in sequences])
     active = list(sequences)
     while active:
         waiting = [sequence for sequence in active if sequence.is_prefilling]

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import Any
 
 from lowtide.memory.plan.batch import RowShares, share_rows
 from lowtide.memory.plan.speculation import CostCurve
 from lowtide.models.draft_tree import TokenTree
 from lowtide.runtime.speculation.acceptance import Acceptance, SpeculationRecord, chances
+from lowtide.runtime.speculation.constrained import ForcedDraft, legal_part
 from lowtide.runtime.speculation.drafts import NOTHING, Draft, Proposal
 from lowtide.runtime.speculation.step_cost import StepCostModel
+from lowtide.runtime.structured.answer import ConstrainedAnswer
 
 MIN_GAIN = 1.08
 """Expected speed of a verifying pass, in multiples of a pass without drafts, from which it is done."""
@@ -125,7 +127,9 @@ class _SequenceDrafts:
         self.record = SpeculationRecord()
         self.best_gain: float | None = None
         self._vocabulary_size = vocabulary_size
+        self._num_positions = num_positions
         self._trees = trees
+        self._answer: ConstrainedAnswer | None = None
         self._states = [
             _DraftState(
                 draft,
@@ -135,10 +139,16 @@ class _SequenceDrafts:
         ]
         self._wasted_s = self._decoded_s = 0.0
 
-    def begin(self) -> None:
-        """Start a new answer; what was learned of the drafts stays."""
+    def begin(self, answer: ConstrainedAnswer | None) -> None:
+        """Start a new answer, which may be constrained; what was learned of the drafts stays."""
         self.record = SpeculationRecord()
         self.best_gain = None
+        self._answer = answer
+        self._states = [one for one in self._states if one.draft.name != ForcedDraft.name]
+        if answer is not None:
+            forced = ForcedDraft(answer)
+            rates = [Acceptance(self._num_positions, forced.prior(0))]
+            self._states.append(_DraftState(forced, rates))
         for state in self._states:
             state.watched.clear()
 
@@ -211,9 +221,11 @@ class _SequenceDrafts:
             return Proposal()
         if not is_valid:
             return Proposal()
-        if self._trees:
-            return proposal
-        return Proposal(tree.of_rows(tree.first_path()), proposal.confidence)
+        if not self._trees:
+            tree = tree.of_rows(tree.first_path())
+        if self._answer is not None:
+            tree = legal_part(tree, self._answer)
+        return Proposal(tree, proposal.confidence)
 
     def take(self, proposal: DraftProposal | None, num_rows: int) -> TokenTree:
         """Return the first rows of a proposal, to be verified; its time is wasted where there are none."""
@@ -280,11 +292,11 @@ class SpeculationController:
             [()] * num_sequences, no_costs, max_draft=0, vocabulary_size=0, off_reason=reason
         )
 
-    def begin(self) -> None:
-        """Start new answers; what was learned of drafts and costs stays."""
+    def begin(self, answers: Sequence[ConstrainedAnswer | None] = ()) -> None:
+        """Start new answers, some of them constrained; what was learned of drafts and costs stays."""
         self._round = None
-        for sequence in self._sequences:
-            sequence.begin()
+        for sequence, answer in zip_longest(self._sequences, answers):
+            sequence.begin(answer)
 
     def propose(self, waiting: Sequence[tuple[int, Sequence[int], int]]) -> list[TokenTree]:
         """Return the drafts to verify in the next pass, an empty tree for none.

@@ -16,7 +16,9 @@ from speculating import controller_of, half_right, speculate_with
 from lowtide import FakeModel, Runtime, SamplingParams
 from lowtide.memory.plan.line import STRUCTURED
 from lowtide.memory.units import OverBudget
+from lowtide.models.draft_tree import TokenTree
 from lowtide.models.errors import BadOption
+from lowtide.runtime.speculation.constrained import legal_part
 from lowtide.runtime.structured.constraint import Constraint
 from lowtide.runtime.structured.formats import Choice, JsonObject, JsonSchema, Regex
 
@@ -133,6 +135,31 @@ def test_drafts_do_not_change_a_constrained_answer(seed: int, temperature: float
     drafted = runtime.generate("Q\n", params)
     assert (drafted.token_ids, drafted.finish_reason) == (plain.token_ids, plain.finish_reason)
     jsonschema.validate(json.loads(drafted.text), PERSON)
+
+
+def test_forced_text_saves_passes(fake_runtime: Callable[..., Runtime]) -> None:
+    reply = '{"name":"Ada","age":36}'
+    runtime = fake_runtime(reply)
+    params = SamplingParams(temperature=0, max_tokens=60, constraint=JsonSchema(PERSON, "compact"))
+    plain = runtime.generate("Q\n", params)
+    num_plain = len(runtime.fake.rows)  # type: ignore[attr-defined]
+    speculate_with(runtime, controller_of())
+    drafted = runtime.generate("Q\n", params)
+    assert drafted.token_ids == plain.token_ids
+    num_passes = len(runtime.fake.rows) - num_plain  # type: ignore[attr-defined]
+    assert num_passes <= 0.6 * num_plain
+    speculation = drafted.stats.speculation
+    assert speculation is not None and set(speculation["rounds_by_draft"]) == {"forced"}
+    assert speculation["accepted"] == speculation["drafted"] >= 14
+
+
+def test_illegal_drafts_are_cut_before_the_pass(fake_runtime: Callable[..., Runtime]) -> None:
+    tree = TokenTree((ord("1"), ord("x"), ord("2"), ord("y")), (-1, 0, 0, 2))
+    runtime = fake_runtime()
+    answer = runtime._engine.constrained_answer(SamplingParams(constraint=Regex("[0-9]+")))
+    assert answer is not None
+    assert legal_part(tree, answer) == TokenTree((ord("1"), ord("2")), (-1, 0))
+    assert len(legal_part(TokenTree.chain(b"abc"), answer)) == 0
 
 
 SCHEMAS = st.recursive(
