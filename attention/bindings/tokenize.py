@@ -15,7 +15,7 @@ from lowtide.memory.units import format_bytes
 from lowtide.models.errors import ModelError
 from lowtide.models.gguf.llama_cpp import llama_library, plain_reason
 
-STACK_BYTES = 1 << 20
+STACK_BYTES = 256 << 10
 """The stack for everything but the recursion."""
 STACK_BYTES_PER_BYTE = 1024
 """The stack that is reserved for each byte of the text; only pages that the recursion reaches become resident."""
@@ -27,7 +27,8 @@ FAILED = 1
 def install_guarded_tokenizer() -> None:
     """Let every `GgufTokenizer` of this process call llama.cpp through `guarded_tokenize`."""
     with guarded_aborts():
-        llama_library().tokenize = guarded_tokenize
+        library = llama_library()
+        library.tokenize, library.tokens_with = guarded_tokenize, tokens_with
 
 
 def guarded_tokenize(
@@ -47,7 +48,7 @@ def guarded_tokenize(
     stack_bytes = STACK_BYTES + STACK_BYTES_PER_BYTE * len(data)
     count, message = ctypes.c_int32(), ctypes.create_string_buffer(MESSAGE_BYTES)
     status = _function()(
-        llama_library().address("llama_tokenize"),
+        _address("llama_tokenize"),
         ctypes.cast(vocabulary, ctypes.c_void_p),
         data,
         len(data),
@@ -73,6 +74,35 @@ def guarded_tokenize(
             "the system does not give it: shorten the text, or raise the limit (ulimit -v)"
         )
     return count.value
+
+
+def tokens_with(vocabulary: Any, num_tokens: int, attributes: int) -> list[int]:
+    """Return the tokens that have one of these bits in their attributes; a vocabulary has up to 262,144."""
+    function = native_library().lowtide_tokens_with
+    function.restype = ctypes.c_int32
+    function.argtypes = [
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32),
+        *(ctypes.POINTER(ctypes.c_int32), ctypes.c_int32),
+    ]
+    token_ids = (ctypes.c_int32 * 0)()
+    for _ in range(2):
+        count = function(
+            _address("llama_vocab_get_attr"),
+            ctypes.cast(vocabulary, ctypes.c_void_p),
+            num_tokens,
+            attributes,
+            token_ids,
+            len(token_ids),
+        )
+        if count <= len(token_ids):
+            break
+        token_ids = (ctypes.c_int32 * count)()
+    return list(token_ids)
+
+
+@functools.cache
+def _address(function: str) -> int:
+    return llama_library().address(function)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import os
 import re
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lowtide.models.gguf.binding.declarations import NUM_TENSOR_TYPES, CApi
@@ -57,7 +57,8 @@ class LlamaLibrary:
     """The C API (`.api`) and llama.cpp's log; one per process, from `llama_library()`.
 
     `tokenize` calls llama.cpp's tokenizer, which a long text can crash; the layer above replaces it with a call
-    that is guarded (`attention/bindings/tokenize.py`). Raises `ModelError` where the library's structs are not
+    that is guarded (`attention/bindings/tokenize.py`). `tokens_with(vocabulary, num_tokens, attributes)` lists the
+    tokens that have one of these bits of llama_token_attr. Raises `ModelError` where the library's structs are not
     those that lowtide declares.
     """
 
@@ -65,6 +66,7 @@ class LlamaLibrary:
         self._loaded = loaded
         self.api: Any = CApi(loaded.address)
         self.tokenize: Tokenize = self._tokenize
+        self.tokens_with: Callable[[Any, int, int], list[int]] = self._tokens_with
         self._errors: deque[str] = deque(maxlen=64)
         self._thread = threading.local()
         self._level = 0
@@ -93,6 +95,10 @@ class LlamaLibrary:
         from concurrent.futures import ThreadPoolExecutor
 
         self._compute_thread = ThreadPoolExecutor(1, thread_name_prefix="lowtide")
+
+    def _tokens_with(self, vocabulary: Any, num_tokens: int, attributes: int) -> list[int]:
+        attributes_of = self.api.llama_vocab_get_attr
+        return [i for i in range(num_tokens) if attributes_of(vocabulary, i) & attributes]
 
     def _receive(self, level: int, text: bytes, _user_data: object) -> None:
         if level != LOG_LEVEL_CONTINUED:

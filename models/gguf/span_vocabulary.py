@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lowtide.models.errors import ModelError
+from lowtide.models.gguf.llama_cpp import LlamaLibrary
 from lowtide.models.span_encoder import BARRIERS, SpanVocabulary
 from lowtide.models.special_tokens import SpecialToken, looks_like_marker
 
@@ -22,23 +23,28 @@ Encode = Callable[[bytes], list[int]]
 class GgufSpanVocabulary(SpanVocabulary):
     """A vocabulary; `encode` tokenises text without control tokens, `piece` spells a token."""
 
-    def __init__(self, api: Any, vocabulary: Any, encode: Encode, piece: Callable[[int], bytes]):
-        self._api, self._vocabulary = api, vocabulary
+    def __init__(
+        self,
+        library: LlamaLibrary,
+        vocabulary: Any,
+        encode: Encode,
+        piece: Callable[[int], bytes],
+    ) -> None:
+        self._library, self._api, self._vocabulary = library, library.api, vocabulary
         self._encode, self._piece = encode, piece
 
     @functools.cached_property
     def special_tokens(self) -> Sequence[SpecialToken]:
         """The special tokens in llama.cpp's order: the longest first."""
-        api, vocabulary = self._api, self._vocabulary
-        attributes = api.llama_vocab_get_attr
-        tokens = [
-            self._special_token(token_id, attribute)
-            for token_id in range(api.llama_vocab_n_tokens(vocabulary))
-            if (attribute := attributes(vocabulary, token_id)) & (CONTROL | USER_DEFINED | UNKNOWN)
-        ]
+        num_tokens = self._api.llama_vocab_n_tokens(self._vocabulary)
+        found = self._library.tokens_with(
+            self._vocabulary, num_tokens, CONTROL | USER_DEFINED | UNKNOWN
+        )
+        tokens = [self._special_token(token_id) for token_id in found]
         return sorted((t for t in tokens if t.text), key=lambda token: -len(token.text))
 
-    def _special_token(self, token_id: int, attribute: int) -> SpecialToken:
+    def _special_token(self, token_id: int) -> SpecialToken:
+        attribute = self._api.llama_vocab_get_attr(self._vocabulary, token_id)
         text = self._api.llama_vocab_get_text(self._vocabulary, token_id) or b""
         return SpecialToken(
             token_id,

@@ -79,7 +79,7 @@ class GgufTokenizer(Tokenizer):
     def _span_encoder(self) -> SpanEncoder:
         encode = functools.partial(self._call, add_special=False, parse_special=False)
         piece = functools.partial(self._piece, special=True)
-        return SpanEncoder(GgufSpanVocabulary(self._api, self._vocabulary, encode, piece))
+        return SpanEncoder(GgufSpanVocabulary(self._library, self._vocabulary, encode, piece))
 
     def _call(
         self,

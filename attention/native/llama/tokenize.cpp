@@ -124,9 +124,44 @@ bool run_on_stack(Call& call, const Stack& stack) {
     return started;
 }
 
+// How much of the calling thread's stack is left; 0 where that is not known.
+size_t stack_left() {
+#ifdef __linux__
+    thread_local const uintptr_t lowest = [] {
+        pthread_attr_t attributes;
+        if (pthread_getattr_np(pthread_self(), &attributes) != 0) return UINTPTR_MAX;
+        void* memory = nullptr;
+        size_t num_bytes = 0, guard_bytes = 0;
+        const bool known = pthread_attr_getstack(&attributes, &memory, &num_bytes) == 0 &&
+                           pthread_attr_getguardsize(&attributes, &guard_bytes) == 0;
+        pthread_attr_destroy(&attributes);
+        return known ? reinterpret_cast<uintptr_t>(memory) + guard_bytes : UINTPTR_MAX;
+    }();
+    const auto here = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
+    return here > lowest ? here - lowest : 0;
+#else
+    return 0;
+#endif
+}
+
 }  // namespace
 
-// Tokenises `text` with llama_tokenize at `tokenize`, on a thread with `stack_bytes` of stack. `count` is what
+// Writes the ids of the tokens that have one of the bits of `mask` in their attributes; returns how many there are,
+// which may be more than `capacity`. `attributes` is llama_vocab_get_attr.
+LOWTIDE_API int32_t lowtide_tokens_with(void* attributes, const void* vocabulary, int32_t num_tokens, int32_t mask,
+                                        int32_t* ids, int32_t capacity) {
+    const auto attributes_of = reinterpret_cast<int (*)(const void*, int32_t)>(attributes);
+    int32_t count = 0;
+    for (int32_t id = 0; id < num_tokens; ++id) {
+        if ((attributes_of(vocabulary, id) & mask) == 0) continue;
+        if (count < capacity) ids[count] = id;
+        ++count;
+    }
+    return count;
+}
+
+// Tokenises `text` with llama_tokenize at `tokenize`, on a thread with `stack_bytes` of stack, or on this one where as
+// much is left and nobody asks for `touched`. `count` is what
 // llama_tokenize returns. Where `touched` is given it becomes the bytes of stack that were used. Returns 0; 1 where the
 // tokenizer failed, with its reason in `error`; 2 where there is no thread with such a stack.
 LOWTIDE_API int lowtide_tokenize(void* tokenize, const void* vocabulary, const char* text, int32_t text_bytes,
@@ -134,6 +169,11 @@ LOWTIDE_API int lowtide_tokenize(void* tokenize, const void* vocabulary, const c
                                  size_t stack_bytes, int32_t* count, size_t* touched, char* error, size_t error_bytes) {
     Call call{reinterpret_cast<Tokenize>(tokenize), vocabulary, text, text_bytes, tokens, capacity,
               add_special != 0, parse_special != 0, 0, error, error_bytes, kFailed};
+    if (touched == nullptr && stack_left() >= stack_bytes) {
+        run(call);
+        *count = call.count;
+        return call.status;
+    }
     try {
         const Stack stack(stack_bytes);
         if (!run_on_stack(call, stack)) return kNoStack;
