@@ -72,9 +72,9 @@ class ModelSpec:
     times. `copied_bytes` is the size of weights copied beside the mapped files, less what can be released of
     these; making the copies takes `copying_bytes` more for a moment. `tokenising_bytes` is the peak growth
     per byte of text while it is tokenised: llama.cpp's is 123 at worst (one word of blanks), 18 to 48 for
-    natural text. `header_bytes` is the size of the header's keys and values, `header_texts` the number of
-    strings in them, `num_tensors` that of tensors; 0 where they are not known. `warnings` are sentences about what the
-    header lacks: the model runs, but may answer worse.
+    natural text. `header_bytes` is the size of the header's keys and values, `header_keys` the number of keys,
+    `header_texts` that of strings in arrays, `num_tensors` that of tensors; 0 where they are not known. `warnings` are
+    sentences about what the header lacks: the model runs, but may answer worse.
 
     `kind` says what the model is for. `pooling` is how its header makes one embedding from those of all tokens
     ("mean", "cls", ...), None where it does not say.
@@ -110,6 +110,7 @@ class ModelSpec:
     copying_bytes: int = 0
     tokenising_bytes: int = 128
     header_bytes: int = 0
+    header_keys: int = 0
     header_texts: int = 0
     num_tensors: int = 0
     kind: Kind = DECODER

@@ -87,6 +87,8 @@ TEMPLATE_BYTES = 3000
 """What jinja takes for a moment per character of a chat template: at most 2,600 measured, 600 are usual."""
 MAX_TEMPLATE_CHARACTERS = 65_536
 """Longer templates are refused without being compiled (`models/template_sandbox.py`)."""
+HEADER_KEY_BYTES = 512
+"""What a key of the header takes beside its value while llama.cpp reads it: 400 measured."""
 HEADER_TEXT_BYTES = 48
 """What a string of the header takes beside its characters while llama.cpp reads it."""
 
@@ -148,7 +150,8 @@ def loading_bytes(spec: ModelSpec) -> int:
     """Return the temporary memory of loading: the header's arrays in llama.cpp, and copied tensors."""
     vocabulary = spec.vocabulary
     num_texts = max(spec.header_texts, vocabulary.num_tokens + vocabulary.num_merges)
-    headers = 2 * MIB + HEADER_TEXT_BYTES * num_texts + spec.header_bytes
+    keys = HEADER_KEY_BYTES * spec.header_keys + spec.header_bytes
+    headers = 2 * MIB + HEADER_TEXT_BYTES * num_texts + keys
     return headers + spec.copying_bytes
 
 

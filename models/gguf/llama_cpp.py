@@ -202,6 +202,11 @@ class LlamaLibrary:
 _library: LlamaLibrary | None = None
 
 
+def is_loaded() -> bool:
+    """Whether llama.cpp is loaded already."""
+    return _library is not None
+
+
 def llama_library() -> LlamaLibrary:
     """Load llama.cpp once; raise `ModelError` where no library of it, or only another version, is here."""
     global _library

@@ -113,6 +113,7 @@ class _Keys:
             weight_groups=weight_groups(parts),
             repacked_tensors=tuple(name for part in parts for name in repacked_names(part)),
             header_bytes=sum(part.metadata_end for part in parts),
+            header_keys=sum(part.num_keys for part in parts),
             header_texts=sum(part.num_texts for part in parts),
             num_tensors=len(tensors),
             kind=header_kind(

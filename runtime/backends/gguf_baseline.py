@@ -29,12 +29,14 @@ from lowtide.memory.units import MIB
 from lowtide.models.chat_template import ChatTemplate
 from lowtide.models.errors import ModelError, TemplateError
 from lowtide.models.gguf.dry_run import SimulatedContext, SimulatedGguf
-from lowtide.models.gguf.llama_cpp import llama_library
+from lowtide.models.gguf.llama_cpp import is_loaded, llama_library
 from lowtide.models.kind import require_decoder
 from lowtide.models.spec import ModelSpec
 from lowtide.models.template.families import LONGEST_TEMPLATE
 from lowtide.runtime.backends.backend import PlannedPrompt, prompt_tokens_of
 
+PRELOAD_BYTES = 12 * MIB
+"""What the libraries of an answer take, once, beside those of the command line: 8 to 11 MiB measured."""
 SHORTEST_LAYOUT, LONGEST_LAYOUT = 256, 131_072
 """Tokens of the contexts that are laid out; the longest takes 7 MiB."""
 LAYOUT_BYTES = 2 * MIB
@@ -144,7 +146,10 @@ def measured_baseline(
     A budget that the libraries, or the vocabulary beside them, would exceed is planned with the formulas, so
     that planning itself never exceeds it.
     """
-    resident = estimates.interpreter_bytes(read_process_memory())
+    memory = read_process_memory()
+    # A header with many keys makes the process larger before anything is planned.
+    preloaded = memory.resident_bytes + (0 if is_loaded() else PRELOAD_BYTES)
+    resident = max(estimates.interpreter_bytes(memory), preloaded)
     # Not checked against llama.cpp yet: a budget that only fits with these is checked when it is given.
     is_linux = sys.platform == "linux"
     formulas = ProcessBaseline(
