@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lowtide.attention.tidal.policy import Tidal as Tidal
     from lowtide.memory.plan.plan import MemoryPlan as MemoryPlan
     from lowtide.models.fake_model import FakeModel as FakeModel
+    from lowtide.runtime.embedding.embedder import Embedder as Embedder
     from lowtide.runtime.errors import LowtideError as LowtideError
     from lowtide.runtime.errors import OverBudget as OverBudget
     from lowtide.runtime.errors import PromptTooLong as PromptTooLong
@@ -57,6 +58,7 @@ _MODULES = {
     "GenerationChunk": "runtime.generation.result",
     "Profiler": "runtime.profiling.profiler",
     "PromptTooLong": "runtime.errors",
+    "Embedder": "runtime.embedding.embedder",
     "Runtime": "runtime.runtime",
     "Statistics": "runtime.generation.statistics",
     "Tidal": "attention.tidal.policy",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
@@ -99,6 +100,35 @@ def read_file(path: Path, limit_bytes: int, refusal: Refusal | None = None) -> s
             raise
         reason = getattr(error, "strerror", None) or error
         raise BadOption(f"cannot read {shown_path(path)}: {reason}") from None
+
+
+def text_lines(path: Path, limit_bytes: int) -> Iterator[str]:
+    """Yield the lines of a file, - for standard input, without their ends; a longer line is cut behind the limit.
+
+    Raises `BadOption` if the file cannot be read or is not UTF-8.
+    """
+    name = "standard input" if str(path) == STDIN else shown_path(path)
+    try:
+        with contextlib.ExitStack() as stack:
+            stream = (
+                sys.stdin.buffer if str(path) == STDIN else stack.enter_context(path.open("rb"))
+            )
+            for data in _cut_lines(stream, limit_bytes):
+                yield decoded(data, name, is_cut=len(data) > limit_bytes)
+    except (OSError, ValueError) as error:
+        if isinstance(error, BadOption):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise BadOption(f"cannot read {name}: {reason}") from None
+
+
+def _cut_lines(stream: BinaryIO, limit_bytes: int) -> Iterator[bytes]:
+    """Yield the lines without their ends, of a longer one the first `limit_bytes` + 1 bytes."""
+    while data := stream.readline(limit_bytes + 2):
+        line = data.rstrip(b"\r\n")[: limit_bytes + 1]
+        while not data.endswith(b"\n") and (data := stream.readline(1 << 16)):
+            pass
+        yield line
 
 
 class TurnReader:

@@ -20,7 +20,9 @@ from lowtide.cli.streams import one_line, prepare_streams, print_warning
 from lowtide.models.arguments.names import on_command_line
 from lowtide.models.errors import LowtideError, LowtideWarning
 
-COMMANDS = tuple("chat run plan profile evaluate calibrate bench models convert doctor".split())
+COMMANDS = tuple(
+    "chat run embed plan profile evaluate calibrate bench models convert doctor".split()
+)
 
 
 class CommandLine(click.Group):

@@ -12,6 +12,7 @@ from lowtide.memory.units import format_bytes
 if TYPE_CHECKING:
     from lowtide import Runtime
     from lowtide.memory.plan.gpu import GpuPlan
+    from lowtide.runtime.embedding.plan import PlannedEmbedding
     from lowtide.runtime.generation.statistics import Statistics
     from lowtide.runtime.options import SamplingParams
     from lowtide.runtime.planning.plan import ResolvedModel
@@ -121,7 +122,7 @@ def note(text: str) -> None:
     click.secho(text, dim=True, err=True)
 
 
-def json_object(planned: ResolvedModel, **values: Any) -> str:
+def json_object(planned: ResolvedModel | PlannedEmbedding, **values: Any) -> str:
     """Return the documented JSON object: version, model and machine, then `values`."""
     import lowtide
 

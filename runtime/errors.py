@@ -16,6 +16,7 @@ LowtideError                  every error that a user can act on; `exit_code` 1
   + CalibrationError          2  a calibration file is damaged or of another model
   + NotCalibrated             1  no setting of a policy reaches the target
   + PromptTooLong             2  the prompt does not fit the context
+  + TextTooLong               2  a text to embed does not fit the context
   + ForwardError              1  a forward pass failed in native code
   + CannotRepack              1  the weights of a model cannot be repacked here
   + ConstraintFailed          1  a grammar has no way to go on
@@ -66,6 +67,7 @@ __all__ = [
     "SnapshotError",
     "SnapshotMismatch",
     "TemplateError",
+    "TextTooLong",
     "TranscriptError",
     "UnsupportedModel",
 ]
@@ -123,6 +125,20 @@ def _advice(context: int, longest: int | None, droppable: bool) -> str:
     if is_models_own:
         hints.append("use a model with a longer context")
     return ", ".join(hints[:-1]) + (", or " if len(hints) > 1 else "") + hints[-1]
+
+
+class TextTooLong(LowtideError):
+    """A text to embed, number `number`, does not fit the context; `size` says how long it is."""
+
+    exit_code = 2
+
+    def __init__(self, number: int, size: str, context: int) -> None:
+        self.number = number
+        self.context = context
+        super().__init__(
+            f"text {number} has {size}, and texts of up to {context:,} tokens can be embedded; shorten it, raise "
+            f"{option('context')}, or pass {option('overflow', 'truncate')}"
+        )
 
 
 class RuntimeUnusable(LowtideError):

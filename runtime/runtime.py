@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowtide.memory.budget import Ledger
 from lowtide.memory.os.descriptors import hold_standard_descriptors
@@ -30,6 +30,9 @@ from lowtide.models.template.families import template_of
 from lowtide.models.tokenizer import longest_stretch
 from lowtide.runtime.arguments import checked_messages, checked_prompt, checked_prompts
 from lowtide.runtime.batch.generator import BatchGenerator, ParamsOfAll, params_of_each
+from lowtide.runtime.embedding.beside import passes_beside
+from lowtide.runtime.embedding.options import EmbeddingConfig, require_pooled
+from lowtide.runtime.embedding.passes import checked_texts
 from lowtide.runtime.errors import PromptTooLong
 from lowtide.runtime.generation.active import ActiveGeneration
 from lowtide.runtime.generation.chat import ChatPrompt, LastTurn, PromptEncoder
@@ -42,6 +45,9 @@ from lowtide.runtime.planning.plan import LoadConfig, ResolvedModel, plan_model,
 from lowtide.runtime.profiling.profiler import SILENT, Profiler
 from lowtide.runtime.profiling.retention_map import RetainedSpan
 from lowtide.runtime.sessions.store import SavedChats
+
+if TYPE_CHECKING:
+    from lowtide.runtime.embedding.passes import Vectors
 
 _open_runtimes: weakref.WeakSet[Runtime] = weakref.WeakSet()
 
@@ -274,6 +280,35 @@ class Runtime:
         with self._active.between_steps():
             self._active.require_open()
             return self._encoder.spells_control_tokens(prompt)
+
+    def embed(
+        self,
+        texts: str | Sequence[str],
+        *,
+        pooling: str | None = None,
+        normalize: bool = True,
+        overflow: str = "error",
+    ) -> Vectors:
+        """Return the embeddings of texts: fp32, shape [number of texts, width]; one text is a list of one.
+
+        `pooling` is "mean", "cls" or "last"; None is what the model's header says, and else "mean". With `normalize`
+        each vector has the length 1. It ends a running answer; the KV cache stays. It takes memory beside the plan's,
+        inside the budget, which limits how long a text may be; `overflow="truncate"` cuts longer ones. Models that
+        only embed are opened with `Embedder`. Raises `TextTooLong`, `OverBudget` and `BadOption`.
+        """
+        import numpy as np
+
+        config = EmbeddingConfig(pooling=pooling, overflow=overflow)
+        require_pooled(pooling)
+        texts = checked_texts(texts)
+        self._start()
+        with self._active.between_steps():
+            num_cached = len(self._session.token_ids)
+            with passes_beside(self._engine, num_cached, len(texts), config) as passes:
+                vectors = np.empty((len(texts), passes.width), np.float32)
+                for i, vector in enumerate(passes.run(texts, normalize=normalize)):
+                    vectors[i] = vector[0]
+                return vectors
 
     def trim(self, level: str = "background") -> int:
         """Release memory, as a mobile system asks for it; return by how many bytes the resident set fell.

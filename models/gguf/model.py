@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 LOAD_COPY = 0
 LOAD_MEMORY_MAP = 1
+FLASH_ATTENTION_OFF = 0
 FLASH_ATTENTION_ON = 1
 NOTHING = "^$"
 """A pattern that matches no tensor's name."""
@@ -109,7 +110,8 @@ class LoadOptions:
     lowtide's kernels are called through. `stage` is entered around "weights" and "context" as they are made.
     `gpu_layers` go to devices, the output matrix as the last layer; with `gpu_attention` their KV cache and
     attention do too. `verify_batch` is how many tokens of a pass may have logits, `sequences` how many
-    sequences share the slots of the KV cache.
+    sequences share the slots of the KV cache. With `pooling`, llama.cpp's number of a way to pool, the context
+    embeds: then `verify_batch` is how many tokens of a pass have vectors.
     """
 
     context: int
@@ -124,6 +126,7 @@ class LoadOptions:
     gpu_attention: bool = True
     verify_batch: int = 1
     sequences: int = 1
+    pooling: int | None = None
 
 
 class _Override(ctypes.Structure):
@@ -179,6 +182,10 @@ def context_parameters(api: Any, options: LoadOptions) -> Any:
     params.no_perf = True
     params.offload_kqv = options.gpu_attention
     params.op_offload = False  # it would copy weights to a device for every prompt, unplanned
+    if options.pooling is not None:
+        params.embeddings, params.pooling_type = True, options.pooling
+        # In fp32: flash attention rounds sums to fp16, so that texts beside a text would show in its vector.
+        params.flash_attn_type = FLASH_ATTENTION_OFF
     if options.eval_callback is not None:
         address, user_data = options.eval_callback
         params.cb_eval = api.ggml_backend_sched_eval_callback(address)
@@ -221,7 +228,7 @@ class GgufModel(Model):
                 self._model, self.tokenizer = weights_of._model, weights_of.tokenizer
             else:
                 with options.stage("weights"):
-                    self._model = _load_weights(self._library, spec, options)
+                    self._model = load_weights(self._library, spec, options)
                 self.tokenizer = GgufTokenizer(
                     self._library, self._api.llama_model_get_vocab(self._model)
                 )
@@ -241,13 +248,18 @@ class GgufModel(Model):
             self._api.llama_vocab_n_tokens(self._api.llama_model_get_vocab(self._model))
         )
 
+    @property
+    def handle(self) -> Any:
+        """llama.cpp's model: its weights and its vocabulary."""
+        return self._model
+
     def attach_pages(self, pages: KVPages) -> None:
         """Release pages of the KV cache through `pages` from now on; called before the first token."""
         self._pages = pages
 
     def _create_context(self, options: LoadOptions) -> Any:
         params = context_parameters(self._api, options)
-        return _created(
+        return created(
             self._library,
             lambda: self._api.llama_init_from_model(self._model, params),
             f"a context of {options.context} tokens for {self.spec.name}",
@@ -428,7 +440,8 @@ class GgufModel(Model):
         self._model = None
 
 
-def _load_weights(library: LlamaLibrary, spec: ModelSpec, options: LoadOptions) -> Any:
+def load_weights(library: LlamaLibrary, spec: ModelSpec, options: LoadOptions) -> Any:
+    """Return llama.cpp's model; raise `ModelError` with its reason where it cannot load the file."""
     params = model_parameters(
         library.api,
         memory_map=options.memory_map,
@@ -437,14 +450,15 @@ def _load_weights(library: LlamaLibrary, spec: ModelSpec, options: LoadOptions) 
         gpu_attention=options.gpu_attention,
     )
     path = os.fsencode(spec.path)
-    return _created(
+    return created(
         library,
         lambda: library.api.llama_model_load_from_file(path, params),
         f"{spec.path} ({spec.architecture})",
     )
 
 
-def _created(library: LlamaLibrary, create: Callable[[], Any], what: str) -> Any:
+def created(library: LlamaLibrary, create: Callable[[], Any], what: str) -> Any:
+    """Return what `create` makes; raise `ModelError` with llama.cpp's reason where it makes nothing."""
     with library.collected_errors() as errors:
         handle = create()
         if handle:

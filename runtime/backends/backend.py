@@ -29,6 +29,8 @@ from lowtide.memory.reclaim import Reclaimer
 from lowtide.memory.units import OverBudget
 from lowtide.models.arguments.names import option
 from lowtide.models.errors import UnsupportedModel
+from lowtide.models.gguf.embedding import GgufEmbedder
+from lowtide.models.gguf.model import LoadOptions
 from lowtide.models.model import Model
 from lowtide.models.spec import ModelSpec
 from lowtide.models.template.families import template_of
@@ -136,6 +138,12 @@ class LoadedModel:
         """
         raise UnsupportedModel(
             f"prompts cannot be filtered on {self.model.spec.name}: no kernels of lowtide run in it"
+        )
+
+    def open_embedder(self, options: LoadOptions) -> GgufEmbedder:
+        """Make a context that embeds with the model's weights. Close it before this one."""
+        raise UnsupportedModel(
+            f"{self.model.spec.name} cannot embed: lowtide embeds with GGUF models"
         )
 
     def check_graph(self) -> None:

@@ -35,6 +35,8 @@ from lowtide.memory.reclaim import Reclaimer
 from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.gguf.draft_tree import GgufTreeModel
+from lowtide.models.gguf.embedding import GgufEmbedder, Weights
+from lowtide.models.gguf.llama_cpp import llama_library
 from lowtide.models.gguf.model import DeviceLayers, GgufModel, LoadOptions
 from lowtide.models.onnx.config import CPU
 from lowtide.models.spec import ModelSpec
@@ -215,6 +217,13 @@ class LoadedGguf(LoadedModel):
         num_unused = 2 * (self._resolved.spec.num_layers - filter_prefill.num_layers)
         self._release_pages_of(context, buffers, num_unused)
         return context
+
+    def open_embedder(self, options: LoadOptions) -> GgufEmbedder:
+        """Make a llama.cpp context that embeds, on the model's weights."""
+        library, tokenizer = llama_library(), self._model.tokenizer
+        weights = Weights(self._model.handle, tokenizer)
+        with guarded_aborts(), demand_zero_buffers():
+            return GgufEmbedder(self._resolved.spec, options, library, weights)
 
     def _release_pages_of(
         self, model: GgufModel, buffers: Sequence[DemandZeroBuffer], num_unused: int = 0

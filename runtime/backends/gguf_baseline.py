@@ -166,7 +166,7 @@ def measured_baseline(
     if resident > budget.num_bytes:
         yield formulas, FormulaSizes(spec)
         return
-    _preload()
+    preload()
     template_bytes = _compile_template(spec, budget)
     formulas = replace(formulas, template_bytes=template_bytes)
     before = read_process_memory().resident_bytes
@@ -180,13 +180,13 @@ def measured_baseline(
             simulated = SimulatedGguf(spec)
             simulated.hold(SHORTEST_LAYOUT, 1, "f16")
     except ModelError:
-        measured = _baseline(spec, before, vocabulary=False)
+        measured = process_baseline(spec, before, vocabulary=False)
         measured = replace(
             measured, template_bytes=template_bytes, prompt_tokens=formulas.prompt_tokens
         )
         yield measured, FormulaSizes(spec)
         return
-    measured = replace(_baseline(spec, before), template_bytes=template_bytes)
+    measured = replace(process_baseline(spec, before), template_bytes=template_bytes)
     simulated.release()
     try:
         require_decoder(spec, simulated.kind)
@@ -204,7 +204,9 @@ def measured_baseline(
         sizes.close()
 
 
-def _baseline(spec: ModelSpec, before_bytes: int, *, vocabulary: bool = True) -> ProcessBaseline:
+def process_baseline(
+    spec: ModelSpec, before_bytes: int, *, vocabulary: bool = True
+) -> ProcessBaseline:
     """Return the baseline while the model is laid out, or without its vocabulary where it is not."""
     grown_bytes = max(read_process_memory().resident_bytes - before_bytes, 0)
     return ProcessBaseline(
@@ -218,7 +220,7 @@ def _baseline(spec: ModelSpec, before_bytes: int, *, vocabulary: bool = True) ->
     )
 
 
-def _preload() -> None:
+def preload() -> None:
     """Import libraries and fault in the code pages that the first answer runs."""
     modules = [importlib.import_module(name) for name in PRELOADED_MODULES]
     if read_process_memory().resident_bytes < estimates.INTERPRETER_BYTES:  # no host program

@@ -27,6 +27,8 @@ from lowtide.memory.reclaim import Reclaimed, Reclaimer, reclaim
 from lowtide.memory.units import OverBudget
 from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption
+from lowtide.models.gguf.embedding import GgufEmbedder
+from lowtide.models.gguf.model import LoadOptions
 from lowtide.models.model import Model
 from lowtide.models.tokenizer import MAX_STACK_BYTES_PER_CHARACTER
 from lowtide.runtime.backends.backend import LoadedModel, ResolvedModel
@@ -142,6 +144,10 @@ class Engine:
         """Return how many tokens a prompt may have now: the context, or what the budget allows."""
         most = self.kv_reservation.most_tokens(self.model.context)
         return max(most, self.prompt_filter.most_tokens()) if self.prompt_filter else most
+
+    def open_embedder(self, options: LoadOptions) -> GgufEmbedder:
+        """Make a context that embeds with the model's weights; raise `UnsupportedModel` where it cannot."""
+        return self._loaded_model.open_embedder(options)
 
     def new_session(self) -> KVSession:
         """Return the session of the model's one KV cache."""
