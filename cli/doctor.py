@@ -161,6 +161,7 @@ def _attention(reference: str | None, memory: str | None) -> dict[str, Any]:
     from lowtide.attention.bindings.llama_hook import LlamaHook
     from lowtide.memory.plan.planner import MIN_CONTEXT
     from lowtide.models.catalog import NAMED_MODELS, is_installed
+    from lowtide.models.kind import DECODER, PURPOSES
     from lowtide.runtime.loading.load import Engine
     from lowtide.runtime.planning.plan import LoadConfig, find_spec, plan_spec
 
@@ -172,6 +173,9 @@ def _attention(reference: str | None, memory: str | None) -> dict[str, Any]:
             "attention_dense": f"works with the {kernels} kernels; no model is installed to try it"
         }
     spec = find_spec(reference)
+    purpose = {"model": f"{spec.name} is {PURPOSES[spec.kind]}"}
+    if spec.kind != DECODER:
+        return purpose
     context = min(MIN_CONTEXT, spec.context_length)
     config = LoadConfig(memory=memory, context=context, batch_size=32, attention="tidal")
     engine = Engine(plan_spec(spec, config))
@@ -183,6 +187,7 @@ def _attention(reference: str | None, memory: str | None) -> dict[str, Any]:
         engine.close()
     assert counts is not None
     return {
+        **purpose,
         "attention_dense": (
             f"runs in {counts.layers_native} of {num_layers} layers of {name}, with the {kernels} kernels"
         ),

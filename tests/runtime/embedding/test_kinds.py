@@ -65,3 +65,9 @@ def test_an_encoder_drafts_nothing(tmp_path: Path) -> None:
     model, draft = write_model(tmp_path / "m.gguf"), write_encoder(tmp_path / "bert.gguf")
     with pytest.raises(UnsupportedModel, match="bert is an encoder"):
         Runtime.open(model, memory="1GiB", speculate=str(draft))
+
+
+def test_doctor_says_what_a_model_is_for(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["doctor", str(write_encoder(tmp_path / "bert.gguf"))])
+    assert "bert is an encoder: `lowtide embed` embeds with it" in done.output
+    assert "Problem: bert" not in done.output
