@@ -51,6 +51,8 @@ class Model(ABC):
     """Whether `forward_tree` computes branches beside the trunk."""
     supports_batch: bool = False
     """Whether `open_sequences` works: several sequences in one forward pass."""
+    batch_truncates: bool = True
+    """Whether sequences of a batch can drop their last tokens, as rejected drafts are."""
 
     @property
     @abstractmethod

@@ -77,7 +77,8 @@ class ModelSpec:
     sentences about what the header lacks: the model runs, but may answer worse.
 
     `kind` says what the model is for. `pooling` is how its header makes one embedding from those of all tokens
-    ("mean", "cls", ...), None where it does not say.
+    ("mean", "cls", ...), None where it does not say. `unusual_tensors` names
+    tensors, with their types, that the engine may have no kernel for.
     """
 
     paths: tuple[Path, ...]
@@ -113,6 +114,7 @@ class ModelSpec:
     header_keys: int = 0
     header_texts: int = 0
     num_tensors: int = 0
+    unusual_tensors: tuple[str, ...] = ()
     kind: Kind = DECODER
     pooling: str | None = None
     warnings: tuple[str, ...] = ()

@@ -140,7 +140,9 @@ class GgufTreeModel(GgufModel):
         self._num_written = self._num_tokens + len(tree)
         if self._trees.compute(tree, self._num_tokens):
             self._num_tokens += tree.trunk_rows
-            return self._all_logits(len(tree))
+            logits = self._all_logits(len(tree))
+            self._require_numbers(logits, tree.token_ids[: tree.trunk_rows])
+            return logits
         self._disable_trees()
         self._remove_from(self._num_tokens)
         return super().forward_tree(tree)

@@ -56,10 +56,11 @@ class Tokenize(Protocol):
 class LlamaLibrary:
     """The C API (`.api`) and llama.cpp's log; one per process, from `llama_library()`.
 
-    `tokenize` calls llama.cpp's tokenizer, which a long text can crash; the layer above replaces it with a call
-    that is guarded (`attention/bindings/tokenize.py`). `tokens_with(vocabulary, num_tokens, attributes)` lists the
-    tokens that have one of these bits of llama_token_attr. Raises `ModelError` where the library's structs are not
-    those that lowtide declares.
+    `tokenize` calls llama.cpp's tokenizer, which a long text can crash, and `run_pass` its forward pass, which a tensor
+    can; the layer above replaces them with calls that are guarded (`attention/bindings/tokenize.py`, `decode.py`), and
+    brings `try_pass`, which runs a pass in a process of its own and returns why it failed.
+    `tokens_with(vocabulary, num_tokens, attributes)` lists the tokens that have one of these bits of
+    llama_token_attr. Raises `ModelError` where the library's structs are not those that lowtide declares.
     """
 
     def __init__(self, loaded: LoadedLibrary) -> None:
@@ -67,6 +68,8 @@ class LlamaLibrary:
         self.api: Any = CApi(loaded.address)
         self.tokenize: Tokenize = self._tokenize
         self.tokens_with: Callable[[Any, int, int], list[int]] = self._tokens_with
+        self.run_pass: Callable[[Any, Any], int] = self.api.llama_decode
+        self.try_pass: Callable[[Any, Any], str | None] = lambda _context, _batch: None
         self._errors: deque[str] = deque(maxlen=64)
         self._thread = threading.local()
         self._level = 0
@@ -83,8 +86,8 @@ class LlamaLibrary:
     def decode(self, context: Any, batch: Any) -> int:
         """Run llama.cpp's forward pass of `batch`; return its code, 0 for success."""
         if self._compute_thread is None:
-            return int(self.api.llama_decode(context, batch))
-        return self._compute_thread.submit(self.api.llama_decode, context, batch).result()  # type: ignore[no-any-return]
+            return int(self.run_pass(context, batch))
+        return self._compute_thread.submit(self.run_pass, context, batch).result()
 
     def _compute_on_own_thread(self) -> None:
         """Compute on a thread of its own in a forked child.
@@ -131,6 +134,10 @@ class LlamaLibrary:
         """Yield the error messages that llama.cpp logs inside the block."""
         self._errors.clear()
         yield self._errors
+
+    def log_error(self, text: str) -> None:
+        """Add an error message of native code to those that llama.cpp logs."""
+        self._errors.append(plain_reason(text))
 
     @contextlib.contextmanager
     def collected_messages(self) -> Iterator[list[str]]:

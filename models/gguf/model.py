@@ -19,6 +19,7 @@ from lowtide.models.fingerprint import file_fingerprint
 from lowtide.models.gguf.gpu import cpu_buffer_type, device_address
 from lowtide.models.gguf.kind import llama_kind
 from lowtide.models.gguf.llama_cpp import LlamaLibrary, llama_library
+from lowtide.models.gguf.not_numbers import first_not_number
 from lowtide.models.gguf.reader import TYPE_NUMBERS
 from lowtide.models.gguf.sequences import BatchKernels, GgufSequences
 from lowtide.models.gguf.spec import ATTENTION_OUTPUT
@@ -32,12 +33,15 @@ from lowtide.models.gguf.state import (
 )
 from lowtide.models.gguf.tokenizer import GgufTokenizer
 from lowtide.models.kind import require_decoder
+from lowtide.models.logits import ADVICE, NOT_NUMBERS, are_numbers
 from lowtide.models.model import Model, SequenceBatch
-from lowtide.models.spec import ModelSpec
+from lowtide.models.spec import KV_PADDING, ModelSpec
 
 if TYPE_CHECKING:
     from lowtide.models.model import Logits, Logits2D
 
+OBSERVED_TOKENS = 32
+"""Tokens of a pass that looks for the layer without numbers."""
 LOAD_COPY = 0
 LOAD_MEMORY_MAP = 1
 FLASH_ATTENTION_OFF = 0
@@ -223,6 +227,8 @@ class GgufModel(Model):
         self._library = llama_library()
         self._api = self._library.api
         self._owns_weights = weights_of is None
+        self._has_logits = weights_of is None
+        """A second context filters prompts: its passes end before the last layer."""
         try:
             if weights_of is not None:
                 self._model, self.tokenizer = weights_of._model, weights_of.tokenizer
@@ -232,6 +238,10 @@ class GgufModel(Model):
                 self.tokenizer = GgufTokenizer(
                     self._library, self._api.llama_model_get_vocab(self._model)
                 )
+            self.batch_truncates = not (
+                self._api.llama_model_is_recurrent(self._model)
+                or self._api.llama_model_is_hybrid(self._model)
+            )
             with options.stage("context"):
                 self._context = self._create_context(options)
             self._memory = self._api.llama_get_memory(self._context)
@@ -276,19 +286,51 @@ class GgufModel(Model):
 
         self._compute(token_ids)
         pointer = self._api.llama_get_logits_ith(self._context, -1)
-        return np.ctypeslib.as_array(pointer, shape=(self._num_logits,))
+        logits = np.ctypeslib.as_array(pointer, shape=(self._num_logits,))
+        self._require_numbers(logits, token_ids)
+        return logits
 
     def forward_rows(self, token_ids: Sequence[int]) -> Logits2D:
         """Append the tokens in one llama.cpp batch and return every token's logits."""
         self._check_verify_batch(len(token_ids))
         self._compute(token_ids, all_logits=True)
-        return self._all_logits(len(token_ids))
+        logits = self._all_logits(len(token_ids))
+        self._require_numbers(logits, token_ids)
+        return logits
 
     def _all_logits(self, num_tokens: int) -> Logits2D:
         import numpy as np
 
         pointer = self._api.llama_get_logits(self._context)
         return np.ctypeslib.as_array(pointer, shape=(num_tokens, self._num_logits))
+
+    def _require_numbers(self, logits: Logits | Logits2D, token_ids: Sequence[int]) -> None:
+        """Raise `ForwardError` where the logits are not numbers; the pass is undone."""
+        if not self._has_logits or are_numbers(logits):
+            return
+        self.truncate(max(self._num_tokens - len(token_ids), 0))
+        raise self.not_numbers(token_ids)
+
+    def not_numbers(self, token_ids: Sequence[int]) -> ForwardError:
+        """Return the error of a pass over `token_ids` without numbers, with the first layer that has none.
+
+        An observed pass over the first of the tokens finds it, where they suffice and no kernel of lowtide is needed.
+        """
+        place = None
+        if not self.spec.repacked_tensors and not self._options.gpu_layers:
+            num_tokens = min(len(token_ids), self.batch_size, OBSERVED_TOKENS)
+            options = replace(
+                self._options,
+                context=min(KV_PADDING, self.context),
+                batch_size=num_tokens,
+                verify_batch=1,
+                sequences=1,
+                eval_callback=None,
+            )
+            params = context_parameters(self._api, options)
+            place = first_not_number(self._library, self._model, params, token_ids[:num_tokens])
+        first = f" (first at {place})" if place is not None else ""
+        return ForwardError(f"{self.spec.path}: {NOT_NUMBERS}{first}; {ADVICE}")
 
     def _check_verify_batch(self, num_tokens: int) -> None:
         if num_tokens > self.max_verify_batch:
@@ -310,6 +352,22 @@ class GgufModel(Model):
                 f"a forward pass of {len(token_ids)} tokens at {self._num_tokens} failed: {reason}"
             )
         self._num_tokens += len(token_ids)
+
+    def require_first_pass(self) -> None:
+        """Try a pass of one token in a process of its own, before the first one in this process.
+
+        Raises `ForwardError` where native code fails there: ggml has no kernel for a tensor's type, for example.
+        """
+        self._check_tokens((0,))
+        self._batch.fill((0,), self._num_tokens, all_logits=False)
+        reason = self._library.try_pass(self._context, self._batch.struct)
+        if reason is not None:
+            named, *others = self.spec.unusual_tensors
+            more = f" and {len(others)} more" if others else ""
+            raise ForwardError(
+                f"llama.cpp {self._library.version} cannot compute {self.spec.path}: {reason}; its tensor {named}"
+                f"{more} has a type that is unusual there: take another conversion of the model"
+            )
 
     def _check_tokens(self, token_ids: Sequence[int]) -> None:
         if self._context is None:
@@ -417,6 +475,7 @@ class GgufModel(Model):
             max_logits=max_logits,
             vocabulary_size=self._num_logits,
             kernels=self._kernels,
+            not_numbers=self.not_numbers,
         )
 
     def _remove_from(self, position: int) -> int:

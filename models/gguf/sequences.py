@@ -8,12 +8,13 @@ slots of a sequence; where the prediction fails, the kernels notice and count it
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lowtide.models.errors import ForwardError
 from lowtide.models.gguf.llama_cpp import LlamaLibrary
+from lowtide.models.logits import NOT_NUMBERS, are_numbers
 from lowtide.models.model import SequenceBatch, SequenceSlice, SequenceSlots
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ class FreeSlots:
 class GgufSequences(SequenceBatch):
     """Sequences in `context`, a llama.cpp context made for them, which `close` frees.
 
-    `kernels`, if not None, compute its attention; each pass sets its slots in them.
+    `kernels`, if not None, compute its attention; each pass sets its slots in them. `not_numbers` makes the error of a
+    pass over tokens whose logits are not numbers.
     """
 
     def __init__(
@@ -78,7 +80,9 @@ class GgufSequences(SequenceBatch):
         max_logits: int,
         vocabulary_size: int,
         kernels: BatchKernels | None = None,
+        not_numbers: Callable[[Sequence[int]], ForwardError] = lambda _: ForwardError(NOT_NUMBERS),
     ) -> None:
+        self._not_numbers = not_numbers
         self.num_sequences = num_sequences
         self.batch_size, self.max_logits = batch_size, max_logits
         self._kernels = kernels
@@ -126,7 +130,10 @@ class GgufSequences(SequenceBatch):
         if not num_logits:
             return np.empty((0, self._vocabulary_size), np.float32)
         pointer = self._api.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(pointer, shape=(num_logits, self._vocabulary_size))
+        logits = np.ctypeslib.as_array(pointer, shape=(num_logits, self._vocabulary_size))
+        if not are_numbers(logits):
+            raise self._not_numbers(slices[0].token_ids)
+        return logits
 
     def truncate(self, sequence: int, num_tokens: int) -> None:
         """Drop a sequence's tokens from `num_tokens` on; llama.cpp reuses their slots."""

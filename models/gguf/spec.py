@@ -16,7 +16,13 @@ from lowtide.models.errors import BadModelFile
 from lowtide.models.fingerprint import DIGITS
 from lowtide.models.gguf.file_types import file_type_name
 from lowtide.models.gguf.kind import POOLINGS, header_kind
-from lowtide.models.gguf.reader import ArrayValue, GgufContents, TensorInfo, read_gguf
+from lowtide.models.gguf.reader import (
+    TYPE_NUMBERS,
+    ArrayValue,
+    GgufContents,
+    TensorInfo,
+    read_gguf,
+)
 from lowtide.models.gguf.repacked import repacked_names
 from lowtide.models.gguf.sliding import sliding_layers
 from lowtide.models.spec import KV_PADDING, ModelSpec, VocabularySpec, WeightGroup, WeightSpan
@@ -31,6 +37,10 @@ READ_BYTES = 1 << 20
 _SPLIT_NAME = re.compile(r"^(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf$")
 ATTENTION_OUTPUT = ".attn_output"
 """In the name of every tensor of a layer's attention output projection."""
+MATRIX_TYPES = frozenset(TYPE_NUMBERS) - set("F64 I8 I16 I32 I64 Q8_1 Q8_K".split())
+"""The types of matrices that every ggml since 2024 multiplies with."""
+MIN_MATRIX = 32
+"""No matrix of a real model has fewer rows or columns; other tensors of two dimensions do."""
 _LAYER = re.compile(r"^blk\.(\d+)\.")
 OUTPUT_NORM = "output_norm.weight"
 
@@ -122,6 +132,7 @@ class _Keys:
             ),
             pooling=self._pooling(),
             warnings=self._warnings(),
+            unusual_tensors=unusual_tensors(tensors),
         )
 
     def _pooling(self) -> str | None:
@@ -214,6 +225,25 @@ class _Keys:
         if not least <= value <= most:
             raise self.wrong(key, f"is {value}; it must be between {least} and {most}")
         return value
+
+
+def unusual_tensors(tensors: Iterable[TensorInfo]) -> tuple[str, ...]:
+    """Return the tensors, as "NAME (TYPE)", that ggml may have no kernel for: neither F32 nor a plain matrix.
+
+    Every graph takes F32, and every type that ggml multiplies with in a matrix. Norms, biases, convolutions and states
+    in F16, and whatever has a type that only ggml itself computes with, run for some architectures alone.
+    """
+    return tuple(
+        f"{tensor.name} ({tensor.type_name})"
+        for tensor in tensors
+        if tensor.type_name != "F32"
+        and (
+            tensor.type_name not in MATRIX_TYPES
+            or len(tensor.shape) < 2
+            or tensor.shape[0] % MIN_MATRIX
+            or tensor.shape[1] < MIN_MATRIX
+        )
+    )
 
 
 def weight_groups(parts: Sequence[GgufContents]) -> tuple[WeightGroup, ...]:

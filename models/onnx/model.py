@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowtide.models.errors import ForwardError, ModelError, SnapshotError, UnsupportedModel
 from lowtide.models.fingerprint import file_fingerprint
+from lowtide.models.logits import ADVICE, NOT_NUMBERS, are_numbers
 from lowtide.models.model import Model
 from lowtide.models.onnx.config import OnnxOptions, onnx_library, session_options, session_providers
 from lowtide.models.onnx.kv_cache import (
@@ -229,9 +230,11 @@ class OnnxModel(CachedModel):
                 raise ForwardError(
                     f"a forward pass of {num_new} tokens at {self._num_tokens} failed: {error}"
                 ) from None
+        found: Logits2D = logits[0, -num_logits:]
+        if not self._ended_early and not are_numbers(found):
+            raise ForwardError(f"{self.spec.path}: {NOT_NUMBERS}; {ADVICE}")
         self._commit()
         self._num_tokens += num_new
-        found: Logits2D = logits[0, -num_logits:]
         return found if found.dtype == np.float32 else found.astype(np.float32)
 
     def _bind(self, num_new: int, logits: Any) -> None:

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
 
+from lowtide.attention.bindings.decode import install_guarded_passes
 from lowtide.attention.bindings.library import guarded_aborts, lazy_mappings
 from lowtide.attention.bindings.llama_hook import LlamaHook, isolate_spans, mapped_spans
 from lowtide.attention.bindings.tokenize import install_guarded_tokenizer
@@ -166,6 +167,7 @@ class LoadedGguf(LoadedModel):
         if plan.resident_layers is not None:
             use_large_folios(spec.paths, read_machine().available_bytes)
         install_guarded_tokenizer()
+        install_guarded_passes()
         with guarded_aborts(), demand_zero_buffers() as buffers, _new_maps(resolved) as maps:
             self._model = self._load(kernels)
         if plan.resident_layers is not None and callback is not None:
@@ -176,6 +178,8 @@ class LoadedGguf(LoadedModel):
                 raise
         if callback is not None and spec.repacked_tensors:
             callback.read_repacked(spec.repacked_tensors, plan.batch_size, max_matmul_width(spec))
+        if spec.unusual_tensors and not plan.gpus:
+            self._require_first_pass()
         profiler.cache_lies_in(buffers)
         self._release_pages_of(self._model, buffers)
         # Milder levels are for answers in progress, which would read the weights again at once.
@@ -185,6 +189,13 @@ class LoadedGguf(LoadedModel):
             for file_map in file_maps
         ]
         super().__init__(self._model, kernels, hook=kernels, reclaimers=reclaimers)
+
+    def _require_first_pass(self) -> None:
+        try:
+            self._model.require_first_pass()
+        except BaseException:
+            self._model.close()
+            raise
 
     def _load(self, kernels: LlamaHook | None) -> GgufModel:
         spec, options = self._resolved.spec, self._options()

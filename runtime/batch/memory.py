@@ -186,6 +186,8 @@ def why_not_drafted(
     config = planned.speculation
     if config is not None and config.draft_model is not None:
         return "a draft model follows one sequence; a batch drafts with ngram, trigram or auto"
+    if not model.batch_truncates:
+        return "the model's recurrent state cannot drop a rejected draft"
     if planned.plan.verify_batch < 2:
         return "the plan has no room for it"
     if not _max_drafted(planned, model, requests):
@@ -198,7 +200,7 @@ def _max_drafted(
 ) -> int:
     """Return how many drafts a pass may verify: the first and the last token of an answer are none."""
     config = planned.speculation
-    if config is None or config.draft_model is not None:
+    if config is None or config.draft_model is not None or not model.batch_truncates:
         return 0
     max_each = max(planned.plan.verify_batch - 1, 0)
     useful = sum(

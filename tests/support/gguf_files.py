@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -26,11 +27,14 @@ def write_model(
     extra: dict[str, object] | None = None,
     word: str = "word",
     control: tuple[str, ...] = (),
+    changed: Callable[[str, np.ndarray], np.ndarray] = lambda _name, values: values,
 ) -> Path:
     """Write a llama-shaped model in F32 with a byte vocabulary; `overrides` replaces header numbers.
 
     `extra` are more keys of the header, with texts or lists of texts; `word` begins the words of the vocabulary,
     and `control` are its control tokens beside <s> and </s>.
+
+    `changed` returns the values of a tensor in place of its random ones, by its name.
 
     `quantised`, one of `BLOCKS`, is the matrices' type, but for those with one of `halves` in their names:
     F16.
@@ -50,7 +54,7 @@ def write_model(
     for name, number in numbers.items():
         writer.add_uint32(f"{architecture}.{name}", number)
     writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
-    _add_vocabulary(writer, vocabulary, word, control)
+    add_vocabulary(writer, vocabulary, word, control)
     for name, value in (extra or {}).items():
         if isinstance(value, str):
             writer.add_string(name, value)
@@ -59,7 +63,7 @@ def write_model(
     if chat_template is not None:
         writer.add_chat_template(chat_template)
     shape = (layers, width, heads, kv_heads, feed_forward, vocabulary)
-    _add_tensors(writer, *shape, quantised=quantised, halves=halves)
+    _add_tensors(writer, *shape, quantised=quantised, halves=halves, changed=changed)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -67,9 +71,10 @@ def write_model(
     return path
 
 
-def _add_vocabulary(
+def add_vocabulary(
     writer: gguf.GGUFWriter, vocabulary: int, word: str, control: tuple[str, ...]
 ) -> None:
+    """Write a vocabulary of bytes and words; `control` are control tokens beside <s> and </s>."""
     texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     texts += control
     texts += [f"▁{word}{i}" for i in range(vocabulary - len(texts))]
@@ -95,6 +100,7 @@ def _add_tensors(
     *,
     quantised: str | None,
     halves: tuple[str, ...],
+    changed: Callable[[str, np.ndarray], np.ndarray],
 ) -> None:
     random = np.random.default_rng(7)
     kv_width = width // heads * kv_heads
@@ -107,10 +113,11 @@ def _add_tensors(
             writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[quantised])
             return
         values = random.standard_normal((rows, columns)) * scale
-        writer.add_tensor(name, values.astype(np.float16 if is_half else np.float32))
+        values = values.astype(np.float16 if is_half else np.float32)
+        writer.add_tensor(name, changed(name, values))
 
     def add_norm(name: str) -> None:
-        writer.add_tensor(name, np.ones(width, np.float32))
+        writer.add_tensor(name, changed(name, np.ones(width, np.float32)))
 
     add("token_embd.weight", vocabulary, width)
     for layer in range(layers):
