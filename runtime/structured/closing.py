@@ -37,7 +37,7 @@ class State(Protocol):
 
 _Way = Any
 """The way before the last step and the tokens of that step, None for the start: ways share their beginnings."""
-SEARCHES = ((32, 100), (128, 200), (512, 600), (1 << 30, 1200))
+SEARCHES = ((1 << 30, 64), (32, 100), (128, 200), (512, 600), (1 << 30, 1200))
 """Most tokens of a way, and most states that are looked at, search after search: a way that never ends would take
 all states of a single one."""
 
@@ -51,7 +51,7 @@ def find_closing(constraint: State, max_tokens: int) -> tuple[int, ...] | None:
         return ()
     for length, num_states in SEARCHES:
         found, is_complete = _search(constraint, min(length, max_tokens), num_states)
-        if found is not None or is_complete or length >= max_tokens:
+        if found is not None or is_complete:
             return found
     return None
 

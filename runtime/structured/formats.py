@@ -22,7 +22,7 @@ from lowtide.runtime.structured.llguidance_constraint import (
 from lowtide.runtime.structured.schema import parse_schema, refused_keyword
 from lowtide.runtime.structured.vocabulary import TokenVocabulary
 
-MAX_SOURCE_BYTES = 64 * 1024
+MAX_SOURCE_BYTES = 128 * 1024
 """Most bytes of a schema, a regular expression or a grammar. Larger ones take seconds and tens of megabytes."""
 STYLES = ("flexible", "compact", "pretty")
 _STYLE_OPTIONS: dict[str, dict[str, Any]] = {

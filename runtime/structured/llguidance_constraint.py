@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowtide.models.errors import BadOption
 from lowtide.runtime.errors import ConstraintFailed
+from lowtide.runtime.structured.closing import find_closing
 from lowtide.runtime.structured.constraint import Constraint
 from lowtide.runtime.structured.vocabulary import TokenVocabulary
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 SLICE = r'[^"\\\x00-\x1F\x7F]{1,30}'
 """Tokens of plain text in a string are checked as one group. A second group costs memory and saves no time."""
-_CLOSERS = b'"}],:0naeltrusf1{[ -.23456789zAT'
-"""The bytes that tend to end a JSON value, the best first."""
+_CLOSERS = b'}]",:0naeltrusf1{[ -.23456789zAT'
+"""The bytes that tend to end a JSON value, the best first; in a string the quotation mark is better."""
 
 
 def llguidance() -> Any:
@@ -56,9 +57,9 @@ class GrammarTokenizer:
         for token_id, token in enumerate(vocabulary.token_bytes):
             if len(token) == 1:
                 by_bytes.setdefault(token, token_id)
-        ordered = [bytes([byte]) for byte in _CLOSERS]
-        ordered += [bytes([byte]) for byte in range(32, 127) if byte not in _CLOSERS]
-        self.likely_ends = tuple(by_bytes[one] for one in ordered if one in by_bytes)
+        self.ends_of_text = _ordered(b'"' + _CLOSERS, by_bytes)
+        self.ends_of_values = _ordered(_CLOSERS, by_bytes)
+        self.text_only = by_bytes.get(b"%")
         vocabulary.release_bytes()
 
     def matcher(self, grammar: str) -> LLMatcher:
@@ -71,6 +72,12 @@ class GrammarTokenizer:
         if made.is_error():
             raise GrammarError(made.get_error())
         return made
+
+
+def _ordered(first: bytes, by_bytes: dict[bytes, int]) -> tuple[int, ...]:
+    """Return the tokens of single printable bytes, those of `first` in front."""
+    order = dict.fromkeys([*first, *range(32, 127)])
+    return tuple(by_bytes[bytes([one])] for one in order if bytes([one]) in by_bytes)
 
 
 class GrammarError(Exception):
@@ -158,9 +165,29 @@ class GrammarConstraint(Constraint):
         """Return the tokens of the text that must come next."""
         return () if self._matcher.is_stopped() else self._matcher.compute_ff_tokens()
 
+    def closing(self, max_tokens: int) -> Sequence[int] | None:
+        """Return tokens that bring the answer to an end, written as the tokenizer would write their text."""
+        found = find_closing(self, 3 * max_tokens)
+        if not found:
+            return found
+        vocabulary = self._tokenizer.vocabulary
+        written = tuple(vocabulary.encode(vocabulary.decode(found)))
+        if 0 < len(written) < len(found) and self._ends(written):
+            found = written
+        return found if len(found) <= max_tokens else find_closing(self, max_tokens)
+
+    def _ends(self, token_ids: Sequence[int]) -> bool:
+        """Whether the tokens bring the answer to an end."""
+        if self.num_legal(token_ids) < len(token_ids):
+            return False
+        copy = self._matcher.deep_copy()
+        return bool(copy.consume_tokens(list(token_ids))) and bool(copy.is_accepting())
+
     def likely_ends(self) -> Sequence[int]:
         """Return the tokens of single bytes, those that end a JSON value first."""
-        return self._tokenizer.likely_ends
+        text_only = self._tokenizer.text_only
+        is_text = text_only is not None and self.allows(text_only)
+        return self._tokenizer.ends_of_text if is_text else self._tokenizer.ends_of_values
 
     @property
     def enforced(self) -> str:

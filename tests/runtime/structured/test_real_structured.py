@@ -25,7 +25,7 @@ SCHEMA = {
 MESSAGES = [{"role": "user", "content": "Describe Ada Lovelace, born in 1815, as JSON."}]
 
 
-@pytest.mark.parametrize("max_tokens", [20, 24, 32, 64, 200])
+@pytest.mark.parametrize("max_tokens", [28, 64])
 @pytest.mark.parametrize("temperature", [0, 1.5])
 def test_answers_follow_the_schema(
     real_runtime: Runtime, max_tokens: int, temperature: float
