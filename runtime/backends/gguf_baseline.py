@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from lowtide.attention.bindings.library import can_map_lazily, guarded_aborts, native_library
+from lowtide.attention.bindings.tokenize import install_guarded_tokenizer
 from lowtide.memory.budget import Budget
 from lowtide.memory.os.kv_pages import can_use_demand_zero
 from lowtide.memory.os.pages import trim_heap
@@ -176,6 +177,7 @@ def measured_baseline(
         yield replace(formulas, interpreter_bytes=before), FormulaSizes(spec)
         return
     try:
+        install_guarded_tokenizer()  # planning counts the tokens of a prompt
         with guarded_aborts():
             simulated = SimulatedGguf(spec)
             simulated.hold(SHORTEST_LAYOUT, 1, "f16")

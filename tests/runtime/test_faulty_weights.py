@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from lowtide.models.logits import are_numbers
 from lowtide.runtime.errors import ForwardError
 from tests.support.gguf_files import write_model
 from tests.support.hybrid_models import write_lfm2
+from tests.support.processes import run_lowtide
 
 PROMPTS = ["ab ab ab", "cd cd cd"]
 
@@ -119,3 +121,19 @@ def test_a_hybrid_model_answers_a_batch_without_drafts(tmp_path: Path, speculate
     assert [len(result.token_ids) for result in results] == [12, 12]
     assert [result.token_ids for result in results] == [result.token_ids for result in alone]
     assert "recurrent" in str(results[0].stats.speculation)
+
+
+def test_a_vocabulary_without_its_first_token_is_an_error_while_planning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unigram(writer: gguf.GGUFWriter, _name: str) -> None:
+        writer.add_string("tokenizer.ggml.model", "t5")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tokenizer_model", unigram)
+    monkeypatch.setattr(
+        gguf.GGUFWriter, "add_bos_token_id", lambda writer, _: writer.add_add_bos_token(True)
+    )
+    path = write_model(tmp_path / "unigram.gguf")
+    finished = run_lowtide("run", str(path), "--raw", "-p", "Hi", "-n", "2")
+    assert finished.code == 2
+    assert "cannot tokenise" in finished.stderr
