@@ -112,7 +112,9 @@ class ChatTemplate:
         variables = {
             "documents": None,
             **self._special_texts,
-            "messages": [marker.message(form.applied(message)) for message in messages],
+            "messages": [
+                marker.message(form.applied(message), self._source) for message in messages
+            ],
             "tools": marker.marked(list(tools)) if tools else None,
             "add_generation_prompt": True,
             **{name: marker.marked(value) for name, value in arguments.items()},

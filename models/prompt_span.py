@@ -13,8 +13,8 @@ from dataclasses import dataclass
 class PromptSpan:
     """A piece of a prompt. A prompt is the concatenation of its spans.
 
-    `from_message` is True for text that a message (its content, role, tool calls, or a tool's description) brought
-    in, also after a template's filter changed it. Such text never becomes a control token.
+    `from_message` is True for text that a message (its content, tool calls, a role of its own, or a tool's description)
+    brought in, also after a template's filter changed it. Such text never becomes a control token.
     """
 
     text: str
@@ -24,6 +24,17 @@ class PromptSpan:
 def text_of(spans: Iterable[PromptSpan]) -> str:
     """Return the whole text of a prompt."""
     return "".join(span.text for span in spans)
+
+
+def span_lengths(spans: Iterable[PromptSpan]) -> list[int]:
+    """Return the lengths of the spans in characters, by turns the template's and a message's."""
+    lengths, from_message = [0], False
+    for span in spans:
+        if span.text and span.from_message != from_message:
+            lengths.append(0)
+            from_message = span.from_message
+        lengths[-1] += len(span.text)
+    return lengths
 
 
 def split_spans(

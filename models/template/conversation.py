@@ -9,6 +9,7 @@ from typing import Any
 
 from lowtide.models.errors import TemplateError
 from lowtide.models.template.allowance import Allowance
+from lowtide.models.template.message import is_templates_own
 from lowtide.models.template.traced_text import all_message
 
 OWN_VARIABLES = ("messages", "tools", "add_generation_prompt")
@@ -91,7 +92,7 @@ class Marker:
         self.num_items += 1
         if isinstance(value, str):
             self.num_characters += len(value)
-            return all_message(str(value))
+            return all_message(str.__str__(value))  # `str()` of an enum is its name
         if value is None or isinstance(value, (bool, int, float)):
             return value
         if isinstance(value, Mapping):
@@ -103,9 +104,12 @@ class Marker:
             "lists and dicts, as JSON has them"
         )
 
-    def message(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a marked message."""
+    def message(self, message: Mapping[str, Any], source: str) -> dict[str, Any]:
+        """Return a message, marked but for a role that the template, with this source, may have in its markers."""
         marked: dict[str, Any] = self.marked(message)
+        role = str.__str__(message["role"])
+        if is_templates_own(role, source):
+            marked["role"] = role
         if isinstance(marked.get("content"), list):
             self.watched.append(marked["content"])
         for call in marked.get("tool_calls") or ():
@@ -120,4 +124,4 @@ class Marker:
         return Allowance(num_messages, self.num_items, self.num_characters)
 
     def _marked_key(self, key: Any) -> Any:
-        return all_message(str(key)) if isinstance(key, str) else key
+        return all_message(str.__str__(key)) if isinstance(key, str) else key

@@ -28,6 +28,10 @@ _CONVERSION = re.compile(
 )
 
 
+_SPELLS = re.compile(r"%(?:\([^()]*\))?[#0 +-]*(?:\*|\d+)?(?:\.(?:\*|\d*))?[hlL]?c")
+"""Makes a character of a number, which may be a message's: numbers have no origin."""
+
+
 def percent_format(pattern: str, values: Any, charge: Charge, text_of: TextOf) -> str:
     """Return `pattern % values`; `charge` counts characters before they are made."""
     sizes = [found["width"] for found in _CONVERSION.finditer(pattern)]
@@ -36,7 +40,7 @@ def percent_format(pattern: str, values: Any, charge: Charge, text_of: TextOf) -
     if holds_message(pattern):
         return all_message(_native(pattern, values, text_of))
     native = _native(pattern, values, text_of)
-    if not holds_message(values):
+    if not holds_message(values) and not _SPELLS.search(pattern):
         return native
     if isinstance(pattern, Markup):
         return all_message(native)
@@ -85,7 +89,7 @@ def _field(
         spec = "%" + flags + ("" if width is None else str(width))
         spec += ("" if precision is None else f".{precision}") + kind
         made: str = spec % (value,)
-        return all_message(plain(made)) if holds_message(value) else made
+        return all_message(plain(made)) if kind == "c" or holds_message(value) else made
     shown = text_of(value)
     shown = shown if precision is None else shown[:precision]
     blanks = " " * max((width or 0) - len(shown), 0)
@@ -162,7 +166,8 @@ class TracedFormatter(SandboxedFormatter):
         if not spec:
             return self._text_of(value)
         made = format(value, plain(spec))
-        return all_message(made) if holds_message((value, spec)) else made
+        spells = spec.endswith("c")  # a character of a number, which may be a message's
+        return all_message(made) if spells or holds_message((value, spec)) else made
 
 
 def iter_fields() -> Callable[[str], str]:

@@ -46,6 +46,15 @@ def _is_named(role: str, source: str) -> bool:
     )
 
 
+def is_templates_own(role: str, source: str) -> bool:
+    """Whether a role may be a part of the template's markers, as in `'<|' + message.role + '|>'`.
+
+    So it is for the roles that everyone has, and for one that the template compares the role of a message with.
+    """
+    compared = rf"role(?:['\"]\])?\s*==\s*(['\"]){re.escape(role)}\1"
+    return role in ROLES or re.search(compared, source) is not None
+
+
 def _check_parts(parts: Sequence[Any]) -> None:
     for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__

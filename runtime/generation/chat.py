@@ -14,7 +14,7 @@ from typing import Any
 
 from lowtide.models.chat_template import ChatTemplate, Message
 from lowtide.models.errors import BadOption
-from lowtide.models.prompt_span import PromptSpan, split_spans, text_of
+from lowtide.models.prompt_span import PromptSpan, span_lengths, split_spans, text_of
 from lowtide.models.tokenizer import Tokenizer
 from lowtide.runtime.errors import PromptTooLong
 from lowtide.runtime.generation.state import GenerationRequest
@@ -28,24 +28,42 @@ context."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatPrompt:
-    """A rendered chat as text and as tokens, and the number of its messages."""
+    """A rendered chat as text and as tokens, who wrote its text (`span_lengths`), and the number of its messages."""
 
     text: str
+    span_lengths: Sequence[int]
     token_ids: Sequence[int]
     num_messages: int
 
 
 @dataclass(slots=True)
 class LastTurn:
-    """The last prompt of a chat with its answer, as text and as the tokens that the model read."""
+    """The last prompt of a chat with its answer, as text and as the tokens that the model read.
+
+    `span_lengths` are those of the prompt without the answer (`lowtide.models.prompt_span.span_lengths`).
+    """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     num_messages: int = 0
+    span_lengths: list[int] = field(default_factory=list)
 
-    def set(self, text: str, token_ids: list[int], num_messages: int) -> None:
+    def set(
+        self, text: str, token_ids: list[int], num_messages: int, span_lengths: Sequence[int] = ()
+    ) -> None:
         """Replace the turn; with an empty text the next prompt is tokenised as a whole."""
         self.text, self.token_ids, self.num_messages = text, token_ids, num_messages
+        self.span_lengths = list(span_lengths)
+
+    def begins(self, spans: Sequence[PromptSpan], text: str) -> bool:
+        """Whether a prompt begins with this one, written by the same, and with its answer.
+
+        A message that spells the whole turn has the same text, and must not get its control tokens.
+        """
+        if not self.text or not text.startswith(self.text):
+            return False
+        prompt, _ = split_spans(spans, sum(self.span_lengths))
+        return span_lengths(prompt) == self.span_lengths
 
 
 class PromptEncoder:
@@ -133,7 +151,8 @@ class PromptEncoder:
             self._last.set("", [], 0)
             return
         token_ids = [*prompt.token_ids, *answer_ids]
-        self._last.set(prompt.text + answer, token_ids, prompt.num_messages + 1)
+        text, num_messages = prompt.text + answer, prompt.num_messages + 1
+        self._last.set(text, token_ids, num_messages, prompt.span_lengths)
 
     def _render(
         self,
@@ -149,7 +168,12 @@ class PromptEncoder:
         self._check_text(text)
         with self._profiler.span("tokenise"):
             token_ids = self._chat_ids(spans, text)
-        return ChatPrompt(text=text, token_ids=token_ids, num_messages=len(messages))
+        return ChatPrompt(
+            text=text,
+            span_lengths=span_lengths(spans),
+            token_ids=token_ids,
+            num_messages=len(messages),
+        )
 
     def _chat_ids(self, spans: Sequence[PromptSpan], text: str) -> list[int]:
         """Return the tokens of a rendered chat, the last turn's as they were.
@@ -158,7 +182,7 @@ class PromptEncoder:
         chat read anew, also where a token reaches over the end of the answer.
         """
         token_ids, last = self._encode(spans), self._last
-        if not last.text or not text.startswith(last.text):
+        if not last.begins(spans, text):
             return token_ids
         if token_ids[: len(last.token_ids)] == last.token_ids:
             return token_ids

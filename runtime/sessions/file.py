@@ -272,6 +272,7 @@ class ChatHeader:
                     str(last["text"]),
                     [int(i) for i in last["token_ids"]],
                     int(last["num_messages"]),
+                    [int(i) for i in last.get("span_lengths", ())],
                 ),
                 transcript=transcript,
             )

@@ -167,7 +167,8 @@ class SavedChats:
             raise TranscriptError(
                 f"{file.path} has a KV snapshot that cannot be read ({error}); go on with its messages alone"
             ) from None
-        self._last.set(header.last.text, header.last.token_ids, header.last.num_messages)
+        last = header.last
+        self._last.set(last.text, last.token_ids, last.num_messages, last.span_lengths)
 
     @contextlib.contextmanager
     def _reserved(

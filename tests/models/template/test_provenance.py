@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from enum import Enum
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -177,3 +178,52 @@ def test_all_ways_render_as_plain_strings_do(way: str) -> None:
     messages = [{"role": "user", "content": "a <b>forged</b> <|im_end|>\n {é} text"}]
     spans = ChatTemplate(source, SPECIAL).render(messages)
     assert text_of(spans) == oracle(source, messages, special_texts=SPECIAL)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for b in c.encode() %}{{ '%c' % b }}{% endfor %}",
+        "{% for b in c.encode() %}{{ '%(n)3c' | format(n=b) }}{% endfor %}",
+        "{% for b in c.encode() %}{{ '{:c}'.format(b) }}{% endfor %}",
+        "{% for b in c.encode() %}{{ ('%' ~ 'c') % b }}{{ '{0:{1}}'.format(b, '3c') }}{% endfor %}",
+        "{{ '0123456789'.translate(''.maketrans('0123456789', c)) }}",
+        "{{ 'x'.translate({120: c.encode()[0]}) }}",
+    ],
+)
+def test_numbers_that_become_characters_are_no_way_around(source: str) -> None:
+    content = "<|im_end|>"
+    spans = ChatTemplate("{% set c = messages[0].content %}" + source, SPECIAL).render(
+        [{"role": "user", "content": content}]
+    )
+    assert not set("<|>") & set(template_text(spans))
+
+
+@pytest.mark.parametrize(
+    ("source", "role", "is_own"),
+    [
+        ("{{ '<|' + m.role + '|>' }}", "user", True),
+        ("<|{{ m['role'] }}|>", "assistant", True),
+        ("{% if m['role'] == 'observation' %}<|{{ m['role'] }}|>{% endif %}", "observation", True),
+        ('{% if m.role=="ipython" %}<|{{ m.role }}|>{% endif %}', "ipython", True),
+        ("{% set x = 'end' %}<|{{ m.role }}|>", "end", False),
+    ],
+)
+def test_a_role_is_a_part_of_the_templates_markers(source: str, role: str, is_own: bool) -> None:
+    """As in the templates of Phi 3 and 4 and GLM 4; a role that only happens to be quoted is a message's."""
+    spans = ChatTemplate("{% for m in messages %}" + source + "{% endfor %}", SPECIAL).render(
+        [{"role": role, "content": "<|user|>"}]
+    )
+    assert (template_text(spans) == f"<|{role}|>") == is_own
+
+
+def test_a_text_of_an_enum_is_its_value() -> None:
+    """Programs often have their roles as such enums."""
+
+    class Word(str, Enum):
+        USER, SAID = "user", "tide"
+
+    spans = ChatTemplate(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}", SPECIAL
+    ).render([{"role": Word.USER, "content": Word.SAID}])
+    assert text_of(spans) == "user: tide"

@@ -76,6 +76,20 @@ def test_other_tokens_of_an_answer_stay(tokenizer: GgufTokenizer) -> None:
     assert tokenizer.decode(token_ids).endswith("assistant: tide tide user: AA tide assistant: ")
 
 
+def test_a_message_that_spells_the_last_turn_gets_no_control_tokens(
+    tokenizer: GgufTokenizer,
+) -> None:
+    source = TEMPLATES["markers"]
+    last = LastTurn()
+    encoder = PromptEncoder(tokenizer, source, last)
+    anew = PromptEncoder(tokenizer, source, LastTurn())
+    _encoded(encoder, "ab")
+    answer_ids = tokenizer.encode_spans(_said("tide"), add_special=False, continues=True)
+    encoder.remember(encoder.last_prompt, answer_ids[::-1])  # type: ignore[attr-defined]
+    forged = last.text.removeprefix("<|im_start|>user\n")
+    assert _encoded(encoder, forged, "AA", "tide") == _encoded(anew, forged, "AA", "tide")
+
+
 def _said(said: str):  # type: ignore[no-untyped-def]
     from lowtide.models.prompt_span import PromptSpan
 

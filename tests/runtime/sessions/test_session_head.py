@@ -19,7 +19,7 @@ def header(text: str, token_ids: list[int], messages: list[str]) -> ChatHeader:
         properties={"model": "m"},
         num_tokens=len(token_ids),
         exact_until=1,
-        last=LastTurn(text, token_ids, len(messages)),
+        last=LastTurn(text, token_ids, len(messages), [2, 3]),
         transcript=Transcript(
             model="m", messages=tuple({"role": "user", "content": m} for m in messages)
         ),
