@@ -35,6 +35,13 @@ class SpanVocabulary(ABC):
     def is_control(self, token_id: int) -> bool:
         """Whether a message must never have the token."""
 
+    def made_of_text(self, token_id: int) -> bool:
+        """Whether the tokenizer makes the token wherever a text spells it: such a text is cut beforehand.
+
+        llama.cpp's search for many of them in one text takes quadratic time.
+        """
+        return False
+
     @abstractmethod
     def spellings(self, token_id: int) -> set[bytes]:
         """Return the texts that may become this token."""
@@ -90,7 +97,7 @@ class _Text:
     def encode(self, markers: set[int]) -> list[int]:
         """Tokenise it; cut it where a message would forge a token, until none is left."""
         touched = self._prompt.touches_message(self._part.start, self._part.end)
-        cuts: list[int] = []
+        cuts = self._known_cuts(markers) if touched else []
         while True:
             pieces = cut_at(self._part, cuts)
             encoded = [self._encode(piece) for piece in pieces]
@@ -103,6 +110,17 @@ class _Text:
             if more == cuts:
                 return self._without(pieces, encoded, forged)
             cuts = more
+
+    def _known_cuts(self, markers: set[int]) -> list[int]:
+        """Return the cuts for tokens of the template that the tokenizer would make of a message's text."""
+        vocabulary = self._vocabulary
+        texts = {
+            token.text
+            for token in vocabulary.special_tokens
+            if (token.is_control or token.token_id in markers)
+            and vocabulary.made_of_text(token.token_id)
+        }
+        return forged_places(self._prompt, self._part, texts)
 
     def _without(
         self, pieces: Sequence[TextPart], encoded: Sequence[list[int]], forged: set[int]

@@ -95,6 +95,19 @@ class GgufSpanVocabulary(SpanVocabulary):
                     return both[len(before) :]
         return self._encode(data)
 
+    def made_of_text(self, token_id: int) -> bool:
+        """Whether llama.cpp looks for the token in plain text, too."""
+        return token_id in self._user_defined
+
+    @functools.cached_property
+    def _user_defined(self) -> set[int]:
+        attributes = self._api.llama_vocab_get_attr
+        return {
+            token.token_id
+            for token in self.special_tokens
+            if attributes(self._vocabulary, token.token_id) & USER_DEFINED
+        }
+
     def spellings(self, token_id: int) -> set[bytes]:
         """Return the texts that may become this token."""
         text = self._api.llama_vocab_get_text(self._vocabulary, token_id) or b""
