@@ -256,6 +256,14 @@ class TracedMarkup(TracedText):
     def __mod__(self, values: Any) -> str:
         return all_message(Markup(plain(self)) % values)
 
+    def unescape(self) -> str:
+        """Return the text as it was before it was escaped; all of it belongs to the message."""
+        return all_message(Markup(plain(self)).unescape())
+
+    def striptags(self) -> str:
+        """Unescape, and remove tags and needless blanks; the whole result belongs to the message."""
+        return all_message(Markup(plain(self)).striptags())
+
 
 def _escaping(name: str) -> Callable[..., Any]:
     method = getattr(TracedText, name)

@@ -142,7 +142,8 @@ WAYS = {
     "keys": "{% for k in {c: 1} %}{{ k }}{% endfor %}{{ {c: 1} }}{{ dict([(c, 1)]) }}{{ {c: 1}.items() | list }}",
     "macros": "{% macro f(a, b=c) %}{{ a }}{{ b }}{{ varargs }}{{ kwargs }}{% endmacro %}{{ f(c, c, c, d=c) }}",
     "escapes": "{{ c | e }}{{ c | safe }}{{ (c | safe) + c }}{{ (c | safe) % () }}{{ '<%s>' | safe % c }}"
-    "{{ ('<{}>' | safe).format(c) }}{{ ('-' | safe).join([c]) }}{{ (c | safe).upper() }}{{ c | safe | replace('a', c) }}",
+    "{{ ('<{}>' | safe).format(c) }}{{ ('-' | safe).join([c]) }}{{ (c | safe).upper() }}{{ c | safe | replace('a', c) }}"
+    "{{ (c | e).unescape() }}{{ (c | safe).striptags() }}",
     "autoescape": "{% autoescape true %}{{ c }}{{ c ~ '<' }}{% set x %}{{ c }}{% endset %}{{ x }}{% macro m() %}{{ c }}"
     "{% endmacro %}{{ m() }}{{ [c] | join('<') }}{{ c | replace('a', '<') }}{{ c | upper }}{% block b %}{{ messages[0].content }}"
     "{% endblock %}{{ self.b() }}{% endautoescape %}",
