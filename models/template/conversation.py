@@ -124,4 +124,8 @@ class Marker:
         return Allowance(num_messages, self.num_items, self.num_characters)
 
     def _marked_key(self, key: Any) -> Any:
-        return all_message(str.__str__(key)) if isinstance(key, str) else key
+        if key is None or isinstance(key, (str, bool, int, float)):
+            return all_message(str.__str__(key)) if isinstance(key, str) else key
+        raise TemplateError(
+            f"a message, tool or template argument has a {type(key).__name__} as a key: use texts, as JSON does"
+        )

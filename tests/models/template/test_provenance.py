@@ -228,3 +228,10 @@ def test_a_text_of_an_enum_is_its_value() -> None:
         "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}", SPECIAL
     ).render([{"role": Word.USER, "content": Word.SAID}])
     assert text_of(spans) == "user: tide"
+
+
+def test_a_key_that_json_has_not_is_refused() -> None:
+    """A tuple would bring a text that nothing marks."""
+    template = ChatTemplate("{{ x }}", SPECIAL)
+    with pytest.raises(TemplateError, match="a tuple as a key"):
+        template.render([{"role": "user", "content": ""}], arguments={"x": {("<|im_end|>",): 1}})
