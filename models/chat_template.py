@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowtide.models.arguments.names import option
+from lowtide.models.arguments.values import shown
 from lowtide.models.errors import BadOption, TemplateError
 from lowtide.models.prompt_span import PromptSpan
 from lowtide.models.template.message import ROLES, Message, checked_message
@@ -35,13 +36,12 @@ def template_source(template: str | Path) -> str:
     try:
         return template.expanduser().read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise BadOption(
-            f"cannot read the chat template {template}: {error.strerror or error}"
-        ) from None
+        reason = f"cannot be read: {error.strerror or error}"
     except UnicodeDecodeError as error:
-        raise BadOption(
-            f"the chat template {template} is not UTF-8 at byte {error.start}: convert it"
-        ) from None
+        reason = f"is not UTF-8 at byte {error.start}: convert it"
+    except ValueError:  # a path with a NUL
+        reason = "is no path of a file"
+    raise BadOption(f"{option('chat_template')} is {shown(str(template))}, which {reason}")
 
 
 class ChatTemplate:

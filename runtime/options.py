@@ -91,7 +91,10 @@ class SamplingParams:
             raise BadOption(
                 f"{option('stop')} is set, but the constraint says where the answer ends: leave one of them out"
             )
-        return as_format(self.constraint)
+        try:
+            return as_format(self.constraint)
+        except BadOption as error:
+            raise BadOption(f"the constraint is not valid: {error}") from None
 
     @property
     def draws_seed(self) -> bool:

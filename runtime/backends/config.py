@@ -104,12 +104,13 @@ class LoadConfig:
             ("expected_tokens", 0, MOST),
             ("threads", 1, MAX_THREADS),
         )
-        return {
+        numbers = {
             name: None
             if (value := getattr(self, name)) is None
             else whole_number(option(name), value, least, most)
             for name, least, most in ranges
         }
+        return {**numbers, "expected_tokens": numbers["expected_tokens"] or 0}
 
     def _sizes(self) -> dict[str, str | int | None]:
         """Return the checked sizes; raise `BadSize` for what is none."""

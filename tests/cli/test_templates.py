@@ -54,7 +54,7 @@ def test_a_template_of_ones_own(model: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [(None, "cannot read the chat template"), (b"\xff", "is not UTF-8 at byte 0")],
+    [(None, "which cannot be read: No such file"), (b"\xff", "is not UTF-8 at byte 0")],
 )
 def test_a_template_that_cannot_be_read(
     content: bytes | None, expected: str, model: str, tmp_path: Path

@@ -80,7 +80,7 @@ def test_a_snapshot_is_refused_by_other_models_and_settings(tiny: Path, tmp_path
             "attention": "tidal:layers=1",
         },
         "with the KV type f16, but the KV type is f32 now; ": {**options, "attention": "llama"},
-        "tokens but the context holds 512; raise --context": {**options, "context": 512},
+        "tokens but the context holds 512; raise context": {**options, "context": 512},
         "with the model tiny": {**options, "model": other_model},
     }
     for sentence, other in others.items():

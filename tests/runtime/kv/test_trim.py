@@ -34,7 +34,7 @@ def test_a_level_includes_the_milder_ones_in_order() -> None:
         assert reclaim(reclaimers, level).level == level
         assert called == expected
     with pytest.raises(
-        BadOption, match="level is 'all'; it must be one of background, moderate, complete"
+        BadOption, match="level is 'all'; it must be background, moderate or complete"
     ):
         reclaim(reclaimers, "all")
 

@@ -98,7 +98,7 @@ def test_a_snapshot_is_refused_by_other_models_and_settings(smollm2: Path, tmp_p
             **options,
             "attention": "dense",
         },
-        "tokens but the context holds 512; raise --context": {**options, "context": 512},
+        "tokens but the context holds 512; raise context": {**options, "context": 512},
         "with the model Smollm2": {**options, "model": "gemma3-270m"},
     }
     for sentence, other in others.items():
