@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -123,12 +124,25 @@ inline float exp_one(float x) {
     return lane[0];
 }
 
-// Shifts lanes down by Step, for sums and maxima across lanes. The lanes that enter at the top are not used.
-template <int Step> inline Floats moved_down(Floats value) {
-    Ints pick;
-    for (int i = 0; i < W; ++i) pick[i] = (i + Step) % W;
-    return __builtin_shuffle(value, pick);
+template <class Order, int... I> inline Floats shuffled(Floats a, Floats b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, Order::lane(I)...);
+#else
+    return __builtin_shuffle(a, b, Ints{Order::lane(I)...});
+#endif
 }
+
+// Lane i is lane Order::lane(i) of `a`, or from W on of `b`.
+template <class Order> inline Floats shuffle(Floats a, Floats b) {
+    return shuffled<Order>(a, b, std::make_integer_sequence<int, W>());
+}
+
+template <int Step> struct MovedDown {
+    static constexpr int lane(int i) { return (i + Step) % W; }
+};
+
+// Shifts lanes down by Step, for sums and maxima across lanes. The lanes that enter at the top are not used.
+template <int Step> inline Floats moved_down(Floats value) { return shuffle<MovedDown<Step>>(value, value); }
 
 template <int Step = W / 2> inline float sum_of_lanes(Floats value) {
     value += moved_down<Step>(value);
@@ -144,15 +158,18 @@ template <int Step = W / 2> inline float largest_of_lanes(Floats value) {
     return value[0];
 }
 
+// The lanes from First on of two vectors in turn.
+template <int First> struct Interleaved {
+    static constexpr int lane(int i) { return First + i % 2 * W + i / 2; }
+};
+
 // Transposes W vectors of W lanes: lane i of vector j becomes lane j of vector i.
 [[gnu::always_inline]] inline void transpose(Floats (&rows)[W]) {
-    Ints low, high;
-    for (int i = 0; i < W; ++i) low[i] = i % 2 * W + i / 2, high[i] = low[i] + W / 2;
     for (int step = 1; step < W; step *= 2) {
         Floats next[W];
         for (int i = 0; i < W / 2; ++i) {
-            next[2 * i] = __builtin_shuffle(rows[i], rows[i + W / 2], low);
-            next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + W / 2], high);
+            next[2 * i] = shuffle<Interleaved<0>>(rows[i], rows[i + W / 2]);
+            next[2 * i + 1] = shuffle<Interleaved<W / 2>>(rows[i], rows[i + W / 2]);
         }
         for (int i = 0; i < W; ++i) rows[i] = next[i];
     }
@@ -161,14 +178,17 @@ template <int Step = W / 2> inline float largest_of_lanes(Floats value) {
 // A quad is four neighbouring lanes.
 constexpr int kQuads = W / 4;
 
+// The quads From of two vectors, which are numbered from 0 to 2 kQuads - 1.
+template <int... From> struct Quads {
+    static constexpr int lane(int i) {
+        constexpr int from[] = {From...};
+        return from[i / 4] * 4 + i % 4;
+    }
+};
+
 // Quads A0 and A1 of `a` and B0 and B1 of `b`, for vectors of four quads.
 template <int A0, int A1, int B0, int B1> inline Floats quads_of(Floats a, Floats b) {
-    Ints pick;
-    for (int i = 0; i < W; ++i) {
-        const int from[4] = {A0, A1, kQuads + B0, kQuads + B1};
-        pick[i] = from[i / 4] * 4 + i % 4;
-    }
-    return __builtin_shuffle(a, b, pick);
+    return shuffle<Quads<A0, A1, kQuads + B0, kQuads + B1>>(a, b);
 }
 
 // Transposes kQuads vectors of kQuads quads: quad i of vector j becomes quad j of vector i.
@@ -179,9 +199,8 @@ template <int A0, int A1, int B0, int B1> inline Floats quads_of(Floats a, Float
     rows[0] = quads_of<0, 2, 0, 2>(a, c), rows[1] = quads_of<1, 3, 1, 3>(a, c);
     rows[2] = quads_of<0, 2, 0, 2>(b, d), rows[3] = quads_of<1, 3, 1, 3>(b, d);
 #elif VECTOR_FLOATS == 8
-    const Ints first = {0, 1, 2, 3, 8, 9, 10, 11};
     const Floats a = rows[0], b = rows[1];
-    rows[0] = __builtin_shuffle(a, b, first), rows[1] = __builtin_shuffle(a, b, first + 4);
+    rows[0] = shuffle<Quads<0, 2>>(a, b), rows[1] = shuffle<Quads<1, 3>>(a, b);
 #endif
 }
 
@@ -196,18 +215,23 @@ inline Floats in_every_quad(const float* from) {
 #endif
 }
 
+// In each quad: two lanes from First on of each vector in turn.
+template <int First> struct InterleavedInQuads {
+    static constexpr int lane(int i) { return i / 4 * 4 + First + i % 4 / 2 + i % 2 * W; }
+};
+
+// In each quad: the lanes First and First + 1 of `a`, then those of `b`.
+template <int First> struct HalvesOfQuads {
+    static constexpr int lane(int i) { return i / 4 * 4 + First + i % 2 + i % 4 / 2 * W; }
+};
+
 // Sums each quad of four vectors: lane 4 i + g of the result is the sum of quad i of vector g.
 inline Floats sums_of_quads(Floats a, Floats b, Floats c, Floats d) {
-    Ints low, high, even, odd;  // interleaves pairs of lanes, then pairs of pairs, in each quad
-    for (int i = 0; i < W; ++i) {
-        const int quad = i / 4 * 4, lane = i % 4;
-        low[i] = quad + lane / 2 + lane % 2 * W, high[i] = low[i] + 2;
-        even[i] = quad + lane % 2 + lane / 2 * W, odd[i] = even[i] + 2;
-    }
-    const Floats ab_low = __builtin_shuffle(a, b, low), ab_high = __builtin_shuffle(a, b, high);
-    const Floats cd_low = __builtin_shuffle(c, d, low), cd_high = __builtin_shuffle(c, d, high);
-    const Floats first = __builtin_shuffle(ab_low, cd_low, even), second = __builtin_shuffle(ab_low, cd_low, odd);
-    const Floats third = __builtin_shuffle(ab_high, cd_high, even), fourth = __builtin_shuffle(ab_high, cd_high, odd);
+    const Floats ab_low = shuffle<InterleavedInQuads<0>>(a, b), ab_high = shuffle<InterleavedInQuads<2>>(a, b);
+    const Floats cd_low = shuffle<InterleavedInQuads<0>>(c, d), cd_high = shuffle<InterleavedInQuads<2>>(c, d);
+    const Floats first = shuffle<HalvesOfQuads<0>>(ab_low, cd_low), second = shuffle<HalvesOfQuads<2>>(ab_low, cd_low);
+    const Floats third = shuffle<HalvesOfQuads<0>>(ab_high, cd_high);
+    const Floats fourth = shuffle<HalvesOfQuads<2>>(ab_high, cd_high);
     return ((first + second) + third) + fourth;
 }
 

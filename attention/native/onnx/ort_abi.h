@@ -103,7 +103,7 @@ public:
     }
 
 private:
-    template <class Function> Function call(int place) const { return reinterpret_cast<Function>(api_->functions[place]); }
+    template <class Function> Function call(int place) const { return reinterpret_cast<Function>(const_cast<void*>(api_->functions[place])); }
 
     const OrtApi* api_;
 };
