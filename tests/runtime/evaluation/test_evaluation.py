@@ -81,7 +81,7 @@ def test_wrong_use_of_a_policy(tidal: Engine, smollm2: Path, tmp_path: Path) -> 
         evaluate(tidal, context=800, text=tmp_path / "nowhere.txt")
     short = tmp_path / "short.txt"
     short.write_text("Too short.")
-    with pytest.raises(BadOption, match="has 3 tokens, but 865 are needed: use a longer --text"):
+    with pytest.raises(BadOption, match="has 3 tokens, but 865 are needed: use a longer text"):
         evaluate(tidal, context=800, text=short)
     engine = load(smollm2, "llama", compared_tokens=0)
     with pytest.raises(BadOption, match="attention is llama.cpp's own"):
@@ -135,7 +135,7 @@ def test_wrong_use_of_a_filter(dense: Engine, tmp_path: Path) -> None:
         evaluate(dense, policy, context=1090)
     short = tmp_path / "short.txt"
     short.write_text("Too short.")
-    with pytest.raises(BadOption, match="use a longer --text"):
+    with pytest.raises(BadOption, match="use a longer text"):
         evaluate(dense, policy, context=800, text=short)
 
 
