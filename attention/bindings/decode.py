@@ -26,12 +26,15 @@ def install_guarded_passes() -> None:
         library.run_pass, library.try_pass = run_guarded_pass, try_pass
 
 
-def run_guarded_pass(context: Any, batch: Any) -> int:
-    """Call llama_decode; a failed assertion is logged as an error, and `PASS_FAILED` is returned."""
+def run_guarded_pass(function: str, context: Any, batch: Any) -> int:
+    """Call `function`, llama_decode or llama_encode.
+
+    A failed assertion is logged as an error, and `PASS_FAILED` is returned.
+    """
     library = llama_library()
     code, message = ctypes.c_int32(), ctypes.create_string_buffer(MESSAGE_BYTES)
     status = _functions().lowtide_run_pass(
-        library.address("llama_decode"),
+        library.address(function),
         ctypes.cast(context, ctypes.c_void_p),
         ctypes.addressof(batch),
         ctypes.byref(code),
@@ -44,12 +47,12 @@ def run_guarded_pass(context: Any, batch: Any) -> int:
     return PASS_FAILED
 
 
-def try_pass(context: Any, batch: Any) -> str | None:
-    """Run a pass in a forked process; return why it failed there, and None where it did not."""
+def try_pass(function: str, context: Any, batch: Any) -> str | None:
+    """Run a pass of `function` in a forked process; return why it failed there, and None where it did not."""
     library = llama_library()
     ended_by, message = ctypes.c_int32(), ctypes.create_string_buffer(MESSAGE_BYTES)
     status = _functions().lowtide_try_pass(
-        library.address("llama_decode"),
+        library.address(function),
         ctypes.cast(context, ctypes.c_void_p),
         ctypes.addressof(batch),
         library.address("llama_set_n_threads"),

@@ -12,9 +12,16 @@ from typing import TYPE_CHECKING, Any
 from lowtide.models.errors import ForwardError
 from lowtide.models.gguf.kind import POOLINGS, UNSPECIFIED_POOLING, llama_kind
 from lowtide.models.gguf.llama_cpp import LlamaLibrary
-from lowtide.models.gguf.model import LoadOptions, context_parameters, created, load_weights
+from lowtide.models.gguf.model import (
+    LoadOptions,
+    context_parameters,
+    created,
+    load_weights,
+    require_pass,
+)
 from lowtide.models.gguf.tokenizer import GgufTokenizer
 from lowtide.models.kind import DECODER
+from lowtide.models.logits import ADVICE
 from lowtide.models.spec import ModelSpec
 from lowtide.models.tokenizer import Tokenizer
 
@@ -87,13 +94,15 @@ class GgufEmbedder:
             self._memory = self._api.llama_get_memory(self._context)
             # Of the layers of an encoder-decoder, its encoder's are computed.
             kind = llama_kind(self._api, self._model, self._context)
-            self._decodes = kind == DECODER
+            self._function = "llama_decode" if kind == DECODER else "llama_encode"
             self._batch = self._api.llama_batch_init(options.batch_size, 0, 1)
+            self.max_tokens, self.max_sequences = options.batch_size, options.sequences
+            if weights is None and spec.unusual_tensors:
+                self._fill([(0,)])
+                require_pass(library, spec, self._function, self._context, self._batch)
         except BaseException:
             self.close()
             raise
-        self.max_tokens = options.batch_size
-        self.max_sequences = options.sequences
         self.width = int(self._api.llama_model_n_embd_out(self._model))
         self._is_pooled = options.pooling not in (UNSPECIFIED_POOLING, POOLINGS.index("none"))
 
@@ -108,11 +117,18 @@ class GgufEmbedder:
         if self._memory:
             self._api.llama_memory_clear(self._memory, False)
         with self._library.collected_errors() as errors:
-            compute = self._api.llama_decode if self._decodes else self._api.llama_encode
-            code = compute(self._context, self._batch)
+            code = self._library.decode(self._context, self._batch, self._function)
         if code != 0:
             reason = errors[-1] if errors else f"llama.cpp returned {code}"
             raise ForwardError(f"embedding {len(texts)} texts failed: {reason}")
+        vectors = self._vectors(texts)
+        if not all(np.isfinite(vector).all() for vector in vectors):
+            raise ForwardError(f"{self.name}: the embeddings are not numbers; {ADVICE}")
+        return vectors
+
+    def _vectors(self, texts: Sequence[Sequence[int]]) -> list[Logits2D]:
+        import numpy as np
+
         if self._is_pooled:
             return [
                 np.array(np.ctypeslib.as_array(self._pooled(i), shape=(1, self.width)))

@@ -68,8 +68,8 @@ class LlamaLibrary:
         self.api: Any = CApi(loaded.address)
         self.tokenize: Tokenize = self._tokenize
         self.tokens_with: Callable[[Any, int, int], list[int]] = self._tokens_with
-        self.run_pass: Callable[[Any, Any], int] = self.api.llama_decode
-        self.try_pass: Callable[[Any, Any], str | None] = lambda _context, _batch: None
+        self.run_pass: Callable[[str, Any, Any], int] = self._run_pass
+        self.try_pass: Callable[[str, Any, Any], str | None] = lambda _name, _context, _batch: None
         self._errors: deque[str] = deque(maxlen=64)
         self._thread = threading.local()
         self._level = 0
@@ -83,11 +83,14 @@ class LlamaLibrary:
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._compute_on_own_thread)
 
-    def decode(self, context: Any, batch: Any) -> int:
-        """Run llama.cpp's forward pass of `batch`; return its code, 0 for success."""
+    def decode(self, context: Any, batch: Any, function: str = "llama_decode") -> int:
+        """Run `function`, llama_decode or llama_encode, over `batch`; return its code, 0 for success."""
         if self._compute_thread is None:
-            return int(self.run_pass(context, batch))
-        return self._compute_thread.submit(self.run_pass, context, batch).result()
+            return int(self.run_pass(function, context, batch))
+        return self._compute_thread.submit(self.run_pass, function, context, batch).result()
+
+    def _run_pass(self, function: str, context: Any, batch: Any) -> int:
+        return int(getattr(self.api, function)(context, batch))
 
     def _compute_on_own_thread(self) -> None:
         """Compute on a thread of its own in a forked child.

@@ -360,14 +360,7 @@ class GgufModel(Model):
         """
         self._check_tokens((0,))
         self._batch.fill((0,), self._num_tokens, all_logits=False)
-        reason = self._library.try_pass(self._context, self._batch.struct)
-        if reason is not None:
-            named, *others = self.spec.unusual_tensors
-            more = f" and {len(others)} more" if others else ""
-            raise ForwardError(
-                f"llama.cpp {self._library.version} cannot compute {self.spec.path}: {reason}; its tensor {named}"
-                f"{more} has a type that is unusual there: take another conversion of the model"
-            )
+        require_pass(self._library, self.spec, "llama_decode", self._context, self._batch.struct)
 
     def _check_tokens(self, token_ids: Sequence[int]) -> None:
         if self._context is None:
@@ -513,6 +506,21 @@ def load_weights(library: LlamaLibrary, spec: ModelSpec, options: LoadOptions) -
         library,
         lambda: library.api.llama_model_load_from_file(path, params),
         f"{spec.path} ({spec.architecture})",
+    )
+
+
+def require_pass(
+    library: LlamaLibrary, spec: ModelSpec, function: str, context: Any, batch: Any
+) -> None:
+    """Try a pass of `function` in a process of its own; raise `ForwardError` where native code fails there."""
+    reason = library.try_pass(function, context, batch)
+    if reason is None:
+        return
+    named, *others = spec.unusual_tensors
+    more = f" and {len(others)} more" if others else ""
+    raise ForwardError(
+        f"llama.cpp {library.version} cannot compute {spec.path}: {reason}; its tensor {named}{more} has a type that "
+        "is unusual there: take another conversion of the model"
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowtide.attention.bindings.decode import install_guarded_passes
 from lowtide.attention.bindings.library import guarded_aborts
 from lowtide.attention.bindings.tokenize import install_guarded_tokenizer
 from lowtide.memory.budget import Ledger
@@ -52,6 +53,7 @@ class Embedder:
             memory_map=plan.memory_map,
         )
         install_guarded_tokenizer()
+        install_guarded_passes()
         with guarded_aborts(), demand_zero_buffers():
             self._model = GgufEmbedder(planned.spec, options, llama_library())
         self._passes = EmbeddingPasses(

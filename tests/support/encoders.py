@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import numpy as np
 
+Changed = Callable[[str, np.ndarray], np.ndarray]
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,?!'"
 
 
 class _Writer:
     """A GGUF file with random matrices of `width`."""
 
-    def __init__(self, path: Path, architecture: str, numbers: dict[str, object], seed: int = 5):
+    def __init__(
+        self,
+        path: Path,
+        architecture: str,
+        numbers: dict[str, object],
+        seed: int = 5,
+        changed: Changed = lambda _name, values: values,
+    ) -> None:
+        self._changed = changed
         self.gguf = gguf.GGUFWriter(path, architecture)
         self.gguf.add_name(path.stem)
         self._random = np.random.default_rng(seed)
@@ -28,15 +38,18 @@ class _Writer:
 
     def matrix(self, name: str, rows: int, columns: int) -> None:
         values = self._random.standard_normal((rows, columns)) / np.sqrt(columns)
-        self.gguf.add_tensor(f"{name}.weight", values.astype(np.float32))
+        self._add(f"{name}.weight", values.astype(np.float32))
 
     def norm(self, name: str, width: int, *, bias: bool = False) -> None:
-        self.gguf.add_tensor(f"{name}.weight", np.ones(width, np.float32))
+        self._add(f"{name}.weight", np.ones(width, np.float32))
         if bias:
             self.bias(name, width)
 
     def bias(self, name: str, width: int) -> None:
-        self.gguf.add_tensor(f"{name}.bias", np.zeros(width, np.float32))
+        self._add(f"{name}.bias", np.zeros(width, np.float32))
+
+    def _add(self, name: str, values: np.ndarray) -> None:
+        self.gguf.add_tensor(name, self._changed(name, values))
 
     def close(self) -> None:
         self.gguf.write_header_to_file()
@@ -55,8 +68,12 @@ def write_encoder(
     context: int = 512,
     pooling: int | None = 2,
     causal: bool | None = False,
+    changed: Changed = lambda _name, values: values,
 ) -> Path:
-    """Write a BERT: `pooling` is llama.cpp's number (1 mean, 2 cls); None leaves a key out."""
+    """Write a BERT: `pooling` is llama.cpp's number (1 mean, 2 cls); None leaves a key out.
+
+    `changed` gets each tensor's name and values, and returns those to write.
+    """
     forward = 2 * width
     numbers = {
         "block_count": layers,
@@ -68,7 +85,7 @@ def write_encoder(
         "attention.causal": causal,
         "pooling_type": pooling,
     }
-    writer = _Writer(path, "bert", numbers)
+    writer = _Writer(path, "bert", numbers, changed=changed)
     _add_word_pieces(writer.gguf, vocabulary)
     writer.matrix("token_embd", vocabulary, width)
     writer.matrix("token_types", 2, width)

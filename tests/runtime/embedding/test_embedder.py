@@ -15,7 +15,7 @@ from processes import run_python
 from lowtide import Embedder, LowtideError, OverBudget, Runtime
 from lowtide.memory.units import MIB
 from lowtide.models.errors import BadOption, LowtideWarning, UnsupportedModel
-from lowtide.runtime.errors import RuntimeUnusable, TextTooLong
+from lowtide.runtime.errors import ForwardError, RuntimeUnusable, TextTooLong
 
 Write = Callable[[Path], Path]
 TEXTS = ["hello you", "", "a", "word7 word8 word9", "hello you", "naïve 漢字 🌊", "b " * 60]
@@ -184,3 +184,29 @@ def test_the_peak_is_inside_the_budget(
     done = run_python(PEAK.format(path=str(path), memory=memory))
     assert done.code == 0, done.stderr
     assert done.peak_bytes <= memory * MIB
+
+
+def test_an_encoder_that_ggml_cannot_compute_is_refused(tmp_path: Path) -> None:
+    """A failed assertion of a pass ends the process where nothing guards it."""
+    path = write_encoder(
+        tmp_path / "halves.gguf",
+        changed=lambda name, values: values.astype(np.float16) if "norm" in name else values,
+    )
+    with pytest.raises(
+        ForwardError, match="cannot compute .*halves.gguf.* has a type that is unusual"
+    ):
+        Embedder.open(path, memory="1GiB")
+
+
+def test_vectors_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
+    def with_nan(name: str, values: np.ndarray) -> np.ndarray:
+        if name == "blk.1.ffn_up.bias":
+            values[3] = np.nan
+        return values
+
+    path = write_encoder(tmp_path / "nan.gguf", changed=with_nan)
+    with (
+        Embedder.open(path, memory="1GiB") as embedder,
+        pytest.raises(ForwardError, match="the embeddings are not numbers"),
+    ):
+        embedder.embed("hello")
