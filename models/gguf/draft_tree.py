@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from lowtide.models.draft_tree import TokenTree
 from lowtide.models.gguf.llama_cpp import LlamaLibrary
-from lowtide.models.gguf.model import GgufModel, GraphKernels, LoadOptions
+from lowtide.models.gguf.model import GgufModel, GraphKernels
+from lowtide.models.gguf.parameters import LoadOptions
 from lowtide.models.gguf.sequences import BatchKernels
 from lowtide.models.model import SequenceSlots
 from lowtide.models.spec import ModelSpec

@@ -30,7 +30,7 @@ from lowtide.memory.units import OverBudget
 from lowtide.models.arguments.names import option
 from lowtide.models.errors import UnsupportedModel
 from lowtide.models.gguf.embedding import GgufEmbedder
-from lowtide.models.gguf.model import LoadOptions
+from lowtide.models.gguf.parameters import LoadOptions
 from lowtide.models.model import Model
 from lowtide.models.spec import ModelSpec
 from lowtide.models.template.families import template_of

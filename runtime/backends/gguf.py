@@ -38,7 +38,8 @@ from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.gguf.draft_tree import GgufTreeModel
 from lowtide.models.gguf.embedding import GgufEmbedder, Weights
 from lowtide.models.gguf.llama_cpp import llama_library
-from lowtide.models.gguf.model import DeviceLayers, GgufModel, LoadOptions
+from lowtide.models.gguf.model import GgufModel
+from lowtide.models.gguf.parameters import DeviceLayers, LoadOptions
 from lowtide.models.onnx.config import CPU
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.backends.backend import (

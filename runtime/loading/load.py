@@ -28,7 +28,7 @@ from lowtide.memory.units import OverBudget
 from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf.embedding import GgufEmbedder
-from lowtide.models.gguf.model import LoadOptions
+from lowtide.models.gguf.parameters import LoadOptions
 from lowtide.models.model import Model
 from lowtide.models.tokenizer import MAX_STACK_BYTES_PER_CHARACTER
 from lowtide.runtime.backends.backend import LoadedModel, ResolvedModel

@@ -9,7 +9,8 @@ from lowtide.attention.policy import PassController
 from lowtide.memory.plan.batch import BatchPlan
 from lowtide.memory.plan.estimates import padded_context
 from lowtide.memory.plan.speculation import DRAFT_BATCH_SIZE
-from lowtide.models.gguf.model import GgufModel, LoadOptions
+from lowtide.models.gguf.model import GgufModel
+from lowtide.models.gguf.parameters import LoadOptions
 from lowtide.models.model import Model, SequenceBatch, SingleSequence
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.backends.backend import ResolvedModel

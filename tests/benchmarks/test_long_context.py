@@ -20,7 +20,8 @@ from paired import paired
 
 from lowtide.attention.bindings.llama_hook import LlamaHook
 from lowtide.attention.registry import parse_policy
-from lowtide.models.gguf.model import GgufModel, LoadOptions
+from lowtide.models.gguf.model import GgufModel
+from lowtide.models.gguf.parameters import LoadOptions
 from lowtide.models.gguf.spec import read_spec
 
 pytestmark = pytest.mark.benchmark

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from lowtide.models.gguf import model as gguf_model
+from lowtide.models.gguf import parameters
 from lowtide.models.gguf.gpu import cpu_buffer_type
 from lowtide.models.gguf.llama_cpp import llama_library
-from lowtide.models.gguf.model import (
+from lowtide.models.gguf.parameters import (
     DeviceLayers,
     LoadOptions,
     context_parameters,
@@ -23,7 +23,7 @@ LAYERS = (DeviceLayers("CUDA0", 20), DeviceLayers("CUDA1", 11))
 
 @pytest.fixture(autouse=True)
 def _addresses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_model, "device_address", lambda name: 1000 + int(name[-1]))
+    monkeypatch.setattr(parameters, "device_address", lambda name: 1000 + int(name[-1]))
 
 
 def pointers(address: int, count: int) -> list[int | None]:
@@ -32,7 +32,7 @@ def pointers(address: int, count: int) -> list[int | None]:
 
 def patterns(params: Any) -> list[re.Pattern[str]]:
     """Return the patterns of tensors that stay on the CPU."""
-    overrides = (gguf_model._Override * 2).from_address(params.tensor_buft_overrides)
+    overrides = (parameters._Override * 2).from_address(params.tensor_buft_overrides)
     assert overrides[1].pattern is None and overrides[0].buffer_type == cpu_buffer_type()
     return [re.compile(overrides[0].pattern.decode())]
 

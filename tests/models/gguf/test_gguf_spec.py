@@ -77,7 +77,8 @@ def test_a_split_model_counts_all_its_parts(split: list[Path]) -> None:
 
 
 def test_a_split_model_runs_like_the_whole(split: list[Path]) -> None:
-    from lowtide.models.gguf.model import GgufModel, LoadOptions
+    from lowtide.models.gguf.model import GgufModel
+    from lowtide.models.gguf.parameters import LoadOptions
 
     options = LoadOptions(context=256, batch_size=8, threads=1)
     results = []

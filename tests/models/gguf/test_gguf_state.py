@@ -16,7 +16,8 @@ from lowtide.attention.bindings.library import guarded_aborts
 from lowtide.models.errors import SnapshotError
 from lowtide.models.fake_model import FakeModel
 from lowtide.models.fingerprint import file_fingerprint
-from lowtide.models.gguf.model import GgufModel, LoadOptions
+from lowtide.models.gguf.model import GgufModel
+from lowtide.models.gguf.parameters import LoadOptions
 from lowtide.models.gguf.spec import read_spec
 from lowtide.models.model import Model
 

@@ -9,7 +9,7 @@ import pytest
 
 from lowtide.models.catalog import NAMED_MODELS, is_installed, resolve
 from lowtide.models.gguf.dry_run import SimulatedGguf
-from lowtide.models.gguf.model import LoadOptions, context_parameters
+from lowtide.models.gguf.parameters import LoadOptions, context_parameters
 from lowtide.models.gguf.reader import ArrayValue
 from lowtide.models.gguf.sliding import PERIODS, sliding_layers
 from lowtide.models.gguf.spec import read_spec

@@ -10,7 +10,7 @@ from gpus import gpu
 
 from lowtide import Runtime
 from lowtide.models.errors import ModelError
-from lowtide.models.gguf.model import DeviceLayers, LoadOptions
+from lowtide.models.gguf.parameters import DeviceLayers, LoadOptions
 
 
 @pytest.fixture
