@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +22,7 @@ from lowtide.models.spec import ModelSpec
 from lowtide.runtime.embedding.options import EmbeddingConfig, require_pooled
 from lowtide.runtime.embedding.passes import EmbeddingPasses, checked_texts
 from lowtide.runtime.embedding.plan import PlannedEmbedding, num_sequences, plan_reference
-from lowtide.runtime.errors import RuntimeUnusable
+from lowtide.runtime.generation.active import ActiveGeneration
 
 if TYPE_CHECKING:
     from lowtide.runtime.embedding.passes import Vectors
@@ -43,8 +41,7 @@ class Embedder:
         self._ledger = Ledger(plan.budget.num_bytes)
         for line in plan.rows:
             self._ledger.reserve(line.component, line.num_bytes)
-        self._lock = threading.RLock()
-        self._is_closed = False
+        self._active = ActiveGeneration(self._free, "embedder")
         options = embedding_options(
             plan.context,
             planned.config.num_threads,
@@ -58,7 +55,7 @@ class Embedder:
             self._model = GgufEmbedder(planned.spec, options, llama_library())
         self._passes = EmbeddingPasses(
             self._model,
-            self._alone,
+            self._active.between_steps,
             batch_size=plan.batch_size,
             overflow=planned.config.overflow,
         )
@@ -124,7 +121,7 @@ class Embedder:
 
         require_pooled(self.pooling)
         texts = checked_texts(texts)
-        with self._lock:
+        with self._active.between_steps():
             self._ledger.reserve(VECTORS, 4 * self.width * len(texts))
             try:
                 vectors = np.empty((len(texts), self.width), np.float32)
@@ -148,21 +145,14 @@ class Embedder:
         """
         return self._passes.run(texts, normalize=normalize)
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Wait until no other thread uses the model. Raises `RuntimeUnusable` where it is closed."""
-        with self._lock:
-            if self._is_closed:
-                raise RuntimeUnusable("the embedder is closed; open it again")
-            yield
-
     def close(self) -> None:
-        """Free the model; closing twice is allowed."""
-        with self._lock:
-            self._is_closed = True
-            self._model.close()
-            for component in self._ledger.components:
-                self._ledger.release(component)
+        """Free the model when the pass that runs is done; closing twice is allowed."""
+        self._active.close()
+
+    def _free(self) -> None:
+        self._model.close()
+        for component in self._ledger.components:
+            self._ledger.release(component)
 
     def __enter__(self) -> Embedder:
         return self

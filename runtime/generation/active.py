@@ -21,12 +21,12 @@ class ActiveGeneration:
     """Knows which generation may go on: starting another ends the one before with an error.
 
     A step, which is one forward pass, is never interrupted: `between_steps` waits for the one that runs. `free` frees
-    the model; `close` calls it once, when no step runs. A forked child has the memory of the model but none of the
-    threads that compute with it, so there everything raises.
+    the model, which errors call `name`; `close` calls it once, when no step runs. A forked child has the memory of the
+    model but none of the threads that compute with it, so there everything raises.
     """
 
-    def __init__(self, free: Callable[[], None]) -> None:
-        self._free = free
+    def __init__(self, free: Callable[[], None], name: str = "runtime") -> None:
+        self._free, self._name = free, name
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._model_lock = threading.RLock()
@@ -59,11 +59,11 @@ class ActiveGeneration:
         """Raise `RuntimeUnusable` after `close` and in a forked child."""
         if self.is_forked:
             raise RuntimeUnusable(
-                f"process {self._pid} opened this runtime, and process {os.getpid()} was forked from it without "
-                "the threads that compute: open a runtime in the child, or start it with spawn"
+                f"process {self._pid} opened this {self._name}, and process {os.getpid()} was forked from it without "
+                "the threads that compute: open one in the child, or start it with spawn"
             )
         if self._is_closed:
-            raise RuntimeUnusable("the runtime is closed; open it again")
+            raise RuntimeUnusable(f"the {self._name} is closed; open it again")
 
     def require_current(self, number: int) -> None:
         """Raise `RuntimeUnusable` after `close` and where another generation was started."""

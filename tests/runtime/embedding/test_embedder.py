@@ -210,3 +210,27 @@ def test_vectors_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
         pytest.raises(ForwardError, match="the embeddings are not numbers"),
     ):
         embedder.embed("hello")
+
+
+FORKED = """
+import os, sys
+from lowtide import Embedder
+from lowtide.runtime.errors import RuntimeUnusable
+embedder = Embedder.open(PATH, memory="1GiB", threads=2)
+embedder.embed("hello")
+pid = os.fork()
+if pid == 0:
+    try:
+        embedder.embed("hello")
+    except RuntimeUnusable as error:
+        os._exit(0 if "forked" in str(error) else 4)
+    os._exit(3)
+assert os.waitpid(pid, 0)[1] == 0
+embedder.close()
+"""
+
+
+def test_a_forked_child_is_refused_the_embedder(tmp_path: Path) -> None:
+    path = write_encoder(tmp_path / "bert.gguf")
+    done = run_python(f"PATH = {str(path)!r}\n{FORKED}", timeout=60)
+    assert done.code == 0, done.stderr
