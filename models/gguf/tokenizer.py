@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lowtide.models.errors import ModelError
 from lowtide.models.gguf.llama_cpp import LlamaLibrary
 from lowtide.models.gguf.span_vocabulary import GgufSpanVocabulary
+from lowtide.models.gguf.text_cuts import TextCuts
 from lowtide.models.prompt_span import PromptSpan
 from lowtide.models.span_encoder import SpanEncoder
 from lowtide.models.tokenizer import Tokenizer, longest_line, longest_stretch
@@ -61,6 +62,8 @@ class GgufTokenizer(Tokenizer):
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Return the token ids of `text`; see `Tokenizer.encode`."""
         data = text.encode("utf-8", errors="replace")
+        if not add_special and not parse_special:
+            return self._cuts.encode(data)
         return self._call(data, add_special=add_special, parse_special=parse_special)
 
     def encode_spans(
@@ -77,9 +80,20 @@ class GgufTokenizer(Tokenizer):
 
     @functools.cached_property
     def _span_encoder(self) -> SpanEncoder:
-        encode = functools.partial(self._call, add_special=False, parse_special=False)
         piece = functools.partial(self._piece, special=True)
-        return SpanEncoder(GgufSpanVocabulary(self._library, self._vocabulary, encode, piece))
+        return SpanEncoder(
+            GgufSpanVocabulary(self._library, self._vocabulary, self._cuts.encode, piece)
+        )
+
+    @functools.cached_property
+    def _cuts(self) -> TextCuts:
+        encode = functools.partial(self._call, add_special=False, parse_special=False)
+        return TextCuts(self._api.llama_vocab_type(self._vocabulary), encode, self._texts)
+
+    def _texts(self) -> Iterator[bytes]:
+        """Yield the texts of all tokens, as the vocabulary writes them."""
+        text_of = self._api.llama_vocab_get_text
+        return (text_of(self._vocabulary, i) or b"" for i in range(self._num_tokens))
 
     def _call(
         self,

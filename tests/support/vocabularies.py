@@ -62,6 +62,7 @@ def write_vocabulary(
     name: str = "tiny",
     add_space_prefix: bool | None = None,
     with_bytes: bool = True,
+    merges: Sequence[str] = MERGES,
 ) -> Path:
     """Write a vocabulary-only file of that kind; `words` are normal tokens of one's own."""
     writer = gguf.GGUFWriter(path, "llama")
@@ -76,7 +77,7 @@ def write_vocabulary(
     }.items():
         writer.add_uint32(f"llama.{key}", number)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
-    texts, kinds = _first_tokens(kind, with_bytes)
+    texts, kinds = _first_tokens(kind, with_bytes, merges)
     texts += [*control, *user_defined, *words]
     kinds += [CONTROL_TYPE] * len(control) + [USER_DEFINED] * len(user_defined)
     kinds += [NORMAL] * len(words)
@@ -85,7 +86,7 @@ def write_vocabulary(
     writer.add_token_list(texts)
     writer.add_token_types(kinds)
     if kind == "gpt2":
-        writer.add_token_merges(list(MERGES))
+        writer.add_token_merges(list(merges))
     else:
         writer.add_token_scores([-float(i) / 100 for i in range(len(texts))])
     if add_space_prefix is not None:
@@ -102,10 +103,12 @@ def write_vocabulary(
     return path
 
 
-def _first_tokens(kind: str, with_bytes: bool) -> tuple[list[str], list[int]]:
+def _first_tokens(
+    kind: str, with_bytes: bool, merges: Sequence[str]
+) -> tuple[list[str], list[int]]:
     texts, kinds = ["<unk>", "<s>", "</s>"], [UNKNOWN, CONTROL_TYPE, CONTROL_TYPE]
     if kind == "gpt2":
-        own = [*_byte_letters(), *(merge.replace(" ", "") for merge in MERGES)]
+        own = [*_byte_letters(), *(merge.replace(" ", "") for merge in merges)]
     elif kind == "rwkv":
         own = [f"\\x{byte:02x}" for byte in range(256)] + ["ti", "tide", " tide"]
     else:
