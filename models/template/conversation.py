@@ -12,6 +12,8 @@ from lowtide.models.template.allowance import Allowance
 from lowtide.models.template.message import is_templates_own
 from lowtide.models.template.traced_text import all_message
 
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""The names that a message may give its reasoning; templates read the first two."""
 OWN_VARIABLES = ("messages", "tools", "add_generation_prompt")
 """Variables of a template that no argument may set."""
 
@@ -22,16 +24,22 @@ class Form:
 
     `developer` has the role "developer" as it is, else it is "system". `parts` has lists of text parts as they are,
     else they are joined. `arguments` has the arguments of tool calls as they are, else a JSON text becomes a dict
-    and a dict a JSON text.
+    and a dict a JSON text. `nulls` has the keys whose value is None, else they are left out, as transformers does.
     """
 
     developer: bool = True
     parts: bool = True
     arguments: bool = True
+    nulls: bool = False
 
     def applied(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the message in this form."""
-        changed = dict(message)
+        """Return the message in this form, and its reasoning under each name that templates read."""
+        changed = {key: value for key, value in message.items() if self.nulls or value is not None}
+        reasoning = next(
+            (message[name] for name in REASONING if message.get(name) is not None), None
+        )
+        if reasoning is not None:
+            changed = {"thinking": reasoning, **changed, "reasoning_content": reasoning}
         if not self.developer and message["role"] == "developer":
             changed["role"] = "system"
         content = message.get("content")
@@ -47,13 +55,17 @@ def forms_of(messages: Sequence[Mapping[str, Any]], source: str) -> Iterator[For
     has_developer = any(message["role"] == "developer" for message in messages)
     has_parts = any(isinstance(message.get("content"), (list, tuple)) for message in messages)
     has_calls = any(message.get("tool_calls") for message in messages)
+    has_nulls = any(value is None for message in messages for value in message.values())
     knows_developer = "developer" in source
-    for parts in (True, False) if has_parts else (True,):
-        for arguments in (True, False) if has_calls else (True,):
-            for developer in (
-                (True, False) if has_developer and knows_developer else (not has_developer,)
-            ):
-                yield Form(developer, parts, arguments)
+    yield from (
+        Form(developer, parts, arguments, nulls)
+        for nulls in ((False, True) if has_nulls else (False,))
+        for parts in ((True, False) if has_parts else (True,))
+        for arguments in ((True, False) if has_calls else (True,))
+        for developer in (
+            (True, False) if has_developer and knows_developer else (not has_developer,)
+        )
+    )
 
 
 def _other_arguments(call: Any) -> Any:

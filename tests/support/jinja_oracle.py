@@ -35,6 +35,15 @@ def _to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_
     )
 
 
+def _normalised(message: Mapping[str, Any]) -> dict[str, Any]:
+    stated = {key: value for key, value in message.items() if value is not None}
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        if name in stated:
+            reasoning = stated[name]
+            return {"thinking": reasoning, **stated, "reasoning_content": reasoning}
+    return stated
+
+
 def oracle(
     source: str,
     messages: Sequence[Mapping[str, Any]],
@@ -51,7 +60,7 @@ def oracle(
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     return environment.from_string(source).render(
-        messages=messages,
+        messages=[_normalised(message) for message in messages],
         tools=tools,
         documents=None,
         add_generation_prompt=True,
