@@ -1,7 +1,7 @@
 """ConstrainedAnswer: one answer that follows a constraint, and that is whole wherever it has to end.
 
-While tokens are chosen it always has a way to the end that fits into the tokens that are left. Where the next
-token would leave too few, or where the context or the memory ends, the constraint alone closes the answer.
+While tokens are chosen, a way to the end is known that fits into the tokens that are left. Where the next token would
+leave too few, or where the context or the memory ends, the constraint alone closes the answer.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 MAX_CLOSING = 2048
 """Most tokens that close an answer which may have any length."""
-WATCHED_TOKENS = 256
-"""A way to the end is looked for when fewer tokens than these, and twice the shortest answer, are left."""
+PROBED_TOKENS = 16
+"""The way to the end is looked for after so many tokens while many are left."""
+NEAR_TOKENS = 256
+"""It is known after every token where at most so many, and twice its own, are left."""
 
 
 class ConstrainedAnswer:
@@ -45,7 +47,6 @@ class ConstrainedAnswer:
                 f"the constraint needs about {shortest} tokens for its shortest answer, but "
                 f"{option('max_tokens')} is {max_tokens}: raise it"
             )
-        self._watched = WATCHED_TOKENS + 2 * shortest
 
     @property
     def constraint(self) -> Constraint:
@@ -96,30 +97,39 @@ class ConstrainedAnswer:
             return True
         state = self._constraint.fork()
         state.advance(token_id)
-        if self._num_left is not None and self._num_left <= self._watched:
-            if not self._is_watching:
-                self._closing = self._constraint.closing(self._num_left)
-                self._is_watching = True
-            closing = self._closing_after(state, token_id, self._num_left - 1)
-            if closing is None and self._closing is not None:
-                self._is_closed = True
-                return False
-            self._closing = closing
-        self._constraint = state
-        self._num_tokens += 1
         if self._num_left is not None:
             self._num_left -= 1
+            if self._is_near(self._num_left):
+                closing = self._closing_after(state, token_id, self._num_left)
+                if closing is None and self._closing is not None:
+                    self._num_left += 1
+                    self._is_closed = True
+                    return False
+                self._closing = closing
+        self._constraint = state
+        self._num_tokens += 1
         return True
+
+    def _is_near(self, num_left: int) -> bool:
+        """Whether the end of the tokens is so near that a way to the end of the answer must be known."""
+        if not self._is_watching:
+            if self._num_tokens % PROBED_TOKENS == 0 and not self._constraint.ends(
+                self._closing or ()
+            ):
+                self._closing = self._constraint.closing(num_left + 1) or self._closing
+            if num_left <= NEAR_TOKENS + 2 * len(self._closing or ()):
+                self._closing = self._constraint.closing(num_left + 1)
+                self._is_watching = True
+        return self._is_watching
 
     def _closing_after(
         self, state: Constraint, token_id: int, max_tokens: int
     ) -> Sequence[int] | None:
         """Return a way to the end from `state`, which is the answer after `token_id`."""
-        before = self._closing
-        if before is not None:
-            rest = before[1:] if before[:1] == (token_id,) else before
-            if len(rest) <= max_tokens and _ends(state, rest):
-                return rest
+        if self._closing is not None:
+            for rest in state.rests(self._closing, token_id):
+                if len(rest) <= max_tokens and state.ends(rest):
+                    return rest
         return state.closing(max_tokens)
 
     def close(self) -> Sequence[int]:
@@ -145,13 +155,3 @@ class ConstrainedAnswer:
             "closing_tokens": self._num_closing,
             "masks": self._num_masks,
         }
-
-
-def _ends(state: Constraint, token_ids: Sequence[int]) -> bool:
-    """Whether the tokens bring the answer to an end."""
-    if state.num_legal(token_ids) < len(token_ids):
-        return False
-    copy = state.fork()
-    for token_id in token_ids:
-        copy.advance(token_id)
-    return copy.is_accepting

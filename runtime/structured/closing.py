@@ -1,19 +1,24 @@
 """A short way from any point of an answer to its end, found by the constraint alone, without a model.
 
-Limited-discrepancy search (Harvey and Ginsberg, 1995): in each state the candidates are ordered by how soon they tend
-to end an answer. Ways that follow the order come first, then those that leave it once, and so on.
+Each state has candidates, ordered by how soon they tend to end an answer. The greedy way takes the first legal one
+again and again. Where it fails, limited-discrepancy search (Harvey and Ginsberg, 1995) follows ways that leave the
+order once, then twice, and so on. All bounds are counts and not times, so the same answer always closes the same way.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
-
-import numpy as np
 
 MAX_BRANCHES = 48
 """Most candidates of one state."""
+MAX_REPEATED = 64
+"""The greedy way fails where it takes the same single token so often in a row: such a way may never end."""
+MAX_ADVANCES = 20_000
+"""Most tokens that one search appends to states."""
+GREEDY_STEPS, TRIED_TOKENS = 500, 1500
+"""Most steps and tokens of the first greedy way. Where it is found but has too many tokens, few others are tried."""
 
 
 class State(Protocol):
@@ -29,7 +34,7 @@ class State(Protocol):
 
     def forced(self) -> Sequence[int]: ...  # noqa: D102
 
-    def likely_ends(self) -> Sequence[int]: ...  # noqa: D102
+    def likely_next(self) -> Iterable[Sequence[int]]: ...  # noqa: D102
 
     @property
     def is_accepting(self) -> bool: ...  # noqa: D102
@@ -37,9 +42,11 @@ class State(Protocol):
 
 _Way = Any
 """The way before the last step and the tokens of that step, None for the start: ways share their beginnings."""
-SEARCHES = ((1 << 30, 64), (32, 100), (128, 200), (512, 600), (1 << 30, 1200))
+SEARCHES = ((32, 100), (128, 200), (512, 600))
 """Most tokens of a way, and most states that are looked at, search after search: a way that never ends would take
 all states of a single one."""
+MAX_STATES = 1200
+"""Most states of the last search, whose ways have any length."""
 
 
 def find_closing(constraint: State, max_tokens: int) -> tuple[int, ...] | None:
@@ -49,10 +56,34 @@ def find_closing(constraint: State, max_tokens: int) -> tuple[int, ...] | None:
     """
     if constraint.is_accepting:
         return ()
-    for length, num_states in SEARCHES:
+    found = _greedy(constraint, TRIED_TOKENS, GREEDY_STEPS)
+    if found is not None and len(found) <= max_tokens:
+        return found
+    for length, num_states in SEARCHES if found is None else SEARCHES[:1]:
         found, is_complete = _search(constraint, min(length, max_tokens), num_states)
         if found is not None or is_complete:
             return found
+    if found is None:
+        found = _greedy(constraint, max_tokens, max_tokens)
+        return found or _search(constraint, max_tokens, MAX_STATES)[0]
+    return None
+
+
+def _greedy(constraint: State, max_tokens: int, max_steps: int) -> tuple[int, ...] | None:
+    """Return the way that takes the first legal candidate of each state."""
+    state, path, num_repeated = constraint.fork(), list[int](), 0
+    for _ in range(max_steps):
+        steps = next(_candidates(state), None)
+        if steps is None or len(path) + len(steps) > max_tokens:
+            return None
+        num_repeated = num_repeated + 1 if [*steps] == path[-1:] else 0
+        if num_repeated > MAX_REPEATED:
+            return None
+        for token_id in steps:
+            state.advance(token_id)
+        path += steps
+        if state.is_accepting:
+            return tuple(path)
     return None
 
 
@@ -64,7 +95,7 @@ def _search(
     Waiting ways are tokens only: the state after them is made when their turn comes, so few states exist at once.
     """
     last: tuple[int, ...] = ()
-    is_cut, state, counter = False, constraint.fork(), 0
+    is_cut, state, counter, num_advances = False, constraint.fork(), 0, 0
     waiting: list[tuple[int, int, int, _Way]] = [(0, 0, 0, None)]
     for _ in range(num_states):
         if not waiting:
@@ -75,9 +106,12 @@ def _search(
             last, state = (), constraint.fork()
         for token_id in path[len(last) :]:
             state.advance(token_id)
+        num_advances += len(path) - len(last)
         last = path
         if state.is_accepting:
             return path, True
+        if num_advances > MAX_ADVANCES:
+            return None, False
         for rank, steps in enumerate(_candidates(state)):
             length = len(steps) - negative_length
             if length > max_tokens:
@@ -99,16 +133,19 @@ def _path(way: _Way) -> tuple[int, ...]:
 
 
 def _candidates(state: State) -> Iterator[tuple[int, ...]]:
-    """Yield the tokens to try next, the most promising first; a forced text is the only candidate."""
+    """Yield the legal tokens to try next, the most promising first; a forced text is the only candidate."""
     forced = tuple(state.forced())
     if forced and state.num_legal(forced) == len(forced):
         yield forced
         return
-    legal = state.legal_ids()
-    ends = np.asarray(state.likely_ends(), np.int32)
-    places = np.minimum(legal.searchsorted(ends), max(len(legal) - 1, 0))
-    tried = ends[legal[places] == ends].tolist() if len(legal) else []
-    yield from ((token_id,) for token_id in tried[:MAX_BRANCHES])
-    if len(tried) < MAX_BRANCHES // 4:
-        known = set(tried)
-        yield from ((i,) for i in legal[:MAX_BRANCHES].tolist() if i not in known)
+    known: set[tuple[int, ...]] = set()
+    for likely in state.likely_next():
+        steps = tuple(likely)
+        if steps not in known and state.num_legal(steps) == len(steps):
+            known.add(steps)
+            yield steps
+            if len(known) == MAX_BRANCHES:
+                return
+    if len(known) < MAX_BRANCHES // 4:
+        rest = ((token_id,) for token_id in state.legal_ids()[:MAX_BRANCHES].tolist())
+        yield from (steps for steps in rest if steps not in known)

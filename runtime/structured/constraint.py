@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from lowtide.runtime.structured.closing import find_closing
@@ -67,8 +67,23 @@ class Constraint(ABC):
         """Return at most `max_tokens` tokens that bring the answer to an end; None where none are found."""
         return find_closing(self, max_tokens)
 
-    def likely_ends(self) -> Sequence[int]:
-        """Return tokens that tend to lead to the end, the best first; `closing` tries them first."""
+    def ends(self, token_ids: Sequence[int]) -> bool:
+        """Whether the tokens may come one after the other and the answer may end behind them. Changes nothing."""
+        copy = self.fork()
+        for token_id in token_ids:
+            if not copy.allows(token_id):
+                return False
+            copy.advance(token_id)
+        return copy.is_accepting
+
+    def rests(self, closing: Sequence[int], token_id: int) -> Iterable[Sequence[int]]:
+        """Yield ways that may still lead to the end behind `token_id`, where `closing` did before it."""
+        if closing[:1] == (token_id,):
+            yield closing[1:]
+        yield closing
+
+    def likely_next(self) -> Iterable[Sequence[int]]:
+        """Yield tokens that tend to lead to the end, the best first; `closing` tries those that are legal."""
         return ()
 
     def weigh(self, logits: Logits) -> Logits:

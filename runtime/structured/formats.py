@@ -12,6 +12,7 @@ from typing import Any
 from lowtide.models.arguments.names import option
 from lowtide.models.arguments.values import choice, shown, text
 from lowtide.models.errors import BadOption
+from lowtide.runtime.structured.advice import NONE_KNOWN, Advice, JsonAdvice, WholeText
 from lowtide.runtime.structured.constraint import Constraint
 from lowtide.runtime.structured.llguidance_constraint import (
     GrammarConstraint,
@@ -55,13 +56,17 @@ class _Grammar(OutputFormat):
         """Return the constraint of a new answer."""
         tokenizer = vocabulary.cached(GrammarTokenizer)
         try:
-            return GrammarConstraint(tokenizer, tokenizer.matcher(self._grammar()))
+            return GrammarConstraint(tokenizer, tokenizer.matcher(self._grammar()), self._advice())
         except GrammarError as error:
             raise BadOption(self._refusal(str(error))) from None
 
     @abstractmethod
     def _grammar(self) -> str:
         """Return the grammar as llguidance takes it."""
+
+    def _advice(self) -> Advice:
+        """Return what is known of the ends of answers beside the grammar."""
+        return NONE_KNOWN
 
     def _refusal(self, reason: str) -> str:
         """Return the sentence for a grammar that cannot be used."""
@@ -91,6 +96,9 @@ class JsonSchema(_Grammar):
             self.schema, overrides=_STYLE_OPTIONS[self.style]
         )
         return made
+
+    def _advice(self) -> Advice:
+        return JsonAdvice(json.loads(self.schema))
 
     def _refusal(self, reason: str) -> str:
         return refused_keyword(json.loads(self.schema), _first_line(reason))
@@ -125,6 +133,9 @@ class Regex(_Grammar):
     def _grammar(self) -> str:
         made: str = llguidance().LLMatcher.grammar_from_regex(self.pattern)
         return made
+
+    def _advice(self) -> Advice:
+        return WholeText(self.pattern)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,12 +5,13 @@ The library is optional (`lowtide[structured]`) and is imported when the first c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from lowtide.models.errors import BadOption
 from lowtide.runtime.errors import ConstraintFailed
+from lowtide.runtime.structured.advice import NONE_KNOWN, START, Advice, JsonPlace
 from lowtide.runtime.structured.closing import find_closing
 from lowtide.runtime.structured.constraint import Constraint
 from lowtide.runtime.structured.vocabulary import TokenVocabulary
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 SLICE = r'[^"\\\x00-\x1F\x7F]{1,30}'
 """Tokens of plain text in a string are checked as one group. A second group costs memory and saves no time."""
 _CLOSERS = b'}]",:0naeltrusf1{[ -.23456789zAT'
-"""The bytes that tend to end a JSON value, the best first; in a string the quotation mark is better."""
+"""The bytes that tend to end a JSON value, the best first."""
 
 
 def llguidance() -> Any:
@@ -53,14 +54,14 @@ class GrammarTokenizer:
             eos_token=list(vocabulary.end_ids) or None,
             slices=[SLICE],
         )
-        by_bytes: dict[bytes, int] = {}
-        for token_id, token in enumerate(vocabulary.token_bytes):
-            if len(token) == 1:
-                by_bytes.setdefault(token, token_id)
-        self.ends_of_text = _ordered(b'"' + _CLOSERS, by_bytes)
-        self.ends_of_values = _ordered(_CLOSERS, by_bytes)
-        self.text_only = by_bytes.get(b"%")
-        vocabulary.release_bytes()
+        self._single = vocabulary.single_bytes
+        order = dict.fromkeys([*_CLOSERS, *range(32, 127)])
+        self.ends = tuple((self._single[one],) for one in order if one in self._single)
+
+    def spelled(self, text: bytes) -> tuple[int, ...]:
+        """Return the tokens of the text's single bytes; () where the vocabulary lacks one."""
+        found = tuple(self._single[one] for one in text if one in self._single)
+        return found if len(found) == len(text) else ()
 
     def matcher(self, grammar: str) -> LLMatcher:
         """Return a matcher at the start of a grammar; raises `GrammarError` where it cannot be used."""
@@ -74,12 +75,6 @@ class GrammarTokenizer:
         return made
 
 
-def _ordered(first: bytes, by_bytes: dict[bytes, int]) -> tuple[int, ...]:
-    """Return the tokens of single printable bytes, those of `first` in front."""
-    order = dict.fromkeys([*first, *range(32, 127)])
-    return tuple(by_bytes[bytes([one])] for one in order if bytes([one]) in by_bytes)
-
-
 class GrammarError(Exception):
     """What llguidance says of a grammar that it cannot use."""
 
@@ -88,10 +83,11 @@ class _Wrapped:
     """The attributes that llguidance reads: control tokens are special, so that no text contains them."""
 
     def __init__(self, vocabulary: TokenVocabulary) -> None:
-        tokens = vocabulary.token_bytes
+        self.tokens = vocabulary.all_bytes()
         ends = set(vocabulary.end_ids)
-        self.special_token_ids = [i for i, token in enumerate(tokens) if not token or i in ends]
-        self.tokens = list(tokens)
+        self.special_token_ids = [
+            i for i, token in enumerate(self.tokens) if not token or i in ends
+        ]
         for i in self.special_token_ids:
             self.tokens[i] = b"<special_%d>" % i
         self.eos_token_id = vocabulary.end_ids[0] if vocabulary.end_ids else 0
@@ -106,11 +102,17 @@ class GrammarConstraint(Constraint):
     """One answer in a grammar of llguidance."""
 
     def __init__(
-        self, tokenizer: GrammarTokenizer, matcher: LLMatcher, *, enforced: str = "exact"
+        self,
+        tokenizer: GrammarTokenizer,
+        matcher: LLMatcher,
+        advice: Advice = NONE_KNOWN,
+        written: bytes = b"",
+        place: JsonPlace = START,
     ) -> None:
         self._tokenizer = tokenizer
         self._matcher = matcher
-        self._enforced = enforced
+        self._advice = advice
+        self._written, self._place = written, place
         self._num_tokens = tokenizer.vocabulary.num_tokens
 
     def allows(self, token_id: int) -> bool:
@@ -139,11 +141,12 @@ class GrammarConstraint(Constraint):
         """Append a token that is allowed."""
         self._matcher.consume_token(token_id)
         self._check()
+        self._written += self._tokenizer.vocabulary.bytes_of(token_id)
 
     def fork(self) -> GrammarConstraint:
         """Return an independent copy."""
         copy = self._matcher.deep_copy()
-        return GrammarConstraint(self._tokenizer, copy, enforced=self._enforced)
+        return GrammarConstraint(self._tokenizer, copy, self._advice, self._written, self._place)
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -172,24 +175,39 @@ class GrammarConstraint(Constraint):
             return found
         vocabulary = self._tokenizer.vocabulary
         written = tuple(vocabulary.encode(vocabulary.decode(found)))
-        if 0 < len(written) < len(found) and self._ends(written):
+        if 0 < len(written) < len(found) and self.ends(written):
             found = written
         return found if len(found) <= max_tokens else find_closing(self, max_tokens)
 
-    def _ends(self, token_ids: Sequence[int]) -> bool:
+    def ends(self, token_ids: Sequence[int]) -> bool:
         """Whether the tokens bring the answer to an end."""
-        if self.num_legal(token_ids) < len(token_ids):
-            return False
         copy = self._matcher.deep_copy()
         return bool(copy.consume_tokens(list(token_ids))) and bool(copy.is_accepting())
 
-    def likely_ends(self) -> Sequence[int]:
-        """Return the tokens of single bytes, those that end a JSON value first."""
-        text_only = self._tokenizer.text_only
-        is_text = text_only is not None and self.allows(text_only)
-        return self._tokenizer.ends_of_text if is_text else self._tokenizer.ends_of_values
+    def rests(self, closing: Sequence[int], token_id: int) -> Iterable[Sequence[int]]:
+        """Yield ways that may still lead to the end: the same text without the token's, white space aside."""
+        vocabulary = self._tokenizer.vocabulary
+        taken = vocabulary.bytes_of(token_id)
+        if closing and (taken[:1].isspace() or taken[:1] == vocabulary.bytes_of(closing[0])[:1]):
+            text = vocabulary.decode(closing)
+            rest = _without(text, taken)
+            if rest is not None:
+                yield tuple(vocabulary.encode(rest))
+        yield closing
 
-    @property
-    def enforced(self) -> str:
-        """How the rules hold."""
-        return self._enforced
+    def likely_next(self) -> Iterable[Sequence[int]]:
+        """Yield what the advice says, then the tokens of single bytes, those that end a JSON value first."""
+        self._place = self._place.after(self._written)
+        yield from map(self._tokenizer.spelled, self._advice.texts(self._written, self._place))
+        yield from self._tokenizer.ends
+
+
+def _without(text: bytes, taken: bytes) -> bytes | None:
+    """Return the text behind `taken`, which may have other white space; None where it begins otherwise."""
+    at = 0
+    for byte in taken:
+        if text[at : at + 1] == bytes([byte]):
+            at += 1
+        elif not chr(byte).isspace():
+            return None
+    return text[at:]

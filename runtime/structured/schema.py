@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -48,7 +49,7 @@ def refused_keyword(schema: Any, reason: str) -> str:
 
 def _place(schema: Any, reason: str) -> tuple[str | None, str]:
     """Return the keyword that a reason is about, and the JSON pointer of its first occurrence."""
-    sites = [(pointer, keyword, value) for pointer, keyword, value in _keywords(schema)]
+    sites = [(pointer, keyword, value) for pointer, keyword, value in keywords_of(schema)]
     unknown_format = re.match(r"Unknown format: (.+)", reason)
     if unknown_format:
         for pointer, keyword, value in sites:
@@ -65,13 +66,13 @@ def _place(schema: Any, reason: str) -> tuple[str | None, str]:
     return None, ""
 
 
-def _keywords(schema: Any, pointer: str = "") -> Iterator[tuple[str, str, Any]]:
+def keywords_of(schema: Any, pointer: str = "") -> Iterator[tuple[str, str, Any]]:
     """Yield JSON pointer, keyword and value of every keyword of a schema and of those inside it."""
-    stack = [(schema, pointer)]
-    while stack:
-        node, at = stack.pop(0)
+    waiting = deque([(schema, pointer)])
+    while waiting:
+        node, at = waiting.popleft()
         if isinstance(node, list):
-            stack += [(one, f"{at}/{i}") for i, one in enumerate(node)]
+            waiting += [(one, f"{at}/{i}") for i, one in enumerate(node)]
         if not isinstance(node, Mapping):
             continue
         for keyword, value in node.items():
@@ -80,9 +81,9 @@ def _keywords(schema: Any, pointer: str = "") -> Iterator[tuple[str, str, Any]]:
             if keyword in _DATA:
                 continue
             if keyword in _MAPS and isinstance(value, Mapping):
-                stack += [(one, f"{here}/{_escaped(name)}") for name, one in value.items()]
+                waiting += [(one, f"{here}/{_escaped(name)}") for name, one in value.items()]
             else:
-                stack.append((value, here))
+                waiting.append((value, here))
 
 
 def _escaped(name: str) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
 from lowtide.models.tokenizer import Tokenizer
@@ -27,9 +29,30 @@ class TokenVocabulary:
         return made
 
     @cached_property
-    def token_bytes(self) -> tuple[bytes, ...]:
-        """The bytes of each token; b"" for control tokens and unused ids, which no text contains."""
-        return tuple(map(self._tokenizer.token_bytes, range(self.num_tokens)))
+    def _table(self) -> tuple[bytes, array[int]]:
+        """The bytes of all tokens one after the other, and where each token begins."""
+        pieces = list(map(self._tokenizer.token_bytes, range(self.num_tokens)))
+        return b"".join(pieces), array("I", accumulate(map(len, pieces), initial=0))
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """Return the bytes of a token; b"" for control tokens and unused ids, which no text contains."""
+        text, starts = self._table
+        return text[starts[token_id] : starts[token_id + 1]]
+
+    def all_bytes(self) -> list[bytes]:
+        """Return the bytes of each token, in the order of their ids."""
+        text, starts = self._table
+        return [text[start:end] for start, end in pairwise(starts)]
+
+    @cached_property
+    def single_bytes(self) -> dict[int, int]:
+        """For each byte that is a token of its own, the first such token."""
+        text, starts = self._table
+        found: dict[int, int] = {}
+        for token_id, (start, end) in enumerate(pairwise(starts)):
+            if end - start == 1:
+                found.setdefault(text[start], token_id)
+        return found
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
@@ -51,13 +74,9 @@ class TokenVocabulary:
 
     def decode(self, token_ids: Sequence[int]) -> bytes:
         """Return the bytes of tokens."""
-        return b"".join(map(self._tokenizer.token_bytes, token_ids))
-
-    def release_bytes(self) -> None:
-        """Release the table of bytes; it is read again when it is needed."""
-        self.__dict__.pop("token_bytes", None)
+        return b"".join(map(self.bytes_of, token_ids))
 
     def clear(self) -> None:
         """Release the table and what constraints share; both are made again when they are needed."""
-        self.release_bytes()
+        self.__dict__.pop("_table", None)
         self._made.clear()
