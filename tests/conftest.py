@@ -51,6 +51,7 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "lowtide.attention.calibration.calibration_folder", lambda: tmp_path / "calibrations"
     )
+    monkeypatch.setattr("lowtide.models.facts.store.facts_folder", lambda: tmp_path / "facts")
 
 
 @pytest.fixture(scope="session")

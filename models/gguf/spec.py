@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lowtide.models.errors import BadModelFile
+from lowtide.models.facts.store import Facts
 from lowtide.models.fingerprint import DIGITS
 from lowtide.models.gguf.file_types import file_type_name
 from lowtide.models.gguf.kind import POOLINGS, header_kind
@@ -25,6 +26,7 @@ from lowtide.models.gguf.reader import (
 )
 from lowtide.models.gguf.repacked import repacked_names
 from lowtide.models.gguf.sliding import sliding_layers
+from lowtide.models.gguf.stored_spec import store_spec, stored_spec
 from lowtide.models.spec import KV_PADDING, ModelSpec, VocabularySpec, WeightGroup, WeightSpan
 
 MAX_REASONABLE = 1 << 24
@@ -48,11 +50,18 @@ OUTPUT_NORM = "output_norm.weight"
 def read_spec(path: Path) -> ModelSpec:
     """Read the spec of the model at `path`; a split model is opened by its first part.
 
-    Raises `ModelNotFound` or `BadModelFile` with what is wrong and what to change.
+    A stored spec is returned where no file changed. Raises `ModelNotFound` or `BadModelFile` with what is wrong and
+    what to change.
     """
+    facts = Facts.about("header", path)
+    stored = stored_spec(facts, path)
+    if stored is not None:
+        return stored
     first = read_gguf(path)
     parts = [first, *(read_gguf(part) for part in _other_parts(first))]
-    return _Keys(first).spec(parts)
+    spec = _Keys(first).spec(parts)
+    store_spec(facts, spec, Path(__file__))
+    return spec
 
 
 def _other_parts(first: GgufContents) -> list[Path]:

@@ -53,8 +53,23 @@ class PlannedPrompt(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What this process needs beside the model, the sizes of the model's contexts, and the tokens of a held prompt.
+
+    `count_prompt` returns the tokens of the prompt with its answer, 0 without one. It may load the vocabulary.
+    """
+
+    baseline: ProcessBaseline
+    sizes: ContextSizes
+    count_prompt: Callable[[], int]
+
+
 def prompt_tokens_of(
-    prompt: PlannedPrompt | None, spec: ModelSpec, budget: Budget, tokenizer: Tokenizer | None
+    prompt: PlannedPrompt | None,
+    spec: ModelSpec,
+    budget: Budget,
+    load_tokenizer: Callable[[], Tokenizer] | None,
 ) -> int:
     """Return the tokens of the prompt with its answer, 0 without one.
 
@@ -64,9 +79,11 @@ def prompt_tokens_of(
         return 0
     needed = tokenising_bytes(spec, prompt.num_bytes) + template_bytes(spec)
     if read_process_memory().resident_bytes + needed > budget.num_bytes:
-        tokenizer = None
-    template = spec.chat_template if tokenizer is None else template_of(spec, tokenizer)[0]
-    return prompt.count(tokenizer, template)
+        load_tokenizer = None
+    if load_tokenizer is None:
+        return prompt.count(None, spec.chat_template)
+    tokenizer = load_tokenizer()
+    return prompt.count(tokenizer, template_of(spec, tokenizer)[0])
 
 
 Progress = Callable[[int], None]
@@ -177,12 +194,12 @@ class Backend(ABC):
         policy: AttentionPolicy,
         budget: Budget,
         prompt: PlannedPrompt | None = None,
-    ) -> AbstractContextManager[tuple[ProcessBaseline, ContextSizes]]:
+    ) -> AbstractContextManager[Measurement]:
         """Measure what this process needs beside the model; yield it with the sizes of contexts.
 
-        Libraries are imported and the vocabulary is loaded, as far as the budget allows. The sizes may be
-        used inside the block only as the measured ones; afterwards they fall back to formulas. The baseline's
-        `prompt_tokens` are those of `prompt`, counted if the vocabulary is loaded.
+        Libraries are imported and the vocabulary is loaded, as far as the budget allows and where its size is not
+        known. The sizes may be used inside the block only as the measured ones; afterwards they fall back to
+        formulas. The tokens of `prompt` are counted inside the block, too.
         """
 
     def repack(self, spec: ModelSpec, progress: Progress = lambda _: None) -> ModelSpec:

@@ -25,13 +25,11 @@ from lowtide.memory.os.file_mappings import FileMap, read_file_maps, release_pag
 from lowtide.memory.os.kv_pages import DemandZeroBuffer, KVPageReclaimer, demand_zero_buffers
 from lowtide.memory.plan.attention import FilterPrefill
 from lowtide.memory.plan.estimates import (
-    ContextSizes,
     kv_token_bytes,
     max_matmul_width,
     padded_context,
 )
 from lowtide.memory.plan.line import FILTER_PREFILL
-from lowtide.memory.plan.plan import ProcessBaseline
 from lowtide.memory.reclaim import Reclaimer
 from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption, LowtideError
@@ -45,6 +43,7 @@ from lowtide.models.spec import ModelSpec
 from lowtide.runtime.backends.backend import (
     Backend,
     LoadedModel,
+    Measurement,
     PlannedPrompt,
     Progress,
     ResolvedModel,
@@ -78,7 +77,7 @@ class GgufBackend(Backend):
         policy: AttentionPolicy,
         budget: Budget,
         prompt: PlannedPrompt | None = None,
-    ) -> AbstractContextManager[tuple[ProcessBaseline, ContextSizes]]:
+    ) -> AbstractContextManager[Measurement]:
         """Import what an answer needs and let llama.cpp lay the model out without its weights."""
         return measured_baseline(spec, budget, prompt)
 

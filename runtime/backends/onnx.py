@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 from lowtide.attention.bindings.onnx_ops import OnnxAttention, OnnxMatmul
 from lowtide.attention.dense import Dense
@@ -16,8 +17,6 @@ from lowtide.attention.policy import AttentionPolicy
 from lowtide.memory.budget import Budget
 from lowtide.memory.os.pages import trim_heap
 from lowtide.memory.plan.attention import FilterPrefill
-from lowtide.memory.plan.estimates import ContextSizes
-from lowtide.memory.plan.plan import ProcessBaseline
 from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption
 from lowtide.models.onnx.config import CPU, OnnxOptions, provider_name
@@ -30,12 +29,18 @@ from lowtide.models.spec import ModelSpec
 from lowtide.runtime.backends.backend import (
     Backend,
     LoadedModel,
+    Measurement,
     PlannedPrompt,
     Progress,
     ResolvedModel,
 )
 from lowtide.runtime.backends.config import LoadConfig
-from lowtide.runtime.backends.onnx_baseline import INLINE_COPIES, OnnxSizes, measured_baseline
+from lowtide.runtime.backends.onnx_baseline import (
+    INLINE_COPIES,
+    OnnxSizes,
+    count_prompt,
+    measured_baseline,
+)
 from lowtide.runtime.backends.repack import repacked_onnx
 from lowtide.runtime.profiling.profiler import Profiler
 
@@ -87,12 +92,12 @@ class OnnxBackend(Backend):
         policy: AttentionPolicy,
         budget: Budget,
         prompt: PlannedPrompt | None = None,
-    ) -> Iterator[tuple[ProcessBaseline, ContextSizes]]:
+    ) -> Iterator[Measurement]:
         """Import onnxruntime and load the tokenizer; sizes of contexts are upper bounds by formula."""
         is_rewritten = policy.uses_native_kernels
         sizes = OnnxSizes(_onnx(spec), is_rewritten=is_rewritten)
-        baseline = measured_baseline(_onnx(spec), budget, prompt, is_rewritten=is_rewritten)
-        yield baseline, sizes
+        baseline = measured_baseline(_onnx(spec), budget, is_rewritten=is_rewritten)
+        yield Measurement(baseline, sizes, partial(count_prompt, _onnx(spec), budget, prompt))
 
     def repack(self, spec: ModelSpec, progress: Progress = lambda _: None) -> ModelSpec:
         """Return the spec with the file of repacked weights; the file is made where needed."""

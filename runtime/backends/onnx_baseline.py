@@ -10,6 +10,7 @@ import contextlib
 import gc
 import platform
 import sys
+from functools import partial
 
 from lowtide.attention.bindings.library import native_library
 from lowtide.memory.budget import Budget
@@ -97,9 +98,7 @@ class OnnxSizes:
         return 4 * 8 * heads + mask_bytes * slots, 0
 
 
-def measured_baseline(
-    spec: OnnxSpec, budget: Budget, prompt: PlannedPrompt | None = None, *, is_rewritten: bool
-) -> ProcessBaseline:
+def measured_baseline(spec: OnnxSpec, budget: Budget, *, is_rewritten: bool) -> ProcessBaseline:
     """Return the baseline to plan `spec` with.
 
     A budget that the vocabulary would exceed is planned with a formula. Raises `ModelError` where the `onnx`
@@ -113,8 +112,7 @@ def measured_baseline(
     with contextlib.suppress(TemplateError):
         ChatTemplate(spec.chat_template or LONGEST_TEMPLATE, {})
     before = read_process_memory().resident_bytes
-    vocabulary, loading = VOCABULARY_BYTES_PER_BYTE * spec.tokenizer_path.stat().st_size, 0
-    prompt_tokens = prompt_tokens_of(prompt, spec, budget, None)
+    vocabulary, loading = _most_vocabulary_bytes(spec), 0
     if before + vocabulary + SESSION_BYTES <= budget.num_bytes:
         tokenizer = OnnxTokenizer(spec)
         peak = read_process_memory().peak_bytes
@@ -122,7 +120,6 @@ def measured_baseline(
         trim_heap()
         vocabulary = max(read_process_memory().resident_bytes - before, 0)
         loading = max(peak - before - vocabulary, 0)
-        prompt_tokens = prompt_tokens_of(prompt, spec, budget, tokenizer)
         del tokenizer
         gc.collect()
         trim_heap()
@@ -133,6 +130,19 @@ def measured_baseline(
         and estimates.kv_token_bytes(spec, spec.kv_types[0]) is not None,
         vocabulary_bytes=vocabulary,
         vocabulary_loading_bytes=loading,
-        prompt_tokens=prompt_tokens,
         tolerance_bytes=MIB,
     )
+
+
+def count_prompt(spec: OnnxSpec, budget: Budget, prompt: PlannedPrompt | None) -> int:
+    """Return the tokens of a prompt with its answer; an estimate where the budget has no room for the vocabulary."""
+    needed = read_process_memory().resident_bytes + _most_vocabulary_bytes(spec) + SESSION_BYTES
+    load = partial(OnnxTokenizer, spec) if needed <= budget.num_bytes else None
+    num_tokens = prompt_tokens_of(prompt, spec, budget, load)
+    gc.collect()
+    trim_heap()
+    return num_tokens
+
+
+def _most_vocabulary_bytes(spec: OnnxSpec) -> int:
+    return VOCABULARY_BYTES_PER_BYTE * spec.tokenizer_path.stat().st_size

@@ -6,15 +6,19 @@ from contextlib import AbstractContextManager
 
 from lowtide.attention.policy import AttentionPolicy
 from lowtide.memory.budget import Budget
-from lowtide.memory.plan.estimates import ContextSizes
-from lowtide.memory.plan.plan import ProcessBaseline
 from lowtide.memory.units import format_bytes
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf.model import GgufModel
 from lowtide.models.model import Model
 from lowtide.models.onnx.model import OnnxModel
 from lowtide.models.spec import ModelSpec
-from lowtide.runtime.backends.backend import Backend, LoadedModel, PlannedPrompt, ResolvedModel
+from lowtide.runtime.backends.backend import (
+    Backend,
+    LoadedModel,
+    Measurement,
+    PlannedPrompt,
+    ResolvedModel,
+)
 from lowtide.runtime.backends.config import LoadConfig
 from lowtide.runtime.profiling.profiler import Profiler
 
@@ -55,7 +59,7 @@ class UserBackend(Backend):
         policy: AttentionPolicy,
         budget: Budget,
         prompt: PlannedPrompt | None = None,
-    ) -> AbstractContextManager[tuple[ProcessBaseline, ContextSizes]]:
+    ) -> AbstractContextManager[Measurement]:
         """Measure what the engine of the model's file would need."""
         return self._engine.measure(spec, policy, budget, prompt)
 

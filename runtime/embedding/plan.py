@@ -28,12 +28,8 @@ from lowtide.models.gguf.embedding import embedding_options
 from lowtide.models.kind import ENCODER
 from lowtide.models.onnx.spec import ENGINE as ONNXRUNTIME
 from lowtide.models.spec import ModelSpec
-from lowtide.runtime.backends.gguf_baseline import (
-    SHORTEST_LAYOUT,
-    layout_bytes,
-    preload,
-    process_baseline,
-)
+from lowtide.runtime.backends.gguf_baseline import preload, process_baseline
+from lowtide.runtime.backends.layouts import SHORTEST_LAYOUT, layout_bytes
 from lowtide.runtime.embedding.options import EmbeddingConfig, pooling_of
 from lowtide.runtime.planning.plan import find_spec
 
@@ -96,7 +92,8 @@ def plan_spec(spec: ModelSpec, config: EmbeddingConfig) -> PlannedEmbedding:
         simulated = SimulatedGguf(spec)
         try:
             simulated.hold(SHORTEST_LAYOUT, 1, "f16")
-            baseline = process_baseline(spec, formulas.interpreter_bytes)
+            grown_bytes = read_process_memory().resident_bytes - formulas.interpreter_bytes
+            baseline = process_baseline(spec, formulas.interpreter_bytes, max(grown_bytes, 0))
             simulated.release()
             spec = replace(spec, kind=simulated.kind)
             sizes = _laid_out(simulated, config, pooling)

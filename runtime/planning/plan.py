@@ -82,11 +82,17 @@ def plan_spec(
     # Before the process is measured: GPU drivers take memory of their own in it.
     gpu = options.gpu_budget(policy)
     speculation = _speculation(spec, options, backend)
-    with backend.measure(spec, policy, budget, prompt) as (baseline, sizes):
+    with backend.measure(spec, policy, budget, prompt) as measured:
+        baseline, sizes = measured.baseline, measured.sizes
         if gpu is not None and gpu.holds_cache:
             baseline = replace(baseline, kv_on_demand=False)
-        request = options.plan_request(policy, gpu, speculation, baseline.prompt_tokens)
+        request = options.plan_request(policy, gpu, speculation)
         plan = plan_memory(spec, request, budget, baseline, sizes)
+        if prompt is not None and (plan.downgrades or not plan.fits):
+            # What is given up first depends on the prompt. A plan that gives nothing up is the same for every one.
+            baseline = replace(baseline, prompt_tokens=measured.count_prompt())
+            request = options.plan_request(policy, gpu, speculation, baseline.prompt_tokens)
+            plan = plan_memory(spec, request, budget, baseline, sizes)
     return ResolvedModel(
         spec=spec,
         machine=machine,

@@ -264,3 +264,15 @@ def test_the_table_and_the_json(smollm2_spec: ModelSpec) -> None:
     ]
     assert lines[len(plan.rows)].startswith("planned peak  ")
     assert lines[-1].startswith("Reduced to fit: ")
+
+
+@given(specs(), OPTIONS, st.integers(1 << 20, 1 << 34), st.integers(1, 1 << 20))
+def test_a_plan_that_gives_nothing_up_is_the_same_for_every_prompt(
+    spec: ModelSpec, options: PlanRequest, budget_bytes: int, expected: int
+) -> None:
+    """The tokens of a prompt are counted only where something is given up."""
+    budget = budget_of(budget_bytes)
+    unknown = plan_memory(spec, options, budget, BASELINE)
+    if unknown.fits and not unknown.downgrades:
+        known = dataclasses.replace(options, expected_tokens=expected)
+        assert plan_memory(spec, known, budget, BASELINE) == unknown
