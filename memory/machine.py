@@ -52,11 +52,9 @@ class CgroupMemory:
 
 
 def read_machine() -> Machine:
-    """Read the hardware with psutil, and a container's limits from its control groups."""
-    import psutil
-
-    memory = psutil.virtual_memory()
-    total, available, limited_by = int(memory.total), int(memory.available), None
+    """Read the hardware, and a container's limits from its control groups."""
+    total, available = _memory_bytes(PROC / "meminfo")
+    limited_by = None
     for group in cgroup_limits(PROC, CGROUP_ROOT):
         if group.limit_bytes < total:
             total, limited_by = group.limit_bytes, "cgroup"
@@ -70,6 +68,22 @@ def read_machine() -> Machine:
         limited_by=limited_by,
         cpu_quota=cpu_quota(PROC, CGROUP_ROOT),
     )
+
+
+def _memory_bytes(meminfo: Path) -> tuple[int, int]:
+    """Return the machine's memory, and what of it is available, in bytes: as Linux says it, or else psutil."""
+    try:
+        lines = meminfo.read_text(encoding="ascii").splitlines()
+        kibibytes = {
+            name: int(value.split()[0])
+            for name, _, value in (line.partition(":") for line in lines)
+        }
+        return kibibytes["MemTotal"] << 10, kibibytes["MemAvailable"] << 10
+    except (OSError, ValueError, KeyError, IndexError):  # another system, or a Linux before 3.14
+        import psutil
+
+        memory = psutil.virtual_memory()
+        return int(memory.total), int(memory.available)
 
 
 def usable_cores() -> int:

@@ -8,7 +8,6 @@ from pathlib import Path
 from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadModelFile, ModelNotFound
 from lowtide.models.gguf.spec import read_spec as read_gguf_spec
-from lowtide.models.onnx.read_spec import read_spec as read_onnx_spec
 from lowtide.models.spec import ModelSpec
 
 ONNX_SUFFIX = ".onnx"
@@ -21,6 +20,8 @@ def read_spec(path: Path) -> ModelSpec:
     """
     try:
         if path.suffix == ONNX_SUFFIX or os.path.isdir(path):
+            from lowtide.models.onnx.read_spec import read_spec as read_onnx_spec
+
             return read_onnx_spec(path)
         return require_original(read_gguf_spec(path))
     except OSError as error:  # such as a folder that this user may not enter

@@ -26,8 +26,8 @@ from lowtide.models.convert.shape import DecoderShape, HeaderKeys, decoder_shape
 from lowtide.models.convert.tokenizer import GgufVocabulary
 from lowtide.models.errors import ModelError, UnsupportedModel
 from lowtide.models.gguf.reader import read_gguf
-from lowtide.models.onnx.config import onnx_library
-from lowtide.models.onnx.spec import ENGINE, FINGERPRINT
+from lowtide.models.onnx.config import ENGINE, onnx_library
+from lowtide.models.onnx.spec import FINGERPRINT
 from lowtide.models.spec import ModelSpec
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"

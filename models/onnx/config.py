@@ -18,6 +18,7 @@ from typing import Any
 from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadModelFile, BadOption, ModelNotFound, UnsupportedModel
 
+ENGINE = "onnxruntime"
 GENAI = "genai_config.json"
 OPTIMUM = "config.json"
 MAX_JSON_BYTES = 8 << 20

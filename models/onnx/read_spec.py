@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from lowtide.models.errors import BadModelFile, UnsupportedModel
-from lowtide.models.onnx.config import OnnxConfig, read_config, read_json
+from lowtide.models.onnx.config import ENGINE, OnnxConfig, read_config, read_json
 from lowtide.models.onnx.graph import Node, OnnxGraph, Port, read_graph
 from lowtide.models.onnx.rewrite.attention_nodes import attention_form
 from lowtide.models.onnx.rewrite.matmul_nodes import MATMUL, read_matmul_nodes
 from lowtide.models.onnx.rewrite.plan import CannotRewrite, RepackPlan, RewritePlan
 from lowtide.models.onnx.rewrite.rewrite import plan_rewrite
 from lowtide.models.onnx.spec import (
-    ENGINE,
     FINGERPRINT,
     KV_TYPE_OF,
     GraphPorts,

@@ -8,7 +8,6 @@ from pathlib import Path
 from lowtide.models.onnx.rewrite.plan import RepackPlan, RewritePlan
 from lowtide.models.spec import ModelSpec
 
-ENGINE = "onnxruntime"
 KV_TYPE_OF = {"float32": "f32", "float16": "f16"}
 """The KV type, as memory plans call it, of keys and values with that ONNX element type."""
 ELEMENT_BYTES = {"float32": 4, "float16": 2}

@@ -44,6 +44,11 @@ class PlannedPrompt(Protocol):
     """A prompt that is held while the model is planned."""
 
     @property
+    def is_chat(self) -> bool:
+        """Whether it has messages, for which the chat template is compiled."""
+        ...
+
+    @property
     def num_bytes(self) -> int:
         """The bytes of its texts."""
         ...

@@ -84,7 +84,8 @@ def measured_baseline(
         yield Measurement(formulas, FormulaSizes(spec), estimated_tokens)
         return
     preload()
-    template_bytes = _compile_template(spec, budget)
+    is_text = prompt is not None and not prompt.is_chat
+    template_bytes = 0 if is_text else _compile_template(spec, budget)
     formulas = replace(formulas, template_bytes=template_bytes)
     before = read_process_memory().resident_bytes
     model_bytes = estimates.vocabulary_bytes(spec.vocabulary) + estimates.structure_bytes(spec)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from lowtide.attention.bindings.matmul import can_repack, repack_rows
 from lowtide.models.arguments.names import option
@@ -22,10 +22,12 @@ from lowtide.models.folders import CACHE_VARIABLE, cache_folder
 from lowtide.models.gguf.reader import GgufContents, TensorInfo, read_gguf
 from lowtide.models.gguf.repacked import data_digest, is_valid, matmul_tensors, repacked_header
 from lowtide.models.gguf.spec import read_spec
-from lowtide.models.onnx.rewrite.plan import RepackPlan
-from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.spec import TILE_ALIGNMENT, TILE_ROWS, ModelSpec
 from lowtide.runtime.errors import CannotRepack
+
+if TYPE_CHECKING:
+    from lowtide.models.onnx.rewrite.plan import RepackPlan
+    from lowtide.models.onnx.spec import OnnxSpec
 
 SLICE_BYTES = 1 << 20
 """How much is read, repacked and written at once."""

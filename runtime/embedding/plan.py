@@ -26,7 +26,7 @@ from lowtide.models.errors import UnsupportedModel
 from lowtide.models.gguf.dry_run import SimulatedGguf
 from lowtide.models.gguf.embedding import embedding_options
 from lowtide.models.kind import ENCODER
-from lowtide.models.onnx.spec import ENGINE as ONNXRUNTIME
+from lowtide.models.onnx.config import ENGINE as ONNXRUNTIME
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.backends.gguf_baseline import preload, process_baseline
 from lowtide.runtime.backends.layouts import SHORTEST_LAYOUT, layout_bytes

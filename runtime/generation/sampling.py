@@ -95,7 +95,8 @@ class Sampler:
         penalty, last_n = self._params.repeat_penalty, self._params.repeat_last_n
         if penalty == 1 or last_n == 0 or not history:
             return logits
-        recent = np.unique(np.asarray(history[-last_n:]))
+        # np.unique would import numpy.ma, which takes 6 ms and a megabyte.
+        recent = np.array(sorted(set(history[-last_n:])))
         changed = logits.copy()
         values = changed[recent]
         changed[recent] = np.where(values > 0, values / penalty, values * penalty)

@@ -43,6 +43,11 @@ class ExpectedPrompt:
     """Of the chat template."""
 
     @property
+    def is_chat(self) -> bool:
+        """Whether it has messages, which the chat template renders."""
+        return bool(self.messages)
+
+    @property
     def num_bytes(self) -> int:
         """The bytes of its texts in UTF-8."""
         texts = [self.text, *(str(message.get("content", "")) for message in self.messages)]

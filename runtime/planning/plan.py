@@ -17,14 +17,12 @@ from lowtide.models.catalog import resolve
 from lowtide.models.errors import BadOption
 from lowtide.models.kind import require_decoder
 from lowtide.models.model import Model
-from lowtide.models.onnx.spec import ENGINE as ONNXRUNTIME
+from lowtide.models.onnx.config import ENGINE as ONNXRUNTIME
 from lowtide.models.read_spec import read_spec
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.backends.backend import Backend, PlannedPrompt, ResolvedModel
 from lowtide.runtime.backends.config import LoadConfig
 from lowtide.runtime.backends.gguf import GgufBackend
-from lowtide.runtime.backends.onnx import OnnxBackend
-from lowtide.runtime.backends.user_model import UserBackend
 from lowtide.runtime.speculation.options import AUTO, FREE_DRAFTS, SpeculationArg
 
 __all__ = [
@@ -37,12 +35,16 @@ __all__ = [
     "plan_spec",
 ]
 
-_GGUF, _ONNX = GgufBackend(), OnnxBackend()
+_GGUF = GgufBackend()
 
 
 def backend_for(spec: ModelSpec) -> Backend:
-    """Return the backend that runs models of this spec."""
-    return _ONNX if spec.engine == ONNXRUNTIME else _GGUF
+    """Return the backend that runs models of this spec. That of ONNX models is imported for these alone."""
+    if spec.engine != ONNXRUNTIME:
+        return _GGUF
+    from lowtide.runtime.backends.onnx import OnnxBackend
+
+    return OnnxBackend()
 
 
 def plan_reference(reference: str | os.PathLike[str] | None, options: LoadConfig) -> ResolvedModel:
@@ -57,6 +59,8 @@ def find_spec(reference: str | os.PathLike[str] | None, *, offline: bool = False
 
 def plan_model(model: Model, options: LoadConfig) -> ResolvedModel:
     """Plan a `Model` object of the caller's, which is loaded already."""
+    from lowtide.runtime.backends.user_model import UserBackend
+
     backend = UserBackend(model, backend_for(model.spec))
     return plan_spec(model.spec, options, backend)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lowtide.memory import machine as machine_module
@@ -95,3 +96,26 @@ def test_budgets_from_the_user() -> None:
     assert "larger than the 500 B" in (Budget.from_user("600", MACHINE).warning or "")
     with pytest.raises(BadSize):
         Budget.from_user("lots", MACHINE)
+
+
+def test_the_memory_is_that_of_meminfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proc = _proc(tmp_path, "0::/")
+    monkeypatch.setattr(machine_module, "PROC", proc)
+    monkeypatch.setattr(machine_module, "CGROUP_ROOT", tmp_path / "none")
+    (proc / "meminfo").write_text(
+        "MemTotal:       1048576 kB\nMemFree:          1024 kB\nMemAvailable:     524288 kB\n"
+        "HugePages_Total:       0\n"
+    )
+    machine = read_machine()
+    assert (machine.total_bytes, machine.available_bytes) == (1 << 30, 1 << 29)
+
+
+@pytest.mark.parametrize("meminfo", ["", "MemTotal: 4 kB\n", "MemTotal: many kB\n", "MemTotal:\n"])
+def test_another_meminfo_is_left_to_psutil(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meminfo: str
+) -> None:
+    proc = _proc(tmp_path, "0::/")
+    monkeypatch.setattr(machine_module, "PROC", proc)
+    monkeypatch.setattr(machine_module, "CGROUP_ROOT", tmp_path / "none")
+    (proc / "meminfo").write_text(meminfo)
+    assert read_machine().total_bytes == psutil.virtual_memory().total
