@@ -27,7 +27,7 @@ from typing import Any
 
 from lowtide.memory.os import pages
 from lowtide.memory.os.file_mappings import read_file_maps
-from lowtide.memory.os.pages import PAGE_BYTES
+from lowtide.memory.os.pages import PAGE_BYTES, round_down
 
 SMAPS = Path("/proc/self/smaps")
 READ_WHILE_LOADED = (b"libcrypto", b"openblas", b"libgfortran", b"libquadmath")
@@ -63,9 +63,10 @@ def library_of(address: int | None) -> bytes | None:
     return library
 
 
-def fault_in(address: int) -> None:
-    """Make the whole library that contains `address` resident, if the system says where it is mapped.
+def fault_in(address: int, until: int | None = None) -> None:
+    """Make the library that contains `address` resident, if the system says where it is mapped.
 
+    With `until` only the pages from `address` to `until` become resident: for a library that holds much else.
     Without this, the number of resident pages differs from machine to machine: a page fault also maps the
     neighbours that the page cache holds in the same folio.
     """
@@ -73,8 +74,11 @@ def fault_in(address: int) -> None:
     if library is None:
         return
     for file_map in read_file_maps(Path(os.fsdecode(library))):
+        begin, end = file_map.address, file_map.address + file_map.num_bytes
+        if until is not None:
+            begin, end = max(begin, round_down(address)), min(end, until + 1)
         if file_map.is_readable:
-            for page in range(file_map.address, file_map.address + file_map.num_bytes, PAGE_BYTES):
+            for page in range(begin, end, PAGE_BYTES):
                 ctypes.string_at(page, 1)
 
 

@@ -174,6 +174,10 @@ class LlamaLibrary:
         """Return the address of a C function of llama.cpp or ggml."""
         return self._loaded.address(function)
 
+    def processor_code(self) -> tuple[int, int | None]:
+        """Return where ggml's code for the processor begins and ends; None where it is a library of its own."""
+        return self._loaded.processor_code()
+
     @property
     def file(self) -> LibraryFile:
         """The library's file, and what it came with."""

@@ -142,7 +142,7 @@ def preload() -> None:
     if read_process_memory().resident_bytes < estimates.INTERPRETER_BYTES:  # no host program
         release_startup_pages()
     fault_in(address_of(native_library().lowtide_native_version))
-    fault_in(llama_library().address("ggml_get_type_traits_cpu"))
+    fault_in(*llama_library().processor_code())
     for module in modules:  # after the pages that the imports read were released
         getattr(module, "preload", lambda: None)()
     hashlib.sha256(bytes(1024)).digest()  # saving a session computes such a digest

@@ -42,6 +42,23 @@ def test_a_released_library_becomes_resident_again() -> None:
     assert read_process_memory().file_bytes - before >= 0.9 * begin.num_bytes
 
 
+def test_a_part_of_a_library_becomes_resident() -> None:
+    address = llama_library().address("llama_decode")
+    library = library_of(address)
+    assert library is not None
+    code = next(
+        file_map
+        for file_map in read_file_maps(Path(library.decode()))
+        if file_map.address <= address < file_map.address + file_map.num_bytes
+    )
+    assert release_pages(code.address, code.num_bytes)
+    before = read_process_memory().file_bytes
+    until = min(address + 300_000, code.address + code.num_bytes - 1)
+    fault_in(address, until)
+    grown = read_process_memory().file_bytes - before
+    assert until - address <= grown < 0.8 * code.num_bytes
+
+
 _RELEASE = """
 import hashlib, json
 import numpy as np

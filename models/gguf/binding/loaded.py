@@ -15,6 +15,22 @@ from lowtide.models.gguf.binding.find import LibraryFile
 _void = ctypes.c_void_p
 _IN_PROCESSOR_CODE = "ggml_get_type_traits_cpu"
 """A function of the code for processors, which is in a plug-in where it is not linked."""
+_PROCESSOR_CODE = (
+    "ggml_backend_cpu_reg",
+    "ggml_backend_cpu_init",
+    _IN_PROCESSOR_CODE,
+    "ggml_threadpool_new",
+    "ggml_compute_forward_add",
+    "ggml_compute_forward_flash_attn_ext",
+    "ggml_compute_forward_soft_max",
+    "ggml_gemm_q4_0_8x8_q8_0",
+    "ggml_vec_dot_f32",
+    "ggml_vec_dot_iq4_xs_q8_K",
+    "ggml_vec_dot_iq4_xs_q8_K_generic",
+    "ggml_vec_dot_q4_1_q8_1",
+    "llamafile_sgemm",
+)
+"""Functions from each source file of ggml's code for processors, which a linker puts side by side."""
 _IN_CPU_PLUGIN = b"ggml_backend_set_n_threads"
 """A function that ggml's processor plug-in gives by its name."""
 
@@ -41,6 +57,14 @@ class LoadedLibrary:
             with contextlib.suppress(AttributeError):
                 return ctypes.cast(getattr(library, function), _void).value
         return None
+
+    def processor_code(self) -> tuple[int, int | None]:
+        """Return where ggml's code for the processor begins and ends; None where it is a library of its own."""
+        address = self.address(_IN_PROCESSOR_CODE)
+        if _file_of(address) != _file_of(self.address("llama_decode")):
+            return address, None
+        found = [at for at in map(self._find, _PROCESSOR_CODE) if at is not None]
+        return min(found), max(found)
 
     @property
     def variant(self) -> str | None:

@@ -119,7 +119,17 @@ def test_functions_are_found_in_the_plug_in_that_was_loaded(tmp_path: Path) -> N
     assert loaded.variant == "test"
     number = ctypes.CFUNCTYPE(ctypes.c_int)(loaded.address("ggml_get_type_traits_cpu"))
     assert number() == 7
+    assert loaded.processor_code() == (loaded.address("ggml_get_type_traits_cpu"), None)
     plugin.unlink()
+
+
+def test_the_processors_code_is_found_in_a_library_that_holds_everything(tmp_path: Path) -> None:
+    code = ("ggml_vec_dot_f32", "ggml_get_type_traits_cpu", "llamafile_sgemm")
+    functions = "\n".join(f"int {name}(void) {{ return 1; }}" for name in code)
+    path = write_library(tmp_path / find.library_names()[0], rest=functions)
+    loaded = LoadedLibrary(LibraryFile(path, "a library", ""))
+    addresses = [loaded.address(name) for name in code]
+    assert loaded.processor_code() == (min(addresses), max(addresses))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the plug-in's name is Linux's")
