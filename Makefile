@@ -30,7 +30,7 @@ check: lint unit ## format, lint, types, import contracts and unit tests; before
 
 test: check real smoke docs ## what CI runs: `check`, real models, enforcement, sanitizers, wheel and docs (20 minutes)
 
-test-all: lint ## every test: sweeps, long hypothesis runs, shipped calibrations and emulated processors too (hours)
+test-all: lint $(VENV)/.cross ## every test: sweeps, long hypothesis runs, shipped calibrations and emulated processors too (hours)
 	$(BIN)/pytest $(PARALLEL) --hypothesis-profile=thorough -m "not (real or benchmark)"
 	$(BIN)/pytest $(PARALLEL) --hypothesis-profile=thorough -m "real and not benchmark"
 	$(MAKE) smoke docs
@@ -119,6 +119,10 @@ $(VENV)/.dev: $(VENV)/.native
 
 $(VENV)/.fuzz: $(VENV)/.dev
 	$(BIN)/pip install --quiet --group fuzz
+	@touch $@
+
+$(VENV)/.cross: $(VENV)/.dev
+	$(BIN)/pip install --quiet --group cross
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.dev

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from lowtide.models.errors import LowtideError
 from lowtide.models.gguf.llama_cpp import llama_library
 
-LIBRARY_NAME = "lowtide_native.so"
+LIBRARY_NAME = "lowtide_native.dll" if sys.platform == "win32" else "lowtide_native.so"
 KERNEL_SETS = ("avx512", "avx2", "neon", "portable")
 """Instruction sets of the attention kernels, the fastest first."""
 

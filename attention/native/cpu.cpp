@@ -10,6 +10,10 @@
 #elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(__aarch64__) && defined(_WIN32)
+#include <windows.h>
 #endif
 
 namespace {
@@ -76,6 +80,16 @@ size_t list_features(char* out, size_t capacity) {
     return join(features, sizeof(features) / sizeof(features[0]), out, capacity);
 }
 #elif defined(__aarch64__)
+#if defined(__APPLE__)
+bool system_has(const char* name) {
+    int value = 0;
+    size_t num_bytes = sizeof value;
+    return sysctlbyname(name, &value, &num_bytes, nullptr, 0) == 0 && value != 0;
+}
+#elif defined(_WIN32)
+constexpr DWORD kDotProduct = 43;  // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE; Windows names no other that is used here
+#endif
+
 size_t list_features(char* out, size_t capacity) {
 #if defined(__linux__)
     const unsigned long caps = getauxval(AT_HWCAP);
@@ -88,6 +102,16 @@ size_t list_features(char* out, size_t capacity) {
         {"i8mm", (caps2 & HWCAP2_I8MM) != 0},
         {"bf16", (caps2 & HWCAP2_BF16) != 0},
     };
+#elif defined(__APPLE__)
+    const Feature features[] = {
+        {"neon", true},
+        {"dotprod", system_has("hw.optional.arm.FEAT_DotProd")},
+        {"fp16", system_has("hw.optional.arm.FEAT_FP16")},
+        {"i8mm", system_has("hw.optional.arm.FEAT_I8MM")},
+        {"bf16", system_has("hw.optional.arm.FEAT_BF16")},
+    };
+#elif defined(_WIN32)
+    const Feature features[] = {{"neon", true}, {"dotprod", IsProcessorFeaturePresent(kDotProduct) != 0}};
 #else
     const Feature features[] = {{"neon", true}};  // every 64-bit Arm has it
 #endif

@@ -23,7 +23,7 @@ def test_the_kernels_on_arm(name: str, problems: str, tmp_path: Path) -> None:
     missing = [tool for tool in (COMPILER, EMULATOR) if shutil.which(tool) is None]
     if missing:
         pytest.skip(f"{' and '.join(missing)} not installed: g++-aarch64-linux-gnu and qemu-user")
-    build = NativeBuild(COMPILER, tmp_path, ["-O2", "-static"], "aarch64")
+    build = NativeBuild([COMPILER], tmp_path, ["-O2", "-static"], "aarch64")
     program = build.programs([name])[name]
     done = subprocess.run([EMULATOR, str(program)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -29,14 +29,16 @@ LIBRARIES = {"mmap_hook": "mapping_library"}
 TEST_LIBRARY_FLAGS = ("-O3", "-fPIC", "-fvisibility=hidden")
 
 
-def read_sources(processor: str) -> dict[str, list[str]]:
-    """Return each source of sources.txt with the flags of its own that `processor` has."""
+def read_sources(processor: str, compiler: str = "gcc") -> dict[str, list[str]]:
+    """Return each source of sources.txt with the flags of its own for `processor`; `compiler` is gcc or clang."""
     sources = {}
     for line in (NATIVE / "sources.txt").read_text().splitlines():
         words = line.split()
         if words and not words[0].startswith("#"):
             source, *flags = words
-            sources[source] = flags[1:] if flags and flags[0] == processor else []
+            own = flags[1:] if flags and flags[0] == processor else []
+            named = [flag.rpartition(":") for flag in own]
+            sources[source] = [flag for only, _, flag in named if only in ("", compiler)]
     return sources
 
 
@@ -50,15 +52,15 @@ class NativeBuild:
 
     def __init__(
         self,
-        compiler: str,
+        compiler: Sequence[str],
         folder: Path,
         flags: Sequence[str],
         processor: str = platform.machine(),
     ) -> None:
         self._folder = folder
-        self._sources = read_sources(processor)
+        self._sources = read_sources(processor, "clang" if is_clang(compiler) else "gcc")
         version = '-DLOWTIDE_VERSION="test"'
-        self._common = [compiler, "-std=c++17", f"-I{NATIVE}", version, *flags]
+        self._common = [*compiler, "-std=c++17", f"-I{NATIVE}", version, *flags]
 
     def programs(self, names: Sequence[str]) -> dict[str, Path]:
         """Build test programs, as many at a time as there are cores; return their paths by name."""
@@ -113,7 +115,14 @@ def cached_build(name: str, compiler: str, flags: Sequence[str]) -> NativeBuild:
         for old in BUILDS.glob(f"{name}-*"):
             shutil.rmtree(old)
         folder.mkdir(parents=True)
-    return NativeBuild(compiler, folder, flags)
+    return NativeBuild([compiler], folder, flags)
+
+
+def is_clang(compiler: Sequence[str]) -> bool:
+    """Return whether a compiler calls itself Clang; zig's does."""
+    return (
+        b"clang" in subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
+    )
 
 
 @functools.cache

@@ -4,7 +4,8 @@
 
 #include <algorithm>
 #include <iterator>
-#include <sys/mman.h>
+
+#include "system/file_pages.h"
 
 namespace {
 
@@ -65,7 +66,7 @@ void WeightStream::release_pages(int group) {
     for (const WeightSpan& span : spans_) {
         if (span.group != group) continue;
         const size_t num_bytes = span.page_end - span.page_begin;
-        if (madvise(span.page_begin, num_bytes, MADV_DONTNEED) == 0) freed_bytes_ += num_bytes;
+        if (release_file_pages(span.page_begin, num_bytes)) freed_bytes_ += num_bytes;
     }
 }
 
@@ -81,7 +82,7 @@ void WeightStream::release_pages(const char* begin, const char* end) const {
     const auto around = [](uintptr_t at) { return at / kFaultAroundBytes * kFaultAroundBytes; };
     char* first = std::max(reinterpret_cast<char*>(around(reinterpret_cast<uintptr_t>(begin))), span->page_begin);
     char* last = std::min(reinterpret_cast<char*>(around(reinterpret_cast<uintptr_t>(end))), span->page_end);
-    if (first < last) madvise(first, last - first, MADV_DONTNEED);
+    if (first < last) release_file_pages(first, last - first);
 }
 
 namespace {

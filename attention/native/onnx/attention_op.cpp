@@ -330,6 +330,8 @@ namespace {
 constexpr size_t kNumInputs = 4;
 
 struct Node {
+    explicit Node(Ort from) : ort(from) {}
+
     Ort ort;
     int64_t handle = 0, layer = 0;
 

@@ -128,6 +128,8 @@ extern "C" OnnxMatmulCounts lowtide_onnx_matmul_counts(const OnnxMatmul* graph) 
 namespace {
 
 struct Node {
+    explicit Node(Ort from) : ort(from) {}
+
     Ort ort;
     int64_t handle = 0, index = 0;
 
@@ -154,6 +156,8 @@ protected:
 };
 
 struct MatmulNode : Node {
+    using Node::Node;
+
     int64_t input_id = 0;
 
     OrtStatus* read(const OrtKernelInfo* info) {
@@ -185,6 +189,8 @@ struct MatmulNode : Node {
 };
 
 struct GatherNode : Node {
+    using Node::Node;
+
     OrtStatus* compute(OrtKernelContext* context) const {
         OnnxMatmul* graph = find_onnx_matmul(handle);
         const RepackedMatrix* matrix = graph == nullptr ? nullptr : matrix_of(*graph, index);

@@ -176,7 +176,7 @@ template <class Node> OrtCustomOp make_operator() {
     op.output_presence = [](const OrtCustomOp*, size_t) { return kOrtRequired; };
     op.input_memory = [](const OrtCustomOp*, size_t) -> int32_t { return 0; };
     op.create_kernel_v2 = [](const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info, void** kernel) -> OrtStatus* {
-        Node node{Ort(api)};
+        Node node(Ort{api});
         if (OrtStatus* error = node.read(info)) return error;
         *kernel = new (std::nothrow) Node(node);
         return *kernel == nullptr ? node.ort.error("lowtide: no memory for a node") : nullptr;

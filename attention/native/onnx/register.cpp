@@ -2,11 +2,12 @@
 
 #include <mutex>
 
+#include "c_api.h"
 #include "onnx/ort_abi.h"
 
 // onnxruntime calls this function, by its name, in a library that a session is given. The domain lives as long as the
 // process, since a session may.
-extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
+LOWTIDE_API OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
     const OrtApi* api = base->get_api(kOrtVersion);
     if (api == nullptr) return Ort(base->get_api(1)).error("lowtide needs onnxruntime 1.18 or later");
     static const OrtCustomOp operators[] = {attention_operator(false), attention_operator(true), matmul_operator(), gather_operator()};
