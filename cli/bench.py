@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from lowtide.cli.options import (
     plan_with,
     take_open_options,
     take_spec,
+    take_template_arguments,
+    template_options,
 )
 
 if TYPE_CHECKING:
@@ -76,6 +78,7 @@ PROMPTS_PER_KIND = 2
     show_default=True,
     help="Number of tokens to decode in each round.",
 )
+@template_options
 @json_option
 @click.option(
     "--enforce",
@@ -112,11 +115,16 @@ def command(
         )
     if prompts is not None and not speculations:
         raise click.UsageError("--prompts needs --speculate: name a draft, or leave --prompts out")
+    arguments = take_template_arguments(options)
+    if (arguments or options["chat_template"]) and not speculations:
+        raise click.UsageError(
+            "--chat-template and --template-arg need --speculate: without it, prompts are random tokens"
+        )
     if speculations and attentions == DEFAULT_ATTENTIONS:
         attentions = ("dense",)
     spec = take_spec(options)
     tasks = (
-        _answer_tasks(attentions, prompts, tokens)
+        _answer_tasks(attentions, prompts, tokens, arguments)
         if speculations
         else _depth_tasks(spec, attentions, depths, tokens)
     )
@@ -138,6 +146,7 @@ def command(
         "threads": planned.options.num_threads,
         "batch_size": planned.plan.batch_size,
         "repack": planned.options.repack,
+        "chat_template": planned.options.chat_template,
     }
     workers = (
         speculation_workers(attentions[0], speculations, config)
@@ -170,7 +179,9 @@ def _depth_tasks(
     return [DepthTask(depth, tokens) for depth in sorted(set(depths or defaults))]
 
 
-def _answer_tasks(attentions: Sequence[str], prompts: Path | None, tokens: int) -> Sequence[Task]:
+def _answer_tasks(
+    attentions: Sequence[str], prompts: Path | None, tokens: int, arguments: Mapping[str, Any]
+) -> Sequence[Task]:
     from lowtide.models.errors import BadOption
     from lowtide.runtime.benchmark.tasks import BUILT_IN_PROMPTS, AnswerTask, read_prompts
 
@@ -179,7 +190,7 @@ def _answer_tasks(attentions: Sequence[str], prompts: Path | None, tokens: int) 
             "--speculate measures answers with one attention policy, but several are named: name one"
         )
     kinds = BUILT_IN_PROMPTS if prompts is None else read_prompts(prompts, PROMPTS_PER_KIND)
-    return [AnswerTask(kind, tuple(texts), tokens) for kind, texts in kinds.items()]
+    return [AnswerTask(kind, tuple(texts), tokens, arguments) for kind, texts in kinds.items()]
 
 
 def _print_table(baseline: str, cases: Sequence[BenchmarkCase]) -> None:

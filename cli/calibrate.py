@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowtide.cli.options import opening_options, plan_with, take_open_options, take_spec
+from lowtide.cli.options import (
+    opening_options,
+    plan_with,
+    take_open_options,
+    take_spec,
+    take_template_arguments,
+    template_options,
+    text_option,
+)
 
 if TYPE_CHECKING:
     from lowtide.attention.calibrator import CalibrationContext, Calibrator
@@ -27,11 +36,8 @@ SEARCH_OPTIONS = {
 
 @click.command("calibrate")
 @opening_options
-@click.option(
-    "--text",
-    type=click.Path(path_type=Path),
-    help="Measure on this text.  [default: Python's own language reference]",
-)
+@template_options
+@text_option
 @click.option(
     "--target-kl",
     type=click.FloatRange(1e-4, 1.0),
@@ -100,6 +106,7 @@ def command(
 
     calibrator = _calibrator(options["attention"])
     _check_output(output)
+    arguments = take_template_arguments(options)
     spec = take_spec(options)
     _check_engine(spec)
     request = CalibrationRequest(Targets(target_kl, target_key_loss), max_layers, k)
@@ -116,7 +123,7 @@ def command(
     note(plan_line(planned))
     engine = Engine(planned)
     try:
-        found = calibrator.search(_context(engine, text), request)
+        found = calibrator.search(_context(engine, text, arguments), request)
     finally:
         engine.close()
     path = save_calibration(found, output)
@@ -179,13 +186,12 @@ def _check_engine(spec: ModelSpec) -> None:
         )
 
 
-def _context(engine: Engine, text: Path | None) -> CalibrationContext:
+def _context(engine: Engine, text: Path | None, arguments: Mapping[str, Any]) -> CalibrationContext:
     """Return the loaded model with a text of twice its context."""
     from lowtide.attention.calibrator import CalibrationContext
-    from lowtide.attention.evaluation.passkeys import chat_framing
     from lowtide.cli.output import note
     from lowtide.models.errors import BadOption
-    from lowtide.runtime.evaluation.text import BUILT_IN, read_sample, sample_tokens
+    from lowtide.runtime.evaluation.text import BUILT_IN, framing_of, read_sample, sample_tokens
 
     context = engine.planned.plan.context
     if context < MIN_CONTEXT:
@@ -199,7 +205,7 @@ def _context(engine: Engine, text: Path | None) -> CalibrationContext:
         hook=engine.hook,
         token_ids=sample_tokens(tokenizer, sample, 2 * context + 2, source=source),
         context=context,
-        framing=chat_framing(engine.model),
+        framing=framing_of(engine, arguments),
         text=source,
         progress=note,
     )

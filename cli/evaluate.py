@@ -11,12 +11,13 @@ import click
 
 from lowtide.cli.enforce import enforce_option, set_limit
 from lowtide.cli.options import (
-    chat_template_option,
     json_option,
     opening_options,
     plan_with,
     take_open_options,
     take_spec,
+    take_template_arguments,
+    template_options,
     text_option,
 )
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 @click.command("evaluate", short_help="Compare an attention policy with dense attention.")
 @opening_options
-@chat_template_option
+@template_options
 @text_option
 @click.option(
     "--windows",
@@ -81,6 +82,7 @@ def command(
     source = click.get_current_context().get_parameter_source("attention")
     if source is click.core.ParameterSource.DEFAULT:
         options["attention"] = "tidal"
+    arguments = take_template_arguments(options)
     spec = take_spec(options)
     policy = parse_policy(options["attention"]).resolve(spec)
     require_approximation(policy, spec)
@@ -94,6 +96,7 @@ def command(
             context=context,
             text=text,
             windows=windows,
+            template_arguments=arguments,
             progress=note,
             **({} if passkeys else {"passkey_lengths": (), "kinds": ()}),
         )

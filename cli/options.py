@@ -194,15 +194,13 @@ system_option = click.option(
 )
 
 
-chat_template_option = click.option(
-    "--chat-template",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Use the chat template (jinja2) in this file.  [default: the model's own, or that of its family]",
-)
-
 _TEMPLATE: tuple[Option, ...] = (
-    chat_template_option,
+    click.option(
+        "--chat-template",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Use the chat template (jinja2) in this file.  [default: the model's own, or that of its family]",
+    ),
     click.option(
         "--template-arg",
         "template_arguments",
@@ -215,7 +213,7 @@ _TEMPLATE: tuple[Option, ...] = (
 
 
 def template_options(command: Command) -> Command:
-    """Add --chat-template and --template-arg."""
+    """Add --chat-template and --template-arg, for every command that renders a chat template."""
     return _decorated(command, _TEMPLATE)
 
 

@@ -19,15 +19,12 @@ from lowtide.memory.plan.estimates import prompt_limit_bytes
 from lowtide.memory.plan.plan import MemoryPlan
 from lowtide.memory.process import not_charged_if_refused
 from lowtide.memory.reclaim import Reclaimer
-from lowtide.memory.units import format_bytes
-from lowtide.models.arguments.names import option
 from lowtide.models.arguments.values import shown
 from lowtide.models.chat_template import Message
 from lowtide.models.errors import BadOption
 from lowtide.models.model import Model
 from lowtide.models.spec import ModelSpec
 from lowtide.models.template.families import template_of
-from lowtide.models.tokenizer import longest_stretch
 from lowtide.runtime.arguments import checked_messages, checked_prompt, checked_prompts
 from lowtide.runtime.batch.generator import BatchGenerator, ParamsOfAll, params_of_each
 from lowtide.runtime.embedding.beside import passes_beside
@@ -350,12 +347,7 @@ class Runtime:
         if self._engine.has_room_to_tokenise(text, len(self._session.token_ids)):
             return
         self._session.evict()
-        if not self._engine.has_room_to_tokenise(text, 0):
-            raise BadOption(
-                f"the prompt has a run of {longest_stretch(text):,} characters that tokenising takes "
-                f"{format_bytes(self._model.tokenizer.stack_bytes(text))} of stack for, more than is planned: put "
-                f"blanks or new lines into it, or raise {option('memory')} and {option('context')}"
-            )
+        self._engine.require_room_to_tokenise(text)
 
     def _generate(self, request: GenerationRequest) -> Generator[GenerationChunk, None, None]:
         context = self._engine.generation_context()

@@ -7,8 +7,9 @@ Mohtashami and Jaggi 2023, a form of Kamradt's "needle in a haystack").
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lowtide.attention.evaluation.divergence import read_prompt
 from lowtide.attention.policy import PassController
@@ -42,15 +43,24 @@ class Passkey:
     answer_ids: Sequence[int]
 
 
-def chat_framing(model: Model) -> Framing:
-    """Return the model's chat template, or the plain text if it has none that works."""
+def chat_framing(
+    model: Model, arguments: Mapping[str, Any] | None = None, *, required: bool = False
+) -> Framing:
+    """Return the model's chat template, or the plain text if it has none that works.
+
+    `arguments` are the template's. Where it is `required`, raises `TemplateError` for one that does not work.
+    """
     source, _ = template_of(model.spec, model.tokenizer)
     try:
         template = ChatTemplate(source, model.tokenizer.special_texts)
-        template.render([{"role": "user", "content": "x"}])
+        template.render([{"role": "user", "content": "x"}], arguments=arguments)
     except TemplateError:
+        if required:
+            raise
         return lambda text: text + "\n"
-    return lambda text: text_of(template.render([{"role": "user", "content": text}]))
+    return lambda text: text_of(
+        template.render([{"role": "user", "content": text}], arguments=arguments)
+    )
 
 
 def make_passkey(seed: int, *, doubled: bool = False) -> str:

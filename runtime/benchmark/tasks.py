@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -92,11 +92,15 @@ class DepthTask:
 
 @dataclass(frozen=True, slots=True)
 class AnswerTask:
-    """Answer `prompts` of one kind greedily, each with up to `tokens` tokens."""
+    """Answer `prompts` of one kind greedily, each with up to `tokens` tokens.
+
+    `template_arguments` are variables of the chat template.
+    """
 
     kind: str
     prompts: tuple[str, ...]
     tokens: int
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -111,7 +115,11 @@ class AnswerTask:
                 label=f"{self.kind}, prompt {number} of {len(self.prompts)}",
                 phase=DECODE,
                 method="answer",
-                values={"prompt": prompt, "tokens": self.tokens},
+                values={
+                    "prompt": prompt,
+                    "tokens": self.tokens,
+                    "template_arguments": dict(self.template_arguments),
+                },
             )
             for number, prompt in enumerate(self.prompts, start=1)
         )

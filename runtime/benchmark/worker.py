@@ -22,6 +22,7 @@ from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.gguf.llama_cpp import llama_library
 from lowtide.models.read_spec import read_spec
+from lowtide.models.template.families import template_of
 from lowtide.runtime.errors import CannotRepack
 from lowtide.runtime.generation.chat import LastTurn, PromptEncoder
 from lowtide.runtime.generation.generate import generate
@@ -44,9 +45,9 @@ class Worker:
         if self._engine.not_repacked_reason is not None:
             raise CannotRepack(self._engine.not_repacked_reason)
         self._session = self._engine.new_session()
-        self._encoder = PromptEncoder(
-            self._engine.model.tokenizer, self._planned.spec.chat_template, LastTurn()
-        )
+        tokenizer = self._engine.model.tokenizer
+        self._template, _ = template_of(self._planned.spec, tokenizer)
+        self._encoder = PromptEncoder(tokenizer, self._template, LastTurn())
         numbers = random.Random(0)  # time does not depend on which tokens a prompt has
         num_tokens = self._planned.spec.vocabulary.num_tokens
         self._token_ids = [numbers.randrange(num_tokens) for _ in range(self._engine.model.context)]
@@ -71,12 +72,14 @@ class Worker:
         model.truncate(depth)
         return {"seconds": seconds, "tokens": tokens}
 
-    def answer(self, prompt: str, tokens: int) -> dict[str, Any]:
+    def answer(
+        self, prompt: str, tokens: int, template_arguments: dict[str, Any]
+    ) -> dict[str, Any]:
         """Answer `prompt` greedily with up to `tokens` tokens, with an empty cache and fresh drafts.
 
         `seconds` and `tokens` are those of decoding: they start with the second token.
         """
-        engine, request = self._engine, self._request(prompt, tokens)
+        engine, request = self._engine, self._request(prompt, tokens, template_arguments)
         num_tokens = len(request.token_ids)
         if num_tokens + tokens > engine.most_tokens():
             raise BadOption(
@@ -96,13 +99,15 @@ class Worker:
             "speculation": stats.speculation,
         }
 
-    def _request(self, prompt: str, max_tokens: int) -> GenerationRequest:
+    def _request(
+        self, prompt: str, max_tokens: int, arguments: dict[str, Any]
+    ) -> GenerationRequest:
         params = SamplingParams(max_tokens=max_tokens, temperature=0)
         most, asked_at = self._engine.most_tokens(), time.perf_counter()
-        if self._planned.spec.chat_template is None:
+        if self._template is None:
             return self._encoder.encode_text(prompt, most, params, asked_at)
         messages = [{"role": "user", "content": prompt}]
-        return self._encoder.encode_chat(messages, most, params, asked_at)[0]
+        return self._encoder.encode_chat(messages, most, params, asked_at, arguments=arguments)[0]
 
     def _reset_drafts(self) -> None:
         """Replace drafts that learn by new ones; a draft model follows the new prompt by itself."""

@@ -6,15 +6,21 @@ stand in runtime/evaluation/prompt_filter.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lowtide.attention.bindings.counts import ScoreCost
 from lowtide.attention.bindings.policy import AttentionKernels
 from lowtide.attention.dense import DenseController
 from lowtide.attention.evaluation.divergence import WINDOW_TOKENS, Reference, read_prompt
-from lowtide.attention.evaluation.passkeys import chat_framing, finds, hide_passkey, make_passkey
+from lowtide.attention.evaluation.passkeys import (
+    Framing,
+    finds,
+    hide_passkey,
+    make_passkey,
+)
 from lowtide.attention.evaluation.questions import HARD_KINDS, KINDS
 from lowtide.attention.policy import AttentionPolicy, PassController
 from lowtide.models.arguments.names import option
@@ -28,6 +34,7 @@ from lowtide.runtime.evaluation.text import (
     MIN_CONTEXT,
     SPARE_TOKENS,
     Progress,
+    framing_of,
     measured_depths,
     read_sample,
     sample_tokens,
@@ -76,13 +83,15 @@ def evaluate(
     windows: int = 8,
     passkey_lengths: Sequence[int] | None = None,
     kinds: Sequence[str] = (*KINDS, *HARD_KINDS),
+    template_arguments: Mapping[str, Any] | None = None,
     progress: Progress = lambda _: None,
 ) -> Evaluation:
     """Measure a resolved policy (the engine's own, if None) at `windows` depths up to `context` tokens.
 
     Passkeys are hidden at three depths of each of `passkey_lengths` tokens; None means half of the context
-    and all of it. A filter is asked questions of `kinds` instead. Raises `BadOption` if the text is too
-    short, the context does not fit, or the engine runs its own attention.
+    and all of it. A filter is asked questions of `kinds` instead. Both are asked with the chat template, with
+    `template_arguments`. Raises `BadOption` if the text is too short, the context does not fit, or the engine runs
+    its own attention.
     """
     policy = policy or engine.planned.policy
     if policy.prompt_selector is not None:
@@ -93,6 +102,7 @@ def evaluate(
             text=text,
             windows=windows,
             kinds=kinds,
+            template_arguments=template_arguments,
             progress=progress,
         )
     model, kernels = engine.model, engine.attention_kernels
@@ -103,8 +113,10 @@ def evaluate(
             f"{option('context')} is {context}; it must be between {MIN_CONTEXT} and {model.context - SPARE_TOKENS}, "
             f"because {SPARE_TOKENS} more tokens must fit into the planned {model.context}"
         )
+    framing = framing_of(engine, template_arguments)
     source = BUILT_IN if text is None else str(text)
     sample = read_sample(text, model.context)
+    engine.require_room_to_tokenise(sample)
     token_ids = sample_tokens(model.tokenizer, sample, context + SPARE_TOKENS, source=source)
     dense, controller = DenseController(kernels), engine.controller
     distances = []
@@ -115,7 +127,7 @@ def evaluate(
         distances.append((depth, reference.distance(controller)))
     share, scores = _keys_read(model, kernels, controller, token_ids[: context + 1])
     lengths = passkey_lengths if passkey_lengths is not None else (context // 2, context)
-    passkeys = _find_passkeys(engine, dense, token_ids[1:], lengths, progress)
+    passkeys = _find_passkeys(engine, dense, token_ids[1:], framing, lengths, progress)
     return Evaluation(
         attention=str(policy),
         context=context,
@@ -144,12 +156,12 @@ def _find_passkeys(
     engine: Engine,
     dense: PassController,
     haystack: Sequence[int],
+    framing: Framing,
     lengths: Sequence[int],
     progress: Progress,
 ) -> tuple[PasskeyResult, ...]:
     """Hide a passkey at every depth of every length and ask for it, with dense attention and the policy."""
     model = engine.model
-    framing = chat_framing(model)
     results = []
     for length in lengths:
         for depth in PASSKEY_DEPTHS:

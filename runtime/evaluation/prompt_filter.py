@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lowtide.attention.evaluation.divergence import WINDOW_TOKENS, text_nll
-from lowtide.attention.evaluation.passkeys import chat_framing
 from lowtide.attention.evaluation.questions import (
     Haystack,
     HiddenQuestion,
@@ -24,6 +24,7 @@ from lowtide.runtime.evaluation.text import (
     BUILT_IN,
     SPARE_TOKENS,
     Progress,
+    framing_of,
     measured_depths,
     read_sample,
     sample_tokens,
@@ -42,6 +43,7 @@ def evaluate_filter(
     text: Path | None,
     windows: int,
     kinds: Sequence[str],
+    template_arguments: Mapping[str, Any] | None,
     progress: Progress,
 ) -> Evaluation:
     """Measure a resolved filter on an engine that runs the policy behind the filter.
@@ -65,13 +67,15 @@ def evaluate_filter(
             f"{option('context')} is {context}; it must be at most {model.context - SPARE_TOKENS}, because "
             f"{SPARE_TOKENS} more tokens must fit into the planned {model.context}"
         )
+    framing = framing_of(engine, template_arguments)
     source = BUILT_IN if text is None else str(text)
     sample = read_sample(text, model.context)
+    engine.require_room_to_tokenise(sample)
     token_ids = sample_tokens(model.tokenizer, sample, context + SPARE_TOKENS, source=source)
     filtered = _FilteredPrompts(engine, selector, WholePrompt(model, kernels, selector.rule))
     depths = measured_depths(context, windows)
     continuations = list(_read_continuations(filtered, token_ids, depths, progress))
-    haystack = Haystack(model.tokenizer, token_ids[1:], chat_framing(model))
+    haystack = Haystack(model.tokenizer, token_ids[1:], framing)
     hidden = questions_alone(haystack, lengths if kinds else (), SEED, kinds)
     asked = list(_read_questions(filtered, hidden, progress))
     progress("answering and continuing from the retained tokens")

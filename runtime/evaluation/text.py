@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lowtide.attention.evaluation.divergence import WINDOW_TOKENS
+from lowtide.attention.evaluation.passkeys import Framing, chat_framing
 from lowtide.memory.plan.estimates import prompt_limit_bytes
 from lowtide.models.arguments.names import option
 from lowtide.models.arguments.paths import shown_path
 from lowtide.models.arguments.text_files import decoded
 from lowtide.models.errors import BadOption
+from lowtide.models.prompt_span import PromptSpan
 from lowtide.models.tokenizer import Tokenizer
+from lowtide.runtime.loading.load import Engine
 
 BUILT_IN = "Python's own language reference"
 DEFAULT_CONTEXT = 4096
@@ -30,7 +34,7 @@ def read_sample(path: Path | None, context: int) -> str:
     """
     limit = prompt_limit_bytes(context)
     if path is None:
-        return _built_in()[:limit]
+        return _built_in().encode()[:limit].decode(errors="ignore")
     try:
         with path.open("rb") as file:
             data = file.read(limit)
@@ -47,13 +51,20 @@ def sample_tokens(
 
     `source` names the text in the error.
     """
-    token_ids = tokenizer.encode(text, add_special=True, parse_special=False)
+    spans = [PromptSpan(text, from_message=True)]
+    token_ids = tokenizer.encode_spans(spans, add_special=True)
     if len(token_ids) < num_tokens:
         raise BadOption(
             f"{source} has {len(token_ids):,} tokens, but {num_tokens:,} are needed: use a longer "
             f"{option('text')} or a smaller {option('context')}"
         )
     return token_ids[:num_tokens]
+
+
+def framing_of(engine: Engine, arguments: Mapping[str, Any] | None) -> Framing:
+    """Return the chat template that questions are asked with; one that the user stated must work."""
+    stated = engine.planned.options.chat_template is not None
+    return chat_framing(engine.model, arguments, required=stated or bool(arguments))
 
 
 def measured_depths(context: int, windows: int) -> list[int]:

@@ -24,13 +24,13 @@ from lowtide.memory.plan.kv_reservation import KVReservation
 from lowtide.memory.plan.line import CACHE, FILTER_PREFILL, PREFIXES, PROMPT, STRUCTURED
 from lowtide.memory.process import read_process_memory
 from lowtide.memory.reclaim import Reclaimed, Reclaimer, reclaim
-from lowtide.memory.units import OverBudget
+from lowtide.memory.units import OverBudget, format_bytes
 from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf.embedding import GgufEmbedder
 from lowtide.models.gguf.parameters import LoadOptions
 from lowtide.models.model import Model
-from lowtide.models.tokenizer import MAX_STACK_BYTES_PER_CHARACTER
+from lowtide.models.tokenizer import MAX_STACK_BYTES_PER_CHARACTER, longest_stretch
 from lowtide.runtime.backends.backend import LoadedModel, ResolvedModel
 from lowtide.runtime.errors import CannotRepack
 from lowtide.runtime.generation.state import GenerationContext
@@ -239,6 +239,15 @@ class Engine:
         if room < 0 or MAX_STACK_BYTES_PER_CHARACTER * len(text) <= room:
             return room >= 0
         return self.model.tokenizer.stack_bytes(text) <= room
+
+    def require_room_to_tokenise(self, text: str) -> None:
+        """Raise `BadOption` for a text that takes more memory to tokenise than is planned."""
+        if not self.has_room_to_tokenise(text, 0):
+            raise BadOption(
+                f"the text has a run of {longest_stretch(text):,} characters that tokenising takes "
+                f"{format_bytes(self.model.tokenizer.stack_bytes(text))} of stack for, more than is planned: put "
+                f"blanks or new lines into it, or raise {option('memory')} and {option('context')}"
+            )
 
     def idle_bytes(self, num_tokens: int) -> int:
         """Return how much of the plan is unused between prompts, while the KV cache holds `num_tokens`.

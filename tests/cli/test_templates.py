@@ -20,14 +20,14 @@ SHOWN = "{% for m in messages %}{{ m.content }}{% endfor %}{{ flag is false }}{{
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("model") / "random.gguf"
-    return str(write_model(path, chat_template=CHAT_TEMPLATE))
+    return str(write_model(path, chat_template=CHAT_TEMPLATE, context=4096))
 
 
 def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(main, list(arguments), catch_exceptions=False)
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "profile"])
+@pytest.mark.parametrize("command", ["run", "chat", "profile", "evaluate", "calibrate", "bench"])
 @pytest.mark.parametrize("stated", ["thinking", "=1", "a b=1"])
 def test_a_template_argument_has_a_name_and_a_value(command: str, stated: str, model: str) -> None:
     done = invoke(command, model, "--template-arg", stated)
@@ -50,6 +50,34 @@ def test_a_template_of_ones_own(model: str, tmp_path: Path) -> None:
     assert done.code == 2
     assert "the chat template refuses these messages: False a b 3" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("evaluate", "--windows", "1", "-c", "512", "--attention", "tidal:k=128,layers=1"),
+        ("evaluate", "--windows", "1", "-c", "3000", "--attention", "gem:k=100,layer=1"),
+        ("calibrate", "-c", "1024"),
+        ("bench", "--speculate", "ngram", "--rounds", "1", "-n", "2"),
+    ],
+    ids=["evaluate", "evaluate gem", "calibrate", "bench"],
+)
+def test_a_template_of_ones_own_where_questions_are_asked(
+    command: tuple[str, ...], model: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text("{{ raise_exception('word is %s' % word) }}")
+    name, *rest = command
+    stated = ("--chat-template", str(file), "--template-arg", "word=tide")
+    done = run_lowtide(name, model, "--memory", "1GiB", "-t", "1", *rest, *stated)
+    assert done.code == 2
+    assert "the chat template refuses these messages: word is tide" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_benchmark_of_depths_takes_no_template(model: str) -> None:
+    done = invoke("bench", model, "--template-arg", "a=1")
+    assert done.exit_code == 2 and "need --speculate" in done.stderr
 
 
 @pytest.mark.parametrize(
