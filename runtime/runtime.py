@@ -33,6 +33,7 @@ from lowtide.runtime.embedding.passes import checked_texts
 from lowtide.runtime.errors import PromptTooLong
 from lowtide.runtime.generation.active import ActiveGeneration
 from lowtide.runtime.generation.chat import ChatPrompt, LastTurn, PromptEncoder
+from lowtide.runtime.generation.closable import ClosableGenerator
 from lowtide.runtime.generation.generate import generate
 from lowtide.runtime.generation.result import GenerationChunk, GenerationResult
 from lowtide.runtime.generation.state import GenerationRequest, GenerationState
@@ -71,7 +72,12 @@ class Runtime:
         self._batch = BatchGenerator(engine, self._session, profiler)
         self._active = ActiveGeneration(free=self._free)
         self._saved_chats = SavedChats(
-            engine, self._session, last, start=self._start, alone=self._active.between_steps
+            engine,
+            self._session,
+            last,
+            template=template or "",
+            start=self._start,
+            alone=self._active.between_steps,
         )
         _open_runtimes.add(self)
 
@@ -205,7 +211,7 @@ class Runtime:
                 tools=tools,
                 arguments=template_arguments,
             )
-        return self._remembered(number, replace(request, answer=answer), prompt)
+        return ClosableGenerator(self._remembered(number, replace(request, answer=answer), prompt))
 
     def stream(
         self, prompt: str, params: SamplingParams | None = None, **named: Any
@@ -221,7 +227,8 @@ class Runtime:
             request = self._encoder.encode_text(
                 prompt, self._engine.most_tokens(), params, asked_at
             )
-        return self._active.run(number, self._generate(replace(request, answer=answer)))
+        steps = self._generate(replace(request, answer=answer))
+        return ClosableGenerator(self._active.run(number, steps))
 
     def generate(
         self, prompt: str, params: SamplingParams | None = None, **named: Any
@@ -252,7 +259,7 @@ class Runtime:
                 )
                 for prompt, one, answer in zip(prompts, params_of, answers, strict=True)
             ]
-        return self._active.run(number, self._batch.generate(requests))
+        return ClosableGenerator(self._active.run(number, self._batch.generate(requests)))
 
     def generate_batch(
         self, prompts: Sequence[str], params: ParamsOfAll = None, **named: Any

@@ -18,17 +18,17 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _WORD = re.compile(r"[A-Za-z][\w -]*")
 
 
-def checked_message(message: Message, known: str = "") -> dict[str, Any]:
+def checked_message(message: Message, known: str = "", *, any_role: bool = False) -> dict[str, Any]:
     """Return the message as a plain dict; raise `TemplateError` where its role or content is not valid.
 
-    A role that is not in `ROLES` is valid where `known`, the template's source, names it.
+    A role that is not in `ROLES` is valid where `known`, the template's source, names it, or with `any_role`.
     """
     if not isinstance(message, Mapping):
         raise TemplateError(
             f"a message is a {type(message).__name__}: write it as a dict with a role and a content"
         )
     role, content = message.get("role"), message.get("content")
-    is_role = isinstance(role, str) and (role in ROLES or _is_named(role, known))
+    is_role = isinstance(role, str) and (any_role or role in ROLES or _is_named(role, known))
     calls = role == "assistant" and bool(message.get("tool_calls"))
     if not is_role or not (isinstance(content, (str, list, tuple)) or (content is None and calls)):
         raise TemplateError(

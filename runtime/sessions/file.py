@@ -224,7 +224,7 @@ class Transcript:
     def from_dict(cls, path: Path, body: dict[str, Any]) -> Transcript:
         """Return the transcript in a file's JSON; raises `TranscriptError` where it is invalid."""
         try:
-            messages = tuple(checked_message(message) for message in body["messages"])
+            messages = tuple(checked_message(one, any_role=True) for one in body["messages"])
             return cls(model=str(body["model"]), messages=messages)
         except (TemplateError, KeyError, TypeError, AttributeError):
             raise TranscriptError(f"{path} has invalid messages; use a backup") from None

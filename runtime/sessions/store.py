@@ -53,7 +53,10 @@ class LoadedChat:
 
 
 class SavedChats:
-    """Made by `Runtime`. `start` ends a running answer; no forward pass runs in a block of `alone`."""
+    """Made by `Runtime`. `start` ends a running answer; no forward pass runs in a block of `alone`.
+
+    `template` is the source of the chat template: the roles that it names are saved, too.
+    """
 
     def __init__(
         self,
@@ -61,12 +64,14 @@ class SavedChats:
         session: KVSession,
         last: LastTurn,
         *,
+        template: str = "",
         start: Callable[[], int],
         alone: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._engine = engine
         self._session = session
         self._last = last
+        self._template = template
         self._start = start
         self._alone = alone
 
@@ -86,7 +91,8 @@ class SavedChats:
     def _save(self, path: Path, messages: Sequence[Message], *, state: bool) -> SavedChat:
         model = self._engine.model
         transcript = Transcript(
-            model=model.spec.name, messages=tuple(checked_message(message) for message in messages)
+            model=model.spec.name,
+            messages=tuple(checked_message(one, self._template) for one in messages),
         )
         num_tokens = self._session.sync() if state and model.supports_snapshot else 0
         if not num_tokens:

@@ -74,7 +74,7 @@ def test_broken_files_are_refused_in_one_sentence(name: str, tmp_path: Path) -> 
 
 def test_invalid_messages_are_refused_even_with_a_right_checksum(tmp_path: Path) -> None:
     path = tmp_path / "talk.json"
-    Transcript(model="m", messages=({"role": "king", "content": "x"},)).save(path)
+    Transcript(model="m", messages=({"role": "user", "content": 5},)).save(path)
     with pytest.raises(TranscriptError, match="has invalid messages"):
         Transcript.load(path)
 

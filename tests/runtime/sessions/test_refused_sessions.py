@@ -124,7 +124,7 @@ FORGED = {
     "no numbers": {"num_tokens": "many"},
     "no last answer": {"last": []},
     "other tokens": {"num_tokens": 4},
-    "no messages": {"messages": [{"role": "king", "content": "x"}]},
+    "no messages": {"messages": [{"role": "user", "content": 5}]},
 }
 
 
