@@ -67,4 +67,6 @@ def _print_plan(planned: ResolvedModel) -> None:
         f"{spec.context_length:,} tokens\n"
     )
     click.echo(str(plan))
+    if plan.speculation is not None:
+        click.echo(str(plan.speculation))
     click.echo(f"Smallest budget: {format_bytes_up(plan.lower_bound_bytes)}")

@@ -58,20 +58,22 @@ def plan_batch(
     attention_threads: int,
     max_drafted: int = 0,
     speculation: SpeculationConfig | None = None,
+    drafts: Sequence[str] = (),
 ) -> BatchPlan:
     """Plan sequences with `own_tokens` tokens in all after `shared_tokens`, in passes of `batch_size` tokens.
 
-    At most `max_drafted` tokens of a pass are drafts; `speculation` knows their bytes. `context` is the context that
-    the model's own plan has kernel scratch for, `attention_threads` the threads of lowtide's kernels (0 where
-    those do not run).
+    At most `max_drafted` tokens of a pass come from `drafts`; `speculation` knows their bytes. `context` is the
+    context that the model's own plan has kernel scratch for, `attention_threads` the threads of lowtide's kernels (0
+    where those do not run).
     """
     num_kv_tokens = estimates.padded_context(shared_tokens + own_tokens)
     num_logits = num_sequences + max_drafted
     logits = LOGITS_COPIES * 4 * spec.vocabulary.num_tokens * num_logits
-    drafts = 0
+    drafts_bytes = 0
     if max_drafted and speculation is not None:
         text_tokens = own_tokens + num_sequences * shared_tokens
-        drafts = num_sequences * speculation.table_bytes + speculation.token_bytes * text_tokens
+        drafts_bytes = speculation.tables_bytes(drafts, text_tokens)
+        drafts_bytes += (num_sequences - 1) * speculation.tables_bytes(drafts, 0)
     scratch = 0
     if attention_threads:
         scratch = estimates.attention_bytes(spec, max(num_kv_tokens, context), attention_threads)
@@ -86,7 +88,7 @@ def plan_batch(
         + estimates.CONTEXT_BYTES
         + logits
         + scratch
-        + drafts
+        + drafts_bytes
         + sizes.slot_bytes(num_kv_tokens, num_kv_tokens)
         + SLOT_BYTES * (num_kv_tokens + num_sequences * (shared_tokens + 1)),
     )

@@ -11,8 +11,8 @@ What comes first is what costs the most time where it is missing:
 2. A worse KV type costs accuracy, up to 0.05 nats a token: the type improves to the preferred one.
 3. A short context costs a second reading of a text or a conversation, seconds each time: it grows to
    `USUAL_CONTEXT`.
-4. Streamed weights cost up to as much again as a token itself. A pass that streams costs the same for any number
-   of tokens, so speculation saves more than a resident layer does: first verifications, then layers.
+4. Streamed weights and single tokens cost seconds at every token. Resident layers and speculation are weighed by the
+   seconds a token that a byte of each saves: what saves more comes first (`speculation_first`).
 5. A context beyond the usual one costs nothing until a conversation is that long: it grows to the model's own.
 6. Small batches cost a few percent of the time of a prompt: they grow last.
 """
@@ -21,7 +21,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
+from lowtide.memory.plan.allocator import SpeculationChoice
 from lowtide.memory.plan.line import PlanCandidate
 from lowtide.models.spec import KV_PADDING
 
@@ -59,8 +61,9 @@ class LadderBounds:
 
     `stated_context` is the user's, None where the plan chooses it; with `kv_on_demand` the tokens that are planned
     for may be fewer. `longest` is the longest context, `expected` the tokens of a prompt and its answer, 0 where
-    they are not known. `streams` says whether weights may be streamed, `verify_batches` begin with what the request
-    needs at least.
+    they are not known. `streams` says whether weights may be streamed. `speculations` begin with what the request
+    needs at least, and each takes more and promises more than the one before; `streamed_speculations` are those
+    where weights are streamed.
     """
 
     longest: int
@@ -69,9 +72,11 @@ class LadderBounds:
     kv_on_demand: bool
     kv_types: tuple[str, ...]
     batch_sizes: tuple[int, ...]
-    verify_batches: tuple[int, ...]
+    speculations: tuple[SpeculationChoice, ...]
     num_layers: int
     streams: bool
+    streamed_speculations: tuple[SpeculationChoice, ...] = ()
+    speculation_first: bool = True
 
     @property
     def least(self) -> int:
@@ -90,6 +95,14 @@ class LadderBounds:
         if self.stated_context is not None:
             return self.longest
         return self.needed if self.expected else min(max(USUAL_CONTEXT, self.least), self.longest)
+
+
+def _speculation(like: PlanCandidate, choices: tuple[SpeculationChoice, ...]) -> Stage:
+    return Stage(lambda i: replace(like, speculation=choices[i]), 0, len(choices) - 1)
+
+
+def _with_layers(like: PlanCandidate, num_layers: int) -> PlanCandidate:
+    return replace(like, resident_layers=num_layers)
 
 
 class Ladder:
@@ -125,11 +138,16 @@ class Ladder:
         usual = replace(usual, kv_type=types[-1])
         yield self._tokens(bounds.needed, bounds.usual, usual)
         if bounds.streams:
-            sizes = bounds.verify_batches
-            yield Stage(lambda i: replace(usual, verify_batch=sizes[i]), 0, len(sizes) - 1)
-            fast = replace(usual, verify_batch=sizes[-1])
-            yield Stage(lambda i: replace(fast, resident_layers=i), 0, bounds.num_layers)
-            usual = replace(fast, resident_layers=None)
+            if bounds.speculation_first:
+                yield _speculation(usual, bounds.streamed_speculations)
+                usual = replace(usual, speculation=bounds.streamed_speculations[-1])
+            yield Stage(partial(_with_layers, usual), 0, bounds.num_layers)
+            usual = replace(usual, resident_layers=None)
+        # Behind a rung with speculation, resident weights without it would be slower.
+        only_last = bounds.streams and bounds.speculation_first
+        speculations = bounds.speculations[-1:] if only_last else bounds.speculations
+        yield _speculation(usual, speculations)
+        usual = replace(usual, speculation=speculations[-1])
         yield self._tokens(bounds.usual, bounds.longest, usual)
         longest = self._placed(usual, bounds.longest)
         batches = bounds.batch_sizes
@@ -154,7 +172,7 @@ class Ladder:
             kv_type=bounds.kv_types[0],
             kv_tokens=tokens,
             resident_layers=0 if bounds.streams else None,
-            verify_batch=bounds.verify_batches[0],
+            speculation=bounds.speculations[0],
         )
         return self._placed(smallest, tokens)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from lowtide.memory.plan.allocator import NO_SPECULATION, SpeculationChoice
 from lowtide.memory.units import format_bytes
 
 
@@ -53,7 +54,7 @@ class PlanCandidate:
     admitted while the budget has room. `resident_layers` is None if all weights stay resident; otherwise
     only that many layers do and the others are streamed from the file in every pass. `prefix_bytes` is the
     size of the prefix cache, `cache_filter_pass` whether the filter prefill of a prompt is cached for the
-    next question, and `verify_batch` the tokens per verification of drafts, 0 without speculation.
+    next question, and `speculation` the drafts and the tokens per verification.
     """
 
     context: int
@@ -63,7 +64,7 @@ class PlanCandidate:
     resident_layers: int | None = None
     prefix_bytes: int = 0
     cache_filter_pass: bool = False
-    verify_batch: int = 0
+    speculation: SpeculationChoice = NO_SPECULATION
 
     def downgrades_from(self, preferred: PlanCandidate) -> tuple[str, ...]:
         """Describe in words what this candidate lacks compared to the preferred one."""
@@ -79,11 +80,11 @@ class PlanCandidate:
             steps.insert(0, f"prefix cache: {' to '.join(sizes)}")
         if preferred.cache_filter_pass and not self.cache_filter_pass:
             steps.insert(0, "filter prefill: not cached, every question on a text reads it again")
-        if self.verify_batch < preferred.verify_batch:
-            now = f"{self.verify_batch} tokens" if self.verify_batch else "off"
-            steps.insert(
-                0, f"speculation: {preferred.verify_batch} tokens per verification to {now}"
-            )
+        verify_batch = self.speculation.verify_batch
+        preferred_batch = preferred.speculation.verify_batch
+        if verify_batch < preferred_batch and preferred_batch > 1:
+            now = f"{verify_batch} tokens" if verify_batch > 1 else "off"
+            steps.insert(0, f"speculation: {preferred_batch} tokens per verification to {now}")
         if self.kv_tokens < self.context:
             steps.append(f"KV cache: {self.context} to {self.kv_tokens} tokens planned")
         if self.resident_layers is not None and preferred.resident_layers is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from lowtide.memory.plan import estimates
 from lowtide.memory.plan import line as components
+from lowtide.memory.plan.allocator import SpeculationChoice
 from lowtide.memory.plan.estimates import ContextSizes
 from lowtide.memory.plan.gpu import GpuLayers, GpuPlan
 from lowtide.memory.plan.line import PlanCandidate, PlanLine
@@ -212,11 +213,10 @@ class PlanLines:
         config = self._options.speculation
         if config is None:
             return ()
-        verify_batch, kv_tokens = candidate.verify_batch, candidate.kv_tokens
-        num_bytes = config.num_bytes(self._spec, verify_batch, kv_tokens, candidate.kv_type)
-        why = f"verifies {verify_batch} tokens at once" if verify_batch else "off, no room"
-        row = PlanLine(components.SPECULATION, num_bytes, why)
-        return (row, *config.draft_model_lines(verify_batch, kv_tokens))
+        choice, kv_tokens = candidate.speculation, candidate.kv_tokens
+        num_bytes = config.num_bytes(self._spec, choice, kv_tokens, candidate.kv_type)
+        row = PlanLine(components.SPECULATION, num_bytes, _speculation_line(choice))
+        return (row, *config.draft_model_lines(choice.verify_batch, kv_tokens))
 
     def _attention(self, candidate: PlanCandidate) -> PlanLine:
         """The scratch of lowtide's kernels: dense attention, matmuls, and what the policy adds."""
@@ -225,10 +225,18 @@ class PlanLines:
         if threads:
             num_bytes += estimates.attention_bytes(spec, candidate.context, threads)
             cells = estimates.padded_context(candidate.context)
-            num_bytes += branch_bytes(candidate.verify_batch, cells)
+            choice = candidate.speculation
+            num_bytes += branch_bytes(choice.verify_batch, cells) * choice.branches
         if options.repacked:
             num_bytes += estimates.matmul_scratch_bytes(spec, candidate.batch_size)
         return PlanLine(components.SCRATCH, num_bytes, _kernels_line(options, spec.engine))
+
+
+def _speculation_line(choice: SpeculationChoice) -> str:
+    if choice.verify_batch < 2:
+        return "watches drafts, verifies none" if choice.verify_batch else "off"
+    trees = ", with branches" if choice.branches else ""
+    return f"{choice.name}: verifies {choice.verify_batch} tokens at once{trees}"
 
 
 def _kernels_line(options: PlanRequest, engine: str) -> str:

@@ -17,7 +17,7 @@ from lowtide.memory.budget import Budget
 from lowtide.memory.plan.attention import NO_ATTENTION_MEMORY, AttentionMemory, FilterPrefill
 from lowtide.memory.plan.gpu import GpuBudget, GpuPlan
 from lowtide.memory.plan.line import PlanLine
-from lowtide.memory.plan.speculation import SpeculationConfig
+from lowtide.memory.plan.speculation import SpeculationConfig, SpeculationTable
 from lowtide.memory.units import format_bytes
 from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption
@@ -112,7 +112,8 @@ class MemoryPlan:
     is how many of the context's tokens the KV cache's line covers; the cache may grow beyond it while the
     budget has room. `resident_layers` layers keep their weights resident and the others are streamed in
     every pass; None if all weights are resident. `verify_batch` is the number of tokens per verification of
-    drafts, 0 without speculation.
+    `drafts`: 0 without speculation, 1 where drafts are only watched. `branches` says whether drafts are trees.
+    `speculation` has all choices, with what each takes and promises.
     """
 
     budget: Budget
@@ -129,6 +130,9 @@ class MemoryPlan:
     downgrades: tuple[str, ...]
     gpus: tuple[GpuPlan, ...] = ()
     verify_batch: int = 0
+    drafts: tuple[str, ...] = ()
+    branches: bool = False
+    speculation: SpeculationTable | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -169,6 +173,7 @@ class MemoryPlan:
             "resident_layers": self.resident_layers,
             "downgrades": list(self.downgrades),
             "verify_batch": self.verify_batch,
+            "speculation": self.speculation.to_dict() if self.speculation else None,
             "gpu_layers": self.gpu_layers,
             "gpus": [gpu.to_dict() for gpu in self.gpus],
         }

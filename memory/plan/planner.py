@@ -1,9 +1,9 @@
 """The planner: from a model, a request and a budget to a `MemoryPlan`, by arithmetic alone.
 
-The candidates stand on a ladder (`memory/plan/ladder.py`), and the highest one that fits is the plan. Caches, and
-speculation where weights are not streamed, get what the preferred candidate leaves. If not even the lowest rung
-fits, the plan does not fit. The planner never shortens a context that the user set, and never drops a draft model
-that the user named.
+The candidates stand on a ladder (`memory/plan/ladder.py`), and the highest one that fits is the plan. What speculation
+may take is the operating point of SpecMemo's allocator (`memory/plan/allocator.py`). Caches get what the preferred
+candidate leaves. If not even the lowest rung fits, the plan does not fit. The planner never shortens a context that
+the user set, and never drops a draft model that the user named.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lowtide.memory.budget import WATCHED_SHARE, Budget
+from lowtide.memory.plan.allocation import SpeculationAllocation
+from lowtide.memory.plan.allocator import NO_SPECULATION, operating_point
 from lowtide.memory.plan.estimates import ContextSizes, FormulaSizes, supports_kv_type
 from lowtide.memory.plan.gpu import require_gpu_fit
 from lowtide.memory.plan.ladder import MIN_CONTEXT as MIN_CONTEXT
@@ -18,6 +20,7 @@ from lowtide.memory.plan.ladder import Ladder, LadderBounds
 from lowtide.memory.plan.line import PlanCandidate
 from lowtide.memory.plan.lines import PlanLines
 from lowtide.memory.plan.plan import MemoryPlan, PlanRequest, ProcessBaseline
+from lowtide.memory.plan.speculation import SpeculationTable
 from lowtide.memory.units import OverBudget, format_bytes_up
 from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption
@@ -57,7 +60,10 @@ def plan_memory(
         resident_layers=chosen.resident_layers,
         downgrades=chosen.downgrades_from(planner.preferred()),
         gpus=planner.lines.gpus(chosen),
-        verify_batch=chosen.verify_batch,
+        verify_batch=chosen.speculation.verify_batch,
+        drafts=chosen.speculation.drafts,
+        branches=chosen.speculation.branches,
+        speculation=planner.table(chosen),
     )
 
 
@@ -123,7 +129,8 @@ class _Planner:
         self._budget_bytes = budget_bytes
         self._baseline = baseline
         self.lines = PlanLines(spec, options, baseline, sizes)
-        self._ladder = Ladder(self._bounds())
+        self._bounds = self._make_bounds()
+        self._ladder = Ladder(self._bounds)
 
     def preferred(self) -> PlanCandidate:
         """Return the candidate for unlimited memory."""
@@ -131,7 +138,6 @@ class _Planner:
             self._ladder.top,
             prefix_bytes=self._options.prefix_bytes,
             cache_filter_pass=self._options.filter_prefill is not None,
-            verify_batch=max(self._verify_batches),
         )
 
     def best(self) -> PlanCandidate | None:
@@ -141,17 +147,41 @@ class _Planner:
         them at once; a candidate that is not the preferred one has none, or the next MiB would shrink them.
         """
         found = self._ladder.highest(self._fits)
-        if found is None or found != self._ladder.top:
+        if found is None:
+            return None
+        is_top, found = found == self._ladder.top, self._at_operating_point(found)
+        if not is_top:
             return found
         watched_bytes = int(self._budget_bytes * WATCHED_SHARE)
         if self._options.filter_prefill is not None:
             caching = replace(found, cache_filter_pass=True)
             found = caching if self.lines.total_bytes(caching) <= watched_bytes else found
         left_bytes = watched_bytes - self.lines.total_bytes(found)
-        found = replace(found, prefix_bytes=min(self._options.prefix_bytes, max(left_bytes, 0)))
-        larger = [size for size in self._verify_batches if size > found.verify_batch]
-        faster = (replace(found, verify_batch=size) for size in reversed(larger))
-        return next((c for c in faster if self.lines.total_bytes(c) <= watched_bytes), found)
+        return replace(found, prefix_bytes=min(self._options.prefix_bytes, max(left_bytes, 0)))
+
+    def _at_operating_point(self, found: PlanCandidate) -> PlanCandidate:
+        """Return the candidate with the operating point of exactly this budget, where nothing else has grown yet.
+
+        The ladder's rung may be that of a larger budget, whose best choice does not fit here.
+        """
+        config = self._options.speculation
+        has_grown = found.kv_tokens > self._bounds.usual or (
+            found.batch_size > self._bounds.batch_sizes[0]
+        )
+        if config is None or has_grown or found.speculation == config.least:
+            return found
+        without = replace(found, speculation=config.least)
+        left_bytes = self._budget_bytes - self.lines.total_bytes(without)
+        points = SpeculationAllocation(config, self.lines, self._spec).points(without)
+        point = operating_point(points, left_bytes)
+        return found if point is None else replace(found, speculation=point.choice)
+
+    def table(self, chosen: PlanCandidate) -> SpeculationTable | None:
+        """Return what speculation could take in a candidate, and what it takes; None where it is not asked for."""
+        if self._options.speculation is None:
+            return None
+        allocation = SpeculationAllocation(self._options.speculation, self.lines, self._spec)
+        return allocation.table(chosen)
 
     def smallest(self) -> PlanCandidate:
         """Return the candidate that needs the fewest bytes."""
@@ -162,10 +192,8 @@ class _Planner:
         ]
         return min(candidates, key=self._cost)
 
-    def _bounds(self) -> LadderBounds:
+    def _make_bounds(self) -> LadderBounds:
         options = self._options
-        draft = options.speculation is not None and options.speculation.draft_model is not None
-        verify_batches = self._verify_batches
         bounds = LadderBounds(
             longest=options.context or self._spec.context_length,
             stated_context=options.context,
@@ -173,13 +201,31 @@ class _Planner:
             kv_on_demand=self._baseline.kv_on_demand,
             kv_types=self._kv_types[:1],
             batch_sizes=BATCH_SIZES if options.batch_size is None else (options.batch_size,),
-            # A draft model is part of the request: it is never dropped, only verified in smaller batches.
-            verify_batches=verify_batches[1:] if draft else verify_batches,
+            speculations=(options.speculation.least if options.speculation else NO_SPECULATION,),
             num_layers=self._spec.num_layers,
             streams=False,
         )
-        bounds = replace(bounds, streams=self._streaming_helps(Ladder(bounds)))
-        return replace(bounds, kv_types=self._helpful_kv_types(bounds))
+        streams = self._streaming_helps(Ladder(bounds))
+        bounds = replace(bounds, streams=streams, streamed_speculations=bounds.speculations)
+        bounds = replace(bounds, kv_types=self._helpful_kv_types(bounds))
+        return self._with_speculation(bounds)
+
+    def _with_speculation(self, bounds: LadderBounds) -> LadderBounds:
+        """Return the bounds with the operating points, where the weights are resident and where they are not."""
+        config = self._options.speculation
+        if config is None:
+            return bounds
+        allocation = SpeculationAllocation(config, self.lines, self._spec)
+        usual = replace(Ladder(replace(bounds, longest=bounds.usual)).top, resident_layers=None)
+        resident = replace(bounds, speculations=allocation.operating_points(usual))
+        if not bounds.streams:
+            return resident
+        streamed = replace(usual, resident_layers=0)
+        return replace(
+            resident,
+            streamed_speculations=allocation.operating_points(streamed),
+            speculation_first=allocation.saves_more_than_layers(streamed),
+        )
 
     def _streaming_helps(self, ladder: Ladder) -> bool:
         """Whether streamed weights take less than resident ones; tiny models have nothing to stream."""
@@ -223,12 +269,6 @@ class _Planner:
         """Whether weights can be streamed from the file; those on a GPU are not."""
         has_groups = bool(self._spec.weight_groups)
         return self._baseline.can_stream_weights and has_groups and not self._options.gpu
-
-    @property
-    def _verify_batches(self) -> tuple[int, ...]:
-        """Sizes of a verification, smallest first; 0 is none."""
-        config = self._options.speculation
-        return (0, *reversed(config.verify_batches())) if config is not None else (0,)
 
     @property
     def _kv_types(self) -> tuple[str, ...]:

@@ -1,92 +1,33 @@
-"""What speculative decoding takes and gains, by arithmetic alone: the model of SpecMemo and its allocator.
+"""What a plan must know of speculation: the choices, the bytes of each, and the table that shows them.
 
-A reconstruction, as the paper's own formulas were not at hand. Verifying N tokens in one pass takes N slots of the
-KV cache and N rows of logits, not a row for each path of a tree; the draft takes memory of its own. The gain follows
-from the measured cost of a pass of N tokens and from the acceptance rate of each position. The operating point is the
-least memory that reaches 96 % of the best throughput that fits. When memory is short, drafted tokens go first, from the
-last one; then the draft; then speculation.
+Verifying N tokens in one pass takes N slots of the KV cache and N rows of logits, not a row for each path of a tree;
+drafts take memory of their own. What each choice gives is the matter of `memory/plan/allocator.py`.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
 
 from lowtide.memory.plan import estimates
+from lowtide.memory.plan.allocator import (
+    NO_SPECULATION,
+    SpeculationChoice,
+    SpeculationPoint,
+    SpeculationWorth,
+    frontier,
+    lower_bound_bytes,
+)
 from lowtide.memory.plan.line import DRAFT_CACHE, DRAFT_COMPUTE, DRAFT_WEIGHTS, PlanLine
+from lowtide.memory.units import format_bytes
 from lowtide.models.spec import ModelSpec
 
-MIN_SPEED_UP = 1.05
-"""The least speed-up that is worth any memory."""
-ENOUGH_SHARE = 0.96
-"""Share of the best throughput that the operating point must reach."""
 LOGITS_COPIES = 2
 """llama.cpp holds a row of logits in its graph and in its output."""
 DRAFT_BATCH_SIZE = 32
 """Tokens of a forward pass of a draft model."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CostCurve:
-    """Seconds of a pass by its tokens, measured at a few numbers of them, ascending from 1."""
-
-    num_rows: tuple[int, ...]
-    seconds: tuple[float, ...]
-
-    def of(self, num_rows: int) -> float:
-        """Return the seconds of a pass, linear between and beyond the measured points."""
-        rows, seconds = self.num_rows, self.seconds
-        if len(rows) == 1:
-            return seconds[0] * num_rows / rows[0]
-        right = min(max(bisect_left(rows, num_rows), 1), len(rows) - 1)
-        left = right - 1
-        slope = (seconds[right] - seconds[left]) / (rows[right] - rows[left])
-        return max(seconds[left] + slope * (num_rows - rows[left]), 0.0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DraftPromise:
-    """A draft as the allocator sees it.
-
-    `acceptance` is the acceptance rate by position where all drafts before it were right; the last rate holds for
-    later positions, too. A proposal of n tokens takes `fixed_s` + n * `token_s` seconds.
-    """
-
-    name: str
-    acceptance: tuple[float, ...]
-    num_bytes: int = 0
-    fixed_s: float = 0.0
-    token_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpeculationPoint:
-    """A draft with passes of `num_rows` tokens: its memory and its expected speed-up."""
-
-    draft: str
-    num_rows: int
-    num_bytes: int
-    speed_up: float
-
-
-def expected_tokens(acceptance: Sequence[float], num_drafted: int) -> float:
-    """Return how many tokens a pass with `num_drafted` drafts gives on average, its own token included."""
-    total = reached = 1.0
-    for position in range(num_drafted if acceptance else 0):
-        reached *= acceptance[min(position, len(acceptance) - 1)]
-        total += reached
-    return total
-
-
-def speed_up(draft: DraftPromise, cost: CostCurve, num_rows: int) -> float:
-    """Return the throughput with passes of `num_rows` tokens, all but one drafted, relative to none drafted."""
-    if num_rows <= 1:
-        return 1.0
-    num_drafted = num_rows - 1
-    drafting_s = draft.fixed_s + draft.token_s * num_drafted
-    round_s = cost.of(num_rows) + drafting_s
-    return expected_tokens(draft.acceptance, num_drafted) * cost.of(1) / round_s
 
 
 def verification_bytes(num_rows: int, kv_token_bytes: int, vocabulary_size: int) -> int:
@@ -98,87 +39,78 @@ def verification_bytes(num_rows: int, kv_token_bytes: int, vocabulary_size: int)
 
 def branch_bytes(num_rows: int, num_cells: int) -> int:
     """Return what lowtide's attention holds for draft trees: the KV slots of each row's path, at the most."""
-    return 4 * num_rows * num_cells if num_rows > 2 else 0
+    return 4 * num_rows * num_cells
 
 
-def points(
-    drafts: Iterable[DraftPromise],
-    cost: CostCurve,
-    *,
-    max_rows: int,
-    kv_token_bytes: int,
-    vocabulary_size: int,
-) -> list[SpeculationPoint]:
-    """Return every draft with passes of every size from 2 tokens on."""
-    return [
-        SpeculationPoint(
-            draft=draft.name,
-            num_rows=rows,
-            num_bytes=draft.num_bytes + verification_bytes(rows, kv_token_bytes, vocabulary_size),
-            speed_up=speed_up(draft, cost, rows),
-        )
-        for draft in drafts
-        for rows in range(2, max_rows + 1)
-    ]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftTables:
+    """What a draft without a model holds: `table_bytes`, and `token_bytes` for each token of the context."""
 
-
-def best_within(
-    candidates: Iterable[SpeculationPoint], budget_bytes: int
-) -> SpeculationPoint | None:
-    """Return the fastest point that fits and is faster than none, of equals the smallest; None for none."""
-    fitting = [point for point in candidates if point.num_bytes <= budget_bytes]
-    faster = [point for point in fitting if point.speed_up > 1]
-    return max(faster, key=lambda point: (point.speed_up, -point.num_bytes), default=None)
-
-
-def operating_point(
-    candidates: Sequence[SpeculationPoint], budget_bytes: int
-) -> SpeculationPoint | None:
-    """Return the smallest point that reaches `ENOUGH_SHARE` of the best that fits; None where none pays."""
-    best = best_within(candidates, budget_bytes)
-    if best is None or best.speed_up < MIN_SPEED_UP:
-        return None
-    enough = [
-        point
-        for point in candidates
-        if point.num_bytes <= budget_bytes
-        and point.speed_up >= max(ENOUGH_SHARE * best.speed_up, MIN_SPEED_UP)
-    ]
-    return min(enough, key=lambda point: (point.num_bytes, -point.speed_up))
-
-
-def lower_bound_bytes(candidates: Iterable[SpeculationPoint]) -> int | None:
-    """Return the least memory at which speculation reaches `MIN_SPEED_UP`; None where it never does."""
-    worth = (point.num_bytes for point in candidates if point.speed_up >= MIN_SPEED_UP)
-    return min(worth, default=None)
+    name: str
+    table_bytes: int = 0
+    token_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculationConfig:
     """What a plan must know of speculation before anything is loaded.
 
-    A pass verifies up to `verify_batch` tokens, one of which is no draft. The drafts hold `table_bytes` and
-    `token_bytes` for each token of the context. `draft_model`, where there is one, proposes instead of them.
+    A pass verifies up to `verify_batch` tokens, one of which is no draft. The plan chooses among `drafts`; a
+    `draft_model`, where there is one, proposes with all of them. `branches` says whether drafts may be trees.
+    `costs_key` names the model and the machine that the costs in `worth` hold for.
     """
 
     verify_batch: int
-    table_bytes: int = 0
-    token_bytes: int = 0
+    worth: SpeculationWorth
+    drafts: tuple[DraftTables, ...]
     draft_model: ModelSpec | None = None
+    branches: bool = False
+    costs_key: str = ""
 
-    def verify_batches(self) -> tuple[int, ...]:
-        """Return the sizes that a plan may choose, from the largest by halves down to the least useful one."""
-        halves = (self.verify_batch >> shift for shift in range(self.verify_batch.bit_length()))
-        return tuple(size for size in halves if size >= 2)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all drafts."""
+        return tuple(draft.name for draft in self.drafts)
 
-    def num_bytes(self, spec: ModelSpec, verify_batch: int, kv_tokens: int, kv_type: str) -> int:
-        """Return the bytes of passes of `verify_batch` tokens and of the drafts' tables."""
-        if verify_batch < 2:
+    @property
+    def least(self) -> SpeculationChoice:
+        """The choice that is always there: none, or two tokens where the user named a draft model."""
+        if self.draft_model is None:
+            return NO_SPECULATION
+        return SpeculationChoice(drafts=self.names, verify_batch=2)
+
+    @property
+    def watching(self) -> SpeculationChoice:
+        """The choice of drafts that are compared with the text, but not verified."""
+        return SpeculationChoice(drafts=self.names, verify_batch=1)
+
+    def choices(self) -> Iterator[SpeculationChoice]:
+        """Yield all choices that verify something."""
+        least = len(self.names) if self.draft_model is not None else 1
+        for number in range(least, len(self.names) + 1):
+            for drafts in combinations(self.names, number):
+                for verify_batch in range(2, self.verify_batch + 1):
+                    yield SpeculationChoice(drafts=drafts, verify_batch=verify_batch)
+                    if self.branches and verify_batch > 2:
+                        yield SpeculationChoice(
+                            drafts=drafts, verify_batch=verify_batch, branches=True
+                        )
+
+    def tables_bytes(self, drafts: Sequence[str], num_tokens: int) -> int:
+        """Return what these drafts hold of a text of so many tokens."""
+        held = (draft for draft in self.drafts if draft.name in drafts)
+        return sum(draft.table_bytes + draft.token_bytes * num_tokens for draft in held)
+
+    def num_bytes(
+        self, spec: ModelSpec, choice: SpeculationChoice, kv_tokens: int, kv_type: str
+    ) -> int:
+        """Return the bytes of a choice: logits and KV slots of drafts, and their tables."""
+        if not choice.verify_batch:
             return 0
         padded_bytes = estimates.kv_bytes(spec, estimates.KV_PADDING, kv_type)
         token_bytes = -(-padded_bytes // estimates.KV_PADDING)
-        verifying = verification_bytes(verify_batch, token_bytes, spec.vocabulary.num_tokens)
-        return verifying + self.table_bytes + self.token_bytes * kv_tokens
+        verifying = verification_bytes(choice.verify_batch, token_bytes, spec.vocabulary.num_tokens)
+        return verifying + self.tables_bytes(choice.drafts, kv_tokens)
 
     def draft_model_lines(self, verify_batch: int, kv_tokens: int) -> tuple[PlanLine, ...]:
         """Return the plan lines of the draft model: weights with vocabulary, KV cache, and compute."""
@@ -200,4 +132,66 @@ class SpeculationConfig:
             PlanLine(DRAFT_WEIGHTS, weights + vocabulary, why),
             PlanLine(DRAFT_CACHE, cache, f"{context:,} tokens of f16"),
             PlanLine(DRAFT_COMPUTE, compute, f"passes of {DRAFT_BATCH_SIZE} tokens"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculationTable:
+    """What the plan could choose from, at its own context and KV type, and what it chose.
+
+    `chosen` is None where no drafts are verified; `reason` says why the choice is as it is.
+    """
+
+    points: tuple[SpeculationPoint, ...]
+    chosen: SpeculationPoint | None
+    reason: str
+    worth: SpeculationWorth
+
+    @property
+    def more(self) -> tuple[SpeculationPoint, ...]:
+        """The choices that take more than the chosen one and are faster, from the smallest on."""
+        chosen = self.chosen
+        return tuple(
+            point
+            for point in frontier(self.points)
+            if chosen is None
+            or (point.num_bytes > chosen.num_bytes and point.speed_up > chosen.speed_up)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values for JSON."""
+        taken_bytes = self.chosen.num_bytes if self.chosen else 0
+        return {
+            "choices": [point.to_dict() for point in self.points],
+            "chosen": self.chosen.to_dict() if self.chosen else None,
+            "lower_bound_bytes": lower_bound_bytes(self.points),
+            "more": [
+                {"bytes": point.num_bytes - taken_bytes, "speedup": point.speed_up}
+                for point in self.more
+            ],
+            "reason": self.reason,
+            "costs": self.worth.costs_source,
+            "acceptance": self.worth.acceptance_source,
+        }
+
+    def __str__(self) -> str:
+        """Return the choices that no smaller one is as fast as, as a table, and what was chosen and why."""
+        bound = lower_bound_bytes(self.points)
+        pays = "no choice pays" if bound is None else f"pays from {format_bytes(bound)} on"
+        lines = [f"Speculation: {pays}; {self.reason}"]
+        for point in frontier(self.points):
+            choice = point.choice
+            drafted = (
+                f"{choice.verify_batch - 1} draft tokens{' in a tree' if choice.branches else ''}"
+            )
+            mark = "  <- chosen" if point == self.chosen else ""
+            lines.append(
+                f"  {choice.name:<8} {drafted:<26} {format_bytes(point.num_bytes):>10}  "
+                f"{point.speed_up:.2f} x{mark}"
+            )
+        return "\n".join(
+            [
+                *lines,
+                f"Costs of passes: {self.worth.costs_source}. Acceptance: {self.worth.acceptance_source}.",
+            ]
         )

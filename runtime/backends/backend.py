@@ -222,6 +222,10 @@ class Backend(ABC):
         """Return, in words, who computes attention and how."""
         return str(policy)
 
+    def verifies_trees(self, spec: ModelSpec, policy: AttentionPolicy) -> bool:
+        """Whether drafts may have branches, if the model's layers are not on a GPU."""
+        return False
+
     def verification_nondeterminism(
         self, resolved: ResolvedModel, *, rows_agree: bool
     ) -> str | None:

@@ -100,6 +100,11 @@ class GgufBackend(Backend):
         """Return the types of the tensors, but for those that are not quantised."""
         return ", ".join(sorted(spec.tensor_types - {"F32"}))
 
+    def verifies_trees(self, spec: ModelSpec, policy: AttentionPolicy) -> bool:
+        """Whether lowtide's attention reads every layer from one KV cache."""
+        one_cache = spec.sliding_window is None and not spec.recurrent_state_bytes
+        return policy.uses_native_kernels and policy.supports_batch and one_cache
+
     def verification_nondeterminism(
         self, resolved: ResolvedModel, *, rows_agree: bool
     ) -> str | None:
@@ -217,7 +222,7 @@ class LoadedGguf(LoadedModel):
             gpu_layers=tuple(DeviceLayers(gpu.device.name, gpu.num_layers) for gpu in plan.gpus),
             gpu_attention=not resolved.policy.uses_native_kernels,
             verify_batch=max(plan.verify_batch, 1),
-            sequences=plan.verify_batch if _verifies_trees(resolved) else 1,
+            sequences=plan.verify_batch if plan.branches else 1,
         )
 
     def load_filter_context(self, filter_prefill: FilterPrefill) -> GgufModel:
@@ -269,15 +274,6 @@ class LoadedGguf(LoadedModel):
         if self._callback is not None:
             self._callback.close()
             self._callback = None
-
-
-def _verifies_trees(resolved: ResolvedModel) -> bool:
-    """Whether drafts may have branches: lowtide's attention must read every layer from one KV cache."""
-    spec, plan, policy = resolved.spec, resolved.plan, resolved.policy
-    one_cache = spec.sliding_window is None and not spec.recurrent_state_bytes and not plan.gpus
-    return (
-        plan.verify_batch > 2 and policy.uses_native_kernels and policy.supports_batch and one_cache
-    )
 
 
 @contextlib.contextmanager

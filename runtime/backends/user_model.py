@@ -71,6 +71,10 @@ class UserBackend(Backend):
         """Return what the engine would say."""
         return self._engine.describe_attention(spec, policy)
 
+    def verifies_trees(self, spec: ModelSpec, policy: AttentionPolicy) -> bool:
+        """Whether the model itself can."""
+        return self._model.verifies_trees
+
     def verification_nondeterminism(
         self, resolved: ResolvedModel, *, rows_agree: bool
     ) -> str | None:

@@ -165,6 +165,7 @@ def batch_plans(
             attention_threads=threads,
             max_drafted=number,
             speculation=planned.speculation,
+            drafts=planned.plan.drafts,
         )
         for number in (*choices, 0)
     )

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import platform
+from functools import partial
 
 from lowtide.attention.bindings.library import guarded_aborts
 from lowtide.attention.policy import PassController
+from lowtide.memory.plan.allocator import CostCurve
 from lowtide.memory.plan.batch import BatchPlan
 from lowtide.memory.plan.estimates import padded_context
-from lowtide.memory.plan.speculation import DRAFT_BATCH_SIZE
+from lowtide.memory.plan.speculation import DRAFT_BATCH_SIZE, SpeculationConfig
 from lowtide.models.gguf.model import GgufModel
 from lowtide.models.gguf.parameters import LoadOptions
 from lowtide.models.model import Model, SequenceBatch, SingleSequence
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.backends.backend import ResolvedModel
 from lowtide.runtime.speculation.controller import SpeculationController
+from lowtide.runtime.speculation.counts import add_to_file, file_name
 from lowtide.runtime.speculation.drafts import (
     Draft,
     ModelDraft,
@@ -22,9 +24,11 @@ from lowtide.runtime.speculation.drafts import (
     TrigramDraft,
     require_same_tokens,
 )
-from lowtide.runtime.speculation.options import SpeculationArg
 from lowtide.runtime.speculation.step_cost import StepCostModel, benchmark_steps
+from lowtide.runtime.speculation.worth import placed_key
 
+WATCHED_TOKENS = 7
+"""Drafts of a proposal that is compared with the text but not verified."""
 DRAFT_CLASSES: dict[str, type[NgramDraft] | type[TrigramDraft]] = {
     "ngram": NgramDraft,
     "trigram": TrigramDraft,
@@ -39,7 +43,8 @@ def load_speculation(
     Measures what a pass costs by its tokens where that is unknown: the model's cache must be empty. Raises
     `BadOption` where a draft model's vocabulary is not the model's.
     """
-    if planned.speculation is None:
+    config = planned.speculation
+    if config is None:
         return None
     verify_batch = min(planned.plan.verify_batch, model.max_verify_batch)
     if planned.plan.verify_batch >= 2 > verify_batch:
@@ -47,23 +52,47 @@ def load_speculation(
             f"the graph of {planned.spec.name} computes the logits of a pass's last token only"
             + ("" if planned.policy.uses_native_kernels else "; open with attention='dense'")
         )
-    if verify_batch < 2:
-        return SpeculationController.off("the plan has no room for it")
+    if not planned.plan.verify_batch:
+        return SpeculationController.off(_why_off(planned))
     if controller.correction_interval is not None:
         return SpeculationController.off(
             f"the correction of {planned.policy.name} computes decoded tokens again"
         )
-    steps = benchmark_steps(model, verify_batch, steps_key(planned))
+    save = partial(add_to_file, _counts_name(planned, config))
+    vocabulary_size = planned.spec.vocabulary.num_tokens
+    if verify_batch < 2:
+        return SpeculationController(
+            [_drafts(planned, model)],
+            StepCostModel(CostCurve(num_rows=(1,), seconds=(1.0,))),
+            max_draft=WATCHED_TOKENS,
+            vocabulary_size=vocabulary_size,
+            off_reason=_why_off(planned),
+            save=save,
+        )
+    steps = benchmark_steps(model, verify_batch, steps_key(planned, config))
+    table = planned.plan.speculation
     return SpeculationController(
         [_drafts(planned, model)],
         StepCostModel(steps.costs),
         max_draft=verify_batch - 1,
-        vocabulary_size=planned.spec.vocabulary.num_tokens,
-        trees=model.verifies_trees,
+        vocabulary_size=vocabulary_size,
+        trees=planned.plan.branches and model.verifies_trees,
         nondeterminism=planned.backend.verification_nondeterminism(
             planned, rows_agree=steps.rows_agree
         ),
+        promised=table.chosen.speed_up if table and table.chosen else None,
+        save=save,
     )
+
+
+def _why_off(planned: ResolvedModel) -> str:
+    table = planned.plan.speculation
+    return table.reason if table is not None else "the plan has no room for it"
+
+
+def _counts_name(planned: ResolvedModel, config: SpeculationConfig) -> str:
+    draft = config.draft_model
+    return file_name(planned.spec.fingerprint, draft.fingerprint if draft else "")
 
 
 def load_batch_speculation(
@@ -74,13 +103,15 @@ def load_batch_speculation(
     Measures what a pass costs where that is unknown: the sequences must be empty.
     """
     controller.begin_decode()
-    key = f"{steps_key(planned)} among sequences"
+    assert planned.speculation is not None, "speculation is off"
+    key = f"{steps_key(planned, planned.speculation)} among sequences"
     steps = benchmark_steps(SingleSequence(sequences), plan.num_logits, key)
     speculation = SpeculationController(
         [_free_drafts(planned) for _ in range(plan.num_sequences)],
         StepCostModel(steps.costs),
         max_draft=planned.plan.verify_batch - 1,
         vocabulary_size=planned.spec.vocabulary.num_tokens,
+        save=partial(add_to_file, _counts_name(planned, planned.speculation)),
     )
     return speculation, steps.rows_agree
 
@@ -93,8 +124,7 @@ def _drafts(planned: ResolvedModel, model: Model) -> list[Draft]:
 
 
 def _free_drafts(planned: ResolvedModel) -> list[Draft]:
-    names = SpeculationArg.parse(planned.options.speculate).drafts
-    return [DRAFT_CLASSES[name]() for name in names]
+    return [DRAFT_CLASSES[name]() for name in planned.plan.drafts]
 
 
 def _draft_model(planned: ResolvedModel, spec: ModelSpec, model: Model) -> ModelDraft:
@@ -115,13 +145,8 @@ def _draft_model(planned: ResolvedModel, spec: ModelSpec, model: Model) -> Model
     return ModelDraft(draft)
 
 
-def steps_key(planned: ResolvedModel) -> str:
+def steps_key(planned: ResolvedModel, config: SpeculationConfig) -> str:
     """Return everything that the cost of a pass depends on."""
-    spec, plan = planned.spec, planned.plan
-    parts = (
-        spec.fingerprint, sorted(spec.tensor_types), spec.weight_bytes, platform.node(),
-        platform.machine(), planned.options.num_threads, planned.policy, plan.kv_type,
-        plan.resident_layers, len(spec.repacked_tensors),
-        [(gpu.device.name, gpu.num_layers) for gpu in plan.gpus], spec.engine, planned.options.provider,
-    )  # fmt: skip
-    return " ".join(map(str, parts))
+    plan = planned.plan
+    gpus = [(gpu.device.name, gpu.num_layers) for gpu in plan.gpus]
+    return placed_key(config.costs_key, plan.kv_type, plan.resident_layers, gpus)

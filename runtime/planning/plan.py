@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
+from lowtide.attention.policy import AttentionPolicy
 from lowtide.memory.budget import Budget
 from lowtide.memory.machine import read_machine
 from lowtide.memory.plan.planner import plan_memory
@@ -24,6 +25,7 @@ from lowtide.runtime.backends.backend import Backend, PlannedPrompt, ResolvedMod
 from lowtide.runtime.backends.config import LoadConfig
 from lowtide.runtime.backends.gguf import GgufBackend
 from lowtide.runtime.speculation.options import AUTO, FREE_DRAFTS, SpeculationArg
+from lowtide.runtime.speculation.worth import costs_key
 
 __all__ = [
     "LoadConfig",
@@ -85,7 +87,7 @@ def plan_spec(
     spec, policy = backend.resolve(spec, options, options.policy(spec))
     # Before the process is measured: GPU drivers take memory of their own in it.
     gpu = options.gpu_budget(policy)
-    speculation = _speculation(spec, options, backend)
+    speculation = _speculation(spec, options, backend, policy, on_gpu=gpu is not None)
     with backend.measure(spec, policy, budget, prompt) as measured:
         baseline, sizes = measured.baseline, measured.sizes
         if gpu is not None and gpu.holds_cache:
@@ -112,7 +114,12 @@ def plan_spec(
 
 
 def _speculation(
-    spec: ModelSpec, options: LoadConfig, backend: Backend
+    spec: ModelSpec,
+    options: LoadConfig,
+    backend: Backend,
+    policy: AttentionPolicy,
+    *,
+    on_gpu: bool,
 ) -> SpeculationConfig | None:
     choice = SpeculationArg.parse(options.speculate)
     if choice.model is not None and not backend.supports_draft_models:
@@ -120,4 +127,10 @@ def _speculation(
             f"{option('speculate')} names the draft model {choice.model}, but {spec.name} is an ONNX model: choose "
             f"{', '.join(FREE_DRAFTS)} or {AUTO}, or use the model as a GGUF file"
         )
-    return choice.resolve(spec, offline=options.offline)
+    return choice.resolve(
+        spec,
+        key=costs_key(spec, options, policy),
+        kv_type=options.kv_type or spec.kv_types[0],
+        branches=backend.verifies_trees(spec, policy) and not on_gpu,
+        offline=options.offline,
+    )

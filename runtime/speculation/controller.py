@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from typing import Any
 
+from lowtide.memory.plan.allocator import CostCurve
 from lowtide.memory.plan.batch import RowShares, share_rows
-from lowtide.memory.plan.speculation import CostCurve
 from lowtide.models.draft_tree import TokenTree
 from lowtide.runtime.speculation.acceptance import Acceptance, SpeculationRecord, chances
 from lowtide.runtime.speculation.constrained import ForcedDraft, legal_part
+from lowtide.runtime.speculation.counts import AcceptanceCounts, Proposed
 from lowtide.runtime.speculation.drafts import NOTHING, Draft, Proposal
 from lowtide.runtime.speculation.step_cost import StepCostModel
 from lowtide.runtime.structured.answer import ConstrainedAnswer
@@ -45,6 +46,7 @@ class DraftProposal:
     """
 
     draft: str
+    confidence: int
     tree: TokenTree
     acceptance: Acceptance
     rows: tuple[int, ...]
@@ -60,29 +62,36 @@ class DraftProposal:
 class _WatchedProposal:
     """Compares the first path of a proposal with the tokens that are sampled."""
 
-    def __init__(self, tree: TokenTree, acceptance: Acceptance) -> None:
-        self._tree = tree
-        self._path = tree.first_path()
-        self._acceptance = acceptance
+    def __init__(self, proposal: DraftProposal, counts: AcceptanceCounts) -> None:
+        self._tree = proposal.tree
+        self._path = proposal.tree.first_path()
+        self._acceptance = proposal.acceptance
+        self._counts = counts
+        self._key = proposal.draft, proposal.confidence
         self._num_right = 0
 
     def observe_token(self, token_id: int) -> bool:
         """Compare the next token; return whether more are to be compared."""
         row = self._path[self._num_right]
         if self._tree.token_ids[row] != token_id:
-            self._acceptance.count(self._num_right, 1)
+            self._count(1)
             self._count_siblings(row, token_id)
             return False
         self._num_right += 1
         if self._num_right == len(self._path):
-            self._acceptance.count(self._num_right, 0)
+            self._count(0)
             return False
         return True
+
+    def _count(self, num_wrong: int) -> None:
+        self._acceptance.count(self._num_right, num_wrong)
+        self._counts.count(*self._key, self._num_right, num_wrong)
 
     def _count_siblings(self, row: int, token_id: int) -> None:
         for sibling in self._tree.later_siblings(row):
             is_right = self._tree.token_ids[sibling] == token_id
             self._acceptance.count_sibling(is_right=is_right)
+            self._counts.count_sibling(*self._key, is_right=is_right)
             if is_right:
                 return
 
@@ -106,6 +115,7 @@ class _DraftState:
         token_s, path = 0.0 if self.draft.is_free else self.token_s, set(tree.first_path())
         return DraftProposal(
             draft=self.draft.name,
+            confidence=confidence,
             tree=tree,
             acceptance=acceptance,
             rows=tuple(rows),
@@ -122,8 +132,16 @@ class _SequenceDrafts:
     """
 
     def __init__(
-        self, drafts: Sequence[Draft], num_positions: int, vocabulary_size: int, *, trees: bool
+        self,
+        drafts: Sequence[Draft],
+        num_positions: int,
+        vocabulary_size: int,
+        counts: AcceptanceCounts,
+        *,
+        trees: bool,
     ) -> None:
+        self._counts = counts
+        self._proposed: Proposed | None = None
         self.record = SpeculationRecord()
         self.best_gain: float | None = None
         self._vocabulary_size = vocabulary_size
@@ -143,6 +161,7 @@ class _SequenceDrafts:
         """Start a new answer, which may be constrained; what was learned of the drafts stays."""
         self.record = SpeculationRecord()
         self.best_gain = None
+        self._proposed = None
         self._answer = answer
         self._states = [one for one in self._states if one.draft.name != ForcedDraft.name]
         if answer is not None:
@@ -165,20 +184,26 @@ class _SequenceDrafts:
             return None
         started = costs.clock()
         best, best_value = None, min_value
+        proposed, all_asked = list[tuple[str, int]](), True
         for state in self._states:
             if not self._may_propose(state, max_tokens, costs):
+                all_asked = False
                 continue
             before = costs.clock()
             proposal = self._ask(state, text, max_tokens, costs.clock)
             its_value = min_value if proposal is None else value(proposal)
+            if proposal is not None and proposal.draft != ForcedDraft.name:
+                proposed.append((proposal.draft, proposal.confidence))
             is_best = its_value > best_value
             if proposal is not None and (is_best or len(state.watched) < MAX_WATCHED):
-                state.watched.append(_WatchedProposal(proposal.tree, proposal.acceptance))
+                state.watched.append(_WatchedProposal(proposal, self._counts))
             if is_best:
                 best, best_value = proposal, its_value
             else:
                 self._wasted_s += costs.clock() - before
         self.record.add_drafting(costs.clock() - started)
+        # A draft that was not asked may have had a proposal: such a place says nothing.
+        self._proposed = tuple(sorted(proposed)) if all_asked else None
         return best
 
     def _may_propose(self, state: _DraftState, max_tokens: int, costs: StepCostModel) -> bool:
@@ -247,6 +272,8 @@ class _SequenceDrafts:
 
     def observe_token(self, token_id: int) -> None:
         """Compare a sampled token with the proposals that waited for it."""
+        if self._proposed is not None:
+            self._counts.count_tokens(self._proposed, 1)
         for state in self._states:
             state.watched = [one for one in state.watched if one.observe_token(token_id)]
 
@@ -257,7 +284,9 @@ class SpeculationController:
     `drafts[i]` are those of sequence i. At most `max_draft` tokens of `vocabulary_size` are proposed for a
     sequence at once, and a pass has at most the tokens that `costs` was measured for. With `trees`, drafts may
     have branches. `nondeterminism` says why a greedy answer may differ from the plain loop's; None where it
-    cannot. `off_reason` says why nothing is ever drafted.
+    cannot. `off_reason` says why nothing is ever verified; drafts may still be watched. `promised` is the speed that
+    the plan expects, relative to none drafted. `counts` learns how often drafts are right, and goes to `save` at the
+    end.
     """
 
     def __init__(
@@ -270,17 +299,23 @@ class SpeculationController:
         trees: bool = False,
         nondeterminism: str | None = None,
         off_reason: str | None = None,
+        promised: float | None = None,
+        save: Callable[[AcceptanceCounts], None] = lambda _: None,
     ) -> None:
         self.costs = costs
+        self.counts = AcceptanceCounts()
         self.nondeterminism = nondeterminism
         self._drafts = tuple(tuple(some) for some in drafts)
         num_positions = max(costs.max_tokens - 1, 1)
         self._sequences = [
-            _SequenceDrafts(some, num_positions, vocabulary_size, trees=trees)
+            _SequenceDrafts(some, num_positions, vocabulary_size, self.counts, trees=trees)
             for some in self._drafts
         ]
         self._max_draft = max_draft
         self._off_reason = off_reason
+        self._promised = promised
+        self._save = save
+        self._plain_s = self._spent_s = 0.0  # of this answer, without drafts and with them
         self._round: tuple[int, float] | None = None  # sequences and seconds of a pass with drafts
         self._decoded_s = self._won_s = 0.0
 
@@ -295,6 +330,7 @@ class SpeculationController:
     def begin(self, answers: Sequence[ConstrainedAnswer | None] = ()) -> None:
         """Start new answers, some of them constrained; what was learned of drafts and costs stays."""
         self._round = None
+        self._plain_s = self._spent_s = 0.0
         for sequence, answer in zip_longest(self._sequences, answers):
             sequence.begin(answer)
 
@@ -305,8 +341,9 @@ class SpeculationController:
         the draft that promises the highest speed. In a batch each sequence offers the draft that promises the
         most tokens, and `share_rows` decides how many of each are verified.
         """
-        if self._off_reason is not None:
+        if not any(self._drafts):
             return [NOTHING] * len(waiting)
+        before = self.costs.clock()
         proposals = [
             self._proposal(self._sequences[i], text, min(num_free, self._max_draft))
             for i, text, num_free in waiting
@@ -319,6 +356,7 @@ class SpeculationController:
             if proposal is not None:
                 self._sequences[i].note_gain(shares.gain or 0.0)
             trees.append(self._sequences[i].take(proposal, 0 if self.has_lost else num_rows))
+        self._spent_s += self.costs.clock() - before
         return trees
 
     def _proposal(
@@ -337,8 +375,9 @@ class SpeculationController:
 
     def record_step(self, steps: Sequence[tuple[int, int]], seconds: float) -> None:
         """Record a decode pass: each sequence with the number of its drafts, and the pass's seconds."""
-        if self._off_reason is not None:
+        if not any(self._drafts):
             return
+        self._spent_s += seconds
         num_sequences, num_drafted = len(steps), sum(number for _, number in steps)
         self._decoded_s += seconds
         self.costs.observe(num_sequences + num_drafted, seconds, plain_rows=num_sequences)
@@ -347,6 +386,8 @@ class SpeculationController:
             if number:
                 self._sequences[i].record.add_verifying(seconds)
         self._round = (num_sequences, seconds) if num_drafted else None
+        if not num_drafted:
+            self._plain_s += seconds
 
     def observe_token(
         self, sequence: int, token_id: int, *, is_accepted: bool, on_branch: bool
@@ -363,6 +404,7 @@ class SpeculationController:
             return
         num_sequences, seconds = self._round
         plain_s = self.costs.of(num_sequences)
+        self._plain_s += num_tokens / num_sequences * plain_s
         won_s = self._won_s + num_tokens / num_sequences * plain_s - seconds
         self._won_s = min(won_s, MAX_CREDIT_STEPS * plain_s)
         self._round = None
@@ -379,6 +421,8 @@ class SpeculationController:
             **drafts.record.to_dict(),
             "drafts": [draft.name for draft in self._drafts[sequence]],
             "off_reason": self._why_off(drafts),
+            "promised_speedup": self._promised,
+            "measured_speedup": self._plain_s / self._spent_s if self._spent_s else None,
             "identical": self.nondeterminism is None,
             "nondeterminism": self.nondeterminism,
         }
@@ -394,7 +438,9 @@ class SpeculationController:
         )
 
     def close(self) -> None:
-        """Close the drafts. Closing twice is allowed."""
+        """Close the drafts and save what was counted. Closing twice is allowed."""
+        self._save(self.counts)
+        self._save = lambda _: None
         for draft in chain.from_iterable(self._drafts):
             draft.close()
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowtide.memory.plan.speculation import SpeculationConfig
+from lowtide.memory.plan.speculation import DraftTables, SpeculationConfig
 from lowtide.models.arguments.names import option
 from lowtide.models.arguments.paths import exists, user_path
 from lowtide.models.arguments.values import shown, text
@@ -18,17 +18,21 @@ from lowtide.models.gguf.spec import read_spec
 from lowtide.models.kind import require_decoder
 from lowtide.models.read_spec import require_original
 from lowtide.models.spec import ModelSpec
+from lowtide.runtime.speculation.worth import speculation_worth
 
 OFF = "off"
 FREE_DRAFTS = ("ngram", "trigram")
 AUTO = "auto"
 MAX_DRAFT = 31
 DEFAULT_DRAFT = 7
-TABLE_BYTES = 640 * 1024
-"""The trigram table, the hash heads of prompt lookup and the acceptance counts, as measured."""
-TOKEN_BYTES = 16
-"""Bytes a token of context: the text in both drafts, the hash chains, and the copy passed to them; the arrays grow
-by an eighth at a time."""
+TABLES = {
+    "ngram": DraftTables(name="ngram", table_bytes=96 * 1024, token_bytes=11),
+    "trigram": DraftTables(name="trigram", table_bytes=544 * 1024, token_bytes=5),
+}
+"""The trigram table, the hash heads of prompt lookup and the acceptance counts, as measured; and for each token of the
+context the text in both drafts, the hash chains, and the copy passed to them. The arrays grow by an eighth at a
+time."""
+MODEL_TABLES = DraftTables(name="model", token_bytes=16)
 DRAFT = ":draft="
 _OTHER_SETTING = re.compile(
     rf"^(?:{OFF}|{AUTO}|{'|'.join(FREE_DRAFTS)})[:,]|:\s*\w+\s*=[^/]*$", re.IGNORECASE
@@ -89,24 +93,37 @@ class SpeculationArg:
         """Whether nothing is drafted."""
         return not self.drafts and self.model is None
 
-    def resolve(self, target: ModelSpec, *, offline: bool = False) -> SpeculationConfig | None:
+    def resolve(
+        self,
+        target: ModelSpec,
+        *,
+        key: str,
+        kv_type: str,
+        branches: bool,
+        offline: bool = False,
+    ) -> SpeculationConfig | None:
         """Return what the plan must know, None where speculation is off; reads a draft model's header.
 
-        Raises `ModelNotFound` if the draft model does not exist, `UnsupportedModel` if it generates no text, and
-        `BadOption` if its vocabulary differs from the target's.
+        `key` names what the costs of passes depend on, `kv_type` is the preferred one, and `branches` says whether
+        drafts may be trees. Raises `ModelNotFound` if the draft model does not exist, `UnsupportedModel` if it
+        generates no text, and `BadOption` if its vocabulary differs from the target's.
         """
         if self.is_off:
             return None
-        verify_batch = self.max_draft + 1
-        if self.model is None:
-            return SpeculationConfig(
-                verify_batch=verify_batch, table_bytes=TABLE_BYTES, token_bytes=TOKEN_BYTES
-            )
-        draft = require_original(read_spec(resolve(self.model, offline=offline)))
-        require_decoder(draft, draft.kind)
-        require_vocabulary(draft, target)
+        draft, tables = None, tuple(TABLES[name] for name in self.drafts)
+        if self.model is not None:
+            draft = require_original(read_spec(resolve(self.model, offline=offline)))
+            require_decoder(draft, draft.kind)
+            require_vocabulary(draft, target)
+            tables = (MODEL_TABLES,)
+        names = tuple(one.name for one in tables)
         return SpeculationConfig(
-            verify_batch=verify_batch, token_bytes=TOKEN_BYTES, draft_model=draft
+            verify_batch=self.max_draft + 1,
+            worth=speculation_worth(target, key, kv_type, names, draft),
+            drafts=tables,
+            draft_model=draft,
+            branches=branches,
+            costs_key=key,
         )
 
 

@@ -12,11 +12,12 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lowtide.attention.calibration import CalibrationError, find_file, write_values
-from lowtide.memory.plan.speculation import CostCurve
+from lowtide.memory.plan.allocator import CostCurve
 
 if TYPE_CHECKING:
     from lowtide.models.model import Logits, Logits2D
@@ -62,19 +63,40 @@ class StepBenchmark:
 def benchmark_steps(model: SteppedModel, max_tokens: int, key: str) -> StepBenchmark:
     """Measure passes of 1 to `max_tokens` tokens; `key` names the model, the machine and the settings.
 
-    The model's cache is empty before and after. A stored measurement of the same key is returned instead.
+    The model's cache is empty before and after. What is stored for the same key is not measured again.
     """
-    rows = _measured_rows(max_tokens)
-    name = f"pass-costs-{hashlib.sha256(f'{key} {rows}'.encode()).hexdigest()[:16]}.json"
-    stored = _read(find_file(name), rows)
-    if stored is not None:
-        return stored
-    curve = CostCurve(num_rows=rows, seconds=tuple(_measure(model, rows)))
-    found = StepBenchmark(curve, _rows_agree(model, max_tokens))
-    values = {"of": key, "num_rows": rows, "seconds": curve.seconds, "rows_agree": found.rows_agree}
-    with contextlib.suppress(CalibrationError):  # the folder may not be writable
-        write_values(name, values)
-    return found
+    name = _file_name(key)
+    costs, rows_agree = _read(find_file(name))
+    is_new = costs is None or costs.num_rows[-1] < max_tokens or max_tokens not in rows_agree
+    if costs is None or costs.num_rows[-1] < max_tokens:
+        rows = _measured_rows(max_tokens)
+        costs = CostCurve(num_rows=rows, seconds=tuple(_measure(model, rows)))
+    if max_tokens not in rows_agree:
+        rows_agree = {**rows_agree, max_tokens: _rows_agree(model, max_tokens)}
+    if is_new:
+        values = {
+            "of": key,
+            "num_rows": costs.num_rows,
+            "seconds": costs.seconds,
+            "rows_agree": rows_agree,
+        }
+        with contextlib.suppress(CalibrationError):  # the folder may not be writable
+            write_values(name, values)
+    return StepBenchmark(_up_to(costs, max_tokens), rows_agree[max_tokens])
+
+
+def _up_to(costs: CostCurve, max_tokens: int) -> CostCurve:
+    rows = sorted({*(n for n in costs.num_rows if n < max_tokens), max_tokens})
+    return CostCurve(num_rows=tuple(rows), seconds=tuple(costs.of(n) for n in rows))
+
+
+def stored_costs(key: str) -> CostCurve | None:
+    """Return the cost of passes if it was measured for this key."""
+    return _read(find_file(_file_name(key)))[0]
+
+
+def _file_name(key: str) -> str:
+    return f"pass-costs-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
 def _measured_rows(max_tokens: int) -> tuple[int, ...]:
@@ -116,19 +138,22 @@ def _digest(row: Logits) -> bytes:
     return hashlib.blake2b(row.data, digest_size=16).digest()
 
 
-def _read(path: Path | None, rows: tuple[int, ...]) -> StepBenchmark | None:
-    """Return a stored measurement; None where there is none or the file is invalid."""
+def _read(path: Path | None) -> tuple[CostCurve | None, dict[int, bool]]:
+    """Return the stored costs, and for which passes rows agree; None where there is no file or an invalid one."""
     if path is None:
-        return None
+        return None, {}
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
         seconds = tuple(float(value) for value in values["seconds"])
-        rows_agree = values["rows_agree"] is True
-        if tuple(values["num_rows"]) != rows or len(seconds) != len(rows) or min(seconds) <= 0:
-            return None
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    return StepBenchmark(CostCurve(num_rows=rows, seconds=seconds), rows_agree)
+        rows = tuple(int(value) for value in values["num_rows"])
+        agree = {int(number): value is True for number, value in values["rows_agree"].items()}
+        ascending = rows[0] == 1 and all(one < other for one, other in pairwise(rows))
+        are_times = len(seconds) == len(rows) and all(0 < one < 1e9 for one in seconds)
+        if not ascending or not are_times:
+            return None, {}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        return None, {}
+    return CostCurve(num_rows=rows, seconds=seconds), agree
 
 
 class StepCostModel:

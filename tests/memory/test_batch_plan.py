@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from promising_drafts import speculation_of
+
 from lowtide.memory.plan.batch import BatchPlan, plan_batch
 from lowtide.memory.plan.estimates import FormulaSizes
-from lowtide.memory.plan.speculation import SpeculationConfig
+from lowtide.memory.plan.speculation import DraftTables
 from lowtide.models.fake_model import fake_spec
 
 SPEC = fake_spec(512)
-CONFIG = SpeculationConfig(verify_batch=8, table_bytes=1000, token_bytes=9)
+CONFIG = speculation_of(DraftTables(name="ngram", table_bytes=1000, token_bytes=9))
 
 
 def plan_of(max_drafted: int) -> BatchPlan:
@@ -24,6 +26,7 @@ def plan_of(max_drafted: int) -> BatchPlan:
         attention_threads=0,
         max_drafted=max_drafted,
         speculation=CONFIG,
+        drafts=("ngram",),
     )
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowtide.memory.plan.allocator import CostCurve
 from lowtide.memory.plan.batch import RowShares, share_rows
-from lowtide.memory.plan.speculation import CostCurve, expected_tokens
 
 CHEAP = CostCurve(num_rows=(1, 8), seconds=(1.0, 1.1))
 TILES = CostCurve(num_rows=(1, 4, 5, 8, 9, 12), seconds=(1.0, 1.1, 1.5, 1.6, 2.4, 2.5))
@@ -45,7 +45,10 @@ def promised(
 ) -> float:
     """Return the throughput with these drafts, in multiples of a pass without drafts."""
     num = len(acceptances)
-    tokens = sum(expected_tokens(a, n) for a, n in zip(acceptances, drafted, strict=True))
+    tokens = sum(
+        sum(itertools.accumulate((1.0, *a[:n]), operator.mul))
+        for a, n in zip(acceptances, drafted, strict=True)
+    )
     seconds = cost.of(num + sum(drafted)) + token_s * sum(drafted)
     return tokens / num * cost.of(num) / seconds
 

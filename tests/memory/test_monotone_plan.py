@@ -8,15 +8,17 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from promising_drafts import speculation_of, worth_of
 
 from lowtide.memory.budget import Budget
 from lowtide.memory.plan import estimates
+from lowtide.memory.plan.allocator import ENOUGH_SHARE, DraftRates
 from lowtide.memory.plan.attention import AttentionMemory, FilterPrefill
 from lowtide.memory.plan.ladder import MIN_CONTEXT, USUAL_CONTEXT
 from lowtide.memory.plan.line import PREFIXES
 from lowtide.memory.plan.plan import MemoryPlan, PlanRequest, ProcessBaseline
 from lowtide.memory.plan.planner import plan_memory
-from lowtide.memory.plan.speculation import SpeculationConfig
+from lowtide.memory.plan.speculation import DraftTables, SpeculationConfig
 from lowtide.memory.units import GIB, MIB
 from lowtide.models.fake_model import fake_spec
 from lowtide.models.spec import ModelSpec, VocabularySpec, WeightGroup, WeightSpan
@@ -61,6 +63,36 @@ def specs(draw: st.DrawFn) -> ModelSpec:
 
 
 @st.composite
+def speculations(draw: st.DrawFn) -> SpeculationConfig:
+    tables = [
+        DraftTables(
+            name=name,
+            table_bytes=draw(st.integers(0, MIB)),
+            token_bytes=draw(st.integers(0, 20)),
+        )
+        for name in draw(st.sampled_from([("ngram",), ("trigram",), ("ngram", "trigram")]))
+    ]
+    rates = DraftRates(acceptance=(draw(st.floats(0, 1)),), siblings=draw(st.floats(0, 1)))
+    return speculation_of(
+        *tables,
+        verify_batch=draw(st.integers(2, 16)),
+        draft_model=draw(st.none() | st.just(fake_spec(512))),
+        branches=draw(st.booleans()),
+        worth=worth_of(tuple(one.name for one in tables), rates),
+    )
+
+
+def token_s(plan: MemoryPlan, spec: ModelSpec) -> float:
+    """Return the seconds of a token as the plan promises them: streaming all weights takes a pass's time again."""
+    table = plan.speculation
+    plain_s = table.worth.costs.of(1) if table else 0.01
+    layers = spec.num_layers if plan.resident_layers is None else plan.resident_layers
+    streamed = 0.0 if plan.resident_layers is None else 1 - layers / spec.num_layers
+    speed_up = table.chosen.speed_up if table and table.chosen else 1.0
+    return plain_s * (1 + streamed) / speed_up
+
+
+@st.composite
 def requests(draw: st.DrawFn, spec: ModelSpec) -> PlanRequest:
     filtered = FilterPrefill(num_layers=3, k=256, min_tokens=512)
     return PlanRequest(
@@ -76,16 +108,7 @@ def requests(draw: st.DrawFn, spec: ModelSpec) -> PlanRequest:
             st.sampled_from([AttentionMemory(), AttentionMemory(filter_prefill=filtered)])
         ),
         prefix_bytes=draw(st.sampled_from([0, 0, 64 * MIB])),
-        speculation=draw(
-            st.none()
-            | st.builds(
-                SpeculationConfig,
-                verify_batch=st.integers(2, 16),
-                table_bytes=st.integers(0, MIB),
-                token_bytes=st.integers(0, 20),
-                draft_model=st.none() | st.just(fake_spec(512)),
-            )
-        ),
+        speculation=draw(st.none() | speculations()),
         compared_tokens=draw(st.sampled_from([0, 0, 100])),
     )
 
@@ -128,7 +151,7 @@ def test_a_larger_budget_takes_nothing_away(data: st.DataObject) -> None:
         assert large.context >= small.context
         assert large.kv_tokens >= small.kv_tokens
         assert BETTER_TYPES.index(large.kv_type) >= BETTER_TYPES.index(small.kv_type)
-        assert large.verify_batch >= small.verify_batch
+        assert ENOUGH_SHARE * token_s(large, spec) <= token_s(small, spec)
         assert large.batch_size >= small.batch_size
         assert large.cache_filter_pass >= small.cache_filter_pass
         assert prefix_bytes(large) >= prefix_bytes(small)

@@ -8,13 +8,13 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from promising_drafts import speculation_of
 
 from lowtide.memory.budget import Budget
 from lowtide.memory.plan.estimates import kv_bytes
 from lowtide.memory.plan.line import PREFIXES
 from lowtide.memory.plan.plan import MemoryPlan, PlanRequest, ProcessBaseline
 from lowtide.memory.plan.planner import plan_memory, require_fit
-from lowtide.memory.plan.speculation import SpeculationConfig
 from lowtide.memory.units import MIB, OverBudget, format_bytes, parse_size
 from lowtide.models.errors import BadOption
 from lowtide.models.fake_model import fake_spec
@@ -63,7 +63,7 @@ def specs(draw: st.DrawFn) -> ModelSpec:
 OPTIONS = st.builds(
     PlanRequest,
     prefix_bytes=st.just(0) | st.integers(1, 1 << 30),
-    speculation=st.none() | st.builds(SpeculationConfig, verify_batch=st.integers(2, 16)),
+    speculation=st.none() | st.builds(speculation_of, verify_batch=st.integers(2, 16)),
     context=st.none() | st.integers(1, 300),
     kv_type=st.none() | st.just("f16"),
     batch_size=st.none() | st.integers(1, 512),

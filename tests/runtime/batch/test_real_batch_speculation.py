@@ -13,7 +13,7 @@ from processes import run_python
 from speculating import CHEAP_BATCH
 
 from lowtide import Runtime, SamplingParams
-from lowtide.memory.plan.speculation import CostCurve
+from lowtide.memory.plan.allocator import CostCurve
 from lowtide.runtime.loading import speculation as module
 from lowtide.runtime.speculation.step_cost import StepBenchmark, StepCostModel, benchmark_steps
 

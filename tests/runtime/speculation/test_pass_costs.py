@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from lowtide import FakeModel, Runtime
-from lowtide.memory.plan.speculation import CostCurve
-from lowtide.runtime.speculation.step_cost import StepCostModel, benchmark_steps
+from lowtide.memory.plan.allocator import CostCurve
+from lowtide.runtime.speculation.step_cost import StepCostModel, benchmark_steps, stored_costs
 
 
 def test_costs_are_measured_once_for_each_key(tmp_path: Path) -> None:
@@ -26,9 +26,28 @@ def test_costs_are_measured_once_for_each_key(tmp_path: Path) -> None:
     assert len(model.rows) > num_passes
 
 
+def test_a_shorter_pass_is_not_measured_again_and_a_longer_one_is() -> None:
+    model = FakeModel()
+    whole = benchmark_steps(model, 8, "key").costs
+    num_passes = len(model.rows)
+    shorter = benchmark_steps(model, 5, "key").costs
+    assert shorter.num_rows == (1, 2, 4, 5) and shorter.of(5) == whole.of(5)
+    assert len(model.rows) - num_passes <= 6  # only whether its rows agree
+    assert stored_costs("key") == whole and stored_costs("another key") is None
+    assert benchmark_steps(model, 16, "key").costs.num_rows[-1] == 16
+
+
 @pytest.mark.parametrize(
     "broken",
-    ["", "[]", "{}", '{"num_rows": [1, 8], "seconds": [-1, 2], "rows_agree": true}'],
+    [
+        "",
+        "[]",
+        "{}",
+        '{"num_rows": [1, 8], "seconds": [-1, 2], "rows_agree": {"8": true}}',
+        '{"num_rows": [8, 1], "seconds": [1, 2], "rows_agree": {"8": true}}',
+        '{"num_rows": [1, 8], "seconds": [1, NaN], "rows_agree": {"8": true}}',
+        '{"num_rows": [1, 8], "seconds": [1, 2], "rows_agree": true}',
+    ],
 )
 def test_an_invalid_file_is_measured_again(tmp_path: Path, broken: str) -> None:
     model = FakeModel()
@@ -54,13 +73,19 @@ class Rounding(FakeModel):
         return np.nextafter(rows, np.float32(np.inf)) if len(token_ids) > 3 else rows
 
 
+class RoundingPairs(FakeModel):
+    def forward_rows(self, token_ids: Sequence[int]) -> np.ndarray:
+        rows = super().forward_rows(token_ids)
+        return np.nextafter(rows, np.float32(np.inf)) if len(token_ids) > 1 else rows
+
+
 def test_logits_that_depend_on_the_batch_are_detected() -> None:
     assert not benchmark_steps(Rounding(), 8, "key").rows_agree
     assert benchmark_steps(Rounding(), 3, "key").rows_agree
 
 
 def test_answers_of_such_a_model_object_are_not_called_identical() -> None:
-    with Runtime.open(Rounding(), memory="8GiB", speculate="ngram") as runtime:
+    with Runtime.open(RoundingPairs(), memory="8GiB", speculate="ngram") as runtime:
         stats = runtime.generate("abc\n", temperature=0).stats.speculation
     assert stats is not None and not stats["identical"]
     assert "round a token's result" in stats["nondeterminism"]

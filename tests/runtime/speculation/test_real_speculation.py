@@ -102,7 +102,7 @@ def test_the_peak_stays_inside_the_plan(smollm2: Path) -> None:
     measured = run_python(
         f"""
 from lowtide import Runtime
-from lowtide.memory.plan.speculation import CostCurve
+from lowtide.memory.plan.allocator import CostCurve
 from lowtide.runtime.speculation.step_cost import StepCostModel
 with Runtime.open({str(smollm2)!r}, memory="400MiB", context=512, threads=1, speculate="auto") as runtime:
     runtime._engine.speculation.costs = StepCostModel(CostCurve(num_rows=(1, 8), seconds=(1.0, 1.1)))

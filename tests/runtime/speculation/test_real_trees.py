@@ -169,7 +169,7 @@ def test_branches_stay_inside_the_plan(smollm2: Path) -> None:
     measured = run_python(
         f"""
 from lowtide import Runtime
-from lowtide.memory.plan.speculation import CostCurve
+from lowtide.memory.plan.allocator import CostCurve
 from lowtide.runtime.speculation.step_cost import StepCostModel
 options = dict(memory="400MiB", context=512, threads=1, attention="dense", speculate="auto:draft=15")
 with Runtime.open({str(smollm2)!r}, **options) as runtime:

@@ -1,0 +1,38 @@
+"""What an allocator knows of speculation, made up for tests: costs of passes, and drafts that are often right."""
+
+from __future__ import annotations
+
+from lowtide.memory.plan.allocator import CostCurve, DraftRates, Situation, SpeculationWorth
+from lowtide.memory.plan.speculation import DraftTables, SpeculationConfig
+from lowtide.models.spec import ModelSpec
+
+CHEAP_PASSES = CostCurve(num_rows=(1, 32), seconds=(0.01, 0.0131))
+GOOD_RATES = DraftRates(acceptance=(0.8,), siblings=0.2)
+
+
+def worth_of(
+    drafts: tuple[str, ...], rates: DraftRates = GOOD_RATES, costs: CostCurve = CHEAP_PASSES
+) -> SpeculationWorth:
+    """Return the worth of drafts that all propose at every second token."""
+    situation = Situation(share=0.5, rates=dict.fromkeys(drafts, rates))
+    return SpeculationWorth(
+        costs=costs, situations=(situation,), costs_source="made up", acceptance_source="made up"
+    )
+
+
+def speculation_of(
+    *drafts: DraftTables,
+    verify_batch: int = 8,
+    draft_model: ModelSpec | None = None,
+    branches: bool = False,
+    worth: SpeculationWorth | None = None,
+) -> SpeculationConfig:
+    """Return what a plan must know of these drafts; without any, of one that takes no memory."""
+    drafts = drafts or (DraftTables(name="ngram"),)
+    return SpeculationConfig(
+        verify_batch=verify_batch,
+        worth=worth or worth_of(tuple(draft.name for draft in drafts)),
+        drafts=drafts,
+        draft_model=draft_model,
+        branches=branches,
+    )
