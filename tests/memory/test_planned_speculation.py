@@ -100,9 +100,9 @@ def test_at_every_budget_it_is_the_smallest_choice_at_96_percent_of_the_best_tha
     request = PlanRequest(speculation=config, attention_threads=2)
     lines = PlanLines(SPEC, request, BASELINE, FormulaSizes(SPEC))
     whole = plan_of(1 << 30, speculation=config, attention_threads=2)
-    least = plan_of(1 << 30, attention_threads=2).total_bytes
+    least = whole.lower_bound_bytes
     seen = set()
-    for budget in range(whole.total_bytes + MIB, least - MIB, -50_000):
+    for budget in range(whole.total_bytes + MIB, least, -50_000):
         plan = plan_of(budget, speculation=config, attention_threads=2)
         assert plan.fits
         choice = SpeculationChoice(

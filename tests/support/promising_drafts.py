@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from lowtide.memory.plan.allocator import CostCurve, DraftRates, Situation, SpeculationWorth
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+
+from lowtide.memory.plan.allocator import (
+    CostCurve,
+    DraftRates,
+    Situation,
+    SpeculationPoint,
+    SpeculationWorth,
+)
 from lowtide.memory.plan.speculation import DraftTables, SpeculationConfig
 from lowtide.models.spec import ModelSpec
 
@@ -36,3 +47,28 @@ def speculation_of(
         draft_model=draft_model,
         branches=branches,
     )
+
+
+def largest_point(
+    candidates: Sequence[SpeculationPoint], budget_bytes: int
+) -> SpeculationPoint | None:
+    """Return the point that verifies the most, whatever it is worth."""
+    fitting = [point for point in candidates if point.num_bytes <= budget_bytes]
+    return max(
+        fitting,
+        key=lambda point: (
+            point.choice.verify_batch,
+            point.choice.branches,
+            len(point.choice.drafts),
+        ),
+        default=None,
+    )
+
+
+@contextmanager
+def largest_speculation() -> Iterator[None]:
+    """Have plans verify as much as the user allows: for tests of what is done with it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("allocation", "planner"):
+            patch.setattr(f"lowtide.memory.plan.{module}.operating_point", largest_point)
+        yield

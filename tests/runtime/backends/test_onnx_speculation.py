@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from onnx_decoders import Shape, write_decoder
 from processes import run_python
+from promising_drafts import largest_speculation
 from speculating import CHEAP, Ticks
 
 from lowtide import Runtime
@@ -16,6 +18,13 @@ from lowtide.models.convert.convert import convert
 from lowtide.models.fake_model import CHAT_TEMPLATE
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.speculation.step_cost import StepCostModel
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _speculation_as_large_as_allowed() -> Iterator[None]:
+    with largest_speculation():
+        yield
+
 
 OPTIONS = {"memory": "4GiB", "threads": 2, "attention": "dense"}
 TEXT = "one two three four one two three four one two three four one two"

@@ -7,15 +7,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import promising_drafts
 import pytest
 from gguf_files import write_model
 from processes import run_python
+from promising_drafts import largest_speculation
 from speculating import CHEAP_BATCH
 
 from lowtide import Runtime, SamplingParams
 from lowtide.memory.plan.allocator import CostCurve
 from lowtide.runtime.loading import speculation as module
 from lowtide.runtime.speculation.step_cost import StepBenchmark, StepCostModel, benchmark_steps
+
+SUPPORT = Path(promising_drafts.__file__).parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _speculation_as_large_as_allowed() -> Iterator[None]:
+    with largest_speculation():
+        yield
+
 
 PARAGRAPH = (
     "The harbour lies behind a long wall of grey stone. At low tide the boats rest on the mud. "
@@ -134,10 +145,13 @@ def test_the_peak_stays_inside_the_budget_also_where_costs_are_measured(smollm2:
     """Logits, the tables of eight drafts, and the comparison of each token's logits with those alone."""
     measured = run_python(
         f"""
+import sys
+sys.path.insert(0, {str(SUPPORT)!r})
+from promising_drafts import largest_speculation
 from lowtide import Runtime
 from lowtide.runtime.speculation.step_cost import StepCostModel
 StepCostModel.of = lambda self, num_rows: 1.0 + 0.001 * num_rows
-with Runtime.open({str(smollm2)!r}, memory="330MiB", context=512, threads=1, speculate="auto",
+with largest_speculation(), Runtime.open({str(smollm2)!r}, memory="330MiB", context=512, threads=1, speculate="auto",
                   batch_size=64, attention="dense") as runtime:
     runtime.generate("one two three four " * 120, max_tokens=2)
     prompts = ["one two three four " * 60 + str(i) for i in range(8)]

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import promising_drafts
 import pytest
 from gguf_files import write_model
 from processes import run_python
+from promising_drafts import largest_speculation
 from speculating import CHEAP
 
 from lowtide import OverBudget, Runtime, Tidal
@@ -18,6 +20,15 @@ from lowtide.models.errors import BadOption
 from lowtide.models.gguf.dry_run import SimulatedGguf
 from lowtide.models.gguf.spec import read_spec
 from lowtide.runtime.speculation.step_cost import StepCostModel
+
+SUPPORT = Path(promising_drafts.__file__).parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _speculation_as_large_as_allowed() -> Iterator[None]:
+    with largest_speculation():
+        yield
+
 
 PROMPTS = (
     "Write this sentence three times: The harbour master counts the boats that come in with the tide.",
@@ -101,10 +112,14 @@ def test_more_logits_take_no_more_than_planned(smollm2: Path) -> None:
 def test_the_peak_stays_inside_the_plan(smollm2: Path) -> None:
     measured = run_python(
         f"""
+import sys
+sys.path.insert(0, {str(SUPPORT)!r})
+from promising_drafts import largest_speculation
 from lowtide import Runtime
 from lowtide.memory.plan.allocator import CostCurve
 from lowtide.runtime.speculation.step_cost import StepCostModel
-with Runtime.open({str(smollm2)!r}, memory="400MiB", context=512, threads=1, speculate="auto") as runtime:
+options = dict(memory="400MiB", context=512, threads=1, speculate="auto")
+with largest_speculation(), Runtime.open({str(smollm2)!r}, **options) as runtime:
     runtime._engine.speculation.costs = StepCostModel(CostCurve(num_rows=(1, 8), seconds=(1.0, 1.1)))
     result = runtime.generate("one two three four " * 60, max_tokens=60, temperature=0)
     assert result.stats.speculation["rounds"] > 0, result.stats.speculation

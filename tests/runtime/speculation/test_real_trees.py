@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import promising_drafts
 import pytest
 from gguf_files import write_model
 from processes import run_python
+from promising_drafts import largest_speculation
 from speculating import CHEAP, ScriptedTrees, mixed_tree
 
 from lowtide import Runtime
@@ -19,6 +21,15 @@ from lowtide.models.gguf.dry_run import SimulatedGguf
 from lowtide.models.gguf.spec import read_spec
 from lowtide.runtime.speculation.controller import SpeculationController
 from lowtide.runtime.speculation.step_cost import StepCostModel
+
+SUPPORT = Path(promising_drafts.__file__).parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _speculation_as_large_as_allowed() -> Iterator[None]:
+    with largest_speculation():
+        yield
+
 
 OPTIONS = {"memory": "4GiB", "context": 512, "threads": 2, "attention": "dense"}
 PROMPT = "The harbour lies behind a wall of grey stone, and at low tide"
@@ -168,11 +179,14 @@ def test_branches_take_no_more_memory_of_llama_cpp(smollm2: Path) -> None:
 def test_branches_stay_inside_the_plan(smollm2: Path) -> None:
     measured = run_python(
         f"""
+import sys
+sys.path.insert(0, {str(SUPPORT)!r})
+from promising_drafts import largest_speculation
 from lowtide import Runtime
 from lowtide.memory.plan.allocator import CostCurve
 from lowtide.runtime.speculation.step_cost import StepCostModel
 options = dict(memory="400MiB", context=512, threads=1, attention="dense", speculate="auto:draft=15")
-with Runtime.open({str(smollm2)!r}, **options) as runtime:
+with largest_speculation(), Runtime.open({str(smollm2)!r}, **options) as runtime:
     runtime._engine.speculation.costs = StepCostModel(CostCurve(num_rows=(1, 16), seconds=(1.0, 1.01)))
     prompt = "one two three one two four one two five " * 40
     result = runtime.generate(prompt, max_tokens=80, temperature=1.5, seed=3)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from promising_drafts import largest_speculation
 from speculating import (
     CHEAP,
     CHEAP_BATCH,
@@ -32,6 +33,13 @@ from lowtide.models.fake_model import TURN_END
 from lowtide.runtime.errors import RuntimeUnusable
 from lowtide.runtime.speculation.controller import SpeculationController
 from lowtide.runtime.speculation.drafts import Draft, NgramDraft, TrigramDraft
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _speculation_as_large_as_allowed() -> Iterator[None]:
+    with largest_speculation():
+        yield
+
 
 REPLY = "the tide comes in, the tide goes out, the tide comes in again."
 TOKENS = (*REPLY.encode(), TURN_END)
