@@ -100,7 +100,7 @@ class AnswerTask:
     kind: str
     prompts: tuple[str, ...]
     tokens: int
-    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    template_arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def label(self) -> str:
