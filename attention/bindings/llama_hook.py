@@ -75,6 +75,10 @@ def declare_hook(library: ctypes.CDLL) -> None:
     library.lowtide_hook_free.restype = None
     library.lowtide_hook_set_active.argtypes = [pointer, ctypes.c_int]
     library.lowtide_hook_set_active.restype = None
+    library.lowtide_hook_set_threads.argtypes = [pointer, ctypes.c_int]
+    library.lowtide_hook_settle.argtypes = library.lowtide_hook_taken_back.argtypes = [pointer]
+    library.lowtide_hook_set_threads.restype = library.lowtide_hook_settle.restype = None
+    library.lowtide_hook_taken_back.restype = ctypes.c_int64
     library.lowtide_hook_counts.argtypes = [pointer]
     library.lowtide_hook_counts.restype = _Counts
     library.lowtide_hook_kernels.argtypes = [pointer]
@@ -258,6 +262,19 @@ class LlamaHook(AttentionKernels):
     def set_active(self, active: bool) -> None:
         """Use lowtide's attention from the next pass on, or llama.cpp's."""
         self._library.lowtide_hook_set_active(self._hook, active)
+
+    def set_threads(self, num_threads: int) -> None:
+        """Let so many threads compute the hook's nodes in the next passes in which ggml has one thread."""
+        self._library.lowtide_hook_set_threads(self._hook, num_threads)
+
+    def settle(self) -> None:
+        """Wait until no helper thread reads memory of the graph, so that it can be freed."""
+        self._library.lowtide_hook_settle(self._hook)
+
+    @property
+    def pieces_taken_back(self) -> int:
+        """How many pieces of work were computed again, because the helper that had them lost its core."""
+        return int(self._library.lowtide_hook_taken_back(self._hook))
 
     def stream_weights(self, spans: Sequence[NativeSpan], resident: bytes) -> None:
         """Evict the weights of the groups without a flag in `resident` once a pass has read them.

@@ -3,19 +3,11 @@
 // Barriers and thread groups.
 
 #include <atomic>
-#include <thread>
 #include <type_traits>
 
-// Tells the core that this thread only spins, so that a hyperthread beside it gets the execution units.
-inline void relax() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
+#include "sleep.h"
 
-// A barrier for a fixed number of threads. It spins, since waits take microseconds, and yields when they take longer.
+// A barrier for a fixed number of threads. It spins, since waits take microseconds, and sleeps when they take longer.
 class Barrier {
 public:
     void wait(int num_threads) {
@@ -24,22 +16,19 @@ public:
 
     // The last thread to arrive calls `then` before any thread continues.
     template <class Then> void wait(int num_threads, Then then) {
-        const int round = round_.load(std::memory_order_acquire);
+        const uint32_t round = round_.load();
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) == num_threads - 1) {
             arrived_.store(0, std::memory_order_relaxed);
             then();
-            round_.fetch_add(1, std::memory_order_acq_rel);
+            round_.advance();
             return;
         }
-        for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
-            relax();
-            if (spins > 20000) std::this_thread::yield();
-        }
+        round_.wait_for_change(round);
     }
 
 private:
     std::atomic<int> arrived_{0};
-    std::atomic<int> round_{0};
+    WaitableNumber round_;
 };
 
 // Threads that run one step after another together, whoever owns them.

@@ -68,6 +68,8 @@ REPACKED_TYPES_ELSEWHERE = frozenset({"Q8_0", "Q5_K", "Q6_K"})
 
 LARGE_TENSOR_BYTES = 2 * MIB
 """A larger tensor outside of the layers is streamed in slices (attention/native, weight streaming)."""
+HELPER_STACK_BYTES = 32 * KIB
+"""Of a thread that helps in matmuls: what it touches of its stack and of the structures around it."""
 EMBEDDING_ROW_BYTES = 192 * KIB
 """One embedding lookup: the row and at most two blocks of 64 KiB that are mapped with it."""
 STREAM_SLICE_BYTES = MIB + 256 * KIB
@@ -310,6 +312,15 @@ def matmul_scratch_bytes(spec: ModelSpec, batch_size: int) -> int:
     an odd number of cache lines per token.
     """
     return batch_size * (max_matmul_width(spec) * 3 // 2 + 256) + 256
+
+
+def helper_bytes(spec: ModelSpec, batch_size: int, threads: int) -> int:
+    """Return the bytes of the threads that help in lowtide's matmuls: the stack that each touches, and its results.
+
+    Results are copied into place when they are complete: those of one tile for every token, or of 64 KiB.
+    """
+    quantised_row = max_matmul_width(spec) * 3 // 2 + 256
+    return (threads - 1) * (HELPER_STACK_BYTES + max(64 << 10, 64 * batch_size, quantised_row))
 
 
 def profiler_bytes(num_layers: int) -> int:

@@ -229,6 +229,7 @@ class PlanLines:
             num_bytes += branch_bytes(choice.verify_batch, cells) * choice.branches
         if options.repacked:
             num_bytes += estimates.matmul_scratch_bytes(spec, candidate.batch_size)
+            num_bytes += estimates.helper_bytes(spec, candidate.batch_size, options.threads)
         return PlanLine(components.SCRATCH, num_bytes, _kernels_line(options, spec.engine))
 
 

@@ -59,6 +59,16 @@ class KVPages(Protocol):
         """Release every page behind the first `num_tokens` slots, however few they are."""
 
 
+class PassThreads(Protocol):
+    """Who chooses the threads of each pass (`runtime/backends/threads.py`)."""
+
+    def begin_pass(self, num_tokens: int, num_cached: int) -> None:
+        """Set the threads for a pass of `num_tokens` behind `num_cached` others in the cache."""
+
+    def close(self) -> None:
+        """Free what it needs; no pass follows."""
+
+
 class TokenBatch:
     """llama.cpp's batch of one sequence, allocated once for passes of up to `batch_size` tokens."""
 
@@ -108,6 +118,7 @@ class GgufModel(Model):
         self.supports_batch = not spec.recurrent_state_bytes and not options.gpu_layers
         self._kernels = kernels
         self._pages: KVPages | None = None
+        self._threads: PassThreads | None = None
         self._model: Any = None
         self._context: Any = None
         self._batch: Any = None
@@ -153,6 +164,14 @@ class GgufModel(Model):
     def attach_pages(self, pages: KVPages) -> None:
         """Release pages of the KV cache through `pages` from now on; called before the first token."""
         self._pages = pages
+
+    def attach_threads(self, threads: PassThreads) -> None:
+        """Let `threads` choose the threads of each pass from now on."""
+        self._threads = threads
+
+    def set_threads(self, num_threads: int) -> None:
+        """Let llama.cpp compute with so many threads from the next pass on."""
+        self._api.llama_set_n_threads(self._context, num_threads, num_threads)
 
     def _create_context(self, options: LoadOptions) -> Any:
         params = context_parameters(self._api, options)
@@ -228,6 +247,8 @@ class GgufModel(Model):
     def _compute(self, token_ids: Sequence[int], *, all_logits: bool = False) -> None:
         self._check_tokens(token_ids)
         self._batch.fill(token_ids, self._num_tokens, all_logits=all_logits)
+        if self._threads is not None:
+            self._threads.begin_pass(len(token_ids), self._num_tokens)
         with self._library.collected_errors() as errors:
             code = self._library.decode(self._context, self._batch.struct)
         if code != 0:
@@ -368,6 +389,9 @@ class GgufModel(Model):
     def close(self) -> None:
         """Free the context, and the weights unless they are another model's."""
         self._kernels = self._pages = None
+        if self._threads is not None:
+            self._threads.close()
+            self._threads = None
         if self._batch is not None:
             self._batch.free()
             self._batch = None

@@ -36,6 +36,7 @@ from lowtide.models.spec import ModelSpec
 from lowtide.models.template.families import template_of
 from lowtide.models.tokenizer import Tokenizer
 from lowtide.runtime.backends.config import LoadConfig
+from lowtide.runtime.backends.threads import ThreadChooser
 from lowtide.runtime.errors import CannotRepack
 from lowtide.runtime.profiling.profiler import Profiler
 
@@ -138,6 +139,7 @@ class LoadedModel:
     """A model in memory with the kernels that compute its attention; `kernels` is None for the engine's own.
 
     `hook` is `kernels` where those run in llama.cpp's graph. `reclaimers` release memory beside the KV cache.
+    `threads` chooses the threads of each pass; None where their number does not change.
     """
 
     def __init__(
@@ -147,11 +149,13 @@ class LoadedModel:
         *,
         hook: LlamaHook | None = None,
         reclaimers: Sequence[Reclaimer] = (),
+        threads: ThreadChooser | None = None,
     ) -> None:
         self.model = model
         self.kernels = kernels
         self.hook = hook
         self.reclaimers = tuple(reclaimers)
+        self.threads = threads
 
     def load_filter_context(self, filter_prefill: FilterPrefill) -> Model:
         """Make a second KV cache on the model's weights, for GemFilter's first pass, which ends early.

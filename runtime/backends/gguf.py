@@ -21,6 +21,7 @@ from lowtide.attention.bindings.tokenize import install_guarded_tokenizer
 from lowtide.attention.policy import AttentionPolicy
 from lowtide.memory.budget import Budget
 from lowtide.memory.machine import read_machine
+from lowtide.memory.os.busy import other_work
 from lowtide.memory.os.file_mappings import FileMap, read_file_maps, release_pages, use_large_folios
 from lowtide.memory.os.kv_pages import DemandZeroBuffer, KVPageReclaimer, demand_zero_buffers
 from lowtide.memory.plan.attention import FilterPrefill
@@ -39,7 +40,7 @@ from lowtide.models.gguf.llama_cpp import llama_library
 from lowtide.models.gguf.model import GgufModel
 from lowtide.models.gguf.parameters import DeviceLayers, LoadOptions
 from lowtide.models.onnx.config import CPU
-from lowtide.models.spec import ModelSpec
+from lowtide.models.spec import KV_PADDING, ModelSpec
 from lowtide.runtime.backends.backend import (
     Backend,
     LoadedModel,
@@ -51,6 +52,7 @@ from lowtide.runtime.backends.backend import (
 from lowtide.runtime.backends.config import LoadConfig
 from lowtide.runtime.backends.gguf_baseline import measured_baseline
 from lowtide.runtime.backends.repack import repacked_gguf
+from lowtide.runtime.backends.threads import PassThreads, ThreadChooser
 from lowtide.runtime.profiling.profiler import Profiler
 
 _maps_lock = threading.Lock()
@@ -193,7 +195,34 @@ class LoadedGguf(LoadedModel):
             for file_maps in maps
             for file_map in file_maps
         ]
-        super().__init__(self._model, kernels, hook=kernels, reclaimers=reclaimers)
+        threads = self._choose_threads()
+        super().__init__(self._model, kernels, hook=kernels, reclaimers=reclaimers, threads=threads)
+
+    def _choose_threads(self) -> ThreadChooser:
+        """Let the threads of each pass follow the load of the machine, unless their number was asked for.
+
+        llama.cpp's attention sums a single token in another order with another number of threads, once its
+        cache has a second block: from there on the number is fixed, so that answers stay the same.
+        """
+        config, policy, model = self._resolved.options, self._resolved.policy, self._model
+        hook = self._callback if policy.uses_native_kernels else None
+        has_team = hook is not None and bool(self._resolved.spec.repacked_tensors)
+
+        def apply(threads: PassThreads) -> None:
+            model.set_threads(threads.engine)
+            if hook is not None:
+                hook.set_threads(threads.helped)
+
+        threads = ThreadChooser(
+            config.num_threads,
+            apply,
+            has_team=has_team and config.num_threads > 1,
+            settle=hook.settle if hook is not None else lambda: None,
+            others=other_work() if config.threads is None else None,
+            fixed_from=None if policy.uses_native_kernels else KV_PADDING,
+        )
+        model.attach_threads(threads)
+        return threads
 
     def _require_first_pass(self) -> None:
         try:

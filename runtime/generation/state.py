@@ -53,6 +53,7 @@ class GenerationContext:
     `attention` describes the policy. `kernel_counts` returns the counters of lowtide's kernels, None where
     the engine's own run. `watchdog` is asked after each pass whether the process is over its budget.
     `speculation` drafts tokens; None where speculation is off. `batch` describes the batch for the statistics.
+    `threads` tells how many threads computed the last pass, None where that is unknown.
     """
 
     budget_bytes: int
@@ -64,6 +65,7 @@ class GenerationContext:
     not_repacked_reason: str | None = None
     speculation: SpeculationController | None = None
     batch: dict[str, Any] | None = None
+    threads: Callable[[], int | None] = lambda: None
 
 
 class StopMatcher:
@@ -171,6 +173,7 @@ class StatsRecorder:
             planned_bytes=context.planned_bytes,
             batch=context.batch,
             trims=context.watchdog.trims,
+            threads=context.threads(),
         )
 
     def final(self) -> Statistics:

@@ -62,6 +62,9 @@ class Statistics:
     batch: dict[str, Any] | None = None
     """The batch of this answer: sequences, shared tokens, KV tokens, bytes, and whether a greedy answer is
     identical to that of its prompt alone."""
+    threads: int | None = None
+    """Threads that computed the last pass: fewer than the cores while others use them. None where the caller's own
+    model computes."""
     trims: tuple[Reclaimed, ...] = ()
     """What the watchdog released because the process came near its budget, by level."""
 

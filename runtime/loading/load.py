@@ -184,7 +184,13 @@ class Engine:
             kernel_counts=self.kernel_counts,
             watchdog=Watchdog(plan.budget.num_bytes, self.trim),
             speculation=self.speculation,
+            threads=self.num_threads,
         )
+
+    def num_threads(self) -> int | None:
+        """Return how many threads computed the last pass; None where that is unknown."""
+        threads = self._loaded_model.threads
+        return None if threads is None else threads.current.count
 
     def trim(self, level: str) -> Reclaimed:
         """Release the memory that `level` allows, not during a pass; raise `BadOption` for another level."""

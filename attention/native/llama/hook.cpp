@@ -20,6 +20,7 @@
 #include "llama/repacked_matmul.h"
 #include "sparse/gem.h"
 #include "sparse/policy.h"
+#include "team.h"
 #include "threads.h"
 
 // What a replaced node does not say itself. Its custom operation gets this as user data.
@@ -46,7 +47,8 @@ struct LlamaHook {
     BatchLayout batch;
     WeightStream weights;
     StreamedMatmul streamed_matmul;
-    RepackedMatmul repacked_matmul{weights};
+    RepackedMatmul repacked_matmul{weights, team};
+    Team team;  // helps where ggml has one thread; ends first, since it reads memory of the others
     LayerTimer timer;
     HookedLayer layers[kMaxLayers];
     int64_t nodes_native, nodes_fallback, nanoseconds, keys_read, keys_visible, matmuls_streamed;
@@ -61,13 +63,14 @@ AttentionProblem problem_of(const AttentionNode& view, int stream, const HookedL
     return problem;
 }
 
-// ggml calls this on each of its threads in place of its own attention.
-void attend_node(GgmlTensor* node, int thread, int num_threads, void* user_data) {
-    const HookedLayer& layer = *static_cast<const HookedLayer*>(user_data);
+// With fewer multiplications, a helper would take longer to see the work than the caller to do it.
+bool is_worth_helpers(const AttentionProblem& problem) {
+    constexpr int64_t kMinSharedMultiplies = 300000;
+    return int64_t(problem.num_tokens) * problem.num_heads * problem.num_keys * problem.key_dim >= kMinSharedMultiplies;
+}
+
+void attend(const HookedLayer& layer, const AttentionNode& view, int thread, ThreadGroup& threads) {
     LlamaHook& hook = *layer.hook;
-    BarrierThreadGroup threads(hook.barrier, thread, num_threads);
-    AttentionNode view;
-    view.read(node);
     const auto started = std::chrono::steady_clock::now();
     const int index = int(&layer - hook.layers);
     if (hook.gem.ends_at(index)) {
@@ -81,7 +84,7 @@ void attend_node(GgmlTensor* node, int thread, int num_threads, void* user_data)
         if (hook.batch.is_active() && hook.batch.matches_mask(problem, index, threads)) {
             if (thread == 0) hook.layers[index].slots.set(problem);
             const int num_sequences = hook.batch.num_sequences();
-            if (num_sequences * problem.num_kv_heads >= 2 * num_threads) {
+            if (num_sequences * problem.num_kv_heads >= 2 * threads.num_threads) {
                 hook.policy.dense().run_many(hook.batch.problems(), num_sequences, *hook.kernels, threads);
             } else {  // too few to go round, so the threads split the keys of each
                 for (int i = 0; i < num_sequences; ++i) hook.policy.dense().run(hook.batch.problems()[i], *hook.kernels, threads);
@@ -98,6 +101,21 @@ void attend_node(GgmlTensor* node, int thread, int num_threads, void* user_data)
     hook.nanoseconds += elapsed;
     hook.timer.add_attention(index, elapsed);
     hook.keys_read += keys_read, hook.keys_visible += keys_visible;
+}
+
+// ggml calls this on each of its threads in place of its own attention.
+void attend_node(GgmlTensor* node, int thread, int num_threads, void* user_data) {
+    const HookedLayer& layer = *static_cast<const HookedLayer*>(user_data);
+    LlamaHook& hook = *layer.hook;
+    AttentionNode view;
+    view.read(node);
+    if (num_threads > 1) {
+        BarrierThreadGroup threads(hook.barrier, thread, num_threads);
+        attend(layer, view, thread, threads);
+    } else {
+        TeamThreadGroup threads(hook.team, !is_worth_helpers(view.problem(0)));
+        attend(layer, view, 0, threads);
+    }
 }
 
 void multiply_node(GgmlTensor* node, int thread, int num_threads, void* user_data) {
@@ -240,6 +258,12 @@ extern "C" LayerTimer* lowtide_hook_timer(LlamaHook* hook) { return &hook->timer
 
 extern "C" CurrentPolicy* lowtide_hook_policy(LlamaHook* hook) { return &hook->policy; }
 
+extern "C" void lowtide_hook_set_threads(LlamaHook* hook, int num_threads) { hook->team.set_active(num_threads); }
+
+extern "C" void lowtide_hook_settle(LlamaHook* hook) { hook->team.settle(); }
+
+extern "C" int64_t lowtide_hook_taken_back(const LlamaHook* hook) { return hook->team.num_taken_back(); }
+
 extern "C" void lowtide_hook_set_active(LlamaHook* hook, int active) {
     hook->active = active != 0;
     hook->policy.clear();
@@ -289,7 +313,7 @@ extern "C" int lowtide_hook_supports_bf16(const LlamaHook* hook) { return hook->
 
 extern "C" HookCounts lowtide_hook_counts(const LlamaHook* hook) {
     const size_t scratch_bytes =
-        hook->policy.scratch_bytes() + hook->gem.scratch_bytes() + hook->repacked_matmul.scratch_bytes() + hook->batch.num_bytes();
+        hook->policy.scratch_bytes() + hook->gem.scratch_bytes() + hook->repacked_matmul.scratch_bytes() + hook->team.num_bytes() + hook->batch.num_bytes();
     HookCounts counts{0, 0, hook->nodes_native, hook->nodes_fallback, hook->nanoseconds, int64_t(scratch_bytes),
                       hook->keys_read, hook->keys_visible, hook->weights.freed_bytes(), hook->matmuls_streamed,
                       hook->repacked_matmul.num_replaced(), hook->repacked_matmul.num_refused()};

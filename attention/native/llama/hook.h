@@ -41,6 +41,14 @@ LOWTIDE_API void lowtide_hook_free(LlamaHook* hook);
 LOWTIDE_API bool lowtide_hook_callback(void* tensor, bool ask, void* hook);
 
 LOWTIDE_API void lowtide_hook_set_active(LlamaHook* hook, int is_active);
+
+// Where ggml has one thread, the hook's nodes have helpers beside it: from now on `num_threads` threads compute them.
+// `settle` waits until none of the helpers reads memory of the graph. `taken_back` counts the pieces of work that were
+// computed again, because a helper had lost its core.
+LOWTIDE_API void lowtide_hook_set_threads(LlamaHook* hook, int num_threads);
+LOWTIDE_API void lowtide_hook_settle(LlamaHook* hook);
+LOWTIDE_API int64_t lowtide_hook_taken_back(const LlamaHook* hook);
+
 LOWTIDE_API HookCounts lowtide_hook_counts(const LlamaHook* hook);
 LOWTIDE_API const char* lowtide_hook_kernels(const LlamaHook* hook);
 

@@ -50,7 +50,9 @@ bool RepackedMatmul::set(std::string_view names, int max_rows, int max_columns, 
         found.emplace(text.data() + begin, end - begin);
         begin = end + 1;
     }
+    team_.settle();
     if (kernels_ == nullptr || !matmul_.reserve(max_rows, max_columns, num_threads)) return false;
+    team_.reserve(num_threads, Matmul::aside_bytes(max_rows, max_columns));
     names_.swap(found), text_.swap(text);
     return true;
 }
@@ -109,9 +111,15 @@ void RepackedMatmul::multiply(GgmlTensor* node, int thread, int num_threads, voi
     RepackedMatmul& self = *operation.owner;
     const GgmlTensor* rows = node->src[1];
     const TileObserver observer{release_tiles, &self.stream_};
-    self.matmul_.run(matrix_of(node->src[0]), static_cast<const float*>(rows->data), rows->nb[1] / sizeof(float), int(rows->ne[1]),
-                     operation.reuse, static_cast<float*>(node->data), node->nb[1] / sizeof(float), *self.kernels_,
-                     operation.is_streamed ? &observer : nullptr, thread, num_threads);
+    const auto run = [&](auto&&... by) {
+        self.matmul_.run(matrix_of(node->src[0]), static_cast<const float*>(rows->data), rows->nb[1] / sizeof(float),
+                         int(rows->ne[1]), operation.reuse, static_cast<float*>(node->data), node->nb[1] / sizeof(float),
+                         *self.kernels_, operation.is_streamed ? &observer : nullptr, by...);
+    };
+    if (num_threads == 1)
+        run(self.team_);
+    else
+        run(thread, num_threads);
 }
 
 void RepackedMatmul::get_rows(GgmlTensor* node, int thread, int num_threads, void*) {

@@ -15,7 +15,8 @@
 // Activations that several matmuls share, one after another, are quantised once.
 class RepackedMatmul {
 public:
-    explicit RepackedMatmul(const WeightStream& stream) : kernels_(find_matmul_kernels(nullptr)), stream_(stream) {}
+    RepackedMatmul(const WeightStream& stream, Team& team)
+        : kernels_(find_matmul_kernels(nullptr)), stream_(stream), team_(team) {}
 
     // Lists the custom operations, for `read_ggml_abi`.
     void list_ops(std::vector<CustomOp>& ops);
@@ -51,6 +52,7 @@ private:
 
     const MatmulKernels* kernels_;
     const WeightStream& stream_;
+    Team& team_;  // computes where ggml's only thread does
     std::vector<char> text_;  // the characters of the names
     std::unordered_set<std::string_view> names_;
     Matmul matmul_;

@@ -104,4 +104,93 @@ void Matmul::multiply(const RepackedMatrix& matrix, const FloatRows& rows, int r
     }
 }
 
+namespace {
+
+// With fewer multiplications, a helper would take longer to see the work than the caller to do it.
+constexpr int64_t kMinSharedMultiplies = 60000;
+constexpr int kMinSharedRows = 4;
+constexpr size_t kAsideBytes = 64 << 10;
+
+size_t tile_result_bytes(int num_rows) { return sizeof(float) * kTileRows * num_rows; }
+
+// Rows of activations to quantise.
+struct QuantiseWork {
+    const float* rows;
+    size_t row_stride;
+    QuantisedRows quantised;
+    const MatmulKernels* kernels;
+
+    void compute(int begin, int end) const {
+        for (int row = begin; row < end; ++row) kernels->quantise(rows + row * row_stride, quantised, row);
+    }
+    void compute_aside(int begin, int end, char* aside) const {
+        const QuantisedRows to = quantised_rows(end - begin, quantised.num_columns, reinterpret_cast<uint8_t*>(aside));
+        for (int row = begin; row < end; ++row) kernels->quantise(rows + row * row_stride, to, row - begin);
+    }
+    void put(int begin, int end, const char* aside) const {
+        const size_t values = value_bytes(quantised_rows(1, quantised.num_columns, nullptr));
+        const size_t scales = quantised.scale_stride();
+        std::memcpy(quantised.q + begin * values, aside, (end - begin) * values);
+        std::memcpy(quantised.scales + begin * scales, aside + (end - begin) * values, (end - begin) * scales * sizeof(BlockScale));
+    }
+};
+
+// Tiles of a matrix to multiply.
+struct MultiplyWork {
+    RepackedMatrix matrix;
+    QuantisedRows rows;
+    FloatRows floats;
+    const MatmulKernels* kernels;
+    float* out;
+    size_t out_stride;
+    TileObserver observer;  // without a function: none
+
+    void compute(int begin, int end) const { multiply(begin, end, out, out_stride); }
+    void compute_aside(int begin, int end, char* aside) const {
+        // the kernels write the columns of their tiles
+        multiply(begin, end, reinterpret_cast<float*>(aside) - size_t(begin) * kTileRows, size_t(end - begin) * kTileRows);
+    }
+    void put(int begin, int end, const char* aside) const {
+        const size_t count = size_t(end - begin) * kTileRows;
+        for (int row = 0; row < floats.num_rows; ++row)
+            std::memcpy(out + row * out_stride + size_t(begin) * kTileRows, aside + sizeof(float) * row * count, sizeof(float) * count);
+    }
+
+private:
+    void multiply(int begin, int end, float* to, size_t stride) const {
+        if (shape_of(Format(matrix.format)).is_float())
+            kernels->multiply_float(matrix, floats, begin, end, to, stride);
+        else
+            kernels->multiply(matrix, rows, begin, end, to, stride);
+        if (observer.on_read == nullptr) return;
+        const size_t tile_bytes = layout_of(Format(matrix.format), matrix.num_columns).num_bytes;
+        observer.on_read(observer.context, matrix.tiles + begin * tile_bytes, matrix.tiles + end * tile_bytes);
+    }
+};
+
+}  // namespace
+
+size_t Matmul::aside_bytes(int num_rows, int num_columns) {
+    return std::max({kAsideBytes, tile_result_bytes(num_rows), quantised_bytes(1, num_columns)});
+}
+
+void Matmul::run(const RepackedMatrix& matrix, const float* rows, size_t row_stride, int num_rows, int reuse, float* out,
+                 size_t out_stride, const MatmulKernels& kernels, const TileObserver* observer, Team& team) {
+    const QuantisedRows quantised = quantised_rows(num_rows, matrix.num_columns, memory_.data()->bytes);
+    if (reuse == 0 && !shape_of(Format(matrix.format)).is_float()) {
+        const int max_range = int(team.aside_bytes() / quantised_bytes(1, matrix.num_columns));
+        team.share(QuantiseWork{rows, row_stride, quantised, &kernels}, num_rows, kMinSharedRows, std::max(max_range, 1));
+    }
+    const MultiplyWork work{matrix, quantised, {num_rows, row_stride, rows}, &kernels, out, out_stride,
+                            observer != nullptr ? *observer : TileObserver{nullptr, nullptr}};
+    if (int64_t(num_rows) * matrix.num_rows * matrix.num_columns < kMinSharedMultiplies) {
+        work.compute(0, matrix.num_tiles());
+        return;
+    }
+    int max_range = std::max(int(team.aside_bytes() / tile_result_bytes(num_rows)), 1);
+    const size_t tile_bytes = layout_of(Format(matrix.format), matrix.num_columns).num_bytes;
+    if (observer != nullptr) max_range = std::min(max_range, std::max(int(kSliceBytes / tile_bytes), 1));
+    team.share(work, matrix.num_tiles(), kMinTiles, max_range);
+}
+
 extern "C" int lowtide_has_matmul_kernels(const char* kernels) { return find_matmul_kernels(kernels) != nullptr; }

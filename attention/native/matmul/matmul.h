@@ -7,6 +7,7 @@
 
 #include "c_api.h"
 #include "matmul/kernels.h"
+#include "team.h"
 #include "threads.h"
 
 // Is told when a matmul has read tiles that none of its threads will read again.
@@ -43,6 +44,11 @@ public:
     void restart(int reuse) { next_tiles_[reuse] = 0; }
     void multiply(const RepackedMatrix& matrix, const FloatRows& rows, int reuse, float* out, size_t out_stride,
                   const MatmulKernels& kernels, const TileObserver* observer, int thread, int num_threads);
+
+    // `run` for a team, called by its first thread alone. Its helpers need `aside_bytes` of the largest matmul.
+    void run(const RepackedMatrix& matrix, const float* rows, size_t row_stride, int num_rows, int reuse, float* out,
+             size_t out_stride, const MatmulKernels& kernels, const TileObserver* observer, Team& team);
+    static size_t aside_bytes(int num_rows, int num_columns);
 
     size_t scratch_bytes() const { return memory_.size() * sizeof(CacheLine); }
 

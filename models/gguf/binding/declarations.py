@@ -173,6 +173,7 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_model_n_embd_out": (_int, (_void,)),
     "llama_n_ctx": (ctypes.c_uint32, (_void,)),
     "llama_print_system_info": (_text, ()),
+    "llama_set_n_threads": (None, (_void, _int, _int)),
     "llama_state_seq_get_data": (_size, (_void, _bytes, _size, _int)),
     "llama_state_seq_get_size": (_size, (_void, _int)),
     "llama_state_seq_load_file": (

@@ -11,6 +11,7 @@ from pathlib import Path
 from lowtide.models.errors import ModelError
 from lowtide.models.gguf.binding.declarations import VERSION
 from lowtide.models.gguf.binding.find import LibraryFile
+from lowtide.models.gguf.binding.openmp import short_spins
 
 _void = ctypes.c_void_p
 _IN_PROCESSOR_CODE = "ggml_get_type_traits_cpu"
@@ -41,7 +42,8 @@ class LoadedLibrary:
     def __init__(self, file: LibraryFile) -> None:
         self.file = file
         self._cpu_plugin: Path | None = None
-        self._libraries = [_open(path, str(file)) for path in (file.path, *_beside(file.path))]
+        with short_spins():
+            self._libraries = [_open(path, str(file)) for path in (file.path, *_beside(file.path))]
 
     def address(self, function: str) -> int:
         """Return the address of a C function of llama.cpp or ggml."""
@@ -83,8 +85,9 @@ class LoadedLibrary:
         load = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(
             self.address("ggml_backend_load_all_from_path")
         )
-        for folder in self.file.plugin_folders:
-            load(os.fsencode(folder))
+        with short_spins():
+            for folder in self.file.plugin_folders:
+                load(os.fsencode(folder))
         self._cpu_plugin = self._find_cpu_plugin()
         self._libraries.append(_open(self._cpu_plugin, str(self.file)))
 

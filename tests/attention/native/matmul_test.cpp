@@ -83,6 +83,15 @@ void check(const Problem& p, const MatmulKernels& kernels) {
     for (int reuse = 1; reuse < Matmul::kMaxReuses; ++reuse)
         require(std::memcmp(out.data(), again[reuse].data(), out.size() * sizeof(float)) == 0, "reusing quantised rows changes the result");
 
+    Team team;
+    team.reserve(p.num_threads, Matmul::aside_bytes(p.num_tokens, p.num_columns));
+    for (int reuse = 0; reuse < 2; ++reuse) {
+        std::vector<float> by_team(out.size(), NAN);
+        matmul.run(matrix, rows.data(), p.num_columns, p.num_tokens, reuse, by_team.data(), p.num_rows, kernels, nullptr, team);
+        require(std::memcmp(out.data(), by_team.data(), out.size() * sizeof(float)) == 0, "a team has another result");
+    }
+    team.settle();
+
     std::vector<float> weights(p.num_columns);
     for (int row = 0; row < p.num_rows; ++row) {
         dequantise_row(matrix, row, weights.data());
