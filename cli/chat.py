@@ -25,7 +25,7 @@ from lowtide.cli.options import (
     template_options,
 )
 from lowtide.cli.output import note, statistics_line
-from lowtide.cli.streams import is_terminal, one_line
+from lowtide.cli.streams import is_terminal, one_line, print_answer
 from lowtide.cli.structured import structured_options, take_constraint
 from lowtide.memory.units import format_bytes
 from lowtide.models.errors import LowtideError
@@ -130,9 +130,12 @@ class Repl:
         while True:
             try:
                 turn = reader.read()
-                if turn is None or turn.split(maxsplit=1)[:1] in (["/exit"], ["/quit"]):
+                if turn is None:
                     return exit_code
-                self._take(turn)
+                name = command_of(turn)
+                if name in ("/exit", "/quit"):
+                    return exit_code
+                self._take(name, turn)
             except KeyboardInterrupt:
                 click.echo(err=True)
                 note("Type /exit or press Ctrl-D to leave.")
@@ -140,15 +143,12 @@ class Repl:
                 click.echo(f"Error: {one_line(str(error))}", err=True)
                 exit_code = exit_code if interactive else error.exit_code
 
-    def _take(self, turn: str) -> None:
-        name, _, rest = turn.strip().partition(" ")
-        if not name:
-            return
+    def _take(self, name: str | None, turn: str) -> None:
         if name in self._commands:
-            self._commands[name](rest.strip())
-        elif name.startswith("/") and name[1:].isalpha():
+            self._commands[name](turn.strip().removeprefix(name).strip())
+        elif name is not None:
             note(f"Unknown command {name}. Type /help for the list.")
-        else:
+        elif turn.strip():
             self._answer(turn)
 
     def _answer(self, turn: str) -> None:
@@ -165,7 +165,7 @@ class Repl:
                 for chunk in chunks:
                     self._last = chunk
                     texts.append(chunk.text)
-                    click.echo(chunk.text, nl=False)
+                    print_answer(chunk.text)
         except KeyboardInterrupt:
             pass
         finally:
@@ -224,6 +224,18 @@ class Repl:
         click.echo(str(self._runtime.plan), err=True)
         if self._last is not None:
             note(statistics_line(self._last.stats, self._last.finish_reason, self._options))
+
+
+def command_of(turn: str) -> str | None:
+    """Return the command of a turn, such as "/help"; None for a question.
+
+    A text of several lines is a question, whatever it begins with: it was pasted, or written between fences. Only a
+    system message may have several.
+    """
+    words = turn.split(maxsplit=1)
+    name = words[0] if words else ""
+    is_command = name.startswith("/") and name[1:].isalpha()
+    return name if is_command and (name == "/system" or "\n" not in turn.strip()) else None
 
 
 def _path(name: str, command: str) -> Path:

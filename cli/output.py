@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lowtide.cli.streams import visible
 from lowtide.memory.units import format_bytes
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def template_note(runtime: Runtime) -> None:
 
 def note(text: str) -> None:
     """Print a line that is not part of an answer: dim, on stderr."""
-    click.secho(text, dim=True, err=True)
+    click.secho(visible(text), dim=True, err=True)
 
 
 def json_object(planned: ResolvedModel | PlannedEmbedding, **values: Any) -> str:

@@ -18,6 +18,7 @@ from lowtide.cli.options import (
     prefix_cache_option,
     speculate_option,
 )
+from lowtide.cli.streams import one_line
 from lowtide.cli.structured import structured_option
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def command(as_json: bool, **options: Any) -> None:
     try:
         planned.require_fit()
     except OverBudget as error:
-        click.echo(f"Error: {error}", err=True)
+        click.echo(f"Error: {one_line(str(error))}", err=True)
         sys.exit(error.exit_code)
 
 

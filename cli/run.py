@@ -23,6 +23,7 @@ from lowtide.cli.options import (
     take_template_arguments,
     template_options,
 )
+from lowtide.cli.streams import print_answer
 from lowtide.cli.structured import structured_options, take_constraint
 
 if TYPE_CHECKING:
@@ -144,5 +145,5 @@ def _messages(text: str, system: str | None) -> list[dict[str, str]]:
 def _printed(chunks: Iterator[GenerationChunk]) -> Iterator[GenerationChunk]:
     for chunk in chunks:
         if chunk.text:
-            click.echo(chunk.text, nl=False)
+            print_answer(chunk.text)
         yield chunk

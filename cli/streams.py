@@ -49,7 +49,7 @@ def print_warning(
 ) -> None:
     """Print a warning of lowtide's as one line; others as `standard` prints them."""
     if issubclass(category, LowtideWarning):
-        click.secho(f"Note: {message}", dim=True, err=True)
+        click.secho(visible(f"Note: {message}"), dim=True, err=True)
     else:
         standard(message, category, *rest)
 
@@ -57,6 +57,25 @@ def print_warning(
 def one_line(text: str) -> str:
     """Return a message with its control characters, such as those of a path, as they are escaped in Python."""
     return "".join(c if c.isprintable() or c == " " else ascii(c)[1:-1] for c in text)
+
+
+_CONTROLS = {
+    code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"
+}
+
+
+def visible(text: str) -> str:
+    """Return a text with its control characters, but line ends and tabs, as they are escaped in Python.
+
+    A terminal obeys them: it would move the cursor over earlier lines, or fill the clipboard.
+    """
+    return text.translate(_CONTROLS)
+
+
+def print_answer(text: str) -> None:
+    """Print a part of an answer at once: as it is, but for control characters where a terminal would obey them."""
+    sys.stdout.write(visible(text) if is_terminal(sys.stdout) else text)
+    sys.stdout.flush()
 
 
 def is_terminal(stream: TextIO) -> bool:

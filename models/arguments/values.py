@@ -31,6 +31,12 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 1]}…"
 
 
+def plain_name(text: str) -> str:
+    """Return a name from a file in one line, not longer than a line, and with nothing that a terminal obeys."""
+    name = text if text.isprintable() else ascii(text)[1:-1]
+    return name if len(name) <= _SHOWN_CHARACTERS else f"{name[: _SHOWN_CHARACTERS - 1]}…"
+
+
 def whole_number(
     name: str, value: Any, least: int = 0, most: float = MOST, alternative: str = ""
 ) -> int:

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from lowtide.models.arguments.values import plain_name
 from lowtide.models.errors import BadModelFile
 from lowtide.models.facts.store import Facts
 from lowtide.models.fingerprint import DIGITS
@@ -109,7 +110,7 @@ class _Keys:
             layer_bytes[tensor.type_name] += tensor.num_bytes if "blk." in tensor.name else 1
         return ModelSpec(
             paths=tuple(part.path for part in parts),
-            name=self.text("general.name", default=self.contents.path.stem),
+            name=plain_name(self.text("general.name", default=self.contents.path.stem)),
             architecture=self.architecture,
             quantisation=self._quantisation(layer_bytes),
             num_layers=num_layers,

@@ -28,6 +28,7 @@ def write_model(
     word: str = "word",
     control: tuple[str, ...] = (),
     changed: Callable[[str, np.ndarray], np.ndarray] = lambda _name, values: values,
+    name: str = "random",
 ) -> Path:
     """Write a llama-shaped model in F32 with a byte vocabulary; `overrides` replaces header numbers.
 
@@ -40,7 +41,7 @@ def write_model(
     F16.
     """
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_name("random")
+    writer.add_name(name)
     numbers = {
         "block_count": layers,
         "embedding_length": width,
