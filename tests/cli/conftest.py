@@ -29,6 +29,9 @@ def lowtide(monkeypatch: pytest.MonkeyPatch) -> Invoke:
             def attach_pages(self, _pages: object) -> None:
                 """Do nothing: a fake model has no pages."""
 
+            def attach_threads(self, _threads: object) -> None:
+                """Do nothing: a fake model computes on the thread that asks."""
+
         def load(_spec: Any, _options: Any, _kernels: Any) -> FakeModel:
             loaded.append(Loaded(replies, context=context))
             return loaded[-1]
@@ -38,7 +41,7 @@ def lowtide(monkeypatch: pytest.MonkeyPatch) -> Invoke:
         monkeypatch.setattr("lowtide.runtime.backends.gguf.GgufModel", load)
         runner = CliRunner()
         return runner.invoke(
-            main, [*arguments, "--memory", "8GiB"], input=input, catch_exceptions=False
+            main, [*arguments, "--memory", "4GiB"], input=input, catch_exceptions=False
         )
 
     invoke.models = loaded  # type: ignore[attr-defined]
