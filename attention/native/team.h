@@ -2,6 +2,7 @@
 
 // Threads that help the thread which computes a graph, when they have a core.
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
@@ -48,7 +49,7 @@ public:
     template <class Work> void share(const Work& work, int num_items, int min_range, int max_range) {
         static_assert(std::is_trivially_copyable_v<Work> && sizeof(Work) <= sizeof(Job::work), "helpers copy it");
         if (num_active_ == 1 || num_items <= min_range) {
-            work.compute(0, num_items);
+            for (int begin = 0; begin < num_items; begin += max_range) work.compute(begin, std::min(begin + max_range, num_items));
             return;
         }
         Job job;

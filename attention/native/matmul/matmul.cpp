@@ -183,14 +183,11 @@ void Matmul::run(const RepackedMatrix& matrix, const float* rows, size_t row_str
     }
     const MultiplyWork work{matrix, quantised, {num_rows, row_stride, rows}, &kernels, out, out_stride,
                             observer != nullptr ? *observer : TileObserver{nullptr, nullptr}};
-    if (int64_t(num_rows) * matrix.num_rows * matrix.num_columns < kMinSharedMultiplies) {
-        work.compute(0, matrix.num_tiles());
-        return;
-    }
+    const bool is_small = int64_t(num_rows) * matrix.num_rows * matrix.num_columns < kMinSharedMultiplies;
     int max_range = std::max(int(team.aside_bytes() / tile_result_bytes(num_rows)), 1);
     const size_t tile_bytes = layout_of(Format(matrix.format), matrix.num_columns).num_bytes;
     if (observer != nullptr) max_range = std::min(max_range, std::max(int(kSliceBytes / tile_bytes), 1));
-    team.share(work, matrix.num_tiles(), kMinTiles, max_range);
+    team.share(work, matrix.num_tiles(), is_small ? matrix.num_tiles() : kMinTiles, max_range);
 }
 
 extern "C" int lowtide_has_matmul_kernels(const char* kernels) { return find_matmul_kernels(kernels) != nullptr; }

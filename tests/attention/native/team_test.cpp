@@ -57,6 +57,20 @@ void test_all_items(int num_threads, int num_items) {
     team.settle();
 }
 
+// No range is longer than asked for, also without helpers: weights that were read are released range by range.
+void test_ranges_alone() {
+    struct Ranges {
+        int* longest;
+        void compute(int begin, int end) const { *longest = std::max(*longest, end - begin); }
+        void compute_aside(int, int, char*) const {}
+        void put(int, int, const char*) const {}
+    };
+    Team team;
+    int longest = 0;
+    team.share(Ranges{&longest}, 1000, 1, 7);
+    require(longest == 7, "ranges have %d items; 7 were asked for", longest);
+}
+
 // A helper that is held up has taken a range: the caller computes it again, and what the helper makes later is dropped.
 void test_held_helper() {
     Team team;
@@ -107,6 +121,7 @@ void test_idle() {
 int main() {
     for (int num_threads : {1, 2, 3, 5})
         for (int num_items : {0, 1, 7, 64, 1000}) test_all_items(num_threads, num_items);
+    test_ranges_alone();
     test_held_helper();
     test_for_each();
     test_idle();
