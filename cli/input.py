@@ -204,6 +204,9 @@ def _open_history() -> Path | None:
         return None
     from lowtide.cli.output import note
 
+    if "GNU" in (readline.__doc__ or ""):
+        # Python turns this off. Without it each pasted line is a turn, and a shell gets those behind /exit.
+        readline.parse_and_bind("set enable-bracketed-paste on")
     readline.set_history_length(HISTORY_LINES)
     folder = state_folder()
     reason = unusable(folder, STATE_VARIABLE)

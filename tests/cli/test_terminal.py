@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import select
 import sys
 from pathlib import Path
@@ -40,7 +41,7 @@ def _in_terminal(*command: str, stdin: bytes = b"") -> bytes:
     os.write(writing, stdin)
     os.close(writing)
     shown = b""
-    while select.select([terminal], [], [], 60)[0]:
+    while select.select([terminal], [], [], 300)[0]:
         try:
             data = os.read(terminal, 65536)
         except OSError:  # the command has ended
@@ -65,7 +66,7 @@ def test_an_answer_in_a_file_is_what_the_model_wrote(tmp_path: Path) -> None:
 
     program = ANSWER.format(reply=HOSTILE)
     done = subprocess.run(
-        [sys.executable, "-c", program], input=b"Hi\n", capture_output=True, check=True, timeout=60
+        [sys.executable, "-c", program], input=b"Hi\n", capture_output=True, check=True, timeout=300
     )
     assert done.stdout.decode() == HOSTILE + "\n"
 
@@ -123,3 +124,40 @@ def test_a_pasted_text_that_begins_with_a_command_is_a_question() -> None:
             "/reset\nis a command of this chat",
             "One.",
         ]
+
+
+PASTED_INTO = """
+import sys
+from lowtide import FakeModel, Runtime, SamplingParams
+from lowtide.cli.chat import Repl
+from lowtide.cli.input import TurnReader
+with Runtime.open(FakeModel(("A long answer.", "Another one."))) as runtime:
+    repl = Repl(runtime, SamplingParams(), None)
+    code = repl.run(TurnReader(10_000, interactive=True), interactive=True)
+    print("turns", [message["content"] for message in repl.messages])
+sys.exit(code)
+"""
+
+
+def test_lines_that_are_pasted_are_one_turn(tmp_path: Path) -> None:
+    pytest.importorskip("readline")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "xterm"}
+        os.execve(sys.executable, [sys.executable, "-c", PASTED_INTO], environment)
+    _read_until(terminal, rb"> $")
+    os.write(terminal, b"\x1b[200~/exit\ntouch x\x1b[201~\r")
+    _read_until(terminal, rb"A long answer\.[\s\S]*> $")
+    os.write(terminal, b"\x04")
+    shown = _read_until(terminal, rb"\]\r\n")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    os.close(terminal)
+    assert b"turns ['/exit\\ntouch x', 'A long answer.']" in shown
+
+
+def _read_until(terminal: int, pattern: bytes) -> bytes:
+    shown = b""
+    while not re.search(pattern, shown):
+        assert select.select([terminal], [], [], 60)[0], shown
+        shown += os.read(terminal, 65536)
+    return shown
