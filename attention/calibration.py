@@ -59,6 +59,11 @@ class Calibration:
         """Describe where the settings come from, by their distance from dense attention."""
         return f"calibrated: KL {self.metric('kl'):.3f} at {self.context:,} tokens"
 
+    @property
+    def distance(self) -> str:
+        """The measured distance from dense attention in a few words."""
+        return f"KL {self.metric('kl'):.4f} at {self.context:,} tokens"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the file's values."""
         return {

@@ -98,6 +98,22 @@ class PromptSelector(Protocol):
         """Return the smallest k that surely retains every token of `spans`, begin and end each."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibratedPolicy:
+    """A policy, resolved for a model, with its measured distance from exact attention in words.
+
+    `kl` is the mean KL divergence in nats/token, None where answers were counted instead: such a policy is for
+    questions alone. `keys_read` is the share of the cached keys that a token of the answer reads,
+    `prompt_computed` the share of a prompt's tokens and layers that are computed.
+    """
+
+    policy: AttentionPolicy
+    distance: str
+    kl: float | None
+    keys_read: float
+    prompt_computed: float = 1.0
+
+
 class AttentionPolicy(ABC):
     """A rule for attention: exact, or an approximation.
 
@@ -138,6 +154,16 @@ class AttentionPolicy(ABC):
             raise BadOption(
                 f"{cls.name}'s {name} is {value!r}; it must be {setting.expected}"
             ) from None
+
+    @classmethod
+    def calibrated(
+        cls, spec: ModelSpec, prompt_tokens: int, num_tokens: int
+    ) -> list[CalibratedPolicy]:
+        """Return the policy with each of the model's calibrations, and what it saves.
+
+        The KV cache holds `num_tokens` tokens at the end of the answer, `prompt_tokens` of them of the prompt.
+        """
+        return []
 
     def resolve(self: Policy, spec: ModelSpec) -> Policy:
         """Return the policy with every setting filled in for the model.

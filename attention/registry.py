@@ -5,11 +5,12 @@ from __future__ import annotations
 from lowtide.attention.delta.policy import Delta
 from lowtide.attention.dense import Dense, Llama
 from lowtide.attention.gem.policy import Gem
-from lowtide.attention.policy import AttentionPolicy
+from lowtide.attention.policy import AttentionPolicy, CalibratedPolicy
 from lowtide.attention.tidal.policy import Tidal
 from lowtide.models.arguments.names import option
 from lowtide.models.arguments.values import shown
 from lowtide.models.errors import BadOption
+from lowtide.models.spec import ModelSpec
 
 _CLASSES: tuple[type[AttentionPolicy], ...] = (
     Llama,
@@ -34,3 +35,12 @@ def parse_policy(text: str | AttentionPolicy) -> AttentionPolicy:
             f"{option('attention')} is {shown(name)}; it must be one of {', '.join(POLICIES)}"
         )
     return POLICIES[name].parse(settings)
+
+
+def calibrated_policies(
+    spec: ModelSpec, prompt_tokens: int, num_tokens: int
+) -> list[CalibratedPolicy]:
+    """Return every policy that is calibrated for the model; see `AttentionPolicy.calibrated`."""
+    return [
+        found for policy in _CLASSES for found in policy.calibrated(spec, prompt_tokens, num_tokens)
+    ]

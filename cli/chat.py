@@ -18,13 +18,14 @@ from lowtide.cli.options import (
     opening_options,
     planned_model,
     prefix_cache_option,
+    quality_option,
     speculate_option,
     system_option,
     take_generation_options,
     take_template_arguments,
     template_options,
 )
-from lowtide.cli.output import note, statistics_line
+from lowtide.cli.output import note, quality_note, statistics_line
 from lowtide.cli.streams import is_terminal, one_line, print_answer
 from lowtide.cli.structured import structured_options, take_constraint
 from lowtide.memory.units import format_bytes
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 @click.command("chat", short_help="Chat with a model.")
 @opening_options
 @speculate_option
+@quality_option
 @system_option
 @template_options
 @prefix_cache_option
@@ -174,6 +176,7 @@ class Repl:
                 click.echo()
         if texts and self._last is not None:
             note(statistics_line(self._last.stats, self._last.finish_reason, self._options))
+            quality_note(self._runtime.planned, self._last.stats)
         else:
             note("Stopped before the first token; the question was removed.")
 

@@ -177,7 +177,9 @@ def _attention(reference: str | None, memory: str | None) -> dict[str, Any]:
     if spec.kind != DECODER:
         return purpose
     context = min(MIN_CONTEXT, spec.context_length)
-    config = LoadConfig(memory=memory, context=context, batch_size=32, attention="tidal")
+    config = LoadConfig(
+        memory=memory, context=context, batch_size=32, attention="tidal", repack=False
+    )
     engine = Engine(plan_spec(spec, config))
     try:
         engine.model.forward((0,))

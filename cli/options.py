@@ -50,10 +50,10 @@ _MODEL: tuple[Option, ...] = (
     ),
     click.option(
         "--repack/--no-repack",
-        default=False,
-        show_default=True,
+        default=None,
         help="Use lowtide's matmul kernels on a repacked copy of the weights (created in the cache folder on "
-        "first use). For ONNX models this also enables lowtide's attention.",
+        "first use). For ONNX models this also enables lowtide's attention.  [default: auto, where the kernels "
+        "know the weights, are not slower than the engine's own, and fit into the budget]",
     ),
     click.option("--pack", is_flag=True, hidden=True),
     click.option("--offline", is_flag=True, help="Never use the network."),
@@ -61,12 +61,29 @@ _MODEL: tuple[Option, ...] = (
 
 _ATTENTION = click.option(
     "--attention",
-    default="llama",
+    default="auto",
     metavar="POLICY",
-    help="Attention policy: llama (llama.cpp's own), dense (lowtide's kernels, exact), or an approximation: "
+    help="Attention policy: auto (dense where it works and is not slower than the engine's own), llama "
+    "(llama.cpp's own), dense (lowtide's kernels, exact), or an approximation: "
     "tidal (sparse decoding: each token reads the top-k keys), delta (similar keys share one score) or gem "
     "(only the prompt tokens that matter for the question are processed in full). Settings follow a colon: "
-    "tidal:k=1024, delta:window=256, gem:k=512,layer=7.  [default: llama; for evaluate and calibrate: tidal]",
+    "tidal:k=1024, delta:window=256, gem:k=512,layer=7.  [default: auto; for evaluate and calibrate: tidal]",
+)
+
+_REFERENCE = click.option(
+    "--reference",
+    is_flag=True,
+    help="Run the engine's own kernels alone, token for token: --attention llama --no-repack.",
+)
+
+quality_option = click.option(
+    "--quality",
+    type=click.Choice(["exact", "high", "fast"]),
+    default="exact",
+    show_default=True,
+    help="How close answers stay to exact ones: high takes the fastest calibrated policy whose measured KL divergence "
+    "is inside 0.005 nats a token, fast inside 0.02 (and gem for questions on long prompts). lowtide says what it "
+    "takes; without a calibration (lowtide calibrate) answers stay exact.",
 )
 
 _PROVIDER = click.option(
@@ -219,7 +236,7 @@ def template_options(command: Command) -> Command:
 
 def opening_options(command: Command) -> Command:
     """Add MODEL, --memory, --context and the other options of loading a model."""
-    return _decorated(command, (*_MODEL, _ATTENTION, *_GPU, _PROVIDER))
+    return _decorated(command, (*_MODEL, _ATTENTION, _REFERENCE, *_GPU, _PROVIDER))
 
 
 def opening_options_but_attention(command: Command) -> Command:
@@ -263,10 +280,11 @@ def take_open_options(options: dict[str, Any]) -> LoadConfig:
     from lowtide.runtime.planning.plan import LoadConfig
 
     names = (
-        "memory context kv_type threads attention prefix_cache repack speculate gpu_layers gpu_memory "
-        "provider expected_tokens chat_template structured"
+        "memory context kv_type threads attention reference prefix_cache repack speculate gpu_layers gpu_memory "
+        "provider expected_tokens chat_template structured quality"
     ).split()
-    options["repack"] |= options.pop("pack")  # a hidden alias
+    if options.pop("pack"):  # a hidden alias
+        options["repack"] = True
     return LoadConfig(**{name: options.pop(name) for name in names if name in options})
 
 

@@ -38,8 +38,15 @@ def plan_line(planned: ResolvedModel) -> str:
     )
     if planned.policy.uses_native_kernels:
         line += f" · attention {planned.policy}"
-    if planned.options.repack:
+    if planned.options.repack is True:
         line += " · repacked weights"
+    if planned.engine_kernels_reason is not None:
+        what = "attention" if planned.options.repack is True else "matmuls"
+        both = not planned.policy.uses_native_kernels and planned.options.repack is not True
+        what = "kernels" if both else what
+        line += f" · {planned.spec.engine}'s own {what}, because {planned.engine_kernels_reason}"
+    if planned.quality is not None:
+        line += f" · {planned.quality.sentence}"
     line += "".join(f" · {gpu_line(gpu)}" for gpu in plan.gpus)
     line += "".join(f" · reduced to fit: {step}" for step in plan.downgrades)
     return "\n".join([line, *(f"Warning: {warning}" for warning in planned.spec.warnings)])
@@ -73,6 +80,8 @@ def statistics_line(
     parts.append(f"prompt {stats.prompt_tokens}{retained}, {reused}")
     if params is not None and params.draws_seed:
         parts.append(f"seed {stats.seed}")
+    if stats.kernels is not None:
+        parts.append(_kernels(stats.kernels))
     parts += _unusual(stats)
     if finish_reason in ENDINGS:
         parts.append(ENDINGS[finish_reason])
@@ -80,6 +89,14 @@ def statistics_line(
         budget = format_bytes(stats.budget_bytes)
         parts.append(f"peak {format_bytes(stats.peak_rss_bytes)} of {budget}")
     return " · ".join(parts)
+
+
+def _kernels(kernels: dict[str, str]) -> str:
+    """Return who computed attention and matmuls in a few words."""
+    makers = [kernels[part].partition(",")[0] for part in ("attention", "matmuls")]
+    if makers[0] == makers[1]:
+        return f"{makers[0]}'s kernels"
+    return f"{makers[0]}'s attention, {makers[1]}'s matmuls"
 
 
 def _unusual(stats: Statistics) -> list[str]:
@@ -110,12 +127,30 @@ def _speculation(values: dict[str, Any]) -> str:
     return line
 
 
+def quality_note(planned: ResolvedModel, stats: Statistics) -> None:
+    """Say once a model, after a long exact answer, what the quality "fast" would save."""
+    from lowtide.runtime.planning.quality import saving
+
+    sentence = saving(planned, stats.prompt_tokens, stats.generated_tokens)
+    if sentence is not None:
+        note(sentence)
+
+
 def template_note(runtime: Runtime) -> None:
     """Say on stderr where a chat template is that of the model's family."""
     if runtime.template_family is not None:
         note(
             f"{runtime.spec.name} has no chat template of its own: using that of {runtime.template_family}."
         )
+
+
+def kernel_values(planned: ResolvedModel) -> dict[str, Any]:
+    """Return for JSON which kernels run, why not lowtide's, and what the quality took."""
+    return {
+        "kernels": planned.kernels,
+        "engine_kernels_reason": planned.engine_kernels_reason,
+        "quality": None if planned.quality is None else planned.quality.to_dict(),
+    }
 
 
 def note(text: str) -> None:

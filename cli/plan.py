@@ -16,6 +16,7 @@ from lowtide.cli.options import (
     opening_options,
     planned_model,
     prefix_cache_option,
+    quality_option,
     speculate_option,
 )
 from lowtide.cli.streams import one_line
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 @click.command("plan", short_help="Show how much memory a model needs.")
 @opening_options
 @speculate_option
+@quality_option
 @prefix_cache_option
 @structured_option
 @click.option(
@@ -44,12 +46,13 @@ def command(as_json: bool, **options: Any) -> None:
     Exits with 2 if the model does not fit. MODEL is a .gguf file, an ONNX folder, a name from
     `lowtide models`, or hf:user/repo[:quant].
     """
-    from lowtide.cli.output import json_object
+    from lowtide.cli.output import json_object, kernel_values
     from lowtide.memory.units import OverBudget
 
     planned = planned_model(options)
     if as_json:
-        click.echo(json_object(planned, **planned.plan.to_dict()))
+        values = {**planned.plan.to_dict(), **kernel_values(planned)}
+        click.echo(json_object(planned, **values))
     else:
         _print_plan(planned)
     try:
@@ -70,4 +73,13 @@ def _print_plan(planned: ResolvedModel) -> None:
     click.echo(str(plan))
     if plan.speculation is not None:
         click.echo(str(plan.speculation))
+    kernels = planned.kernels
+    click.echo(
+        f"Kernels: attention by {kernels['attention']}, {planned.attention_in_words}; matmuls by {kernels['matmuls']}; "
+        f"{kernels['library']}"
+    )
+    if planned.engine_kernels_reason is not None:
+        click.echo(f"Not lowtide's alone, because {planned.engine_kernels_reason}")
+    if planned.quality is not None:
+        click.echo(f"Quality: {planned.quality.sentence}")
     click.echo(f"Smallest budget: {format_bytes_up(plan.lower_bound_bytes)}")

@@ -15,6 +15,7 @@ from lowtide.cli.options import (
     json_option,
     opening_options,
     plan_with,
+    quality_option,
     speculate_option,
     take_generation_options,
     take_open_options,
@@ -42,6 +43,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.command("profile", short_help="Show where memory and time go.")
 @opening_options
 @speculate_option
+@quality_option
 @template_options
 @click.option("-p", "--prompt", help="The prompt.  [default: read from standard input]")
 @click.option("--script", type=_FILE, help="Run a chat instead: a file with one turn per line.")

@@ -15,6 +15,7 @@ from lowtide.cli.options import (
     json_option,
     opening_options,
     plan_with,
+    quality_option,
     speculate_option,
     system_option,
     take_generation_options,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 @click.command("run", short_help="Answer one prompt.")
 @opening_options
 @speculate_option
+@quality_option
 @click.option("-p", "--prompt", help="The prompt.  [default: read from standard input]")
 @click.option(
     "-f",
@@ -73,7 +75,15 @@ def command(
     """
     from lowtide import GenerationResult, Runtime
     from lowtide.cli.input import prompt_text
-    from lowtide.cli.output import json_object, note, plan_line, statistics_line, template_note
+    from lowtide.cli.output import (
+        json_object,
+        kernel_values,
+        note,
+        plan_line,
+        quality_note,
+        statistics_line,
+        template_note,
+    )
     from lowtide.runtime.planning.expected import ExpectedPrompt, PromptLimit
 
     if system is not None and raw:
@@ -127,6 +137,7 @@ def command(
                 tokens=list(result.token_ids),
                 finish_reason=result.finish_reason,
                 stats=result.stats.to_dict(),
+                **kernel_values(planned),
                 **({} if spans is None else {"retained_spans": [span.to_dict() for span in spans]}),
             )
         )
@@ -135,6 +146,7 @@ def command(
     for span in spans or ():
         note(f"{span.position:>7,}  {span.score:.3f}  {span.text!r}")
     note(statistics_line(result.stats, result.finish_reason, generation))
+    quality_note(planned, result.stats)
 
 
 def _messages(text: str, system: str | None) -> list[dict[str, str]]:

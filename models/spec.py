@@ -128,6 +128,13 @@ class ModelSpec:
             return None
         return tuple(layer for layer in range(self.num_layers) if layer not in self.sliding_layers)
 
+    def visible_keys(self, num_tokens: int) -> list[int]:
+        """Return how many of `num_tokens` cached keys each layer sees: all, or those in its sliding window."""
+        full = set(self.full_layers or ())
+        window = self.sliding_window or num_tokens
+        layers = range(self.num_layers)
+        return [num_tokens if layer in full else min(num_tokens, window) for layer in layers]
+
     @property
     def path(self) -> Path:
         """The file to open; of a split model, its first part."""

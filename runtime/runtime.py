@@ -100,13 +100,18 @@ class Runtime:
         * `batch_size`: tokens of a forward pass
         * `expected_tokens`: tokens of the longest prompt with its answer, if known; the plan makes room for them first
         * `threads`: default the cores that this process may use
-        * `attention`: "llama" (the engine's kernels, the default), "dense" (lowtide's, exact), or an approximation:
-          "tidal", "delta", "gem", or a policy object such as `Tidal(k=512)`
+        * `attention`: "auto" (the default: "dense" where it works and is not slower), "llama" (the engine's kernels),
+          "dense" (lowtide's, exact), or an approximation: "tidal", "delta", "gem", or a policy object such as
+          `Tidal(k=512)`
         * `prefix_cache`: size of the cache for the prefixes of earlier prompts; default 0
-        * `repack`: True multiplies repacked weights with lowtide's matmul kernels
+        * `repack`: True multiplies repacked weights with lowtide's matmul kernels, False with the engine's; "auto", the
+          default, is True where lowtide's know the weights, are not slower and fit into the budget
+        * `reference`: True runs the engine's own kernels alone, token for token
         * `gpu_layers`, `gpu_memory`: layers on GPUs, a number or "auto", and the size to use of each GPU
         * `speculate`: "off" (the default), "ngram", "trigram", "auto" or a draft model, with ":draft=N" for the most
           draft tokens of a pass
+        * `quality`: "exact" (the default), or "high" or "fast": the fastest calibrated policy whose measured distance
+          from exact answers is inside a limit; `planned.quality` says which
         * `provider`: the execution provider of an ONNX model ("cpu", "cuda")
         * `structured`: True reserves the memory of structured output (`SamplingParams.constraint`) in the plan
         * `offline`: True downloads nothing

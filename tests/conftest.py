@@ -18,6 +18,7 @@ from lowtide import FakeModel, Runtime  # noqa: E402
 from lowtide.models.catalog import resolve  # noqa: E402
 from lowtide.models.gguf.spec import read_spec  # noqa: E402
 from lowtide.models.spec import ModelSpec  # noqa: E402
+from lowtide.runtime.backends import kernel_times  # noqa: E402
 
 collect_ignore = ["smoke"]  # tests/wheel_test.sh runs them, outside the checkout
 
@@ -52,6 +53,34 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "lowtide.attention.calibration.calibration_folder", lambda: tmp_path / "calibrations"
     )
     monkeypatch.setattr("lowtide.models.facts.store.facts_folder", lambda: tmp_path / "facts")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Store repacked copies and measurements for the tests alone; processes that tests start inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compare_kernels_once() -> Iterator[None]:
+    """Compare the kernels once for each shape, because every test has an empty folder of measurements."""
+    measured: dict[object, kernel_times.KernelTimes] = {}
+    measure = kernel_times.measure
+
+    def once(spec: ModelSpec) -> kernel_times.KernelTimes:
+        shape = (
+            spec.tensor_types, spec.embedding_width, spec.feed_forward_width, spec.num_heads,
+            spec.num_kv_heads, spec.key_head_dim,
+        )  # fmt: skip
+        if shape not in measured:
+            measured[shape] = measure(spec)
+        return measured[shape]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel_times, "measure", once)
+        yield
 
 
 @pytest.fixture(scope="session")

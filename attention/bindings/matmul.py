@@ -10,6 +10,9 @@ import ctypes
 from lowtide.attention.bindings.library import native_library
 from lowtide.models.gguf.reader import TYPE_NUMBERS
 
+MATMUL_KERNELS = ("avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dot", "neon", "portable")
+"""Instruction sets of the matmul kernels, the fastest first."""
+
 
 class MatrixView(ctypes.Structure):
     """The C++ `RepackedMatrix`, field for field; `tiles` is an address that must stay valid."""
@@ -23,6 +26,15 @@ class MatrixView(ctypes.Structure):
 def can_repack(type_name: str, num_rows: int, num_columns: int) -> bool:
     """Whether such a matrix can be repacked: whole blocks (32 columns for floats), 16 rows a tile."""
     return _repacked_bytes(type_name, num_rows, num_columns) > 0
+
+
+def matmul_kernels() -> str:
+    """Return the instruction set of the matmul kernels in use: the fastest that this processor has."""
+    library = _library()
+    library.lowtide_has_matmul_kernels.argtypes = [ctypes.c_char_p]
+    return next(
+        name for name in MATMUL_KERNELS if library.lowtide_has_matmul_kernels(name.encode())
+    )
 
 
 def repack_rows(

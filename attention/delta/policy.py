@@ -23,6 +23,7 @@ from lowtide.attention.policy import (
     CALIBRATION,
     USER,
     AttentionPolicy,
+    CalibratedPolicy,
     PassController,
     Setting,
     read_share,
@@ -130,6 +131,27 @@ class Delta(AttentionPolicy):
     def key(self) -> str:
         """The policy key of the calibration file."""
         return f"{self.name}-{self.granularity}{self.channels if self.granularity == BLOCK else ''}"
+
+    @classmethod
+    def calibrated(
+        cls, spec: ModelSpec, prompt_tokens: int, num_tokens: int
+    ) -> list[CalibratedPolicy]:
+        """Return each granularity that is calibrated; its keys behind the window are read as it was measured."""
+        policies = [
+            *(cls(granularity=name) for name in (TOKEN, ELEMENT)),
+            *(cls(granularity=BLOCK, block=size) for size in BLOCK_SIZES),
+        ]
+        found = [(policy, find_calibration(policy.key, spec)) for policy in policies]
+        return [
+            CalibratedPolicy(
+                policy=policy.resolve(spec),
+                distance=calibration.distance,
+                kl=calibration.metric("kl"),
+                keys_read=calibration.metric("keys_read") if num_tokens > policy.window else 1.0,
+            )
+            for policy, calibration in found
+            if calibration is not None
+        ]
 
     def resolve(self, spec: ModelSpec) -> Delta:
         """Fill in the parameters for the model."""

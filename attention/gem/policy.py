@@ -23,12 +23,18 @@ from lowtide.attention.policy import (
     CALIBRATION,
     USER,
     AttentionPolicy,
+    CalibratedPolicy,
     PassController,
     Setting,
     read_k,
 )
 from lowtide.attention.settings import Ranges, file_field, number_of_keys, set_fields, whole_fields
-from lowtide.memory.plan.attention import NO_ATTENTION_MEMORY, AttentionMemory, FilterPrefill
+from lowtide.memory.plan.attention import (
+    NO_ATTENTION_MEMORY,
+    AttentionMemory,
+    FilterPrefill,
+    retained_tokens,
+)
 from lowtide.memory.plan.estimates import attention_bytes, padded_context
 from lowtide.models.arguments.values import MOST, choice, flag, shown
 from lowtide.models.errors import BadOption
@@ -118,6 +124,30 @@ class Gem(AttentionPolicy):
             raise BadOption(
                 f"gem's then is {shown(self.then)}; it must be a policy, such as Dense()"
             )
+
+    @classmethod
+    def calibrated(
+        cls, spec: ModelSpec, prompt_tokens: int, num_tokens: int
+    ) -> list[CalibratedPolicy]:
+        """Return the calibrated filter for a prompt that it would shorten; answers to questions were counted."""
+        found = find_calibration(cls.name, spec)
+        if found is None:
+            return []
+        policy = cls().resolve(spec)
+        if not policy.selection.applies_to(prompt_tokens):
+            return []
+        retained = retained_tokens(policy.selection.k, prompt_tokens)
+        filtered = (policy.selection.layer + 1) / spec.num_layers
+        answers = f"{found.metric('num_answered')} of {found.metric('num_dense_answered')} answers"
+        return [
+            CalibratedPolicy(
+                policy=policy,
+                distance=f"{answers} kept at {found.context:,} tokens",
+                kl=None,
+                keys_read=(num_tokens - prompt_tokens + retained) / num_tokens,
+                prompt_computed=min(filtered + retained / prompt_tokens, 1.0),
+            )
+        ]
 
     def resolve(self, spec: ModelSpec) -> Gem:
         """Fill in k, the layer, and the policy that follows; raises `BadOption` for an unknown layer."""

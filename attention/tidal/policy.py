@@ -26,6 +26,7 @@ from lowtide.attention.policy import (
     CALIBRATION,
     USER,
     AttentionPolicy,
+    CalibratedPolicy,
     PassController,
     Setting,
     read_k,
@@ -119,6 +120,29 @@ class Tidal(AttentionPolicy):
                 f"tidal's refresh is {self.refresh} and recent is {self.recent}: refresh must be at most "
                 "recent, so that the tokens since the last selection are among the recent ones"
             )
+
+    @classmethod
+    def calibrated(
+        cls, spec: ModelSpec, prompt_tokens: int, num_tokens: int
+    ) -> list[CalibratedPolicy]:
+        """Return the calibrated k and layers; prompts are read exactly."""
+        found = find_calibration(cls.name, spec)
+        if found is None:
+            return []
+        policy, kl = cls().resolve(spec), found.metric("kl")
+        read = policy._keys_read(spec, num_tokens)
+        return [CalibratedPolicy(policy=policy, distance=found.distance, kl=kl, keys_read=read)]
+
+    def _keys_read(self, spec: ModelSpec, num_tokens: int) -> float:
+        """Return the share of the visible keys that a decoded token reads, over all layers."""
+        visible, k = spec.visible_keys(num_tokens), self.k or DEFAULT_K
+        most = int(k) if k >= 1 else round(k * num_tokens)
+        roles = self.roles(spec.num_layers)
+        read = [
+            min(keys, most) if role == ROLE_REUSE else keys
+            for keys, role in zip(visible, roles, strict=True)
+        ]
+        return sum(read) / max(sum(visible), 1)
 
     def resolve(self, spec: ModelSpec) -> Tidal:
         """Fill in k and the selection layers for the model."""

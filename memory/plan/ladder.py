@@ -9,12 +9,14 @@ What comes first is what costs the most time where it is missing:
 1. A prompt that does not fit costs the whole answer: the context grows to the expected tokens, in the smallest
    KV type.
 2. A worse KV type costs accuracy, up to 0.05 nats a token: the type improves to the preferred one.
-3. A short context costs a second reading of a text or a conversation, seconds each time: it grows to
+3. The engine's own kernels cost a third of the speed of an answer, and three quarters of that of a prompt: lowtide's
+   run, where the request leaves that open.
+4. A short context costs a second reading of a text or a conversation, seconds each time: it grows to
    `USUAL_CONTEXT`.
-4. Streamed weights and single tokens cost seconds at every token. Resident layers and speculation are weighed by the
+5. Streamed weights and single tokens cost seconds at every token. Resident layers and speculation are weighed by the
    seconds a token that a byte of each saves: what saves more comes first (`speculation_first`).
-5. A context beyond the usual one costs nothing until a conversation is that long: it grows to the model's own.
-6. Small batches cost a few percent of the time of a prompt: they grow last.
+6. A context beyond the usual one costs nothing until a conversation is that long: it grows to the model's own.
+7. Small batches cost a few percent of the time of a prompt: they grow last.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ class LadderBounds:
     for may be fewer. `longest` is the longest context, `expected` the tokens of a prompt and its answer, 0 where
     they are not known. `streams` says whether weights may be streamed. `speculations` begin with what the request
     needs at least, and each takes more and promises more than the one before; `streamed_speculations` are those
-    where weights are streamed.
+    where weights are streamed. With `optional_kernels`, lowtide's kernels may be left out.
     """
 
     longest: int
@@ -77,6 +79,7 @@ class LadderBounds:
     streams: bool
     streamed_speculations: tuple[SpeculationChoice, ...] = ()
     speculation_first: bool = True
+    optional_kernels: bool = False
 
     @property
     def least(self) -> int:
@@ -136,6 +139,10 @@ class Ladder:
         yield self._tokens(bounds.least, bounds.needed, self._at(bounds.needed))
         yield Stage(lambda i: replace(needed, kv_type=types[i]), 0, last_type)
         usual = replace(usual, kv_type=types[-1])
+        if bounds.optional_kernels:
+            exact = replace(needed, kv_type=types[-1])
+            yield Stage(lambda i: replace(exact, own_kernels=bool(i)), 0, 1)
+            usual = replace(usual, own_kernels=True)
         yield self._tokens(bounds.needed, bounds.usual, usual)
         if bounds.streams:
             if bounds.speculation_first:

@@ -55,6 +55,7 @@ class PlanCandidate:
     only that many layers do and the others are streamed from the file in every pass. `prefix_bytes` is the
     size of the prefix cache, `cache_filter_pass` whether the filter prefill of a prompt is cached for the
     next question, and `speculation` the drafts and the tokens per verification.
+    `own_kernels` says whether the kernels that the request leaves open are lowtide's or the engine's.
     """
 
     context: int
@@ -65,6 +66,7 @@ class PlanCandidate:
     prefix_bytes: int = 0
     cache_filter_pass: bool = False
     speculation: SpeculationChoice = NO_SPECULATION
+    own_kernels: bool = False
 
     def downgrades_from(self, preferred: PlanCandidate) -> tuple[str, ...]:
         """Describe in words what this candidate lacks compared to the preferred one."""
@@ -75,6 +77,8 @@ class PlanCandidate:
             for key, name in names.items()
             if before[key] != after[key]
         ]
+        if preferred.own_kernels and not self.own_kernels:
+            steps.insert(0, "kernels: lowtide's to the engine's own")
         if self.prefix_bytes < preferred.prefix_bytes:
             sizes = map(format_bytes, (preferred.prefix_bytes, self.prefix_bytes))
             steps.insert(0, f"prefix cache: {' to '.join(sizes)}")

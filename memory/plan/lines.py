@@ -95,9 +95,18 @@ class PlanLines:
 
         They are not if llama.cpp repacks them, or if it copies them to a GPU.
         """
-        may_be = self._baseline.repacks and not self._options.repacked
+        may_be = self._baseline.repacks and not self._is_repacked(candidate)
         repacked = may_be and estimates.is_repacked(self._spec, self._baseline.processor)
         return candidate.resident_layers is not None or not (repacked or self.gpus(candidate))
+
+    def _is_repacked(self, candidate: PlanCandidate) -> bool:
+        """Whether the weights are in tiles for lowtide's matmuls."""
+        return self._options.repacked or (candidate.own_kernels and self._options.optional_repack)
+
+    def _attention_threads(self, candidate: PlanCandidate) -> int:
+        """Return the threads of lowtide's attention; 0 if the engine's own runs."""
+        is_optional = candidate.own_kernels and self._options.optional_attention
+        return self._options.threads if is_optional else self._options.attention_threads
 
     def _vocabulary(self) -> PlanLine:
         vocabulary = self._spec.vocabulary
@@ -130,7 +139,7 @@ class PlanLines:
         return PlanLine(
             components.WEIGHTS,
             estimates.weight_bytes(spec, memory_map=memory_map),
-            f"{spec.quantisation}, {'repacked for lowtide, ' if self._options.repacked else ''}"
+            f"{spec.quantisation}, {'repacked for lowtide, ' if self._is_repacked(candidate) else ''}"
             f"{'memory-mapped' if memory_map else 'copied and repacked by llama.cpp'}"
             + (", with a second copy in another layout" if spec.copied_bytes else ""),
         )
@@ -220,17 +229,24 @@ class PlanLines:
 
     def _attention(self, candidate: PlanCandidate) -> PlanLine:
         """The scratch of lowtide's kernels: dense attention, matmuls, and what the policy adds."""
-        spec, options, threads = self._spec, self._options, self._options.attention_threads
+        spec, options = self._spec, self._options
+        threads, repacked = self._attention_threads(candidate), self._is_repacked(candidate)
         num_bytes = options.attention.scratch_bytes(spec, candidate.context, threads)
         if threads:
             num_bytes += estimates.attention_bytes(spec, candidate.context, threads)
             cells = estimates.padded_context(candidate.context)
             choice = candidate.speculation
             num_bytes += branch_bytes(choice.verify_batch, cells) * choice.branches
-        if options.repacked:
+        if repacked:
             num_bytes += estimates.matmul_scratch_bytes(spec, candidate.batch_size)
             num_bytes += estimates.helper_bytes(spec, candidate.batch_size, options.threads)
-        return PlanLine(components.SCRATCH, num_bytes, _kernels_line(options, spec.engine))
+        why = f"not needed by {spec.engine}'s kernels"
+        if threads or repacked:
+            num_threads = threads or options.threads
+            parts = ["attention"] * bool(threads) + ["matmuls"] * repacked
+            why = f"lowtide's {' and '.join(parts)}, {num_threads} thread{'s' * (num_threads > 1)}"
+            why += f", {options.attention.description}" if options.attention.description else ""
+        return PlanLine(components.SCRATCH, num_bytes, why)
 
 
 def _speculation_line(choice: SpeculationChoice) -> str:
@@ -238,16 +254,6 @@ def _speculation_line(choice: SpeculationChoice) -> str:
         return "watches drafts, verifies none" if choice.verify_batch else "off"
     trees = ", with branches" if choice.branches else ""
     return f"{choice.name}: verifies {choice.verify_batch} tokens at once{trees}"
-
-
-def _kernels_line(options: PlanRequest, engine: str) -> str:
-    if not options.attention_threads and not options.repacked:
-        return f"not needed by {engine}'s kernels"
-    threads = options.attention_threads or options.threads
-    description = options.attention.description
-    return f"lowtide's kernels, {threads} {'thread' if threads == 1 else 'threads'}" + (
-        f", {description}" if description else ""
-    )
 
 
 def _structured(spec: ModelSpec, is_asked: bool) -> tuple[PlanLine, ...]:

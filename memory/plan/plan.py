@@ -51,6 +51,9 @@ class PlanRequest:
     """Whether the memory of structured output is reserved."""
     repacked: bool = False
     """Whether the weights are a repacked copy for lowtide's matmul kernels."""
+    optional_attention: bool = False
+    optional_repack: bool = False
+    """Whether lowtide's attention, and its matmuls, run where the budget has room for what they need."""
     gpu: GpuBudget | None = None
     """Which GPUs take layers and how much memory on each; None without a GPU."""
 
@@ -69,6 +72,11 @@ class PlanRequest:
             raise BadOption(
                 f"{option('batch_size')} is {self.batch_size}; it must be between 1 and 4096"
             )
+
+    @property
+    def has_optional_kernels(self) -> bool:
+        """Whether the plan may leave lowtide's kernels out."""
+        return self.optional_attention or self.optional_repack
 
     @property
     def filter_prefill(self) -> FilterPrefill | None:
@@ -114,6 +122,7 @@ class MemoryPlan:
     every pass; None if all weights are resident. `verify_batch` is the number of tokens per verification of
     `drafts`: 0 without speculation, 1 where drafts are only watched. `branches` says whether drafts are trees.
     `speculation` has all choices, with what each takes and promises.
+    `own_kernels` says whether the kernels that the request leaves open are lowtide's.
     """
 
     budget: Budget
@@ -133,6 +142,7 @@ class MemoryPlan:
     drafts: tuple[str, ...] = ()
     branches: bool = False
     speculation: SpeculationTable | None = None
+    own_kernels: bool = False
 
     @property
     def total_bytes(self) -> int:

@@ -64,6 +64,7 @@ def plan_memory(
         drafts=chosen.speculation.drafts,
         branches=chosen.speculation.branches,
         speculation=planner.table(chosen),
+        own_kernels=chosen.own_kernels,
     )
 
 
@@ -185,10 +186,12 @@ class _Planner:
 
     def smallest(self) -> PlanCandidate:
         """Return the candidate that needs the fewest bytes."""
+        own_kernels = (False, True) if self._options.has_optional_kernels else (False,)
         candidates = [
-            self._ladder.smallest(kv_type, layers)
+            replace(self._ladder.smallest(kv_type, layers), own_kernels=own)
             for kv_type in self._kv_types
             for layers in ((None, 0) if self._can_stream else (None,))
+            for own in own_kernels
         ]
         return min(candidates, key=self._cost)
 
@@ -204,6 +207,7 @@ class _Planner:
             speculations=(options.speculation.least if options.speculation else NO_SPECULATION,),
             num_layers=self._spec.num_layers,
             streams=False,
+            optional_kernels=options.has_optional_kernels,
         )
         streams = self._streaming_helps(Ladder(bounds))
         bounds = replace(bounds, streams=streams, streamed_speculations=bounds.speculations)

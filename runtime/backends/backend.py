@@ -13,7 +13,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+from lowtide.attention.bindings.library import usable_kernel_sets
 from lowtide.attention.bindings.llama_hook import LlamaHook
+from lowtide.attention.bindings.matmul import matmul_kernels
 from lowtide.attention.bindings.policy import AttentionKernels
 from lowtide.attention.policy import AttentionPolicy
 from lowtide.memory.budget import Budget
@@ -21,7 +23,7 @@ from lowtide.memory.machine import Machine
 from lowtide.memory.plan.attention import FilterPrefill
 from lowtide.memory.plan.estimates import ContextSizes, template_bytes, tokenising_bytes
 from lowtide.memory.plan.gpu import GpuBudget
-from lowtide.memory.plan.plan import MemoryPlan, ProcessBaseline
+from lowtide.memory.plan.plan import MemoryPlan, PlanRequest, ProcessBaseline
 from lowtide.memory.plan.planner import require_fit
 from lowtide.memory.plan.speculation import SpeculationConfig
 from lowtide.memory.process import read_process_memory
@@ -36,6 +38,8 @@ from lowtide.models.spec import ModelSpec
 from lowtide.models.template.families import template_of
 from lowtide.models.tokenizer import Tokenizer
 from lowtide.runtime.backends.config import LoadConfig
+from lowtide.runtime.backends.kernel_choice import KernelChoice
+from lowtide.runtime.backends.quality_choice import QualityChoice
 from lowtide.runtime.backends.threads import ThreadChooser
 from lowtide.runtime.errors import CannotRepack
 from lowtide.runtime.profiling.profiler import Profiler
@@ -52,6 +56,16 @@ class PlannedPrompt(Protocol):
     @property
     def num_bytes(self) -> int:
         """The bytes of its texts."""
+        ...
+
+    @property
+    def is_question(self) -> bool:
+        """Whether it is a chat's question, and no text to continue."""
+        ...
+
+    @property
+    def answer_tokens(self) -> int:
+        """The tokens that its answer may have."""
         ...
 
     def count(self, tokenizer: Tokenizer | None, template: str | None) -> int:
@@ -100,12 +114,15 @@ Progress = Callable[[int], None]
 class ResolvedModel:
     """A model's spec, the machine, the backend that runs it, and the memory plan.
 
-    `baseline` and `sizes` are what the plan was made from; `policy` is resolved for the model.
+    `request`, `baseline` and `sizes` are what the plan was made from; `policy` is resolved for the model.
+    `engine_kernels_reason` says why the engine's own kernels compute what the options left open; None where
+    lowtide's do.
     """
 
     spec: ModelSpec
     machine: Machine
     plan: MemoryPlan
+    request: PlanRequest
     options: LoadConfig
     policy: AttentionPolicy
     baseline: ProcessBaseline
@@ -113,6 +130,14 @@ class ResolvedModel:
     backend: Backend
     gpu: GpuBudget | None = None
     speculation: SpeculationConfig | None = None
+    engine_kernels_reason: str | None = None
+    quality: QualityChoice | None = None
+    """What the option `quality` chose, and its measured distance; None where answers are asked to be exact."""
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """Who computes attention and matmuls, and the engine's library."""
+        return self.backend.kernels(self)
 
     @property
     def attention_in_words(self) -> str:
@@ -121,10 +146,7 @@ class ResolvedModel:
 
     def require_fit(self) -> None:
         """Raise `OverBudget` where the plan, or what this process has used so far, is over the budget."""
-        options = self.options.plan_request(
-            self.policy, self.gpu, self.speculation, self.baseline.prompt_tokens
-        )
-        require_fit(self.plan, self.spec, options, self.baseline, self.sizes)
+        require_fit(self.plan, self.spec, self.request, self.baseline, self.sizes)
         peak = read_process_memory().peak_bytes
         if peak > self.plan.budget.num_bytes:
             raise OverBudget(
@@ -166,8 +188,8 @@ class LoadedModel:
             f"prompts cannot be filtered on {self.model.spec.name}: no kernels of lowtide run in it"
         )
 
-    def open_embedder(self, options: LoadOptions) -> GgufEmbedder:
-        """Make a context that embeds with the model's weights. Close it before this one."""
+    def embedder(self, options: LoadOptions) -> AbstractContextManager[GgufEmbedder]:
+        """Make a context that embeds with the model's weights, for a block."""
         raise UnsupportedModel(
             f"{self.model.spec.name} cannot embed: lowtide embeds with GGUF models"
         )
@@ -187,8 +209,23 @@ class Backend(ABC):
     """Whether a draft model may speculate for its models."""
     supports_calibration: ClassVar[bool] = True
     """Whether `lowtide calibrate` works on its models."""
+    plans_without_kernels: ClassVar[bool] = False
+    """Whether one plan decides if lowtide's kernels run; otherwise there is a plan for each of `kernel_choices`."""
     runs_without_repack: ClassVar[bool] = True
     """Whether the plan for repacked weights holds for the original ones too."""
+
+    def kernel_choices(self, spec: ModelSpec, config: LoadConfig) -> tuple[KernelChoice, ...]:
+        """Return which kernels may run where `config` says "auto", from the header alone, the preferred first.
+
+        There is more than one where a plan that leaves lowtide's kernels out needs a spec of its own.
+        """
+        return (KernelChoice(reason=f"lowtide has no kernels for {spec.name}"),)
+
+    def measured_choice(
+        self, spec: ModelSpec, choice: KernelChoice, budget: Budget
+    ) -> KernelChoice:
+        """Return `choice` without kernels that do not run on this machine, or are slower than the engine's own."""
+        return choice
 
     @abstractmethod
     def resolve(
@@ -221,6 +258,25 @@ class Backend(ABC):
     @abstractmethod
     def load(self, resolved: ResolvedModel, profiler: Profiler) -> LoadedModel:
         """Load the weights and make the KV cache as planned; `profiler` times both."""
+
+    def library(self) -> str:
+        """Return the engine's library with its version, as far as it is loaded."""
+        return "a Model object"
+
+    def kernels(self, resolved: ResolvedModel) -> dict[str, str]:
+        """Return who computes attention and matmuls, with the instruction set, and the engine's library."""
+        spec = resolved.spec
+        attention = (
+            f"lowtide, {usable_kernel_sets()[0]}"
+            if resolved.policy.uses_native_kernels
+            else spec.engine
+        )
+        has_tiles = resolved.options.repack is True
+        return {
+            "attention": attention,
+            "matmuls": f"lowtide, {matmul_kernels()}" if has_tiles else spec.engine,
+            "library": self.library(),
+        }
 
     def describe_attention(self, spec: ModelSpec, policy: AttentionPolicy) -> str:
         """Return, in words, who computes attention and how."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from lowtide.attention.dense import Dense, Llama
 from lowtide.attention.policy import AttentionPolicy
 from lowtide.attention.registry import parse_policy
 from lowtide.memory.machine import usable_cores
@@ -15,14 +16,17 @@ from lowtide.memory.plan.plan import PlanRequest
 from lowtide.memory.plan.speculation import SpeculationConfig
 from lowtide.memory.units import BadSize, checked_size, parse_size
 from lowtide.models.arguments.names import option
-from lowtide.models.arguments.values import MOST, as_whole, flag, shown, text, whole_number
+from lowtide.models.arguments.values import MOST, as_whole, choice, flag, shown, text, whole_number
 from lowtide.models.chat_template import template_source
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf.gpu import require_gpus
 from lowtide.models.onnx.config import CPU
 from lowtide.models.spec import ModelSpec
+from lowtide.runtime.backends.kernel_choice import NO_KERNELS, KernelChoice
 from lowtide.runtime.speculation.options import SpeculationArg
 
+AUTO = "auto"
+EXACT, HIGH, FAST = QUALITIES = ("exact", "high", "fast")
 MAX_THREADS = 512
 INTERNAL_FIELDS = ("compared_tokens", "attention_memory", "profiled")
 """Set by evaluations and the profiler, not by users."""
@@ -39,22 +43,26 @@ class LoadConfig:
     `expected_tokens` are those of the longest prompt with its answer, where they are known: the plan makes room for
     them before anything else. 0 means unknown.
 
-    `attention` is a policy or its name: "llama" (the engine's own kernels), "dense" (lowtide's kernels: exact,
-    and a token's result does not depend on the batch or the threads), or an approximation: "tidal" (`Tidal`:
-    top-k keys, "tidal:k=512"), "delta" (`Delta`: similar keys share a score) or "gem" (`Gem`: prompts are
-    filtered).
+    `attention` is a policy or its name: "auto" ("dense" where it works and is not slower, else "llama"), "llama"
+    (the engine's own kernels), "dense" (lowtide's kernels: exact, and a token's result does not depend on the
+    batch or the threads), or an approximation: "tidal" (`Tidal`: top-k keys, "tidal:k=512"), "delta" (`Delta`:
+    similar keys share a score) or "gem" (`Gem`: prompts are filtered).
 
     `gpu_layers` is how many layers go to the GPUs, counted as llama.cpp does, or "auto": as many as fit into
     `gpu_memory`, a size on each device (None: 90 % of what is free). Both None use no GPU.
     `prefix_cache` is a size ("64MiB") for KV snapshots of earlier prompts; 0 keeps none.
     `repack` runs matmuls with lowtide's kernels, from a repacked copy of the weights in the cache folder,
-    which is made on first use; an ONNX graph then runs with "dense" attention instead of its own.
+    which is made on first use; an ONNX graph then runs with "dense" attention instead of its own. "auto" is True
+    where the kernels know the weights and are not slower, and the budget has room for what they need.
+    `reference` is attention "llama" without `repack`: the engine's own kernels, token for token.
     `speculate` is "off", "ngram", "trigram", "auto" or a draft model, each with ":draft=N" for the most draft
     tokens of a pass. `provider` is the short name of an
     execution provider for ONNX models. `chat_template` replaces the model's own: the text of a template, or the
-    `Path` of a file with one.
-    execution provider for ONNX models. `structured` reserves the memory of structured output, so that a constraint
+    `Path` of a file with one. `structured` reserves the memory of structured output, so that a constraint
     cannot be refused for want of room.
+
+    `quality` "high" and "fast" take the calibrated policy with the shortest predicted time whose measured distance from
+    exact answers is inside a limit (`runtime/planning/quality.py`), "exact" takes none.
 
     `compared_tokens` is how many distributions over the vocabulary a measurement keeps, `attention_memory`
     the memory of attention if that is not the policy's own, `profiled` whether a profiler observes.
@@ -68,7 +76,7 @@ class LoadConfig:
     batch_size: int | None = None
     expected_tokens: int = 0
     threads: int | None = None
-    attention: str | AttentionPolicy = "llama"
+    attention: str | AttentionPolicy = AUTO
     gpu_layers: int | str | None = None
     gpu_memory: str | int | None = None
     offline: bool = False
@@ -76,25 +84,50 @@ class LoadConfig:
     profiled: bool = False
     attention_memory: AttentionMemory | None = None
     prefix_cache: str | int = 0
-    repack: bool = False
+    repack: bool | str = AUTO
+    reference: bool = False
     speculate: str = "off"
     provider: str = CPU
     chat_template: str | Path | None = None
     structured: bool = False
+    quality: str = EXACT
 
     def __post_init__(self) -> None:
         for name, value in {**self._numbers(), **self._sizes(), **self._choices()}.items():
             object.__setattr__(self, name, value)
+        if self.reference:
+            self._choose_reference()
+        if self.quality != EXACT and self.attention != AUTO:
+            set_already = option("reference", True) if self.reference else option("attention")
+            raise BadOption(
+                f"{option('quality', self.quality)} chooses the attention policy, but {set_already} is set: leave one "
+                "of them out"
+            )
         gpu_memory, gpu_layers = option("gpu_memory"), option("gpu_layers")
         if parse_gpu_layers(self.gpu_layers) == 0 and self.gpu_memory is not None:
             raise BadOption(
                 f"{gpu_memory} is set, but {gpu_layers} is 0: leave {gpu_memory} out, or raise {gpu_layers}"
             )
-        if self.repack and (self.gpu_layers or self.gpu_memory is not None):
+        if self.repack is True and (self.gpu_layers or self.gpu_memory is not None):
             raise BadOption(
                 f"{option('repack')} is for matmuls on the CPU, but {gpu_layers} or {gpu_memory} is set: leave "
                 "one of them out"
             )
+
+    def _choose_reference(self) -> None:
+        """Set attention and repack to what `reference` means; raise `BadOption` where they say otherwise."""
+        reference = option("reference", True)
+        if not isinstance(self.attention, str) or self.attention not in (AUTO, Llama.name):
+            raise BadOption(
+                f"{reference} runs the engine's own attention, but {option('attention')} is "
+                f"{shown(self.attention)}: leave one of them out"
+            )
+        if self.repack is True:
+            raise BadOption(
+                f"{reference} runs the engine's own matmuls, but {option('repack')} is set: leave one of them out"
+            )
+        object.__setattr__(self, "attention", Llama.name)
+        object.__setattr__(self, "repack", False)
 
     def _numbers(self) -> dict[str, int | None]:
         """Return the checked counts; raise `BadOption` for what is none."""
@@ -135,6 +168,8 @@ class LoadConfig:
             "provider",
             "offline",
             "repack",
+            "reference",
+            "quality",
             "kv_type",
             "gpu_layers",
             "structured",
@@ -143,13 +178,17 @@ class LoadConfig:
             name: defaults[name] if getattr(self, name) is None else getattr(self, name)
             for name in names
         }
+        values["quality"] = choice(option("quality"), values["quality"], QUALITIES)
         values["chat_template"] = _chat_template(self.chat_template)
-        parse_policy(values["attention"])
+        if not _is_auto(values["attention"]):
+            parse_policy(values["attention"])
         values["speculate"] = SpeculationArg.text(values["speculate"])
         SpeculationArg.parse(values["speculate"])
         parse_gpu_layers(values["gpu_layers"])
-        for name in ("offline", "repack", "structured"):
+        for name in ("offline", "reference", "structured"):
             values[name] = flag(option(name), values[name])
+        if not _is_auto(values["repack"]):
+            values["repack"] = flag(option("repack"), values["repack"])
         for name in ("provider", "kv_type"):
             if values[name] is not None:
                 values[name] = text(option(name), values[name])
@@ -166,6 +205,29 @@ class LoadConfig:
             )
         return cls(**options)
 
+    def with_kernels(self, choice: KernelChoice) -> LoadConfig:
+        """Return the config with a policy and a bool in place of "auto"."""
+        policy = Dense.name if choice.attention else Llama.name
+        return replace(
+            self,
+            attention=policy if self.attention == AUTO else self.attention,
+            repack=choice.repack if self.repack == AUTO else self.repack,
+        )
+
+    def left_open(self, choice: KernelChoice) -> KernelChoice:
+        """Return which of the kernels in `choice` run only because they are the default."""
+        return KernelChoice(
+            attention=choice.attention and self.attention == AUTO,
+            repack=choice.repack and self.repack == AUTO,
+        )
+
+    def reason_for_engine(self, choice: KernelChoice) -> str | None:
+        """Return why the engine's own kernels compute what is "auto" here; None where nothing is, or they do not."""
+        by_engine = (self.attention == AUTO and not choice.attention) or (
+            self.repack == AUTO and not choice.repack
+        )
+        return choice.reason if by_engine else None
+
     def policy(self, spec: ModelSpec) -> AttentionPolicy:
         """Return the attention policy, resolved for the model; raise `BadOption` where it does not fit."""
         return parse_policy(self.attention).resolve(spec)
@@ -176,8 +238,7 @@ class LoadConfig:
         Lowtide's own attention runs on the CPU: its KV cache stays there. Raises `NoGpu` where llama.cpp has
         no device.
         """
-        layers = parse_gpu_layers(self.gpu_layers)
-        if layers == 0 or (self.gpu_layers is None and self.gpu_memory is None):
+        if not self.uses_gpu:
             return None
         if policy.prompt_selector is not None:
             raise BadOption(
@@ -187,6 +248,7 @@ class LoadConfig:
         devices = require_gpus(
             option("gpu_memory") if self.gpu_layers is None else option("gpu_layers")
         )
+        layers = parse_gpu_layers(self.gpu_layers)
         return GpuBudget.from_user(
             layers, self.gpu_memory, devices, holds_cache=not policy.uses_native_kernels
         )
@@ -197,10 +259,12 @@ class LoadConfig:
         gpu: GpuBudget | None = None,
         speculation: SpeculationConfig | None = None,
         prompt_tokens: int = 0,
+        optional: KernelChoice = NO_KERNELS,
     ) -> PlanRequest:
-        """Return what the memory plan needs to know of these options.
+        """Return what the memory plan needs to know of these options, which leave nothing to "auto".
 
-        `prompt_tokens` are those of a prompt that is held already, with its answer.
+        `prompt_tokens` are those of a prompt that is held already, with its answer. The plan may leave out the
+        kernels in `optional`.
         """
         return PlanRequest(
             context=self.context,
@@ -209,15 +273,25 @@ class LoadConfig:
             batch_size=self.batch_size,
             expected_tokens=max(self.expected_tokens, prompt_tokens),
             threads=self.num_threads,
-            attention_threads=self.num_threads if policy.uses_native_kernels else 0,
+            attention_threads=self.num_threads
+            if policy.uses_native_kernels and not optional.attention
+            else 0,
             attention=self.attention_memory or policy.memory,
             compared_tokens=self.compared_tokens,
             profiled=self.profiled,
             prefix_bytes=self.prefix_bytes,
-            repacked=self.repack,
+            repacked=self.repack is True and not optional.repack,
+            optional_attention=optional.attention,
+            optional_repack=optional.repack,
             gpu=gpu,
             speculation=speculation,
         )
+
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether layers may go to a GPU."""
+        no_layers = parse_gpu_layers(self.gpu_layers) == 0
+        return not no_layers and (self.gpu_layers is not None or self.gpu_memory is not None)
 
     @property
     def prefix_bytes(self) -> int:
@@ -228,6 +302,10 @@ class LoadConfig:
     def num_threads(self) -> int:
         """The number of threads to compute with."""
         return self.threads or usable_cores()
+
+
+def _is_auto(value: Any) -> bool:
+    return isinstance(value, str) and value == AUTO
 
 
 def _chat_template(value: Any) -> str | None:

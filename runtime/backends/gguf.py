@@ -11,6 +11,7 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 
@@ -36,9 +37,10 @@ from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.gguf.draft_tree import GgufTreeModel
 from lowtide.models.gguf.embedding import GgufEmbedder, Weights
-from lowtide.models.gguf.llama_cpp import llama_library
+from lowtide.models.gguf.llama_cpp import is_loaded, llama_library
 from lowtide.models.gguf.model import GgufModel
 from lowtide.models.gguf.parameters import DeviceLayers, LoadOptions
+from lowtide.models.gguf.repacked import REPACKABLE_TYPES
 from lowtide.models.onnx.config import CPU
 from lowtide.models.spec import KV_PADDING, ModelSpec
 from lowtide.runtime.backends.backend import (
@@ -51,7 +53,9 @@ from lowtide.runtime.backends.backend import (
 )
 from lowtide.runtime.backends.config import LoadConfig
 from lowtide.runtime.backends.gguf_baseline import measured_baseline
-from lowtide.runtime.backends.repack import repacked_gguf
+from lowtide.runtime.backends.kernel_choice import KernelChoice
+from lowtide.runtime.backends.kernel_times import measured_choice
+from lowtide.runtime.backends.repack import cannot_store, repacked_gguf
 from lowtide.runtime.backends.threads import PassThreads, ThreadChooser
 from lowtide.runtime.profiling.profiler import Profiler
 
@@ -61,6 +65,24 @@ _maps_lock = threading.Lock()
 
 class GgufBackend(Backend):
     """llama.cpp, with lowtide's kernels in its graph where a policy or `repack` asks for them."""
+
+    plans_without_kernels = True
+
+    def kernel_choices(self, spec: ModelSpec, config: LoadConfig) -> tuple[KernelChoice, ...]:
+        """Choose lowtide's attention, and its matmuls where a type of the weights can be repacked; no GPU layers."""
+        if config.uses_gpu:
+            return (KernelChoice(reason="layers are on a GPU"),)
+        if spec.tensor_types.isdisjoint(REPACKABLE_TYPES):
+            reason = f"{spec.quantisation} weights cannot be repacked"
+            return (KernelChoice(attention=True, reason=reason),)
+        no_place = cannot_store(spec)
+        return (KernelChoice(attention=True, repack=no_place is None, reason=no_place),)
+
+    def measured_choice(
+        self, spec: ModelSpec, choice: KernelChoice, budget: Budget
+    ) -> KernelChoice:
+        """Compare the kernels once for each model and machine, where llama.cpp is loaded and the budget has room."""
+        return measured_choice(spec, choice, budget) if is_loaded() else choice
 
     def resolve(
         self, spec: ModelSpec, config: LoadConfig, policy: AttentionPolicy
@@ -97,6 +119,10 @@ class GgufBackend(Backend):
             if hook is not None:
                 hook.close()
             raise
+
+    def library(self) -> str:
+        """Return llama.cpp with its version once it is loaded: a plan alone may not load it."""
+        return f"llama.cpp {llama_library().version}" if is_loaded() else "llama.cpp"
 
     def weight_types(self, spec: ModelSpec) -> str:
         """Return the types of the tensors, but for those that are not quantised."""
@@ -263,12 +289,34 @@ class LoadedGguf(LoadedModel):
         self._release_pages_of(context, buffers, num_unused)
         return context
 
-    def open_embedder(self, options: LoadOptions) -> GgufEmbedder:
-        """Make a llama.cpp context that embeds, on the model's weights."""
-        library, tokenizer = llama_library(), self._model.tokenizer
-        weights = Weights(self._model.handle, tokenizer)
-        with guarded_aborts(), demand_zero_buffers():
-            return GgufEmbedder(self._resolved.spec, options, library, weights)
+    @contextlib.contextmanager
+    def embedder(self, options: LoadOptions) -> Iterator[GgufEmbedder]:
+        """Make a llama.cpp context that embeds, on the model's weights.
+
+        The hook multiplies weights that are repacked, and leaves attention to llama.cpp.
+        """
+        weights = Weights(self._model.handle, self._model.tokenizer)
+        with self._hooked(options) as hooked:
+            with guarded_aborts(), demand_zero_buffers():
+                embedder = GgufEmbedder(self._resolved.spec, hooked, llama_library(), weights)
+            with contextlib.closing(embedder):
+                yield embedder
+
+    @contextlib.contextmanager
+    def _hooked(self, options: LoadOptions) -> Iterator[LoadOptions]:
+        """Let the hook read repacked weights in passes as long as `options` say, for the block."""
+        spec, hook = self._resolved.spec, self._callback
+        if hook is None or not spec.repacked_tensors:
+            yield options
+            return
+        names, width = spec.repacked_tensors, max_matmul_width(spec)
+        hook.set_active(False)
+        hook.read_repacked(names, options.batch_size, width)
+        try:
+            yield replace(options, eval_callback=hook.callback)
+        finally:
+            hook.read_repacked(names, self._resolved.plan.batch_size, width)
+            hook.set_active(self._resolved.policy.uses_native_kernels)
 
     def _release_pages_of(
         self, model: GgufModel, buffers: Sequence[DemandZeroBuffer], num_unused: int = 0

@@ -11,15 +11,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
+from lowtide.attention.bindings.library import usable_kernel_sets
 from lowtide.attention.bindings.onnx_ops import OnnxAttention, OnnxMatmul
-from lowtide.attention.dense import Dense
+from lowtide.attention.dense import Dense, Llama
 from lowtide.attention.policy import AttentionPolicy
 from lowtide.memory.budget import Budget
 from lowtide.memory.os.pages import trim_heap
 from lowtide.memory.plan.attention import FilterPrefill
 from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption
-from lowtide.models.onnx.config import CPU, OnnxOptions, provider_name
+from lowtide.models.onnx.config import CPU, OnnxOptions, onnx_library, provider_name
 from lowtide.models.onnx.model import OnnxModel
 from lowtide.models.onnx.read_spec import repacked_spec
 from lowtide.models.onnx.rewrite.model import RewrittenOnnxModel
@@ -35,13 +36,14 @@ from lowtide.runtime.backends.backend import (
     ResolvedModel,
 )
 from lowtide.runtime.backends.config import LoadConfig
+from lowtide.runtime.backends.kernel_choice import NO_ROOM, KernelChoice
 from lowtide.runtime.backends.onnx_baseline import (
     INLINE_COPIES,
     OnnxSizes,
     count_prompt,
     measured_baseline,
 )
-from lowtide.runtime.backends.repack import repacked_onnx
+from lowtide.runtime.backends.repack import cannot_store, repacked_onnx
 from lowtide.runtime.profiling.profiler import Profiler
 
 REWRITTEN_KV_TYPES = tuple(sorted(KV_TYPE_OF.values()))
@@ -55,6 +57,33 @@ class OnnxBackend(Backend):
     supports_calibration = False
     runs_without_repack = False
 
+    def kernel_choices(self, spec: ModelSpec, config: LoadConfig) -> tuple[KernelChoice, ...]:
+        """Choose lowtide's operators where the graph can be rewritten, and else the graph as it is.
+
+        The matmuls need lowtide's attention: "auto" leaves them out where the graph's own is asked for.
+        """
+        spec = _onnx(spec)
+        as_it_is = KernelChoice(reason=self._reason_as_it_is(spec, config))
+        if as_it_is.reason is not None:
+            return (as_it_is,)
+        repack_reason = (
+            f"its graph {spec.repack}" if isinstance(spec.repack, str) else cannot_store(spec)
+        )
+        kernels = KernelChoice(attention=True, repack=repack_reason is None, reason=repack_reason)
+        return (kernels, replace(as_it_is, reason=NO_ROOM))
+
+    def _reason_as_it_is(self, spec: OnnxSpec, config: LoadConfig) -> str | None:
+        """Return why the graph must run as it is where nothing is asked for; None where it need not."""
+        if provider_name(config.provider) != provider_name(CPU):
+            return f"{config.provider} runs the graph"
+        if config.attention == Llama.name:
+            return f"{option('attention', Llama.name)} is set"
+        if isinstance(spec.rewrite, str):
+            return f"its graph {spec.rewrite}"
+        if usable_kernel_sets()[:1] == ("portable",):
+            return "this processor has no vector instructions that lowtide's kernels know"
+        return None
+
     def resolve(
         self, spec: ModelSpec, config: LoadConfig, policy: AttentionPolicy
     ) -> tuple[ModelSpec, AttentionPolicy]:
@@ -63,10 +92,11 @@ class OnnxBackend(Backend):
         With `repack` attention is always lowtide's, since the rewritten graph has no KV cache of its own.
         """
         spec = _onnx(spec)
-        if config.repack and not policy.uses_native_kernels:
+        repack = config.repack is True
+        if repack and not policy.uses_native_kernels:
             policy = Dense()
         if policy.uses_native_kernels:
-            spec = rewritten_spec(spec, policy, repack=config.repack)
+            spec = rewritten_spec(spec, policy, repack=repack)
         if config.gpu_budget(policy) is not None:
             raise BadOption(
                 f"gpu_layers or gpu_memory is set, but {spec.name} is an ONNX model and runs on the CPU: leave "
@@ -76,7 +106,7 @@ class OnnxBackend(Backend):
         if policy.uses_native_kernels and not is_cpu:
             reason = (
                 f"{option('repack')} is set"
-                if config.repack
+                if repack
                 else f"{option('attention')} is {policy.name!r}"
             )
             raise BadOption(
@@ -117,6 +147,10 @@ class OnnxBackend(Backend):
             loaded = LoadedModel(OnnxModel(spec, options))
         trim_heap()  # reading the tokenizer takes twice its size, which no copy of weights reuses
         return loaded
+
+    def library(self) -> str:
+        """Return onnxruntime with its version."""
+        return f"onnxruntime {onnx_library('onnxruntime').__version__}"
 
     def describe_attention(self, spec: ModelSpec, policy: AttentionPolicy) -> str:
         """Return the policy, or the graph's own operator where it is not rewritten."""

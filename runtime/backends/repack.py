@@ -18,7 +18,7 @@ from lowtide.models.arguments.names import option
 from lowtide.models.atomic_file import atomic_file
 from lowtide.models.errors import LowtideError
 from lowtide.models.fingerprint import file_fingerprint, samples_digest
-from lowtide.models.folders import CACHE_VARIABLE, cache_folder
+from lowtide.models.folders import CACHE_VARIABLE, cache_folder, unusable
 from lowtide.models.gguf.reader import GgufContents, TensorInfo, read_gguf
 from lowtide.models.gguf.repacked import data_digest, is_valid, matmul_tensors, repacked_header
 from lowtide.models.gguf.spec import read_spec
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from lowtide.models.onnx.rewrite.plan import RepackPlan
     from lowtide.models.onnx.spec import OnnxSpec
 
+REPACKED = "repacked"
+"""The folder of the copies, inside the cache folder."""
 SLICE_BYTES = 1 << 20
 """How much is read, repacked and written at once."""
 TILE_FILE_MAGIC = b"lowtide tiles 1\n"
@@ -89,8 +91,22 @@ def _write(write: Callable[[], None], what: str, target: Path) -> None:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise CannotRepack(
             f"{what} cannot be written to {target.parent} ({reason}): make room, set {CACHE_VARIABLE} to "
-            f"another folder, or leave {option('repack', True)} out"
+            f"another folder, or choose {option('reference', True)}"
         ) from error
+
+
+def cannot_store(spec: ModelSpec) -> str | None:
+    """Return why no repacked copy can be stored, and what to set; None where it can be, or is there already."""
+    folder = cache_folder()
+    reason = unusable(folder, CACHE_VARIABLE)
+    if reason is None or (folder is not None and _has_copy(folder, spec)):
+        return None
+    return f"the repacked weights of {spec.name} have no place: {reason}"
+
+
+def _has_copy(folder: Path, spec: ModelSpec) -> bool:
+    fingerprint = file_fingerprint(spec.paths)
+    return any((folder / REPACKED).glob(f"{fingerprint}*"))
 
 
 def _folder() -> Path:
@@ -99,9 +115,9 @@ def _folder() -> Path:
     if folder is None:
         raise CannotRepack(
             f"repacked weights have no place, because this user has no home folder: set {CACHE_VARIABLE}, or "
-            f"leave {option('repack', True)} out"
+            f"choose {option('reference', True)}"
         )
-    return folder / "repacked"
+    return folder / REPACKED
 
 
 def repacked_path(path: Path, fingerprint: str) -> Path:

@@ -20,6 +20,7 @@ from lowtide.runtime.backends.backend import (
     ResolvedModel,
 )
 from lowtide.runtime.backends.config import LoadConfig
+from lowtide.runtime.backends.kernel_choice import KernelChoice
 from lowtide.runtime.profiling.profiler import Profiler
 
 
@@ -31,6 +32,10 @@ class UserBackend(Backend):
         self._engine = engine
         self._is_engines_own = isinstance(model, GgufModel | OnnxModel)
         self.supports_draft_models = engine.supports_draft_models
+
+    def kernel_choices(self, spec: ModelSpec, config: LoadConfig) -> tuple[KernelChoice, ...]:
+        """Choose none: the model computes as it was loaded."""
+        return (KernelChoice(reason="a Model object computes as it was loaded"),)
 
     def resolve(
         self, spec: ModelSpec, config: LoadConfig, policy: AttentionPolicy
@@ -66,6 +71,10 @@ class UserBackend(Backend):
     def load(self, resolved: ResolvedModel, profiler: Profiler) -> LoadedModel:
         """Return the model: there is nothing to load."""
         return LoadedModel(self._model)
+
+    def kernels(self, resolved: ResolvedModel) -> dict[str, str]:
+        """Return what the model's own code computes with, in one word."""
+        return dict.fromkeys(("attention", "matmuls", "library"), type(self._model).__name__)
 
     def describe_attention(self, spec: ModelSpec, policy: AttentionPolicy) -> str:
         """Return what the engine would say."""

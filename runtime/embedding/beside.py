@@ -31,13 +31,13 @@ def passes_beside(
 
     `num_cached` tokens are in the KV cache; nothing may be added to it meanwhile. Texts may be as long as the
     memory allows. Raises `OverBudget`, before anything is allocated, where there is none, and `BadOption` where
-    only lowtide's kernels can read the weights.
+    the weights are streamed or on a GPU.
     """
     spec, plan = engine.planned.spec, engine.planned.plan
-    if plan.resident_layers is not None or spec.repacked_tensors or plan.gpus:
+    if plan.resident_layers is not None or plan.gpus:
         raise BadOption(
-            f"{spec.name} is open with streamed or repacked weights or on a GPU, which embedding cannot read: open "
-            "it with lowtide.Embedder"
+            f"{spec.name} is open with streamed weights or on a GPU, which embedding cannot read: open it with "
+            "lowtide.Embedder"
         )
     pooling = pooling_of(spec, config.pooling)
     context = _reserve(engine, num_cached, num_texts)
@@ -45,16 +45,13 @@ def passes_beside(
         options = embedding_options(
             context, engine.planned.options.num_threads, pooling, num_sequences(context)
         )
-        embedder = engine.open_embedder(options)
-        try:
+        with engine.embedder(options) as embedder:
             yield EmbeddingPasses(
                 embedder,
                 contextlib.nullcontext,
                 batch_size=min(PASS_TOKENS, context),
                 overflow=config.overflow,
             )
-        finally:
-            embedder.close()
     finally:
         engine.ledger.release(EMBEDDINGS)
         engine.trim("background")
@@ -69,6 +66,8 @@ def _reserve(engine: Engine, num_cached: int, num_texts: int) -> int:
         sizes = formula_sizes(spec)(context)
         lines = embedding_lines(spec, sizes, context)
         beside = estimates.CONTEXT_BYTES + estimates.slot_bytes(spec, context, context)
+        if spec.repacked_tensors:
+            beside += estimates.matmul_scratch_bytes(spec, context)
         results = 4 * spec.embedding_width * num_texts
         num_bytes = beside + results + sum(line.num_bytes for line in lines)
         try:

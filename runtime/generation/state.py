@@ -50,9 +50,10 @@ class GenerationRequest:
 class GenerationContext:
     """What a generation needs to know of the loaded model around it.
 
-    `attention` describes the policy. `kernel_counts` returns the counters of lowtide's kernels, None where
-    the engine's own run. `watchdog` is asked after each pass whether the process is over its budget.
-    `speculation` drafts tokens; None where speculation is off. `batch` describes the batch for the statistics.
+    `attention` describes the policy, `kernels` who computes attention and matmuls. `kernel_counts` returns the
+    counters of lowtide's kernels, None where the engine's own run. `watchdog` is asked after each pass whether the
+    process is over its budget. `speculation` drafts tokens; None where speculation is off. `batch` describes the
+    batch for the statistics.
     `threads` tells how many threads computed the last pass, None where that is unknown.
     """
 
@@ -61,6 +62,7 @@ class GenerationContext:
     attention: str
     kernel_counts: Callable[[], KernelCounts | None]
     watchdog: Watchdog
+    kernels: dict[str, str] | None = None
     repacked_tensors: int = 0
     not_repacked_reason: str | None = None
     speculation: SpeculationController | None = None
@@ -166,6 +168,7 @@ class StatsRecorder:
             layers_native=self._layers_native,
             layers=self._num_layers,
             attention=context.attention,
+            kernels=context.kernels,
             repacked_tensors=context.repacked_tensors,
             not_repacked_reason=context.not_repacked_reason,
             seed=self._seed,

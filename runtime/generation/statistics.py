@@ -48,10 +48,12 @@ class Statistics:
     """Share (0 to 1) of the cached keys that decoding attended to; on the last chunk."""
     scores: dict[str, Any] | None = None
     """With `delta` on channel blocks: cost and savings of the attention scores (`ScoreCost`)."""
+    kernels: dict[str, str] | None = None
+    """Who computed attention and matmuls, with the instruction set, and the engine's library."""
     repacked_tensors: int = 0
     """Matrices that lowtide's matmul kernels multiplied."""
     not_repacked_reason: str | None = None
-    """Why no matrix was repacked although `repack` was set."""
+    """Why no matrix was repacked although the plan has repacked weights."""
     peak_rss_bytes: int | None = None
     """Peak resident set of the process so far, in bytes; on the last chunk."""
     speculation: dict[str, Any] | None = None

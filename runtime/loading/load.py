@@ -6,6 +6,7 @@ It reserves the plan's lines in the ledger, loads through the backend, and knows
 from __future__ import annotations
 
 import gc
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from lowtide.attention.bindings.counts import KernelCounts
@@ -26,7 +27,7 @@ from lowtide.memory.process import read_process_memory
 from lowtide.memory.reclaim import Reclaimed, Reclaimer, reclaim
 from lowtide.memory.units import OverBudget, format_bytes
 from lowtide.models.arguments.names import option
-from lowtide.models.errors import BadOption
+from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.gguf.embedding import GgufEmbedder
 from lowtide.models.gguf.parameters import LoadOptions
 from lowtide.models.model import Model
@@ -57,18 +58,28 @@ class Engine:
 
     def __init__(self, planned: ResolvedModel, profiler: Profiler = SILENT) -> None:
         planned.require_fit()
-        planned, self.not_repacked_reason = _repacked(planned, profiler)
+        self._profiler = profiler
+        repacked, self.not_repacked_reason = _repacked(planned, profiler)
+        try:
+            self._load(repacked)
+        except (
+            CannotRepack
+        ) as reason:  # its graph reads repacked weights in another way than others
+            self.not_repacked_reason = str(reason)
+            self._load(_without_repack(planned))
+
+    def _load(self, planned: ResolvedModel) -> None:
+        """Reserve the lines of the plan, load the model, and complete it."""
         self.planned = planned
         self.ledger = Ledger(planned.plan.budget.num_bytes)
         for line in planned.plan.rows:
             self.ledger.reserve(line.component, line.num_bytes)
-        self._profiler = profiler
         self.prefixes = PrefixCache(self.ledger.components.get(PREFIXES, 0))
         self.speculation: SpeculationController | None = None
         self.prompt_filter: PromptFilter | None = None
         self._loaded: LoadedModel | None = None
-        profiler.watch(planned.spec, planned.plan, self._watched())
-        self._loaded = planned.backend.load(planned, profiler)
+        self._profiler.watch(planned.spec, planned.plan, self._watched())
+        self._loaded = planned.backend.load(planned, self._profiler)
         try:
             self._complete()
         except BaseException:
@@ -145,9 +156,9 @@ class Engine:
         most = self.kv_reservation.most_tokens(self.model.context)
         return max(most, self.prompt_filter.most_tokens()) if self.prompt_filter else most
 
-    def open_embedder(self, options: LoadOptions) -> GgufEmbedder:
-        """Make a context that embeds with the model's weights; raise `UnsupportedModel` where it cannot."""
-        return self._loaded_model.open_embedder(options)
+    def embedder(self, options: LoadOptions) -> AbstractContextManager[GgufEmbedder]:
+        """Make a context that embeds with the weights, for a block; raise `UnsupportedModel` where it cannot."""
+        return self._loaded_model.embedder(options)
 
     def new_session(self) -> KVSession:
         """Return the session of the model's one KV cache."""
@@ -179,6 +190,7 @@ class Engine:
             budget_bytes=plan.budget.num_bytes,
             planned_bytes=plan.total_bytes,
             attention=self.planned.attention_in_words,
+            kernels=self.planned.kernels,
             repacked_tensors=len(self.planned.spec.repacked_tensors),
             not_repacked_reason=self.not_repacked_reason,
             kernel_counts=self.kernel_counts,
@@ -197,7 +209,18 @@ class Engine:
         return reclaim(self.reclaimers, level)
 
     def _try_passes(self) -> None:
-        """Read the weights once, so that an unsupported graph fails now and not in the first answer."""
+        """Read the weights once, so that an unsupported graph fails now and not in the first answer.
+
+        Raises `CannotRepack` where that is due to weights that are repacked by default.
+        """
+        try:
+            self._pass_both_sizes()
+        except LowtideError as error:
+            if self.planned.request.optional_repack and self.planned.spec.repacked_tensors:
+                raise CannotRepack(str(error)) from error
+            raise
+
+    def _pass_both_sizes(self) -> None:
         self.controller.begin_prefill()
         for num_tokens in {1, min(2, self.planned.plan.batch_size)}:
             self.model.forward((0,) * num_tokens)
@@ -317,7 +340,7 @@ def _repacked(planned: ResolvedModel, profiler: Profiler) -> tuple[ResolvedModel
 
     Raises `CannotRepack` where the plan does not hold for the original weights.
     """
-    if not planned.options.repack:
+    if planned.options.repack is not True:
         return planned, None
     backend = planned.backend
     with profiler.span("repacking"):
@@ -326,4 +349,8 @@ def _repacked(planned: ResolvedModel, profiler: Profiler) -> tuple[ResolvedModel
         except CannotRepack as reason:
             if not backend.runs_without_repack:
                 raise
-            return planned, str(reason)
+            return _without_repack(planned), str(reason)
+
+
+def _without_repack(planned: ResolvedModel) -> ResolvedModel:
+    return replace(planned, options=replace(planned.options, repack=False))

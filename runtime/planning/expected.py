@@ -53,13 +53,23 @@ class ExpectedPrompt:
         texts = [self.text, *(str(message.get("content", "")) for message in self.messages)]
         return sum(len(text.encode("utf-8", errors="replace")) for text in texts)
 
+    @property
+    def is_question(self) -> bool:
+        """Whether it is a chat's question, and no text to continue."""
+        return bool(self.messages)
+
+    @property
+    def answer_tokens(self) -> int:
+        """The tokens that its answer may have."""
+        most = self.params.max_tokens
+        return UNLIMITED_ANSWER_TOKENS if most is None else most
+
     def count(self, tokenizer: Tokenizer | None, template: str | None) -> int:
         """Return the tokens of the prompt with its answer; an estimate without a tokenizer.
 
         A prompt that cannot be encoded is estimated, too: answering it says why.
         """
-        answer = self.params.max_tokens
-        answer_tokens = UNLIMITED_ANSWER_TOKENS if answer is None else answer
+        answer_tokens = self.answer_tokens
         if tokenizer is not None:
             try:
                 return self._num_tokens(tokenizer, template) + answer_tokens

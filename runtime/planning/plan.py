@@ -11,6 +11,7 @@ from dataclasses import replace
 from lowtide.attention.policy import AttentionPolicy
 from lowtide.memory.budget import Budget
 from lowtide.memory.machine import read_machine
+from lowtide.memory.plan.plan import MemoryPlan, PlanRequest
 from lowtide.memory.plan.planner import plan_memory
 from lowtide.memory.plan.speculation import SpeculationConfig
 from lowtide.models.arguments.names import option
@@ -22,8 +23,10 @@ from lowtide.models.onnx.config import ENGINE as ONNXRUNTIME
 from lowtide.models.read_spec import read_spec
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.backends.backend import Backend, PlannedPrompt, ResolvedModel
-from lowtide.runtime.backends.config import LoadConfig
+from lowtide.runtime.backends.config import EXACT, LoadConfig
 from lowtide.runtime.backends.gguf import GgufBackend
+from lowtide.runtime.backends.kernel_choice import NO_KERNELS, KernelChoice
+from lowtide.runtime.planning.quality import ExpectedLength, choose, stays_exact
 from lowtide.runtime.speculation.options import AUTO, FREE_DRAFTS, SpeculationArg
 from lowtide.runtime.speculation.worth import costs_key
 
@@ -37,6 +40,8 @@ __all__ = [
     "plan_spec",
 ]
 
+UNKNOWN_ANSWER = 512
+"""Tokens of an answer whose length is not known."""
 _GGUF = GgufBackend()
 
 
@@ -82,34 +87,120 @@ def plan_spec(
     backend = backend or backend_for(spec)
     if options.chat_template is not None:
         spec = replace(spec, chat_template=str(options.chat_template))
+    planned: ResolvedModel | None = None
+    quality, options = options.quality, replace(options, quality=EXACT)
+    for choice in backend.kernel_choices(spec, options):
+        found = _plan(spec, options, backend, choice, prompt, counts_prompt=quality != EXACT)
+        if planned is None or _holds_more(found.plan, planned.plan):
+            planned = found
+        if planned.plan.fits and not planned.plan.downgrades:
+            break
+    assert planned is not None, "a backend names at least one choice"
+    if quality == EXACT:
+        return planned
+    return _with_quality(quality, spec, planned, options, backend, prompt)
+
+
+def _with_quality(
+    quality: str,
+    spec: ModelSpec,
+    exact: ResolvedModel,
+    options: LoadConfig,
+    backend: Backend,
+    prompt: PlannedPrompt | None,
+) -> ResolvedModel:
+    """Plan with the policy that the quality takes; `exact` says why where there is none, or no room for it."""
+    if not exact.policy.uses_native_kernels:
+        reason = exact.engine_kernels_reason or "the budget has no room for lowtide's kernels"
+        chosen = stays_exact(quality, reason)
+        return replace(exact, quality=chosen)
+    known = exact.baseline.prompt_tokens or options.expected_tokens or exact.plan.kv_tokens
+    answer = min(prompt.answer_tokens if prompt is not None else UNKNOWN_ANSWER, known)
+    length = ExpectedLength(
+        prompt_tokens=known - answer,
+        answer_tokens=answer,
+        is_question=prompt is not None and prompt.is_question,
+    )
+    chosen = choose(spec, quality, length)
+    if chosen.found is None:
+        return replace(exact, quality=chosen)
+    policy = replace(options, attention=chosen.found.policy)
+    for choice in backend.kernel_choices(spec, policy):
+        found = _plan(spec, policy, backend, choice, prompt, counts_prompt=True)
+        if found.plan.fits and found.plan.kv_tokens >= min(known, exact.plan.kv_tokens):
+            return replace(found, quality=chosen)
+    reason = f"the budget has no room for {chosen.found.policy.name}"
+    return replace(exact, quality=stays_exact(quality, reason))
+
+
+def _holds_more(plan: MemoryPlan, other: MemoryPlan) -> bool:
+    """Whether a plan fits where the other does not, or has room for more tokens, or would fit a smaller budget."""
+    if plan.fits == other.fits:
+        if plan.fits:
+            return plan.kv_tokens > other.kv_tokens
+        return plan.lower_bound_bytes < other.lower_bound_bytes
+    return plan.fits
+
+
+def _plan(
+    spec: ModelSpec,
+    options: LoadConfig,
+    backend: Backend,
+    choice: KernelChoice,
+    prompt: PlannedPrompt | None,
+    *,
+    counts_prompt: bool = False,
+) -> ResolvedModel:
+    """Plan with the kernels of `choice` where the options leave them open and the budget has room."""
     machine = read_machine()
     budget = Budget.from_user(options.memory, machine)
-    spec, policy = backend.resolve(spec, options, options.policy(spec))
+    opened = options.with_kernels(choice)
+    original, (spec, policy) = spec, backend.resolve(spec, opened, opened.policy(spec))
     # Before the process is measured: GPU drivers take memory of their own in it.
-    gpu = options.gpu_budget(policy)
-    speculation = _speculation(spec, options, backend, policy, on_gpu=gpu is not None)
+    gpu = opened.gpu_budget(policy)
     with backend.measure(spec, policy, budget, prompt) as measured:
         baseline, sizes = measured.baseline, measured.sizes
+        choice = backend.measured_choice(spec, choice, budget)
+        opened = options.with_kernels(choice)
+        spec, policy = backend.resolve(original, opened, opened.policy(original))
+        speculation = _speculation(spec, opened, backend, policy, on_gpu=gpu is not None)
         if gpu is not None and gpu.holds_cache:
             baseline = replace(baseline, kv_on_demand=False)
-        request = options.plan_request(policy, gpu, speculation)
+        left_open = options.left_open(choice) if backend.plans_without_kernels else NO_KERNELS
+
+        def request_for(prompt_tokens: int) -> PlanRequest:
+            return opened.plan_request(policy, gpu, speculation, prompt_tokens, left_open)
+
+        request = request_for(0)
         plan = plan_memory(spec, request, budget, baseline, sizes)
-        if prompt is not None and (plan.downgrades or not plan.fits):
+        if prompt is not None and (counts_prompt or plan.downgrades or not plan.fits):
             # What is given up first depends on the prompt. A plan that gives nothing up is the same for every one.
             baseline = replace(baseline, prompt_tokens=measured.count_prompt())
-            request = options.plan_request(policy, gpu, speculation, baseline.prompt_tokens)
+            request = request_for(baseline.prompt_tokens)
             plan = plan_memory(spec, request, budget, baseline, sizes)
+    if request.has_optional_kernels and not plan.own_kernels:
+        choice = choice.without(
+            attention=left_open.attention,
+            repack=left_open.repack,
+            reason=None,  # the plan says so itself
+        )
+        opened = options.with_kernels(choice)
+        spec, policy = backend.resolve(original, opened, opened.policy(original))
+        # Draft trees need lowtide's attention.
+        plan = replace(plan, branches=plan.branches and policy.uses_native_kernels)
     return ResolvedModel(
         spec=spec,
         machine=machine,
         plan=plan,
-        options=options,
+        request=request,
+        options=opened,
         policy=policy,
         baseline=baseline,
         sizes=sizes,
         backend=backend,
         gpu=gpu,
         speculation=speculation,
+        engine_kernels_reason=options.reason_for_engine(choice),
     )
 
 

@@ -1,4 +1,4 @@
-"""The overhead of lowtide: prefill and decode compared with llama.cpp's C API and the same settings.
+"""The overhead of lowtide around the same kernels: prefill and decode beside llama.cpp's C API and its settings.
 
 Each round times llama.cpp and then lowtide. The result is the median ratio of the rounds; above 1 means
 lowtide is faster. Run with `make bench`.
@@ -25,7 +25,7 @@ SETTINGS = {"context": 2560, "batch_size": 128, "threads": 2}
 
 @pytest.fixture(scope="module")
 def runtime(smollm2: Path) -> Iterator[Runtime]:
-    with Runtime.open(smollm2, memory="8GiB", **SETTINGS) as loaded:
+    with Runtime.open(smollm2, memory="8GiB", reference=True, **SETTINGS) as loaded:
         yield loaded
 
 

@@ -26,7 +26,9 @@ PAGE_BYTES = 4096
 
 def loaded_for(path: Path, memory: str) -> Engine:
     """Load the model as planned for `memory`, without checking the budget: this process has two models."""
-    planned = plan_reference(path, LoadConfig(memory=memory, context=8192, threads=2))
+    planned = plan_reference(
+        path, LoadConfig(memory=memory, context=8192, threads=2, reference=True)
+    )
     budget = dataclasses.replace(planned.plan.budget, num_bytes=8 * GIB)
     plan = dataclasses.replace(planned.plan, budget=budget)
     return Engine(dataclasses.replace(planned, plan=plan))

@@ -37,6 +37,9 @@ def test_json_is_one_documented_object(lowtide: Invoke) -> None:
         "tokens",
         "finish_reason",
         "stats",
+        "kernels",
+        "engine_kernels_reason",
+        "quality",
     }
     assert (values["text"], values["finish_reason"]) == ("Hello.", "stop")
     assert bytes(values["tokens"]) == b"Hello."

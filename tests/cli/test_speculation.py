@@ -84,7 +84,7 @@ def test_an_answer_reports_accepted_drafts(model: str) -> None:
 
 
 def test_a_budget_without_room_turns_it_off_and_says_so(model: str) -> None:
-    options = (model, "-c", "512", "-t", "1", "--speculate", "auto")
+    options = (model, "-c", "512", "-t", "1", "--speculate", "auto", "--reference")
     bound = json.loads(invoke("plan", *options, "--memory", "4GiB", "--json").stdout)
     tight = ("plan", *options, "--memory", str(bound["lower_bound_bytes"]))
     plan = json.loads(invoke(*tight, "--json").stdout)

@@ -15,7 +15,7 @@ from lowtide.memory.plan import estimates
 from lowtide.memory.plan.allocator import ENOUGH_SHARE, DraftRates
 from lowtide.memory.plan.attention import AttentionMemory, FilterPrefill
 from lowtide.memory.plan.ladder import MIN_CONTEXT, USUAL_CONTEXT
-from lowtide.memory.plan.line import PREFIXES
+from lowtide.memory.plan.line import PREFIXES, SCRATCH, WEIGHTS
 from lowtide.memory.plan.plan import MemoryPlan, PlanRequest, ProcessBaseline
 from lowtide.memory.plan.planner import plan_memory
 from lowtide.memory.plan.speculation import DraftTables, SpeculationConfig
@@ -104,6 +104,8 @@ def requests(draw: st.DrawFn, spec: ModelSpec) -> PlanRequest:
         expected_tokens=draw(st.sampled_from([0, 0, 1, 700, 1500, 10_000])),
         threads=draw(st.sampled_from([1, 8])),
         attention_threads=draw(st.sampled_from([0, 2])),
+        optional_attention=draw(st.booleans()),
+        optional_repack=draw(st.booleans()),
         attention=draw(
             st.sampled_from([AttentionMemory(), AttentionMemory(filter_prefill=filtered)])
         ),
@@ -153,10 +155,37 @@ def test_a_larger_budget_takes_nothing_away(data: st.DataObject) -> None:
         assert BETTER_TYPES.index(large.kv_type) >= BETTER_TYPES.index(small.kv_type)
         assert ENOUGH_SHARE * token_s(large, spec) <= token_s(small, spec)
         assert large.batch_size >= small.batch_size
+        assert large.own_kernels >= small.own_kernels
         assert large.cache_filter_pass >= small.cache_filter_pass
         assert prefix_bytes(large) >= prefix_bytes(small)
         if (large.context, large.kv_tokens) == (small.context, small.kv_tokens):
             assert layers_of(large, spec) >= layers_of(small, spec)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_kernels_that_may_be_left_out_never_raise_the_bound(data: st.DataObject) -> None:
+    """What fits without lowtide's kernels is planned without them, in the same bytes."""
+    spec, baseline = data.draw(specs()), data.draw(BASELINES)
+    request = dataclasses.replace(
+        data.draw(requests(spec)), optional_attention=True, optional_repack=True
+    )
+    reference = dataclasses.replace(request, optional_attention=False, optional_repack=False)
+    bound = plan_of(spec, reference, baseline, 1 << 20).lower_bound_bytes
+    assert plan_of(spec, request, baseline, 1 << 20).lower_bound_bytes <= bound
+    smallest = plan_of(spec, request, baseline, bound)
+    assert smallest.fits
+    largest = plan_of(spec, request, baseline, 1 << 60)
+    assert largest.own_kernels and not largest.downgrades
+    grown = {
+        row.component: row.num_bytes - other.num_bytes
+        for row, other in zip(
+            largest.rows, plan_of(spec, reference, baseline, 1 << 60).rows, strict=True
+        )
+    }
+    # Loading may shrink, because what follows it is larger; a mapped file is larger than its tensors.
+    assert {name for name, num_bytes in grown.items() if num_bytes > 0} <= {SCRATCH, WEIGHTS}
+    assert grown[WEIGHTS] <= max(spec.file_bytes - spec.weight_bytes, 0)
 
 
 @settings(max_examples=40, deadline=None)

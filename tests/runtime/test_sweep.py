@@ -27,7 +27,10 @@ SEED = int(os.environ.get("LOWTIDE_SWEEP_SEED", "5"))
 
 @dataclass(frozen=True)
 class Case:
-    """A request; `context` None leaves it to the plan, `prompt_words` are per turn."""
+    """A request; `context` None leaves it to the plan, `prompt_words` are per turn.
+
+    `attention` is a policy, or the switch that runs llama.cpp's kernels alone.
+    """
 
     budget_bytes: int
     context: int | None
@@ -44,13 +47,21 @@ class Case:
             context=numbers.choice([None, None, 512, 777, 1024, 2048, 4096, 8192]),
             prompt_words=numbers.choice([1, 20, 100, 250]),
             turns=numbers.randint(1, 3),
-            attention=numbers.choice(["llama", "llama", "dense", "tidal"]),
+            attention=numbers.choice(["auto", "auto", "reference", "tidal"]),
         )
 
     def options(self) -> list[str]:
         """The request on the command line."""
         context = [] if self.context is None else ["-c", str(self.context)]
-        return ["--memory", str(self.budget_bytes), "--attention", self.attention, *context]
+        is_reference = self.attention == "reference"
+        kernels = ["--reference"] if is_reference else ["--attention", self.attention]
+        return ["--memory", str(self.budget_bytes), *kernels, *context]
+
+    @property
+    def kernels(self) -> dict[str, object]:
+        """The same in Python."""
+        is_reference = self.attention == "reference"
+        return {"reference": True} if is_reference else {"attention": self.attention}
 
 
 CASES = [Case.drawn(numbers) for numbers in [random.Random(SEED)] for _ in range(NUM_CASES)]
@@ -60,7 +71,7 @@ import json
 from lowtide import GenerationResult, OverBudget, PromptTooLong, Runtime
 from lowtide.memory.process import read_process_memory
 from lowtide.runtime.planning.plan import LoadConfig, plan_reference
-opening = dict(memory={case.budget_bytes}, context={case.context}, attention={case.attention!r}, threads=1)
+opening = dict(memory={case.budget_bytes}, context={case.context}, threads=1, **{case.kernels})
 plan = plan_reference("smollm2", LoadConfig(**opening)).plan
 report = dict(
     bound=plan.lower_bound_bytes, needs=plan.total_bytes, planning=read_process_memory().peak_bytes
@@ -118,7 +129,7 @@ def test_inside_the_budget_and_refused_only_below_the_bound(case: Case) -> None:
 def test_every_kind_of_case_occurs() -> None:
     assert {None, 512, 8192} <= {case.context for case in CASES}
     assert {case.turns for case in CASES} == {1, 2, 3}
-    assert {case.attention for case in CASES} == {"llama", "dense", "tidal"}
+    assert {case.attention for case in CASES} == {"auto", "reference", "tidal"}
     plans = [run_lowtide("plan", *case.options(), "--json") for case in CASES[:24]]
     assert (
         0 < sum(plan.code == 2 for plan in plans) < len(plans) / 2

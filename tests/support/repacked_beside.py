@@ -19,17 +19,11 @@ ROWS = 128
 
 
 class RepackedModel:
-    """The model from its repacked copy, with lowtide's exact attention."""
+    """The model from its repacked copy, with lowtide's exact attention, unless `kernels` say otherwise."""
 
-    def __init__(self, path: Path, context: int = 2048) -> None:
-        options = LoadConfig(
-            memory=8 * GIB,
-            context=context,
-            batch_size=ROWS,
-            threads=2,
-            attention="dense",
-            repack=True,
-        )
+    def __init__(self, path: Path, context: int = 2048, **kernels: Any) -> None:
+        chosen = {"attention": "dense", "repack": True, **kernels}
+        options = LoadConfig(memory=8 * GIB, context=context, batch_size=ROWS, threads=2, **chosen)
         self.loaded = Engine(plan_reference(path, options))
         self.model = self.loaded.model
         self.token_ids = self.model.tokenizer.encode(

@@ -51,6 +51,7 @@ bool RepackedMatmul::set(std::string_view names, int max_rows, int max_columns, 
         begin = end + 1;
     }
     team_.settle();
+    matmul_.release();
     if (kernels_ == nullptr || !matmul_.reserve(max_rows, max_columns, num_threads)) return false;
     team_.reserve(num_threads, Matmul::aside_bytes(max_rows, max_columns));
     names_.swap(found), text_.swap(text);

@@ -25,6 +25,9 @@ public:
     // lost. Call it while no thread runs. Returns false if there is no memory.
     bool reserve(int num_rows, int num_columns, int num_threads);
 
+    // Frees the scratch, for passes of fewer rows.
+    void release() { std::vector<CacheLine>().swap(memory_); }
+
     // Whether there is room for such a matmul.
     bool has_room(int num_rows, int num_columns) const { return quantised_bytes(num_rows, num_columns) <= scratch_bytes(); }
 

@@ -31,7 +31,9 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def test_answers_are_the_same_after_truncating(tiny: Path) -> None:
-    with Runtime.open(tiny, memory="2GiB", threads=1, prefix_cache="4MiB") as runtime:
+    with Runtime.open(
+        tiny, memory="2GiB", threads=1, prefix_cache="4MiB", reference=True
+    ) as runtime:
         assert runtime.plan.kv_type == "f32" and runtime.plan.context == 512
         first = runtime.generate("Once upon a time", **GREEDY)
         runtime.generate("Something else", **GREEDY)
@@ -44,7 +46,7 @@ def test_answers_are_the_same_after_truncating(tiny: Path) -> None:
 
 def test_a_chat_reuses_its_kv_cache(tiny: Path) -> None:
     messages = [{"role": "user", "content": "Name a colour."}]
-    with Runtime.open(tiny, memory="2GiB", threads=1) as runtime:
+    with Runtime.open(tiny, memory="2GiB", threads=1, reference=True) as runtime:
         *_, last = runtime.chat(messages, **GREEDY)
         *_, again = runtime.chat(messages, **GREEDY)
     assert last.finish_reason == "length" and again.stats.reused_tokens > 20
@@ -58,7 +60,20 @@ def test_the_peak_is_inside_the_plan(tmp_path: Path, form: str, external: bool) 
     folder = write_decoder(tmp_path / "big", form, shape, external=external)
     prompt = TEXT.encode()
     done = run_lowtide(
-        *("run", str(folder), "--raw", "--json", "-n", "8", "--temp", "0", "-t", "1"), stdin=prompt
+        *(
+            "run",
+            str(folder),
+            "--raw",
+            "--json",
+            "-n",
+            "8",
+            "--temp",
+            "0",
+            "-t",
+            "1",
+            "--reference",
+        ),
+        stdin=prompt,
     )
     assert done.code == 0, done.stderr
     stats = json.loads(done.stdout)["stats"]
@@ -66,6 +81,7 @@ def test_the_peak_is_inside_the_plan(tmp_path: Path, form: str, external: bool) 
     assert done.peak_bytes <= stats["planned_bytes"]
 
 
+@pytest.mark.parametrize("kernels", [(), ("--reference",)], ids=["default", "reference"])
 @pytest.mark.parametrize(
     "weights",
     [
@@ -78,12 +94,14 @@ def test_the_peak_is_inside_the_plan(tmp_path: Path, form: str, external: bool) 
     ],
     ids=str,
 )
-def test_quantised_weights_stay_inside_the_plan(tmp_path: Path, weights: dict[str, Any]) -> None:
+def test_quantised_weights_stay_inside_the_plan(
+    tmp_path: Path, weights: dict[str, Any], kernels: tuple[str, ...]
+) -> None:
     folder = write_decoder(tmp_path / "wide", "gqa", WIDE, **weights)
     spec = read_spec(folder)
     assert spec.quantisation == (f"int{weights['bits']}" if "bits" in weights else "float16")
     done = run_lowtide(
-        *("run", str(folder), "--raw", "--json", "-n", "4", "--temp", "0", "-t", "1"),
+        *("run", str(folder), "--raw", "--json", "-n", "4", "--temp", "0", "-t", "1", *kernels),
         stdin=TEXT.encode(),
     )
     assert done.code == 0, done.stderr
@@ -138,7 +156,7 @@ def test_unsupported_options_of_a_graph(
     tiny: Path, options: dict[str, object], message: str
 ) -> None:
     with pytest.raises(BadOption, match=message):
-        Runtime.open(tiny, memory="2GiB", **options)  # type: ignore[arg-type]
+        Runtime.open(tiny, memory="2GiB", reference=True, **options)  # type: ignore[arg-type]
 
 
 def test_another_models_tokenizer_is_refused_before_loading(tiny: Path) -> None:

@@ -45,7 +45,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def logits(path: Path, *, repack: bool, **options: Any) -> np.ndarray:
-    """Return logits after a prompt of two batches and after another token, (2, vocabulary)."""
+    """Return logits after a prompt of two batches and after another token, (2, vocabulary).
+
+    Attention is llama.cpp's, unless `options` say otherwise: only the matmuls differ.
+    """
+    options = {"attention": "llama", **options}
     loaded = Engine(
         plan_reference(path, LoadConfig(repack=repack, memory="2GiB", threads=2, **options))
     )

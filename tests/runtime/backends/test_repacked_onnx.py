@@ -36,7 +36,7 @@ def test_the_peak_is_inside_a_plan_below_onnxruntimes_copies(tmp_path: Path, bit
     """The first run also writes the repacked weights."""
     folder = write_decoder(tmp_path / "big", "gqa", BIG, bits=bits)
     planned = {}
-    for words in (("--attention", "dense"), ("--repack",), ("--repack",)):
+    for words in (("--attention", "dense", "--no-repack"), ("--repack",), ("--repack",)):
         done = run_lowtide(
             *("run", str(folder), "--raw", "--json", "-n", "8", "--temp", "0", "-t", "1", *words),
             stdin=TEXT.encode(),
@@ -47,7 +47,7 @@ def test_the_peak_is_inside_a_plan_below_onnxruntimes_copies(tmp_path: Path, bit
         assert done.peak_bytes <= stats["planned_bytes"]
         assert stats["repacked_tensors"] == (29 if words == ("--repack",) else 0)
         planned[words] = stats["planned_bytes"]
-    assert planned["--repack",] < planned["--attention", "dense"]
+    assert planned["--repack",] < planned["--attention", "dense", "--no-repack"]
     assert len(tiles(tmp_path)) == 1
 
 
@@ -146,6 +146,6 @@ def test_a_cache_folder_that_cannot_be_written(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(
         CannotRepack,
-        match="cannot be written to .*: make room, set XDG_CACHE_HOME.*leave repack=True out",
+        match="cannot be written to .*: make room, set XDG_CACHE_HOME.*choose reference=True",
     ):
         Runtime.open(folder, memory="2GiB", repack=True)

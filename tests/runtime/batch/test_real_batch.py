@@ -135,7 +135,8 @@ def test_answers_from_other_slots_than_expected_are_not_called_identical(
 
 
 def test_nondeterminism_is_reported(random_model: Path) -> None:
-    with Runtime.open(random_model, memory="4GiB", context=512, threads=1) as runtime:
+    options = {"memory": "4GiB", "context": 512, "threads": 1, "reference": True}
+    with Runtime.open(random_model, **options) as runtime:  # type: ignore[arg-type]
         before = runtime.generate("tide", max_tokens=4, temperature=0).token_ids
         results = runtime.generate_batch(["tide", "sea"], max_tokens=4, temperature=0)
         again = runtime.generate("tide", max_tokens=4, temperature=0)
