@@ -34,7 +34,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1234
         (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "web page"),
         (b'{"error": "Entry not found"}', "JSON"),
         (struct.pack("<Q", len(HEADER)) + HEADER, "safetensors"),
-        (gzip.compress(b"GGUF" * 20), "gzip"),
+        (gzip.compress(b"GGUF" * 20, mtime=0), "gzip"),
         (b"\x80\x02}q\x00" + bytes(40), "pickle"),
         (bytes(100), "zeros"),
         (b"tjgg\x03\0\0\0" + bytes(40), "before GGUF"),
