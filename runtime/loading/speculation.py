@@ -25,7 +25,7 @@ from lowtide.runtime.speculation.drafts import (
     require_same_tokens,
 )
 from lowtide.runtime.speculation.step_cost import StepCostModel, benchmark_steps
-from lowtide.runtime.speculation.worth import placed_key
+from lowtide.runtime.speculation.worth import known_counts, placed_key
 
 WATCHED_TOKENS = 7
 """Drafts of a proposal that is compared with the text but not verified."""
@@ -81,6 +81,7 @@ def load_speculation(
             planned, rows_agree=steps.rows_agree
         ),
         promised=table.chosen.speed_up if table and table.chosen else None,
+        known=known_counts(planned.spec, config.draft_model),
         save=save,
     )
 
@@ -111,6 +112,7 @@ def load_batch_speculation(
         StepCostModel(steps.costs),
         max_draft=planned.plan.verify_batch - 1,
         vocabulary_size=planned.spec.vocabulary.num_tokens,
+        known=known_counts(planned.spec, None),
         save=partial(add_to_file, _counts_name(planned, planned.speculation)),
     )
     return speculation, steps.rows_agree

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from lowtide.memory.plan.allocator import DraftRates
 from lowtide.models.draft_tree import TEXT, TokenTree
 
 if TYPE_CHECKING:
@@ -90,8 +91,10 @@ class Acceptance:
     `prior` is the rate of the first position before anything is counted.
     """
 
-    def __init__(self, num_positions: int, prior: float) -> None:
+    def __init__(self, num_positions: int, prior: float, known: DraftRates | None = None) -> None:
         self._prior = prior
+        self._known = known.acceptance if known is not None else ()
+        self._sibling_prior = known.siblings if known is not None else SIBLING_PRIOR
         self._positions = [_Rate() for _ in range(num_positions)]
         self._siblings = _Rate()
 
@@ -108,7 +111,9 @@ class Acceptance:
         """Return the expected rate of each position; an unknown one is a little below the one before."""
         rates = []
         expected = self._prior
-        for rate in self._positions:
+        for position, rate in enumerate(self._positions):
+            if position < len(self._known):
+                expected = self._known[position]
             expected = rate.expected(expected)
             rates.append(expected)
             expected *= NEXT_POSITION_PRIOR
@@ -117,7 +122,7 @@ class Acceptance:
     @property
     def of_siblings(self) -> float:
         """Expected rate of a sibling where the token before it was wrong."""
-        return self._siblings.expected(SIBLING_PRIOR)
+        return self._siblings.expected(self._sibling_prior)
 
 
 def chances(tree: TokenTree, acceptance: Acceptance) -> list[float]:

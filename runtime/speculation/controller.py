@@ -23,18 +23,22 @@ from lowtide.runtime.speculation.drafts import NOTHING, Draft, Proposal
 from lowtide.runtime.speculation.step_cost import StepCostModel
 from lowtide.runtime.structured.answer import ConstrainedAnswer
 
-MIN_GAIN = 1.08
+MIN_GAIN = 1.04
 """Expected speed of a verifying pass, in multiples of a pass without drafts, from which it is done."""
-WASTED_SHARE = 0.01
+WASTED_SHARE = 0.005
 """Share of the decoding time that proposals which are not verified may take."""
-FREE_WASTE_S = 0.001
+FREE_WASTE_S = 0.0005
 """Seconds that such proposals may take before anything is decoded."""
-LOST_SHARE = 0.01
-"""Share of the decoding time that verifying may have lost in all."""
+LOST_SHARE = 0.005
+"""Share of the decoding time that verifying may lose in all."""
+FREE_LOSS_STEPS = 0.2
+"""What an answer may lose before that, in passes without drafts: enough to find out whether drafts are right."""
+MIN_MISS = 0.05
+"""The least chance that is assumed for a pass in which no draft is right."""
 MAX_WATCHED = 3
 """Proposals of a draft that are compared with the text at once, beside those that are verified."""
 MAX_CREDIT_STEPS = 8
-"""Earlier gains make up for later losses up to the time of so many passes without drafts."""
+"""Earlier gains of an answer make up for later losses up to the time of so many passes without drafts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +141,7 @@ class _SequenceDrafts:
         num_positions: int,
         vocabulary_size: int,
         counts: AcceptanceCounts,
+        known: AcceptanceCounts,
         *,
         trees: bool,
     ) -> None:
@@ -151,7 +156,10 @@ class _SequenceDrafts:
         self._states = [
             _DraftState(
                 draft,
-                [Acceptance(num_positions, draft.prior(c)) for c in range(draft.num_classes)],
+                [
+                    Acceptance(num_positions, draft.prior(c), known.rates_of(draft.name, c))
+                    for c in range(draft.num_classes)
+                ],
             )
             for draft in drafts
         ]
@@ -275,7 +283,8 @@ class _SequenceDrafts:
         if self._proposed is not None:
             self._counts.count_tokens(self._proposed, 1)
         for state in self._states:
-            state.watched = [one for one in state.watched if one.observe_token(token_id)]
+            if state.watched:
+                state.watched = [one for one in state.watched if one.observe_token(token_id)]
 
 
 class SpeculationController:
@@ -285,8 +294,8 @@ class SpeculationController:
     sequence at once, and a pass has at most the tokens that `costs` was measured for. With `trees`, drafts may
     have branches. `nondeterminism` says why a greedy answer may differ from the plain loop's; None where it
     cannot. `off_reason` says why nothing is ever verified; drafts may still be watched. `promised` is the speed that
-    the plan expects, relative to none drafted. `counts` learns how often drafts are right, and goes to `save` at the
-    end.
+    the plan expects, relative to none drafted. `known` says how often drafts were right before. `counts` learns how
+    often they are right now, and goes to `save` at the end.
     """
 
     def __init__(
@@ -300,6 +309,7 @@ class SpeculationController:
         nondeterminism: str | None = None,
         off_reason: str | None = None,
         promised: float | None = None,
+        known: AcceptanceCounts | None = None,
         save: Callable[[AcceptanceCounts], None] = lambda _: None,
     ) -> None:
         self.costs = costs
@@ -308,7 +318,14 @@ class SpeculationController:
         self._drafts = tuple(tuple(some) for some in drafts)
         num_positions = max(costs.max_tokens - 1, 1)
         self._sequences = [
-            _SequenceDrafts(some, num_positions, vocabulary_size, self.counts, trees=trees)
+            _SequenceDrafts(
+                some,
+                num_positions,
+                vocabulary_size,
+                self.counts,
+                known or AcceptanceCounts(),
+                trees=trees,
+            )
             for some in self._drafts
         ]
         self._max_draft = max_draft
@@ -317,7 +334,7 @@ class SpeculationController:
         self._save = save
         self._plain_s = self._spent_s = 0.0  # of this answer, without drafts and with them
         self._round: tuple[int, float] | None = None  # sequences and seconds of a pass with drafts
-        self._decoded_s = self._won_s = 0.0
+        self._credit_steps = FREE_LOSS_STEPS  # what may be lost, in passes without drafts
 
     @classmethod
     def off(cls, reason: str, num_sequences: int = 1) -> SpeculationController:
@@ -331,6 +348,8 @@ class SpeculationController:
         """Start new answers, some of them constrained; what was learned of drafts and costs stays."""
         self._round = None
         self._plain_s = self._spent_s = 0.0
+        # No answer pays for what an earlier one won.
+        self._credit_steps = min(self._credit_steps, FREE_LOSS_STEPS)
         for sequence, answer in zip_longest(self._sequences, answers):
             sequence.begin(answer)
 
@@ -348,14 +367,20 @@ class SpeculationController:
             self._proposal(self._sequences[i], text, min(num_free, self._max_draft))
             for i, text, num_free in waiting
         ]
-        shares = _share(proposals, self.costs)
+        if not any(proposals):
+            self._spent_s += self.costs.clock() - before
+            return [NOTHING] * len(waiting)
+        shares = _share(proposals, self.costs, self.costs.max_tokens)
+        gain, most_rows = shares.gain or 0.0, self._most_rows(proposals)
+        if len(waiting) + sum(shares.num_drafted) > most_rows:
+            shares = _share(proposals, self.costs, most_rows)
         trees = []
         for (i, _, _), proposal, num_rows in zip(
             waiting, proposals, shares.num_drafted, strict=True
         ):
             if proposal is not None:
-                self._sequences[i].note_gain(shares.gain or 0.0)
-            trees.append(self._sequences[i].take(proposal, 0 if self.has_lost else num_rows))
+                self._sequences[i].note_gain(gain)
+            trees.append(self._sequences[i].take(proposal, num_rows))
         self._spent_s += self.costs.clock() - before
         return trees
 
@@ -370,8 +395,21 @@ class SpeculationController:
             sequence.note_gain(found)
             return found
 
-        min_gain = float("inf") if self.has_lost else MIN_GAIN
+        min_gain = MIN_GAIN if self._credit_steps > 0 else float("inf")
         return sequence.propose(text, max_tokens, self.costs, gain, min_gain)
+
+    def _most_rows(self, proposals: Sequence[DraftProposal | None]) -> int:
+        """Return the tokens of the largest pass that the answer can bear to lose.
+
+        What it loses if no draft is right counts by the chance of that, so a sure draft need not wait.
+        """
+        num_sequences = len(proposals)
+        miss = max((1 - one.chances[0] for one in proposals if one is not None), default=1.0)
+        plain_s, rows = self.costs.of(num_sequences), num_sequences
+        bearable_s = plain_s * (1 + self._credit_steps / max(miss, MIN_MISS))
+        while rows < self.costs.max_tokens and self.costs.of(rows + 1) <= bearable_s:
+            rows += 1
+        return rows
 
     def record_step(self, steps: Sequence[tuple[int, int]], seconds: float) -> None:
         """Record a decode pass: each sequence with the number of its drafts, and the pass's seconds."""
@@ -379,7 +417,7 @@ class SpeculationController:
             return
         self._spent_s += seconds
         num_sequences, num_drafted = len(steps), sum(number for _, number in steps)
-        self._decoded_s += seconds
+        self._add_credit(LOST_SHARE)
         self.costs.observe(num_sequences + num_drafted, seconds, plain_rows=num_sequences)
         for i, number in steps:
             self._sequences[i].add_step(seconds / num_sequences)
@@ -405,14 +443,11 @@ class SpeculationController:
         num_sequences, seconds = self._round
         plain_s = self.costs.of(num_sequences)
         self._plain_s += num_tokens / num_sequences * plain_s
-        won_s = self._won_s + num_tokens / num_sequences * plain_s - seconds
-        self._won_s = min(won_s, MAX_CREDIT_STEPS * plain_s)
+        self._add_credit(num_tokens / num_sequences - seconds / max(plain_s, 1e-12))
         self._round = None
 
-    @property
-    def has_lost(self) -> bool:
-        """Whether verifying waits until more was decoded without it."""
-        return -self._won_s > LOST_SHARE * self._decoded_s
+    def _add_credit(self, steps: float) -> None:
+        self._credit_steps = min(self._credit_steps + steps, MAX_CREDIT_STEPS)
 
     def statistics(self, sequence: int) -> dict[str, Any]:
         """Return the values of `Statistics.speculation` for one sequence."""
@@ -445,11 +480,13 @@ class SpeculationController:
             draft.close()
 
 
-def _share(proposals: Sequence[DraftProposal | None], costs: StepCostModel) -> RowShares:
+def _share(
+    proposals: Sequence[DraftProposal | None], costs: StepCostModel, max_rows: int
+) -> RowShares:
     return share_rows(
         [one.chances if one else () for one in proposals],
         costs.of,
-        max_rows=costs.max_tokens,
+        max_rows=max_rows,
         min_gain=MIN_GAIN,
         seconds=[one.seconds if one else () for one in proposals],
     )
@@ -457,7 +494,7 @@ def _share(proposals: Sequence[DraftProposal | None], costs: StepCostModel) -> R
 
 def _gain_alone(proposal: DraftProposal, costs: StepCostModel) -> float:
     """Return the highest speed that rows of one sequence's proposal promise."""
-    return _share([proposal], costs).gain or 0.0
+    return _share([proposal], costs, costs.max_tokens).gain or 0.0
 
 
 def _num_expected(proposal: DraftProposal) -> float:

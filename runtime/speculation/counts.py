@@ -109,6 +109,11 @@ class AcceptanceCounts:
         scaled.add(self, num_tokens / max(self.num_tokens, 1e-9))
         return scaled
 
+    def rates_of(self, draft: str, confidence: int) -> DraftRates | None:
+        """Return the rates of a draft's class; None where it was never counted."""
+        rates = self._rates.get((draft, confidence))
+        return rates.rates(0.0) if rates is not None else None
+
     def situations(self, drafts: Iterable[str], token_s: float = 0.0) -> tuple[Situation, ...]:
         """Return the places in texts as the allocator sees them, with these drafts only."""
         names, shares = set(drafts), Counter[Proposed]()

@@ -26,12 +26,11 @@ AUTO = "auto"
 MAX_DRAFT = 31
 DEFAULT_DRAFT = 7
 TABLES = {
-    "ngram": DraftTables(name="ngram", table_bytes=96 * 1024, token_bytes=11),
-    "trigram": DraftTables(name="trigram", table_bytes=544 * 1024, token_bytes=5),
+    "ngram": DraftTables(name="ngram", table_bytes=96 * 1024, token_bytes=17),
+    "trigram": DraftTables(name="trigram", table_bytes=544 * 1024, token_bytes=13),
 }
 """The trigram table, the hash heads of prompt lookup and the acceptance counts, as measured; and for each token of the
-context the text in both drafts, the hash chains, and the copy passed to them. The arrays grow by an eighth at a
-time."""
+context the text, the hash chain of prompt lookup, a copy while they grow by an eighth, and one of a new text."""
 MODEL_TABLES = DraftTables(name="model", token_bytes=16)
 DRAFT = ":draft="
 _OTHER_SETTING = re.compile(

@@ -29,6 +29,8 @@ FOLLOW_RATE = 0.1
 """How far the curve moves towards each measured pass."""
 RETURN_RATE = 0.005
 """How far it moves back to the first measurement with each plain pass: one slow pass is forgiven."""
+RETURN_EVERY = 16
+"""Plain passes after which it moves back, by the rate of all of them."""
 MAX_SURPRISE = 2.0
 """A pass that took more than this multiple of the expected time was disturbed, and counts as this multiple."""
 
@@ -191,9 +193,10 @@ class StepCostModel:
             # The first passes count for more: the stored measurement may be from another day.
             self._num_plain += 1
             self._one_s *= surprise ** max(FOLLOW_RATE, 1 / (1 + self._num_plain))
-            for rows in range(2, len(self._ratios)):
-                back = self._measured[rows] / self._ratios[rows]
-                self._ratios[rows] *= back**RETURN_RATE
+            if self._num_plain % RETURN_EVERY == 0:
+                for rows in range(2, len(self._ratios)):
+                    back = self._measured[rows] / self._ratios[rows]
+                    self._ratios[rows] *= back ** (RETURN_RATE * RETURN_EVERY)
         else:
             for rows in range(2, len(self._ratios)):
                 self._ratios[rows] *= surprise ** (FOLLOW_RATE / (1 + abs(rows - num_tokens)))

@@ -17,9 +17,9 @@ from lowtide.runtime.speculation.counts import (
 )
 from lowtide.runtime.speculation.step_cost import stored_costs
 
-ASSUMED_TOKEN_COST = 0.15
-"""What another token adds to a pass, as a share of a pass of one, where it was never measured: between that of
-repacked weights (0.03 to 0.1) and of llama.cpp's kernels (0.2 to 0.4)."""
+ASSUMED_TOKEN_COST = 0.05
+"""What another token adds to a pass, as a share of a pass of one, where it was never measured: as much as with
+repacked weights. It is a low figure, so that the first start has room to measure many tokens."""
 ASSUMED_STEP_S = 0.01
 COPY_RATE, SMALLER_MODEL_RATE = 0.85, 0.6
 """Assumed acceptance of a draft model until it is counted: of a quantised copy of the model, and of a smaller one."""
@@ -53,27 +53,43 @@ def speculation_worth(
             f"assumed, another token takes {ASSUMED_TOKEN_COST:.0%} of a pass; measured when the model is first "
             "loaded"
         )
-    counts, token_s = AcceptanceCounts(), 0.0
-    own = read_counts(file_name(spec.fingerprint, draft_model.fingerprint if draft_model else ""))
-    counts.add(own)
-    prior, acceptance_source = prior_counts(), PRIOR_NAME
-    if draft_model is not None:
-        token_s = costs.of(1) * draft_model.weight_bytes / max(spec.weight_bytes, 1)
-        rate = COPY_RATE if _is_copy(draft_model, spec) else SMALLER_MODEL_RATE
-        prior = AcceptanceCounts.of_rate(drafts[0], rate)
-        acceptance_source = f"assumed, {rate:.0%} at every position"
-    counts.add(prior.scaled_to(PRIOR_TOKENS))
-    if own.num_tokens:
+    own = read_counts(_file_of(spec, draft_model)).num_tokens
+    acceptance_source = _prior(spec, draft_model)[1]
+    if own:
         acceptance_source = (
-            f"{own.num_tokens:,.0f} tokens of your conversations; {acceptance_source}, which counts for "
+            f"{own:,.0f} tokens of your conversations; {acceptance_source}, which counts for "
             f"{PRIOR_TOKENS} tokens"
         )
+    token_s = 0.0
+    if draft_model is not None:
+        token_s = costs.of(1) * draft_model.weight_bytes / max(spec.weight_bytes, 1)
+    counts = known_counts(spec, draft_model)
     return SpeculationWorth(
         costs=costs,
         situations=counts.situations(drafts, token_s),
         costs_source=costs_source,
         acceptance_source=acceptance_source,
     )
+
+
+def known_counts(spec: ModelSpec, draft_model: ModelSpec | None) -> AcceptanceCounts:
+    """Return what was counted in the user's conversations with a model, and the prior beside it."""
+    counts = AcceptanceCounts()
+    counts.add(read_counts(_file_of(spec, draft_model)))
+    counts.add(_prior(spec, draft_model)[0].scaled_to(PRIOR_TOKENS))
+    return counts
+
+
+def _file_of(spec: ModelSpec, draft_model: ModelSpec | None) -> str:
+    return file_name(spec.fingerprint, draft_model.fingerprint if draft_model else "")
+
+
+def _prior(spec: ModelSpec, draft_model: ModelSpec | None) -> tuple[AcceptanceCounts, str]:
+    """Return the counts that stand in for the user's own, and in words where they come from."""
+    if draft_model is None:
+        return prior_counts(), PRIOR_NAME
+    rate = COPY_RATE if _is_copy(draft_model, spec) else SMALLER_MODEL_RATE
+    return AcceptanceCounts.of_rate("model", rate), f"assumed, {rate:.0%} at every position"
 
 
 def _is_copy(draft: ModelSpec, target: ModelSpec) -> bool:

@@ -82,7 +82,7 @@ def test_the_file_holds_numbers_and_no_text(tmp_path: Path) -> None:
     values = json.loads(path.read_text())
     assert {name for entry in values["rates"] for name in [entry["draft"]]} <= {"ngram", "trigram"}
     assert "tide" not in path.read_text()
-    assert AcceptanceCounts.from_dict(values).num_tokens > 10
+    assert AcceptanceCounts.from_dict(values).num_tokens > 0
 
 
 def test_accepted_tokens_are_counted_at_the_place_of_their_pass() -> None:

@@ -6,14 +6,9 @@ from collections.abc import Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
+from lookup_reference import MAX_MATCH, MIN_MATCH, NgramReference
 
-from lowtide.runtime.speculation.drafts import (
-    CLASSES,
-    MAX_MATCH,
-    MIN_MATCH,
-    NgramDraft,
-    Proposal,
-)
+from lowtide.runtime.speculation.drafts import CLASSES, NgramDraft, Proposal
 
 texts = st.lists(st.integers(0, 3), max_size=60)
 
@@ -69,3 +64,22 @@ def test_a_longer_match_has_a_higher_confidence() -> None:
 def test_without_a_match_nothing_is_proposed() -> None:
     assert proposed([], 4) == proposed([1, 2, 3], 4) == proposed(range(50), 4) == Proposal()
     assert proposed([1, 2, 3, 1, 2, 3], 0) == Proposal()
+
+
+@given(st.lists(texts, max_size=4), st.integers(0, 9))
+def test_native_lookup_equals_the_reference(history: list[list[int]], num_tokens: int) -> None:
+    native, reference = NgramDraft(), NgramReference()
+    for text in history:
+        for end in {len(text) // 2, len(text)}:
+            native.follow(text[:end])
+            reference.follow(text[:end])
+            assert native.propose(num_tokens) == reference.propose(num_tokens)
+
+
+def test_it_holds_eight_bytes_a_token_and_grows_by_an_eighth() -> None:
+    draft = NgramDraft()
+    empty = draft.num_bytes
+    draft.follow(range(100_000))
+    assert 8 * 100_000 <= draft.num_bytes - empty <= 9.1 * 100_000
+    draft.close()
+    draft.close()

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import random
-import sys
 
 from hypothesis import given
 from hypothesis import strategies as st
+from lookup_reference import MAX_WEIGHT, TrigramReference
 
-from lowtide.runtime.speculation.drafts import (
-    MAX_WEIGHT,
-    NUM_FOLLOWERS,
-    TABLE_BYTES,
-    Proposal,
-    TrigramDraft,
-)
+from lowtide.runtime.speculation.drafts import Proposal, TrigramDraft
+from lowtide.runtime.speculation.options import TABLES
 
 
 def trained(*texts: list[int]) -> TrigramDraft:
@@ -57,13 +52,31 @@ def test_chains_have_seen_tokens_and_at_most_the_requested_length(
     assert len(chain) <= num_tokens and set(chain) <= set(text)
 
 
-def test_its_size_is_fixed() -> None:
+def test_its_size_is_fixed_but_for_the_text() -> None:
     draft = TrigramDraft()
-    arrays = (draft._keys, draft._followers, draft._weights)
-    before = sum(sys.getsizeof(table) for table in arrays)
+    before = draft.num_bytes
     random.seed(1)
     for _ in range(40):
         draft.follow([random.randrange(50_000) for _ in range(1_000)])
-    assert sum(sys.getsizeof(table) for table in arrays) == before
-    assert before <= TABLE_BYTES + 3 * 200
-    assert len(draft._followers) == NUM_FOLLOWERS * len(draft._keys)
+    assert draft.num_bytes <= before + 5 * 1_000
+    assert draft.num_bytes <= TABLES["trigram"].table_bytes
+
+
+@given(st.lists(st.lists(st.integers(0, 4), max_size=60), max_size=6), st.integers(0, 9))
+def test_the_native_table_equals_the_reference(history: list[list[int]], num_tokens: int) -> None:
+    native, reference = TrigramDraft(), TrigramReference()
+    for text in history:
+        for end in {len(text) // 2, len(text)}:
+            native.follow(text[:end])
+            reference.follow(text[:end])
+            assert native.propose(num_tokens) == reference.propose(num_tokens)
+
+
+def test_pairs_that_share_a_slot_replace_each_other_as_in_the_reference() -> None:
+    chance = random.Random(2)
+    native, reference = TrigramDraft(), TrigramReference()
+    for _ in range(30):
+        text = [chance.randrange(1 << 17) for _ in range(40)] * 60
+        native.follow(text)
+        reference.follow(text)
+        assert native.propose(5) == reference.propose(5)
