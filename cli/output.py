@@ -127,11 +127,14 @@ def _speculation(values: dict[str, Any]) -> str:
     return line
 
 
-def quality_note(planned: ResolvedModel, stats: Statistics) -> None:
-    """Say once a model, after a long exact answer, what the quality "fast" would save."""
+def quality_note(planned: ResolvedModel, stats: Statistics, *, is_question: bool = False) -> None:
+    """Say once a model, after a long exact answer, what the quality "fast" would save.
+
+    `is_question` says whether the same command would know that its prompt is a question.
+    """
     from lowtide.runtime.planning.quality import saving
 
-    sentence = saving(planned, stats.prompt_tokens, stats.generated_tokens)
+    sentence = saving(planned, stats.prompt_tokens, stats.generated_tokens, is_question=is_question)
     if sentence is not None:
         note(sentence)
 

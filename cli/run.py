@@ -146,7 +146,7 @@ def command(
     for span in spans or ():
         note(f"{span.position:>7,}  {span.score:.3f}  {span.text!r}")
     note(statistics_line(result.stats, result.finish_reason, generation))
-    quality_note(planned, result.stats)
+    quality_note(planned, result.stats, is_question=not raw)
 
 
 def _messages(text: str, system: str | None) -> list[dict[str, str]]:

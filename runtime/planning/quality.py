@@ -97,7 +97,9 @@ def _time_share(spec: ModelSpec, found: CalibratedPolicy, length: ExpectedLength
     return seconds(found.keys_read, found.prompt_computed) / max(seconds(1.0, 1.0), 1.0)
 
 
-def saving(planned: ResolvedModel, prompt_tokens: int, answer_tokens: int) -> str | None:
+def saving(
+    planned: ResolvedModel, prompt_tokens: int, answer_tokens: int, *, is_question: bool = False
+) -> str | None:
     """Return, once a model, what the quality "fast" would save of a long exact answer; None where that is little.
 
     Nothing is said where answers are not exact already, and where no calibration tells the distance.
@@ -106,7 +108,9 @@ def saving(planned: ResolvedModel, prompt_tokens: int, answer_tokens: int) -> st
     is_exact = options.attention == Dense.name and planned.quality is None
     if not is_exact or prompt_tokens + answer_tokens < LONG:
         return None
-    length = ExpectedLength(prompt_tokens=prompt_tokens, answer_tokens=answer_tokens)
+    length = ExpectedLength(
+        prompt_tokens=prompt_tokens, answer_tokens=answer_tokens, is_question=is_question
+    )
     chosen = choose(spec, FAST, length)
     name = f"quality-said-{spec.fingerprint}.json"
     if chosen.found is None or chosen.time_share > WORTH_SAYING or find_file(name) is not None:

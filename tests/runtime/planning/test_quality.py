@@ -151,6 +151,15 @@ def test_the_saving_is_said_once_a_model_with_both_numbers(spec: ModelSpec) -> N
     for other in ({"reference": True}, {"quality": "fast"}):
         approximate = plan_reference(spec.path, LoadConfig(memory="2GiB", threads=1, **other))
         assert saving(approximate, 3000, 1000) is None
+    calibrate_gem(spec)
     said = saving(planned, 3000, 1000)
     assert said is not None and "% of the time" in said and "KL 0.0100 at 4,096 tokens" in said
     assert saving(planned, 3000, 1000) is None
+
+
+def test_the_saving_of_a_question_counts_gem(spec: ModelSpec) -> None:
+    planned = plan_reference(spec.path, LoadConfig(memory="2GiB", threads=1))
+    calibrate_gem(spec)
+    assert saving(planned, 3000, 50) is None
+    said = saving(planned, 3000, 50, is_question=True)
+    assert said is not None and "with gem: 11 of 12 answers kept at 4,096 tokens" in said
