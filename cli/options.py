@@ -16,7 +16,27 @@ if TYPE_CHECKING:
     from lowtide.runtime.planning.plan import LoadConfig, ResolvedModel
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+MAX_THREADS = 512
 Option = Callable[[Any], Any]
+
+AUTO = "auto"
+
+
+class ThreadCount(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A number of threads, or "auto"."""
+
+    name = "N|auto"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | None:
+        """Return the number, and None for "auto"."""
+        if value == AUTO:
+            return None
+        if isinstance(value, str) and value.isdecimal() and 1 <= int(value) <= MAX_THREADS:
+            return int(value)
+        self.fail(f"{value!r} is not possible: use a number from 1 to {MAX_THREADS}, or auto")
+
 
 _MODEL: tuple[Option, ...] = (
     click.argument("model", required=False),
@@ -45,8 +65,16 @@ _MODEL: tuple[Option, ...] = (
     click.option(
         "-t",
         "--threads",
-        type=click.IntRange(1, 512),
-        help="Number of threads.  [default: all cores, or the CPU quota of the container]",
+        type=ThreadCount(),
+        default=AUTO,
+        show_default=True,
+        help="Number of threads; auto means the cores that this process may use, and fewer while others use them.",
+    ),
+    click.option(
+        "--nice",
+        "background",
+        is_flag=True,
+        help="Compute in the background: with the lowest priority, and one thread less than there are cores.",
     ),
     click.option(
         "--repack/--no-repack",
@@ -281,7 +309,7 @@ def take_open_options(options: dict[str, Any]) -> LoadConfig:
 
     names = (
         "memory context kv_type threads attention reference prefix_cache repack speculate gpu_layers gpu_memory "
-        "provider expected_tokens chat_template structured quality"
+        "provider expected_tokens chat_template structured quality background"
     ).split()
     if options.pop("pack"):  # a hidden alias
         options["repack"] = True

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lowtide.memory.os.cores import computing_cpus
 from lowtide.memory.os.cpu_quota import cpu_quota
 
 PROC = Path("/proc")
@@ -87,12 +88,13 @@ def _memory_bytes(meminfo: Path) -> tuple[int, int]:
 
 
 def usable_cores() -> int:
-    """Return how many CPUs this process may keep busy, by affinity and by its containers' quota; at least 1.
+    """Return how many cores this process may keep busy, by affinity and by its containers' quota; at least 1.
 
-    A quota is rounded down: a thread more would wait for the others in every layer.
+    Hyperthreads of one core count once, and cores that are much slower than the others do not count. A quota is
+    rounded down: a thread more would wait for the others in every layer.
     """
     affinity = getattr(os, "sched_getaffinity", None)  # missing on macOS
-    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    cores = len(computing_cpus(affinity(0))) if affinity is not None else os.cpu_count() or 1
     quota = cpu_quota(PROC, CGROUP_ROOT)
     return cores if quota is None else max(min(cores, int(quota)), 1)
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from lowtide.models.draft_tree import TokenTree
 from lowtide.models.errors import ForwardError, SnapshotError, UnsupportedModel
@@ -26,6 +26,16 @@ if TYPE_CHECKING:
 
     Logits: TypeAlias = NDArray[np.float32]
     Logits2D: TypeAlias = NDArray[np.float32]
+
+
+class PassThreads(Protocol):
+    """Who chooses the threads of each pass (`runtime/backends/threads.py`)."""
+
+    def begin_pass(self, num_tokens: int, num_cached: int) -> None:
+        """Set the threads for a pass of `num_tokens` behind `num_cached` others in the cache."""
+
+    def close(self) -> None:
+        """Free what it needs; no pass follows."""
 
 
 class Model(ABC):

@@ -99,7 +99,8 @@ class Runtime:
         * `kv_type`: "f16", "q8_0" or "q4_0"; default the best that fits
         * `batch_size`: tokens of a forward pass
         * `expected_tokens`: tokens of the longest prompt with its answer, if known; the plan makes room for them first
-        * `threads`: default the cores that this process may use
+        * `threads`: a number, or "auto" (the default): the cores that this process may use, fewer while others do
+        * `background`: True computes with the lowest priority, and leaves a core to others
         * `attention`: "auto" (the default: "dense" where it works and is not slower), "llama" (the engine's kernels),
           "dense" (lowtide's, exact), or an approximation: "tidal", "delta", "gem", or a policy object such as
           `Tidal(k=512)`

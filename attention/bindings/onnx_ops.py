@@ -89,6 +89,10 @@ class OnnxAttention(AttentionKernels, AttentionBackend):
         """Whether these kernels can multiply in bfloat16."""
         return bool(self._library.lowtide_onnx_supports_bf16(self._attend))
 
+    def set_threads(self, num_threads: int) -> None:
+        """Use at most so many of the threads in the next passes."""
+        self._library.lowtide_onnx_set_threads(self._attend, num_threads)
+
     def operator(self, element: str) -> str:
         """Return the operator's name for float32 or float16."""
         return OPERATORS[element]
@@ -211,6 +215,8 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.lowtide_onnx_set_layers.argtypes = [pointer, pointer, number]
     library.lowtide_onnx_policy.restype = pointer
     library.lowtide_onnx_policy.argtypes = [pointer]
+    library.lowtide_onnx_set_threads.restype = None
+    library.lowtide_onnx_set_threads.argtypes = [pointer, number]
     library.lowtide_onnx_begin.restype = None
     library.lowtide_onnx_begin.argtypes = [pointer, number, number]
     library.lowtide_onnx_score_prompt.restype = None
@@ -270,6 +276,10 @@ class OnnxMatmul(MatmulBackend):
             )
         self.number = self._library.lowtide_onnx_matmul_handle(self._products)
 
+    def set_threads(self, num_threads: int) -> None:
+        """Use at most so many of the threads in the next passes."""
+        self._library.lowtide_onnx_matmul_set_threads(self._products, num_threads)
+
     def begin(self) -> None:
         """Drop the rows of the last pass."""
         self._library.lowtide_onnx_matmul_begin(self._products)
@@ -293,6 +303,8 @@ def _matmul_declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.lowtide_onnx_matmul_new.argtypes = [pointer, number, number, number]
     library.lowtide_onnx_matmul_free.restype = None
     library.lowtide_onnx_matmul_free.argtypes = [pointer]
+    library.lowtide_onnx_matmul_set_threads.restype = None
+    library.lowtide_onnx_matmul_set_threads.argtypes = [pointer, number]
     library.lowtide_onnx_matmul_handle.restype = ctypes.c_int64
     library.lowtide_onnx_matmul_handle.argtypes = [pointer]
     library.lowtide_onnx_matmul_begin.restype = None

@@ -12,8 +12,9 @@ import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from lowtide.models.background import BackgroundThread
 from lowtide.models.gguf.binding.declarations import NUM_TENSOR_TYPES, CApi
 from lowtide.models.gguf.binding.find import LibraryFile, find_library
 from lowtide.models.gguf.binding.layout import check_layout
@@ -211,6 +212,25 @@ class LlamaLibrary:
         """llama.cpp's description of the instruction sets that its kernels use."""
         text: bytes = self.api.llama_print_system_info()
         return text.decode("utf-8", errors="replace").strip()
+
+
+class _InBackground:
+    """The library with its forward passes on a thread of the lowest priority."""
+
+    def __init__(self, library: LlamaLibrary) -> None:
+        self._library = library
+        self._thread = BackgroundThread()
+
+    def decode(self, *arguments: Any) -> int:
+        return self._thread.run(self._library.decode, *arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._library, name)
+
+
+def in_background(library: LlamaLibrary) -> LlamaLibrary:
+    """Return the same library, but for passes: they run on a thread of the lowest priority, as do OpenMP's threads."""
+    return cast("LlamaLibrary", _InBackground(library))
 
 
 _library: LlamaLibrary | None = None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lowtide.models.errors import ForwardError, ModelError, UnsupportedModel
 from lowtide.models.fingerprint import file_fingerprint
 from lowtide.models.gguf.kind import llama_kind
-from lowtide.models.gguf.llama_cpp import LlamaLibrary, llama_library
+from lowtide.models.gguf.llama_cpp import LlamaLibrary, in_background, llama_library
 from lowtide.models.gguf.not_numbers import first_not_number
 from lowtide.models.gguf.parameters import LoadOptions, context_parameters, model_parameters
 from lowtide.models.gguf.sequences import BatchKernels, GgufSequences
@@ -27,7 +27,7 @@ from lowtide.models.gguf.state import (
 from lowtide.models.gguf.tokenizer import GgufTokenizer
 from lowtide.models.kind import require_decoder
 from lowtide.models.logits import ADVICE, NOT_NUMBERS, are_numbers
-from lowtide.models.model import Model, SequenceBatch
+from lowtide.models.model import Model, PassThreads, SequenceBatch
 from lowtide.models.spec import KV_PADDING, ModelSpec
 
 if TYPE_CHECKING:
@@ -57,16 +57,6 @@ class KVPages(Protocol):
 
     def release_pages(self, num_tokens: int) -> None:
         """Release every page behind the first `num_tokens` slots, however few they are."""
-
-
-class PassThreads(Protocol):
-    """Who chooses the threads of each pass (`runtime/backends/threads.py`)."""
-
-    def begin_pass(self, num_tokens: int, num_cached: int) -> None:
-        """Set the threads for a pass of `num_tokens` behind `num_cached` others in the cache."""
-
-    def close(self) -> None:
-        """Free what it needs; no pass follows."""
 
 
 class TokenBatch:
@@ -123,6 +113,8 @@ class GgufModel(Model):
         self._context: Any = None
         self._batch: Any = None
         self._library = llama_library()
+        if options.background:
+            self._library = in_background(self._library)
         self._api = self._library.api
         self._owns_weights = weights_of is None
         self._has_logits = weights_of is None

@@ -38,7 +38,8 @@ class LoadOptions:
     `gpu_layers` go to devices, the output matrix as the last layer; with `gpu_attention` their KV cache and
     attention do too. `verify_batch` is how many tokens of a pass may have logits, `sequences` how many
     sequences share the slots of the KV cache. With `pooling`, llama.cpp's number of a way to pool, the context
-    embeds: then `verify_batch` is how many tokens of a pass have vectors.
+    embeds: then `verify_batch` is how many tokens of a pass have vectors. In the `background`, passes compute where
+    nobody else wants the cores.
     """
 
     context: int
@@ -54,6 +55,7 @@ class LoadOptions:
     verify_batch: int = 1
     sequences: int = 1
     pooling: int | None = None
+    background: bool = False
 
 
 class _Override(ctypes.Structure):

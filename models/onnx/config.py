@@ -261,7 +261,8 @@ class OnnxOptions:
 
     `context` and `batch_size` count tokens. `kv_type` is the KV type of a rewritten graph; any other graph has
     its own. `provider` is the short name of an execution provider. `verify_batch` is how many tokens of a pass
-    may have logits. `stage` is entered around "weights" and "context" as they are made.
+    may have logits. In the `background`, passes compute where nobody else wants the cores. `stage` is entered
+    around "weights" and "context" as they are made.
     """
 
     context: int
@@ -270,7 +271,13 @@ class OnnxOptions:
     kv_type: str = "f32"
     provider: str = CPU
     verify_batch: int = 1
+    background: bool = False
     stage: Callable[[str], AbstractContextManager[object]] = nullcontext
+
+
+SPIN_US = "50"
+"""Microseconds that a thread spins for more work, as lowtide's own (`attention/native/sleep.h`); older versions of
+onnxruntime do not read it."""
 
 
 def session_options(threads: int) -> Any:
@@ -283,6 +290,7 @@ def session_options(threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_US)
     options.enable_cpu_mem_arena = True
     options.enable_mem_pattern = False
     options.log_severity_level = 4

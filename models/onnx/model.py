@@ -6,10 +6,11 @@ copy. What to allocate is decided by whoever fills `OnnxOptions`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowtide.models.background import BackgroundThread
 from lowtide.models.errors import ForwardError, ModelError, SnapshotError, UnsupportedModel
 from lowtide.models.fingerprint import file_fingerprint
 from lowtide.models.logits import ADVICE, NOT_NUMBERS, are_numbers
@@ -149,15 +150,22 @@ class OnnxModel(CachedModel):
         self.max_verify_batch = max(min(options.verify_batch, options.batch_size), 1)
         self._ports = spec.ports
         self._session: Any = None
+        self._thread = BackgroundThread() if options.background else None
         self.tokenizer = self._read_tokenizer()
         with options.stage("weights"):
-            self._session = self._open_session(options)
+            self._session = self._compute_by(self._open_session, options)
             if self._last_logits_only and not self._can_select_logits:
                 self.max_verify_batch = 1
         with options.stage("context"):
             self._make_cache(options)
             self._binding = self._session.io_binding()
             self._make_buffers(options)
+
+    def _compute_by(self, function: Callable[..., Any], *arguments: object) -> Any:
+        """Call the function where passes compute; threads that it starts have the same priority."""
+        if self._thread is None:
+            return function(*arguments)
+        return self._thread.run(function, *arguments)
 
     def _read_tokenizer(self) -> Tokenizer:
         return OnnxTokenizer(self._onnx_spec)
@@ -224,7 +232,7 @@ class OnnxModel(CachedModel):
         logits = self._logits[:, : num_logits if self._last_logits_only else num_new]
         self._bind(num_new, logits)
         try:
-            self._session.run_with_iobinding(self._binding)
+            self._compute_by(self._session.run_with_iobinding, self._binding)
         except Exception as error:  # onnxruntime has no exception class of its own
             if not self._ended_early:
                 raise ForwardError(
@@ -286,6 +294,8 @@ class OnnxModel(CachedModel):
     def close(self) -> None:
         """Free the session and the KV cache."""
         self._binding = self._session = None
+        if self._thread is not None:
+            self._thread.close()
         super().close()
 
 

@@ -37,8 +37,9 @@ class LoadConfig:
     """What to load and how much memory it may take.
 
     `memory` is a size ("1GiB", "50%"), `context` a number of tokens, `kv_type` one of f16, q8_0 and q4_0; None
-    leaves the choice to the plan. `threads` None means the cores that this process may use, by affinity and by
-    the CPU quota of its container.
+    leaves the choice to the plan. `threads` None or "auto" means the cores that this process may use, by
+    affinity and by the CPU quota of its container, and fewer in passes while others use them. In the `background`,
+    passes have the lowest priority and leave a core to others.
 
     `expected_tokens` are those of the longest prompt with its answer, where they are known: the plan makes room for
     them before anything else. 0 means unknown.
@@ -75,7 +76,7 @@ class LoadConfig:
     kv_type: str | None = None
     batch_size: int | None = None
     expected_tokens: int = 0
-    threads: int | None = None
+    threads: int | str | None = None
     attention: str | AttentionPolicy = AUTO
     gpu_layers: int | str | None = None
     gpu_memory: str | int | None = None
@@ -91,6 +92,7 @@ class LoadConfig:
     chat_template: str | Path | None = None
     structured: bool = False
     quality: str = EXACT
+    background: bool = False
 
     def __post_init__(self) -> None:
         for name, value in {**self._numbers(), **self._sizes(), **self._choices()}.items():
@@ -131,6 +133,8 @@ class LoadConfig:
 
     def _numbers(self) -> dict[str, int | None]:
         """Return the checked counts; raise `BadOption` for what is none."""
+        if self.threads == AUTO:
+            object.__setattr__(self, "threads", None)
         ranges = (
             ("context", 1, MOST),
             ("batch_size", 1, MOST),
@@ -173,6 +177,7 @@ class LoadConfig:
             "kv_type",
             "gpu_layers",
             "structured",
+            "background",
         )
         values = {
             name: defaults[name] if getattr(self, name) is None else getattr(self, name)
@@ -185,7 +190,7 @@ class LoadConfig:
         values["speculate"] = SpeculationArg.text(values["speculate"])
         SpeculationArg.parse(values["speculate"])
         parse_gpu_layers(values["gpu_layers"])
-        for name in ("offline", "reference", "structured"):
+        for name in ("offline", "reference", "structured", "background"):
             values[name] = flag(option(name), values[name])
         if not _is_auto(values["repack"]):
             values["repack"] = flag(option("repack"), values["repack"])
@@ -300,8 +305,10 @@ class LoadConfig:
 
     @property
     def num_threads(self) -> int:
-        """The number of threads to compute with."""
-        return self.threads or usable_cores()
+        """The number of threads to compute with, at most."""
+        if self.threads is not None:
+            return int(self.threads)
+        return max(usable_cores() - self.background, 1)
 
 
 def _is_auto(value: Any) -> bool:

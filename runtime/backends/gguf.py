@@ -270,6 +270,7 @@ class LoadedGguf(LoadedModel):
             batch_size=plan.batch_size,
             threads=resolved.options.num_threads,
             kv_type=plan.kv_type,
+            background=resolved.options.background,
             memory_map=plan.memory_map,
             repack=plan.resident_layers is None and not resolved.options.repack,
             eval_callback=self._callback.callback if self._callback else None,

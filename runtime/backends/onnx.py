@@ -16,6 +16,7 @@ from lowtide.attention.bindings.onnx_ops import OnnxAttention, OnnxMatmul
 from lowtide.attention.dense import Dense, Llama
 from lowtide.attention.policy import AttentionPolicy
 from lowtide.memory.budget import Budget
+from lowtide.memory.os.busy import other_work
 from lowtide.memory.os.pages import trim_heap
 from lowtide.memory.plan.attention import FilterPrefill
 from lowtide.models.arguments.names import option
@@ -44,6 +45,7 @@ from lowtide.runtime.backends.onnx_baseline import (
     measured_baseline,
 )
 from lowtide.runtime.backends.repack import cannot_store, repacked_onnx
+from lowtide.runtime.backends.threads import PassThreads, ThreadChooser
 from lowtide.runtime.profiling.profiler import Profiler
 
 REWRITTEN_KV_TYPES = tuple(sorted(KV_TYPE_OF.values()))
@@ -140,9 +142,10 @@ class OnnxBackend(Backend):
         if resolved.policy.uses_native_kernels:
             attention = OnnxAttention(resolved.options.num_threads)
             matmul = _matmul_backend(spec, options)
-            loaded = LoadedOnnx(
-                RewrittenOnnxModel(spec, options, attention, matmul), attention, options
-            )
+            model = RewrittenOnnxModel(spec, options, attention, matmul)
+            threads = _threads(resolved.options, attention, matmul)
+            model.attach_threads(threads)
+            loaded = LoadedOnnx(model, attention, options, threads)
         else:
             loaded = LoadedModel(OnnxModel(spec, options))
         trim_heap()  # reading the tokenizer takes twice its size, which no copy of weights reuses
@@ -176,9 +179,13 @@ class LoadedOnnx(LoadedModel):
     """A rewritten ONNX model in memory; the model closes its kernels."""
 
     def __init__(
-        self, model: RewrittenOnnxModel, attention: OnnxAttention, options: OnnxOptions
+        self,
+        model: RewrittenOnnxModel,
+        attention: OnnxAttention,
+        options: OnnxOptions,
+        threads: ThreadChooser,
     ) -> None:
-        super().__init__(model, attention)
+        super().__init__(model, attention, threads=threads)
         self._rewritten = model
         self._attention = attention
         self._options = options
@@ -228,6 +235,20 @@ def _matmul_backend(spec: OnnxSpec, options: OnnxOptions) -> OnnxMatmul | None:
     return OnnxMatmul(spec.repack, spec.tiles, options.batch_size, options.threads)
 
 
+def _threads(
+    config: LoadConfig, attention: OnnxAttention, matmul: OnnxMatmul | None
+) -> ThreadChooser:
+    """Let the threads of lowtide's nodes follow the load of the machine, unless their number was asked for."""
+
+    def apply(threads: PassThreads) -> None:
+        attention.set_threads(threads.count)
+        if matmul is not None:
+            matmul.set_threads(threads.count)
+
+    others = other_work() if config.threads is None else None
+    return ThreadChooser(config.num_threads, apply, others=others)
+
+
 def _options(resolved: ResolvedModel, profiler: Profiler) -> OnnxOptions:
     plan = resolved.plan
     return OnnxOptions(
@@ -235,6 +256,7 @@ def _options(resolved: ResolvedModel, profiler: Profiler) -> OnnxOptions:
         batch_size=plan.batch_size,
         threads=resolved.options.num_threads,
         kv_type=plan.kv_type,
+        background=resolved.options.background,
         provider=resolved.options.provider,
         verify_batch=max(plan.verify_batch, 1),
         stage=profiler.span,

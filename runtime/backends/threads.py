@@ -1,8 +1,8 @@
 """How many threads compute a forward pass, chosen before each: as many as the cores that others leave.
 
-Threads that wait for one another in every node of a graph are as slow as the one that has lost its core. So a pass of
-llama.cpp's own kernels gets a thread less for each thread of others. Lowtide's kernels wait for no helper that is away
-(`attention/native/team.h`): helpers cost nothing until others want the core of the thread that they help, too.
+A thread more than there are cores for makes a pass slower, not faster: it takes turns with the others, and those that
+wait for one another in every node of a graph are as slow as the one that has lost its core. While a number is wrong
+for a moment, lowtide's kernels wait for no helper that is away (`attention/native/team.h`).
 """
 
 from __future__ import annotations
@@ -80,12 +80,11 @@ class ThreadChooser:
     def _choose(self, num_tokens: int, num_cached: int) -> PassThreads:
         most = self._num_threads
         others = self._others.threads() if self._others is not None and most > 1 else 0
-        if self._has_team:
-            if num_tokens >= DECODED_TOKENS and not others:
-                return PassThreads(most)
-            return PassThreads(1, max(most - max(others - (most - 1), 0), 1))
         is_fixed = self._fixed_from is not None and num_cached + num_tokens > self._fixed_from
-        return PassThreads(most if is_fixed else max(most - others, 1))
+        count = most if is_fixed else max(most - others, 1)
+        if self._has_team and num_tokens < DECODED_TOKENS:
+            return PassThreads(1, count)
+        return PassThreads(count)
 
     def close(self) -> None:
         """Free what it needs."""

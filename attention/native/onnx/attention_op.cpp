@@ -139,10 +139,12 @@ bool is_known_shape(const OnnxLayer& p, int num_layers) {
 
 class OnnxAttention : public WithHandle<OnnxAttention> {
 public:
-    OnnxAttention(const AttentionKernels& found, int max_threads) : kernels(found), num_threads(max_threads) {}
+    OnnxAttention(const AttentionKernels& found, int max_threads)
+        : kernels(found), num_threads(max_threads), num_active(max_threads) {}
 
     const AttentionKernels& kernels;
     const int num_threads;
+    int num_active;  // of these, in the current pass
     std::vector<OnnxLayer> layers;
     OnnxMasks masks;
     CurrentPolicy policy;
@@ -252,7 +254,7 @@ const OnnxLayer* layer_of(const OnnxAttention& attention, int64_t layer) {
 }
 
 int num_useful_threads(const OnnxAttention& attention, const OnnxLayer& layer) {
-    return attention.is_worth_threads(layer) ? attention.num_threads : 1;
+    return attention.is_worth_threads(layer) ? attention.num_active : 1;
 }
 
 const char* append_and_attend(OnnxAttention& attention, int64_t layer, const OnnxAttentionInputs& inputs, ThreadGroup& threads) {
@@ -291,6 +293,10 @@ extern "C" int lowtide_onnx_set_layers(OnnxAttention* attention, const OnnxLayer
         attention->policy.clear();  // the caches are new
         return true;
     });
+}
+
+extern "C" void lowtide_onnx_set_threads(OnnxAttention* attention, int num_threads) {
+    attention->num_active = std::clamp(num_threads, 1, attention->num_threads);
 }
 
 extern "C" void lowtide_onnx_begin(OnnxAttention* attention, int num_past, int num_tokens) {

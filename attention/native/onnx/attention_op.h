@@ -53,6 +53,9 @@ LOWTIDE_API int64_t lowtide_onnx_handle(const OnnxAttention* attention);
 // Between forward passes. Returns 1 if there is no memory, 2 for an unsupported shape.
 LOWTIDE_API int lowtide_onnx_set_layers(OnnxAttention* attention, const OnnxLayer* layers, int num_layers);
 
+// From now on, passes use at most `num_threads` of the threads.
+LOWTIDE_API void lowtide_onnx_set_threads(OnnxAttention* attention, int num_threads);
+
 // Begins a forward pass of `num_tokens` tokens, which go to the slots from `num_past` on.
 LOWTIDE_API void lowtide_onnx_begin(OnnxAttention* attention, int num_past, int num_tokens);
 

@@ -21,11 +21,12 @@ constexpr int64_t kMinMultipliesPerThread = 60000, kMinValuesPerThread = 8000;
 class OnnxMatmul : public WithHandle<OnnxMatmul> {
 public:
     OnnxMatmul(const MatmulKernels& found, const RepackedMatrix* first, int num_matrices, int max_threads)
-        : kernels(found), matrices(first, first + num_matrices), num_threads(max_threads) {}
+        : kernels(found), matrices(first, first + num_matrices), num_threads(max_threads), num_active(max_threads) {}
 
     const MatmulKernels& kernels;
     const std::vector<RepackedMatrix> matrices;
     const int num_threads;
+    int num_active;  // of these, in the current pass
     Matmul matmul;
     int64_t num_nodes = 0;
 
@@ -67,7 +68,7 @@ const RepackedMatrix* matrix_of(const OnnxMatmul& graph, int64_t index) {
 
 int num_useful_threads(const OnnxMatmul& graph, int64_t index, int64_t num_rows) {
     const RepackedMatrix& matrix = graph.matrices[index];
-    return num_rows * matrix.num_rows * matrix.num_columns < kMinMultipliesPerThread ? 1 : graph.num_threads;
+    return num_rows * matrix.num_rows * matrix.num_columns < kMinMultipliesPerThread ? 1 : graph.num_active;
 }
 
 const char* multiply_inputs(OnnxMatmul& graph, int64_t index, const MatmulInput& input, float* out, ThreadGroup& threads) {
@@ -111,6 +112,10 @@ extern "C" OnnxMatmul* lowtide_onnx_matmul_new(const RepackedMatrix* matrices, i
 extern "C" void lowtide_onnx_matmul_free(OnnxMatmul* graph) { delete graph; }
 
 extern "C" int64_t lowtide_onnx_matmul_handle(const OnnxMatmul* graph) { return graph->handle; }
+
+extern "C" void lowtide_onnx_matmul_set_threads(OnnxMatmul* graph, int num_threads) {
+    graph->num_active = std::clamp(num_threads, 1, graph->num_threads);
+}
 
 extern "C" void lowtide_onnx_matmul_begin(OnnxMatmul* graph) { graph->begin(); }
 

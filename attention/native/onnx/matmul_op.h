@@ -19,6 +19,9 @@ LOWTIDE_API void lowtide_onnx_matmul_free(OnnxMatmul* graph);
 // The handle under which graph nodes find it. A handle is never used twice.
 LOWTIDE_API int64_t lowtide_onnx_matmul_handle(const OnnxMatmul* graph);
 
+// From now on, passes use at most `num_threads` of the threads.
+LOWTIDE_API void lowtide_onnx_matmul_set_threads(OnnxMatmul* graph, int num_threads);
+
 // Begins a forward pass: the quantised rows of the last one are stale.
 LOWTIDE_API void lowtide_onnx_matmul_begin(OnnxMatmul* graph);
 

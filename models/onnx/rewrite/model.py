@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowtide.models.arguments.names import option
 from lowtide.models.errors import UnsupportedModel
+from lowtide.models.model import PassThreads
 from lowtide.models.onnx.config import OnnxOptions
 from lowtide.models.onnx.kv_cache import SlotCache
 from lowtide.models.onnx.model import OnnxModel, open_session
@@ -56,6 +57,7 @@ class RewrittenOnnxModel(OnnxModel):
         self._weights_of = weights_of
         self._tables: dict[str, NDArray[np.float32] | None] = {}
         self._has_begin_input = False
+        self._threads: PassThreads | None = None
         super().__init__(spec, options)
 
     def _read_tokenizer(self) -> Tokenizer:
@@ -143,7 +145,13 @@ class RewrittenOnnxModel(OnnxModel):
             self._begin[0] = -logits.shape[TOKEN_AXIS]
             self._bind_array(BEGIN, self._begin)
 
+    def attach_threads(self, threads: PassThreads) -> None:
+        """Let `threads` choose the threads of each pass from now on."""
+        self._threads = threads
+
     def _bind_cache(self, num_past: int, num_new: int) -> None:
+        if self._threads is not None:
+            self._threads.begin_pass(num_new, num_past)
         self._attention_backend.bind(self._layers)
         self._attention_backend.begin(num_past, num_new)
         if self._matmul_backend is not None:
@@ -173,6 +181,9 @@ class RewrittenOnnxModel(OnnxModel):
     def close(self) -> None:
         """Free the session, its kernels, and the KV cache."""
         self._binding = self._session = None
+        if self._threads is not None:
+            self._threads.close()
+            self._threads = None
         if self._weights_of is None:
             self._attention_backend.close()
             if self._matmul_backend is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 from load import computing
 
 from lowtide import Runtime
+from lowtide.models.errors import BadOption
+from lowtide.runtime.backends.config import LoadConfig
 from lowtide.runtime.backends.threads import DECODED_TOKENS, PassThreads, ThreadChooser
 
 
@@ -42,19 +45,18 @@ def test_the_engine_gets_the_cores_that_others_leave() -> None:
         assert chosen(threads) == PassThreads(left)
 
 
-def test_helpers_stay_until_others_want_the_core_of_the_thread_that_they_help() -> None:
+def test_helpers_get_the_cores_that_others_leave() -> None:
     others = Others()
-    threads = chooser(2, others, has_team=True)
-    for others.count, helped in ((0, 2), (1, 2), (2, 1), (5, 1)):
+    threads = chooser(3, others, has_team=True)
+    for others.count, helped in ((0, 3), (1, 2), (2, 1), (5, 1)):
         assert chosen(threads) == PassThreads(1, helped)
 
 
-def test_a_prompt_on_an_idle_machine_uses_the_threads_of_the_engine() -> None:
+def test_a_prompt_uses_the_threads_of_the_engine() -> None:
     others = Others()
-    threads = chooser(2, others, has_team=True)
-    assert chosen(threads, DECODED_TOKENS) == PassThreads(2)
-    others.count = 1
-    assert chosen(threads, DECODED_TOKENS) == PassThreads(1, 2)
+    threads = chooser(3, others, has_team=True)
+    for others.count, count in ((0, 3), (1, 2), (5, 1)):
+        assert chosen(threads, DECODED_TOKENS) == PassThreads(count)
 
 
 def test_a_number_that_was_asked_for_does_not_change() -> None:
@@ -130,3 +132,33 @@ def cpu_seconds_of_a_pause() -> float:
     before = time.process_time()
     time.sleep(0.5)
     return time.process_time() - before
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("attention", ["llama", "dense"])
+def test_a_background_runtime_gives_the_same_answer_at_the_lowest_priority(
+    smollm2: Path, attention: str
+) -> None:
+    options = {"attention": attention, "repack": attention == "dense", "threads": 2}
+    expected, _ = answer(smollm2, **options)
+    with Runtime.open(smollm2, memory="2GiB", context=1024, background=True, **options) as runtime:
+        result = runtime.generate(PROMPT, max_tokens=24, temperature=0)
+        policies = [os.sched_getscheduler(int(tid)) for tid in os.listdir("/proc/self/task")]
+    assert tuple(result.token_ids) == expected
+    assert policies.count(os.SCHED_IDLE) >= 2, "the thread that computes, and one that helps it"
+    assert os.sched_getscheduler(0) != os.SCHED_IDLE
+
+
+def test_the_background_leaves_a_core_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowtide.runtime.backends.config.usable_cores", lambda: 4)
+    assert LoadConfig().num_threads == LoadConfig(threads="auto").num_threads == 4
+    assert LoadConfig(background=True).num_threads == 3
+    assert LoadConfig(background=True, threads=2).num_threads == 2
+    monkeypatch.setattr("lowtide.runtime.backends.config.usable_cores", lambda: 1)
+    assert LoadConfig(background=True).num_threads == 1
+
+
+@pytest.mark.parametrize("threads", ["many", "0", 0, 513, 1.5])
+def test_a_number_of_threads_that_cannot_be_is_refused(threads: object) -> None:
+    with pytest.raises(BadOption, match="threads"):
+        LoadConfig(threads=threads)  # type: ignore[arg-type]
