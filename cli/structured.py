@@ -46,6 +46,12 @@ _OPTIONS = (
         help="White space in JSON: up to 8 characters between values, none, or one blank after each comma and "
         "colon.  [default: flexible]",
     ),
+    click.option(
+        "--schema-check",
+        type=click.Choice(["exact", "verified"]),
+        help="Refuse a schema with keywords that no grammar has, or verify complete answers and try wrong ones "
+        "again.  [default: exact]",
+    ),
 )
 
 structured_option = click.option(
@@ -66,7 +72,7 @@ def take_constraint(options: dict[str, Any]) -> OutputFormat | None:
     """Remove the options of structured output from `options`; return the format, None where none was asked for."""
     names = ("json_schema", "json_object", "regex", "grammar", "choices")
     values = {name: options.pop(name) for name in names}
-    style = options.pop("json_style")
+    style, check = options.pop("json_style"), options.pop("schema_check")
     used = [name for name in names if values[name] not in (None, False, ())]
     if len(used) > 1:
         written = " and ".join(_written(name) for name in used)
@@ -75,14 +81,18 @@ def take_constraint(options: dict[str, Any]) -> OutputFormat | None:
         raise click.UsageError(
             "--json-style is for JSON answers: add --json-schema or --json-object, or leave it out"
         )
-    return _format(used[0], values[used[0]], style or "flexible") if used else None
+    if check is not None and used != ["json_schema"]:
+        raise click.UsageError("--schema-check is for schemas: add --json-schema, or leave it out")
+    if not used:
+        return None
+    return _format(used[0], values[used[0]], style or "flexible", check or "exact")
 
 
-def _format(name: str, value: Any, style: str) -> OutputFormat:
+def _format(name: str, value: Any, style: str, check: str) -> OutputFormat:
     from lowtide.runtime.structured.formats import Choice, Grammar, JsonObject, JsonSchema, Regex
 
     if name == "json_schema":
-        return JsonSchema(_schema_text(value), style)
+        return JsonSchema(_schema_text(value), style, check)
     if name == "json_object":
         return JsonObject(style)
     if name == "regex":

@@ -43,6 +43,7 @@ from lowtide.runtime.planning.plan import LoadConfig, ResolvedModel, plan_model,
 from lowtide.runtime.profiling.profiler import SILENT, Profiler
 from lowtide.runtime.profiling.retention_map import RetainedSpan
 from lowtide.runtime.sessions.store import SavedChats
+from lowtide.runtime.structured.answer import NoLegalToken
 
 if TYPE_CHECKING:
     from lowtide.runtime.embedding.passes import Vectors
@@ -256,6 +257,11 @@ class Runtime:
             self._engine.check(one, is_completion=True)
         self._batch.check(len(prompts))
         answers = [self._engine.constrained_answer(one) for one in params_of]
+        if any(answer is not None and answer.is_verified_last for answer in answers):
+            raise BadOption(
+                "a schema that is verified at the end may need several attempts, and a batch makes one: ask one "
+                "prompt at a time, or change what only a validator checks"
+            )
         with self._active.between_steps(), self._hints_that_help():
             number = self._start()
             requests = [
@@ -363,6 +369,20 @@ class Runtime:
         self._engine.require_room_to_tokenise(text)
 
     def _generate(self, request: GenerationRequest) -> Generator[GenerationChunk, None, None]:
+        answer = request.answer
+        while answer is not None and answer.is_verified_last:
+            chunks = list[GenerationChunk]()
+            # An attempt without a legal token left has failed like one that ends wrong.
+            with contextlib.suppress(NoLegalToken):
+                chunks.extend(self._attempt(replace(request, answer=answer)))
+            again = answer.retry()
+            if again is None:
+                yield from chunks
+                return
+            answer = again
+        yield from self._attempt(request)
+
+    def _attempt(self, request: GenerationRequest) -> Generator[GenerationChunk, None, None]:
         context = self._engine.generation_context()
         state = GenerationState(0, request, self._model, context)
         for _, chunk in generate(self._session, [state], context, self._profiler):

@@ -275,7 +275,7 @@ class GenerationState:
         Where a constrained answer must end, the tokens that close it follow; they are not computed.
         """
         if self.answer is not None and self.answer.is_closed:
-            yield from self._closed(self.answer, "length")
+            yield from self._closed(self.answer, self.answer.closing_reason)
             return
         if self._is_end(token_id):
             self.is_finished = True

@@ -26,6 +26,10 @@ NEAR_TOKENS = 256
 """It is known after every token where at most so many, and twice its own, are left."""
 
 
+class NoLegalToken(ConstraintFailed):
+    """No token of the model can follow an answer that may not end."""
+
+
 class ConstrainedAnswer:
     """The constraint of one answer of at most `max_tokens` tokens, which `end_ids` may end.
 
@@ -37,7 +41,7 @@ class ConstrainedAnswer:
     ) -> None:
         self._constraint = constraint
         self._end_ids = tuple(end_ids)
-        self._num_left = max_tokens
+        self._num_left = self._max_tokens = max_tokens
         self._closing = constraint.closing(MAX_CLOSING)
         self._is_closed = self._is_watching = False
         self._num_closing = self._num_masks = self._num_tokens = 0
@@ -47,6 +51,19 @@ class ConstrainedAnswer:
                 f"the constraint needs about {shortest} tokens for its shortest answer, but "
                 f"{option('max_tokens')} is {max_tokens}: raise it"
             )
+
+    @property
+    def is_verified_last(self) -> bool:
+        """Whether the answer may turn out to be wrong when it is complete."""
+        return self._constraint.enforced == "verified"
+
+    def retry(self) -> ConstrainedAnswer | None:
+        """Return another answer where this one, which has ended, is wrong; None where it stands.
+
+        Raises `ConstraintFailed` where no other is tried.
+        """
+        again = self._constraint.retry()
+        return None if again is None else ConstrainedAnswer(again, self._end_ids, self._max_tokens)
 
     @property
     def constraint(self) -> Constraint:
@@ -63,6 +80,12 @@ class ConstrainedAnswer:
         """Whether the constraint alone ends the answer now."""
         return self._is_closed
 
+    @property
+    def closing_reason(self) -> str:
+        """Why the constraint ends the answer: no tokens are left, or no other way on is known."""
+        num_free = (self._num_left or 0) - len(self._closing or ())
+        return "stop" if self.is_verified_last and num_free > PROBED_TOKENS else "length"
+
     def allows(self, token_id: int) -> bool:
         """Whether the token may come next; an end token may where the answer may end."""
         if token_id in self._end_ids:
@@ -70,7 +93,7 @@ class ConstrainedAnswer:
         return self._constraint.allows(token_id)
 
     def legal_ids(self) -> TokenIds:
-        """Return all tokens that may come next, end tokens among them; raises `ConstraintFailed` for none."""
+        """Return all tokens that may come next, end tokens among them; raises `NoLegalToken` for none."""
         import numpy as np
 
         self._num_masks += 1
@@ -78,7 +101,7 @@ class ConstrainedAnswer:
         if self._constraint.is_accepting:
             found = np.union1d(found, np.asarray(self._end_ids, np.int32)).astype(np.int32)
         if not len(found):
-            raise ConstraintFailed(
+            raise NoLegalToken(
                 f"no token of the model can follow the answer after {self._num_tokens} tokens: change the "
                 "schema or grammar"
             )
@@ -138,9 +161,10 @@ class ConstrainedAnswer:
         if self._constraint.is_accepting:
             return ()
         closing = self._closing if self._is_watching else None
+        limit = MAX_CLOSING if self._num_left is None else self._num_left
         if closing is None:
-            limit = MAX_CLOSING if self._num_left is None else self._num_left
             closing = self._constraint.closing(limit) or ()
+        closing = self._constraint.checked_closing(closing, limit)
         for token_id in closing:
             self._constraint.advance(token_id)
         self._num_closing = len(closing)
@@ -150,6 +174,7 @@ class ConstrainedAnswer:
         """Return the values of `Statistics.structured`."""
         return {
             "enforced": self._constraint.enforced,
+            "attempts": self._constraint.num_attempts,
             "complete": self._constraint.is_accepting,
             "closed": self._is_closed and self._constraint.is_accepting,
             "closing_tokens": self._num_closing,

@@ -67,6 +67,10 @@ class Constraint(ABC):
         """Return at most `max_tokens` tokens that bring the answer to an end; None where none are found."""
         return find_closing(self, max_tokens)
 
+    def checked_closing(self, closing: Sequence[int], max_tokens: int) -> Sequence[int]:
+        """Return `closing`, or a better one, before the answer is closed by it."""
+        return closing
+
     def ends(self, token_ids: Sequence[int]) -> bool:
         """Whether the tokens may come one after the other and the answer may end behind them. Changes nothing."""
         copy = self.fork()
@@ -89,6 +93,18 @@ class Constraint(ABC):
     def weigh(self, logits: Logits) -> Logits:
         """Return the logits, shape (vocabulary,), changed by preferences; illegal tokens need no change."""
         return logits
+
+    def retry(self) -> Constraint | None:
+        """Return the start of another attempt where the answer, which has ended, is wrong; None where it stands.
+
+        Raises `ConstraintFailed` where no other is tried. Rules that hold for every token need no second attempt.
+        """
+        return None
+
+    @property
+    def num_attempts(self) -> int:
+        """How many attempts were made at the answer, with this one."""
+        return 1
 
     @property
     def enforced(self) -> str:

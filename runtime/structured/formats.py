@@ -13,19 +13,22 @@ from lowtide.models.arguments.names import option
 from lowtide.models.arguments.values import choice, shown, text
 from lowtide.models.errors import BadOption
 from lowtide.runtime.structured.advice import NONE_KNOWN, Advice, JsonAdvice, WholeText
+from lowtide.runtime.structured.attempts import Attempt
 from lowtide.runtime.structured.constraint import Constraint
+from lowtide.runtime.structured.library import llguidance
 from lowtide.runtime.structured.llguidance_constraint import (
     GrammarConstraint,
     GrammarError,
     GrammarTokenizer,
-    llguidance,
 )
 from lowtide.runtime.structured.schema import parse_schema, refused_keyword
+from lowtide.runtime.structured.validator import Validator
 from lowtide.runtime.structured.vocabulary import TokenVocabulary
 
 MAX_SOURCE_BYTES = 128 * 1024
 """Most bytes of a schema, a regular expression or a grammar. Larger ones take seconds and tens of megabytes."""
 STYLES = ("flexible", "compact", "pretty")
+CHECKS = ("exact", "verified")
 _STYLE_OPTIONS: dict[str, dict[str, Any]] = {
     "flexible": {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,8}"},
     "compact": {"whitespace_flexible": False},
@@ -54,11 +57,15 @@ class _Grammar(OutputFormat):
 
     def compile(self, vocabulary: TokenVocabulary) -> Constraint:
         """Return the constraint of a new answer."""
-        tokenizer = vocabulary.cached(GrammarTokenizer)
         try:
-            return GrammarConstraint(tokenizer, tokenizer.matcher(self._grammar()), self._advice())
+            return self._constraint(vocabulary, self._grammar())
         except GrammarError as error:
             raise BadOption(self._refusal(str(error))) from None
+
+    def _constraint(self, vocabulary: TokenVocabulary, grammar: str) -> Constraint:
+        """Return the constraint of a grammar; raises `GrammarError` where it cannot be used."""
+        tokenizer = vocabulary.cached(GrammarTokenizer)
+        return GrammarConstraint(tokenizer, tokenizer.matcher(grammar), self._advice())
 
     @abstractmethod
     def _grammar(self) -> str:
@@ -78,22 +85,42 @@ class JsonSchema(_Grammar):
     """JSON that follows a schema: a dict, its text, or a class that pydantic can read (a model, a dataclass).
 
     `style` is the white space between values: "flexible" allows up to 8 characters, "pretty" one blank after each
-    comma and colon (as `json.dumps` writes it), "compact" none.
+    comma and colon (as `json.dumps` writes it), "compact" none. `check` is "exact", which refuses a schema with a
+    keyword that no grammar has, or "verified": then the grammar leaves that keyword out, the complete answer is
+    validated, and a wrong one is tried again.
     """
 
     schema: Any
     style: str = "flexible"
+    check: str = "exact"
 
     def __post_init__(self) -> None:
         parsed, model = _schema_of(self.schema)
         object.__setattr__(self, "schema", json.dumps(parsed))
         object.__setattr__(self, "_model", model)
         choice(option("json_style"), self.style, STYLES)
+        choice(option("schema_check"), self.check, CHECKS)
         _check_size(self.schema)
 
-    def _grammar(self) -> str:
+    def compile(self, vocabulary: TokenVocabulary) -> Constraint:
+        """Return the constraint of a new answer."""
+        if self.check == "exact":
+            return super().compile(vocabulary)
+        try:
+            return super().compile(vocabulary)
+        except BadOption as exact:
+            try:
+                wider = self._constraint(
+                    vocabulary, self._grammar(lenient=True, coerce_one_of=True)
+                )
+            except GrammarError:
+                raise exact from None
+        validator = Validator(json.loads(self.schema))
+        return Attempt(wider, validator.violation, vocabulary.bytes_of)
+
+    def _grammar(self, **options: Any) -> str:
         made: str = llguidance().LLMatcher.grammar_from_json_schema(
-            self.schema, overrides=_STYLE_OPTIONS[self.style]
+            self.schema, overrides={**_STYLE_OPTIONS[self.style], **options}
         )
         return made
 

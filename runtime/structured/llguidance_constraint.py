@@ -1,19 +1,15 @@
-"""GrammarConstraint: llguidance behind the interface of `Constraint`. It reads JSON schemas, regexes and grammars.
-
-The library is optional (`lowtide[structured]`) and is imported when the first constraint is made.
-"""
+"""GrammarConstraint: llguidance behind the interface of `Constraint`. It reads JSON schemas, regexes and grammars."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lowtide.models.errors import BadOption
 from lowtide.runtime.errors import ConstraintFailed
 from lowtide.runtime.structured.advice import NONE_KNOWN, START, Advice, JsonPlace
 from lowtide.runtime.structured.closing import find_closing
 from lowtide.runtime.structured.constraint import Constraint
+from lowtide.runtime.structured.library import llguidance
 from lowtide.runtime.structured.vocabulary import TokenVocabulary
 
 if TYPE_CHECKING:
@@ -25,18 +21,6 @@ SLICE = r'[^"\\\x00-\x1F\x7F]{1,30}'
 """Tokens of plain text in a string are checked as one group. A second group costs memory and saves no time."""
 _CLOSERS = b'}]",:0naeltrusf1{[ -.23456789zAT'
 """The bytes that tend to end a JSON value, the best first."""
-
-
-def llguidance() -> Any:
-    """Import the library; raises `BadOption` where it is not installed."""
-    if find_spec("llguidance") is None:
-        raise BadOption(
-            "structured output needs the package llguidance, which is not installed: "
-            "pip install 'lowtide[structured]'"
-        )
-    import llguidance
-
-    return llguidance
 
 
 class GrammarTokenizer:

@@ -53,6 +53,7 @@ def test_the_other_formats(lowtide: Invoke, tmp_path: Path) -> None:
         (["--choice", ""], "none of them empty"),
         (["--regex", "a", "--choice", "b"], "name one of them"),
         (["--json-style", "compact"], "add --json-schema"),
+        (["--schema-check", "verified", "--regex", "a"], "add --json-schema"),
         (["--regex", "a", "--stop", "b"], "--stop is set"),
         (["--regex", "a{30}", "-n", "9"], "--max-tokens is 9"),
     ],

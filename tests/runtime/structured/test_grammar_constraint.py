@@ -231,9 +231,9 @@ def test_a_schema_may_come_from_a_class() -> None:
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowtide.runtime.structured import llguidance_constraint
+    from lowtide.runtime.structured import library
 
-    monkeypatch.setattr(llguidance_constraint, "find_spec", lambda _name: None)
+    monkeypatch.setattr(library, "find_spec", lambda _name: None)
     with pytest.raises(BadOption, match=r"pip install 'lowtide\[structured\]'"):
         JsonObject().compile(TokenVocabulary(ByteTokenizer(), NUM_TOKENS))
 
