@@ -179,6 +179,11 @@ class _SequenceDrafts:
         for state in self._states:
             state.watched.clear()
 
+    @property
+    def has_drafts(self) -> bool:
+        """Whether anything may propose tokens, a constraint among them."""
+        return bool(self._states)
+
     def propose(
         self,
         text: Sequence[int],
@@ -353,6 +358,10 @@ class SpeculationController:
         for sequence, answer in zip_longest(self._sequences, answers):
             sequence.begin(answer)
 
+    @property
+    def _may_draft(self) -> bool:
+        return self._max_draft > 0 and any(sequence.has_drafts for sequence in self._sequences)
+
     def propose(self, waiting: Sequence[tuple[int, Sequence[int], int]]) -> list[TokenTree]:
         """Return the drafts to verify in the next pass, an empty tree for none.
 
@@ -360,7 +369,7 @@ class SpeculationController:
         the draft that promises the highest speed. In a batch each sequence offers the draft that promises the
         most tokens, and `share_rows` decides how many of each are verified.
         """
-        if not any(self._drafts):
+        if not self._may_draft:
             return [NOTHING] * len(waiting)
         before = self.costs.clock()
         proposals = [
@@ -413,7 +422,7 @@ class SpeculationController:
 
     def record_step(self, steps: Sequence[tuple[int, int]], seconds: float) -> None:
         """Record a decode pass: each sequence with the number of its drafts, and the pass's seconds."""
-        if not any(self._drafts):
+        if not self._may_draft:
             return
         self._spent_s += seconds
         num_sequences, num_drafted = len(steps), sum(number for _, number in steps)
