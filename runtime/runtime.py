@@ -195,8 +195,8 @@ class Runtime:
         What a message, a tool or an argument says is text: it never becomes a control token.
 
         What the KV cache holds of an earlier prompt is reused. Raises `TemplateError` for messages that the
-        template refuses, and `PromptTooLong`, before anything is computed. Closing the iterator stops the answer
-        and leaves the runtime usable.
+        template refuses, and `PromptTooLong`, before anything is computed. Closing the iterator, from any
+        thread, stops the answer and leaves the runtime usable.
         """
         asked_at = time.perf_counter()
         params = SamplingParams.of(params, **named)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from lowtide.runtime.embedding.options import EmbeddingConfig, require_pooled
 from lowtide.runtime.embedding.passes import EmbeddingPasses, checked_texts
 from lowtide.runtime.embedding.plan import PlannedEmbedding, num_sequences, plan_reference
 from lowtide.runtime.generation.active import ActiveGeneration
+from lowtide.runtime.generation.closable import ClosableGenerator
 
 if TYPE_CHECKING:
     from lowtide.runtime.embedding.passes import Vectors
@@ -138,12 +139,15 @@ class Embedder:
         """
         return list(self.stream(checked_texts(texts), normalize=normalize))
 
-    def stream(self, texts: Iterable[str], *, normalize: bool = True) -> Iterator[Vectors]:
+    def stream(
+        self, texts: Iterable[str], *, normalize: bool = True
+    ) -> Generator[Vectors, None, None]:
         """Yield the embeddings of texts in order, as they are computed; `texts` may be a generator.
 
-        Each is an fp32 array of shape [1, width], or [number of tokens, width] with the pooling "none".
+        Each is an fp32 array of shape [1, width], or [number of tokens, width] with the pooling "none". Any thread may
+        close the generator.
         """
-        return self._passes.run(texts, normalize=normalize)
+        return ClosableGenerator(self._passes.run(texts, normalize=normalize))
 
     def close(self) -> None:
         """Free the model when the pass that runs is done; closing twice is allowed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -44,7 +44,7 @@ class EmbeddingPasses:
         """The length of a vector."""
         return self._model.width
 
-    def run(self, texts: Iterable[str], *, normalize: bool) -> Iterator[Vectors]:
+    def run(self, texts: Iterable[str], *, normalize: bool) -> Generator[Vectors, None, None]:
         """Yield the vectors of each text, in order; fp32, shape [1 or number of tokens, width]."""
         packed: list[list[int]] = []
         num_tokens = 0

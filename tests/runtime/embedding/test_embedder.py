@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -97,6 +97,19 @@ def test_a_runtime_embeds_with_the_decoder_that_it_generates_with(tmp_path: Path
         assert runtime.generate("word7", max_tokens=4, temperature=0).token_ids == plain
         with pytest.raises(BadOption, match="pooling"):
             runtime.embed("a", pooling="none")
+
+
+def test_a_stream_is_closed_from_inside_its_step(tmp_path: Path) -> None:
+    def texts() -> Iterator[str]:
+        for number in range(5):
+            if number == 2:
+                stream.close()
+            yield f"word{number}"
+
+    path = write_encoder(tmp_path / "bert.gguf")
+    with Embedder.open(path, memory="1GiB", batch_size=4) as embedder:
+        stream = embedder.stream(texts())
+        assert len(list(stream)) < 5
 
 
 def test_a_runtime_of_a_users_model_does_not_embed(fake_runtime: Callable[..., Runtime]) -> None:
