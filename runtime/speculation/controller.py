@@ -197,10 +197,9 @@ class _SequenceDrafts:
             return None
         started = costs.clock()
         best, best_value = None, min_value
-        proposed, all_asked = list[tuple[str, int]](), True
+        proposed = list[tuple[str, int]]()
         for state in self._states:
             if not self._may_propose(state, max_tokens, costs):
-                all_asked = False
                 continue
             before = costs.clock()
             proposal = self._ask(state, text, max_tokens, costs.clock)
@@ -215,8 +214,8 @@ class _SequenceDrafts:
             else:
                 self._wasted_s += costs.clock() - before
         self.record.add_drafting(costs.clock() - started)
-        # A draft that was not asked may have had a proposal: such a place says nothing.
-        self._proposed = tuple(sorted(proposed)) if all_asked else None
+        # A draft that was not asked, for want of time, proposes nothing: the plan promises what is really drafted.
+        self._proposed = tuple(sorted(proposed))
         return best
 
     def _may_propose(self, state: _DraftState, max_tokens: int, costs: StepCostModel) -> bool:

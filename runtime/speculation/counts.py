@@ -24,7 +24,7 @@ Proposed = tuple[tuple[str, int], ...]
 
 NUM_POSITIONS = 8
 """Positions that are told apart; the last one stands for all later ones."""
-PRIOR_TOKENS = 500
+PRIOR_TOKENS = 100
 """Tokens that the prior counts for: a few answers of the user's outweigh it."""
 MAX_TOKENS = 20_000
 """Tokens that are remembered: beyond them, older ones count less and less."""
