@@ -14,6 +14,8 @@ from lowtide.models.template.traced_text import all_message
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """The names that a message may give its reasoning; templates read the first two."""
+ABSENCES = ((False, False), (True, False), (False, True))
+"""`nulls` and `empty` of the forms of a message with None, the best first."""
 OWN_VARIABLES = ("messages", "tools", "add_generation_prompt")
 """Variables of a template that no argument may set."""
 
@@ -24,13 +26,15 @@ class Form:
 
     `developer` has the role "developer" as it is, else it is "system". `parts` has lists of text parts as they are,
     else they are joined. `arguments` has the arguments of tool calls as they are, else a JSON text becomes a dict
-    and a dict a JSON text. `nulls` has the keys whose value is None, else they are left out, as transformers does.
+    and a dict a JSON text. Keys whose value is None are left out, as transformers does; `nulls` has them as they
+    are, and `empty` has an empty content instead of none.
     """
 
     developer: bool = True
     parts: bool = True
     arguments: bool = True
     nulls: bool = False
+    empty: bool = False
 
     def applied(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Return the message in this form, and its reasoning under each name that templates read."""
@@ -43,6 +47,8 @@ class Form:
         if not self.developer and message["role"] == "developer":
             changed["role"] = "system"
         content = message.get("content")
+        if self.empty and content is None:
+            changed["content"] = ""
         if not self.parts and isinstance(content, (list, tuple)):
             changed["content"] = "\n".join(part["text"] for part in content)
         if not self.arguments and isinstance(message.get("tool_calls"), (list, tuple)):
@@ -58,8 +64,8 @@ def forms_of(messages: Sequence[Mapping[str, Any]], source: str) -> Iterator[For
     has_nulls = any(value is None for message in messages for value in message.values())
     knows_developer = "developer" in source
     yield from (
-        Form(developer, parts, arguments, nulls)
-        for nulls in ((False, True) if has_nulls else (False,))
+        Form(developer, parts, arguments, nulls, empty)
+        for nulls, empty in (ABSENCES if has_nulls else ABSENCES[:1])
         for parts in ((True, False) if has_parts else (True,))
         for arguments in ((True, False) if has_calls else (True,))
         for developer in (

@@ -35,6 +35,13 @@ def test_a_template_that_needs_a_key_gets_it_as_none() -> None:
         _render("{{ messages[0].x.y.z }}", {**USER, "x": None})
 
 
+def test_a_template_that_needs_a_text_gets_an_empty_one() -> None:
+    source = "{% for m in messages %}{{ m.role + ':' + m['content'] + ';' }}{% endfor %}"
+    parts = {"role": "system", "content": [{"type": "text", "text": "Be kind."}]}
+    call = {"role": "assistant", "content": None, "tool_calls": CALLS}
+    assert _render(source, parts, call) == "system:Be kind.;assistant:;user:Hi;"
+
+
 @pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
 def test_reasoning_has_the_names_that_templates_read(name: str) -> None:
     source = "{{ messages[0].reasoning_content }},{{ messages[0].thinking }}"
