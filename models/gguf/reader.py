@@ -1,38 +1,42 @@
 """Reads GGUF's key-value section and tensor directory without trusting the file.
 
 No memory is allocated by a number from the file: every count and length is compared with the bytes that are
-really there. What the keys mean is in `models/gguf/spec.py`. Format: GGUF v2 and v3, little-endian (ggml
-docs, "GGUF").
+really there. A header is read before a plan is made, so only what a plan needs is stored, and texts and keys that it
+does not need are never read. The file is not mapped: one page fault may make 2 MiB of it resident. What the keys
+mean is in `models/gguf/spec.py`. Format: GGUF v2 and v3, little-endian (ggml docs, "GGUF").
 """
 
 from __future__ import annotations
 
-import mmap
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from lowtide.models.errors import BadModelFile, ModelNotFound, UnsupportedModel
 from lowtide.models.file_kind import START_BYTES, wrong_file
 from lowtide.models.gguf.llama_cpp import llama_library
 
 MAX_DIMENSIONS = 4
-MAX_NAME_BYTES = 65535
-MAX_TEXT_BYTES = 4 << 20
 MAX_ARRAY_VALUES = 4096
 """The values of numeric arrays up to this length are read; of longer ones only the length."""
 MAX_VALUES = 1 << 18
 """Values of all arrays together that are read."""
-MAX_KEYS = MAX_TENSORS = 1 << 16
-"""More than any model has; each takes memory before a plan is made."""
-MAX_STORED_TEXT = 1 << 10
-"""Longer texts, in characters, are skipped, but for those of `STORED_PREFIXES`."""
-STORED_PREFIXES = ("general.", "tokenizer.", "lowtide.")
-MAX_STORED_TEXTS = 16 << 20
-"""Characters of all keys and texts together."""
-READ_AHEAD_BYTES = 4 << 20
-"""Pages of the file behind the cursor are released when it has passed so many bytes."""
+MAX_KEYS, MAX_TENSORS = 1 << 16, 1 << 14
+"""More than any model has: llama.cpp runs at most 512 layers."""
+MAX_KEY_BYTES = MAX_TENSOR_NAME_BYTES = 255
+"""Of a key that is stored, and of a tensor's name, of which ggml takes 63."""
+MAX_STORED_TEXT_BYTES = 1 << 10
+"""Longer texts are skipped, but for `LONG_TEXTS`."""
+LONG_TEXTS = ("tokenizer.chat_template", "lowtide.packed.tensors")
+MAX_LONG_TEXT_BYTES = (1 << 18) + 4
+"""A longer text is cut. A chat template of so many bytes has more characters than any template may have."""
+STORED_PREFIXES = ("general.", "tokenizer.", "split.", "lowtide.")
+"""Of the keys that are stored, beside those of the architecture. Others are skipped."""
+MAX_STORED_KEYS = 4096
+WINDOW_BYTES = 64 << 10
+"""How much of the file is in memory at once, but for a longer text that is stored."""
 
 _SCALARS = {
     0: struct.Struct("<B"),
@@ -138,12 +142,11 @@ def read_gguf(path: Path) -> GgufContents:
     Raises `ModelNotFound` where there is no such file, `BadModelFile` where it is not GGUF.
     """
     try:
-        with path.open("rb") as file:
+        with path.open("rb", buffering=0) as file:
             size = path.stat().st_size
             if size < 24:
                 raise BadModelFile(_not_gguf(path, size, file.read(START_BYTES)))
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Cursor(data, path).contents()
+            return _Cursor(file, size, path).contents()
     except FileNotFoundError:
         raise ModelNotFound(
             f"no file at {path}: give the path of a .gguf file, a name from `lowtide models`, "
@@ -153,6 +156,16 @@ def read_gguf(path: Path) -> GgufContents:
         raise BadModelFile(f"{path} is a folder: name the .gguf file inside it") from None
     except OSError as error:
         raise ModelNotFound(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _is_stored(key: str, stored: Mapping[str, Scalar | ArrayValue]) -> bool:
+    """Whether a plan may need a key, given those before it; all of them while the architecture is not known."""
+    architecture = stored.get("general.architecture")
+    return (
+        architecture is None
+        or key.startswith(STORED_PREFIXES)
+        or key.startswith(f"{architecture}.")
+    )
 
 
 def _not_gguf(path: Path, size: int, start: bytes) -> str:
@@ -168,18 +181,41 @@ def _not_gguf(path: Path, size: int, start: bytes) -> str:
 class _Cursor:
     """A position in the file; reading past its end raises `BadModelFile`."""
 
-    def __init__(self, data: mmap.mmap, path: Path) -> None:
-        self.data = data
+    def __init__(self, file: BinaryIO, size: int, path: Path) -> None:
         self.path = path
-        self.size = len(data)
+        self.size = size
         self.position = 0
         self.num_texts = 0
+        self._file = file
+        self._window, self._window_start = b"", 0
         self._values_left = MAX_VALUES
-        self._released = 0
+
+    def window(self, num_bytes: int) -> tuple[bytes, int]:
+        """Return bytes of the file with those from the position on, `num_bytes` at least, and where they begin.
+
+        Raises `BadModelFile` where the file has fewer.
+        """
+        offset = self.position - self._window_start
+        if offset < 0 or offset + num_bytes > len(self._window):
+            self._file.seek(self.position)
+            self._window = b""
+            self._window = self._read(max(num_bytes, WINDOW_BYTES))
+            self._window_start = self.position
+            if num_bytes > len(self._window):
+                raise self.broken("the header runs past the end of the file")
+        return self._window, self._window_start
+
+    def _read(self, num_bytes: int) -> bytes:
+        """Read so many bytes, fewer at the end of the file; a single read may return fewer anywhere."""
+        data = self._file.read(num_bytes)
+        while len(data) < num_bytes and (more := self._file.read(num_bytes - len(data))):
+            data += more
+        return data
 
     def contents(self) -> GgufContents:
-        if self.data[:4] != b"GGUF":
-            raise BadModelFile(_not_gguf(self.path, self.size, self.data[:START_BYTES]))
+        begin = self._read(START_BYTES)
+        if not begin.startswith(b"GGUF"):
+            raise BadModelFile(_not_gguf(self.path, self.size, begin))
         self.position = 4
         version = self.scalar(4)
         if version.to_bytes(4, "little") in (b"\0\0\0\2", b"\0\0\0\3"):
@@ -195,20 +231,7 @@ class _Cursor:
         # A tensor entry takes at least 24 bytes and a key at least 13, which bounds their number.
         num_tensors = self.count("tensors", item_bytes=24, most=MAX_TENSORS)
         num_keys = self.count("keys", item_bytes=13, most=MAX_KEYS)
-        metadata: dict[str, Scalar | ArrayValue] = {}
-        num_stored = 0
-        for _ in range(num_keys):
-            key = self.text(limit=MAX_NAME_BYTES)
-            value = self.value(self.scalar(4))
-            self._release_read_pages()
-            length = len(value) if isinstance(value, str) else 0
-            if length <= MAX_STORED_TEXT or key.startswith(STORED_PREFIXES):
-                metadata[key] = value
-                num_stored += len(key) + length
-            if num_stored > MAX_STORED_TEXTS:
-                raise self.broken(
-                    f"its keys and texts have more than {MAX_STORED_TEXTS} characters"
-                )
+        metadata = self.metadata(num_keys)
         metadata_end = self.position
         directory = [self.tensor() for _ in range(num_tensors)]
         start = self._check_data_section(metadata, directory)
@@ -223,13 +246,27 @@ class _Cursor:
             self.num_texts,
         )
 
-    def _release_read_pages(self) -> None:
-        """Let the system take back the pages that were read, which count as resident until then."""
-        if self.position - self._released < READ_AHEAD_BYTES or not hasattr(mmap, "MADV_DONTNEED"):
-            return
-        end = self.position // mmap.PAGESIZE * mmap.PAGESIZE
-        self.data.madvise(mmap.MADV_DONTNEED, self._released, end - self._released)
-        self._released = end
+    def metadata(self, num_keys: int) -> dict[str, Scalar | ArrayValue]:
+        """Read the keys; those of other prefixes are skipped as soon as the architecture is known."""
+        stored: dict[str, Scalar | ArrayValue] = {}
+        for _ in range(num_keys):
+            key = self.key()
+            most_bytes = MAX_LONG_TEXT_BYTES if key in LONG_TEXTS else MAX_STORED_TEXT_BYTES
+            value = self.value(self.scalar(4), most_bytes, can_cut=key in LONG_TEXTS)
+            if key is None or value is None or not _is_stored(key, stored):
+                continue
+            stored[key] = value
+            if len(stored) > MAX_STORED_KEYS:
+                raise self.broken(f"it has more than {MAX_STORED_KEYS} keys that describe a model")
+        return {key: value for key, value in stored.items() if _is_stored(key, stored)}
+
+    def key(self) -> str | None:
+        """Read a key; None for one that is longer than any that is stored."""
+        length = self.text_length()
+        if length > MAX_KEY_BYTES:
+            self.position += length
+            return None
+        return self.text(length)
 
     def _check_data_section(
         self, metadata: dict[str, Scalar | ArrayValue], tensors: Sequence[TensorInfo]
@@ -256,11 +293,9 @@ class _Cursor:
         return int(self._unpack(_SCALARS[type_number]))
 
     def _unpack(self, layout: struct.Struct) -> int | float | bool:
-        end = self.position + layout.size
-        if end > self.size:
-            raise self.broken("the header runs past the end of the file")
-        (value,) = layout.unpack_from(self.data, self.position)
-        self.position = end
+        window, start = self.window(layout.size)
+        (value,) = layout.unpack_from(window, self.position - start)
+        self.position += layout.size
         number: int | float | bool = value
         return number
 
@@ -273,17 +308,31 @@ class _Cursor:
             raise self.broken(f"it claims {number} {what}, but has only {left} bytes left for them")
         return number
 
-    def text(self, limit: int) -> str:
+    def text_length(self) -> int:
+        """Read the length of a text that follows, in bytes; all of it is there."""
         length = self.scalar(10)
-        start = self.position
-        if length > min(limit, self.size - start):
+        if length > self.size - self.position:
             raise self.broken(f"it claims a text of {length} bytes")
-        self.position = start + length
-        return self.data[start : start + length].decode("utf-8", errors="replace")
+        return length
 
-    def value(self, type_number: int) -> Scalar | ArrayValue:
+    def text(self, length: int, most_bytes: int | None = None) -> str:
+        """Read a text of `length` bytes, of which the first `most_bytes` are returned."""
+        num_bytes = length if most_bytes is None else min(length, most_bytes)
+        window, start = self.window(num_bytes)
+        offset = self.position - start
+        self.position += length
+        return window[offset : offset + num_bytes].decode("utf-8", errors="replace")
+
+    def value(
+        self, type_number: int, most_bytes: int, *, can_cut: bool
+    ) -> Scalar | ArrayValue | None:
+        """Read a value. A text of more than `most_bytes` bytes is cut, or skipped and None."""
         if type_number == _STRING:
-            return self.text(limit=MAX_TEXT_BYTES)
+            length = self.text_length()
+            if length > most_bytes and not can_cut:
+                self.position += length
+                return None
+            return self.text(length, most_bytes)
         if type_number == _ARRAY:
             return self.array()
         if type_number not in _SCALARS:
@@ -305,19 +354,19 @@ class _Cursor:
         return ArrayValue(length, tuple(self._unpack(layout) for _ in range(length)))
 
     def text_array(self, length: int) -> ArrayValue:
-        # Vocabularies have hundreds of thousands of strings, so this loop calls no functions.
-        unpack, data, size = _SCALARS[10].unpack_from, self.data, self.size
-        position, total = self.position, 0
-        release_at = position + READ_AHEAD_BYTES
+        # Vocabularies have hundreds of thousands of strings, so this loop calls few functions.
+        unpack, total, window, start, end = _SCALARS[10].unpack_from, 0, b"", 0, 0
+        position, size = self.position, self.size
         for _ in range(length):
-            if position + 8 > size:
-                raise self.broken("an array of strings runs past the end of the file")
-            (num_bytes,) = unpack(data, position)
+            if position + 8 > end:
+                if position + 8 > size:
+                    raise self.broken("an array of strings runs past the end of the file")
+                self.position = position
+                window, start = self.window(8)
+                end = start + len(window)
+            (num_bytes,) = unpack(window, position - start)
             position += 8 + num_bytes
             total += num_bytes
-            if position > release_at:
-                self.position, release_at = min(position, size), position + READ_AHEAD_BYTES
-                self._release_read_pages()
         if position > size:
             raise self.broken("an array of strings runs past the end of the file")
         self.position = position
@@ -325,7 +374,10 @@ class _Cursor:
         return ArrayValue(length, None, total)
 
     def tensor(self) -> TensorInfo:
-        name = self.text(limit=MAX_NAME_BYTES)
+        length = self.text_length()
+        if length > MAX_TENSOR_NAME_BYTES:
+            raise self.broken(f"the name of a tensor has {length} bytes")
+        name = self.text(length)
         num_dimensions = self.scalar(4)
         if not 1 <= num_dimensions <= MAX_DIMENSIONS:
             raise self.broken(f"tensor {name!r} has {num_dimensions} dimensions")

@@ -326,7 +326,7 @@ def compiled(source: str, functions: Mapping[str, Callable[..., Any]]) -> jinja2
     Raises `TemplateError` with the line where it does not parse.
     """
     if len(source) > MAX_SOURCE:
-        raise TooMuch(f"has {len(source):,} characters, more than {MAX_SOURCE:,}")
+        raise TooMuch(f"has more than {MAX_SOURCE:,} characters")
     try:
         return _BoundedEnvironment(functions).from_string(source)
     except jinja2.TemplateSyntaxError as error:

@@ -8,9 +8,11 @@ import pytest
 from gguf_files import write_model
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from processes import run_python
 
-from lowtide.models.errors import BadModelFile, LowtideError, ModelNotFound
-from lowtide.models.gguf.reader import read_gguf
+from lowtide.models.chat_template import ChatTemplate
+from lowtide.models.errors import BadModelFile, LowtideError, ModelNotFound, TemplateError
+from lowtide.models.gguf.reader import MAX_LONG_TEXT_BYTES, read_gguf
 from lowtide.models.gguf.spec import read_spec
 
 
@@ -87,6 +89,53 @@ def test_no_memory_is_allocated_by_a_count_in_the_file(small: Path, tmp_path: Pa
                 assert tracemalloc.get_traced_memory()[1] - before < 2 << 20
     finally:
         tracemalloc.stop()
+
+
+LONG_HEADERS = {
+    "texts": {f"own.text{i}": "y" * 1_000_000 for i in range(20)},
+    "texts of the model": {f"llama.text{i}": "y" * 1_000_000 for i in range(20)},
+    "many keys": {f"own.key{i}": "z" for i in range(20_000)},
+    "a list of texts": {"own.texts": ["x" * 40] * 250_000},
+    "a chat template": {"tokenizer.chat_template": "{{ m }}" * 600_000},
+}
+
+
+@pytest.mark.parametrize("name", LONG_HEADERS)
+def test_what_no_plan_needs_is_not_read_into_memory(name: str, tmp_path: Path) -> None:
+    """A header is read before a plan is made, so the peak counts, mapped pages of the file included."""
+    path = write_model(tmp_path / "long.gguf", extra=LONG_HEADERS[name])
+    program = f"""
+from pathlib import Path
+from lowtide.memory.process import read_process_memory
+from lowtide.models.gguf.spec import read_spec
+read_spec(Path({str(write_model(tmp_path / "small.gguf"))!r}))
+before = read_process_memory().peak_bytes
+spec = read_spec(Path({str(path)!r}))
+print(read_process_memory().peak_bytes - before, len(spec.chat_template or ""))
+"""
+    done = run_python(program)
+    assert done.code == 0, done.stderr
+    grown_bytes, template_length = map(int, done.stdout.split())
+    assert path.stat().st_size > 800_000
+    assert grown_bytes < 1 << 20
+    assert template_length == (MAX_LONG_TEXT_BYTES if name == "a chat template" else 0)
+
+
+def test_a_template_that_was_cut_is_refused_as_too_long() -> None:
+    shortest = "\N{GRINNING FACE}" * (MAX_LONG_TEXT_BYTES // 4)
+    assert len(shortest.encode()) == MAX_LONG_TEXT_BYTES
+    with pytest.raises(TemplateError, match="more than 65,536 characters"):
+        ChatTemplate(shortest, {})
+
+
+def test_names_that_no_model_has_are_refused(small: Path, tmp_path: Path) -> None:
+    path = tmp_path / "names.gguf"
+    data = small.read_bytes()
+    name = b"token_embd.weight"
+    at = data.index(struct.pack("<Q", len(name)) + name)
+    path.write_bytes(_with(data, at, struct.pack("<Q", 256)))
+    with pytest.raises(BadModelFile, match="the name of a tensor has 256 bytes"):
+        read_gguf(path)
 
 
 HEADER_BYTES = 8000
