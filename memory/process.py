@@ -41,6 +41,11 @@ def _read() -> ProcessMemory:
         return _from_psutil()
 
 
+def read_peak_bytes() -> int:
+    """Read the system's own peak of this process, refused opens included."""
+    return _read().peak_bytes
+
+
 @dataclass
 class _RefusedPeak:
     """The peak that a refused open reached, and the highest that was seen outside of it."""

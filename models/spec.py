@@ -73,8 +73,11 @@ class ModelSpec:
     these; making the copies takes `copying_bytes` more for a moment. `tokenising_bytes` is the peak growth
     per byte of text while it is tokenised: llama.cpp's is 123 at worst (one word of blanks), 18 to 48 for
     natural text. `header_bytes` is the size of the header's keys and values, `header_keys` the number of keys,
-    `header_texts` that of strings in arrays, `num_tensors` that of tensors; 0 where they are not known. `warnings` are
-    sentences about what the header lacks: the model runs, but may answer worse.
+    `header_texts` that of strings in arrays, `header_long_texts` that of those of more than 15 bytes,
+    `header_copied_bytes` the size of keys and other strings, `longest_header_text` the longest of these,
+    `header_array_bytes` what the largest array takes for a moment while it is logged, `num_tensors` the number of
+    tensors; 0 where they are not known. `warnings` are sentences about what the header lacks: the model runs, but may
+    answer worse.
 
     `kind` says what the model is for. `pooling` is how its header makes one embedding from those of all tokens
     ("mean", "cls", ...), None where it does not say. `unusual_tensors` names
@@ -113,6 +116,10 @@ class ModelSpec:
     header_bytes: int = 0
     header_keys: int = 0
     header_texts: int = 0
+    header_long_texts: int = 0
+    header_copied_bytes: int = 0
+    longest_header_text: int = 0
+    header_array_bytes: int = 0
     num_tensors: int = 0
     unusual_tensors: tuple[str, ...] = ()
     kind: Kind = DECODER

@@ -150,9 +150,10 @@ class EmbeddingLines:
         running = embedding_lines(spec, sizes, context)
         weights = estimates.weight_bytes(spec, memory_map=self.memory_map)
         loading = max(
-            estimates.loading_bytes(spec), baseline.vocabulary_loading_bytes - weights
+            estimates.loading_bytes(spec, baseline.header_loading_bytes),
+            baseline.vocabulary_loading_bytes - weights,
         ) - sum(line.num_bytes for line in running)
-        vocabulary = estimates.vocabulary_bytes(spec.vocabulary) + estimates.structure_bytes(spec)
+        vocabulary = estimates.described_bytes(spec)
         return (
             PlanLine(
                 components.INTERPRETER,

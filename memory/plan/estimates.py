@@ -91,8 +91,9 @@ MAX_TEMPLATE_CHARACTERS = 65_536
 """Longer templates are refused without being compiled (`models/template_sandbox.py`)."""
 HEADER_KEY_BYTES = 512
 """What a key of the header takes beside its value while llama.cpp reads it: 400 measured."""
-HEADER_TEXT_BYTES = 48
-"""What a string of the header takes beside its characters while llama.cpp reads it."""
+HEADER_TEXT_BYTES, HEADER_LONG_TEXT_BYTES = 24, 48
+"""What a string of the header takes beside its characters and their number while llama.cpp reads it; a long one lies
+in a block of its own."""
 
 PROFILER_SPANS = 50_000
 PROFILER_SAMPLES = 2_000
@@ -131,6 +132,15 @@ def vocabulary_bytes(vocabulary: VocabularySpec) -> int:
     )  # fmt: skip
 
 
+def described_bytes(spec: ModelSpec) -> int:
+    """Return what llama.cpp takes for a model and the graph of one context, without weights and KV cache.
+
+    It keeps a copy of the header's strings beside the vocabulary.
+    """
+    vocabulary = vocabulary_bytes(spec.vocabulary)
+    return vocabulary + structure_bytes(spec) + spec.header_copied_bytes
+
+
 def structure_bytes(spec: ModelSpec) -> int:
     """Return what llama.cpp stores of the model's tensors and of the graph of one context, without any data."""
     num_tensors = spec.num_tensors or TENSORS_PER_LAYER * spec.num_layers
@@ -148,13 +158,22 @@ def template_bytes(spec: ModelSpec) -> int:
     return TEMPLATE_BYTES * length if length <= MAX_TEMPLATE_CHARACTERS else 4 * length
 
 
-def loading_bytes(spec: ModelSpec) -> int:
-    """Return the temporary memory of loading: the header's arrays in llama.cpp, and copied tensors."""
+def loading_bytes(spec: ModelSpec, header_bytes: int | None = None) -> int:
+    """Return the temporary memory of loading: llama.cpp's header, a value of it as text, and copied tensors.
+
+    A measured `header_bytes` replaces the formula of the first two.
+    """
+    if header_bytes is not None:
+        return header_bytes + spec.copying_bytes
     vocabulary = spec.vocabulary
     num_texts = max(spec.header_texts, vocabulary.num_tokens + vocabulary.num_merges)
     keys = HEADER_KEY_BYTES * spec.header_keys + spec.header_bytes
-    headers = 2 * MIB + HEADER_TEXT_BYTES * num_texts + keys
-    return headers + spec.copying_bytes
+    texts = HEADER_TEXT_BYTES * (num_texts - spec.header_long_texts)
+    texts += HEADER_LONG_TEXT_BYTES * spec.header_long_texts
+    headers = 2 * MIB + texts + keys
+    # Arrays are logged before the vocabulary is made, in memory that it takes later.
+    arrays = spec.header_array_bytes - described_bytes(spec)
+    return headers + max(spec.longest_header_text, arrays) + spec.copying_bytes
 
 
 def is_repacked(spec: ModelSpec, processor: str) -> bool:

@@ -62,7 +62,7 @@ class PlanLines:
         )
         weights, follows = self._weights(candidate), sum(row.num_bytes for row in running)
         loading = max(
-            estimates.loading_bytes(spec),
+            estimates.loading_bytes(spec, self._baseline.header_loading_bytes),
             self._baseline.vocabulary_loading_bytes - weights.num_bytes,
             self._template_bytes(),
         )
@@ -109,11 +109,10 @@ class PlanLines:
         return self._options.threads if is_optional else self._options.attention_threads
 
     def _vocabulary(self) -> PlanLine:
-        vocabulary = self._spec.vocabulary
         measured = self._baseline.vocabulary_bytes
-        formula = estimates.vocabulary_bytes(vocabulary) + estimates.structure_bytes(self._spec)
-        num_bytes = formula if measured is None else measured
-        return PlanLine(components.VOCABULARY, num_bytes, f"{vocabulary.num_tokens:,} tokens")
+        num_bytes = estimates.described_bytes(self._spec) if measured is None else measured
+        num_tokens = self._spec.vocabulary.num_tokens
+        return PlanLine(components.VOCABULARY, num_bytes, f"{num_tokens:,} tokens")
 
     def _weights(self, candidate: PlanCandidate) -> PlanLine:
         spec = self._spec

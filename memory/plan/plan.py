@@ -94,8 +94,9 @@ class ProcessBaseline:
     layers (see memory/os/file_mappings.py). A measured `vocabulary_bytes` replaces the formula;
     `tolerance_bytes` is how much measurements differ from run to run. `repacks` says whether llama.cpp may
     copy weights into layouts of its own. `vocabulary_loading_bytes` are needed for a moment while the
-    vocabulary is loaded, before the weights are. A measured `template_bytes` replaces the formula of what
-    compiling the chat template takes for a moment. `prompt_tokens` are those of the prompt that is held while the
+    vocabulary is loaded, before the weights are. A measured `header_loading_bytes` replaces the formula of what
+    reading the header takes for a moment beside the vocabulary, a measured `template_bytes` that of what compiling the
+    chat template takes for a moment. `prompt_tokens` are those of the prompt that is held while the
     model is planned, with its answer.
     """
 
@@ -106,6 +107,7 @@ class ProcessBaseline:
     repacks: bool = True
     vocabulary_bytes: int | None = None
     vocabulary_loading_bytes: int = 0
+    header_loading_bytes: int | None = None
     template_bytes: int | None = None
     prompt_tokens: int = 0
     tolerance_bytes: int = 0

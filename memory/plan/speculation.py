@@ -119,7 +119,7 @@ class SpeculationConfig:
             return ()
         context = max(estimates.padded_context(kv_tokens), estimates.KV_PADDING)
         weights = estimates.weight_bytes(draft, memory_map=False)
-        vocabulary = estimates.vocabulary_bytes(draft.vocabulary)
+        vocabulary = estimates.vocabulary_bytes(draft.vocabulary) + draft.header_copied_bytes
         compute = (
             estimates.compute_bytes(draft, context, DRAFT_BATCH_SIZE, "f16")
             + estimates.CONTEXT_BYTES

@@ -51,6 +51,18 @@ _SCALARS = {
     11: struct.Struct("<q"),
     12: struct.Struct("<d"),
 }
+NUMBER_CHARACTERS = {0: 5, 1: 6, 2: 7, 3: 8, 4: 12, 5: 13, 6: 49, 7: 7, 10: 22, 11: 22, 12: 318}
+"""The most characters of a number in a list that is written as text, by its type, with a comma and a blank."""
+VOCABULARY_CHARACTERS = {"tokenizer.ggml.token_type": 4, "tokenizer.ggml.scores": 17}
+"""The same for the lists that every model has: numbers of one digit, and log probabilities."""
+SHORT_TEXT_BYTES = 15
+"""Strings of so many bytes lie inside of C++'s own object."""
+ARRAY_COPIES = 3
+"""How often llama.cpp holds an array as text when it logs the header: 2.3 to 2.9 measured."""
+STRING_BYTES = 32
+"""C++'s object of a string, and at most what a block of memory takes beside its contents."""
+ITEM_CHARACTERS = 4
+"""Of a text in such a list beside its own: two quotes, a comma and a blank."""
 _STRING = 8
 _ARRAY = 9
 
@@ -123,7 +135,10 @@ class TensorInfo:
 class GgufContents:
     """The headers of one GGUF file of `file_bytes` bytes; its data section begins at byte `data_start`.
 
-    The `num_keys` keys and their values end at byte `metadata_end`; `num_texts` strings are in their arrays.
+    The `num_keys` keys and their values end at byte `metadata_end`; `num_texts` strings are in their arrays,
+    `num_long_texts` of them longer than `SHORT_TEXT_BYTES`. The keys
+    and the strings that are no items of arrays have `copied_bytes`. The longest of these has
+    `longest_text`. The largest array takes `array_bytes` for a moment, at most, while llama.cpp copies and logs it.
     """
 
     path: Path
@@ -134,6 +149,10 @@ class GgufContents:
     num_keys: int
     metadata_end: int
     num_texts: int = 0
+    num_long_texts: int = 0
+    copied_bytes: int = 0
+    longest_text: int = 0
+    array_bytes: int = 0
 
 
 def read_gguf(path: Path) -> GgufContents:
@@ -185,7 +204,8 @@ class _Cursor:
         self.path = path
         self.size = size
         self.position = 0
-        self.num_texts = 0
+        self.num_texts = self.num_long_texts = 0
+        self.copied_bytes = self.longest_text = self.array_bytes = 0
         self._file = file
         self._window, self._window_start = b"", 0
         self._values_left = MAX_VALUES
@@ -244,6 +264,10 @@ class _Cursor:
             num_keys,
             metadata_end,
             self.num_texts,
+            self.num_long_texts,
+            self.copied_bytes,
+            self.longest_text,
+            self.array_bytes,
         )
 
     def metadata(self, num_keys: int) -> dict[str, Scalar | ArrayValue]:
@@ -252,7 +276,7 @@ class _Cursor:
         for _ in range(num_keys):
             key = self.key()
             most_bytes = MAX_LONG_TEXT_BYTES if key in LONG_TEXTS else MAX_STORED_TEXT_BYTES
-            value = self.value(self.scalar(4), most_bytes, can_cut=key in LONG_TEXTS)
+            value = self.value(key, self.scalar(4), most_bytes, can_cut=key in LONG_TEXTS)
             if key is None or value is None or not _is_stored(key, stored):
                 continue
             stored[key] = value
@@ -263,6 +287,7 @@ class _Cursor:
     def key(self) -> str | None:
         """Read a key; None for one that is longer than any that is stored."""
         length = self.text_length()
+        self.copied_bytes += length
         if length > MAX_KEY_BYTES:
             self.position += length
             return None
@@ -324,22 +349,24 @@ class _Cursor:
         return window[offset : offset + num_bytes].decode("utf-8", errors="replace")
 
     def value(
-        self, type_number: int, most_bytes: int, *, can_cut: bool
+        self, key: str | None, type_number: int, most_bytes: int, *, can_cut: bool
     ) -> Scalar | ArrayValue | None:
         """Read a value. A text of more than `most_bytes` bytes is cut, or skipped and None."""
         if type_number == _STRING:
             length = self.text_length()
+            self.copied_bytes += length
+            self.longest_text = max(self.longest_text, length)
             if length > most_bytes and not can_cut:
                 self.position += length
                 return None
             return self.text(length, most_bytes)
         if type_number == _ARRAY:
-            return self.array()
+            return self.array(key)
         if type_number not in _SCALARS:
             raise self.broken(f"a value has the unknown type {type_number}")
         return self._unpack(_SCALARS[type_number])
 
-    def array(self) -> ArrayValue:
+    def array(self, key: str | None) -> ArrayValue:
         item_type = self.scalar(4)
         if item_type == _STRING:
             return self.text_array(self.count("strings", item_bytes=8))
@@ -347,6 +374,8 @@ class _Cursor:
             raise self.broken(f"an array has items of the unknown type {item_type}")
         layout = _SCALARS[item_type]
         length = self.count("numbers", item_bytes=layout.size)
+        characters = VOCABULARY_CHARACTERS.get(key or "", NUMBER_CHARACTERS[item_type])
+        self.array_bytes = max(self.array_bytes, ARRAY_COPIES * length * characters)
         if length > min(MAX_ARRAY_VALUES, self._values_left):
             self.position += length * layout.size
             return ArrayValue(length, None)
@@ -356,6 +385,7 @@ class _Cursor:
     def text_array(self, length: int) -> ArrayValue:
         # Vocabularies have hundreds of thousands of strings, so this loop calls few functions.
         unpack, total, window, start, end = _SCALARS[10].unpack_from, 0, b"", 0, 0
+        num_escaped = num_long = 0
         position, size = self.position, self.size
         for _ in range(length):
             if position + 8 > end:
@@ -364,13 +394,21 @@ class _Cursor:
                 self.position = position
                 window, start = self.window(8)
                 end = start + len(window)
+                num_escaped += window.count(b'"') + window.count(b"\\")
             (num_bytes,) = unpack(window, position - start)
             position += 8 + num_bytes
             total += num_bytes
+            num_long += num_bytes > SHORT_TEXT_BYTES
+            if position > end:  # what lies behind the window is not read
+                num_escaped += position - end
         if position > size:
             raise self.broken("an array of strings runs past the end of the file")
         self.position = position
         self.num_texts += length
+        self.num_long_texts += num_long
+        characters = total + ITEM_CHARACTERS * length + num_escaped
+        copy_bytes = STRING_BYTES * (length + num_long) + (total if num_long else 0)
+        self.array_bytes = max(self.array_bytes, ARRAY_COPIES * characters, copy_bytes)
         return ArrayValue(length, None, total)
 
     def tensor(self) -> TensorInfo:

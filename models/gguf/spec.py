@@ -135,6 +135,10 @@ class _Keys:
             header_bytes=sum(part.metadata_end for part in parts),
             header_keys=sum(part.num_keys for part in parts),
             header_texts=sum(part.num_texts for part in parts),
+            header_long_texts=sum(part.num_long_texts for part in parts),
+            header_copied_bytes=sum(part.copied_bytes for part in parts),
+            longest_header_text=max(part.longest_text for part in parts),
+            header_array_bytes=max(part.array_bytes for part in parts),
             num_tensors=len(tensors),
             kind=header_kind(
                 self.contents.metadata.get(f"{self.architecture}.attention.causal"),

@@ -25,7 +25,7 @@ from lowtide.memory.plan import estimates
 from lowtide.memory.plan.estimates import FormulaSizes
 from lowtide.memory.plan.plan import ProcessBaseline
 from lowtide.memory.process import ProcessMemory, read_process_memory
-from lowtide.memory.units import MIB
+from lowtide.memory.units import KIB, MIB
 from lowtide.models.chat_template import ChatTemplate
 from lowtide.models.errors import ModelError, TemplateError
 from lowtide.models.gguf.llama_cpp import is_loaded, llama_library
@@ -40,8 +40,12 @@ from lowtide.runtime.backends.layouts import (
     layout_bytes,
 )
 
-PRELOAD_BYTES = 12 * MIB
-"""What the libraries of an answer take, once, beside those of the command line: 8 to 11 MiB measured."""
+MODULE_BYTES = 14 * MIB + 512 * KIB
+"""What numpy and the modules of an answer take beside those of the command line: 14.3 MiB measured."""
+LIBRARY_BYTES = 5 * MIB + 512 * KIB
+"""What the native libraries take when all of their code is resident, and sampling: 5.4 MiB measured."""
+TEMPLATE_LIBRARY_BYTES = 3 * MIB + 512 * KIB
+"""What jinja takes before it compiles a template: 3.2 MiB measured."""
 TEMPLATE_PEAK_SHARE = 4
 """Compiling a template takes at its peak a quarter more than what is resident right afterwards."""
 TOLERANCE_BYTES = MIB
@@ -64,14 +68,17 @@ def measured_baseline(
     """
     memory = read_process_memory()
     is_fresh = _is_fresh(memory)
-    # A header with many keys makes the process larger before anything is planned.
-    preloaded = memory.resident_bytes + (0 if is_loaded() else PRELOAD_BYTES)
-    resident = max(estimates.interpreter_bytes(memory), preloaded)
+    # A header with many keys, and a long prompt, make the process larger before anything is planned.
+    preloaded = memory.resident_bytes + _bytes_to_preload()
+    interpreter = estimates.interpreter_bytes(memory)
+    is_text = prompt is not None and not prompt.is_chat
+    template_library_bytes = 0 if is_text else TEMPLATE_LIBRARY_BYTES
     # Not checked against llama.cpp yet: a budget that only fits with these is checked when it is given.
     is_linux = sys.platform == "linux"
     formulas = ProcessBaseline(
-        interpreter_bytes=resident,
+        interpreter_bytes=max(interpreter, preloaded + template_library_bytes),
         processor=platform.machine(),
+        tolerance_bytes=TOLERANCE_BYTES,
         kv_on_demand=is_linux and estimates.kv_token_bytes(spec, "f16") is not None,
         can_stream_weights=is_linux,
     )
@@ -80,15 +87,19 @@ def measured_baseline(
         without_file = replace(formulas, kv_on_demand=False, can_stream_weights=False)
         yield Measurement(without_file, FormulaSizes(spec), estimated_tokens)
         return
-    if resident > budget.num_bytes:
+    if max(interpreter, preloaded) > budget.num_bytes:
         yield Measurement(formulas, FormulaSizes(spec), estimated_tokens)
         return
     preload()
-    is_text = prompt is not None and not prompt.is_chat
+    with_templates = read_process_memory().resident_bytes + template_library_bytes
+    if with_templates > budget.num_bytes:
+        formulas = replace(formulas, interpreter_bytes=with_templates)
+        yield Measurement(formulas, FormulaSizes(spec), estimated_tokens)
+        return
     template_bytes = 0 if is_text else _compile_template(spec, budget)
     formulas = replace(formulas, template_bytes=template_bytes)
     before = read_process_memory().resident_bytes
-    model_bytes = estimates.vocabulary_bytes(spec.vocabulary) + estimates.structure_bytes(spec)
+    model_bytes = estimates.described_bytes(spec)
     shortest = layout_bytes(spec, SHORTEST_LAYOUT)
     if before + model_bytes + max(estimates.loading_bytes(spec), shortest) > budget.num_bytes:
         formulas = replace(formulas, interpreter_bytes=before)
@@ -105,7 +116,9 @@ def measured_baseline(
     try:
         require_decoder(spec, laid_out.kind)
         measured = process_baseline(spec, before, laid_out.vocabulary_bytes)
-        measured = replace(measured, template_bytes=template_bytes)
+        measured = replace(
+            measured, template_bytes=template_bytes, header_loading_bytes=laid_out.loading_bytes
+        )
         trim_heap()
         resident = read_process_memory().resident_bytes - layouts.resident_bytes
         room_bytes = budget.num_bytes - resident - laid_out.vocabulary_bytes
@@ -136,6 +149,12 @@ def process_baseline(
     )
 
 
+def _bytes_to_preload() -> int:
+    """Return what `preload` will add to the process, at most; commands import different parts before they plan."""
+    modules_bytes = 0 if all(name in sys.modules for name in PRELOADED_MODULES) else MODULE_BYTES
+    return modules_bytes + (0 if is_loaded() else LIBRARY_BYTES)
+
+
 def preload() -> None:
     """Import libraries and fault in the code pages that the first answer runs."""
     modules = [importlib.import_module(name) for name in PRELOADED_MODULES]
@@ -151,8 +170,9 @@ def preload() -> None:
 def _compile_template(spec: ModelSpec, budget: Budget) -> int | None:
     """Compile the chat template, as the first answer will; return what that takes for a moment.
 
-    None where the budget might not hold it. jinja's code is in memory afterwards.
+    None where the budget might not hold it.
     """
+    ChatTemplate("", {})  # jinja's code is in memory afterwards
     before = read_process_memory().resident_bytes
     if before + estimates.template_bytes(spec) > budget.num_bytes:
         return None

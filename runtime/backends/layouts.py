@@ -21,7 +21,7 @@ from lowtide.attention.bindings.tokenize import install_guarded_tokenizer
 from lowtide.memory.os.pages import trim_heap
 from lowtide.memory.plan import estimates
 from lowtide.memory.plan.estimates import FormulaSizes, padded_context
-from lowtide.memory.process import read_process_memory
+from lowtide.memory.process import PEAK_NOISE_BYTES, read_peak_bytes, read_process_memory
 from lowtide.memory.units import MIB
 from lowtide.models.errors import ModelError
 from lowtide.models.facts.store import Facts
@@ -45,10 +45,14 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 @dataclass(frozen=True, slots=True)
 class LaidOut:
-    """What the process grew by when a model was laid out with its vocabulary, and what the model is for."""
+    """What the process grew by when a model was laid out with its vocabulary, and what the model is for.
+
+    `loading_bytes` is what it took beyond that for a moment, None where an earlier peak hides it.
+    """
 
     vocabulary_bytes: int
     kind: Kind
+    loading_bytes: int | None
 
 
 class Layouts:
@@ -68,7 +72,10 @@ class Layouts:
     def _take(self, stored: dict[str, Any]) -> None:
         measured = stored.get("measured")
         if measured is not None and measured[1] in get_args(Kind):
-            self._measured = LaidOut(int(measured[0]), measured[1])
+            num_bytes, kind, loading_bytes = measured
+            self._measured = LaidOut(
+                int(num_bytes), kind, None if loading_bytes is None else int(loading_bytes)
+            )
         for context, batch_size, kv_type, cache_bytes, compute_bytes in stored["contexts"]:
             self._contexts[context, batch_size, kv_type] = SimulatedContext(
                 cache_bytes=cache_bytes, compute_bytes=compute_bytes
@@ -82,12 +89,18 @@ class Layouts:
         """
         if self._measured is not None:
             return self._measured
+        earlier_peak = read_peak_bytes()
         with guarded_aborts():
             simulated = self._laid_out()
             simulated.hold(SHORTEST_LAYOUT, 1, "f16")
-        grown_bytes = max(read_process_memory().resident_bytes - before_bytes, 0)
+        resident_bytes, peak_bytes = read_process_memory().resident_bytes, read_peak_bytes()
+        loading_bytes = peak_bytes - resident_bytes + PEAK_NOISE_BYTES
         simulated.release()
-        self._measured = LaidOut(grown_bytes, simulated.kind)
+        self._measured = LaidOut(
+            max(resident_bytes - before_bytes, 0),
+            simulated.kind,
+            loading_bytes if peak_bytes > earlier_peak else None,
+        )
         self._is_stored, self._has_news = is_fresh, True
         return self._measured
 
@@ -130,7 +143,9 @@ class Layouts:
     def _values(self) -> dict[str, Any]:
         measured = self._measured if self._is_stored else None
         return {
-            "measured": None if measured is None else [measured.vocabulary_bytes, measured.kind],
+            "measured": None
+            if measured is None
+            else [measured.vocabulary_bytes, measured.kind, measured.loading_bytes],
             "contexts": [
                 [*key, found.cache_bytes, found.compute_bytes]
                 for key, found in self._contexts.items()

@@ -81,7 +81,7 @@ def plan_spec(spec: ModelSpec, config: EmbeddingConfig) -> PlannedEmbedding:
     if formulas.interpreter_bytes <= budget.num_bytes:
         preload()
         formulas = replace(formulas, interpreter_bytes=max(read_process_memory().resident_bytes, 1))
-    model_bytes = estimates.vocabulary_bytes(spec.vocabulary) + estimates.structure_bytes(spec)
+    model_bytes = estimates.described_bytes(spec)
     least = max(estimates.loading_bytes(spec), layout_bytes(spec, SHORTEST_LAYOUT))
     if formulas.interpreter_bytes + model_bytes + least > budget.num_bytes:
         plan = plan_embedding(spec, config.request, budget, formulas, formula_sizes(spec))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from gguf_files import write_model
+from processes import run_lowtide
 
 from lowtide.cli.main import main
 from lowtide.models.fake_model import CHAT_TEMPLATE
@@ -91,6 +92,17 @@ def test_a_budget_without_room_turns_it_off_and_says_so(model: str) -> None:
     assert plan["verify_batch"] == 0 and plan["speculation"]["chosen"] is None
     assert plan["downgrades"][0].startswith("speculation: ")
     assert "the budget leaves no room for it" in invoke(*tight).stdout
+
+
+def test_run_needs_what_plan_says(model: str) -> None:
+    """Each measures itself, after other imports, and with another budget."""
+    options = (model, "-c", "512", "-t", "1", "--speculate", "auto")
+    planned = json.loads(run_lowtide("plan", *options, "--memory", "4GiB", "--json").stdout)
+    budget = int(planned["lower_bound_bytes"])
+    done = run_lowtide("run", *options, "--memory", str(budget), "-p", "x", "-n", "2")
+    assert done.code == 0, done.stderr
+    assert "no speculation: " in done.stderr
+    assert done.peak_bytes <= budget
 
 
 def test_the_plan_shows_the_choices_and_which_is_taken(model: str) -> None:

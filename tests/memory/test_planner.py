@@ -14,7 +14,7 @@ from lowtide.memory.budget import Budget
 from lowtide.memory.plan.estimates import kv_bytes
 from lowtide.memory.plan.line import PREFIXES
 from lowtide.memory.plan.plan import MemoryPlan, PlanRequest, ProcessBaseline
-from lowtide.memory.plan.planner import plan_memory, require_fit
+from lowtide.memory.plan.planner import MIN_CONTEXT, plan_memory, require_fit
 from lowtide.memory.units import MIB, OverBudget, format_bytes, parse_size
 from lowtide.models.errors import BadOption
 from lowtide.models.fake_model import fake_spec
@@ -211,8 +211,9 @@ def test_a_context_that_may_be_chosen_shrinks_before_the_kv_type_changes(
     smollm2_spec: ModelSpec,
 ) -> None:
     bound = plan_of(smollm2_spec, 1).lower_bound_bytes / MIB
-    assert plan_of(smollm2_spec, bound + 12).kv_type == "f16"
-    assert plan_of(smollm2_spec, bound + 1).kv_type == "q4_0"
+    plans = [plan_of(smollm2_spec, bound + more) for more in range(13)]
+    assert plans[0].kv_type != "f16" and plans[-1].kv_type == "f16"
+    assert all(plan.context == MIN_CONTEXT for plan in plans if plan.kv_type != "f16")
 
 
 def test_the_error_offers_a_context_that_fits(smollm2_spec: ModelSpec) -> None:

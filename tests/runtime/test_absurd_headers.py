@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from pathlib import Path
@@ -74,3 +75,29 @@ print(first)
     done = run_python(program)
     assert done.code == 0, done.stderr
     assert int(done.stdout) > 70 * MIB  # so that the test can fail
+
+
+HEADERS = {
+    "texts": {f"own.text{i}": "y" * 1_000_000 for i in range(40)},
+    "one text": {"own.text": "y" * 20_000_000},
+    "a list of texts": {"own.texts": ["x" * 40] * 250_000},
+    "a list of quotes": {"own.texts": ['"' * 40] * 100_000},
+    "a list of long texts": {"own.texts": ["x" * 10_000] * 1000},
+    "a list of numbers": {"own.numbers": [1_234_567_890] * 500_000},
+    "a list of fractions": {"own.numbers": [0.5] * 500_000},
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_what_llama_cpp_makes_of_a_header_is_planned(tmp_path: Path, name: str) -> None:
+    """It stores every text twice, and writes every list as text."""
+    path = write_model(tmp_path / "model.gguf", context=512, extra=HEADERS[name])
+    options = ("--raw", "-p", "Hi", "-n", "2", "-t", "1")
+    stated = run_lowtide("plan", str(path), "--memory", "1MiB", "--json").stdout
+    bound = int(json.loads(stated)["lower_bound_bytes"])
+    below, within = (
+        run_lowtide("run", str(path), "--memory", str(num_bytes), *options)
+        for num_bytes in (bound * 3 // 4, bound)
+    )
+    assert below.code == 2 and below.peak_bytes <= bound * 3 // 4, below.stderr
+    assert within.code == 0 and within.peak_bytes <= bound, within.stderr
