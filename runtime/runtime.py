@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
-import sys
 import time
 import warnings
-import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -31,7 +28,7 @@ from lowtide.runtime.embedding.beside import passes_beside
 from lowtide.runtime.embedding.options import EmbeddingConfig, require_pooled
 from lowtide.runtime.embedding.passes import checked_texts
 from lowtide.runtime.errors import PromptTooLong
-from lowtide.runtime.generation.active import ActiveGeneration
+from lowtide.runtime.generation.active import ActiveGeneration, collect_dropped
 from lowtide.runtime.generation.chat import ChatPrompt, LastTurn, PromptEncoder
 from lowtide.runtime.generation.closable import ClosableGenerator
 from lowtide.runtime.generation.generate import generate
@@ -47,8 +44,6 @@ from lowtide.runtime.structured.answer import NoLegalToken
 
 if TYPE_CHECKING:
     from lowtide.runtime.embedding.passes import Vectors
-
-_open_runtimes: weakref.WeakSet[Runtime] = weakref.WeakSet()
 
 
 class Runtime:
@@ -80,7 +75,6 @@ class Runtime:
             start=self._start,
             alone=self._active.between_steps,
         )
-        _open_runtimes.add(self)
 
     @classmethod
     def open(
@@ -125,8 +119,7 @@ class Runtime:
         hold_standard_descriptors()
         if profiler is not None and not isinstance(profiler, Profiler):
             raise BadOption(f"profiler is {shown(profiler)}; it must be a Profiler, or None")
-        if _open_runtimes:
-            gc.collect()  # a runtime that was dropped without `close` gives its memory back now
+        collect_dropped()
         config = replace(LoadConfig.of(**options), profiled=profiler is not None)
         with not_charged_if_refused():
             with (profiler or SILENT).span("plan"):
@@ -411,7 +404,6 @@ class Runtime:
 
         An answer that is still read ends with `RuntimeUnusable`. Closing twice is allowed.
         """
-        _open_runtimes.discard(self)
         self._active.close()
 
     def _free(self) -> None:
@@ -421,7 +413,7 @@ class Runtime:
     def __del__(self) -> None:
         """Free the model of a runtime that nobody closed, with a `ResourceWarning`."""
         active = getattr(self, "_active", None)  # None where __init__ failed
-        if active is None or active.is_closed or active.is_forked or sys.is_finalizing():
+        if active is None or not active.is_left_open:
             return
         warnings.warn(
             f"a runtime of {self.spec.name} was not closed",

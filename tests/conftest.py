@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -14,7 +15,7 @@ from hypothesis import settings
 _PARENT = str(Path(__file__).resolve().parent.parent.parent)
 sys.path[:] = [entry for entry in sys.path if entry != _PARENT]
 
-from lowtide import FakeModel, Runtime  # noqa: E402
+from lowtide import Embedder, FakeModel, Runtime  # noqa: E402
 from lowtide.models.catalog import resolve  # noqa: E402
 from lowtide.models.gguf.spec import read_spec  # noqa: E402
 from lowtide.models.spec import ModelSpec  # noqa: E402
@@ -81,6 +82,28 @@ def _compare_kernels_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel_times, "measure", once)
         yield
+
+
+@pytest.fixture(autouse=True)
+def closed_after_the_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Close the runtimes and embedders that a test opens: a dropped one warns, and warnings are errors.
+
+    Those of fixtures with a wider scope close themselves.
+    """
+    opened: list[Runtime | Embedder] = []
+
+    def remembering(init: Callable[..., None]) -> Callable[..., None]:
+        def remembered(self: Any, *arguments: Any, **options: Any) -> None:
+            init(self, *arguments, **options)
+            opened.append(self)
+
+        return remembered
+
+    for kind in (Runtime, Embedder):
+        monkeypatch.setattr(kind, "__init__", remembering(kind.__init__))
+    yield
+    for one in reversed(opened):
+        one.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from lowtide.models.spec import ModelSpec
 from lowtide.runtime.embedding.options import EmbeddingConfig, require_pooled
 from lowtide.runtime.embedding.passes import EmbeddingPasses, checked_texts
 from lowtide.runtime.embedding.plan import PlannedEmbedding, num_sequences, plan_reference
-from lowtide.runtime.generation.active import ActiveGeneration
+from lowtide.runtime.generation.active import ActiveGeneration, collect_dropped
 from lowtide.runtime.generation.closable import ClosableGenerator
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 class Embedder:
     """A loaded model that embeds texts inside its memory plan. Made by `Embedder.open`; a context manager.
 
-    Encoders and decoders embed. Threads may share an embedder: one of them computes at a time.
+    Encoders and decoders embed. Threads may share an embedder: one of them computes at a time. An embedder that is
+    dropped without `close` is freed when it is collected, with a `ResourceWarning`.
     """
 
     def __init__(self, planned: PlannedEmbedding) -> None:
@@ -42,7 +44,6 @@ class Embedder:
         self._ledger = Ledger(plan.budget.num_bytes)
         for line in plan.rows:
             self._ledger.reserve(line.component, line.num_bytes)
-        self._active = ActiveGeneration(self._free, "embedder")
         options = embedding_options(
             plan.context,
             planned.config.num_threads,
@@ -54,6 +55,7 @@ class Embedder:
         install_guarded_passes()
         with guarded_aborts(), demand_zero_buffers():
             self._model = GgufEmbedder(planned.spec, options, llama_library())
+        self._active = ActiveGeneration(self._free, "embedder")
         self._passes = EmbeddingPasses(
             self._model,
             self._active.between_steps,
@@ -88,6 +90,7 @@ class Embedder:
         and `BadOption` for a wrong option or value.
         """
         config = EmbeddingConfig.of(**options)
+        collect_dropped()
         with not_charged_if_refused():
             return cls(plan_reference(model, config))
 
@@ -157,6 +160,19 @@ class Embedder:
         self._model.close()
         for component in self._ledger.components:
             self._ledger.release(component)
+
+    def __del__(self) -> None:
+        """Free the model of an embedder that nobody closed, with a `ResourceWarning`."""
+        active = getattr(self, "_active", None)  # None where __init__ failed
+        if active is None or not active.is_left_open:
+            return
+        warnings.warn(
+            f"an embedder of {self.spec.name} was not closed",
+            ResourceWarning,
+            stacklevel=2,
+            source=self,
+        )
+        self.close()
 
     def __enter__(self) -> Embedder:
         return self

@@ -7,14 +7,24 @@ freeing. Whoever needs the model enters `between_steps`.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
+import sys
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from typing import TypeVar
 
 from lowtide.runtime.errors import RuntimeUnusable
 
 T = TypeVar("T")
+_open: weakref.WeakSet[ActiveGeneration] = weakref.WeakSet()
+
+
+def collect_dropped() -> None:
+    """Collect runtimes and embedders that were dropped without `close`: they give their memory back now."""
+    if _open:
+        gc.collect()
 
 
 class ActiveGeneration:
@@ -33,11 +43,17 @@ class ActiveGeneration:
         self._depth = 0
         self._number = 0
         self._is_closed = self._is_freed = False
+        _open.add(self)
 
     @property
     def is_closed(self) -> bool:
         """Whether `close` was called."""
         return self._is_closed
+
+    @property
+    def is_left_open(self) -> bool:
+        """Whether an owner that is collected now was dropped without `close`, in a process that goes on."""
+        return not (self._is_closed or self.is_forked or sys.is_finalizing())
 
     @property
     def is_forked(self) -> bool:
@@ -118,6 +134,7 @@ class ActiveGeneration:
         """
         if self.is_forked:
             return
+        _open.discard(self)
         self._is_closed = True  # first, so that the running answer makes no further step
         with self._model_lock:
             self._free_if_closed()

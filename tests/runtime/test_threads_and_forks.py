@@ -17,7 +17,7 @@ from gguf_files import write_model
 from onnx_decoders import write_decoder
 from processes import Finished, run_python
 
-from lowtide import FakeModel, Runtime
+from lowtide import Embedder, FakeModel, Runtime
 from lowtide.runtime.errors import RuntimeUnusable
 
 
@@ -123,6 +123,11 @@ def test_all_methods_from_many_threads(tmp_path: Path) -> None:
     runtime.close()
 
 
+@pytest.fixture
+def closed_after_the_test() -> None:
+    """Nobody holds the runtimes of these tests: dropping them is tested."""
+
+
 def test_a_dropped_runtime_is_freed_with_a_warning() -> None:
     model = SlowModel()
     runtime = Runtime.open(model, memory="8GiB")
@@ -133,6 +138,16 @@ def test_a_dropped_runtime_is_freed_with_a_warning() -> None:
     with pytest.warns(ResourceWarning, match="was not closed"):
         gc.collect()
     assert alive() is None and not model.freed_during_pass
+
+
+def test_a_dropped_embedder_is_freed_with_a_warning(tmp_path: Path) -> None:
+    embedder = Embedder.open(write_model(tmp_path / "m.gguf"), memory="1GiB", threads=1)
+    assert embedder.embed("word7").shape == (1, 64)
+    alive = weakref.ref(embedder)
+    del embedder
+    with pytest.warns(ResourceWarning, match="an embedder of random was not closed"):
+        gc.collect()
+    assert alive() is None
 
 
 def test_opening_frees_the_runtimes_that_were_dropped(tmp_path: Path) -> None:
