@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from onnx_decoders import write_decoder
 from processes import Finished, run_python
 
 from lowtide import Embedder, FakeModel, Runtime
+from lowtide.models.fake_model import FakeSequences
+from lowtide.models.model import SequenceBatch, SequenceSlice
 from lowtide.runtime.errors import RuntimeUnusable
 
 
@@ -33,17 +36,41 @@ class SlowModel(FakeModel):
         self.during_pass: Callable[[], None] = lambda: None
 
     def forward(self, token_ids: Sequence[int]) -> np.ndarray:  # type: ignore[type-arg]
+        with self.slowly():
+            return super().forward(token_ids)
+
+    @contextlib.contextmanager
+    def slowly(self) -> Iterator[None]:
+        """Compute a pass inside the block."""
         self.is_computing = True
         self.started.set()
         self.during_pass()
         time.sleep(0.05)
-        logits = super().forward(token_ids)
+        yield
         self.is_computing = False
-        return logits
+
+    def open_sequences(
+        self, num_sequences: int, num_slots: int, max_logits: int | None = None
+    ) -> SequenceBatch:
+        return SlowSequences(self, num_sequences, num_slots, max(max_logits or 0, num_sequences))
 
     def close(self) -> None:
         self.freed_during_pass |= self.is_computing
         super().close()
+
+
+class SlowSequences(FakeSequences):
+    """Sequences of a slow model, which notices their passes."""
+
+    def __init__(
+        self, model: SlowModel, num_sequences: int, num_slots: int, max_logits: int
+    ) -> None:
+        super().__init__(model, num_sequences, num_slots, max_logits)
+        self._slowly = model.slowly
+
+    def forward(self, slices: Sequence[SequenceSlice]) -> np.ndarray:  # type: ignore[type-arg]
+        with self._slowly():
+            return super().forward(slices)
 
 
 def in_thread(work: Callable[[], object]) -> tuple[threading.Thread, list[BaseException]]:
@@ -78,15 +105,12 @@ def test_close_waits_for_the_pass_that_runs(kind: str) -> None:
         "batch": lambda: runtime.generate_batch(["a", "b"], temperature=0),
     }[kind]
     thread, errors = in_thread(work)
-    if kind == "batch":
-        time.sleep(0.05)  # its sequences are models of their own
-    else:
-        assert model.started.wait(10)
+    assert model.started.wait(60)
     runtime.close()
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive() and not model.freed_during_pass
-    assert all(isinstance(error, RuntimeUnusable) for error in errors)
-    assert kind == "batch" or "closed" in str(errors[0])
+    assert [type(error) for error in errors] == [RuntimeUnusable]
+    assert "closed" in str(errors[0])
 
 
 def test_close_inside_a_pass_frees_the_model_after_it() -> None:
