@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import click
 
 from lowtide.cli.streams import one_line, prepare_streams, print_warning
+from lowtide.memory.os.numpy_threads import limit_numpy_threads
 from lowtide.models.arguments.names import on_command_line
 from lowtide.models.errors import LowtideError, LowtideWarning
 
@@ -110,6 +111,7 @@ def run() -> NoReturn:
     The destructors would make up to 3 MiB of pages resident that the plan does not contain.
     """
     prepare_streams()
+    limit_numpy_threads()
     try:
         main()
         code = 0
