@@ -53,9 +53,9 @@ def command(system: str | None, enforce: ControlGroup | None, **options: Any) ->
 
     MODEL is a .gguf file, an ONNX folder, a name from `lowtide models`, or hf:user/repo[:quant].
     """
-    from lowtide import Runtime
     from lowtide.cli.input import TurnReader
     from lowtide.cli.output import note, plan_line, template_note
+    from lowtide.cli.progress import load_runtime
     from lowtide.memory.plan.estimates import prompt_limit_bytes
 
     constraint = take_constraint(options)
@@ -67,7 +67,7 @@ def command(system: str | None, enforce: ControlGroup | None, **options: Any) ->
     note(plan_line(planned))
     set_limit(enforce, planned.plan.budget)
     interactive = is_terminal(sys.stdin) and is_terminal(sys.stdout)
-    with Runtime.load(planned) as runtime:
+    with load_runtime(planned) as runtime:
         reader = TurnReader(prompt_limit_bytes(planned.plan.kv_tokens), interactive=interactive)
         template_note(runtime)
         repl = Repl(runtime, generation, system, arguments)

@@ -1,4 +1,4 @@
-"""`lowtide models`: lists the models with a name, describes a model, and repacks its weights."""
+"""`lowtide models`: lists the models with a name, describes a model, and makes, shows and deletes repacked copies."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ class _Models(click.Group):
         return super().parse_args(context, args)
 
 
-@click.group("models", cls=_Models, short_help="List, describe or repack models.")
+@click.group(
+    "models", cls=_Models, short_help="List, describe or repack models; delete repacked copies."
+)
 def command() -> None:
     """List the models that have a name, describe a model, or repack its weights.
 
-    `lowtide models` lists; `lowtide models MODEL` describes MODEL from its headers; `lowtide models repack
-    MODEL` writes the repacked copy that --repack uses.
+    `lowtide models` lists models and repacked copies; `lowtide models MODEL` describes MODEL from its headers;
+    `lowtide models repack MODEL` writes the repacked copy that --repack uses; `lowtide models clean` deletes copies.
     """
 
 
@@ -45,6 +47,37 @@ def repack(model: str | None, offline: bool) -> None:
         click.echo(path)
 
 
+@command.command("clean", short_help="Delete repacked copies.")
+@click.argument("model", required=False)
+@click.option("--all", "every", is_flag=True, help="Delete the copies of all models.")
+@click.option("--offline", is_flag=True, help="Never use the network.")
+def clean(model: str | None, every: bool, offline: bool) -> None:
+    """Delete the repacked copy of MODEL; without MODEL, copies of models that are gone, and unfinished ones.
+
+    A copy is made again when it is needed.
+    """
+    from lowtide.memory.units import format_bytes
+    from lowtide.runtime.backends.copies import (
+        collect_copies,
+        delete_copies,
+        fingerprint_of,
+        read_copies,
+    )
+    from lowtide.runtime.planning.plan import find_spec
+
+    if model is not None and every:
+        raise click.UsageError(f"--all deletes every copy, and {model} is one model: leave one out")
+    if model is None:
+        num_bytes = collect_copies()
+        num_bytes += delete_copies(read_copies()) if every else 0
+    else:
+        fingerprint = fingerprint_of(find_spec(model, offline=offline).paths)
+        num_bytes = delete_copies(c for c in read_copies() if c.fingerprint == fingerprint)
+    click.echo(
+        f"Deleted {format_bytes(num_bytes)}." if num_bytes else "There was nothing to delete."
+    )
+
+
 @command.command("show", short_help="List the models, or describe MODEL.")
 @click.argument("model", required=False)
 @json_option
@@ -54,7 +87,7 @@ def show(model: str | None, as_json: bool) -> None:
 
     import lowtide
 
-    found = _described(model) if model else {"models": _known()}
+    found = _described(model) if model else {"models": _known(), "repacked_copies": _copies()}
     if as_json:
         click.echo(json.dumps({"version": lowtide.__version__, **found}, indent=2))
     elif model:
@@ -62,6 +95,33 @@ def show(model: str | None, as_json: bool) -> None:
             click.echo(f"{name:<18} {value}")
     else:
         _print_known(found["models"])
+        _print_copies(found["repacked_copies"])
+
+
+def _copies() -> list[dict[str, Any]]:
+    from lowtide.runtime.backends.copies import read_copies
+
+    return [
+        {
+            "models": [str(paths[0]) for paths in copy.models],
+            "needed": copy.is_needed,
+            "bytes": copy.num_bytes,
+            "files": [str(path) for path in copy.files],
+        }
+        for copy in read_copies()
+    ]
+
+
+def _print_copies(copies: list[dict[str, Any]]) -> None:
+    from lowtide.memory.units import format_bytes
+
+    if not copies:
+        return
+    click.echo("\nRepacked copies, which `lowtide models clean` deletes:")
+    for copy in copies:
+        model = ", ".join(copy["models"]) or "of a model that is not known"
+        gone = "" if copy["needed"] else " (which is gone or has changed)"
+        click.echo(f"{format_bytes(copy['bytes']):>12}  {model}{gone}")
 
 
 def _known() -> list[dict[str, Any]]:

@@ -67,8 +67,9 @@ def command(
     matplotlib (pip install 'lowtide[report]'), which runs afterwards in a process of its own, outside of
     --memory. MODEL is a .gguf file, an ONNX folder, a name from `lowtide models`, or hf:user/repo[:quant].
     """
-    from lowtide import Profiler, Runtime
+    from lowtide import Profiler
     from lowtide.cli.output import json_object, note, plan_line, template_note
+    from lowtide.cli.progress import load_runtime
     from lowtide.runtime.planning.expected import ExpectedPrompt, PromptLimit
 
     _check_outputs(report, trace, png)
@@ -85,7 +86,7 @@ def command(
         )
     planned.require_fit()
     note(plan_line(planned))
-    with Runtime.load(planned, profiler=profiler) as runtime:
+    with load_runtime(planned, profiler) as runtime:
         template_note(runtime)
         answers = _run(runtime, turns, generation, arguments)
     found = profiler.report()

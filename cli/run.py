@@ -73,7 +73,7 @@ def command(
 
     MODEL is a .gguf file, an ONNX folder, a name from `lowtide models`, or hf:user/repo[:quant].
     """
-    from lowtide import GenerationResult, Runtime
+    from lowtide import GenerationResult
     from lowtide.cli.input import prompt_text
     from lowtide.cli.output import (
         json_object,
@@ -84,6 +84,7 @@ def command(
         statistics_line,
         template_note,
     )
+    from lowtide.cli.progress import load_runtime
     from lowtide.runtime.planning.expected import ExpectedPrompt, PromptLimit
 
     if system is not None and raw:
@@ -115,7 +116,7 @@ def command(
     planned.require_fit()
     note(plan_line(planned))
     set_limit(enforce, planned.plan.budget)
-    with Runtime.load(planned) as runtime:
+    with load_runtime(planned) as runtime:
         if not raw:
             template_note(runtime)
         elif not special and runtime.spells_control_tokens(text):

@@ -23,6 +23,7 @@ from lowtide.models.model import Model
 from lowtide.models.spec import ModelSpec
 from lowtide.models.template.families import template_of
 from lowtide.runtime.arguments import checked_messages, checked_prompt, checked_prompts
+from lowtide.runtime.backends.backend import Progress
 from lowtide.runtime.batch.generator import BatchGenerator, ParamsOfAll, params_of_each
 from lowtide.runtime.embedding.beside import passes_beside
 from lowtide.runtime.embedding.options import EmbeddingConfig, require_pooled
@@ -131,10 +132,18 @@ class Runtime:
             return cls.load(planned, profiler)
 
     @classmethod
-    def load(cls, planned: ResolvedModel, profiler: Profiler | None = None) -> Runtime:
-        """Reserve the plan's lines and load the model."""
+    def load(
+        cls,
+        planned: ResolvedModel,
+        profiler: Profiler | None = None,
+        progress: Progress = lambda _: None,
+    ) -> Runtime:
+        """Reserve the plan's lines and load the model.
+
+        `progress` is called with the bytes of a repacked copy as they are written, where one is made.
+        """
         profiler = profiler or SILENT
-        return cls(Engine(planned, profiler), profiler)
+        return cls(Engine(planned, profiler, progress), profiler)
 
     @property
     def ledger(self) -> Ledger:

@@ -7,7 +7,7 @@ and appear whole or not at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,20 +17,34 @@ from lowtide.attention.bindings.matmul import can_repack, repack_rows
 from lowtide.models.arguments.names import option
 from lowtide.models.atomic_file import atomic_file
 from lowtide.models.errors import LowtideError
-from lowtide.models.fingerprint import file_fingerprint, samples_digest
-from lowtide.models.folders import CACHE_VARIABLE, cache_folder, unusable
+from lowtide.models.facts.store import Facts
+from lowtide.models.fingerprint import samples_digest
+from lowtide.models.folders import CACHE_VARIABLE
 from lowtide.models.gguf.reader import GgufContents, TensorInfo, read_gguf
-from lowtide.models.gguf.repacked import data_digest, is_valid, matmul_tensors, repacked_header
+from lowtide.models.gguf.repacked import (
+    LAYOUT,
+    data_digest,
+    is_valid,
+    matmul_tensors,
+    repacked_header,
+)
 from lowtide.models.gguf.spec import read_spec
 from lowtide.models.spec import TILE_ALIGNMENT, TILE_ROWS, ModelSpec
+from lowtide.runtime.backends.copies import (
+    collect_copies,
+    copies_folder,
+    fingerprint_of,
+    locked,
+    no_room,
+    read_copies,
+    remember_model,
+)
 from lowtide.runtime.errors import CannotRepack
 
 if TYPE_CHECKING:
     from lowtide.models.onnx.rewrite.plan import RepackPlan
     from lowtide.models.onnx.spec import OnnxSpec
 
-REPACKED = "repacked"
-"""The folder of the copies, inside the cache folder."""
 SLICE_BYTES = 1 << 20
 """How much is read, repacked and written at once."""
 TILE_FILE_MAGIC = b"lowtide tiles 1\n"
@@ -45,17 +59,19 @@ def repacked_gguf(spec: ModelSpec, progress: Progress = lambda _: None) -> Model
 
     Raises `CannotRepack` with the reason where no matrix can be repacked, or the copy cannot be written.
     """
-    fingerprint = file_fingerprint(spec.paths)
+    fingerprint = fingerprint_of(spec.paths)
     targets = [repacked_path(path, fingerprint) for path in spec.paths]
-    if not all(_is_valid_copy(path, fingerprint) for path in targets):
+    if not _are_valid(targets, fingerprint):
         sources = [read_gguf(path) for path in spec.paths]
         if not any(repackable_tensors(source) for source in sources):
             raise CannotRepack(
                 f"none of the matrices of {spec.name} ({spec.quantisation}) can be repacked"
             )
+        _make_room(spec, sum(source.file_bytes for source in sources))
         for source, target in zip(sources, targets, strict=True):
             write = partial(write_repacked_gguf, source, target, fingerprint, progress)
             _write(write, f"the repacked copy of {source.path}", target)
+    remember_model(fingerprint, spec.paths)
     # The headers of the copy say nothing else about the model, whose fingerprint depends on its data.
     return replace(
         read_spec(targets[0]),
@@ -74,12 +90,24 @@ def repacked_onnx(spec: OnnxSpec, progress: Progress = lambda _: None) -> OnnxSp
     plan = spec.repack
     if isinstance(plan, str):
         raise CannotRepack(f"the weights of {spec.name} cannot be repacked: its graph {plan}")
-    target = _folder() / f"{file_fingerprint(spec.paths)}.tiles"
+    fingerprint = fingerprint_of(spec.paths)
+    target = _folder() / f"{fingerprint}.tiles"
     if not is_valid_tile_file(target, plan):
+        _make_room(spec, plan.offsets[-1])
         write = partial(write_tile_file, plan, spec.path.parent, target, progress)
         _write(write, f"the repacked weights of {spec.name}", target)
+    remember_model(fingerprint, spec.paths)
     names = tuple(node.output for node in plan.rewrite.matmuls.matmuls)
     return replace(spec, tiles=target, paths=(*spec.paths, target), repacked_tensors=names)
+
+
+def _make_room(spec: ModelSpec, num_bytes: int) -> None:
+    """Delete copies that nobody needs; raise `CannotRepack` where the disk has no room for one of so many bytes."""
+    _folder()
+    collect_copies()
+    reason = no_room(num_bytes)
+    if reason is not None:
+        raise CannotRepack(f"the repacked copy of {spec.name} is not made, because {reason}")
 
 
 def _write(write: Callable[[], None], what: str, target: Path) -> None:
@@ -97,27 +125,22 @@ def _write(write: Callable[[], None], what: str, target: Path) -> None:
 
 def cannot_store(spec: ModelSpec) -> str | None:
     """Return why no repacked copy can be stored, and what to set; None where it can be, or is there already."""
-    folder = cache_folder()
-    reason = unusable(folder, CACHE_VARIABLE)
-    if reason is None or (folder is not None and _has_copy(folder, spec)):
+    fingerprint = fingerprint_of(spec.paths)
+    if any(copy.fingerprint == fingerprint for copy in read_copies()):
         return None
-    return f"the repacked weights of {spec.name} have no place: {reason}"
-
-
-def _has_copy(folder: Path, spec: ModelSpec) -> bool:
-    fingerprint = file_fingerprint(spec.paths)
-    return any((folder / REPACKED).glob(f"{fingerprint}*"))
+    reason = no_room(spec.file_bytes)
+    return reason and f"the repacked weights of {spec.name} have no place: {reason}"
 
 
 def _folder() -> Path:
     """Return the folder of repacked copies; raises `CannotRepack` for a user without a cache folder."""
-    folder = cache_folder()
+    folder = copies_folder()
     if folder is None:
         raise CannotRepack(
             f"repacked weights have no place, because this user has no home folder: set {CACHE_VARIABLE}, or "
             f"choose {option('reference', True)}"
         )
-    return folder / REPACKED
+    return folder
 
 
 def repacked_path(path: Path, fingerprint: str) -> Path:
@@ -125,6 +148,17 @@ def repacked_path(path: Path, fingerprint: str) -> Path:
     stem, _, number = path.stem.partition("-0000")
     suffix = f"-0000{number}" if number and stem else ""
     return _folder() / f"{fingerprint}{suffix}.gguf"
+
+
+def _are_valid(targets: Sequence[Path], fingerprint: str) -> bool:
+    """Whether the copy is there and whole; that it is, is stored until one of its files changes."""
+    facts = Facts.about("copy", *targets, f"{fingerprint} {LAYOUT}")
+    if facts.read() is True:
+        return True
+    if not all(_is_valid_copy(path, fingerprint) for path in targets):
+        return False
+    facts.write(True, targets)
+    return True
 
 
 def _is_valid_copy(path: Path, fingerprint: str) -> bool:
@@ -156,6 +190,7 @@ def write_repacked_gguf(
     names = {tensor.name for tensor in tensors}
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(target) as out, source.path.open("rb") as file:
+        locked(out, wait=True)
         out.write(header.start)
         for old, new in zip(source.tensors, header.tensors, strict=True):
             out.write(b"\0" * (len(header.start) + new.offset - out.tell()))
@@ -194,6 +229,7 @@ def write_tile_file(plan: RepackPlan, folder: Path, target: Path, progress: Prog
     *starts, end = plan.offsets
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(target) as out:
+        locked(out, wait=True)
         for matrix, start in zip(plan.rewrite.matmuls.matrices, starts, strict=True):
             out.seek(start)
             for rows in matrix.ggml_rows(folder, _slice_rows(matrix.num_bytes // matrix.num_rows)):

@@ -32,7 +32,7 @@ from lowtide.models.gguf.embedding import GgufEmbedder
 from lowtide.models.gguf.parameters import LoadOptions
 from lowtide.models.model import Model
 from lowtide.models.tokenizer import MAX_STACK_BYTES_PER_CHARACTER, longest_stretch
-from lowtide.runtime.backends.backend import LoadedModel, ResolvedModel
+from lowtide.runtime.backends.backend import LoadedModel, Progress, ResolvedModel
 from lowtide.runtime.errors import CannotRepack
 from lowtide.runtime.generation.state import GenerationContext
 from lowtide.runtime.generation.watchdog import Watchdog
@@ -53,13 +53,19 @@ class Engine:
 
     `controller` prepares each forward pass, `kv_reservation` reserves the bytes of its tokens. `reclaimers` release
     memory, in order; the heap is trimmed last, for what the others free. Raises `OverBudget` before anything
-    is loaded where the plan does not fit, and after loading where the process exceeds it all the same.
+    is loaded where the plan does not fit, and after loading where the process exceeds it all the same. `progress` is
+    called with the bytes of a repacked copy as they are written.
     """
 
-    def __init__(self, planned: ResolvedModel, profiler: Profiler = SILENT) -> None:
+    def __init__(
+        self,
+        planned: ResolvedModel,
+        profiler: Profiler = SILENT,
+        progress: Progress = lambda _: None,
+    ) -> None:
         planned.require_fit()
         self._profiler = profiler
-        repacked, self.not_repacked_reason = _repacked(planned, profiler)
+        repacked, self.not_repacked_reason = _repacked(planned, profiler, progress)
         try:
             self._load(repacked)
         except (
@@ -335,7 +341,9 @@ class Engine:
             self.ledger.release(component)
 
 
-def _repacked(planned: ResolvedModel, profiler: Profiler) -> tuple[ResolvedModel, str | None]:
+def _repacked(
+    planned: ResolvedModel, profiler: Profiler, progress: Progress
+) -> tuple[ResolvedModel, str | None]:
     """Return the model with the spec of its repacked copy where that is requested, or say why there is none.
 
     Raises `CannotRepack` where the plan does not hold for the original weights.
@@ -345,7 +353,7 @@ def _repacked(planned: ResolvedModel, profiler: Profiler) -> tuple[ResolvedModel
     backend = planned.backend
     with profiler.span("repacking"):
         try:
-            return replace(planned, spec=backend.repack(planned.spec)), None
+            return replace(planned, spec=backend.repack(planned.spec, progress)), None
         except CannotRepack as reason:
             if not backend.runs_without_repack:
                 raise
