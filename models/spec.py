@@ -82,6 +82,9 @@ class ModelSpec:
     `kind` says what the model is for. `pooling` is how its header makes one embedding from those of all tokens
     ("mean", "cls", ...), None where it does not say. `unusual_tensors` names
     tensors, with their types, that the engine may have no kernel for.
+
+    `no_copy_reason` says why weights that are to be repacked have no copy on the disk; they are then repacked in memory
+    while the model loads. None where there is a copy, or none is asked for.
     """
 
     paths: tuple[Path, ...]
@@ -125,6 +128,7 @@ class ModelSpec:
     kind: Kind = DECODER
     pooling: str | None = None
     warnings: tuple[str, ...] = ()
+    no_copy_reason: str | None = None
 
     @property
     def full_layers(self) -> tuple[int, ...] | None:

@@ -186,6 +186,10 @@ def is_repacked(spec: ModelSpec, processor: str) -> bool:
     return not spec.tensor_types.isdisjoint(types)
 
 
+REPACKING_BYTES = 4 * MIB
+"""Slices of a matrix as they are read and repacked in memory: three of a mebibyte each."""
+
+
 def weight_bytes(spec: ModelSpec, *, memory_map: bool) -> int:
     """Return the resident bytes of the weights: the whole mapped file, or the copied tensors."""
     return spec.copied_bytes + (spec.file_bytes if memory_map else spec.weight_bytes)

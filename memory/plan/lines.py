@@ -65,6 +65,7 @@ class PlanLines:
             estimates.loading_bytes(spec, self._baseline.header_loading_bytes),
             self._baseline.vocabulary_loading_bytes - weights.num_bytes,
             self._template_bytes(),
+            estimates.REPACKING_BYTES if self._repacks_in_memory(candidate) else 0,
         )
         loading -= follows
         if self._gpu_layers is not None and self.gpus(candidate):
@@ -108,6 +109,11 @@ class PlanLines:
         is_optional = candidate.own_kernels and self._options.optional_attention
         return self._options.threads if is_optional else self._options.attention_threads
 
+    def _repacks_in_memory(self, candidate: PlanCandidate) -> bool:
+        """Whether weights are repacked while they are loaded, for want of a copy. Streamed ones are not."""
+        asked = self._is_repacked(candidate) and self._spec.no_copy_reason is not None
+        return asked and candidate.resident_layers is None
+
     def _vocabulary(self) -> PlanLine:
         measured = self._baseline.vocabulary_bytes
         num_bytes = estimates.described_bytes(self._spec) if measured is None else measured
@@ -138,10 +144,17 @@ class PlanLines:
         return PlanLine(
             components.WEIGHTS,
             estimates.weight_bytes(spec, memory_map=memory_map),
-            f"{spec.quantisation}, {'repacked for lowtide, ' if self._is_repacked(candidate) else ''}"
-            f"{'memory-mapped' if memory_map else 'copied and repacked by llama.cpp'}"
+            f"{spec.quantisation}, {self._layout(candidate)}"
             + (", with a second copy in another layout" if spec.copied_bytes else ""),
         )
+
+    def _layout(self, candidate: PlanCandidate) -> str:
+        """Say where resident weights lie, and in whose layout."""
+        if self._repacks_in_memory(candidate):
+            return f"repacked for lowtide in memory, because {self._spec.no_copy_reason}"
+        if not self.memory_map(candidate):
+            return "copied and repacked by llama.cpp"
+        return f"{'repacked for lowtide, ' if self._is_repacked(candidate) else ''}memory-mapped"
 
     def _cache(self, candidate: PlanCandidate) -> PlanLine:
         tokens, num_tokens = f"{candidate.context:,} tokens", self.cache_tokens(candidate)

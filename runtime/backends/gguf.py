@@ -56,6 +56,7 @@ from lowtide.runtime.backends.gguf_baseline import measured_baseline
 from lowtide.runtime.backends.kernel_choice import KernelChoice
 from lowtide.runtime.backends.kernel_times import measured_choice
 from lowtide.runtime.backends.repack import cannot_store, repacked_gguf
+from lowtide.runtime.backends.repack_in_memory import repack_mapped, repacked_while_loading
 from lowtide.runtime.backends.threads import PassThreads, ThreadChooser
 from lowtide.runtime.profiling.profiler import Profiler
 
@@ -87,12 +88,14 @@ class GgufBackend(Backend):
     def resolve(
         self, spec: ModelSpec, config: LoadConfig, policy: AttentionPolicy
     ) -> tuple[ModelSpec, AttentionPolicy]:
-        """Refuse an execution provider: those are onnxruntime's."""
+        """Refuse an execution provider: those are onnxruntime's. Find out where repacked weights will lie."""
         if config.provider != CPU:
             raise BadOption(
                 f"{option('provider')} is {config.provider!r}, but {spec.name} is a GGUF model and providers are for "
                 f"ONNX models: leave it out; {option('gpu_layers')} puts a GGUF model on a GPU"
             )
+        if config.repack:
+            spec = replace(spec, no_copy_reason=cannot_store(spec))
         return spec, policy
 
     def measure(
@@ -106,8 +109,13 @@ class GgufBackend(Backend):
         return measured_baseline(spec, budget, prompt)
 
     def repack(self, spec: ModelSpec, progress: Progress = lambda _: None) -> ModelSpec:
-        """Return the spec of the repacked GGUF file in the cache folder; the file is made where needed."""
-        return repacked_gguf(spec, progress)
+        """Return the spec of the repacked GGUF file in the cache folder; the file is made where needed.
+
+        Where it has no place, weights are repacked in memory when the model is loaded.
+        """
+        if spec.no_copy_reason is None:
+            return repacked_gguf(spec, progress)
+        return repacked_while_loading(spec)
 
     def load(self, resolved: ResolvedModel, profiler: Profiler) -> LoadedModel:
         """Make the hook that the plan needs, map or copy the weights, and make the context."""
@@ -209,6 +217,9 @@ class LoadedGguf(LoadedModel):
             except BaseException:
                 self._model.close()
                 raise
+        in_memory = bool(spec.repacked_tensors) and spec.no_copy_reason is not None
+        if in_memory:
+            self._repack_in_memory(maps)
         if callback is not None and spec.repacked_tensors:
             callback.read_repacked(spec.repacked_tensors, plan.batch_size, max_matmul_width(spec))
         if spec.unusual_tensors and not plan.gpus:
@@ -220,6 +231,7 @@ class LoadedGguf(LoadedModel):
             Reclaimer("complete", partial(release_pages, file_map))
             for file_maps in maps
             for file_map in file_maps
+            if not in_memory  # the file does not have these tiles
         ]
         threads = self._choose_threads()
         super().__init__(self._model, kernels, hook=kernels, reclaimers=reclaimers, threads=threads)
@@ -253,6 +265,14 @@ class LoadedGguf(LoadedModel):
     def _require_first_pass(self) -> None:
         try:
             self._model.require_first_pass()
+        except BaseException:
+            self._model.close()
+            raise
+
+    def _repack_in_memory(self, maps: Sequence[frozenset[FileMap]]) -> None:
+        try:
+            with self._profiler.span("repacking"):
+                repack_mapped(self._resolved.spec, maps)
         except BaseException:
             self._model.close()
             raise

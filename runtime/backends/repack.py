@@ -107,7 +107,9 @@ def _make_room(spec: ModelSpec, num_bytes: int) -> None:
     collect_copies()
     reason = no_room(num_bytes)
     if reason is not None:
-        raise CannotRepack(f"the repacked copy of {spec.name} is not made, because {reason}")
+        raise CannotRepack(
+            f"the repacked copy of {spec.name} is not made, because {reason}, or leave {option('repack', True)} out"
+        )
 
 
 def _write(write: Callable[[], None], what: str, target: Path) -> None:
@@ -207,7 +209,7 @@ def _copy_tensor(
 ) -> None:
     num_columns, num_rows = (*tensor.shape, 1)[:2]
     row_bytes = tensor.num_bytes // num_rows if repack else 1
-    step = _slice_rows(row_bytes) * row_bytes
+    step = slice_rows(row_bytes) * row_bytes
     for begin in range(0, tensor.num_bytes, step):
         rows = bytearray(file.read(min(step, tensor.num_bytes - begin)))
         if len(rows) < min(step, tensor.num_bytes - begin):
@@ -232,7 +234,7 @@ def write_tile_file(plan: RepackPlan, folder: Path, target: Path, progress: Prog
         locked(out, wait=True)
         for matrix, start in zip(plan.rewrite.matmuls.matrices, starts, strict=True):
             out.seek(start)
-            for rows in matrix.ggml_rows(folder, _slice_rows(matrix.num_bytes // matrix.num_rows)):
+            for rows in matrix.ggml_rows(folder, slice_rows(matrix.num_bytes // matrix.num_rows)):
                 blocks = bytearray(rows.tobytes())
                 _write_tiles(out, matrix.type_name, blocks, len(rows), matrix.num_columns, progress)
         out.truncate(end)
@@ -258,7 +260,7 @@ def _tile_file_header(digest: str) -> bytes:
     return (TILE_FILE_MAGIC + digest.encode()).ljust(TILE_ALIGNMENT, b"\n")
 
 
-def _slice_rows(row_bytes: int) -> int:
+def slice_rows(row_bytes: int) -> int:
     """Return how many rows of so many bytes make a slice: whole tiles."""
     return max(SLICE_BYTES // row_bytes // TILE_ROWS, 1) * TILE_ROWS
 

@@ -350,14 +350,19 @@ def _repacked(
     """
     if planned.options.repack is not True:
         return planned, None
-    backend = planned.backend
+    backend, reason = planned.backend, planned.spec.no_copy_reason
+    if reason is not None and planned.plan.resident_layers is not None:
+        return (
+            _without_repack(planned),
+            f"weights that are streamed are read from a file, and {reason}",
+        )
     with profiler.span("repacking"):
         try:
             return replace(planned, spec=backend.repack(planned.spec, progress)), None
-        except CannotRepack as reason:
+        except CannotRepack as error:
             if not backend.runs_without_repack:
                 raise
-            return _without_repack(planned), str(reason)
+            return _without_repack(planned), str(error)
 
 
 def _without_repack(planned: ResolvedModel) -> ResolvedModel:

@@ -146,6 +146,6 @@ def test_a_cache_folder_that_cannot_be_written(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(
         CannotRepack,
-        match="cannot be written to .*: make room, set XDG_CACHE_HOME.*choose reference=True",
+        match="cannot be written .*: set XDG_CACHE_HOME.*choose reference=True",
     ):
         Runtime.open(folder, memory="2GiB", repack=True)
