@@ -23,14 +23,14 @@ MIN_AVAILABLE_BYTES = 256 * MIB
 @click.option(
     "--memory",
     metavar="SIZE",
-    help="Memory budget of the pass through MODEL.  [default: 80% of the available memory]",
+    help="Memory budget of each choice that is timed, and of a pass.  [default: 80% of the available memory]",
 )
 @json_option
 def command(model: str | None, memory: str | None, as_json: bool) -> None:
     """Show the machine, the active kernels, and problems. Exits with 1 if there is a problem.
 
     Runs one token of MODEL (by default, of the default model if it is installed) to see in how many of its
-    layers lowtide's attention kernels run.
+    layers lowtide's attention kernels run. With MODEL, times the choices of kernels and threads in a few seconds.
     """
     import json
 
@@ -39,7 +39,8 @@ def command(model: str | None, memory: str | None, as_json: bool) -> None:
     findings: dict[str, Any] = {"version": lowtide.__version__, "python": platform.python_version()}
     problems: list[str] = []
     attention = partial(_attention, model, memory)
-    for examine in (_machine, _native, _llama, _gpus, _models, _folders, attention):
+    choices = partial(_choices, model, memory)
+    for examine in (_machine, _native, _llama, _gpus, _models, _folders, attention, choices):
         _examine(examine, findings, problems)
     if as_json:
         click.echo(json.dumps({**findings, "problems": problems}, indent=2))
@@ -57,7 +58,8 @@ def _examine(
     try:
         found = examine()
     except LowtideError as error:
-        problems.append(str(error))
+        if str(error) not in problems:  # such as a model that two examinations do not find
+            problems.append(str(error))
         return
     problems += found.pop("problems", [])
     findings.update(found)
@@ -197,6 +199,34 @@ def _attention(reference: str | None, memory: str | None) -> dict[str, Any]:
     }
 
 
+def _choices(reference: str | None, memory: str | None) -> dict[str, Any]:
+    """Time whose kernels and how many threads are fastest; nothing without a model, or for one that only embeds."""
+    from lowtide.models.kind import DECODER
+    from lowtide.runtime.benchmark.choices import time_choices
+    from lowtide.runtime.planning.plan import find_spec
+
+    if reference is None:
+        return {}
+    spec = find_spec(reference)
+    if spec.kind != DECODER:
+        return {}
+    return {"choices": [choice.to_dict() for choice in time_choices(spec, memory)]}
+
+
+def _print_choices(choices: list[dict[str, Any]]) -> None:
+    click.echo(
+        f"\n{'kernels':<20} {'threads':>7} {'prompt, tokens/s':>17} {'decode, tokens/s':>17}"
+    )
+    for choice in choices:
+        begin = f"{choice['kernels']:<20} {choice['threads']:>7}"
+        if choice["decode_tokens_per_s"] is None:
+            click.echo(f"{begin} {choice['reason']}")
+        else:
+            prompt, decode = choice["prompt_tokens_per_s"], choice["decode_tokens_per_s"]
+            click.echo(f"{begin} {prompt:>17,.0f} {decode:>17,.1f}")
+    click.echo()
+
+
 def _print(findings: dict[str, Any], problems: list[str]) -> None:
     from lowtide.memory.units import format_bytes
 
@@ -211,6 +241,8 @@ def _print(findings: dict[str, Any], problems: list[str]) -> None:
             )
         elif name == "gpus":
             _print_gpus(value, findings["gpu_backends"])
+        elif name == "choices":
+            _print_choices(value)
         else:
             _line(name.replace("_", " "), _text(value))
     for problem in problems:
