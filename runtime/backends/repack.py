@@ -108,7 +108,7 @@ def _make_room(spec: ModelSpec, num_bytes: int) -> None:
     reason = no_room(num_bytes)
     if reason is not None:
         raise CannotRepack(
-            f"the repacked copy of {spec.name} is not made, because {reason}, or leave {option('repack', True)} out"
+            f"the repacked copy of {spec.name} is not made, because {reason}, or choose {option('reference', True)}"
         )
 
 

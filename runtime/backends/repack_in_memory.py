@@ -65,7 +65,7 @@ def repack_mapped(
         except OSError as error:
             raise ModelError(
                 f"the weights of {spec.name} could not be repacked in memory ({error.strerror or error}): "
-                f"leave {option('repack', True)} out"
+                f"choose {option('reference', True)}"
             ) from error
         make_read_only(mapped)
 

@@ -21,7 +21,7 @@ COMMANDS = {
     "plan": ("plan", "--memory", "2GiB"),
     "plan of gemma3-270m": ("plan", "gemma3-270m", "--memory", "2GiB"),
     "run": RUN,
-    "run, dense and repacked": (*RUN, "--attention", "dense", "--repack"),
+    "run with llama.cpp's kernels": (*RUN, "--reference"),
 }
 
 
