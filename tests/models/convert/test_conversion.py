@@ -22,8 +22,8 @@ TEXT = "tide tide de ti tide\n the Tide é 12 tide de de"
 
 
 def logits(path: Path, text: str = TEXT, chunks: int = 1) -> tuple[list[int], np.ndarray]:
-    """Return a text's tokens and the logits after each chunk of `chunks` tokens."""
-    with Runtime.open(path, memory="4GiB", context=256, threads=1) as runtime:
+    """Return a text's tokens and the reference logits after each chunk of `chunks` tokens."""
+    with Runtime.open(path, memory="4GiB", context=256, threads=1, reference=True) as runtime:
         model = runtime._model
         ids = model.tokenizer.encode(text, add_special=True, parse_special=False)
         steps = [ids[start : start + chunks] for start in range(0, len(ids), chunks)]
@@ -78,7 +78,7 @@ def test_texts_are_split_alike(tmp_path: Path, before: str | None) -> None:
 
 def vocabulary_facts(path: Path) -> list[object]:
     """Return how texts are tokenised, and what each token is."""
-    with Runtime.open(path, memory="4GiB", context=256, threads=1) as runtime:
+    with Runtime.open(path, memory="4GiB", context=256, threads=1, reference=True) as runtime:
         tokenizer = runtime._model.tokenizer
         return [
             *(
