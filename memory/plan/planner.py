@@ -153,12 +153,16 @@ class _Planner:
         is_top, found = found == self._ladder.top, self._at_operating_point(found)
         if not is_top:
             return found
-        watched_bytes = int(self._budget_bytes * WATCHED_SHARE)
-        if self._options.filter_prefill is not None:
-            caching = replace(found, cache_filter_pass=True)
-            found = caching if self.lines.total_bytes(caching) <= watched_bytes else found
-        left_bytes = watched_bytes - self.lines.total_bytes(found)
-        return replace(found, prefix_bytes=min(self._options.prefix_bytes, max(left_bytes, 0)))
+        # The filter pass comes before prefixes. They get what it leaves even where it does not fit itself: otherwise
+        # they would shrink with the budget in which it does.
+        has_filter_pass = self._options.filter_prefill is not None
+        caching = replace(found, cache_filter_pass=has_filter_pass)
+        left_bytes = int(self._budget_bytes * WATCHED_SHARE) - self.lines.total_bytes(caching)
+        return replace(
+            found,
+            cache_filter_pass=has_filter_pass and left_bytes >= 0,
+            prefix_bytes=min(self._options.prefix_bytes, max(left_bytes, 0)),
+        )
 
     def _at_operating_point(self, found: PlanCandidate) -> PlanCandidate:
         """Return the candidate with the operating point of exactly this budget, where nothing else has grown yet.
