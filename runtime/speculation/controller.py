@@ -14,17 +14,21 @@ from itertools import chain, zip_longest
 from typing import Any
 
 from lowtide.memory.plan.allocator import CostCurve
-from lowtide.memory.plan.batch import RowShares, share_rows
 from lowtide.models.draft_tree import TokenTree
 from lowtide.runtime.speculation.acceptance import Acceptance, SpeculationRecord, chances
 from lowtide.runtime.speculation.constrained import ForcedDraft, legal_part
 from lowtide.runtime.speculation.counts import AcceptanceCounts, Proposed
 from lowtide.runtime.speculation.drafts import NOTHING, Draft, Proposal
+from lowtide.runtime.speculation.proposal import (
+    MIN_GAIN,
+    DraftProposal,
+    gain_alone,
+    num_expected,
+    share,
+)
 from lowtide.runtime.speculation.step_cost import StepCostModel
 from lowtide.runtime.structured.answer import ConstrainedAnswer
 
-MIN_GAIN = 1.04
-"""Expected speed of a verifying pass, in multiples of a pass without drafts, from which it is done."""
 WASTED_SHARE = 0.005
 """Share of the decoding time that proposals which are not verified may take."""
 FREE_WASTE_S = 0.0005
@@ -39,28 +43,6 @@ MAX_WATCHED = 3
 """Proposals of a draft that are compared with the text at once, beside those that are verified."""
 MAX_CREDIT_STEPS = 8
 """Earlier gains of an answer make up for later losses up to the time of so many passes without drafts."""
-
-
-@dataclass(frozen=True, slots=True)
-class DraftProposal:
-    """What a draft proposes: the rows of a tree, in the order in which they are verified.
-
-    `chances[i]` is the probability that `rows[i]` is accepted with its whole path; `seconds[i]` is the time that
-    proposing it takes, where that counts (a draft model). All of the proposal took `drafting_s` seconds.
-    """
-
-    draft: str
-    confidence: int
-    tree: TokenTree
-    acceptance: Acceptance
-    rows: tuple[int, ...]
-    chances: tuple[float, ...]
-    seconds: tuple[float, ...]
-    drafting_s: float
-
-    def first(self, num_rows: int) -> TokenTree:
-        """Return the tree of the first `num_rows` rows."""
-        return self.tree.of_rows(sorted(self.rows[:num_rows]))
 
 
 class _WatchedProposal:
@@ -225,7 +207,7 @@ class _SequenceDrafts:
         if state.draft.is_free:
             return False
         longest = TokenTree.chain((0,) * max_tokens)
-        return _gain_alone(state.proposal(longest, 0, max_tokens, 0.0), costs) > MIN_GAIN
+        return gain_alone(state.proposal(longest, 0, max_tokens, 0.0), costs) > MIN_GAIN
 
     def _ask(
         self,
@@ -378,10 +360,10 @@ class SpeculationController:
         if not any(proposals):
             self._spent_s += self.costs.clock() - before
             return [NOTHING] * len(waiting)
-        shares = _share(proposals, self.costs, self.costs.max_tokens)
+        shares = share(proposals, self.costs, self.costs.max_tokens)
         gain, most_rows = shares.gain or 0.0, self._most_rows(proposals)
         if len(waiting) + sum(shares.num_drafted) > most_rows:
-            shares = _share(proposals, self.costs, most_rows)
+            shares = share(proposals, self.costs, most_rows)
         trees = []
         for (i, _, _), proposal, num_rows in zip(
             waiting, proposals, shares.num_drafted, strict=True
@@ -396,10 +378,10 @@ class SpeculationController:
         self, sequence: _SequenceDrafts, text: Sequence[int], max_tokens: int
     ) -> DraftProposal | None:
         if len(self._sequences) > 1:
-            return sequence.propose(text, max_tokens, self.costs, _num_expected, 0.0)
+            return sequence.propose(text, max_tokens, self.costs, num_expected, 0.0)
 
         def gain(proposal: DraftProposal) -> float:
-            found = _gain_alone(proposal, self.costs)
+            found = gain_alone(proposal, self.costs)
             sequence.note_gain(found)
             return found
 
@@ -486,25 +468,3 @@ class SpeculationController:
         self._save = lambda _: None
         for draft in chain.from_iterable(self._drafts):
             draft.close()
-
-
-def _share(
-    proposals: Sequence[DraftProposal | None], costs: StepCostModel, max_rows: int
-) -> RowShares:
-    return share_rows(
-        [one.chances if one else () for one in proposals],
-        costs.of,
-        max_rows=max_rows,
-        min_gain=MIN_GAIN,
-        seconds=[one.seconds if one else () for one in proposals],
-    )
-
-
-def _gain_alone(proposal: DraftProposal, costs: StepCostModel) -> float:
-    """Return the highest speed that rows of one sequence's proposal promise."""
-    return _share([proposal], costs, costs.max_tokens).gain or 0.0
-
-
-def _num_expected(proposal: DraftProposal) -> float:
-    """Return how many tokens a proposal promises if all of it is verified, with the one that is no draft."""
-    return sum(proposal.chances, 1.0)
