@@ -20,6 +20,7 @@ from lowtide.runtime.structured.llguidance_constraint import (
     GrammarConstraint,
     GrammarError,
     GrammarTokenizer,
+    grammar_from,
 )
 from lowtide.runtime.structured.schema import parse_schema, refused_keyword
 from lowtide.runtime.structured.validator import Validator
@@ -119,10 +120,8 @@ class JsonSchema(_Grammar):
         return Attempt(wider, validator.violation, vocabulary.bytes_of)
 
     def _grammar(self, **options: Any) -> str:
-        made: str = llguidance().LLMatcher.grammar_from_json_schema(
-            self.schema, overrides={**_STYLE_OPTIONS[self.style], **options}
-        )
-        return made
+        make, style = llguidance().LLMatcher.grammar_from_json_schema, _STYLE_OPTIONS[self.style]
+        return grammar_from(make, self.schema, overrides={**style, **options})
 
     def _advice(self) -> Advice:
         return JsonAdvice(json.loads(self.schema))
@@ -158,8 +157,7 @@ class Regex(_Grammar):
         _check_size(text(option("regex"), self.pattern, "a regular expression"))
 
     def _grammar(self) -> str:
-        made: str = llguidance().LLMatcher.grammar_from_regex(self.pattern)
-        return made
+        return grammar_from(llguidance().LLMatcher.grammar_from_regex, self.pattern)
 
     def _advice(self) -> Advice:
         return WholeText(self.pattern)
@@ -180,8 +178,7 @@ class Grammar(_Grammar):
         source = self.grammar
         if re.search(r"^\s*[\w-]+\s*::=", source, re.MULTILINE):
             source = _lark_of(source)
-        made: str = llguidance().LLMatcher.grammar_from_lark(source)
-        return made
+        return grammar_from(llguidance().LLMatcher.grammar_from_lark, source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,8 +201,7 @@ class Choice(_Grammar):
 
     def _grammar(self) -> str:
         alternatives = " | ".join(json.dumps(one, ensure_ascii=False) for one in self.choices)
-        made: str = llguidance().LLMatcher.grammar_from_lark(f"start: {alternatives}")
-        return made
+        return grammar_from(llguidance().LLMatcher.grammar_from_lark, f"start: {alternatives}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from lowtide.runtime.errors import ConstraintFailed
 from lowtide.runtime.structured.advice import NONE_KNOWN, START, Advice, JsonPlace
@@ -61,6 +61,17 @@ class GrammarTokenizer:
 
 class GrammarError(Exception):
     """What llguidance says of a grammar that it cannot use."""
+
+
+def grammar_from(make: Callable[..., str], source: str, **options: Any) -> str:
+    """Return the grammar that a function of llguidance makes of `source`; raises `GrammarError` where it refuses.
+
+    The functions raise `ValueError`, for example where JSON is nested deeper than their reader can follow.
+    """
+    try:
+        return make(source, **options)
+    except ValueError as error:
+        raise GrammarError(str(error)) from None
 
 
 class _Wrapped:

@@ -190,6 +190,14 @@ def test_what_cannot_be_enforced_is_named(schema: Any, keyword: str, pointer: st
     assert f"{keyword} at {pointer} " in str(refused.value)
 
 
+@pytest.mark.parametrize("check", ["exact", "verified"])
+@pytest.mark.parametrize("depth", [130, 400, 900])
+def test_a_schema_nested_too_deeply_is_refused(depth: int, check: str) -> None:
+    schema = '{"items":' * depth + "{}" + "}" * depth
+    with pytest.raises(BadOption, match="cannot be enforced: recursion limit"):
+        JsonSchema(schema, check=check).compile(VOCABULARY)
+
+
 @pytest.mark.parametrize(
     "form",
     [
