@@ -105,7 +105,7 @@ def measured_baseline(
         formulas = replace(formulas, interpreter_bytes=before)
         yield Measurement(formulas, FormulaSizes(spec), estimated_tokens)
         return
-    layouts = Layouts(spec)
+    layouts = Layouts(spec, after_template=not is_text and template_bytes is not None)
     try:
         laid_out = layouts.measured(before, is_fresh=is_fresh)
     except ModelError:

@@ -99,7 +99,7 @@ def test_stored_values_of_another_shape_are_ignored(tmp_path: Path, laid_out: li
     path = write_model(tmp_path / "model.gguf")
     _sizes(path)
     spec = read_spec(path)
-    facts = layouts.Layouts(spec)._facts
+    facts = layouts.Layouts(spec, after_template=True)._facts
     for values in (
         [],
         {"contexts": 1},
@@ -122,3 +122,14 @@ def test_a_prompt_is_counted_where_the_plan_depends_on_it(
     tight_bytes = roomy.plan.total_bytes - (100 << 20)
     tight = plan_spec(spec, LoadConfig(memory=tight_bytes), prompt=prompt)
     assert tight.plan.downgrades and tight.baseline.prompt_tokens > 2000
+
+
+def test_a_text_and_a_chat_are_measured_apart(tmp_path: Path, laid_out: list[Path]) -> None:
+    """Compiling a template leaves room in the heap, which the vocabulary takes."""
+    spec = read_spec(write_model(tmp_path / "model.gguf", chat_template="{{ messages }}"))
+    params = SamplingParams(max_tokens=1)
+    text = ExpectedPrompt(params=params, text="hi")
+    chat = ExpectedPrompt(params=params, messages=[{"role": "user", "content": "hi"}])
+    for prompt in (text, chat, text, chat):
+        plan_spec(spec, LoadConfig(memory="8GiB"), prompt=prompt)
+    assert len(laid_out) == 2
