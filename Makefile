@@ -69,8 +69,8 @@ fuzz: $(VENV)/.fuzz ## search for inputs that end in an unexpected error, SECOND
 wheels: $(VENV)/pyvenv.cfg ## wheels that need no compiler, of lowtide and of llama.cpp, into dist/ (10 minutes)
 	PYTHON=$(BIN)/python packaging/wheels.sh
 
-test-arm: $(VENV)/.dev ## the NEON kernels under qemu; needs g++-aarch64-linux-gnu and qemu-user
-	$(BIN)/pytest -rs -m slow tests/attention/test_arm.py
+test-arm: $(VENV)/.dev ## the NEON kernels and the wheel under qemu; needs g++-aarch64-linux-gnu and qemu-user
+	$(BIN)/pytest -rs -m slow tests/attention/test_arm.py tests/packaging/test_aarch64.py
 
 # A test of memory may fail here: the measurement itself takes some.
 coverage: $(VENV)/.dev ## the lines of the product that the tests of `make test` run; report in build/coverage

@@ -139,7 +139,7 @@ def _known() -> list[dict[str, Any]]:
                 "description": named.description,
                 "license": named.license,
                 "path": str(path) if path else None,
-                "install": f"pip install 'lowtide[{named.extra}]'",
+                "install": f"pip install {named.install}",
             }
         )
     return rows

