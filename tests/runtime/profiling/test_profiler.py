@@ -152,7 +152,7 @@ def profiled(**options: object) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def plain() -> dict[str, object]:
-    return profiled(context=2048)
+    return profiled(context=2048, reference=True)
 
 
 @pytest.mark.real
@@ -220,7 +220,9 @@ def test_without_a_hook_there_are_no_layers(smollm2: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("lowtide.runtime.backends.gguf.LlamaHook", refuse)
     profiler = Profiler()
-    with Runtime.open(smollm2, memory="8GiB", context=512, profiler=profiler) as runtime:
+    with Runtime.open(
+        smollm2, memory="8GiB", context=512, reference=True, profiler=profiler
+    ) as runtime:
         runtime.generate("The tide", max_tokens=2)
     report = profiler.report()
     assert isinstance(report, ProfileReport) and report.layers == ()
