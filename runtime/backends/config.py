@@ -133,7 +133,7 @@ class LoadConfig:
 
     def _numbers(self) -> dict[str, int | None]:
         """Return the checked counts; raise `BadOption` for what is none."""
-        if self.threads == AUTO:
+        if isinstance(self.threads, str) and self.threads == AUTO:
             object.__setattr__(self, "threads", None)
         ranges = (
             ("context", 1, MOST),
