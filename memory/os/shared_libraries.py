@@ -6,7 +6,7 @@ resident page by page, as it runs: code that runs first after the measurement wo
 the plan. And pages that only the loading of a library needed would be measured although nobody reads them
 again. So the order is:
 
-1. import every module that an answer needs (`PRELOADED_MODULES` in runtime/backends/gguf_baseline.py);
+1. import every module that an answer needs (`MODULE_BYTES` in runtime/backends/gguf_baseline.py);
 2. `release_startup_pages`: drop the pages that only loading has read;
 3. `fault_in`: make the kernels' libraries resident as a whole;
 4. run each module's `preload` (runtime/generation/sampling.py), which touches the numpy code that sampling
