@@ -76,7 +76,7 @@ class _Parts:
 @pytest.fixture
 def in_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> catalog.NamedModel:
     model = catalog.NamedModel(
-        name="parted", package="os", extra="", description="", license="", assembled="parted.gguf"
+        name="parted", package="os", install="", description="", license="", assembled="parted.gguf"
     )
     monkeypatch.setattr(catalog, "NAMED_MODELS", (model,))
     monkeypatch.setattr(catalog, "_package_folder", lambda _model: tmp_path)
