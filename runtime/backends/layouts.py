@@ -65,7 +65,7 @@ class Layouts:
         self._facts = Facts.about("layout", spec.path, heap, _environment())
         self._contexts: dict[tuple[int, int, str], SimulatedContext] = {}
         self._simulated: SimulatedGguf | None = None
-        self._has_news = False
+        self._has_news = self._is_closed = False
         self._measured: LaidOut | None = None
         self._is_stored = True
         with contextlib.suppress(KeyError, TypeError, ValueError):
@@ -118,9 +118,9 @@ class Layouts:
             return self._laid_out().tokenizer
 
     def context(self, context: int, batch_size: int, kv_type: str) -> SimulatedContext | None:
-        """Return the size of a context; None where llama.cpp does not say it."""
+        """Return the size of a context; None where llama.cpp does not say it, or it is not known before `close`."""
         key = context, batch_size, kv_type
-        if key not in self._contexts:
+        if key not in self._contexts and not self._is_closed:
             with contextlib.suppress(ModelError), guarded_aborts():
                 self._contexts[key] = self._laid_out().context(*key)
                 self._has_news = True
@@ -140,7 +140,7 @@ class Layouts:
         if self._simulated is not None:
             self._simulated.close()
             trim_heap()
-        self._simulated = None
+        self._simulated, self._is_closed = None, True
 
     def _values(self) -> dict[str, Any]:
         measured = self._measured if self._is_stored else None
