@@ -110,7 +110,7 @@ class LoadConfig:
             raise BadOption(
                 f"{gpu_memory} is set, but {gpu_layers} is 0: leave {gpu_memory} out, or raise {gpu_layers}"
             )
-        if self.repack is True and (self.gpu_layers or self.gpu_memory is not None):
+        if self.repack is True and self.uses_gpu:
             raise BadOption(
                 f"{option('repack')} is for matmuls on the CPU, but {gpu_layers} or {gpu_memory} is set: leave "
                 "one of them out"
