@@ -56,7 +56,9 @@ def test_a_weight_that_is_not_mapped_is_an_error() -> None:
 
 
 def planned(path: Path, *, streamed: bool, attention: str = "llama") -> ResolvedModel:
-    options = LoadConfig(memory="4GiB", context=512, batch_size=32, threads=2, attention=attention)
+    options = LoadConfig(
+        memory="4GiB", context=512, batch_size=32, threads=2, attention=attention, repack=False
+    )
     made = plan_reference(path, options)
     if not streamed:
         return made

@@ -88,7 +88,7 @@ def test_going_on_is_the_same_bit_for_bit(
 
 def test_a_snapshot_is_refused_by_other_models_and_settings(smollm2: Path, tmp_path: Path) -> None:
     path = tmp_path / "talk"
-    options = {"memory": "4GiB", "context": 1024}
+    options = {"memory": "4GiB", "context": 1024, "attention": "llama"}
     with Runtime.open(smollm2, **options) as runtime:  # type: ignore[arg-type]
         runtime.generate("word " * 520, max_tokens=2)
         runtime.saved_chats.save(path, CHAT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import promising_drafts
@@ -54,7 +55,11 @@ def plain(smollm2: Path) -> Iterator[Runtime]:
 
 @pytest.fixture(scope="module")
 def drafting(smollm2: Path) -> Iterator[Runtime]:
-    with Runtime.open(smollm2, **OPTIONS, speculate="auto") as runtime:  # type: ignore[arg-type]
+    with (
+        patch("lowtide.runtime.speculation.controller.FREE_LOSS_STEPS", 1e9),
+        patch("lowtide.runtime.speculation.controller.FREE_WASTE_S", 1e9),
+        Runtime.open(smollm2, **OPTIONS, speculate="auto") as runtime,  # type: ignore[arg-type]
+    ):
         yield eager(runtime)
 
 
