@@ -8,15 +8,14 @@ of prompts per kind, LOWTIDE_THREADS the number of threads. Drafts are reset bef
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import statistics
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from promising_drafts import largest_speculation
+from prompts_file import prompts_by_kind
 from requantised import requantised
 
 from lowtide import Runtime
@@ -99,19 +98,6 @@ def report(benchmark: Any, name: str, ratios: dict[str, float]) -> None:
     print(f"\n{name}, mean: {mean:.3f} x plain; least {min(ratios.values()):.3f}")
 
 
-def prompts_by_kind() -> dict[str, list[str]]:
-    """Return the prompts of the file in LOWTIDE_PROMPTS."""
-    path = os.environ.get("LOWTIDE_PROMPTS")
-    if path is None:
-        pytest.skip("LOWTIDE_PROMPTS names no file of prompts")
-    kinds: dict[str, list[str]] = defaultdict(list)
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        kinds[entry["category"]].append(entry["turns"][0])
-    limit = int(os.environ.get("LOWTIDE_PER_KIND", "2"))
-    return {kind: prompts[:limit] for kind, prompts in kinds.items()}
-
-
 def planned_for(path: Path, memory: str, speculate: str = "off") -> ResolvedModel:
     """Plan for `memory`, without checking the budget later: this process has two models."""
     options = LoadConfig(
@@ -125,7 +111,7 @@ def planned_for(path: Path, memory: str, speculate: str = "off") -> ResolvedMode
 
 @pytest.mark.parametrize("repack", [False, True], ids=["original", "repacked"])
 def test_every_kind_of_prompt(benchmark: Any, smollm2: Path, *, repack: bool) -> None:
-    kinds = prompts_by_kind()
+    kinds = prompts_by_kind(per_kind=2)
     ratios: dict[str, float] = {}
 
     def ask() -> None:

@@ -7,14 +7,13 @@ the other prompts are compared with the promise of its plan.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prompts_file import prompts_by_kind
 
 from lowtide import Runtime
 
@@ -34,19 +33,6 @@ ENOUGH = 0.10
 """How far the promise may be from what comes."""
 
 
-def prompts_by_kind() -> dict[str, list[str]]:
-    """Return the first prompts of each kind of the file in LOWTIDE_PROMPTS."""
-    path = os.environ.get("LOWTIDE_PROMPTS")
-    if path is None:
-        pytest.skip("LOWTIDE_PROMPTS names no file of prompts")
-    kinds: dict[str, list[str]] = defaultdict(list)
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        kinds[entry["category"]].append(entry["turns"][0])
-    limit = int(os.environ.get("LOWTIDE_PER_KIND", "3"))
-    return {kind: prompts[:limit] for kind, prompts in kinds.items()}
-
-
 def answered(runtime: Runtime, prompts: list[str]) -> list[tuple[float, float, dict[str, Any]]]:
     """Return for each prompt the seconds of decoding, the tokens, and the statistics of speculation."""
     found = []
@@ -61,7 +47,7 @@ def answered(runtime: Runtime, prompts: list[str]) -> list[tuple[float, float, d
 
 
 def test_the_promise_and_what_came(benchmark: Any, smollm2: Path, tmp_path: Path) -> None:
-    kinds = prompts_by_kind()
+    kinds = prompts_by_kind(per_kind=3)
     ratios: dict[str, float] = {}
     shares: dict[str, float] = {}
 
