@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -422,15 +421,8 @@ class Runtime:
     def __del__(self) -> None:
         """Free the model of a runtime that nobody closed, with a `ResourceWarning`."""
         active = getattr(self, "_active", None)  # None where __init__ failed
-        if active is None or not active.is_left_open:
-            return
-        warnings.warn(
-            f"a runtime of {self.spec.name} was not closed",
-            ResourceWarning,
-            stacklevel=2,
-            source=self,
-        )
-        self.close()
+        if active is not None:
+            active.close_dropped(self.spec.name, self)
 
     def __enter__(self) -> Runtime:
         return self

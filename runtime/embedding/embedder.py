@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,15 +163,8 @@ class Embedder:
     def __del__(self) -> None:
         """Free the model of an embedder that nobody closed, with a `ResourceWarning`."""
         active = getattr(self, "_active", None)  # None where __init__ failed
-        if active is None or not active.is_left_open:
-            return
-        warnings.warn(
-            f"an embedder of {self.spec.name} was not closed",
-            ResourceWarning,
-            stacklevel=2,
-            source=self,
-        )
-        self.close()
+        if active is not None:
+            active.close_dropped(self.spec.name, self)
 
     def __enter__(self) -> Embedder:
         return self

@@ -11,6 +11,7 @@ import gc
 import os
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from typing import TypeVar
@@ -51,14 +52,22 @@ class ActiveGeneration:
         return self._is_closed
 
     @property
-    def is_left_open(self) -> bool:
-        """Whether an owner that is collected now was dropped without `close`, in a process that goes on."""
-        return not (self._is_closed or self.is_forked or sys.is_finalizing())
-
-    @property
     def is_forked(self) -> bool:
         """Whether this process is a forked child of the one that loaded the model."""
         return os.getpid() != self._pid
+
+    def close_dropped(self, model: str, owner: object) -> None:
+        """Close for an owner that is collected without `close`, with a `ResourceWarning`; not in a forked child."""
+        if self._is_closed or self.is_forked or sys.is_finalizing():
+            return
+        article = "an" if self._name[0] in "aeiou" else "a"
+        warnings.warn(
+            f"{article} {self._name} of {model} was not closed",
+            ResourceWarning,
+            stacklevel=3,
+            source=owner,
+        )
+        self.close()
 
     def start(self) -> int:
         """Start a generation and return its number. Raises `RuntimeUnusable` after `close` and in a forked child."""
