@@ -57,7 +57,7 @@ class SamplingParams:
     """Whether the last chunk lists the spans of the prompt that `Gem` retained."""
     constraint: Any = None
     """What the answer must look like: `JsonSchema`, `JsonObject`, `Regex`, `Grammar`, `Choice`, a dict with a JSON
-    schema, a pydantic model, or a `Constraint` of your own."""
+    schema, a dataclass, a pydantic model, or a `Constraint` of your own. Callers may name it `response_format`."""
 
     def __post_init__(self) -> None:
         for name, value in self._checked().items():
@@ -85,7 +85,7 @@ class SamplingParams:
         return checked
 
     def _format(self, stop: tuple[str, ...]) -> Any:
-        from lowtide.runtime.structured.formats import as_format
+        from lowtide.runtime.structured.response_format import as_format
 
         if stop:
             raise BadOption(
@@ -107,12 +107,16 @@ class SamplingParams:
     ) -> SamplingParams:
         """Return `base`, or the defaults, with `values`; raises `BadOption` for an unknown name.
 
-        `base` may be a dict with fields by name.
+        `base` may be a dict with fields by name. `response_format` is another name of `constraint`.
         """
         if isinstance(base, Mapping):
             base = cls.of(None, **{str(name): value for name, value in base.items()})
         if base is not None and not isinstance(base, cls):
             raise BadOption(f"params is {shown(base)}; it must be a SamplingParams or a dict")
+        if "response_format" in values:
+            if values.get("constraint") is not None:
+                raise BadOption("constraint and response_format say the same: name one of them")
+            values["constraint"] = values.pop("response_format")
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(names))
         if unknown:

@@ -188,7 +188,7 @@ class Runtime:
         template_arguments: Mapping[str, Any] | None = None,
         **named: Any,
     ) -> Generator[GenerationChunk, None, None]:
-        """Answer a chat, chunk by chunk; `named` are fields of `SamplingParams`.
+        """Answer a chat, chunk by chunk; `named` are fields of `SamplingParams`, `response_format` among them.
 
         `messages` are dicts with "role" and "content": a text, or a list of text parts. A text alone is one question
         of the user. An assistant's message may have "tool_calls". `tools` are the JSON schemas of functions that the
@@ -241,8 +241,9 @@ class Runtime:
     def generate(
         self, prompt: str, params: SamplingParams | None = None, **named: Any
     ) -> GenerationResult:
-        """Continue `prompt` as `stream` does and return the whole result."""
-        return GenerationResult.of(self.stream(prompt, params, **named))
+        """Continue `prompt` as `stream` does and return the whole result, with `parsed` for a `response_format`."""
+        params = SamplingParams.of(params, **named)
+        return GenerationResult.of(self.stream(prompt, params), params.constraint)
 
     def stream_batch(
         self, prompts: Sequence[str], params: ParamsOfAll = None, **named: Any
@@ -287,10 +288,14 @@ class Runtime:
         `BadOption` where the model or the attention runs one sequence at a time.
         """
         prompts = checked_prompts(prompts)
+        params_of = params_of_each(prompts, params, named)
         chunks: list[list[GenerationChunk]] = [[] for _ in prompts]
-        for index, chunk in self.stream_batch(prompts, params, **named):
+        for index, chunk in self.stream_batch(prompts, params_of):
             chunks[index].append(chunk)
-        return [GenerationResult.of(some) for some in chunks]
+        return [
+            GenerationResult.of(some, one.constraint)
+            for some, one in zip(chunks, params_of, strict=True)
+        ]
 
     def spells_control_tokens(self, prompt: str) -> bool:
         """Whether a raw prompt would have other tokens with `special=True`."""

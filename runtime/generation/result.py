@@ -41,6 +41,11 @@ class GenerationResult:
     """What the whole answer cost."""
     retained: tuple[RetainedSpan, ...] = ()
     """With `explain=True`: the spans of the prompt that GemFilter retained."""
+    parsed: Any = None
+    """With a constraint, the value that the text stands for: parsed JSON, or an object of the class that was passed.
+    None where `not_parsed_reason` says why."""
+    not_parsed_reason: str | None = None
+    """Why `parsed` is None; None where the text was parsed."""
 
     @property
     def structured(self) -> dict[str, Any] | None:
@@ -48,14 +53,38 @@ class GenerationResult:
         return self.stats.structured
 
     @classmethod
-    def of(cls, chunks: Iterable[GenerationChunk]) -> GenerationResult:
-        """Run `chunks` to the end and return them as one result."""
+    def of(cls, chunks: Iterable[GenerationChunk], response_format: Any = None) -> GenerationResult:
+        """Run `chunks` to the end and return them as one result.
+
+        Where their format is passed again, the result has `parsed`.
+        """
         collected = list(chunks)
         last = collected[-1]
+        text = "".join(chunk.text for chunk in collected)
+        parsed, reason = _parsed(text, last, response_format)
         return cls(
-            text="".join(chunk.text for chunk in collected),
+            text=text,
             token_ids=tuple(c.token_id for c in collected if c.token_id is not None),
             finish_reason=last.finish_reason or "stop",
             stats=last.stats,
             retained=last.retained,
+            parsed=parsed,
+            not_parsed_reason=reason,
         )
+
+
+def _parsed(text: str, last: GenerationChunk, response_format: Any) -> tuple[Any, str | None]:
+    """Return the value of an answer, and why there is none."""
+    if response_format is None:
+        return None, "no response_format was asked for"
+    if not (last.stats.structured or {}).get("complete"):
+        return None, (
+            f"the answer is not complete (it ended for {last.finish_reason!r}): raise max_tokens or the context"
+        )
+    from lowtide.runtime.structured.response_format import as_format
+
+    found = as_format(response_format)
+    try:
+        return (None if found is None else found.parse(text)), None
+    except Exception as error:  # the caller's own class may refuse the value
+        return None, f"the type of the answer refuses it ({type(error).__name__}: {error})"

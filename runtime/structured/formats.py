@@ -6,8 +6,9 @@ import dataclasses
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import Any, get_origin
 
 from lowtide.models.arguments.names import option
 from lowtide.models.arguments.values import choice, shown, text
@@ -22,6 +23,7 @@ from lowtide.runtime.structured.llguidance_constraint import (
     GrammarTokenizer,
     grammar_from,
 )
+from lowtide.runtime.structured.python_types import NotReadable, PythonType
 from lowtide.runtime.structured.schema import parse_schema, refused_keyword
 from lowtide.runtime.structured.validator import Validator
 from lowtide.runtime.structured.vocabulary import TokenVocabulary
@@ -83,7 +85,7 @@ class _Grammar(OutputFormat):
 
 @dataclasses.dataclass(frozen=True)
 class JsonSchema(_Grammar):
-    """JSON that follows a schema: a dict, its text, or a class that pydantic can read (a model, a dataclass).
+    """JSON that follows a schema: a dict, its text, or a type of Python (a dataclass, a TypedDict, a pydantic model).
 
     `style` is the white space between values: "flexible" allows up to 8 characters, "pretty" one blank after each
     comma and colon (as `json.dumps` writes it), "compact" none. `check` is "exact", which refuses a schema with a
@@ -96,9 +98,9 @@ class JsonSchema(_Grammar):
     check: str = "exact"
 
     def __post_init__(self) -> None:
-        parsed, model = _schema_of(self.schema)
+        parsed, read = _schema_of(self.schema)
         object.__setattr__(self, "schema", json.dumps(parsed))
-        object.__setattr__(self, "_model", model)
+        object.__setattr__(self, "_read", read)
         choice(option("json_style"), self.style, STYLES)
         choice(option("schema_check"), self.check, CHECKS)
         _check_size(self.schema)
@@ -130,11 +132,9 @@ class JsonSchema(_Grammar):
         return refused_keyword(json.loads(self.schema), _first_line(reason))
 
     def parse(self, answer: str) -> Any:
-        """Return the JSON value, or an object of the pydantic model or dataclass that the schema came from."""
-        model = getattr(self, "_model", None)
-        if model is None:
-            return json.loads(answer)
-        return model.validate_json(answer)
+        """Return the JSON value, or a value of the type that the schema came from."""
+        read: Callable[[str], Any] = getattr(self, "_read", json.loads)
+        return read(answer)
 
 
 class JsonObject(JsonSchema):
@@ -215,58 +215,45 @@ class OwnConstraint(OutputFormat):
         return self.constraint.fork()
 
 
-def as_format(value: Any) -> OutputFormat:
-    """Return the value as a format; raises `BadOption` for what is none.
-
-    A dict, a pydantic model and a dataclass are JSON schemas, a compiled `re` pattern is a regular expression, a
-    list of texts are choices.
-    """
-    if isinstance(value, OutputFormat):
-        return value
-    if isinstance(value, Constraint):
-        return OwnConstraint(value)
-    if isinstance(value, re.Pattern):
-        return Regex(value)
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return Choice(value)
-    if isinstance(value, (Mapping, type)):
-        return JsonSchema(value)
-    raise BadOption(
-        f"constraint is {shown(value)}; it must be JsonSchema(...), JsonObject(), Regex(...), Grammar(...), "
-        "Choice(...), a dict with a JSON schema, or a pydantic model"
-    )
-
-
-def _schema_of(value: Any) -> tuple[Any, Any]:
-    """Return the JSON schema of a value, and pydantic's adapter where it came from a class."""
-    if isinstance(value, type):
-        return _schema_of_class(value)
+def _schema_of(value: Any) -> tuple[Any, Callable[[str], Any]]:
+    """Return the JSON schema of a value, and how to read an answer of that schema."""
     if isinstance(value, str):
-        return parse_schema(value), None
+        return parse_schema(value), json.loads
     if isinstance(value, (Mapping, bool)):
         try:
-            return parse_schema(json.dumps(value)), None
+            return parse_schema(json.dumps(value)), json.loads
         except (TypeError, ValueError, RecursionError) as error:
             if isinstance(error, BadOption):
                 raise
             raise BadOption(f"the JSON schema has a value that is not JSON: {error}") from None
-    raise BadOption(f"the JSON schema is {shown(value)}; it must be a dict or its text")
+    if isinstance(value, type) or get_origin(value) is not None:
+        return _schema_of_type(value)
+    raise BadOption(f"the JSON schema is {shown(value)}; it must be a dict, its text, or a type")
 
 
-def _schema_of_class(value: type) -> tuple[Any, Any]:
-    try:
-        from pydantic import TypeAdapter
-    except ImportError:
+def _schema_of_type(value: Any) -> tuple[Any, Callable[[str], Any]]:
+    """Read the types of Python here, and others with pydantic, where that is installed."""
+    if not hasattr(value, "__pydantic_validator__"):
+        try:
+            found = PythonType(value)
+            return found.schema, lambda answer: found.value(json.loads(answer))
+        except NotReadable as error:
+            reason = str(error)
+    else:
+        reason = "it is a class of pydantic"
+    name = getattr(value, "__name__", str(value))
+    if find_spec("pydantic") is None:
         raise BadOption(
-            f"the JSON schema of {value.__name__} needs pydantic, which is not installed: pip install "
-            "pydantic, or pass the schema as a dict"
-        ) from None
+            f"{name} has no JSON schema ({reason}): install pydantic, or pass a dataclass or a dict"
+        )
+    from pydantic import TypeAdapter
+
     try:
         adapter: Any = TypeAdapter(value)
-        return adapter.json_schema(), adapter
+        return adapter.json_schema(), adapter.validate_json
     except Exception as error:  # pydantic has several, and a class may raise its own
         raise BadOption(
-            f"{value.__name__} has no JSON schema ({_first_line(str(error))}): pass a pydantic model or a dict"
+            f"{name} has no JSON schema ({_first_line(str(error))}): pass a dataclass, a pydantic model or a dict"
         ) from None
 
 
