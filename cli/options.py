@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -211,6 +211,26 @@ _SAMPLING: tuple[Option, ...] = (
         help="How many recent tokens --repeat-penalty considers; 0 disables it.",
     ),
     click.option(
+        "--frequency-penalty",
+        type=float,
+        default=0.0,
+        show_default=True,
+        help="Subtract this from a token's logit for each time that the answer has it, -2 to 2; 0 disables it.",
+    ),
+    click.option(
+        "--presence-penalty",
+        type=float,
+        default=0.0,
+        show_default=True,
+        help="Subtract this once from the logits of tokens that the answer has, -2 to 2; 0 disables it.",
+    ),
+    click.option(
+        "--logit-bias",
+        multiple=True,
+        metavar="ID=BIAS",
+        help="Add BIAS, -100 (never) to 100, to the logit of the token with this id; repeatable.",
+    ),
+    click.option(
         "--seed",
         type=int,
         help="Seed of sampling; the same seed gives the same answer. -1 draws one.  [default: random, reported]",
@@ -349,6 +369,21 @@ def take_generation_options(options: dict[str, Any]) -> SamplingParams:
     from lowtide.runtime.options import SamplingParams
 
     names = (
-        "max_tokens temperature top_k top_p min_p repeat_penalty repeat_last_n seed stop overflow"
+        "max_tokens temperature top_k top_p min_p repeat_penalty repeat_last_n frequency_penalty presence_penalty "
+        "seed stop overflow"
     ).split()
-    return SamplingParams(**{name: options.pop(name) for name in names})
+    biases = _biases(options.pop("logit_bias"))
+    return SamplingParams(logit_bias=biases, **{name: options.pop(name) for name in names})
+
+
+def _biases(stated: Sequence[str]) -> dict[str, str]:
+    """Return biases by token id; the parameters check both."""
+    biases = {}
+    for one in stated:
+        token_id, equals, bias = one.partition("=")
+        if not equals:
+            raise click.UsageError(
+                f"--logit-bias is {one!r}: write a token's id, = and a number from -100 to 100, such as 42=-100"
+            )
+        biases[token_id] = bias
+    return biases

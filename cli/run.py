@@ -28,7 +28,7 @@ from lowtide.cli.streams import print_answer
 from lowtide.cli.structured import structured_options, take_constraint
 
 if TYPE_CHECKING:
-    from lowtide import GenerationChunk
+    from lowtide import GenerationChunk, GenerationResult
     from lowtide.memory.os.cgroup import ControlGroup
 
 
@@ -54,6 +54,12 @@ if TYPE_CHECKING:
 @click.option(
     "--explain", is_flag=True, help="Show which parts of the prompt --attention gem retained."
 )
+@click.option(
+    "--logprobs",
+    type=int,
+    metavar="N",
+    help="With --json: the log probability of each token, and the N (0 to 20) most probable ones at its place.",
+)
 @json_option
 @enforce_option
 @generation_options
@@ -65,6 +71,7 @@ def command(
     raw: bool,
     special: bool,
     explain: bool,
+    logprobs: int | None,
     as_json: bool,
     enforce: ControlGroup | None,
     **options: Any,
@@ -95,8 +102,12 @@ def command(
         raise click.UsageError(
             "--special parses control tokens in a text without a chat template: add --raw, or leave it out"
         )
+    if logprobs is not None and not as_json:
+        raise click.UsageError("--logprobs are part of the JSON: add --json, or leave it out")
     constraint = take_constraint(options)
-    generation = replace(take_generation_options(options), special=special, constraint=constraint)
+    generation = replace(
+        take_generation_options(options), special=special, constraint=constraint, logprobs=logprobs
+    )
     options["structured"] = constraint is not None
     arguments = take_template_arguments(options)
     if raw and (arguments or options["chat_template"]):
@@ -139,6 +150,7 @@ def command(
                 finish_reason=result.finish_reason,
                 stats=result.stats.to_dict(),
                 **kernel_values(planned),
+                **_logprobs(result),
                 **({} if spans is None else {"retained_spans": [span.to_dict() for span in spans]}),
             )
         )
@@ -148,6 +160,17 @@ def command(
         note(f"{span.position:>7,}  {span.score:.3f}  {span.text!r}")
     note(statistics_line(result.stats, result.finish_reason, generation))
     quality_note(planned, result.stats, is_question=not raw)
+
+
+def _logprobs(result: GenerationResult) -> dict[str, Any]:
+    if result.logprobs is None:
+        return {}
+    return {
+        "logprobs": [
+            {**one.to_dict(), "top_logprobs": [other.to_dict() for other in one.top]}
+            for one in result.logprobs
+        ]
+    }
 
 
 def _messages(text: str, system: str | None) -> list[dict[str, str]]:

@@ -22,6 +22,8 @@ from lowtide.models.errors import BadOption
 
 OVERFLOWS = ("error", "drop-oldest")
 MAX_SEED = (1 << 63) - 1
+MAX_BIAS = 100
+MAX_TOP_LOGPROBS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +47,15 @@ class SamplingParams:
     """Makes tokens that occurred before less probable; 1 is off."""
     repeat_last_n: int = 64
     """Tokens that the penalty looks back on."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time that this answer has it, -2 to 2; 0 is off."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logits of tokens that this answer has, -2 to 2; 0 is off."""
+    logit_bias: Any = ()
+    """What is added to the logits of tokens: a dict from token ids to -100 (never) up to 100; pairs once checked."""
+    logprobs: int | None = None
+    """Whether each token comes with its log probability, and with how many of the most probable at its place (0 to
+    20); None is off. They are the model's: nothing here changes them."""
     seed: int | None = None
     """Seed of the random draws; None or -1 draws one, which the statistics report."""
     stop: tuple[str, ...] = ()
@@ -76,6 +87,11 @@ class SamplingParams:
             )
         for name, lowest, highest in _REAL:
             checked[name] = number(option(name), getattr(self, name), lowest, highest)
+        checked["logit_bias"] = _biases(self.logit_bias)
+        if self.logprobs is not None:
+            checked["logprobs"] = whole_number(
+                option("logprobs"), self.logprobs, 0, MAX_TOP_LOGPROBS
+            )
         checked["stop"] = texts(option("stop"), self.stop)
         checked["overflow"] = choice(option("overflow"), self.overflow, OVERFLOWS)
         checked["special"] = flag(option("special"), self.special)
@@ -137,12 +153,35 @@ _REAL = (
     ("top_p", 0, 1),
     ("min_p", 0, 1),
     ("repeat_penalty", 0.01, 100),
+    ("frequency_penalty", -2, 2),
+    ("presence_penalty", -2, 2),
 )
 _NONE_OR_MINUS_ONE = ("max_tokens", "seed")
 _ALSO = {
     "max_tokens": ", or -1 to go on until the model ends the text or the context is full",
     "seed": ", or -1 to draw one",
 }
+
+
+def _biases(value: Any) -> tuple[tuple[int, float], ...]:
+    """Return the biases as pairs of a token id and a number, by id; None is none."""
+    name = option("logit_bias")
+    try:
+        pairs = [
+            (token_id, bias)
+            for token_id, bias in (value.items() if isinstance(value, Mapping) else value or ())
+        ]
+    except (TypeError, ValueError):
+        raise BadOption(
+            f"{name} is {shown(value)}; it must be a dict from token ids to numbers"
+        ) from None
+    checked = {
+        whole_number(f"a token of {name}", token_id): number(
+            f"{name} of token {shown(token_id)}", bias, -MAX_BIAS, MAX_BIAS
+        )
+        for token_id, bias in pairs
+    }
+    return tuple(sorted(checked.items()))
 
 
 def _is_minus_one(value: Any) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from lowtide.runtime.generation.logprobs import TokenLogprob
 from lowtide.runtime.generation.statistics import Statistics
 from lowtide.runtime.profiling.retention_map import RetainedSpan
 
@@ -25,6 +26,9 @@ class GenerationChunk:
     """Counts and times up to this token; complete on the last chunk."""
     retained: tuple[RetainedSpan, ...] = ()
     """With `explain=True`, on the last chunk: the spans of the prompt that GemFilter retained."""
+    logprobs: TokenLogprob | None = None
+    """With `logprobs`: the token's log probability; None for the end of text, and where a constraint closed the
+    answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,9 @@ class GenerationResult:
     None where `not_parsed_reason` says why."""
     not_parsed_reason: str | None = None
     """Why `parsed` is None; None where the text was parsed."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """With `logprobs`: the log probabilities of the sampled tokens; tokens that close a constrained answer have
+    none."""
 
     @property
     def structured(self) -> dict[str, Any] | None:
@@ -70,6 +77,7 @@ class GenerationResult:
             retained=last.retained,
             parsed=parsed,
             not_parsed_reason=reason,
+            logprobs=_logprobs(collected),
         )
 
 
@@ -88,3 +96,7 @@ def _parsed(text: str, last: GenerationChunk, response_format: Any) -> tuple[Any
         return (None if found is None else found.parse(text)), None
     except Exception as error:  # the caller's own class may refuse the value
         return None, f"the type of the answer refuses it ({type(error).__name__}: {error})"
+
+
+def _logprobs(chunks: list[GenerationChunk]) -> tuple[TokenLogprob, ...] | None:
+    return tuple(chunk.logprobs for chunk in chunks if chunk.logprobs is not None) or None

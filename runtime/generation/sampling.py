@@ -1,7 +1,7 @@
 """Sampler: chooses one token from logits. Its only state is its random generator.
 
-The steps are in llama.cpp's default order: penalty, top-k, top-p, min-p, temperature, draw. With a constraint on the
-answer, all steps but the penalty see legal tokens only, as if the others were not in the vocabulary.
+The steps are in llama.cpp's default order: biases and penalties, top-k, top-p, min-p, temperature, draw. With a
+constraint on the answer, all steps but the first see legal tokens only, as if the others were not in the vocabulary.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lowtide.runtime.generation.logit_changes import changed_logits
+from lowtide.runtime.generation.logprobs import LogprobMeter
 from lowtide.runtime.options import SamplingParams
 
 if TYPE_CHECKING:
@@ -39,13 +41,19 @@ class Sampler:
         self._random = random.Random(self.seed)
 
     def choose(
-        self, logits: Logits, history: Sequence[int], answer: ConstrainedAnswer | None = None
+        self,
+        logits: Logits,
+        history: Sequence[int],
+        answer: ConstrainedAnswer | None = None,
+        *,
+        num_prompt: int = 0,
     ) -> int:
         """Return the next token after `history`, given its `logits` of shape (vocabulary,).
 
-        `answer` says which tokens are legal; None for all.
+        The first `num_prompt` tokens of `history` were not sampled. `answer` says which tokens are legal; None for
+        all.
         """
-        logits = self._penalised(logits, history)
+        logits = changed_logits(logits, self._params, history, num_prompt)
         if answer is not None:
             return self._choose_legal(answer.weigh(logits), answer)
         if self._params.temperature == 0:
@@ -91,17 +99,6 @@ class Sampler:
         tempered[-1] += 1.0 - tempered.sum()  # the cumulative sum must reach 1
         return candidates[:count], tempered
 
-    def _penalised(self, logits: Logits, history: Sequence[int]) -> Logits:
-        penalty, last_n = self._params.repeat_penalty, self._params.repeat_last_n
-        if penalty == 1 or last_n == 0 or not history:
-            return logits
-        # np.unique would import numpy.ma, which takes 6 ms and a megabyte.
-        recent = np.array(sorted(set(history[-last_n:])))
-        changed = logits.copy()
-        values = changed[recent]
-        changed[recent] = np.where(values > 0, values / penalty, values * penalty)
-        return changed
-
 
 def _largest(logits: Logits, count: int) -> Indices:
     """Return the indices of the `count` largest logits (0: of all), largest first."""
@@ -140,5 +137,9 @@ def preload() -> None:
     planner calls this before it measures the process (`runtime/backends/gguf_baseline.py`). A new sampling option
     must be switched on here.
     """
-    options = SamplingParams(top_p=0.9, min_p=0.1, repeat_penalty=1.1)
-    Sampler(options).choose(np.linspace(0, 1, 1024, dtype=np.float32), (1, 2))
+    options = SamplingParams(
+        top_p=0.9, min_p=0.1, repeat_penalty=1.1, frequency_penalty=0.1, logit_bias={3: 1}
+    )
+    logits = np.linspace(0, 1, 1024, dtype=np.float32)
+    Sampler(options).choose(logits, (1, 2))
+    LogprobMeter(2, lambda _: b"").measure(logits, 1)

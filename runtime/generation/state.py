@@ -11,6 +11,7 @@ from lowtide.attention.bindings.counts import KernelCounts
 from lowtide.memory.process import read_process_memory
 from lowtide.models.model import Model
 from lowtide.models.tokenizer import TextStream
+from lowtide.runtime.generation.logprobs import LogprobMeter, TokenLogprob
 from lowtide.runtime.generation.result import GenerationChunk
 from lowtide.runtime.generation.sampling import Sampler
 from lowtide.runtime.generation.statistics import Statistics
@@ -227,6 +228,11 @@ class GenerationState:
         self._num_prompt = 0
         self._is_end = model.tokenizer.is_end
         self._sampler = Sampler(request.params)
+        num_top = request.params.logprobs
+        self._meter = (
+            None if num_top is None else LogprobMeter(num_top, model.tokenizer.token_bytes)
+        )
+        self._logprobs: TokenLogprob | None = None
         self._stream = TextStream(model.tokenizer)
         self._stops = StopMatcher(request.params.stop)
         self._stats = StatsRecorder(
@@ -262,7 +268,11 @@ class GenerationState:
         A constrained answer advances by it, or is closed instead.
         """
         self._stats.record_prefill()
-        token_id = self._sampler.choose(logits, self.token_ids, self.answer)
+        token_id = self._sampler.choose(
+            logits, self.token_ids, self.answer, num_prompt=self._num_prompt
+        )
+        if self._meter is not None:
+            self._logprobs = self._meter.measure(logits, token_id)
         if self.answer is not None:
             self.answer.take(token_id)
         return token_id
@@ -300,15 +310,19 @@ class GenerationState:
     def _chunk(
         self, token_id: int, text: str, finish_reason: str | None, *, is_stopped: bool = False
     ) -> GenerationChunk:
+        logprobs, self._logprobs = self._logprobs, None  # closing tokens have none
         if finish_reason is not None:
             self.is_finished = True
             rest = "" if is_stopped else self._stops.rest()
-            return GenerationChunk(text + rest, token_id, finish_reason, self._stats.final())
+            return GenerationChunk(
+                text + rest, token_id, finish_reason, self._stats.final(), logprobs=logprobs
+            )
         self.token_ids.append(token_id)
-        return GenerationChunk(text, token_id, None, self._stats.statistics())
+        return GenerationChunk(text, token_id, None, self._stats.statistics(), logprobs=logprobs)
 
     def _closed(self, answer: ConstrainedAnswer, finish_reason: str) -> Iterator[GenerationChunk]:
         """Yield the tokens that close the answer; the last chunk has the reason for which it had to end."""
+        self._logprobs = None
         for token_id in answer.close():
             text, _ = self._pushed(token_id)
             yield self._chunk(token_id, text, None)

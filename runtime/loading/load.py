@@ -253,6 +253,13 @@ class Engine:
         policy = self.planned.policy
         if is_completion and policy.completion_refusal is not None:
             raise BadOption(policy.completion_refusal)
+        size = self.planned.spec.vocabulary.num_tokens
+        beyond = [token_id for token_id, _ in options.logit_bias if token_id >= size]
+        if beyond:
+            raise BadOption(
+                f"{option('logit_bias')} has token {beyond[-1]}, but the model's tokens are 0 to {size - 1}: name one "
+                "of those"
+            )
         if options.explain and self.prompt_filter is None:
             raise BadOption(
                 f"explain shows which tokens of a prompt gem retained, but attention is {policy.name!r}: open "

@@ -67,6 +67,18 @@ def test_options_reach_the_generation(lowtide: Invoke) -> None:
     assert lowtide("run", "-p", "Hi\n", "--raw").stdout == "Hello.\n"
 
 
+def test_the_json_has_log_probabilities(lowtide: Invoke) -> None:
+    done = lowtide(
+        "run", "-p", "Hi", "--temp", "0", "--json", "--logprobs", "2", "--logit-bias", "72=-100"
+    )
+    answer = json.loads(done.stdout)
+    assert [one["token_id"] for one in answer["logprobs"]] == answer["tokens"]
+    assert "H" not in answer["text"]
+    first = answer["logprobs"][0]
+    assert first["top_logprobs"][0]["token"] == "H" and first["logprob"] < -1
+    assert len(first["top_logprobs"]) == 2
+
+
 def test_a_system_message_comes_first(lowtide: Invoke) -> None:
     lowtide("run", "-p", "Hi", "-s", "Be brief.")
     model = lowtide.models[-1]  # type: ignore[attr-defined]
@@ -81,6 +93,10 @@ WRONG = {
     "bad temperature": (["-p", "x", "--temp", "-1"], "--temp is -1"),
     "bad count": (["-p", "x", "-n", "0"], "--max-tokens is 0"),
     "bad window": (["-p", "x", "--repeat-last-n", "-1"], "--repeat-last-n is -1"),
+    "bad penalty": (["-p", "x", "--frequency-penalty", "3"], "--frequency-penalty is 3"),
+    "bad bias": (["-p", "x", "--logit-bias", "5"], "write a token's id, = and a number"),
+    "bias of no token": (["-p", "x", "--logit-bias", "many=1"], "--logit-bias is 'many'"),
+    "logprobs without JSON": (["-p", "x", "--logprobs", "2"], "add --json"),
     "bad number": (["-p", "x", "--top-k", "many"], "is not a valid integer"),
     "bad context": (["-p", "x", "-c", "99999"], "was trained for 512"),
     "system without template": (
