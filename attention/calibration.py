@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from lowtide.models.errors import LowtideError
-from lowtide.models.folders import CACHE_VARIABLE, cache_folder
+from lowtide.models.files.folders import CACHE_VARIABLE, cache_folder
 from lowtide.models.spec import ModelSpec
 
 SHIPPED = Path(__file__).with_name("calibrations")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowtide.cli.enforce import clean_termination
-from lowtide.cli.options import (
+from lowtide.cli.common.enforce import clean_termination
+from lowtide.cli.common.options import (
     json_option,
     opening_options_but_attention,
     plan_with,
@@ -105,7 +105,7 @@ def command(
 
     With --speculate, compare greedy answers with drafts to answers without, for several kinds of prompts.
     """
-    from lowtide.cli.output import json_object, note
+    from lowtide.cli.common.output import json_object, note
     from lowtide.runtime.benchmark.paired import PairedBenchmark
     from lowtide.runtime.benchmark.tasks import attention_workers, speculation_workers
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowtide.cli.options import (
+from lowtide.cli.common.options import (
     opening_options,
     plan_with,
     take_open_options,
@@ -101,7 +101,7 @@ def command(
     """
     from lowtide.attention.calibration import save_calibration
     from lowtide.attention.calibrator import CalibrationRequest, Targets
-    from lowtide.cli.output import json_object, note, plan_line
+    from lowtide.cli.common.output import json_object, note, plan_line
     from lowtide.runtime.loading.load import Engine
 
     calibrator = _calibrator(options["attention"])
@@ -165,7 +165,7 @@ def _calibrator(attention: str) -> Calibrator:
 def _check_output(output: Path | None) -> None:
     """Raise `CalibrationError` now, and not after minutes, where the result could not be saved."""
     from lowtide.attention.calibration import CalibrationError, calibration_folder
-    from lowtide.models.folders import CACHE_VARIABLE, unusable
+    from lowtide.models.files.folders import CACHE_VARIABLE, unusable
 
     folder = calibration_folder() if output is None else output.absolute().parent
     reason = unusable(folder, CACHE_VARIABLE)
@@ -189,7 +189,7 @@ def _check_engine(spec: ModelSpec) -> None:
 def _context(engine: Engine, text: Path | None, arguments: Mapping[str, Any]) -> CalibrationContext:
     """Return the loaded model with a text of twice its context."""
     from lowtide.attention.calibrator import CalibrationContext
-    from lowtide.cli.output import note
+    from lowtide.cli.common.output import note
     from lowtide.models.errors import BadOption
     from lowtide.runtime.evaluation.text import BUILT_IN, framing_of, read_sample, sample_tokens
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowtide.cli.enforce import enforce_option, set_limit
-from lowtide.cli.input import TurnReader
-from lowtide.cli.options import (
+from lowtide.cli.common.enforce import enforce_option, set_limit
+from lowtide.cli.common.input import TurnReader
+from lowtide.cli.common.options import (
     generation_options,
     opening_options,
     planned_model,
@@ -25,9 +25,9 @@ from lowtide.cli.options import (
     take_template_arguments,
     template_options,
 )
-from lowtide.cli.output import note, quality_note, statistics_line
-from lowtide.cli.streams import is_terminal, one_line, print_answer
-from lowtide.cli.structured import structured_options, take_constraint
+from lowtide.cli.common.output import note, quality_note, statistics_line
+from lowtide.cli.common.streams import is_terminal, one_line, print_answer
+from lowtide.cli.common.structured import structured_options, take_constraint
 from lowtide.memory.units import format_bytes
 from lowtide.models.errors import LowtideError
 from lowtide.runtime.errors import OverBudget, SnapshotMismatch
@@ -53,9 +53,9 @@ def command(system: str | None, enforce: ControlGroup | None, **options: Any) ->
 
     MODEL is a .gguf file, an ONNX folder, a name from `lowtide models`, or hf:user/repo[:quant].
     """
-    from lowtide.cli.input import TurnReader
-    from lowtide.cli.output import note, plan_line, template_note
-    from lowtide.cli.progress import load_runtime
+    from lowtide.cli.common.input import TurnReader
+    from lowtide.cli.common.output import note, plan_line, template_note
+    from lowtide.cli.common.progress import load_runtime
     from lowtide.memory.plan.estimates import prompt_limit_bytes
 
     constraint = take_constraint(options)

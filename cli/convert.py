@@ -28,7 +28,7 @@ def command(model: str, folder: Path, activations: str, force: bool, offline: bo
     Quantised weights keep their values. Floating-point weights are quantised to 8 bits, which the command
     reports. FOLDER is written completely, with checksums, or not at all.
     """
-    from lowtide.cli.output import note
+    from lowtide.cli.common.output import note
     from lowtide.models.convert.convert import convert
     from lowtide.runtime.planning.plan import find_spec
 

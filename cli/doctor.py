@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from lowtide.cli.options import json_option
+from lowtide.cli.common.options import json_option
 from lowtide.memory.units import MIB
 
 MIN_AVAILABLE_BYTES = 256 * MIB
@@ -140,7 +140,7 @@ def _models() -> dict[str, Any]:
 
 def _folders() -> dict[str, Any]:
     """Report where files can be stored; without a folder lowtide works, and stores nothing."""
-    from lowtide.models.folders import (
+    from lowtide.models.files.folders import (
         CACHE_VARIABLE,
         STATE_VARIABLE,
         cache_folder,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from lowtide.cli.options import json_option
+from lowtide.cli.common.options import json_option
 
 if TYPE_CHECKING:
     from lowtide.runtime.embedding.embedder import Embedder
@@ -126,7 +126,7 @@ def _errors_of(output: Path | None) -> Iterator[None]:
 
 
 def _note_plan(planned: PlannedEmbedding) -> None:
-    from lowtide.cli.output import note
+    from lowtide.cli.common.output import note
     from lowtide.memory.units import format_bytes
 
     spec, plan = planned.spec, planned.plan
@@ -140,7 +140,7 @@ def _note_plan(planned: PlannedEmbedding) -> None:
 
 
 def _note_count(count: int, planned: PlannedEmbedding) -> None:
-    from lowtide.cli.output import note
+    from lowtide.cli.common.output import note
     from lowtide.memory.process import read_process_memory
     from lowtide.memory.units import format_bytes
 
@@ -151,7 +151,7 @@ def _note_count(count: int, planned: PlannedEmbedding) -> None:
 
 def _lines(file: Path | None, context: int) -> Iterator[str]:
     """Yield the texts of a file or of standard input, one a line, without reading all of it at once."""
-    from lowtide.cli.input import STDIN, text_lines
+    from lowtide.cli.common.input import STDIN, text_lines
     from lowtide.memory.plan.estimates import prompt_limit_bytes
 
     lines = text_lines(file or Path(STDIN), prompt_limit_bytes(context))
@@ -176,7 +176,7 @@ def _write(
 
     A file takes the place of an older one only when it is complete.
     """
-    from lowtide.models.atomic_file import atomic_file
+    from lowtide.models.files.atomic_file import atomic_file
 
     if output is None:
         lines = _json(vectors, embedder, normalize) if as_json else _plain(vectors)
@@ -215,7 +215,7 @@ def _json(
     vectors: Iterator[Vectors], embedder: Embedder, normalize: bool
 ) -> Iterator[tuple[str, int]]:
     """Yield one JSON object in pieces: a Python object of all numbers would take ten times the memory."""
-    from lowtide.cli.output import json_object
+    from lowtide.cli.common.output import json_object
 
     planned = embedder.planned
     head = json_object(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowtide.cli.enforce import enforce_option, set_limit
-from lowtide.cli.options import (
+from lowtide.cli.common.enforce import enforce_option, set_limit
+from lowtide.cli.common.options import (
     json_option,
     opening_options,
     plan_with,
@@ -71,7 +71,7 @@ def command(
     it gets worse, so gem refuses to continue texts.
     """
     from lowtide.attention.registry import parse_policy
-    from lowtide.cli.output import json_object, note
+    from lowtide.cli.common.output import json_object, note
     from lowtide.runtime.evaluation.evaluate import (
         evaluate,
         evaluation_config,
@@ -109,7 +109,7 @@ def command(
 @contextlib.contextmanager
 def _loaded(planned: ResolvedModel, enforce: ControlGroup | None) -> Iterator[Engine]:
     """Print the plan, set the limit, and load the model for the block."""
-    from lowtide.cli.output import note, plan_line
+    from lowtide.cli.common.output import note, plan_line
     from lowtide.runtime.loading.load import Engine
 
     planned.require_fit()

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
-from lowtide.cli.streams import one_line, prepare_streams, print_warning
+from lowtide.cli.common.streams import one_line, prepare_streams, print_warning
 from lowtide.memory.os.numpy_threads import limit_numpy_threads
 from lowtide.models.arguments.names import on_command_line
 from lowtide.models.errors import LowtideError, LowtideWarning

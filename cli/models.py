@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lowtide.cli.options import json_option
+from lowtide.cli.common.options import json_option
 
 
 class _Models(click.Group):
@@ -36,7 +36,7 @@ def command() -> None:
 @click.option("--offline", is_flag=True, help="Never use the network.")
 def repack(model: str | None, offline: bool) -> None:
     """Write a copy of MODEL for lowtide's matmul kernels to the cache folder, and print its path."""
-    from lowtide.cli.output import note
+    from lowtide.cli.common.output import note
     from lowtide.runtime.planning.plan import backend_for, find_spec
 
     spec = find_spec(model, offline=offline)

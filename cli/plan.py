@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowtide.cli.options import (
+from lowtide.cli.common.options import (
     json_option,
     opening_options,
     planned_model,
@@ -19,8 +19,8 @@ from lowtide.cli.options import (
     quality_option,
     speculate_option,
 )
-from lowtide.cli.streams import one_line
-from lowtide.cli.structured import structured_option
+from lowtide.cli.common.streams import one_line
+from lowtide.cli.common.structured import structured_option
 
 if TYPE_CHECKING:
     from lowtide.runtime.planning.plan import ResolvedModel
@@ -46,7 +46,7 @@ def command(as_json: bool, **options: Any) -> None:
     Exits with 2 if the model does not fit. MODEL is a .gguf file, an ONNX folder, a name from
     `lowtide models`, or hf:user/repo[:quant].
     """
-    from lowtide.cli.output import json_object, kernel_values
+    from lowtide.cli.common.output import json_object, kernel_values
     from lowtide.memory.units import OverBudget
 
     planned = planned_model(options)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowtide.cli.options import (
+from lowtide.cli.common.options import (
     generation_options,
     json_option,
     opening_options,
@@ -23,7 +23,7 @@ from lowtide.cli.options import (
     take_template_arguments,
     template_options,
 )
-from lowtide.cli.output import gpu_line
+from lowtide.cli.common.output import gpu_line
 from lowtide.memory.units import format_bytes
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ def command(
     --memory. MODEL is a .gguf file, an ONNX folder, a name from `lowtide models`, or hf:user/repo[:quant].
     """
     from lowtide import Profiler
-    from lowtide.cli.output import json_object, note, plan_line, template_note
-    from lowtide.cli.progress import load_runtime
+    from lowtide.cli.common.output import json_object, note, plan_line, template_note
+    from lowtide.cli.common.progress import load_runtime
     from lowtide.runtime.planning.expected import ExpectedPrompt, PromptLimit
 
     _check_outputs(report, trace, png)
@@ -116,7 +116,7 @@ def _check_outputs(report: Path | None, trace: Path | None, png: Path | None) ->
 
 
 def _turns(prompt: str | None, script: Path | None, limit: PromptLimit) -> list[str]:
-    from lowtide.cli.input import prompt_text, read_file
+    from lowtide.cli.common.input import prompt_text, read_file
     from lowtide.models.errors import BadOption
 
     if script is None:
@@ -137,7 +137,7 @@ def _run(
 ) -> list[Statistics]:
     """Answer the turns as a chat, and print the statistics of each answer."""
     from lowtide import GenerationResult
-    from lowtide.cli.output import note, statistics_line
+    from lowtide.cli.common.output import note, statistics_line
 
     messages: list[dict[str, str]] = []
     answers = []

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowtide.cli.enforce import enforce_option, set_limit
-from lowtide.cli.options import (
+from lowtide.cli.common.enforce import enforce_option, set_limit
+from lowtide.cli.common.options import (
     generation_options,
     json_option,
     opening_options,
@@ -24,8 +24,8 @@ from lowtide.cli.options import (
     take_template_arguments,
     template_options,
 )
-from lowtide.cli.streams import print_answer
-from lowtide.cli.structured import structured_options, take_constraint
+from lowtide.cli.common.streams import print_answer
+from lowtide.cli.common.structured import structured_options, take_constraint
 
 if TYPE_CHECKING:
     from lowtide import GenerationChunk, GenerationResult
@@ -81,8 +81,8 @@ def command(
     MODEL is a .gguf file, an ONNX folder, a name from `lowtide models`, or hf:user/repo[:quant].
     """
     from lowtide import GenerationResult
-    from lowtide.cli.input import prompt_text
-    from lowtide.cli.output import (
+    from lowtide.cli.common.input import prompt_text
+    from lowtide.cli.common.output import (
         json_object,
         kernel_values,
         note,
@@ -91,7 +91,7 @@ def command(
         statistics_line,
         template_note,
     )
-    from lowtide.cli.progress import load_runtime
+    from lowtide.cli.common.progress import load_runtime
     from lowtide.runtime.planning.expected import ExpectedPrompt, PromptLimit
 
     if system is not None and raw:

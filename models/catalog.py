@@ -29,7 +29,7 @@ from lowtide.models.errors import (
     ModelError,
     ModelNotFound,
 )
-from lowtide.models.folders import CACHE_VARIABLE, cache_folder, unusable
+from lowtide.models.files.folders import CACHE_VARIABLE, cache_folder, unusable
 
 DEFAULT_MODEL = "smollm2"
 HUB_PREFIX = "hf:"

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from lowtide.models.arguments.names import option
 from lowtide.models.arguments.values import shown
 from lowtide.models.errors import BadOption, TemplateError
-from lowtide.models.prompt_span import PromptSpan
 from lowtide.models.template.message import ROLES, Message, checked_message
+from lowtide.models.text.prompt_span import PromptSpan
 
 if TYPE_CHECKING:
     import jinja2

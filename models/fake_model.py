@@ -15,7 +15,7 @@ from lowtide.models.draft_tree import TokenTree
 from lowtide.models.errors import ForwardError, SnapshotError
 from lowtide.models.model import Model, SequenceBatch, SequenceSlice
 from lowtide.models.spec import ModelSpec, VocabularySpec
-from lowtide.models.tokenizer import Tokenizer
+from lowtide.models.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from lowtide.models.model import Logits, Logits2D

@@ -1,7 +1,7 @@
 """What a model is for: decoders generate text, encoders embed it, encoder-decoders translate one text into another.
 
-`models/gguf/spec.py` reads the kind from the header. Where the header does not say it, llama.cpp does, once it
-has laid the model out (`models/gguf/kind.py`).
+`models/gguf/header/spec.py` reads the kind from the header. Where the header does not say it, llama.cpp does, once it
+has laid the model out (`models/gguf/header/kind.py`).
 """
 
 from __future__ import annotations

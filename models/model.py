@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 from lowtide.models.draft_tree import TokenTree
 from lowtide.models.errors import ForwardError, SnapshotError, UnsupportedModel
 from lowtide.models.spec import ModelSpec
-from lowtide.models.tokenizer import Tokenizer
+from lowtide.models.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np

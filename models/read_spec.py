@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadModelFile, ModelNotFound
-from lowtide.models.gguf.spec import read_spec as read_gguf_spec
+from lowtide.models.gguf.header.spec import read_spec as read_gguf_spec
 from lowtide.models.spec import ModelSpec
 
 ONNX_SUFFIX = ".onnx"

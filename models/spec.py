@@ -1,6 +1,6 @@
 """ModelSpec: everything that a memory plan needs to know of a model, read from its headers alone.
 
-`models/gguf/spec.py` and `models/onnx/read_spec.py` make it.
+`models/gguf/header/spec.py` and `models/onnx/read_spec.py` make it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class ModelSpec:
     tensors, over every part of a split file; `tensor_types` are their quantisation types. `fingerprint` is
     the same for every quantisation of a model. `weight_groups` says where the weights lie in the files, layer
     by layer and then the other tensors; it is empty where that is unknown. `repacked_tensors` names the
-    tensors that only lowtide's matmul kernels can read (`models/gguf/repacked.py`).
+    tensors that only lowtide's matmul kernels can read (`models/gguf/header/repacked.py`).
 
     `engine` is the library that runs the model. The KV cache has one of `kv_types` and exists `cache_copies`
     times. `copied_bytes` is the size of weights copied beside the mapped files, less what can be released of

@@ -17,7 +17,7 @@ sys.path[:] = [entry for entry in sys.path if entry != _PARENT]
 
 from lowtide import Embedder, FakeModel, Runtime  # noqa: E402
 from lowtide.models.catalog import resolve  # noqa: E402
-from lowtide.models.gguf.spec import read_spec  # noqa: E402
+from lowtide.models.gguf.header.spec import read_spec  # noqa: E402
 from lowtide.models.spec import ModelSpec  # noqa: E402
 from lowtide.runtime.backends import kernel_times  # noqa: E402
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from lowtide.attention.bindings.llama_hook import LlamaHook
 from lowtide.models.errors import LowtideError
+from lowtide.models.gguf.header.reader import TYPE_NUMBERS
 from lowtide.models.gguf.llama_cpp import llama_library
-from lowtide.models.gguf.reader import TYPE_NUMBERS
 
 WEIGHTS_NAME = "weights"
 """The name of a matmul's matrix, for `LlamaHook.read_repacked`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 
 from lowtide.attention.bindings.library import native_library
-from lowtide.models.gguf.reader import TYPE_NUMBERS
+from lowtide.models.gguf.header.reader import TYPE_NUMBERS
 
 MATMUL_KERNELS = ("avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dot", "neon", "portable")
 """Instruction sets of the matmul kernels, the fastest first."""

@@ -18,7 +18,7 @@ from lowtide.attention.bindings.matmul import MatrixView
 from lowtide.attention.bindings.policy import AttentionKernels
 from lowtide.attention.bindings.structs import ScoreRule
 from lowtide.models.errors import LowtideError
-from lowtide.models.gguf.reader import TYPE_NUMBERS
+from lowtide.models.gguf.header.reader import TYPE_NUMBERS
 from lowtide.models.onnx.rewrite.plan import RepackPlan
 from lowtide.models.onnx.rewrite.rewrite import AttentionBackend, LayerArrays, MatmulBackend
 

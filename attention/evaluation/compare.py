@@ -17,7 +17,7 @@ from lowtide.attention.evaluation.divergence import Distance, Reference
 from lowtide.attention.evaluation.passkeys import hide_passkey, make_passkey
 from lowtide.attention.policy import AttentionPolicy, PassController
 from lowtide.models.model import Model
-from lowtide.models.tokenizer import common_prefix
+from lowtide.models.text.tokenizer import common_prefix
 
 NUM_POSITIONS = 3
 POSITION_STEP = 160

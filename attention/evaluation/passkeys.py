@@ -16,9 +16,9 @@ from lowtide.attention.policy import PassController
 from lowtide.models.chat_template import ChatTemplate
 from lowtide.models.errors import TemplateError
 from lowtide.models.model import Model
-from lowtide.models.prompt_span import text_of
 from lowtide.models.template.families import template_of
-from lowtide.models.tokenizer import common_prefix
+from lowtide.models.text.prompt_span import text_of
+from lowtide.models.text.tokenizer import common_prefix
 
 ANSWER_TOKENS = 10
 OPENING = "Read this text.\n"

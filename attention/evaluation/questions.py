@@ -21,7 +21,7 @@ from lowtide.attention.evaluation.passkeys import ANSWER_TOKENS, OPENING, Framin
 from lowtide.attention.policy import PassController
 from lowtide.models.errors import BadOption
 from lowtide.models.model import Model
-from lowtide.models.tokenizer import Tokenizer, common_prefix
+from lowtide.models.text.tokenizer import Tokenizer, common_prefix
 
 if TYPE_CHECKING:
     import numpy as np

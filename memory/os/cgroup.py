@@ -1,4 +1,4 @@
-"""ControlGroup: a Linux control group (cgroup) with a memory limit, for `--enforce` (see cli/enforce.py).
+"""ControlGroup: a Linux control group (cgroup) with a memory limit, for `--enforce` (see cli/common/enforce.py).
 
 The kernel charges three things to the group: anonymous memory; pages of files that the group was the first
 to read, mapped or only cached; and the kernel's own bookkeeping for the processes (page tables, stacks).

@@ -8,7 +8,7 @@ from typing import Any
 
 from lowtide.models.arguments.values import shown
 from lowtide.models.errors import BadOption
-from lowtide.models.folders import home_folder
+from lowtide.models.files.folders import home_folder
 
 MOST_BYTES, MOST_NAME_BYTES = 4095, 255
 """The most that Linux opens."""

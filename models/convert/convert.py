@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowtide.models.atomic_file import atomic_folder
 from lowtide.models.convert.dequantize import GgufWeights
 from lowtide.models.convert.graph import DecoderGraph
 from lowtide.models.convert.onnx_writer import (
@@ -25,7 +24,8 @@ from lowtide.models.convert.onnx_writer import (
 from lowtide.models.convert.shape import DecoderShape, HeaderKeys, decoder_shape
 from lowtide.models.convert.tokenizer import GgufVocabulary
 from lowtide.models.errors import ModelError, UnsupportedModel
-from lowtide.models.gguf.reader import read_gguf
+from lowtide.models.files.atomic_file import atomic_folder
+from lowtide.models.gguf.header.reader import read_gguf
 from lowtide.models.onnx.config import ENGINE, onnx_library
 from lowtide.models.onnx.spec import FINGERPRINT
 from lowtide.models.spec import ModelSpec

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowtide.models.errors import UnsupportedModel
-from lowtide.models.gguf.reader import TENSOR_TYPES, TYPE_NUMBERS, TensorInfo, read_gguf
+from lowtide.models.gguf.header.reader import TENSOR_TYPES, TYPE_NUMBERS, TensorInfo, read_gguf
 from lowtide.models.spec import ModelSpec
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowtide.models.errors import BadModelFile, UnsupportedModel
-from lowtide.models.gguf.reader import GgufContents
+from lowtide.models.gguf.header.reader import GgufContents
 from lowtide.models.spec import ModelSpec
 
 _FORMATS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))

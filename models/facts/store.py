@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowtide.models.atomic_file import atomic_file
-from lowtide.models.folders import cache_folder
+from lowtide.models.files.atomic_file import atomic_file
+from lowtide.models.files.folders import cache_folder
 
 MAX_FILE_BYTES = 512 << 10
 """Larger facts are not stored: a chat template of megabytes, for example."""

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowtide.models.errors import ModelError
-from lowtide.models.gguf.kind import llama_kind
+from lowtide.models.gguf.header.kind import llama_kind
 from lowtide.models.gguf.llama_cpp import llama_library
 from lowtide.models.gguf.parameters import LoadOptions, context_parameters, model_parameters
-from lowtide.models.gguf.tokenizer import GgufTokenizer
+from lowtide.models.gguf.text.tokenizer import GgufTokenizer
 from lowtide.models.kind import Kind
 from lowtide.models.spec import ModelSpec
 

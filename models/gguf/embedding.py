@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lowtide.models.errors import ForwardError
-from lowtide.models.gguf.kind import POOLINGS, UNSPECIFIED_POOLING, llama_kind
+from lowtide.models.gguf.header.kind import POOLINGS, UNSPECIFIED_POOLING, llama_kind
 from lowtide.models.gguf.llama_cpp import LlamaLibrary
 from lowtide.models.gguf.model import created, load_weights, require_pass
 from lowtide.models.gguf.parameters import LoadOptions, context_parameters
-from lowtide.models.gguf.tokenizer import GgufTokenizer
+from lowtide.models.gguf.text.tokenizer import GgufTokenizer
 from lowtide.models.kind import DECODER
 from lowtide.models.logits import ADVICE
 from lowtide.models.spec import ModelSpec
-from lowtide.models.tokenizer import Tokenizer
+from lowtide.models.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from lowtide.models.model import Logits2D

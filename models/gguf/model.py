@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lowtide.models.errors import ForwardError, ModelError, UnsupportedModel
-from lowtide.models.fingerprint import file_fingerprint
-from lowtide.models.gguf.kind import llama_kind
+from lowtide.models.files.fingerprint import file_fingerprint
+from lowtide.models.gguf.header.kind import llama_kind
 from lowtide.models.gguf.llama_cpp import LlamaLibrary, in_background, llama_library
 from lowtide.models.gguf.not_numbers import first_not_number
 from lowtide.models.gguf.parameters import LoadOptions, context_parameters, model_parameters
@@ -24,7 +24,7 @@ from lowtide.models.gguf.state import (
     snapshot_bytes,
     write_state,
 )
-from lowtide.models.gguf.tokenizer import GgufTokenizer
+from lowtide.models.gguf.text.tokenizer import GgufTokenizer
 from lowtide.models.kind import require_decoder
 from lowtide.models.logits import ADVICE, NOT_NUMBERS, are_numbers
 from lowtide.models.model import Model, PassThreads, SequenceBatch

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowtide.models.gguf.gpu import cpu_buffer_type, device_address
-from lowtide.models.gguf.reader import TYPE_NUMBERS
-from lowtide.models.gguf.spec import ATTENTION_OUTPUT
+from lowtide.models.gguf.header.reader import TYPE_NUMBERS
+from lowtide.models.gguf.header.spec import ATTENTION_OUTPUT
 
 LOAD_COPY = 0
 LOAD_MEMORY_MAP = 1

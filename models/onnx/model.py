@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowtide.models.background import BackgroundThread
 from lowtide.models.errors import ForwardError, ModelError, SnapshotError, UnsupportedModel
-from lowtide.models.fingerprint import file_fingerprint
+from lowtide.models.files.fingerprint import file_fingerprint
 from lowtide.models.logits import ADVICE, NOT_NUMBERS, are_numbers
 from lowtide.models.model import Model
 from lowtide.models.onnx.config import OnnxOptions, onnx_library, session_options, session_providers
@@ -26,7 +26,7 @@ from lowtide.models.onnx.kv_cache import (
 from lowtide.models.onnx.spec import ELEMENT_BYTES, OnnxSpec
 from lowtide.models.onnx.tokenizer import OnnxTokenizer
 from lowtide.models.page_buffer import PageBuffer
-from lowtide.models.tokenizer import Tokenizer
+from lowtide.models.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from lowtide.models.model import Logits, Logits2D

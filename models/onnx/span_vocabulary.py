@@ -6,9 +6,9 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lowtide.models.prompt_span import PromptSpan, text_of
-from lowtide.models.span_encoder import BARRIERS, SpanVocabulary
-from lowtide.models.special_tokens import PromptBytes, SpecialToken, looks_like_marker
+from lowtide.models.text.prompt_span import PromptSpan, text_of
+from lowtide.models.text.span_encoder import BARRIERS, SpanVocabulary
+from lowtide.models.text.special_tokens import PromptBytes, SpecialToken, looks_like_marker
 
 
 class OnnxSpanVocabulary(SpanVocabulary):

@@ -13,9 +13,9 @@ from lowtide.models.errors import BadModelFile, ModelError
 from lowtide.models.onnx.config import onnx_library
 from lowtide.models.onnx.span_vocabulary import OnnxSpanVocabulary
 from lowtide.models.onnx.spec import OnnxSpec
-from lowtide.models.prompt_span import PromptSpan
-from lowtide.models.span_encoder import SpanEncoder
-from lowtide.models.tokenizer import Tokenizer
+from lowtide.models.text.prompt_span import PromptSpan
+from lowtide.models.text.span_encoder import SpanEncoder
+from lowtide.models.text.tokenizer import Tokenizer
 
 _BYTE_TOKEN = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
 BLANK = "▁"

@@ -22,7 +22,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Cycler, Joiner
 
 from lowtide.models.errors import LowtideError, TemplateError
-from lowtide.models.prompt_span import PromptSpan
 from lowtide.models.template.allowance import (
     MAX_BITS,
     MAX_SOURCE,
@@ -50,6 +49,7 @@ from lowtide.models.template.traced_text import (
     concatenated,
     spans_of,
 )
+from lowtide.models.text.prompt_span import PromptSpan
 
 _PASSING_OBJECTS = (
     jinja2.runtime.Macro,

@@ -13,7 +13,7 @@ from typing import Any, SupportsIndex
 
 from markupsafe import Markup, escape
 
-from lowtide.models.prompt_span import PromptSpan
+from lowtide.models.text.prompt_span import PromptSpan
 
 _TEMPLATE, _MESSAGE = b"\0", b"\1"
 _RUNS = re.compile(rb"\x00+|\x01+")

@@ -36,7 +36,7 @@ from lowtide.models.gguf.parameters import LoadOptions
 from lowtide.models.model import Model
 from lowtide.models.spec import ModelSpec
 from lowtide.models.template.families import template_of
-from lowtide.models.tokenizer import Tokenizer
+from lowtide.models.text.tokenizer import Tokenizer
 from lowtide.runtime.backends.config import LoadConfig
 from lowtide.runtime.backends.kernel_choice import KernelChoice
 from lowtide.runtime.backends.quality_choice import QualityChoice

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lowtide.memory.units import format_bytes
-from lowtide.models.atomic_file import atomic_file
 from lowtide.models.facts.store import Facts
-from lowtide.models.fingerprint import file_fingerprint
-from lowtide.models.folders import CACHE_VARIABLE, cache_folder, unusable
+from lowtide.models.files.atomic_file import atomic_file
+from lowtide.models.files.fingerprint import file_fingerprint
+from lowtide.models.files.folders import CACHE_VARIABLE, cache_folder, unusable
 
 FOLDER = "repacked"
 SUFFIXES = (".gguf", ".tiles")

@@ -37,10 +37,10 @@ from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.gguf.draft_tree import GgufTreeModel
 from lowtide.models.gguf.embedding import GgufEmbedder, Weights
+from lowtide.models.gguf.header.repacked import REPACKABLE_TYPES
 from lowtide.models.gguf.llama_cpp import is_loaded, llama_library
 from lowtide.models.gguf.model import GgufModel
 from lowtide.models.gguf.parameters import DeviceLayers, LoadOptions
-from lowtide.models.gguf.repacked import REPACKABLE_TYPES
 from lowtide.models.onnx.config import CPU
 from lowtide.models.spec import KV_PADDING, ModelSpec
 from lowtide.runtime.backends.backend import (

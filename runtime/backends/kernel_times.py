@@ -28,8 +28,8 @@ from lowtide.memory.os.pages import trim_heap
 from lowtide.memory.process import read_process_memory
 from lowtide.memory.units import MIB
 from lowtide.models.errors import LowtideError
+from lowtide.models.gguf.header.repacked import REPACKABLE_TYPES
 from lowtide.models.gguf.llama_cpp import llama_library
-from lowtide.models.gguf.repacked import REPACKABLE_TYPES
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.backends.kernel_choice import KernelChoice
 

@@ -28,7 +28,7 @@ from lowtide.models.facts.store import Facts
 from lowtide.models.gguf import dry_run, parameters
 from lowtide.models.gguf.dry_run import SimulatedContext, SimulatedGguf
 from lowtide.models.gguf.llama_cpp import llama_library
-from lowtide.models.gguf.tokenizer import GgufTokenizer
+from lowtide.models.gguf.text.tokenizer import GgufTokenizer
 from lowtide.models.kind import Kind
 from lowtide.models.spec import ModelSpec
 

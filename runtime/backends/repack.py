@@ -1,6 +1,6 @@
 """Repacked weights in the cache folder: found, checked, and made where there is no valid copy.
 
-A GGUF model gets a copy of its files with matrices in tiles (`models/gguf/repacked.py`), an ONNX model one
+A GGUF model gets a copy of its files with matrices in tiles (`models/gguf/header/repacked.py`), an ONNX model one
 file with the tiles of all its matrices. Both are written with the kernels' own repacking, a slice at a time,
 and appear whole or not at all.
 """
@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from lowtide.attention.bindings.matmul import can_repack, repack_rows
 from lowtide.models.arguments.names import option
-from lowtide.models.atomic_file import atomic_file
 from lowtide.models.errors import LowtideError
 from lowtide.models.facts.store import Facts
-from lowtide.models.fingerprint import samples_digest
-from lowtide.models.folders import CACHE_VARIABLE
-from lowtide.models.gguf.reader import GgufContents, TensorInfo, read_gguf
-from lowtide.models.gguf.repacked import (
+from lowtide.models.files.atomic_file import atomic_file
+from lowtide.models.files.fingerprint import samples_digest
+from lowtide.models.files.folders import CACHE_VARIABLE
+from lowtide.models.gguf.header.reader import GgufContents, TensorInfo, read_gguf
+from lowtide.models.gguf.header.repacked import (
     LAYOUT,
     data_digest,
     is_valid,
     matmul_tensors,
     repacked_header,
 )
-from lowtide.models.gguf.spec import read_spec
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.spec import TILE_ALIGNMENT, TILE_ROWS, ModelSpec
 from lowtide.runtime.backends.copies import (
     collect_copies,

@@ -18,7 +18,7 @@ from lowtide.memory.os.file_mappings import FileMap
 from lowtide.memory.os.private_maps import address_in, make_private, make_read_only
 from lowtide.models.arguments.names import option
 from lowtide.models.errors import ModelError
-from lowtide.models.gguf.reader import TensorInfo, read_gguf
+from lowtide.models.gguf.header.reader import TensorInfo, read_gguf
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.backends.repack import Progress, repackable_tensors, slice_rows
 from lowtide.runtime.errors import CannotRepack

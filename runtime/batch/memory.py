@@ -12,7 +12,7 @@ from lowtide.memory.plan.line import BATCH, CACHE
 from lowtide.memory.units import OverBudget, format_bytes, format_bytes_up
 from lowtide.models.arguments.names import option
 from lowtide.models.model import Model, SequenceBatch
-from lowtide.models.tokenizer import common_prefix
+from lowtide.models.text.tokenizer import common_prefix
 from lowtide.runtime.generation.state import GenerationRequest
 from lowtide.runtime.kv.session import KVSession
 from lowtide.runtime.loading.load import Engine

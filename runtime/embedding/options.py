@@ -11,7 +11,7 @@ from lowtide.memory.units import checked_size
 from lowtide.models.arguments.names import option
 from lowtide.models.arguments.values import MOST, flag, shown, whole_number
 from lowtide.models.errors import BadOption, UnsupportedModel
-from lowtide.models.gguf.kind import POOLINGS
+from lowtide.models.gguf.header.kind import POOLINGS
 from lowtide.models.spec import ModelSpec
 
 DEFAULT_POOLING = "mean"

@@ -13,8 +13,8 @@ from lowtide.models.arguments.names import option
 from lowtide.models.arguments.paths import shown_path
 from lowtide.models.arguments.text_files import decoded
 from lowtide.models.errors import BadOption
-from lowtide.models.prompt_span import PromptSpan
-from lowtide.models.tokenizer import Tokenizer
+from lowtide.models.text.prompt_span import PromptSpan
+from lowtide.models.text.tokenizer import Tokenizer
 from lowtide.runtime.loading.load import Engine
 
 BUILT_IN = "Python's own language reference"

@@ -14,8 +14,8 @@ from typing import Any
 
 from lowtide.models.chat_template import ChatTemplate, Message
 from lowtide.models.errors import BadOption
-from lowtide.models.prompt_span import PromptSpan, span_lengths, split_spans, text_of
-from lowtide.models.tokenizer import Tokenizer
+from lowtide.models.text.prompt_span import PromptSpan, span_lengths, split_spans, text_of
+from lowtide.models.text.tokenizer import Tokenizer
 from lowtide.runtime.errors import PromptTooLong
 from lowtide.runtime.generation.state import GenerationRequest
 from lowtide.runtime.options import SamplingParams
@@ -40,7 +40,7 @@ class ChatPrompt:
 class LastTurn:
     """The last prompt of a chat with its answer, as text and as the tokens that the model read.
 
-    `span_lengths` are those of the prompt without the answer (`lowtide.models.prompt_span.span_lengths`).
+    `span_lengths` are those of the prompt without the answer (`lowtide.models.text.prompt_span.span_lengths`).
     """
 
     text: str = ""

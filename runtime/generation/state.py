@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lowtide.attention.bindings.counts import KernelCounts
 from lowtide.memory.process import read_process_memory
 from lowtide.models.model import Model
-from lowtide.models.tokenizer import TextStream
+from lowtide.models.text.tokenizer import TextStream
 from lowtide.runtime.generation.logprobs import LogprobMeter, TokenLogprob
 from lowtide.runtime.generation.result import GenerationChunk
 from lowtide.runtime.generation.sampling import Sampler

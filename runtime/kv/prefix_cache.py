@@ -13,7 +13,7 @@ from lowtide.memory.units import KIB
 from lowtide.models.errors import SnapshotError
 from lowtide.models.model import Model
 from lowtide.models.page_buffer import PageBuffer
-from lowtide.models.tokenizer import common_prefix
+from lowtide.models.text.tokenizer import common_prefix
 
 OBJECT_BYTES = 2 * KIB
 """Most bytes of the Python objects around a snapshot."""

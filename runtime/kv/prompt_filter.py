@@ -16,7 +16,7 @@ from lowtide.memory.plan.kv_reservation import KVReservation
 from lowtide.models.arguments.names import option
 from lowtide.models.errors import LowtideError
 from lowtide.models.model import Model
-from lowtide.models.tokenizer import common_prefix
+from lowtide.models.text.tokenizer import common_prefix
 from lowtide.runtime.profiling.retention_map import RetainedSpan, RetentionMap
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from lowtide.memory.units import OverBudget
 from lowtide.models.draft_tree import TokenTree
 from lowtide.models.errors import SnapshotError
 from lowtide.models.model import Model, SequenceSlice
-from lowtide.models.tokenizer import common_prefix
+from lowtide.models.text.tokenizer import common_prefix
 from lowtide.runtime.kv.cache import CachedPrompt, DecodeStep, KVCache
 from lowtide.runtime.kv.prefix_cache import CachedPrefix, PrefixCache
 from lowtide.runtime.kv.prompt_filter import PromptFilter

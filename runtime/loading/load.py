@@ -31,7 +31,7 @@ from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.gguf.embedding import GgufEmbedder
 from lowtide.models.gguf.parameters import LoadOptions
 from lowtide.models.model import Model
-from lowtide.models.tokenizer import MAX_STACK_BYTES_PER_CHARACTER, longest_stretch
+from lowtide.models.text.tokenizer import MAX_STACK_BYTES_PER_CHARACTER, longest_stretch
 from lowtide.runtime.backends.backend import LoadedModel, Progress, ResolvedModel
 from lowtide.runtime.errors import CannotRepack
 from lowtide.runtime.generation.state import GenerationContext

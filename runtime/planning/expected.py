@@ -15,7 +15,7 @@ from lowtide.models.arguments.names import option
 from lowtide.models.chat_template import Message
 from lowtide.models.errors import LowtideError
 from lowtide.models.spec import ModelSpec
-from lowtide.models.tokenizer import Tokenizer
+from lowtide.models.text.tokenizer import Tokenizer
 from lowtide.runtime.backends.config import LoadConfig
 from lowtide.runtime.errors import PromptTooLong
 from lowtide.runtime.generation.chat import LastTurn, PromptEncoder

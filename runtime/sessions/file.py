@@ -23,9 +23,9 @@ from typing import Any, BinaryIO, TypeAlias
 
 from lowtide.memory.plan.estimates import SESSION_CHUNK_BYTES
 from lowtide.models.arguments.names import option
-from lowtide.models.atomic_file import atomic_file
 from lowtide.models.chat_template import checked_message
 from lowtide.models.errors import SnapshotError, TemplateError
+from lowtide.models.files.atomic_file import atomic_file
 from lowtide.runtime.errors import SnapshotMismatch, TranscriptError
 from lowtide.runtime.generation.chat import LastTurn
 

@@ -16,7 +16,7 @@ from lowtide.attention.bindings.lookup import LookupKind, LookupTable
 from lowtide.models.draft_tree import TEXT, TokenTree
 from lowtide.models.errors import BadOption, ForwardError
 from lowtide.models.model import Model
-from lowtide.models.tokenizer import Tokenizer, common_prefix
+from lowtide.models.text.tokenizer import Tokenizer, common_prefix
 
 TAIL = 32
 """Tokens at the end of a text that must agree for a new text to count as its continuation. Where another text has the

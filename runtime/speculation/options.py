@@ -14,7 +14,7 @@ from lowtide.models.arguments.paths import exists, user_path
 from lowtide.models.arguments.values import shown, text
 from lowtide.models.catalog import resolve
 from lowtide.models.errors import BadOption
-from lowtide.models.gguf.spec import read_spec
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.kind import require_decoder
 from lowtide.models.read_spec import require_original
 from lowtide.models.spec import ModelSpec

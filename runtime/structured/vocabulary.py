@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
-from lowtide.models.tokenizer import Tokenizer
+from lowtide.models.text.tokenizer import Tokenizer
 
 Made = TypeVar("Made")
 

@@ -13,9 +13,9 @@ from lowtide.attention.calibration import NotCalibrated
 from lowtide.attention.calibrator import CalibrationContext, Targets
 from lowtide.attention.tidal.calibrate import TidalSearch
 from lowtide.attention.tidal.policy import Tidal
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.gguf.model import GgufModel
 from lowtide.models.gguf.parameters import LoadOptions
-from lowtide.models.gguf.spec import read_spec
 
 CONTEXT = 768
 

@@ -29,7 +29,7 @@ from lowtide.attention.policy import AttentionPolicy
 from lowtide.attention.tidal.policy import Tidal
 from lowtide.models.catalog import resolve
 from lowtide.models.errors import BadOption
-from lowtide.models.gguf.spec import read_spec
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.spec import ModelSpec
 
 DIVERGENCE = {

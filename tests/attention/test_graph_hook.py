@@ -20,9 +20,9 @@ from lowtide.attention.bindings import llama_hook as llama_hook
 from lowtide.attention.bindings.llama_hook import LlamaHook
 from lowtide.models.catalog import resolve
 from lowtide.models.errors import LowtideError
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.gguf.model import GgufModel
 from lowtide.models.gguf.parameters import LoadOptions
-from lowtide.models.gguf.spec import read_spec
 
 TEXT = sample_text()
 

@@ -11,8 +11,8 @@ from kernel_calls import multiply, repack_array, unpack_row, usable_matmul_kerne
 
 from lowtide.attention.bindings.matmul import can_repack, repack_rows
 from lowtide.models.errors import LowtideError
-from lowtide.models.gguf.reader import TENSOR_TYPES, TYPE_NUMBERS
-from lowtide.models.gguf.repacked import REPACKABLE_TYPES
+from lowtide.models.gguf.header.reader import TENSOR_TYPES, TYPE_NUMBERS
+from lowtide.models.gguf.header.repacked import REPACKABLE_TYPES
 
 SETS = usable_matmul_kernels()
 FLOATS = ("BF16", "F16")

@@ -14,9 +14,9 @@ from sample_text import sample_text
 
 from lowtide.attention.bindings.library import usable_kernel_sets
 from lowtide.models.catalog import resolve
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.gguf.model import GgufModel
 from lowtide.models.gguf.parameters import LoadOptions
-from lowtide.models.gguf.spec import read_spec
 
 pytestmark = pytest.mark.real
 

@@ -12,9 +12,9 @@ import pytest
 from gguf_files import write_model
 from kernel_calls import RepackedArray, repack_array, unpack_row
 
-from lowtide.models.gguf.reader import GgufContents, read_gguf
-from lowtide.models.gguf.repacked import is_valid, repacked_names
-from lowtide.models.gguf.spec import read_spec
+from lowtide.models.gguf.header.reader import GgufContents, read_gguf
+from lowtide.models.gguf.header.repacked import is_valid, repacked_names
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.runtime.backends.repack import repackable_tensors, write_repacked_gguf
 
 
@@ -86,7 +86,7 @@ def test_a_full_disk_leaves_nothing_behind(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(f"lowtide.models.atomic_file.os.{failing}", full)
+    monkeypatch.setattr(f"lowtide.models.files.atomic_file.os.{failing}", full)
     with pytest.raises(OSError, match="No space"):
         write_repacked_gguf(source, tmp_path / "repacked" / "m.gguf", "component", lambda _: None)
     assert list((tmp_path / "repacked").iterdir()) == []

@@ -18,9 +18,9 @@ from lowtide.attention.bindings.llama_hook import LlamaHook
 from lowtide.attention.bindings.onnx_ops import OnnxAttention
 from lowtide.attention.registry import parse_policy
 from lowtide.models.convert.convert import convert
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.gguf.model import GgufModel
 from lowtide.models.gguf.parameters import LoadOptions
-from lowtide.models.gguf.spec import read_spec
 from lowtide.models.model import Model
 from lowtide.models.onnx.config import OnnxOptions
 from lowtide.models.onnx.rewrite.model import RewrittenOnnxModel

@@ -19,7 +19,7 @@ from lowtide.attention.bindings.counts import ScoreCost
 from lowtide.attention.delta.policy import Delta
 from lowtide.attention.evaluation.divergence import Distance
 from lowtide.models.catalog import resolve
-from lowtide.models.gguf.spec import read_spec
+from lowtide.models.gguf.header.spec import read_spec
 
 pytestmark = pytest.mark.benchmark
 

@@ -20,9 +20,9 @@ from paired import paired
 
 from lowtide.attention.bindings.llama_hook import LlamaHook
 from lowtide.attention.registry import parse_policy
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.gguf.model import GgufModel
 from lowtide.models.gguf.parameters import LoadOptions
-from lowtide.models.gguf.spec import read_spec
 
 pytestmark = pytest.mark.benchmark
 

@@ -15,7 +15,7 @@ from essays import essays
 from lowtide.attention.dense import DenseController
 from lowtide.attention.evaluation.passkeys import chat_framing, finds, hide_passkey, make_passkey
 from lowtide.attention.tidal.policy import Tidal
-from lowtide.models.tokenizer import common_prefix
+from lowtide.models.text.tokenizer import common_prefix
 from lowtide.runtime.loading.load import Engine
 from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 

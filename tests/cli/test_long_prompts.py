@@ -9,7 +9,7 @@ import pytest
 from gguf_files import write_model
 from processes import Finished, run_lowtide, run_measured
 
-from lowtide.models.gguf.file_types import file_type_name
+from lowtide.models.gguf.header.file_types import file_type_name
 from lowtide.runtime.errors import PromptTooLong
 
 

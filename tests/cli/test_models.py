@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from gguf_files import write_model
 
-from lowtide.cli import progress
+from lowtide.cli.common import progress
 from lowtide.cli.main import main
 
 

@@ -80,7 +80,7 @@ def test_help_imports_no_library_but_click(model: Path, arguments: list[str]) ->
         "jinja2",
         "ctypes",
         "lowtide.runtime.runtime",
-        "lowtide.models.gguf.spec",
+        "lowtide.models.gguf.header.spec",
     }
     assert num_opened == 0
 

@@ -14,15 +14,15 @@ from gguf_files import write_model
 
 from lowtide import FakeModel, Runtime
 from lowtide.cli.chat import command_of
-from lowtide.cli.streams import visible
+from lowtide.cli.common.streams import visible
 
 HOSTILE = "\x1b]52;c;cm0=\x07\x1b[2J\rdone\x9b1m"
 ANSWER = """
 import sys
 from lowtide import FakeModel, Runtime, SamplingParams
 from lowtide.cli.chat import Repl
-from lowtide.cli.input import TurnReader
-from lowtide.cli.streams import prepare_streams
+from lowtide.cli.common.input import TurnReader
+from lowtide.cli.common.streams import prepare_streams
 prepare_streams()
 with Runtime.open(FakeModel(({reply!r},))) as runtime:
     Repl(runtime, SamplingParams(), None).run(TurnReader(10_000, interactive=False), interactive=False)
@@ -130,7 +130,7 @@ PASTED_INTO = """
 import sys
 from lowtide import FakeModel, Runtime, SamplingParams
 from lowtide.cli.chat import Repl
-from lowtide.cli.input import TurnReader
+from lowtide.cli.common.input import TurnReader
 with Runtime.open(FakeModel(("A long answer.", "Another one."))) as runtime:
     repl = Repl(runtime, SamplingParams(), None)
     code = repl.run(TurnReader(10_000, interactive=True), interactive=True)

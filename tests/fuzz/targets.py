@@ -152,8 +152,8 @@ def _parse_command(line: str) -> None:
     """Parse a command line as click does, and make its options; no model is read."""
     import click
 
+    from lowtide.cli.common.options import take_generation_options, take_open_options
     from lowtide.cli.main import main
-    from lowtide.cli.options import take_generation_options, take_open_options
 
     with contextlib.suppress(click.ClickException, click.exceptions.Exit, LowtideError, ValueError):
         name, *words = shlex.split(line)

@@ -34,7 +34,7 @@ def test_the_home_of_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/one")
     assert user_path("model", "~/x.gguf") == Path("/home/one/x.gguf")
     monkeypatch.setenv("HOME", "")
-    monkeypatch.setattr("lowtide.models.folders._listed_home", lambda: "")
+    monkeypatch.setattr("lowtide.models.files.folders._listed_home", lambda: "")
     assert user_path("model", "~/x.gguf") == Path("~/x.gguf")
     assert user_path("model", b"/x.gguf") == Path("/x.gguf")
 

@@ -7,8 +7,8 @@ import pytest
 
 from lowtide.models.chat_template import ChatTemplate
 from lowtide.models.errors import TemplateError
-from lowtide.models.prompt_span import text_of
 from lowtide.models.spec import ModelSpec
+from lowtide.models.text.prompt_span import text_of
 
 USER = {"role": "user", "content": "Hi"}
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}

@@ -26,7 +26,7 @@ from lowtide.attention.evaluation.passkeys import (
     make_passkey,
 )
 from lowtide.attention.policy import PassController
-from lowtide.models.gguf.spec import read_spec
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.runtime.evaluation.text import read_sample, sample_tokens
 from lowtide.runtime.loading.load import Engine
 from lowtide.runtime.planning.plan import LoadConfig, plan_reference

@@ -19,7 +19,7 @@ from lowtide.attention.bindings.structs import (
     SelectionRule,
 )
 from lowtide.models.errors import LowtideError
-from lowtide.models.gguf.reader import TYPE_NUMBERS
+from lowtide.models.gguf.header.reader import TYPE_NUMBERS
 
 KV_TYPES = {"f16": 0, "q8_0": 1, "q4_0": 2, "f32": 3}
 MATMUL_KERNELS = ("avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dot", "neon", "portable")

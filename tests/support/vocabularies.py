@@ -12,7 +12,7 @@ import gguf
 
 from lowtide.attention.bindings.tokenize import install_guarded_tokenizer
 from lowtide.models.gguf.llama_cpp import llama_library
-from lowtide.models.gguf.tokenizer import GgufTokenizer
+from lowtide.models.gguf.text.tokenizer import GgufTokenizer
 
 CONTROL = ("<|im_start|>", "<|im_end|>", "<|im|>")
 MERGES = (

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadModelFile
-from lowtide.models.gguf.reader import TENSOR_TYPES, TYPE_NUMBERS
+from lowtide.models.gguf.header.reader import TENSOR_TYPES, TYPE_NUMBERS
 from lowtide.models.onnx.graph import Weight
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from lowtide.models.onnx.rewrite.rewrite import (
     RewrittenGraph,
 )
 from lowtide.models.onnx.spec import OnnxSpec
-from lowtide.models.tokenizer import Tokenizer
+from lowtide.models.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np

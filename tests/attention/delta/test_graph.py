@@ -18,9 +18,9 @@ from lowtide.attention.dense import Dense, DenseController
 from lowtide.attention.evaluation.divergence import Distance, Reference
 from lowtide.attention.policy import AttentionPolicy
 from lowtide.memory.plan.estimates import attention_bytes
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.gguf.model import GgufModel
 from lowtide.models.gguf.parameters import LoadOptions
-from lowtide.models.gguf.spec import read_spec
 
 TEXT = sample_text()
 LENGTH, CONTEXT = 400, 768

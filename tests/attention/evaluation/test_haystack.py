@@ -17,7 +17,7 @@ from lowtide.attention.evaluation.questions import (
 from lowtide.attention.policy import PassController
 from lowtide.models.errors import BadOption
 from lowtide.models.fake_model import ByteTokenizer, FakeModel
-from lowtide.models.tokenizer import common_prefix
+from lowtide.models.text.tokenizer import common_prefix
 
 TOKENIZER = ByteTokenizer()
 TEXT = list(b"The tide comes in, and goes. ") * 200

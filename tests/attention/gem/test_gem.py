@@ -20,9 +20,9 @@ from lowtide.attention.gem.selection import GemSelection, pooled
 from lowtide.attention.tidal.policy import Tidal
 from lowtide.memory.plan.estimates import padded_context
 from lowtide.models.errors import BadOption
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.gguf.model import GgufModel
 from lowtide.models.gguf.parameters import LoadOptions
-from lowtide.models.gguf.spec import read_spec
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.kv.prompt_filter import PromptFilter
 

@@ -27,9 +27,9 @@ from lowtide.attention.gem.policy import Gem
 from lowtide.attention.gem.selection import RULE_FIELDS, GemSelection
 from lowtide.models.errors import BadOption
 from lowtide.models.fake_model import ByteTokenizer, FakeModel
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.gguf.model import GgufModel
 from lowtide.models.gguf.parameters import LoadOptions
-from lowtide.models.gguf.spec import read_spec
 from lowtide.runtime.kv.prompt_filter import PromptFilter
 
 CONTEXT = 4096

@@ -19,9 +19,9 @@ from lowtide.attention.evaluation.divergence import Reference
 from lowtide.attention.policy import AttentionPolicy
 from lowtide.attention.tidal.policy import Tidal, TidalMemory, default_selection_layers
 from lowtide.memory.plan.estimates import attention_bytes
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.gguf.model import GgufModel
 from lowtide.models.gguf.parameters import LoadOptions
-from lowtide.models.gguf.spec import read_spec
 from lowtide.models.spec import ModelSpec
 
 TEXT = sample_text()

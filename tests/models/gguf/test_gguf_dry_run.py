@@ -12,10 +12,10 @@ from lowtide.memory.plan.estimates import kv_bytes
 from lowtide.models.catalog import resolve
 from lowtide.models.errors import ModelError
 from lowtide.models.gguf.dry_run import SimulatedGguf
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.gguf.llama_cpp import llama_library
 from lowtide.models.gguf.model import GgufModel
 from lowtide.models.gguf.parameters import LoadOptions
-from lowtide.models.gguf.spec import read_spec
 
 CASES = [(512, 32, "f16"), (2048, 128, "f16"), (2048, 64, "q8_0"), (1024, 32, "q4_0")]
 

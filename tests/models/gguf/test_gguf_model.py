@@ -11,10 +11,10 @@ from processes import run_python
 
 from lowtide.models.errors import ForwardError, ModelError, UnsupportedModel
 from lowtide.models.gguf import model as gguf_model
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.gguf.llama_cpp import LlamaLibrary, llama_library
 from lowtide.models.gguf.model import GgufModel
 from lowtide.models.gguf.parameters import LoadOptions, model_parameters
-from lowtide.models.gguf.spec import read_spec
 
 OPTIONS = LoadOptions(context=256, batch_size=16, threads=1)
 

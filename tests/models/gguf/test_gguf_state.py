@@ -15,10 +15,10 @@ from processes import run_python
 from lowtide.attention.bindings.library import guarded_aborts
 from lowtide.models.errors import SnapshotError
 from lowtide.models.fake_model import FakeModel
-from lowtide.models.fingerprint import file_fingerprint
+from lowtide.models.files.fingerprint import file_fingerprint
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.gguf.model import GgufModel
 from lowtide.models.gguf.parameters import LoadOptions
-from lowtide.models.gguf.spec import read_spec
 from lowtide.models.model import Model
 
 OPTIONS = LoadOptions(context=256, batch_size=16, threads=1)
@@ -219,7 +219,7 @@ def test_an_incomplete_write_is_an_error(file: Path, tmp_path: Path) -> None:
     done = run_python(
         "import resource, signal\n"
         "from pathlib import Path\n"
-        "from lowtide.models.gguf.spec import read_spec\n"
+        "from lowtide.models.gguf.header.spec import read_spec\n"
         "from lowtide.models.gguf.model import GgufModel, LoadOptions\n"
         f"signal.signal({int(signal.SIGXFSZ)}, signal.SIG_IGN)\n"
         "options = LoadOptions(context=256, batch_size=16, threads=1)\n"

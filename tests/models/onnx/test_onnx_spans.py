@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowtide.models.onnx.tokenizer import OnnxTokenizer
-from lowtide.models.prompt_span import PromptSpan
+from lowtide.models.text.prompt_span import PromptSpan
 
 tokenizers = pytest.importorskip("tokenizers")
 CONTROL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|im|>")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lowtide.models.chat_template import ChatTemplate
-from lowtide.models.prompt_span import text_of
 from lowtide.models.template.families import FAMILIES, family_of
+from lowtide.models.text.prompt_span import text_of
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 CHAT = [

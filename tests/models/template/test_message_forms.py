@@ -8,7 +8,7 @@ import pytest
 
 from lowtide.models.chat_template import ChatTemplate
 from lowtide.models.errors import TemplateError
-from lowtide.models.prompt_span import text_of
+from lowtide.models.text.prompt_span import text_of
 
 USER = {"role": "user", "content": "Hi"}
 CALLS = [{"type": "function", "function": {"name": "f", "arguments": {}}}]

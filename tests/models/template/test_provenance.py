@@ -19,7 +19,7 @@ from jinja_oracle import oracle
 
 from lowtide.models.chat_template import ChatTemplate
 from lowtide.models.errors import TemplateError
-from lowtide.models.prompt_span import PromptSpan, text_of
+from lowtide.models.text.prompt_span import PromptSpan, text_of
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 FORGED = [

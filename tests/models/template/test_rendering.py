@@ -13,7 +13,7 @@ from jinja_oracle import oracle
 
 from lowtide.models.chat_template import ChatTemplate
 from lowtide.models.errors import BadOption, TemplateError
-from lowtide.models.prompt_span import text_of
+from lowtide.models.text.prompt_span import text_of
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 SYSTEM = {"role": "system", "content": "You are kind."}

@@ -14,7 +14,7 @@ import pytest
 from gguf_files import write_model
 
 from lowtide.models.facts import store
-from lowtide.models.gguf.spec import read_spec
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.runtime.backends import copies, repack
 from lowtide.runtime.backends.copies import collect_copies, delete_copies, read_copies
 from lowtide.runtime.backends.repack import repacked_gguf
@@ -97,7 +97,7 @@ PROGRAM = """
 import resource, signal, sys
 from pathlib import Path
 from lowtide.models.errors import LowtideError
-from lowtide.models.gguf.spec import read_spec
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.runtime.backends.repack import repacked_gguf
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
@@ -121,7 +121,7 @@ def test_a_write_that_the_system_refuses_leaves_nothing(model: Path, cache: Path
 SLOW = """
 import sys, time
 from pathlib import Path
-from lowtide.models.gguf.spec import read_spec
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.runtime.backends.repack import repacked_gguf
 def slowly(num_bytes):
     print("writing", flush=True)

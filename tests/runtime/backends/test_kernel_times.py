@@ -11,8 +11,8 @@ from lowtide.attention import calibration
 from lowtide.memory.budget import Budget
 from lowtide.memory.process import read_process_memory
 from lowtide.memory.units import GIB
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.gguf.llama_cpp import llama_library
-from lowtide.models.gguf.spec import read_spec
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.backends import kernel_times
 from lowtide.runtime.backends.kernel_choice import KernelChoice

@@ -8,7 +8,7 @@ import pytest
 from gguf_files import write_model
 
 from lowtide.models.facts import store
-from lowtide.models.gguf.spec import read_spec
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.backends import gguf_baseline, layouts
 from lowtide.runtime.options import SamplingParams

@@ -15,7 +15,7 @@ from requantised import requantised
 from lowtide import Runtime
 from lowtide.memory.units import MIB
 from lowtide.models.errors import ModelError
-from lowtide.models.gguf.spec import read_spec
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.runtime.backends import copies, repack_in_memory
 from lowtide.runtime.backends.copies import read_copies
 from lowtide.runtime.loading.load import Engine

@@ -17,7 +17,7 @@ from requantised import FILE_TYPES, requantised
 from lowtide import Runtime
 from lowtide.memory.units import MIB
 from lowtide.models.errors import BadModelFile, BadOption
-from lowtide.models.gguf.spec import read_spec
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.runtime.backends import repack_in_memory
 from lowtide.runtime.backends.copies import SOURCES
 from lowtide.runtime.backends.repack import repacked_gguf, repacked_path

@@ -13,7 +13,7 @@ from lowtide.memory.os.cgroup import ControlGroup
 from lowtide.memory.units import KilledByLimit
 from lowtide.models.errors import BadOption
 from lowtide.models.fake_model import CHAT_TEMPLATE
-from lowtide.models.gguf.spec import read_spec
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.runtime.benchmark.paired import BenchmarkCase, BenchmarkFailed, PairedBenchmark
 from lowtide.runtime.benchmark.tasks import (
     BUILT_IN_PROMPTS,

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from gguf_files import write_model
 
 from lowtide.cli.main import main
-from lowtide.models.gguf.spec import read_spec
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.benchmark import choices
 from lowtide.runtime.benchmark.choices import time_choices

@@ -14,7 +14,7 @@ from gguf_files import write_model
 from lowtide import Runtime
 from lowtide.cli.main import main
 from lowtide.models.errors import UnsupportedModel
-from lowtide.models.gguf.spec import read_spec
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.kind import DECODER, ENCODER, ENCODER_DECODER
 
 Write = Callable[[Path], Path]

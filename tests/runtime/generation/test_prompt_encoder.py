@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vocabularies import opened, write_vocabulary
 
-from lowtide.models.gguf.tokenizer import GgufTokenizer
+from lowtide.models.gguf.text.tokenizer import GgufTokenizer
 from lowtide.runtime.generation.chat import LastTurn, PromptEncoder
 from lowtide.runtime.options import SamplingParams
 
@@ -91,7 +91,7 @@ def test_a_message_that_spells_the_last_turn_gets_no_control_tokens(
 
 
 def _said(said: str):  # type: ignore[no-untyped-def]
-    from lowtide.models.prompt_span import PromptSpan
+    from lowtide.models.text.prompt_span import PromptSpan
 
     return [PromptSpan(said, from_message=True)]
 

@@ -12,13 +12,13 @@ from onnx_decoders import write_decoder
 from processes import run_lowtide
 
 from lowtide import FakeModel, Runtime
-from lowtide.cli.output import plan_line, statistics_line
+from lowtide.cli.common.output import plan_line, statistics_line
 from lowtide.memory.budget import Budget
 from lowtide.memory.plan.plan import MemoryPlan, PlanRequest
 from lowtide.memory.plan.planner import plan_memory
 from lowtide.memory.units import MIB
 from lowtide.models.errors import BadOption, LowtideError
-from lowtide.models.gguf.spec import read_spec
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.runtime.backends import kernel_times
 from lowtide.runtime.backends.backend import ResolvedModel
 from lowtide.runtime.backends.config import LoadConfig

@@ -11,7 +11,7 @@ from gguf_files import write_model
 from lowtide import Runtime
 from lowtide.attention.calibration import Calibration, save_calibration
 from lowtide.models.errors import BadOption
-from lowtide.models.gguf.spec import read_spec
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.backends.config import LoadConfig
 from lowtide.runtime.options import SamplingParams

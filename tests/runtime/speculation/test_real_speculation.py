@@ -19,7 +19,7 @@ from lowtide import OverBudget, Runtime, Tidal
 from lowtide.memory.plan.line import DRAFT_WEIGHTS, SPECULATION
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf.dry_run import SimulatedGguf
-from lowtide.models.gguf.spec import read_spec
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.runtime.speculation.step_cost import StepCostModel
 
 SUPPORT = Path(promising_drafts.__file__).parent

@@ -18,7 +18,7 @@ from lowtide import Runtime
 from lowtide.models.draft_tree import TokenTree
 from lowtide.models.gguf.draft_tree import GgufTreeModel
 from lowtide.models.gguf.dry_run import SimulatedGguf
-from lowtide.models.gguf.spec import read_spec
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.runtime.speculation.controller import SpeculationController
 from lowtide.runtime.speculation.step_cost import StepCostModel
 

@@ -9,7 +9,7 @@ import pytest
 from gguf_files import write_model
 
 from lowtide.models.errors import BadModelFile
-from lowtide.models.gguf.spec import read_spec
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.spec import ModelSpec
 
 
@@ -30,7 +30,7 @@ def test_reading_a_spec_reads_no_weights(smollm2: Path) -> None:
     from processes import run_python
 
     done = run_python(
-        "from lowtide.models.gguf.spec import read_spec; from pathlib import Path;"
+        "from lowtide.models.gguf.header.spec import read_spec; from pathlib import Path;"
         f"print(read_spec(Path({str(smollm2)!r})).num_layers)"
     )
     assert (done.code, done.stdout) == (0, "30\n")

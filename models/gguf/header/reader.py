@@ -3,7 +3,7 @@
 No memory is allocated by a number from the file: every count and length is compared with the bytes that are
 really there. A header is read before a plan is made, so only what a plan needs is stored, and texts and keys that it
 does not need are never read. The file is not mapped: one page fault may make 2 MiB of it resident. What the keys
-mean is in `models/gguf/spec.py`. Format: GGUF v2 and v3, little-endian (ggml docs, "GGUF").
+mean is in `models/gguf/header/spec.py`. Format: GGUF v2 and v3, little-endian (ggml docs, "GGUF").
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lowtide.models.errors import BadModelFile, ModelNotFound, UnsupportedModel
-from lowtide.models.file_kind import START_BYTES, wrong_file
+from lowtide.models.files.file_kind import START_BYTES, wrong_file
 from lowtide.models.gguf.llama_cpp import llama_library
 
 MAX_DIMENSIONS = 4

@@ -1,6 +1,6 @@
 """Fingerprints of files: 32 hexadecimal digits from samples of their bytes.
 
-The fingerprint of a model, which is the same for all its quantisations, is in `models/gguf/spec.py`.
+The fingerprint of a model, which is the same for all its quantisations, is in `models/gguf/header/spec.py`.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from lowtide import Runtime
 from lowtide.models.errors import BadModelFile, UnsupportedModel
-from lowtide.models.file_kind import wrong_file
+from lowtide.models.files.file_kind import wrong_file
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.gguf.llama_cpp import plain_reason
-from lowtide.models.gguf.spec import read_spec
 
 HEADER = json.dumps({"__metadata__": {"format": "pt"}}).encode()
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123456\n"

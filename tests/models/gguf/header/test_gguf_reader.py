@@ -12,8 +12,8 @@ from processes import run_python
 
 from lowtide.models.chat_template import ChatTemplate
 from lowtide.models.errors import BadModelFile, LowtideError, ModelNotFound, TemplateError
-from lowtide.models.gguf.reader import MAX_LONG_TEXT_BYTES, read_gguf
-from lowtide.models.gguf.spec import read_spec
+from lowtide.models.gguf.header.reader import MAX_LONG_TEXT_BYTES, read_gguf
+from lowtide.models.gguf.header.spec import read_spec
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_what_no_plan_needs_is_not_read_into_memory(name: str, tmp_path: Path) -
     program = f"""
 from pathlib import Path
 from lowtide.memory.process import read_process_memory
-from lowtide.models.gguf.spec import read_spec
+from lowtide.models.gguf.header.spec import read_spec
 read_spec(Path({str(write_model(tmp_path / "small.gguf"))!r}))
 before = read_process_memory().peak_bytes
 spec = read_spec(Path({str(path)!r}))

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from lowtide import Runtime
 from lowtide.models.fake_model import ByteTokenizer
-from lowtide.models.tokenizer import TextStream, Tokenizer
+from lowtide.models.text.tokenizer import TextStream, Tokenizer
 
 HARD = "naïve 日本語 👩‍👩‍👧‍👦 🏴󠁧󠁢󠁳󠁣󠁴󠁿 e\u0301 ﷽ 𝔘𝔫𝔦 ‮abc‬ \u200b|"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowtide.models.facts.store import Facts
-from lowtide.models.gguf import file_types, kind, reader, sliding
+from lowtide.models.gguf.header import file_types, kind, reader, sliding
 from lowtide.models.spec import ModelSpec, VocabularySpec, WeightGroup, WeightSpan
 
 CODE = tuple(Path(module.__file__ or "") for module in (reader, kind, sliding, file_types))

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 import click
 
-from lowtide.cli.streams import is_terminal
+from lowtide.cli.common.streams import is_terminal
 from lowtide.models.arguments.paths import shown_path
 from lowtide.models.arguments.text_files import decoded
 from lowtide.models.errors import BadOption, LowtideError
-from lowtide.models.folders import STATE_VARIABLE, state_folder, unusable
+from lowtide.models.files.folders import STATE_VARIABLE, state_folder, unusable
 
 if TYPE_CHECKING:
     from lowtide.runtime.planning.expected import PromptLimit
@@ -202,7 +202,7 @@ def _open_history() -> Path | None:
         import readline
     except ImportError:  # this Python has no readline: lines cannot be edited, but the chat works
         return None
-    from lowtide.cli.output import note
+    from lowtide.cli.common.output import note
 
     if "GNU" in (readline.__doc__ or ""):
         # Python turns this off. Without it each pasted line is a turn, and a shell gets those behind /exit.

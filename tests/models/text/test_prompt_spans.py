@@ -14,9 +14,9 @@ from vocabularies import CONTROL, KINDS, opened, write_vocabulary
 
 from lowtide.models.catalog import resolve
 from lowtide.models.fake_model import ByteTokenizer
-from lowtide.models.gguf.tokenizer import GgufTokenizer
-from lowtide.models.prompt_span import PromptSpan, split_spans, text_of
-from lowtide.models.tokenizer import Tokenizer
+from lowtide.models.gguf.text.tokenizer import GgufTokenizer
+from lowtide.models.text.prompt_span import PromptSpan, split_spans, text_of
+from lowtide.models.text.tokenizer import Tokenizer
 
 MARKERS = ("<|end|>", "<tool>", "[INST]")
 HARMLESS = ("\n\n", "  ", "tidetide")

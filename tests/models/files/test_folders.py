@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from lowtide.attention import calibration
-from lowtide.models import catalog, folders
+from lowtide.models import catalog
 from lowtide.models.errors import LowtideWarning, ModelError
+from lowtide.models.files import folders
 
 
 @pytest.fixture

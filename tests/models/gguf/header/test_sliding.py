@@ -9,10 +9,10 @@ import pytest
 
 from lowtide.models.catalog import NAMED_MODELS, is_installed, resolve
 from lowtide.models.gguf.dry_run import SimulatedGguf
+from lowtide.models.gguf.header.reader import ArrayValue
+from lowtide.models.gguf.header.sliding import PERIODS, sliding_layers
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.gguf.parameters import LoadOptions, context_parameters
-from lowtide.models.gguf.reader import ArrayValue
-from lowtide.models.gguf.sliding import PERIODS, sliding_layers
-from lowtide.models.gguf.spec import read_spec
 
 
 def test_a_header_has_a_flag_for_each_layer_or_a_period() -> None:

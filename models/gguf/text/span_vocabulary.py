@@ -8,8 +8,8 @@ from typing import Any
 
 from lowtide.models.errors import ModelError
 from lowtide.models.gguf.llama_cpp import LlamaLibrary
-from lowtide.models.span_encoder import BARRIERS, SpanVocabulary
-from lowtide.models.special_tokens import SpecialToken, looks_like_marker
+from lowtide.models.text.span_encoder import BARRIERS, SpanVocabulary
+from lowtide.models.text.special_tokens import SpecialToken, looks_like_marker
 
 UNKNOWN, CONTROL, USER_DEFINED = 1 << 0, 1 << 3, 1 << 4
 LSTRIP, RSTRIP = 1 << 7, 1 << 8

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from lowtide.models.prompt_span import PromptSpan
+from lowtide.models.text.prompt_span import PromptSpan
 
 SPACES = b" \t\n\v\f\r"
 """What `isspace` takes for white space in C."""

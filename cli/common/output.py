@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowtide.cli.streams import visible
+from lowtide.cli.common.streams import visible
 from lowtide.memory.units import format_bytes
 
 if TYPE_CHECKING:

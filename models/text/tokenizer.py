@@ -1,6 +1,6 @@
 """Tokenizer: text to token ids and back; and TextStream, which never prints half a character.
 
-`models/gguf/tokenizer.py`, `models/onnx/tokenizer.py` and `models/fake_model.py` implement the interface.
+`models/gguf/text/tokenizer.py`, `models/onnx/tokenizer.py` and `models/fake_model.py` implement the interface.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import groupby
 
-from lowtide.models.prompt_span import PromptSpan, text_of
+from lowtide.models.text.prompt_span import PromptSpan, text_of
 
 MAX_STACK_BYTES_PER_CHARACTER = 330
 """The most stack that any pre-tokenizer of llama.cpp takes for a character of a match (measured)."""

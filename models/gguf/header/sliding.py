@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lowtide.models.gguf.reader import ArrayValue, Scalar
+from lowtide.models.gguf.header.reader import ArrayValue, Scalar
 
 PATTERN = "attention.sliding_window_pattern"
 PERIODS = {

@@ -15,19 +15,19 @@ from pathlib import Path
 from lowtide.models.arguments.values import plain_name
 from lowtide.models.errors import BadModelFile
 from lowtide.models.facts.store import Facts
-from lowtide.models.fingerprint import DIGITS
-from lowtide.models.gguf.file_types import file_type_name
-from lowtide.models.gguf.kind import POOLINGS, header_kind
-from lowtide.models.gguf.reader import (
+from lowtide.models.files.fingerprint import DIGITS
+from lowtide.models.gguf.header.file_types import file_type_name
+from lowtide.models.gguf.header.kind import POOLINGS, header_kind
+from lowtide.models.gguf.header.reader import (
     TYPE_NUMBERS,
     ArrayValue,
     GgufContents,
     TensorInfo,
     read_gguf,
 )
-from lowtide.models.gguf.repacked import repacked_names
-from lowtide.models.gguf.sliding import sliding_layers
-from lowtide.models.gguf.stored_spec import store_spec, stored_spec
+from lowtide.models.gguf.header.repacked import repacked_names
+from lowtide.models.gguf.header.sliding import sliding_layers
+from lowtide.models.gguf.header.stored_spec import store_spec, stored_spec
 from lowtide.models.spec import KV_PADDING, ModelSpec, VocabularySpec, WeightGroup, WeightSpan
 
 MAX_REASONABLE = 1 << 24

@@ -9,8 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from lowtide.models.prompt_span import PromptSpan
-from lowtide.models.special_tokens import (
+from lowtide.models.text.prompt_span import PromptSpan
+from lowtide.models.text.special_tokens import (
     PromptBytes,
     SpecialToken,
     TextPart,

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lowtide.models.fingerprint import samples_digest
-from lowtide.models.gguf.reader import GgufContents, TensorInfo
+from lowtide.models.files.fingerprint import samples_digest
+from lowtide.models.gguf.header.reader import GgufContents, TensorInfo
 from lowtide.models.spec import TILE_ALIGNMENT
 
 LAYOUT = 2

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from vocabularies import opened, write_vocabulary
 
 from lowtide.models.errors import ModelError
-from lowtide.models.gguf.text_cuts import TextCuts
-from lowtide.models.gguf.tokenizer import GgufTokenizer
+from lowtide.models.gguf.text.text_cuts import TextCuts
+from lowtide.models.gguf.text.tokenizer import GgufTokenizer
 
 
 def _whole(tokenizer: GgufTokenizer, text: str) -> list[int]:

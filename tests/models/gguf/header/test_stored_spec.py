@@ -10,8 +10,8 @@ from gguf_files import write_model
 
 from lowtide.models.errors import BadModelFile, ModelNotFound
 from lowtide.models.facts import store
-from lowtide.models.gguf import spec as gguf_spec
-from lowtide.models.gguf.spec import read_spec
+from lowtide.models.gguf.header import spec as gguf_spec
+from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.spec import ModelSpec
 
 

@@ -82,7 +82,7 @@ def set_limit(group: ControlGroup | None, budget: Budget) -> None:
     """Set the group's limit for a process with this budget, and print it."""
     if group is None:
         return
-    from lowtide.cli.output import note
+    from lowtide.cli.common.output import note
     from lowtide.memory.os.cgroup import limit_for
     from lowtide.memory.units import format_bytes
 

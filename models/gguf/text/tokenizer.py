@@ -9,11 +9,11 @@ from typing import Any
 
 from lowtide.models.errors import ModelError
 from lowtide.models.gguf.llama_cpp import LlamaLibrary
-from lowtide.models.gguf.span_vocabulary import GgufSpanVocabulary
-from lowtide.models.gguf.text_cuts import TextCuts
-from lowtide.models.prompt_span import PromptSpan
-from lowtide.models.span_encoder import SpanEncoder
-from lowtide.models.tokenizer import Tokenizer, longest_line, longest_stretch
+from lowtide.models.gguf.text.span_vocabulary import GgufSpanVocabulary
+from lowtide.models.gguf.text.text_cuts import TextCuts
+from lowtide.models.text.prompt_span import PromptSpan
+from lowtide.models.text.span_encoder import SpanEncoder
+from lowtide.models.text.tokenizer import Tokenizer, longest_line, longest_stretch
 
 PIECE_BYTES = 256
 NULL_TOKEN = -1

@@ -1,0 +1,1 @@
+"""What the commands share: options, input, output, the streams, and --enforce."""

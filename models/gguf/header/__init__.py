@@ -1,0 +1,1 @@
+"""GGUF headers, and what they say of a model."""
