@@ -22,7 +22,7 @@ from lowtide.models.arguments.names import on_command_line
 from lowtide.models.errors import LowtideError, LowtideWarning
 
 COMMANDS = tuple(
-    "chat run embed plan profile evaluate calibrate bench models convert doctor".split()
+    "chat run serve embed plan profile evaluate calibrate bench models convert doctor".split()
 )
 
 

@@ -1,0 +1,82 @@
+"""Runs the server until it is asked to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+
+from lowtide.cli.server.guard import App
+from lowtide.cli.server.settings import ServerSettings
+from lowtide.models.arguments.names import on_command_line, option
+from lowtide.models.errors import BadOption
+
+MAX_HEADER_BYTES = 32 << 10
+KEEP_CONNECTION_S = 30
+
+
+def listening_socket(settings: ServerSettings) -> socket.socket:
+    """Return a socket that listens; raises `BadOption` where the address cannot be used."""
+    try:
+        family, *_, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM
+        )[0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise BadOption(
+            f"{option('host')} is {settings.host}, which is no address here ({error.strerror}): name another"
+        ) from None
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(min(settings.max_connections, 128))
+    except OSError as error:
+        listening.close()
+        raise BadOption(
+            f"{option('port')} {settings.port} of {settings.host} cannot be used ({error.strerror}): choose another, "
+            "or 0 for a free one"
+        ) from None
+    return listening
+
+
+class Serving:
+    """A server that answers on a listening socket."""
+
+    def __init__(self, app: App, settings: ServerSettings, listening: socket.socket) -> None:
+        self._listening = listening
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                http="h11",
+                loop="asyncio",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+                limit_concurrency=settings.max_connections,
+                timeout_keep_alive=KEEP_CONNECTION_S,
+                timeout_graceful_shutdown=settings.shutdown_seconds,
+            )
+        )
+
+    def run(self) -> None:
+        """Answer requests until SIGTERM, SIGINT or `stop`; running answers have a few seconds to end."""
+        with _server_spelling():
+            self._server.run([self._listening])
+        self._listening.close()
+
+    def stop(self) -> None:
+        """End, as SIGTERM does; any thread may call it."""
+        self._server.should_exit = True
+
+
+@contextlib.contextmanager
+def _server_spelling() -> Iterator[None]:
+    """Name options in errors as a client writes them, but those of the server as its owner does."""
+    of_owner = {"memory": "--memory", "context": "--context"}
+    with on_command_line(of_owner.get):
+        yield

@@ -1,0 +1,125 @@
+"""Service: what the endpoints share: the model, its defaults, the metrics, and how an answer is asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lowtide.cli.server.body import read_json
+from lowtide.cli.server.errors import ApiError, api_error
+from lowtide.cli.server.metrics import Metrics
+from lowtide.cli.server.settings import ServerSettings
+from lowtide.cli.server.streaming import Answers, Pending
+from lowtide.models.chat_template import Message
+from lowtide.runtime.generation.result import GenerationChunk
+from lowtide.runtime.options import SamplingParams
+from lowtide.runtime.serving.deltas import Answer, Delta, delta_of
+from lowtide.runtime.serving.errors import QueueFull
+from lowtide.runtime.serving.inference import Inference
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+Reader = Callable[[GenerationChunk], Delta]
+
+
+class Service:
+    """Answers requests with one model, which clients call `name`; `defaults` are for what a request leaves out."""
+
+    def __init__(
+        self, inference: Inference, name: str, defaults: SamplingParams, settings: ServerSettings
+    ) -> None:
+        self.inference = inference
+        self.name = name
+        self.defaults = defaults
+        self.settings = settings
+        self.metrics = Metrics()
+        self.started_at = int(time.time())
+
+    async def body(self, request: Request) -> Any:
+        """Return the parsed body of a request."""
+        return await read_json(request, self.settings.max_body_bytes)
+
+    def require_model(self, name: str | None) -> str:
+        """Return the name of the model that a request asks for; none is the one that there is."""
+        if name in (None, self.name):
+            return self.name
+        raise ApiError(
+            404,
+            f"there is no model {name!r} here: ask for {self.name}",
+            param="model",
+            code="model_not_found",
+        )
+
+    async def ask(
+        self,
+        prompts: Sequence[str | Sequence[Message]],
+        params: Sequence[SamplingParams],
+        *,
+        template_arguments: Mapping[str, Any] | None = None,
+        reader: Callable[[], Reader] = lambda: delta_of,
+    ) -> Answers:
+        """Ask for an answer to each prompt, and wait a moment for the first token.
+
+        What cannot be answered raises `ApiError`: before a stream begins, where that shows at once.
+        """
+        pending: list[Pending] = []
+        try:
+            for prompt, each in zip(prompts, params, strict=True):
+                pending.append(
+                    self.inference.submit(prompt, each, template_arguments=template_arguments)
+                )
+        except Exception as error:
+            for one in pending:
+                one.cancel()
+            raise queue_full(error) if isinstance(error, QueueFull) else api_error(error) from error
+        answers = Answers(pending, [self._counted(reader()) for _ in pending])
+        await answers.begin()
+        return answers
+
+    def _counted(self, read: Reader) -> Reader:
+        def counted(chunk: GenerationChunk) -> Delta:
+            delta = read(chunk)
+            if delta.finish is not None:
+                self.metrics.count_answer(delta.finish)
+            return delta
+
+        return counted
+
+    async def collect(self, request: Request, answers: Answers) -> list[Answer]:
+        """Return whole answers; a client that leaves ends them."""
+        whole = asyncio.create_task(answers.all())
+        left = asyncio.create_task(_left(request))
+        try:
+            await asyncio.wait({whole, left}, return_when=asyncio.FIRST_COMPLETED)
+            if not whole.done():
+                self.metrics.num_cancelled += 1
+                raise ApiError(499, "the client left", code="cancelled")
+            return whole.result()
+        except ApiError:
+            raise
+        except Exception as error:
+            raise api_error(error) from error
+        finally:
+            left.cancel()
+            whole.cancel()
+            answers.close()
+
+
+def queue_full(error: QueueFull) -> ApiError:
+    """Return the answer to a request that finds no place in the queue."""
+    return ApiError(
+        429,
+        str(error),
+        code="queue_full",
+        kind="rate_limit_error",
+        headers={"Retry-After": str(max(1, round(error.retry_after_s)))},
+    )
+
+
+async def _left(request: Request) -> None:
+    """Return when the client has closed its connection; the body was read before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,47 @@
+"""What the server says of its model and of itself: plan, memory, queue."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lowtide.cli.server.service import Service
+from lowtide.memory.process import read_process_memory
+
+
+def model_values(service: Service) -> dict[str, Any]:
+    """Return the model as OpenAI's list of models has it, and its size."""
+    planned = service.inference.runtime.planned
+    return {
+        "id": service.name,
+        "object": "model",
+        "created": service.started_at,
+        "owned_by": "lowtide",
+        "lowtide": {
+            "name": planned.spec.name,
+            "quantisation": planned.spec.quantisation,
+            "context": planned.plan.context,
+            "planned_bytes": planned.plan.total_bytes,
+            "budget_bytes": planned.plan.budget.num_bytes,
+        },
+    }
+
+
+def plan_bytes(service: Service) -> dict[str, int]:
+    """Return the bytes of the plan by component."""
+    return {line.component: line.num_bytes for line in service.inference.runtime.plan.rows}
+
+
+def status_gauges(service: Service) -> Mapping[str, tuple[str, float | Mapping[str, float]]]:
+    """Return the gauges of the metrics."""
+    memory, inference = read_process_memory(), service.inference
+    plan = inference.runtime.plan
+    return {
+        "queue_waiting": ("Requests that wait.", inference.num_waiting),
+        "queue_running": ("Requests that are computed.", inference.num_running),
+        "memory_budget_bytes": ("The budget.", plan.budget.num_bytes),
+        "memory_resident_bytes": ("Resident set of the process.", memory.resident_bytes),
+        "memory_peak_bytes": ("Peak resident set of the process.", memory.peak_bytes),
+        "memory_planned_bytes": ("The plan by component.", plan_bytes(service)),
+        "context_tokens": ("Tokens of the context.", plan.context),
+    }
