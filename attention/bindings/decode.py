@@ -14,8 +14,8 @@ MESSAGE_BYTES = 1024
 TRY_SECONDS = 120
 """The time that a first pass may take: it reads every weight once, on one thread."""
 PASS_FAILED = -100
-"""The code of a pass that ended with an assertion; llama.cpp's own are small numbers."""
-FAILED, ENDED = 1, 2
+"""The code of a pass that ended with an exception; llama.cpp's own are small numbers."""
+FAILED, ENDED, BROKEN = 1, 2, 4
 
 
 @functools.cache
@@ -29,7 +29,8 @@ def install_guarded_passes() -> None:
 def run_guarded_pass(function: str, context: Any, batch: Any) -> int:
     """Call `function`, llama_decode or llama_encode.
 
-    A failed assertion is logged as an error, and `PASS_FAILED` is returned.
+    An exception is logged as an error, and `PASS_FAILED` is returned. Where an assertion failed, on whichever thread,
+    the context is also declared broken: it computes no more, and is never freed.
     """
     library = llama_library()
     code, message = ctypes.c_int32(), ctypes.create_string_buffer(MESSAGE_BYTES)
@@ -44,6 +45,8 @@ def run_guarded_pass(function: str, context: Any, batch: Any) -> int:
     if status == 0:
         return code.value
     library.log_error(_text(message))
+    if status == BROKEN:
+        library.broken.add(context, plain_reason(_text(message)))
     return PASS_FAILED
 
 
@@ -62,7 +65,7 @@ def try_pass(function: str, context: Any, batch: Any) -> str | None:
         message,
         MESSAGE_BYTES,
     )
-    if status == FAILED:
+    if status in (FAILED, BROKEN):
         return plain_reason(_text(message))
     if status == ENDED:
         return _signal_in_words(ended_by.value)

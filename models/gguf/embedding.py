@@ -173,8 +173,8 @@ class GgufEmbedder:
             self._api.llama_batch_free(self._batch)
             self._batch = None
         if self._context is not None:
-            self._api.llama_free(self._context)
+            self._library.free_context(self._context)
             self._context = None
         if self._model is not None and self._owns_weights:
-            self._api.llama_model_free(self._model)
+            self._library.free_weights(self._model)
         self._model = None

@@ -19,6 +19,7 @@ from lowtide.models.gguf.binding.declarations import NUM_TENSOR_TYPES, CApi
 from lowtide.models.gguf.binding.find import LibraryFile, find_library
 from lowtide.models.gguf.binding.layout import check_layout
 from lowtide.models.gguf.binding.loaded import LoadedLibrary
+from lowtide.models.gguf.broken import BrokenContexts
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -70,6 +71,7 @@ class LlamaLibrary:
         self.tokenize: Tokenize = self._tokenize
         self.tokens_with: Callable[[Any, int, int], list[int]] = self._tokens_with
         self.run_pass: Callable[[str, Any, Any], int] = self._run_pass
+        self.broken = BrokenContexts(self.api.llama_get_model)
         self.try_pass: Callable[[str, Any, Any], str | None] = lambda _name, _context, _batch: None
         self._errors: deque[str] = deque(maxlen=64)
         self._thread = threading.local()
@@ -85,10 +87,24 @@ class LlamaLibrary:
             os.register_at_fork(after_in_child=self._compute_on_own_thread)
 
     def decode(self, context: Any, batch: Any, function: str = "llama_decode") -> int:
-        """Run `function`, llama_decode or llama_encode, over `batch`; return its code, 0 for success."""
+        """Run `function`, llama_decode or llama_encode, over `batch`; return its code, 0 for success.
+
+        Raises `ForwardError` for a context that an earlier pass left broken.
+        """
+        self.broken.require_whole(context)
         if self._compute_thread is None:
             return int(self.run_pass(function, context, batch))
         return self._compute_thread.submit(self.run_pass, function, context, batch).result()
+
+    def free_context(self, context: Any) -> None:
+        """Free a context, unless it is broken."""
+        if context not in self.broken:
+            self.api.llama_free(context)
+
+    def free_weights(self, model: Any) -> None:
+        """Free a model, unless a broken context reads its weights."""
+        if not self.broken.hold_weights(model):
+            self.api.llama_model_free(model)
 
     def _run_pass(self, function: str, context: Any, batch: Any) -> int:
         return int(getattr(self.api, function)(context, batch))

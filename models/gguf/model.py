@@ -265,6 +265,7 @@ class GgufModel(Model):
     def _check_tokens(self, token_ids: Sequence[int]) -> None:
         if self._context is None:
             raise ForwardError("the model is closed: open it again")
+        self._library.broken.require_whole(self._context)
         if not 0 < len(token_ids) <= self.batch_size:
             raise ForwardError(
                 f"a pass has {len(token_ids)} tokens; it must have 1 to {self.batch_size}"
@@ -388,10 +389,10 @@ class GgufModel(Model):
             self._batch.free()
             self._batch = None
         if self._context is not None:
-            self._api.llama_free(self._context)
+            self._library.free_context(self._context)
             self._context = None
         if self._model is not None and self._owns_weights:
-            self._api.llama_model_free(self._model)
+            self._library.free_weights(self._model)
         self._model = None
 
 

@@ -37,7 +37,7 @@ def first_not_number(
         library.decode(context, batch)
     finally:
         api.llama_batch_free(batch)
-        api.llama_free(context)
+        library.free_context(context)
     layer = _LAYER.search(node.name or "")
     return f"layer {layer[1]}" if layer else node.name
 

@@ -215,5 +215,5 @@ class GgufSequences(SequenceBatch):
             self._api.llama_batch_free(self._batch)
             self._batch = None
         if self._context is not None:
-            self._api.llama_free(self._context)
+            self._library.free_context(self._context)
             self._context = None

@@ -32,7 +32,7 @@ from lowtide.memory.plan.estimates import (
     padded_context,
 )
 from lowtide.memory.plan.line import FILTER_PREFILL
-from lowtide.memory.reclaim import Reclaimer
+from lowtide.memory.reclaim import Reclaimer, reclaim
 from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.gguf.draft_tree import GgufTreeModel
@@ -367,11 +367,14 @@ class LoadedGguf(LoadedModel):
             )
 
     def close(self) -> None:
-        """Free the model, then the hook in its graph."""
+        """Free the model, then the hook in its graph; of what a broken pass used, only pages that can be read again."""
+        is_broken = llama_library().broken.hold_weights(self._model.handle)
+        if is_broken:
+            reclaim(self.reclaimers, "complete")
         super().close()
-        if self._callback is not None:
+        if self._callback is not None and not is_broken:
             self._callback.close()
-            self._callback = None
+        self._callback = None
 
 
 @contextlib.contextmanager

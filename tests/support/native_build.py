@@ -127,7 +127,7 @@ def is_clang(compiler: Sequence[str]) -> bool:
 
 @functools.cache
 def test_library() -> Path:
-    """Build `lowtide_native_test`, the C++ core with the entry points of kernel_calls.h; return its path.
+    """Build `lowtide_native_test`, the C++ core, kernel_calls.h and failing_op.cpp; return its path.
 
     Skips the test where there is no compiler.
     """
@@ -138,7 +138,7 @@ def test_library() -> Path:
     with (BUILDS / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # workers of pytest-xdist build it at the same time
         build = cached_build("library", compiler, TEST_LIBRARY_FLAGS)
-        return build.library("lowtide_native_test.so", "kernel_calls.cpp")
+        return build.library("lowtide_native_test.so", "kernel_calls.cpp", "failing_op.cpp")
 
 
 test_library.__test__ = False  # type: ignore[attr-defined]  # pytest would collect it by its name

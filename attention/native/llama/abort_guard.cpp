@@ -3,7 +3,8 @@
 #include "llama/abort_guard.h"
 
 #include <cstdio>
-#include <stdexcept>
+
+#include "llama/running_pass.h"
 
 namespace {
 thread_local int guarded_sections = 0;
@@ -16,6 +17,7 @@ extern "C" void lowtide_leave_guarded_section() {
 }
 
 extern "C" void lowtide_on_abort(const char* message) {
-    if (guarded_sections > 0) throw std::runtime_error(message);
+    if (guarded_sections > 0) throw FailedAssertion(message);
+    leave_pass_of_this_thread(message);
     std::fprintf(stderr, "%s\n", message);  // ggml ends the process when this returns
 }

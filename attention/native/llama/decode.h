@@ -11,8 +11,9 @@ struct LlamaBatch {
     void* arrays[6];
 };
 
-enum PassStatus { kPassDone = 0, kPassFailed = 1, kPassEnded = 2, kPassNotTried = 3 };
+// kPassBroken: an assertion failed in the middle of the pass. What it used must neither be used again nor be freed.
+enum PassStatus { kPassDone = 0, kPassFailed = 1, kPassEnded = 2, kPassNotTried = 3, kPassBroken = 4 };
 
-// Calls `pass` (llama_decode or llama_encode) on this thread. What it returns is in `code`; where it throws, the reason
-// is in `error`.
+// Calls `pass` (llama_decode or llama_encode) on this thread. What it returns is in `code`; the reason of another status
+// than kPassDone is in `error`.
 PassStatus run_pass(void* pass, void* context, const LlamaBatch& batch, int32_t* code, char* error, size_t error_bytes);

@@ -154,6 +154,7 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_get_logits": (_floats, (_void,)),
     "llama_get_logits_ith": (_floats, (_void, _int)),
     "llama_get_memory": (_void, (_void,)),
+    "llama_get_model": (_void, (_void,)),
     "llama_init_from_model": (_void, (_void, llama_context_params)),
     "llama_log_set": (None, (llama_log_callback, _void)),
     "llama_max_devices": (_size, ()),
