@@ -26,6 +26,8 @@ CHOICE_S = 1.0
 """A choice is measured until this time is over, but for one prompt and one token."""
 ENOUGH_S = 5.0
 """No further choice is measured after this many seconds."""
+LEAST_TOKENS = 2
+"""The shortest context in which a choice is timed: one token of a prompt, and one that is decoded."""
 MOST_COPIED_BYTES = 512 << 20
 """A larger model gets no repacked copy for the comparison alone: writing it would take longer than all the rest."""
 
@@ -79,6 +81,9 @@ def _timed(spec: ModelSpec, kernels: str, threads: int, options: dict[str, Any])
         reason = "the model has no repacked copy yet: `lowtide models repack` makes it"
         return TimedChoice(kernels=kernels, threads=threads, reason=reason)
     context = min(PROMPT_TOKENS + DECODED_TOKENS + 1, spec.context_length)
+    if context < LEAST_TOKENS:
+        reason = f"the model's context of {context} has no room for a prompt and a decoded token"
+        return TimedChoice(kernels=kernels, threads=threads, reason=reason)
     config = LoadConfig(context=context, threads=threads, **options)
     engine = Engine(plan_spec(spec, config))
     try:

@@ -70,6 +70,16 @@ def test_a_context_shorter_than_the_prompt_is_enough(tmp_path: Path) -> None:
     assert all(choice.reason is None for choice in time_choices(spec, "2GiB"))
 
 
+@pytest.mark.parametrize(("context", "is_timed"), [(1, False), (2, True)])
+def test_a_context_of_a_single_token_says_why_it_is_not_timed(
+    tmp_path: Path, context: int, is_timed: bool
+) -> None:
+    spec = read_spec(write_model(tmp_path / "short.gguf", context=context))
+    for choice in time_choices(spec, "2GiB")[:2]:
+        assert (choice.decode_tokens_per_s is not None) == is_timed, choice
+        assert is_timed or "has no room" in str(choice.reason)
+
+
 def test_doctor_shows_the_table(spec: ModelSpec) -> None:
     shown = CliRunner().invoke(main, ["doctor", str(spec.path), "--memory", "2GiB"]).stdout
     assert "decode, tokens/s" in shown
