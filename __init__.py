@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from lowtide.runtime.structured.formats import JsonSchema as JsonSchema
     from lowtide.runtime.structured.formats import OutputFormat as OutputFormat
     from lowtide.runtime.structured.formats import Regex as Regex
+    from lowtide.runtime.structured.rules.formats import AllOf as AllOf
+    from lowtide.runtime.structured.rules.formats import Avoid as Avoid
+    from lowtide.runtime.structured.rules.formats import Length as Length
+    from lowtide.runtime.structured.rules.formats import Must as Must
 
     __version__: str
 
@@ -46,6 +50,10 @@ _MODULES = {
     "JsonSchema": "runtime.structured.formats",
     "OutputFormat": "runtime.structured.formats",
     "Regex": "runtime.structured.formats",
+    "AllOf": "runtime.structured.rules.formats",
+    "Avoid": "runtime.structured.rules.formats",
+    "Length": "runtime.structured.rules.formats",
+    "Must": "runtime.structured.rules.formats",
     "Delta": "attention.delta.policy",
     "Dense": "attention.dense",
     "FakeModel": "models.fake_model",

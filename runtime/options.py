@@ -103,14 +103,15 @@ class SamplingParams:
     def _format(self, stop: tuple[str, ...]) -> Any:
         from lowtide.runtime.structured.response_format import as_format
 
-        if stop:
+        try:
+            found = as_format(self.constraint)
+        except BadOption as error:
+            raise BadOption(f"the constraint is not valid: {error}") from None
+        if stop and found is not None and found.says_end:
             raise BadOption(
                 f"{option('stop')} is set, but the constraint says where the answer ends: leave one of them out"
             )
-        try:
-            return as_format(self.constraint)
-        except BadOption as error:
-            raise BadOption(f"the constraint is not valid: {error}") from None
+        return found
 
     @property
     def draws_seed(self) -> bool:

@@ -110,6 +110,7 @@ class Runtime:
           from exact answers is inside a limit; `planned.quality` says which
         * `provider`: the execution provider of an ONNX model ("cpu", "cuda")
         * `structured`: True reserves the memory of structured output (`SamplingParams.constraint`) in the plan
+        * `rules_bytes`: bytes of `Avoid`, `Paths` and their like (`num_bytes`), to be reserved in the plan
         * `offline`: True downloads nothing
         * `chat_template`: a chat template instead of the model's own: its text, or the `Path` of a file
 

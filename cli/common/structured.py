@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from lowtide.cli.common.rules import RULE_OPTIONS, take_rules
+
 if TYPE_CHECKING:
     from lowtide.runtime.structured.formats import OutputFormat
 
@@ -63,7 +65,7 @@ structured_option = click.option(
 
 def structured_options(command: Command) -> Command:
     """Add --json-schema, --regex and the other options that say what an answer must look like."""
-    for decorator in reversed(_OPTIONS):
+    for decorator in reversed((*_OPTIONS, *RULE_OPTIONS)):
         command = decorator(command)
     return command
 
@@ -83,9 +85,14 @@ def take_constraint(options: dict[str, Any]) -> OutputFormat | None:
         )
     if check is not None and used != ["json_schema"]:
         raise click.UsageError("--schema-check is for schemas: add --json-schema, or leave it out")
-    if not used:
-        return None
-    return _format(used[0], values[used[0]], style or "flexible", check or "exact")
+    formats = take_rules(options)
+    if used:
+        formats.insert(0, _format(used[0], values[used[0]], style or "flexible", check or "exact"))
+    if len(formats) < 2:
+        return formats[0] if formats else None
+    from lowtide.runtime.structured.rules.formats import AllOf
+
+    return AllOf(*formats)
 
 
 def _format(name: str, value: Any, style: str, check: str) -> OutputFormat:

@@ -52,6 +52,8 @@ STRUCTURED_BYTES = 19 * MIB
 for an end (10 MiB); a small schema takes 2 to 3 MiB of these."""
 STRUCTURED_TOKEN_BYTES = 300
 """Bytes of a token in llguidance's trie and in the table that it is made from, as measured with 49,152 and 262,144."""
+RULE_TOKEN_BYTES = 68
+"""Bytes of a token in the order of the vocabulary that rules use (21), in 64 masks (8), and while one is made (39)."""
 RESERVE_BYTES = 2 * MIB
 """The least reserve: slack, and the lists of a small model with a short context."""
 
@@ -306,6 +308,11 @@ def logits_bytes(spec: ModelSpec) -> int:
 def structured_bytes(vocabulary: VocabularySpec) -> int:
     """Return the bytes of structured output: llguidance, its token trie, and the work of one grammar."""
     return STRUCTURED_BYTES + STRUCTURED_TOKEN_BYTES * vocabulary.num_tokens
+
+
+def rules_bytes(vocabulary: VocabularySpec, num_bytes: int) -> int:
+    """Return the bytes of rules that hold `num_bytes` themselves; 0 without rules."""
+    return num_bytes + RULE_TOKEN_BYTES * vocabulary.num_tokens if num_bytes else 0
 
 
 def attention_bytes(spec: ModelSpec, context: int, threads: int) -> int:

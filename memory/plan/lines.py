@@ -83,6 +83,7 @@ class PlanLines:
             *self._prefixes(candidate),
             *self._speculation(candidate),
             *_structured(spec, options.structured),
+            *_rules(spec, options.rules_bytes),
             *_comparison(spec, options.compared_tokens),
             *_profiler(spec, options.profiled),
             PlanLine(
@@ -274,6 +275,13 @@ def _structured(spec: ModelSpec, is_asked: bool) -> tuple[PlanLine, ...]:
     num_tokens = spec.vocabulary.num_tokens
     why = f"the bytes of {num_tokens:,} tokens as a trie, and one grammar"
     return (PlanLine(components.STRUCTURED, estimates.structured_bytes(spec.vocabulary), why),)
+
+
+def _rules(spec: ModelSpec, num_bytes: int) -> tuple[PlanLine, ...]:
+    if not num_bytes:
+        return ()
+    why = f"tables of {num_bytes:,} bytes, the order of all tokens, and masks"
+    return (PlanLine(components.RULES, estimates.rules_bytes(spec.vocabulary, num_bytes), why),)
 
 
 def _comparison(spec: ModelSpec, num_tokens: int) -> tuple[PlanLine, ...]:

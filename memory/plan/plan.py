@@ -49,6 +49,8 @@ class PlanRequest:
     """How many next-token distributions an evaluation holds at once."""
     structured: bool = False
     """Whether the memory of structured output is reserved."""
+    rules_bytes: int = 0
+    """Bytes that the rules of answers hold (`OutputFormat.num_bytes`)."""
     repacked: bool = False
     """Whether the weights are a repacked copy for lowtide's matmul kernels."""
     optional_attention: bool = False

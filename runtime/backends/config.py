@@ -60,7 +60,7 @@ class LoadConfig:
     tokens of a pass. `provider` is the short name of an
     execution provider for ONNX models. `chat_template` replaces the model's own: the text of a template, or the
     `Path` of a file with one. `structured` reserves the memory of structured output, so that a constraint
-    cannot be refused for want of room.
+    cannot be refused for want of room; `rules_bytes` that of its tables (`num_bytes` of `Avoid` and its like).
 
     `quality` "high" and "fast" take the calibrated policy with the shortest predicted time whose measured distance from
     exact answers is inside a limit (`runtime/planning/quality.py`), "exact" takes none.
@@ -91,6 +91,7 @@ class LoadConfig:
     provider: str = CPU
     chat_template: str | Path | None = None
     structured: bool = False
+    rules_bytes: int = 0
     quality: str = EXACT
     background: bool = False
 
@@ -139,6 +140,7 @@ class LoadConfig:
             ("context", 1, MOST),
             ("batch_size", 1, MOST),
             ("expected_tokens", 0, MOST),
+            ("rules_bytes", 0, MOST),
             ("threads", 1, MAX_THREADS),
         )
         numbers = {
@@ -147,7 +149,10 @@ class LoadConfig:
             else whole_number(option(name), value, least, most)
             for name, least, most in ranges
         }
-        return {**numbers, "expected_tokens": numbers["expected_tokens"] or 0}
+        return {
+            **numbers,
+            **{name: numbers[name] or 0 for name in ("expected_tokens", "rules_bytes")},
+        }
 
     def _sizes(self) -> dict[str, str | int | None]:
         """Return the checked sizes; raise `BadSize` for what is none."""
@@ -274,6 +279,7 @@ class LoadConfig:
         return PlanRequest(
             context=self.context,
             structured=self.structured,
+            rules_bytes=self.rules_bytes,
             kv_type=self.kv_type,
             batch_size=self.batch_size,
             expected_tokens=max(self.expected_tokens, prompt_tokens),

@@ -268,14 +268,18 @@ class GenerationState:
         A constrained answer advances by it, or is closed instead.
         """
         self._stats.record_prefill()
-        token_id = self._sampler.choose(
-            logits, self.token_ids, self.answer, num_prompt=self._num_prompt
-        )
+        token_id = self._choose(logits)
+        if self.answer is not None:
+            while not self.answer.take(token_id) and not self.answer.is_closed:
+                token_id = self._choose(logits)
         if self._meter is not None:
             self._logprobs = self._meter.measure(logits, token_id)
-        if self.answer is not None:
-            self.answer.take(token_id)
         return token_id
+
+    def _choose(self, logits: Logits) -> int:
+        return self._sampler.choose(
+            logits, self.token_ids, self.answer, num_prompt=self._num_prompt
+        )
 
     def append(
         self, token_id: int, cache: KVCache, *, is_over_budget: bool

@@ -18,11 +18,12 @@ from lowtide.memory.os.pages import trim_heap
 from lowtide.memory.plan.estimates import (
     filter_layers_bytes,
     kv_bytes,
+    rules_bytes,
     structured_bytes,
     tokenising_bytes,
 )
 from lowtide.memory.plan.kv_reservation import KVReservation
-from lowtide.memory.plan.line import CACHE, FILTER_PREFILL, PREFIXES, PROMPT, STRUCTURED
+from lowtide.memory.plan.line import CACHE, FILTER_PREFILL, PREFIXES, PROMPT, RULES, STRUCTURED
 from lowtide.memory.process import read_process_memory
 from lowtide.memory.reclaim import Reclaimed, Reclaimer, reclaim
 from lowtide.memory.units import OverBudget, format_bytes
@@ -186,6 +187,9 @@ class Engine:
             return None
         if STRUCTURED not in self.ledger.components:
             self.ledger.reserve(STRUCTURED, structured_bytes(self.planned.spec.vocabulary))
+        num_bytes = rules_bytes(self.planned.spec.vocabulary, params.constraint.num_bytes)
+        if num_bytes > self.ledger.components.get(RULES, 0):
+            self.ledger.reserve(RULES, num_bytes)
         constraint = params.constraint.compile(self._vocabulary)
         return ConstrainedAnswer(constraint, self._vocabulary.end_ids, params.max_tokens)
 

@@ -24,6 +24,8 @@ PROBED_TOKENS = 16
 """The way to the end is looked for after so many tokens while many are left."""
 NEAR_TOKENS = 256
 """It is known after every token where at most so many, and twice its own, are left."""
+MAX_REFUSED = 16
+"""Tokens behind which no end is found that are passed over for one; then the known way is taken for a token."""
 
 
 class NoLegalToken(ConstraintFailed):
@@ -43,8 +45,14 @@ class ConstrainedAnswer:
         self._end_ids = tuple(end_ids)
         self._num_left = self._max_tokens = max_tokens
         self._closing = constraint.closing(MAX_CLOSING)
-        self._is_closed = self._is_watching = False
+        self._is_closed = False
+        self._is_watching = constraint.may_strand
+        self._refused: set[int] = set()
         self._num_closing = self._num_masks = self._num_tokens = 0
+        if self._closing is None and constraint.may_strand:
+            raise BadOption(
+                "no answer was found that follows all of the constraints: leave one of them out, or ask for less"
+            )
         shortest = len(self._closing or ())
         if max_tokens is not None and shortest > max_tokens:
             raise BadOption(
@@ -90,14 +98,18 @@ class ConstrainedAnswer:
         """Whether the token may come next; an end token may where the answer may end."""
         if token_id in self._end_ids:
             return self._constraint.is_accepting
-        return self._constraint.allows(token_id)
+        return token_id not in self._refused and self._constraint.allows(token_id)
 
     def legal_ids(self) -> TokenIds:
         """Return all tokens that may come next, end tokens among them; raises `NoLegalToken` for none."""
         import numpy as np
 
         self._num_masks += 1
+        if len(self._refused) >= MAX_REFUSED:
+            return np.asarray(self._closing[:1] if self._closing else self._end_ids, np.int32)
         found = self._constraint.legal_ids()
+        if self._refused:
+            found = np.setdiff1d(found, np.fromiter(self._refused, np.int32), assume_unique=True)
         if self._constraint.is_accepting:
             found = np.union1d(found, np.asarray(self._end_ids, np.int32)).astype(np.int32)
         if not len(found):
@@ -114,28 +126,33 @@ class ConstrainedAnswer:
     def take(self, token_id: int) -> bool:
         """Append a chosen token where the answer can still be closed after it; return whether it was appended.
 
-        Where it was not, the answer `is_closed`, and `closing` has the rest.
+        Where it was not, the answer `is_closed`, and `closing` has the rest; or no end was found behind this token
+        and there is room for another one, which is to be chosen.
         """
         if token_id in self._end_ids:
             return True
         state = self._constraint.fork()
         state.advance(token_id)
-        if self._num_left is not None:
-            self._num_left -= 1
-            if self._is_near(self._num_left):
-                closing = self._closing_after(state, token_id, self._num_left)
-                if closing is None and self._closing is not None:
-                    self._num_left += 1
+        num_left = None if self._num_left is None else self._num_left - 1
+        if self._is_near(num_left):
+            limit = MAX_CLOSING if num_left is None else num_left
+            closing = self._closing_after(state, token_id, limit)
+            if closing is None and self._closing is not None:
+                if self._constraint.may_strand and limit >= len(self._closing):
+                    self._refused.add(token_id)
+                else:
                     self._is_closed = True
-                    return False
-                self._closing = closing
+                return False
+            self._closing = closing
+        self._num_left = num_left
+        self._refused.clear()
         self._constraint = state
         self._num_tokens += 1
         return True
 
-    def _is_near(self, num_left: int) -> bool:
+    def _is_near(self, num_left: int | None) -> bool:
         """Whether the end of the tokens is so near that a way to the end of the answer must be known."""
-        if not self._is_watching:
+        if not self._is_watching and num_left is not None:
             if self._num_tokens % PROBED_TOKENS == 0 and not self._constraint.ends(
                 self._closing or ()
             ):
@@ -153,7 +170,7 @@ class ConstrainedAnswer:
             for rest in state.rests(self._closing, token_id):
                 if len(rest) <= max_tokens and state.ends(rest):
                     return rest
-        return state.closing(max_tokens)
+        return state.near_closing(max_tokens) if self._closing else state.closing(max_tokens)
 
     def close(self) -> Sequence[int]:
         """Return the tokens that close the answer, () where it is complete or no way is found."""
@@ -179,4 +196,5 @@ class ConstrainedAnswer:
             "closed": self._is_closed and self._constraint.is_accepting,
             "closing_tokens": self._num_closing,
             "masks": self._num_masks,
+            **self._constraint.report(),
         }

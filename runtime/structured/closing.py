@@ -17,6 +17,8 @@ MAX_REPEATED = 64
 """The greedy way fails where it takes the same single token so often in a row: such a way may never end."""
 MAX_ADVANCES = 20_000
 """Most tokens that one search appends to states."""
+NEAR_STEPS = 64
+"""Most steps of the way that is looked for after every token where a longer way is known."""
 GREEDY_STEPS, TRIED_TOKENS = 500, 1500
 """Most steps and tokens of the first greedy way. Where it is found but has too many tokens, few others are tried."""
 
@@ -67,6 +69,13 @@ def find_closing(constraint: State, max_tokens: int) -> tuple[int, ...] | None:
         found = _greedy(constraint, max_tokens, max_tokens)
         return found or _search(constraint, max_tokens, MAX_STATES)[0]
     return None
+
+
+def find_near_closing(constraint: State, max_tokens: int) -> tuple[int, ...] | None:
+    """Return the greedy way of few steps; None where it fails, which says nothing about others."""
+    if constraint.is_accepting:
+        return ()
+    return _greedy(constraint, max_tokens, NEAR_STEPS)
 
 
 def _greedy(constraint: State, max_tokens: int, max_steps: int) -> tuple[int, ...] | None:

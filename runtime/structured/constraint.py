@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowtide.runtime.structured.closing import find_closing
 
@@ -50,6 +50,15 @@ class Constraint(ABC):
         """Whether no token may follow."""
         return self.is_accepting and not len(self.legal_ids())
 
+    @property
+    def may_strand(self) -> bool:
+        """Whether legal tokens may lead where no end can be reached; a way to the end is then known at every token."""
+        return False
+
+    def report(self) -> dict[str, Any]:
+        """Return what the statistics say of this answer beside `enforced` and the others."""
+        return {}
+
     def num_legal(self, token_ids: Sequence[int]) -> int:
         """Return how many of the tokens, from the first on, may come one after the other. Changes nothing."""
         copy = self.fork()
@@ -66,6 +75,10 @@ class Constraint(ABC):
     def closing(self, max_tokens: int) -> Sequence[int] | None:
         """Return at most `max_tokens` tokens that bring the answer to an end; None where none are found."""
         return find_closing(self, max_tokens)
+
+    def near_closing(self, max_tokens: int) -> Sequence[int] | None:
+        """Return tokens as `closing` does, where one is known behind another token: it may be missed, in less time."""
+        return self.closing(max_tokens)
 
     def checked_closing(self, closing: Sequence[int], max_tokens: int) -> Sequence[int]:
         """Return `closing`, or a better one, before the answer is closed by it."""

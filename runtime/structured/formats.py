@@ -46,6 +46,16 @@ _STYLE_OPTIONS: dict[str, dict[str, Any]] = {
 class OutputFormat(ABC):
     """What an answer must look like, of any model. A format of your own implements `compile`."""
 
+    @property
+    def says_end(self) -> bool:
+        """Whether the format says where an answer ends, so that stop texts cannot."""
+        return True
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the format holds beside the vocabulary and a grammar, planned with them."""
+        return 0
+
     @abstractmethod
     def compile(self, vocabulary: TokenVocabulary) -> Constraint:
         """Return the constraint of a new answer; raises `BadOption` where it cannot be enforced."""

@@ -34,6 +34,11 @@ class TokenVocabulary:
         pieces = list(map(self._tokenizer.token_bytes, range(self.num_tokens)))
         return b"".join(pieces), array("I", accumulate(map(len, pieces), initial=0))
 
+    @property
+    def packed(self) -> tuple[bytes, array[int]]:
+        """The bytes of all tokens one after the other, and where each token begins and the last one ends."""
+        return self._table
+
     def bytes_of(self, token_id: int) -> bytes:
         """Return the bytes of a token; b"" for control tokens and unused ids, which no text contains."""
         text, starts = self._table

@@ -55,6 +55,10 @@ def test_the_other_formats(lowtide: Invoke, tmp_path: Path) -> None:
         (["--json-style", "compact"], "add --json-schema"),
         (["--schema-check", "verified", "--regex", "a"], "add --json-schema"),
         (["--regex", "a", "--stop", "b"], "--stop is set"),
+        (["--avoid", ""], "--avoid has an empty text"),
+        (["--must", "@missing.txt"], "--must missing.txt cannot be read"),
+        (["--min-words", "9", "--max-words", "2"], "--max-words is 2"),
+        (["--must", "abc", "--avoid", "b"], "leave one of them out"),
         (["--regex", "a{30}", "-n", "9"], "--max-tokens is 9"),
     ],
 )
@@ -62,6 +66,18 @@ def test_wrong_input_is_one_sentence(lowtide: Invoke, options: list[str], messag
     done = lowtide("run", "-p", "Hi", *options)
     assert done.exit_code == 2 and done.stdout == ""
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_rules_go_with_other_formats(lowtide: Invoke, tmp_path: Path) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("b\n\nc\n")
+    done = lowtide(
+        "run", "-p", "Hi", "--regex", "[abc]{3}", "--avoid", f"@{words}", "--must", "aa", "--json"
+    )
+    values = json.loads(done.stdout)
+    assert values["text"] == "aaa" and "avoided" in values["stats"]["structured"]
+    done = lowtide("run", "-p", "Hi", "--max-words", "2", "--max-characters", "9", "-n", "20")
+    assert done.exit_code == 0 and len(done.stdout.split()) <= 2 and len(done.stdout) <= 10
 
 
 def test_the_plan_has_a_line_for_it(lowtide: Invoke) -> None:

@@ -1,0 +1,96 @@
+"""The options for rules of answers (--avoid, --must, lengths), and the formats that they become."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from lowtide.runtime.structured.formats import OutputFormat
+
+RULE_OPTIONS = (
+    click.option(
+        "--avoid",
+        multiple=True,
+        metavar="TEXT|@FILE",
+        help="Answer without this text; repeat the option, or name a file with a text on each line.",
+    ),
+    click.option(
+        "--must",
+        multiple=True,
+        metavar="TEXT|@FILE",
+        help="Answer with this text somewhere; repeat the option, or name a file with a text on each line.",
+    ),
+    click.option(
+        "--min-words", type=click.IntRange(min=0), help="Answer with at least so many words."
+    ),
+    click.option(
+        "--max-words", type=click.IntRange(min=1), help="Answer with at most so many words."
+    ),
+    click.option(
+        "--min-characters",
+        type=click.IntRange(min=0),
+        help="Answer with at least so many characters.",
+    ),
+    click.option(
+        "--max-characters",
+        type=click.IntRange(min=1),
+        help="Answer with at most so many characters.",
+    ),
+)
+_LENGTHS = ("min_words", "max_words", "min_characters", "max_characters")
+
+
+def take_rules(options: dict[str, Any]) -> list[OutputFormat]:
+    """Remove the options for rules from `options`; return them as formats."""
+    avoid, must = options.pop("avoid"), options.pop("must")
+    lengths = {name: options.pop(name) for name in _LENGTHS}
+    lengths = {name: value for name, value in lengths.items() if value is not None}
+    if not (avoid or must or lengths):
+        return []
+    from lowtide.runtime.structured.rules.formats import Avoid, Length, Must
+
+    rules: list[OutputFormat] = []
+    if must:
+        rules.append(Must(texts_of(must, "--must")))
+    if avoid:
+        rules.append(Avoid(texts_of(avoid, "--avoid")))
+    if lengths:
+        rules.append(Length(**lengths))
+    return rules
+
+
+def texts_of(values: tuple[str, ...], name: str) -> list[str]:
+    """Return the texts that an option names, with those of its files in place of the files."""
+    found: list[str] = []
+    for value in values:
+        found += lines_of(Path(value[1:]), name) if value.startswith("@") else [value]
+    return found
+
+
+def lines_of(path: Path, name: str) -> list[str]:
+    """Return the lines of a text file that are not empty; raises `UsageError` where it cannot be read."""
+    return [line for line in text_of(path, name).splitlines() if line]
+
+
+def text_of(path: Path, name: str) -> str:
+    """Return the text of a file of at most 64 MiB; raises `UsageError` where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_FILE_BYTES + 1)
+        if len(data) > _MAX_FILE_BYTES:
+            raise click.UsageError(f"{name} {path} has more than 64 MiB: split it")
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise click.UsageError(f"{name} {path} is not UTF-8 text: convert it") from None
+    except OSError as error:
+        raise click.UsageError(
+            f"{name} {path} cannot be read ({error.strerror}): name a readable file"
+        ) from None
+    except ValueError:  # a null character in the path
+        raise click.UsageError(f"{name} is no path: name a readable file") from None
+
+
+_MAX_FILE_BYTES = 64 << 20
