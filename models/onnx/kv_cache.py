@@ -13,6 +13,7 @@ import struct
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,22 @@ class TokenCache(ABC):
 
         A view is released when the next one is requested: holding one would keep its buffer from closing.
         """
+
+    @abstractmethod
+    def written(self, num_past: int, num_new: int) -> Iterator[NDArray[np.generic]]:
+        """Yield what a pass of `num_new` tokens after `num_past` wrote: the keys and the values of each layer in turn.
+
+        It is called before `commit`. The arrays hold the elements in any order, and are read at once.
+        """
+
+    def layer_without_numbers(self, num_past: int, num_new: int) -> int | None:
+        """Return the first layer to which the last pass wrote a key or a value that is no number."""
+        import numpy as np
+
+        for i, values in enumerate(self.written(num_past, num_new)):
+            if not np.isfinite(values).all():
+                return i // 2
+        return None
 
     def num_bytes(self, num_tokens: int) -> int:
         """Return the bytes of all blocks."""
@@ -91,6 +108,16 @@ class GraphCache(TokenCache):
             shape = [1, self._heads, num_tokens, self._head_dim]
             bind(name, "cpu", 0, element, shape, address)
 
+    def _written(
+        self, buffers: Sequence[PageBuffer], num_slots: int, begin: int, end: int
+    ) -> Iterator[NDArray[np.generic]]:
+        """Yield the slots from `begin` to `end` of buffers whose heads have `num_slots` slots each."""
+        import numpy as np
+
+        shape = (self._heads, num_slots, self._head_dim)
+        for buffer in buffers:
+            yield array_at(buffer.address, shape, np.dtype(self._element))[:, begin:end]
+
     @abstractmethod
     def bind(self, binding: Any, num_past: int, num_new: int) -> None:
         """Bind the inputs and outputs of a pass of `num_new` tokens after `num_past`."""
@@ -119,6 +146,10 @@ class SharedCache(GraphCache):
 
     def commit(self) -> None:
         """Do nothing: the new keys and values are in place already."""
+
+    def written(self, num_past: int, num_new: int) -> Iterator[NDArray[np.generic]]:
+        """Yield the new slots, which lie behind the past ones."""
+        return self._written(self._buffers, self._num_slots, num_past, num_past + num_new)
 
     def truncate(self, num_used: int, num_tokens: int) -> None:
         """Release the pages of every head behind its first `num_tokens` slots."""
@@ -161,6 +192,11 @@ class CopiedCache(GraphCache):
         """Swap the buffers."""
         self._past, self._present = self._present, self._past
 
+    def written(self, num_past: int, num_new: int) -> Iterator[NDArray[np.generic]]:
+        """Yield the new slots of the copy that was written."""
+        num_slots = num_past + num_new
+        return self._written(self._present, num_slots, num_past, num_slots)
+
     def truncate(self, num_used: int, num_tokens: int) -> None:
         """Move the heads together and release the other pages, of both copies."""
         before, after = num_used * self._slot_bytes, num_tokens * self._slot_bytes
@@ -199,14 +235,12 @@ class SlotCache(TokenCache):
 
     def tensor(self, layer: int, which: int) -> NDArray[np.generic]:
         """Return a layer's keys (0) or values (1), (slots, kv_heads, head_dim), over the buffer's pages."""
-        import numpy as np
+        return array_at(self._buffers[2 * layer + which].address, self._shape, self._dtype)
 
-        # Made from the address: an array that exported the view would keep the buffer from closing.
-        pages = (ctypes.c_ubyte * self._num_bytes).from_address(
-            self._buffers[2 * layer + which].address
-        )
-        tensor: NDArray[np.generic] = np.ctypeslib.as_array(pages).view(self._dtype)
-        return tensor.reshape(self._shape)
+    def written(self, num_past: int, num_new: int) -> Iterator[NDArray[np.generic]]:
+        """Yield the new slots, which lie behind the past ones."""
+        for i in range(len(self._buffers)):
+            yield self.tensor(*divmod(i, 2))[num_past : num_past + num_new]
 
     def truncate(self, num_used: int, num_tokens: int) -> None:
         """Release the pages behind the first `num_tokens` slots."""
@@ -218,6 +252,18 @@ class SlotCache(TokenCache):
         for buffer in self._buffers:
             with buffer.view[: num_tokens * self._slot_bytes] as block:
                 yield block
+
+
+def array_at(
+    address: int, shape: tuple[int, ...], dtype: np.dtype[np.generic]
+) -> NDArray[np.generic]:
+    """Return an array over a buffer's pages; one that exported the buffer's view would keep it from closing."""
+    import numpy as np
+
+    num_bytes = prod(shape) * dtype.itemsize
+    pages = (ctypes.c_ubyte * num_bytes).from_address(address)
+    values: NDArray[np.generic] = np.ctypeslib.as_array(pages).view(dtype)
+    return values.reshape(shape)
 
 
 def _padded(context: int) -> int:

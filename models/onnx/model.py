@@ -240,10 +240,20 @@ class OnnxModel(CachedModel):
                 ) from None
         found: Logits2D = logits[0, -num_logits:]
         if not self._ended_early and not are_numbers(found):
-            raise ForwardError(f"{self.spec.path}: {NOT_NUMBERS}; {ADVICE}")
+            raise ForwardError(
+                f"{self.spec.path}: {NOT_NUMBERS} (first {self._first_not_number(num_new)}); {ADVICE}"
+            )
         self._commit()
         self._num_tokens += num_new
         return found if found.dtype == np.float32 else found.astype(np.float32)
+
+    def _first_not_number(self, num_new: int) -> str:
+        """Return where a pass of `num_new` tokens, which is not committed, has values that are no numbers."""
+        layer = self._kv.layer_without_numbers(self._num_tokens, num_new)
+        if layer is not None:
+            return f"in the keys or values of layer {layer}"
+        last = self.spec.num_layers - 1
+        return f"behind the keys and values of layer {last}, at the output {self._ports.logits!r}"
 
     def _bind(self, num_new: int, logits: Any) -> None:
         start, end = self._num_tokens, self._num_tokens + num_new

@@ -6,7 +6,7 @@ import dataclasses
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from promising_drafts import speculation_of, worth_of
 
@@ -139,7 +139,6 @@ def prefix_bytes(plan: MemoryPlan) -> int:
     return sum(line.num_bytes for line in plan.rows if line.component == PREFIXES)
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_a_larger_budget_takes_nothing_away(data: st.DataObject) -> None:
     spec = data.draw(specs())
@@ -162,7 +161,6 @@ def test_a_larger_budget_takes_nothing_away(data: st.DataObject) -> None:
             assert layers_of(large, spec) >= layers_of(small, spec)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_kernels_that_may_be_left_out_never_raise_the_bound(data: st.DataObject) -> None:
     """What fits without lowtide's kernels is planned without them, in the same bytes."""
@@ -188,7 +186,6 @@ def test_kernels_that_may_be_left_out_never_raise_the_bound(data: st.DataObject)
     assert grown[WEIGHTS] <= max(spec.file_bytes - spec.weight_bytes, 0)
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.data(), st.integers(1, 8000))
 def test_an_expected_prompt_fits_where_any_plan_holds_it(
     data: st.DataObject, expected: int

@@ -14,6 +14,7 @@ from lowtide.models.logits import are_numbers
 from lowtide.runtime.errors import ForwardError
 from tests.support.gguf_files import write_model
 from tests.support.hybrid_models import write_lfm2
+from tests.support.onnx_decoders import write_decoder
 from tests.support.processes import run_lowtide
 
 PROMPTS = ["ab ab ab", "cd cd cd"]
@@ -75,6 +76,33 @@ def test_logits_that_are_not_numbers_are_an_error(
         opened(path, **options) as runtime,
     ):
         answer(runtime)
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("form", ["gqa", "decomposed"])
+@pytest.mark.parametrize(
+    ("weight", "place"),
+    [
+        ("embedding", "in the keys or values of layer 0"),
+        ("l1.v", "in the keys or values of layer 1"),
+        ("l1.gate", "behind the keys and values of layer 1, at the output 'logits'"),
+        ("head", "behind the keys and values of layer 1, at the output 'logits'"),
+    ],
+)
+def test_logits_of_an_onnx_model_that_are_not_numbers_name_the_layer(
+    tmp_path: Path, weight: str, place: str, form: str, reference: bool
+) -> None:
+    def changed(name: str, values: np.ndarray) -> np.ndarray:
+        if name == weight:
+            values[:] = np.nan
+        return values
+
+    folder = write_decoder(tmp_path / "onnx", form, changed=changed)
+    with (
+        opened(folder, reference=reference) as runtime,
+        pytest.raises(ForwardError, match=rf"logits are not numbers \(first {place}\)"),
+    ):
+        runtime.generate(PROMPTS[0], max_tokens=4, temperature=0)
 
 
 def test_a_masked_token_is_a_number() -> None:

@@ -5,6 +5,7 @@ The same seed gives every form the same weights, so that all of them answer the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,16 +51,21 @@ def write_decoder(
     symmetric: bool = True,
     chat_template: str | None = None,
     attributes: dict[str, object] | None = None,
+    changed: Callable[[str, np.ndarray], np.ndarray] = lambda _name, values: values,
 ) -> Path:
     """Write a folder as exporters do: graph, weights, configuration and tokenizer.
 
-    With `last_row` logits are of a pass's last row alone.
+    With `last_row` logits are of a pass's last row alone. `changed` returns the values of a weight in place of its
+    random ones, by its name.
     `attributes` of attention are interleaved, window, softcap and scale, where the form has them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shape = shape or Shape()
     requested = _attributes(attributes or {})
     model = _model(form, shape, np.dtype(element), requested, last_row=last_row)
+    for weight in model.graph.initializer:
+        values = changed(weight.name, numpy_helper.to_array(weight).copy())
+        weight.CopyFrom(numpy_helper.from_array(values, weight.name))
     if bits is not None:
         model = _quantised(model, bits, accuracy_level, block_size, symmetric=symmetric)
     onnx.save_model(
