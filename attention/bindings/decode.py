@@ -68,7 +68,7 @@ def try_pass(function: str, context: Any, batch: Any) -> str | None:
     if status in (FAILED, BROKEN):
         return plain_reason(_text(message))
     if status == ENDED:
-        return _signal_in_words(ended_by.value)
+        return signal_in_words(ended_by.value)
     return None
 
 
@@ -76,7 +76,8 @@ def _text(message: ctypes.Array[ctypes.c_char]) -> str:
     return message.value.decode("utf-8", errors="replace")
 
 
-def _signal_in_words(number: int) -> str:
+def signal_in_words(number: int) -> str:
+    """Return how a trial ended by a signal, 0 for an unknown one."""
     if number == signal.SIGALRM:
         return f"it took more than {TRY_SECONDS} s"
     description = signal.strsignal(number) if number else None

@@ -417,7 +417,11 @@ def require_pass(
     library: LlamaLibrary, spec: ModelSpec, function: str, context: Any, batch: Any
 ) -> None:
     """Try a pass of `function` in a process of its own; raise `ForwardError` where native code fails there."""
-    reason = library.try_pass(function, context, batch)
+    refuse_first_pass(library, spec, library.try_pass(function, context, batch))
+
+
+def refuse_first_pass(library: LlamaLibrary, spec: ModelSpec, reason: str | None) -> None:
+    """Raise `ForwardError` for a first pass that failed for `reason`; None: it did not fail."""
     if reason is None:
         return
     named, *others = spec.unusual_tensors

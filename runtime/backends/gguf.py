@@ -39,7 +39,7 @@ from lowtide.models.gguf.draft_tree import GgufTreeModel
 from lowtide.models.gguf.embedding import GgufEmbedder, Weights
 from lowtide.models.gguf.header.repacked import REPACKABLE_TYPES
 from lowtide.models.gguf.llama_cpp import is_loaded, llama_library
-from lowtide.models.gguf.model import GgufModel
+from lowtide.models.gguf.model import GgufModel, refuse_first_pass
 from lowtide.models.gguf.parameters import DeviceLayers, LoadOptions
 from lowtide.models.onnx.config import CPU
 from lowtide.models.spec import KV_PADDING, ModelSpec
@@ -52,6 +52,7 @@ from lowtide.runtime.backends.backend import (
     ResolvedModel,
 )
 from lowtide.runtime.backends.config import LoadConfig
+from lowtide.runtime.backends.first_pass import try_first_pass
 from lowtide.runtime.backends.gguf_baseline import measured_baseline
 from lowtide.runtime.backends.kernel_choice import KernelChoice
 from lowtide.runtime.backends.kernel_times import measured_choice
@@ -209,6 +210,8 @@ class LoadedGguf(LoadedModel):
             use_large_folios(spec.paths, read_machine().available_bytes)
         install_guarded_tokenizer()
         install_guarded_passes()
+        if spec.unusual_tensors and plan.gpus:
+            refuse_first_pass(llama_library(), spec, try_first_pass(spec.path, self._options()))
         with guarded_aborts(), demand_zero_buffers() as buffers, _new_maps(resolved) as maps:
             self._model = self._load(kernels)
         if plan.resident_layers is not None and callback is not None:
