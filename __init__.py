@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lowtide.attention.tidal.policy import Tidal as Tidal
     from lowtide.memory.plan.plan import MemoryPlan as MemoryPlan
     from lowtide.models.fake_model import FakeModel as FakeModel
+    from lowtide.runtime.batch.queue import QueueFigures as QueueFigures
+    from lowtide.runtime.batch.submission import Submission as Submission
     from lowtide.runtime.embedding.embedder import Embedder as Embedder
     from lowtide.runtime.errors import LowtideError as LowtideError
     from lowtide.runtime.errors import OverBudget as OverBudget
@@ -68,6 +70,8 @@ _MODULES = {
     "PromptTooLong": "runtime.errors",
     "Embedder": "runtime.embedding.embedder",
     "Runtime": "runtime.runtime",
+    "Submission": "runtime.batch.submission",
+    "QueueFigures": "runtime.batch.queue",
     "Statistics": "runtime.generation.statistics",
     "Tidal": "attention.tidal.policy",
 }

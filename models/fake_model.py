@@ -7,13 +7,14 @@ gives the same answers, as with a real model.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowtide.models.draft_tree import TokenTree
 from lowtide.models.errors import ForwardError, SnapshotError
 from lowtide.models.model import Model, SequenceBatch, SequenceSlice
+from lowtide.models.sequence_slots import SlotTable
 from lowtide.models.spec import ModelSpec, VocabularySpec
 from lowtide.models.text.tokenizer import Tokenizer
 
@@ -208,7 +209,7 @@ class FakeModel(Model):
         self, num_sequences: int, num_slots: int, max_logits: int | None = None
     ) -> SequenceBatch:
         """Return sequences, each of which is a model like this one."""
-        return FakeSequences(self, num_sequences, num_slots, max(max_logits or 0, num_sequences))
+        return FakeSequences(self, num_sequences, num_slots, max_logits or num_sequences)
 
     def close(self) -> None:
         """Do nothing: there is nothing to free."""
@@ -225,28 +226,36 @@ class FakeSequences(SequenceBatch):
         self._rows = model.rows
         replies = [reply.decode() for reply in model.replies]
         self._models = [FakeModel(replies, num_slots) for _ in range(num_sequences)]
-        self._num_used = self._num_shared = 0
+        self._table = SlotTable(num_sequences, num_slots)
 
-    def share(self) -> None:
-        """Give every sequence the tokens of the first."""
-        for other in self._models[1:]:
-            other._tokens = self._models[0]._tokens[:]
-        self._num_shared = self._num_used
+    @property
+    def num_free(self) -> int:
+        """How many slots no sequence holds."""
+        return self._table.num_free
+
+    def num_held(self, sequences: Iterable[int], sequence: int, num_tokens: int) -> int:
+        """Return how many slots these sequences hold together with the first tokens of another one."""
+        return self._table.num_held(sequences, sequence, num_tokens)
+
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        """Give the target the first tokens of the source."""
+        self._table.copy_prefix(source, target, num_tokens)
+        self._models[target]._tokens = self._models[source]._tokens[:num_tokens]
 
     def forward(self, slices: Sequence[SequenceSlice]) -> Logits2D:
         """Append the slices; the logits are those of each sequence alone."""
         import numpy as np
 
         num_new = sum(len(part.token_ids) for part in slices)
-        if not 0 < num_new <= min(self.batch_size, self.num_slots - self._num_used):
+        if not 0 < num_new <= min(self.batch_size, self.num_free):
             raise ForwardError(f"{num_new} tokens do not fit")
         if sum(part.num_logits for part in slices) > self.max_logits:
             raise ForwardError(f"logits of more than {self.max_logits} tokens were requested")
-        self._num_used += num_new
         self._rows.append(num_new)
         logits = []
         for part in slices:
             model = self._models[part.sequence]
+            self._table.append(part.sequence, len(part.token_ids))
             first_with_logits = len(part.token_ids) - part.num_logits
             for i, token_id in enumerate(part.token_ids):
                 model._tokens.append(token_id)
@@ -256,9 +265,13 @@ class FakeSequences(SequenceBatch):
 
     def truncate(self, sequence: int, num_tokens: int) -> None:
         """Drop the sequence's tokens from `num_tokens` on."""
-        model, remaining = self._models[sequence], max(num_tokens, self._num_shared)
-        self._num_used -= max(model.num_tokens - remaining, 0)
-        model.truncate(remaining)
+        self._table.truncate(sequence, num_tokens)
+        self._models[sequence].truncate(num_tokens)
+
+    def clear(self) -> None:
+        """Drop all tokens of all sequences."""
+        for sequence in range(self.num_sequences):
+            self.truncate(sequence, 0)
 
     def close(self) -> None:
         """Do nothing: there is nothing to free."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -154,8 +154,8 @@ class Model(ABC):
     ) -> SequenceBatch:
         """Return a KV cache of `num_slots` slots for several sequences; the model's own stays as it is.
 
-        A pass returns the logits of up to `max_logits` tokens, and at least one per sequence. Raises
-        `ModelError` where it cannot be made.
+        A pass returns the logits of up to `max_logits` tokens; None: one per sequence. Raises `ModelError` where it
+        cannot be made.
         """
         raise UnsupportedModel(
             f"{self.spec.name} computes one sequence at a time: send one prompt after another"
@@ -202,8 +202,8 @@ class SequenceSlots:
 class SequenceBatch(ABC):
     """`num_sequences` sequences in one KV cache of `num_slots` slots; close it before its model.
 
-    A pass takes up to `batch_size` tokens and returns the logits of up to `max_logits`. What the first
-    sequence holds when `share` is called becomes the common prefix of all, stored once.
+    A pass takes up to `batch_size` tokens and returns the logits of up to `max_logits`. Sequences that begin with the
+    same tokens may hold their slots together (`copy_prefix`).
     """
 
     num_sequences: int
@@ -211,24 +211,41 @@ class SequenceBatch(ABC):
     batch_size: int
     max_logits: int
 
+    @property
     @abstractmethod
-    def share(self) -> None:
-        """Let all sequences begin with the first one's tokens; called once, while the others are empty."""
+    def num_free(self) -> int:
+        """How many slots no sequence holds."""
+
+    @abstractmethod
+    def num_held(self, sequences: Iterable[int], sequence: int, num_tokens: int) -> int:
+        """Return how many slots these sequences hold together with the first tokens of another one."""
+
+    @abstractmethod
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        """Let `target`, which is empty, begin with the first `num_tokens` of `source`, in the same slots."""
 
     @abstractmethod
     def forward(self, slices: Sequence[SequenceSlice]) -> Logits2D:
         """Append each slice to its sequence in one pass; a sequence has at most one slice.
 
         Returns the requested logits in order, shape (tokens, vocabulary): a view that the next call
-        overwrites. Raises `ForwardError` where native code fails; the sequences are unusable then.
+        overwrites. Raises `ForwardError` where native code fails; the sequences are unusable then until `clear`.
         """
+
+    def failure(self, logits: Logits2D, token_ids: Sequence[int]) -> ForwardError | None:
+        """Return the error of a sequence whose logits of the last pass, over `token_ids`, are not numbers."""
+        return None
 
     @abstractmethod
     def truncate(self, sequence: int, num_tokens: int) -> None:
-        """Drop a sequence's tokens from `num_tokens` on, except shared ones; their slots are reused.
+        """Drop a sequence's tokens from `num_tokens` on; slots that no other sequence holds are reused.
 
         Truncating and appending again must give the same logits as never having appended.
         """
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Drop all tokens of all sequences."""
 
     def rows_agree(self) -> bool:
         """Try whether a token's logits beside other sequences are bit for bit those that it has alone.

@@ -21,12 +21,17 @@ LowtideError                  every error that a user can act on; `exit_code` 1
   + CannotRepack              1  the weights of a model cannot be repacked here
   + ConstraintFailed          1  a grammar has no way to go on
   + RuntimeUnusable           1  the runtime is closed, or another answer was started
+  + AnswerCancelled           1  a submitted answer was cancelled
+  + QueueFull                 1  too many submitted answers wait
   + SnapshotError             1  native code could not write or read a KV snapshot
   + TranscriptError           1  a chat could not be saved or loaded
   |   - SnapshotMismatch      2  its KV snapshot is of another model or other settings
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 from lowtide.attention.calibration import CalibrationError, NotCalibrated
 from lowtide.memory.units import BadSize, KilledByLimit, NotEnforceable, OverBudget
@@ -46,6 +51,7 @@ from lowtide.models.errors import (
 )
 
 __all__ = [
+    "AnswerCancelled",
     "BadModelFile",
     "BadOption",
     "BadSize",
@@ -63,6 +69,7 @@ __all__ = [
     "NotEnforceable",
     "OverBudget",
     "PromptTooLong",
+    "QueueFull",
     "RuntimeUnusable",
     "SnapshotError",
     "SnapshotMismatch",
@@ -114,6 +121,15 @@ class PromptTooLong(LowtideError):
         return PromptTooLong(self.num_tokens, self.context, longest=longest, **self._how)
 
 
+@contextlib.contextmanager
+def hints_for(longest: int) -> Iterator[None]:
+    """Raise `PromptTooLong` with the hints that help for a model whose own context has `longest` tokens."""
+    try:
+        yield
+    except PromptTooLong as error:
+        raise error.of_model(longest) from None
+
+
 def _advice(context: int, longest: int | None, droppable: bool) -> str:
     """Return what to change; a context that is the model's own cannot be raised."""
     hints = ["shorten the prompt"]
@@ -143,6 +159,23 @@ class TextTooLong(LowtideError):
 
 class RuntimeUnusable(LowtideError):
     """The runtime is closed, or another answer was started on it."""
+
+
+class AnswerCancelled(LowtideError):
+    """A submitted answer was cancelled before it was complete."""
+
+
+class QueueFull(LowtideError):
+    """As many submitted answers wait as may; `retry_after_s` is when one of them may have ended, None if unknown."""
+
+    def __init__(self, num_waiting: int, retry_after_s: float | None) -> None:
+        self.num_waiting = num_waiting
+        self.retry_after_s = retry_after_s
+        when = "later" if retry_after_s is None else f"in about {max(round(retry_after_s), 1)} s"
+        super().__init__(
+            f"{num_waiting} answers wait already, as many as {option('max_waiting')} allows: submit again {when}, or "
+            f"raise {option('max_waiting')}"
+        )
 
 
 class TranscriptError(LowtideError):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lowtide.memory.budget import Ledger
 from lowtide.memory.os.descriptors import hold_standard_descriptors
-from lowtide.memory.plan.estimates import prompt_limit_bytes
 from lowtide.memory.plan.plan import MemoryPlan
 from lowtide.memory.process import not_charged_if_refused
 from lowtide.memory.reclaim import Reclaimer
@@ -24,23 +22,27 @@ from lowtide.models.template.families import template_of
 from lowtide.runtime.arguments import checked_messages, checked_prompt, checked_prompts
 from lowtide.runtime.backends.backend import Progress
 from lowtide.runtime.batch.generator import BatchGenerator, ParamsOfAll, params_of_each
+from lowtide.runtime.batch.queue import QueueFigures
+from lowtide.runtime.batch.scheduler import Scheduler
+from lowtide.runtime.batch.submission import Submission, read, read_all
+from lowtide.runtime.batch.workplace import AskedPrompt, Workplace, make_workplace
 from lowtide.runtime.embedding.beside import passes_beside
 from lowtide.runtime.embedding.options import EmbeddingConfig, require_pooled
 from lowtide.runtime.embedding.passes import checked_texts
-from lowtide.runtime.errors import PromptTooLong
+from lowtide.runtime.errors import RuntimeUnusable, hints_for
 from lowtide.runtime.generation.active import ActiveGeneration, collect_dropped
-from lowtide.runtime.generation.chat import ChatPrompt, LastTurn, PromptEncoder
+from lowtide.runtime.generation.chat import ChatPrompt, PromptEncoder
 from lowtide.runtime.generation.closable import ClosableGenerator
-from lowtide.runtime.generation.generate import generate
+from lowtide.runtime.generation.loop import DecodeLoop
 from lowtide.runtime.generation.result import GenerationChunk, GenerationResult
 from lowtide.runtime.generation.state import GenerationRequest, GenerationState
+from lowtide.runtime.generation.turns import LastTurn
 from lowtide.runtime.loading.load import Engine
 from lowtide.runtime.options import SamplingParams
 from lowtide.runtime.planning.plan import LoadConfig, ResolvedModel, plan_model, plan_reference
 from lowtide.runtime.profiling.profiler import SILENT, Profiler
 from lowtide.runtime.profiling.retention_map import RetainedSpan
 from lowtide.runtime.sessions.store import SavedChats
-from lowtide.runtime.structured.answer import NoLegalToken
 
 if TYPE_CHECKING:
     from lowtide.runtime.embedding.passes import Vectors
@@ -49,9 +51,11 @@ if TYPE_CHECKING:
 class Runtime:
     """A loaded model that generates inside its memory plan. Made by `Runtime.open`; a context manager.
 
-    It runs one answer or one batch at a time: another one ends it. Every method may be called from any thread, and
-    waits for the forward pass that runs. A runtime that is dropped without `close` is freed when it is collected, with
-    a `ResourceWarning`. A forked child cannot use the runtime of its parent: it opens one of its own.
+    It runs one answer or one batch at a time: another one ends it. Answers that are submitted (`submit`) end nobody:
+    they run together where the runtime was opened with `sequences`, and wait for one another otherwise. Every method
+    may be called from any thread, and waits for the forward pass that runs. A runtime that is dropped without `close`
+    is freed when it is collected, with a `ResourceWarning`. A forked child cannot use the runtime of its parent: it
+    opens one of its own.
     """
 
     def __init__(self, engine: Engine, profiler: Profiler = SILENT) -> None:
@@ -67,6 +71,15 @@ class Runtime:
         )
         self._batch = BatchGenerator(engine, self._session, profiler)
         self._active = ActiveGeneration(free=self._free)
+        try:
+            self._workplace: Workplace = make_workplace(
+                engine, self._session, self._encoder, self._active, profiler
+            )
+        except BaseException:
+            del self._active  # there is nothing to close
+            engine.close()
+            raise
+        self._scheduler = Scheduler(self._workplace, self.planned.options.max_waiting)
         self._saved_chats = SavedChats(
             engine,
             self._session,
@@ -111,6 +124,8 @@ class Runtime:
         * `provider`: the execution provider of an ONNX model ("cpu", "cuda")
         * `structured`: True reserves the memory of structured output (`SamplingParams.constraint`) in the plan
         * `rules_bytes`: bytes of `Avoid`, `Paths` and their like (`num_bytes`), to be reserved in the plan
+        * `sequences`: answers that run together; default 1
+        * `max_waiting`: answers that may wait behind those; default 64
         * `offline`: True downloads nothing
         * `chat_template`: a chat template instead of the model's own: its text, or the `Path` of a file
 
@@ -177,8 +192,7 @@ class Runtime:
 
     def retained_spans(self) -> list[RetainedSpan]:
         """Return the spans that `gem` retained of the last prompt that it filtered, in order."""
-        prompt_filter = self._engine.prompt_filter
-        return prompt_filter.retained_spans() if prompt_filter else []
+        return self._engine.retained_spans()
 
     def chat(
         self,
@@ -203,14 +217,14 @@ class Runtime:
         asked_at = time.perf_counter()
         params = SamplingParams.of(params, **named)
         messages = checked_messages(messages)
-        self._engine.check(params)
-        if params.special:
-            raise BadOption(
-                "special is for raw prompts, and a chat's control tokens are those of its template: leave it out, or "
-                "use Runtime.generate"
+        self._check_chat(params)
+        if self._submits:
+            submission = self.submit(
+                messages, params, tools=tools, template_arguments=template_arguments
             )
+            return ClosableGenerator(read(submission))
         answer = self._engine.constrained_answer(params)
-        with self._active.between_steps(), self._hints_that_help():
+        with self._active.between_steps(), hints_for(self.spec.context_length):
             number = self._start()
             request, prompt = self._encoder.encode_chat(
                 messages,
@@ -230,8 +244,10 @@ class Runtime:
         params = SamplingParams.of(params, **named)
         prompt = checked_prompt(prompt)
         self._engine.check(params, is_completion=True)
+        if self._submits:
+            return ClosableGenerator(read(self.submit(prompt, params)))
         answer = self._engine.constrained_answer(params)
-        with self._active.between_steps(), self._hints_that_help():
+        with self._active.between_steps(), hints_for(self.spec.context_length):
             number = self._start()
             request = self._encoder.encode_text(
                 prompt, self._engine.most_tokens(), params, asked_at
@@ -246,6 +262,69 @@ class Runtime:
         params = SamplingParams.of(params, **named)
         return GenerationResult.of(self.stream(prompt, params), params.constraint)
 
+    def submit(
+        self,
+        prompt: str | Sequence[Message] | Message,
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
+        **named: Any,
+    ) -> Submission:
+        """Return an answer that the runtime's own thread computes, at once and from any thread or asyncio loop.
+
+        A text is continued as `generate` does, and messages are answered as `chat` does, with the same arguments.
+        Answers run together, up to the `sequences` that the runtime was opened with, and more of them wait in the order
+        in which they came. A prompt is read in parts beside the other answers, whose next tokens it delays by at most
+        `pace.MAX_PAUSE_S` seconds. What several prompts begin with is read and stored once. A greedy answer is that of
+        its prompt alone, token for token, where `stats.batch` is None or `stats.batch["identical"]` is True.
+
+        Raises `BadOption` for a wrong argument, `QueueFull` where `max_waiting` answers wait already, and
+        `RuntimeUnusable` after `close`. What is found out later, such as a prompt that is too long, is raised where the
+        `Submission` is read.
+        """
+        asked_at = time.perf_counter()
+        params = SamplingParams.of(params, **named)
+        if not isinstance(prompt, str):
+            messages = tuple(checked_messages(prompt))
+            self._check_chat(params)
+        elif tools is not None or template_arguments is not None:
+            raise BadOption(
+                "tools and template_arguments are for messages, and the prompt is a text: pass "
+                '[{"role": "user", "content": text}]'
+            )
+        else:
+            messages = ()
+            self._engine.check(params, is_completion=True)
+        self._active.require_open()
+        asked = AskedPrompt(
+            text=prompt if isinstance(prompt, str) else None,
+            messages=messages,
+            params=params,
+            asked_at=asked_at,
+            tools=tools,
+            arguments=template_arguments,
+        )
+        return self._scheduler.submit(asked)
+
+    @property
+    def queue(self) -> QueueFigures:
+        """How many submitted answers run and wait, and how fast."""
+        return self._scheduler.figures
+
+    @property
+    def _submits(self) -> bool:
+        """Whether an answer must be submitted, because others run together or were submitted before."""
+        return self._workplace.num_sequences > 1 or self._scheduler.is_busy
+
+    def _check_chat(self, params: SamplingParams) -> None:
+        self._engine.check(params)
+        if params.special:
+            raise BadOption(
+                "special is for raw prompts, and a chat's control tokens are those of its template: leave it out, or "
+                "use Runtime.generate"
+            )
+
     def stream_batch(
         self, prompts: Sequence[str], params: ParamsOfAll = None, **named: Any
     ) -> Generator[tuple[int, GenerationChunk], None, None]:
@@ -258,14 +337,12 @@ class Runtime:
         params_of = params_of_each(prompts, params, named)
         for one in params_of:
             self._engine.check(one, is_completion=True)
+        if self._workplace.num_sequences > 1:
+            submissions = [self.submit(*one) for one in zip(prompts, params_of, strict=True)]
+            return ClosableGenerator(read_all(submissions))
         self._batch.check(len(prompts))
         answers = [self._engine.constrained_answer(one) for one in params_of]
-        if any(answer is not None and answer.is_verified_last for answer in answers):
-            raise BadOption(
-                "a schema that is verified at the end may need several attempts, and a batch makes one: ask one "
-                "prompt at a time, or change what only a validator checks"
-            )
-        with self._active.between_steps(), self._hints_that_help():
+        with self._active.between_steps(), hints_for(self.spec.context_length):
             number = self._start()
             requests = [
                 replace(
@@ -344,6 +421,7 @@ class Runtime:
         with self._active.between_steps():
             if isinstance(level, str) and level == "complete":
                 self._start()  # ends the running answer
+                self._workplace.discard_ended()
             return self._engine.trim(level).freed_bytes
 
     def _start(self) -> int:
@@ -351,50 +429,23 @@ class Runtime:
         self._batch.close()
         return self._active.start()
 
-    @contextlib.contextmanager
-    def _hints_that_help(self) -> Iterator[None]:
-        """Raise `PromptTooLong` with hints for this model."""
-        try:
-            yield
-        except PromptTooLong as error:
-            raise error.of_model(self.spec.context_length) from None
-
     def _check_text(self, text: str) -> None:
         """Refuse a text that takes more memory to tokenise than planned; evict a KV cache in its way.
 
         Some pre-tokenizers take stack for every character of a long word. Such a text may be refused that another
         vocabulary tokenises.
         """
-        num_bytes = len(text.encode("utf-8", errors="replace"))
-        if num_bytes > prompt_limit_bytes(self.plan.kv_tokens):
-            raise PromptTooLong(
-                num_bytes // 4, self._model.context, estimated=True, droppable=False
-            )
+        self._engine.check_text_length(text)
         if self._engine.has_room_to_tokenise(text, len(self._session.token_ids)):
             return
         self._session.evict()
         self._engine.require_room_to_tokenise(text)
 
     def _generate(self, request: GenerationRequest) -> Generator[GenerationChunk, None, None]:
-        answer = request.answer
-        while answer is not None and answer.is_verified_last:
-            chunks = list[GenerationChunk]()
-            # An attempt without a legal token left has failed like one that ends wrong.
-            with contextlib.suppress(NoLegalToken):
-                chunks.extend(self._attempt(replace(request, answer=answer)))
-            again = answer.retry()
-            if again is None:
-                yield from chunks
-                return
-            answer = again
-        yield from self._attempt(request)
-
-    def _attempt(self, request: GenerationRequest) -> Generator[GenerationChunk, None, None]:
         context = self._engine.generation_context()
-        state = GenerationState(0, request, self._model, context)
-        for _, chunk in generate(self._session, [state], context, self._profiler):
-            if request.params.explain and chunk.finish_reason is not None:
-                chunk = replace(chunk, retained=tuple(self.retained_spans()))
+        loop = DecodeLoop(self._session, context, self._profiler)
+        loop.add(GenerationState(0, request, self._model, context))
+        for _, chunk in loop.run():
             yield chunk
 
     def _remembered(
@@ -413,14 +464,23 @@ class Runtime:
                     if self._active.is_current(number):
                         self._encoder.remember(prompt, token_ids)
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = False) -> None:
         """Free the model when the forward pass that runs is done, also from another thread.
 
-        An answer that is still read ends with `RuntimeUnusable`. Closing twice is allowed.
+        An answer that is still read, or was submitted, ends with `RuntimeUnusable`; with `wait` the submitted ones are
+        computed to their end before. Closing twice is allowed.
         """
+        if wait and not self._active.is_forked:
+            self._scheduler.wait()
         self._active.close()
+        if not self._active.is_forked:
+            self._scheduler.join()
 
     def _free(self) -> None:
+        self._scheduler.close(
+            RuntimeUnusable("the runtime was closed before the answer was complete")
+        )
+        self._workplace.close()
         self._batch.close()
         self._engine.close()
 

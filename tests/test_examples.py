@@ -18,6 +18,7 @@ EXPECTED = {
     "own_policy": "% of the cached keys",
     "plan": "planned peak",
     "profile_embedding": "find notes",
+    "submit": "tokens, ",
 }
 
 

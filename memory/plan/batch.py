@@ -16,28 +16,34 @@ from lowtide.models.spec import ModelSpec
 
 SLOT_BYTES = 16
 """Bytes of a KV slot in the lists of each sequence's slots."""
+TEXT_BYTES = 96
+"""Bytes of a token in the texts that are held of prompts, of sequences, and of the last turns of chats."""
+SEQUENCE_TOKENS = 1024
+"""Tokens of KV cache that a plan has for each sequence beside the longest one."""
+MAX_SEQUENCES = 256
+"""Sequences that one llama.cpp context can have."""
+MAX_DRAFTED = 32
+"""Drafts of a pass beyond which more do not pay: a token costs more the more there are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPlan:
-    """`num_kv_tokens` tokens of KV cache for all sequences: the shared prefix once, and each one's own.
+    """`num_kv_tokens` tokens of KV cache for all sequences: what several begin with once, and each one's own.
 
-    A pass returns the logits of `num_logits` tokens: one for each sequence and one for each draft. Drafts take no
-    more KV cache: only those are verified that the sequence has room for. `other_bytes` are the compute buffer, the
-    logits, the kernels' scratch, and what the drafts hold.
+    `num_sequences` run together; the cache has `num_held` with those that have ended and still hold tokens. A pass
+    returns the logits of up to `num_logits` tokens: one for each sequence and one for each of `max_drafted` drafts, and
+    llama.cpp wants as many as the cache has sequences. Drafts take no more KV cache: only those are verified that the
+    sequence has room for. `other_bytes` are the compute buffer, the logits, the
+    kernels' scratch, and what the drafts and the texts of the sequences hold.
     """
 
     num_sequences: int
-    shared_tokens: int
+    num_held: int
     num_kv_tokens: int
     num_logits: int
+    max_drafted: int
     cache_bytes: int
     other_bytes: int
-
-    @property
-    def max_drafted(self) -> int:
-        """The most drafts that a pass verifies, of all sequences together."""
-        return self.num_logits - self.num_sequences
 
     @property
     def num_bytes(self) -> int:
@@ -50,8 +56,9 @@ def plan_batch(
     sizes: ContextSizes,
     *,
     num_sequences: int,
-    shared_tokens: int,
     own_tokens: int,
+    shared_tokens: int = 0,
+    num_held: int | None = None,
     batch_size: int,
     kv_type: str,
     context: int,
@@ -62,12 +69,15 @@ def plan_batch(
 ) -> BatchPlan:
     """Plan sequences with `own_tokens` tokens in all after `shared_tokens`, in passes of `batch_size` tokens.
 
+    `num_held` sequences hold tokens, with those that have ended; None: only those that run.
+
     At most `max_drafted` tokens of a pass come from `drafts`; `speculation` knows their bytes. `context` is the
     context that the model's own plan has kernel scratch for, `attention_threads` the threads of lowtide's kernels (0
     where those do not run).
     """
     num_kv_tokens = estimates.padded_context(shared_tokens + own_tokens)
-    num_logits = num_sequences + max_drafted
+    num_held = num_held or num_sequences
+    num_logits = max(num_sequences + max_drafted, num_held)
     logits = LOGITS_COPIES * 4 * spec.vocabulary.num_tokens * num_logits
     drafts_bytes = 0
     if max_drafted and speculation is not None:
@@ -80,9 +90,10 @@ def plan_batch(
         scratch -= estimates.attention_bytes(spec, context, attention_threads)
     return BatchPlan(
         num_sequences=num_sequences,
-        shared_tokens=shared_tokens,
+        num_held=num_held,
         num_kv_tokens=num_kv_tokens,
         num_logits=num_logits,
+        max_drafted=max_drafted,
         cache_bytes=sizes.kv_bytes(num_kv_tokens, kv_type),
         other_bytes=sizes.compute_bytes(num_kv_tokens, batch_size, kv_type)
         + estimates.CONTEXT_BYTES
@@ -90,8 +101,19 @@ def plan_batch(
         + scratch
         + drafts_bytes
         + sizes.slot_bytes(num_kv_tokens, num_kv_tokens)
-        + SLOT_BYTES * (num_kv_tokens + num_sequences * (shared_tokens + 1)),
+        + (SLOT_BYTES + TEXT_BYTES) * (num_kv_tokens + num_sequences * (shared_tokens + 1)),
     )
+
+
+def held_sequences(num_sequences: int, batch_size: int) -> int:
+    """Return how many sequences the cache has for so many that run: half as many hold what ended ones computed."""
+    most = num_sequences + max(num_sequences // 2, 1)
+    return max(min(most, batch_size, MAX_SEQUENCES), num_sequences)
+
+
+def standing_tokens(num_sequences: int, longest: int) -> int:
+    """Return the tokens of KV cache for sequences that come and go, one of which may have `longest` tokens."""
+    return longest + (num_sequences - 1) * min(longest, SEQUENCE_TOKENS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,13 @@ from __future__ import annotations
 from lowtide.memory.plan import estimates
 from lowtide.memory.plan import line as components
 from lowtide.memory.plan.allocator import SpeculationChoice
+from lowtide.memory.plan.batch import (
+    MAX_DRAFTED,
+    BatchPlan,
+    held_sequences,
+    plan_batch,
+    standing_tokens,
+)
 from lowtide.memory.plan.estimates import ContextSizes
 from lowtide.memory.plan.gpu import GpuLayers, GpuPlan
 from lowtide.memory.plan.line import PlanCandidate, PlanLine
@@ -82,6 +89,7 @@ class PlanLines:
             *self._filter_prefill(candidate),
             *self._prefixes(candidate),
             *self._speculation(candidate),
+            *self._batch(candidate),
             *_structured(spec, options.structured),
             *_rules(spec, options.rules_bytes),
             *_comparison(spec, options.compared_tokens),
@@ -184,7 +192,13 @@ class PlanLines:
     def cache_tokens(self, candidate: PlanCandidate) -> int:
         """Return how many tokens the KV cache's line covers: with a filter, only the retained ones."""
         prefill = self._options.filter_prefill
-        if prefill is None or not self._baseline.kv_on_demand:
+        if not self._baseline.kv_on_demand:
+            return candidate.kv_tokens
+        if (
+            self._options.sequences > 1
+        ):  # answers run in the batch's cache, and this one grows where it is used
+            return min(candidate.kv_tokens, estimates.KV_PADDING)
+        if prefill is None:
             return candidate.kv_tokens
         return prefill.cache_tokens(candidate.kv_tokens)
 
@@ -239,6 +253,35 @@ class PlanLines:
         num_bytes = config.num_bytes(self._spec, choice, kv_tokens, candidate.kv_type)
         row = PlanLine(components.SPECULATION, num_bytes, _speculation_line(choice))
         return (row, *config.draft_model_lines(choice.verify_batch, kv_tokens))
+
+    def batch(self, candidate: PlanCandidate) -> BatchPlan | None:
+        """Return the cache of answers that run together; None where one runs at a time."""
+        options, choice, config = self._options, candidate.speculation, self._options.speculation
+        if options.sequences == 1:
+            return None
+        verifies = config is not None and config.draft_model is None and choice.verify_batch > 1
+        room = max(candidate.batch_size - options.sequences, 0)
+        return plan_batch(
+            self._spec,
+            self._sizes,
+            num_sequences=options.sequences,
+            num_held=held_sequences(options.sequences, candidate.batch_size),
+            own_tokens=standing_tokens(options.sequences, candidate.kv_tokens),
+            batch_size=candidate.batch_size,
+            kv_type=candidate.kv_type,
+            context=candidate.context,
+            attention_threads=self._attention_threads(candidate),
+            max_drafted=min(room, MAX_DRAFTED) if verifies else 0,
+            speculation=config,
+            drafts=choice.drafts,
+        )
+
+    def _batch(self, candidate: PlanCandidate) -> tuple[PlanLine, ...]:
+        batch = self.batch(candidate)
+        if batch is None:
+            return ()
+        why = f"{batch.num_sequences} answers together, {batch.num_kv_tokens:,} tokens of {candidate.kv_type} for all"
+        return (PlanLine(components.BATCH, batch.num_bytes, why),)
 
     def _attention(self, candidate: PlanCandidate) -> PlanLine:
         """The scratch of lowtide's kernels: dense attention, matmuls, and what the policy adds."""

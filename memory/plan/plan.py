@@ -15,6 +15,7 @@ from typing import Any
 
 from lowtide.memory.budget import Budget
 from lowtide.memory.plan.attention import NO_ATTENTION_MEMORY, AttentionMemory, FilterPrefill
+from lowtide.memory.plan.batch import BatchPlan
 from lowtide.memory.plan.gpu import GpuBudget, GpuPlan
 from lowtide.memory.plan.line import PlanLine
 from lowtide.memory.plan.speculation import SpeculationConfig, SpeculationTable
@@ -51,6 +52,8 @@ class PlanRequest:
     """Whether the memory of structured output is reserved."""
     rules_bytes: int = 0
     """Bytes that the rules of answers hold (`OutputFormat.num_bytes`)."""
+    sequences: int = 1
+    """How many answers run together, in a cache of their own where there are several."""
     repacked: bool = False
     """Whether the weights are a repacked copy for lowtide's matmul kernels."""
     optional_attention: bool = False
@@ -126,7 +129,8 @@ class MemoryPlan:
     every pass; None if all weights are resident. `verify_batch` is the number of tokens per verification of
     `drafts`: 0 without speculation, 1 where drafts are only watched. `branches` says whether drafts are trees.
     `speculation` has all choices, with what each takes and promises.
-    `own_kernels` says whether the kernels that the request leaves open are lowtide's.
+    `own_kernels` says whether the kernels that the request leaves open are lowtide's. `batch` is the cache of answers
+    that run together; None where one runs at a time.
     """
 
     budget: Budget
@@ -147,6 +151,7 @@ class MemoryPlan:
     branches: bool = False
     speculation: SpeculationTable | None = None
     own_kernels: bool = False
+    batch: BatchPlan | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -187,6 +192,8 @@ class MemoryPlan:
             "resident_layers": self.resident_layers,
             "downgrades": list(self.downgrades),
             "verify_batch": self.verify_batch,
+            "sequences": self.batch.num_sequences if self.batch else 1,
+            "batch_kv_tokens": self.batch.num_kv_tokens if self.batch else 0,
             "speculation": self.speculation.to_dict() if self.speculation else None,
             "gpu_layers": self.gpu_layers,
             "gpus": [gpu.to_dict() for gpu in self.gpus],

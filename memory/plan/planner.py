@@ -65,6 +65,7 @@ def plan_memory(
         branches=chosen.speculation.branches,
         speculation=planner.table(chosen),
         own_kernels=chosen.own_kernels,
+        batch=planner.lines.batch(chosen),
     )
 
 

@@ -353,7 +353,7 @@ class GgufModel(Model):
         """Make another context; llama.cpp clears every slot, so that all of it is resident."""
         if not self.supports_batch:
             return super().open_sequences(num_sequences, num_slots)
-        max_logits = max(max_logits or 0, num_sequences)
+        max_logits = max_logits or num_sequences
         options = replace(
             self._options,
             context=num_slots,

@@ -1,21 +1,21 @@
 """GgufSequences: several sequences in a llama.cpp context of their own, on the weights of a loaded model.
 
-llama.cpp tags every KV slot with the ids of its sequences; a shared slot has all of them. It puts each token
-into the lowest free slot. `FreeSlots` predicts which one that is, so that lowtide's attention reads only the
-slots of a sequence; where the prediction fails, the kernels notice and count it.
+llama.cpp tags every KV slot with the ids of its sequences; a shared slot has several. It puts each token into the
+lowest free slot. `SlotTable` predicts which one that is, so that lowtide's attention reads only the slots of a
+sequence; where the prediction fails, the kernels notice and count it.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Iterable, Sequence
-from heapq import heappop, heappush
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lowtide.models.errors import ForwardError
 from lowtide.models.gguf.llama_cpp import LlamaLibrary
 from lowtide.models.logits import NOT_NUMBERS, are_numbers
 from lowtide.models.model import SequenceBatch, SequenceSlice, SequenceSlots
+from lowtide.models.sequence_slots import SlotTable
 
 if TYPE_CHECKING:
     from lowtide.models.model import Logits2D
@@ -33,34 +33,6 @@ class BatchKernels(Protocol):
 
     def copy_slot(self, source: int, target: int) -> int:
         """Copy a slot's keys and values over another's in every layer; return the number of layers."""
-
-
-class FreeSlots:
-    """Allocates the slots 0 to `num_slots` - 1, always the lowest free one."""
-
-    def __init__(self, num_slots: int) -> None:
-        self._num_slots = num_slots
-        self._num_untouched = 0
-        """The lowest slot that was never allocated."""
-        self._freed: list[int] = []
-
-    def __len__(self) -> int:
-        """Return how many slots are free."""
-        return self._num_slots - self._num_untouched + len(self._freed)
-
-    def take(self) -> int:
-        """Allocate the lowest free slot and return it; raise `IndexError` where none is free."""
-        if self._freed:
-            return heappop(self._freed)
-        if self._num_untouched == self._num_slots:
-            raise IndexError("no slot is free")
-        self._num_untouched += 1
-        return self._num_untouched - 1
-
-    def free(self, slots: Iterable[int]) -> None:
-        """Make allocated slots free again."""
-        for slot in slots:
-            heappush(self._freed, slot)
 
 
 class GgufSequences(SequenceBatch):
@@ -92,17 +64,22 @@ class GgufSequences(SequenceBatch):
         self._vocabulary_size = vocabulary_size
         self.num_slots = int(self._api.llama_n_ctx(context))
         self._memory = self._api.llama_get_memory(context)
-        self._free = FreeSlots(self.num_slots)
-        self._num_shared = 0
-        self._own = [array("i") for _ in range(num_sequences)]
+        self._table = SlotTable(num_sequences, self.num_slots)
         self._batch: Any = self._api.llama_batch_init(batch_size, 0, 1)
 
-    def share(self) -> None:
-        """Tag the first sequence's slots with all sequence ids."""
-        assert not any(self._own[1:]), "another sequence has tokens"
-        for sequence in range(1, self.num_sequences):
-            self._api.llama_memory_seq_cp(self._memory, 0, sequence, -1, -1)
-        self._num_shared, self._own[0] = len(self._own[0]), array("i")
+    @property
+    def num_free(self) -> int:
+        """How many slots no sequence holds."""
+        return self._table.num_free
+
+    def num_held(self, sequences: Iterable[int], sequence: int, num_tokens: int) -> int:
+        """Return how many slots these sequences hold together with the first tokens of another one."""
+        return self._table.num_held(sequences, sequence, num_tokens)
+
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        """Tag the slots of the source's first tokens with the target's id, too."""
+        self._table.copy_prefix(source, target, num_tokens)
+        self._api.llama_memory_seq_cp(self._memory, source, target, 0, num_tokens)
 
     def forward(self, slices: Sequence[SequenceSlice]) -> Logits2D:
         """Append the slices in one llama.cpp batch."""
@@ -111,15 +88,7 @@ class GgufSequences(SequenceBatch):
         num_tokens = sum(len(part.token_ids) for part in slices)
         self._check(slices, num_tokens)
         self._fill(slices)
-        if self._kernels is not None:
-            self._kernels.set_batch_layout(
-                SequenceSlots(
-                    num_shared=self._num_shared,
-                    num_rows=tuple(len(part.token_ids) for part in slices),
-                    own=tuple(self._own[part.sequence] for part in slices),
-                )
-            )
-        with self._library.collected_errors() as errors:
+        with self._layout(slices), self._library.collected_errors() as errors:
             code = self._library.decode(self._context, self._batch)
         if code != 0:
             reason = errors[-1] if errors else f"llama_decode returned {code}"
@@ -130,40 +99,56 @@ class GgufSequences(SequenceBatch):
         if not num_logits:
             return np.empty((0, self._vocabulary_size), np.float32)
         pointer = self._api.llama_get_logits(self._context)
-        logits = np.ctypeslib.as_array(pointer, shape=(num_logits, self._vocabulary_size))
-        if not are_numbers(logits):
-            raise self._not_numbers(slices[0].token_ids)
-        return logits
+        return np.ctypeslib.as_array(pointer, shape=(num_logits, self._vocabulary_size))
+
+    @contextlib.contextmanager
+    def _layout(self, slices: Sequence[SequenceSlice]) -> Iterator[None]:
+        """Have the kernels attend to the slots of each slice's sequence, for one pass."""
+        if self._kernels is None:
+            yield
+            return
+        slots = SequenceSlots(
+            num_shared=0,
+            num_rows=tuple(len(part.token_ids) for part in slices),
+            own=tuple(self._table.slots(part.sequence) for part in slices),
+        )
+        self._kernels.set_batch_layout(slots)
+        try:
+            yield
+        finally:
+            self._kernels.set_batch_layout(None)  # the next pass may be the model's own
+
+    def failure(self, logits: Logits2D, token_ids: Sequence[int]) -> ForwardError | None:
+        """Return an error for logits that are not numbers, with the layer where that began."""
+        return None if are_numbers(logits) else self._not_numbers(token_ids)
 
     def truncate(self, sequence: int, num_tokens: int) -> None:
         """Drop a sequence's tokens from `num_tokens` on; llama.cpp reuses their slots."""
         if self._context is None:
             raise ForwardError("the sequences are closed")
-        own, num_own = self._own[sequence], max(num_tokens - self._num_shared, 0)
-        if num_own >= len(own):
+        if num_tokens >= len(self._table.slots(sequence)):
             return
-        position = self._num_shared + num_own
-        if not self._api.llama_memory_seq_rm(self._memory, sequence, position, -1):
-            raise ForwardError(f"llama.cpp cannot drop a sequence's tokens from {position} on")
-        self._free.free(own[num_own:])
-        del own[num_own:]
+        if not self._api.llama_memory_seq_rm(self._memory, sequence, num_tokens, -1):
+            raise ForwardError(f"llama.cpp cannot drop a sequence's tokens from {num_tokens} on")
+        self._table.truncate(sequence, num_tokens)
 
     def rows_agree(self) -> bool:
         """Compute a token alone and beside the other sequences', and compare the logits."""
-        assert len(self._free) == self.num_slots, "the sequences hold tokens"
-        last = self.num_sequences - 1
+        assert self.num_free == self.num_slots, "the sequences hold tokens"
+        num_sequences = min(self.num_sequences, self.max_logits)
+        last = num_sequences - 1
         alone = self.forward([SequenceSlice(last, [last % 251])])[0].copy()
-        self._clear()
-        slices = [SequenceSlice(i, [i % 251]) for i in range(self.num_sequences)]
+        self.clear()
+        slices = [SequenceSlice(i, [i % 251]) for i in range(num_sequences)]
         together = self.forward(slices)[-1]
         agree = bool((alone == together).all())
-        self._clear()
+        self.clear()
         return agree
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Drop all tokens of all sequences."""
         self._api.llama_memory_clear(self._memory, False)
-        self._free = FreeSlots(self.num_slots)
-        self._own = [array("i") for _ in range(self.num_sequences)]
+        self._table = SlotTable(self.num_sequences, self.num_slots)
 
     def _check(self, slices: Sequence[SequenceSlice], num_tokens: int) -> None:
         if self._context is None:
@@ -172,9 +157,9 @@ class GgufSequences(SequenceBatch):
             raise ForwardError(
                 f"a pass has {num_tokens} tokens; it must have 1 to {self.batch_size}"
             )
-        if num_tokens > len(self._free):
+        if num_tokens > self.num_free:
             raise ForwardError(
-                f"{num_tokens} tokens do not fit the KV cache: {len(self._free)} of {self.num_slots} slots "
+                f"{num_tokens} tokens do not fit the KV cache: {self.num_free} of {self.num_slots} slots "
                 "are free"
             )
         num_logits = sum(part.num_logits for part in slices)
@@ -194,23 +179,21 @@ class GgufSequences(SequenceBatch):
     def _fill(self, slices: Sequence[SequenceSlice]) -> None:
         batch, i = self._batch, 0
         for part in slices:
-            own = self._own[part.sequence]
+            position = len(self._table.slots(part.sequence))
+            self._table.append(part.sequence, len(part.token_ids))
             first_with_logits = i + len(part.token_ids) - part.num_logits
-            for token_id in part.token_ids:
+            for offset, token_id in enumerate(part.token_ids):
                 batch.token[i] = token_id
-                batch.pos[i] = self._num_shared + len(own)
+                batch.pos[i] = position + offset
                 batch.n_seq_id[i] = 1
                 batch.seq_id[i][0] = part.sequence
                 batch.logits[i] = i >= first_with_logits
-                own.append(self._free.take())
                 i += 1
         batch.n_tokens = i
 
     def close(self) -> None:
         """Free the context."""
-        if self._kernels is not None:
-            self._kernels.set_batch_layout(None)
-            self._kernels = None
+        self._kernels = None
         if self._batch is not None:
             self._api.llama_batch_free(self._batch)
             self._batch = None

@@ -16,6 +16,8 @@ from lowtide.models.text.prompt_span import PromptSpan, text_of
 
 MAX_STACK_BYTES_PER_CHARACTER = 330
 """The most stack that any pre-tokenizer of llama.cpp takes for a character of a match (measured)."""
+COMPARED_AT_ONCE = 256
+"""Tokens that are compared in one step, which is faster than one by one."""
 _STRETCH = re.compile(r"\S+|\s+")
 
 
@@ -111,4 +113,8 @@ def longest_line(text: str) -> int:
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     """Return the length of the longest common prefix of two sequences."""
     length = min(len(left), len(right))
-    return next((i for i in range(length) if left[i] != right[i]), length)
+    for start in range(0, length, COMPARED_AT_ONCE):
+        end = min(start + COMPARED_AT_ONCE, length)
+        if list(left[start:end]) != list(right[start:end]):
+            return next(i for i in range(start, end) if left[i] != right[i])
+    return length

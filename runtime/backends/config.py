@@ -11,6 +11,7 @@ from lowtide.attention.policy import AttentionPolicy
 from lowtide.attention.registry import parse_policy
 from lowtide.memory.machine import usable_cores
 from lowtide.memory.plan.attention import AttentionMemory
+from lowtide.memory.plan.batch import MAX_SEQUENCES
 from lowtide.memory.plan.gpu import GpuBudget, parse_gpu_layers
 from lowtide.memory.plan.plan import PlanRequest
 from lowtide.memory.plan.speculation import SpeculationConfig
@@ -28,6 +29,7 @@ from lowtide.runtime.speculation.options import SpeculationArg
 AUTO = "auto"
 EXACT, HIGH, FAST = QUALITIES = ("exact", "high", "fast")
 MAX_THREADS = 512
+_COUNTS = ("expected_tokens", "rules_bytes", "sequences", "max_waiting")
 INTERNAL_FIELDS = ("compared_tokens", "attention_memory", "profiled")
 """Set by evaluations and the profiler, not by users."""
 
@@ -65,6 +67,8 @@ class LoadConfig:
     `quality` "high" and "fast" take the calibrated policy with the shortest predicted time whose measured distance from
     exact answers is inside a limit (`runtime/planning/quality.py`), "exact" takes none.
 
+    `sequences` answers run together, in one KV cache that is planned for them; more of them wait, up to `max_waiting`.
+
     `compared_tokens` is how many distributions over the vocabulary a measurement keeps, `attention_memory`
     the memory of attention if that is not the policy's own, `profiled` whether a profiler observes.
 
@@ -94,6 +98,8 @@ class LoadConfig:
     rules_bytes: int = 0
     quality: str = EXACT
     background: bool = False
+    sequences: int = 1
+    max_waiting: int = 64
 
     def __post_init__(self) -> None:
         for name, value in {**self._numbers(), **self._sizes(), **self._choices()}.items():
@@ -142,6 +148,8 @@ class LoadConfig:
             ("expected_tokens", 0, MOST),
             ("rules_bytes", 0, MOST),
             ("threads", 1, MAX_THREADS),
+            ("sequences", 1, MAX_SEQUENCES),
+            ("max_waiting", 0, MOST),
         )
         numbers = {
             name: None
@@ -149,9 +157,10 @@ class LoadConfig:
             else whole_number(option(name), value, least, most)
             for name, least, most in ranges
         }
+        defaults: dict[str, Any] = {field.name: field.default for field in fields(self)}
         return {
             **numbers,
-            **{name: numbers[name] or 0 for name in ("expected_tokens", "rules_bytes")},
+            **{name: defaults[name] for name in _COUNTS if numbers[name] is None},
         }
 
     def _sizes(self) -> dict[str, str | int | None]:
@@ -280,6 +289,7 @@ class LoadConfig:
             context=self.context,
             structured=self.structured,
             rules_bytes=self.rules_bytes,
+            sequences=self.sequences,
             kv_type=self.kv_type,
             batch_size=self.batch_size,
             expected_tokens=max(self.expected_tokens, prompt_tokens),

@@ -1,36 +1,22 @@
-"""BatchGenerator: several prompts at once, one forward pass for all of them."""
+"""BatchGenerator: several prompts at once, in memory that is there for this batch alone."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Generator, Sequence
-from dataclasses import replace
 from typing import Any
 
-from lowtide.memory.plan.batch import BatchPlan
-from lowtide.memory.plan.line import BATCH
+from lowtide.memory.plan.batch import MAX_SEQUENCES
 from lowtide.models.errors import BadOption
-from lowtide.models.model import SequenceBatch
 from lowtide.runtime.arguments import checked_all
 from lowtide.runtime.batch.memory import BatchMemory, batch_plans, why_not_drafted
-from lowtide.runtime.generation.generate import generate
+from lowtide.runtime.batch.open_batch import open_batch, require_together
 from lowtide.runtime.generation.result import GenerationChunk
-from lowtide.runtime.generation.state import (
-    GenerationContext,
-    GenerationRequest,
-    GenerationState,
-)
-from lowtide.runtime.kv.batch import BatchKV
+from lowtide.runtime.generation.state import GenerationRequest, GenerationState
 from lowtide.runtime.kv.session import KVSession
 from lowtide.runtime.loading.load import Engine
-from lowtide.runtime.loading.speculation import load_batch_speculation
 from lowtide.runtime.options import SamplingParams
 from lowtide.runtime.profiling.profiler import Profiler
-from lowtide.runtime.speculation.controller import SpeculationController
 
-MAX_SEQUENCES = 256
-"""Sequences that one llama.cpp context can have."""
-SLOTS_DIFFER = "llama.cpp stores keys of this model in other slots than those of other models"
 ParamsOfAll = SamplingParams | Sequence[SamplingParams] | None
 
 
@@ -56,18 +42,8 @@ class BatchGenerator:
 
     def check(self, num_prompts: int) -> None:
         """Raise `BadOption` where the model or its attention runs one sequence at a time, or for too many."""
-        model, policy = self._engine.model, self._engine.planned.policy
-        if not model.supports_batch:
-            raise BadOption(
-                f"{model.spec.name} cannot run a batch of {num_prompts} prompts: it computes one sequence at "
-                f"a time ({_why_alone(self._engine)}); pass one prompt after another"
-            )
-        if not policy.supports_batch:
-            raise BadOption(
-                f"{policy.name} cannot run a batch of {num_prompts} prompts: it selects or filters the keys "
-                "of one sequence; open with attention='dense' or 'llama', or pass one prompt after another"
-            )
-        most = min(model.batch_size, MAX_SEQUENCES)
+        require_together(self._engine, f"a batch of {num_prompts} prompts")
+        most = min(self._engine.model.batch_size, MAX_SEQUENCES)
         if num_prompts > most:
             raise BadOption(
                 f"a batch of {num_prompts} prompts is more than the {most} tokens of a pass; pass fewer at "
@@ -85,79 +61,14 @@ class BatchGenerator:
             return
         engine, memory = self._engine, self._memory
         plan = memory.choose(batch_plans(engine.planned, engine.model, requests))
-        with contextlib.ExitStack() as stack:
-            sequences = stack.enter_context(memory.open(plan))
-            speculation, rows_agree = self._speculation(plan, sequences, requests)
-            if speculation is not None:
-                stack.callback(speculation.close)
-            context = self._context(plan, speculation, rows_agree=rows_agree)
-            cache = BatchKV(
-                sequences,
-                [request.max_kv_tokens(engine.model.context) for request in requests],
-                plan.shared_tokens,
-                engine.controller,
-                self._profiler,
-            )
-            states = [
-                GenerationState(index, request, engine.model, context)
-                for index, request in enumerate(requests)
-            ]
-            for index, chunk in generate(cache, states, context, self._profiler):
-                if memory.slots_differ:
-                    _mark_nondeterministic(context.batch, chunk.stats.speculation)
-                yield index, chunk
-
-    def _speculation(
-        self, plan: BatchPlan, sequences: SequenceBatch, requests: Sequence[GenerationRequest]
-    ) -> tuple[SpeculationController | None, bool]:
-        engine, rows_agree = self._engine, self._memory.rows_agree(plan.num_sequences)
-        if engine.planned.speculation is None:
-            return None, rows_agree
-        if not plan.max_drafted:
-            reason = why_not_drafted(engine.planned, engine.model, requests)
-            return SpeculationController.off(reason, plan.num_sequences), rows_agree
-        speculation, drafts_agree = load_batch_speculation(
-            engine.planned, plan, sequences, engine.controller
-        )
-        rows_agree = rows_agree and drafts_agree
-        speculation.nondeterminism = self._nondeterminism(rows_agree=rows_agree)
-        return speculation, rows_agree
-
-    def _context(
-        self, plan: BatchPlan, speculation: SpeculationController | None, *, rows_agree: bool
-    ) -> GenerationContext:
-        alone, reason = (
-            self._engine.generation_context(),
-            self._nondeterminism(rows_agree=rows_agree),
-        )
-        return replace(
-            alone,
-            speculation=speculation,
-            planned_bytes=alone.planned_bytes + self._engine.ledger.components[BATCH],
-            batch={
-                "sequences": plan.num_sequences,
-                "shared_tokens": plan.shared_tokens,
-                "kv_tokens": plan.num_kv_tokens,
-                "num_bytes": plan.num_bytes,
-                "identical": reason is None,
-                "nondeterminism": reason,
-            },
-        )
-
-    def _nondeterminism(self, *, rows_agree: bool) -> str | None:
-        """Return why a greedy answer may differ from that of its prompt alone; None where it cannot."""
-        engine = self._engine
-        return engine.planned.backend.batch_nondeterminism(
-            engine.planned,
-            rows_agree=rows_agree,
-            exact_prefill=engine.controller.exact_prefill,
-        )
-
-
-def _mark_nondeterministic(*stats: dict[str, Any] | None) -> None:
-    for values in stats:
-        if values is not None:
-            values.update(identical=False, nondeterminism=SLOTS_DIFFER)
+        reason = why_not_drafted(engine.planned, engine.model, requests)
+        with open_batch(engine, memory, plan, self._profiler, reason) as batch:
+            for index, request in enumerate(requests):
+                batch.loop.add(GenerationState(index, request, engine.model, batch.context))
+            for key, chunk in batch.loop.run():
+                batch.mark_if_slots_differ()
+                assert isinstance(key, int), "the keys are the indices of the requests"
+                yield key, chunk
 
 
 def params_of_each(
@@ -169,11 +80,3 @@ def params_of_each(
         one_for_all: Any = params
         return [SamplingParams.of(one_for_all, **named)] * len(prompts)
     return [SamplingParams.of(one, **named) for one in each]
-
-
-def _why_alone(engine: Engine) -> str:
-    if engine.planned.plan.gpus:
-        return "some of its layers are on a GPU"
-    if engine.planned.spec.recurrent_state_bytes:
-        return "its recurrent state cannot be shared"
-    return f"{engine.planned.spec.engine} runs it that way"

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 from lowtide.attention.bindings.library import guarded_aborts
-from lowtide.memory.plan.batch import BatchPlan, plan_batch
+from lowtide.memory.plan.batch import MAX_DRAFTED, BatchPlan, plan_batch
 from lowtide.memory.plan.estimates import KV_PADDING, kv_bytes
 from lowtide.memory.plan.line import BATCH, CACHE
 from lowtide.memory.units import OverBudget, format_bytes, format_bytes_up
@@ -17,9 +17,6 @@ from lowtide.runtime.generation.state import GenerationRequest
 from lowtide.runtime.kv.session import KVSession
 from lowtide.runtime.loading.load import Engine
 from lowtide.runtime.planning.plan import ResolvedModel
-
-MAX_DRAFTED = 32
-"""Drafts of a pass beyond which more do not pay: a token costs more the more there are."""
 
 
 class BatchMemory:
@@ -64,12 +61,12 @@ class BatchMemory:
             with guarded_aborts():
                 model = self._engine.model
                 self._sequences = opened = model.open_sequences(
-                    plan.num_sequences, plan.num_kv_tokens, plan.num_logits
+                    plan.num_held, plan.num_kv_tokens, plan.num_logits
                 )
             self._refused_before = self._num_refused()
-            if plan.num_sequences not in self._rows_agree:
+            if plan.num_held not in self._rows_agree:
                 self._engine.controller.begin_prefill()
-                self._rows_agree[plan.num_sequences] = opened.rows_agree()
+                self._rows_agree[plan.num_held] = opened.rows_agree()
         except BaseException:
             self.close()
             self._engine.ledger.release(BATCH)
@@ -89,9 +86,9 @@ class BatchMemory:
         self._engine.ledger.release(BATCH)
         self._engine.trim("background")
 
-    def rows_agree(self, num_sequences: int) -> bool:
-        """Return whether a token among `num_sequences` sequences has the logits that it has alone."""
-        return self._rows_agree[num_sequences]
+    def rows_agree(self, plan: BatchPlan) -> bool:
+        """Return whether a token among the sequences of a plan has the logits that it has alone."""
+        return self._rows_agree[plan.num_held]
 
     @property
     def slots_differ(self) -> bool:

@@ -24,9 +24,10 @@ from lowtide.models.gguf.llama_cpp import llama_library
 from lowtide.models.read_spec import read_spec
 from lowtide.models.template.families import template_of
 from lowtide.runtime.errors import CannotRepack
-from lowtide.runtime.generation.chat import LastTurn, PromptEncoder
-from lowtide.runtime.generation.generate import generate
+from lowtide.runtime.generation.chat import PromptEncoder
+from lowtide.runtime.generation.loop import DecodeLoop
 from lowtide.runtime.generation.state import GenerationRequest, GenerationState
+from lowtide.runtime.generation.turns import LastTurn
 from lowtide.runtime.loading.load import Engine
 from lowtide.runtime.loading.speculation import load_speculation
 from lowtide.runtime.options import SamplingParams
@@ -90,7 +91,9 @@ class Worker:
         self._reset_drafts()
         context = engine.generation_context()
         state = GenerationState(0, request, engine.model, context)
-        chunks = [chunk for _, chunk in generate(self._session, [state], context)]
+        loop = DecodeLoop(self._session, context)
+        loop.add(state)
+        chunks = [chunk for _, chunk in loop.run()]
         stats = chunks[-1].stats
         return {
             "seconds": stats.decode_s,

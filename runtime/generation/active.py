@@ -41,6 +41,8 @@ class ActiveGeneration:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._model_lock = threading.RLock()
+        self._turn = threading.RLock()  # a signal handler may close while its thread waits
+        self._owner: int | None = None
         self._depth = 0
         self._number = 0
         self._is_closed = self._is_freed = False
@@ -126,13 +128,30 @@ class ActiveGeneration:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        with self._model_lock:
+        with self._in_turn():
             self._depth += 1
+            self._owner = threading.get_ident()
             try:
                 yield
             finally:
                 self._depth -= 1
+                if not self._depth:
+                    self._owner = None
                 self._free_if_closed()
+
+    @contextlib.contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        """Hold the lock; a thread that makes step after step lets those that wait for it go first."""
+        if self._owner == threading.get_ident():
+            with self._model_lock:
+                yield
+            return
+        with self._turn:
+            self._model_lock.acquire()
+        try:
+            yield
+        finally:
+            self._model_lock.release()
 
     def close(self) -> None:
         """End everything for good, and free the model when the step that runs is done.
@@ -145,7 +164,7 @@ class ActiveGeneration:
             return
         _open.discard(self)
         self._is_closed = True  # first, so that the running answer makes no further step
-        with self._model_lock:
+        with self._in_turn():
             self._free_if_closed()
 
     def _free_if_closed(self) -> None:

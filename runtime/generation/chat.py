@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from lowtide.models.text.prompt_span import PromptSpan, span_lengths, split_span
 from lowtide.models.text.tokenizer import Tokenizer
 from lowtide.runtime.errors import PromptTooLong
 from lowtide.runtime.generation.state import GenerationRequest
+from lowtide.runtime.generation.turns import LastTurn, Turns
 from lowtide.runtime.options import SamplingParams
 from lowtide.runtime.profiling.profiler import SILENT, Profiler
 
@@ -36,38 +37,8 @@ class ChatPrompt:
     num_messages: int
 
 
-@dataclass(slots=True)
-class LastTurn:
-    """The last prompt of a chat with its answer, as text and as the tokens that the model read.
-
-    `span_lengths` are those of the prompt without the answer (`lowtide.models.text.prompt_span.span_lengths`).
-    """
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    num_messages: int = 0
-    span_lengths: list[int] = field(default_factory=list)
-
-    def set(
-        self, text: str, token_ids: list[int], num_messages: int, span_lengths: Sequence[int] = ()
-    ) -> None:
-        """Replace the turn; with an empty text the next prompt is tokenised as a whole."""
-        self.text, self.token_ids, self.num_messages = text, token_ids, num_messages
-        self.span_lengths = list(span_lengths)
-
-    def begins(self, spans: Sequence[PromptSpan], text: str) -> bool:
-        """Whether a prompt begins with this one, written by the same, and with its answer.
-
-        A message that spells the whole turn has the same text, and must not get its control tokens.
-        """
-        if not self.text or not text.startswith(self.text):
-            return False
-        prompt, _ = split_spans(spans, sum(self.span_lengths))
-        return span_lengths(prompt) == self.span_lengths
-
-
 class PromptEncoder:
-    """Encodes prompts, and remembers the last chat turn in `last`.
+    """Encodes prompts, and remembers the last turns of chats in `turns`.
 
     `template` is the model's chat template, None for a model without one. `check_text` may raise
     `PromptTooLong` for a text that is too large to be tokenised.
@@ -77,16 +48,22 @@ class PromptEncoder:
         self,
         tokenizer: Tokenizer,
         template: str | None,
-        last: LastTurn,
+        turns: Turns,
         check_text: Callable[[str], None] = lambda _text: None,
         profiler: Profiler = SILENT,
     ) -> None:
         self._tokenizer = tokenizer
         self._template_text = template
-        self._last = last
+        self._turns = turns
         self._check_text = check_text
         self._profiler = profiler
         self._template: ChatTemplate | None = None
+
+    def beside(self, turns: Turns, check_text: Callable[[str], None]) -> PromptEncoder:
+        """Return an encoder with the same template for another thread, which remembers turns of its own."""
+        return PromptEncoder(
+            self._tokenizer, self._template_text, turns, check_text, self._profiler
+        )
 
     def encode_text(
         self, text: str, context: int, params: SamplingParams, asked_at: float
@@ -148,11 +125,11 @@ class PromptEncoder:
         """Remember the answer of a chat prompt, also where it was cut short."""
         answer = self._tokenizer.decode(answer_ids)
         if "\ufffd" in answer:  # half a character: the tokens do not spell the text that was shown
-            self._last.set("", [], 0)
+            self._turns.remember(LastTurn())
             return
         token_ids = [*prompt.token_ids, *answer_ids]
         text, num_messages = prompt.text + answer, prompt.num_messages + 1
-        self._last.set(text, token_ids, num_messages, prompt.span_lengths)
+        self._turns.remember(LastTurn(text, token_ids, num_messages, list(prompt.span_lengths)))
 
     def _render(
         self,
@@ -176,13 +153,13 @@ class PromptEncoder:
         )
 
     def _chat_ids(self, spans: Sequence[PromptSpan], text: str) -> list[int]:
-        """Return the tokens of a rendered chat, the last turn's as they were.
+        """Return the tokens of a rendered chat, those of a turn that it goes on from as they were.
 
         A sampled answer is often not what its text is tokenised to. Where it is, the chat has the tokens of the same
         chat read anew, also where a token reaches over the end of the answer.
         """
-        token_ids, last = self._encode(spans), self._last
-        if not last.begins(spans, text):
+        token_ids, last = self._encode(spans), self._turns.find(spans, text)
+        if last is None:
             return token_ids
         if token_ids[: len(last.token_ids)] == last.token_ids:
             return token_ids

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,9 @@ from lowtide.runtime.generation.statistics import Statistics
 from lowtide.runtime.generation.watchdog import Watchdog
 from lowtide.runtime.kv.cache import CachedPrompt, KVCache
 from lowtide.runtime.options import SamplingParams
+from lowtide.runtime.profiling.retention_map import RetainedSpan
 from lowtide.runtime.speculation.controller import SpeculationController
-from lowtide.runtime.structured.answer import ConstrainedAnswer
+from lowtide.runtime.structured.answer import ConstrainedAnswer, NoLegalToken
 
 if TYPE_CHECKING:
     from lowtide.models.model import Logits
@@ -55,7 +56,8 @@ class GenerationContext:
     counters of lowtide's kernels, None where the engine's own run. `watchdog` is asked after each pass whether the
     process is over its budget. `speculation` drafts tokens; None where speculation is off. `batch` describes the
     batch for the statistics.
-    `threads` tells how many threads computed the last pass, None where that is unknown.
+    `threads` tells how many threads computed the last pass, None where that is unknown. A sequence has at most
+    `max_tokens` tokens. `retained_spans` returns what GemFilter retained of the last prompt.
     """
 
     budget_bytes: int
@@ -68,6 +70,8 @@ class GenerationContext:
     not_repacked_reason: str | None = None
     speculation: SpeculationController | None = None
     batch: dict[str, Any] | None = None
+    max_tokens: int
+    retained_spans: Callable[[], Sequence[RetainedSpan]] = tuple
     threads: Callable[[], int | None] = lambda: None
 
 
@@ -107,17 +111,16 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class StatsRecorder:
-    """Measures one sequence; the clock starts when it is made."""
+    """Measures one sequence; the clock starts when its prompt is in the cache's hands."""
 
     def __init__(
         self,
-        index: int,
         request: GenerationRequest,
         num_layers: int,
         seed: int,
         context: GenerationContext,
     ) -> None:
-        self._index = index
+        self._index = 0
         self._request = request
         self._num_layers = num_layers
         self._seed = seed
@@ -129,6 +132,11 @@ class StatsRecorder:
         self._counts_at_prefill: KernelCounts | None = None
         self._first_token_s: float | None = None
         self._first_token_at = 0.0
+        self._now = self._started_at = time.perf_counter()
+
+    def begin(self, index: int) -> None:
+        """Start the clock; `index` is the sequence's number in the cache."""
+        self._index = index
         self._now = self._started_at = time.perf_counter()
 
     def record_prompt(self, prompt: CachedPrompt) -> None:
@@ -210,18 +218,22 @@ class StatsRecorder:
 
 
 class GenerationState:
-    """One sequence of the decode loop, a request in progress.
+    """One sequence of the decode loop, a request in progress, which its owner knows by `key`.
 
-    `token_ids` are the prompt as the cache holds it and the sampled tokens, which the penalties look back on.
-    The first `num_computed` of them are in the cache: the others are the rest of the prompt, or the one token
-    that was sampled last.
+    `index` is its number in the cache while it runs. `token_ids` are the prompt as the cache holds it and the sampled
+    tokens, which the penalties look back on. The first `num_computed` of them are in the cache: the others are the rest
+    of the prompt, or the one token that was sampled last. Where an answer is verified at its end, its chunks are
+    `held_back` until it stands.
     """
 
     def __init__(
-        self, index: int, request: GenerationRequest, model: Model, context: GenerationContext
+        self, key: Hashable, request: GenerationRequest, model: Model, context: GenerationContext
     ) -> None:
-        self.index = index
+        self.key = key
+        self.index = 0
         self.request = request
+        self.held_back: list[GenerationChunk] = []
+        self._model, self._context = model, context
         self.token_ids: list[int] = []
         self.num_computed = 0
         self.is_finished = False
@@ -235,13 +247,18 @@ class GenerationState:
         self._logprobs: TokenLogprob | None = None
         self._stream = TextStream(model.tokenizer)
         self._stops = StopMatcher(request.params.stop)
-        self._stats = StatsRecorder(
-            index, request, model.spec.num_layers, self._sampler.seed, context
-        )
+        self._stats = StatsRecorder(request, model.spec.num_layers, self._sampler.seed, context)
 
-    def begin(self, cache: KVCache) -> None:
-        """Find out what the cache holds of the prompt, and what is left to compute."""
-        prompt = cache.add(self.index, self.request.token_ids)
+    @property
+    def max_kv_tokens(self) -> int:
+        """How many tokens the sequence may have in the cache."""
+        return self.request.max_kv_tokens(self._context.max_tokens)
+
+    def begin(self, cache: KVCache, index: int) -> None:
+        """Take number `index` in the cache; find out what it holds of the prompt, and what is left to compute."""
+        self.index = index
+        self._stats.begin(index)
+        prompt = cache.add(index, self.request.token_ids, self.max_kv_tokens)
         self._stats.record_prompt(prompt)
         self.token_ids = list(prompt.token_ids)
         self.num_computed, self._num_prompt = prompt.num_cached, len(prompt.token_ids)
@@ -250,6 +267,11 @@ class GenerationState:
     def is_prefilling(self) -> bool:
         """Whether tokens of the prompt are left to compute."""
         return self.num_computed < self._num_prompt
+
+    @property
+    def num_unread(self) -> int:
+        """How many tokens of the prompt are left to compute."""
+        return max(self._num_prompt - self.num_computed, 0)
 
     def next_chunk(self, max_tokens: int) -> list[int]:
         """Return up to `max_tokens` tokens of the prompt, to be computed now."""
@@ -261,6 +283,33 @@ class GenerationState:
     def answer(self) -> ConstrainedAnswer | None:
         """What the answer must look like; None for any text."""
         return self.request.answer
+
+    def holds_back(self, chunk: GenerationChunk) -> bool:
+        """Keep a chunk of an answer that is verified at its end; return whether it is one."""
+        is_verified_last = self.answer is not None and self.answer.is_verified_last
+        if is_verified_last:
+            self.held_back.append(chunk)
+        return is_verified_last
+
+    def next_attempt(self) -> GenerationState | None:
+        """Return another attempt where the answer, which has ended, is wrong; None where it stands.
+
+        Raises `ConstraintFailed` where no other is tried.
+        """
+        if self.answer is None or not self.answer.is_verified_last:
+            return None
+        again = self.answer.retry()
+        if again is None:
+            return None
+        request = replace(self.request, answer=again)
+        return GenerationState(self.key, request, self._model, self._context)
+
+    def attempt_after(self, error: Exception) -> GenerationState | None:
+        """Return another attempt after one without a legal token, which has failed; raise any other error."""
+        is_attempt = self.answer is not None and self.answer.is_verified_last
+        if is_attempt and isinstance(error, NoLegalToken):
+            return self.next_attempt()
+        raise error
 
     def sample(self, logits: Logits) -> int:
         """Return the next token, given its logits of shape (vocabulary,).
@@ -292,8 +341,7 @@ class GenerationState:
             yield from self._closed(self.answer, self.answer.closing_reason)
             return
         if self._is_end(token_id):
-            self.is_finished = True
-            yield GenerationChunk(self._stops.rest(), None, "stop", self._stats.final())
+            yield self._last_chunk(self._stops.rest(), None, "stop")
             return
         text, is_stopped = self._pushed(token_id)
         finish_reason = "stop" if is_stopped else self._finish_reason(cache)
@@ -316,11 +364,8 @@ class GenerationState:
     ) -> GenerationChunk:
         logprobs, self._logprobs = self._logprobs, None  # closing tokens have none
         if finish_reason is not None:
-            self.is_finished = True
             rest = "" if is_stopped else self._stops.rest()
-            return GenerationChunk(
-                text + rest, token_id, finish_reason, self._stats.final(), logprobs=logprobs
-            )
+            return self._last_chunk(text + rest, token_id, finish_reason, logprobs)
         self.token_ids.append(token_id)
         return GenerationChunk(text, token_id, None, self._stats.statistics(), logprobs=logprobs)
 
@@ -330,8 +375,20 @@ class GenerationState:
         for token_id in answer.close():
             text, _ = self._pushed(token_id)
             yield self._chunk(token_id, text, None)
+        yield self._last_chunk(self._stops.rest(), None, finish_reason)
+
+    def _last_chunk(
+        self,
+        text: str,
+        token_id: int | None,
+        finish_reason: str,
+        logprobs: TokenLogprob | None = None,
+    ) -> GenerationChunk:
         self.is_finished = True
-        yield GenerationChunk(self._stops.rest(), None, finish_reason, self._stats.final())
+        spans = self._context.retained_spans() if self.request.params.explain else ()
+        return GenerationChunk(
+            text, token_id, finish_reason, self._stats.final(), tuple(spans), logprobs=logprobs
+        )
 
     def _finish_reason(self, cache: KVCache) -> str | None:
         if self.answer is not None and self.answer.is_done:

@@ -1,8 +1,7 @@
 """KVCache: the seam between the decode loop and the place where its sequences keep their keys and values.
 
-Two classes implement it: `KVSession` (the one sequence of a model) and `BatchKV` (sequences that share one
-cache). The loop asks for one sequence at a time with `add`, so a caller may add a sequence while others go on;
-`truncate(sequence, 0)` empties one that has finished.
+Two classes implement it: `KVSession` (the one sequence of a model) and `BatchKV` (sequences that share one cache). The
+loop adds a sequence while others go on, and removes it when it has ended.
 """
 
 from __future__ import annotations
@@ -10,13 +9,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from lowtide.models.draft_tree import TokenTree
+from lowtide.models.errors import ForwardError
 from lowtide.models.model import SequenceSlice
 
 if TYPE_CHECKING:
     from lowtide.models.model import Logits2D
+
+    PassResult: TypeAlias = Logits2D | ForwardError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,38 +44,51 @@ class DecodeStep:
 
 
 class KVCache(ABC):
-    """Holds the tokens of several sequences, which are numbered from 0.
+    """Holds the tokens of up to `num_sequences` sequences, which are numbered from 0.
 
-    A decode pass leaves row 0 of each step in its sequence. A draft joins the sequence by `accept`;
-    `truncate` removes those that were rejected.
+    A pass leaves row 0 of each decode step in its sequence. A draft joins the sequence by `accept`; `truncate` removes
+    those that were rejected.
     """
+
+    num_sequences: int = 1
 
     @property
     @abstractmethod
     def batch_size(self) -> int:
         """Tokens that one forward pass takes."""
 
+    def is_awaited(self, token_ids: Sequence[int]) -> bool:
+        """Return whether another sequence is reading a part of this prompt, which then need not be read again."""
+        return False
+
+    def can_add(self, token_ids: Sequence[int], max_tokens: int) -> bool:
+        """Return whether there is room for a prompt that may grow to `max_tokens` tokens with its answer."""
+        return True
+
     @abstractmethod
-    def add(self, sequence: int, token_ids: Sequence[int]) -> CachedPrompt:
+    def add(self, sequence: int, token_ids: Sequence[int], max_tokens: int) -> CachedPrompt:
         """Prepare a sequence for a prompt: find what is cached of it, and reserve memory for the rest.
 
         Raises `OverBudget`, before anything is computed, where the prompt does not fit.
         """
 
+    def remove(self, sequence: int, *, is_damaged: bool = False) -> None:
+        """End a sequence; its tokens may stay for prompts that begin with them, unless a pass over them failed."""
+        return None
+
+    def recover(self) -> None:
+        """Make the cache usable again after a pass that failed; it is empty then, or as before the pass."""
+        return None
+
     @abstractmethod
-    def prefill(self, chunks: Sequence[SequenceSlice]) -> list[Logits2D]:
-        """Append prompt tokens to each sequence in one pass of at most `batch_size` tokens.
+    def compute(
+        self, chunks: Sequence[SequenceSlice], steps: Sequence[DecodeStep]
+    ) -> list[PassResult]:
+        """Append prompt tokens, and last tokens with their drafts, in one pass of at most `batch_size` tokens.
 
-        Returns the logits of each chunk's last `num_logits` (0 or 1) tokens, shape (num_logits, vocabulary).
-        The next pass overwrites them.
-        """
-
-    @abstractmethod
-    def decode(self, steps: Sequence[DecodeStep]) -> list[Logits2D]:
-        """Compute each sequence's last token and its drafts in one pass.
-
-        Returns the logits of each step's first rows, shape (rows, vocabulary): all rows, or the trunk's where
-        branches could not be computed. The next pass overwrites them.
+        Returns the logits of each chunk's last `num_logits` (0 or 1) tokens, and then of each step's first rows, shape
+        (rows, vocabulary): all rows, or the trunk's where branches could not be computed. The next pass overwrites
+        them. A sequence whose logits are not numbers has an error in their place.
         """
 
     @abstractmethod

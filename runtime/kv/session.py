@@ -20,6 +20,7 @@ from lowtide.runtime.profiling.profiler import DECODE, FILTER, PREFILL, SILENT, 
 
 if TYPE_CHECKING:
     from lowtide.models.model import Logits, Logits2D
+    from lowtide.runtime.kv.cache import PassResult
 
 
 class KVSession(KVCache):
@@ -71,7 +72,7 @@ class KVSession(KVCache):
             return False
         return True
 
-    def add(self, sequence: int, token_ids: Sequence[int]) -> CachedPrompt:
+    def add(self, sequence: int, token_ids: Sequence[int], max_tokens: int) -> CachedPrompt:
         """Go to the longest cached prefix of a prompt, which is filtered before where the policy says so."""
         retained = self._filtered(token_ids)
         is_restored = self.restore(retained)
@@ -165,10 +166,21 @@ class KVSession(KVCache):
         self.exact_until = 0
         self.reserve(0)
 
-    def prefill(self, chunks: Sequence[SequenceSlice]) -> list[Logits2D]:
-        """Append tokens of the prompt; see `KVCache.prefill`."""
-        (chunk,) = chunks
-        return [self.append(chunk.token_ids)[None][: chunk.num_logits]]
+    def compute(
+        self, chunks: Sequence[SequenceSlice], steps: Sequence[DecodeStep]
+    ) -> list[PassResult]:
+        """Append tokens of the prompt, or the last token and its drafts; see `KVCache.compute`.
+
+        Drafts lie in the cache beyond the session's tokens until they are accepted, in slots that the plan has for
+        them.
+        """
+        if chunks:
+            (chunk,) = chunks
+            return [self.append(chunk.token_ids)[None][: chunk.num_logits]]
+        (step,) = steps
+        if len(step.tree) == 1:
+            return [self.decode_token(step.tree.token_ids[0])[None]]
+        return [self._verify(step.tree)]
 
     def append(self, token_ids: Sequence[int]) -> Logits:
         """Compute tokens of a prompt exactly, at most `batch_size`; return the last one's logits, (vocabulary,).
@@ -184,17 +196,6 @@ class KVSession(KVCache):
         if was_exact:
             self.exact_until = len(self.token_ids)
         return logits
-
-    def decode(self, steps: Sequence[DecodeStep]) -> list[Logits2D]:
-        """Compute the last token and its drafts under the attention policy; see `KVCache.decode`.
-
-        Drafts lie in the cache beyond the session's tokens until they are accepted, in slots that the plan has for
-        them.
-        """
-        (step,) = steps
-        if len(step.tree) == 1:
-            return [self.decode_token(step.tree.token_ids[0])[None]]
-        return [self._verify(step.tree)]
 
     def decode_token(self, token_id: int) -> Logits:
         """Compute one token after the prompt; return its logits, shape (vocabulary,).

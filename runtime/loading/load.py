@@ -18,6 +18,7 @@ from lowtide.memory.os.pages import trim_heap
 from lowtide.memory.plan.estimates import (
     filter_layers_bytes,
     kv_bytes,
+    prompt_limit_bytes,
     rules_bytes,
     structured_bytes,
     tokenising_bytes,
@@ -34,7 +35,7 @@ from lowtide.models.gguf.parameters import LoadOptions
 from lowtide.models.model import Model
 from lowtide.models.text.tokenizer import MAX_STACK_BYTES_PER_CHARACTER, longest_stretch
 from lowtide.runtime.backends.backend import LoadedModel, Progress, ResolvedModel
-from lowtide.runtime.errors import CannotRepack
+from lowtide.runtime.errors import CannotRepack, PromptTooLong
 from lowtide.runtime.generation.state import GenerationContext
 from lowtide.runtime.generation.watchdog import Watchdog
 from lowtide.runtime.kv.prefix_cache import PrefixCache
@@ -44,6 +45,7 @@ from lowtide.runtime.loading.speculation import load_speculation
 from lowtide.runtime.options import SamplingParams
 from lowtide.runtime.profiling.memory import WatchedModel
 from lowtide.runtime.profiling.profiler import SILENT, Profiler
+from lowtide.runtime.profiling.retention_map import RetainedSpan
 from lowtide.runtime.speculation.controller import SpeculationController
 from lowtide.runtime.structured.answer import ConstrainedAnswer
 from lowtide.runtime.structured.vocabulary import TokenVocabulary
@@ -207,7 +209,13 @@ class Engine:
             watchdog=Watchdog(plan.budget.num_bytes, self.trim),
             speculation=self.speculation,
             threads=self.num_threads,
+            max_tokens=self.model.context,
+            retained_spans=self.retained_spans,
         )
+
+    def retained_spans(self) -> list[RetainedSpan]:
+        """Return the spans that `gem` retained of the last prompt that it filtered, in order."""
+        return self.prompt_filter.retained_spans() if self.prompt_filter else []
 
     def num_threads(self) -> int | None:
         """Return how many threads computed the last pass; None where that is unknown."""
@@ -274,6 +282,17 @@ class Engine:
         """Return what lowtide's attention kernels have done; None where the engine's own run."""
         kernels = self.attention_kernels
         return kernels.counts() if kernels is not None else None
+
+    def check_text(self, text: str) -> None:
+        """Refuse a text that is too long, or takes more memory to tokenise than is planned for it."""
+        self.check_text_length(text)
+        self.require_room_to_tokenise(text)
+
+    def check_text_length(self, text: str) -> None:
+        """Raise `PromptTooLong` for a text that cannot fit the context, whatever its tokens are."""
+        num_bytes = len(text.encode("utf-8", errors="replace"))
+        if num_bytes > prompt_limit_bytes(self.planned.plan.kv_tokens):
+            raise PromptTooLong(num_bytes // 4, self.model.context, estimated=True, droppable=False)
 
     def has_room_to_tokenise(self, text: str, num_tokens: int) -> bool:
         """Whether a text can be tokenised while the KV cache holds `num_tokens`.

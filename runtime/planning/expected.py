@@ -18,7 +18,8 @@ from lowtide.models.spec import ModelSpec
 from lowtide.models.text.tokenizer import Tokenizer
 from lowtide.runtime.backends.config import LoadConfig
 from lowtide.runtime.errors import PromptTooLong
-from lowtide.runtime.generation.chat import LastTurn, PromptEncoder
+from lowtide.runtime.generation.chat import PromptEncoder
+from lowtide.runtime.generation.turns import LastTurn
 from lowtide.runtime.options import SamplingParams
 
 ANY_CONTEXT = 1 << 40

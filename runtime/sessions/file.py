@@ -27,7 +27,7 @@ from lowtide.models.chat_template import checked_message
 from lowtide.models.errors import SnapshotError, TemplateError
 from lowtide.models.files.atomic_file import atomic_file
 from lowtide.runtime.errors import SnapshotMismatch, TranscriptError
-from lowtide.runtime.generation.chat import LastTurn
+from lowtide.runtime.generation.turns import LastTurn
 
 MAGIC = b"lowtide\x01"
 FORMAT_VERSION = 2

@@ -18,7 +18,7 @@ from lowtide.models.chat_template import Message, checked_message
 from lowtide.models.errors import SnapshotError
 from lowtide.runtime.arguments import checked_messages
 from lowtide.runtime.errors import TranscriptError
-from lowtide.runtime.generation.chat import LastTurn
+from lowtide.runtime.generation.turns import LastTurn
 from lowtide.runtime.kv.session import KVSession
 from lowtide.runtime.loading.load import Engine
 from lowtide.runtime.sessions.file import (

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, zip_longest
+from itertools import chain
 from typing import Any
 
 from lowtide.memory.plan.allocator import CostCurve
@@ -330,14 +330,23 @@ class SpeculationController:
             [()] * num_sequences, no_costs, max_draft=0, vocabulary_size=0, off_reason=reason
         )
 
-    def begin(self, answers: Sequence[ConstrainedAnswer | None] = ()) -> None:
-        """Start new answers, some of them constrained; what was learned of drafts and costs stays."""
-        self._round = None
-        self._plain_s = self._spent_s = 0.0
-        # No answer pays for what an earlier one won.
-        self._credit_steps = min(self._credit_steps, FREE_LOSS_STEPS)
-        for sequence, answer in zip_longest(self._sequences, answers):
-            sequence.begin(answer)
+    def begin(
+        self,
+        sequence: int = 0,
+        answer: ConstrainedAnswer | None = None,
+        *,
+        is_first: bool = True,
+    ) -> None:
+        """Start an answer, which may be constrained; what was learned of drafts and costs stays.
+
+        `is_first` says that no other answer runs: gains and losses are counted anew.
+        """
+        self._sequences[sequence].begin(answer)
+        if is_first:
+            self._round = None
+            self._plain_s = self._spent_s = 0.0
+            # No answer pays for what an earlier one won.
+            self._credit_steps = min(self._credit_steps, FREE_LOSS_STEPS)
 
     @property
     def _may_draft(self) -> bool:

@@ -15,7 +15,7 @@ from lowtide.memory.plan.batch import BatchPlan
 from lowtide.models.draft_tree import TEXT, TokenTree
 from lowtide.models.fake_model import FakeSequences
 from lowtide.models.model import SequenceBatch, SequenceSlice
-from lowtide.runtime.batch import generator
+from lowtide.runtime.batch import open_batch
 from lowtide.runtime.planning.plan import ResolvedModel
 from lowtide.runtime.speculation.controller import SpeculationController
 from lowtide.runtime.speculation.drafts import Draft, Proposal
@@ -185,4 +185,4 @@ def speculate_in_batches(
         return controller, True
 
     monkeypatch.setattr(FakeSequences, "forward", ticking)
-    monkeypatch.setattr(generator, "load_batch_speculation", load)
+    monkeypatch.setattr(open_batch, "load_batch_speculation", load)

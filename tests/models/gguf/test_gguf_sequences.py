@@ -8,12 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from gguf_files import write_model
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lowtide import Runtime
 from lowtide.models.errors import ForwardError
-from lowtide.models.gguf.sequences import FreeSlots
 from lowtide.models.model import SequenceBatch, SequenceSlice
 
 SHARED = [(3 * k) % 290 for k in range(70)]
@@ -33,7 +30,8 @@ def sequences(dense: Runtime) -> Iterator[SequenceBatch]:
     """Four sequences with a common prefix, and lowtide's attention over the slots of each."""
     batch = dense._model.open_sequences(4, 512, max_logits=24)
     batch.forward([SequenceSlice(0, SHARED, num_logits=0)])
-    batch.share()
+    for sequence in (1, 2, 3):
+        batch.copy_prefix(0, sequence, len(SHARED))
     yield batch
     batch.close()
 
@@ -62,7 +60,6 @@ def test_logits_after_truncating_equal_those_of_a_sequence_alone(
             found[part.sequence].extend(logits[at : at + accepted])
             at += len(part.token_ids)
             sequences.truncate(part.sequence, len(SHARED) + len(texts[part.sequence]))
-    hook.set_batch_layout(None)
     assert hook.layouts_refused == refused
     for text, rows in zip(texts, found, strict=True):
         dense._model.truncate(0)
@@ -101,26 +98,3 @@ def test_closed_sequences_cannot_be_truncated(dense: Runtime) -> None:
     closed.close()
     with pytest.raises(ForwardError, match="closed"):
         closed.truncate(0, 0)
-
-
-@given(steps=st.lists(st.one_of(st.none(), st.integers(0, 30)), max_size=60))
-def test_the_lowest_free_slot_is_allocated_and_none_twice(steps: list[int | None]) -> None:
-    slots, free, allocated = FreeSlots(20), set(range(20)), list[int]()
-    for step in steps:
-        if step is None and free:
-            lowest = min(free)
-            assert slots.take() == lowest
-            free.remove(lowest)
-            allocated.append(lowest)
-        elif step is not None and allocated:
-            freed = [allocated.pop(step % len(allocated))]
-            slots.free(freed)
-            free.update(freed)
-        assert len(slots) == len(free)
-
-
-def test_a_full_cache_has_no_free_slot() -> None:
-    slots = FreeSlots(1)
-    assert slots.take() == 0
-    with pytest.raises(IndexError, match="no slot is free"):
-        slots.take()

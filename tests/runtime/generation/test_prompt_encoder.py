@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from vocabularies import opened, write_vocabulary
 
 from lowtide.models.gguf.text.tokenizer import GgufTokenizer
-from lowtide.runtime.generation.chat import LastTurn, PromptEncoder
+from lowtide.runtime.generation.chat import PromptEncoder
+from lowtide.runtime.generation.turns import LastTurn
 from lowtide.runtime.options import SamplingParams
 
 TEMPLATES = {

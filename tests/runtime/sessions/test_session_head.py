@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lowtide.memory.plan.estimates import JSON_COPIES
-from lowtide.runtime.generation.chat import LastTurn
+from lowtide.runtime.generation.turns import LastTurn
 from lowtide.runtime.sessions.file import ChatHeader, Transcript
 
 

@@ -395,10 +395,13 @@ def test_verifying_that_loses_time_stops_for_all(monkeypatch: pytest.MonkeyPatch
 
 
 def test_no_sequence_drafts_more_than_it_has_room_for() -> None:
-    """Answers of three tokens: one comes from the prefill, one has a row of its own, one may be drafted."""
+    """Answers of three tokens: one comes from the prefill, one has a row of its own, one may be drafted.
+
+    The first answer has its second token beside the prompts of the others, and no draft to verify.
+    """
     with speculating("batch", lambda _: [perfect(TOKENS)]) as drafting:
         results = drafting.generate(max_tokens=3)
-        assert drafting.pass_sizes == [8]
+        assert drafting.pass_sizes == [7]
     assert [result.text for result in results] == ["the"] * 4
 
 

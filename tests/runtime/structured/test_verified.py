@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -159,8 +158,3 @@ def test_bare_text_has_the_white_space_of_strings_alone(value: Any) -> None:
     assert bare(text) == json.dumps({"k y": value}, separators=(",", ":")).encode()
     for cut in range(len(text)):
         assert bare(bare(text[:cut])) == bare(text[:cut])
-
-
-def test_a_batch_names_what_it_cannot_do(fake_runtime: Callable[..., Runtime]) -> None:
-    with pytest.raises(BadOption, match=re.escape("a batch makes one")):
-        fake_runtime("x").generate_batch(["Q\n"], GREEDY, constraint=verified(DIGITS))
