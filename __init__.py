@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from lowtide.runtime.structured.rules.formats import Avoid as Avoid
     from lowtide.runtime.structured.rules.formats import Length as Length
     from lowtide.runtime.structured.rules.formats import Must as Must
+    from lowtide.runtime.structured.rules.network_formats import Ltl as Ltl
+    from lowtide.runtime.structured.rules.network_formats import Paths as Paths
 
     __version__: str
 
@@ -56,6 +58,8 @@ _MODULES = {
     "Avoid": "runtime.structured.rules.formats",
     "Length": "runtime.structured.rules.formats",
     "Must": "runtime.structured.rules.formats",
+    "Ltl": "runtime.structured.rules.network_formats",
+    "Paths": "runtime.structured.rules.network_formats",
     "Delta": "attention.delta.policy",
     "Dense": "attention.dense",
     "FakeModel": "models.fake_model",

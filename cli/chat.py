@@ -60,7 +60,7 @@ def command(system: str | None, enforce: ControlGroup | None, **options: Any) ->
 
     constraint = take_constraint(options)
     generation = replace(take_generation_options(options), constraint=constraint)
-    options["structured"] = constraint is not None
+    options["structured"] = constraint is not None and constraint.needs_grammar
     options["rules_bytes"] = constraint.num_bytes if constraint else 0
     arguments = take_template_arguments(options)
     planned = planned_model(options)

@@ -108,7 +108,7 @@ def command(
     generation = replace(
         take_generation_options(options), special=special, constraint=constraint, logprobs=logprobs
     )
-    options["structured"] = constraint is not None
+    options["structured"] = constraint is not None and constraint.needs_grammar
     options["rules_bytes"] = constraint.num_bytes if constraint else 0
     arguments = take_template_arguments(options)
     if raw and (arguments or options["chat_template"]):

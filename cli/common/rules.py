@@ -24,6 +24,37 @@ RULE_OPTIONS = (
         help="Answer with this text somewhere; repeat the option, or name a file with a text on each line.",
     ),
     click.option(
+        "--paths",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Answer with paths of this knowledge graph only, between <PATH> and </PATH>; a line of the file has "
+        "head, relation and tail with tabs or commas between them.",
+    ),
+    click.option(
+        "--path-hops",
+        type=click.IntRange(min=1),
+        help="Most relations of a path.  [default: 2]",
+    ),
+    click.option(
+        "--path-from", multiple=True, metavar="NAME", help="Begin paths here; may be repeated."
+    ),
+    click.option(
+        "--paths-least", type=click.IntRange(min=0), help="Answer with at least so many paths."
+    ),
+    click.option("--path-only", is_flag=True, help="Answer with one path and no other text."),
+    click.option(
+        "--ltl",
+        metavar="FORMULA",
+        help="Answer with actions, one a line, that satisfy this formula (LTL on finite traces); --action names them.",
+    ),
+    click.option(
+        "--action",
+        "actions",
+        multiple=True,
+        metavar="TEXT|@FILE",
+        help="An action that --ltl may list; repeat the option, or name a file with one on each line.",
+    ),
+    click.option(
         "--min-words", type=click.IntRange(min=0), help="Answer with at least so many words."
     ),
     click.option(
@@ -48,11 +79,11 @@ def take_rules(options: dict[str, Any]) -> list[OutputFormat]:
     avoid, must = options.pop("avoid"), options.pop("must")
     lengths = {name: options.pop(name) for name in _LENGTHS}
     lengths = {name: value for name, value in lengths.items() if value is not None}
+    rules = [*_paths(options), *_plans(options)]
     if not (avoid or must or lengths):
-        return []
+        return rules
     from lowtide.runtime.structured.rules.formats import Avoid, Length, Must
 
-    rules: list[OutputFormat] = []
     if must:
         rules.append(Must(texts_of(must, "--must")))
     if avoid:
@@ -60,6 +91,41 @@ def take_rules(options: dict[str, Any]) -> list[OutputFormat]:
     if lengths:
         rules.append(Length(**lengths))
     return rules
+
+
+def _paths(options: dict[str, Any]) -> list[OutputFormat]:
+    file, only = options.pop("paths"), options.pop("path_only")
+    hops, least = options.pop("path_hops"), options.pop("paths_least")
+    starts = options.pop("path_from")
+    if file is None:
+        if only or hops or least or starts:
+            raise click.UsageError(
+                "--path-hops and its like are for --paths: add a file of triples"
+            )
+        return []
+    from lowtide.runtime.structured.rules.network_formats import MARKERS, Paths
+
+    triples = text_of(file, "--paths")
+    return [
+        Paths(
+            triples,
+            max_hops=hops or 2,
+            starts=starts,
+            least=least or 0,
+            markers=None if only else MARKERS,
+        )
+    ]
+
+
+def _plans(options: dict[str, Any]) -> list[OutputFormat]:
+    formula, actions = options.pop("ltl"), options.pop("actions")
+    if formula is None:
+        if actions:
+            raise click.UsageError("--action is for --ltl: add a formula, or leave it out")
+        return []
+    from lowtide.runtime.structured.rules.network_formats import Ltl
+
+    return [Ltl(formula, texts_of(actions, "--action"))]
 
 
 def texts_of(values: tuple[str, ...], name: str) -> list[str]:

@@ -52,7 +52,7 @@ STRUCTURED_BYTES = 19 * MIB
 for an end (10 MiB); a small schema takes 2 to 3 MiB of these."""
 STRUCTURED_TOKEN_BYTES = 300
 """Bytes of a token in llguidance's trie and in the table that it is made from, as measured with 49,152 and 262,144."""
-RULE_TOKEN_BYTES = 68
+RULE_TOKEN_BYTES = 160
 """Bytes of a token in the order of the vocabulary that rules use (21), in 64 masks (8), and while one is made (39)."""
 RESERVE_BYTES = 2 * MIB
 """The least reserve: slack, and the lists of a small model with a short context."""

@@ -187,7 +187,7 @@ class Engine:
         """
         if params.constraint is None:
             return None
-        if STRUCTURED not in self.ledger.components:
+        if params.constraint.needs_grammar and STRUCTURED not in self.ledger.components:
             self.ledger.reserve(STRUCTURED, structured_bytes(self.planned.spec.vocabulary))
         num_bytes = rules_bytes(self.planned.spec.vocabulary, params.constraint.num_bytes)
         if num_bytes > self.ledger.components.get(RULES, 0):

@@ -71,6 +71,14 @@ def find_closing(constraint: State, max_tokens: int) -> tuple[int, ...] | None:
     return None
 
 
+def find_closing_of_many(constraint: State, max_tokens: int) -> tuple[int, ...] | None:
+    """Return a way to the end as `find_closing` does, in one small search: each state asks several constraints."""
+    if constraint.is_accepting:
+        return ()
+    found = _greedy(constraint, min(TRIED_TOKENS, max_tokens), GREEDY_STEPS)
+    return found or _search(constraint, min(NEAR_STEPS, max_tokens), SEARCHES[0][1])[0]
+
+
 def find_near_closing(constraint: State, max_tokens: int) -> tuple[int, ...] | None:
     """Return the greedy way of few steps; None where it fails, which says nothing about others."""
     if constraint.is_accepting:

@@ -24,6 +24,9 @@ from lowtide.runtime.structured.llguidance_constraint import (
     grammar_from,
 )
 from lowtide.runtime.structured.python_types import NotReadable, PythonType
+from lowtide.runtime.structured.rules.network import OneOf
+from lowtide.runtime.structured.rules.network_rule import NetworkRule
+from lowtide.runtime.structured.rules.rule_constraint import RuleConstraint
 from lowtide.runtime.structured.schema import parse_schema, refused_keyword
 from lowtide.runtime.structured.validator import Validator
 from lowtide.runtime.structured.vocabulary import TokenVocabulary
@@ -49,6 +52,11 @@ class OutputFormat(ABC):
     @property
     def says_end(self) -> bool:
         """Whether the format says where an answer ends, so that stop texts cannot."""
+        return True
+
+    @property
+    def needs_grammar(self) -> bool:
+        """Whether llguidance is needed, and its memory, which is planned as "structured output"."""
         return True
 
     @property
@@ -192,8 +200,8 @@ class Grammar(_Grammar):
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice(_Grammar):
-    """One of several texts."""
+class Choice(OutputFormat):
+    """One of several texts. They are a sorted list and no grammar, which would take much longer for many."""
 
     choices: Any
 
@@ -207,11 +215,21 @@ class Choice(_Grammar):
                 f"{option('choice')} is {shown(given)}; pass at least one text, none of them empty"
             )
         object.__setattr__(self, "choices", found)
-        _check_size("".join(found))
+        object.__setattr__(self, "_rule", NetworkRule(OneOf(one.encode() for one in found)))
 
-    def _grammar(self) -> str:
-        alternatives = " | ".join(json.dumps(one, ensure_ascii=False) for one in self.choices)
-        return grammar_from(llguidance().LLMatcher.grammar_from_lark, f"start: {alternatives}")
+    def compile(self, vocabulary: TokenVocabulary) -> Constraint:
+        """Return the constraint of a new answer."""
+        return RuleConstraint(self._rule, vocabulary)  # type: ignore[attr-defined]
+
+    @property
+    def needs_grammar(self) -> bool:
+        """No grammar is needed."""
+        return False
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the texts and of their order."""
+        return int(self._rule.num_bytes)  # type: ignore[attr-defined]
 
 
 @dataclasses.dataclass(frozen=True)

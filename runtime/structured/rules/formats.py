@@ -46,6 +46,11 @@ class AllOf(OutputFormat):
         return any(one.says_end for one in self.formats)
 
     @property
+    def needs_grammar(self) -> bool:
+        """Whether one of the formats needs a grammar."""
+        return any(one.needs_grammar for one in self.formats)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all formats."""
         return sum(one.num_bytes for one in self.formats)
@@ -79,6 +84,11 @@ class Avoid(OutputFormat):
         return False
 
     @property
+    def needs_grammar(self) -> bool:
+        """No grammar is needed."""
+        return False
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the table that finds the texts."""
         return int(self._rule.num_bytes)  # type: ignore[attr-defined]
@@ -102,6 +112,11 @@ class Must(OutputFormat):
     def compile(self, vocabulary: TokenVocabulary) -> Constraint:
         """Return the constraint of a new answer."""
         return RuleConstraint(self._rule, vocabulary)  # type: ignore[attr-defined]
+
+    @property
+    def needs_grammar(self) -> bool:
+        """No grammar is needed."""
+        return False
 
     @property
     def num_bytes(self) -> int:
@@ -145,6 +160,11 @@ class Length(OutputFormat):
         """Return the constraint of a new answer."""
         parts = [RuleConstraint(rule, vocabulary) for rule in self._rules()]
         return parts[0] if len(parts) == 1 else Product(parts)
+
+    @property
+    def needs_grammar(self) -> bool:
+        """No grammar is needed."""
+        return False
 
     @property
     def num_bytes(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from lowtide.runtime.structured.rules.byte_table import ByteTable, table_of
@@ -34,11 +34,9 @@ class LengthRule(TextRule):
     def __init__(self, unit: str, least: int = 0, most: int | None = None) -> None:
         self._unit, self._least, self._most = unit, least, most
 
-    @cached_property
+    @property
     def _automaton(self) -> tuple[ByteTable, NDArray[np.int8], list[Any]]:
-        if self._unit == "words":
-            return table_of((False, b""), _word_step)
-        return table_of(b"", _character_step)
+        return _automaton(self._unit)
 
     @cached_property
     def _broken(self) -> int:
@@ -124,6 +122,14 @@ class LengthRule(TextRule):
         """Bytes of the table."""
         table, amounts, _ = self._automaton
         return table.num_bytes + int(amounts.nbytes)
+
+
+@cache
+def _automaton(unit: str) -> tuple[ByteTable, NDArray[np.int8], list[Any]]:
+    """Return the table that counts, which all rules of a unit share."""
+    if unit == "words":
+        return table_of((False, b""), _word_step)
+    return table_of(b"", _character_step)
 
 
 def _begins_character(text: bytes) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lowtide.runtime.structured.closing import find_closing, find_near_closing
+from lowtide.runtime.structured.closing import find_closing_of_many, find_near_closing
 from lowtide.runtime.structured.constraint import Constraint
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Product(Constraint):
     def closing(self, max_tokens: int) -> Sequence[int] | None:
         """Return tokens that bring the answer to an end: those of one part where they suffice for all."""
         found = self._closing_of_one(max_tokens)
-        return find_closing(self, max_tokens) if found is None else found
+        return find_closing_of_many(self, max_tokens) if found is None else found
 
     def near_closing(self, max_tokens: int) -> Sequence[int] | None:
         """Return tokens that bring the answer to an end where a few steps find them."""

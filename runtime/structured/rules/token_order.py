@@ -25,7 +25,7 @@ class TokenOrder:
     def __init__(self, vocabulary: TokenVocabulary) -> None:
         import numpy as np
 
-        self._bytes_of = vocabulary.bytes_of
+        self.bytes_of = vocabulary.bytes_of
         self.num_tokens = vocabulary.num_tokens
         text, starts = vocabulary.packed
         self._text = np.frombuffer(text, np.uint8)
@@ -39,7 +39,7 @@ class TokenOrder:
         # How many tokens have more than j bytes, for each j.
         self._num_longer = [int(np.searchsorted(ordered, -j)) for j in range(longest)]
         spelled = (token_id for token_id in range(self.num_tokens) if lengths[token_id])
-        self._by_text = np.fromiter(sorted(spelled, key=self._bytes_of), np.int32)
+        self._by_text = np.fromiter(sorted(spelled, key=self.bytes_of), np.int32)
 
     def follow(self, table: ByteTable, state: int) -> NDArray[np.int32]:
         """Return the state of `table` behind each token from `state`, int32 of shape (vocabulary,)."""
@@ -98,7 +98,7 @@ class TokenOrder:
         return legal
 
     def _text_at(self, index: int) -> bytes:
-        return self._bytes_of(int(self._by_text[index]))
+        return self.bytes_of(int(self._by_text[index]))
 
     def _first(self, low: int, high: int, depth: int, byte: int) -> int:
         """Return the first index in a range of one prefix whose byte at `depth` is at least `byte`."""

@@ -55,6 +55,14 @@ def test_the_other_formats(lowtide: Invoke, tmp_path: Path) -> None:
         (["--json-style", "compact"], "add --json-schema"),
         (["--schema-check", "verified", "--regex", "a"], "add --json-schema"),
         (["--regex", "a", "--stop", "b"], "--stop is set"),
+        (["--paths", "missing.tsv"], "--paths missing.tsv cannot be read"),
+        (["--path-hops", "3"], "are for --paths"),
+        (["--action", "a"], "--action is for --ltl"),
+        (["--ltl", "F a"], "name them with --action"),
+        (
+            ["--ltl", "G a & F b", "--action", "a", "--action", "b"],
+            "no list of the actions satisfies",
+        ),
         (["--avoid", ""], "--avoid has an empty text"),
         (["--must", "@missing.txt"], "--must missing.txt cannot be read"),
         (["--min-words", "9", "--max-words", "2"], "--max-words is 2"),
@@ -78,6 +86,15 @@ def test_rules_go_with_other_formats(lowtide: Invoke, tmp_path: Path) -> None:
     assert values["text"] == "aaa" and "avoided" in values["stats"]["structured"]
     done = lowtide("run", "-p", "Hi", "--max-words", "2", "--max-characters", "9", "-n", "20")
     assert done.exit_code == 0 and len(done.stdout.split()) <= 2 and len(done.stdout) <= 10
+
+
+def test_paths_and_plans(lowtide: Invoke, tmp_path: Path) -> None:
+    triples = tmp_path / "graph.tsv"
+    triples.write_text("a\tto\tb\nb\tto\tc\n")
+    done = lowtide("run", "-p", "Hi", "--paths", str(triples), "--path-only", "--path-from", "b")
+    assert done.stdout == "b \u2192 to \u2192 c\n"
+    done = lowtide("run", "-p", "Hi", "--ltl", "b & X last", "--action", "b", "--action", "last")
+    assert done.exit_code == 0 and done.stdout.startswith("b\nlast")
 
 
 def test_the_plan_has_a_line_for_it(lowtide: Invoke) -> None:

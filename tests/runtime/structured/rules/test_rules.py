@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from itertools import product
 
 import pytest
 from hypothesis import given
@@ -108,7 +107,7 @@ def test_random_answers_have_the_length(unit: str) -> None:
         assert 4 <= len(text.split() if unit == "words" else text) <= 6
 
 
-@pytest.mark.parametrize(("temperature", "seed"), [*product([0, 1, 9], range(5))])
+@pytest.mark.parametrize(("temperature", "seed"), [(0, 0), (1, 1), (9, 2), (9, 3)])
 def test_rules_together_with_a_schema(
     fake_runtime: Callable[..., Runtime], temperature: float, seed: int
 ) -> None:

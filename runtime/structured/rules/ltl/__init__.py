@@ -1,0 +1,1 @@
+"""Plans that satisfy a formula of linear temporal logic on finite traces (LTLf)."""
