@@ -67,13 +67,14 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         arguments: Mapping[str, Any] | None = None,
+        generation_prompt: bool = True,
     ) -> list[PromptSpan]:
         """Return the prompt for the next assistant turn; neighbouring spans are of different kinds.
 
         `tools` are the JSON schemas of functions that the model may call, and `arguments` further variables of the
-        template, by name. What a caller brings is a message's text, in whatever way the template changes it. Raises
-        `TemplateError` with the template's own message where it refuses the messages, and `BadOption` where an
-        argument has the name of something that lowtide states.
+        template, by name. `generation_prompt` begins the next turn of the assistant. What a caller brings is a
+        message's text, in whatever way the template changes it. Raises `TemplateError` with the template's own message
+        where it refuses the messages, and `BadOption` where an argument has the name of something that lowtide states.
 
         Templates differ in the form that they expect of content parts, of arguments of tool calls, and of the role
         "developer". Where the template fails with the form that is given, or prints it in Python's notation, the
@@ -87,7 +88,8 @@ class ChatTemplate:
         poor: list[list[PromptSpan]] = []
         for form in forms_of(checked, self._source):
             try:
-                spans, misused = self._rendered(form, checked, tools, arguments or {})
+                variables = {**(arguments or {}), "add_generation_prompt": generation_prompt}
+                spans, misused = self._rendered(form, checked, tools, variables)
             except TemplateError as error:
                 failures.append(error)
                 continue
@@ -116,7 +118,6 @@ class ChatTemplate:
                 marker.message(form.applied(message), self._source) for message in messages
             ],
             "tools": marker.marked(list(tools)) if tools else None,
-            "add_generation_prompt": True,
             **{name: marker.marked(value) for name, value in arguments.items()},
         }
         return rendered(self._template, variables, marker.allowance(len(messages)), marker.watched)

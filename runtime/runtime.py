@@ -43,6 +43,7 @@ from lowtide.runtime.planning.plan import LoadConfig, ResolvedModel, plan_model,
 from lowtide.runtime.profiling.profiler import SILENT, Profiler
 from lowtide.runtime.profiling.retention_map import RetainedSpan
 from lowtide.runtime.sessions.store import SavedChats
+from lowtide.runtime.tools.grammar import CallSyntax
 
 if TYPE_CHECKING:
     from lowtide.runtime.embedding.passes import Vectors
@@ -179,6 +180,12 @@ class Runtime:
     def template_family(self) -> str | None:
         """The family whose chat template is used because the file has none, such as "Gemma"; else None."""
         return self._template_family
+
+    @property
+    def call_syntax(self) -> CallSyntax:
+        """How the model writes calls of tools, found by rendering its chat template."""
+        with self._active.between_steps():
+            return self._encoder.call_syntax
 
     @property
     def planned(self) -> ResolvedModel:

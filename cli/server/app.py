@@ -55,11 +55,14 @@ class Endpoints:
     async def chat(self, request: Request) -> Response:
         """Answer a chat."""
         service = self._service
-        asked = ChatRequest.of(await service.body(request), service.defaults)
+        asked = ChatRequest.of(await service.body(request), service.defaults, service.call_syntax)
         model = service.require_model(asked.model)
         params = asked.params_of_each()
         answers = await service.ask(
-            [asked.messages] * len(params), params, template_arguments=asked.template_arguments
+            [asked.messages] * len(params),
+            params,
+            template_arguments=asked.template_arguments,
+            tools=asked.tools,
         )
         writer = ChatAnswer(
             model,

@@ -13,9 +13,13 @@ from lowtide.cli.server.fields import Fields
 from lowtide.cli.server.messages import take_messages
 from lowtide.cli.server.parameters import SAMPLING, sampling_of, take_format, take_sampling
 from lowtide.cli.server.streaming import DONE, KEEP_ALIVE, Answers, event
+from lowtide.cli.server.tools import take_tools
 from lowtide.runtime.generation.logprobs import TokenLogprob
 from lowtide.runtime.options import MAX_TOP_LOGPROBS, SamplingParams
-from lowtide.runtime.serving.deltas import Answer, CallDelta, Delta, Finish
+from lowtide.runtime.serving.deltas import Answer, Delta, Finish
+from lowtide.runtime.tools.grammar import CallSyntax
+from lowtide.runtime.tools.reader import CallDelta
+from lowtide.runtime.tools.use import ToolUse
 
 MAX_ANSWERS = 16
 """The most answers (`n`) of one request."""
@@ -48,9 +52,10 @@ class ChatRequest:
     stream: bool = False
     include_usage: bool = False
     template_arguments: dict[str, Any] | None = None
+    tools: ToolUse | None = None
 
     @classmethod
-    def of(cls, body: Any, base: SamplingParams) -> ChatRequest:
+    def of(cls, body: Any, base: SamplingParams, syntax: CallSyntax) -> ChatRequest:
         """Read a request; raises `ApiError` for what is wrong, unknown or not supported."""
         fields = Fields(body)
         fields.ignore(*IGNORED)
@@ -71,6 +76,7 @@ class ChatRequest:
             stream=stream,
             include_usage=include_usage,
             template_arguments=take_template_arguments(fields),
+            tools=take_tools(fields, syntax, messages),
         )
         fields.finish(KNOWN)
         return asked

@@ -15,9 +15,10 @@ from lowtide.cli.server.streaming import Answers, Pending
 from lowtide.models.chat_template import Message
 from lowtide.runtime.generation.result import GenerationChunk
 from lowtide.runtime.options import SamplingParams
-from lowtide.runtime.serving.deltas import Answer, Delta, delta_of
+from lowtide.runtime.serving.deltas import Answer, CallDeltas, Delta, delta_of
 from lowtide.runtime.serving.errors import QueueFull
 from lowtide.runtime.serving.inference import Inference
+from lowtide.runtime.tools.use import ToolUse
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -36,6 +37,7 @@ class Service:
         self.defaults = defaults
         self.settings = settings
         self.metrics = Metrics()
+        self.call_syntax = inference.runtime.call_syntax
         self.started_at = int(time.time())
 
     async def body(self, request: Request) -> Any:
@@ -59,7 +61,7 @@ class Service:
         params: Sequence[SamplingParams],
         *,
         template_arguments: Mapping[str, Any] | None = None,
-        reader: Callable[[], Reader] = lambda: delta_of,
+        tools: ToolUse | None = None,
     ) -> Answers:
         """Ask for an answer to each prompt, and wait a moment for the first token.
 
@@ -68,14 +70,22 @@ class Service:
         pending: list[Pending] = []
         try:
             for prompt, each in zip(prompts, params, strict=True):
+                if tools is not None and not isinstance(prompt, str):
+                    prompt, each = tools.messages(prompt), tools.params(each)
                 pending.append(
-                    self.inference.submit(prompt, each, template_arguments=template_arguments)
+                    self.inference.submit(
+                        prompt,
+                        each,
+                        tools=tools.for_template if tools else None,
+                        template_arguments=template_arguments,
+                    )
                 )
         except Exception as error:
             for one in pending:
                 one.cancel()
             raise queue_full(error) if isinstance(error, QueueFull) else api_error(error) from error
-        answers = Answers(pending, [self._counted(reader()) for _ in pending])
+        readers = [self._counted(_reader(tools)) for _ in pending]
+        answers = Answers(pending, readers)
         await answers.begin()
         return answers
 
@@ -106,6 +116,11 @@ class Service:
             left.cancel()
             whole.cancel()
             answers.close()
+
+
+def _reader(tools: ToolUse | None) -> Reader:
+    calls = tools.reader() if tools is not None else None
+    return delta_of if calls is None else CallDeltas(calls)
 
 
 def queue_full(error: QueueFull) -> ApiError:

@@ -6,6 +6,7 @@ tokens that were sampled, because its text might be tokenised otherwise.
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 from lowtide.models.chat_template import ChatTemplate, Message
 from lowtide.models.errors import BadOption
+from lowtide.models.template.call_format import call_format
 from lowtide.models.text.prompt_span import PromptSpan, span_lengths, split_spans, text_of
 from lowtide.models.text.tokenizer import Tokenizer
 from lowtide.runtime.errors import PromptTooLong
@@ -21,6 +23,7 @@ from lowtide.runtime.generation.state import GenerationRequest
 from lowtide.runtime.generation.turns import LastTurn, Turns
 from lowtide.runtime.options import SamplingParams
 from lowtide.runtime.profiling.profiler import SILENT, Profiler
+from lowtide.runtime.tools.grammar import CallSyntax
 
 MAX_ANSWER_ROOM = 256
 """Most tokens that are left free for the answer when something is dropped; never more than a quarter of the
@@ -121,6 +124,17 @@ class PromptEncoder:
         )
         return request, prompt
 
+    @functools.cached_property
+    def call_syntax(self) -> CallSyntax:
+        """How the model writes calls of tools."""
+        return CallSyntax.of(call_format(self._chat_template), self._tokenizer)
+
+    @property
+    def _chat_template(self) -> ChatTemplate:
+        if self._template is None:
+            self._template = ChatTemplate(self._template_text, self._tokenizer.special_texts)
+        return self._template
+
     def remember(self, prompt: ChatPrompt, answer_ids: Sequence[int]) -> None:
         """Remember the answer of a chat prompt, also where it was cut short."""
         answer = self._tokenizer.decode(answer_ids)
@@ -138,9 +152,7 @@ class PromptEncoder:
         arguments: Mapping[str, Any] | None,
     ) -> ChatPrompt:
         with self._profiler.span("template"):
-            if self._template is None:
-                self._template = ChatTemplate(self._template_text, self._tokenizer.special_texts)
-            spans = self._template.render(messages, tools=tools, arguments=arguments)
+            spans = self._chat_template.render(messages, tools=tools, arguments=arguments)
         text = text_of(spans)
         self._check_text(text)
         with self._profiler.span("tokenise"):

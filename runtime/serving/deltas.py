@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from lowtide.runtime.generation.logprobs import TokenLogprob
 from lowtide.runtime.generation.result import GenerationChunk
 from lowtide.runtime.generation.statistics import Statistics
+from lowtide.runtime.tools.reader import CallDelta, CallReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +28,6 @@ class Finish:
         is_whole = own_reason == "stop" or bool(structured.get("closed"))
         reason = "tool_calls" if has_calls and is_whole else "stop" if is_whole else "length"
         return cls(reason, own_reason, stats)
-
-
-@dataclass(frozen=True, slots=True)
-class CallDelta:
-    """What is added to the call of a tool: its id and name once, at its start, then its arguments as JSON text."""
-
-    index: int
-    arguments: str = ""
-    id: str | None = None
-    name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,3 +76,21 @@ def delta_of(chunk: GenerationChunk) -> Delta:
     if chunk.finish_reason is not None:
         finish = Finish.of(chunk.finish_reason, chunk.stats)
     return Delta(chunk.text, chunk.logprobs, (), finish)
+
+
+class CallDeltas:
+    """Makes deltas of the chunks of an answer that may call tools."""
+
+    def __init__(self, reader: CallReader) -> None:
+        self._reader = reader
+
+    def __call__(self, chunk: GenerationChunk) -> Delta:
+        """Return what a chunk adds to the answer."""
+        reader, finish = self._reader, None
+        marker = "" if chunk.token_id is None else reader.control.get(chunk.token_id, "")
+        text, calls = reader.push(marker + chunk.text)
+        if chunk.finish_reason is not None:
+            text += reader.finish()
+            has_calls = reader.num_calls > 0
+            finish = Finish.of(chunk.finish_reason, chunk.stats, has_calls=has_calls)
+        return Delta(text, chunk.logprobs, calls, finish)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import threading
@@ -65,14 +66,12 @@ class Server:
         body: Any = None,
         headers: dict[str, str] | None = None,
     ) -> Reply:
-        connection = self.connect()
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-        connection.request(method, path, data, headers or {})
-        response = connection.getresponse()
-        names = {name.lower(): value for name, value in response.getheaders()}
-        reply = Reply(response.status, names, response.read())
-        connection.close()
-        return reply
+        with contextlib.closing(self.connect()) as connection:
+            connection.request(method, path, data, headers or {})
+            response = connection.getresponse()
+            names = {name.lower(): value for name, value in response.getheaders()}
+            return Reply(response.status, names, response.read())
 
     def post(self, path: str, body: Any, **headers: str) -> Reply:
         return self.ask("POST", path, body, headers)
