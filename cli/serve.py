@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +18,14 @@ from lowtide.cli.common.options import (
     take_open_options,
     take_spec,
 )
+
+if TYPE_CHECKING:
+    from lowtide.models.spec import ModelSpec
+    from lowtide.runtime.planning.plan import LoadConfig
+    from lowtide.runtime.runtime import Runtime
+
+SEQUENCES = 4
+"""Answers that are computed together where nothing is stated."""
 
 
 @click.command("serve", short_help="Answer requests over HTTP (OpenAI's API).")
@@ -58,10 +67,17 @@ from lowtide.cli.common.options import (
     help="Let web pages of this origin use the server, such as http://localhost:3000; repeatable.",
 )
 @click.option(
+    "--sequences",
+    type=click.IntRange(1, 256),
+    metavar="N",
+    help="Answers that are computed together.  [default: 4, or 1 where the model or its attention computes one at a "
+    "time]",
+)
+@click.option(
     "--queue",
     "max_waiting",
-    type=click.IntRange(1, 1024),
-    default=8,
+    type=click.IntRange(0, 1024),
+    default=16,
     show_default=True,
     help="Most requests that wait; more are answered with status 429.",
 )
@@ -80,6 +96,7 @@ def command(
     api_keys: tuple[str, ...],
     allowed_hosts: tuple[str, ...],
     cors_origins: tuple[str, ...],
+    sequences: int | None,
     max_waiting: int,
     max_body: str,
     **options: Any,
@@ -90,7 +107,6 @@ def command(
     sampling are for what a request leaves out. Stop with Ctrl-C or SIGTERM.
     """
     from lowtide.cli.common.output import note, plan_line, template_note
-    from lowtide.cli.common.progress import load_runtime
     from lowtide.cli.server.settings import ServerSettings, keys_of
     from lowtide.memory.units import parse_size
 
@@ -108,19 +124,34 @@ def command(
     name = options["model"] or options["model_option"]
     defaults = take_generation_options(options)
     spec = take_spec(options)
-    planned = plan_with(spec, take_open_options(options))
-    planned.require_fit()
-    note(plan_line(planned))
+    config = replace(take_open_options(options), max_waiting=max_waiting)
     listening = run.listening_socket(settings)
-    inference = services.Inference(lambda: load_runtime(planned), max_waiting)
-    template_note(inference.runtime)
-    service = services.Service(inference, name or spec.name, defaults, settings)
-    shown_host, shown_port = listening.getsockname()[:2]
-    note(f"listening on http://{_in_address(shown_host)}:{shown_port} (API at /v1)")
-    try:
+    with _loaded(spec, config, sequences) as runtime:
+        note(plan_line(runtime.planned))
+        template_note(runtime)
+        service = services.Service(runtime, name or spec.name, defaults, settings)
+        shown_host, shown_port = listening.getsockname()[:2]
+        note(f"listening on http://{_in_address(shown_host)}:{shown_port} (API at /v1)")
         run.Serving(app.make_app(service), settings, listening).run()
-    finally:
-        inference.close()
+
+
+def _loaded(spec: ModelSpec, config: LoadConfig, sequences: int | None) -> Runtime:
+    """Plan and load the model, for several answers together where nothing is stated and the model can."""
+    from lowtide.cli.common.progress import load_runtime
+    from lowtide.models.errors import BadOption
+    from lowtide.runtime.errors import OverBudget
+
+    stated = sequences or SEQUENCES
+    try:
+        planned = plan_with(spec, replace(config, sequences=stated))
+        planned.require_fit()
+        return load_runtime(planned)
+    except (BadOption, OverBudget):
+        if sequences is not None:
+            raise
+    planned = plan_with(spec, replace(config, sequences=1))
+    planned.require_fit()
+    return load_runtime(planned)
 
 
 def _server_modules() -> tuple[Any, Any, Any]:

@@ -26,7 +26,7 @@ from lowtide.runtime.batch.queue import QueueFigures
 from lowtide.runtime.batch.scheduler import Scheduler
 from lowtide.runtime.batch.submission import Submission, read, read_all
 from lowtide.runtime.batch.workplace import AskedPrompt, Workplace, make_workplace
-from lowtide.runtime.embedding.beside import passes_beside
+from lowtide.runtime.embedding.beside import embedded
 from lowtide.runtime.embedding.options import EmbeddingConfig, require_pooled
 from lowtide.runtime.embedding.passes import checked_texts
 from lowtide.runtime.errors import RuntimeUnusable, hints_for
@@ -403,19 +403,13 @@ class Runtime:
         inside the budget, which limits how long a text may be; `overflow="truncate"` cuts longer ones. Models that
         only embed are opened with `Embedder`. Raises `TextTooLong`, `OverBudget` and `BadOption`.
         """
-        import numpy as np
-
         config = EmbeddingConfig(pooling=pooling, overflow=overflow)
         require_pooled(pooling)
         texts = checked_texts(texts)
         self._start()
         with self._active.between_steps():
             num_cached = len(self._session.token_ids)
-            with passes_beside(self._engine, num_cached, len(texts), config) as passes:
-                vectors = np.empty((len(texts), passes.width), np.float32)
-                for i, vector in enumerate(passes.run(texts, normalize=normalize)):
-                    vectors[i] = vector[0]
-                return vectors
+            return embedded(self._engine, num_cached, texts, config, normalize=normalize)
 
     def trim(self, level: str = "background") -> int:
         """Release memory, as a mobile system asks for it; return by how many bytes the resident set fell.

@@ -11,6 +11,7 @@ from lowtide.runtime.errors import (
     LowtideError,
     OverBudget,
     PromptTooLong,
+    QueueFull,
     RuntimeUnusable,
     TextTooLong,
 )
@@ -64,6 +65,8 @@ def api_error(error: BaseException, param: str | None = None) -> ApiError:
     """Return the error as a client gets it; what lowtide does not know is "internal error", without details."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, QueueFull):
+        return _queue_full(error)
     for kind, status, code, group in _KINDS:
         if isinstance(error, kind):
             return ApiError(status, str(error), param=param, code=code, kind=group)
@@ -75,4 +78,15 @@ def api_error(error: BaseException, param: str | None = None) -> ApiError:
         "lowtide made a mistake: the server's log says which",
         code="internal_error",
         kind=SERVER,
+    )
+
+
+def _queue_full(error: QueueFull) -> ApiError:
+    seconds = 1.0 if error.retry_after_s is None else error.retry_after_s
+    return ApiError(
+        429,
+        str(error),
+        code="queue_full",
+        kind="rate_limit_error",
+        headers={"Retry-After": str(max(1, round(seconds)))},
     )

@@ -15,9 +15,8 @@ from lowtide.cli.server.streaming import Answers, Pending
 from lowtide.models.chat_template import Message
 from lowtide.runtime.generation.result import GenerationChunk
 from lowtide.runtime.options import SamplingParams
+from lowtide.runtime.runtime import Runtime
 from lowtide.runtime.serving.deltas import Answer, CallDeltas, Delta, delta_of
-from lowtide.runtime.serving.errors import QueueFull
-from lowtide.runtime.serving.inference import Inference
 from lowtide.runtime.tools.use import ToolUse
 
 if TYPE_CHECKING:
@@ -30,14 +29,14 @@ class Service:
     """Answers requests with one model, which clients call `name`; `defaults` are for what a request leaves out."""
 
     def __init__(
-        self, inference: Inference, name: str, defaults: SamplingParams, settings: ServerSettings
+        self, runtime: Runtime, name: str, defaults: SamplingParams, settings: ServerSettings
     ) -> None:
-        self.inference = inference
+        self.runtime = runtime
         self.name = name
         self.defaults = defaults
         self.settings = settings
         self.metrics = Metrics()
-        self.call_syntax = inference.runtime.call_syntax
+        self.call_syntax = runtime.call_syntax
         self.started_at = int(time.time())
 
     async def body(self, request: Request) -> Any:
@@ -73,7 +72,7 @@ class Service:
                 if tools is not None and not isinstance(prompt, str):
                     prompt, each = tools.messages(prompt), tools.params(each)
                 pending.append(
-                    self.inference.submit(
+                    self.runtime.submit(
                         prompt,
                         each,
                         tools=tools.for_template if tools else None,
@@ -83,7 +82,7 @@ class Service:
         except Exception as error:
             for one in pending:
                 one.cancel()
-            raise queue_full(error) if isinstance(error, QueueFull) else api_error(error) from error
+            raise api_error(error) from error
         readers = [self._counted(_reader(tools)) for _ in pending]
         answers = Answers(pending, readers)
         await answers.begin()
@@ -121,17 +120,6 @@ class Service:
 def _reader(tools: ToolUse | None) -> Reader:
     calls = tools.reader() if tools is not None else None
     return delta_of if calls is None else CallDeltas(calls)
-
-
-def queue_full(error: QueueFull) -> ApiError:
-    """Return the answer to a request that finds no place in the queue."""
-    return ApiError(
-        429,
-        str(error),
-        code="queue_full",
-        kind="rate_limit_error",
-        headers={"Retry-After": str(max(1, round(error.retry_after_s)))},
-    )
 
 
 async def _left(request: Request) -> None:

@@ -11,7 +11,7 @@ from lowtide.memory.process import read_process_memory
 
 def model_values(service: Service) -> dict[str, Any]:
     """Return the model as OpenAI's list of models has it, and its size."""
-    planned = service.inference.runtime.planned
+    planned = service.runtime.planned
     return {
         "id": service.name,
         "object": "model",
@@ -29,16 +29,17 @@ def model_values(service: Service) -> dict[str, Any]:
 
 def plan_bytes(service: Service) -> dict[str, int]:
     """Return the bytes of the plan by component."""
-    return {line.component: line.num_bytes for line in service.inference.runtime.plan.rows}
+    return {line.component: line.num_bytes for line in service.runtime.plan.rows}
 
 
 def status_gauges(service: Service) -> Mapping[str, tuple[str, float | Mapping[str, float]]]:
     """Return the gauges of the metrics."""
-    memory, inference = read_process_memory(), service.inference
-    plan = inference.runtime.plan
+    memory, plan, queue = read_process_memory(), service.runtime.plan, service.runtime.queue
     return {
-        "queue_waiting": ("Requests that wait.", inference.num_waiting),
-        "queue_running": ("Requests that are computed.", inference.num_running),
+        "queue_waiting": ("Answers that wait.", queue.waiting),
+        "queue_running": ("Answers that are computed.", queue.running),
+        "queue_sequences": ("Answers that may be computed together.", queue.sequences),
+        "tokens_per_second": ("Tokens of all answers in the last seconds.", queue.tokens_per_s),
         "memory_budget_bytes": ("The budget.", plan.budget.num_bytes),
         "memory_resident_bytes": ("Resident set of the process.", memory.resident_bytes),
         "memory_peak_bytes": ("Peak resident set of the process.", memory.peak_bytes),

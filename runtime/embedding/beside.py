@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from lowtide.memory.plan import estimates
 from lowtide.memory.plan.embedding import (
@@ -21,6 +22,27 @@ from lowtide.runtime.embedding.options import EmbeddingConfig, pooling_of
 from lowtide.runtime.embedding.passes import EmbeddingPasses
 from lowtide.runtime.embedding.plan import formula_sizes, num_sequences
 from lowtide.runtime.loading.load import Engine
+
+if TYPE_CHECKING:
+    from lowtide.runtime.embedding.passes import Vectors
+
+
+def embedded(
+    engine: Engine,
+    num_cached: int,
+    texts: Sequence[str],
+    config: EmbeddingConfig,
+    *,
+    normalize: bool,
+) -> Vectors:
+    """Return the vectors of texts, computed beside `num_cached` tokens in the KV cache; see `passes_beside`."""
+    import numpy as np
+
+    with passes_beside(engine, num_cached, len(texts), config) as passes:
+        vectors = np.empty((len(texts), passes.width), np.float32)
+        for i, vector in enumerate(passes.run(texts, normalize=normalize)):
+            vectors[i] = vector[0]
+        return vectors
 
 
 @contextlib.contextmanager

@@ -15,6 +15,8 @@ from lowtide import FakeModel
 from lowtide.cli.server.app import make_app
 from lowtide.cli.server.run import Serving, listening_socket
 from lowtide.cli.server.service import Service
+from lowtide.models.fake_model import FakeSequences
+from lowtide.models.model import SequenceSlice
 
 
 @dataclass
@@ -83,7 +85,7 @@ class Server:
     def stop(self) -> None:
         self._serving.stop()
         self._thread.join()
-        self.service.inference.close()
+        self.service.runtime.close()
 
 
 def until(condition: Callable[[], bool], seconds: float = 10) -> None:
@@ -94,8 +96,21 @@ def until(condition: Callable[[], bool], seconds: float = 10) -> None:
         time.sleep(0.01)
 
 
+class SlowSequences(FakeSequences):
+    """Take a hundredth of a second for a pass."""
+
+    def forward(self, slices: Sequence[SequenceSlice]) -> Any:
+        time.sleep(0.01)
+        return super().forward(slices)
+
+
 class SlowModel(FakeModel):
     """Takes a hundredth of a second for a pass."""
+
+    def open_sequences(
+        self, num_sequences: int, num_slots: int, max_logits: int | None = None
+    ) -> SlowSequences:
+        return SlowSequences(self, num_sequences, num_slots, max_logits or num_sequences)
 
     def forward(self, token_ids: Sequence[int]) -> Any:
         time.sleep(0.01)

@@ -14,7 +14,6 @@ from servers import Server
 from lowtide import FakeModel, Runtime, SamplingParams
 from lowtide.cli.server.service import Service
 from lowtide.cli.server.settings import ServerSettings
-from lowtide.runtime.serving.inference import Inference
 
 
 @pytest.fixture
@@ -25,13 +24,14 @@ def serving() -> Iterator[Callable[..., Server]]:
         *replies: str,
         context: int = 2048,
         max_waiting: int = 8,
+        sequences: int = 4,
         model: FakeModel | None = None,
         **settings: Any,
     ) -> Server:
         model = model or FakeModel(replies or ("Hello.",), context=context)
-        inference = Inference(lambda: Runtime.open(model, memory="8GiB"), max_waiting)
+        runtime = Runtime.open(model, memory="8GiB", sequences=sequences, max_waiting=max_waiting)
         service = Service(
-            inference, "fake", SamplingParams(), ServerSettings(**{"port": 0, **settings})
+            runtime, "fake", SamplingParams(), ServerSettings(**{"port": 0, **settings})
         )
         servers.append(Server(service, model))
         return servers[-1]

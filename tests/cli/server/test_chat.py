@@ -79,7 +79,7 @@ def test_a_bias_bans_a_token(serving: Serve) -> None:
 
 
 def test_messages_in_every_form_that_clients_send(serving: Serve) -> None:
-    server = serving("Yes.", "Sure.")
+    server = serving("Yes.", "Sure.", sequences=1)
     messages = [
         {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]},
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},

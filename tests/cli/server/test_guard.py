@@ -89,12 +89,12 @@ def test_a_host_that_others_reach_needs_a_key(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_full_queue_says_when_to_come_again(serving: Serve) -> None:
-    server = serving(model=SlowModel(["x" * 300], context=2048), max_waiting=1)
+    server = serving(model=SlowModel(["x" * 300], context=2048), max_waiting=1, sequences=1)
     threads = [threading.Thread(target=server.chat, kwargs={"max_tokens": 150}) for _ in range(2)]
     threads[0].start()
-    until(lambda: server.service.inference.num_running == 1)
+    until(lambda: server.service.runtime.queue.running == 1)
     threads[1].start()
-    until(lambda: server.service.inference.num_waiting == 1)
+    until(lambda: server.service.runtime.queue.waiting == 1)
     for stream in (False, True):
         reply = server.chat(stream=stream)
         assert reply.status == 429 and reply.error["code"] == "queue_full"

@@ -47,7 +47,7 @@ SUM = ("add", {"a": 1, "b": 2.5})
 
 
 def test_a_call_comes_with_name_arguments_and_id(serving: Serve) -> None:
-    server = serving("I shall look.\n" + written(PARIS))
+    server = serving("I shall look.\n" + written(PARIS), sequences=1)
     (choice,) = server.chat(tools=[WEATHER, ADD]).json["choices"]
     assert choice["finish_reason"] == "tool_calls"
     assert choice["message"]["content"] == "I shall look."
@@ -121,7 +121,7 @@ def test_a_tool_that_there_is_not_cannot_be_called(serving: Serve) -> None:
 
 
 def test_results_in_the_history_reach_the_model(serving: Serve) -> None:
-    server = serving(written(PARIS), "It is sunny.")
+    server = serving(written(PARIS), "It is sunny.", sequences=1)
     message = server.chat(tools=[WEATHER]).json["choices"][0]["message"]
     messages = [
         {"role": "user", "content": "Hi"},
@@ -137,7 +137,7 @@ def test_results_in_the_history_reach_the_model(serving: Serve) -> None:
 
 
 def test_no_call_where_none_is_wanted(serving: Serve) -> None:
-    server = serving("Hello.")
+    server = serving("Hello.", sequences=1)
     reply = server.chat(tools=[WEATHER], tool_choice="none").json["choices"][0]
     assert reply["message"]["content"] == "Hello." and "tool_calls" not in reply["message"]
     assert "get_weather" not in server.model.tokenizer.decode(server.model._tokens)
