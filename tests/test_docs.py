@@ -171,7 +171,7 @@ def command_named(name: str) -> click.Command:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_exist(page: Path) -> None:
-    foreign = re.compile(r"pip install|pytest|--benchmark|CMAKE_ARGS")
+    foreign = re.compile(r"pip install|pipx |uv tool|pytest|--benchmark|CMAKE_ARGS")
     known = options_of(main)
     code = [*INLINE.findall(FENCED.sub("\n", read(page)))]
     code += [line for block in FENCED.findall(read(page)) for line in block.splitlines()]
