@@ -64,9 +64,10 @@ class KernelCounts:
     in at least one. `seconds` is the time spent in attention, `scratch_bytes` its scratch memory. Of the
     `keys_visible` that the last query of each pass could see, over all layers and passes, `keys_read` were
     attended to. `weight_bytes_evicted` counts mapped weights whose pages went back to the system,
-    `matmuls_streamed` the matmuls that evicted their own weights on the way, `matmuls_repacked` those that
-    read repacked weights, `repacked_refused` the graph nodes that read repacked weights in an unsupported
-    way. `scores` is the cost of scores over merged key blocks.
+    `matmuls_streamed` the matmuls that evicted their own weights on the way, `matmuls_repacked` the nodes
+    that read repacked weights, `matmul_steps` in how many steps of all threads the matmuls among them were
+    computed, `repacked_refused` the nodes that read repacked weights in an unsupported way. `scores` is the
+    cost of scores over merged key blocks.
     """
 
     layers_native: int
@@ -80,5 +81,6 @@ class KernelCounts:
     weight_bytes_evicted: int
     matmuls_streamed: int
     matmuls_repacked: int
+    matmul_steps: int
     repacked_refused: int
     scores: ScoreCost = NO_COST

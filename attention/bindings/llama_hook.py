@@ -48,7 +48,8 @@ class _Counts(ctypes.Structure):
         (name, ctypes.c_int64)
         for name in (
             "layers_native layers_fallback nodes_native nodes_fallback nanoseconds scratch_bytes keys_read "
-            "keys_visible weight_bytes_evicted matmuls_streamed matmuls_repacked repacked_refused".split()
+            "keys_visible weight_bytes_evicted matmuls_streamed matmuls_repacked matmul_steps "
+            "repacked_refused".split()
         )
     ]
 
@@ -255,6 +256,7 @@ class LlamaHook(AttentionKernels):
             counts.weight_bytes_evicted,
             counts.matmuls_streamed,
             counts.matmuls_repacked,
+            counts.matmul_steps,
             counts.repacked_refused,
             self.blocks.cost(),
         )

@@ -138,6 +138,7 @@ class OnnxAttention(AttentionKernels, AttentionBackend):
             weight_bytes_evicted=0,
             matmuls_streamed=0,
             matmuls_repacked=0,
+            matmul_steps=0,
             repacked_refused=0,
             scores=self.blocks.cost(),
         )

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <iterator>
 #include <new>
 
 namespace {
@@ -35,6 +36,9 @@ int64_t now() { return std::chrono::steady_clock::now().time_since_epoch().count
 
 // The least and the most that a caller waits for a helper's range before it computes it again.
 constexpr int64_t kMinPatience = 3000, kMaxPatience = 100000;
+
+// About half of a core's second-level cache.
+constexpr size_t kPrefetchedBytes = 384 << 10;
 
 // Threads do not follow a process into its fork.
 std::atomic<uint64_t> num_forks{0};
@@ -126,7 +130,7 @@ void Team::live(Helper& helper) {
             continue;
         }
         const uint32_t number = job_number_.load();
-        if (number != seen) help(helper, number);
+        if (number != seen && help(helper, number) && helper.index == 0) prefetch(helper.job, number);
         seen = number;
         job_number_.wait_for_change(seen);
     }
@@ -147,19 +151,20 @@ bool Team::take(const Job& job, uint32_t number, std::atomic<uint64_t>* claim, i
     }
 }
 
-void Team::help(Helper& helper, uint32_t number) {
+// Returns whether the job was still there; the helper has a copy of it then.
+bool Team::help(Helper& helper, uint32_t number) {
     // The copy is torn if the next job is written meanwhile; then the number is no longer in the counter.
-    if (uint32_t(next_.load(std::memory_order_acquire) >> 32) != number) return;
+    if (uint32_t(next_.load(std::memory_order_acquire) >> 32) != number) return false;
     Job& job = helper.job;
     uint64_t words[kJobWords];
     for (size_t i = 0; i < kJobWords; ++i) words[i] = job_[i].load(std::memory_order_relaxed);
     std::memcpy(static_cast<void*>(&job), words, sizeof job);
     std::atomic_thread_fence(std::memory_order_acquire);
-    if (uint32_t(next_.load(std::memory_order_acquire) >> 32) != number) return;
+    if (uint32_t(next_.load(std::memory_order_acquire) >> 32) != number) return false;
     for (int begin, end;;) {
         if (!take(job, number, &helper.claim, &begin, &end)) {
             helper.claim.store(kIdle, std::memory_order_release);
-            return;
+            return true;
         }
         if (job.compute_aside == nullptr) {
             job.compute(job.work, begin, end);
@@ -173,9 +178,24 @@ void Team::help(Helper& helper, uint32_t number) {
     }
 }
 
+// Memory would rest while the caller works alone between two jobs.
+void Team::prefetch(const Job& job, uint32_t number) const {
+    constexpr size_t kLine = 64, kLinesAtOnce = 16;
+    size_t left = kPrefetchedBytes;
+    for (const Span& span : job.upcoming) {
+        const size_t num_bytes = std::min(span.num_bytes, left);
+        left -= num_bytes;
+        for (size_t at = 0; at < num_bytes; at += kLine) {
+            if (at % (kLine * kLinesAtOnce) == 0 && job_number_.load() != number) return;
+            __builtin_prefetch(span.begin + at, 0, 2);
+        }
+    }
+}
+
 void Team::run(Job& job) {
     start();
     job.num_workers = num_active_;
+    std::copy(std::begin(upcoming_), std::end(upcoming_), job.upcoming);
     job.num_items = std::min(job.num_items, kMaxItems);
     const uint32_t number = job_number_.load() + 1;
     next_.store(0, std::memory_order_relaxed);  // no job's number

@@ -41,6 +41,17 @@ public:
     // Waits until no helper reads memory of earlier work, so that it can be freed.
     void settle();
 
+    // Memory that later work reads: helpers prefetch it, in this order, while they wait for the next work. It is never
+    // read, and may be unmapped.
+    struct Span {
+        const char* begin;
+        size_t num_bytes;
+    };
+    static constexpr int kMaxUpcoming = 4;
+    void set_upcoming(const Span* spans, int count) {
+        for (int i = 0; i < kMaxUpcoming; ++i) upcoming_[i] = i < count ? spans[i] : Span{nullptr, 0};
+    }
+
     // Computes items 0 to `num_items`, in ranges of `min_range` to `max_range` items. `Work` is copied to helpers byte
     // by byte, and what it points to must stay readable until `settle`. It has
     //     void compute(int begin, int end) const                     into place,
@@ -83,11 +94,12 @@ public:
 
 private:
     struct Job {
-        alignas(16) char work[192];
+        alignas(16) char work[256];
         void (*compute)(const void* work, int begin, int end);
         void (*compute_aside)(const void* work, int begin, int end, char* aside);
         void (*put)(const void* work, int begin, int end, const char* aside);
         int num_items, min_range, max_range, num_workers;
+        Span upcoming[kMaxUpcoming];
     };
     static_assert(sizeof(Job) % sizeof(uint64_t) == 0 && std::is_trivially_copyable_v<Job>, "it is copied word by word");
     struct CacheLine;
@@ -97,12 +109,14 @@ private:
     void start();
     void stop();
     bool take(const Job& job, uint32_t number, std::atomic<uint64_t>* claim, int* begin, int* end);
-    void help(Helper& helper, uint32_t number);
+    bool help(Helper& helper, uint32_t number);
+    void prefetch(const Job& job, uint32_t number) const;
     void finish(const Job& job, Helper& helper, int64_t started);
     void live(Helper& helper);
 
     std::unique_ptr<Helper[]> helpers_;
     int num_helpers_ = 0, num_active_ = 1;
+    Span upcoming_[kMaxUpcoming] = {};
     size_t aside_bytes_ = 0;
     bool is_started_ = false;
     uint64_t num_forks_ = 0;

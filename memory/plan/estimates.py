@@ -339,9 +339,9 @@ def matmul_scratch_bytes(spec: ModelSpec, batch_size: int) -> int:
     """Return the scratch bytes of lowtide's matmul kernels.
 
     It holds the activations of a batch in int8, with a scale and three sums for every 32 values; both have
-    an odd number of cache lines per token.
+    an odd number of cache lines per token. Short results that lie elsewhere than llama.cpp puts them take 32 KiB.
     """
-    return batch_size * (max_matmul_width(spec) * 3 // 2 + 256) + 256
+    return batch_size * (max_matmul_width(spec) * 3 // 2 + 256) + 256 + 32 * KIB
 
 
 def helper_bytes(spec: ModelSpec, batch_size: int, threads: int) -> int:

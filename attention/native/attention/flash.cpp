@@ -53,6 +53,21 @@ int num_chunks_of(const AttentionProblem& p) { return (p.num_keys + kChunkKeys -
 
 int chunk_end(const AttentionProblem& p, int chunk) { return std::min((chunk + 1) * kChunkKeys, p.num_keys); }
 
+// The kernels ask for keys kPrefetchDistance ahead. These are the ones before: waiting for each of them would take as
+// long as all the rest.
+void prefetch_first_keys(const AttentionProblem& p, int first_head, int end_head, int begin) {
+    if (p.selected_slots != nullptr) return;
+    const int end = std::min(begin + kPrefetchDistance, p.num_keys);
+    const auto prefetch_rows = [&](const char* rows, size_t key_stride, size_t head_stride, KvType type, int size) {
+        const size_t num_bytes = stored_bytes(type, size);
+        for (int key = begin; key < end; ++key)
+            for (int head = first_head; head < end_head; ++head)
+                for (size_t at = 0; at < num_bytes; at += 64) __builtin_prefetch(rows + key * key_stride + head * head_stride + at, 0, 2);
+    };
+    prefetch_rows(p.k, p.k_key_stride, p.k_head_stride, p.k_type, p.key_dim);
+    prefetch_rows(p.v, p.v_key_stride, p.v_head_stride, p.v_type, p.value_dim);
+}
+
 // The number of tokens in a tile. Tiles are smaller if some threads would have no work otherwise.
 int tile_tokens(const AttentionProblem& p, int num_workers) {
     int tokens = kTileTokens;
@@ -89,8 +104,18 @@ void FlashAttention::run(const AttentionProblem& p, const AttentionKernels& kern
         by_workers([&](int thread) { attend_tiled(p, kernels, thread, num_workers); });
         return;
     }
-    by_workers([&](int thread) { attend_split(p, kernels, thread, num_workers); });
-    by_workers([&](int thread) { merge_split(p, thread, num_workers); });
+    // Another step of all threads takes longer than a short merge.
+    constexpr int kMaxMergedAlone = 256;
+    const bool merges_alone = p.num_tokens * p.num_heads * num_chunks_of(p) <= kMaxMergedAlone;
+    threads.parallel_for(
+        [&](int thread) {
+            if (thread < num_workers) attend_split(p, kernels, thread, num_workers);
+        },
+        [&] {
+            begin_anew();
+            if (merges_alone) merge_split(p, 0, 1);
+        });
+    if (!merges_alone) by_workers([&](int thread) { merge_split(p, thread, num_workers); });
 }
 
 bool FlashAttention::reserve_many(const AttentionProblem& p, int num_threads) {
@@ -134,13 +159,15 @@ void FlashAttention::attend_split(const AttentionProblem& p, const AttentionKern
     const int num_chunks = num_chunks_of(p), group = p.group_size(), floats = partial_floats(p);
     const size_t item_floats = size_t(p.num_tokens) * group * floats;
     float* scratch = scratch_.data() + kScratchFloats * thread;
-    // The heads of one key are side by side in memory: a thread that takes all of them reads whole cache lines once.
-    const int heads_each = num_chunks >= num_workers ? p.num_kv_heads : 1;
+    // The heads of one key are side by side in memory: a thread that takes all of them reads one stretch of it. With few
+    // chunks that would leave a thread without work.
+    const int heads_each = num_chunks >= 2 * num_workers ? p.num_kv_heads : 1;
     const int num_items = p.num_kv_heads * num_chunks / heads_each;
-    const auto attend_item = [&](int item) {
+    const auto attend_item = [&](int item, int first_item) {
         const int chunk = item * heads_each / p.num_kv_heads, first = item * heads_each % p.num_kv_heads;
         float* partials = partials_.data() + item_floats * (chunk * p.num_kv_heads + first);
         for (int i = 0; i < heads_each * p.num_tokens * group; ++i) start_partial(partials + i * floats, p.value_dim);
+        if (heads_each == 1 || item == first_item) prefetch_first_keys(p, first, first + heads_each, chunk * kChunkKeys);
         for (int begin = chunk * kChunkKeys; begin < chunk_end(p, chunk); begin += kBlockKeys)
             for (int i = 0; i < heads_each; ++i)
                 kernels.attend_keys(p, first + i, 0, p.num_tokens, begin, std::min(begin + kBlockKeys, chunk_end(p, chunk)),
@@ -151,7 +178,7 @@ void FlashAttention::attend_split(const AttentionProblem& p, const AttentionKern
     for (int begin = next_item_, end; begin < num_items;) {
         end = begin + std::max((num_items - begin) / (2 * num_workers), 1);
         if (!next_item_.compare_exchange_weak(begin, end)) continue;
-        for (int item = begin; item < end; ++item) attend_item(item);
+        for (int item = begin; item < end; ++item) attend_item(item, begin);
         begin = next_item_;
     }
 }

@@ -70,6 +70,7 @@ constexpr uint16_t kMaskedKey = 0xfc00;  // -inf in a mask
 // token alone, not on its batch or on the number of threads.
 constexpr int kBlockKeys = 64;
 constexpr int kChunkKeys = 256;
+constexpr int kPrefetchDistance = 2 * kBlockKeys;  // kernels wait for memory, so they ask for keys this far ahead
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxDraftTokens = 32;  // a batch of more tokens is a part of a prompt
 constexpr int kTileTokens = 64;  // the most tokens of one kernel call

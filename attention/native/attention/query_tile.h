@@ -130,7 +130,6 @@ constexpr int kRegisters = 32;
 constexpr int kRegisters = 16;
 #endif
 constexpr int kTileQueries = 6;
-constexpr int kPrefetchDistance = 2 * kBlockKeys;  // the kernel waits for memory, so it asks for keys this far ahead
 
 // How many vectors of sums per query stay in registers, beside the operands.
 constexpr int num_sum_vectors(int num_queries) {

@@ -7,6 +7,7 @@
 
 #include "llama/hook.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstring>
@@ -17,6 +18,7 @@
 #include "llama/batch.h"
 #include "llama/ggml_abi.h"
 #include "llama/layer_timer.h"
+#include "llama/pass_reads.h"
 #include "llama/repacked_matmul.h"
 #include "sparse/gem.h"
 #include "sparse/policy.h"
@@ -30,6 +32,7 @@ struct HookedLayer {
     int32_t op_params[16];        // of the custom operation
     int32_t llama_op_params[16];  // of the node as llama.cpp made it
     bool is_native, is_fallback;
+    int next_read;     // in the hook's PassReads
     LayerSlots slots;  // of the last batch with several sequences
 };
 
@@ -47,7 +50,8 @@ struct LlamaHook {
     BatchLayout batch;
     WeightStream weights;
     StreamedMatmul streamed_matmul;
-    RepackedMatmul repacked_matmul{weights, team};
+    PassReads reads;
+    RepackedMatmul repacked_matmul{weights, reads, team};
     Team team;  // helps where ggml has one thread; ends first, since it reads memory of the others
     LayerTimer timer;
     HookedLayer layers[kMaxLayers];
@@ -65,7 +69,7 @@ AttentionProblem problem_of(const AttentionNode& view, int stream, const HookedL
 
 // With fewer multiplications, a helper would take longer to see the work than the caller to do it.
 bool is_worth_helpers(const AttentionProblem& problem) {
-    constexpr int64_t kMinSharedMultiplies = 300000;
+    constexpr int64_t kMinSharedMultiplies = 60000;
     return int64_t(problem.num_tokens) * problem.num_heads * problem.num_keys * problem.key_dim >= kMinSharedMultiplies;
 }
 
@@ -110,9 +114,11 @@ void attend_node(GgmlTensor* node, int thread, int num_threads, void* user_data)
     AttentionNode view;
     view.read(node);
     if (num_threads > 1) {
+        hook.reads.note_computed();
         BarrierThreadGroup threads(hook.barrier, thread, num_threads);
         attend(layer, view, thread, threads);
     } else {
+        hook.reads.announce(layer.next_read, hook.team);
         TeamThreadGroup threads(hook.team, !is_worth_helpers(view.problem(0)));
         attend(layer, view, 0, threads);
     }
@@ -146,6 +152,14 @@ const char* read_abi(LlamaHook& hook) {
     return read_ggml_abi(hook.ggml, hook.ops, custom_ops.data(), int(custom_ops.size()));
 }
 
+// The first keys and values, from which the kernels prefetch on.
+void add_reads(LlamaHook& hook, const AttentionNode& view, int layer) {
+    constexpr size_t kFirstBytes = 64 << 10;
+    const AttentionProblem problem = view.problem(0);
+    hook.reads.add(problem.k, std::min(problem.num_keys * problem.k_key_stride, kFirstBytes));
+    hook.layers[layer].next_read = hook.reads.add(problem.v, std::min(problem.num_keys * problem.v_key_stride, kFirstBytes));
+}
+
 bool reserve(LlamaHook& hook, const AttentionNode& view, int layer) {
     if (hook.gem.ends_at(layer)) return view.num_streams() == 1 && hook.gem.reserve(view.problem(0), hook.num_threads);
     if (hook.batch.is_active() && view.num_streams() != 1) return false;
@@ -171,6 +185,7 @@ void replace_node(LlamaHook& hook, GgmlTensor* node) {
         if (index >= 0) hook.layers[index].is_fallback = true;
         return;
     }
+    add_reads(hook, view, index);
     HookedLayer& layer = hook.layers[index];
     std::memcpy(layer.llama_op_params, node->op_params, sizeof layer.llama_op_params);
     std::memcpy(&layer.scale, node->op_params, sizeof layer.scale);
@@ -194,7 +209,10 @@ void restore_node(LlamaHook& hook, GgmlTensor* node, int index) {
 
 void keep_replaced(LlamaHook& hook, GgmlTensor* node, int index) {
     AttentionNode view;
-    if (view.read(node) && reserve(hook, view, index)) return;
+    if (view.read(node) && reserve(hook, view, index)) {
+        add_reads(hook, view, index);
+        return;
+    }
     restore_node(hook, node, index);
     ++hook.nodes_fallback;
     hook.layers[index].is_fallback = true;
@@ -238,7 +256,7 @@ extern "C" bool lowtide_hook_callback(void* tensor, bool ask, void* user_data) {
         const bool goes_on = hook.timer.on_stop();
         return goes_on && !ends_here(hook, node);
     }
-    hook.repacked_matmul.replace(node, hook.ops);
+    hook.repacked_matmul.replace(node, hook.ops, hook.reads.begins_part());
     if (hook.active && node->op == hook.ops.flash_attn) {
         replace_node(hook, node);
     } else if (node->op == hook.ops.custom) {
@@ -316,7 +334,7 @@ extern "C" HookCounts lowtide_hook_counts(const LlamaHook* hook) {
         hook->policy.scratch_bytes() + hook->gem.scratch_bytes() + hook->repacked_matmul.scratch_bytes() + hook->team.num_bytes() + hook->batch.num_bytes();
     HookCounts counts{0, 0, hook->nodes_native, hook->nodes_fallback, hook->nanoseconds, int64_t(scratch_bytes),
                       hook->keys_read, hook->keys_visible, hook->weights.freed_bytes(), hook->matmuls_streamed,
-                      hook->repacked_matmul.num_replaced(), hook->repacked_matmul.num_refused()};
+                      hook->repacked_matmul.num_replaced(), hook->repacked_matmul.num_steps(), hook->repacked_matmul.num_refused()};
     for (const HookedLayer& layer : hook->layers) {
         counts.layers_native += layer.is_native && !layer.is_fallback;
         counts.layers_fallback += layer.is_fallback;

@@ -27,7 +27,7 @@ struct HookCounts {
     int64_t keys_visible;  // visible to the last token of each pass, in its first stream
     int64_t weight_bytes_freed;
     int64_t matmuls_streamed;
-    int64_t matmuls_repacked, repacked_refused;
+    int64_t matmuls_repacked, matmul_steps, repacked_refused;
 };
 
 // Makes a hook for a context of `num_threads` threads. `kernels` names an instruction set; null takes the best one.

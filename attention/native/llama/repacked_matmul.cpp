@@ -10,7 +10,10 @@
 
 namespace {
 
-constexpr int32_t kNoOperation = 0;  // GGML_OP_NONE: an input of the graph
+constexpr int32_t kNoOperation = 0;  // GGML_OP_NONE: an input of the graph, or a node that is empty
+
+// The last word of a custom operation's `op_params`, which ggml leaves alone, has the index of the node's group.
+constexpr int kGroupWord = 15;
 
 bool is_matrix(const GgmlTensor* t) { return t != nullptr && t->ne[2] == 1 && t->ne[3] == 1; }
 
@@ -34,9 +37,10 @@ void release_tiles(const void* stream, const uint8_t* begin, const uint8_t* end)
 }  // namespace
 
 void RepackedMatmul::list_ops(std::vector<CustomOp>& ops) {
-    for (int i = 0; i < 2 * Matmul::kMaxReuses; ++i) {
-        operations_[i] = {this, i % Matmul::kMaxReuses, i / Matmul::kMaxReuses != 0, {}};
-        ops.push_back({multiply, &operations_[i], operations_[i].params});
+    for (bool is_streamed : {false, true}) {
+        Operation& operation = operations_[is_streamed];
+        operation = {this, is_streamed, {}};
+        ops.push_back({multiply, &operation, operation.params});
     }
     get_rows_.owner = this;
     ops.push_back({get_rows, &get_rows_, get_rows_.params});
@@ -55,11 +59,17 @@ bool RepackedMatmul::set(std::string_view names, int max_rows, int max_columns, 
     if (kernels_ == nullptr || !matmul_.reserve(max_rows, max_columns, num_threads)) return false;
     team_.reserve(num_threads, Matmul::aside_bytes(max_rows, max_columns));
     names_.swap(found), text_.swap(text);
+    known_.clear();
     return true;
 }
 
-bool RepackedMatmul::is_repacked(const GgmlTensor* source) const {
-    return source != nullptr && source->op == kNoOperation && names_.find(std::string_view(source->name)) != names_.end();
+// Weights outlive every graph, so their addresses are looked up instead of their names. Other inputs may come and go.
+bool RepackedMatmul::is_repacked(const GgmlTensor* source) {
+    constexpr size_t kMaxKnown = 1 << 14;
+    if (source == nullptr || source->op != kNoOperation || source->view_src != nullptr) return false;
+    if (const auto found = known_.find(source); found != known_.end()) return found->second;
+    if (known_.size() >= kMaxKnown) known_.clear();
+    return known_[source] = names_.find(std::string_view(source->name)) != names_.end();
 }
 
 bool RepackedMatmul::is_known_matmul(const GgmlTensor* node) const {
@@ -68,28 +78,69 @@ bool RepackedMatmul::is_known_matmul(const GgmlTensor* node) const {
            node->ne[1] == rows->ne[1] && matmul_.has_room(int(rows->ne[1]), int(rows->ne[0]));
 }
 
-void RepackedMatmul::replace(GgmlTensor* node, const GgmlOps& ops) {
+bool RepackedMatmul::replaces_used(const Extent& result) const {
+    const Group& group = groups_.back();
+    return std::any_of(touched_.begin(), touched_.end(), [&](const Extent& e) { return e.overlaps(result); }) ||
+           std::any_of(group.nodes, group.nodes + group.count, [&](const GgmlTensor* n) { return extent_of(n).overlaps(result); });
+}
+
+// Whether the node may be computed where the last group is, if its result replaces nothing that is in use there.
+bool RepackedMatmul::can_join(const GgmlTensor* node) const {
+    if (!is_open_ || groups_.back().count == Matmul::kMaxTargets) return false;
+    const GgmlTensor* first = groups_.back().nodes[0];
+    const auto is_float = [](const GgmlTensor* n) { return shape_of(Format(n->src[0]->type)).is_float(); };
+    return first->src[1] == node->src[1] && is_float(first) == is_float(node) && !stream_.is_streamed_alone(node->src[0]);
+}
+
+void RepackedMatmul::replace_matmul(GgmlTensor* node, const GgmlOps& ops) {
+    const GgmlTensor* weights = node->src[0];
+    moved_.add_again(node);
+    if (can_join(node) && (!replaces_used(extent_of(node)) || moved_.move(node))) {
+        node->op = kNoOperation;
+        groups_.back().nodes[groups_.back().count++] = node;
+        ++num_replaced_;
+    } else {
+        const bool is_streamed = stream_.is_streamed_alone(weights);
+        groups_.push_back({{node}, 1, 0});
+        ++num_steps_;
+        touched_.clear();
+        moved_.free_used();
+        is_open_ = !is_streamed;
+        turn_into(node, ops.custom, operations_[is_streamed]);
+        node->op_params[kGroupWord] = int32_t(groups_.size() - 1);
+    }
+    groups_.back().next_read = reads_.add(weights->data, size_t(weights->ne[1]) * weights->nb[1]);
+}
+
+void RepackedMatmul::replace(GgmlTensor* node, const GgmlOps& ops, bool begins_part) {
     if (names_.empty()) return;
+    if (begins_part) {
+        groups_.clear();
+        is_open_ = false;
+    }
+    moved_.follow(node);
     // A graph is computed repeatedly, with the nodes that were replaced.
-    const bool was_get_rows = node->op == ops.custom && std::memcmp(node->op_params, get_rows_.params, sizeof get_rows_.params) == 0;
-    const bool was_matmul =
-        node->op == ops.custom && std::any_of(std::begin(operations_), std::end(operations_), [node](const Operation& o) {
-            return std::memcmp(node->op_params, o.params, sizeof o.params) == 0;
-        });
-    const bool reads_repacked =
-        std::any_of(std::begin(node->src), std::end(node->src), [this](const GgmlTensor* s) { return is_repacked(s); });
-    if (reads_repacked && (node->op == ops.mul_mat || was_matmul) && !is_repacked(node->src[1]) && is_known_matmul(node)) {
-        const bool is_float = shape_of(Format(node->src[0]->type)).is_float();
-        const bool is_next = quantised_ == node->src[1] && is_float_ == is_float && num_reuses_ < Matmul::kMaxReuses;
-        num_reuses_ = is_next ? num_reuses_ : 0;
-        quantised_ = node->src[1], quantised_data_ = node->src[1]->data, is_float_ = is_float;
-        const bool is_streamed = stream_.is_streamed_alone(node->src[0]);
-        turn_into(node, ops.custom, operations_[num_reuses_++ + (is_streamed ? Matmul::kMaxReuses : 0)]);
+    const auto is_ours = [&](const Operation& o) {
+        return node->op == ops.custom && std::memcmp(node->op_params, o.params, sizeof(int32_t) * kGroupWord) == 0;
+    };
+    const bool was_get_rows = is_ours(get_rows_);
+    const bool reads_repacked = is_repacked(node->src[0]) || is_repacked(node->src[1]);
+    const bool is_matmul = node->op == ops.mul_mat || (node->op == kNoOperation && node->view_src == nullptr) ||
+                           is_ours(operations_[0]) || is_ours(operations_[1]);
+    if (reads_repacked && is_matmul && !is_repacked(node->src[1]) && is_known_matmul(node)) {
+        replace_matmul(node, ops);
         return;
     }
-    // If the node computes new values, the quantised ones are stale. A new graph may have the addresses of a freed
-    // one, but it begins with GET_ROWS.
-    if (node->data == quantised_data_ || node->op == ops.get_rows || was_get_rows) quantised_ = nullptr;
+    if (is_open_) {
+        touched_.push_back(extent_of(node));
+        for (const GgmlTensor* source : node->src)
+            if (source != nullptr) touched_.push_back(extent_of(source));
+    }
+    // A new graph may have the addresses of a freed one, but it begins with GET_ROWS.
+    if (node->op == ops.get_rows || was_get_rows) {
+        is_open_ = false;
+        if (node->src[0]->op == kNoOperation) moved_.clear();  // the embedding
+    }
     if (!reads_repacked) return;
     const GgmlTensor *weights = node->src[0], *ids = node->src[1];
     const bool is_known_get_rows = (node->op == ops.get_rows || was_get_rows) && has_repacked_size(weights) && is_matrix(ids) &&
@@ -110,17 +161,25 @@ void RepackedMatmul::turn_into(GgmlTensor* node, int32_t custom, const Operation
 void RepackedMatmul::multiply(GgmlTensor* node, int thread, int num_threads, void* user_data) {
     const auto& operation = *static_cast<const Operation*>(user_data);
     RepackedMatmul& self = *operation.owner;
+    const Group& group = self.groups_[node->op_params[kGroupWord]];
     const GgmlTensor* rows = node->src[1];
+    MatmulTarget targets[Matmul::kMaxTargets];
+    for (int i = 0; i < group.count; ++i) {
+        const GgmlTensor* each = group.nodes[i];
+        targets[i] = {matrix_of(each->src[0]), static_cast<float*>(each->data), each->nb[1] / sizeof(float)};
+    }
     const TileObserver observer{release_tiles, &self.stream_};
     const auto run = [&](auto&&... by) {
-        self.matmul_.run(matrix_of(node->src[0]), static_cast<const float*>(rows->data), rows->nb[1] / sizeof(float),
-                         int(rows->ne[1]), operation.reuse, static_cast<float*>(node->data), node->nb[1] / sizeof(float),
+        self.matmul_.run(targets, group.count, static_cast<const float*>(rows->data), rows->nb[1] / sizeof(float), int(rows->ne[1]),
                          *self.kernels_, operation.is_streamed ? &observer : nullptr, by...);
     };
-    if (num_threads == 1)
+    if (num_threads == 1) {
+        self.reads_.announce(group.next_read, self.team_);
         run(self.team_);
-    else
+    } else {
+        self.reads_.note_computed();
         run(thread, num_threads);
+    }
 }
 
 void RepackedMatmul::get_rows(GgmlTensor* node, int thread, int num_threads, void*) {

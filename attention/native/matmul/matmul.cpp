@@ -65,16 +65,15 @@ bool Matmul::reserve(int num_rows, int num_columns, int num_threads) {
     return true;
 }
 
-void Matmul::run(const RepackedMatrix& matrix, const float* rows, size_t row_stride, int num_rows, int reuse, float* out,
-                 size_t out_stride, const MatmulKernels& kernels, const TileObserver* observer, int thread, int num_threads) {
-    if (reuse == 0) {
-        if (!shape_of(Format(matrix.format)).is_float())
-            quantise(rows, row_stride, num_rows, matrix.num_columns, kernels, thread, num_threads);
-        barrier_.wait(num_threads, [this] {
-            for (int i = 0; i < kMaxReuses; ++i) restart(i);
-        });
-    }
-    multiply(matrix, {num_rows, row_stride, rows}, reuse, out, out_stride, kernels, observer, thread, num_threads);
+void Matmul::run(const MatmulTarget* targets, int num_targets, const float* rows, size_t row_stride, int num_rows,
+                 const MatmulKernels& kernels, const TileObserver* observer, int thread, int num_threads) {
+    const RepackedMatrix& first = targets->matrix;
+    if (!shape_of(Format(first.format)).is_float()) quantise(rows, row_stride, num_rows, first.num_columns, kernels, thread, num_threads);
+    barrier_.wait(num_threads, [this] {
+        for (int i = 0; i < kMaxTargets; ++i) restart(i);
+    });
+    for (int i = 0; i < num_targets; ++i)
+        multiply(targets[i], {num_rows, row_stride, rows}, i, kernels, observer, thread, num_threads);
 }
 
 void Matmul::quantise(const float* rows, size_t row_stride, int num_rows, int num_columns, const MatmulKernels& kernels, int thread,
@@ -84,21 +83,22 @@ void Matmul::quantise(const float* rows, size_t row_stride, int num_rows, int nu
     for (int i = thread; i < num_rows && thread < num_workers; i += num_workers) kernels.quantise(rows + i * row_stride, quantised, i);
 }
 
-void Matmul::multiply(const RepackedMatrix& matrix, const FloatRows& rows, int reuse, float* out, size_t out_stride,
-                      const MatmulKernels& kernels, const TileObserver* observer, int thread, int num_threads) {
+void Matmul::multiply(const MatmulTarget& target, const FloatRows& rows, int index, const MatmulKernels& kernels,
+                      const TileObserver* observer, int thread, int num_threads) {
+    const RepackedMatrix& matrix = target.matrix;
     const int num_workers = workers_of(num_threads), tiles = matrix.num_tiles();
     if (thread >= num_workers) return;
     const size_t tile_bytes = layout_of(Format(matrix.format), matrix.num_columns).num_bytes;
     const bool is_float = shape_of(Format(matrix.format)).is_float();
     const QuantisedRows quantised = quantised_rows(rows.num_rows, matrix.num_columns, memory_.data()->bytes);
-    std::atomic<int>& next_tile = next_tiles_[reuse];
+    std::atomic<int>& next_tile = next_tiles_[index];
     for (int first = next_tile; first < tiles;) {
         const int last = first + tiles_to_take(tiles - first, num_workers, tile_bytes, observer != nullptr);
         if (!next_tile.compare_exchange_weak(first, last)) continue;
         if (is_float)
-            kernels.multiply_float(matrix, rows, first, last, out, out_stride);
+            kernels.multiply_float(matrix, rows, first, last, target.out, target.out_stride);
         else
-            kernels.multiply(matrix, quantised, first, last, out, out_stride);
+            kernels.multiply(matrix, quantised, first, last, target.out, target.out_stride);
         if (observer != nullptr) observer->on_read(observer->context, matrix.tiles + first * tile_bytes, matrix.tiles + last * tile_bytes);
         first = next_tile;
     }
@@ -135,29 +135,54 @@ struct QuantiseWork {
     }
 };
 
-// Tiles of a matrix to multiply.
+// Tiles of several matrices to multiply, one matrix after the other.
 struct MultiplyWork {
-    RepackedMatrix matrix;
+    MatmulTarget targets[Matmul::kMaxTargets];
+    int num_targets;
     QuantisedRows rows;
     FloatRows floats;
     const MatmulKernels* kernels;
-    float* out;
-    size_t out_stride;
     TileObserver observer;  // without a function: none
 
-    void compute(int begin, int end) const { multiply(begin, end, out, out_stride); }
+    int num_tiles() const {
+        int count = 0;
+        for (int i = 0; i < num_targets; ++i) count += targets[i].matrix.num_tiles();
+        return count;
+    }
+    void compute(int begin, int end) const {
+        for_each_target(begin, end, [this](const MatmulTarget& target, int first, int last, int) {
+            multiply(target.matrix, first, last, target.out, target.out_stride);
+        });
+    }
     void compute_aside(int begin, int end, char* aside) const {
-        // the kernels write the columns of their tiles
-        multiply(begin, end, reinterpret_cast<float*>(aside) - size_t(begin) * kTileRows, size_t(end - begin) * kTileRows);
+        const size_t stride = size_t(end - begin) * kTileRows;
+        for_each_target(begin, end, [&](const MatmulTarget& target, int first, int last, int before) {
+            // the kernels write the columns of their tiles
+            multiply(target.matrix, first, last, reinterpret_cast<float*>(aside) + (ptrdiff_t(before) - first) * kTileRows, stride);
+        });
     }
     void put(int begin, int end, const char* aside) const {
-        const size_t count = size_t(end - begin) * kTileRows;
-        for (int row = 0; row < floats.num_rows; ++row)
-            std::memcpy(out + row * out_stride + size_t(begin) * kTileRows, aside + sizeof(float) * row * count, sizeof(float) * count);
+        const size_t stride = size_t(end - begin) * kTileRows;
+        for_each_target(begin, end, [&](const MatmulTarget& target, int first, int last, int before) {
+            const auto* from = reinterpret_cast<const float*>(aside) + size_t(before) * kTileRows;
+            for (int row = 0; row < floats.num_rows; ++row)
+                std::memcpy(target.out + row * target.out_stride + size_t(first) * kTileRows, from + row * stride,
+                            sizeof(float) * kTileRows * (last - first));
+        });
     }
 
 private:
-    void multiply(int begin, int end, float* to, size_t stride) const {
+    // Calls `work(target, first, last, before)` for the tiles of each target in the range; `before` tiles of the range
+    // are those of earlier targets.
+    template <class Work> void for_each_target(int begin, int end, const Work& work) const {
+        int start = 0;
+        for (int i = 0; i < num_targets; ++i) {
+            const int tiles = targets[i].matrix.num_tiles(), first = std::max(begin - start, 0), last = std::min(end - start, tiles);
+            if (first < last) work(targets[i], first, last, start + first - begin);
+            start += tiles;
+        }
+    }
+    void multiply(const RepackedMatrix& matrix, int begin, int end, float* to, size_t stride) const {
         if (shape_of(Format(matrix.format)).is_float())
             kernels->multiply_float(matrix, floats, begin, end, to, stride);
         else
@@ -174,20 +199,27 @@ size_t Matmul::aside_bytes(int num_rows, int num_columns) {
     return std::max({kAsideBytes, tile_result_bytes(num_rows), quantised_bytes(1, num_columns)});
 }
 
-void Matmul::run(const RepackedMatrix& matrix, const float* rows, size_t row_stride, int num_rows, int reuse, float* out,
-                 size_t out_stride, const MatmulKernels& kernels, const TileObserver* observer, Team& team) {
+void Matmul::run(const MatmulTarget* targets, int num_targets, const float* rows, size_t row_stride, int num_rows,
+                 const MatmulKernels& kernels, const TileObserver* observer, Team& team) {
+    const RepackedMatrix& matrix = targets->matrix;
     const QuantisedRows quantised = quantised_rows(num_rows, matrix.num_columns, memory_.data()->bytes);
-    if (reuse == 0 && !shape_of(Format(matrix.format)).is_float()) {
+    if (!shape_of(Format(matrix.format)).is_float()) {
         const int max_range = int(team.aside_bytes() / quantised_bytes(1, matrix.num_columns));
         team.share(QuantiseWork{rows, row_stride, quantised, &kernels}, num_rows, kMinSharedRows, std::max(max_range, 1));
     }
-    const MultiplyWork work{matrix, quantised, {num_rows, row_stride, rows}, &kernels, out, out_stride,
-                            observer != nullptr ? *observer : TileObserver{nullptr, nullptr}};
-    const bool is_small = int64_t(num_rows) * matrix.num_rows * matrix.num_columns < kMinSharedMultiplies;
+    MultiplyWork work{};
+    work.num_targets = num_targets, work.rows = quantised, work.floats = {num_rows, row_stride, rows}, work.kernels = &kernels;
+    if (observer != nullptr) work.observer = *observer;
+    size_t tile_bytes = 0;
+    for (int i = 0; i < num_targets; ++i) {
+        work.targets[i] = targets[i];
+        tile_bytes = std::max(tile_bytes, layout_of(Format(targets[i].matrix.format), matrix.num_columns).num_bytes);
+    }
+    const int num_tiles = work.num_tiles();
+    const bool is_small = int64_t(num_rows) * num_tiles * kTileRows * matrix.num_columns < kMinSharedMultiplies;
     int max_range = std::max(int(team.aside_bytes() / tile_result_bytes(num_rows)), 1);
-    const size_t tile_bytes = layout_of(Format(matrix.format), matrix.num_columns).num_bytes;
     if (observer != nullptr) max_range = std::min(max_range, std::max(int(kSliceBytes / tile_bytes), 1));
-    team.share(work, matrix.num_tiles(), is_small ? matrix.num_tiles() : kMinTiles, max_range);
+    team.share(work, num_tiles, is_small ? num_tiles : kMinTiles, max_range);
 }
 
 extern "C" int lowtide_has_matmul_kernels(const char* kernels) { return find_matmul_kernels(kernels) != nullptr; }

@@ -16,10 +16,17 @@ struct TileObserver {
     const void* context;
 };
 
+// One of the matrices that multiply the same rows. Strides are in floats.
+struct MatmulTarget {
+    RepackedMatrix matrix;
+    float* out;
+    size_t out_stride;
+};
+
 // Activations times repacked matrices, split between threads. Results do not depend on the number of threads.
 class Matmul {
 public:
-    static constexpr int kMaxReuses = 4;
+    static constexpr int kMaxTargets = 4;
 
     // Allocates scratch for `num_rows` quantised rows and `num_threads` threads; rows that were quantised before are
     // lost. Call it while no thread runs. Returns false if there is no memory.
@@ -31,26 +38,24 @@ public:
     // Whether there is room for such a matmul.
     bool has_room(int num_rows, int num_columns) const { return quantised_bytes(num_rows, num_columns) <= scratch_bytes(); }
 
-    // Every one of `num_threads` threads calls it with its own index `thread`. Threads beyond the reserved number
-    // only wait. Strides are in floats.
-    //
-    // `reuse` is 0 for new rows. Up to kMaxReuses - 1 matmuls of the same rows may follow with reuse = 1, 2, ...:
-    // they use the quantised rows and wait for nobody. Either all of their weights are quantised or none. `observer`
-    // may be null; with one, a thread takes tiles in slices of about 1 MiB.
-    void run(const RepackedMatrix& matrix, const float* rows, size_t row_stride, int num_rows, int reuse, float* out,
-             size_t out_stride, const MatmulKernels& kernels, const TileObserver* observer, int thread, int num_threads);
+    // Multiplies the rows with up to kMaxTargets matrices, in one step: the rows are quantised once. Either the weights
+    // of all are quantised or none. Every one of `num_threads` threads calls it with its own index `thread`. Threads
+    // beyond the reserved number only wait. `observer` may be null; with one, a thread takes tiles in slices of about
+    // 1 MiB.
+    void run(const MatmulTarget* targets, int num_targets, const float* rows, size_t row_stride, int num_rows,
+             const MatmulKernels& kernels, const TileObserver* observer, int thread, int num_threads);
 
     // The steps of `run` for threads that cannot wait for one another. Call `quantise` on every thread, unless the
-    // weights are F16 or BF16; then `restart` once; then `multiply` on every thread.
+    // weights are F16 or BF16; then `restart` once; then `multiply` on every thread, for the target of that index.
     void quantise(const float* rows, size_t row_stride, int num_rows, int num_columns, const MatmulKernels& kernels, int thread,
                   int num_threads);
-    void restart(int reuse) { next_tiles_[reuse] = 0; }
-    void multiply(const RepackedMatrix& matrix, const FloatRows& rows, int reuse, float* out, size_t out_stride,
-                  const MatmulKernels& kernels, const TileObserver* observer, int thread, int num_threads);
+    void restart(int index) { next_tiles_[index] = 0; }
+    void multiply(const MatmulTarget& target, const FloatRows& rows, int index, const MatmulKernels& kernels,
+                  const TileObserver* observer, int thread, int num_threads);
 
     // `run` for a team, called by its first thread alone. Its helpers need `aside_bytes` of the largest matmul.
-    void run(const RepackedMatrix& matrix, const float* rows, size_t row_stride, int num_rows, int reuse, float* out,
-             size_t out_stride, const MatmulKernels& kernels, const TileObserver* observer, Team& team);
+    void run(const MatmulTarget* targets, int num_targets, const float* rows, size_t row_stride, int num_rows,
+             const MatmulKernels& kernels, const TileObserver* observer, Team& team);
     static size_t aside_bytes(int num_rows, int num_columns);
 
     size_t scratch_bytes() const { return memory_.size() * sizeof(CacheLine); }
@@ -64,7 +69,7 @@ private:
 
     std::vector<CacheLine> memory_;
     int reserved_threads_ = 0;
-    std::atomic<int> next_tiles_[kMaxReuses] = {};
+    std::atomic<int> next_tiles_[kMaxTargets] = {};
     Barrier barrier_;
 };
 

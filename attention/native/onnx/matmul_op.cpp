@@ -45,9 +45,10 @@ public:
         }
         matmul.restart(0);
         const FloatRows floats{num_rows, size_t(columns), input.values};
+        const MatmulTarget target{matrix, out, size_t(matrix.num_rows)};
         threads.parallel_for(
             [&](int thread) {
-                matmul.multiply(matrix, floats, 0, out, size_t(matrix.num_rows), kernels, nullptr, thread, threads.num_threads);
+                matmul.multiply(target, floats, 0, kernels, nullptr, thread, threads.num_threads);
             },
             [] {});
         for (int64_t i = 0; i < input.num_rows && input.bias != nullptr; ++i)

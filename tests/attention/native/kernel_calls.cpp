@@ -146,9 +146,10 @@ extern "C" int lowtide_test_multiply(const RepackedMatrix* matrices, int num_mat
     if (found == nullptr || !matmul.reserve(num_rows, first.num_columns, num_threads)) return 1;
     const size_t out_size = size_t(num_rows) * size_t(first.num_rows);
     run_threads(num_threads, [&](int thread) {
-        for (int i = 0; i < num_matrices; ++i)
-            matmul.run(matrices[i], rows, size_t(first.num_columns), num_rows, 0, out + size_t(i) * out_size, size_t(first.num_rows),
-                       *found, nullptr, thread, num_threads);
+        for (int i = 0; i < num_matrices; ++i) {
+            const MatmulTarget target{matrices[i], out + size_t(i) * out_size, size_t(first.num_rows)};
+            matmul.run(&target, 1, rows, size_t(first.num_columns), num_rows, *found, nullptr, thread, num_threads);
+        }
     });
     return 0;
 }

@@ -63,7 +63,9 @@ void check(const Problem& p, const MatmulKernels& kernels) {
             "the matrix cannot be repacked");
     const RepackedMatrix matrix{int32_t(p.format), p.num_rows, p.num_columns, tiles.data()};
     std::vector<float> rows(size_t(p.num_tokens) * p.num_columns), out(size_t(p.num_tokens) * p.num_rows, NAN);
-    std::vector<std::vector<float>> again(Matmul::kMaxReuses, out);
+    // matrices of different heights that multiply the same rows: the whole one, and its first tile
+    const RepackedMatrix first_tile{int32_t(p.format), kTileRows, p.num_columns, tiles.data()};
+    std::vector<float> whole(out), one_tile(size_t(p.num_tokens) * kTileRows, NAN);
     for (float& value : rows) value = float(pick(-127, 127));
     for (int i = 0; i < p.num_tokens; ++i)  // every block has a value of 127, so nothing is rounded
         for (int block = 0; block < p.num_columns / kBlockSize; ++block) rows[size_t(i) * p.num_columns + block * kBlockSize] = 127.0f;
@@ -74,21 +76,28 @@ void check(const Problem& p, const MatmulKernels& kernels) {
     Read read;
     const TileObserver observer{on_read, &read};
     on_threads(p.num_threads, [&](int thread) {
-        matmul.run(matrix, rows.data(), p.num_columns, p.num_tokens, 0, out.data(), p.num_rows, kernels, &observer, thread, p.num_threads);
-        for (int reuse = 1; reuse < Matmul::kMaxReuses; ++reuse)
-            matmul.run(matrix, rows.data(), p.num_columns, p.num_tokens, reuse, again[reuse].data(), p.num_rows, kernels, nullptr, thread,
-                       p.num_threads);
+        const MatmulTarget target{matrix, out.data(), size_t(p.num_rows)};
+        matmul.run(&target, 1, rows.data(), p.num_columns, p.num_tokens, kernels, &observer, thread, p.num_threads);
+    });
+    on_threads(p.num_threads, [&](int thread) {  // the rows are quantised again
+        const MatmulTarget both[] = {{first_tile, one_tile.data(), kTileRows}, {matrix, whole.data(), size_t(p.num_rows)}};
+        matmul.run(both, 2, rows.data(), p.num_columns, p.num_tokens, kernels, nullptr, thread, p.num_threads);
     });
     require(read.num_bytes == tiles.size(), "not every tile is read");
-    for (int reuse = 1; reuse < Matmul::kMaxReuses; ++reuse)
-        require(std::memcmp(out.data(), again[reuse].data(), out.size() * sizeof(float)) == 0, "reusing quantised rows changes the result");
+    const auto are_equal = [&](const std::vector<float>& all, const std::vector<float>& first) {
+        for (int i = 0; i < p.num_tokens; ++i)
+            if (std::memcmp(&out[size_t(i) * p.num_rows], &first[size_t(i) * kTileRows], sizeof(float) * kTileRows) != 0) return false;
+        return std::memcmp(out.data(), all.data(), out.size() * sizeof(float)) == 0;
+    };
+    require(are_equal(whole, one_tile), "several matrices at once have other results");
 
     Team team;
     team.reserve(p.num_threads, Matmul::aside_bytes(p.num_tokens, p.num_columns));
-    for (int reuse = 0; reuse < 2; ++reuse) {
-        std::vector<float> by_team(out.size(), NAN);
-        matmul.run(matrix, rows.data(), p.num_columns, p.num_tokens, reuse, by_team.data(), p.num_rows, kernels, nullptr, team);
-        require(std::memcmp(out.data(), by_team.data(), out.size() * sizeof(float)) == 0, "a team has another result");
+    for (int round = 0; round < 2; ++round) {
+        std::vector<float> first(one_tile.size(), NAN), all(out.size(), NAN);
+        const MatmulTarget both[] = {{first_tile, first.data(), kTileRows}, {matrix, all.data(), size_t(p.num_rows)}};
+        matmul.run(both, 2, rows.data(), p.num_columns, p.num_tokens, kernels, nullptr, team);
+        require(are_equal(all, first), "a team has another result");
     }
     team.settle();
 

@@ -98,6 +98,25 @@ def test_batches_and_threads_change_nothing(name: str, models: dict[str, Path]) 
             loaded.close()
 
 
+@pytest.mark.parametrize("attention", ["dense", "llama"])
+def test_matmuls_of_the_same_activations_are_one_step(
+    attention: str, models: dict[str, Path]
+) -> None:
+    """In a layer: Q, K and V; the output; gate and up; down. Then the output matrix, which is looked up first."""
+    config = LoadConfig(repack=True, memory="2GiB", threads=2, attention=attention)
+    loaded = Engine(plan_reference(models["Q4_0"], config))
+    try:
+        for token_ids in (PROMPT[:20], (5,), (6,)):
+            before = loaded._loaded._callback.counts()  # type: ignore[union-attr]
+            loaded.model.forward(token_ids)
+            after = loaded._loaded._callback.counts()  # type: ignore[union-attr]
+            layers = loaded.model.spec.num_layers
+            assert after.matmul_steps - before.matmul_steps == 4 * layers + 1
+            assert after.matmuls_repacked - before.matmuls_repacked >= 7 * layers + 1
+    finally:
+        loaded.close()
+
+
 def test_matrices_of_different_types_read_their_own_activations(tmp_path: Path) -> None:
     """Matmuls of F16 read fp32 activations, and those of Q4_0 beside them 8-bit ones."""
     mixed = write_model(
