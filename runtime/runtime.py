@@ -125,8 +125,7 @@ class Runtime:
         * `provider`: the execution provider of an ONNX model ("cpu", "cuda")
         * `structured`: True reserves the memory of structured output (`SamplingParams.constraint`) in the plan
         * `rules_bytes`: bytes of `Avoid`, `Paths` and their like (`num_bytes`), to be reserved in the plan
-        * `sequences`: answers that run together; default 1
-        * `max_waiting`: answers that may wait behind those; default 64
+        * `sequences`, `max_waiting`: answers that run together (default 1), and that may wait behind those (64)
         * `offline`: True downloads nothing
         * `chat_template`: a chat template instead of the model's own: its text, or the `Path` of a file
 
@@ -217,9 +216,8 @@ class Runtime:
         model may call, and `template_arguments` variables of the chat template, such as {"enable_thinking": False}.
         What a message, a tool or an argument says is text: it never becomes a control token.
 
-        What the KV cache holds of an earlier prompt is reused. Raises `TemplateError` for messages that the
-        template refuses, and `PromptTooLong`, before anything is computed. Closing the iterator, from any
-        thread, stops the answer and leaves the runtime usable.
+        What the KV cache holds of an earlier prompt is reused. Raises `TemplateError` for messages that the template
+        refuses, and `PromptTooLong`, before anything is computed. Closing the iterator stops the answer.
         """
         asked_at = time.perf_counter()
         params = SamplingParams.of(params, **named)
@@ -385,8 +383,12 @@ class Runtime:
     def spells_control_tokens(self, prompt: str) -> bool:
         """Whether a raw prompt would have other tokens with `special=True`."""
         with self._active.between_steps():
-            self._active.require_open()
             return self._encoder.spells_control_tokens(prompt)
+
+    def count_tokens(self, text: str) -> int:
+        """Return how many tokens a text has as a prompt."""
+        with self._active.between_steps():
+            return self._encoder.count(checked_prompt(text))
 
     def embed(
         self,

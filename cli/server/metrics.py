@@ -38,6 +38,10 @@ class Metrics:
         for name in ("drafted", "accepted"):
             self._tokens[name] += int(speculation.get(name) or 0)
 
+    def totals(self) -> dict[str, Any]:
+        """Return the sums of tokens and seconds."""
+        return {"tokens": dict(self._tokens), "seconds": dict(self._seconds)}
+
     def text(self, gauges: Mapping[str, tuple[str, float | Mapping[str, float]]]) -> str:
         """Return all counters and `gauges` (name: help and value, or values by component)."""
         lines: list[str] = []

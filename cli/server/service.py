@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lowtide.cli.server.body import read_json
 from lowtide.cli.server.errors import ApiError, api_error
 from lowtide.cli.server.metrics import Metrics
+from lowtide.cli.server.reading.body import read_json
 from lowtide.cli.server.settings import ServerSettings
 from lowtide.cli.server.streaming import Answers, Pending
 from lowtide.models.chat_template import Message
@@ -22,6 +22,10 @@ from lowtide.runtime.tools.use import ToolUse
 if TYPE_CHECKING:
     from starlette.requests import Request
 
+    from lowtide.runtime.embedding.passes import Vectors
+
+IDLE_S = 0.02
+"""How often an embedding that waits for an answer looks whether that has ended."""
 Reader = Callable[[GenerationChunk], Delta]
 
 
@@ -36,6 +40,7 @@ class Service:
         self.defaults = defaults
         self.settings = settings
         self.metrics = Metrics()
+        self._embedding = asyncio.Lock()
         self.call_syntax = runtime.call_syntax
         self.started_at = int(time.time())
 
@@ -66,6 +71,9 @@ class Service:
 
         What cannot be answered raises `ApiError`: before a stream begins, where that shows at once.
         """
+        if self.runtime.queue.sequences == 1:
+            async with self._embedding:  # it would end an answer of the model's only sequence
+                pass
         pending: list[Pending] = []
         try:
             for prompt, each in zip(prompts, params, strict=True):
@@ -87,6 +95,17 @@ class Service:
         answers = Answers(pending, readers)
         await answers.begin()
         return answers
+
+    async def embed(self, texts: Sequence[str]) -> tuple[Vectors, int]:
+        """Return the vectors of texts and the number of their tokens, computed when the model is free for it."""
+
+        def compute() -> tuple[Vectors, int]:
+            return self.runtime.embed(texts), sum(map(self.runtime.count_tokens, texts))
+
+        async with self._embedding:
+            while self.runtime.queue.sequences == 1 and self.runtime.queue.running:
+                await asyncio.sleep(IDLE_S)
+            return await asyncio.to_thread(compute)
 
     def _counted(self, read: Reader) -> Reader:
         def counted(chunk: GenerationChunk) -> Delta:

@@ -46,3 +46,25 @@ def status_gauges(service: Service) -> Mapping[str, tuple[str, float | Mapping[s
         "memory_planned_bytes": ("The plan by component.", plan_bytes(service)),
         "context_tokens": ("Tokens of the context.", plan.context),
     }
+
+
+def status_values(service: Service) -> dict[str, Any]:
+    """Return what the page shows beside a chat: memory by component, the queue, and what was computed."""
+    memory, runtime = read_process_memory(), service.runtime
+    plan = runtime.plan
+    return {
+        "model": model_values(service),
+        "memory": {
+            "budget_bytes": plan.budget.num_bytes,
+            "planned_bytes": plan.total_bytes,
+            "resident_bytes": memory.resident_bytes,
+            "peak_bytes": memory.peak_bytes,
+            "plan": [
+                {"component": line.component, "bytes": line.num_bytes, "why": line.why}
+                for line in plan.rows
+            ],
+        },
+        "queue": runtime.queue.to_dict(),
+        "totals": service.metrics.totals(),
+        "needs_key": bool(service.settings.api_keys),
+    }

@@ -124,6 +124,11 @@ class PromptEncoder:
         )
         return request, prompt
 
+    def count(self, text: str) -> int:
+        """Return how many tokens a text has as a prompt."""
+        self._check_text(text)
+        return len(self._tokenizer.encode(text, add_special=True, parse_special=False))
+
     @functools.cached_property
     def call_syntax(self) -> CallSyntax:
         """How the model writes calls of tools."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lowtide.cli.server.errors import ApiError, api_error
-from lowtide.cli.server.fields import Fields
+from lowtide.cli.server.reading.fields import Fields
 from lowtide.models.arguments.values import shown
 from lowtide.models.errors import BadOption
 from lowtide.runtime.options import SamplingParams
@@ -71,6 +71,7 @@ def take_format(fields: Fields, name: str = "response_format") -> Any:
         schema = inside.take("schema")
         inside.ignore("name", "description", "strict")
         inside.finish(["schema"])
+    stated.ignore("name", "description", "strict")  # where the schema is not inside another object
     stated.finish(["json_schema"])
     if kind == "json_schema" and not isinstance(schema, dict | bool):
         path = fields.path(name) + ".json_schema.schema"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowtide.cli.server.errors import ApiError, api_error
-from lowtide.cli.server.fields import Fields
+from lowtide.cli.server.reading.fields import Fields
 from lowtide.models.errors import BadOption
 from lowtide.runtime.tools.grammar import CallSyntax
 from lowtide.runtime.tools.use import CHOICES, ToolUse

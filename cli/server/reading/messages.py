@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from lowtide.cli.server.errors import ApiError
-from lowtide.cli.server.fields import Fields
+from lowtide.cli.server.reading.fields import Fields
 from lowtide.models.arguments.values import shown
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")

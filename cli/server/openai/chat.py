@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lowtide.cli.server.errors import ApiError
-from lowtide.cli.server.fields import Fields
-from lowtide.cli.server.messages import take_messages
-from lowtide.cli.server.parameters import SAMPLING, sampling_of, take_format, take_sampling
+from lowtide.cli.server.reading.fields import Fields
+from lowtide.cli.server.reading.messages import take_messages
+from lowtide.cli.server.reading.parameters import SAMPLING, sampling_of, take_format, take_sampling
+from lowtide.cli.server.reading.tools import take_tools
 from lowtide.cli.server.streaming import DONE, KEEP_ALIVE, Answers, event
-from lowtide.cli.server.tools import take_tools
 from lowtide.runtime.generation.logprobs import TokenLogprob
 from lowtide.runtime.options import MAX_TOP_LOGPROBS, SamplingParams
 from lowtide.runtime.serving.deltas import Answer, Delta, Finish

@@ -1,0 +1,1 @@
+"""Reads requests: their bodies, and the fields that several protocols have."""
