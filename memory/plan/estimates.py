@@ -47,9 +47,10 @@ LIBRARIES_BYTES = 31 * MIB
 """How much these libraries add to a process that has not loaded them."""
 SLACK_BYTES = MIB
 """The allocator's slack between small allocations."""
-STRUCTURED_BYTES = 19 * MIB
-"""llguidance's library and its imports (5 MiB), jsonschema's (4 MiB), and the largest of 150 grammars with its search
-for an end (10 MiB); a small schema takes 2 to 3 MiB of these."""
+STRUCTURED_BYTES = 9 * MIB
+"""llguidance's library and its imports (5 MiB), and jsonschema's (4 MiB)."""
+GRAMMAR_BYTES = 10 * MIB
+"""The largest of 150 grammars with its search for an end; a small schema takes 2 to 3 MiB of these."""
 STRUCTURED_TOKEN_BYTES = 300
 """Bytes of a token in llguidance's trie and in the table that it is made from, as measured with 49,152 and 262,144."""
 RULE_TOKEN_BYTES = 160
@@ -305,9 +306,13 @@ def logits_bytes(spec: ModelSpec) -> int:
     return 4 * SAMPLING_COPIES * spec.vocabulary.num_tokens
 
 
-def structured_bytes(vocabulary: VocabularySpec) -> int:
-    """Return the bytes of structured output: llguidance, its token trie, and the work of one grammar."""
-    return STRUCTURED_BYTES + STRUCTURED_TOKEN_BYTES * vocabulary.num_tokens
+def structured_bytes(vocabulary: VocabularySpec, grammars_bytes: int = 0) -> int:
+    """Return the bytes of structured output: llguidance, its token trie, and the grammars.
+
+    Those have room for a common one; larger ones, of `grammars_bytes` in all, take more.
+    """
+    tokens = STRUCTURED_TOKEN_BYTES * vocabulary.num_tokens
+    return STRUCTURED_BYTES + tokens + max(GRAMMAR_BYTES, grammars_bytes)
 
 
 def rules_bytes(vocabulary: VocabularySpec, num_bytes: int) -> int:

@@ -187,13 +187,16 @@ class Engine:
         """
         if params.constraint is None:
             return None
-        if params.constraint.needs_grammar and STRUCTURED not in self.ledger.components:
-            self.ledger.reserve(STRUCTURED, structured_bytes(self.planned.spec.vocabulary))
-        num_bytes = rules_bytes(self.planned.spec.vocabulary, params.constraint.num_bytes)
-        if num_bytes > self.ledger.components.get(RULES, 0):
+        vocabulary, held = self.planned.spec.vocabulary, self.ledger.components
+        if params.constraint.needs_grammar:
+            needed = structured_bytes(vocabulary, params.constraint.grammar_bytes)
+            self.ledger.reserve(STRUCTURED, max(needed, held.get(STRUCTURED, 0)))
+        num_bytes = rules_bytes(vocabulary, params.constraint.num_bytes)
+        if num_bytes > held.get(RULES, 0):
             self.ledger.reserve(RULES, num_bytes)
         constraint = params.constraint.compile(self._vocabulary)
-        return ConstrainedAnswer(constraint, self._vocabulary.end_ids, params.max_tokens)
+        end_ids, context = self._vocabulary.end_ids, self.model.context
+        return ConstrainedAnswer(constraint, end_ids, params.max_tokens, context)
 
     def generation_context(self) -> GenerationContext:
         """Return what the statistics of a generation say about the model and its plan."""

@@ -35,30 +35,58 @@ class NoLegalToken(ConstraintFailed):
 class ConstrainedAnswer:
     """The constraint of one answer of at most `max_tokens` tokens, which `end_ids` may end.
 
-    Raises `BadOption` where the shortest answer has more tokens than that.
+    `context` is how many tokens the model can hold. Raises `BadOption` where no whole answer is known that is short
+    enough.
     """
 
     def __init__(
-        self, constraint: Constraint, end_ids: Sequence[int], max_tokens: int | None
+        self,
+        constraint: Constraint,
+        end_ids: Sequence[int],
+        max_tokens: int | None,
+        context: int | None = None,
     ) -> None:
         self._constraint = constraint
         self._end_ids = tuple(end_ids)
         self._num_left = self._max_tokens = max_tokens
-        self._closing = constraint.closing(MAX_CLOSING)
+        self._context = context
+        self._closing: Sequence[int] | None = self._shortest(constraint)
         self._is_closed = False
         self._is_watching = constraint.may_strand
         self._refused: set[int] = set()
         self._num_closing = self._num_masks = self._num_tokens = 0
-        if self._closing is None and constraint.may_strand:
+
+    def _shortest(self, constraint: Constraint) -> Sequence[int]:
+        """Return the tokens of a short answer; raises `BadOption` where none is known that is short enough."""
+        limits = [
+            (self._max_tokens, f"{option('max_tokens')} is {self._max_tokens}: raise it"),
+            (self._context, f"the context has {self._context} tokens: make it larger"),
+        ]
+        most, advice = min(
+            ((limit, advice) for limit, advice in limits if limit is not None),
+            default=(MAX_CLOSING, f"at most {MAX_CLOSING:,} tokens can be closed"),
+        )
+        reason = constraint.why_longer(most)
+        if reason is not None:
+            raise BadOption(
+                f"the constraint cannot be completed: {reason}, but {advice}, or ask for less"
+            )
+        found = constraint.closing(MAX_CLOSING)
+        if found is None and constraint.may_strand:
             raise BadOption(
                 "no answer was found that follows all of the constraints: leave one of them out, or ask for less"
             )
-        shortest = len(self._closing or ())
-        if max_tokens is not None and shortest > max_tokens:
+        if found is None:
+            largest = constraint.why_longer(MAX_CLOSING // 100)
             raise BadOption(
-                f"the constraint needs about {shortest} tokens for its shortest answer, but "
-                f"{option('max_tokens')} is {max_tokens}: raise it"
+                f"the constraint cannot be completed: no answer was found within {MAX_CLOSING:,} tokens"
+                f"{f' ({largest})' if largest else ''}; ask for less, or use a simpler grammar"
             )
+        if len(found) > most:
+            raise BadOption(
+                f"the constraint needs about {len(found)} tokens for its shortest answer, but {advice}"
+            )
+        return found
 
     @property
     def is_verified_last(self) -> bool:
@@ -71,7 +99,11 @@ class ConstrainedAnswer:
         Raises `ConstraintFailed` where no other is tried.
         """
         again = self._constraint.retry()
-        return None if again is None else ConstrainedAnswer(again, self._end_ids, self._max_tokens)
+        return (
+            None
+            if again is None
+            else ConstrainedAnswer(again, self._end_ids, self._max_tokens, self._context)
+        )
 
     @property
     def constraint(self) -> Constraint:

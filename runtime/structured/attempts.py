@@ -176,6 +176,10 @@ class Attempt(Constraint):
         """Yield tokens that tend to lead to the end."""
         return self._inner.likely_next()
 
+    def why_longer(self, max_tokens: int) -> str | None:
+        """Return what makes every answer longer than so many tokens."""
+        return self._inner.why_longer(max_tokens)
+
     def closing(self, max_tokens: int) -> Sequence[int] | None:
         """Return tokens that bring the answer to an end that did not fail yet."""
         found = self._inner.closing(max_tokens)

@@ -80,6 +80,13 @@ class Constraint(ABC):
         """Return tokens as `closing` does, where one is known behind another token: it may be missed, in less time."""
         return self.closing(max_tokens)
 
+    def why_longer(self, max_tokens: int) -> str | None:
+        """Return what makes every answer longer than so many tokens, asked before an end is searched for.
+
+        None where nothing is known to.
+        """
+        return None
+
     def checked_closing(self, closing: Sequence[int], max_tokens: int) -> Sequence[int]:
         """Return `closing`, or a better one, before the answer is closed by it."""
         return closing

@@ -7,6 +7,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from importlib.util import find_spec
 from typing import Any, get_origin
 
@@ -16,6 +17,11 @@ from lowtide.models.errors import BadOption
 from lowtide.runtime.structured.advice import NONE_KNOWN, Advice, JsonAdvice, WholeText
 from lowtide.runtime.structured.attempts import Attempt
 from lowtide.runtime.structured.constraint import Constraint
+from lowtide.runtime.structured.extent.bytes import STATE_BYTES
+from lowtide.runtime.structured.extent.extent import Extent, Part
+from lowtide.runtime.structured.extent.grammar_extent import grammar_extent
+from lowtide.runtime.structured.extent.pattern_extent import pattern_extent
+from lowtide.runtime.structured.extent.schema_extent import schema_extent
 from lowtide.runtime.structured.library import llguidance
 from lowtide.runtime.structured.llguidance_constraint import (
     GrammarConstraint,
@@ -72,6 +78,11 @@ class OutputFormat(ABC):
         """Return the value that a complete answer stands for."""
         return answer
 
+    @property
+    def grammar_bytes(self) -> int:
+        """Bytes that its grammar takes; raises `BadOption` where it is too large."""
+        return 0
+
 
 class _Grammar(OutputFormat):
     """A format that llguidance reads."""
@@ -85,12 +96,29 @@ class _Grammar(OutputFormat):
 
     def _constraint(self, vocabulary: TokenVocabulary, grammar: str) -> Constraint:
         """Return the constraint of a grammar; raises `GrammarError` where it cannot be used."""
+        self.extent.check()
         tokenizer = vocabulary.cached(GrammarTokenizer)
-        return GrammarConstraint(tokenizer, tokenizer.matcher(grammar), self._advice())
+        matcher = tokenizer.matcher(grammar)
+        return GrammarConstraint(tokenizer, matcher, self._advice(), extent=self.extent)
+
+    @property
+    def grammar_bytes(self) -> int:
+        """Bytes that its grammar takes; raises `BadOption` where it is too large."""
+        self.extent.check()
+        return self.extent.num_bytes
 
     @abstractmethod
     def _grammar(self) -> str:
         """Return the grammar as llguidance takes it."""
+
+    @cached_property
+    def extent(self) -> Extent:
+        """How large the grammar becomes, and its shortest answer."""
+        return self._extent()
+
+    @abstractmethod
+    def _extent(self) -> Extent:
+        """Find that out."""
 
     def _advice(self) -> Advice:
         """Return what is known of the ends of answers beside the grammar."""
@@ -116,6 +144,8 @@ class JsonSchema(_Grammar):
     check: str = "exact"
 
     def __post_init__(self) -> None:
+        if isinstance(self.schema, str):
+            _check_size(self.schema)
         parsed, read = _schema_of(self.schema)
         object.__setattr__(self, "schema", json.dumps(parsed))
         object.__setattr__(self, "_read", read)
@@ -142,6 +172,9 @@ class JsonSchema(_Grammar):
     def _grammar(self, **options: Any) -> str:
         make, style = llguidance().LLMatcher.grammar_from_json_schema, _STYLE_OPTIONS[self.style]
         return grammar_from(make, self.schema, overrides={**style, **options})
+
+    def _extent(self) -> Extent:
+        return schema_extent(json.loads(self.schema))
 
     def _advice(self) -> Advice:
         return JsonAdvice(json.loads(self.schema))
@@ -177,6 +210,11 @@ class Regex(_Grammar):
     def _grammar(self) -> str:
         return grammar_from(llguidance().LLMatcher.grammar_from_regex, self.pattern)
 
+    def _extent(self) -> Extent:
+        found = pattern_extent(self.pattern)
+        size = Part(found.size, "the pattern")
+        return Extent(Part(found.least, "the pattern"), size, STATE_BYTES * found.size)
+
     def _advice(self) -> Advice:
         return WholeText(self.pattern)
 
@@ -193,10 +231,15 @@ class Grammar(_Grammar):
             raise BadOption(f"{option('grammar')} is empty; write a rule named start or root")
 
     def _grammar(self) -> str:
-        source = self.grammar
-        if re.search(r"^\s*[\w-]+\s*::=", source, re.MULTILINE):
-            source = _lark_of(source)
-        return grammar_from(llguidance().LLMatcher.grammar_from_lark, source)
+        return grammar_from(llguidance().LLMatcher.grammar_from_lark, self._lark)
+
+    def _extent(self) -> Extent:
+        return grammar_extent(self._lark)
+
+    @cached_property
+    def _lark(self) -> str:
+        is_gbnf = re.search(r"^\s*[\w-]+\s*::=", self.grammar, re.MULTILINE)
+        return _lark_of(self.grammar) if is_gbnf else self.grammar
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,8 @@ from functools import lru_cache
 from typing import Any
 
 from lowtide.models.errors import BadOption
-from lowtide.runtime.structured.library import llguidance
+from lowtide.runtime.structured.extent.schema_extent import schema_extent
+from lowtide.runtime.structured.library import LIMITS, llguidance
 
 END = 256
 """The id of the end token: the others are the 256 bytes."""
@@ -23,9 +24,11 @@ def matches(pattern: str, text: str) -> bool:
 @lru_cache(maxsize=64)
 def _matcher(pattern: str) -> Any:
     library = llguidance()
-    schema = json.dumps({"type": "string", "pattern": pattern})
-    grammar = library.LLMatcher.grammar_from_json_schema(schema)
-    made = library.LLMatcher(_tokenizer(), grammar, log_level=0)
+    schema = {"type": "string", "pattern": pattern}
+    schema_extent(schema).check()
+    grammar = library.LLMatcher.grammar_from_json_schema(json.dumps(schema))
+    limits = library.LLParserLimits(**LIMITS)
+    made = library.LLMatcher(_tokenizer(), grammar, log_level=0, limits=limits)
     if made.is_error():
         shown = pattern if len(pattern) <= 60 else pattern[:57] + "..."
         raise BadOption(

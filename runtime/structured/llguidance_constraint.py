@@ -9,7 +9,8 @@ from lowtide.runtime.errors import ConstraintFailed
 from lowtide.runtime.structured.advice import NONE_KNOWN, START, Advice, JsonPlace
 from lowtide.runtime.structured.closing import find_closing
 from lowtide.runtime.structured.constraint import Constraint
-from lowtide.runtime.structured.library import llguidance
+from lowtide.runtime.structured.extent.extent import UNKNOWN, Extent
+from lowtide.runtime.structured.library import LIMITS, llguidance
 from lowtide.runtime.structured.vocabulary import TokenVocabulary
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class GrammarTokenizer:
     def matcher(self, grammar: str) -> LLMatcher:
         """Return a matcher at the start of a grammar; raises `GrammarError` where it cannot be used."""
         library = llguidance()
-        limits = library.LLParserLimits(verbose_errors=False)
+        limits = library.LLParserLimits(**LIMITS)
         made: LLMatcher = library.LLMatcher(self.tokenizer, grammar, log_level=0, limits=limits)
         if not made.is_error():
             made.compute_bitmask()  # a `$ref` to itself is an error of the first mask
@@ -103,7 +104,9 @@ class GrammarConstraint(Constraint):
         advice: Advice = NONE_KNOWN,
         written: bytes = b"",
         place: JsonPlace = START,
+        extent: Extent = UNKNOWN,
     ) -> None:
+        self.extent = extent
         self._tokenizer = tokenizer
         self._matcher = matcher
         self._advice = advice
@@ -141,7 +144,9 @@ class GrammarConstraint(Constraint):
     def fork(self) -> GrammarConstraint:
         """Return an independent copy."""
         copy = self._matcher.deep_copy()
-        return GrammarConstraint(self._tokenizer, copy, self._advice, self._written, self._place)
+        return GrammarConstraint(
+            self._tokenizer, copy, self._advice, self._written, self._place, self.extent
+        )
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -162,6 +167,10 @@ class GrammarConstraint(Constraint):
     def forced(self) -> Sequence[int]:
         """Return the tokens of the text that must come next."""
         return () if self._matcher.is_stopped() else self._matcher.compute_ff_tokens()
+
+    def why_longer(self, max_tokens: int) -> str | None:
+        """Return what makes every answer longer than so many tokens; None where nothing is known to."""
+        return self.extent.longer_than(max_tokens * self._tokenizer.vocabulary.longest)
 
     def closing(self, max_tokens: int) -> Sequence[int] | None:
         """Return tokens that bring the answer to an end, written as the tokenizer would write their text."""

@@ -76,15 +76,16 @@ def keywords_of(schema: Any, pointer: str = "") -> Iterator[tuple[str, str, Any]
         if not isinstance(node, Mapping):
             continue
         for keyword, value in node.items():
-            here = f"{at}/{_escaped(keyword)}"
+            here = f"{at}/{escaped(keyword)}"
             yield here, keyword, value
             if keyword in _DATA:
                 continue
             if keyword in _MAPS and isinstance(value, Mapping):
-                waiting += [(one, f"{here}/{_escaped(name)}") for name, one in value.items()]
+                waiting += [(one, f"{here}/{escaped(name)}") for name, one in value.items()]
             else:
                 waiting.append((value, here))
 
 
-def _escaped(name: str) -> str:
+def escaped(name: str) -> str:
+    """Return a name as a part of a JSON pointer."""
     return name.replace("~", "~0").replace("/", "~1")

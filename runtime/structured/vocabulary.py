@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
+from operator import sub
 from typing import Any, TypeVar
 
 from lowtide.models.text.tokenizer import Tokenizer
@@ -48,6 +49,12 @@ class TokenVocabulary:
         """Return the bytes of each token, in the order of their ids."""
         text, starts = self._table
         return [text[start:end] for start, end in pairwise(starts)]
+
+    @cached_property
+    def longest(self) -> int:
+        """Bytes of the longest token."""
+        _, starts = self._table
+        return max(map(sub, starts[1:], starts), default=1)
 
     @cached_property
     def single_bytes(self) -> dict[int, int]:

@@ -51,6 +51,11 @@ class AllOf(OutputFormat):
         return any(one.needs_grammar for one in self.formats)
 
     @property
+    def grammar_bytes(self) -> int:
+        """Bytes of the grammars of all formats."""
+        return sum(one.grammar_bytes for one in self.formats)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all formats."""
         return sum(one.num_bytes for one in self.formats)

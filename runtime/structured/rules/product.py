@@ -74,6 +74,10 @@ class Product(Constraint):
         """One part may ask for what another one forbids, tokens later."""
         return True
 
+    def why_longer(self, max_tokens: int) -> str | None:
+        """Return what one of the parts asks for."""
+        return next((why for part in self._parts if (why := part.why_longer(max_tokens))), None)
+
     def forced(self) -> Sequence[int]:
         """Return the tokens of the text that must come next: what one part forces, all have to take."""
         return next((found for part in self._parts if (found := part.forced())), ())
