@@ -255,6 +255,12 @@ class DecodeLoop:
                     is_accepted=logits is not None,
                     on_branch=logits is not None and verification.is_branch,
                 )
+        for chunk in sequence.read_forced(self._cache, is_over_budget=is_over_budget):
+            yield chunk
+            if speculation is not None and not sequence.is_finished and chunk.token_id is not None:
+                speculation.observe_token(
+                    sequence.index, chunk.token_id, is_accepted=False, on_branch=False
+                )
 
     def _leave(self, sequence: GenerationState, *, is_damaged: bool = False) -> None:
         self._active.remove(sequence)

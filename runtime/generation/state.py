@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -222,8 +223,8 @@ class GenerationState:
 
     `index` is its number in the cache while it runs. `token_ids` are the prompt as the cache holds it and the sampled
     tokens, which the penalties look back on. The first `num_computed` of them are in the cache: the others are the rest
-    of the prompt, or the one token that was sampled last. Where an answer is verified at its end, its chunks are
-    `held_back` until it stands.
+    of the prompt, or the token that was sampled last and forced text behind it. Where an answer is verified at its end,
+    its chunks are `held_back` until it stands.
     """
 
     def __init__(
@@ -237,7 +238,8 @@ class GenerationState:
         self.token_ids: list[int] = []
         self.num_computed = 0
         self.is_finished = False
-        self._num_prompt = 0
+        self._num_prompt = self._read_until = 0
+        self._forced = deque[int]()
         self._is_end = model.tokenizer.is_end
         self._sampler = Sampler(request.params)
         num_top = request.params.logprobs
@@ -262,21 +264,23 @@ class GenerationState:
         self._stats.record_prompt(prompt)
         self.token_ids = list(prompt.token_ids)
         self.num_computed, self._num_prompt = prompt.num_cached, len(prompt.token_ids)
+        self._read_until = self._num_prompt
+        self._force()
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether tokens of the prompt are left to compute."""
-        return self.num_computed < self._num_prompt
+        """Whether tokens of the prompt, or of forced text, are left to compute."""
+        return self.num_computed < self._read_until
 
     @property
     def num_unread(self) -> int:
-        """How many tokens of the prompt are left to compute."""
-        return max(self._num_prompt - self.num_computed, 0)
+        """How many tokens of the prompt, or of forced text, are left to compute."""
+        return max(self._read_until - self.num_computed, 0)
 
     def next_chunk(self, max_tokens: int) -> list[int]:
-        """Return up to `max_tokens` tokens of the prompt, to be computed now."""
+        """Return up to `max_tokens` tokens of the prompt or of forced text, to be computed now."""
         start = self.num_computed
-        self.num_computed = min(start + max_tokens, self._num_prompt)
+        self.num_computed = min(start + max_tokens, self._read_until)
         return self.token_ids[start : self.num_computed]
 
     @property
@@ -317,10 +321,12 @@ class GenerationState:
         A constrained answer advances by it, or is closed instead.
         """
         self._stats.record_prefill()
-        token_id = self._choose(logits)
+        token_id = self._forced.popleft() if self._forced else self._choose(logits)
         if self.answer is not None:
             while not self.answer.take(token_id) and not self.answer.is_closed:
+                self._forced.clear()
                 token_id = self._choose(logits)
+            self._force()
         if self._meter is not None:
             self._logprobs = self._meter.measure(logits, token_id)
         return token_id
@@ -329,6 +335,28 @@ class GenerationState:
         return self._sampler.choose(
             logits, self.token_ids, self.answer, num_prompt=self._num_prompt
         )
+
+    def _force(self) -> None:
+        """Find out which tokens must come next, where those that were known have come."""
+        if self.answer is not None and not self._forced:
+            self._forced.extend(self.answer.forced())
+
+    def read_forced(self, cache: KVCache, *, is_over_budget: bool) -> Iterator[GenerationChunk]:
+        """Take the tokens that must come next, and yield their chunks.
+
+        The next pass computes them together with the last token. Where the logits of each are asked for, none is taken.
+        """
+        num_before = len(self.token_ids)
+        while self._forced and self._meter is None and not self.is_finished:
+            token_id = self._forced.popleft()
+            if self.answer is None or not (self.answer.take(token_id) or self.answer.is_closed):
+                self._forced.clear()
+                break
+            yield from self.append(token_id, cache, is_over_budget=is_over_budget)
+            self._force()
+        if len(self.token_ids) > num_before and self.answer is not None:
+            self.answer.skip(len(self.token_ids) - num_before)
+            self._read_until = len(self.token_ids)
 
     def append(
         self, token_id: int, cache: KVCache, *, is_over_budget: bool
@@ -395,6 +423,7 @@ class GenerationState:
             return "stop"
         if self._stats.generated_tokens == self.request.params.max_tokens:
             return "length"
-        if cache.num_free(self.index) <= 0:
+        num_waiting = len(self.token_ids) - self.num_computed  # forced text, read in the next pass
+        if cache.num_free(self.index) <= num_waiting:
             return "context"
-        return None if cache.has_room(self.index) else "memory"
+        return None if cache.has_room(self.index, num_waiting + 1) else "memory"

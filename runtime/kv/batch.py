@@ -182,6 +182,6 @@ class BatchKV(KVCache):
         """Return how many more tokens the sequence may have."""
         return self._limits[sequence] - len(self._texts[self._ids[sequence]])
 
-    def has_room(self, sequence: int) -> bool:
+    def has_room(self, sequence: int, num_tokens: int = 1) -> bool:
         """Return True: the room of a sequence was reserved when it was added."""
         return True

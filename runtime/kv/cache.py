@@ -104,5 +104,5 @@ class KVCache(ABC):
         """Return how many more tokens the sequence may have."""
 
     @abstractmethod
-    def has_room(self, sequence: int) -> bool:
-        """Return whether the memory budget allows one more token, and reserve it."""
+    def has_room(self, sequence: int, num_tokens: int = 1) -> bool:
+        """Return whether the memory budget allows so many more tokens, and reserve them."""

@@ -64,10 +64,10 @@ class KVSession(KVCache):
         """Return how many more tokens the context has room for."""
         return self._model.context - len(self.token_ids)
 
-    def has_room(self, sequence: int = 0) -> bool:
-        """Return whether the memory budget allows one more token, and reserve it."""
+    def has_room(self, sequence: int = 0, num_tokens: int = 1) -> bool:
+        """Return whether the memory budget allows so many more tokens, and reserve them."""
         try:
-            self.reserve(len(self.token_ids) + 1)
+            self.reserve(len(self.token_ids) + num_tokens)
         except OverBudget:
             return False
         return True

@@ -16,7 +16,7 @@ from typing import Any
 from lowtide.memory.plan.allocator import CostCurve
 from lowtide.models.draft_tree import TokenTree
 from lowtide.runtime.speculation.acceptance import Acceptance, SpeculationRecord, chances
-from lowtide.runtime.speculation.constrained import ForcedDraft, legal_part
+from lowtide.runtime.speculation.constrained import legal_part
 from lowtide.runtime.speculation.counts import AcceptanceCounts, Proposed
 from lowtide.runtime.speculation.drafts import NOTHING, Draft, Proposal
 from lowtide.runtime.speculation.proposal import (
@@ -153,17 +153,12 @@ class _SequenceDrafts:
         self.best_gain = None
         self._proposed = None
         self._answer = answer
-        self._states = [one for one in self._states if one.draft.name != ForcedDraft.name]
-        if answer is not None:
-            forced = ForcedDraft(answer)
-            rates = [Acceptance(self._num_positions, forced.prior(0))]
-            self._states.append(_DraftState(forced, rates))
         for state in self._states:
             state.watched.clear()
 
     @property
     def has_drafts(self) -> bool:
-        """Whether anything may propose tokens, a constraint among them."""
+        """Whether anything may propose tokens."""
         return bool(self._states)
 
     def propose(
@@ -186,7 +181,7 @@ class _SequenceDrafts:
             before = costs.clock()
             proposal = self._ask(state, text, max_tokens, costs.clock)
             its_value = min_value if proposal is None else value(proposal)
-            if proposal is not None and proposal.draft != ForcedDraft.name:
+            if proposal is not None:
                 proposed.append((proposal.draft, proposal.confidence))
             is_best = its_value > best_value
             if proposal is not None and (is_best or len(state.watched) < MAX_WATCHED):

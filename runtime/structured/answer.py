@@ -54,7 +54,7 @@ class ConstrainedAnswer:
         self._is_closed = False
         self._is_watching = constraint.may_strand
         self._refused: set[int] = set()
-        self._num_closing = self._num_masks = self._num_tokens = 0
+        self._num_closing = self._num_masks = self._num_tokens = self._num_skipped = 0
 
     def _shortest(self, constraint: Constraint) -> Sequence[int]:
         """Return the tokens of a short answer; raises `BadOption` where none is known that is short enough."""
@@ -151,6 +151,17 @@ class ConstrainedAnswer:
             )
         return found
 
+    def forced(self) -> Sequence[int]:
+        """Return the tokens of the text that must come next, which are taken without asking the model."""
+        if self._is_closed or self._constraint.needs_logits:
+            return ()
+        found = self._constraint.forced()
+        return found[: self._constraint.num_legal(found)] if found else ()
+
+    def skip(self, num_tokens: int) -> None:
+        """Note that forced tokens needed no pass of their own."""
+        self._num_skipped += num_tokens
+
     def weigh(self, logits: Logits) -> Logits:
         """Return the logits with the constraint's preferences."""
         return self._constraint.weigh(logits)
@@ -163,10 +174,12 @@ class ConstrainedAnswer:
         """
         if token_id in self._end_ids:
             return True
-        state = self._constraint.fork()
-        state.advance(token_id)
         num_left = None if self._num_left is None else self._num_left - 1
-        if self._is_near(num_left):
+        if not self._is_near(num_left):
+            self._constraint.advance(token_id)
+        else:
+            state = self._constraint.fork()
+            state.advance(token_id)
             limit = MAX_CLOSING if num_left is None else num_left
             closing = self._closing_after(state, token_id, limit)
             if closing is None and self._closing is not None:
@@ -176,9 +189,9 @@ class ConstrainedAnswer:
                     self._is_closed = True
                 return False
             self._closing = closing
+            self._constraint = state
         self._num_left = num_left
         self._refused.clear()
-        self._constraint = state
         self._num_tokens += 1
         return True
 
@@ -228,5 +241,6 @@ class ConstrainedAnswer:
             "closed": self._is_closed and self._constraint.is_accepting,
             "closing_tokens": self._num_closing,
             "masks": self._num_masks,
+            "passes_saved": self._num_skipped,
             **self._constraint.report(),
         }

@@ -168,6 +168,11 @@ class Attempt(Constraint):
         """Return the tokens of the text that must come next."""
         return self._inner.forced()
 
+    @property
+    def needs_logits(self) -> bool:
+        """The trie holds the probability of every token."""
+        return True
+
     def rests(self, closing: Sequence[int], token_id: int) -> Iterable[Sequence[int]]:
         """Yield ways that may still lead to the end."""
         return self._inner.rests(closing, token_id)

@@ -69,8 +69,16 @@ class Constraint(ABC):
         return len(token_ids)
 
     def forced(self) -> Sequence[int]:
-        """Return the tokens of the text that must come next, as drafts; none where several texts may come."""
+        """Return the tokens of the text that must come next; none where several texts may come.
+
+        They are taken as they are, also where the text has other tokens.
+        """
         return ()
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the logits of every token must be seen; else forced text is taken without asking the model."""
+        return False
 
     def closing(self, max_tokens: int) -> Sequence[int] | None:
         """Return at most `max_tokens` tokens that bring the answer to an end; None where none are found."""

@@ -74,6 +74,11 @@ class Product(Constraint):
         """One part may ask for what another one forbids, tokens later."""
         return True
 
+    @property
+    def needs_logits(self) -> bool:
+        """Whether one of the parts needs them."""
+        return any(part.needs_logits for part in self._parts)
+
     def why_longer(self, max_tokens: int) -> str | None:
         """Return what one of the parts asks for."""
         return next((why for part in self._parts if (why := part.why_longer(max_tokens))), None)
