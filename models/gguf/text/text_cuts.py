@@ -1,8 +1,9 @@
 """TextCuts: where a long text is cut before llama.cpp tokenises it, because the whole would take quadratic time.
 
-Two parts of llama.cpp's tokenizers take time by the square of the text. A pre-tokenizer that groups digits from their
-end looks to the end of the number at each digit. SentencePiece's search copies all tokens at each character that has
-no token of its own. A cut never changes the tokens: it is made only where no token can reach over it.
+Three parts of llama.cpp's tokenizers take time by the square of the text. A pre-tokenizer that groups digits from their
+end looks to the end of the number at each digit. One that groups blanks looks at each group for a new line behind all
+of them. SentencePiece's search copies all tokens at each character that has no token of its own. A cut never changes
+the tokens: it is made only where no token can reach over it.
 """
 
 from __future__ import annotations
@@ -18,12 +19,20 @@ SENTENCE_PIECE, BYTE_PAIRS = 1, 2
 DIGITS_PER_GROUP = 3
 LONG_NUMBER, NUMBER_PIECE = 150, 75
 """Digits of a number that is cut, and of each piece (a multiple of `DIGITS_PER_GROUP`)."""
+BLANKS_PER_GROUP = 512
+LONG_BLANKS, BLANK_PIECE = 8192, 4096
+"""Blanks of a run that is cut, and of each piece (a multiple of `BLANKS_PER_GROUP`)."""
 LONG_TEXT, TEXT_PIECE = 32 << 10, 8 << 10
 """Bytes of a text that is cut for SentencePiece, and the least characters of a piece."""
 MAX_CUT_CHARACTERS = 256
 """How many different characters, the most frequent ones, a text may be cut before."""
 BLANK = "▁"
 _NUMBER = re.compile(rb"[0-9]{%d,}" % LONG_NUMBER)
+_BLANKS = re.compile(
+    rb"(?:(?<![\x80-\xff\s])|(?<=[\r\n]))(?: {%d,}|\t{%d,})(?![\x80-\xff\s])"
+    % (LONG_BLANKS, LONG_BLANKS)
+)
+"""A run of one blank that no other blank stands beside: its groups begin with it."""
 _DIGITS = re.compile(rb"[0-9]{2,}")
 
 Encode = Callable[[bytes], list[int]]
@@ -38,12 +47,14 @@ class TextCuts:
     def __init__(self, kind: int, encode: Encode, texts: Callable[[], Iterator[bytes]]) -> None:
         self._kind, self._encode, self._texts = kind, encode, texts
         self._groups_digits: bool | None = None
+        self._groups_blanks: dict[bytes, bool] = {}
         self._merges: dict[str, bool] = {}
 
     def encode(self, data: bytes) -> list[int]:
         """Return the tokens of `data`, UTF-8, as `encode` would."""
         if self._kind == BYTE_PAIRS:
-            return self._joined(self._cut(data, self._number_cuts(data)))
+            cuts = sorted([*self._number_cuts(data), *self._blank_cuts(data)])
+            return self._joined(self._cut(data, cuts))
         if self._kind == SENTENCE_PIECE and len(data) >= LONG_TEXT:
             return self._encode_sentence_pieces(data)
         return self._encode(data)
@@ -92,6 +103,32 @@ class TextCuts:
             for cut in _group_cuts(*number.span(), DIGITS_PER_GROUP)
         ]
         return self._joined(self._cut(numbers, cuts)) == self._encode(numbers)
+
+    def _blank_cuts(self, data: bytes) -> list[int]:
+        """Return cuts in long runs of a blank, at whole groups from their begin; a group stays before what follows."""
+        return [
+            cut
+            for run in _BLANKS.finditer(data)
+            if self._has_groups_of(data[run.start() : run.start() + 1])
+            for cut in range(run.start() + BLANK_PIECE, run.end() - BLANKS_PER_GROUP, BLANK_PIECE)
+        ]
+
+    def _has_groups_of(self, blank: bytes) -> bool:
+        """Whether runs of a blank have the tokens of their groups, whatever stands beside them."""
+        if blank not in self._groups_blanks:
+            lengths = random.Random(0)
+            self._groups_blanks[blank] = all(
+                self._keeps_blanks_apart(before, blank * lengths.randrange(1024, 4096), behind)
+                for before in (b"", b"a", b"1", b".", b"\n")
+                for behind in (b"", b"a", b"1", b".")
+            )
+        return self._groups_blanks[blank]
+
+    def _keeps_blanks_apart(self, before: bytes, blanks: bytes, behind: bytes) -> bool:
+        text, start = before + blanks + behind, len(before)
+        end = start + len(blanks)
+        cuts = list(range(start + BLANKS_PER_GROUP, end - BLANKS_PER_GROUP, BLANKS_PER_GROUP))
+        return self._joined(self._cut(text, cuts)) == self._encode(text)
 
     def _encode_sentence_pieces(self, data: bytes) -> list[int]:
         """Tokenise a long text cut before characters that nothing merges with."""

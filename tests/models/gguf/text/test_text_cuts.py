@@ -56,6 +56,50 @@ def test_a_pre_tokenizer_that_groups_digits_is_found_by_its_tokens(
         assert (max(calls) < 2000) is groups
 
 
+BLANK_MERGES = ("Ġ Ġ", "ĠĠ Ġ", "ĠĠ ĠĠ", "ĠĠĠĠ ĠĠ", "Ġ t", "ĉ ĉ")
+
+
+@pytest.mark.parametrize(
+    ("pre", "blank"),
+    [("jais-2", " "), ("jais-2", "\t"), ("gpt-2", " "), ("llama-bpe", "\t"), ("superbpe", " ")],
+)
+def test_blanks_have_the_tokens_of_the_whole_text(tmp_path: Path, pre: str, blank: str) -> None:
+    path = write_vocabulary(tmp_path / "a.gguf", pre=pre, merges=BLANK_MERGES)
+    with opened(path) as tokenizer:
+        for length in (8192, 9001):
+            for begin in ("", "tide", "½", " \n", "\t"):
+                for end in ("", "tide", "½", " \n", "7"):
+                    text = begin + blank * length + end
+                    assert tokenizer.encode(text, add_special=False, parse_special=False) == _whole(
+                        tokenizer, text
+                    ), (length, begin, end)
+
+
+def test_long_runs_of_blanks_are_tokenised_in_pieces(tmp_path: Path) -> None:
+    path = write_vocabulary(tmp_path / "a.gguf", pre="jais-2", merges=BLANK_MERGES)
+    with opened(path) as tokenizer:
+        calls: list[int] = []
+
+        def counted(data: bytes) -> list[int]:
+            calls.append(len(data))
+            return tokenizer._call(data, add_special=False, parse_special=False)
+
+        TextCuts(2, counted, tokenizer._texts).encode(b"tide\n" + b" " * 100_000 + b"tide")
+    assert max(calls) < 9000
+
+
+def test_a_token_that_reaches_over_groups_of_blanks_keeps_them_together(tmp_path: Path) -> None:
+    doubled = ["Ġ" * (1 << i) for i in range(11)]
+    merges = [f"{half} {half}" for half in doubled]  # up to 2,048 blanks in a token
+    path = write_vocabulary(tmp_path / "a.gguf", pre="llama-bpe", merges=merges)
+    with opened(path) as tokenizer:
+        text = " " * 10_000
+        assert tokenizer.encode(text, add_special=False, parse_special=False) == _whole(
+            tokenizer, text
+        )
+        assert tokenizer._cuts._groups_blanks == {b" ": False}
+
+
 PIECES = ("\n", "😀", "Ж", "tide", "é", "中", " ", "  ", "A", "AA", "▁", "\u0301", "<0x0A>", "<s>")
 
 
