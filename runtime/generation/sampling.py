@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 WIDE_MARGIN = 12.0
 """Logits further than this below the largest are rarely among the top k; they are sorted only if needed."""
+MANY_TIMES = 8
+"""Of so many times the tokens that are needed, the most probable ones, enough are mostly legal."""
 FEW_SHARE = 8
 """Partial sorting is used for up to 1/8 of the vocabulary; for more, everything is sorted."""
 
@@ -67,6 +69,12 @@ class Sampler:
             best = int(logits.argmax())
             if answer.allows(best):
                 return best
+        num_needed = 1 if is_greedy else self._params.top_k
+        if num_needed:
+            likely = _largest(logits, MANY_TIMES * num_needed)
+            likely = likely[answer.legal_among(likely)][:num_needed]
+            if len(likely) == num_needed:
+                return int(likely[0] if is_greedy else likely[self._draw(logits[likely])])
         legal = answer.legal_ids()
         legal = legal[legal < len(logits)]
         if is_greedy or len(legal) == 1:

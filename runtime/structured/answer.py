@@ -15,12 +15,17 @@ from lowtide.runtime.errors import ConstraintFailed
 from lowtide.runtime.structured.constraint import Constraint
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from lowtide.models.model import Logits
     from lowtide.runtime.structured.constraint import TokenIds
 
 MAX_CLOSING = 2048
 """Most tokens that close an answer which may have any length."""
-PROBED_TOKENS = 16
+SPARE_TOKENS = 16
+"""Where more tokens are left than the way to the end has, an attempt ends by itself."""
+PROBED_TOKENS = 64
 """The way to the end is looked for after so many tokens while many are left."""
 NEAR_TOKENS = 256
 """It is known after every token where at most so many, and twice its own, are left."""
@@ -124,7 +129,7 @@ class ConstrainedAnswer:
     def closing_reason(self) -> str:
         """Why the constraint ends the answer: no tokens are left, or no other way on is known."""
         num_free = (self._num_left or 0) - len(self._closing or ())
-        return "stop" if self.is_verified_last and num_free > PROBED_TOKENS else "length"
+        return "stop" if self.is_verified_last and num_free > SPARE_TOKENS else "length"
 
     def allows(self, token_id: int) -> bool:
         """Whether the token may come next; an end token may where the answer may end."""
@@ -149,6 +154,18 @@ class ConstrainedAnswer:
                 f"no token of the model can follow the answer after {self._num_tokens} tokens: change the "
                 "schema or grammar"
             )
+        return found
+
+    def legal_among(self, token_ids: TokenIds) -> NDArray[np.bool_]:
+        """Return which of the tokens may come next, end tokens among them, bool of the same shape."""
+        import numpy as np
+
+        self._num_masks += 1
+        found = self._constraint.legal_among(token_ids)
+        found[np.isin(token_ids, self._end_ids)] = self._constraint.is_accepting
+        if self._refused:
+            found &= ~np.isin(token_ids, [*self._refused])
+            found &= len(self._refused) < MAX_REFUSED
         return found
 
     def forced(self) -> Sequence[int]:

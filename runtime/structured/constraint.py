@@ -32,6 +32,13 @@ class Constraint(ABC):
     def legal_ids(self) -> TokenIds:
         """Return all tokens that may come next, ascending, int32 of shape (count,): the mask."""
 
+    def legal_among(self, token_ids: TokenIds) -> NDArray[np.bool_]:
+        """Return which of the tokens may come next, bool of the same shape."""
+        import numpy as np
+
+        found: NDArray[np.bool_] = np.isin(token_ids, self.legal_ids())
+        return found
+
     @abstractmethod
     def advance(self, token_id: int) -> None:
         """Append a token that `allows` returned True for."""
