@@ -20,8 +20,12 @@ HALVES = {
     **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0"), (0,)),
     **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
     "Q6_K": (208,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    **dict.fromkeys(("IQ4_NL", "IQ4_XS"), (0,)),
+    "MXFP4": (),
 }
-"""The offsets of a block's halves; its other bytes may be anything."""
+"""The offsets of a block's halves; its other bytes may be anything, but for MXFP4's exponents."""
 
 
 def random_blocks(type_name: str, num_rows: int, num_columns: int) -> Any:
@@ -35,6 +39,8 @@ def random_blocks(type_name: str, num_rows: int, num_columns: int) -> Any:
     for offset in HALVES[type_name]:
         halves = random.uniform(-0.1, 0.1, blocks.shape[:2]).astype(np.float16)
         blocks[:, :, offset : offset + 2] = halves[..., None].view(np.uint8)
+    if type_name == "MXFP4":
+        blocks[:, :, 0] = random.integers(110, 130, blocks.shape[:2])
     return blocks.reshape(num_rows, -1)
 
 
@@ -68,7 +74,7 @@ def test_results_equal_double_precision(
     assert not found[7].any()
 
 
-@pytest.mark.parametrize("type_name", ["Q4_1", "Q8_0", "Q6_K", "F16", "BF16"])
+@pytest.mark.parametrize("type_name", ["Q4_1", "Q8_0", "Q6_K", "Q3_K", "IQ4_XS", "F16", "BF16"])
 @pytest.mark.parametrize("kernels", SETS)
 def test_a_row_is_the_same_alone_and_in_a_batch(kernels: str, type_name: str) -> None:
     packed = repack_array(type_name, random_blocks(type_name, 112, 512), 512)
@@ -132,6 +138,21 @@ def test_unpacked_rows_equal_ggmls(type_name: str) -> None:
     found = np.stack([unpack_row(packed, row) for row in range(32)])
     expected = dequantised(type_name, blocks)
     assert np.abs(found - expected).max() <= 2e-6 * np.abs(expected).max()
+
+
+def test_every_exponent_of_mxfp4_is_read_as_ggml_does() -> None:
+    """The smallest are subnormal numbers; with larger ones, sums are not finite."""
+    blocks = np.full((16, 16 * 17), 0x31, np.uint8).reshape(16, 16, 17)
+    blocks[:, :, 0] = np.arange(256).reshape(16, 16).clip(max=240)
+    blocks = blocks.reshape(16, -1)
+    packed = repack_array("MXFP4", blocks, 512)
+    found = np.stack([unpack_row(packed, row) for row in range(16)])
+    assert np.array_equal(found, dequantised("MXFP4", blocks))
+    rows = np.eye(512, dtype=np.float32)[::37]
+    for kernels in SETS:
+        products = multiply(packed, rows, kernels=kernels)
+        largest = np.repeat(np.abs(found).reshape(16, 16, 32).max(-1), 32, axis=1)[:, ::37].T
+        assert (np.abs(products - found[:, ::37].T) <= 2e-4 * largest).all()
 
 
 def test_matrices_that_cannot_be_repacked() -> None:

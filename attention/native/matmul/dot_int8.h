@@ -21,6 +21,20 @@ typedef uint16_t Shorts __attribute__((vector_size(4 * W), aligned(4), may_alias
 
 inline Bytes load_bytes(const uint8_t* from) { return *reinterpret_cast<const Bytes*>(from); }
 
+// Every byte, below 16, becomes the entry of the table in its place.
+inline Bytes look_up(const uint8_t (&table)[16], Bytes places) {
+#if VECTOR_FLOATS == 16
+    return Bytes(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table))), __m512i(places)));
+#elif VECTOR_FLOATS == 8
+    return Bytes(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table))), __m256i(places)));
+#elif defined(__aarch64__)
+    return Bytes(vqtbl1q_u8(vld1q_u8(table), uint8x16_t(places)));
+#else
+    for (size_t i = 0; i < sizeof places; ++i) places[i] = table[places[i]];
+    return places;
+#endif
+}
+
 // Shifts every byte by Up bits, to the right if Up is negative. `mask` clears the bits that cross into the next byte.
 template <int Up> inline Bytes shift_bytes(Bytes bytes, uint8_t mask) {
     const Shorts shorts = Shorts(bytes), result = Up >= 0 ? shorts << (Up >= 0 ? Up : 0) : shorts >> (Up < 0 ? -Up : 0);

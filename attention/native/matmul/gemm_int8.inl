@@ -15,15 +15,20 @@ template <Format F, int Group> inline void decode_group(const uint8_t* values, c
     constexpr FormatShape shape = shape_of(F);
     if constexpr (shape.value_bits == 8)
         groups[Group] = load_bytes(values + 64 * Group);
-    else
+    else if constexpr (shape.value_bits == 4)
         groups[Group] = shift_bytes<Group % 2 ? -4 : 0>(load_bytes(values + 64 * (Group / 2)), 15);
-    if constexpr (shape.high_bits == 1) groups[Group] |= shift_bytes<4 - Group>(load_bytes(high), 16);
+    else
+        groups[Group] = shift_bytes<-2 * (Group % 4)>(load_bytes(values + 64 * (Group / 4)), 3);
+    constexpr int low_bits = shape.value_bits;
+    if constexpr (shape.high_bits == 1) groups[Group] |= shift_bytes<low_bits - Group>(load_bytes(high), uint8_t(1 << low_bits));
     if constexpr (shape.high_bits == 2) groups[Group] |= shift_bytes<4 - 2 * (Group % 4)>(load_bytes(high + 64 * (Group / 4)), 48);
+    if constexpr (shape.table == Table::iq4) groups[Group] = look_up(kIq4Values, groups[Group]);
+    if constexpr (shape.table == Table::mxfp4) groups[Group] = look_up(kMxfp4Values, groups[Group]);
     if constexpr (Group + 1 < kGroups) decode_group<F, Group + 1>(values, high, groups);
 }
 
 // The factors of each part of a block's values, and what is added.
-template <int Parts> struct Scales {
+template <int Parts> struct BlockScales {
     Floats factors[Parts], added[Parts];
 };
 
@@ -35,23 +40,47 @@ template <bool Minimum> inline Floats six_bit_scale(const uint8_t* bytes, int bl
     return to_floats(low | index(Minimum ? block : block - 4) >> 6 << 4);
 }
 
+// The small scale of a block's part, for W rows, in the layouts of Q6_K, Q3_K, Q2_K and IQ4_XS.
+template <Scales S> inline Ints small_scale(const uint8_t* bytes, int block, int half) {
+    const auto index = [bytes](int i) { return load_u8(bytes + kTileRows * i); };
+    const int part = 2 * block + half;
+    if constexpr (S == Scales::bytes) return load_i8(bytes + kTileRows * part);
+    if constexpr (S == Scales::four_bits) return index(part) & 15;
+    if constexpr (S == Scales::six_bits_halves)
+        return ((index(part % 8) >> 4 * (part / 8) & 15) | (index(8 + part % 4) >> 2 * (part / 4) & 3) << 4) - 32;
+    return ((index(2 + block / 2) >> 4 * (block % 2) & 15) | (index(block / 4) >> 2 * (block % 4) & 3) << 4) - 32;
+}
+
+// Half of two to the power of MXFP4's exponents, for W rows.
+inline Floats exponent_scale(const uint8_t* from) {
+    const Ints exponents = load_u8(from), subnormal = (exponents + 1) << 21;
+    return Floats(exponents < 2 ? subnormal : (exponents - 1) << 23);
+}
+
 // `offset` is the stored value of zero.
 template <Format F> inline auto scales_of(const uint8_t* tile, const TileLayout& at, int block, int strip, int offset) {
     constexpr FormatShape shape = shape_of(F);
-    const int lane = W * strip, super = block / kSuperBlocks, index = kTileRows * (shape.is_super ? super : block) + lane;
-    const Floats fp16_scales = load_fp16(tile + at.fp16_scales + 2 * index);
-    Scales<shape.scales_a_block> scales{};
-    if constexpr (shape.has_six_bits()) {
-        const uint8_t* bytes = tile + at.scales + kTileRows * kSixBitBytes * super + lane;
-        scales.factors[0] = fp16_scales * six_bit_scale<false>(bytes, block % kSuperBlocks);
+    const int lane = W * strip, super = block / kSuperBlocks, index = kTileRows * (shape.is_super() ? super : block) + lane;
+    const uint8_t* bytes = tile + at.scales + kTileRows * small_scale_bytes(shape.scales) * super + lane;
+    Floats large;
+    if constexpr (shape.scales == Scales::exponents)
+        large = exponent_scale(tile + at.fp16_scales + index);
+    else
+        large = load_fp16(tile + at.fp16_scales + 2 * index);
+    BlockScales<shape.scales_a_block()> scales{};
+    if constexpr (shape.scales == Scales::six_bits) {
+        scales.factors[0] = large * six_bit_scale<false>(bytes, block % kSuperBlocks);
         scales.added[0] = load_fp16(tile + at.minima + 2 * index) * -six_bit_scale<true>(bytes, block % kSuperBlocks);
-    } else if constexpr (shape.has_minima) {
-        scales.factors[0] = fp16_scales, scales.added[0] = load_fp16(tile + at.minima + 2 * index);
+    } else if constexpr (shape.has_minima && !shape.is_super()) {
+        scales.factors[0] = large, scales.added[0] = load_fp16(tile + at.minima + 2 * index);
     } else {
-        const uint8_t* bytes = tile + at.scales + kTileRows * shape.scales_a_block * block + lane;
-        for (int half = 0; half < shape.scales_a_block; ++half) {
-            scales.factors[half] = shape.is_super ? fp16_scales * to_floats(load_i8(bytes + kTileRows * half)) : fp16_scales;
+        for (int half = 0; half < shape.scales_a_block(); ++half) {
+            scales.factors[half] = large;
+            if constexpr (shape.is_super()) scales.factors[half] = large * to_floats(small_scale<shape.scales>(bytes, block % kSuperBlocks, half));
             scales.added[half] = scales.factors[half] * float(-offset);
+            if constexpr (shape.scales == Scales::four_bits)
+                scales.added[half] = load_fp16(tile + at.minima + 2 * index) *
+                                     to_floats(-(load_u8(bytes + kTileRows * (2 * (block % kSuperBlocks) + half)) >> 4));
         }
     }
     return scales;
@@ -90,9 +119,9 @@ template <Format F, int Rows>
 inline void multiply_strip(const uint8_t* tile, const TileLayout& at, int strip, const QuantisedRows& rows, int first,
                            Floats (&sums)[Rows]) {
     constexpr FormatShape shape = shape_of(F);
-    constexpr bool kWide = shape.value_bits == 8;
+    constexpr bool kWide = shape.value_bits == 8 || shape.table == Table::iq4 || shape.table == Table::mxfp4;
     constexpr int kOffset = kWide ? kWideOffset : shape.offset;
-    constexpr int kParts = shape.scales_a_block, kPartGroups = kGroups / kParts, kPartSize = kBlockSize / kParts;
+    constexpr int kParts = shape.scales_a_block(), kPartGroups = kGroups / kParts, kPartSize = kBlockSize / kParts;
     constexpr int kDotRows = Rows < kMaxDotRows ? Rows : kMaxDotRows;
     const int num_blocks = rows.num_blocks();
     const size_t row_bytes = rows.row_bytes(), scale_stride = rows.scale_stride();
@@ -102,7 +131,7 @@ inline void multiply_strip(const uint8_t* tile, const TileLayout& at, int strip,
         Bytes groups[kGroups];
         decode_group<F, 0>(tile + size_t(block) * shape.value_bits * 4 * kTileRows + 4 * W * strip,
                            tile + at.high + size_t(block) * shape.high_bits * 4 * kTileRows + 4 * W * strip, groups);
-        const Scales<kParts> scales = scales_of<F>(tile, at, block, strip, kOffset);
+        const BlockScales<kParts> scales = scales_of<F>(tile, at, block, strip, kOffset);
 #pragma GCC unroll 16
         for (int i = 0; i < Rows; i += kDotRows) {
             const int8_t* row = rows.q + (first + i) * row_bytes + block * kBlockSize;
@@ -160,6 +189,11 @@ void multiply(const RepackedMatrix& matrix, const QuantisedRows& rows, int begin
         case Format::q5_0: return multiply_tiles<Format::q5_0>(matrix, rows, begin, end, out, out_stride);
         case Format::q5_1: return multiply_tiles<Format::q5_1>(matrix, rows, begin, end, out, out_stride);
         case Format::q8_0: return multiply_tiles<Format::q8_0>(matrix, rows, begin, end, out, out_stride);
+        case Format::q2_k: return multiply_tiles<Format::q2_k>(matrix, rows, begin, end, out, out_stride);
+        case Format::q3_k: return multiply_tiles<Format::q3_k>(matrix, rows, begin, end, out, out_stride);
+        case Format::iq4_nl: return multiply_tiles<Format::iq4_nl>(matrix, rows, begin, end, out, out_stride);
+        case Format::iq4_xs: return multiply_tiles<Format::iq4_xs>(matrix, rows, begin, end, out, out_stride);
+        case Format::mxfp4: return multiply_tiles<Format::mxfp4>(matrix, rows, begin, end, out, out_stride);
         case Format::q4_k: return multiply_tiles<Format::q4_k>(matrix, rows, begin, end, out, out_stride);
         case Format::q5_k: return multiply_tiles<Format::q5_k>(matrix, rows, begin, end, out, out_stride);
         case Format::q6_k: return multiply_tiles<Format::q6_k>(matrix, rows, begin, end, out, out_stride);

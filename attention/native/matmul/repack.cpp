@@ -24,9 +24,14 @@ constexpr GgmlBlock ggml_block(Format format) {
         case Format::q5_0: return {32, 22};
         case Format::q5_1: return {32, 24};
         case Format::q8_0: return {32, 34};
+        case Format::q2_k: return {256, 84};
+        case Format::q3_k: return {256, 110};
         case Format::q4_k: return {256, 144};
         case Format::q5_k: return {256, 176};
         case Format::q6_k: return {256, 210};
+        case Format::iq4_nl: return {32, 18};
+        case Format::iq4_xs: return {256, 136};
+        case Format::mxfp4: return {32, 17};
     }
     return {};
 }
@@ -34,8 +39,8 @@ constexpr GgmlBlock ggml_block(Format format) {
 // One row's block or super-block: values with their offset, and scales.
 struct Values {
     uint8_t values[kSuperSize];
-    uint16_t scale = 0, minimum = 0;   // fp16
-    uint8_t scales[2 * kSuperBlocks];  // of the K formats, in ggml's layout
+    uint16_t scale = 0, minimum = 0;   // fp16; of MXFP4: the exponent
+    uint8_t scales[2 * kSuperBlocks];  // of the formats of super-blocks, in ggml's layout
 };
 
 uint16_t read_fp16(const uint8_t* from) {
@@ -54,7 +59,7 @@ void add_fifth_bits(const uint8_t* from, uint8_t* values) {
 
 void read_k(const uint8_t* from, const uint8_t* high, const uint8_t* low, Values& to) {
     to.scale = read_fp16(from), to.minimum = read_fp16(from + 2);
-    std::memcpy(to.scales, from + 4, kSixBitBytes);
+    std::memcpy(to.scales, from + 4, small_scale_bytes(Scales::six_bits));
     for (int block = 0; block < kSuperBlocks; ++block)
         for (int i = 0; i < kBlockSize; ++i) {
             const uint8_t pair = low[block / 2 * kBlockSize + i];
@@ -75,6 +80,30 @@ void read_q6_k(const uint8_t* from, Values& to) {
     to.scale = read_fp16(from + 208);
 }
 
+// The lower two bits of 256 values: 32 bytes for every 128 of them.
+void read_two_bits(const uint8_t* from, uint8_t* values) {
+    for (int i = 0; i < kSuperSize; ++i) values[i] = from[32 * (i / 128) + i % 32] >> 2 * (i % 128 / 32) & 3;
+}
+
+void read_q2_k(const uint8_t* from, Values& to) {
+    std::memcpy(to.scales, from, 16);
+    read_two_bits(from + 16, to.values);
+    to.scale = read_fp16(from + 80), to.minimum = read_fp16(from + 82);
+}
+
+void read_q3_k(const uint8_t* from, Values& to) {
+    read_two_bits(from + 32, to.values);
+    for (int i = 0; i < kSuperSize; ++i) to.values[i] |= uint8_t((from[i % 32] >> i / 32 & 1) << 2);
+    std::memcpy(to.scales, from + 96, 12);
+    to.scale = read_fp16(from + 108);
+}
+
+void read_iq4_xs(const uint8_t* from, Values& to) {
+    to.scale = read_fp16(from);
+    std::memcpy(to.scales, from + 2, 6);
+    for (int block = 0; block < kSuperBlocks; ++block) read_nibbles(from + 8 + 16 * block, to.values + kBlockSize * block);
+}
+
 void read_block(Format format, const uint8_t* from, Values& to) {
     switch (format) {
         case Format::f16: case Format::bf16: break;  // not quantised: `repack_floats`
@@ -91,6 +120,11 @@ void read_block(Format format, const uint8_t* from, Values& to) {
             to.scale = read_fp16(from);
             for (int i = 0; i < 32; ++i) to.values[i] = from[2 + i] ^ 0x80;
             break;
+        case Format::q2_k: read_q2_k(from, to); break;
+        case Format::q3_k: read_q3_k(from, to); break;
+        case Format::iq4_nl: to.scale = read_fp16(from), read_nibbles(from + 2, to.values); break;
+        case Format::iq4_xs: read_iq4_xs(from, to); break;
+        case Format::mxfp4: to.scale = from[0], read_nibbles(from + 1, to.values); break;
         case Format::q4_k: read_k(from, nullptr, from + 16, to); break;
         case Format::q5_k: read_k(from, from + 16, from + 48, to); break;
         case Format::q6_k: read_q6_k(from, to); break;
@@ -108,9 +142,11 @@ public:
             const int group = k / 4, byte = 4 * row + k % 4;
             if (shape_.value_bits == 8)
                 tile_[512 * size_t(block) + 64 * group + byte] = values[k];
-            else
+            else if (shape_.value_bits == 4)
                 tile_[256 * size_t(block) + 64 * (group / 2) + byte] |= uint8_t((values[k] & 15) << 4 * (group % 2));
-            const int above = values[k] >> 4;
+            else
+                tile_[128 * size_t(block) + 64 * (group / 4) + byte] |= uint8_t((values[k] & 3) << 2 * (group % 4));
+            const int above = values[k] >> shape_.value_bits;
             uint8_t* high = tile_ + at_.high + size_t(64) * shape_.high_bits * block + byte;
             if (shape_.high_bits == 1) high[0] |= uint8_t(above << group);
             if (shape_.high_bits == 2) high[64 * (group / 4)] |= uint8_t(above << 2 * (group % 4));
@@ -118,10 +154,13 @@ public:
     }
 
     void put_scales(int row, int first_block, const Values& from) {
-        const int index = shape_.is_super ? first_block / kSuperBlocks : first_block;
-        put_half(at_.fp16_scales, index, row, from.scale);
+        const int index = shape_.is_super() ? first_block / kSuperBlocks : first_block;
+        if (shape_.scales == Scales::exponents)
+            tile_[at_.fp16_scales + kTileRows * size_t(index) + row] = uint8_t(from.scale);
+        else
+            put_half(at_.fp16_scales, index, row, from.scale);
         if (shape_.has_minima) put_half(at_.minima, index, row, from.minimum);
-        const int num_scales = !shape_.is_super ? 0 : shape_.has_minima ? kSixBitBytes : kSuperBlocks * shape_.scales_a_block;
+        const int num_scales = small_scale_bytes(shape_.scales);
         for (int i = 0; i < num_scales; ++i) tile_[at_.scales + kTileRows * size_t(index * num_scales + i) + row] = from.scales[i];
     }
 
@@ -187,11 +226,11 @@ public:
           tile_(matrix.tiles + at_.num_bytes * (row / kTileRows)), row_(row % kTileRows) {}
 
     void dequantise_block(int block, float* out) const {
-        const int index = shape_.is_super ? block / kSuperBlocks : block;
-        const float scale = read_fp16(at_.fp16_scales, index), minimum = shape_.has_minima ? read_fp16(at_.minima, index) : 0.0f;
+        const int index = shape_.is_super() ? block / kSuperBlocks : block;
+        const float scale = large_scale(index), minimum = shape_.has_minima ? read_fp16(at_.minima, index) : 0.0f;
         for (int half = 0; half < 2; ++half) {
-            const float by = shape_.is_super ? scale * float(small_scale(block, half)) : scale;
-            const float less = shape_.has_six_bits() ? minimum * float(six_bit_scale(block, true)) : -minimum;
+            const float by = shape_.is_super() ? scale * float(small_scale(block, half)) : scale;
+            const float less = shape_.is_super() ? minimum * float(small_minimum(block, half)) : -minimum;
             for (int k = half * kBlockSize / 2; k < (half + 1) * kBlockSize / 2; ++k)
                 out[k] = by * float(value(block, k) - shape_.offset) - less;
         }
@@ -201,25 +240,56 @@ private:
     int value(int block, int k) const {
         const int group = k / 4, byte = 4 * row_ + k % 4;
         if (shape_.value_bits == 8) return tile_[512 * size_t(block) + 64 * group + byte];
-        const int low = tile_[256 * size_t(block) + 64 * (group / 2) + byte] >> 4 * (group % 2) & 15;
+        const int low = shape_.value_bits == 4 ? tile_[256 * size_t(block) + 64 * (group / 2) + byte] >> 4 * (group % 2) & 15
+                                               : tile_[128 * size_t(block) + 64 * (group / 4) + byte] >> 2 * (group % 4) & 3;
+        if (shape_.table == Table::iq4) return kIq4Values[low];
+        if (shape_.table == Table::mxfp4) return kMxfp4Values[low];
         const uint8_t* high = tile_ + at_.high + size_t(64) * shape_.high_bits * block + byte;
-        if (shape_.high_bits == 1) return low | (high[0] >> group & 1) << 4;
+        if (shape_.high_bits == 1) return low | (high[0] >> group & 1) << shape_.value_bits;
         if (shape_.high_bits == 2) return low | (high[64 * (group / 4)] >> 2 * (group % 4) & 3) << 4;
         return low;
     }
 
+    // Byte `i` of the small scales of a block's super-block.
+    int scale_byte(int block, int i) const {
+        return tile_[at_.scales + size_t(kTileRows) * (small_scale_bytes(shape_.scales) * (block / kSuperBlocks) + i) + row_];
+    }
+
     int small_scale(int block, int half) const {
-        if (shape_.has_six_bits()) return six_bit_scale(block, false);
-        return int8_t(tile_[at_.scales + kTileRows * (size_t(2) * block + half) + row_]);
+        const int b = block % kSuperBlocks, part = 2 * b + half;
+        switch (shape_.scales) {
+            case Scales::six_bits: return six_bit_scale(block, false);
+            case Scales::bytes: return int8_t(scale_byte(block, part));
+            case Scales::four_bits: return scale_byte(block, part) & 15;
+            case Scales::six_bits_halves:
+                return ((scale_byte(block, part % 8) >> 4 * (part / 8) & 15) | (scale_byte(block, 8 + part % 4) >> 2 * (part / 4) & 3) << 4) - 32;
+            case Scales::six_bits_offset:
+                return ((scale_byte(block, 2 + b / 2) >> 4 * (b % 2) & 15) | (scale_byte(block, b / 4) >> 2 * (b % 4) & 3) << 4) - 32;
+            case Scales::halves: case Scales::exponents: break;
+        }
+        return 1;
+    }
+
+    int small_minimum(int block, int half) const {
+        if (shape_.scales == Scales::six_bits) return six_bit_scale(block, true);
+        return shape_.scales == Scales::four_bits ? scale_byte(block, 2 * (block % kSuperBlocks) + half) >> 4 : 0;
     }
 
     // ggml's layout (get_scale_min_k4).
     int six_bit_scale(int block, bool is_minimum) const {
-        const uint8_t* bytes = tile_ + at_.scales + size_t(kTileRows) * kSixBitBytes * (block / kSuperBlocks) + row_;
         const int j = block % kSuperBlocks;
-        const auto index = [bytes](int i) { return int(bytes[kTileRows * i]); };
+        const auto index = [&](int i) { return scale_byte(block, i); };
         if (j < 4) return index(is_minimum ? j + 4 : j) & 63;
         return (is_minimum ? index(j + 4) >> 4 : index(j + 4) & 15) | index(is_minimum ? j : j - 4) >> 6 << 4;
+    }
+
+    float large_scale(int index) const {
+        if (shape_.scales != Scales::exponents) return read_fp16(at_.fp16_scales, index);
+        const uint32_t exponent = tile_[at_.fp16_scales + kTileRows * size_t(index) + row_];
+        const uint32_t bits = exponent < 2 ? (exponent + 1) << 21 : (exponent - 1) << 23;  // half of two to its power
+        float scale;
+        std::memcpy(&scale, &bits, sizeof scale);
+        return scale;
     }
 
     float read_fp16(size_t plane, int index) const {

@@ -18,9 +18,11 @@ from lowtide.models.files.fingerprint import samples_digest
 from lowtide.models.gguf.header.reader import GgufContents, TensorInfo
 from lowtide.models.spec import TILE_ALIGNMENT
 
-LAYOUT = 2
+LAYOUT = 3
 """The version of the layout and of the choice of matrices; a copy with another version is made again."""
-REPACKABLE_TYPES = frozenset("F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K Q5_K Q6_K".split())
+REPACKABLE_TYPES = frozenset(
+    "F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4".split()
+)
 """The types that have a tiled layout."""
 
 LAYOUT_KEY = "lowtide.packed.layout"

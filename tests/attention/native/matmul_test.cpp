@@ -17,11 +17,11 @@
 
 namespace {
 
-constexpr Format kFormats[] = {Format::f16,  Format::bf16, Format::q4_0, Format::q4_1, Format::q5_0,
-                               Format::q5_1, Format::q8_0, Format::q4_k, Format::q5_k, Format::q6_k};
+constexpr Format kFormats[] = {Format::f16,  Format::bf16, Format::q4_0, Format::q4_1, Format::q5_0,   Format::q5_1,   Format::q8_0, Format::q2_k,
+                               Format::q3_k, Format::q4_k, Format::q5_k, Format::q6_k, Format::iq4_nl, Format::iq4_xs, Format::mxfp4};
 const char* const kSets[] = {"avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dot", "neon", "portable"};
 
-bool is_super(Format format) { return shape_of(format).is_super; }
+bool is_super(Format format) { return shape_of(format).is_super(); }
 
 // Random bits, with small numbers as fp16 scales; F16 and BF16 weights are small numbers.
 std::vector<uint8_t> random_blocks(Format format, int num_rows, int num_columns) {
@@ -29,12 +29,15 @@ std::vector<uint8_t> random_blocks(Format format, int num_rows, int num_columns)
     for (uint8_t& byte : blocks) byte = uint8_t(pick(0, 255));
     const int block_size = shape_of(format).is_float() ? 1 : is_super(format) ? 256 : 32;
     const size_t block_bytes = blocks.size() / num_rows / (num_columns / block_size);
-    const bool is_last = format == Format::q6_k, two = shape_of(format).has_minima;
-    for (size_t at = 0; at < blocks.size(); at += block_bytes)
-        for (int i = 0; i < (two ? 2 : 1); ++i) {
+    const int num_halves = format == Format::mxfp4 ? 0 : shape_of(format).has_minima ? 2 : 1;
+    const bool are_last = format == Format::q6_k || format == Format::q2_k || format == Format::q3_k;
+    for (size_t at = 0; at < blocks.size(); at += block_bytes) {
+        if (format == Format::mxfp4) blocks[at] = uint8_t(pick(110, 130));
+        for (int i = 0; i < num_halves; ++i) {
             const auto half = uint16_t(0x2000 | pick(0, 0x3ff) | (pick(0, 1) << 15));  // about 0.01
-            std::memcpy(&blocks[at + (is_last ? block_bytes - 2 : 2 * i)], &half, sizeof half);
+            std::memcpy(&blocks[at + (are_last ? block_bytes - 2 * num_halves : 0) + 2 * i], &half, sizeof half);
         }
+    }
     return blocks;
 }
 
