@@ -71,6 +71,8 @@ _SPELLED = {
     "attention": ("attentions",),
     "speculate": ("speculations",),
     "model": ("model_option",),
+    "api_key": ("api_keys",),
+    "cors_origin": ("cors_origins",),
 }
 """The names of options that some commands store under another name."""
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SEQUENCES = 4
 """Answers that are computed together where nothing is stated."""
+MIN_BODY_BYTES = 256 << 10
 
 
 @click.command("serve", short_help="Answer requests over HTTP (OpenAI's API).")
@@ -84,10 +85,8 @@ SEQUENCES = 4
 @click.option(
     "--max-body",
     "max_body",
-    default="4MiB",
-    show_default=True,
     metavar="SIZE",
-    help="Largest body of a request.",
+    help="Largest body of a request.  [default: 256KiB and 8 bytes for each token of the context]",
 )
 @generation_options
 def command(
@@ -98,7 +97,7 @@ def command(
     cors_origins: tuple[str, ...],
     sequences: int | None,
     max_waiting: int,
-    max_body: str,
+    max_body: str | None,
     **options: Any,
 ) -> None:
     """Answer requests over HTTP, inside the memory budget: OpenAI's API at /v1.
@@ -110,21 +109,28 @@ def command(
     from lowtide.cli.server.settings import ServerSettings, keys_of
     from lowtide.memory.units import parse_size
 
+    app, run, services = _server_modules()
+    name = options["model"] or options["model_option"]
+    defaults = take_generation_options(options)
+    spec = take_spec(options)
+    most_tokens = min(options["context"] or spec.context_length, spec.context_length)
     settings = ServerSettings(
         host=host,
         port=port,
         api_keys=keys_of(api_keys),
         allowed_hosts=tuple(name.lower() for name in allowed_hosts),
         cors_origins=cors_origins,
-        max_body_bytes=parse_size(max_body),
+        max_body_bytes=parse_size(max_body) if max_body else MIN_BODY_BYTES + 8 * most_tokens,
     )
-    app, run, services = _server_modules()
     # Requests may ask for JSON at any time: its memory is in the plan where its library is installed.
     options["structured"] = importlib.util.find_spec("llguidance") is not None
-    name = options["model"] or options["model_option"]
-    defaults = take_generation_options(options)
-    spec = take_spec(options)
-    config = replace(take_open_options(options), max_waiting=max_waiting)
+    # All answers together have one context of tokens at most, and a little for each of the others.
+    num_tokens = most_tokens + 1024 * ((sequences or SEQUENCES) - 1)
+    config = replace(
+        take_open_options(options),
+        max_waiting=max_waiting,
+        server_bytes=settings.memory_bytes(num_tokens),
+    )
     listening = run.listening_socket(settings)
     with _loaded(spec, config, sequences) as runtime:
         note(plan_line(runtime.planned))

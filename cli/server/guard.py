@@ -21,6 +21,8 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+ANSWERS = "lowtide.answers"
+"""Where a request's scope has its answers, which end with it."""
 OPEN_PATHS = ("/", "/health", "/favicon.ico")
 """Paths that need no key: they tell nothing of models or requests."""
 WRITE_SECONDS = 60.0
@@ -61,7 +63,12 @@ class Guard:
                 message["headers"] = [*message.get("headers", ()), *more]
             await asyncio.wait_for(send(message), WRITE_SECONDS)
 
-        await self._app(scope, receive, checked_send)
+        try:
+            await self._app(scope, receive, checked_send)
+        finally:
+            answers = scope.get(ANSWERS)
+            if answers is not None:  # also where the client left before its stream began
+                answers.close()
 
     def _check_host(self, host: str) -> None:
         if not self._settings.is_own_host(host):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 
 import uvicorn
@@ -65,13 +67,31 @@ class Serving:
 
     def run(self) -> None:
         """Answer requests until SIGTERM, SIGINT or `stop`; running answers have a few seconds to end."""
-        with _server_spelling():
+        with _server_spelling(), _handled_signals():
             self._server.run([self._listening])
         self._listening.close()
 
     def stop(self) -> None:
         """End, as SIGTERM does; any thread may call it."""
         self._server.should_exit = True
+
+
+@contextlib.contextmanager
+def _handled_signals() -> Iterator[None]:
+    """Do nothing at SIGTERM and SIGINT: uvicorn raises them again when it has ended, which would end the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {one: signal.signal(one, _nothing) for one in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def _nothing(_number: int, _frame: object) -> None:
+    pass
 
 
 @contextlib.contextmanager

@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lowtide.cli.server.errors import ApiError, api_error
+from lowtide.cli.server.guard import ANSWERS
 from lowtide.cli.server.metrics import Metrics
-from lowtide.cli.server.reading.body import read_json
+from lowtide.cli.server.reading.body import BodyReader
 from lowtide.cli.server.settings import ServerSettings
 from lowtide.cli.server.streaming import Answers, Pending
 from lowtide.models.chat_template import Message
+from lowtide.runtime.errors import QueueFull
 from lowtide.runtime.generation.result import GenerationChunk
 from lowtide.runtime.options import SamplingParams
 from lowtide.runtime.runtime import Runtime
@@ -41,12 +43,14 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self._embedding = asyncio.Lock()
+        self._bodies = BodyReader(settings.max_body_bytes)
+        self._num_open = 0
         self.call_syntax = runtime.call_syntax
         self.started_at = int(time.time())
 
     async def body(self, request: Request) -> Any:
         """Return the parsed body of a request."""
-        return await read_json(request, self.settings.max_body_bytes)
+        return await self._bodies.read_json(request)
 
     def require_model(self, name: str | None) -> str:
         """Return the name of the model that a request asks for; none is the one that there is."""
@@ -61,6 +65,7 @@ class Service:
 
     async def ask(
         self,
+        request: Request,
         prompts: Sequence[str | Sequence[Message]],
         params: Sequence[SamplingParams],
         *,
@@ -69,11 +74,13 @@ class Service:
     ) -> Answers:
         """Ask for an answer to each prompt, and wait a moment for the first token.
 
-        What cannot be answered raises `ApiError`: before a stream begins, where that shows at once.
+        What cannot be answered raises `ApiError`: before a stream begins, where that shows at once. The answers end
+        with the request.
         """
         if self.runtime.queue.sequences == 1:
             async with self._embedding:  # it would end an answer of the model's only sequence
                 pass
+        self._require_place()
         pending: list[Pending] = []
         try:
             for prompt, each in zip(prompts, params, strict=True):
@@ -92,9 +99,20 @@ class Service:
                 one.cancel()
             raise api_error(error) from error
         readers = [self._counted(_reader(tools)) for _ in pending]
-        answers = Answers(pending, readers)
+        answers = Answers(pending, readers, self._closed)
+        self._num_open += 1
+        request.scope[ANSWERS] = answers
         await answers.begin()
         return answers
+
+    def _require_place(self) -> None:
+        """Refuse a request where clients leave many answers unread: those take memory until they are."""
+        queue = self.runtime.queue
+        if self._num_open > 2 * queue.sequences + queue.max_waiting:
+            raise QueueFull(queue.waiting, queue.retry_after_s)
+
+    def _closed(self) -> None:
+        self._num_open -= 1
 
     async def embed(self, texts: Sequence[str]) -> tuple[Vectors, int]:
         """Return the vectors of texts and the number of their tokens, computed when the model is free for it."""

@@ -10,6 +10,15 @@ from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption
 
 KEY_VARIABLE = "LOWTIDE_API_KEY"
+MAX_VALUES = 16_384
+"""Most objects, lists and texts in a body: each takes far more memory than its characters."""
+BASE_BYTES = 4 << 20
+"""What the first requests load and leave: 2.4 MiB measured."""
+BYTES_PER_BODY_BYTE, BYTES_PER_VALUE = 10, 120
+"""Memory of a body while it is parsed: of lists of numbers, the worst, 7 bytes for each of theirs, and the body."""
+BYTES_PER_CONNECTION = 24 << 10
+BYTES_PER_TOKEN = 640
+"""Memory of a token that a client has not read yet, with its statistics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +34,8 @@ class ServerSettings:
     api_keys: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
-    max_body_bytes: int = 4 << 20
-    max_connections: int = 256
+    max_body_bytes: int = 1 << 20
+    max_connections: int = 128
     shutdown_seconds: int = 10
 
     def __post_init__(self) -> None:
@@ -42,6 +51,12 @@ class ServerSettings:
                 f"{option('cors_origin')} is *, which lets every web page use the model: name the origins, such as "
                 "http://localhost:3000"
             )
+
+    def memory_bytes(self, num_tokens: int) -> int:
+        """Return what the server takes at most while `num_tokens` tokens of answers wait to be read."""
+        reading = BYTES_PER_BODY_BYTE * self.max_body_bytes + MAX_VALUES * BYTES_PER_VALUE
+        connections = self.max_connections * BYTES_PER_CONNECTION
+        return BASE_BYTES + reading + connections + num_tokens * BYTES_PER_TOKEN
 
     @property
     def is_local(self) -> bool:

@@ -27,13 +27,17 @@ class Pending(AsyncIterable[GenerationChunk], Protocol):
 class Answers:
     """The deltas of several answers as they come, as pairs of an answer's number and a delta; None for a pause.
 
-    `readers` make deltas of chunks, one for each answer. Closing ends all answers.
+    `readers` make deltas of chunks, one for each answer. Closing ends all answers, and calls `on_close` once.
     """
 
     def __init__(
-        self, pending: Sequence[Pending], readers: Sequence[Callable[[GenerationChunk], Delta]]
+        self,
+        pending: Sequence[Pending],
+        readers: Sequence[Callable[[GenerationChunk], Delta]],
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self._pending = pending
+        self._on_close: Callable[[], None] | None = on_close
         self._arrived: asyncio.Queue[tuple[int, Delta | BaseException | None]] = asyncio.Queue(64)
         self._tasks = [
             asyncio.create_task(self._pump(i, one, reader))
@@ -97,6 +101,9 @@ class Answers:
             task.cancel()
         for one in self._pending:
             one.cancel()
+        if self._on_close is not None:
+            self._on_close()
+            self._on_close = None
 
 
 def to_json(value: Any) -> str:

@@ -92,6 +92,7 @@ class PlanLines:
             *self._batch(candidate),
             *_structured(spec, options.structured),
             *_rules(spec, options.rules_bytes),
+            *_server(options.server_bytes),
             *_comparison(spec, options.compared_tokens),
             *_profiler(spec, options.profiled),
             PlanLine(
@@ -325,6 +326,12 @@ def _rules(spec: ModelSpec, num_bytes: int) -> tuple[PlanLine, ...]:
         return ()
     why = f"tables of {num_bytes:,} bytes, the order of all tokens, and masks"
     return (PlanLine(components.RULES, estimates.rules_bytes(spec.vocabulary, num_bytes), why),)
+
+
+def _server(num_bytes: int) -> tuple[PlanLine, ...]:
+    if not num_bytes:
+        return ()
+    return (PlanLine(components.SERVER, num_bytes, "connections, bodies, answers on their way"),)
 
 
 def _comparison(spec: ModelSpec, num_tokens: int) -> tuple[PlanLine, ...]:

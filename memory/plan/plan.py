@@ -52,6 +52,8 @@ class PlanRequest:
     """Whether the memory of structured output is reserved."""
     rules_bytes: int = 0
     """Bytes that the rules of answers hold (`OutputFormat.num_bytes`)."""
+    server_bytes: int = 0
+    """Bytes of the server that the model answers for: connections, bodies, answers that are not read yet."""
     sequences: int = 1
     """How many answers run together, in a cache of their own where there are several."""
     repacked: bool = False

@@ -29,7 +29,7 @@ from lowtide.runtime.speculation.options import SpeculationArg
 AUTO = "auto"
 EXACT, HIGH, FAST = QUALITIES = ("exact", "high", "fast")
 MAX_THREADS = 512
-_COUNTS = ("expected_tokens", "rules_bytes", "sequences", "max_waiting")
+_COUNTS = ("expected_tokens", "rules_bytes", "server_bytes", "sequences", "max_waiting")
 INTERNAL_FIELDS = ("compared_tokens", "attention_memory", "profiled")
 """Set by evaluations and the profiler, not by users."""
 
@@ -62,7 +62,8 @@ class LoadConfig:
     tokens of a pass. `provider` is the short name of an
     execution provider for ONNX models. `chat_template` replaces the model's own: the text of a template, or the
     `Path` of a file with one. `structured` reserves the memory of structured output, so that a constraint
-    cannot be refused for want of room; `rules_bytes` that of its tables (`num_bytes` of `Avoid` and its like).
+    cannot be refused for want of room; `rules_bytes` that of its tables (`num_bytes` of `Avoid` and its like), and
+    `server_bytes` that of a server around the runtime.
 
     `quality` "high" and "fast" take the calibrated policy with the shortest predicted time whose measured distance from
     exact answers is inside a limit (`runtime/planning/quality.py`), "exact" takes none.
@@ -96,6 +97,7 @@ class LoadConfig:
     chat_template: str | Path | None = None
     structured: bool = False
     rules_bytes: int = 0
+    server_bytes: int = 0
     quality: str = EXACT
     background: bool = False
     sequences: int = 1
@@ -147,6 +149,7 @@ class LoadConfig:
             ("batch_size", 1, MOST),
             ("expected_tokens", 0, MOST),
             ("rules_bytes", 0, MOST),
+            ("server_bytes", 0, MOST),
             ("threads", 1, MAX_THREADS),
             ("sequences", 1, MAX_SEQUENCES),
             ("max_waiting", 0, MOST),
@@ -289,6 +292,7 @@ class LoadConfig:
             context=self.context,
             structured=self.structured,
             rules_bytes=self.rules_bytes,
+            server_bytes=self.server_bytes,
             sequences=self.sequences,
             kv_type=self.kv_type,
             batch_size=self.batch_size,

@@ -43,6 +43,7 @@ class OllamaEndpoints:
         service = self._service
         writer = OllamaAnswer(service.require_model(_untagged(asked.model)), is_chat=is_chat)
         answers = await service.ask(
+            request,
             [asked.prompt],
             [asked.params],
             template_arguments=asked.template_arguments,

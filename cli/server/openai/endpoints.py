@@ -28,6 +28,7 @@ class OpenAIEndpoints:
         asked = ChatRequest.of(await service.body(request), service.defaults, service.call_syntax)
         model, params = service.require_model(asked.model), asked.params_of_each()
         answers = await service.ask(
+            request,
             [asked.messages] * len(params),
             params,
             template_arguments=asked.template_arguments,
@@ -48,7 +49,7 @@ class OpenAIEndpoints:
         asked = CompletionRequest.of(await service.body(request), service.defaults)
         model = service.require_model(asked.model)
         prompts, params = asked.each()
-        answers = await service.ask(prompts, params)
+        answers = await service.ask(request, prompts, params)
         writer = CompletionAnswer(model, asked, prompts)
         if asked.stream:
             return streamed(writer.stream(answers))
@@ -62,6 +63,7 @@ class OpenAIEndpoints:
         )
         model = service.require_model(asked.model)
         answers = await service.ask(
+            request,
             [asked.messages],
             [asked.params],
             template_arguments=asked.template_arguments,

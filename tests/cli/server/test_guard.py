@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -124,3 +126,45 @@ def test_paths_and_methods_that_are_not_there(serving: Serve) -> None:
     assert server.ask("GET", "/v1/chat/completions").status == 405
     assert server.ask("GET", "/v1/models/fake").json["id"] == "fake"
     assert server.ask("GET", "/v1/models/other").error["code"] == "model_not_found"
+
+
+def test_bodies_have_few_values(serving: Serve) -> None:
+    server = serving()
+    for body in (b"[" + b"{}," * 20_000 + b"1]", b"[" + b'"a",' * 20_000 + b"1]"):
+        reply = server.post("/v1/chat/completions", body)
+        assert reply.status == 413 and "lists, objects and texts" in reply.error["message"]
+
+
+def test_answers_that_nobody_reads_are_bounded(serving: Serve) -> None:
+    """Each is a connection whose client sends a request and reads nothing."""
+    server = serving("x" * 1500, context=2048, sequences=1, max_waiting=2)
+    data = b'{"messages": [{"role": "user", "content": "Hi"}], "stream": true, "max_tokens": 1500}'
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+        % len(data)
+    )
+    clients = []
+    for _ in range(12):
+        client = socket.create_connection(("127.0.0.1", server.port))
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.sendall(head + data)
+        clients.append(client)
+    time.sleep(1)
+    assert server.service._num_open <= 5
+    for client in clients:
+        client.close()
+    until(lambda: server.service._num_open == 0)
+    assert server.chat(max_tokens=2).status == 200
+
+
+def test_a_client_that_leaves_at_once_leaves_nothing_behind(serving: Serve) -> None:
+    server = serving(model=SlowModel(["x" * 500], context=2048))
+    data = b'{"messages": [{"role": "user", "content": "Hi"}], "stream": true}'
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+        % len(data)
+    )
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(head + data)
+    until(lambda: server.service._num_open == 0 and server.service.runtime.queue.running == 0)
