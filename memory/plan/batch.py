@@ -88,6 +88,8 @@ def plan_batch(
     if attention_threads:
         scratch = estimates.attention_bytes(spec, max(num_kv_tokens, context), attention_threads)
         scratch -= estimates.attention_bytes(spec, context, attention_threads)
+        longest, num_rows = min(context, num_kv_tokens), num_sequences + max_drafted
+        scratch += estimates.shared_keys_bytes(spec, longest, num_rows)
     return BatchPlan(
         num_sequences=num_sequences,
         num_held=num_held,

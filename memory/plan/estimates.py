@@ -58,6 +58,8 @@ RULE_TOKEN_BYTES = 160
 RESERVE_BYTES = 2 * MIB
 """The least reserve: slack, and the lists of a small model with a short context."""
 
+SHARED_CHUNK_BYTES = 40
+"""Bytes of a chunk of keys in the list of those that a sequence shares with others."""
 KV_SLOT_BYTES = 52
 """What llama.cpp stores of each KV slot, used or not: its position, shift and sequences (`llama_kv_cells`)."""
 USED_SLOT_BYTES = 96
@@ -332,6 +334,16 @@ def attention_bytes(spec: ModelSpec, context: int, threads: int) -> int:
     split = 8 * spec.num_heads * -(-padded_context(context) // 256) * sums
     tiled = 2 * 64 * group * threads * sums
     return split + tiled + threads * 4 * 64 * (2 * 256 + 72)
+
+
+def shared_keys_bytes(spec: ModelSpec, context: int, num_rows: int) -> int:
+    """Return what lowtide's attention holds of keys that sequences or branches share: the sums of each chunk of 256.
+
+    `num_rows` tokens are decoded in a pass over `context` tokens. The lists of slots are in `branch_bytes`.
+    """
+    num_chunks = padded_context(context) // 256
+    sums = 4 * spec.num_heads * (2 + spec.value_head_dim)
+    return num_rows * num_chunks * (sums + SHARED_CHUNK_BYTES)
 
 
 def max_matmul_width(spec: ModelSpec) -> int:

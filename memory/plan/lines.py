@@ -294,6 +294,8 @@ class PlanLines:
             cells = estimates.padded_context(candidate.context)
             choice = candidate.speculation
             num_bytes += branch_bytes(choice.verify_batch, cells) * choice.branches
+            if choice.branches:
+                num_bytes += estimates.shared_keys_bytes(spec, cells, choice.verify_batch)
         if repacked:
             num_bytes += estimates.matmul_scratch_bytes(spec, candidate.batch_size)
             num_bytes += estimates.helper_bytes(spec, candidate.batch_size, options.threads)

@@ -6,11 +6,21 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from lowtide.runtime.errors import AnswerCancelled
 from lowtide.runtime.generation.result import GenerationChunk, GenerationResult
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sleeper:
+    """A task that waits for the next chunk, or for the end."""
+
+    loop: asyncio.AbstractEventLoop
+    woken: asyncio.Future[None]
+    until_end: bool
 
 
 class Submission:
@@ -27,8 +37,9 @@ class Submission:
         self._error: Exception | None = None
         self._is_done = False
         self._changed = threading.Condition()
+        self._ended = threading.Event()
         self._watchers: list[Callable[[], None]] = []
-        self._sleepers: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._sleepers: list[_Sleeper] = []
 
     @property
     def done(self) -> bool:
@@ -45,15 +56,13 @@ class Submission:
 
     def result(self, timeout: float | None = None) -> GenerationResult:
         """Wait for the whole answer, at most `timeout` seconds; raises `TimeoutError` after these."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._is_done, timeout):
-                raise TimeoutError(f"the answer was not complete after {timeout} s")
+        if not self._ended.wait(timeout):
+            raise TimeoutError(f"the answer was not complete after {timeout} s")
         return self._whole()
 
     def __await__(self) -> Generator[Any, None, GenerationResult]:
         """Wait for the whole answer; it is cancelled where the task that waits is."""
-        while not self._is_done:
-            yield from self._changes(lambda: self._is_done).__await__()
+        yield from self._changes(None).__await__()
         return self._whole()
 
     def __iter__(self) -> Iterator[GenerationChunk]:
@@ -72,7 +81,7 @@ class Submission:
         """Yield the chunks as they come; the answer is cancelled where the task that waits is."""
         position = 0
         while True:
-            await self._changes(partial(self.has_news, position))
+            await self._changes(position)
             if position == len(self._chunks):
                 break
             yield self._chunks[position]
@@ -97,20 +106,19 @@ class Submission:
         """Whether there are more chunks than `position`, or the answer has ended."""
         return position < len(self._chunks) or self._is_done
 
-    async def _changes(self, has_news: Callable[[], bool]) -> None:
-        """Wait until there are news."""
+    async def _changes(self, position: int | None) -> None:
+        """Wait until there are more chunks than `position`, or until the end of the answer alone."""
         loop = asyncio.get_running_loop()
-        while True:
-            with self._changed:
-                if has_news():
-                    return
-                woken = loop.create_future()
-                self._sleepers.append((loop, woken))
-            try:
-                await woken
-            except asyncio.CancelledError:
-                self.cancel()
-                raise
+        with self._changed:
+            if self._is_done or (position is not None and self.has_news(position)):
+                return
+            sleeper = _Sleeper(loop, loop.create_future(), until_end=position is None)
+            self._sleepers.append(sleeper)
+        try:
+            await sleeper.woken
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
 
     def _whole(self) -> GenerationResult:
         self._require_whole()
@@ -142,13 +150,17 @@ class Submission:
         self.fail(AnswerCancelled("the answer was cancelled"))
 
     def _wake(self) -> None:
+        """Wake who waits for the next chunk, and at the end everybody: each one costs time of the passes."""
+        if self._is_done:
+            self._ended.set()
         self._changed.notify_all()
         for watcher in self._watchers:
             watcher()
-        sleepers, self._sleepers = self._sleepers, []
-        for loop, woken in sleepers:
+        woken = [one for one in self._sleepers if self._is_done or not one.until_end]
+        self._sleepers = [one for one in self._sleepers if one not in woken]
+        for one in woken:
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(_wake_one, woken)
+                one.loop.call_soon_threadsafe(_wake_one, one.woken)
 
 
 def read(submission: Submission) -> Generator[GenerationChunk, None, None]:

@@ -17,7 +17,12 @@ from lowtide.memory.plan.allocator import (
     Situation,
     SpeculationChoice,
 )
-from lowtide.memory.plan.estimates import FormulaSizes, kv_bytes, padded_context
+from lowtide.memory.plan.estimates import (
+    FormulaSizes,
+    kv_bytes,
+    padded_context,
+    shared_keys_bytes,
+)
 from lowtide.memory.plan.ladder import USUAL_CONTEXT
 from lowtide.memory.plan.line import (
     DRAFT_CACHE,
@@ -82,7 +87,9 @@ def test_native_attention_has_scratch_for_the_paths_of_branches() -> None:
             plan = plan_of(1 << 30, attention_threads=threads, speculation=config)
             assert plan.branches == branches
             more = lines_of(plan)[SCRATCH] - lines_of(without)[SCRATCH]
-            paths = 4 * plan.verify_batch * padded_context(plan.context)
+            cells = padded_context(plan.context)
+            paths = 4 * plan.verify_batch * cells
+            paths += shared_keys_bytes(SPEC, cells, plan.verify_batch)
             assert more == paths * bool(branches and threads)
 
 

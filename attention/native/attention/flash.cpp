@@ -5,53 +5,14 @@
 #include "attention/flash.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
 #include <new>
 
+#include "attention/partials.h"
 #include "attention/problem.h"
 #include "cpu.h"
 
 namespace {
-
-constexpr int kFewTokens = 8;
-
-// Adds the partial result of one chunk to that of the chunks before it: log-sum-exp with the larger maximum.
-void merge(float* into, const float* partial, int value_dim) {
-    constexpr float kEmpty = -std::numeric_limits<float>::infinity();
-    if (partial[0] == kEmpty) return;
-    const float largest = std::max(into[0], partial[0]);
-    const float old_factor = into[0] == kEmpty ? 0.0f : std::exp(into[0] - largest);
-    const float new_factor = std::exp(partial[0] - largest);
-    into[0] = largest;
-    into[1] = into[1] * old_factor + partial[1] * new_factor;
-    for (int d = 2; d < 2 + value_dim; ++d) into[d] = into[d] * old_factor + partial[d] * new_factor;
-}
-
-void start_partial(float* partial, int value_dim) {
-    std::memset(partial, 0, sizeof(float) * (2 + value_dim));
-    partial[0] = -std::numeric_limits<float>::infinity();
-}
-
-// A token that sees no key gets zeros. An attention sink is a score without a value: it only adds to the softmax's
-// sum.
-void write_output(const AttentionProblem& p, int token, int head, float* merged) {
-    if (p.sinks != nullptr) {
-        float sink[2 + kMaxHeadDim] = {p.sinks[head], 1.0f};
-        merge(merged, sink, p.value_dim);
-    }
-    auto* out = reinterpret_cast<float*>(p.out + token * p.out_token_stride + head * p.out_head_stride);
-    const float inverse = merged[1] == 0.0f ? 0.0f : 1.0f / merged[1];
-    for (int d = 0; d < p.value_dim; ++d) out[d] = merged[2 + d] * inverse;
-    if (p.scores == nullptr || token < p.first_scored_token) return;
-    float* softmax_stats = p.softmax_stats + 2 * (size_t(token - p.first_scored_token) * p.num_heads + head);
-    softmax_stats[0] = merged[0], softmax_stats[1] = inverse;
-}
-
-int num_chunks_of(const AttentionProblem& p) { return (p.num_keys + kChunkKeys - 1) / kChunkKeys; }
-
-int chunk_end(const AttentionProblem& p, int chunk) { return std::min((chunk + 1) * kChunkKeys, p.num_keys); }
 
 // The kernels ask for keys kPrefetchDistance ahead. These are the ones before: waiting for each of them would take as
 // long as all the rest.
@@ -116,33 +77,6 @@ void FlashAttention::run(const AttentionProblem& p, const AttentionKernels& kern
             if (merges_alone) merge_split(p, 0, 1);
         });
     if (!merges_alone) by_workers([&](int thread) { merge_split(p, thread, num_workers); });
-}
-
-bool FlashAttention::reserve_many(const AttentionProblem& p, int num_threads) {
-    AttentionProblem tile = p;
-    tile.num_tokens = kTileTokens;
-    return reserve(tile, num_threads);
-}
-
-// The threads take tiles of all problems from one queue, so they wait only once.
-void FlashAttention::run_many(const AttentionProblem* problems, int count, const AttentionKernels& kernels, ThreadGroup& threads) {
-    const int num_workers = this->num_workers(threads.num_threads);
-    const size_t tile_floats = size_t(kTileTokens) * problems->group_size() * partial_floats(*problems);
-    const auto take_tiles = [&](int thread) {
-        if (thread >= num_workers) return;
-        float* scratch = scratch_.data() + kScratchFloats * thread;
-        float* partials = partials_.data() + 2 * tile_floats * thread;
-        int next = next_item_++, item = 0;
-        for (const AttentionProblem* p = problems; p != problems + count; ++p)
-            for (int kv_head = 0; kv_head < p->num_kv_heads; ++kv_head)
-                for (int begin = 0; begin < p->num_tokens; begin += kTileTokens, ++item) {
-                    if (item != next) continue;
-                    attend_tile(*p, kernels, kv_head, begin, std::min(begin + kTileTokens, p->num_tokens), scratch, partials,
-                                partials + tile_floats);
-                    next = next_item_++;
-                }
-    };
-    threads.parallel_for(take_tiles, [this] { next_item_ = 0; });
 }
 
 void FlashAttention::start_partials(const AttentionProblem& p, int count, float* partials) {

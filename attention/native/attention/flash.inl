@@ -229,6 +229,15 @@ inline int num_exact_tokens(const AttentionProblem& p, int token_begin, int num_
     return num_exact;
 }
 
+// The block of keys that is prefetched while another is computed: further on, or where the next problem begins.
+inline void locate_upcoming(const AttentionProblem& p, int kv_head, int begin, KeyBlock& block) {
+    const int ahead = begin + kPrefetchDistance;
+    if (ahead < p.num_keys) return locate(p, kv_head, ahead, block);
+    const int beyond = p.following_begin + ahead - padded_to_blocks(p.num_keys);
+    if (p.following != nullptr && beyond < p.following->num_keys) return locate(*p.following, kv_head, beyond, block);
+    locate(p, kv_head, begin, block);
+}
+
 template <class TiledBlock>
 void attend_blocks(const AttentionProblem& p, int kv_head, int token_begin, int token_end, int key_begin, int key_end, float* scratch,
                    float* partials) {
@@ -242,7 +251,7 @@ void attend_blocks(const AttentionProblem& p, int kv_head, int token_begin, int 
     KeyBlock block, next;
     for (int begin = key_begin; begin < key_end; begin += kBlockKeys) {
         locate(p, kv_head, begin, block);
-        locate(p, kv_head, begin + kPrefetchDistance < p.num_keys ? begin + kPrefetchDistance : begin, next);
+        locate_upcoming(p, kv_head, begin, next);
         const int num_exact = num_exact_tokens(p, token_begin, num_tokens, begin / kBlockKeys);
         if (num_exact < num_tokens) {
             const MergedPage page = merged_page(p, kv_head, begin / kBlockKeys);

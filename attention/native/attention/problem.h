@@ -40,6 +40,7 @@ struct MergedKeys;
 //   scores          output: masked scores of the tokens from first_scored_token on, (tokens, num_heads, scores_stride)
 //   softmax_stats   output with `scores`, (tokens, num_heads, 2): maximum and 1 / sum of each softmax
 //   merged_keys     stands for the keys behind a token's window
+//   following       what the thread computes next, from key `following_begin` on: its keys are prefetched
 struct AttentionProblem {
     const char* q;
     size_t q_token_stride, q_head_stride;
@@ -60,6 +61,8 @@ struct AttentionProblem {
     int first_scored_token, scores_stride;
     int use_bf16;  // whether the tokens of a prompt may be multiplied in bfloat16
     const MergedKeys* merged_keys;
+    const AttentionProblem* following;
+    int following_begin;
 
     int group_size() const { return num_heads / num_kv_heads; }
 };

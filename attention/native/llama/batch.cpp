@@ -6,6 +6,8 @@
 #include <cstring>
 #include <numeric>
 
+#include "attention/partials.h"
+
 namespace {
 
 constexpr int kMaxMasks = 16;
@@ -28,11 +30,54 @@ void BatchLayout::set(int num_shared, int num_sequences, const int32_t* num_toke
         std::copy(slots[i], slots[i] + num_slots[i], slice.slots.begin() + num_shared);
         slices_.push_back(std::move(slice));
     }
+    find_shared();
     last_layer_ = -1;
 }
 
+bool BatchLayout::shares_chunk(const SequenceSlice& one, const SequenceSlice& other, int chunk) const {
+    const size_t begin = size_t(chunk) * kChunkKeys, end = begin + kChunkKeys;
+    return one.num_tokens <= kFewTokens && other.num_tokens <= kFewTokens && end <= one.slots.size() && end <= other.slots.size() &&
+           std::memcmp(one.slots.data() + begin, other.slots.data() + begin, sizeof(int32_t) * kChunkKeys) == 0;
+}
+
+// Splits each run of slices that share all chunks so far into runs that share the next one, too.
+void BatchLayout::find_shared() {
+    shared_.chunks.clear(), shared_.num_shared.assign(slices_.size(), 0);
+    shared_.num_tokens = 0, shared_.max_shared = 0;
+    for (const SequenceSlice& slice : slices_) shared_.max_shared = std::max(shared_.max_shared, int(slice.slots.size() / kChunkKeys));
+    shared_.chunk_ids.assign(slices_.size() * shared_.max_shared, 0);
+    std::vector<std::pair<int, int>> runs{{0, num_sequences()}};
+    for (int chunk = 0; !runs.empty(); ++chunk) {
+        std::vector<std::pair<int, int>> longer;
+        for (const auto& [first, last] : runs)
+            for (int begin = first, end; begin < last; begin = end) {
+                int num_tokens = slices_[begin].num_tokens;
+                for (end = begin + 1; end < last && shares_chunk(slices_[begin], slices_[end], chunk) &&
+                                      num_tokens + slices_[end].num_tokens <= kTileTokens; ++end)
+                    num_tokens += slices_[end].num_tokens;
+                if (end == begin + 1) continue;
+                for (int i = begin; i < end; ++i) {
+                    shared_.num_shared[i] = chunk + 1;
+                    shared_.chunk_ids[size_t(i) * shared_.max_shared + chunk] = int(shared_.chunks.size());
+                }
+                shared_.chunks.push_back({begin, end, chunk, num_tokens, shared_.num_tokens});
+                shared_.num_tokens += num_tokens;
+                longer.emplace_back(begin, end);
+            }
+        runs.swap(longer);
+    }
+}
+
+bool BatchLayout::keeps_busy(int num_kv_heads, int num_threads) const {
+    if (num_sequences() * num_kv_heads >= 2 * num_threads) return true;
+    const auto has_short_rest = [this](size_t i) { return 2 * size_t(shared_.num_shared[i]) * kChunkKeys >= slices_[i].slots.size(); };
+    for (size_t i = 0; i < slices_.size(); ++i)
+        if (!has_short_rest(i)) return false;
+    return true;
+}
+
 size_t BatchLayout::num_bytes() const {
-    size_t total = sizeof(SequenceSlice) * slices_.capacity() + sizeof(AttentionProblem) * problems_.capacity();
+    size_t total = shared_.num_bytes() + sizeof(SequenceSlice) * slices_.capacity() + sizeof(AttentionProblem) * problems_.capacity();
     for (const SequenceSlice& slice : slices_) total += sizeof(int32_t) * slice.slots.capacity();
     return total;
 }
@@ -53,6 +98,10 @@ bool BatchLayout::matches_mask(const AttentionProblem& whole, int layer, ThreadG
         last_layer_ = layer;
         matches_ = check_mask(whole);
         for (int i = 0; matches_ && i < num_sequences(); ++i) problems_[i] = problem(whole, i);
+        for (int i = 0; matches_ && i + threads.num_threads < num_sequences(); ++i) {
+            problems_[i].following = &problems_[i + threads.num_threads];
+            problems_[i].following_begin = shared_.num_shared[i + threads.num_threads] * kChunkKeys;
+        }
     });
     return matches_;
 }

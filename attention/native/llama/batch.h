@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention/flash.h"
 #include "attention/problem.h"
 #include "threads.h"
 
@@ -33,16 +34,25 @@ public:
     bool matches_mask(const AttentionProblem& whole, int layer, ThreadGroup& threads);
     const AttentionProblem* problems() const { return problems_.data(); }
 
+    // The keys that neighbouring sequences of few tokens attend to in the same slots.
+    const SharedChunks& shared() const { return shared_; }
+
+    // Whether all threads have work in one pass over all sequences; else they split the keys of each.
+    bool keeps_busy(int num_kv_heads, int num_threads) const;
+
 private:
     struct SequenceSlice {
         int first_token, num_tokens;
         std::vector<int32_t> slots;
     };
+    void find_shared();
+    bool shares_chunk(const SequenceSlice& one, const SequenceSlice& other, int chunk) const;
     bool compare(const AttentionProblem& whole) const;
     bool check_mask(const AttentionProblem& whole);
 
     std::vector<SequenceSlice> slices_;
     std::vector<AttentionProblem> problems_;
+    SharedChunks shared_;
     std::vector<std::pair<const char*, bool>> masks_;  // of this pass, and the results of their checks
     int last_layer_ = -1;
     bool matches_ = false;

@@ -88,8 +88,8 @@ void attend(const HookedLayer& layer, const AttentionNode& view, int thread, Thr
         if (hook.batch.is_active() && hook.batch.matches_mask(problem, index, threads)) {
             if (thread == 0) hook.layers[index].slots.set(problem);
             const int num_sequences = hook.batch.num_sequences();
-            if (num_sequences * problem.num_kv_heads >= 2 * threads.num_threads) {
-                hook.policy.dense().run_many(hook.batch.problems(), num_sequences, *hook.kernels, threads);
+            if (hook.batch.keeps_busy(problem.num_kv_heads, threads.num_threads)) {
+                hook.policy.dense().run_many(hook.batch.problems(), num_sequences, hook.batch.shared(), *hook.kernels, threads);
             } else {  // too few to go round, so the threads split the keys of each
                 for (int i = 0; i < num_sequences; ++i) hook.policy.dense().run(hook.batch.problems()[i], *hook.kernels, threads);
             }
@@ -165,7 +165,7 @@ bool reserve(LlamaHook& hook, const AttentionNode& view, int layer) {
     if (hook.batch.is_active() && view.num_streams() != 1) return false;
     for (int i = 0; i < hook.batch.num_sequences(); ++i)
         if (!hook.policy.dense().reserve(hook.batch.problem(view.problem(0), i), hook.num_threads) ||
-            !hook.policy.dense().reserve_many(view.problem(0), hook.num_threads))
+            !hook.policy.dense().reserve_many(view.problem(0), hook.batch.shared(), hook.num_threads))
             return false;
     for (int stream = 0; stream < view.num_streams(); ++stream)
         if (!hook.policy.reserve(view.problem(stream), layer, stream, hook.num_threads)) return false;

@@ -94,9 +94,9 @@ void check_many(Case& c, BatchLayout& batch, const AttentionKernels& kernels, in
     const std::vector<float> before(c.out.get(), c.out.get() + num_out);
     std::fill_n(c.out.get(), num_out, 7.0f);
     FlashAttention flash;
-    require(flash.reserve_many(c.p, num_threads), "there is no memory");
+    require(flash.reserve_many(c.p, batch.shared(), num_threads), "there is no memory");
     on_thread_group(num_threads, [&](ThreadGroup& threads) {
-        if (batch.matches_mask(c.p, 0, threads)) flash.run_many(batch.problems(), batch.num_sequences(), kernels, threads);
+        if (batch.matches_mask(c.p, 0, threads)) flash.run_many(batch.problems(), batch.num_sequences(), batch.shared(), kernels, threads);
     });
     require(std::memcmp(before.data(), c.out.get(), sizeof(float) * num_out) == 0, "%s: %d sequences at once give another result",
             kernels.name, batch.num_sequences());
