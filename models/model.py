@@ -34,6 +34,9 @@ class PassThreads(Protocol):
     def begin_pass(self, num_tokens: int, num_cached: int) -> None:
         """Set the threads for a pass of `num_tokens` behind `num_cached` others in the cache."""
 
+    def settle(self) -> None:
+        """Wait until no thread reads memory of earlier passes, so that it can be freed."""
+
     def close(self) -> None:
         """Free what it needs; no pass follows."""
 
@@ -219,6 +222,13 @@ class SequenceBatch(ABC):
     @abstractmethod
     def num_held(self, sequences: Iterable[int], sequence: int, num_tokens: int) -> int:
         """Return how many slots these sequences hold together with the first tokens of another one."""
+
+    def neighbours(self, sequence: int) -> Sequence[int]:
+        """Return a sort key under which sequences are neighbours that hold most slots together.
+
+        Slices in this order are computed faster where the kernels read shared keys once.
+        """
+        return ()
 
     @abstractmethod
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:

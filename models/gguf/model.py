@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -109,6 +110,8 @@ class GgufModel(Model):
         self._kernels = kernels
         self._pages: KVPages | None = None
         self._threads: PassThreads | None = None
+        self._num_threads = options.threads
+        self._sequences: weakref.WeakSet[GgufSequences] = weakref.WeakSet()
         self._model: Any = None
         self._context: Any = None
         self._batch: Any = None
@@ -162,8 +165,11 @@ class GgufModel(Model):
         self._threads = threads
 
     def set_threads(self, num_threads: int) -> None:
-        """Let llama.cpp compute with so many threads from the next pass on."""
+        """Let llama.cpp compute with so many threads from the next pass on, those of a batch, too."""
         self._api.llama_set_n_threads(self._context, num_threads, num_threads)
+        self._num_threads = num_threads
+        for sequences in self._sequences:
+            sequences.set_threads(num_threads)
 
     def _create_context(self, options: LoadOptions) -> Any:
         params = context_parameters(self._api, options)
@@ -361,7 +367,7 @@ class GgufModel(Model):
             sequences=num_sequences,
             stage=nullcontext,
         )
-        return GgufSequences(
+        opened = GgufSequences(
             self._library,
             self._create_context(options),
             num_sequences=num_sequences,
@@ -370,7 +376,11 @@ class GgufModel(Model):
             vocabulary_size=self._num_logits,
             kernels=self._kernels,
             not_numbers=self.not_numbers,
+            threads=self._threads,
         )
+        opened.set_threads(self._num_threads)
+        self._sequences.add(opened)
+        return opened
 
     def _remove_from(self, position: int) -> int:
         """Remove every slot from `position` on, also those of an interrupted pass; return what remains."""

@@ -14,11 +14,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lowtide.models.errors import ForwardError
 from lowtide.models.gguf.llama_cpp import LlamaLibrary
 from lowtide.models.logits import NOT_NUMBERS, are_numbers
-from lowtide.models.model import SequenceBatch, SequenceSlice, SequenceSlots
+from lowtide.models.model import PassThreads, SequenceBatch, SequenceSlice, SequenceSlots
 from lowtide.models.sequence_slots import SlotTable
 
 if TYPE_CHECKING:
     from lowtide.models.model import Logits2D
+
+
+CHUNK_KEYS = 256
+"""Keys of a chunk (`kChunkKeys` in attention/native/attention/problem.h)."""
 
 
 class BatchKernels(Protocol):
@@ -39,7 +43,7 @@ class GgufSequences(SequenceBatch):
     """Sequences in `context`, a llama.cpp context made for them, which `close` frees.
 
     `kernels`, if not None, compute its attention; each pass sets its slots in them. `not_numbers` makes the error of a
-    pass over tokens whose logits are not numbers.
+    pass over tokens whose logits are not numbers. `threads` chooses the threads of each pass.
     """
 
     def __init__(
@@ -53,7 +57,9 @@ class GgufSequences(SequenceBatch):
         vocabulary_size: int,
         kernels: BatchKernels | None = None,
         not_numbers: Callable[[Sequence[int]], ForwardError] = lambda _: ForwardError(NOT_NUMBERS),
+        threads: PassThreads | None = None,
     ) -> None:
+        self._threads = threads
         self._not_numbers = not_numbers
         self.num_sequences = num_sequences
         self.batch_size, self.max_logits = batch_size, max_logits
@@ -67,6 +73,11 @@ class GgufSequences(SequenceBatch):
         self._table = SlotTable(num_sequences, self.num_slots)
         self._batch: Any = self._api.llama_batch_init(batch_size, 0, 1)
 
+    def set_threads(self, num_threads: int) -> None:
+        """Let llama.cpp compute with so many threads from the next pass on."""
+        if self._context is not None:
+            self._api.llama_set_n_threads(self._context, num_threads, num_threads)
+
     @property
     def num_free(self) -> int:
         """How many slots no sequence holds."""
@@ -75,6 +86,10 @@ class GgufSequences(SequenceBatch):
     def num_held(self, sequences: Iterable[int], sequence: int, num_tokens: int) -> int:
         """Return how many slots these sequences hold together with the first tokens of another one."""
         return self._table.num_held(sequences, sequence, num_tokens)
+
+    def neighbours(self, sequence: int) -> Sequence[int]:
+        """Return the slots at the ends of the chunks that lowtide's attention reads once for several sequences."""
+        return self._table.slots(sequence)[CHUNK_KEYS - 1 :: CHUNK_KEYS]
 
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
         """Tag the slots of the source's first tokens with the target's id, too."""
@@ -88,6 +103,8 @@ class GgufSequences(SequenceBatch):
         num_tokens = sum(len(part.token_ids) for part in slices)
         self._check(slices, num_tokens)
         self._fill(slices)
+        if self._threads is not None:
+            self._threads.begin_pass(num_tokens, self.num_slots - self.num_free - num_tokens)
         with self._layout(slices), self._library.collected_errors() as errors:
             code = self._library.decode(self._context, self._batch)
         if code != 0:
@@ -194,6 +211,8 @@ class GgufSequences(SequenceBatch):
     def close(self) -> None:
         """Free the context."""
         self._kernels = None
+        if self._threads is not None and self._context is not None:
+            self._threads.settle()
         if self._batch is not None:
             self._api.llama_batch_free(self._batch)
             self._batch = None

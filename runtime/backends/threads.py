@@ -70,7 +70,7 @@ class ThreadChooser:
     def begin_pass(self, num_tokens: int, num_cached: int) -> None:
         """Choose for a pass of `num_tokens` behind `num_cached` others in the cache."""
         if num_tokens != self._num_tokens:
-            self._settle()
+            self.settle()
             self._num_tokens = num_tokens
         chosen = self._choose(num_tokens, num_cached)
         if chosen != self.current:
@@ -86,8 +86,12 @@ class ThreadChooser:
             return PassThreads(1, count)
         return PassThreads(count)
 
+    def settle(self) -> None:
+        """Wait until no helper reads memory of earlier graphs."""
+        self._settle()
+
     def close(self) -> None:
         """Free what it needs."""
-        self._settle()
+        self.settle()
         if self._others is not None:
             self._others.close()

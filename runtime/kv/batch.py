@@ -139,7 +139,20 @@ class BatchKV(KVCache):
     def compute(
         self, chunks: Sequence[SequenceSlice], steps: Sequence[DecodeStep]
     ) -> list[PassResult]:
-        """Compute a pass; see `KVCache.compute`."""
+        """Compute a pass; see `KVCache.compute`. Sequences that hold the same slots are neighbours in it."""
+        order = sorted(
+            range(len(steps)),
+            key=lambda i: tuple(self._sequences.neighbours(self._ids[steps[i].sequence])),
+        )
+        found = self._compute(chunks, [steps[i] for i in order])
+        results = found[: len(chunks)] + [found[0]] * len(steps)
+        for position, i in enumerate(order):
+            results[len(chunks) + i] = found[len(chunks) + position]
+        return results
+
+    def _compute(
+        self, chunks: Sequence[SequenceSlice], steps: Sequence[DecodeStep]
+    ) -> list[PassResult]:
         if chunks:
             self._controller.begin_prefill()
         else:
