@@ -172,7 +172,7 @@ def _biases(value: Any) -> tuple[tuple[int, float], ...]:
             (token_id, bias)
             for token_id, bias in (value.items() if isinstance(value, Mapping) else value or ())
         ]
-    except (TypeError, ValueError):
+    except Exception:  # a caller's own object may raise anything
         raise BadOption(
             f"{name} is {shown(value)}; it must be a dict from token ids to numbers"
         ) from None
