@@ -62,8 +62,8 @@ class Statistics:
     """With a constraint, on the last chunk: how it was enforced, whether the answer is complete, and whether the
     constraint closed it (`ConstrainedAnswer.statistics`)."""
     batch: dict[str, Any] | None = None
-    """The batch of this answer: sequences, shared tokens, KV tokens, bytes, and whether a greedy answer is
-    identical to that of its prompt alone."""
+    """The batch of this answer: sequences, KV tokens, bytes, and whether a greedy answer is identical to that of its
+    prompt alone."""
     threads: int | None = None
     """Threads that computed the last pass: fewer than the cores while others use them. None where the caller's own
     model computes."""
