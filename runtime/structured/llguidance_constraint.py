@@ -92,10 +92,13 @@ class _Wrapped:
             self.tokens[i] = b"<special_%d>" % i
         self.eos_token_id = vocabulary.end_ids[0] if vocabulary.end_ids else 0
         self.bos_token_id = None
-        self._encode = vocabulary.encode
+        self._vocabulary = vocabulary
 
     def __call__(self, text: bytes | str) -> list[int]:
-        return self._encode(text if isinstance(text, bytes) else text.encode())
+        # The library takes text without tokens for text that was written: what must come next would be lost.
+        written = text if isinstance(text, bytes) else text.encode()
+        single = self._vocabulary.single_bytes
+        return self._vocabulary.encode(written) or [single[one] for one in written if one in single]
 
 
 class GrammarConstraint(Constraint):
