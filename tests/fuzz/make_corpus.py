@@ -36,6 +36,13 @@ TEXTS = {
     "mixed": "é中\u0301\u200d😀👨\u200d👩\u200d👧 …\ufeff\0",
     "digits": "0123456789" * 20 + "----====   \r\n",
 }
+CONSTRAINTS = {
+    "schema": '{"type": "object", "properties": {"a": {"type": "string", "minLength": 3}}, "required": ["a"]}',
+    "counts": "(((a{99}){99}){99}){99}|[a-z]{2,5}(?:x|yz)+",
+    "lark": 'start: a | T{3}\na: "x" a? "y"\nT: /[0-9]+/ & ~/0+/\n',
+    "gbnf": 'root ::= "a" item*\nitem ::= [0-9] | "b" root\n',
+    "references": '{"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"const": 1}, {"$ref": "#/$defs/a"}]}}}',
+}
 OPTIONS = {
     "sizes": "memory=512MiB\nmemory=50%\nprefix_cache=0\ngpu_memory=1.5G\nmemory=1e9\nmemory=-1",
     "policies": "attention=tidal:k=512,layers=2+13\nattention=delta:granularity=block,block=8,sparsity=25%\n"
@@ -53,7 +60,11 @@ def main() -> None:
     """Write every input."""
     with tempfile.TemporaryDirectory() as name:
         _write_models(Path(name))
-    for target, texts in (("template", TEMPLATES), ("options", OPTIONS)):
+    for target, texts in (
+        ("template", TEMPLATES),
+        ("options", OPTIONS),
+        ("constraint", CONSTRAINTS),
+    ):
         for key, text in texts.items():
             _write(target, key, text.encode())
     for kind in range(4):

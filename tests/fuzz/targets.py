@@ -168,7 +168,24 @@ def _parse_command(line: str) -> None:
             take_open_options(values)
 
 
+def constraint(data: bytes) -> None:
+    """Read a text as a JSON schema, a pattern and a grammar; what is accepted has an end that it accepts."""
+    from lowtide.models.fake_model import NUM_TOKENS, ByteTokenizer
+    from lowtide.runtime.structured.answer import ConstrainedAnswer
+    from lowtide.runtime.structured.formats import Grammar, JsonSchema, Regex
+    from lowtide.runtime.structured.vocabulary import TokenVocabulary
+
+    source = data.decode("utf-8", errors="replace")
+    vocabulary = TokenVocabulary(ByteTokenizer(), NUM_TOKENS)
+    kinds: tuple[Callable[[str], JsonSchema | Regex | Grammar], ...] = (JsonSchema, Regex, Grammar)
+    for make in kinds:
+        with contextlib.suppress(LowtideError):
+            made = make(source).compile(vocabulary)
+            answer = ConstrainedAnswer(made.fork(), vocabulary.end_ids, 64)
+            assert made.ends(answer.close())
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target
-    for target in (gguf_header, template, tokenise, session_file, onnx_graph, options)
+    for target in (gguf_header, template, tokenise, session_file, onnx_graph, options, constraint)
 }
