@@ -27,7 +27,11 @@ from lowtide.cli.common.options import (
 )
 from lowtide.cli.common.output import note, quality_note, statistics_line
 from lowtide.cli.common.streams import is_terminal, one_line, print_answer
-from lowtide.cli.common.structured import structured_options, take_constraint
+from lowtide.cli.common.structured import (
+    reserve_constraint,
+    structured_options,
+    take_constraint,
+)
 from lowtide.memory.units import format_bytes
 from lowtide.models.errors import LowtideError
 from lowtide.runtime.errors import OverBudget, SnapshotMismatch
@@ -60,8 +64,7 @@ def command(system: str | None, enforce: ControlGroup | None, **options: Any) ->
 
     constraint = take_constraint(options)
     generation = replace(take_generation_options(options), constraint=constraint)
-    options["structured"] = constraint is not None and constraint.needs_grammar
-    options["rules_bytes"] = constraint.num_bytes if constraint else 0
+    reserve_constraint(options, generation)
     arguments = take_template_arguments(options)
     planned = planned_model(options)
     planned.require_fit()

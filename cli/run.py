@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from lowtide.cli.common.answers import (
+    MAX_ANSWERS,
+    answers_of,
+    answers_values,
+    require_answers,
+)
 from lowtide.cli.common.enforce import enforce_option, set_limit
 from lowtide.cli.common.options import (
     generation_options,
@@ -25,10 +30,14 @@ from lowtide.cli.common.options import (
     template_options,
 )
 from lowtide.cli.common.streams import print_answer
-from lowtide.cli.common.structured import structured_options, take_constraint
+from lowtide.cli.common.structured import (
+    reserve_constraint,
+    structured_options,
+    take_constraint,
+)
 
 if TYPE_CHECKING:
-    from lowtide import GenerationChunk, GenerationResult
+    from lowtide import GenerationResult
     from lowtide.memory.os.cgroup import ControlGroup
 
 
@@ -60,6 +69,13 @@ if TYPE_CHECKING:
     metavar="N",
     help="With --json: the log probability of each token, and the N (0 to 20) most probable ones at its place.",
 )
+@click.option(
+    "--answers",
+    type=click.IntRange(1, MAX_ANSWERS),
+    default=1,
+    help="Draw so many answers; with --sampling asap each one is closer to the model's distribution, with awrs they "
+    "are particles with weights.  [default: 1]",
+)
 @json_option
 @enforce_option
 @generation_options
@@ -72,6 +88,7 @@ def command(
     special: bool,
     explain: bool,
     logprobs: int | None,
+    answers: int,
     as_json: bool,
     enforce: ControlGroup | None,
     **options: Any,
@@ -80,7 +97,6 @@ def command(
 
     MODEL is a .gguf file, an ONNX folder, a name from `lowtide models`, or hf:user/repo[:quant].
     """
-    from lowtide import GenerationResult
     from lowtide.cli.common.input import prompt_text
     from lowtide.cli.common.output import (
         json_object,
@@ -108,8 +124,8 @@ def command(
     generation = replace(
         take_generation_options(options), special=special, constraint=constraint, logprobs=logprobs
     )
-    options["structured"] = constraint is not None and constraint.needs_grammar
-    options["rules_bytes"] = constraint.num_bytes if constraint else 0
+    reserve_constraint(options, generation)
+    require_answers(answers, generation, raw=raw)
     arguments = take_template_arguments(options)
     if raw and (arguments or options["chat_template"]):
         raise click.UsageError(
@@ -135,12 +151,10 @@ def command(
             note(
                 "the prompt spells control tokens of the model, and they are read as text; --special parses them"
             )
-        chunks = (
-            runtime.stream(text, params=generation)
-            if raw
-            else runtime.chat(messages, params=generation, template_arguments=arguments)
-        )
-        result = GenerationResult.of(chunks if as_json else _printed(chunks))
+        show = None if as_json else print_answer
+        asked = text if raw else messages
+        results = answers_of(runtime, asked, answers, generation, arguments, show)
+        result = results[-1]
         spans = runtime.retained_spans() if explain else None
     if as_json:
         click.echo(
@@ -152,6 +166,7 @@ def command(
                 stats=result.stats.to_dict(),
                 **kernel_values(planned),
                 **_logprobs(result),
+                **answers_values(results),
                 **({} if spans is None else {"retained_spans": [span.to_dict() for span in spans]}),
             )
         )
@@ -177,10 +192,3 @@ def _logprobs(result: GenerationResult) -> dict[str, Any]:
 def _messages(text: str, system: str | None) -> list[dict[str, str]]:
     messages = [{"role": "user", "content": text}]
     return messages if system is None else [{"role": "system", "content": system}, *messages]
-
-
-def _printed(chunks: Iterator[GenerationChunk]) -> Iterator[GenerationChunk]:
-    for chunk in chunks:
-        if chunk.text:
-            print_answer(chunk.text)
-        yield chunk

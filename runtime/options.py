@@ -21,6 +21,7 @@ from lowtide.models.arguments.values import (
 from lowtide.models.errors import BadOption
 
 OVERFLOWS = ("error", "drop-oldest")
+SAMPLINGS = ("masked", "asap", "awrs")
 MAX_SEED = (1 << 63) - 1
 MAX_BIAS = 100
 MAX_TOP_LOGPROBS = 20
@@ -70,6 +71,12 @@ class SamplingParams:
     """What the answer must look like: `JsonSchema`, `JsonObject`, `Regex`, `Grammar`, `Choice`, a dict with a JSON
     schema, a dataclass, a pydantic model, or a `Constraint` of your own. Callers may name it `response_format`."""
 
+    sampling: str = "masked"
+    """How tokens are drawn under a constraint. "masked": from the legal ones. "asap": the same, weighted by what
+    earlier answers of the same prompt and constraint showed of their futures. "awrs": by rejection, with a weight;
+    answers of a batch with one prompt are particles. The latter two draw from the whole distribution at the
+    temperature: top-k, top-p and min-p are off."""
+
     def __post_init__(self) -> None:
         for name, value in self._checked().items():
             object.__setattr__(self, name, value)
@@ -94,6 +101,12 @@ class SamplingParams:
             )
         checked["stop"] = texts(option("stop"), self.stop)
         checked["overflow"] = choice(option("overflow"), self.overflow, OVERFLOWS)
+        checked["sampling"] = choice(option("sampling"), self.sampling, SAMPLINGS)
+        if self.sampling != "masked" and checked["temperature"] == 0:
+            raise BadOption(
+                f"{option('sampling', self.sampling)} draws at random, and {option('temperature')} is 0: raise it, or "
+                "leave one of them out"
+            )
         checked["special"] = flag(option("special"), self.special)
         checked["explain"] = flag(option("explain"), self.explain)
         if self.constraint is not None:

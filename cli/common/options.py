@@ -373,7 +373,9 @@ def take_generation_options(options: dict[str, Any]) -> SamplingParams:
         "seed stop overflow"
     ).split()
     biases = _biases(options.pop("logit_bias"))
-    return SamplingParams(logit_bias=biases, **{name: options.pop(name) for name in names})
+    sampling = options.pop("sampling", None) or "masked"  # only some commands have it
+    values = {name: options.pop(name) for name in names}
+    return SamplingParams(logit_bias=biases, sampling=sampling, **values)
 
 
 def _biases(stated: Sequence[str]) -> dict[str, str]:

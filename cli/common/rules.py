@@ -55,6 +55,12 @@ RULE_OPTIONS = (
         help="An action that --ltl may list; repeat the option, or name a file with one on each line.",
     ),
     click.option(
+        "--sampling",
+        type=click.Choice(["masked", "asap", "awrs"]),
+        help="Draw from the legal tokens (masked), weigh them by what earlier answers showed of their futures (asap), "
+        "or draw by rejection, with weighted answers as particles (awrs).  [default: masked]",
+    ),
+    click.option(
         "--min-words", type=click.IntRange(min=0), help="Answer with at least so many words."
     ),
     click.option(

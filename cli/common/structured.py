@@ -11,6 +11,7 @@ import click
 from lowtide.cli.common.rules import RULE_OPTIONS, take_rules
 
 if TYPE_CHECKING:
+    from lowtide.runtime.options import SamplingParams
     from lowtide.runtime.structured.formats import OutputFormat
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -93,6 +94,17 @@ def take_constraint(options: dict[str, Any]) -> OutputFormat | None:
     from lowtide.runtime.structured.rules.formats import AllOf
 
     return AllOf(*formats)
+
+
+def reserve_constraint(options: dict[str, Any], params: SamplingParams) -> None:
+    """Add to `options` what the constraint of `params` takes beside the model."""
+    constraint = params.constraint
+    options["structured"] = constraint is not None and constraint.needs_grammar
+    options["rules_bytes"] = 0
+    if constraint is not None:
+        from lowtide.runtime.structured.rules.aligned import held_bytes
+
+        options["rules_bytes"] = held_bytes(constraint.num_bytes, params.sampling)
 
 
 def _format(name: str, value: Any, style: str, check: str) -> OutputFormat:

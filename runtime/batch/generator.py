@@ -10,6 +10,7 @@ from lowtide.models.errors import BadOption
 from lowtide.runtime.arguments import checked_all
 from lowtide.runtime.batch.memory import BatchMemory, batch_plans, why_not_drafted
 from lowtide.runtime.batch.open_batch import open_batch, require_together
+from lowtide.runtime.batch.particles import ParticleFilter
 from lowtide.runtime.generation.result import GenerationChunk
 from lowtide.runtime.generation.state import GenerationRequest, GenerationState
 from lowtide.runtime.kv.session import KVSession
@@ -63,12 +64,33 @@ class BatchGenerator:
         plan = memory.choose(batch_plans(engine.planned, engine.model, requests))
         reason = why_not_drafted(engine.planned, engine.model, requests)
         with open_batch(engine, memory, plan, self._profiler, reason) as batch:
+            if _are_particles(requests):
+                particles = ParticleFilter(
+                    batch.loop,
+                    lambda key, one: GenerationState(key, one, engine.model, batch.context),
+                    requests,
+                    requests[0].params.seed,
+                )
+                yield from particles.run(engine.model.tokenizer)
+                return
             for index, request in enumerate(requests):
                 batch.loop.add(GenerationState(index, request, engine.model, batch.context))
             for key, chunk in batch.loop.run():
                 batch.mark_if_slots_differ()
                 assert isinstance(key, int), "the keys are the indices of the requests"
                 yield key, chunk
+
+
+def _are_particles(requests: Sequence[GenerationRequest]) -> bool:
+    """Whether the requests are one prompt and constraint, drawn with weights."""
+    first = requests[0]
+    return len(requests) > 1 and all(
+        one.answer is not None
+        and one.params.sampling == "awrs"
+        and one.params.constraint == first.params.constraint
+        and list(one.token_ids) == list(first.token_ids)
+        for one in requests
+    )
 
 
 def params_of_each(

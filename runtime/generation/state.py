@@ -14,9 +14,9 @@ from lowtide.models.model import Model
 from lowtide.models.text.tokenizer import TextStream
 from lowtide.runtime.generation.logprobs import LogprobMeter, TokenLogprob
 from lowtide.runtime.generation.result import GenerationChunk
-from lowtide.runtime.generation.sampling import Sampler
 from lowtide.runtime.generation.statistics import Statistics
 from lowtide.runtime.generation.watchdog import Watchdog
+from lowtide.runtime.generation.weighted import sampler_of
 from lowtide.runtime.kv.cache import CachedPrompt, KVCache
 from lowtide.runtime.options import SamplingParams
 from lowtide.runtime.profiling.retention_map import RetainedSpan
@@ -241,7 +241,9 @@ class GenerationState:
         self._num_prompt = self._read_until = 0
         self._forced = deque[int]()
         self._is_end = model.tokenizer.is_end
-        self._sampler = Sampler(request.params)
+        self._sampler = sampler_of(request.params)
+        if request.answer is not None:
+            request.answer.begin(request.token_ids)
         num_top = request.params.logprobs
         self._meter = (
             None if num_top is None else LogprobMeter(num_top, model.tokenizer.token_bytes)

@@ -6,6 +6,7 @@ It reserves the plan's lines in the ledger, loads through the backend, and knows
 from __future__ import annotations
 
 import gc
+from collections.abc import Hashable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -48,6 +49,7 @@ from lowtide.runtime.profiling.profiler import SILENT, Profiler
 from lowtide.runtime.profiling.retention_map import RetainedSpan
 from lowtide.runtime.speculation.controller import SpeculationController
 from lowtide.runtime.structured.answer import ConstrainedAnswer
+from lowtide.runtime.structured.rules.aligned import Aligned, Tries, held_bytes
 from lowtide.runtime.structured.vocabulary import TokenVocabulary
 
 
@@ -105,6 +107,7 @@ class Engine:
             Reclaimer("background", model.release_pages),
         ]
         self._vocabulary = TokenVocabulary(model.tokenizer, planned.spec.vocabulary.num_tokens)
+        self._tries = Tries()
         self.controller = (
             PassController() if kernels is None else planned.policy.configure(kernels, planned.spec)
         )
@@ -191,11 +194,23 @@ class Engine:
         if params.constraint.needs_grammar:
             needed = structured_bytes(vocabulary, params.constraint.grammar_bytes)
             self.ledger.reserve(STRUCTURED, max(needed, held.get(STRUCTURED, 0)))
-        num_bytes = rules_bytes(vocabulary, params.constraint.num_bytes)
+        num_bytes = rules_bytes(
+            vocabulary, held_bytes(params.constraint.num_bytes, params.sampling)
+        )
         if num_bytes > held.get(RULES, 0):
             self.ledger.reserve(RULES, num_bytes)
         constraint = params.constraint.compile(self._vocabulary)
         end_ids, context = self._vocabulary.end_ids, self.model.context
+        if params.sampling != "masked":
+            key = (_hashable(params.constraint), params.temperature, params.max_tokens)
+            constraint = Aligned(
+                constraint,
+                self._tries,
+                key,
+                end_ids,
+                params.temperature,
+                asks_mask=params.sampling == "asap",
+            )
         return ConstrainedAnswer(constraint, end_ids, params.max_tokens, context)
 
     def generation_context(self) -> GenerationContext:
@@ -400,3 +415,12 @@ def _repacked(
 
 def _without_repack(planned: ResolvedModel) -> ResolvedModel:
     return replace(planned, options=replace(planned.options, repack=False))
+
+
+def _hashable(value: Hashable) -> Hashable:
+    """Return the value, or its identity where a class of the caller's has no hash."""
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value

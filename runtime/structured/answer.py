@@ -31,6 +31,8 @@ NEAR_TOKENS = 256
 """It is known after every token where at most so many, and twice its own, are left."""
 MAX_REFUSED = 16
 """Tokens behind which no end is found that are passed over for one; then the known way is taken for a token."""
+LOG_WEIGHT_OF_CUT = -1000.0
+"""The model did not complete an answer that had to be closed: among weighted answers, any complete one outweighs it."""
 
 
 class NoLegalToken(ConstraintFailed):
@@ -59,6 +61,9 @@ class ConstrainedAnswer:
         self._is_closed = False
         self._is_watching = constraint.may_strand
         self._refused: set[int] = set()
+        self.log_weight = 0.0
+        self._log_weight_of_choice: float | None = None
+        self._is_weighted = False
         self._num_closing = self._num_masks = self._num_tokens = self._num_skipped = 0
 
     def _shortest(self, constraint: Constraint) -> Sequence[int]:
@@ -109,6 +114,32 @@ class ConstrainedAnswer:
             if again is None
             else ConstrainedAnswer(again, self._end_ids, self._max_tokens, self._context)
         )
+
+    def begin(self, prompt_ids: Sequence[int]) -> None:
+        """Take the tokens of the prompt, before the first token is chosen."""
+        if not self._num_tokens:
+            self._constraint.begin(prompt_ids)
+
+    def fork(self) -> ConstrainedAnswer:
+        """Return an independent copy."""
+        copy = self.__class__.__new__(self.__class__)
+        copy.__dict__.update(self.__dict__)
+        copy._constraint, copy._refused = self._constraint.fork(), set(self._refused)
+        return copy
+
+    def set_log_weight(self, log_weight: float) -> None:
+        """Take the logarithm of the weight of the token that is chosen now; that of an appended one stays."""
+        self._log_weight_of_choice = log_weight + self._constraint.log_offset
+        self._is_weighted = True
+
+    def note_illegal(self, token_id: int) -> None:
+        """Hear that a token was drawn that may not come, so that it is drawn less often behind this text."""
+        if token_id not in self._refused:
+            self._constraint.note_illegal(token_id)
+
+    def _add_log_weight(self) -> None:
+        self.log_weight += self._log_weight_of_choice or 0.0
+        self._log_weight_of_choice = None
 
     @property
     def constraint(self) -> Constraint:
@@ -190,6 +221,7 @@ class ConstrainedAnswer:
         and there is room for another one, which is to be chosen.
         """
         if token_id in self._end_ids:
+            self._add_log_weight()
             return True
         num_left = None if self._num_left is None else self._num_left - 1
         if not self._is_near(num_left):
@@ -209,6 +241,7 @@ class ConstrainedAnswer:
             self._constraint = state
         self._num_left = num_left
         self._refused.clear()
+        self._add_log_weight()
         self._num_tokens += 1
         return True
 
@@ -243,6 +276,8 @@ class ConstrainedAnswer:
         limit = MAX_CLOSING if self._num_left is None else self._num_left
         if closing is None:
             closing = self._constraint.closing(limit) or ()
+        self._constraint.note_cut()
+        self.log_weight += LOG_WEIGHT_OF_CUT
         closing = self._constraint.checked_closing(closing, limit)
         for token_id in closing:
             self._constraint.advance(token_id)
@@ -259,5 +294,6 @@ class ConstrainedAnswer:
             "closing_tokens": self._num_closing,
             "masks": self._num_masks,
             "passes_saved": self._num_skipped,
+            **({"log_weight": self.log_weight} if self._is_weighted else {}),
             **self._constraint.report(),
         }

@@ -57,6 +57,23 @@ class Constraint(ABC):
         """Whether no token may follow."""
         return self.is_accepting and not len(self.legal_ids())
 
+    def begin(self, prompt_ids: Sequence[int]) -> None:
+        """Take the tokens of the prompt, before the first token of the answer."""
+        return
+
+    def note_illegal(self, token_id: int) -> None:
+        """Hear that a token was drawn that may not come: nothing follows from it here."""
+        return
+
+    def note_cut(self) -> None:
+        """Hear that the answer is closed now because it was not complete in time."""
+        return
+
+    @property
+    def log_offset(self) -> float:
+        """The logarithm of the factor by which `weigh` changed the weight of the token that is chosen now."""
+        return 0.0
+
     @property
     def may_strand(self) -> bool:
         """Whether legal tokens may lead where no end can be reached; a way to the end is then known at every token."""

@@ -96,7 +96,7 @@ class Ltl(_Ruled):
         if not names or not all(names):
             raise BadOption(
                 f"{option('ltl')} is a formula over actions, and there are none or an empty one: name them with "
-                f"{option('action')}"
+                f"{option('actions')}"
             )
         if len(names) > MAX_ACTIONS:
             raise BadOption(f"{len(names):,} actions are more than {MAX_ACTIONS:,}: name fewer")

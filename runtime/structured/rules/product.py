@@ -27,6 +27,11 @@ class Product(Constraint):
         """Return an independent copy."""
         return Product([part.fork() for part in self._parts], self._starts)
 
+    def begin(self, prompt_ids: Sequence[int]) -> None:
+        """Take the tokens of the prompt."""
+        for part in self._parts:
+            part.begin(prompt_ids)
+
     def allows(self, token_id: int) -> bool:
         """Whether the token may come next."""
         return all(part.allows(token_id) for part in self._parts)

@@ -110,7 +110,9 @@ class RuleConstraint(Constraint):
     def forced(self) -> Sequence[int]:
         """Return the tokens of the text that must come next."""
         text = self.rule.forced(self.state)
-        return self._vocabulary.encode(text) if text else ()
+        tokens = self._vocabulary.encode(text) if text else ()
+        # What follows may change how the end of the text is written.
+        return tokens if self.ends(tokens) and tokens else tokens[:-1]
 
     def closing(self, max_tokens: int) -> Sequence[int] | None:
         """Return tokens that bring the answer to an end, as the tokenizer writes them or byte by byte."""

@@ -63,6 +63,10 @@ def test_the_other_formats(lowtide: Invoke, tmp_path: Path) -> None:
             ["--ltl", "G a & F b", "--action", "a", "--action", "b"],
             "no list of the actions satisfies",
         ),
+        (["--sampling", "asap", "--temp", "0"], "draws at random"),
+        (["--answers", "2", "--temp", "0"], "--answers draws at random"),
+        (["--answers", "2", "--sampling", "awrs"], "draws under a constraint"),
+        (["--answers", "2", "--sampling", "awrs", "--regex", "a"], "add --raw"),
         (["--avoid", ""], "--avoid has an empty text"),
         (["--must", "@missing.txt"], "--must missing.txt cannot be read"),
         (["--min-words", "9", "--max-words", "2"], "--max-words is 2"),
@@ -95,6 +99,16 @@ def test_paths_and_plans(lowtide: Invoke, tmp_path: Path) -> None:
     assert done.stdout == "b \u2192 to \u2192 c\n"
     done = lowtide("run", "-p", "Hi", "--ltl", "b & X last", "--action", "b", "--action", "last")
     assert done.exit_code == 0 and done.stdout.startswith("b\nlast")
+
+
+@pytest.mark.parametrize("sampling", ["masked", "asap", "awrs"])
+def test_several_answers(lowtide: Invoke, sampling: str) -> None:
+    options = ("--regex", "[ab]{3}", "--sampling", sampling, "--answers", "3", "--seed", "1")
+    done = lowtide("run", "--raw", "-p", "Hi", *options)
+    assert done.exit_code == 0 and len(done.stdout.split()) == 3
+    values = json.loads(lowtide("run", "--raw", "-p", "Hi", *options, "--json").stdout)
+    assert [one["text"] for one in values["answers"]] == done.stdout.split()
+    assert all("weight" in one["structured"] for one in values["answers"]) == (sampling == "awrs")
 
 
 def test_the_plan_has_a_line_for_it(lowtide: Invoke) -> None:
