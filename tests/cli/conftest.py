@@ -26,6 +26,9 @@ def lowtide(monkeypatch: pytest.MonkeyPatch) -> Invoke:
         input: str | bytes | None = None,
     ) -> Result:
         class Loaded(FakeModel):
+            handle = None
+            """No weights of llama.cpp."""
+
             def attach_pages(self, _pages: object) -> None:
                 """Do nothing: a fake model has no pages."""
 
