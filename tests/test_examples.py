@@ -15,6 +15,7 @@ ARGUMENTS = {"profile_embedding": ["trace.json"]}
 EXPECTED = {
     "batch": "same tokens: True; guaranteed: True",
     "chat": "prompt tokens, ",
+    "own_constraint": "has no e: True",
     "own_policy": "% of the cached keys",
     "plan": "planned peak",
     "profile_embedding": "find notes",
