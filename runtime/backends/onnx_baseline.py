@@ -28,7 +28,7 @@ from lowtide.models.onnx.tokenizer import OnnxTokenizer
 from lowtide.models.template.families import LONGEST_TEMPLATE
 from lowtide.runtime.backends.backend import PlannedPrompt, prompt_tokens_of
 
-SESSION_BYTES = 10 * MIB
+SESSION_BYTES = 13 * MIB
 """What onnxruntime takes for a session beside its weights: code pages, nodes, threads."""
 VOCABULARY_BYTES_PER_BYTE = 24
 """Memory per byte of tokenizer.json, at most, where it is not measured."""
