@@ -53,9 +53,9 @@ def answers_of(
     for i in range(number):
         seeded = params if params.seed is None else replace(params, seed=params.seed + i)
         chunks = (
-            runtime.stream(prompt, seeded)
+            runtime.stream(prompt, params=seeded)
             if isinstance(prompt, str)
-            else runtime.chat(prompt, seeded, template_arguments=arguments)
+            else runtime.chat(prompt, params=seeded, template_arguments=arguments)
         )
         if show is not None and i:
             show("\n")
