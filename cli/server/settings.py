@@ -13,9 +13,9 @@ KEY_VARIABLE = "LOWTIDE_API_KEY"
 MAX_VALUES = 16_384
 """Most objects, lists and texts in a body: each takes far more memory than its characters."""
 BASE_BYTES = 4 << 20
-"""What the first requests load and leave: 2.4 MiB measured."""
+"""What the first requests load and leave: an estimate, as are the bytes below."""
 BYTES_PER_BODY_BYTE, BYTES_PER_VALUE = 10, 120
-"""Memory of a body while it is parsed: of lists of numbers, the worst, 7 bytes for each of theirs, and the body."""
+"""Memory of a body while it is parsed."""
 BYTES_PER_CONNECTION = 24 << 10
 BYTES_PER_TOKEN = 640
 """Memory of a token that a client has not read yet, with its statistics."""
