@@ -9,11 +9,12 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from lowtide.cli.server.errors import ApiError, api_error
 from lowtide.cli.server.guard import App, Guard
+from lowtide.cli.server.json_answer import json_answer
 from lowtide.cli.server.ollama.endpoints import OllamaEndpoints
 from lowtide.cli.server.openai.endpoints import OpenAIEndpoints
 from lowtide.cli.server.page.page import PAGE_HEADERS, page_text
@@ -64,10 +65,10 @@ class _Own:
         return HTMLResponse(page_text(), headers=PAGE_HEADERS)
 
     async def status(self, _request: Request) -> Response:
-        return JSONResponse(status_values(self._service))
+        return json_answer(status_values(self._service))
 
     async def health(self, _request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+        return json_answer({"status": "ok"})
 
     async def metrics(self, _request: Request) -> Response:
         text = self._service.metrics.text(status_gauges(self._service))
@@ -95,7 +96,7 @@ def _counted(service: Service, path: str, endpoint: Endpoint) -> Endpoint:
 def error_response(error: ApiError, path: str) -> Response:
     """Return an error as the clients of a path read it."""
     body = {"error": error.message} if path.startswith("/api/") else error.to_dict()
-    return JSONResponse(body, error.status, headers=error.headers)
+    return json_answer(body, error.status, headers=error.headers)
 
 
 async def _on_http_error(request: Request, error: Any) -> Response:

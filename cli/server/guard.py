@@ -13,8 +13,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lowtide.cli.server.errors import ApiError
+from lowtide.cli.server.json_answer import json_bytes
 from lowtide.cli.server.settings import ServerSettings
-from lowtide.cli.server.streaming import to_json
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -53,8 +53,9 @@ class Guard:
                 return
             self._check_key(scope["path"], headers)
         except ApiError as error:
-            body = to_json(error.to_dict()).encode()
-            await _answer(send, error.status, body, [*_JSON, *self._cors(origin)])
+            await _answer(
+                send, error.status, json_bytes(error.to_dict()), [*_JSON, *self._cors(origin)]
+            )
             return
         more = [*_SAFE, *self._cors(origin)]
 
@@ -83,7 +84,7 @@ class Guard:
         """Refuse a script of another site, also where it could not read the answer."""
         if origin is None or origin in self._settings.cors_origins:
             return
-        if urlsplit(origin).netloc.lower() != host.strip().lower():
+        if _host_of(origin) != host.strip().lower():
             raise ApiError(
                 403,
                 "the request comes from a web page of another origin: start lowtide serve with --cors-origin for it",
@@ -118,6 +119,14 @@ class Guard:
                 (b"access-control-max-age", b"600"),
             ]
         return found
+
+
+def _host_of(origin: str) -> str | None:
+    """Return host and port of an origin; None where it is no URL."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:  # as of http://[
+        return None
 
 
 _JSON = [(b"content-type", b"application/json")]

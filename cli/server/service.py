@@ -13,6 +13,7 @@ from lowtide.cli.server.metrics import Metrics
 from lowtide.cli.server.reading.body import BodyReader
 from lowtide.cli.server.settings import ServerSettings
 from lowtide.cli.server.streaming import Answers, Pending
+from lowtide.models.arguments.values import shown
 from lowtide.models.chat_template import Message
 from lowtide.runtime.errors import QueueFull
 from lowtide.runtime.generation.result import GenerationChunk
@@ -58,7 +59,7 @@ class Service:
             return self.name
         raise ApiError(
             404,
-            f"there is no model {name!r} here: ask for {self.name}",
+            f"there is no model {shown(name)} here: ask for {self.name}",
             param="model",
             code="model_not_found",
         )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
 from lowtide.cli.server.errors import ApiError, api_error
+from lowtide.cli.server.json_answer import json_bytes
 from lowtide.runtime.generation.result import GenerationChunk
 from lowtide.runtime.serving.deltas import Answer, Delta
 
@@ -106,15 +106,10 @@ class Answers:
             self._on_close = None
 
 
-def to_json(value: Any) -> str:
-    """Return a value as JSON in one line, without blanks."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
 def event(value: Any, name: str | None = None) -> bytes:
     """Return a server-sent event."""
     head = f"event: {name}\n" if name else ""
-    return f"{head}data: {to_json(value)}\n\n".encode("utf-8", errors="replace")
+    return head.encode() + b"data: " + json_bytes(value) + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"

@@ -10,11 +10,12 @@ from datetime import datetime, timezone
 from typing import Any
 
 from lowtide.cli.server.errors import ApiError
+from lowtide.cli.server.json_answer import json_bytes
 from lowtide.cli.server.reading.fields import Fields
 from lowtide.cli.server.reading.messages import take_messages
 from lowtide.cli.server.reading.parameters import sampling_of, take_sampling
 from lowtide.cli.server.reading.tools import take_tools
-from lowtide.cli.server.streaming import Answers, to_json
+from lowtide.cli.server.streaming import Answers
 from lowtide.runtime.options import SamplingParams
 from lowtide.runtime.serving.deltas import Answer, Call, Finish
 from lowtide.runtime.tools.grammar import CallSyntax
@@ -50,7 +51,8 @@ class OllamaRequest:
     ) -> OllamaRequest:
         """Read a request of `/api/chat`."""
         fields = Fields(body)
-        for message in body.get("messages") or ():
+        stated = body.get("messages")
+        for message in stated if isinstance(stated, list) else ():
             if isinstance(message, dict):
                 _as_openai(message)
         messages = take_messages(fields)
@@ -170,7 +172,7 @@ class OllamaAnswer:
     def _line(
         self, text: str, calls: list[Call] | tuple[()] = (), finish: Finish | None = None
     ) -> bytes:
-        return (to_json(self._object(text, calls, finish)) + "\n").encode("utf-8", "replace")
+        return json_bytes(self._object(text, calls, finish)) + b"\n"
 
     def _object(
         self, text: str, calls: list[Call] | tuple[()], finish: Finish | None

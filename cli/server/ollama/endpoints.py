@@ -6,12 +6,13 @@ from datetime import datetime, timezone
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
+from lowtide.cli.server.json_answer import json_answer, json_bytes
 from lowtide.cli.server.ollama.answers import OllamaAnswer, OllamaRequest
 from lowtide.cli.server.reading.fields import Fields
 from lowtide.cli.server.service import Service
-from lowtide.cli.server.streaming import SSE_HEADERS, to_json, with_errors
+from lowtide.cli.server.streaming import SSE_HEADERS, with_errors
 
 
 class OllamaEndpoints:
@@ -52,15 +53,15 @@ class OllamaEndpoints:
         if asked.stream:
             lines = with_errors(
                 writer.stream(answers),
-                lambda error: (to_json({"error": error.message}) + "\n").encode(),
+                lambda error: json_bytes({"error": error.message}) + b"\n",
             )
             return StreamingResponse(lines, media_type="application/x-ndjson", headers=SSE_HEADERS)
         (answer,) = await service.collect(request, answers)
-        return JSONResponse(writer.whole(answer))
+        return json_answer(writer.whole(answer))
 
     async def tags(self, _request: Request) -> Response:
         """List the models."""
-        return JSONResponse({"models": [self._values()]})
+        return json_answer({"models": [self._values()]})
 
     async def show(self, request: Request) -> Response:
         """Describe one model."""
@@ -68,7 +69,7 @@ class OllamaEndpoints:
         self._service.require_model(_untagged(fields.text("model") or fields.text("name")))
         spec = self._service.runtime.spec
         values = self._values()
-        return JSONResponse(
+        return json_answer(
             {
                 "details": values["details"],
                 "template": spec.chat_template or "",
@@ -84,7 +85,7 @@ class OllamaEndpoints:
         """Return lowtide's version."""
         import lowtide
 
-        return JSONResponse({"version": lowtide.__version__})
+        return json_answer({"version": lowtide.__version__})
 
     def _values(self) -> dict[str, Any]:
         service = self._service

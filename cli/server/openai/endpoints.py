@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
+from lowtide.cli.server.json_answer import json_answer
 from lowtide.cli.server.openai.chat import ChatAnswer, ChatRequest
 from lowtide.cli.server.openai.completions import CompletionAnswer, CompletionRequest
 from lowtide.cli.server.openai.embeddings import EmbeddingRequest
@@ -41,7 +42,7 @@ class OpenAIEndpoints:
         )
         if asked.stream:
             return streamed(writer.stream(answers, len(params)))
-        return JSONResponse(writer.whole(await service.collect(request, answers)))
+        return json_answer(writer.whole(await service.collect(request, answers)))
 
     async def completions(self, request: Request) -> Response:
         """Continue texts."""
@@ -53,7 +54,7 @@ class OpenAIEndpoints:
         writer = CompletionAnswer(model, asked, prompts)
         if asked.stream:
             return streamed(writer.stream(answers))
-        return JSONResponse(writer.whole(await service.collect(request, answers)))
+        return json_answer(writer.whole(await service.collect(request, answers)))
 
     async def responses(self, request: Request) -> Response:
         """Answer a conversation, in the form of OpenAI's responses."""
@@ -73,7 +74,7 @@ class OpenAIEndpoints:
         if asked.stream:
             return streamed(writer.stream(answers))
         (answer,) = await service.collect(request, answers)
-        return JSONResponse(writer.whole(answer))
+        return json_answer(writer.whole(answer))
 
     async def embeddings(self, request: Request) -> Response:
         """Embed texts."""
@@ -81,16 +82,16 @@ class OpenAIEndpoints:
         asked = EmbeddingRequest.of(await service.body(request))
         model = service.require_model(asked.model)
         vectors, num_tokens = await service.embed(asked.texts)
-        return JSONResponse(asked.answer(model, vectors, num_tokens))
+        return json_answer(asked.answer(model, vectors, num_tokens))
 
     async def models(self, _request: Request) -> Response:
         """List the models."""
-        return JSONResponse({"object": "list", "data": [model_values(self._service)]})
+        return json_answer({"object": "list", "data": [model_values(self._service)]})
 
     async def model(self, request: Request) -> Response:
         """Describe one model."""
         self._service.require_model(request.path_params["name"])
-        return JSONResponse(model_values(self._service))
+        return json_answer(model_values(self._service))
 
 
 def streamed(parts: AsyncIterator[bytes]) -> Response:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lowtide.cli.server.errors import ApiError
-from lowtide.models.arguments.values import as_whole, shown
+from lowtide.models.arguments.values import as_whole, plain_name, shown
 
 
 class Fields:
@@ -106,10 +106,11 @@ class Fields:
         name = next(iter(self._left))
         hint = _nearest(name, known)
         also = f"; do you mean {hint}?" if hint else ", and could change the answer: leave it out"
+        path = self.path(plain_name(name))
         raise ApiError(
             400,
-            f"{self.path(name)} is not known here{also}",
-            param=self.path(name),
+            f"{path} is not known here{also}",
+            param=path,
             code="unknown_parameter",
         )
 

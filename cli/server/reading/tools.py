@@ -7,6 +7,7 @@ from typing import Any
 
 from lowtide.cli.server.errors import ApiError, api_error
 from lowtide.cli.server.reading.fields import Fields
+from lowtide.models.arguments.values import shown
 from lowtide.models.errors import BadOption
 from lowtide.runtime.tools.grammar import CallSyntax
 from lowtide.runtime.tools.use import CHOICES, ToolUse
@@ -51,7 +52,7 @@ def take_choice(fields: Fields, name: str = "tool_choice") -> str | None:
         if value in CHOICES:
             return value
         raise ApiError(
-            400, f"{name} is {value!r}; it must be one of {', '.join(CHOICES)}", param=name
+            400, f"{name} is {shown(value)}; it must be one of {', '.join(CHOICES)}", param=name
         )
     stated = Fields(value, name)
     if stated.choice("type", ["function"]) is None:

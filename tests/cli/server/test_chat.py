@@ -11,6 +11,10 @@ import pytest
 from servers import SlowModel, until
 
 Serve = Callable[..., Any]
+HALF = "\ud83d"
+"""The first half of the two that UTF-16 writes an emoji with."""
+USER_HALF = {"role": "user", "content": HALF}
+MESSAGES = [{"role": "user", "content": "Hi"}]
 
 
 def test_an_answer_has_openais_form(serving: Serve) -> None:
@@ -158,6 +162,37 @@ def test_bad_bodies_are_refused_in_a_sentence(serving: Serve) -> None:
         reply = server.post("/v1/chat/completions", body)
         assert reply.status == 400 and text in reply.error["message"]
     assert server.chat().status == 200
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {HALF: 1},
+        {"stream_options": {HALF: 1}},
+        {"messages": [{"role": "user", "content": "Hi", HALF: 1}]},
+        {"model": HALF},
+        {"tool_choice": HALF},
+        {"stop": [HALF, 1]},
+    ],
+)
+def test_an_error_may_quote_half_a_surrogate_pair(serving: Serve, fields: Any) -> None:
+    """JSON's escapes can write it, but UTF-8 cannot."""
+    reply = serving().post("/v1/chat/completions", {"messages": MESSAGES, **fields})
+    assert reply.status in (400, 404) and reply.error["message"].isprintable()
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/api/generate"])
+def test_prompts_may_have_half_a_surrogate_pair(serving: Serve, path: str) -> None:
+    body = {"prompt": HALF} if path != "/v1/chat/completions" else {"messages": [USER_HALF]}
+    assert serving().post(path, body).status == 200
+
+
+@pytest.mark.parametrize(
+    "fields", [{"x" * 5000: 1}, {"model": "x" * 5000}, {"tool_choice": "x" * 5000}]
+)
+def test_errors_quote_no_long_text(serving: Serve, fields: Any) -> None:
+    reply = serving().post("/v1/chat/completions", {"messages": MESSAGES, **fields})
+    assert reply.status in (400, 404) and len(reply.body) < 500
 
 
 def test_a_body_beyond_the_limit_is_refused(serving: Serve) -> None:

@@ -46,6 +46,12 @@ def test_pages_of_other_origins_are_refused_also_without_cors(serving: Serve) ->
     assert own.status == 200 and "access-control-allow-origin" not in own.headers
 
 
+@pytest.mark.parametrize("origin", ["http://[", "http://]", "//[::1", "", "\xff"])
+def test_origins_that_are_no_urls_are_foreign(serving: Serve, origin: str) -> None:
+    reply = serving().ask("GET", "/v1/models", headers={"Origin": origin})
+    assert reply.status == 403 and reply.error["code"] == "foreign_origin"
+
+
 def test_cors_is_for_the_origins_that_are_named(serving: Serve) -> None:
     server = serving(cors_origins=("http://page.example",))
     named = {"Origin": "http://page.example"}

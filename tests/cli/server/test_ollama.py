@@ -88,3 +88,9 @@ def test_lists_of_models(serving: Serve) -> None:
 def test_errors_have_ollamas_form(serving: Serve, fields: dict[str, Any], text: str) -> None:
     reply = serving().post("/api/chat", {"messages": MESSAGES, **fields})
     assert reply.status in (400, 404) and text in reply.json["error"]
+
+
+@pytest.mark.parametrize("messages", [5, True, "Hi", {"role": "user"}, [], [5], None])
+def test_messages_that_are_no_list_of_messages(serving: Serve, messages: Any) -> None:
+    reply = serving().post("/api/chat", {"messages": messages})
+    assert reply.status == 400 and "messages" in reply.json["error"]
