@@ -188,8 +188,9 @@ class GrammarConstraint(Constraint):
 
     def _check(self) -> None:
         if self._matcher.is_error():
+            reason = self._matcher.get_error().strip().partition("\n")[0]
             raise ConstraintFailed(
-                f"the grammar cannot go on: {self._matcher.get_error()}; use a simpler schema or grammar"
+                f"the grammar cannot go on: {reason}; use a simpler schema or grammar"
             )
 
     @property

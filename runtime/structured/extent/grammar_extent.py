@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from lowtide.runtime.structured.extent.bounds import check_bounds
 from lowtide.runtime.structured.extent.bytes import RULE_BYTES, STATE_BYTES, TEXT_BYTES
 from lowtide.runtime.structured.extent.extent import (
     CAP,
@@ -36,6 +37,7 @@ _TOKEN = re.compile(
     r"""|(?P<mark>[()\[\]|?*+&~])|(?P<other>.)""",
     re.DOTALL,
 )
+_SCHEMA = re.compile(r"%json\s*")
 _ESCAPE = re.compile(r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|u\{[^}]*\}|.)")
 MAX_ROUNDS = 100
 """Rounds over all rules in which the shortest texts must be found; else nothing is known of them."""
@@ -83,7 +85,16 @@ class _Unknown(Exception):
 
 
 def grammar_extent(source: str) -> Extent:
-    """Return the extent of a grammar, whose first rule is `start`."""
+    """Return the extent of a grammar, whose first rule is `start`.
+
+    Raises `BadOption` for a JSON schema inside it with bounds of numbers that cannot be kept.
+    """
+    for found in _SCHEMA.finditer(source):  # also where the rules around it are not read
+        try:
+            schema, _ = json.JSONDecoder().raw_decode(source, found.end())
+        except (ValueError, RecursionError):  # the library reads no more of JSON than this does
+            continue
+        check_bounds(schema)
     try:
         return _extent_of(_rules(source))
     except (_Unknown, RecursionError):  # the library has limits of its own

@@ -8,6 +8,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 from urllib.parse import unquote
 
+from lowtide.runtime.structured.extent.bounds import check_bounds
 from lowtide.runtime.structured.extent.bytes import schema_bytes
 from lowtide.runtime.structured.extent.extent import (
     CAP,
@@ -32,7 +33,8 @@ _PLAIN = {"null": Part(4), "boolean": Part(4), "integer": Part(1), "number": Par
 
 
 def schema_extent(schema: Any) -> Extent:
-    """Return the extent of a schema."""
+    """Return the extent of a schema; raises `BadOption` for numbers whose bounds cannot be kept."""
+    check_bounds(schema)
     expanded = _expanded(schema)
     num_bytes = schema_bytes(schema, expanded.size)
     return Extent(_Shortest(schema).of(schema, "", 0), expanded, num_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from lowtide import FakeModel, LowtideError, Runtime
 from lowtide.models.errors import BadOption
 from lowtide.models.fake_model import BOS, NUM_TOKENS, TURN_END, ByteTokenizer
+from lowtide.runtime.errors import ConstraintFailed
 from lowtide.runtime.structured.constraint import Constraint
 from lowtide.runtime.structured.formats import (
     MAX_SOURCE_BYTES,
@@ -274,3 +276,15 @@ def test_closing_says_where_there_is_no_room() -> None:
     closing = constraint.closing(100)
     assert closing is not None and len(closing) == len('","age":0}')
     assert constraint.closing(len(closing) - 1) is None
+
+
+def test_a_grammar_that_cannot_go_on_says_so_in_one_line() -> None:
+    """Two patterns that count from the end have a state for each of the texts between."""
+    form = JsonSchema(
+        {"allOf": [{"type": "string", "pattern": "^.*a.{20}$"}, {"pattern": "^.*b.{19}$"}]}
+    )
+    constraint, text = start(form), "".join(random.Random(1).choices("ab", k=400))
+    with pytest.raises(ConstraintFailed, match="cannot go on") as failed:
+        for byte in b'"' + text.encode():
+            constraint.advance(byte)
+    assert "\n" not in str(failed.value)

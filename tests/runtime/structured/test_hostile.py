@@ -24,6 +24,7 @@ TOO_LARGE: dict[str, Callable[[], Any]] = {
     "remainders": lambda: JsonSchema({"type": "integer", "multipleOf": 1_000_003}),
     "in Lark": lambda: Grammar('start: A\nA: B{1000}\nB: C{1000}\nC: "x"{1000}'),
     "in GBNF": lambda: Grammar('root ::= a\na ::= "x"{1000000000}'),
+    "bounds": lambda: JsonSchema({"type": "integer", "minimum": -(2**63), "maximum": -(2**63) + 1}),
     "at the end": lambda: JsonSchema(
         {"not": {}, "type": "string", "pattern": "(a{999}){9999}"}, check="verified"
     ),
@@ -66,7 +67,7 @@ def test_what_is_too_large_is_not_built(
         pytest.fail("the library was asked")
 
     monkeypatch.setattr(GrammarTokenizer, "matcher", built)
-    with pytest.raises(BadOption, match="is expanded to about|asks for"):
+    with pytest.raises(BadOption, match="is expanded to about|asks for|numbers of 64 bits"):
         runtime.generate("Q\n", response_format=TOO_LARGE[name]())
     assert runtime.fake.rows == []  # type: ignore[attr-defined]
 
