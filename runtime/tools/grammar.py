@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lowtide.models.errors import BadOption
 from lowtide.models.template.call_format import (
     ID,
     REASONING_END,
@@ -169,7 +170,12 @@ def _pattern(text: str) -> str:
 
 
 def _arguments_schema(tool: Tool, style: str) -> dict[str, Any]:
-    closed = closed_schema(tool.parameters)
+    try:
+        closed = closed_schema(tool.parameters)
+    except RecursionError:
+        raise BadOption(
+            f"the parameters of the tool {tool.name} are nested too deeply: flatten them"
+        ) from None
     return {**closed, "x-guidance": _JSON_OPTIONS.get(style, _FLEXIBLE)}
 
 

@@ -152,6 +152,18 @@ def test_a_format_is_for_answers_that_call_nothing(serving: Serve) -> None:
     assert called.json["choices"][0]["finish_reason"] == "tool_calls"
 
 
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return schema
+
+
+def tool_with(schema: dict[str, Any]) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": {"x": schema}}
+    return {"type": "function", "function": {"name": "f", "parameters": parameters}}
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no such tool": (
         {"tool_choice": {"type": "function", "function": {"name": "fly"}}},
@@ -186,6 +198,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             ]
         },
         "tool f",
+    ),
+    "nested too deeply": ({"tools": [tool_with(nested(400))]}, "tool f"),
+    "a bound of more than 64 bits": (
+        {"tools": [tool_with({"type": "integer", "minimum": -(2**63), "maximum": -(2**63) + 1})]},
+        "minimum at ",
     ),
     "stop texts": ({"stop": ["x"]}, "stop"),
 }
