@@ -28,7 +28,13 @@ MATMUL_KERNELS = ("avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dot", "n
 @functools.cache
 def test_kernels() -> ctypes.CDLL:
     """Load the test library: the C++ core with entry points that take arrays."""
-    return ctypes.CDLL(str(test_library()))
+    library = ctypes.CDLL(str(test_library()))
+    library.lowtide_test_problem_bytes.restype = ctypes.c_size_t
+    if library.lowtide_test_problem_bytes() != ctypes.sizeof(_Problem):
+        raise RuntimeError(
+            "AttentionProblem has other fields in C++ than in tests/support/kernel_calls.py"
+        )
+    return library
 
 
 test_kernels.__test__ = False  # type: ignore[attr-defined]  # pytest would collect it by its name
@@ -74,6 +80,8 @@ class _Problem(ctypes.Structure):
         ("scores_stride", ctypes.c_int),
         ("use_bf16", ctypes.c_int),
         ("states", ctypes.c_void_p),
+        ("following", ctypes.c_void_p),
+        ("following_begin", ctypes.c_int),
     ]
 
 
@@ -112,7 +120,7 @@ class AttentionInputs:
             head_dim, self.value_dim, self.scale, self.softcap,
             None if self.sinks is None else self.sinks.ctypes.data,
             None if slots is None else slots.ctypes.data,
-            None, None, 0, 0, self.use_bf16, None,
+            None, None, 0, 0, self.use_bf16, None, None, 0,
         )  # fmt: skip
 
 

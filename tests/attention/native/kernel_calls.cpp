@@ -81,6 +81,8 @@ struct DeltaBlocksLayer {
     DeltaBlocksPolicy policy{flash};
 };
 
+extern "C" size_t lowtide_test_problem_bytes() { return sizeof(AttentionProblem); }
+
 extern "C" int lowtide_test_attend(const AttentionProblem* problem, const char* kernels, int num_threads) {
     CurrentPolicy dense;
     return attend_with(dense, *problem, kernels, num_threads);
