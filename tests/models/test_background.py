@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -55,8 +56,11 @@ def test_an_interrupted_caller_waits_for_the_function(monkeypatch: pytest.Monkey
     ended: list[bool] = []
     thread = BackgroundThread()
     alarm = threading.Timer(0.1, lambda: os.kill(os.getpid(), 2))
+    # A shell starts what runs in its background with this signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     alarm.start()
     with pytest.raises(KeyboardInterrupt):
         thread.run(lambda: (time.sleep(0.4), ended.append(True)))
+    signal.signal(signal.SIGINT, before)
     assert ended == [True]
     thread.close()

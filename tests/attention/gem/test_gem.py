@@ -109,6 +109,8 @@ class OpenModel:
             context=768, batch_size=batch_size, threads=2, eval_callback=self.hook.callback
         )
         self.model = GgufModel(read_spec(path), options)
+        # An early exit writes no logits: they are not looked at, as in the contexts that filter.
+        self.model._has_logits = False
 
     def scores(self, layer: int, **settings: Any) -> np.ndarray:
         policy = Gem(k=100, layer=layer, min_prompt=0, **settings).resolve(self.model.spec)

@@ -15,9 +15,10 @@
 #include "sparse/delta_rows.h"
 #include "sparse/tidal.h"
 
-// Exact attention.
 // For a caller to compare with its own declaration of the struct.
 LOWTIDE_API size_t lowtide_test_problem_bytes();
+
+// Exact attention.
 LOWTIDE_API int lowtide_test_attend(const AttentionProblem* problem, const char* kernels, int num_threads);
 
 // Attends like a TidalDecode selection layer. Writes the slots of the selected keys to `slots`, which has room for every
