@@ -57,7 +57,7 @@ def clean(model: str | None, every: bool, offline: bool) -> None:
     A copy is made again when it is needed.
     """
     from lowtide.memory.units import format_bytes
-    from lowtide.runtime.backends.copies import (
+    from lowtide.runtime.backends.kernels.copies import (
         collect_copies,
         delete_copies,
         fingerprint_of,
@@ -99,7 +99,7 @@ def show(model: str | None, as_json: bool) -> None:
 
 
 def _copies() -> list[dict[str, Any]]:
-    from lowtide.runtime.backends.copies import read_copies
+    from lowtide.runtime.backends.kernels.copies import read_copies
 
     return [
         {

@@ -19,7 +19,7 @@ from lowtide import Embedder, FakeModel, Runtime  # noqa: E402
 from lowtide.models.catalog import resolve  # noqa: E402
 from lowtide.models.gguf.header.spec import read_spec  # noqa: E402
 from lowtide.models.spec import ModelSpec  # noqa: E402
-from lowtide.runtime.backends import kernel_times  # noqa: E402
+from lowtide.runtime.backends.kernels import kernel_times  # noqa: E402
 
 collect_ignore = ["smoke"]  # tests/wheel_test.sh runs them, outside the checkout
 

@@ -1,6 +1,6 @@
 """Repacking of weights into 16-row tiles, the layout that lowtide's matmul kernels read.
 
-The repacked files themselves are written by `runtime/backends/repack.py`.
+The repacked files themselves are written by `runtime/backends/kernels/repack.py`.
 """
 
 from __future__ import annotations

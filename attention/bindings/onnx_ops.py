@@ -3,7 +3,7 @@
 onnxruntime's session calls them on its own threads (`native/onnx/`). `OnnxAttention` replaces attention: one
 call a layer applies the rotary embedding, appends keys and values to the layer's cache, and attends.
 `OnnxMatmul` replaces quantised matmuls and embedding lookups, over tiles that are mapped from a file
-(`runtime/backends/repack.py` writes it).
+(`runtime/backends/kernels/repack.py` writes it).
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from lowtide.models.spec import ModelSpec
 from lowtide.models.template.families import template_of
 from lowtide.models.text.tokenizer import Tokenizer
 from lowtide.runtime.backends.config import LoadConfig
-from lowtide.runtime.backends.kernel_choice import KernelChoice
+from lowtide.runtime.backends.kernels.kernel_choice import KernelChoice
 from lowtide.runtime.backends.quality_choice import QualityChoice
 from lowtide.runtime.backends.threads import ThreadChooser
 from lowtide.runtime.errors import CannotRepack

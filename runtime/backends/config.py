@@ -23,7 +23,7 @@ from lowtide.models.errors import BadOption
 from lowtide.models.gguf.gpu import require_gpus
 from lowtide.models.onnx.config import CPU
 from lowtide.models.spec import ModelSpec
-from lowtide.runtime.backends.kernel_choice import NO_KERNELS, KernelChoice
+from lowtide.runtime.backends.kernels.kernel_choice import NO_KERNELS, KernelChoice
 from lowtide.runtime.speculation.options import SpeculationArg
 
 AUTO = "auto"

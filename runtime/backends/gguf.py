@@ -54,10 +54,10 @@ from lowtide.runtime.backends.backend import (
 from lowtide.runtime.backends.config import LoadConfig
 from lowtide.runtime.backends.first_pass import try_first_pass
 from lowtide.runtime.backends.gguf_baseline import measured_baseline
-from lowtide.runtime.backends.kernel_choice import KernelChoice
-from lowtide.runtime.backends.kernel_times import measured_choice
-from lowtide.runtime.backends.repack import cannot_store, repacked_gguf
-from lowtide.runtime.backends.repack_in_memory import repack_mapped, repacked_while_loading
+from lowtide.runtime.backends.kernels.kernel_choice import KernelChoice
+from lowtide.runtime.backends.kernels.kernel_times import measured_choice
+from lowtide.runtime.backends.kernels.repack import cannot_store, repacked_gguf
+from lowtide.runtime.backends.kernels.repack_in_memory import repack_mapped, repacked_while_loading
 from lowtide.runtime.backends.threads import PassThreads, ThreadChooser
 from lowtide.runtime.profiling.profiler import Profiler
 

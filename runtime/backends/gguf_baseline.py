@@ -33,7 +33,7 @@ from lowtide.models.kind import require_decoder
 from lowtide.models.spec import ModelSpec
 from lowtide.models.template.families import LONGEST_TEMPLATE
 from lowtide.runtime.backends.backend import Measurement, PlannedPrompt, prompt_tokens_of
-from lowtide.runtime.backends.layouts import (
+from lowtide.runtime.backends.kernels.layouts import (
     SHORTEST_LAYOUT,
     Layouts,
     SimulatedSizes,

@@ -37,14 +37,14 @@ from lowtide.runtime.backends.backend import (
     ResolvedModel,
 )
 from lowtide.runtime.backends.config import LoadConfig
-from lowtide.runtime.backends.kernel_choice import NO_ROOM, KernelChoice
+from lowtide.runtime.backends.kernels.kernel_choice import NO_ROOM, KernelChoice
+from lowtide.runtime.backends.kernels.repack import cannot_store, repacked_onnx
 from lowtide.runtime.backends.onnx_baseline import (
     INLINE_COPIES,
     OnnxSizes,
     count_prompt,
     measured_baseline,
 )
-from lowtide.runtime.backends.repack import cannot_store, repacked_onnx
 from lowtide.runtime.backends.threads import PassThreads, ThreadChooser
 from lowtide.runtime.profiling.profiler import Profiler
 

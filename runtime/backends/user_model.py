@@ -20,7 +20,7 @@ from lowtide.runtime.backends.backend import (
     ResolvedModel,
 )
 from lowtide.runtime.backends.config import LoadConfig
-from lowtide.runtime.backends.kernel_choice import KernelChoice
+from lowtide.runtime.backends.kernels.kernel_choice import KernelChoice
 from lowtide.runtime.profiling.profiler import Profiler
 
 

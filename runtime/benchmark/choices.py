@@ -16,7 +16,7 @@ from lowtide.attention.evaluation.divergence import extend
 from lowtide.memory.machine import usable_cores
 from lowtide.models.errors import LowtideError
 from lowtide.models.spec import ModelSpec
-from lowtide.runtime.backends.copies import fingerprint_of, read_copies
+from lowtide.runtime.backends.kernels.copies import fingerprint_of, read_copies
 from lowtide.runtime.loading.load import Engine
 from lowtide.runtime.planning.plan import LoadConfig, plan_spec
 

@@ -29,7 +29,7 @@ from lowtide.models.kind import ENCODER
 from lowtide.models.onnx.config import ENGINE as ONNXRUNTIME
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.backends.gguf_baseline import preload, process_baseline
-from lowtide.runtime.backends.layouts import SHORTEST_LAYOUT, layout_bytes
+from lowtide.runtime.backends.kernels.layouts import SHORTEST_LAYOUT, layout_bytes
 from lowtide.runtime.embedding.options import EmbeddingConfig, pooling_of
 from lowtide.runtime.planning.plan import find_spec
 

@@ -25,7 +25,7 @@ from lowtide.models.spec import ModelSpec
 from lowtide.runtime.backends.backend import Backend, PlannedPrompt, ResolvedModel
 from lowtide.runtime.backends.config import EXACT, LoadConfig
 from lowtide.runtime.backends.gguf import GgufBackend
-from lowtide.runtime.backends.kernel_choice import NO_KERNELS, KernelChoice
+from lowtide.runtime.backends.kernels.kernel_choice import NO_KERNELS, KernelChoice
 from lowtide.runtime.planning.quality import ExpectedLength, choose, stays_exact
 from lowtide.runtime.speculation.options import AUTO, FREE_DRAFTS, SpeculationArg
 from lowtide.runtime.speculation.worth import costs_key

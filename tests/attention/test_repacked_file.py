@@ -15,7 +15,7 @@ from kernel_calls import RepackedArray, repack_array, unpack_row
 from lowtide.models.gguf.header.reader import GgufContents, read_gguf
 from lowtide.models.gguf.header.repacked import is_valid, repacked_names
 from lowtide.models.gguf.header.spec import read_spec
-from lowtide.runtime.backends.repack import repackable_tensors, write_repacked_gguf
+from lowtide.runtime.backends.kernels.repack import repackable_tensors, write_repacked_gguf
 
 
 @pytest.fixture

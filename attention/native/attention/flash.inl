@@ -9,7 +9,7 @@
 #include "attention/problem.h"
 #include "attention/query_tile.h"
 #include "simd.h"
-#include "sparse/merged_scores.h"
+#include "sparse/delta/merged_scores.h"
 
 namespace {
 
@@ -140,7 +140,7 @@ struct ConvertedBlock {
     }
 };
 
-// Either kind of block, with merged keys (sparse/block_store.h) in place of the keys.
+// Either kind of block, with merged keys (sparse/delta/block_store.h) in place of the keys.
 template <class Block> struct MergedBlock {
     const Block& block;
     const MergedPage page;

@@ -8,7 +8,7 @@
 
 #include "c_api.h"
 #include "llama/ggml_abi.h"
-#include "llama/weight_streaming.h"
+#include "llama/weights/weight_streaming.h"
 #include "sparse/gem.h"
 
 struct LlamaHook;

@@ -9,7 +9,7 @@
 #include <exception>
 
 #include "c_api.h"
-#include "llama/abort_guard.h"
+#include "llama/guards/abort_guard.h"
 #include "system/deep_stack.h"
 
 namespace {

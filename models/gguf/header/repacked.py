@@ -3,7 +3,7 @@
 A repacked matrix takes as many bytes as before, so the copy has the shapes, types and sizes of its source
 and llama.cpp maps it like any other file; only lowtide's kernels know the tiles
 (`attention/native/matmul/repack.h`). Keys of the header name the repacked tensors. The bytes themselves are
-written by `runtime/backends/repack.py`.
+written by `runtime/backends/kernels/repack.py`.
 """
 
 from __future__ import annotations

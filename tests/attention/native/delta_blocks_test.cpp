@@ -2,7 +2,7 @@
 // cache, with any number of threads and any thread group. With a threshold of 0 it is close to dense attention.
 // Measuring errors changes nothing.
 
-#include "sparse/delta_blocks.h"
+#include "sparse/delta/delta_blocks.h"
 
 #include <algorithm>
 #include <cmath>

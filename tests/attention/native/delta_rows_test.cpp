@@ -1,7 +1,7 @@
 // Clustered keys in batches of any size, with truncation in between: bitwise the result of one batch over the same
 // cache, with any number of threads and any thread group. Measuring errors changes nothing.
 
-#include "sparse/delta_rows.h"
+#include "sparse/delta/delta_rows.h"
 
 #include <algorithm>
 #include <cstring>

@@ -11,8 +11,8 @@
 #include "attention/problem.h"
 #include "c_api.h"
 #include "matmul/repacked_matrix.h"
-#include "sparse/delta_blocks.h"
-#include "sparse/delta_rows.h"
+#include "sparse/delta/delta_blocks.h"
+#include "sparse/delta/delta_rows.h"
 #include "sparse/tidal.h"
 
 // For a caller to compare with its own declaration of the struct.

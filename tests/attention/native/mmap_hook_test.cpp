@@ -1,7 +1,7 @@
 // A library that maps a file like llama.cpp: inside of sections nothing of it becomes resident, also if they are
 // nested or other threads have sections; outside all of it does.
 
-#include "llama/mmap_hook.h"
+#include "llama/weights/mmap_hook.h"
 
 #include <cmath>
 #include <cstdio>

@@ -11,8 +11,8 @@
 #include "checks.h"
 #include "random_threads.h"
 #include "simd.h"
-#include "sparse/delta_blocks.h"
-#include "sparse/delta_rows.h"
+#include "sparse/delta/delta_blocks.h"
+#include "sparse/delta/delta_rows.h"
 #include "sparse/policy.h"
 
 namespace {

@@ -2,7 +2,7 @@
 // not, odd shapes, rows with gaps between them, more threads than reserved, and matrices of a file that are released
 // meanwhile. Two simple types stand in for ggml's.
 
-#include "llama/weight_streaming.h"
+#include "llama/weights/weight_streaming.h"
 
 #include <sys/mman.h>
 #include <unistd.h>

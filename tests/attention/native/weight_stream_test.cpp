@@ -1,7 +1,7 @@
 // Random spans of weights, some of which touch, are empty or share a page, and random nodes that read them: which
 // pages are released, against plain loops over all spans. The memory is anonymous, so a released page is zero.
 
-#include "llama/weight_streaming.h"
+#include "llama/weights/weight_streaming.h"
 
 #include <sys/mman.h>
 #include <unistd.h>

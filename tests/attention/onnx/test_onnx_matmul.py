@@ -22,7 +22,7 @@ from lowtide.models.onnx.rewrite.model import RewrittenOnnxModel
 from lowtide.models.onnx.rewrite.plan import RepackPlan
 from lowtide.models.onnx.spec import OnnxSpec
 from lowtide.models.read_spec import read_spec
-from lowtide.runtime.backends.repack import is_valid_tile_file, write_tile_file
+from lowtide.runtime.backends.kernels.repack import is_valid_tile_file, write_tile_file
 
 IDS = [int(i) for i in np.random.default_rng(3).integers(0, 320, 90)]
 PARTS = (0, 64, 66, 67, 68, 90)

@@ -19,10 +19,10 @@ from lowtide.memory.plan.planner import plan_memory
 from lowtide.memory.units import MIB
 from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.gguf.header.spec import read_spec
-from lowtide.runtime.backends import kernel_times
 from lowtide.runtime.backends.backend import ResolvedModel
 from lowtide.runtime.backends.config import LoadConfig
-from lowtide.runtime.backends.kernel_times import KernelTimes
+from lowtide.runtime.backends.kernels import kernel_times
+from lowtide.runtime.backends.kernels.kernel_times import KernelTimes
 from lowtide.runtime.planning.plan import plan_model, plan_reference
 
 GREEDY: dict[str, Any] = {"max_tokens": 8, "temperature": 0}

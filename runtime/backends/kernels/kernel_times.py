@@ -31,7 +31,7 @@ from lowtide.models.errors import LowtideError
 from lowtide.models.gguf.header.repacked import REPACKABLE_TYPES
 from lowtide.models.gguf.llama_cpp import llama_library
 from lowtide.models.spec import ModelSpec
-from lowtide.runtime.backends.kernel_choice import KernelChoice
+from lowtide.runtime.backends.kernels.kernel_choice import KernelChoice
 
 TOKENS = (1, 32)
 """Tokens of a pass that are compared: decoding, and a part of a prompt."""

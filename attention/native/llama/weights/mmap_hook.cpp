@@ -1,7 +1,7 @@
 // Finds the relocation slots through which a loaded library calls mmap, in the tables of the dynamic linker (ELF,
 // System V ABI, chapter 5), and redirects them while any thread is inside a section.
 
-#include "llama/mmap_hook.h"
+#include "llama/weights/mmap_hook.h"
 
 #if defined(__linux__) && defined(__LP64__)
 

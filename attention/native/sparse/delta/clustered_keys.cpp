@@ -1,6 +1,6 @@
 // Clusters the keys of a page.
 
-#include "sparse/clustered_keys.h"
+#include "sparse/delta/clustered_keys.h"
 
 #include <algorithm>
 #include <cmath>

@@ -2,7 +2,7 @@
 // windows. Each run is one dense problem per KV head: its keys are the clusters of those pages and the tokens behind
 // them.
 
-#include "sparse/delta_rows.h"
+#include "sparse/delta/delta_rows.h"
 
 #include <algorithm>
 #include <new>

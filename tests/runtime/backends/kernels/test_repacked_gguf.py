@@ -18,9 +18,9 @@ from lowtide import Runtime
 from lowtide.memory.units import MIB
 from lowtide.models.errors import BadModelFile, BadOption
 from lowtide.models.gguf.header.spec import read_spec
-from lowtide.runtime.backends import repack_in_memory
-from lowtide.runtime.backends.copies import SOURCES
-from lowtide.runtime.backends.repack import repacked_gguf, repacked_path
+from lowtide.runtime.backends.kernels import repack_in_memory
+from lowtide.runtime.backends.kernels.copies import SOURCES
+from lowtide.runtime.backends.kernels.repack import repacked_gguf, repacked_path
 from lowtide.runtime.errors import CannotRepack
 from lowtide.runtime.generation.result import GenerationResult
 from lowtide.runtime.loading.load import Engine

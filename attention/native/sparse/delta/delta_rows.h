@@ -10,7 +10,7 @@
 #include "attention/flash.h"
 #include "attention/problem.h"
 #include "c_api.h"
-#include "sparse/clustered_keys.h"
+#include "sparse/delta/clustered_keys.h"
 #include "sparse/error_stats.h"
 #include "sparse/policy.h"
 #include "sparse/refine.h"

@@ -1,6 +1,6 @@
 // Merges the key blocks of a page.
 
-#include "sparse/block_store.h"
+#include "sparse/delta/block_store.h"
 
 #include <algorithm>
 #include <limits>

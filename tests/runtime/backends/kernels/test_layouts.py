@@ -10,7 +10,8 @@ from gguf_files import write_model
 from lowtide.models.facts import store
 from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.spec import ModelSpec
-from lowtide.runtime.backends import gguf_baseline, layouts
+from lowtide.runtime.backends import gguf_baseline
+from lowtide.runtime.backends.kernels import layouts
 from lowtide.runtime.options import SamplingParams
 from lowtide.runtime.planning.expected import ExpectedPrompt
 from lowtide.runtime.planning.plan import LoadConfig, plan_spec

@@ -14,9 +14,14 @@ from lowtide.memory.units import GIB
 from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.gguf.llama_cpp import llama_library
 from lowtide.models.spec import ModelSpec
-from lowtide.runtime.backends import kernel_times
-from lowtide.runtime.backends.kernel_choice import KernelChoice
-from lowtide.runtime.backends.kernel_times import MOST_BYTES, KernelTimes, measure, measured_choice
+from lowtide.runtime.backends.kernels import kernel_times
+from lowtide.runtime.backends.kernels.kernel_choice import KernelChoice
+from lowtide.runtime.backends.kernels.kernel_times import (
+    MOST_BYTES,
+    KernelTimes,
+    measure,
+    measured_choice,
+)
 
 BOTH = KernelChoice(attention=True, repack=True)
 ENOUGH = Budget(num_bytes=64 * GIB, source="a test")

@@ -1,6 +1,6 @@
 // Releases the pages of weights, between nodes or during a matmul.
 
-#include "llama/weight_streaming.h"
+#include "llama/weights/weight_streaming.h"
 
 #include <algorithm>
 #include <iterator>

@@ -30,7 +30,7 @@ from lowtide.models.gguf.header.repacked import (
 )
 from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.spec import TILE_ALIGNMENT, TILE_ROWS, ModelSpec
-from lowtide.runtime.backends.copies import (
+from lowtide.runtime.backends.kernels.copies import (
     collect_copies,
     copies_folder,
     fingerprint_of,

@@ -16,8 +16,8 @@ from lowtide import Runtime
 from lowtide.memory.units import MIB
 from lowtide.models.errors import ModelError
 from lowtide.models.gguf.header.spec import read_spec
-from lowtide.runtime.backends import copies, repack_in_memory
-from lowtide.runtime.backends.copies import read_copies
+from lowtide.runtime.backends.kernels import copies, repack_in_memory
+from lowtide.runtime.backends.kernels.copies import read_copies
 from lowtide.runtime.loading.load import Engine
 from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 
@@ -106,7 +106,7 @@ PROGRAM = """
 import json, sys
 from collections import namedtuple
 from lowtide import Runtime
-from lowtide.runtime.backends import copies
+from lowtide.runtime.backends.kernels import copies
 Usage = namedtuple("Usage", "total used free")
 copies.shutil.disk_usage = lambda _path: Usage(1 << 40, 1 << 40, 0)
 with Runtime.open("smollm2", repack=True, attention="dense", memory=sys.argv[1], context=1024) as runtime:

@@ -10,7 +10,7 @@
 #include "attention/flash.h"
 #include "attention/problem.h"
 #include "c_api.h"
-#include "sparse/block_store.h"
+#include "sparse/delta/block_store.h"
 #include "sparse/error_stats.h"
 #include "sparse/policy.h"
 #include "sparse/refine.h"

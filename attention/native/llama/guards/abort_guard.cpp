@@ -1,10 +1,10 @@
 // Throws from the callback of failed assertions while a section is open.
 
-#include "llama/abort_guard.h"
+#include "llama/guards/abort_guard.h"
 
 #include <cstdio>
 
-#include "llama/running_pass.h"
+#include "llama/guards/running_pass.h"
 
 namespace {
 thread_local int guarded_sections = 0;

@@ -1,6 +1,6 @@
 // Replaces matmuls and row lookups in llama.cpp's graph.
 
-#include "llama/repacked_matmul.h"
+#include "llama/weights/repacked_matmul.h"
 
 #include <algorithm>
 #include <cstring>

@@ -1,7 +1,7 @@
 // Leaves passes by a signal, on Linux with GCC's OpenMP library. The signal comes from the failed thread, again and
 // again, until its caller is found waiting in that library: there it holds no lock, and it would wait for ever.
 
-#include "llama/running_pass.h"
+#include "llama/guards/running_pass.h"
 
 #if defined(__linux__) && defined(__GLIBC__) && (defined(__x86_64__) || defined(__aarch64__))
 

@@ -15,9 +15,9 @@ from gguf_files import write_model
 
 from lowtide.models.facts import store
 from lowtide.models.gguf.header.spec import read_spec
-from lowtide.runtime.backends import copies, repack
-from lowtide.runtime.backends.copies import collect_copies, delete_copies, read_copies
-from lowtide.runtime.backends.repack import repacked_gguf
+from lowtide.runtime.backends.kernels import copies, repack
+from lowtide.runtime.backends.kernels.copies import collect_copies, delete_copies, read_copies
+from lowtide.runtime.backends.kernels.repack import repacked_gguf
 from lowtide.runtime.errors import CannotRepack
 
 Usage = namedtuple("Usage", "total used free")
@@ -98,7 +98,7 @@ import resource, signal, sys
 from pathlib import Path
 from lowtide.models.errors import LowtideError
 from lowtide.models.gguf.header.spec import read_spec
-from lowtide.runtime.backends.repack import repacked_gguf
+from lowtide.runtime.backends.kernels.repack import repacked_gguf
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
 try:
@@ -122,7 +122,7 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from lowtide.models.gguf.header.spec import read_spec
-from lowtide.runtime.backends.repack import repacked_gguf
+from lowtide.runtime.backends.kernels.repack import repacked_gguf
 def slowly(num_bytes):
     print("writing", flush=True)
     time.sleep(60)

@@ -9,9 +9,9 @@
 #include <vector>
 
 #include "llama/ggml_abi.h"
-#include "llama/moved_results.h"
-#include "llama/pass_reads.h"
-#include "llama/weight_streaming.h"
+#include "llama/weights/moved_results.h"
+#include "llama/weights/pass_reads.h"
+#include "llama/weights/weight_streaming.h"
 #include "matmul/matmul.h"
 
 // The matmuls and row lookups of a graph with repacked weights: each such node becomes a custom operation. Matmuls of the

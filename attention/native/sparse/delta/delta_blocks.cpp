@@ -1,6 +1,6 @@
 // Attention over merged key blocks.
 
-#include "sparse/delta_blocks.h"
+#include "sparse/delta/delta_blocks.h"
 
 #include <algorithm>
 #include <cmath>

@@ -20,7 +20,7 @@ from lowtide.models.arguments.names import option
 from lowtide.models.errors import ModelError
 from lowtide.models.gguf.header.reader import TensorInfo, read_gguf
 from lowtide.models.spec import ModelSpec
-from lowtide.runtime.backends.repack import Progress, repackable_tensors, slice_rows
+from lowtide.runtime.backends.kernels.repack import Progress, repackable_tensors, slice_rows
 from lowtide.runtime.errors import CannotRepack
 
 

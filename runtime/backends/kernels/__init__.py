@@ -1,0 +1,1 @@
+"""Which kernels a backend uses, and the repacked copies of the weights that they read."""
