@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from array import array
 from typing import Any
 
 from lowtide.attention.bindings.library import guarded_aborts, native_library
@@ -20,6 +21,8 @@ STACK_BYTES = 256 << 10
 STACK_BYTES_PER_BYTE = 1024
 """The stack that is reserved for each byte of the text; only pages that the recursion reaches become resident."""
 MESSAGE_BYTES = 1024
+PIECE_BYTES = 8
+"""Room for each token of a vocabulary at first, which most have on average; then as much as they need."""
 FAILED = 1
 
 
@@ -29,6 +32,7 @@ def install_guarded_tokenizer() -> None:
     with guarded_aborts():
         library = llama_library()
         library.tokenize, library.tokens_with = guarded_tokenize, tokens_with
+        library.token_pieces = token_pieces
 
 
 def guarded_tokenize(
@@ -98,6 +102,31 @@ def tokens_with(vocabulary: Any, num_tokens: int, attributes: int) -> list[int]:
             break
         token_ids = (ctypes.c_int32 * count)()
     return list(token_ids)
+
+
+def token_pieces(vocabulary: Any, num_tokens: int) -> tuple[bytes, array[int]]:
+    """Return the bytes of all tokens one after the other, and where each token begins and the last one ends."""
+    function = native_library().lowtide_token_pieces
+    function.restype = ctypes.c_int64
+    function.argtypes = [
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32),
+        *(ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p),
+    ]
+    starts = array("I", bytes(4 * (num_tokens + 1)))
+    capacity = PIECE_BYTES * num_tokens
+    while True:
+        text = ctypes.create_string_buffer(capacity)
+        size = function(
+            _address("llama_token_to_piece"),
+            ctypes.cast(vocabulary, ctypes.c_void_p),
+            num_tokens,
+            text,
+            capacity,
+            starts.buffer_info()[0],
+        )
+        if size <= capacity:
+            return text.raw[:size] if size < capacity else text.raw, starts
+        capacity = size
 
 
 @functools.cache

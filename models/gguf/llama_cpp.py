@@ -10,6 +10,7 @@ import ctypes
 import os
 import re
 import threading
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -62,7 +63,8 @@ class LlamaLibrary:
     can; the layer above replaces them with calls that are guarded (`attention/bindings/tokenize.py`, `decode.py`), and
     brings `try_pass`, which runs a pass in a process of its own and returns why it failed.
     `tokens_with(vocabulary, num_tokens, attributes)` lists the tokens that have one of these bits of
-    llama_token_attr. Raises `ModelError` where the library's structs are not those that lowtide declares.
+    llama_token_attr; `token_pieces(vocabulary, num_tokens)` returns the bytes of all tokens one after the other, and
+    where each begins. Raises `ModelError` where the library's structs are not those that lowtide declares.
     """
 
     def __init__(self, loaded: LoadedLibrary) -> None:
@@ -70,6 +72,7 @@ class LlamaLibrary:
         self.api: Any = CApi(loaded.address)
         self.tokenize: Tokenize = self._tokenize
         self.tokens_with: Callable[[Any, int, int], list[int]] = self._tokens_with
+        self.token_pieces: Callable[[Any, int], tuple[bytes, array[int]]] = self._token_pieces
         self.run_pass: Callable[[str, Any, Any], int] = self._run_pass
         self.broken = BrokenContexts(self.api.llama_get_model)
         self.try_pass: Callable[[str, Any, Any], str | None] = lambda _name, _context, _batch: None
@@ -122,6 +125,16 @@ class LlamaLibrary:
     def _tokens_with(self, vocabulary: Any, num_tokens: int, attributes: int) -> list[int]:
         attributes_of = self.api.llama_vocab_get_attr
         return [i for i in range(num_tokens) if attributes_of(vocabulary, i) & attributes]
+
+    def _token_pieces(self, vocabulary: Any, num_tokens: int) -> tuple[bytes, array[int]]:
+        pieces, starts = list[bytes](), array("I", [0])
+        for token_id in range(num_tokens):
+            length = -self.api.llama_token_to_piece(vocabulary, token_id, None, 0, 0, False)
+            buffer = ctypes.create_string_buffer(max(length, 1))
+            self.api.llama_token_to_piece(vocabulary, token_id, buffer, length, 0, False)
+            pieces.append(buffer.raw[:length])
+            starts.append(starts[-1] + length)
+        return b"".join(pieces), starts
 
     def _receive(self, level: int, text: bytes, _user_data: object) -> None:
         if level != LOG_LEVEL_CONTINUED:

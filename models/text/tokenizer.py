@@ -9,8 +9,9 @@ import codecs
 import functools
 import re
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 
 from lowtide.models.text.prompt_span import PromptSpan, text_of
 
@@ -73,6 +74,14 @@ class Tokenizer(ABC):
     @abstractmethod
     def token_bytes(self, token_id: int) -> bytes:
         """Return the UTF-8 bytes of one token, possibly a part of a character; b"" for control tokens."""
+
+    def pieces(self, num_tokens: int) -> tuple[bytes, array[int]]:
+        """Return the bytes of the first `num_tokens` tokens one after the other, and where each begins and ends.
+
+        Token `i` is from `starts[i]` to `starts[i + 1]`.
+        """
+        found = list(map(self.token_bytes, range(num_tokens)))
+        return b"".join(found), array("I", accumulate(map(len, found), initial=0))
 
     @abstractmethod
     def is_end(self, token_id: int) -> bool:

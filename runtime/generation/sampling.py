@@ -69,6 +69,9 @@ class Sampler:
             best = int(logits.argmax())
             if answer.allows(best):
                 return best
+            legal_best = answer.best_legal(logits)
+            if legal_best is not None:
+                return legal_best
         num_needed = 1 if is_greedy else self._params.top_k
         if num_needed:
             likely = _largest(logits, MANY_TIMES * num_needed)
@@ -114,11 +117,14 @@ def _largest(logits: Logits, count: int) -> Indices:
         order = np.argsort(-logits, kind="stable").astype(np.int32)
         return order[: count or None]
     near = np.flatnonzero(logits > logits.max() - WIDE_MARGIN)
-    if len(near) < count or len(near) > len(logits) // FEW_SHARE:
+    if len(near) < count:
         return _largest(logits, 0)[:count]
     values = logits[near]
-    candidates = near[np.argpartition(values, len(values) - count)[-count:]]
-    return candidates[np.argsort(-logits[candidates], kind="stable")].astype(np.int32)
+    least = np.partition(values, len(values) - count)[len(values) - count]
+    candidates: Indices = near[values >= least].astype(
+        np.int32
+    )  # more than `count` where several are equal to the least
+    return candidates[np.argsort(-logits[candidates], kind="stable")][:count]
 
 
 def _num_until(logits: Logits, share: float) -> int:

@@ -38,6 +38,9 @@ _FORMATS = {
 class Advice(ABC):
     """What is known of the answers beside the grammar."""
 
+    is_json = False
+    """Whether answers are JSON values."""
+
     @abstractmethod
     def texts(self, written: bytes, place: JsonPlace) -> Iterator[bytes]:
         """Yield texts that may lead to the end after `written`, the best first; `place` is where it ends."""
@@ -70,6 +73,8 @@ class WholeText(Advice):
 
 class JsonAdvice(Advice):
     """The answer is JSON of a schema."""
+
+    is_json = True
 
     def __init__(self, schema: Any) -> None:
         names: dict[str, None] = {}
@@ -141,6 +146,19 @@ class JsonPlace:
     is_key: bool = False
     """Whether that string is the name of a property, or the next string is one."""
     is_escaped: bool = False
+
+    def is_like(self, other: JsonPlace) -> bool:
+        """Whether the same text that completes a JSON value at one place completes one at the other, if it is legal.
+
+        Not so outside of containers and strings: a number may be complete or not.
+        """
+        is_in_string = self.string_at is not None
+        return (
+            self.containers == other.containers
+            and is_in_string == (other.string_at is not None)
+            and self.is_escaped == other.is_escaped
+            and (is_in_string or bool(self.containers))
+        )
 
     def after(self, written: bytes) -> JsonPlace:
         """Return the place at the end of `written`, whose first `num_bytes` bytes were read already."""

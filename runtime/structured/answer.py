@@ -187,6 +187,17 @@ class ConstrainedAnswer:
             )
         return found
 
+    def best_legal(self, logits: Logits) -> int | None:
+        """Return the legal token with the largest logit, end tokens among them; None where the mask is to be asked."""
+        found = None if self._refused else self._constraint.best_legal(logits)
+        if found is None:
+            return None
+        self._num_masks += 1
+        if self._constraint.is_accepting:
+            known = (token_id for token_id in self._end_ids if token_id < len(logits))
+            return max(sorted((found, *known)), key=lambda token_id: float(logits[token_id]))
+        return found
+
     def legal_among(self, token_ids: TokenIds) -> NDArray[np.bool_]:
         """Return which of the tokens may come next, end tokens among them, bool of the same shape."""
         import numpy as np
@@ -248,23 +259,27 @@ class ConstrainedAnswer:
     def _is_near(self, num_left: int | None) -> bool:
         """Whether the end of the tokens is so near that a way to the end of the answer must be known."""
         if not self._is_watching and num_left is not None:
-            if self._num_tokens % PROBED_TOKENS == 0 and not self._constraint.ends(
-                self._closing or ()
-            ):
+            if self._num_tokens % PROBED_TOKENS == 0 and not self._knows_end(num_left + 1):
                 self._closing = self._constraint.closing(num_left + 1) or self._closing
             if num_left <= NEAR_TOKENS + 2 * len(self._closing or ()):
-                self._closing = self._constraint.closing(num_left + 1)
+                if not self._knows_end(num_left + 1):
+                    self._closing = self._constraint.closing(num_left + 1)
                 self._is_watching = True
         return self._is_watching
+
+    def _knows_end(self, max_tokens: int) -> bool:
+        """Whether the way to the end that was known tokens ago still is one, of at most so many tokens."""
+        closing = self._closing
+        return closing is not None and len(closing) <= max_tokens and self._constraint.ends(closing)
 
     def _closing_after(
         self, state: Constraint, token_id: int, max_tokens: int
     ) -> Sequence[int] | None:
         """Return a way to the end from `state`, which is the answer after `token_id`."""
         if self._closing is not None:
-            for rest in state.rests(self._closing, token_id):
-                if len(rest) <= max_tokens and state.ends(rest):
-                    return rest
+            rest = state.closing_after(self._closing, token_id, max_tokens)
+            if rest is not None:
+                return rest
         return state.near_closing(max_tokens) if self._closing else state.closing(max_tokens)
 
     def close(self) -> Sequence[int]:

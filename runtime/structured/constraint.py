@@ -39,6 +39,10 @@ class Constraint(ABC):
         found: NDArray[np.bool_] = np.isin(token_ids, self.legal_ids())
         return found
 
+    def best_legal(self, logits: Logits) -> int | None:
+        """Return the legal token with the largest logit; None where none is, or where `legal_ids` is to be asked."""
+        return None
+
     @abstractmethod
     def advance(self, token_id: int) -> None:
         """Append a token that `allows` returned True for."""
@@ -132,10 +136,22 @@ class Constraint(ABC):
             copy.advance(token_id)
         return copy.is_accepting
 
+    def closing_after(
+        self, closing: Sequence[int], token_id: int, max_tokens: int
+    ) -> Sequence[int] | None:
+        """Return a way to the end behind `token_id`, which was appended last, where `closing` was one before it.
+
+        None where none of at most `max_tokens` tokens is seen at once.
+        """
+        if closing and closing[0] == token_id:
+            return closing[1:]
+        for rest in self.rests(closing, token_id):
+            if len(rest) <= max_tokens and self.ends(rest):
+                return rest
+        return None
+
     def rests(self, closing: Sequence[int], token_id: int) -> Iterable[Sequence[int]]:
         """Yield ways that may still lead to the end behind `token_id`, where `closing` did before it."""
-        if closing[:1] == (token_id,):
-            yield closing[1:]
         yield closing
 
     def likely_next(self) -> Iterable[Sequence[int]]:

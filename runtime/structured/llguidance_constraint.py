@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lowtide.attention.bindings.legal_tokens import best_legal, legal_ids
 from lowtide.runtime.errors import ConstraintFailed
 from lowtide.runtime.structured.advice import NONE_KNOWN, START, Advice, JsonPlace
 from lowtide.runtime.structured.closing import find_closing
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from numpy.typing import NDArray
 
+    from lowtide.models.model import Logits
     from lowtide.runtime.structured.constraint import TokenIds
 
 SLICE = r'[^"\\\x00-\x1F\x7F]{1,30}'
@@ -26,6 +28,9 @@ _CLOSERS = b'}]",:0naeltrusf1{[ -.23456789zAT'
 """The bytes that tend to end a JSON value, the best first."""
 MAX_ASKED = 8
 """So many tokens are checked one by one, 2 microseconds each; then the mask of all is computed, 20 to 50."""
+
+MAX_LEFT_OUT = 4
+"""Of a known way to the end, so many tokens at its start may be left out."""
 
 
 class GrammarTokenizer:
@@ -128,8 +133,8 @@ class GrammarConstraint(Constraint):
             self._num_asked += 1
             if self._num_asked <= MAX_ASKED:
                 return bool(self._matcher.validate_tokens([token_id]))
-        mask, ends = self._bits(), self._tokenizer.vocabulary.end_ids
-        if not mask or token_id >= self._num_tokens or token_id in ends:
+        mask = self._bits()
+        if not mask or token_id >= self._num_tokens:
             return False
         return bool(mask[token_id >> 3] >> (token_id & 7) & 1)
 
@@ -152,25 +157,29 @@ class GrammarConstraint(Constraint):
         return found
 
     def _bits(self) -> bytes:
-        """Return a bit for each token, eight in a byte; b"" where none may follow. It is computed once."""
+        """Return a bit for each token, eight in a byte; b"" where none may follow. It is computed once.
+
+        The bits of end tokens are 0.
+        """
         if self._mask is None:
-            stopped = self._matcher.is_stopped()
-            self._mask = b"" if stopped else self._matcher.compute_bitmask()
+            bits = bytearray() if self._matcher.is_stopped() else self._computed_bits()
             self._check()
+            self._mask = bytes(bits)
         return self._mask
+
+    def _computed_bits(self) -> bytearray:
+        bits = bytearray(self._matcher.compute_bitmask())
+        for end_id in self._tokenizer.vocabulary.end_ids:
+            bits[end_id >> 3] &= ~(1 << (end_id & 7))
+        return bits
+
+    def best_legal(self, logits: Logits) -> int | None:
+        """Return the legal token with the largest logit; None where none is."""
+        return best_legal(logits[: self._num_tokens], self._bits())
 
     def legal_ids(self) -> TokenIds:
         """Return all tokens that may come next."""
-        import numpy as np
-
-        mask = self._bits()
-        if not mask:
-            return np.empty(0, np.int32)
-        words = np.frombuffer(mask, np.uint8)
-        bits = np.unpackbits(words, count=self._num_tokens, bitorder="little")
-        for end_id in self._tokenizer.vocabulary.end_ids:
-            bits[end_id] = 0
-        return np.flatnonzero(bits).astype(np.int32)
+        return legal_ids(self._bits(), self._num_tokens)
 
     def advance(self, token_id: int) -> None:
         """Append a token that is allowed."""
@@ -227,18 +236,61 @@ class GrammarConstraint(Constraint):
         copy = self._matcher.deep_copy()
         return bool(copy.consume_tokens(list(token_ids))) and bool(copy.is_accepting())
 
+    def closing_after(
+        self, closing: Sequence[int], token_id: int, max_tokens: int
+    ) -> Sequence[int] | None:
+        """Return a way to the end behind `token_id`: the text of `closing`, or what is left of it.
+
+        Where the complete text stays the same, it stays legal. Where the token leaves a JSON answer in the same
+        containers, `closing` completes it again if it is legal: then nothing is appended to a copy, which takes ten
+        times as long.
+        """
+        taken = self._tokenizer.vocabulary.bytes_of(token_id)
+        rest: Sequence[int] | None = self._rest_of_text(closing, taken)
+        if rest is None and self._completes(closing, token_id):
+            rest = closing
+        if rest is not None and len(rest) <= max_tokens:
+            return rest
+        return super().closing_after(closing, token_id, max_tokens)
+
+    def _rest_of_text(self, closing: Sequence[int], taken: bytes) -> tuple[int, ...] | None:
+        """Return tokens of what follows `taken` in the text of `closing`; None where the text begins otherwise."""
+        vocabulary = self._tokenizer.vocabulary
+        for index, token_id in enumerate(closing):
+            piece = vocabulary.bytes_of(token_id)
+            if piece and piece.startswith(taken):
+                tail = piece[len(taken) :]
+                spelled = self._tokenizer.spelled(tail) if len(tail) == 1 else ()
+                spelled = spelled or tuple(vocabulary.encode(tail)) or self._tokenizer.spelled(tail)
+                return (*spelled, *closing[index + 1 :]) if spelled or not tail else None
+            if not piece or not taken.startswith(piece):
+                return None
+            taken = taken[len(piece) :]
+        return None
+
+    def _completes(self, closing: Sequence[int], token_id: int) -> bool:
+        """Whether `closing`, which ended the answer before its last token, certainly does behind it."""
+        if not self._advice.is_json:
+            return False
+        num_bytes = len(self._tokenizer.vocabulary.bytes_of(token_id))
+        before = self._place.after(self._written[:-num_bytes])
+        self._place = before.after(self._written)
+        return self._place.is_like(before) and self.num_legal(closing) == len(closing)
+
     def rests(self, closing: Sequence[int], token_id: int) -> Iterable[Sequence[int]]:
         """Yield ways that may still lead to the end: the same text without the token's, white space aside."""
-        if closing[:1] == (token_id,):
-            yield closing[1:]
-            return
         vocabulary = self._tokenizer.vocabulary
         taken = vocabulary.bytes_of(token_id)
-        if closing and (taken[:1].isspace() or taken[:1] == vocabulary.bytes_of(closing[0])[:1]):
-            text = vocabulary.decode(closing)
-            rest = _without(text, taken)
-            if rest is not None:
-                yield tuple(vocabulary.encode(rest))
+        rest = self._rest_of_text(closing, taken.strip())
+        if rest is not None and taken != taken.strip():
+            yield rest
+        for index, next_id in enumerate(
+            closing[:MAX_LEFT_OUT]
+        ):  # `0` of `0,"b":1}` where `7,` was written
+            piece = vocabulary.bytes_of(next_id)
+            if taken and index and piece.startswith(taken):
+                tail = piece[len(taken) :]
+                yield (*vocabulary.encode(tail), *closing[index + 1 :])
         yield closing
 
     def likely_next(self) -> Iterable[Sequence[int]]:
@@ -246,14 +298,3 @@ class GrammarConstraint(Constraint):
         self._place = self._place.after(self._written)
         yield from map(self._tokenizer.spelled, self._advice.texts(self._written, self._place))
         yield from self._tokenizer.ends
-
-
-def _without(text: bytes, taken: bytes) -> bytes | None:
-    """Return the text behind `taken`, which may have other white space; None where it begins otherwise."""
-    at = 0
-    for byte in taken:
-        if text[at : at + 1] == bytes([byte]):
-            at += 1
-        elif not chr(byte).isspace():
-            return None
-    return text[at:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from operator import sub
 from typing import Any, TypeVar
 
@@ -32,8 +32,7 @@ class TokenVocabulary:
     @cached_property
     def _table(self) -> tuple[bytes, array[int]]:
         """The bytes of all tokens one after the other, and where each token begins."""
-        pieces = list(map(self._tokenizer.token_bytes, range(self.num_tokens)))
-        return b"".join(pieces), array("I", accumulate(map(len, pieces), initial=0))
+        return self._tokenizer.pieces(self.num_tokens)
 
     @property
     def packed(self) -> tuple[bytes, array[int]]:

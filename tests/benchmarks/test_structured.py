@@ -15,8 +15,11 @@ import jsonschema
 import pytest
 
 from lowtide import GenerationResult, JsonSchema, Runtime
+from lowtide.attention.bindings.legal_tokens import best_legal
+from lowtide.models.catalog import resolve
 from lowtide.runtime.structured.answer import ConstrainedAnswer
 from lowtide.runtime.structured.constraint import Constraint
+from lowtide.runtime.structured.vocabulary import TokenVocabulary
 
 pytestmark = pytest.mark.benchmark
 TASKS: list[tuple[str, dict[str, Any]]] = [
@@ -137,25 +140,66 @@ def test_passes_saved(smollm2: Path, style: str) -> None:
     assert num_equal == len(TASKS) or style == "flexible"
 
 
-def test_cost_of_a_token(smollm2: Path) -> None:
-    with Runtime.open(smollm2, memory="2GiB", context=1024, structured=True) as runtime:
+@pytest.mark.parametrize("model", ["smollm2", "gemma3-270m"])
+def test_cost_of_a_token(model: str) -> None:
+    """What a constraint takes for each token of known texts, far from the last tokens and among them."""
+    with Runtime.open(resolve(model), memory="2GiB", context=1024, structured=True) as runtime:
         vocabulary = runtime._engine._vocabulary
-        values = {"string": "a few words of it", "integer": 1234, "number": 3.25, "boolean": True}
-        spent: list[float] = []
-        for _, fields in TASKS * 5:
-            answer_text = json.dumps({name: values[kind] for name, kind in fields.items()})
-            token_ids = vocabulary.encode(answer_text.encode())
-            answer = ConstrainedAnswer(
-                JsonSchema(schema_of(fields)).compile(vocabulary), vocabulary.end_ids, 512
-            )
-            for token_id in token_ids:
-                started = time.perf_counter()
-                assert answer.allows(token_id) and answer.take(token_id)
-                answer.forced()
-                spent.append(time.perf_counter() - started)
+        speed = runtime.generate("Once", temperature=0, max_tokens=64).stats.decode_tokens_per_s
+        assert speed
+        for style in ("pretty", "flexible"):
+            for max_tokens in (1024, 110):
+                spent = [
+                    _seconds_of_tokens(vocabulary, fields, style, max_tokens)
+                    for _, fields in TASKS * 5
+                ]
+                mean = sum(map(sum, spent)) / sum(map(len, spent))
+                print(
+                    f"\n{model}, {style}, at most {max_tokens} tokens: {mean * 1e6:.0f} us a token, "
+                    f"{mean * speed:.1%} of decoding"
+                )
+
+
+def _seconds_of_tokens(
+    vocabulary: TokenVocabulary, fields: dict[str, str], style: str, max_tokens: int
+) -> list[float]:
+    """Return the seconds for each token of an answer; those before the first token are not among them."""
+    values = {"string": "a few words of it", "integer": 1234, "number": 3.25, "boolean": True}
+    written = json.dumps({name: values[kind] for name, kind in fields.items()})
+    form, spent, num_forced = JsonSchema(schema_of(fields), style), list[float](), 0
+    answer = ConstrainedAnswer(form.compile(vocabulary), vocabulary.end_ids, max_tokens)
+    for token_id in vocabulary.encode(written.encode()):
         started = time.perf_counter()
-        result = runtime.generate("Once", temperature=0, max_tokens=64)
-        assert result.stats.decode_tokens_per_s
-    microseconds = statistics.mean(spent) * 1e6
-    share = statistics.mean(spent) * result.stats.decode_tokens_per_s
-    print(f"\na constraint takes {microseconds:.0f} us a token, {share:.1%} of decoding")
+        is_forced = num_forced > 0
+        assert (is_forced or answer.allows(token_id)) and answer.take(token_id)
+        num_forced = num_forced - 1 if is_forced else len(answer.forced())
+        spent.append(time.perf_counter() - started)
+    return spent
+
+
+@pytest.mark.parametrize("num_tokens", [49_152, 262_144])
+def test_applying_a_mask(num_tokens: int) -> None:
+    """The best legal token of a mask, natively and with numpy."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    logits = random.normal(0, 4, num_tokens).astype(np.float32)
+    for share in (0.001, 0.5, 0.97):
+        bits = random.random(num_tokens) < share
+        mask = np.packbits(bits, bitorder="little").tobytes()
+
+        def with_numpy(mask: bytes = mask) -> int:
+            words = np.frombuffer(mask, np.uint8)
+            legal = np.flatnonzero(np.unpackbits(words, count=num_tokens, bitorder="little"))
+            return int(legal[logits[legal].argmax()])
+
+        assert best_legal(logits, mask) == with_numpy()
+        times = []
+        for apply in (lambda mask=mask: best_legal(logits, mask), with_numpy):
+            started = time.perf_counter()
+            for _ in range(200):
+                apply()
+            times.append((time.perf_counter() - started) / 200 * 1e6)
+        print(
+            f"\n{num_tokens} tokens, {share:.1%} legal: {times[0]:.0f} us, numpy {times[1]:.0f} us"
+        )

@@ -4,8 +4,10 @@
 // letters overflows any ordinary stack. A text therefore runs on a thread whose stack is large enough for one match
 // over the whole text. What the tokenizer throws becomes a message, and so do its failed assertions.
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 
 #include "c_api.h"
@@ -64,6 +66,26 @@ LOWTIDE_API int32_t lowtide_tokens_with(void* attributes, const void* vocabulary
         ++count;
     }
     return count;
+}
+
+// Writes the bytes of all tokens to `text`, one after the other, and where each begins to `starts`, which has room for
+// `num_tokens` + 1; returns how many bytes there are, of which the first `capacity` were written. Control tokens have
+// none. `piece` is llama_token_to_piece.
+LOWTIDE_API int64_t lowtide_token_pieces(void* piece, const void* vocabulary, int32_t num_tokens, char* text,
+                                         int64_t capacity, uint32_t* starts) {
+    using Piece = int32_t (*)(const void*, int32_t, char*, int32_t, int32_t, bool);
+    constexpr int64_t kMostBytes = 1 << 30;
+    const auto piece_of = reinterpret_cast<Piece>(piece);
+    int64_t size = 0;
+    for (int32_t id = 0; id < num_tokens; ++id) {
+        starts[id] = static_cast<uint32_t>(size);
+        const int64_t left = std::clamp<int64_t>(capacity - size, 0, kMostBytes);
+        char* const at = text + std::min(size, capacity);
+        const int32_t length = piece_of(vocabulary, id, at, static_cast<int32_t>(left), 0, false);
+        size += std::abs(static_cast<int64_t>(length));  // negative where there was no room
+    }
+    starts[num_tokens] = static_cast<uint32_t>(size);
+    return size;
 }
 
 // Tokenises `text` with llama_tokenize at `tokenize`, on a thread with `stack_bytes` of stack, or on this one where as

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -121,6 +122,12 @@ class GgufTokenizer(Tokenizer):
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of one token; control tokens have none."""
         return self._piece(token_id, special=False)
+
+    def pieces(self, num_tokens: int) -> tuple[bytes, array[int]]:
+        """Return the bytes of all tokens; see `Tokenizer.pieces`. One call, where `token_bytes` is one for each."""
+        if num_tokens > self._num_tokens:
+            return super().pieces(num_tokens)
+        return self._library.token_pieces(self._vocabulary, num_tokens)
 
     def is_end(self, token_id: int) -> bool:
         """Whether the vocabulary marks the token as an end of generation."""

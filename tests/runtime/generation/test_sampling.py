@@ -71,6 +71,15 @@ def test_top_k_among_many_far_away() -> None:
     assert len(distribution(logits, top_k=10)) == 10
 
 
+@pytest.mark.parametrize("spread", [0.1, 3.0, 30.0])
+def test_top_k_is_the_start_of_a_stable_order(spread: float) -> None:
+    random = np.random.default_rng(0)
+    for top_k in (1, 8, 40, 320):
+        logits = np.round(random.normal(0, spread, 5000), 1).astype(np.float32)  # many are equal
+        expected = np.argsort(-logits, kind="stable")[:top_k]
+        assert list(distribution(logits, top_k=top_k)) == expected.tolist()
+
+
 def test_draws_follow_the_distribution() -> None:
     logits = np.log(logits_of(0.6, 0.3, 0.1))
     sampler = Sampler(SamplingParams(temperature=1, top_k=0, top_p=1, min_p=0, seed=11))

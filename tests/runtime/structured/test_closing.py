@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from typing import Any
 
 import jsonschema
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from token_pieces import PieceTokenizer
 
 from lowtide.models.fake_model import NUM_TOKENS, ByteTokenizer
 from lowtide.runtime.structured.advice import START
@@ -107,3 +111,42 @@ def test_the_place_in_a_json_text() -> None:
     assert places[-1].containers == b"{[{" and not places[-1].is_key
     assert places[15].is_key and places[2].is_key
     assert places[5].after(text) == places[-1]
+
+
+GROWN = TokenVocabulary(
+    PieceTokenizer(
+        ['","', '":', '{"', '"}', "]}", '": "', ', "', "12", "34,", "ab", " ", "  ", "true"]
+    ),
+    300,
+)
+
+
+@given(
+    st.sampled_from(
+        [
+            {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}},
+             "required": ["a", "b"], "additionalProperties": False},
+            {"type": "array", "items": {"type": ["string", "integer", "boolean"]}, "minItems": 2},
+            {"type": "object", "additionalProperties": {"type": "array", "items": {"type": "number"}}},
+            {"type": "integer", "multipleOf": 7},
+            {"type": "string", "pattern": "^a+b$"},
+        ]
+    ),
+    st.sampled_from(["flexible", "pretty", "compact"]),
+    st.integers(0, 10_000),
+)  # fmt: skip
+def test_what_is_left_of_a_known_way_is_one(schema: Any, style: str, seed: int) -> None:
+    numbers = random.Random(seed)
+    state = JsonSchema(schema, style).compile(GROWN)
+    closing = state.closing(100)
+    for _ in range(30):
+        assert closing is not None and state.ends(closing)
+        legal = state.legal_ids().tolist()
+        if not legal:
+            break
+        follows = closing[:1] if closing and numbers.random() < 0.4 else ()
+        token_id = follows[0] if follows else numbers.choice(legal)
+        state.advance(token_id)
+        found = state.closing_after(closing, token_id, 100)
+        assert found is None or state.ends(found)
+        closing = state.closing(100) if found is None else found

@@ -63,3 +63,14 @@ def test_control_tokens_are_parsed_only_where_allowed(real_runtime: Runtime) -> 
     assert len(plain) > 1 and not any(map(tokenizer.is_end, plain))
     assert tokenizer.token_bytes(end[0]) == b""
     assert tokenizer.special_texts["eos_token"] == "<|im_end|>"
+
+
+def test_all_pieces_in_one_call_are_those_of_single_tokens(real_runtime: Runtime) -> None:
+    tokenizer = real_runtime._model.tokenizer
+    num_tokens = real_runtime.spec.vocabulary.num_tokens
+    for count in (num_tokens, 300, 0):
+        text, starts = tokenizer.pieces(count)
+        assert len(starts) == count + 1 and starts[-1] == len(text)
+        for token_id in range(0, count, 7):
+            piece = text[starts[token_id] : starts[token_id + 1]]
+            assert piece == tokenizer.token_bytes(token_id)
