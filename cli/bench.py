@@ -64,6 +64,13 @@ PROMPTS_PER_KIND = 2
     f"first {PROMPTS_PER_KIND} of each category are used.",
 )
 @click.option(
+    "--schemas",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Measure structured output instead: answer each JSON schema in FILE, one JSON object per line with schema, "
+    "and id and prompt where it has them.",
+)
+@click.option(
     "--rounds",
     type=click.IntRange(1, 100),
     default=5,
@@ -76,7 +83,7 @@ PROMPTS_PER_KIND = 2
     type=click.IntRange(1, 1024),
     default=32,
     show_default=True,
-    help="Number of tokens to decode in each round.",
+    help="Number of tokens to decode in each round; with --schemas, the most tokens of an answer.",
 )
 @template_options
 @json_option
@@ -91,6 +98,7 @@ def command(
     depths: tuple[int, ...],
     speculations: tuple[str, ...],
     prompts: Path | None,
+    schemas: Path | None,
     rounds: int,
     tokens: int,
     as_json: bool,
@@ -104,11 +112,19 @@ def command(
     over the rounds; above 1 means faster than the baseline. Run it on an idle machine.
 
     With --speculate, compare greedy answers with drafts to answers without, for several kinds of prompts.
+
+    With --schemas, compare structured output with free decoding, llama-cpp-python's grammars, and outlines-core and
+    xgrammar where they are installed: how many schemas each engine takes, how many of its answers follow them, and
+    how long tokens take.
     """
     from lowtide.cli.common.output import json_object, note
     from lowtide.runtime.benchmark.paired import PairedBenchmark
     from lowtide.runtime.benchmark.tasks import attention_workers, speculation_workers
 
+    if schemas is not None and (depths or speculations):
+        raise click.UsageError(
+            "--schemas excludes --depth and --speculate: it measures greedy answers without drafts"
+        )
     if speculations and depths:
         raise click.UsageError(
             "--depth and --speculate exclude each other: answers fill the KV cache by themselves"
@@ -116,13 +132,28 @@ def command(
     if prompts is not None and not speculations:
         raise click.UsageError("--prompts needs --speculate: name a draft, or leave --prompts out")
     arguments = take_template_arguments(options)
-    if (arguments or options["chat_template"]) and not speculations:
+    if (arguments or options["chat_template"]) and not speculations and schemas is None:
         raise click.UsageError(
-            "--chat-template and --template-arg need --speculate: without it, prompts are random tokens"
+            "--chat-template and --template-arg need --speculate or --schemas: without them, prompts are random "
+            "tokens"
         )
-    if speculations and attentions == DEFAULT_ATTENTIONS:
+    if (speculations or schemas) and attentions == DEFAULT_ATTENTIONS:
         attentions = ("dense",)
     spec = take_spec(options)
+    if schemas is not None:
+        from lowtide.cli.common.schema_bench import measure_schemas
+
+        measure_schemas(
+            spec,
+            schemas,
+            attentions[0],
+            tokens,
+            arguments,
+            options,
+            as_json=as_json,
+            enforce=enforce,
+        )
+        return
     tasks = (
         _answer_tasks(attentions, prompts, tokens, arguments)
         if speculations

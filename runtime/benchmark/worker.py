@@ -11,6 +11,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -23,6 +24,8 @@ from lowtide.models.errors import BadOption, LowtideError
 from lowtide.models.gguf.llama_cpp import llama_library
 from lowtide.models.read_spec import read_spec
 from lowtide.models.template.families import template_of
+from lowtide.runtime.benchmark.schemas.answers import own_answer, peer_answer
+from lowtide.runtime.benchmark.schemas.engines import FREE, OURS
 from lowtide.runtime.errors import CannotRepack
 from lowtide.runtime.generation.chat import PromptEncoder
 from lowtide.runtime.generation.loop import DecodeLoop
@@ -101,6 +104,24 @@ class Worker:
             "token_ids": [chunk.token_id for chunk in chunks],
             "speculation": stats.speculation,
         }
+
+    def schema_answer(
+        self, engine: str, schema: Any, prompt: str, tokens: int, template_arguments: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Answer `prompt` greedily with up to `tokens` tokens that follow `schema`, held to it by `engine`.
+
+        `first_token_s` starts before the work on the schema; `seconds` are those of the other tokens. Where the engine
+        does not take the schema, `refused` says why.
+        """
+        self._session.clear()
+        request = self._request(prompt, tokens, template_arguments)
+        most = self._engine.most_tokens() - tokens
+        request = replace(request, token_ids=request.token_ids[-most:])
+        if engine in (FREE, OURS):
+            return own_answer(self._engine, self._session, request, schema, engine)
+        answer = peer_answer(self._engine, request, schema, engine)
+        self._session.clear()
+        return answer
 
     def _request(
         self, prompt: str, max_tokens: int, arguments: dict[str, Any]

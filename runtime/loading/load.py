@@ -213,6 +213,11 @@ class Engine:
             )
         return ConstrainedAnswer(constraint, end_ids, params.max_tokens, context)
 
+    @property
+    def vocabulary(self) -> TokenVocabulary:
+        """The bytes of all tokens, which constraints share."""
+        return self._vocabulary
+
     def generation_context(self) -> GenerationContext:
         """Return what the statistics of a generation say about the model and its plan."""
         plan = self.planned.plan

@@ -20,7 +20,8 @@ MAX_PATTERNS = 64
 MAX_FILLED = 4000
 """Longest `minLength` that a string is filled up to by advice."""
 _TIME = r"([01]\d|2[0-3]):[0-5]\d:([0-5]\d|60)(\.\d+)?([zZ]|[+-]([01]\d|2[0-3]):[0-5]\d)"
-_DATE = r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|1\d|2\d|3[01])"
+_YEAR = r"([1-9]\d{3}|0[1-9]\d{2}|00[1-9]\d|000[1-9])"  # many validators refuse the year 0
+_DATE = _YEAR + r"-(0[1-9]|1[0-2])-(0[1-9]|1\d|2\d|3[01])"
 _FORMATS = {
     "date": (f"^{_DATE}$",),
     "time": (f"^{_TIME}$",),

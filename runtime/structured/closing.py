@@ -79,6 +79,11 @@ def find_closing_of_many(constraint: State, max_tokens: int) -> tuple[int, ...] 
     return found or _search(constraint, min(NEAR_STEPS, max_tokens), SEARCHES[0][1])[0]
 
 
+def find_greedy_closing(constraint: State) -> tuple[int, ...] | None:
+    """Return the greedy way to the end; None where it fails. Others may be shorter, but finding them takes long."""
+    return () if constraint.is_accepting else _greedy(constraint, TRIED_TOKENS, GREEDY_STEPS)
+
+
 def find_near_closing(constraint: State, max_tokens: int) -> tuple[int, ...] | None:
     """Return the greedy way of few steps; None where it fails, which says nothing about others."""
     if constraint.is_accepting:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lowtide.attention.bindings.legal_tokens import best_legal, legal_ids
 from lowtide.runtime.errors import ConstraintFailed
 from lowtide.runtime.structured.advice import NONE_KNOWN, START, Advice, JsonPlace
-from lowtide.runtime.structured.closing import find_closing
+from lowtide.runtime.structured.closing import find_closing, find_greedy_closing
 from lowtide.runtime.structured.constraint import Constraint
 from lowtide.runtime.structured.extent.extent import UNKNOWN, Extent
 from lowtide.runtime.structured.library import LIMITS, llguidance
@@ -223,13 +223,25 @@ class GrammarConstraint(Constraint):
     def closing(self, max_tokens: int) -> Sequence[int] | None:
         """Return tokens that bring the answer to an end, written as the tokenizer would write their text."""
         found = find_closing(self, 3 * max_tokens)
-        if not found:
+        if found is not None:
+            found = self._as_written(found)
+        if found is None or len(found) <= max_tokens:
             return found
+        return find_closing(self, max_tokens)
+
+    def near_closing(self, max_tokens: int) -> Sequence[int] | None:
+        """Return tokens that bring the answer to an end: those of the greedy way, where there is one."""
+        found = find_greedy_closing(self)
+        if found is None:
+            return self.closing(max_tokens)
+        found = self._as_written(found)
+        return found if len(found) <= max_tokens else None
+
+    def _as_written(self, closing: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the tokens that the tokenizer writes the text of `closing` with, where they are fewer."""
         vocabulary = self._tokenizer.vocabulary
-        written = tuple(vocabulary.encode(vocabulary.decode(found)))
-        if 0 < len(written) < len(found) and self.ends(written):
-            found = written
-        return found if len(found) <= max_tokens else find_closing(self, max_tokens)
+        written = tuple(vocabulary.encode(vocabulary.decode(closing)))
+        return written if 0 < len(written) < len(closing) and self.ends(written) else closing
 
     def ends(self, token_ids: Sequence[int]) -> bool:
         """Whether the tokens bring the answer to an end."""

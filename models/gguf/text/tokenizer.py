@@ -29,11 +29,11 @@ LITTLE_STACK_BYTES = 16
 
 
 class GgufTokenizer(Tokenizer):
-    """Encodes and decodes with the vocabulary of a loaded llama.cpp model."""
+    """Encodes and decodes with the vocabulary of a loaded llama.cpp model; `vocabulary` is its llama_vocab."""
 
     def __init__(self, library: LlamaLibrary, vocabulary: Any) -> None:
         self._library, self._api = library, library.api
-        self._vocabulary = vocabulary
+        self._vocabulary = self.vocabulary = vocabulary
         self._num_tokens = int(self._api.llama_vocab_n_tokens(vocabulary))
         self._buffer = ctypes.create_string_buffer(PIECE_BYTES)
 

@@ -1,0 +1,1 @@
+"""Structured output measured over a file of JSON schemas, beside free decoding and other grammar engines."""
