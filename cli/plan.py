@@ -39,6 +39,14 @@ if TYPE_CHECKING:
     metavar="TOKENS",
     help="Make room for a prompt and its answer of so many tokens before anything else.  [default: unknown]",
 )
+@click.option(
+    "--sequences",
+    type=click.IntRange(1, 256),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Make room for so many answers that are computed together, as `lowtide serve` does.",
+)
 @json_option
 def command(as_json: bool, **options: Any) -> None:
     """Show how much memory each component of a model needs. Reads its headers and loads nothing.

@@ -329,7 +329,7 @@ def take_open_options(options: dict[str, Any]) -> LoadConfig:
 
     names = (
         "memory context kv_type threads attention reference prefix_cache repack speculate gpu_layers gpu_memory "
-        "provider expected_tokens chat_template structured rules_bytes quality background"
+        "provider expected_tokens chat_template structured rules_bytes quality background sequences"
     ).split()
     if options.pop("pack"):  # a hidden alias
         options["repack"] = True

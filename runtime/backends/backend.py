@@ -286,6 +286,10 @@ class Backend(ABC):
         """Whether drafts may have branches, if the model's layers are not on a GPU."""
         return False
 
+    def why_one_sequence(self, spec: ModelSpec, *, on_gpu: bool) -> str | None:
+        """Say why the model computes one sequence at a time; None where several share a pass."""
+        return f"{spec.engine} runs it that way"
+
     def verification_nondeterminism(
         self, resolved: ResolvedModel, *, rows_agree: bool
     ) -> str | None:

@@ -142,6 +142,12 @@ class GgufBackend(Backend):
         one_cache = spec.sliding_window is None and not spec.recurrent_state_bytes
         return policy.uses_native_kernels and policy.supports_batch and one_cache
 
+    def why_one_sequence(self, spec: ModelSpec, *, on_gpu: bool) -> str | None:
+        """Name what a llama.cpp context of several sequences cannot have."""
+        if on_gpu:
+            return "some of its layers are on a GPU"
+        return "its recurrent state cannot be shared" if spec.recurrent_state_bytes else None
+
     def verification_nondeterminism(
         self, resolved: ResolvedModel, *, rows_agree: bool
     ) -> str | None:

@@ -9,13 +9,14 @@ from lowtide.memory.plan.batch import MAX_SEQUENCES
 from lowtide.models.errors import BadOption
 from lowtide.runtime.arguments import checked_all
 from lowtide.runtime.batch.memory import BatchMemory, batch_plans, why_not_drafted
-from lowtide.runtime.batch.open_batch import open_batch, require_together
+from lowtide.runtime.batch.open_batch import open_batch
 from lowtide.runtime.batch.particles import ParticleFilter
 from lowtide.runtime.generation.result import GenerationChunk
 from lowtide.runtime.generation.state import GenerationRequest, GenerationState
 from lowtide.runtime.kv.session import KVSession
 from lowtide.runtime.loading.load import Engine
 from lowtide.runtime.options import SamplingParams
+from lowtide.runtime.planning.together import require_together
 from lowtide.runtime.profiling.profiler import Profiler
 
 ParamsOfAll = SamplingParams | Sequence[SamplingParams] | None
@@ -43,7 +44,7 @@ class BatchGenerator:
 
     def check(self, num_prompts: int) -> None:
         """Raise `BadOption` where the model or its attention runs one sequence at a time, or for too many."""
-        require_together(self._engine, f"a batch of {num_prompts} prompts")
+        require_together(self._engine.planned, f"a batch of {num_prompts} prompts")
         most = min(self._engine.model.batch_size, MAX_SEQUENCES)
         if num_prompts > most:
             raise BadOption(

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from lowtide.memory.plan.batch import BatchPlan
 from lowtide.memory.plan.line import BATCH
-from lowtide.models.errors import BadOption
 from lowtide.models.model import SequenceBatch
 from lowtide.runtime.batch.memory import BatchMemory
 from lowtide.runtime.generation.loop import DecodeLoop
@@ -65,32 +64,6 @@ def open_batch(
         cache = BatchKV(sequences, plan.num_sequences, engine.controller, profiler)
         context = _context(engine, plan, sequences, speculation, rows_agree=rows_agree)
         yield OpenBatch(DecodeLoop(cache, context, profiler, pace), cache, context, memory)
-
-
-def require_together(engine: Engine, what: str) -> None:
-    """Raise `BadOption` where the model or its attention runs one sequence at a time.
-
-    `what` says what has several, such as "a batch of 3 prompts".
-    """
-    model, policy = engine.model, engine.planned.policy
-    if not model.supports_batch:
-        raise BadOption(
-            f"{model.spec.name} cannot run {what}: it computes one sequence at a time ({_why_alone(engine)}); pass "
-            "one prompt after another"
-        )
-    if not policy.supports_batch:
-        raise BadOption(
-            f"{policy.name} cannot run {what}: it selects or filters the keys of one sequence; open with "
-            "attention='dense' or 'llama', or pass one prompt after another"
-        )
-
-
-def _why_alone(engine: Engine) -> str:
-    if engine.planned.plan.gpus:
-        return "some of its layers are on a GPU"
-    if engine.planned.spec.recurrent_state_bytes:
-        return "its recurrent state cannot be shared"
-    return f"{engine.planned.spec.engine} runs it that way"
 
 
 def _speculation(

@@ -12,7 +12,7 @@ from typing import Any
 from lowtide.memory.plan.batch import BatchPlan
 from lowtide.models.chat_template import Message
 from lowtide.runtime.batch.memory import BatchMemory, why_not_drafted
-from lowtide.runtime.batch.open_batch import OpenBatch, open_batch, require_together
+from lowtide.runtime.batch.open_batch import OpenBatch, open_batch
 from lowtide.runtime.errors import hints_for
 from lowtide.runtime.generation.active import ActiveGeneration
 from lowtide.runtime.generation.chat import ChatPrompt, PromptEncoder
@@ -193,7 +193,6 @@ class Together(Workplace):
         active: ActiveGeneration,
         profiler: Profiler,
     ) -> None:
-        require_together(engine, f"{plan.num_sequences} answers together")
         self._engine = engine
         self.num_sequences = plan.num_sequences
         self.encoder = encoder

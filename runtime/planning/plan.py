@@ -27,6 +27,7 @@ from lowtide.runtime.backends.config import EXACT, LoadConfig
 from lowtide.runtime.backends.gguf import GgufBackend
 from lowtide.runtime.backends.kernels.kernel_choice import NO_KERNELS, KernelChoice
 from lowtide.runtime.planning.quality import ExpectedLength, choose, stays_exact
+from lowtide.runtime.planning.together import require_together
 from lowtide.runtime.speculation.options import AUTO, FREE_DRAFTS, SpeculationArg
 from lowtide.runtime.speculation.worth import costs_key
 
@@ -81,10 +82,20 @@ def plan_spec(
     """Plan a model with a known spec; `backend` None is the one for its kind of file.
 
     The plan makes room for `prompt` and its answer before anything else. Raises `UnsupportedModel` for a model that
-    cannot generate text.
+    cannot generate text, and `BadOption` where `sequences` are asked for and the model or its attention computes one.
     """
     require_decoder(spec, spec.kind)
     backend = backend or backend_for(spec)
+    planned = _plan_spec(spec, options, backend, prompt)
+    if options.sequences > 1:
+        require_together(planned, f"{options.sequences} answers together")
+    return planned
+
+
+def _plan_spec(
+    spec: ModelSpec, options: LoadConfig, backend: Backend, prompt: PlannedPrompt | None
+) -> ResolvedModel:
+    """Plan with the first choice of kernels that gives nothing up, or the one whose plan holds most."""
     if options.chat_template is not None:
         spec = replace(spec, chat_template=str(options.chat_template))
     planned: ResolvedModel | None = None

@@ -76,6 +76,34 @@ def test_plan_with_a_prefix_cache() -> None:
     assert less["downgrades"][0].startswith("prefix cache: 64.0 MiB to ")
 
 
+def test_plan_of_answers_that_run_together(tmp_path: Path) -> None:
+    model = str(write_model(tmp_path / "random.gguf"))
+    plans = {
+        number: json.loads(
+            invoke("plan", model, "--memory", "2GiB", "--sequences", number, "--json").stdout
+        )
+        for number in ("1", "3", "5")
+    }
+    assert {number: plan["sequences"] for number, plan in plans.items()} == {"1": 1, "3": 3, "5": 5}
+    lines = {
+        number: sum(row["bytes"] for row in plan["rows"] if row["component"] == "batch")
+        for number, plan in plans.items()
+    }
+    assert lines["1"] == 0 < lines["3"] < lines["5"]
+    assert plans["3"]["batch_kv_tokens"] >= plans["3"]["context"] + 2 * min(
+        1024, plans["3"]["context"]
+    )
+
+
+def test_answers_together_are_refused_in_the_plan_where_one_runs_at_a_time(tmp_path: Path) -> None:
+    model = str(write_model(tmp_path / "random.gguf"))
+    attention = ("--attention", "tidal:k=100,layers=1")
+    done = invoke("plan", model, "--memory", "2GiB", "--sequences", "4", *attention)
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1
+    assert "tidal cannot run 4 answers together" in done.stderr
+    assert "set --attention dense or --attention llama" in done.stderr
+
+
 def test_a_plan_that_does_not_fit_is_shown_and_exits_with_2() -> None:
     done = run_lowtide("plan", "smollm2", "--memory", "40MiB", "--json")
     assert done.code == 2

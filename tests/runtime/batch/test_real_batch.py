@@ -12,6 +12,7 @@ from processes import run_python
 
 from lowtide import AttentionPolicy, Gem, LowtideError, OverBudget, Runtime, SamplingParams
 from lowtide.models.model import SequenceSlice
+from lowtide.runtime.planning.plan import LoadConfig, plan_reference
 
 PREFIX = (
     "The harbour lies behind a long wall of grey stone. At low tide the boats rest on the mud. " * 5
@@ -153,9 +154,14 @@ def test_attention_that_selects_keys_of_one_sequence_is_refused(
     random_model: Path, attention: str | AttentionPolicy
 ) -> None:
     with Runtime.open(random_model, memory="4GiB", context=512, attention=attention) as runtime:
-        with pytest.raises(LowtideError, match="open with attention='dense' or 'llama'"):
+        with pytest.raises(LowtideError, match="set attention='dense' or attention='llama'"):
             runtime.generate_batch(["tide", "sea"])
         assert runtime.generate("tide", max_tokens=2).finish_reason == "length"
+    with pytest.raises(LowtideError, match="cannot run 3 answers together"):
+        plan_reference(
+            random_model,
+            LoadConfig(memory="4GiB", context=512, attention=attention, sequences=3),
+        )
 
 
 def test_the_peak_stays_inside_the_budget_where_the_batch_uses_the_models_cache(

@@ -18,6 +18,7 @@ from lowtide.models.errors import BadOption, ForwardError
 from lowtide.models.fake_model import FakeSequences
 from lowtide.models.model import SequenceSlice
 from lowtide.runtime.errors import AnswerCancelled, PromptTooLong, QueueFull, RuntimeUnusable
+from lowtide.runtime.planning.plan import LoadConfig, plan_model
 
 GREEDY: dict[str, Any] = {"temperature": 0}
 REPLY = "The answer is 42."
@@ -340,6 +341,8 @@ def test_a_model_that_computes_one_sequence_is_refused_where_several_are_asked_f
     class OneSequence(FakeModel):
         supports_batch = False
 
+    with pytest.raises(BadOption, match="fake cannot run 4 answers together"):
+        plan_model(OneSequence(), LoadConfig(memory="8GiB", sequences=4))  # nothing is loaded yet
     with pytest.raises(BadOption, match="fake cannot run 4 answers together"):
         Runtime.open(OneSequence(), memory="8GiB", sequences=4)
     gc.collect()  # nothing is left that would warn
