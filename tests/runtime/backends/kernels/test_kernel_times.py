@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 from pathlib import Path
 
 import pytest
 from gguf_files import write_model
 
 from lowtide.attention import calibration
+from lowtide.attention.bindings.ggml_graph import GgmlGraph, _call, _InitParams
 from lowtide.memory.budget import Budget
 from lowtide.memory.process import read_process_memory
 from lowtide.memory.units import GIB
@@ -68,6 +71,40 @@ def test_it_is_measured_once(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -
         stored.write_text(damaged)
         assert measured_choice(spec, BOTH, ENOUGH) == first
     assert len(calls) == 4
+
+
+def test_what_another_process_measured_first_stays(
+    spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes that open a model for the first time together compute with the same kernels."""
+
+    def with_another(of: ModelSpec) -> KernelTimes:
+        monkeypatch.setattr(kernel_times, "measure", lambda _: KernelTimes({}))
+        others.append(measured_choice(of, BOTH, ENOUGH))
+        return KernelTimes({"attention, 1 tokens": (2.0, 1.0)})
+
+    others: list[KernelChoice] = []
+    monkeypatch.setattr(kernel_times, "measure", with_another)
+    assert measured_choice(spec, BOTH, ENOUGH) == others[0] == BOTH
+    assert measured_choice(spec, BOTH, ENOUGH) == BOTH
+
+
+def test_weights_are_known_at_the_address_of_an_earlier_graphs_tensor(
+    spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs lie where others lay before, as allocators do it now and then: the first attention's comes in between."""
+    memory = ctypes.create_string_buffer(3 * MOST_BYTES)
+    pairs = [(0, 2)] * 2 + [(1, 2)] * 4  # where lowtide's graphs and llama.cpp's are
+    places = iter([place * MOST_BYTES for pair in pairs for place in pair])
+
+    def new_context(_num_bytes: int) -> int:
+        begin = ctypes.addressof(memory) + next(places)
+        params = _InitParams(MOST_BYTES, begin, False)
+        made: int = _call("ggml_init", ctypes.c_void_p, (_InitParams, params))
+        return made
+
+    monkeypatch.setattr(GgmlGraph, "_new_context", staticmethod(new_context))
+    assert all(math.isfinite(own) for own, _ in measure(spec).seconds.values())
 
 
 def test_a_budget_without_room_is_not_measured(
