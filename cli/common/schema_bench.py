@@ -35,7 +35,7 @@ def measure_schemas(
     from lowtide.runtime.benchmark.schemas.benchmark import run_schemas
     from lowtide.runtime.benchmark.schemas.cases import read_cases
     from lowtide.runtime.benchmark.schemas.engines import engines_here
-    from lowtide.runtime.structured.library import llguidance
+    from lowtide.runtime.structured.grammar.library import llguidance
 
     llguidance()
     cases = read_cases(path)

@@ -102,7 +102,7 @@ def reserve_constraint(options: dict[str, Any], params: SamplingParams) -> None:
     options["structured"] = constraint is not None and constraint.needs_grammar
     options["rules_bytes"] = 0
     if constraint is not None:
-        from lowtide.runtime.structured.rules.aligned import held_bytes
+        from lowtide.runtime.structured.aligned.aligned import held_bytes
 
         options["rules_bytes"] = held_bytes(constraint.num_bytes, params.sampling)
 

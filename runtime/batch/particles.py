@@ -14,15 +14,15 @@ from dataclasses import dataclass, field, replace
 from lowtide.models.text.tokenizer import TextStream, Tokenizer
 from lowtide.runtime.errors import ConstraintFailed
 from lowtide.runtime.generation.loop import DecodeLoop
-from lowtide.runtime.generation.particles import (
+from lowtide.runtime.generation.result import GenerationChunk
+from lowtide.runtime.generation.state import GenerationRequest, GenerationState
+from lowtide.runtime.options import SamplingParams
+from lowtide.runtime.structured.aligned.particles import (
     ancestors,
     mean_log_weight,
     needs_resampling,
     normalised,
 )
-from lowtide.runtime.generation.result import GenerationChunk
-from lowtide.runtime.generation.state import GenerationRequest, GenerationState
-from lowtide.runtime.options import SamplingParams
 
 MakeState = Callable[[int, GenerationRequest], GenerationState]
 

@@ -48,8 +48,8 @@ from lowtide.runtime.profiling.memory import WatchedModel
 from lowtide.runtime.profiling.profiler import SILENT, Profiler
 from lowtide.runtime.profiling.retention_map import RetainedSpan
 from lowtide.runtime.speculation.controller import SpeculationController
+from lowtide.runtime.structured.aligned.aligned import Aligned, Tries, held_bytes
 from lowtide.runtime.structured.answer import ConstrainedAnswer
-from lowtide.runtime.structured.rules.aligned import Aligned, Tries, held_bytes
 from lowtide.runtime.structured.vocabulary import TokenVocabulary
 
 

@@ -14,27 +14,27 @@ from typing import Any, get_origin
 from lowtide.models.arguments.names import option
 from lowtide.models.arguments.values import choice, shown, text
 from lowtide.models.errors import BadOption
-from lowtide.runtime.structured.advice import NONE_KNOWN, Advice, JsonAdvice, WholeText
-from lowtide.runtime.structured.attempts import Attempt
 from lowtide.runtime.structured.constraint import Constraint
 from lowtide.runtime.structured.extent.bytes import STATE_BYTES
 from lowtide.runtime.structured.extent.extent import Extent, Part
 from lowtide.runtime.structured.extent.grammar_extent import grammar_extent
 from lowtide.runtime.structured.extent.pattern_extent import pattern_extent
 from lowtide.runtime.structured.extent.schema_extent import schema_extent
-from lowtide.runtime.structured.library import llguidance
-from lowtide.runtime.structured.llguidance_constraint import (
+from lowtide.runtime.structured.grammar.advice import NONE_KNOWN, Advice, JsonAdvice, WholeText
+from lowtide.runtime.structured.grammar.library import llguidance
+from lowtide.runtime.structured.grammar.llguidance_constraint import (
     GrammarConstraint,
     GrammarError,
     GrammarTokenizer,
     grammar_from,
 )
 from lowtide.runtime.structured.python_types import NotReadable, PythonType
-from lowtide.runtime.structured.rules.network import OneOf
-from lowtide.runtime.structured.rules.network_rule import NetworkRule
+from lowtide.runtime.structured.rules.networks.network import OneOf
+from lowtide.runtime.structured.rules.networks.network_rule import NetworkRule
 from lowtide.runtime.structured.rules.rule_constraint import RuleConstraint
 from lowtide.runtime.structured.schema import parse_schema, refused_keyword
-from lowtide.runtime.structured.validator import Validator
+from lowtide.runtime.structured.verified.attempts import Attempt
+from lowtide.runtime.structured.verified.validator import Validator
 from lowtide.runtime.structured.vocabulary import TokenVocabulary
 
 MAX_SOURCE_BYTES = 128 * 1024

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lowtide.models.errors import BadOption
-from lowtide.runtime.structured.advice import START, Advice, JsonAdvice, JsonPlace
 from lowtide.runtime.structured.constraint import Constraint
 from lowtide.runtime.structured.formats import Grammar, JsonSchema
+from lowtide.runtime.structured.grammar.advice import START, Advice, JsonAdvice, JsonPlace
 from lowtide.runtime.structured.vocabulary import TokenVocabulary
 from lowtide.runtime.tools.grammar import CallSyntax, closed_schema, tool_grammar
 from lowtide.runtime.tools.tool import Tool

@@ -12,7 +12,7 @@ from typing import Any
 from lowtide.models.arguments.paths import shown_path
 from lowtide.models.arguments.text_files import decoded
 from lowtide.models.errors import BadOption
-from lowtide.runtime.structured.validator import Validator
+from lowtide.runtime.structured.verified.validator import Validator
 
 MOST_SHOWN = 2000
 """Characters of a schema that its prompt shows."""

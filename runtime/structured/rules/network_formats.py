@@ -11,11 +11,11 @@ from lowtide.models.arguments.values import text, whole_number
 from lowtide.models.errors import BadOption
 from lowtide.runtime.structured.constraint import Constraint
 from lowtide.runtime.structured.formats import OutputFormat
-from lowtide.runtime.structured.rules.graph import Graph, read_triples
 from lowtide.runtime.structured.rules.ltl.automaton import Automaton
 from lowtide.runtime.structured.rules.ltl.formula import parse_formula
 from lowtide.runtime.structured.rules.ltl.plans import Plans
-from lowtide.runtime.structured.rules.network_rule import MarkedRule, NetworkRule
+from lowtide.runtime.structured.rules.networks.graph import Graph, read_triples
+from lowtide.runtime.structured.rules.networks.network_rule import MarkedRule, NetworkRule
 from lowtide.runtime.structured.rules.rule_constraint import RuleConstraint
 from lowtide.runtime.structured.rules.text_rule import TextRule
 from lowtide.runtime.structured.vocabulary import TokenVocabulary

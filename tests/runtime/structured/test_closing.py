@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from token_pieces import PieceTokenizer
 
 from lowtide.models.fake_model import NUM_TOKENS, ByteTokenizer
-from lowtide.runtime.structured.advice import START
 from lowtide.runtime.structured.answer import NEAR_TOKENS, ConstrainedAnswer
 from lowtide.runtime.structured.formats import JsonSchema, Regex
+from lowtide.runtime.structured.grammar.advice import START
 from lowtide.runtime.structured.vocabulary import TokenVocabulary
 
 VOCABULARY = TokenVocabulary(ByteTokenizer(), NUM_TOKENS)

@@ -13,7 +13,7 @@ from lowtide import Grammar, JsonSchema, Regex, Runtime
 from lowtide.memory.plan.line import STRUCTURED
 from lowtide.memory.units import MIB, OverBudget
 from lowtide.models.errors import BadOption
-from lowtide.runtime.structured.llguidance_constraint import GrammarTokenizer
+from lowtide.runtime.structured.grammar.llguidance_constraint import GrammarTokenizer
 
 TOO_LARGE: dict[str, Callable[[], Any]] = {
     "nested counts": lambda: Regex("(((a{99}){99}){99}){99}"),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from lowtide.runtime.structured.rules.ltl.automaton import Automaton
-from lowtide.runtime.structured.rules.network import END, Network, Place, SortedTexts
+from lowtide.runtime.structured.rules.networks.network import END, Network, Place, SortedTexts
 
 
 class Plans(Network):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lowtide.runtime.structured.pattern import Pattern, pattern_of
+from lowtide.runtime.structured.grammar.pattern import Pattern, pattern_of
 from lowtide.runtime.structured.schema import keywords_of
 
 MAX_PATTERNS = 64

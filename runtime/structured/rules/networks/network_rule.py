@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lowtide.runtime.structured.rules.byte_table import TextMatcher
-from lowtide.runtime.structured.rules.network import END, Network, NetworkReader, Ways
+from lowtide.runtime.structured.rules.networks.network import END, Network, NetworkReader, Ways
 from lowtide.runtime.structured.rules.text_rule import TextRule
 from lowtide.runtime.structured.rules.token_order import TokenOrder
 

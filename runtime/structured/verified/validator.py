@@ -96,7 +96,7 @@ def _pattern(validator: Any, pattern: str, instance: Any, _schema: Any) -> Itera
     """Check the keyword `pattern` in linear time: Python's `re` may need time that doubles with each character."""
     from jsonschema import ValidationError
 
-    from lowtide.runtime.structured.linear_match import matches
+    from lowtide.runtime.structured.verified.linear_match import matches
 
     if validator.is_type(instance, "string") and not matches(pattern, instance):
         yield ValidationError(f"{instance!r} does not match {pattern!r}")

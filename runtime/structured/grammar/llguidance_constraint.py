@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from lowtide.attention.bindings.legal_tokens import best_legal, legal_ids
 from lowtide.runtime.errors import ConstraintFailed
-from lowtide.runtime.structured.advice import NONE_KNOWN, START, Advice, JsonPlace
 from lowtide.runtime.structured.closing import find_closing, find_greedy_closing
 from lowtide.runtime.structured.constraint import Constraint
 from lowtide.runtime.structured.extent.extent import UNKNOWN, Extent
-from lowtide.runtime.structured.library import LIMITS, llguidance
+from lowtide.runtime.structured.grammar.advice import NONE_KNOWN, START, Advice, JsonPlace
+from lowtide.runtime.structured.grammar.library import LIMITS, llguidance
 from lowtide.runtime.structured.vocabulary import TokenVocabulary
 
 if TYPE_CHECKING:

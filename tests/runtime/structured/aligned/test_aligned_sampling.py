@@ -20,16 +20,16 @@ from toy_model import (
 
 from lowtide import JsonSchema, Length, Runtime, SamplingParams
 from lowtide.models.errors import BadOption
-from lowtide.runtime.generation.particles import (
+from lowtide.runtime.generation.sampling import Sampler
+from lowtide.runtime.generation.weighted import sampler_of
+from lowtide.runtime.structured.aligned.aligned import MAX_NODES, Aligned, Tries
+from lowtide.runtime.structured.aligned.particles import (
     ancestors,
     mean_log_weight,
     needs_resampling,
     normalised,
 )
-from lowtide.runtime.generation.sampling import Sampler
-from lowtide.runtime.generation.weighted import sampler_of
 from lowtide.runtime.structured.answer import ConstrainedAnswer, NoLegalToken
-from lowtide.runtime.structured.rules.aligned import MAX_NODES, Aligned, Tries
 
 EXACT = exact_distribution()
 SCHEMA = {

@@ -12,7 +12,7 @@ from token_pieces import PieceTokenizer, random_answer
 
 from lowtide import AllOf, Avoid, Choice, Paths, Runtime, SamplingParams
 from lowtide.models.errors import BadOption
-from lowtide.runtime.structured.rules.network import NetworkReader, OneOf
+from lowtide.runtime.structured.rules.networks.network import NetworkReader, OneOf
 from lowtide.runtime.structured.vocabulary import TokenVocabulary
 
 PIECES = [

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lowtide.models.errors import BadOption
-from lowtide.runtime.structured.rules.network import Network, Place, SortedTexts
+from lowtide.runtime.structured.rules.networks.network import Network, Place, SortedTexts
 
 Triple = tuple[str, str, str]
 _HEAD, _RELATION, _TAIL = "head", "relation", "tail"

@@ -16,9 +16,9 @@ from lowtide import FakeModel, JsonSchema, Runtime, SamplingParams
 from lowtide.models.errors import BadOption
 from lowtide.models.fake_model import NUM_TOKENS, ByteTokenizer
 from lowtide.runtime.errors import ConstraintFailed
-from lowtide.runtime.structured.attempts import MAX_ATTEMPTS, Attempt, bare
-from lowtide.runtime.structured.linear_match import matches
-from lowtide.runtime.structured.validator import Validator
+from lowtide.runtime.structured.verified.attempts import MAX_ATTEMPTS, Attempt, bare
+from lowtide.runtime.structured.verified.linear_match import matches
+from lowtide.runtime.structured.verified.validator import Validator
 from lowtide.runtime.structured.vocabulary import TokenVocabulary
 
 DIGITS = {

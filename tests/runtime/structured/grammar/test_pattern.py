@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowtide.runtime.structured.pattern import MAX_STATES, pattern_of
+from lowtide.runtime.structured.grammar.pattern import MAX_STATES, pattern_of
 
 PIECES = st.recursive(
     st.sampled_from(["a", "b", r"\d", "[a-c]", "[^b]", r"\w", r"\.", "-", "."]),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lowtide.runtime.errors import ConstraintFailed
 from lowtide.runtime.structured.closing import find_closing
 from lowtide.runtime.structured.constraint import Constraint
-from lowtide.runtime.structured.validator import Violation
+from lowtide.runtime.structured.verified.validator import Violation
 
 if TYPE_CHECKING:
     from lowtide.models.model import Logits

@@ -241,7 +241,7 @@ def test_a_schema_may_come_from_a_class() -> None:
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowtide.runtime.structured import library
+    from lowtide.runtime.structured.grammar import library
 
     monkeypatch.setattr(library, "find_spec", lambda _name: None)
     with pytest.raises(BadOption, match=r"pip install 'lowtide\[structured\]'"):

@@ -8,7 +8,7 @@ from typing import Any
 
 from lowtide.models.errors import BadOption
 from lowtide.runtime.structured.extent.schema_extent import schema_extent
-from lowtide.runtime.structured.library import LIMITS, llguidance
+from lowtide.runtime.structured.grammar.library import LIMITS, llguidance
 
 END = 256
 """The id of the end token: the others are the 256 bytes."""
