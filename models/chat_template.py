@@ -82,7 +82,8 @@ class ChatTemplate:
         """
         from lowtide.models.template.conversation import forms_of
 
-        self._check_arguments(arguments or {})
+        self._check_arguments(arguments)
+        _check_tools(tools)
         checked = [checked_message(message, self._source) for message in messages]
         failures: list[TemplateError] = []
         poor: list[list[PromptSpan]] = []
@@ -122,14 +123,30 @@ class ChatTemplate:
         }
         return rendered(self._template, variables, marker.allowance(len(messages)), marker.watched)
 
-    def _check_arguments(self, arguments: Mapping[str, Any]) -> None:
+    def _check_arguments(self, arguments: object) -> None:
         from lowtide.models.template.conversation import OWN_VARIABLES
 
+        if arguments is None:
+            return
+        if not isinstance(arguments, Mapping) or not all(
+            isinstance(name, str) for name in arguments
+        ):
+            raise BadOption(
+                f"template_arguments is {shown(arguments)}; it must be a dict of variables by name"
+            )
         taken = sorted({*OWN_VARIABLES, *self._special_texts} & set(arguments))
         if taken:
             raise BadOption(
                 f"the template argument {taken[0]} is stated by lowtide itself: leave it out"
             )
+
+
+def _check_tools(tools: Any) -> None:
+    if tools is None:
+        return
+    is_list = isinstance(tools, Sequence) and not isinstance(tools, str | bytes)
+    if not is_list or not all(isinstance(tool, Mapping) for tool in tools):
+        raise BadOption(f"tools is {shown(tools)}; it must be a list of dicts, each a JSON schema")
 
 
 def _compile(source: str) -> jinja2.Template:

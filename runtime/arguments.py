@@ -19,7 +19,7 @@ def checked_messages(messages: Any) -> list[Message]:
         return [{"role": "user", "content": messages}]
     if isinstance(messages, Mapping):
         return [messages]
-    found = _listed("messages", messages, 'dicts with "role" and "content"')
+    found = listed_values("messages", messages, 'dicts with "role" and "content"')
     for message in found:
         role = message.get("role") if isinstance(message, Mapping) else None
         if not isinstance(message, Mapping) or not isinstance(role, str | None):
@@ -40,13 +40,14 @@ def checked_prompts(prompts: Any) -> list[str]:
     """Return the prompts of a batch as a list; raise `BadOption` where it is not a list of texts."""
     if isinstance(prompts, str):
         raise BadOption("prompts is a single text; pass a list: [prompt]")
-    found = _listed("prompts", prompts, "texts")
+    found = listed_values("prompts", prompts, "texts")
     if not all(isinstance(prompt, str) for prompt in found):
         raise BadOption("prompts has an item that is not a text; pass a list of texts")
     return found
 
 
-def _listed(name: str, value: Any, what: str) -> list[Any]:
+def listed_values(name: str, value: Any, what: str) -> list[Any]:
+    """Return the values of any iterable as a list; raise `BadOption` for what is none, or a text in bytes."""
     is_listable = isinstance(value, Iterable) and not isinstance(value, bytes | bytearray | Mapping)
     try:
         return list(value) if is_listable else _refuse(name, value, what)
@@ -66,7 +67,7 @@ def checked_all(params: Any, num_prompts: int) -> Sequence[Any] | None:
     """Return the parameters of each prompt where a list was passed; None for parameters of all prompts."""
     if params is None or isinstance(params, Mapping) or not isinstance(params, Iterable):
         return None
-    found = _listed("params", params, "SamplingParams")
+    found = listed_values("params", params, "SamplingParams")
     if len(found) != num_prompts:
         raise BadOption(
             f"there are {len(found)} parameter sets for {num_prompts} prompts; pass one for each prompt, or one "

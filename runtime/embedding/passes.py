@@ -11,6 +11,7 @@ from lowtide.memory.plan.estimates import prompt_limit_bytes
 from lowtide.models.arguments.values import shown
 from lowtide.models.errors import BadOption, ForwardError, LowtideWarning
 from lowtide.models.gguf.embedding import GgufEmbedder
+from lowtide.runtime.arguments import listed_values
 from lowtide.runtime.errors import TextTooLong
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def normalized(vectors: Vectors) -> Vectors:
 
 def checked_texts(texts: str | Sequence[str]) -> list[str]:
     """Return the texts as a list; raise `BadOption` for what is no text."""
-    listed = [texts] if isinstance(texts, str) else list(texts)
+    listed = [texts] if isinstance(texts, str) else listed_values("texts", texts, "texts")
     for number, text in enumerate(listed, 1):
         if not isinstance(text, str):
             raise BadOption(f"text {number} is {shown(text)}; each text must be a string")

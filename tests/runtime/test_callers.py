@@ -18,6 +18,7 @@ import pytest
 from lowtide import Delta, Dense, FakeModel, Gem, LowtideError, Runtime, SamplingParams, Tidal
 from lowtide.models.errors import BadOption
 from lowtide.runtime.backends.config import INTERNAL_FIELDS, LoadConfig
+from lowtide.runtime.embedding.passes import checked_texts
 
 Open = Callable[..., Runtime]
 
@@ -108,6 +109,10 @@ def test_any_argument_of_a_runtime_is_accepted_or_a_sentence(
                 runtime.chat([{v: "user"}] if isinstance(v, str) else inside, max_tokens=1)
             ),
             lambda v: list(runtime.chat(inside, v, max_tokens=1)),
+            lambda v: list(runtime.chat(inside, max_tokens=1, tools=v)),
+            lambda v: list(runtime.chat(inside, max_tokens=1, tools=[v])),
+            lambda v: list(runtime.chat(inside, max_tokens=1, template_arguments=v)),
+            lambda v: list(runtime.chat(inside, max_tokens=1, template_arguments={"x": v})),
             lambda v: runtime.generate(v, max_tokens=1),
             lambda v: runtime.generate("x", v, max_tokens=1),
             lambda v: runtime.generate_batch(v, max_tokens=1),
@@ -121,6 +126,33 @@ def test_any_argument_of_a_runtime_is_accepted_or_a_sentence(
             tried(lambda call=call, value=value: call(value))  # type: ignore[misc]
     assert list(runtime.chat("Hi"))[-1].finish_reason == "stop"  # the runtime stays usable
     runtime.close()
+
+
+def test_any_text_to_embed_is_accepted_or_a_sentence() -> None:
+    for value in STRANGE:
+        tried(lambda value=value: checked_texts(value))  # type: ignore[misc]
+        tried(lambda value=value: checked_texts([value]))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"tools": "x"}, "tools is 'x'; it must be a list of dicts"),
+        ({"tools": [None]}, "it must be a list of dicts"),
+        ({"template_arguments": [("a", 1)]}, "it must be a dict of variables by name"),
+        ({"template_arguments": {5: 1}}, "it must be a dict of variables by name"),
+    ],
+)
+def test_what_is_no_tool_or_variable_is_a_sentence(
+    fake_runtime: Open, options: dict[str, Any], sentence: str
+) -> None:
+    with fake_runtime("Hello.") as runtime, pytest.raises(BadOption, match=sentence):
+        list(runtime.chat("Hi", max_tokens=1, **options))
+
+
+def test_a_number_that_is_too_large_is_told_the_largest() -> None:
+    with pytest.raises(BadOption, match="it must be at most 2,147,483,647"):
+        LoadConfig(context=10**30)
 
 
 @pytest.mark.parametrize(
