@@ -15,6 +15,7 @@ from lowtide.models.arguments.names import option
 from lowtide.models.arguments.values import choice, shown, text
 from lowtide.models.errors import BadOption
 from lowtide.runtime.structured.constraint import Constraint
+from lowtide.runtime.structured.extent.bounds import with_kept_bounds
 from lowtide.runtime.structured.extent.bytes import STATE_BYTES
 from lowtide.runtime.structured.extent.extent import Extent, Part
 from lowtide.runtime.structured.extent.grammar_extent import grammar_extent
@@ -124,9 +125,9 @@ class _Grammar(OutputFormat):
         """Return what is known of the ends of answers beside the grammar."""
         return NONE_KNOWN
 
+    @abstractmethod
     def _refusal(self, reason: str) -> str:
         """Return the sentence for a grammar that cannot be used."""
-        return f"{_name()} cannot be enforced: {_first_line(reason)}; change it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +172,8 @@ class JsonSchema(_Grammar):
 
     def _grammar(self, **options: Any) -> str:
         make, style = llguidance().LLMatcher.grammar_from_json_schema, _STYLE_OPTIONS[self.style]
-        return grammar_from(make, self.schema, overrides={**style, **options})
+        written = json.dumps(with_kept_bounds(json.loads(self.schema)))
+        return grammar_from(make, written, overrides={**style, **options})
 
     def _extent(self) -> Extent:
         return schema_extent(json.loads(self.schema))
@@ -210,6 +212,12 @@ class Regex(_Grammar):
     def _grammar(self) -> str:
         return grammar_from(llguidance().LLMatcher.grammar_from_regex, self.pattern)
 
+    def _refusal(self, reason: str) -> str:
+        return (
+            f"{option('regex')} {shown(self.pattern)} is not a regular expression that can be enforced: "
+            f"{_first_line(reason)}; correct it (the syntax is that of Rust's regex crate)"
+        )
+
     def _extent(self) -> Extent:
         found = pattern_extent(self.pattern)
         size = Part(found.size, "the pattern")
@@ -235,6 +243,9 @@ class Grammar(_Grammar):
 
     def _extent(self) -> Extent:
         return grammar_extent(self._lark)
+
+    def _refusal(self, reason: str) -> str:
+        return f"{option('grammar')} cannot be enforced: {_first_line(reason)}; correct it"
 
     @cached_property
     def _lark(self) -> str:
@@ -328,11 +339,27 @@ def _schema_of_type(value: Any) -> tuple[Any, Callable[[str], Any]]:
         ) from None
 
 
+_GBNF_TOKEN = re.compile(
+    r"""(?P<end>[}*+?])(?P<space>(?:\s|\#[^\n]*)*)\)|\{\s*(?=,)|"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|\#[^\n]*"""
+)
+
+
+def _plainer(found: re.Match[str]) -> str:
+    """Return a part of a GBNF grammar as the converter reads it.
+
+    It loses the parentheses around a single repeated item, so that `("a"{2}){3}` has two counts in a row: the empty
+    text behind the item keeps them. `{,3}` is `{0,3}`.
+    """
+    if found["end"]:
+        return f'{found["end"]} ""{found["space"]})'
+    return "{0" if found[0].startswith("{") else found[0]
+
+
 def _lark_of(gbnf: str) -> str:
     from llguidance.gbnf_to_lark import gbnf_to_lark
 
     try:
-        return str(gbnf_to_lark(gbnf))
+        return str(gbnf_to_lark(_GBNF_TOKEN.sub(_plainer, gbnf)))
     except Exception as error:  # the converter raises what Python's own functions raise
         raise BadOption(
             f"the GBNF grammar cannot be read: {_first_line(str(error)) or type(error).__name__}; correct it"

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lowtide import FakeModel, LowtideError, Runtime
 from lowtide.models.errors import BadOption
@@ -288,3 +290,66 @@ def test_a_grammar_that_cannot_go_on_says_so_in_one_line() -> None:
         for byte in b'"' + text.encode():
             constraint.advance(byte)
     assert "\n" not in str(failed.value)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "right", "wrong"),
+    [
+        ('root ::= ("a"{2}){3}', ["aaaaaa"], ["aaaaa", "aaaaaaa"]),
+        ('root ::= (("a" "b")?){2} "c"', ["c", "ababc"], ["abababc"]),
+        ('root ::= ("x" ("y"){,2}){2}', ["xx", "xyyx"], ["xyyyx"]),
+        ('root ::= (item{1,2} # two\n )+\nitem ::= [)}"] "?"', [")?", '}?"?'], ["?"]),
+        ('root ::= ("}"{2} | ")"?)* "."', ["}}).", "."], ["}."]),
+    ],
+)
+def test_counts_of_counted_groups_in_gbnf(grammar: str, right: list[str], wrong: list[str]) -> None:
+    form = Grammar(grammar)
+    assert all(accepts(form, text) for text in right)
+    assert not any(accepts(form, text) for text in wrong)
+
+
+BOUNDS = st.sampled_from([-10, -1.5, -1, -0.5, -0.01, 0, 1e-7, 0.001, 0.25, 0.5, 1, 1.5, 2, 10])
+
+
+@given(BOUNDS, BOUNDS, st.booleans(), st.booleans(), st.booleans())
+def test_exclusive_bounds_are_kept(
+    lower: float, upper: float, above: bool, below: bool, apart: bool
+) -> None:
+    lowest = {"exclusiveMinimum" if above else "minimum": lower}
+    highest = {"exclusiveMaximum" if below else "maximum": upper}
+    schema = {"type": "number", "allOf": [lowest, highest]} if apart else {
+        "type": "number", **lowest, **highest
+    }  # fmt: skip
+    try:
+        form = JsonSchema(schema)
+        start(form)
+    except BadOption:
+        assert lower >= upper
+        return
+    for text in (str(lower), str(upper), f"{lower:.9f}", f"{upper:.9f}", "-0", "0", "0.0"):
+        value = float(text)
+        is_legal = (value > lower if above else value >= lower) and (
+            value < upper if below else value <= upper
+        )
+        assert is_legal or not accepts(form, text), (schema, text)
+    for share in (0.3, 0.5):
+        text = f"{lower + share * (upper - lower):.6f}".rstrip("0").rstrip(".")
+        if lower < float(text) < upper:
+            assert accepts(form, text), (schema, text)
+
+
+def test_exclusive_bounds_of_draft_4() -> None:
+    schema = {"type": "number", "minimum": 0, "exclusiveMinimum": True, "maximum": 0.5}
+    assert not accepts(JsonSchema(schema), "0") and accepts(JsonSchema(schema), "0.5")
+    closed = {"type": "number", "minimum": 0, "exclusiveMinimum": False, "maximum": 0.5}
+    assert accepts(JsonSchema(closed), "0")
+
+
+def test_bounds_too_near_to_zero_are_refused() -> None:
+    with pytest.raises(BadOption, match="minimum"):
+        start(JsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": 5e-324}))
+
+
+def test_what_a_wrong_pattern_says() -> None:
+    with pytest.raises(BadOption, match=r"regex '\(' is not a regular expression.*unclosed group"):
+        start(Regex("("))
