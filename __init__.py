@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lowtide.runtime.structured.formats import JsonSchema as JsonSchema
     from lowtide.runtime.structured.formats import OutputFormat as OutputFormat
     from lowtide.runtime.structured.formats import Regex as Regex
+    from lowtide.runtime.structured.reasoning.reason_first import ReasonFirst as ReasonFirst
     from lowtide.runtime.structured.rules.formats import AllOf as AllOf
     from lowtide.runtime.structured.rules.formats import Avoid as Avoid
     from lowtide.runtime.structured.rules.formats import Length as Length
@@ -58,6 +59,7 @@ _MODULES = {
     "Avoid": "runtime.structured.rules.formats",
     "Length": "runtime.structured.rules.formats",
     "Must": "runtime.structured.rules.formats",
+    "ReasonFirst": "runtime.structured.reasoning.reason_first",
     "Ltl": "runtime.structured.rules.network_formats",
     "Paths": "runtime.structured.rules.network_formats",
     "Delta": "attention.delta.policy",

@@ -166,6 +166,7 @@ def command(
                 stats=result.stats.to_dict(),
                 **kernel_values(planned),
                 **_logprobs(result),
+                **_reasoning(result),
                 **answers_values(results),
                 **({} if spans is None else {"retained_spans": [span.to_dict() for span in spans]}),
             )
@@ -187,6 +188,12 @@ def _logprobs(result: GenerationResult) -> dict[str, Any]:
             for one in result.logprobs
         ]
     }
+
+
+def _reasoning(result: GenerationResult) -> dict[str, Any]:
+    return (
+        {} if result.reasoning is None else {"reasoning": result.reasoning, "answer": result.answer}
+    )
 
 
 def _messages(text: str, system: str | None) -> list[dict[str, str]]:

@@ -55,6 +55,17 @@ _OPTIONS = (
         help="Refuse a schema with keywords that no grammar has, or verify complete answers and try wrong ones "
         "again.  [default: exact]",
     ),
+    click.option(
+        "--reason",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Reason first, in free text of at most N tokens; what the answer must look like holds for what follows.",
+    ),
+    click.option(
+        "--reason-end",
+        metavar="TEXT",
+        help="The text that ends the reasoning.  [default: </think> where the model has a token for it, else Answer:]",
+    ),
 )
 
 structured_option = click.option(
@@ -86,14 +97,29 @@ def take_constraint(options: dict[str, Any]) -> OutputFormat | None:
         )
     if check is not None and used != ["json_schema"]:
         raise click.UsageError("--schema-check is for schemas: add --json-schema, or leave it out")
+    reason, reason_end = options.pop("reason"), options.pop("reason_end")
     formats = take_rules(options)
     if used:
         formats.insert(0, _format(used[0], values[used[0]], style or "flexible", check or "exact"))
-    if len(formats) < 2:
-        return formats[0] if formats else None
-    from lowtide.runtime.structured.rules.formats import AllOf
+    found = formats[0] if formats else None
+    if len(formats) > 1:
+        from lowtide.runtime.structured.rules.formats import AllOf
 
-    return AllOf(*formats)
+        found = AllOf(*formats)
+    return found if reason is None and reason_end is None else _reasoned(found, reason, reason_end)
+
+
+def _reasoned(found: OutputFormat | None, reason: int | None, end: str | None) -> OutputFormat:
+    """Return the format with reasoning before it."""
+    if reason is None:
+        raise click.UsageError("--reason-end is for --reason: add it, or leave this out")
+    if found is None:
+        raise click.UsageError(
+            "--reason comes before an answer that must look like something: add --json-schema or its like"
+        )
+    from lowtide.runtime.structured.reasoning.reason_first import ReasonFirst
+
+    return ReasonFirst(found, reason, end=end)
 
 
 def reserve_constraint(options: dict[str, Any], params: SamplingParams) -> None:

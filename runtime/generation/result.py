@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowtide.runtime.generation.logprobs import TokenLogprob
 from lowtide.runtime.generation.statistics import Statistics
 from lowtide.runtime.profiling.retention_map import RetainedSpan
+
+if TYPE_CHECKING:
+    from lowtide.runtime.structured.formats import OutputFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,16 @@ class GenerationResult:
     """With `logprobs`: the log probabilities of the sampled tokens; tokens that close a constrained answer have
     none."""
 
+    reasoning: str | None = None
+    """With `ReasonFirst`: what the model wrote before its answer, without markers."""
+    answer_start: int = 0
+    """Where the answer begins in `text`, behind the reasoning."""
+
+    @property
+    def answer(self) -> str:
+        """The text without its reasoning."""
+        return self.text[self.answer_start :]
+
     @property
     def structured(self) -> dict[str, Any] | None:
         """With a constraint: how it was enforced, and whether the answer is complete and was closed."""
@@ -68,7 +81,9 @@ class GenerationResult:
         collected = list(chunks)
         last = collected[-1]
         text = "".join(chunk.text for chunk in collected)
-        parsed, reason = _parsed(text, last, response_format)
+        before = _text_before_answer(collected)
+        found = None if response_format is None else _format(response_format)
+        parsed, reason = _parsed(text[len(before or "") :], last, found, response_format)
         return cls(
             text=text,
             token_ids=tuple(c.token_id for c in collected if c.token_id is not None),
@@ -78,10 +93,33 @@ class GenerationResult:
             parsed=parsed,
             not_parsed_reason=reason,
             logprobs=_logprobs(collected),
+            reasoning=before if found is None or before is None else found.reasoning(before),
+            answer_start=len(before or ""),
         )
 
 
-def _parsed(text: str, last: GenerationChunk, response_format: Any) -> tuple[Any, str | None]:
+def _format(response_format: Any) -> OutputFormat | None:
+    from lowtide.runtime.structured.response_format import as_format
+
+    return as_format(response_format)
+
+
+def _text_before_answer(chunks: Sequence[GenerationChunk]) -> str | None:
+    """Return the text of the reasoning with its markers; None where the answer has none."""
+    left = (chunks[-1].stats.structured or {}).get("reasoning_tokens")
+    if left is None:
+        return None
+    texts = []
+    for chunk in chunks:
+        if left > 0:
+            texts.append(chunk.text)
+        left -= chunk.token_id is not None
+    return "".join(texts)
+
+
+def _parsed(
+    text: str, last: GenerationChunk, found: OutputFormat | None, response_format: Any
+) -> tuple[Any, str | None]:
     """Return the value of an answer, and why there is none."""
     if response_format is None:
         return None, "no response_format was asked for"
@@ -89,9 +127,6 @@ def _parsed(text: str, last: GenerationChunk, response_format: Any) -> tuple[Any
         return None, (
             f"the answer is not complete (it ended for {last.finish_reason!r}): raise max_tokens or the context"
         )
-    from lowtide.runtime.structured.response_format import as_format
-
-    found = as_format(response_format)
     try:
         return (None if found is None else found.parse(text)), None
     except Exception as error:  # the caller's own class may refuse the value

@@ -79,6 +79,10 @@ class OutputFormat(ABC):
         """Return the value that a complete answer stands for."""
         return answer
 
+    def reasoning(self, before: str) -> str:
+        """Return the reasoning of the text that comes before the answer, without its markers."""
+        return before
+
     @property
     def grammar_bytes(self) -> int:
         """Bytes that its grammar takes; raises `BadOption` where it is too large."""

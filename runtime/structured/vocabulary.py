@@ -83,6 +83,13 @@ class TokenVocabulary:
             return []
         return token_ids if self.decode(token_ids) == text else []
 
+    def token_of(self, marker: str) -> int | None:
+        """Return the one token that stands for a marker, a control token too; None where there is none."""
+        found = self._tokenizer.encode(marker, add_special=False, parse_special=True)
+        if len(found) != 1 or found[0] >= self.num_tokens or found[0] in self.end_ids:
+            return None
+        return found[0] if self.bytes_of(found[0]) in (b"", marker.encode()) else None
+
     def decode(self, token_ids: Sequence[int]) -> bytes:
         """Return the bytes of tokens."""
         return b"".join(map(self.bytes_of, token_ids))

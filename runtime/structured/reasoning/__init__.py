@@ -1,0 +1,1 @@
+"""Answers that begin with free text, the reasoning, before what must follow a format."""
