@@ -138,11 +138,12 @@ def command(
         service = services.Service(runtime, name or spec.name, defaults, settings)
         shown_host, shown_port = listening.getsockname()[:2]
         note(f"listening on http://{_in_address(shown_host)}:{shown_port} (API at /v1)")
-        run.Serving(app.make_app(service), settings, listening).run()
+        run.Serving(app.make_app(service), settings, listening, service.end_answers).run()
 
 
 def _loaded(spec: ModelSpec, config: LoadConfig, sequences: int | None) -> Runtime:
     """Plan and load the model, for several answers together where nothing is stated and the model can."""
+    from lowtide.cli.common.output import note
     from lowtide.cli.common.progress import load_runtime
     from lowtide.models.errors import BadOption
     from lowtide.runtime.errors import OverBudget
@@ -152,9 +153,10 @@ def _loaded(spec: ModelSpec, config: LoadConfig, sequences: int | None) -> Runti
         planned = plan_with(spec, replace(config, sequences=stated))
         planned.require_fit()
         return load_runtime(planned)
-    except (BadOption, OverBudget):
+    except (BadOption, OverBudget) as error:
         if sequences is not None:
             raise
+        note(f"answers are computed one at a time, not {SEQUENCES} together: {error}")
     planned = plan_with(spec, replace(config, sequences=1))
     planned.require_fit()
     return load_runtime(planned)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-import uvicorn
+from uvicorn.config import Config
+from uvicorn.server import Server
 
+from lowtide.cli.server.connection import Connection, connection_class
 from lowtide.cli.server.guard import App
 from lowtide.cli.server.settings import ServerSettings
 from lowtide.models.arguments.names import on_command_line, option
@@ -17,6 +20,8 @@ from lowtide.models.errors import BadOption
 
 MAX_HEADER_BYTES = 32 << 10
 KEEP_CONNECTION_S = 30
+LAST_WORDS_S = 2
+"""When answers were ended at a stop, their clients have so long to read why."""
 
 
 def listening_socket(settings: ServerSettings) -> socket.socket:
@@ -44,14 +49,20 @@ def listening_socket(settings: ServerSettings) -> socket.socket:
 
 
 class Serving:
-    """A server that answers on a listening socket."""
+    """A server that answers on a listening socket; `end_answers` ends all answers that run, with an error."""
 
-    def __init__(self, app: App, settings: ServerSettings, listening: socket.socket) -> None:
+    def __init__(
+        self,
+        app: App,
+        settings: ServerSettings,
+        listening: socket.socket,
+        end_answers: Callable[[], None],
+    ) -> None:
         self._listening = listening
-        self._server = uvicorn.Server(
-            uvicorn.Config(
+        self._server = _Server(
+            Config(
                 app,
-                http="h11",
+                http=connection_class(settings.max_connections),
                 loop="asyncio",
                 ws="none",
                 lifespan="off",
@@ -59,10 +70,11 @@ class Serving:
                 access_log=False,
                 server_header=False,
                 h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-                limit_concurrency=settings.max_connections,
                 timeout_keep_alive=KEEP_CONNECTION_S,
-                timeout_graceful_shutdown=settings.shutdown_seconds,
-            )
+                timeout_graceful_shutdown=settings.shutdown_seconds + 2 * LAST_WORDS_S,
+            ),
+            settings.shutdown_seconds,
+            end_answers,
         )
 
     def run(self) -> None:
@@ -74,6 +86,29 @@ class Serving:
     def stop(self) -> None:
         """End, as SIGTERM does; any thread may call it."""
         self._server.should_exit = True
+
+
+class _Server(Server):
+    """Ends answers that run too long at a stop, and then connections, before uvicorn cancels their tasks."""
+
+    def __init__(self, config: Config, seconds: float, end_answers: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._seconds, self._end_answers = seconds, end_answers
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.create_task(self._end_what_runs())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+    async def _end_what_runs(self) -> None:
+        await asyncio.sleep(self._seconds)
+        self._end_answers()
+        await asyncio.sleep(LAST_WORDS_S)
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Connection):
+                connection.cut()
 
 
 @contextlib.contextmanager

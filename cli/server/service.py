@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lowtide.cli.server.errors import ApiError, api_error
+from lowtide.cli.server.errors import SERVER, ApiError, api_error
 from lowtide.cli.server.guard import ANSWERS
 from lowtide.cli.server.metrics import Metrics
 from lowtide.cli.server.reading.body import BodyReader
@@ -45,7 +45,7 @@ class Service:
         self.metrics = Metrics()
         self._embedding = asyncio.Lock()
         self._bodies = BodyReader(settings.max_body_bytes)
-        self._num_open = 0
+        self._open: set[Answers] = set()
         self.call_syntax = runtime.call_syntax
         self.started_at = int(time.time())
 
@@ -100,8 +100,8 @@ class Service:
                 one.cancel()
             raise api_error(error) from error
         readers = [self._counted(_reader(tools)) for _ in pending]
-        answers = Answers(pending, readers, self._closed)
-        self._num_open += 1
+        answers = Answers(pending, readers, self._open.discard)
+        self._open.add(answers)
         request.scope[ANSWERS] = answers
         await answers.begin()
         return answers
@@ -109,11 +109,20 @@ class Service:
     def _require_place(self) -> None:
         """Refuse a request where clients leave many answers unread: those take memory until they are."""
         queue = self.runtime.queue
-        if self._num_open > 2 * queue.sequences + queue.max_waiting:
+        if len(self._open) > 2 * queue.sequences + queue.max_waiting:
             raise QueueFull(queue.waiting, queue.retry_after_s)
 
-    def _closed(self) -> None:
-        self._num_open -= 1
+    def end_answers(self) -> None:
+        """End all answers because the server stops."""
+        error = ApiError(
+            503,
+            "the server stops before the answer is complete: ask again when it has started again",
+            code="server_stops",
+            kind=SERVER,
+            headers={"Connection": "close"},
+        )
+        for answers in list(self._open):
+            answers.fail(error)
 
     async def embed(self, texts: Sequence[str]) -> tuple[Vectors, int]:
         """Return the vectors of texts and the number of their tokens, computed when the model is free for it."""

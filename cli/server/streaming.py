@@ -27,17 +27,17 @@ class Pending(AsyncIterable[GenerationChunk], Protocol):
 class Answers:
     """The deltas of several answers as they come, as pairs of an answer's number and a delta; None for a pause.
 
-    `readers` make deltas of chunks, one for each answer. Closing ends all answers, and calls `on_close` once.
+    `readers` make deltas of chunks, one for each answer. Closing ends all answers, and calls `on_close` with them once.
     """
 
     def __init__(
         self,
         pending: Sequence[Pending],
         readers: Sequence[Callable[[GenerationChunk], Delta]],
-        on_close: Callable[[], None] = lambda: None,
+        on_close: Callable[[Answers], None] = lambda _: None,
     ) -> None:
         self._pending = pending
-        self._on_close: Callable[[], None] | None = on_close
+        self._on_close: Callable[[Answers], None] | None = on_close
         self._arrived: asyncio.Queue[tuple[int, Delta | BaseException | None]] = asyncio.Queue(64)
         self._tasks = [
             asyncio.create_task(self._pump(i, one, reader))
@@ -54,6 +54,12 @@ class Answers:
             await self._arrived.put((index, None))
         except Exception as error:
             await self._arrived.put((index, error))
+
+    def fail(self, error: ApiError) -> None:
+        """End all answers with an error, behind what has come already."""
+        for task in self._tasks:
+            task.cancel()
+        self._failing = asyncio.ensure_future(self._arrived.put((0, error)))
 
     async def begin(self) -> None:
         """Wait for the first delta, but not for long; raises the error that comes instead of one."""
@@ -102,7 +108,7 @@ class Answers:
         for one in self._pending:
             one.cancel()
         if self._on_close is not None:
-            self._on_close()
+            self._on_close(self)
             self._on_close = None
 
 

@@ -50,7 +50,7 @@ class Server:
         self.service, self.model = service, model
         listening = listening_socket(service.settings)
         self.port = listening.getsockname()[1]
-        self._serving = Serving(make_app(service), service.settings, listening)
+        self._serving = Serving(make_app(service), service.settings, listening, service.end_answers)
         self._thread = threading.Thread(target=self._serving.run)
         self._thread.start()
 

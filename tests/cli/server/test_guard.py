@@ -156,10 +156,10 @@ def test_answers_that_nobody_reads_are_bounded(serving: Serve) -> None:
         client.sendall(head + data)
         clients.append(client)
     time.sleep(1)
-    assert server.service._num_open <= 5
+    assert len(server.service._open) <= 5
     for client in clients:
         client.close()
-    until(lambda: server.service._num_open == 0)
+    until(lambda: not server.service._open)
     assert server.chat(max_tokens=2).status == 200
 
 
@@ -173,4 +173,4 @@ def test_a_client_that_leaves_at_once_leaves_nothing_behind(serving: Serve) -> N
     for _ in range(20):
         with socket.create_connection(("127.0.0.1", server.port)) as client:
             client.sendall(head + data)
-    until(lambda: server.service._num_open == 0 and server.service.runtime.queue.running == 0)
+    until(lambda: not server.service._open and server.service.runtime.queue.running == 0)
