@@ -57,7 +57,7 @@ def plain(smollm2: Path) -> Iterator[Runtime]:
 def drafting(smollm2: Path) -> Iterator[Runtime]:
     with (
         patch("lowtide.runtime.speculation.controller.FREE_LOSS_STEPS", 1e9),
-        patch("lowtide.runtime.speculation.controller.FREE_WASTE_S", 1e9),
+        patch("lowtide.runtime.speculation.sequence_drafts.FREE_WASTE_S", 1e9),
         Runtime.open(smollm2, **OPTIONS, speculate="auto") as runtime,  # type: ignore[arg-type]
     ):
         yield eager(runtime)

@@ -13,11 +13,10 @@ from lowtide.models.draft_tree import TokenTree
 from lowtide.runtime.speculation.acceptance import Acceptance, DraftVerification, chances
 from lowtide.runtime.speculation.controller import (
     FREE_LOSS_STEPS,
-    FREE_WASTE_S,
-    WASTED_SHARE,
     SpeculationController,
 )
 from lowtide.runtime.speculation.drafts import Draft, Proposal
+from lowtide.runtime.speculation.sequence_drafts import FREE_WASTE_S, WASTED_SHARE
 from lowtide.runtime.speculation.step_cost import StepCostModel
 
 MODERATE = CostCurve(num_rows=(1, 2, 4, 8), seconds=(1.0, 1.4, 2.2, 3.5))
