@@ -114,6 +114,14 @@ class Model(ABC):
         """Return pages of the KV cache that hold no token to the system, where the model can."""
         return None
 
+    def logits_beyond(self, num_rows: int) -> tuple[int, int] | None:
+        """Return the address and the bytes of logits that passes of more than `num_rows` tokens have written.
+
+        Until the next such pass nothing reads them. 0 bytes where there was none, and None where they are not in memory
+        that could be released.
+        """
+        return None
+
     def snapshot_properties(self) -> dict[str, str]:
         """Return the properties that a saved KV cache depends on; a snapshot loads only where all are equal."""
         raise SnapshotError(f"{self.spec.name} cannot save its KV cache")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -109,6 +110,7 @@ class GgufModel(Model):
         self.supports_batch = not spec.recurrent_state_bytes and not options.gpu_layers
         self._kernels = kernels
         self._pages: KVPages | None = None
+        self._most_logits = 0  # of the largest pass so far
         self._threads: PassThreads | None = None
         self._num_threads = options.threads
         self._sequences: weakref.WeakSet[GgufSequences] = weakref.WeakSet()
@@ -205,6 +207,7 @@ class GgufModel(Model):
     def _all_logits(self, num_tokens: int) -> Logits2D:
         import numpy as np
 
+        self._most_logits = max(self._most_logits, num_tokens)
         pointer = self._api.llama_get_logits(self._context)
         return np.ctypeslib.as_array(pointer, shape=(num_tokens, self._num_logits))
 
@@ -307,6 +310,16 @@ class GgufModel(Model):
         """Return the pages of the KV cache that hold no token to the system."""
         if self._pages is not None:
             self._pages.release_pages(self._num_tokens)
+
+    def logits_beyond(self, num_rows: int) -> tuple[int, int] | None:
+        """Return the part of llama.cpp's output behind the logits of the first `num_rows` tokens of a pass."""
+        if self._options.gpu_layers or self._context is None:
+            return None
+        if self._most_logits <= num_rows:
+            return 0, 0
+        address = ctypes.addressof(self._api.llama_get_logits(self._context).contents)
+        row_bytes = 4 * self._num_logits
+        return address + num_rows * row_bytes, (self._most_logits - num_rows) * row_bytes
 
     def snapshot_properties(self) -> dict[str, str]:
         """Return the weights, the KV type, and the version of llama.cpp, which defines the layout."""

@@ -138,7 +138,9 @@ class Worker:
         config = self._planned.speculation
         if config is not None and config.draft_model is None:
             engine = self._engine
-            engine.speculation = load_speculation(self._planned, engine.model, engine.controller)
+            engine.speculation = load_speculation(
+                self._planned, engine.model, engine.controller, engine.ledger
+            )
 
     def facts(self) -> dict[str, Any]:
         """Return the peak memory of the process, and which kernels run."""

@@ -117,7 +117,7 @@ class Engine:
         self.prompt_filter = self._make_prompt_filter()
         if planned.plan.resident_layers is not None or planned.spec.repacked_tensors:
             self._try_passes()
-        self.speculation = load_speculation(planned, model, self.controller)
+        self.speculation = load_speculation(planned, model, self.controller, self.ledger)
         self.reclaimers += (Reclaimer("moderate", gc.collect), Reclaimer("background", trim_heap))
         self._check_resident()
 

@@ -6,6 +6,7 @@ from functools import partial
 
 from lowtide.attention.bindings.library import guarded_aborts
 from lowtide.attention.policy import PassController
+from lowtide.memory.budget import Ledger
 from lowtide.memory.plan.allocator import CostCurve
 from lowtide.memory.plan.batch import BatchPlan
 from lowtide.memory.plan.estimates import padded_context
@@ -15,8 +16,9 @@ from lowtide.models.gguf.parameters import LoadOptions
 from lowtide.models.model import Model, SequenceBatch, SingleSequence
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.backends.backend import ResolvedModel
+from lowtide.runtime.loading.logits_memory import LogitsMemory
 from lowtide.runtime.speculation.controller import SpeculationController
-from lowtide.runtime.speculation.counts import add_to_file, file_name
+from lowtide.runtime.speculation.counts import AcceptanceCounts, add_to_file, file_name
 from lowtide.runtime.speculation.drafts import (
     Draft,
     ModelDraft,
@@ -24,8 +26,9 @@ from lowtide.runtime.speculation.drafts import (
     TrigramDraft,
     require_same_tokens,
 )
+from lowtide.runtime.speculation.replanning import Replanner
 from lowtide.runtime.speculation.step_cost import StepCostModel, benchmark_steps
-from lowtide.runtime.speculation.worth import known_counts, placed_key
+from lowtide.runtime.speculation.worth import draft_share, known_counts, placed_key
 
 WATCHED_TOKENS = 7
 """Drafts of a proposal that is compared with the text but not verified."""
@@ -36,12 +39,13 @@ DRAFT_CLASSES: dict[str, type[NgramDraft] | type[TrigramDraft]] = {
 
 
 def load_speculation(
-    planned: ResolvedModel, model: Model, controller: PassController
+    planned: ResolvedModel, model: Model, controller: PassController, ledger: Ledger
 ) -> SpeculationController | None:
     """Return the controller of single answers; None where speculation is off.
 
-    Measures what a pass costs by its tokens where that is unknown: the model's cache must be empty. Raises
-    `BadOption` where a draft model's vocabulary is not the model's.
+    Measures what a pass costs by its tokens where that is unknown: the model's cache must be empty. Between turns,
+    memory of logits that no longer pays goes back to `ledger` and to the system. Raises `BadOption` where a draft
+    model's vocabulary is not the model's.
     """
     config = planned.speculation
     if config is None:
@@ -70,7 +74,7 @@ def load_speculation(
             save=save,
         )
     steps = benchmark_steps(model, verify_batch, steps_key(planned, config))
-    table = planned.plan.speculation
+    table, known = planned.plan.speculation, known_counts(planned.spec, config.draft_model)
     return SpeculationController(
         [_drafts(planned, model)],
         StepCostModel(steps.costs),
@@ -81,8 +85,36 @@ def load_speculation(
             planned, rows_agree=steps.rows_agree
         ),
         promised=table.chosen.speed_up if table and table.chosen else None,
-        known=known_counts(planned.spec, config.draft_model),
+        known=known,
+        replanner=_replanner(planned, config, model, known, ledger),
         save=save,
+    )
+
+
+def _replanner(
+    planned: ResolvedModel,
+    config: SpeculationConfig,
+    model: Model,
+    known: AcceptanceCounts,
+    ledger: Ledger,
+) -> Replanner | None:
+    """Return what weighs the choices again between turns; None where the plan chose none of them."""
+    table, draft = planned.plan.speculation, config.draft_model
+    if table is None or table.chosen is None:
+        return None
+    memory = LogitsMemory(
+        model,
+        ledger,
+        planned_rows=table.chosen.choice.verify_batch,
+        vocabulary_size=planned.spec.vocabulary.num_tokens,
+    )
+    return Replanner(
+        table.points,
+        table.chosen,
+        known,
+        token_share=draft_share(planned.spec, draft),
+        may_watch=draft is None,
+        resize=memory.keep,
     )
 
 

@@ -23,6 +23,7 @@ from lowtide.runtime.speculation.proposal import (
     num_expected,
     share,
 )
+from lowtide.runtime.speculation.replanning import Replanner
 from lowtide.runtime.speculation.sequence_drafts import SequenceDrafts
 from lowtide.runtime.speculation.step_cost import StepCostModel
 from lowtide.runtime.structured.answer import ConstrainedAnswer
@@ -45,7 +46,7 @@ class SpeculationController:
     have branches. `nondeterminism` says why a greedy answer may differ from the plain loop's; None where it
     cannot. `off_reason` says why nothing is ever verified; drafts may still be watched. `promised` is the speed that
     the plan expects, relative to none drafted. `known` says how often drafts were right before. `counts` learns how
-    often they are right now, and goes to `save` at the end.
+    often they are right now, and goes to `save` at the end. Between answers a `replanner` may change what is verified.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class SpeculationController:
         off_reason: str | None = None,
         promised: float | None = None,
         known: AcceptanceCounts | None = None,
+        replanner: Replanner | None = None,
         save: Callable[[AcceptanceCounts], None] = lambda _: None,
     ) -> None:
         self.costs = costs
@@ -81,6 +83,8 @@ class SpeculationController:
         self._max_draft = max_draft
         self._off_reason = off_reason
         self._promised = promised
+        self._replanner = replanner
+        self._max_rows = costs.max_tokens
         self._save = save
         self._plain_s = self._spent_s = 0.0  # of this answer, without drafts and with them
         self._round: tuple[int, float] | None = None  # sequences and seconds of a pass with drafts
@@ -111,6 +115,21 @@ class SpeculationController:
             self._plain_s = self._spent_s = 0.0
             # No answer pays for what an earlier one won.
             self._credit_steps = min(self._credit_steps, FREE_LOSS_STEPS)
+            self._replan()
+
+    def _replan(self) -> None:
+        """Verify in the next answers what the acceptance of the earlier ones makes worth its memory."""
+        if self._replanner is None:
+            return
+        plan = self._replanner.between_turns(self.counts, self.costs.curve)
+        if plan is None:
+            return
+        self._max_rows = plan.verify_batch
+        if plan.verify_batch > 1:
+            self._max_draft = plan.verify_batch - 1
+        self._promised, self._off_reason = plan.promised, plan.reason
+        for sequence in self._sequences:
+            sequence.trees = plan.branches
 
     @property
     def _may_draft(self) -> bool:
@@ -133,7 +152,7 @@ class SpeculationController:
         if not any(proposals):
             self._spent_s += self.costs.clock() - before
             return [NOTHING] * len(waiting)
-        shares = share(proposals, self.costs, self.costs.max_tokens)
+        shares = share(proposals, self.costs, self._max_rows)
         gain, most_rows = shares.gain or 0.0, self._most_rows(proposals)
         if len(waiting) + sum(shares.num_drafted) > most_rows:
             shares = share(proposals, self.costs, most_rows)
@@ -218,6 +237,7 @@ class SpeculationController:
         return {
             **drafts.record.to_dict(),
             "drafts": [draft.name for draft in self._drafts[sequence]],
+            "draft_tokens": min(self._max_draft, self._max_rows - 1),
             "off_reason": self._why_off(drafts),
             "promised_speedup": self._promised,
             "measured_speedup": self._plain_s / self._spent_s if self._spent_s else None,

@@ -114,7 +114,7 @@ class SequenceDrafts:
         self.best_gain: float | None = None
         self._vocabulary_size = vocabulary_size
         self._num_positions = num_positions
-        self._trees = trees
+        self.trees = trees
         self._answer: ConstrainedAnswer | None = None
         self._states = [
             _DraftState(
@@ -216,7 +216,7 @@ class SequenceDrafts:
             return Proposal()
         if not is_valid:
             return Proposal()
-        if not self._trees:
+        if not self.trees:
             tree = tree.of_rows(tree.first_path())
         if self._answer is not None:
             tree = legal_part(tree, self._answer)

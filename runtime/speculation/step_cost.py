@@ -178,6 +178,12 @@ class StepCostModel:
         """The most tokens of a pass that were measured."""
         return len(self._ratios) - 1
 
+    @property
+    def curve(self) -> CostCurve:
+        """The seconds of passes as they are expected now."""
+        rows = tuple(range(1, len(self._ratios)))
+        return CostCurve(num_rows=rows, seconds=tuple(map(self.of, rows)))
+
     def of(self, num_tokens: int) -> float:
         """Return the seconds of a pass of `num_tokens` tokens."""
         return self._one_s * self._ratios[num_tokens]

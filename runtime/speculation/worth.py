@@ -60,9 +60,7 @@ def speculation_worth(
             f"{own:,.0f} tokens of your conversations; {acceptance_source}, which counts for "
             f"{PRIOR_TOKENS} tokens"
         )
-    token_s = 0.0
-    if draft_model is not None:
-        token_s = costs.of(1) * draft_model.weight_bytes / max(spec.weight_bytes, 1)
+    token_s = costs.of(1) * draft_share(spec, draft_model)
     counts = known_counts(spec, draft_model)
     return SpeculationWorth(
         costs=costs,
@@ -70,6 +68,13 @@ def speculation_worth(
         costs_source=costs_source,
         acceptance_source=acceptance_source,
     )
+
+
+def draft_share(spec: ModelSpec, draft_model: ModelSpec | None) -> float:
+    """Return what drafting a token takes, as a share of a pass of one token; 0 without a draft model."""
+    if draft_model is None:
+        return 0.0
+    return draft_model.weight_bytes / max(spec.weight_bytes, 1)
 
 
 def known_counts(spec: ModelSpec, draft_model: ModelSpec | None) -> AcceptanceCounts:

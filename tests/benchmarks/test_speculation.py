@@ -72,7 +72,9 @@ def reset_drafts(runtime: Runtime) -> None:
     loaded = runtime._engine
     assert loaded.speculation is not None
     if loaded.planned.speculation is not None and loaded.planned.speculation.draft_model is None:
-        loaded.speculation = load_speculation(loaded.planned, loaded.model, loaded.controller)
+        loaded.speculation = load_speculation(
+            loaded.planned, loaded.model, loaded.controller, loaded.ledger
+        )
 
 
 def ratio_of(plain: Runtime, drafting: Runtime, prompt: str, *, same: bool = True) -> float:
