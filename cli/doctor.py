@@ -40,7 +40,11 @@ def command(model: str | None, memory: str | None, as_json: bool) -> None:
     problems: list[str] = []
     attention = partial(_attention, model, memory)
     choices = partial(_choices, model, memory)
-    for examine in (_machine, _native, _llama, _gpus, _models, _folders, attention, choices):
+    buffers = partial(_gpu_buffers, model, memory)
+    for examine in (
+        *(_machine, _native, _llama, _gpus, _models, _folders),
+        *(attention, buffers, choices),
+    ):
         _examine(examine, findings, problems)
     if as_json:
         click.echo(json.dumps({**findings, "problems": problems}, indent=2))
@@ -213,6 +217,50 @@ def _choices(reference: str | None, memory: str | None) -> dict[str, Any]:
     return {"choices": [choice.to_dict() for choice in time_choices(spec, memory)]}
 
 
+def _gpu_buffers(reference: str | None, memory: str | None) -> dict[str, Any]:
+    """Load as many layers as fit on the GPUs; compare the buffers that llama.cpp reports with the plan's lines."""
+    from lowtide.memory.plan.planner import MIN_CONTEXT
+    from lowtide.models.gguf.buffers import bytes_on
+    from lowtide.models.gguf.gpu import read_gpu_devices
+    from lowtide.models.kind import DECODER
+    from lowtide.models.onnx.config import ENGINE
+    from lowtide.runtime.loading.load import Engine
+    from lowtide.runtime.planning.plan import LoadConfig, find_spec, plan_spec
+
+    if reference is None or not read_gpu_devices():
+        return {}
+    spec = find_spec(reference)
+    if spec.kind != DECODER or spec.engine == ENGINE:
+        return {}
+    context = min(MIN_CONTEXT, spec.context_length)
+    engine = Engine(plan_spec(spec, LoadConfig(memory=memory, context=context, gpu_layers="auto")))
+    try:
+        plan, buffers = engine.planned.plan, engine.model.buffers
+    finally:
+        engine.close()
+    return {
+        "gpu_buffers": [
+            {
+                "device": gpu.device.name,
+                "component": row.component,
+                "planned_bytes": row.num_bytes,
+                "bytes": bytes_on(buffers, gpu.device.name)[row.component],
+            }
+            for gpu in plan.gpus
+            for row in gpu.rows
+            if row.component in bytes_on(buffers, gpu.device.name)
+        ]
+    }
+
+
+def _print_buffers(buffers: list[dict[str, Any]]) -> None:
+    from lowtide.memory.units import format_bytes
+
+    for one in buffers:
+        sizes = f"{format_bytes(one['bytes'])} of {format_bytes(one['planned_bytes'])} planned"
+        _line(f"{one['device']} buffer", f"{one['component']}: {sizes}")
+
+
 def _print_choices(choices: list[dict[str, Any]]) -> None:
     click.echo(
         f"\n{'kernels':<20} {'threads':>7} {'prompt, tokens/s':>17} {'decode, tokens/s':>17}"
@@ -241,6 +289,8 @@ def _print(findings: dict[str, Any], problems: list[str]) -> None:
             )
         elif name == "gpus":
             _print_gpus(value, findings["gpu_backends"])
+        elif name == "gpu_buffers":
+            _print_buffers(value)
         elif name == "choices":
             _print_choices(value)
         else:

@@ -25,11 +25,13 @@ from lowtide.cli.common.options import (
 )
 from lowtide.cli.common.output import gpu_line
 from lowtide.memory.units import format_bytes
+from lowtide.models.gguf.buffers import bytes_on
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from lowtide import Runtime
+    from lowtide.memory.plan.gpu import GpuPlan
     from lowtide.runtime.generation.statistics import Statistics
     from lowtide.runtime.options import SamplingParams
     from lowtide.runtime.planning.expected import PromptLimit
@@ -183,7 +185,7 @@ def print_profile(report: ProfileReport) -> None:
     console = Console()
     console.print(_memory(report))
     for gpu in report.plan.gpus:
-        console.print(f"{gpu_line(gpu)} (not measured)", highlight=False)
+        console.print(f"{gpu_line(gpu)}: {_buffers(report, gpu)}", highlight=False)
     console.print(_phases(report))
     if report.layers:
         console.print(_layers(report))
@@ -191,6 +193,16 @@ def print_profile(report: ProfileReport) -> None:
         f"peak {format_bytes(report.peak_rss_bytes)} of {format_bytes(report.plan.budget.num_bytes)}"
         f" · {report.seconds:.2f} s",
         highlight=False,
+    )
+
+
+def _buffers(report: ProfileReport, gpu: GpuPlan) -> str:
+    """Return what llama.cpp allocated on a GPU, by component, and what was planned."""
+    found = bytes_on(report.buffers, gpu.device.name)
+    return ", ".join(
+        f"{row.component} {format_bytes(found[row.component])} of {format_bytes(row.num_bytes)}"
+        for row in gpu.rows
+        if row.component in found
     )
 
 

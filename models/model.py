@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from lowtide.models.gguf.buffers import Buffer
+
     Logits: TypeAlias = NDArray[np.float32]
     Logits2D: TypeAlias = NDArray[np.float32]
 
@@ -64,6 +66,8 @@ class Model(ABC):
     """Whether `forward_tree` computes branches beside the trunk."""
     supports_batch: bool = False
     """Whether `open_sequences` works: several sequences in one forward pass."""
+    buffers: tuple[Buffer, ...] = ()
+    """Its buffers on devices and in main memory, as the engine reports them."""
     batch_truncates: bool = True
     """Whether sequences of a batch can drop their last tokens, as rejected drafts are."""
 

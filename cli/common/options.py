@@ -153,7 +153,7 @@ _GPU: tuple[Option, ...] = (
     click.option(
         "--gpu-memory",
         metavar="SIZE",
-        help="Memory budget on each GPU.  [default: 90% of its free memory]",
+        help="Memory budget on each GPU.  [default: its free memory]",
     ),
 )
 

@@ -6,22 +6,27 @@ the last N of them. The first device takes as many as fit, the next devices take
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lowtide.memory.plan import estimates
 from lowtide.memory.plan import line as components
+from lowtide.memory.plan.driver import (
+    ESTIMATED,
+    ESTIMATED_DEVICE_BYTES,
+    ESTIMATED_SHARE,
+    DriverMemory,
+)
 from lowtide.memory.plan.line import CACHE, PlanCandidate, PlanLine
-from lowtide.memory.units import MIB, OverBudget, format_bytes, parse_size
+from lowtide.memory.units import GIB, OverBudget, format_bytes, parse_size
 from lowtide.models.arguments.names import option
 from lowtide.models.arguments.values import MOST, as_whole, shown
 from lowtide.models.errors import BadOption
 from lowtide.models.gguf.gpu import GpuDevice
 from lowtide.models.spec import ModelSpec
 
-DEFAULT_SHARE = 0.9
-"""Share of a device's free memory that is its budget when the user sets none."""
 AUTO = "auto"
 
 
@@ -38,6 +43,10 @@ class GpuBudget:
     devices: tuple[GpuDevice, ...]
     device_bytes: tuple[int, ...]
     holds_cache: bool
+    is_limited: bool = False
+    """Whether the user set the limit of the devices; without, it is all that they have free."""
+    driver: DriverMemory = ESTIMATED
+    """What the drivers take beside llama.cpp's buffers."""
 
     @classmethod
     def from_user(
@@ -48,7 +57,7 @@ class GpuBudget:
         *,
         holds_cache: bool,
     ) -> GpuBudget:
-        """Return the budget that the user asked for, or 90 % of each device's free memory.
+        """Return the budget that the user asked for, or each device's free memory.
 
         A percentage refers to the free memory. Raises `BadSize` if `memory` is not a size, `BadOption` if a
         device has less than that.
@@ -58,7 +67,18 @@ class GpuBudget:
             devices=tuple(devices),
             device_bytes=tuple(_device_bytes(memory, device) for device in devices),
             holds_cache=holds_cache,
+            is_limited=memory is not None,
         )
+
+    def reserve(self, device: GpuDevice) -> tuple[int, str]:
+        """Return the bytes of a device that the driver takes beside llama.cpp's buffers, and how that is known."""
+        if device.shares_memory:
+            return 0, "the driver's own memory is in the process"
+        measured = self.driver.device_bytes.get(device.name)
+        if measured is not None:
+            return measured, "measured: what the driver takes beside the buffers"
+        share = 0 if self.is_limited else device.free_bytes // ESTIMATED_SHARE
+        return max(ESTIMATED_DEVICE_BYTES, share), "estimate of the driver's own memory"
 
 
 def parse_gpu_layers(text: str | int | None) -> int | None:
@@ -75,7 +95,7 @@ def parse_gpu_layers(text: str | int | None) -> int | None:
 
 def _device_bytes(memory: str | int | None, device: GpuDevice) -> int:
     if memory is None:
-        return int(device.free_bytes * DEFAULT_SHARE)
+        return device.free_bytes
     num_bytes = parse_size(memory, whole_bytes=device.free_bytes)
     if num_bytes > device.free_bytes:
         raise BadOption(
@@ -109,6 +129,14 @@ class GpuPlan:
         """The bytes of the KV cache on this device."""
         return sum(row.num_bytes for row in self.rows if row.component == CACHE)
 
+    def second_context_bytes(self, share: float, logits_bytes: int) -> int:
+        """Return what a context for a batch takes on the device, with this share of the planned context's slots.
+
+        It has a compute buffer of its own, in which the logits of a pass lie.
+        """
+        compute = sum(row.num_bytes for row in self.rows if row.component == components.COMPUTE)
+        return math.ceil(self.cache_bytes * share) + compute + logits_bytes
+
     def to_dict(self) -> dict[str, Any]:
         """Return the device's part of the plan for JSON."""
         return {
@@ -124,10 +152,8 @@ class GpuPlan:
         }
 
 
-BACKEND_BYTES = 64 * MIB
-"""Estimate of a backend's own memory beside llama.cpp's buffers, such as the workspace of cuBLAS."""
 PADDING_BYTES = 64 << 10
-"""Room per layer: a device aligns each tensor, and pads some to blocks of 512 elements."""
+"""Room per layer and per compute buffer: a device aligns each tensor, and pads some to blocks of 512 elements."""
 OUTPUT = "output"
 EMBEDDING = "token_embd"
 
@@ -173,10 +199,36 @@ class GpuLayers:
                 high = middle
         return self._placed(low, needs, candidate)
 
+    def more_layers(self, candidate: PlanCandidate) -> dict[str, int]:
+        """Return how many more layers would fit with another GiB on each device that has memory of its own."""
+        budget, now = self._budget, sum(plan.num_layers for plan in self.place(candidate))
+        more = {}
+        for i, device in enumerate(budget.devices):
+            if device.shares_memory:
+                continue
+            sizes = list(budget.device_bytes)
+            sizes[i] += GIB
+            larger = replace(budget, layers=None, device_bytes=tuple(sizes))
+            plans = GpuLayers(self._spec, larger).place(candidate)
+            more[device.name] = max(sum(plan.num_layers for plan in plans) - now, 0)
+        return more
+
     @property
     def loading_bytes(self) -> int:
-        """Return the largest weight group: copying to a device holds at most one tensor in RAM."""
+        """Return the largest weight group: copying to a device holds at most one tensor in RAM.
+
+        A measurement of the driver has loaded the weights, and includes it.
+        """
+        if self._budget.driver.is_measured:
+            return 0
         return max(group.num_bytes for group in self._spec.weight_groups)
+
+    def driver_line(self, plans: tuple[GpuPlan, ...]) -> PlanLine:
+        """Return the line of the process for what the drivers of the devices take in it."""
+        names = " and ".join(plan.device.name for plan in plans)
+        how = "measured" if self._budget.driver.is_measured else "estimate, not measured here"
+        why = f"compiled kernels and buffers of {names}'s driver, {how}"
+        return PlanLine(components.DRIVER, self._budget.driver.process_bytes, why)
 
     def weight_bytes_left(self, plans: tuple[GpuPlan, ...]) -> int:
         """Return the bytes of the weights that stay in RAM: layers on no device, and the embedding."""
@@ -197,7 +249,8 @@ class GpuLayers:
             zip(devices, self._budget.device_bytes, strict=True)
         ):
             last = first
-            room = budget_bytes - sum(row.num_bytes for row in self._common_lines(candidate))
+            common = self._common_lines(candidate, device)
+            room = budget_bytes - sum(row.num_bytes for row in common)
             while last < self._max_layers and (
                 i == len(devices) - 1 or needs[last].weight_bytes + needs[last].cache_bytes <= room
             ):
@@ -232,29 +285,29 @@ class GpuLayers:
                     "counts as one)",
                 ),
                 PlanLine(components.CACHE, sum(need.cache_bytes for need in needs), cache),
-                *self._common_lines(candidate),
+                *self._common_lines(candidate, device),
             ),
         )
 
-    def _common_lines(self, candidate: PlanCandidate) -> tuple[PlanLine, ...]:
+    def _common_lines(self, candidate: PlanCandidate, device: GpuDevice) -> tuple[PlanLine, ...]:
         """Return the lines that do not depend on the layers of a device; upper bounds."""
         spec = self._spec
         compute = estimates.compute_bytes(
             spec, candidate.context, candidate.batch_size, candidate.kv_type
         )
-        compute += 4 * spec.vocabulary.num_tokens  # logits of one token
-        backend = BACKEND_BYTES
+        compute += 4 * spec.vocabulary.num_tokens + PADDING_BYTES  # logits of one token
+        reserve, why = self._budget.reserve(device)
         if not self._attention_can_stay:
             compute += self._largest_cache(candidate, candidate.kv_type)
         elif self._budget.holds_cache and candidate.kv_type != "f16":
-            backend += self._largest_cache(candidate, "f16")
+            reserve += self._largest_cache(candidate, "f16")
         return (
             PlanLine(
                 components.COMPUTE,
                 compute,
                 f"at most, for batches of {candidate.batch_size} tokens",
             ),
-            PlanLine(components.RESERVE, backend, "estimate of the backend's own memory"),
+            PlanLine(components.RESERVE, reserve, why),
         )
 
     def _largest_cache(self, candidate: PlanCandidate, kv_type: str) -> int:

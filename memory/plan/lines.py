@@ -46,6 +46,10 @@ class PlanLines:
             self._gpus[candidate] = self._gpu_layers.place(candidate)
         return self._gpus[candidate]
 
+    def more_gpu_layers(self, candidate: PlanCandidate) -> dict[str, int]:
+        """Return how many more layers another GiB on each GPU would take."""
+        return self._gpu_layers.more_layers(candidate) if self._gpu_layers is not None else {}
+
     def total_bytes(self, candidate: PlanCandidate) -> int:
         """Return the planned peak."""
         return sum(row.num_bytes for row in self.of(candidate))
@@ -86,6 +90,7 @@ class PlanLines:
             self._vocabulary(),
             weights,
             *running,
+            *self._driver(candidate),
             *self._filter_prefill(candidate),
             *self._prefixes(candidate),
             *self._speculation(candidate),
@@ -123,6 +128,13 @@ class PlanLines:
         """Whether weights are repacked while they are loaded, for want of a copy. Streamed ones are not."""
         asked = self._is_repacked(candidate) and self._spec.no_copy_reason is not None
         return asked and candidate.resident_layers is None
+
+    def _driver(self, candidate: PlanCandidate) -> tuple[PlanLine, ...]:
+        """What drivers of GPUs take in the process, where layers are on one."""
+        gpus = self.gpus(candidate)
+        if self._gpu_layers is None or not gpus:
+            return ()
+        return (self._gpu_layers.driver_line(gpus),)
 
     def _vocabulary(self) -> PlanLine:
         measured = self._baseline.vocabulary_bytes

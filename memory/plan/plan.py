@@ -9,8 +9,8 @@ it, in memory/plan/attention.py). If llama.cpp or ONNX was asked instead of a fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from lowtide.memory.budget import Budget
@@ -148,6 +148,8 @@ class MemoryPlan:
     resident_layers: int | None
     downgrades: tuple[str, ...]
     gpus: tuple[GpuPlan, ...] = ()
+    more_gpu_layers: Mapping[str, int] = field(default_factory=dict)
+    """How many more layers another GiB on each device with memory of its own would take."""
     verify_batch: int = 0
     drafts: tuple[str, ...] = ()
     branches: bool = False
@@ -199,6 +201,7 @@ class MemoryPlan:
             "speculation": self.speculation.to_dict() if self.speculation else None,
             "gpu_layers": self.gpu_layers,
             "gpus": [gpu.to_dict() for gpu in self.gpus],
+            "more_gpu_layers": dict(self.more_gpu_layers),
         }
 
     def __str__(self) -> str:
@@ -212,6 +215,11 @@ class MemoryPlan:
         text = [
             f"{name:<{widths[0]}}  {size:>{widths[1]}}  {bar:<{widths[2]}}  {why}".rstrip()
             for name, size, bar, why in lines
+        ]
+        text += [
+            f"Another GiB on {name} would take {count} more layers"
+            for name, count in self.more_gpu_layers.items()
+            if count
         ]
         return "\n".join([*text, *(f"Reduced to fit: {step}" for step in self.downgrades)])
 

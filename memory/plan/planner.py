@@ -60,6 +60,7 @@ def plan_memory(
         resident_layers=chosen.resident_layers,
         downgrades=chosen.downgrades_from(planner.preferred()),
         gpus=planner.lines.gpus(chosen),
+        more_gpu_layers=planner.lines.more_gpu_layers(chosen),
         verify_batch=chosen.speculation.verify_batch,
         drafts=chosen.speculation.drafts,
         branches=chosen.speculation.branches,

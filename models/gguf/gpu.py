@@ -16,6 +16,8 @@ _GPU, _INTEGRATED_GPU = 1, 2
 _NO_GPUS = frozenset({"CPU", "BLAS", "RPC"})
 """Backends that have no GPU of this machine."""
 _APPLE = ("MTL", "Metal")
+_SOFTWARE = ("llvmpipe", "lavapipe", "swiftshader")
+"""What the descriptions of drivers that compute on the processor hold, in lower case."""
 
 HOW_TO_GET_ONE = (
     "build it with one, CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-cache-dir --no-deps "
@@ -108,7 +110,9 @@ def _device(handle: int) -> GpuDevice:
         description=description.strip(),
         total_bytes=total.value,
         free_bytes=free.value,
-        shares_memory=kind == _INTEGRATED_GPU or name.startswith(_APPLE),
+        shares_memory=kind == _INTEGRATED_GPU
+        or name.startswith(_APPLE)
+        or any(software in description.lower() for software in _SOFTWARE),
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lowtide.models.errors import ForwardError, ModelError, UnsupportedModel
 from lowtide.models.files.fingerprint import file_fingerprint
+from lowtide.models.gguf.buffers import reported_buffers
 from lowtide.models.gguf.header.kind import llama_kind
 from lowtide.models.gguf.llama_cpp import LlamaLibrary, in_background, llama_library
 from lowtide.models.gguf.not_numbers import first_not_number
@@ -107,7 +108,7 @@ class GgufModel(Model):
         self.batch_size = options.batch_size
         self.max_verify_batch = min(options.verify_batch, options.batch_size)
         self._options = options
-        self.supports_batch = not spec.recurrent_state_bytes and not options.gpu_layers
+        self.supports_batch = not spec.recurrent_state_bytes
         self._kernels = kernels
         self._pages: KVPages | None = None
         self._most_logits = 0  # of the largest pass so far
@@ -128,8 +129,9 @@ class GgufModel(Model):
             if weights_of is not None:
                 self._model, self.tokenizer = weights_of._model, weights_of.tokenizer
             else:
-                with options.stage("weights"):
+                with options.stage("weights"), self._library.collected_messages() as messages:
                     self._model = load_weights(self._library, spec, options)
+                self.buffers = reported_buffers(messages)
                 self.tokenizer = GgufTokenizer(
                     self._library, self._api.llama_model_get_vocab(self._model)
                 )
@@ -137,8 +139,9 @@ class GgufModel(Model):
                 self._api.llama_model_is_recurrent(self._model)
                 or self._api.llama_model_is_hybrid(self._model)
             )
-            with options.stage("context"):
+            with options.stage("context"), self._library.collected_messages() as messages:
                 self._context = self._create_context(options)
+            self.buffers += reported_buffers(messages)
             self._memory = self._api.llama_get_memory(self._context)
             require_decoder(spec, llama_kind(self._api, self._model, self._context))
             self._batch = TokenBatch(self._api, options.batch_size)

@@ -21,6 +21,7 @@ from lowtide.attention.policy import AttentionPolicy
 from lowtide.memory.budget import Budget
 from lowtide.memory.machine import Machine
 from lowtide.memory.plan.attention import FilterPrefill
+from lowtide.memory.plan.driver import ESTIMATED, DriverMemory
 from lowtide.memory.plan.estimates import ContextSizes, template_bytes, tokenising_bytes
 from lowtide.memory.plan.gpu import GpuBudget
 from lowtide.memory.plan.plan import MemoryPlan, PlanRequest, ProcessBaseline
@@ -227,6 +228,10 @@ class Backend(ABC):
         """Return `choice` without kernels that do not run on this machine, or are slower than the engine's own."""
         return choice
 
+    def driver_memory(self, spec: ModelSpec, plan: MemoryPlan, gpu: GpuBudget) -> DriverMemory:
+        """Return what the drivers of the GPUs in `plan` take beside the engine's buffers."""
+        return ESTIMATED
+
     @abstractmethod
     def resolve(
         self, spec: ModelSpec, config: LoadConfig, policy: AttentionPolicy
@@ -286,7 +291,7 @@ class Backend(ABC):
         """Whether drafts may have branches, if the model's layers are not on a GPU."""
         return False
 
-    def why_one_sequence(self, spec: ModelSpec, *, on_gpu: bool) -> str | None:
+    def why_one_sequence(self, spec: ModelSpec) -> str | None:
         """Say why the model computes one sequence at a time; None where several share a pass."""
         return f"{spec.engine} runs it that way"
 

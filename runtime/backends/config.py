@@ -52,7 +52,7 @@ class LoadConfig:
     similar keys share a score) or "gem" (`Gem`: prompts are filtered).
 
     `gpu_layers` is how many layers go to the GPUs, counted as llama.cpp does, or "auto": as many as fit into
-    `gpu_memory`, a size on each device (None: 90 % of what is free). Both None use no GPU.
+    `gpu_memory`, a size on each device (None: what is free). Both None use no GPU.
     `prefix_cache` is a size ("64MiB") for KV snapshots of earlier prompts; 0 keeps none.
     `repack` runs matmuls with lowtide's kernels, from a repacked copy of the weights in the cache folder,
     which is made on first use; an ONNX graph then runs with "dense" attention instead of its own. "auto" is True

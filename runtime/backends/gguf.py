@@ -26,12 +26,15 @@ from lowtide.memory.os.busy import other_work
 from lowtide.memory.os.file_mappings import FileMap, read_file_maps, release_pages, use_large_folios
 from lowtide.memory.os.kv_pages import DemandZeroBuffer, KVPageReclaimer, demand_zero_buffers
 from lowtide.memory.plan.attention import FilterPrefill
+from lowtide.memory.plan.driver import DriverMemory
 from lowtide.memory.plan.estimates import (
     kv_token_bytes,
     max_matmul_width,
     padded_context,
 )
+from lowtide.memory.plan.gpu import GpuBudget
 from lowtide.memory.plan.line import FILTER_PREFILL
+from lowtide.memory.plan.plan import MemoryPlan
 from lowtide.memory.reclaim import Reclaimer, reclaim
 from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption, LowtideError
@@ -52,6 +55,7 @@ from lowtide.runtime.backends.backend import (
     ResolvedModel,
 )
 from lowtide.runtime.backends.config import LoadConfig
+from lowtide.runtime.backends.driver_memory import driver_memory
 from lowtide.runtime.backends.first_pass import try_first_pass
 from lowtide.runtime.backends.gguf_baseline import measured_baseline
 from lowtide.runtime.backends.kernels.kernel_choice import KernelChoice
@@ -85,6 +89,10 @@ class GgufBackend(Backend):
     ) -> KernelChoice:
         """Compare the kernels once for each model and machine, where llama.cpp is loaded and the budget has room."""
         return measured_choice(spec, choice, budget) if is_loaded() else choice
+
+    def driver_memory(self, spec: ModelSpec, plan: MemoryPlan, gpu: GpuBudget) -> DriverMemory:
+        """Measure it once for each model, device and driver, in a process of its own."""
+        return driver_memory(spec, plan, gpu)
 
     def resolve(
         self, spec: ModelSpec, config: LoadConfig, policy: AttentionPolicy
@@ -142,10 +150,8 @@ class GgufBackend(Backend):
         one_cache = spec.sliding_window is None and not spec.recurrent_state_bytes
         return policy.uses_native_kernels and policy.supports_batch and one_cache
 
-    def why_one_sequence(self, spec: ModelSpec, *, on_gpu: bool) -> str | None:
+    def why_one_sequence(self, spec: ModelSpec) -> str | None:
         """Name what a llama.cpp context of several sequences cannot have."""
-        if on_gpu:
-            return "some of its layers are on a GPU"
         return "its recurrent state cannot be shared" if spec.recurrent_state_bytes else None
 
     def verification_nondeterminism(
@@ -234,6 +240,7 @@ class LoadedGguf(LoadedModel):
         if spec.unusual_tensors and not plan.gpus:
             self._require_first_pass()
         profiler.cache_lies_in(buffers)
+        profiler.allocated(self._model.buffers)
         self._release_pages_of(self._model, buffers)
         # Milder levels are for answers in progress, which would read the weights again at once.
         reclaimers = [

@@ -84,11 +84,11 @@ class UserBackend(Backend):
         """Whether the model itself can."""
         return self._model.verifies_trees
 
-    def why_one_sequence(self, spec: ModelSpec, *, on_gpu: bool) -> str | None:
+    def why_one_sequence(self, spec: ModelSpec) -> str | None:
         """Ask the model itself; the engine may know the reason."""
         if self._model.supports_batch:
             return None
-        reason = self._engine.why_one_sequence(spec, on_gpu=on_gpu)
+        reason = self._engine.why_one_sequence(spec)
         return reason or "its class runs it that way"
 
     def verification_nondeterminism(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from lowtide.attention.bindings.library import guarded_aborts
 from lowtide.memory.plan.batch import MAX_DRAFTED, BatchPlan, plan_batch
-from lowtide.memory.plan.estimates import KV_PADDING, kv_bytes
+from lowtide.memory.plan.estimates import KV_PADDING, kv_bytes, padded_context
 from lowtide.memory.plan.line import BATCH, CACHE
 from lowtide.memory.units import OverBudget, format_bytes, format_bytes_up
 from lowtide.models.arguments.names import option
@@ -47,7 +47,8 @@ class BatchMemory:
         *larger, last = plans
         if last.num_bytes > free_bytes:
             free_bytes += self._grown_bytes() + self._lendable_bytes()
-        return next((plan for plan in larger if plan.num_bytes <= free_bytes), last)
+        with_room = (plan for plan in larger if plan.num_bytes <= free_bytes)
+        return next((plan for plan in with_room if self._full_device(plan) is None), last)
 
     @contextlib.contextmanager
     def open(self, plan: BatchPlan) -> Iterator[SequenceBatch]:
@@ -99,7 +100,26 @@ class BatchMemory:
         hook = self._engine.hook
         return hook.layouts_refused if hook is not None else 0
 
+    def _full_device(self, plan: BatchPlan) -> OverBudget | None:
+        """Return the error of a device that has no room for the batch's KV cache and compute buffer."""
+        planned = self._engine.planned
+        share = plan.num_kv_tokens / padded_context(planned.plan.context)
+        logits_bytes = 4 * planned.spec.vocabulary.num_tokens * plan.num_logits
+        for gpu in planned.plan.gpus:
+            needed = gpu.total_bytes + gpu.second_context_bytes(share, logits_bytes)
+            if needed > gpu.budget_bytes:
+                return OverBudget(
+                    f"a batch of {plan.num_sequences} sequences beside the model on {gpu.device.name}",
+                    needed,
+                    gpu.budget_bytes,
+                    f"pass fewer prompts at once, or ask for fewer {option('gpu_layers')}",
+                )
+        return None
+
     def _reserve(self, plan: BatchPlan) -> None:
+        full = self._full_device(plan)
+        if full is not None:
+            raise full
         ledger = self._engine.ledger
         try:
             ledger.reserve(BATCH, plan.num_bytes)

@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 
 from lowtide.attention.policy import AttentionPolicy
 from lowtide.memory.budget import Budget
 from lowtide.memory.machine import read_machine
+from lowtide.memory.plan.driver import ESTIMATED, LEFT_OUT, DriverMemory
+from lowtide.memory.plan.gpu import GpuBudget
 from lowtide.memory.plan.plan import MemoryPlan, PlanRequest
 from lowtide.memory.plan.planner import plan_memory
 from lowtide.memory.plan.speculation import SpeculationConfig
@@ -41,6 +44,8 @@ __all__ = [
     "plan_spec",
 ]
 
+MOST_MEASUREMENTS = 4
+"""With what was measured a device may get more layers, or a plan other batches; then it is measured again."""
 UNKNOWN_ANSWER = 512
 """Tokens of an answer whose length is not known."""
 _GGUF = GgufBackend()
@@ -182,13 +187,18 @@ def _plan(
         def request_for(prompt_tokens: int) -> PlanRequest:
             return opened.plan_request(policy, gpu, speculation, prompt_tokens, left_open)
 
-        request = request_for(0)
-        plan = plan_memory(spec, request, budget, baseline, sizes)
+        def planned_for(prompt_tokens: int) -> tuple[PlanRequest, MemoryPlan]:
+            return _with_drivers(
+                request_for(prompt_tokens),
+                lambda request: plan_memory(spec, request, budget, baseline, sizes),
+                lambda plan, gpu: backend.driver_memory(spec, plan, gpu),
+            )
+
+        request, plan = planned_for(0)
         if prompt is not None and (counts_prompt or plan.downgrades or not plan.fits):
             # What is given up first depends on the prompt. A plan that gives nothing up is the same for every one.
             baseline = replace(baseline, prompt_tokens=measured.count_prompt())
-            request = request_for(baseline.prompt_tokens)
-            plan = plan_memory(spec, request, budget, baseline, sizes)
+            request, plan = planned_for(baseline.prompt_tokens)
     if request.has_optional_kernels and not plan.own_kernels:
         choice = choice.without(
             attention=left_open.attention,
@@ -209,10 +219,37 @@ def _plan(
         baseline=baseline,
         sizes=sizes,
         backend=backend,
-        gpu=gpu,
+        gpu=request.gpu,
         speculation=speculation,
         engine_kernels_reason=options.reason_for_engine(choice),
     )
+
+
+def _with_drivers(
+    request: PlanRequest,
+    plan_for: Callable[[PlanRequest], MemoryPlan],
+    measure: Callable[[MemoryPlan, GpuBudget], DriverMemory],
+) -> tuple[PlanRequest, MemoryPlan]:
+    """Return the request with what the drivers of its GPUs take, and its plan.
+
+    What they take is measured with the layers that a device would get, and decides how many it gets. A plan that would
+    not even fit without them is made with an estimate.
+    """
+    if request.gpu is None:
+        return request, plan_for(request)
+    gpu = replace(request.gpu, driver=LEFT_OUT)
+    for _ in range(MOST_MEASUREMENTS):
+        plan = plan_for(replace(request, gpu=gpu))
+        if not plan.gpus or not plan.fits:
+            break
+        driver = measure(plan, gpu)
+        if driver == gpu.driver:
+            break
+        gpu = replace(gpu, driver=driver)
+    if gpu.driver is LEFT_OUT:
+        gpu = replace(gpu, driver=ESTIMATED)
+    request = replace(request, gpu=gpu)
+    return request, plan_for(request)
 
 
 def _speculation(

@@ -13,7 +13,7 @@ def require_together(planned: ResolvedModel, what: str) -> None:
     `what` says what has several, such as "a batch of 3 prompts".
     """
     spec, policy = planned.spec, planned.policy
-    reason = planned.backend.why_one_sequence(spec, on_gpu=bool(planned.plan.gpus))
+    reason = planned.backend.why_one_sequence(spec)
     if reason is not None:
         raise BadOption(
             f"{spec.name} cannot run {what}: it computes one sequence at a time ({reason}); pass one prompt after "

@@ -21,6 +21,7 @@ from lowtide.memory.os.residency import (
 from lowtide.memory.plan.line import (
     CACHE,
     COMPUTE,
+    DRIVER,
     FILTER_PREFILL,
     INTERPRETER,
     LOADING,
@@ -70,6 +71,7 @@ HOW_COPIED = {
     WEIGHTS: "growth while they were copied, with the vocabulary",
 }
 HOW_NOT = {
+    DRIVER: "included in the compute buffer and in other: it grows in passes",
     LOADING: "already released",
     PROFILER: "included in other",
     RESERVE: "included in other",

@@ -16,6 +16,7 @@ from lowtide.memory.os.residency import ResidentMemory
 from lowtide.memory.plan.line import CACHE
 from lowtide.memory.plan.plan import MemoryPlan
 from lowtide.models.errors import BadOption
+from lowtide.models.gguf.buffers import Buffer
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.profiling.memory import PACE, MemoryWatch, WatchedModel
 from lowtide.runtime.profiling.retention_map import RetentionMap
@@ -53,6 +54,7 @@ class Profiler:
         self._open: list[_OpenSpan] = []
         self._num_decoded = 0
         self.retention_map: RetentionMap | None = None
+        self.buffers: tuple[Buffer, ...] = ()
         self._is_finished = False
         self._sampled_bytes = 0
         self._next_sample_ns = 0
@@ -79,6 +81,10 @@ class Profiler:
     def cache_lies_in(self, buffers: Sequence[DemandZeroBuffer], component: str = CACHE) -> None:
         """Set the buffers of a component's KV cache, after they are allocated."""
         self._watch.cache_lies_in(buffers, component)
+
+    def allocated(self, buffers: tuple[Buffer, ...]) -> None:
+        """Record the buffers of the model, as the engine reports them."""
+        self.buffers = buffers
 
     def count_tokens(self, num_tokens: Callable[[], int]) -> None:
         """Set the function that returns the number of tokens in the KV cache."""
@@ -219,6 +225,9 @@ class _Silent(Profiler):
         """Observe nothing."""
 
     def cache_lies_in(self, buffers: Sequence[DemandZeroBuffer], component: str = CACHE) -> None:
+        """Ignore the buffers."""
+
+    def allocated(self, buffers: tuple[Buffer, ...]) -> None:
         """Ignore the buffers."""
 
     def count_tokens(self, num_tokens: Callable[[], int]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from lowtide.memory.plan.plan import MemoryPlan
 from lowtide.memory.process import read_process_memory
+from lowtide.models.gguf.buffers import Buffer
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.profiling.memory import OTHER
 from lowtide.runtime.profiling.retention_map import RetentionMap
@@ -24,6 +25,7 @@ class ProfilerRecords(Protocol):
 
     timeline: Timeline
     retention_map: RetentionMap | None
+    buffers: tuple[Buffer, ...]
     begin_ns: int
     end_ns: int
 
@@ -88,6 +90,8 @@ class ProfileReport:
     begin_ns: int
     retention_map: RetentionMap | None = None
     """The retained tokens of the last filtered prompt; None if no prompt was filtered."""
+    buffers: tuple[Buffer, ...] = ()
+    """llama.cpp's buffers on devices and in main memory, as it reports them."""
 
     @classmethod
     def of(
@@ -120,6 +124,7 @@ class ProfileReport:
             timeline=timeline,
             begin_ns=profiler.begin_ns,
             retention_map=profiler.retention_map,
+            buffers=profiler.buffers,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -135,6 +140,10 @@ class ProfileReport:
             "seconds": self.seconds,
             "phases": [asdict(phase) for phase in self.phases],
             "layers": [asdict(layer) for layer in self.layers],
+            "buffers": [
+                {"place": one.place, "component": one.component, "bytes": one.num_bytes}
+                for one in self.buffers
+            ],
             "retention_map": None if self.retention_map is None else self.retention_map.to_dict(),
         }
 

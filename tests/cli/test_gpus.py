@@ -69,8 +69,8 @@ def test_a_plan_with_a_device(one_gpu: GpuDevice) -> None:
     plan = planned("-ngl", "auto")
     (device,) = plan["gpus"]  # type: ignore[misc]
     assert 0 < plan["gpu_layers"] == device["gpu_layers"] <= 31  # type: ignore[operator]
-    assert device["total_bytes"] <= device["budget_bytes"] == int(0.9 * one_gpu.free_bytes)
-    assert planned("--gpu-memory", "90%")["gpus"] == plan["gpus"]
+    assert device["total_bytes"] <= device["budget_bytes"] == one_gpu.free_bytes
+    assert planned("--gpu-memory", "100%")["gpus"] == plan["gpus"]
     assert planned("-ngl", "3")["gpu_layers"] == 3
     assert planned()["gpus"] == []
     printed = invoke("plan", "smollm2", "--memory", "4GiB", "-c", "2048", "-ngl", "auto").stdout

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lowtide.memory.budget import Budget
 from lowtide.memory.plan import estimates
 from lowtide.memory.plan import line as components
+from lowtide.memory.plan.driver import DriverMemory
 from lowtide.memory.plan.gpu import GpuBudget, GpuPlan, parse_gpu_layers
 from lowtide.memory.plan.plan import MemoryPlan, PlanRequest, ProcessBaseline
 from lowtide.memory.plan.planner import plan_memory, require_fit
@@ -194,12 +195,43 @@ def test_the_table_and_the_json(smollm2_spec: ModelSpec) -> None:
 
 
 def test_the_budget_of_a_device() -> None:
-    assert gpu_budget(None, gpu("GPU0", 100), memory=None).device_bytes == (90 * MIB,)
+    assert gpu_budget(None, gpu("GPU0", 100), memory=None).device_bytes == (100 * MIB,)
     assert gpu_budget(None, gpu("GPU0", 100), memory="50%").device_bytes == (50 * MIB,)
     with pytest.raises(BadOption, match="GPU0 has 100.0 MiB free: ask for less"):
         gpu_budget(None, gpu("GPU0", 100), memory="1GiB")
     with pytest.raises(BadSize):
         gpu_budget(None, memory="much")
+
+
+def test_the_plan_says_what_another_gib_would_take(smollm2_spec: ModelSpec) -> None:
+    devices = gpu("A", 120), gpu("B", 100, shares_memory=True)
+    plan = plan_of(smollm2_spec, gpu_budget(None, devices[0]))
+    assert plan.more_gpu_layers == {"A": LAYERS + 1 - plan.gpu_layers} and plan.gpu_layers > 0
+    assert f"Another GiB on A would take {LAYERS + 1 - plan.gpu_layers} more layers" in str(plan)
+    whole = plan_of(smollm2_spec, gpu_budget(None, gpu("A", 1000), devices[1]))
+    assert whole.more_gpu_layers == {"A": 0} and "Another GiB" not in str(whole)
+
+
+def test_the_reserve_of_a_device_is_what_was_measured(smollm2_spec: ModelSpec) -> None:
+    """Without a measurement it is an estimate: a tenth of a device without a limit, and never little."""
+    device = gpu("GPU0", 1000)
+    free, limited = (gpu_budget(31, device, memory=memory) for memory in (None, "500MiB"))
+    reserves = [
+        bytes_of(plan_of(smollm2_spec, budget).gpus[0])[components.RESERVE]
+        for budget in (free, limited)
+    ]
+    assert reserves == [100 * MIB, 64 * MIB]
+    driver = DriverMemory(process_bytes=70 * MIB, device_bytes={"GPU0": 3 * MIB})
+    plan = plan_of(smollm2_spec, dataclasses.replace(free, driver=driver))
+    assert bytes_of(plan.gpus[0])[components.RESERVE] == 3 * MIB
+    assert bytes_of(plan)[components.DRIVER] == 70 * MIB and "measured" in str(plan)
+    assert components.DRIVER not in bytes_of(plan_of(smollm2_spec, None))
+
+
+def test_a_device_in_main_memory_has_no_reserve_of_its_own(smollm2_spec: ModelSpec) -> None:
+    plan = plan_of(smollm2_spec, gpu_budget(31, gpu(shares_memory=True), memory=None))
+    assert bytes_of(plan.gpus[0])[components.RESERVE] == 0
+    assert bytes_of(plan)[components.DRIVER] > 0
 
 
 def test_layers_as_text() -> None:

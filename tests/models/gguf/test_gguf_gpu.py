@@ -19,7 +19,11 @@ CPU, GPU, INTEGRATED = 0, 1, 2
 def ggml(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Make ggml report `devices` (name and type) and `backends`."""
 
-    def report(*devices: tuple[str, int], backends: tuple[str, ...] = ("CPU",)) -> None:
+    def report(
+        *devices: tuple[str, int],
+        backends: tuple[str, ...] = ("CPU",),
+        description: bytes = b"A device ",
+    ) -> None:
         def memory(handle: int, free: int, total: int) -> None:
             ctypes.c_size_t.from_address(free).value = 100 * handle
             ctypes.c_size_t.from_address(total).value = 200 * handle
@@ -32,7 +36,7 @@ def ggml(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             "ggml_backend_dev_get": lambda i: i + 1,
             "ggml_backend_dev_type": lambda handle: devices[handle - 1][1],
             "ggml_backend_dev_name": lambda handle: devices[handle - 1][0].encode(),
-            "ggml_backend_dev_description": lambda handle: b"A device ",
+            "ggml_backend_dev_description": lambda handle: description,
             "ggml_backend_dev_memory": memory,
         }
         monkeypatch.setattr(gguf_gpu, "_function", lambda name, *_types: functions[name])
@@ -55,6 +59,16 @@ def test_integrated_devices_are_used_only_without_others(ggml: Callable[..., Non
     )
     assert apple.name == "MTL0" and apple.shares_memory
     ggml(("CPU", CPU), ("Vulkan0", INTEGRATED))
+    assert [device.shares_memory for device in read_gpu_devices()] == [True]
+
+
+@pytest.mark.parametrize(
+    "description", [b"llvmpipe (LLVM 15.0.6, 256 bits)", b"SwiftShader Device (LLVM 10.0.0)"]
+)
+def test_a_device_of_software_shares_the_machines_memory(
+    ggml: Callable[..., None], description: bytes
+) -> None:
+    ggml(("CPU", CPU), ("Vulkan0", GPU), description=description)
     assert [device.shares_memory for device in read_gpu_devices()] == [True]
 
 
