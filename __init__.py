@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from lowtide.runtime.options import SamplingParams as SamplingParams
     from lowtide.runtime.profiling.profiler import Profiler as Profiler
     from lowtide.runtime.runtime import Runtime as Runtime
+    from lowtide.runtime.serving.tool_loop import ToolRun as ToolRun
+    from lowtide.runtime.serving.tool_loop import run_tools as run_tools
     from lowtide.runtime.structured.constraint import Constraint as Constraint
     from lowtide.runtime.structured.formats import Choice as Choice
     from lowtide.runtime.structured.formats import Grammar as Grammar
@@ -80,6 +82,8 @@ _MODULES = {
     "QueueFigures": "runtime.batch.queue",
     "Statistics": "runtime.generation.statistics",
     "Tidal": "attention.tidal.policy",
+    "ToolRun": "runtime.serving.tool_loop",
+    "run_tools": "runtime.serving.tool_loop",
 }
 
 __all__ = [*_MODULES, "__version__"]

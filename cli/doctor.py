@@ -8,12 +8,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from textwrap import indent
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lowtide.cli.common.options import json_option
 from lowtide.memory.units import MIB
+
+if TYPE_CHECKING:
+    from lowtide.runtime.loading.load import Engine
 
 MIN_AVAILABLE_BYTES = 256 * MIB
 
@@ -30,7 +34,8 @@ def command(model: str | None, memory: str | None, as_json: bool) -> None:
     """Show the machine, the active kernels, and problems. Exits with 1 if there is a problem.
 
     Runs one token of MODEL (by default, of the default model if it is installed) to see in how many of its
-    layers lowtide's attention kernels run. With MODEL, times the choices of kernels and threads in a few seconds.
+    layers lowtide's attention kernels run, and how it writes calls of tools. With MODEL, times the choices of kernels
+    and threads in a few seconds.
     """
     import json
 
@@ -190,6 +195,7 @@ def _attention(reference: str | None, memory: str | None) -> dict[str, Any]:
     try:
         engine.model.forward((0,))
         counts, policy = engine.kernel_counts(), str(engine.planned.policy)
+        calls = _call_format(engine)
         name, num_layers = engine.planned.spec.name, engine.planned.spec.num_layers
     finally:
         engine.close()
@@ -200,7 +206,27 @@ def _attention(reference: str | None, memory: str | None) -> dict[str, Any]:
             f"runs in {counts.layers_native} of {num_layers} layers of {name}, with the {kernels} kernels"
         ),
         "attention_tidal": policy,
+        **calls,
     }
+
+
+def _call_format(engine: Engine) -> dict[str, Any]:
+    """Return how the model writes calls of tools, found by rendering its chat template."""
+    from lowtide.models.chat_template import ChatTemplate
+    from lowtide.models.errors import TemplateError
+    from lowtide.models.template.call_format import call_format
+    from lowtide.models.template.families import template_of
+
+    tokenizer = engine.model.tokenizer
+    source, _family = template_of(engine.planned.spec, tokenizer)
+    try:
+        form = call_format(ChatTemplate(source, tokenizer.special_texts))
+    except TemplateError as error:
+        return {"tool_calls": f"none, because {error}"}
+    origin = (
+        "lowtide's own, since the template writes none" if form.is_generic else "the template's"
+    )
+    return {"tool_calls": origin, "tool_call_format": form.shown()}
 
 
 def _choices(reference: str | None, memory: str | None) -> dict[str, Any]:
@@ -291,6 +317,8 @@ def _print(findings: dict[str, Any], problems: list[str]) -> None:
             _print_gpus(value, findings["gpu_backends"])
         elif name == "gpu_buffers":
             _print_buffers(value)
+        elif name == "tool_call_format":
+            click.echo(indent(value, "    "))
         elif name == "choices":
             _print_choices(value)
         else:

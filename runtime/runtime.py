@@ -205,29 +205,29 @@ class Runtime:
         messages: Sequence[Message] | str,
         params: SamplingParams | None = None,
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Any] | None = None,
+        tool_choice: str = "auto",
         template_arguments: Mapping[str, Any] | None = None,
         **named: Any,
     ) -> Generator[GenerationChunk, None, None]:
         """Answer a chat, chunk by chunk; `named` are fields of `SamplingParams`, `response_format` among them.
 
         `messages` are dicts with "role" and "content": a text, or a list of text parts. A text alone is one question
-        of the user. An assistant's message may have "tool_calls". `tools` are the JSON schemas of functions that the
-        model may call, and `template_arguments` variables of the chat template, such as {"enable_thinking": False}.
+        of the user. `tools` are functions, or JSON schemas of them, that the model may call, by `tool_choice` ("auto",
+        "none", "required" or a name); `lowtide.run_tools` runs them. `template_arguments` are for the template.
         What a message, a tool or an argument says is text: it never becomes a control token.
-
-        What the KV cache holds of an earlier prompt is reused. Raises `TemplateError` for messages that the template
-        refuses, and `PromptTooLong`, before anything is computed. Closing the iterator stops the answer.
+        Raises `TemplateError` where the template refuses messages, and `PromptTooLong`, before anything is computed.
+        Closing the iterator stops the answer.
         """
         asked_at = time.perf_counter()
         params = SamplingParams.of(params, **named)
         messages = checked_messages(messages)
         self._check_chat(params)
+        with self._active.between_steps():
+            messages, params, shown = self._encoder.with_tools(messages, params, tools, tool_choice)
         if self._submits:
-            submission = self.submit(
-                messages, params, tools=tools, template_arguments=template_arguments
-            )
-            return ClosableGenerator(read(submission))
+            named = {"tools": shown, "template_arguments": template_arguments}
+            return ClosableGenerator(read(self.submit(messages, params, **named)))
         answer = self._engine.constrained_answer(params)
         with self._active.between_steps(), hints_for(self.spec.context_length):
             number = self._start()
@@ -236,7 +236,7 @@ class Runtime:
                 self._engine.most_tokens(),
                 params,
                 asked_at,
-                tools=tools,
+                tools=shown,
                 arguments=template_arguments,
             )
         return ClosableGenerator(self._remembered(number, replace(request, answer=answer), prompt))
@@ -278,7 +278,7 @@ class Runtime:
     ) -> Submission:
         """Return an answer that the runtime's own thread computes, at once and from any thread or asyncio loop.
 
-        A text is continued as `generate` does, and messages are answered as `chat` does, with the same arguments.
+        Texts are continued as by `generate`, messages answered as by `chat`; only the template reads `tools`.
         Answers run together, up to the `sequences` that the runtime was opened with, and more of them wait in the order
         in which they came. A prompt is read in parts beside the other answers, whose next tokens it delays by at most
         `pace.MAX_PAUSE_S` seconds. What several prompts begin with is read and stored once. A greedy answer is that of

@@ -20,6 +20,7 @@ EXPECTED = {
     "plan": "planned peak",
     "profile_embedding": "find notes",
     "submit": "tokens, ",
+    "tools": "calls tide {",
 }
 
 

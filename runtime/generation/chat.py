@@ -24,6 +24,7 @@ from lowtide.runtime.generation.turns import LastTurn, Turns
 from lowtide.runtime.options import SamplingParams
 from lowtide.runtime.profiling.profiler import SILENT, Profiler
 from lowtide.runtime.tools.grammar import CallSyntax
+from lowtide.runtime.tools.use import ToolUse
 
 MAX_ANSWER_ROOM = 256
 """Most tokens that are left free for the answer when something is dropped; never more than a quarter of the
@@ -133,6 +134,19 @@ class PromptEncoder:
     def call_syntax(self) -> CallSyntax:
         """How the model writes calls of tools."""
         return CallSyntax.of(call_format(self._chat_template), self._tokenizer)
+
+    def with_tools(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams,
+        tools: Sequence[Any] | None,
+        choice: str,
+    ) -> tuple[Sequence[Message], SamplingParams, Sequence[Mapping[str, Any]] | None]:
+        """Return messages, parameters and tools of the template for an answer that may call `tools`; see `ToolUse`."""
+        if not tools:
+            return messages, params, None
+        use = ToolUse(self.call_syntax, tools, choice)
+        return use.messages(messages), use.params(params), use.for_template
 
     @property
     def _chat_template(self) -> ChatTemplate:

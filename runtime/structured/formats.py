@@ -313,12 +313,15 @@ def _schema_of(value: Any) -> tuple[Any, Callable[[str], Any]]:
                 raise
             raise BadOption(f"the JSON schema has a value that is not JSON: {error}") from None
     if isinstance(value, type) or get_origin(value) is not None:
-        return _schema_of_type(value)
+        return schema_of_type(value)
     raise BadOption(f"the JSON schema is {shown(value)}; it must be a dict, its text, or a type")
 
 
-def _schema_of_type(value: Any) -> tuple[Any, Callable[[str], Any]]:
-    """Read the types of Python here, and others with pydantic, where that is installed."""
+def schema_of_type(value: Any) -> tuple[Any, Callable[[str], Any]]:
+    """Return the JSON schema of a type, and how to read an answer of that schema.
+
+    The types of Python are read here, and others with pydantic, where that is installed.
+    """
     if not hasattr(value, "__pydantic_validator__"):
         try:
             found = PythonType(value)

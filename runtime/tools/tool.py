@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any
 
 from lowtide.models.arguments.values import shown
 from lowtide.models.errors import BadOption
-from lowtide.runtime.structured.python_types import NotReadable, PythonType
+from lowtide.runtime.tools.function import FunctionReader, Reader, written_result
 
 MAX_TOOLS = 128
 MAX_SCHEMA_BYTES = 64 << 10
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_PARAMETER_LINE = re.compile(r"^\s*(?:`|:param\s+)?(\w+)`?\s*(?:\([^)]*\))?\s*:\s*(\S.*)$")
+MAX_ERROR_LENGTH = 500
+"""The most characters of an error of a function that a model reads."""
 
 
 @dataclass(frozen=True)
 class Tool:
     """A function by its name, what it does, and the JSON schema of its arguments.
 
-    `run` computes it; None where the caller does. Raises `BadOption` for what cannot be a tool.
+    `run` computes it; None where the caller does. `readers` make its arguments of JSON texts, by their names; others
+    are passed as parsed. Raises `BadOption` for what cannot be a tool.
     """
 
     name: str
     description: str
     parameters: Mapping[str, Any]
     run: Callable[..., Any] | None = None
+    readers: Mapping[str, Reader] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
@@ -87,40 +89,27 @@ class Tool:
     @classmethod
     def of_function(cls, function: Callable[..., Any]) -> Tool:
         """Return a tool from a function: types from its annotations, words from its docstring."""
-        name = getattr(function, "__name__", type(function).__name__)
+        read = FunctionReader(function)
+        return cls(read.name, read.description, read.parameters, function, read.readers)
+
+    def call(self, arguments: str) -> str:
+        """Run the tool with arguments as JSON text, and return its result as a model reads it.
+
+        What goes wrong is a sentence for the model, which may call again: a function may raise anything.
+        """
+        assert self.run is not None
         try:
-            hints, signature = get_type_hints(function), inspect.signature(function)
-        except Exception as error:  # annotations may name anything
-            raise BadOption(f"the function {name} cannot be read as a tool: {error}") from None
-        described, about = _docstring(inspect.getdoc(function) or "")
-        properties, required, definitions = dict[str, Any](), list[str](), dict[str, Any]()
-        for parameter in signature.parameters.values():
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                raise BadOption(
-                    f"the function {name} takes *{parameter.name}: write its parameters one by one"
-                )
-            try:
-                schema = PythonType(hints.get(parameter.name, str)).schema
-            except NotReadable as error:
-                raise BadOption(
-                    f"the parameter {parameter.name} of the function {name} has no JSON schema ({error}): annotate it "
-                    "with another type"
-                ) from None
-            definitions.update(schema.pop("$defs", {}))
-            if parameter.name in about:
-                schema = {**schema, "description": about[parameter.name]}
-            properties[parameter.name] = schema
-            if parameter.default is parameter.empty:
-                required.append(parameter.name)
-        parameters: dict[str, Any] = {
-            "type": "object",
-            "properties": properties,
-            "required": required,
-            "additionalProperties": False,
-        }
-        if definitions:
-            parameters["$defs"] = definitions
-        return cls(name, described, parameters, function)
+            parsed = json.loads(arguments)
+            values = {
+                name: self.readers[name](json.dumps(one)) if name in self.readers else one
+                for name, one in parsed.items()
+            }
+        except Exception as error:  # the readers of types raise their own
+            return f"Error: the arguments of {self.name} cannot be read: {_sentence(error)}"
+        try:
+            return written_result(self.run(**values))
+        except Exception as error:
+            return f"Error: {self.name} failed: {_sentence(error)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the tool in OpenAI's form, as chat templates want it."""
@@ -146,12 +135,5 @@ def tools_of(values: Sequence[Any]) -> list[Tool]:
     return tools
 
 
-def _docstring(text: str) -> tuple[str, dict[str, str]]:
-    """Return the first paragraph of a docstring, and what it says of parameters."""
-    first = " ".join(text.split("\n\n", 1)[0].split())
-    about = {}
-    for line in text.splitlines()[1:]:
-        found = _PARAMETER_LINE.match(line)
-        if found:
-            about[found[1]] = found[2].strip()
-    return first, about
+def _sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:MAX_ERROR_LENGTH]}"

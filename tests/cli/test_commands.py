@@ -213,8 +213,11 @@ def test_doctor_finds_no_problem_here() -> None:
     assert "the processor that compiled it" in findings["llama_cpp_built_for"]
     assert findings["attention_kernels"][-1] in ("portable", "neon")
     assert findings["attention_dense"].startswith("runs in 30 of 30 layers of Smollm2")
+    assert findings["tool_calls"].startswith("lowtide's own")
+    assert '{"name": "NAME", "arguments": {...}}' in findings["tool_call_format"]
     assert "calibrated: KL 0.0" in findings["attention_tidal"]
-    assert "No problems found." in invoke("doctor").stdout
+    shown = invoke("doctor").stdout
+    assert "No problems found." in shown and "\n    <tool_call>\n" in shown
 
 
 def test_doctor_checks_a_model_of_the_user(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal, TypedDict
 
@@ -15,6 +16,10 @@ from lowtide.runtime.tools.tool import Tool, tools_of
 class Unit(Enum):
     CELSIUS = "celsius"
     KELVIN = "kelvin"
+
+
+class Warned:
+    """A class without a JSON schema."""
 
 
 class Place(TypedDict):
@@ -39,7 +44,11 @@ def test_a_function_is_described_by_its_signature_and_docstring() -> None:
     tool = Tool.of(weather)
     assert (tool.name, tool.description, tool.run) == ("weather", "Return the weather.", weather)
     properties = tool.parameters["properties"]
-    assert properties["days"] == {"type": "integer", "description": "how many days"}
+    assert properties["days"] == {
+        "type": "integer",
+        "description": "how many days",
+        "default": 1,
+    }
     assert properties["unit"] == {
         "enum": ["celsius", "kelvin"],
         "description": "the unit of temperatures",
@@ -52,7 +61,13 @@ def test_a_function_is_described_by_its_signature_and_docstring() -> None:
 def anything(*values: int) -> None: ...
 
 
-def unreadable(value: complex) -> None: ...
+def unreadable(value: Warned) -> None: ...
+
+
+def by_position(value: int, /) -> None: ...
+
+
+async def later() -> None: ...
 
 
 WRONG: list[tuple[Any, str]] = [
@@ -63,7 +78,9 @@ WRONG: list[tuple[Any, str]] = [
     ({"function": {"name": "f", "parameters": {"x": {1, 2}}}}, "no JSON"),
     ({"function": {"name": "f", "parameters": {"enum": ["x" * 70_000]}}}, "shorten"),
     (anything, r"takes \*values"),
-    (unreadable, "complex"),
+    (unreadable, "the parameter value of the function unreadable"),
+    (by_position, "take the / out"),
+    (later, "is a coroutine"),
 ]
 
 
@@ -98,3 +115,46 @@ def test_objects_are_closed_where_they_do_not_say_otherwise() -> None:
     assert closed["properties"]["open"]["additionalProperties"] is True
     assert "additionalProperties" not in closed["properties"]["free"]
     assert "additionalProperties" not in closed["properties"]["one"]
+
+
+@dataclass
+class Box:
+    width: int
+    height: int = 2
+
+
+def measure(box: Box, label: str | None = None, unit: Unit = Unit.KELVIN, times: int = 1) -> Any:
+    """Measure a box."""
+    if box.width < 0:
+        raise ValueError("a width is at least 0")
+    return label or {"area": box.width * box.height * times, "unit": unit.value}
+
+
+def test_a_call_gets_values_of_the_annotated_types() -> None:
+    tool = Tool.of(measure)
+    assert tool.call('{"box": {"width": 3}}') == '{"area": 6, "unit": "kelvin"}'
+    assert tool.call('{"box": {"width": 1}, "label": "small"}') == "small"
+    assert '"unit": "celsius"' in tool.call('{"box": {"width": 1}, "unit": "celsius"}')
+
+
+def test_what_goes_wrong_in_a_call_is_a_sentence_for_the_model() -> None:
+    tool = Tool.of(measure)
+    failed = tool.call('{"box": {"width": -1}}')
+    assert failed == "Error: measure failed: ValueError: a width is at least 0"
+    assert tool.call("{").startswith("Error: the arguments of measure cannot be read")
+    assert tool.call('{"box": 5}').startswith("Error: the arguments of measure cannot be read")
+    assert "missing" in tool.call("{}")
+
+
+def test_a_class_of_pydantic_is_a_parameter_and_a_result() -> None:
+    pydantic = pytest.importorskip("pydantic")
+    point = pydantic.create_model("Point", x=(int, pydantic.Field(ge=0)), y=(int, 0))
+
+    def move(at):  # type: ignore[no-untyped-def]
+        return at.model_copy(update={"x": at.x + 1})
+
+    move.__annotations__ = {"at": point}
+    tool = Tool.of(move)
+    assert tool.parameters["properties"]["at"]["properties"]["x"]["minimum"] == 0
+    assert tool.call('{"at": {"x": 1}}') == '{"x":2,"y":0}'
+    assert tool.call('{"at": {"x": -1}}').startswith("Error: the arguments of move")
