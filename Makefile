@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := check
 .NOTPARALLEL:
-.PHONY: help chat check lint unit real smoke docs test test-gpu test-all wheels test-arm coverage bench fuzz soak format sizes clean
+.PHONY: help chat check lint unit real smoke docs test test-gpu test-all wheels test-arm coverage bench bench-peers fuzz soak format sizes clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z][a-z-]*):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -86,7 +86,15 @@ coverage: $(VENV)/.dev ## the lines of the product that the tests of `make test`
 	-$(BIN)/pytest $(PARALLEL) --cov --cov-append --cov-report=term --cov-report=html:build/coverage/html -m "real and not (slow or benchmark or gpu)"
 
 bench: $(VENV)/.dev ## every figure of the docs; run it on an idle machine
-	$(BIN)/pytest -m benchmark --benchmark-only --benchmark-columns=median,iqr,rounds -s tests/benchmarks
+	$(BIN)/pytest -m benchmark --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-json=build/bench.json -s tests/benchmarks
+
+bench-peers: $(VENV)/.dev ## lowtide beside llama.cpp, OpenVINO GenAI and onnxruntime-genai; build/bench-peers.json
+	$(PYTHON) -m venv build/peers
+	@for peer in openvino-genai onnxruntime-genai; do \
+		build/peers/bin/pip install --quiet $$peer || echo "$$peer cannot be installed here: it is left out"; \
+	done
+	$(BIN)/pytest -m benchmark --benchmark-json=build/bench-peers.json -s tests/benchmarks/test_peers.py
+	$(BIN)/python tests/benchmarks/peers_table.py build/bench-peers.json
 
 format: $(VENV)/.dev ## fix the format, and what else ruff can fix
 	$(BIN)/ruff format .

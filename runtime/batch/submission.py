@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowtide.runtime.errors import AnswerCancelled
 from lowtide.runtime.generation.result import GenerationChunk, GenerationResult
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,6 +110,8 @@ class Submission:
 
     async def _changes(self, position: int | None) -> None:
         """Wait until there are more chunks than `position`, or until the end of the answer alone."""
+        import asyncio  # not where nobody waits in a loop: it takes 20 ms of a start
+
         loop = asyncio.get_running_loop()
         with self._changed:
             if self._is_done or (position is not None and self.has_news(position)):

@@ -1,0 +1,1 @@
+"""Engines that are timed side by side, each in a process of its own."""
