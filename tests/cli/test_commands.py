@@ -48,6 +48,13 @@ def test_an_unknown_command() -> None:
     assert done.exit_code == 2 and "No such command 'fly'" in done.stderr
 
 
+@pytest.mark.parametrize(("typed", "near"), [("srve", "serve"), ("evalute", "evaluate")])
+def test_an_unknown_command_is_answered_with_the_nearest(typed: str, near: str) -> None:
+    done = invoke(typed, "x")
+    assert done.exit_code == 2
+    assert f"there is no command {typed!r}: did you mean {near!r}?" in done.stderr
+
+
 def test_plan_as_json() -> None:
     done = run_lowtide("plan", "smollm2", "--memory", "300MiB", "--json")
     plan = json.loads(done.stdout)
