@@ -118,10 +118,10 @@ def test_a_runtime_takes_a_template_tools_and_arguments() -> None:
         messages = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
         lengths = []
         for tools in (None, [{"type": "function", "function": {"name": "f"}}]):
-            chunks = runtime.chat(
+            asked = runtime.submit(
                 messages, max_tokens=1, tools=tools, template_arguments={"flag": False, "word": "w"}
             )
-            lengths.append(list(chunks)[-1].stats.prompt_tokens)
+            lengths.append(asked.result().stats.prompt_tokens)
         assert lengths[1] == lengths[0] + len("False") - len("True")
 
 
