@@ -11,7 +11,7 @@ from heapq import heapify, heappop, heappush
 
 from lowtide.memory.plan import estimates
 from lowtide.memory.plan.estimates import ContextSizes
-from lowtide.memory.plan.speculation import LOGITS_COPIES, SpeculationConfig
+from lowtide.memory.plan.speculation.choices import LOGITS_COPIES, SpeculationConfig
 from lowtide.models.spec import ModelSpec
 
 SLOT_BYTES = 16

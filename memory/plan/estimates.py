@@ -1,7 +1,7 @@
 """The formulas behind a memory plan: bytes of each term, from a ModelSpec.
 
 This is the last of the three files behind a number in `lowtide plan` (cli/plan.py, memory/plan/lines.py,
-here). The formula of the KV cache is exact. The others are upper bounds, and tests/memory/test_estimates.py
+here). The formula of the KV cache is exact. The others are upper bounds, and tests/memory/plan/test_estimates.py
 compares each with measurements. Where llama.cpp can lay a model out beforehand, the backend replaces
 `FormulaSizes` by a `ContextSizes` that asks llama.cpp.
 """

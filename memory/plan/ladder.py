@@ -25,8 +25,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-from lowtide.memory.plan.allocator import SpeculationChoice
 from lowtide.memory.plan.line import PlanCandidate
+from lowtide.memory.plan.speculation.allocator import SpeculationChoice
 from lowtide.models.spec import KV_PADDING
 
 MIN_CONTEXT = 512

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from lowtide.memory.plan.allocator import NO_SPECULATION, SpeculationChoice
+from lowtide.memory.plan.speculation.allocator import NO_SPECULATION, SpeculationChoice
 from lowtide.memory.units import format_bytes
 
 

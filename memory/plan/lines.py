@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from lowtide.memory.plan import estimates
 from lowtide.memory.plan import line as components
-from lowtide.memory.plan.allocator import SpeculationChoice
 from lowtide.memory.plan.batch import (
     MAX_DRAFTED,
     BatchPlan,
@@ -21,7 +20,8 @@ from lowtide.memory.plan.estimates import ContextSizes
 from lowtide.memory.plan.gpu import GpuLayers, GpuPlan
 from lowtide.memory.plan.line import PlanCandidate, PlanLine
 from lowtide.memory.plan.plan import PlanRequest, ProcessBaseline
-from lowtide.memory.plan.speculation import branch_bytes
+from lowtide.memory.plan.speculation.allocator import SpeculationChoice
+from lowtide.memory.plan.speculation.choices import branch_bytes
 from lowtide.models.spec import ModelSpec
 
 

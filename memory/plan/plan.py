@@ -18,7 +18,7 @@ from lowtide.memory.plan.attention import NO_ATTENTION_MEMORY, AttentionMemory, 
 from lowtide.memory.plan.batch import BatchPlan
 from lowtide.memory.plan.gpu import GpuBudget, GpuPlan
 from lowtide.memory.plan.line import PlanLine
-from lowtide.memory.plan.speculation import SpeculationConfig, SpeculationTable
+from lowtide.memory.plan.speculation.choices import SpeculationConfig, SpeculationTable
 from lowtide.memory.units import format_bytes
 from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption

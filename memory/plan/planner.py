@@ -1,9 +1,9 @@
 """The planner: from a model, a request and a budget to a `MemoryPlan`, by arithmetic alone.
 
 The candidates stand on a ladder (`memory/plan/ladder.py`), and the highest one that fits is the plan. What speculation
-may take is the operating point of SpecMemo's allocator (`memory/plan/allocator.py`). Caches get what the preferred
-candidate leaves. If not even the lowest rung fits, the plan does not fit. The planner never shortens a context that
-the user set, and never drops a draft model that the user named.
+may take is the operating point of SpecMemo's allocator (`memory/plan/speculation/allocator.py`). Caches get what the
+preferred candidate leaves. If not even the lowest rung fits, the plan does not fit. The planner never shortens a
+context that the user set, and never drops a draft model that the user named.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lowtide.memory.budget import WATCHED_SHARE, Budget
-from lowtide.memory.plan.allocation import SpeculationAllocation
-from lowtide.memory.plan.allocator import NO_SPECULATION, operating_point
 from lowtide.memory.plan.estimates import ContextSizes, FormulaSizes, supports_kv_type
 from lowtide.memory.plan.gpu import require_gpu_fit
 from lowtide.memory.plan.ladder import MIN_CONTEXT as MIN_CONTEXT
@@ -20,7 +18,9 @@ from lowtide.memory.plan.ladder import Ladder, LadderBounds
 from lowtide.memory.plan.line import PlanCandidate
 from lowtide.memory.plan.lines import PlanLines
 from lowtide.memory.plan.plan import MemoryPlan, PlanRequest, ProcessBaseline
-from lowtide.memory.plan.speculation import SpeculationTable
+from lowtide.memory.plan.speculation.allocator import NO_SPECULATION, operating_point
+from lowtide.memory.plan.speculation.candidates import SpeculationAllocation
+from lowtide.memory.plan.speculation.choices import SpeculationTable
 from lowtide.memory.units import OverBudget, format_bytes_up
 from lowtide.models.arguments.names import option
 from lowtide.models.errors import BadOption

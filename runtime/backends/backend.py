@@ -26,7 +26,7 @@ from lowtide.memory.plan.estimates import ContextSizes, template_bytes, tokenisi
 from lowtide.memory.plan.gpu import GpuBudget
 from lowtide.memory.plan.plan import MemoryPlan, PlanRequest, ProcessBaseline
 from lowtide.memory.plan.planner import require_fit
-from lowtide.memory.plan.speculation import SpeculationConfig
+from lowtide.memory.plan.speculation.choices import SpeculationConfig
 from lowtide.memory.process import read_process_memory
 from lowtide.memory.reclaim import Reclaimer
 from lowtide.memory.units import OverBudget

@@ -14,7 +14,7 @@ from lowtide.memory.plan.attention import AttentionMemory
 from lowtide.memory.plan.batch import MAX_SEQUENCES
 from lowtide.memory.plan.gpu import GpuBudget, parse_gpu_layers
 from lowtide.memory.plan.plan import PlanRequest
-from lowtide.memory.plan.speculation import SpeculationConfig
+from lowtide.memory.plan.speculation.choices import SpeculationConfig
 from lowtide.memory.units import BadSize, checked_size, parse_size
 from lowtide.models.arguments.names import option
 from lowtide.models.arguments.values import MOST, as_whole, choice, flag, shown, text, whole_number

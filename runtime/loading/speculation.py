@@ -7,10 +7,10 @@ from functools import partial
 from lowtide.attention.bindings.library import guarded_aborts
 from lowtide.attention.policy import PassController
 from lowtide.memory.budget import Ledger
-from lowtide.memory.plan.allocator import CostCurve
 from lowtide.memory.plan.batch import BatchPlan
 from lowtide.memory.plan.estimates import padded_context
-from lowtide.memory.plan.speculation import DRAFT_BATCH_SIZE, SpeculationConfig
+from lowtide.memory.plan.speculation.allocator import CostCurve
+from lowtide.memory.plan.speculation.choices import DRAFT_BATCH_SIZE, SpeculationConfig
 from lowtide.models.gguf.model import GgufModel
 from lowtide.models.gguf.parameters import LoadOptions
 from lowtide.models.model import Model, SequenceBatch, SingleSequence

@@ -16,7 +16,7 @@ from lowtide.memory.plan.driver import ESTIMATED, LEFT_OUT, DriverMemory
 from lowtide.memory.plan.gpu import GpuBudget
 from lowtide.memory.plan.plan import MemoryPlan, PlanRequest
 from lowtide.memory.plan.planner import plan_memory
-from lowtide.memory.plan.speculation import SpeculationConfig
+from lowtide.memory.plan.speculation.choices import SpeculationConfig
 from lowtide.models.arguments.names import option
 from lowtide.models.catalog import resolve
 from lowtide.models.errors import BadOption

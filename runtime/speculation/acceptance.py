@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from lowtide.memory.plan.allocator import DraftRates
+from lowtide.memory.plan.speculation.allocator import DraftRates
 from lowtide.models.draft_tree import TEXT, TokenTree
 
 if TYPE_CHECKING:

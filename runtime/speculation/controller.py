@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
-from lowtide.memory.plan.allocator import CostCurve
+from lowtide.memory.plan.speculation.allocator import CostCurve
 from lowtide.models.draft_tree import TokenTree
 from lowtide.runtime.speculation.counts import AcceptanceCounts
 from lowtide.runtime.speculation.drafts import NOTHING, Draft

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lowtide.attention.calibration import CalibrationError, find_file, write_values
-from lowtide.memory.plan.allocator import DraftRates, Situation
+from lowtide.memory.plan.speculation.allocator import DraftRates, Situation
 
 Proposed = tuple[tuple[str, int], ...]
 """The drafts that proposed at a place, each with its class of confidence, in order of their names."""

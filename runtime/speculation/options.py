@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowtide.memory.plan.speculation import DraftTables, SpeculationConfig
+from lowtide.memory.plan.speculation.choices import DraftTables, SpeculationConfig
 from lowtide.models.arguments.names import option
 from lowtide.models.arguments.paths import exists, user_path
 from lowtide.models.arguments.values import shown, text

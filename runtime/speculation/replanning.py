@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from lowtide.memory.plan.allocator import (
+from lowtide.memory.plan.speculation.allocator import (
     CostCurve,
     SpeculationChoice,
     SpeculationPoint,
     SpeculationWorth,
 )
-from lowtide.memory.plan.replanning import replanned
+from lowtide.memory.plan.speculation.replanning import replanned
 from lowtide.runtime.speculation.counts import AcceptanceCounts
 
 RECENT_TOKENS = 400

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lowtide.attention.calibration import CalibrationError, find_file, write_values
-from lowtide.memory.plan.allocator import CostCurve
+from lowtide.memory.plan.speculation.allocator import CostCurve
 
 if TYPE_CHECKING:
     from lowtide.models.model import Logits, Logits2D

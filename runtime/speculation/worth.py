@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from typing import Any
 
-from lowtide.memory.plan.allocator import CostCurve, SpeculationWorth
+from lowtide.memory.plan.speculation.allocator import CostCurve, SpeculationWorth
 from lowtide.models.spec import ModelSpec
 from lowtide.runtime.speculation.counts import (
     PRIOR_NAME,

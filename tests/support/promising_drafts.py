@@ -7,14 +7,14 @@ from contextlib import contextmanager
 
 import pytest
 
-from lowtide.memory.plan.allocator import (
+from lowtide.memory.plan.speculation.allocator import (
     CostCurve,
     DraftRates,
     Situation,
     SpeculationPoint,
     SpeculationWorth,
 )
-from lowtide.memory.plan.speculation import DraftTables, SpeculationConfig
+from lowtide.memory.plan.speculation.choices import DraftTables, SpeculationConfig
 from lowtide.models.spec import ModelSpec
 
 CHEAP_PASSES = CostCurve(num_rows=(1, 32), seconds=(0.01, 0.0131))

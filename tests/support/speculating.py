@@ -10,8 +10,8 @@ import pytest
 
 from lowtide import FakeModel, Runtime
 from lowtide.attention.policy import PassController
-from lowtide.memory.plan.allocator import CostCurve
 from lowtide.memory.plan.batch import BatchPlan
+from lowtide.memory.plan.speculation.allocator import CostCurve
 from lowtide.models.draft_tree import TEXT, TokenTree
 from lowtide.models.fake_model import FakeSequences
 from lowtide.models.model import SequenceBatch, SequenceSlice

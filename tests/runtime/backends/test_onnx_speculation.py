@@ -119,7 +119,7 @@ def test_the_peak_stays_inside_the_plan(tmp_path: Path, last_row: bool) -> None:
     measured = run_python(
         f"""
 from lowtide import Runtime
-from lowtide.memory.plan.allocator import CostCurve
+from lowtide.memory.plan.speculation.allocator import CostCurve
 from lowtide.runtime.speculation.step_cost import StepCostModel
 options = {{"memory": "1GiB", "threads": 1, "attention": "dense", "speculate": "auto"}}
 with Runtime.open({str(folder)!r}, **options) as runtime:

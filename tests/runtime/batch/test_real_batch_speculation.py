@@ -15,7 +15,7 @@ from promising_drafts import largest_speculation
 from speculating import CHEAP_BATCH
 
 from lowtide import Runtime, SamplingParams
-from lowtide.memory.plan.allocator import CostCurve
+from lowtide.memory.plan.speculation.allocator import CostCurve
 from lowtide.runtime.loading import speculation as module
 from lowtide.runtime.speculation.step_cost import StepBenchmark, StepCostModel, benchmark_steps
 

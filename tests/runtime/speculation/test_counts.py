@@ -10,7 +10,7 @@ import pytest
 from speculating import controller_of, perfect, speculate_with
 
 from lowtide import FakeModel, Runtime
-from lowtide.memory.plan.allocator import SpeculationChoice, SpeculationWorth
+from lowtide.memory.plan.speculation.allocator import SpeculationChoice, SpeculationWorth
 from lowtide.runtime.speculation.counts import (
     MAX_TOKENS,
     NUM_POSITIONS,

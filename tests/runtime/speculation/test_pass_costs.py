@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lowtide import FakeModel, Runtime
-from lowtide.memory.plan.allocator import CostCurve
+from lowtide.memory.plan.speculation.allocator import CostCurve
 from lowtide.runtime.speculation.step_cost import StepCostModel, benchmark_steps, stored_costs
 
 

@@ -183,7 +183,7 @@ import sys
 sys.path.insert(0, {str(SUPPORT)!r})
 from promising_drafts import largest_speculation
 from lowtide import Runtime
-from lowtide.memory.plan.allocator import CostCurve
+from lowtide.memory.plan.speculation.allocator import CostCurve
 from lowtide.runtime.speculation.step_cost import StepCostModel
 options = dict(memory="400MiB", context=512, threads=1, attention="dense", speculate="auto:draft=15")
 with largest_speculation(), Runtime.open({str(smollm2)!r}, **options) as runtime:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from promising_drafts import CHEAP_PASSES
 
-from lowtide.memory.plan.allocator import SpeculationChoice, SpeculationPoint
+from lowtide.memory.plan.speculation.allocator import SpeculationChoice, SpeculationPoint
 from lowtide.runtime.speculation.counts import AcceptanceCounts
 from lowtide.runtime.speculation.replanning import (
     MIN_NEW_TOKENS,

@@ -27,8 +27,8 @@ from speculating import (
 )
 
 from lowtide import FakeModel, GenerationResult, Runtime, SamplingParams
-from lowtide.memory.plan.allocator import CostCurve
 from lowtide.memory.plan.line import BATCH
+from lowtide.memory.plan.speculation.allocator import CostCurve
 from lowtide.models.fake_model import TURN_END
 from lowtide.runtime.errors import RuntimeUnusable
 from lowtide.runtime.speculation.controller import SpeculationController

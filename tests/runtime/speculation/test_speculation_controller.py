@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 from speculating import CHEAP, DEAR, ScriptedDraft, Ticks
 
-from lowtide.memory.plan.allocator import CostCurve
+from lowtide.memory.plan.speculation.allocator import CostCurve
 from lowtide.models.draft_tree import TokenTree
 from lowtide.runtime.speculation.acceptance import Acceptance, DraftVerification, chances
 from lowtide.runtime.speculation.controller import (

@@ -12,13 +12,13 @@ from promising_drafts import speculation_of, worth_of
 
 from lowtide.memory.budget import Budget
 from lowtide.memory.plan import estimates
-from lowtide.memory.plan.allocator import ENOUGH_SHARE, DraftRates
 from lowtide.memory.plan.attention import AttentionMemory, FilterPrefill
 from lowtide.memory.plan.ladder import MIN_CONTEXT, USUAL_CONTEXT
 from lowtide.memory.plan.line import PREFIXES, SCRATCH, SPECULATION, WEIGHTS
 from lowtide.memory.plan.plan import MemoryPlan, PlanRequest, ProcessBaseline
 from lowtide.memory.plan.planner import plan_memory
-from lowtide.memory.plan.speculation import DraftTables, SpeculationConfig
+from lowtide.memory.plan.speculation.allocator import ENOUGH_SHARE, DraftRates
+from lowtide.memory.plan.speculation.choices import DraftTables, SpeculationConfig
 from lowtide.memory.units import GIB, MIB
 from lowtide.models.fake_model import fake_spec
 from lowtide.models.spec import ModelSpec, VocabularySpec, WeightGroup, WeightSpan

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lowtide.memory.plan.allocator import (
+from lowtide.memory.plan.speculation.allocator import (
     ENOUGH_SHARE,
     MIN_SPEED_UP,
     SpeculationPoint,

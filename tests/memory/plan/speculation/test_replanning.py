@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 
-from lowtide.memory.plan.allocator import (
+from lowtide.memory.plan.speculation.allocator import (
     ENOUGH_SHARE,
     MIN_SPEED_UP,
     SpeculationChoice,
     SpeculationPoint,
     operating_point,
 )
-from lowtide.memory.plan.replanning import ANY_BYTES, MARGIN, replanned
+from lowtide.memory.plan.speculation.replanning import ANY_BYTES, MARGIN, replanned
 
 
 def some_points(source: random.Random) -> list[SpeculationPoint]:

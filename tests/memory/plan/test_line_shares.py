@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowtide.memory.plan.allocator import CostCurve
 from lowtide.memory.plan.batch import RowShares, share_rows
+from lowtide.memory.plan.speculation.allocator import CostCurve
 
 CHEAP = CostCurve(num_rows=(1, 8), seconds=(1.0, 1.1))
 TILES = CostCurve(num_rows=(1, 4, 5, 8, 9, 12), seconds=(1.0, 1.1, 1.5, 1.6, 2.4, 2.5))

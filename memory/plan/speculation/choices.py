@@ -1,7 +1,7 @@
 """What a plan must know of speculation: the choices, the bytes of each, and the table that shows them.
 
 Verifying N tokens in one pass takes N slots of the KV cache and N rows of logits, not a row for each path of a tree;
-drafts take memory of their own. What each choice gives is the matter of `memory/plan/allocator.py`.
+drafts take memory of their own. What each choice gives is the matter of `memory/plan/speculation/allocator.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from itertools import combinations
 from typing import Any
 
 from lowtide.memory.plan import estimates
-from lowtide.memory.plan.allocator import (
+from lowtide.memory.plan.line import DRAFT_CACHE, DRAFT_COMPUTE, DRAFT_WEIGHTS, PlanLine
+from lowtide.memory.plan.speculation.allocator import (
     NO_SPECULATION,
     SpeculationChoice,
     SpeculationPoint,
@@ -20,7 +21,6 @@ from lowtide.memory.plan.allocator import (
     frontier,
     lower_bound_bytes,
 )
-from lowtide.memory.plan.line import DRAFT_CACHE, DRAFT_COMPUTE, DRAFT_WEIGHTS, PlanLine
 from lowtide.memory.units import format_bytes
 from lowtide.models.spec import ModelSpec
 

@@ -6,7 +6,7 @@ from promising_drafts import speculation_of
 
 from lowtide.memory.plan.batch import BatchPlan, plan_batch
 from lowtide.memory.plan.estimates import FormulaSizes
-from lowtide.memory.plan.speculation import DraftTables
+from lowtide.memory.plan.speculation.choices import DraftTables
 from lowtide.models.fake_model import fake_spec
 
 SPEC = fake_spec(512)

@@ -8,15 +8,6 @@ import pytest
 from promising_drafts import GOOD_RATES, speculation_of, worth_of
 
 from lowtide.memory.budget import Budget
-from lowtide.memory.plan.allocation import SpeculationAllocation
-from lowtide.memory.plan.allocator import (
-    ENOUGH_SHARE,
-    MIN_SPEED_UP,
-    NO_SPECULATION,
-    DraftRates,
-    Situation,
-    SpeculationChoice,
-)
 from lowtide.memory.plan.estimates import (
     FormulaSizes,
     kv_bytes,
@@ -35,7 +26,16 @@ from lowtide.memory.plan.line import (
 from lowtide.memory.plan.lines import PlanLines
 from lowtide.memory.plan.plan import MemoryPlan, PlanRequest, ProcessBaseline
 from lowtide.memory.plan.planner import BATCH_SIZES, plan_memory, require_fit
-from lowtide.memory.plan.speculation import DraftTables, verification_bytes
+from lowtide.memory.plan.speculation.allocator import (
+    ENOUGH_SHARE,
+    MIN_SPEED_UP,
+    NO_SPECULATION,
+    DraftRates,
+    Situation,
+    SpeculationChoice,
+)
+from lowtide.memory.plan.speculation.candidates import SpeculationAllocation
+from lowtide.memory.plan.speculation.choices import DraftTables, verification_bytes
 from lowtide.memory.units import MIB, OverBudget
 from lowtide.models.fake_model import fake_spec
 from lowtide.models.spec import ModelSpec, VocabularySpec, WeightGroup, WeightSpan

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowtide.memory.plan.allocator import (
+from lowtide.memory.plan.speculation.allocator import (
     ENOUGH_SHARE,
     MIN_SPEED_UP,
     CostCurve,
@@ -23,7 +23,7 @@ from lowtide.memory.plan.allocator import (
     lower_bound_bytes,
     operating_point,
 )
-from lowtide.memory.plan.speculation import verification_bytes
+from lowtide.memory.plan.speculation.choices import verification_bytes
 
 MEASURED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 TOKEN, VOCABULARY = 24_000, 49_152

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lowtide.memory.plan.allocator import (
+from lowtide.memory.plan.line import PlanCandidate
+from lowtide.memory.plan.lines import PlanLines
+from lowtide.memory.plan.speculation.allocator import (
     MIN_SPEED_UP,
     SpeculationChoice,
     SpeculationPoint,
@@ -17,9 +19,7 @@ from lowtide.memory.plan.allocator import (
     lower_bound_bytes,
     operating_point,
 )
-from lowtide.memory.plan.line import PlanCandidate
-from lowtide.memory.plan.lines import PlanLines
-from lowtide.memory.plan.speculation import SpeculationConfig, SpeculationTable
+from lowtide.memory.plan.speculation.choices import SpeculationConfig, SpeculationTable
 from lowtide.models.spec import ModelSpec
 
 STREAMING_SHARE = 1.0

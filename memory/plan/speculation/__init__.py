@@ -1,0 +1,1 @@
+"""What speculation takes and gives in a plan: its choices, the allocator that weighs them, and weighing again."""
