@@ -65,7 +65,7 @@ soak: $(VENV)/.dev ## half an hour of a service's life, SOAK_SECONDS=300 for les
 
 # Seconds for each target of `make fuzz`.
 SECONDS ?= 60
-FUZZ_TARGETS := options session_file template gguf_header onnx_graph tokenise
+FUZZ_TARGETS := options session_file template gguf_header onnx_graph tokenise constraint
 
 fuzz: $(VENV)/.fuzz ## search for inputs that end in an unexpected error, SECONDS=60 for each target
 	@for target in $(FUZZ_TARGETS); do \

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lowtide.models.arguments.names import option
+from lowtide.models.arguments.values import shown
 from lowtide.models.errors import BadModelFile, BadOption, ModelNotFound, UnsupportedModel
 
 ENGINE = "onnxruntime"
@@ -110,20 +111,20 @@ class _Values:
         if value is None:
             raise self.wrong(key, "is missing")
         if not isinstance(value, int) or not 1 <= value <= most:
-            raise self.wrong(key, f"is {value!r}; it must be a number from 1 to {most}")
+            raise self.wrong(key, f"is {shown(value)}; it must be a number from 1 to {most}")
         return value
 
     def text(self, key: str, default: str) -> str:
         value = self.values.get(key, default)
         if not isinstance(value, str):
-            raise self.wrong(key, f"is {value!r}; it must be a string")
+            raise self.wrong(key, f"is {shown(value)}; it must be a string")
         return value
 
     def numbers(self, key: str) -> tuple[int, ...]:
         value = self.values.get(key)
         items = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(item, int) for item in items):
-            raise self.wrong(key, f"is {value!r}; it must be token ids")
+            raise self.wrong(key, f"is {shown(value)}; it must be token ids")
         return tuple(items)
 
     def wrong(self, key: str, reason: str) -> BadModelFile:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
+from lowtide.models.arguments.values import shown
 from lowtide.models.errors import BadModelFile, ModelNotFound, UnsupportedModel
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
@@ -269,7 +270,9 @@ class _Reader:
             elif inner.number == 14:
                 is_external = inner.value == _EXTERNAL
         if kind not in ELEMENT_BITS or any(extent < 0 for extent in shape):
-            raise self._wire.broken(part.start, f"tensor {name!r} has type {kind}, shape {shape}")
+            raise self._wire.broken(
+                part.start, f"tensor {shown(name)} has type {kind}, shape {shape}"
+            )
         element_type, bits = ELEMENT_BITS[kind]
         return Weight(
             name=name,
@@ -283,7 +286,7 @@ class _Reader:
     def _offset(self, external: dict[str, str], part: Field) -> int:
         text = external.get("offset", "0")
         if not text.isdecimal():
-            raise self._wire.broken(part.start, f"a tensor's data begins at {text!r}")
+            raise self._wire.broken(part.start, f"a tensor's data begins at {shown(text)}")
         return int(text)
 
     def _pair(self, part: Field) -> tuple[str, str]:
@@ -342,7 +345,7 @@ def _check_external(graph: OnnxGraph) -> None:
         end = weight.offset + weight.num_bytes
         if end > sizes[location]:
             raise BadModelFile(
-                f"{location} beside {graph.path} is truncated: tensor {weight.name!r} ends at byte {end}, but "
+                f"{location} beside {graph.path} is truncated: tensor {shown(weight.name)} ends at byte {end}, but "
                 f"the file has {sizes[location]}; fetch it again"
             )
 
@@ -351,7 +354,7 @@ def _external_bytes(path: Path, location: str) -> int:
     relative = Path(location)
     if not location or relative.is_absolute() or ".." in relative.parts:
         raise BadModelFile(
-            f"{path} has weights in {location!r}, outside its folder, which is not allowed: export it with its "
+            f"{path} has weights in {shown(location)}, outside its folder, which is not allowed: export it with its "
             "data beside it"
         )
     try:

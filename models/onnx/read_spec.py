@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from lowtide.models.arguments.values import shown
 from lowtide.models.errors import BadModelFile, UnsupportedModel
 from lowtide.models.onnx.config import ENGINE, OnnxConfig, read_config, read_json
 from lowtide.models.onnx.graph import Node, OnnxGraph, Port, read_graph
@@ -278,7 +279,7 @@ def _ports(graph: OnnxGraph, config: OnnxConfig) -> GraphPorts:
     unknown = sorted(set(graph.inputs) - known)
     if unknown:
         raise UnsupportedModel(
-            f"{graph.path} has the unknown input {unknown[0]!r}: export the model as a text decoder of "
+            f"{graph.path} has the unknown input {shown(unknown[0])}: export the model as a text decoder of "
             f"{config.num_layers} layers with past keys and values"
         )
     return ports

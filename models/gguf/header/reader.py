@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from lowtide.models.arguments.values import shown
 from lowtide.models.errors import BadModelFile, ModelNotFound, UnsupportedModel
 from lowtide.models.files.file_kind import START_BYTES, wrong_file
 from lowtide.models.gguf.llama_cpp import llama_library
@@ -117,6 +118,9 @@ class ArrayValue:
     length: int
     values: tuple[Scalar, ...] | None
     text_bytes: int = 0
+
+    def __repr__(self) -> str:  # as errors name what a header has in a wrong place
+        return f"a list of {self.length:,} values"
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +302,7 @@ class _Cursor:
     ) -> int:
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-            raise self.broken(f"its alignment is {alignment!r}; it must be a power of two")
+            raise self.broken(f"its alignment is {shown(alignment)}; it must be a power of two")
         start = -(-self.position // alignment) * alignment
         end = max((start + tensor.offset + tensor.num_bytes for tensor in tensors), default=0)
         if end > self.size:
@@ -418,12 +422,12 @@ class _Cursor:
         name = self.text(length)
         num_dimensions = self.scalar(4)
         if not 1 <= num_dimensions <= MAX_DIMENSIONS:
-            raise self.broken(f"tensor {name!r} has {num_dimensions} dimensions")
+            raise self.broken(f"tensor {shown(name)} has {num_dimensions} dimensions")
         shape = tuple(self.scalar(10) for _ in range(num_dimensions))
         type_number, offset = self.scalar(4), self.scalar(10)
         type_name, block, block_bytes = self.tensor_type(name, type_number)
         if 0 in shape or shape[0] % block:
-            raise self.broken(f"tensor {name!r} has the shape {shape} in blocks of {block}")
+            raise self.broken(f"tensor {shown(name)} has the shape {shape} in blocks of {block}")
         num_elements = 1
         for extent in shape:
             num_elements *= extent
@@ -435,7 +439,8 @@ class _Cursor:
         found = TENSOR_TYPES.get(type_number) or llama_library().tensor_type(type_number)
         if found is None:
             raise UnsupportedModel(
-                f"{self.path}: tensor {name!r} has type {type_number}, which llama.cpp {llama_library().version} does "
-                "not know: upgrade llama-cpp-python, or download another quantisation of the model"
+                f"{self.path}: tensor {shown(name)} has type {type_number}, which llama.cpp "
+                f"{llama_library().version} does not know: upgrade llama-cpp-python, or download another "
+                "quantisation of the model"
             )
         return found

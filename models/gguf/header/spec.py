@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from lowtide.models.arguments.values import plain_name
+from lowtide.models.arguments.values import plain_name, shown
 from lowtide.models.errors import BadModelFile
 from lowtide.models.facts.store import Facts
 from lowtide.models.files.fingerprint import DIGITS
@@ -206,7 +206,7 @@ class _Keys:
     def optional_text(self, key: str) -> str | None:
         value = self.contents.metadata.get(key)
         if value is not None and not isinstance(value, str):
-            raise self.wrong(key, f"is {value!r}; it must be a string")
+            raise self.wrong(key, f"is {shown(value)}; it must be a string")
         return value
 
     def text(self, key: str, default: str | None = None) -> str:
@@ -235,7 +235,7 @@ class _Keys:
 
     def _checked(self, key: str, value: object, least: int, most: int = MAX_REASONABLE) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
-            raise self.wrong(key, f"is {value!r}; it must be a whole number")
+            raise self.wrong(key, f"is {shown(value)}; it must be a whole number")
         if not least <= value <= most:
             raise self.wrong(key, f"is {value}; it must be between {least} and {most}")
         return value

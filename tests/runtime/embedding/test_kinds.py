@@ -10,10 +10,11 @@ import pytest
 from click.testing import CliRunner
 from encoders import write_encoder, write_t5
 from gguf_files import write_model
+from onnx_decoders import write_decoder
 
 from lowtide import Runtime
 from lowtide.cli.main import main
-from lowtide.models.errors import UnsupportedModel
+from lowtide.models.errors import LowtideError, UnsupportedModel
 from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.kind import DECODER, ENCODER, ENCODER_DECODER
 
@@ -59,6 +60,15 @@ def test_an_encoder_decoder_is_refused_by_name(tmp_path: Path) -> None:
 def test_python_refuses_an_encoder(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match=r"is an encoder .* lowtide\.Embedder"):
         Runtime.open(write_encoder(tmp_path / "bert.gguf"), memory="1GiB")
+
+
+def test_an_onnx_model_is_refused_to_embed(tmp_path: Path) -> None:
+    folder = write_decoder(tmp_path / "tiny")
+    done = CliRunner().invoke(main, ["embed", "--model", str(folder), "hi"])
+    assert done.exit_code == 2, done.output
+    assert "is an ONNX model, and lowtide embeds with GGUF models" in done.output
+    with Runtime.open(folder) as runtime, pytest.raises(LowtideError, match="GGUF"):
+        runtime.embed(["hi"])
 
 
 def test_an_encoder_drafts_nothing(tmp_path: Path) -> None:

@@ -37,6 +37,14 @@ def test_reading_a_spec_reads_no_weights(smollm2: Path) -> None:
     assert done.peak_bytes < 40 << 20
 
 
+def test_a_list_in_place_of_a_text_is_named_in_plain_words(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "bad.gguf", extra={"tokenizer.chat_template": ["a", "b"]})
+    with pytest.raises(
+        BadModelFile, match=r"chat_template is a list of 2 values; it must be a string"
+    ):
+        read_spec(path)
+
+
 @pytest.fixture
 def split(tmp_path: Path) -> list[Path]:
     whole = write_model(tmp_path / "whole.gguf", layers=3)
