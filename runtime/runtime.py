@@ -274,6 +274,7 @@ class Runtime:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_arguments: Mapping[str, Any] | None = None,
+        owner: str = "",
         **named: Any,
     ) -> Submission:
         """Return an answer that the runtime's own thread computes, at once and from any thread or asyncio loop.
@@ -281,8 +282,9 @@ class Runtime:
         Texts are continued as by `generate`, messages answered as by `chat`; only the template reads `tools`.
         Answers run together, up to the `sequences` that the runtime was opened with, and more of them wait in the order
         in which they came. A prompt is read in parts beside the other answers, whose next tokens it delays by at most
-        `pace.MAX_PAUSE_S` seconds. What several prompts begin with is read and stored once. A greedy answer is that of
-        its prompt alone, token for token, where `stats.batch` is None or `stats.batch["identical"]` is True.
+        `pace.MAX_PAUSE_S` seconds. What several prompts of one `owner` begin with is read and stored once; those of
+        others are found neither in the cache nor by its times. A greedy answer is that of its prompt alone, token for
+        token, where `stats.batch` is None or `stats.batch["identical"]` is True.
 
         Raises `BadOption` for a wrong argument, `QueueFull` where `max_waiting` answers wait already, and
         `RuntimeUnusable` after `close`. What is found out later, such as a prompt that is too long, is raised where the
@@ -293,11 +295,6 @@ class Runtime:
         if not isinstance(prompt, str):
             messages = tuple(checked_messages(prompt))
             self._check_chat(params)
-        elif tools is not None or template_arguments is not None:
-            raise BadOption(
-                "tools and template_arguments are for messages, and the prompt is a text: pass "
-                '[{"role": "user", "content": text}]'
-            )
         else:
             messages = ()
             self._engine.check(params, is_completion=True)
@@ -309,6 +306,7 @@ class Runtime:
             asked_at=asked_at,
             tools=tools,
             arguments=template_arguments,
+            owner=owner,
         )
         return self._scheduler.submit(asked)
 

@@ -23,6 +23,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 ANSWERS = "lowtide.answers"
 """Where a request's scope has its answers, which end with it."""
+OWNER = "lowtide.owner"
+"""Where a request's scope says whose it is: clients share what the cache holds only where they have the same key."""
 OPEN_PATHS = ("/", "/health", "/favicon.ico")
 """Paths that need no key: they tell nothing of models or requests."""
 WRITE_SECONDS = 60.0
@@ -51,7 +53,7 @@ class Guard:
             if scope["method"] == "OPTIONS" and origin is not None:
                 await _answer(send, 204, b"", self._cors(origin, is_preflight=True))
                 return
-            self._check_key(scope["path"], headers)
+            scope[OWNER] = self._owner(scope["path"], headers)
         except ApiError as error:
             await _answer(
                 send, error.status, json_bytes(error.to_dict()), [*_JSON, *self._cors(origin)]
@@ -91,10 +93,11 @@ class Guard:
                 code="foreign_origin",
             )
 
-    def _check_key(self, path: str, headers: dict[str, str]) -> None:
+    def _owner(self, path: str, headers: dict[str, str]) -> str:
+        """Return the number of the key that a request has, "" where it needs none."""
         keys = self._settings.api_keys
         if not keys or path in OPEN_PATHS:
-            return
+            return ""
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             given = headers.get("x-api-key", "")
@@ -107,6 +110,7 @@ class Guard:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        return str(matches.index(True))
 
     def _cors(self, origin: str | None, *, is_preflight: bool = False) -> list[tuple[bytes, bytes]]:
         if origin is None or origin not in self._settings.cors_origins:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lowtide.cli.server.errors import SERVER, ApiError, api_error
-from lowtide.cli.server.guard import ANSWERS
+from lowtide.cli.server.guard import ANSWERS, OWNER
 from lowtide.cli.server.metrics import Metrics
 from lowtide.cli.server.reading.body import BodyReader
 from lowtide.cli.server.settings import ServerSettings
@@ -93,6 +93,7 @@ class Service:
                         each,
                         tools=tools.for_template if tools else None,
                         template_arguments=template_arguments,
+                        owner=request.scope[OWNER],
                     )
                 )
         except Exception as error:

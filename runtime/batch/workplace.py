@@ -11,6 +11,7 @@ from typing import Any
 
 from lowtide.memory.plan.batch import BatchPlan
 from lowtide.models.chat_template import Message
+from lowtide.models.errors import BadOption
 from lowtide.runtime.batch.memory import BatchMemory, why_not_drafted
 from lowtide.runtime.batch.open_batch import OpenBatch, open_batch
 from lowtide.runtime.errors import hints_for
@@ -28,7 +29,10 @@ from lowtide.runtime.profiling.profiler import Profiler
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AskedPrompt:
-    """What a caller submitted: a `text` to continue, or the `messages` of a chat where it is None."""
+    """What a caller submitted: a `text` to continue, or the `messages` of a chat where it is None.
+
+    Raises `BadOption` where a text has what only a template reads.
+    """
 
     text: str | None
     messages: Sequence[Message]
@@ -36,6 +40,14 @@ class AskedPrompt:
     asked_at: float
     tools: Sequence[Mapping[str, Any]] | None = None
     arguments: Mapping[str, Any] | None = None
+    owner: str = ""
+
+    def __post_init__(self) -> None:
+        if self.text is not None and not (self.tools is None and self.arguments is None):
+            raise BadOption(
+                "tools and template_arguments are for messages, and the prompt is a text: pass "
+                '[{"role": "user", "content": text}]'
+            )
 
 
 class Workplace(ABC):
@@ -95,8 +107,9 @@ class Workplace(ABC):
                     asked.asked_at,
                     tools=asked.tools,
                     arguments=asked.arguments,
+                    owner=asked.owner,
                 )
-        return replace(request, answer=answer), prompt
+        return replace(request, answer=answer, owner=asked.owner), prompt
 
     def add(self, key: int, request: GenerationRequest) -> None:
         """Let an answer join when there is room for it."""

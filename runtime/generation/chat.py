@@ -33,12 +33,16 @@ context."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatPrompt:
-    """A rendered chat as text and as tokens, who wrote its text (`span_lengths`), and the number of its messages."""
+    """A rendered chat as text and as tokens, who wrote its text (`span_lengths`), and the number of its messages.
+
+    `owner` is who asked.
+    """
 
     text: str
     span_lengths: Sequence[int]
     token_ids: Sequence[int]
     num_messages: int
+    owner: str = ""
 
 
 class PromptEncoder:
@@ -108,13 +112,14 @@ class PromptEncoder:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         arguments: Mapping[str, Any] | None = None,
+        owner: str = "",
     ) -> tuple[GenerationRequest, ChatPrompt]:
         """Return the request to answer `messages`, and the prompt to `remember` with its answer.
 
-        `tools` and `arguments` are for the template. Raises `PromptTooLong` where the messages do not fit, and
-        `TemplateError` where they cannot be rendered.
+        `tools` and `arguments` are for the template. It goes on from turns of `owner` alone. Raises `PromptTooLong`
+        where the messages do not fit, and `TemplateError` where they cannot be rendered.
         """
-        render = partial(self._render, tools=tools, arguments=arguments)
+        render = partial(self._render, tools=tools, arguments=arguments, owner=owner)
         prompt, dropped = fit_messages(messages, render, context, params)
         request = GenerationRequest(
             token_ids=prompt.token_ids,
@@ -162,34 +167,37 @@ class PromptEncoder:
             return
         token_ids = [*prompt.token_ids, *answer_ids]
         text, num_messages = prompt.text + answer, prompt.num_messages + 1
-        self._turns.remember(LastTurn(text, token_ids, num_messages, list(prompt.span_lengths)))
+        lengths = list(prompt.span_lengths)
+        self._turns.remember(LastTurn(text, token_ids, num_messages, lengths, prompt.owner))
 
     def _render(
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None,
         arguments: Mapping[str, Any] | None,
+        owner: str,
     ) -> ChatPrompt:
         with self._profiler.span("template"):
             spans = self._chat_template.render(messages, tools=tools, arguments=arguments)
         text = text_of(spans)
         self._check_text(text)
         with self._profiler.span("tokenise"):
-            token_ids = self._chat_ids(spans, text)
+            token_ids = self._chat_ids(spans, text, owner)
         return ChatPrompt(
             text=text,
             span_lengths=span_lengths(spans),
             token_ids=token_ids,
             num_messages=len(messages),
+            owner=owner,
         )
 
-    def _chat_ids(self, spans: Sequence[PromptSpan], text: str) -> list[int]:
+    def _chat_ids(self, spans: Sequence[PromptSpan], text: str, owner: str) -> list[int]:
         """Return the tokens of a rendered chat, those of a turn that it goes on from as they were.
 
         A sampled answer is often not what its text is tokenised to. Where it is, the chat has the tokens of the same
         chat read anew, also where a token reaches over the end of the answer.
         """
-        token_ids, last = self._encode(spans), self._turns.find(spans, text)
+        token_ids, last = self._encode(spans), self._turns.find(spans, text, owner)
         if last is None:
             return token_ids
         if token_ids[: len(last.token_ids)] == last.token_ids:

@@ -138,10 +138,10 @@ class DecodeLoop:
         for sequence in list(self._waiting):
             if not self._places:
                 return
-            token_ids = sequence.request.token_ids
-            if self._cache.is_awaited(token_ids):
+            token_ids, owner = sequence.request.token_ids, sequence.request.owner
+            if self._cache.is_awaited(token_ids, owner):
                 continue
-            if not self._cache.can_add(token_ids, sequence.max_kv_tokens):
+            if not self._cache.can_add(token_ids, sequence.max_kv_tokens, owner):
                 return
             self._waiting.remove(sequence)
             try:

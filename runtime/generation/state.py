@@ -32,7 +32,8 @@ class GenerationRequest:
     """A prompt that fits the context, and how to continue it.
 
     `asked_at` is the caller's time (`time.perf_counter`); `dropped_tokens` and `dropped_messages` were left
-    out of the prompt. `answer` is what the answer must look like; None for any text.
+    out of the prompt. `answer` is what the answer must look like; None for any text. Requests of one `owner` share what
+    the cache holds.
     """
 
     token_ids: Sequence[int]
@@ -41,6 +42,7 @@ class GenerationRequest:
     dropped_tokens: int = 0
     dropped_messages: int = 0
     answer: ConstrainedAnswer | None = None
+    owner: str = ""
 
     def max_kv_tokens(self, context: int) -> int:
         """Return how many tokens the sequence may have in the cache; the last sampled one is not computed."""
@@ -262,7 +264,8 @@ class GenerationState:
         """Take number `index` in the cache; find out what it holds of the prompt, and what is left to compute."""
         self.index = index
         self._stats.begin(index)
-        prompt = cache.add(index, self.request.token_ids, self.max_kv_tokens)
+        request = self.request
+        prompt = cache.add(index, request.token_ids, self.max_kv_tokens, request.owner)
         self._stats.record_prompt(prompt)
         self.token_ids = list(prompt.token_ids)
         self.num_computed, self._num_prompt = prompt.num_cached, len(prompt.token_ids)

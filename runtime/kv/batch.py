@@ -42,6 +42,7 @@ class BatchKV(KVCache):
 
     def _forget_all(self) -> None:
         self._texts: list[list[int]] = [[] for _ in range(self._sequences.num_sequences)]
+        self._owners = [""] * self._sequences.num_sequences  # of the texts
         self._unused = list(range(self._sequences.num_sequences))
         self._ended: list[int] = []  # that still hold tokens, the one that ended first in front
         self._ids: dict[int, int] = {}  # of the running sequences
@@ -53,21 +54,21 @@ class BatchKV(KVCache):
         """Tokens that one forward pass takes."""
         return self._sequences.batch_size
 
-    def is_awaited(self, token_ids: Sequence[int]) -> bool:
+    def is_awaited(self, token_ids: Sequence[int], owner: str = "") -> bool:
         """Return whether a running sequence has a longer common prefix to read than any has read."""
         reading = [
             prompt
             for i, prompt in self._prompts.items()
-            if len(self._texts[self._ids[i]]) < len(prompt)
+            if len(self._texts[self._ids[i]]) < len(prompt) and self._owners[self._ids[i]] == owner
         ]
         if not reading:
             return False
         longest = max(common_prefix(prompt, token_ids[:-1]) for prompt in reading)
-        return longest >= self._longest_prefix(token_ids)[1] + MIN_AWAITED
+        return longest >= self._longest_prefix(token_ids, owner)[1] + MIN_AWAITED
 
-    def can_add(self, token_ids: Sequence[int], max_tokens: int) -> bool:
+    def can_add(self, token_ids: Sequence[int], max_tokens: int, owner: str = "") -> bool:
         """Return whether the prompt has room beside the running sequences."""
-        source, num_common = self._longest_prefix(token_ids)
+        source, num_common = self._longest_prefix(token_ids, owner)
         held = self._sequences.num_held(self._ids.values(), source, num_common)
         room = self._sequences.num_slots - held - self._num_promised()
         return max_tokens - num_common <= room
@@ -76,20 +77,26 @@ class BatchKV(KVCache):
         """Return how many more tokens the running sequences may compute."""
         return sum(limit - len(self._texts[self._ids[i]]) for i, limit in self._limits.items())
 
-    def _longest_prefix(self, token_ids: Sequence[int]) -> tuple[int, int]:
-        """Return the sequence that begins with most of a prompt, and how many tokens these are.
+    def _longest_prefix(self, token_ids: Sequence[int], owner: str) -> tuple[int, int]:
+        """Return the sequence of `owner` that begins with most of a prompt, and how many tokens these are.
 
         The last token is computed in any case, because its logits are needed.
         """
         prompt = token_ids[:-1]
-        found = [(common_prefix(text, prompt), i) for i, text in enumerate(self._texts)]
+        found = [
+            (common_prefix(text, prompt) if self._owners[i] == owner else 0, i)
+            for i, text in enumerate(self._texts)
+        ]
         num_common, source = max(found, key=lambda one: one[0])
         return source, num_common
 
-    def add(self, sequence: int, token_ids: Sequence[int], max_tokens: int) -> CachedPrompt:
+    def add(
+        self, sequence: int, token_ids: Sequence[int], max_tokens: int, owner: str = ""
+    ) -> CachedPrompt:
         """Begin with the tokens that another sequence holds; ended ones make room where it is needed."""
-        source, num_common = self._longest_prefix(token_ids)
+        source, num_common = self._longest_prefix(token_ids, owner)
         self._ids[sequence] = self._begin(source, num_common, max_tokens)
+        self._owners[self._ids[sequence]] = owner
         self._prompts[sequence], self._limits[sequence] = token_ids, max_tokens
         return CachedPrompt(token_ids=token_ids, num_cached=num_common, num_reused=num_common)
 

@@ -46,6 +46,8 @@ class DecodeStep:
 class KVCache(ABC):
     """Holds the tokens of up to `num_sequences` sequences, which are numbered from 0.
 
+    Each prompt has an `owner`: it finds what prompts of the same one left, and nothing of others.
+
     A pass leaves row 0 of each decode step in its sequence. A draft joins the sequence by `accept`; `truncate` removes
     those that were rejected.
     """
@@ -57,16 +59,18 @@ class KVCache(ABC):
     def batch_size(self) -> int:
         """Tokens that one forward pass takes."""
 
-    def is_awaited(self, token_ids: Sequence[int]) -> bool:
+    def is_awaited(self, token_ids: Sequence[int], owner: str = "") -> bool:
         """Return whether another sequence is reading a part of this prompt, which then need not be read again."""
         return False
 
-    def can_add(self, token_ids: Sequence[int], max_tokens: int) -> bool:
+    def can_add(self, token_ids: Sequence[int], max_tokens: int, owner: str = "") -> bool:
         """Return whether there is room for a prompt that may grow to `max_tokens` tokens with its answer."""
         return True
 
     @abstractmethod
-    def add(self, sequence: int, token_ids: Sequence[int], max_tokens: int) -> CachedPrompt:
+    def add(
+        self, sequence: int, token_ids: Sequence[int], max_tokens: int, owner: str = ""
+    ) -> CachedPrompt:
         """Prepare a sequence for a prompt: find what is cached of it, and reserve memory for the rest.
 
         Raises `OverBudget`, before anything is computed, where the prompt does not fit.

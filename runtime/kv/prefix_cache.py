@@ -26,10 +26,13 @@ _ID_BYTES = array("i").itemsize
 class CachedPrefix:
     """A copy of a model's KV cache with its tokens, in pages of its own.
 
-    Tokens from position `exact_until` on have keys and values that an approximate pass computed.
+    Tokens from position `exact_until` on have keys and values that an approximate pass computed. Prompts of `owner`
+    alone may use it.
     """
 
-    def __init__(self, token_ids: Sequence[int], kv_bytes: int, exact_until: int) -> None:
+    def __init__(
+        self, token_ids: Sequence[int], kv_bytes: int, exact_until: int, owner: str = ""
+    ) -> None:
         id_bytes = len(token_ids) * _ID_BYTES
         self._pages = PageBuffer(id_bytes + kv_bytes)
         self.token_ids = self._pages.view[:id_bytes].cast("i")
@@ -37,6 +40,7 @@ class CachedPrefix:
         self.snapshot = self._pages.view[id_bytes:]
         self.num_tokens = len(token_ids)
         self.exact_until = exact_until
+        self.owner = owner
         self.num_bytes = cached_bytes(len(token_ids), kv_bytes)
 
     def close(self) -> None:
@@ -58,14 +62,17 @@ class PrefixCache:
         """Bytes in use."""
         return sum(prefix.num_bytes for prefix in self._prefixes)
 
-    def find(self, token_ids: Sequence[int], longer_than: int) -> CachedPrefix | None:
-        """Return the snapshot with the longest common prefix, of equals the shortest snapshot.
+    def find(
+        self, token_ids: Sequence[int], longer_than: int, owner: str = ""
+    ) -> CachedPrefix | None:
+        """Return the snapshot of `owner` with the longest common prefix, of equals the shortest snapshot.
 
         None where no common prefix has more than `longer_than` tokens.
         """
         ranked = [
             (common_prefix(prefix.token_ids, token_ids), -prefix.num_tokens, prefix)
             for prefix in self._prefixes
+            if prefix.owner == owner
         ]
         common, _, found = max(ranked, key=lambda one: one[:2], default=(0, 0, None))
         if found is None or common <= longer_than:
@@ -81,6 +88,7 @@ class PrefixCache:
         *,
         num_staying: int = 0,
         keep: CachedPrefix | None = None,
+        owner: str = "",
     ) -> None:
         """Copy the model's KV cache, that of `token_ids`, if it fits and is worth it.
 
@@ -90,7 +98,11 @@ class PrefixCache:
         num_tokens = len(token_ids)
         if not num_tokens or not self.limit_bytes:
             return
-        common = {prefix: common_prefix(prefix.token_ids, token_ids) for prefix in self._prefixes}
+        common = {
+            prefix: common_prefix(prefix.token_ids, token_ids)
+            for prefix in self._prefixes
+            if prefix.owner == owner
+        }
         covering = next((prefix for prefix in common if common[prefix] == num_tokens), None)
         if covering is not None:
             self._use(covering)
@@ -105,7 +117,7 @@ class PrefixCache:
         for prefix in continued:
             self.discard(prefix)
         self._make_room(needed_bytes, keep)
-        self._copy(model, token_ids, exact_until)
+        self._copy(model, token_ids, exact_until, owner)
 
     def _make_room(self, num_bytes: int, keep: CachedPrefix | None) -> None:
         for prefix in [prefix for prefix in self._prefixes if prefix is not keep]:
@@ -113,10 +125,10 @@ class PrefixCache:
                 return
             self.discard(prefix)
 
-    def _copy(self, model: Model, token_ids: Sequence[int], exact_until: int) -> None:
+    def _copy(self, model: Model, token_ids: Sequence[int], exact_until: int, owner: str) -> None:
         """Store a snapshot; without memory for it, or where native code fails, nothing is stored."""
         try:
-            made = CachedPrefix(token_ids, model.snapshot_bytes(), exact_until)
+            made = CachedPrefix(token_ids, model.snapshot_bytes(), exact_until, owner)
         except MemoryError:
             return
         try:

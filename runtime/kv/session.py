@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 class KVSession(KVCache):
     """Keeps a model's KV cache and the list of its tokens consistent, also after an interrupted pass.
 
-    It has one sequence, number 0. `controller` prepares the attention kernels for each pass, `reservation` reserves
-    the cache's bytes, `profiler` times the passes, `prefixes` stores what another prompt replaces, and
-    `prompt_filter` shortens long prompts. Tokens from position `exact_until` on have keys and values that an
-    approximate pass computed.
+    It has one sequence, number 0. `controller` prepares the attention kernels for each pass, `reservation` reserves the
+    cache's bytes, `profiler` times the passes, `prefixes` stores what another prompt replaces, and `prompt_filter`
+    shortens long prompts. `owner` is that of the tokens. Tokens from position `exact_until` on have keys and values
+    that an approximate pass computed.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class KVSession(KVCache):
         self._prefixes = prefixes or PrefixCache(0)
         self.token_ids: list[int] = []
         self.exact_until = 0
+        self.owner = ""
 
     @property
     def batch_size(self) -> int:
@@ -72,8 +73,13 @@ class KVSession(KVCache):
             return False
         return True
 
-    def add(self, sequence: int, token_ids: Sequence[int], max_tokens: int) -> CachedPrompt:
+    def add(
+        self, sequence: int, token_ids: Sequence[int], max_tokens: int, owner: str = ""
+    ) -> CachedPrompt:
         """Go to the longest cached prefix of a prompt, which is filtered before where the policy says so."""
+        if owner != self.owner:
+            self.evict()
+            self.owner = owner
         retained = self._filtered(token_ids)
         is_restored = self.restore(retained)
         num_reused = self.truncate_to_prefix(retained)
@@ -122,7 +128,7 @@ class KVSession(KVCache):
         self.sync()
         prompt = token_ids[:-1]  # the last token is computed in any case
         common = common_prefix(self.token_ids, prompt)
-        found = self._prefixes.find(prompt, longer_than=common)
+        found = self._prefixes.find(prompt, longer_than=common, owner=self.owner)
         self._store_prefix(num_staying=0 if found else common, keep=found)
         return found is not None and self._put_back(found)
 
@@ -135,6 +141,7 @@ class KVSession(KVCache):
                     self.exact_until,
                     num_staying=num_staying,
                     keep=keep,
+                    owner=self.owner,
                 )
 
     def _put_back(self, prefix: CachedPrefix) -> bool:
@@ -247,7 +254,7 @@ class KVSession(KVCache):
 
     def load_kv(self, path: Path, num_bytes: int, num_tokens: int, exact_until: int) -> None:
         """Load a KV cache from the first bytes of a file; where that fails the session is empty."""
-        self.token_ids, self.exact_until = [], 0
+        self.token_ids, self.exact_until, self.owner = [], 0, ""
         self.token_ids = self._model.load_kv(path, num_bytes, num_tokens)
         self.exact_until = min(exact_until, len(self.token_ids))
 
