@@ -11,19 +11,19 @@ from typing import Any
 
 from lowtide.cli.server.errors import ApiError
 from lowtide.cli.server.json_answer import json_bytes
+from lowtide.cli.server.ollama.duration import is_duration, is_no_time
 from lowtide.cli.server.reading.fields import Fields
 from lowtide.cli.server.reading.messages import take_messages
 from lowtide.cli.server.reading.parameters import sampling_of, take_sampling
 from lowtide.cli.server.reading.tools import take_tools
 from lowtide.cli.server.streaming import Answers
+from lowtide.models.arguments.values import shown
 from lowtide.runtime.options import SamplingParams
 from lowtide.runtime.serving.deltas import Answer, Call, Finish
 from lowtide.runtime.tools.grammar import CallSyntax
 from lowtide.runtime.tools.use import ToolUse
 
-IGNORED_OPTIONS = (
-    "num_thread num_batch num_gpu main_gpu use_mmap use_mlock numa low_vram vocab_only f16_kv num_keep"
-).split()
+IGNORED_OPTIONS = ("num_thread num_batch num_gpu main_gpu use_mmap use_mlock numa low_vram").split()
 """Options of a model that is loaded: the server's owner has set them."""
 REFUSED = {
     "images": "lowtide reads text alone",
@@ -31,6 +31,11 @@ REFUSED = {
     "suffix": "lowtide continues texts at their end alone",
     "context": "send the whole conversation to /api/chat",
     "logprobs": "use /v1/chat/completions for log probabilities",
+}
+REFUSED_OPTIONS = {
+    "num_keep": "set overflow to drop-oldest, which drops the oldest turns",
+    "f16_kv": "the server's owner sets it, with --kv-type",
+    "vocab_only": "the model is loaded whole",
 }
 
 
@@ -81,7 +86,7 @@ class OllamaRequest:
         tools: ToolUse | None,
     ) -> OllamaRequest:
         fields.refuse(REFUSED)
-        fields.ignore("keep_alive")
+        _take_keep_alive(fields)
         values: dict[str, Any] = {}
         options = fields.object("options")
         if options is not None:
@@ -103,6 +108,7 @@ class OllamaRequest:
 
 def _take_options(fields: Fields, base: SamplingParams, context: int) -> dict[str, Any]:
     fields.ignore(*IGNORED_OPTIONS)
+    fields.refuse(REFUSED_OPTIONS)
     num_context = fields.whole("num_ctx", 1, 1 << 31)
     if num_context is not None and num_context > context:
         raise ApiError(
@@ -119,6 +125,28 @@ def _take_options(fields: Fields, base: SamplingParams, context: int) -> dict[st
         values["max_tokens"] = None
     fields.finish()
     return values
+
+
+def _take_keep_alive(fields: Fields) -> None:
+    """Check how long the model must stay loaded; it stays at least as long, except where that is no time."""
+    value = fields.take("keep_alive")
+    if value is None:
+        return
+    path = fields.path("keep_alive")
+    if not is_duration(value):
+        raise ApiError(
+            400,
+            f'{path} is {shown(value)}; it must be seconds, or a duration such as "5m"',
+            param=path,
+            code="invalid_value",
+        )
+    if is_no_time(value):
+        raise ApiError(
+            400,
+            f"{path} is {shown(value)}, but the model stays loaded as long as the server runs: leave it out",
+            param=path,
+            code="unsupported_parameter",
+        )
 
 
 def _format(value: Any) -> Any:

@@ -24,9 +24,10 @@ from lowtide.runtime.tools.use import ToolUse
 MAX_ANSWERS = 16
 """The most answers (`n`) of one request."""
 IGNORED = (
-    "user store metadata service_tier safety_identifier prompt_cache_key prompt_cache_retention verbosity"
+    "user store metadata service_tier safety_identifier prompt_cache_key prompt_cache_retention"
 ).split()
 """Fields that change no answer here."""
+VERBOSITY = "the models here have no such setting: ask for short or long answers in the messages"
 REFUSED = {
     "audio": "lowtide writes text alone",
     "functions": "it is the old form of tools: send those",
@@ -60,6 +61,7 @@ class ChatRequest:
         fields = Fields(body)
         fields.ignore(*IGNORED)
         fields.refuse(REFUSED)
+        fields.only("verbosity", "medium", VERBOSITY)
         modalities = fields.list("modalities")
         if modalities not in (None, ["text"]):
             raise ApiError(400, "modalities must be text alone", param="modalities")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowtide.cli.server.errors import ApiError
-from lowtide.cli.server.openai.chat import own_values, take_template_arguments
+from lowtide.cli.server.openai.chat import VERBOSITY, own_values, take_template_arguments
 from lowtide.cli.server.reading.fields import Fields
 from lowtide.cli.server.reading.messages import ROLES, text_of_parts
 from lowtide.cli.server.reading.parameters import SAMPLING, sampling_of, take_format, take_sampling
@@ -23,7 +23,7 @@ from lowtide.runtime.tools.use import ToolUse
 
 IGNORED = (
     "user store metadata service_tier safety_identifier prompt_cache_key prompt_cache_retention truncation "
-    "stream_options background max_tool_calls"
+    "stream_options max_tool_calls"
 ).split()
 STATEFUL = "lowtide stores no responses: send the whole conversation as input"
 REFUSED = {
@@ -55,6 +55,7 @@ class ResponseRequest:
             raise ApiError(400, "truncation must be disabled: see overflow", param="truncation")
         fields.ignore(*IGNORED)
         fields.refuse(REFUSED)
+        fields.only("background", False, STATEFUL)
         model, messages = fields.text("model"), _take_input(fields)
         instructions = fields.text("instructions")
         if instructions is not None:
@@ -64,7 +65,7 @@ class ResponseRequest:
         format = None
         if text is not None:
             format = take_format(text, "format")
-            text.ignore("verbosity")
+            text.only("verbosity", "medium", VERBOSITY)
             text.finish(["format"])
         asked = cls(
             model=model,

@@ -88,6 +88,13 @@ class Fields:
         for name in names:
             self._left.pop(name, None)
 
+    def only(self, name: str, value: Any, reason: str) -> None:
+        """Refuse a member by name unless it has the one value that changes nothing."""
+        if self.has(name):
+            if self._left[name] != value:
+                self.refuse({name: reason})
+            self.ignore(name)
+
     def refuse(self, reasons: Mapping[str, str]) -> None:
         """Refuse members by name; each reason says why, and what to do."""
         for name, reason in reasons.items():

@@ -45,9 +45,10 @@ def _message(fields: Fields, where: str) -> dict[str, Any]:
         value = fields.text(key)
         if value is not None:
             message[key] = value
-    fields.ignore("refusal", "annotations", "function_call" if role != "assistant" else "")
+    fields.ignore("annotations", "function_call" if role != "assistant" else "")
     fields.refuse(
         {
+            "refusal": "models read texts alone: send it as the content",
             "audio": "lowtide reads text alone",
             "function_call": "it is the old form of tool_calls: send those",
         }

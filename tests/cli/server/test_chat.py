@@ -99,6 +99,12 @@ def test_messages_in_every_form_that_clients_send(serving: Serve) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "unknown field": ({"temprature": 1}, "temprature", "do you mean temperature?"),
     "audio": ({"audio": {}}, "audio", "text alone"),
+    "other length of text": ({"verbosity": "low"}, "verbosity", "no such setting"),
+    "refusal": (
+        {"messages": [{"role": "assistant", "content": None, "refusal": "No."}]},
+        "messages.0.refusal",
+        "send it as the content",
+    ),
     "old tools": ({"functions": []}, "functions", "tools"),
     "bad temperature": ({"temperature": -1}, "temperature", "temperature is -1"),
     "bad number": ({"top_p": "high"}, "top_p", "must be a number"),

@@ -83,11 +83,27 @@ def test_lists_of_models(serving: Serve) -> None:
         ({"format": "xml"}, "must be json"),
         ({"messages": [{"role": "user", "content": "x", "images": ["AA"]}]}, "images"),
         ({"template": "x"}, "--chat-template"),
+        ({"keep_alive": 0}, "keep_alive is 0"),
+        ({"keep_alive": "0s"}, "keep_alive is '0s'"),
+        ({"keep_alive": "soon"}, "must be seconds"),
+        ({"keep_alive": True}, "must be seconds"),
+        ({"keep_alive": [5]}, "must be seconds"),
+        ({"options": {"num_keep": 4}}, "options.num_keep"),
+        ({"options": {"f16_kv": False}}, "--kv-type"),
+        ({"options": {"vocab_only": True}}, "options.vocab_only"),
+        ({"options": {"penalize_newline": True}}, "options.penalize_newline"),
+        ({"shift": False}, "shift"),
     ],
 )
 def test_errors_have_ollamas_form(serving: Serve, fields: dict[str, Any], text: str) -> None:
     reply = serving().post("/api/chat", {"messages": MESSAGES, **fields})
     assert reply.status in (400, 404) and text in reply.json["error"]
+
+
+@pytest.mark.parametrize("keep_alive", [-1, 300, 0.5, "5m", "1h30m", "-1s", "1.5h", None])
+def test_times_for_which_the_model_stays_loaded(serving: Serve, keep_alive: Any) -> None:
+    body = {"messages": MESSAGES, "options": GREEDY, "stream": False, "keep_alive": keep_alive}
+    assert serving("Hello.").post("/api/chat", body).json["message"]["content"] == "Hello."
 
 
 @pytest.mark.parametrize("messages", [5, True, "Hi", {"role": "user"}, [], [5], None])

@@ -87,6 +87,8 @@ def test_a_format(serving: Serve) -> None:
         {"input": [{"type": "item_reference", "id": "x"}]},
         {"include": ["reasoning.encrypted_content"]},
         {"truncation": "auto"},
+        {"background": True},
+        {"text": {"verbosity": "high"}},
         {"tools": [{"type": "web_search"}]},
         {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
     ],
