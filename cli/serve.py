@@ -156,10 +156,12 @@ def _loaded(spec: ModelSpec, config: LoadConfig, sequences: int | None) -> Runti
     except (BadOption, OverBudget) as error:
         if sequences is not None:
             raise
-        note(f"answers are computed one at a time, not {SEQUENCES} together: {error}")
+        reason = str(error)
     planned = plan_with(spec, replace(config, sequences=1))
     planned.require_fit()
-    return load_runtime(planned)
+    runtime = load_runtime(planned)
+    note(f"answers are computed one at a time, not {SEQUENCES} together: {reason}")
+    return runtime
 
 
 def _server_modules() -> tuple[Any, Any, Any]:
