@@ -238,6 +238,11 @@ class DecodeLoop:
     ) -> Iterator[GenerationChunk]:
         speculation = self._context.speculation
         logits: Logits | None = verification.first
+        if sequence.has_read_ahead:
+            ahead = sequence.take_ahead(self._cache, is_over_budget=is_over_budget)
+            yield from self._forced_chunks(sequence, ahead)
+            if sequence.is_finished or sequence.is_prefilling:
+                return
         while logits is not None:
             with self._profiler.span("sampling"):
                 token_id = sequence.sample(logits)
@@ -255,7 +260,15 @@ class DecodeLoop:
                     is_accepted=logits is not None,
                     on_branch=logits is not None and verification.is_branch,
                 )
-        for chunk in sequence.read_forced(self._cache, is_over_budget=is_over_budget):
+        forced = sequence.read_forced(self._cache, is_over_budget=is_over_budget)
+        yield from self._forced_chunks(sequence, forced)
+
+    def _forced_chunks(
+        self, sequence: GenerationState, chunks: Iterator[GenerationChunk]
+    ) -> Iterator[GenerationChunk]:
+        """Yield the chunks of forced tokens, which drafts learn from."""
+        speculation = self._context.speculation
+        for chunk in chunks:
             yield chunk
             if speculation is not None and not sequence.is_finished and chunk.token_id is not None:
                 speculation.observe_token(

@@ -225,8 +225,8 @@ class GenerationState:
 
     `index` is its number in the cache while it runs. `token_ids` are the prompt as the cache holds it and the sampled
     tokens, which the penalties look back on. The first `num_computed` of them are in the cache: the others are the rest
-    of the prompt, or the token that was sampled last and forced text behind it. Where an answer is verified at its end,
-    its chunks are `held_back` until it stands.
+    of the prompt and what the answer must begin with, or the token that was sampled last and forced text behind it.
+    Where an answer is verified at its end, its chunks are `held_back` until it stands.
     """
 
     def __init__(
@@ -271,6 +271,7 @@ class GenerationState:
         self.num_computed, self._num_prompt = prompt.num_cached, len(prompt.token_ids)
         self._read_until = self._num_prompt
         self._force()
+        self._read_ahead(cache)
 
     @property
     def is_prefilling(self) -> bool:
@@ -345,6 +346,29 @@ class GenerationState:
         """Find out which tokens must come next, where those that were known have come."""
         if self.answer is not None and not self._forced:
             self._forced.extend(self.answer.forced())
+
+    def _read_ahead(self, cache: KVCache) -> None:
+        """Let the pass that ends the prompt compute what must come first, too; `read_forced` takes it afterwards."""
+        if self.answer is None or not self.answer.takes_forced or self._meter is not None:
+            return
+        num_unread = self._num_prompt - self.num_computed
+        count = min(len(self._forced), cache.num_free(self.index) - num_unread - 1)
+        if self.request.params.max_tokens is not None:
+            count = min(count, self.request.params.max_tokens - 1)
+        if count > 0 and cache.has_room(self.index, num_unread + count):
+            self.token_ids += [*self._forced][:count]
+            self._read_until += count
+
+    @property
+    def has_read_ahead(self) -> bool:
+        """Whether forced tokens were computed that are not taken yet."""
+        return self._read_until > self._num_prompt and not self._stats.generated_tokens
+
+    def take_ahead(self, cache: KVCache, *, is_over_budget: bool) -> Iterator[GenerationChunk]:
+        """Take the forced tokens that were computed with the prompt, and yield their chunks."""
+        self._stats.record_prefill()
+        del self.token_ids[self._num_prompt :]
+        yield from self.read_forced(cache, is_over_budget=is_over_budget)
 
     def read_forced(self, cache: KVCache, *, is_over_budget: bool) -> Iterator[GenerationChunk]:
         """Take the tokens that must come next, and yield their chunks.

@@ -217,6 +217,11 @@ class ConstrainedAnswer:
         found = self._constraint.forced()
         return found[: self._constraint.num_legal(found)] if found else ()
 
+    @property
+    def takes_forced(self) -> bool:
+        """Whether every forced token is taken, so that it can be computed before; the end may come instead."""
+        return not self._constraint.may_strand
+
     def skip(self, num_tokens: int) -> None:
         """Note that forced tokens needed no pass of their own."""
         self._num_skipped += num_tokens

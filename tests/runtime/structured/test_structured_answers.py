@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -135,6 +136,22 @@ def test_drafts_do_not_change_a_constrained_answer(seed: int, temperature: float
     drafted = runtime.generate("Q\n", params)
     assert (drafted.token_ids, drafted.finish_reason) == (plain.token_ids, plain.finish_reason)
     jsonschema.validate(json.loads(drafted.text), PERSON)
+
+
+def test_the_pass_of_the_prompt_reads_what_must_come_first(
+    fake_runtime: Callable[..., Runtime],
+) -> None:
+    reply = '{"name":"Ada","age":36}'
+    runtime = fake_runtime(reply)
+    params = SamplingParams(temperature=0, max_tokens=60, constraint=JsonSchema(PERSON, "compact"))
+    prompt_tokens = runtime.generate("Q\n", replace(params, constraint=None)).stats.prompt_tokens
+    runtime = fake_runtime(reply)
+    assert runtime.generate("Q\n", params).text == reply
+    first = runtime.fake.rows[0]  # type: ignore[attr-defined]
+    read = first if isinstance(first, int) else len(first)
+    assert read == prompt_tokens + len('{"name":"')
+    short = replace(params, max_tokens=24)
+    assert fake_runtime(reply).generate("Q\n", short).text == reply
 
 
 def test_forced_text_saves_passes(fake_runtime: Callable[..., Runtime]) -> None:
