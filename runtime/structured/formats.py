@@ -15,13 +15,13 @@ from lowtide.models.arguments.names import option
 from lowtide.models.arguments.values import choice, shown, text
 from lowtide.models.errors import BadOption
 from lowtide.runtime.structured.constraint import Constraint
-from lowtide.runtime.structured.extent.bounds import with_kept_bounds
 from lowtide.runtime.structured.extent.bytes import STATE_BYTES
 from lowtide.runtime.structured.extent.extent import Extent, Part
 from lowtide.runtime.structured.extent.grammar_extent import grammar_extent
 from lowtide.runtime.structured.extent.pattern_extent import pattern_extent
 from lowtide.runtime.structured.extent.schema_extent import schema_extent
 from lowtide.runtime.structured.grammar.advice import NONE_KNOWN, Advice, JsonAdvice, WholeText
+from lowtide.runtime.structured.grammar.enforceable import enforceable
 from lowtide.runtime.structured.grammar.library import llguidance
 from lowtide.runtime.structured.grammar.llguidance_constraint import (
     GrammarConstraint,
@@ -176,7 +176,7 @@ class JsonSchema(_Grammar):
 
     def _grammar(self, **options: Any) -> str:
         make, style = llguidance().LLMatcher.grammar_from_json_schema, _STYLE_OPTIONS[self.style]
-        written = json.dumps(with_kept_bounds(json.loads(self.schema)))
+        written = json.dumps(enforceable(json.loads(self.schema)))
         return grammar_from(make, written, overrides={**style, **options})
 
     def _extent(self) -> Extent:

@@ -11,9 +11,9 @@ from typing import Any
 from lowtide.models.errors import BadOption
 
 _NAMED = re.compile(r'"([$\w-]+)"|\'([$\w-]+)\'')
-_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 """Keywords whose keys are names and not keywords."""
-_DATA = ("enum", "const", "default", "examples", "required")
+DATA = ("enum", "const", "default", "examples", "required")
 """Keywords whose value is no schema."""
 _INSTEAD = {
     "oneOf": "use anyOf, or make the alternatives differ in a const",
@@ -78,9 +78,9 @@ def keywords_of(schema: Any, pointer: str = "") -> Iterator[tuple[str, str, Any]
         for keyword, value in node.items():
             here = f"{at}/{escaped(keyword)}"
             yield here, keyword, value
-            if keyword in _DATA:
+            if keyword in DATA:
                 continue
-            if keyword in _MAPS and isinstance(value, Mapping):
+            if keyword in MAPS and isinstance(value, Mapping):
                 waiting += [(one, f"{here}/{escaped(name)}") for name, one in value.items()]
             else:
                 waiting.append((value, here))

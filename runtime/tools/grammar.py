@@ -20,7 +20,7 @@ from lowtide.models.template.call_format import (
     CallFormat,
 )
 from lowtide.models.text.tokenizer import Tokenizer
-from lowtide.runtime.structured.extent.bounds import with_kept_bounds
+from lowtide.runtime.structured.grammar.enforceable import enforceable
 from lowtide.runtime.tools.tool import Tool
 
 MAX_CALLS = 8
@@ -177,7 +177,7 @@ def _arguments_schema(tool: Tool, style: str) -> dict[str, Any]:
         raise BadOption(
             f"the parameters of the tool {tool.name} are nested too deeply: flatten them"
         ) from None
-    return {**with_kept_bounds(closed), "x-guidance": _JSON_OPTIONS.get(style, _FLEXIBLE)}
+    return {**enforceable(closed), "x-guidance": _JSON_OPTIONS.get(style, _FLEXIBLE)}
 
 
 def closed_schema(schema: Any) -> Any:
