@@ -211,3 +211,16 @@ def test_invalid_utf_8_is_an_error(lowtide: Invoke) -> None:
     done = lowtide("chat", input=b"caf\xe9\nHi\n")
     assert "not UTF-8 at byte 3" in done.stderr
     assert done.stdout == "Hello.\n"
+
+
+def test_each_turn_reasons_before_its_answer(lowtide: Invoke) -> None:
+    options = ("--reason", "9", "--regex", "[0-9]{2}", "--temp", "0", "-n", "40")
+    done = lowtide("chat", *options, input="Hi\nMore\n", replies=("I think. 7", "Sure, so 8"))
+    assert done.exit_code == 0
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line == "Answer:"] == ["Answer:"] * 2
+    numbers = [lines[i + 1] for i, line in enumerate(lines) if line == "Answer:"]
+    assert all(len(number) == 2 and number.isdecimal() for number in numbers)
+    assert lines[0].startswith("I think") and "Answer:\n" + numbers[0] in prompts(lowtide)
+    short = lowtide("chat", *options[:6], "-n", "9", input="Hi\n")
+    assert short.exit_code == 2 and "its reasoning may take 9 tokens" in short.stderr
