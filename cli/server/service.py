@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lowtide.cli.server.errors import SERVER, ApiError, api_error
 from lowtide.cli.server.guard import ANSWERS, OWNER
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 IDLE_S = 0.02
 """How often an embedding that waits for an answer looks whether that has ended."""
+Found = TypeVar("Found")
 Reader = Callable[[GenerationChunk], Delta]
 
 
@@ -104,7 +105,7 @@ class Service:
         answers = Answers(pending, readers, self._open.discard)
         self._open.add(answers)
         request.scope[ANSWERS] = answers
-        await answers.begin()
+        await self._unless_left(request, answers.begin())
         return answers
 
     def _require_place(self) -> None:
@@ -147,22 +148,28 @@ class Service:
 
     async def collect(self, request: Request, answers: Answers) -> list[Answer]:
         """Return whole answers; a client that leaves ends them."""
-        whole = asyncio.create_task(answers.all())
-        left = asyncio.create_task(_left(request))
         try:
-            await asyncio.wait({whole, left}, return_when=asyncio.FIRST_COMPLETED)
-            if not whole.done():
-                self.metrics.num_cancelled += 1
-                raise ApiError(499, "the client left", code="cancelled")
-            return whole.result()
+            return await self._unless_left(request, answers.all())
         except ApiError:
             raise
         except Exception as error:
             raise api_error(error) from error
         finally:
-            left.cancel()
-            whole.cancel()
             answers.close()
+
+    async def _unless_left(self, request: Request, waiting: Coroutine[Any, Any, Found]) -> Found:
+        """Return what is waited for; raises `ApiError` as soon as the client has closed its connection."""
+        found = asyncio.create_task(waiting)
+        left = asyncio.create_task(_left(request))
+        try:
+            await asyncio.wait({found, left}, return_when=asyncio.FIRST_COMPLETED)
+            if not found.done():
+                self.metrics.num_cancelled += 1
+                raise ApiError(499, "the client left", code="cancelled")
+            return found.result()
+        finally:
+            left.cancel()
+            found.cancel()
 
 
 def _reader(tools: ToolUse | None) -> Reader:

@@ -96,6 +96,50 @@ def until(condition: Callable[[], bool], seconds: float = 10) -> None:
         time.sleep(0.01)
 
 
+class Gate:
+    """Lets so many passes through as `open` says, and counts those that were begun."""
+
+    def __init__(self) -> None:
+        self._places = threading.Semaphore(0)
+        self.num_begun = 0
+
+    def pass_through(self) -> None:
+        self.num_begun += 1
+        assert self._places.acquire(timeout=30), "nobody opened the gate"
+
+    def open(self, num_passes: int) -> None:
+        self._places.release(num_passes)
+
+
+class GatedSequences(FakeSequences):
+    """Begin a pass and wait until the gate is open for it."""
+
+    def __init__(self, model: GatedModel, *arguments: int) -> None:
+        super().__init__(model, *arguments)
+        self._gate = model.gate
+
+    def forward(self, slices: Sequence[SequenceSlice]) -> Any:
+        self._gate.pass_through()
+        return super().forward(slices)
+
+
+class GatedModel(FakeModel):
+    """Begins a pass and waits until the gate is open for it."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.gate = Gate()
+
+    def open_sequences(
+        self, num_sequences: int, num_slots: int, max_logits: int | None = None
+    ) -> GatedSequences:
+        return GatedSequences(self, num_sequences, num_slots, max_logits or num_sequences)
+
+    def forward(self, token_ids: Sequence[int]) -> Any:
+        self.gate.pass_through()
+        return super().forward(token_ids)
+
+
 class SlowSequences(FakeSequences):
     """Take a hundredth of a second for a pass."""
 
