@@ -249,6 +249,7 @@ def own_values(finishes: list[Finish]) -> dict[str, Any]:
         "structured": last.stats.structured,
         "dropped_messages": last.stats.dropped_messages,
         "seed": last.stats.seed,
+        "identical": last.stats.batch is None or last.stats.batch["identical"],
         "time_to_first_token_s": last.stats.time_to_first_token_s,
         "prefill_tokens_per_s": last.stats.prefill_tokens_per_s,
         "decode_tokens_per_s": last.stats.decode_tokens_per_s,
