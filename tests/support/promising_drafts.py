@@ -69,6 +69,6 @@ def largest_point(
 def largest_speculation() -> Iterator[None]:
     """Have plans verify as much as the user allows: for tests of what is done with it."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("allocation", "planner"):
+        for module in ("speculation.candidates", "planner"):
             patch.setattr(f"lowtide.memory.plan.{module}.operating_point", largest_point)
         yield
