@@ -45,7 +45,8 @@ def whole_number(
     if whole is None:
         raise BadOption(f"{name} is {shown(value)}; it must be a whole number{alternative}")
     if not least <= whole <= most:
-        allowed = f"at most {most:,}" if whole > most else _range(least, most)
+        is_beyond_all = whole > most == MOST
+        allowed = f"at most {most:,}" if is_beyond_all else _range(least, most)
         raise BadOption(f"{name} is {shown(whole)}; it must be {allowed}{alternative}")
     return whole if most < math.inf else min(whole, MOST_WORD)
 

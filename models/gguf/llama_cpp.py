@@ -174,12 +174,18 @@ class LlamaLibrary:
 
     @contextlib.contextmanager
     def collected_messages(self) -> Iterator[list[str]]:
-        """Yield the lines that llama.cpp logs on this thread inside the block."""
+        """Yield the lines that llama.cpp logs on this thread inside the block.
+
+        An outer block gets the lines of an inner one, too.
+        """
+        outer: list[str] | None = getattr(self._thread, "messages", None)
         self._thread.messages = messages = list[str]()
         try:
             yield messages
         finally:
-            self._thread.messages = None
+            self._thread.messages = outer
+            if outer is not None:
+                outer.extend(messages)
 
     def tensor_type(self, number: int) -> tuple[str, int, int] | None:
         """Return ggml's name of a tensor type, the elements of a block and its bytes; None for an unknown number."""

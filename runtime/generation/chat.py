@@ -148,7 +148,7 @@ class PromptEncoder:
         choice: str,
     ) -> tuple[Sequence[Message], SamplingParams, Sequence[Mapping[str, Any]] | None]:
         """Return messages, parameters and tools of the template for an answer that may call `tools`; see `ToolUse`."""
-        if not tools:
+        if tools is None or (isinstance(tools, Sequence) and not tools):
             return messages, params, None
         use = ToolUse(self.call_syntax, tools, choice)
         return use.messages(messages), use.params(params), use.for_template

@@ -19,7 +19,7 @@ from lowtide.memory.units import MIB
 Invoke = Callable[..., Result]
 KEYS = {
     *("version", "model", "machine", "plan", "measured", "resident_bytes", "peak_rss_bytes"),
-    *("seconds", "phases", "layers", "retention_map", "turns"),
+    *("seconds", "phases", "layers", "retention_map", "turns", "buffers"),
 }
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"

@@ -137,8 +137,8 @@ def test_any_text_to_embed_is_accepted_or_a_sentence() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"tools": "x"}, "tools is 'x'; it must be a list of dicts"),
-        ({"tools": [None]}, "it must be a list of dicts"),
+        ({"tools": "x"}, "tools is 'x'; it must be a list of functions or tools"),
+        ({"tools": [None]}, "a tool is None; it must be a function"),
         ({"template_arguments": [("a", 1)]}, "it must be a dict of variables by name"),
         ({"template_arguments": {5: 1}}, "it must be a dict of variables by name"),
     ],
