@@ -35,7 +35,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_the_vectors_do_not_depend_on_the_batch(model: Path) -> None:
-    with Embedder.open(model, memory="1GiB") as embedder:
+    with Embedder.open(model, memory="4GiB") as embedder:
         together = embedder.embed(TEXTS)
         alone = np.concatenate([embedder.embed(text) for text in TEXTS])
         assert together.dtype == np.float32
@@ -50,14 +50,14 @@ def test_the_vectors_do_not_depend_on_the_batch(model: Path) -> None:
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
 def test_pooling_takes_the_vectors_of_tokens(tmp_path: Path, pooling: str) -> None:
     path = write_encoder(tmp_path / "bert.gguf")
-    with Embedder.open(path, memory="1GiB", pooling="none") as embedder:
+    with Embedder.open(path, memory="4GiB", pooling="none") as embedder:
         each = embedder.embed_tokens(TEXTS, normalize=False)
     expected = {
         "mean": [tokens.mean(0) for tokens in each],
         "cls": [tokens[0] for tokens in each],
         "last": [tokens[-1] for tokens in each],
     }[pooling]
-    with Embedder.open(path, memory="1GiB", pooling=pooling) as embedder:
+    with Embedder.open(path, memory="4GiB", pooling=pooling) as embedder:
         np.testing.assert_allclose(embedder.embed(TEXTS, normalize=False), expected, atol=2e-3)
 
 
@@ -80,15 +80,15 @@ def test_the_vectors_are_those_of_llama_cpp_python(tmp_path: Path, name: str) ->
     texts = [text for text in TEXTS if text]
     program = ORACLE.replace("{pooling}", "1" if name == "llama" else "-1")
     subprocess.run([sys.executable, "-c", program, path, out, *texts], check=True, timeout=120)
-    with Embedder.open(path, memory="1GiB") as embedder:
+    with Embedder.open(path, memory="4GiB") as embedder:
         np.testing.assert_allclose(embedder.embed(texts), np.load(out), atol=2e-3)
 
 
 def test_a_runtime_embeds_with_the_decoder_that_it_generates_with(tmp_path: Path) -> None:
     path = write_model(tmp_path / "model.gguf")
-    with Embedder.open(path, memory="1GiB") as embedder:
+    with Embedder.open(path, memory="4GiB") as embedder:
         expected = embedder.embed(TEXTS)
-    with Runtime.open(path, memory="1GiB", threads=1) as runtime:
+    with Runtime.open(path, memory="4GiB", threads=1) as runtime:
         plain = runtime.generate("word7", max_tokens=4, temperature=0).token_ids
         reserved = runtime.ledger.reserved_bytes
         np.testing.assert_allclose(runtime.embed(TEXTS), expected, atol=1e-4)
@@ -107,7 +107,7 @@ def test_a_stream_is_closed_from_inside_its_step(tmp_path: Path) -> None:
             yield f"word{number}"
 
     path = write_encoder(tmp_path / "bert.gguf")
-    with Embedder.open(path, memory="1GiB", batch_size=4) as embedder:
+    with Embedder.open(path, memory="4GiB", batch_size=4) as embedder:
         stream = embedder.stream(texts())
         assert len(list(stream)) < 5
 
@@ -121,11 +121,11 @@ def test_a_text_that_is_too_long_is_refused_or_cut(tmp_path: Path) -> None:
     path = write_encoder(tmp_path / "bert.gguf")
     long = ["a", "b " * 100]
     with (
-        Embedder.open(path, memory="1GiB", context=50) as embedder,
+        Embedder.open(path, memory="4GiB", context=50) as embedder,
         pytest.raises(TextTooLong, match=r"text 2 has 102 tokens, and texts of up to 50 tokens"),
     ):
         embedder.embed(long)
-    with Embedder.open(path, memory="1GiB", context=50, overflow="truncate") as embedder:
+    with Embedder.open(path, memory="4GiB", context=50, overflow="truncate") as embedder:
         with pytest.warns(LowtideWarning, match="text 2 has 102 tokens; its first 50"):
             cut = embedder.embed(long)
         # The first 48 words, and [CLS] and [SEP] around them.
@@ -148,18 +148,18 @@ def test_a_text_that_is_too_long_is_refused_or_cut(tmp_path: Path) -> None:
 def test_wrong_options(tmp_path: Path, options: dict[str, object], message: str) -> None:
     path = write_encoder(tmp_path / "bert.gguf")
     with pytest.raises(LowtideError, match=message) as caught:
-        Embedder.open(path, **{"memory": "1GiB", **options})
+        Embedder.open(path, **{"memory": "4GiB", **options})
     assert caught.value.exit_code == 2
 
 
 def test_a_reranker_is_refused(tmp_path: Path) -> None:
     path = write_encoder(tmp_path / "bert.gguf", pooling=4)
     with pytest.raises(UnsupportedModel, match="bert is a reranker"):
-        Embedder.open(path, memory="1GiB")
+        Embedder.open(path, memory="4GiB")
 
 
 def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
-    with Embedder.open(write_encoder(tmp_path / "bert.gguf"), memory="1GiB") as embedder:
+    with Embedder.open(write_encoder(tmp_path / "bert.gguf"), memory="4GiB") as embedder:
         with pytest.raises(BadOption, match="text 2 is 5"):
             embedder.embed(["a", 5])  # type: ignore[list-item]
         embedder.close()
@@ -208,7 +208,7 @@ def test_an_encoder_that_ggml_cannot_compute_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ForwardError, match="cannot compute .*halves.gguf.* has a type that is unusual"
     ):
-        Embedder.open(path, memory="1GiB")
+        Embedder.open(path, memory="4GiB")
 
 
 def test_vectors_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_vectors_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
 
     path = write_encoder(tmp_path / "nan.gguf", changed=with_nan)
     with (
-        Embedder.open(path, memory="1GiB") as embedder,
+        Embedder.open(path, memory="4GiB") as embedder,
         pytest.raises(ForwardError, match="the embeddings are not numbers"),
     ):
         embedder.embed("hello")
@@ -229,7 +229,7 @@ FORKED = """
 import os, sys
 from lowtide import Embedder
 from lowtide.runtime.errors import RuntimeUnusable
-embedder = Embedder.open(PATH, memory="1GiB", threads=2)
+embedder = Embedder.open(PATH, memory="4GiB", threads=2)
 embedder.embed("hello")
 pid = os.fork()
 if pid == 0:
