@@ -101,7 +101,7 @@ def measured_baseline(
         return
     template_bytes = 0 if is_text else _compile_template(spec, budget)
     formulas = replace(formulas, template_bytes=template_bytes)
-    before = read_process_memory().resident_bytes
+    before = _trimmed_bytes()
     model_bytes = estimates.described_bytes(spec)
     shortest = layout_bytes(spec, SHORTEST_LAYOUT)
     if before + model_bytes + max(estimates.loading_bytes(spec), shortest) > budget.num_bytes:
@@ -125,14 +125,19 @@ def measured_baseline(
         if spec.header_array_bytes > model_bytes:
             # Reading such arrays again takes more: the heap keeps a part of what the first reading freed.
             measured = replace(measured, vocabulary_bytes=None, header_loading_bytes=None)
-        trim_heap()
-        resident = read_process_memory().resident_bytes - layouts.resident_bytes
+        resident = _trimmed_bytes() - layouts.resident_bytes
         room_bytes = budget.num_bytes - resident - laid_out.vocabulary_bytes
         sizes = SimulatedSizes(spec, layouts, room_bytes)
         count = partial(prompt_tokens_of, prompt, spec, budget, layouts.tokenizer)
         yield Measurement(measured, sizes, count)
     finally:
         layouts.close()
+
+
+def _trimmed_bytes() -> int:
+    """Return the resident bytes without free pages of the heap: they count where something takes them again."""
+    trim_heap()
+    return read_process_memory().resident_bytes
 
 
 def _is_fresh(memory: ProcessMemory) -> bool:

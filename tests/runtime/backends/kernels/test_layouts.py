@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 from pathlib import Path
 
 import pytest
 from gguf_files import write_model
 
+from lowtide.memory.budget import Budget
+from lowtide.memory.units import MIB
 from lowtide.models.facts import store
 from lowtide.models.gguf.header.spec import read_spec
 from lowtide.models.spec import ModelSpec
@@ -123,6 +127,30 @@ def test_a_prompt_is_counted_where_the_plan_depends_on_it(
     tight_bytes = roomy.plan.total_bytes - (100 << 20)
     tight = plan_spec(spec, LoadConfig(memory=tight_bytes), prompt=prompt)
     assert tight.plan.downgrades and tight.baseline.prompt_tokens > 2000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the heap cannot be trimmed")
+def test_what_a_template_leaves_free_is_not_in_the_baseline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_model(tmp_path / "model.gguf")
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    used: list[int] = []
+
+    def leave_free(_spec: ModelSpec, _budget: Budget) -> int:
+        *freed, last = [libc.malloc(16 << 10) for _ in range(1024)]
+        for block in freed:
+            ctypes.memset(block, 1, 16 << 10)
+            libc.free(block)
+        used.append(last)  # the end of the heap: without it, free itself would return the pages
+        return 0
+
+    baseline = plan_spec(read_spec(path), LoadConfig(memory="8GiB")).baseline
+    monkeypatch.setattr(gguf_baseline, "_compile_template", leave_free)
+    after = plan_spec(read_spec(path), LoadConfig(memory="8GiB")).baseline
+    libc.free(used.pop())
+    assert after.interpreter_bytes < baseline.interpreter_bytes + 4 * MIB
 
 
 def test_a_text_and_a_chat_are_measured_apart(tmp_path: Path, laid_out: list[Path]) -> None:
