@@ -295,7 +295,7 @@ class GpuLayers:
         compute = estimates.compute_bytes(
             spec, candidate.context, candidate.batch_size, candidate.kv_type
         )
-        compute += 4 * spec.vocabulary.num_tokens + PADDING_BYTES  # logits of one token
+        compute += self._logits_bytes(candidate, device) + PADDING_BYTES
         reserve, why = self._budget.reserve(device)
         if not self._attention_can_stay:
             compute += self._largest_cache(candidate, candidate.kv_type)
@@ -309,6 +309,14 @@ class GpuLayers:
             ),
             PlanLine(components.RESERVE, reserve, why),
         )
+
+    def _logits_bytes(self, candidate: PlanCandidate, device: GpuDevice) -> int:
+        """Return what the logits of a pass take in the compute buffer of a device.
+
+        Those of drafts on a device that shares the machine's memory are in the process's line for speculation.
+        """
+        num_rows = 1 if device.shares_memory else max(candidate.speculation.verify_batch, 1)
+        return 4 * self._spec.vocabulary.num_tokens * num_rows
 
     def _largest_cache(self, candidate: PlanCandidate, kv_type: str) -> int:
         """Return the largest KV cache of a layer; the device makes a copy of it."""

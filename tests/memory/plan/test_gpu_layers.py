@@ -13,9 +13,11 @@ from lowtide.memory.budget import Budget
 from lowtide.memory.plan import estimates
 from lowtide.memory.plan import line as components
 from lowtide.memory.plan.driver import DriverMemory
-from lowtide.memory.plan.gpu import GpuBudget, GpuPlan, parse_gpu_layers
+from lowtide.memory.plan.gpu import GpuBudget, GpuLayers, GpuPlan, parse_gpu_layers
+from lowtide.memory.plan.line import PlanCandidate
 from lowtide.memory.plan.plan import MemoryPlan, PlanRequest, ProcessBaseline
 from lowtide.memory.plan.planner import plan_memory, require_fit
+from lowtide.memory.plan.speculation.allocator import SpeculationChoice
 from lowtide.memory.units import MIB, BadSize, OverBudget
 from lowtide.models.errors import BadOption
 from lowtide.models.fake_model import fake_spec
@@ -23,6 +25,7 @@ from lowtide.models.spec import ModelSpec
 
 BASELINE = ProcessBaseline(interpreter_bytes=46 * MIB, processor="x86_64")
 LAYERS = 30
+CANDIDATE = PlanCandidate(context=2048, batch_size=128, kv_type="f16", kv_tokens=2048)
 
 
 def plan_of(
@@ -226,6 +229,19 @@ def test_the_reserve_of_a_device_is_what_was_measured(smollm2_spec: ModelSpec) -
     assert bytes_of(plan.gpus[0])[components.RESERVE] == 3 * MIB
     assert bytes_of(plan)[components.DRIVER] == 70 * MIB and "measured" in str(plan)
     assert components.DRIVER not in bytes_of(plan_of(smollm2_spec, None))
+
+
+def test_the_logits_of_drafts_are_in_one_line(smollm2_spec: ModelSpec) -> None:
+    """A device of its own holds a copy in its compute buffer; a shared one's is in the line for speculation."""
+    drafting = dataclasses.replace(
+        CANDIDATE, speculation=SpeculationChoice(drafts=("ngram",), verify_batch=5)
+    )
+    for shares_memory, num_rows in ((False, 4), (True, 0)):
+        layers = GpuLayers(smollm2_spec, gpu_budget(31, gpu(shares_memory=shares_memory)))
+        plain, more = (
+            bytes_of(layers.place(one)[0])[components.COMPUTE] for one in (CANDIDATE, drafting)
+        )
+        assert more - plain == num_rows * 4 * smollm2_spec.vocabulary.num_tokens
 
 
 def test_a_device_in_main_memory_has_no_reserve_of_its_own(smollm2_spec: ModelSpec) -> None:
