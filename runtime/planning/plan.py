@@ -246,6 +246,8 @@ def _with_drivers(
         if driver == gpu.driver:
             break
         gpu = replace(gpu, driver=driver)
+        if not driver.is_measured:
+            break  # asking again would measure again in vain
     if gpu.driver is LEFT_OUT:
         gpu = replace(gpu, driver=ESTIMATED)
     request = replace(request, gpu=gpu)

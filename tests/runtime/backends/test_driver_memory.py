@@ -116,6 +116,7 @@ def test_without_a_measurement_it_is_an_estimate(
 ) -> None:
     worker.ended_by = signal.SIGKILL
     in_process, on_device = lines_of(model)
+    assert len(worker.requests) == 1
     assert in_process["GPU driver"] == ESTIMATED_PROCESS_BYTES and on_device["reserve"] == 100 * MIB
 
     def cannot_start(*_: Any, **__: Any) -> None:
