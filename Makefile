@@ -28,7 +28,7 @@ chat: $(VENV)/$(CHAT) ## talk with the default model; NATIVE=1 compiles llama.cp
 
 check: lint unit ## format, lint, types, import contracts and unit tests; before each commit (5 minutes)
 
-test: check real smoke docs ## what CI runs: `check`, real models, enforcement, sanitizers, wheel, docs, and a device where there is one (20 minutes)
+test: check real smoke docs ## what CI runs: `check`, real models, enforcement, sanitizers, wheel and docs; nothing on a device (20 minutes)
 
 # A llama.cpp with a device that was brought for the tests, where no other one is named. Software devices have to be
 # asked for, and of one device these make two. Mesa 22's software driver crashes in operations that ggml fuses.
