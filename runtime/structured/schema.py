@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lowtide.models.errors import BadOption
 
 _NAMED = re.compile(r'"([$\w-]+)"|\'([$\w-]+)\'')
-MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 """Keywords whose keys are names and not keywords."""
-DATA = ("enum", "const", "default", "examples", "required")
+_VALUES = ("enum", "const")
+"""Keywords whose value is one that an answer may have, or a list of those."""
+_DATA = (*_VALUES, "default", "examples", "required")
 """Keywords whose value is no schema."""
 _INSTEAD = {
     "oneOf": "use anyOf, or make the alternatives differ in a const",
@@ -78,12 +80,39 @@ def keywords_of(schema: Any, pointer: str = "") -> Iterator[tuple[str, str, Any]
         for keyword, value in node.items():
             here = f"{at}/{escaped(keyword)}"
             yield here, keyword, value
-            if keyword in DATA:
+            if keyword in _DATA:
                 continue
-            if keyword in MAPS and isinstance(value, Mapping):
+            if keyword in _MAPS and isinstance(value, Mapping):
                 waiting += [(one, f"{here}/{escaped(name)}") for name, one in value.items()]
             else:
                 waiting.append((value, here))
+
+
+def map_schemas(
+    schema: Any, change: Callable[[dict[str, Any], str], dict[str, Any]], at: str = ""
+) -> Any:
+    """Return a schema where `change` was applied to each schema in it, the outer ones first.
+
+    `change` takes a schema and its JSON pointer. Values of `const` and `enum` are no schemas and stay as they are;
+    those of `default` and the like say nothing of answers, unless a `$ref` uses them as schemas.
+    """
+    if isinstance(schema, list):
+        return [map_schemas(one, change, f"{at}/{i}") for i, one in enumerate(schema)]
+    if not isinstance(schema, Mapping):
+        return schema
+    made: dict[str, Any] = {}
+    for keyword, value in change(dict(schema), at).items():
+        here = f"{at}/{escaped(keyword)}"
+        if keyword in _VALUES:
+            made[keyword] = value
+        elif keyword in _MAPS and isinstance(value, Mapping):
+            made[keyword] = {
+                name: map_schemas(one, change, f"{here}/{escaped(name)}")
+                for name, one in value.items()
+            }
+        else:
+            made[keyword] = map_schemas(value, change, here)
+    return made
 
 
 def escaped(name: str) -> str:

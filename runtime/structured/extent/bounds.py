@@ -15,7 +15,7 @@ from typing import Any
 
 from lowtide.models.arguments.values import shown
 from lowtide.models.errors import BadOption
-from lowtide.runtime.structured.schema import escaped
+from lowtide.runtime.structured.schema import escaped, map_schemas
 
 _LEAST, _MOST = -(1 << 63), (1 << 63) - 1
 _LEAST_STEP, _STEP = 1e-15, 1e-12
@@ -73,10 +73,7 @@ def with_kept_bounds(schema: Any) -> Any:
     may_be_lost = fractions and any(keyword.startswith("exclusive") for keyword, _ in bounds)
     if not may_be_lost and not any(isinstance(bound, bool) for _, bound in bounds):
         return schema
-    try:
-        return _kept(schema, fractions)
-    except RecursionError:
-        raise BadOption("the JSON schema is nested too deeply: flatten it") from None
+    return map_schemas(schema, lambda node, _at: _kept(node, fractions))
 
 
 def _bounds_of(schema: Any) -> Iterator[tuple[str, Any]]:
@@ -94,12 +91,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _kept(node: Any, fractions: set[float]) -> Any:
-    if isinstance(node, list):
-        return [_kept(one, fractions) for one in node]
-    if not isinstance(node, Mapping):
-        return node
-    made = {key: _kept(value, fractions) for key, value in node.items()}
+def _kept(node: dict[str, Any], fractions: set[float]) -> dict[str, Any]:
+    """Return one schema, not those inside it, with bounds that are kept."""
+    made = dict(node)
     for exclusive, inclusive, upward in (
         ("exclusiveMinimum", "minimum", True),
         ("exclusiveMaximum", "maximum", False),

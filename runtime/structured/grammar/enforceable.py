@@ -11,7 +11,7 @@ from typing import Any
 
 from lowtide.models.errors import BadOption
 from lowtide.runtime.structured.extent.bounds import with_kept_bounds
-from lowtide.runtime.structured.schema import DATA, MAPS, escaped, keywords_of
+from lowtide.runtime.structured.schema import escaped, keywords_of, map_schemas
 
 _YEAR = "(?:[1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"
 _BY_4 = "(?:0[48]|[2468][048]|[13579][26])"
@@ -53,7 +53,7 @@ def _without_remarks(schema: Any) -> Any:
             return node
         return {k: v for k, v in node.items() if not is_remark(k, f"{at}/{escaped(k)}")}
 
-    return _changed(schema, change)
+    return map_schemas(schema, change)
 
 
 def _with_real_dates(schema: Any) -> Any:
@@ -69,25 +69,4 @@ def _with_real_dates(schema: Any) -> Any:
             else node
         )
 
-    return _changed(schema, change)
-
-
-def _changed(node: Any, change: Any, at: str = "") -> Any:
-    """Return a schema where `change` was applied to each schema in it, the outer ones first; data stay as they are."""
-    if isinstance(node, list):
-        return [_changed(one, change, f"{at}/{i}") for i, one in enumerate(node)]
-    if not isinstance(node, Mapping):
-        return node
-    made: dict[str, Any] = {}
-    for keyword, value in change(dict(node), at).items():
-        here = f"{at}/{escaped(keyword)}"
-        if keyword in DATA:
-            made[keyword] = value
-        elif keyword in MAPS and isinstance(value, Mapping):
-            made[keyword] = {
-                name: _changed(one, change, f"{here}/{escaped(name)}")
-                for name, one in value.items()
-            }
-        else:
-            made[keyword] = _changed(value, change, here)
-    return made
+    return map_schemas(schema, change)

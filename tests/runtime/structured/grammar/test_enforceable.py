@@ -90,6 +90,28 @@ def test_data_that_look_like_a_schema_stay_as_they_are() -> None:
     assert changed["properties"]["format"] == {"const": "date"}
 
 
+def test_what_is_named_like_a_bound_stays() -> None:
+    half = {"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}
+    value = {"exclusiveMinimum": 0}
+    schema = {
+        "type": "object",
+        "properties": {
+            "half": half,
+            "exclusiveMinimum": False,
+            "same": {"const": value},
+            "one": {"enum": [value, 1]},
+        },
+        "additionalProperties": False,
+    }
+    for answer in (
+        *({"half": number} for number in (0, 0.25)),
+        {"exclusiveMinimum": 1},
+        *({name: one} for name in ("same", "one") for one in (value, {"minimum": 1e-15})),
+    ):
+        assert accepts(schema, answer) == jsonschema.Draft202012Validator(schema).is_valid(answer)
+    assert accepts(schema, {"same": value})
+
+
 @pytest.mark.parametrize("draft", [DRAFT_7, DRAFT_2020])
 def test_keywords_beside_a_reference_count_as_the_draft_says(draft: str) -> None:
     schema = {
