@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 from lowtide.runtime.structured.constraint import Constraint
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from lowtide.models.model import Logits
     from lowtide.runtime.structured.constraint import TokenIds
 
@@ -106,7 +109,7 @@ class Aligned(Constraint):
         *,
         asks_mask: bool = True,
     ) -> None:
-        self._start, self._inner = inner, inner.fork()
+        self._inner = inner.fork()
         self._tries, self._key = tries, key
         self._end_ids, self._temperature = tuple(end_ids), temperature
         self._node: Node | None = None
@@ -212,6 +215,10 @@ class Aligned(Constraint):
         """Return all tokens that may come next."""
         return self._inner.legal_ids()
 
+    def legal_among(self, token_ids: TokenIds) -> NDArray[np.bool_]:
+        """Return which of the tokens may come next."""
+        return self._inner.legal_among(token_ids)
+
     @property
     def is_accepting(self) -> bool:
         """Whether the answer may end here."""
@@ -255,6 +262,12 @@ class Aligned(Constraint):
     def ends(self, token_ids: Sequence[int]) -> bool:
         """Whether the tokens bring the answer to an end."""
         return self._inner.ends(token_ids)
+
+    def closing_after(
+        self, closing: Sequence[int], token_id: int, max_tokens: int
+    ) -> Sequence[int] | None:
+        """Return a way to the end behind `token_id`, where `closing` was one before it."""
+        return self._inner.closing_after(closing, token_id, max_tokens)
 
     def rests(self, closing: Sequence[int], token_id: int) -> Iterable[Sequence[int]]:
         """Yield ways that may still lead to the end."""
