@@ -26,23 +26,22 @@ COMPLETE = -1
 
 
 class Markers:
-    """The text or control token that ends the reasoning; `end` is the caller's own.
+    """The text or control token that ends the reasoning: `end`, or for None what the model was trained to write.
 
     `opening` are tokens that come before the reasoning where the prompt does not have them, `gap` those between marker
     and answer, and `closing` a line break, the marker and the gap. Raises `BadOption` where it cannot be written.
     """
 
-    def __init__(self, vocabulary: TokenVocabulary, matcher: TextMatcher | None, end: str) -> None:
+    def __init__(self, vocabulary: TokenVocabulary, end: str | None) -> None:
         self._vocabulary = vocabulary
-        self._matcher = matcher
-        self._think = _think_ids(vocabulary) if matcher is None else None
-        gap = "\n"
-        if matcher is None:
-            end, gap = (END_OF_THINK, "\n\n") if self._think else (END_TEXT, "\n")
+        self._think = _think_ids(vocabulary) if end is None else None
+        is_own, gap = end is not None, "\n\n" if self._think else "\n"
+        if end is None:
+            end = END_OF_THINK if self._think else END_TEXT
         only = vocabulary.token_of(end)
         self._end_id = only if only is not None and not vocabulary.bytes_of(only) else None
-        if self._end_id is None and self._matcher is None:
-            self._matcher = TextMatcher([end.encode()], is_absorbing=True)
+        # A text of the caller's own may be spelled, too, where a control token stands for it.
+        self._matcher = finder_of(end) if is_own or self._end_id is None else None
         self.gap = self._written(gap)
         written = self._written(end) if self._end_id is None else (self._end_id,)
         self.closing = (*self._written("\n"), *written, *self.gap)
@@ -116,6 +115,11 @@ class Markers:
         if self._end_id is not None:
             legal[self._end_id] = True
         return legal
+
+
+def finder_of(end: str) -> TextMatcher:
+    """Return what finds the text that ends the reasoning: it has a state, and at most a mask, for each byte."""
+    return TextMatcher([end.encode()], is_absorbing=True)
 
 
 def _think_ids(vocabulary: TokenVocabulary) -> tuple[int, int] | None:

@@ -10,14 +10,19 @@ from lowtide.models.arguments.values import text, whole_number
 from lowtide.models.errors import BadOption
 from lowtide.runtime.structured.constraint import Constraint
 from lowtide.runtime.structured.formats import OutputFormat
-from lowtide.runtime.structured.reasoning.markers import END_OF_THINK, END_TEXT, THINK, Markers
+from lowtide.runtime.structured.reasoning.markers import (
+    END_OF_THINK,
+    END_TEXT,
+    THINK,
+    Markers,
+    finder_of,
+)
 from lowtide.runtime.structured.reasoning.reason_constraint import ReasonConstraint
 from lowtide.runtime.structured.response_format import as_format
-from lowtide.runtime.structured.rules.byte_table import TextMatcher
 from lowtide.runtime.structured.vocabulary import TokenVocabulary
 
 MAX_END_BYTES = 64
-"""Most bytes of the text that ends the reasoning."""
+"""Most bytes of the text that ends the reasoning. Each may need a mask, and the plan has room for 64 masks."""
 DEFAULT_TOKENS = 256
 
 
@@ -56,12 +61,8 @@ class ReasonFirst(OutputFormat):
 
     def compile(self, vocabulary: TokenVocabulary) -> Constraint:
         """Return the constraint of a new answer."""
-        matcher = None if self.end is None else self._matcher(self.end)
-        markers = Markers(vocabulary, matcher, self.end or "")
+        markers = Markers(vocabulary, self.end)
         return ReasonConstraint(self.format.compile(vocabulary), markers, self.max_tokens)
-
-    def _matcher(self, end: str) -> TextMatcher:
-        return TextMatcher([end.encode()], is_absorbing=True)
 
     @property
     def needs_grammar(self) -> bool:
@@ -76,7 +77,7 @@ class ReasonFirst(OutputFormat):
     @property
     def num_bytes(self) -> int:
         """Bytes of the table that finds the marker, and of the answer's format."""
-        return self._matcher(self.end or END_TEXT).table.num_bytes + self.format.num_bytes
+        return finder_of(self.end or END_TEXT).table.num_bytes + self.format.num_bytes
 
     def parse(self, answer: str) -> Any:
         """Return the value that an answer without its reasoning stands for."""
