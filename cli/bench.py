@@ -119,7 +119,11 @@ def command(
     """
     from lowtide.cli.common.output import json_object, note
     from lowtide.runtime.benchmark.paired import PairedBenchmark
-    from lowtide.runtime.benchmark.tasks import attention_workers, speculation_workers
+    from lowtide.runtime.benchmark.tasks import (
+        attention_workers,
+        speculation_workers,
+        worker_options,
+    )
 
     if schemas is not None and (depths or speculations):
         raise click.UsageError(
@@ -169,16 +173,7 @@ def command(
     options["expected_tokens"] = context
     planned = plan_with(spec, take_open_options(options))
     planned.require_fit()
-    config = {
-        "memory": planned.plan.budget.num_bytes,
-        "context": planned.plan.context,
-        "expected_tokens": context,
-        "kv_type": planned.plan.kv_type,
-        "threads": planned.options.num_threads,
-        "batch_size": planned.plan.batch_size,
-        "repack": planned.options.repack,
-        "chat_template": planned.options.chat_template,
-    }
+    config = worker_options(planned)
     workers = (
         speculation_workers(attentions[0], speculations, config)
         if speculations

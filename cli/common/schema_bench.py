@@ -35,6 +35,7 @@ def measure_schemas(
     from lowtide.runtime.benchmark.schemas.benchmark import run_schemas
     from lowtide.runtime.benchmark.schemas.cases import read_cases
     from lowtide.runtime.benchmark.schemas.engines import engines_here
+    from lowtide.runtime.benchmark.tasks import worker_options
     from lowtide.runtime.structured.grammar.library import llguidance
 
     llguidance()
@@ -44,25 +45,13 @@ def measure_schemas(
     options |= {"attention": attention, "expected_tokens": context, "structured": True}
     planned = plan_with(spec, take_open_options(options))
     planned.require_fit()
-    config = {
-        "memory": planned.plan.budget.num_bytes,
-        "context": planned.plan.context,
-        "expected_tokens": context,
-        "kv_type": planned.plan.kv_type,
-        "threads": planned.options.num_threads,
-        "batch_size": planned.plan.batch_size,
-        "repack": planned.options.repack,
-        "chat_template": planned.options.chat_template,
-        "attention": attention,
-        "structured": True,
-    }
     with clean_termination():
         found = run_schemas(
             spec,
             engines_here(spec.engine),
             cases,
             tokens,
-            config,
+            {**worker_options(planned), "attention": attention},
             template_arguments=arguments,
             enforced=enforce,
             progress=note,

@@ -17,6 +17,7 @@ from lowtide.models.arguments.paths import shown_path
 from lowtide.models.arguments.text_files import decoded
 from lowtide.models.errors import BadOption
 from lowtide.models.spec import ModelSpec
+from lowtide.runtime.backends.backend import ResolvedModel
 from lowtide.runtime.speculation.options import OFF, SpeculationArg
 
 PREFILL, DECODE = "prefill", "decode"
@@ -140,6 +141,22 @@ class WorkerConfig:
     attention: str
     speculate: str
     options: dict[str, Any]
+
+
+def worker_options(planned: ResolvedModel) -> dict[str, Any]:
+    """Return the keywords of the `LoadConfig` that load a model in a worker as it was planned."""
+    asked, plan = planned.options, planned.plan
+    return {
+        "memory": plan.budget.num_bytes,
+        "context": plan.context,
+        "expected_tokens": asked.expected_tokens,
+        "kv_type": plan.kv_type,
+        "threads": asked.num_threads,
+        "batch_size": plan.batch_size,
+        "repack": asked.repack,
+        "chat_template": asked.chat_template,
+        "structured": asked.structured,
+    }
 
 
 def attention_workers(

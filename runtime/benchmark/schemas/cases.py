@@ -30,7 +30,7 @@ class SchemaCase:
 def read_cases(path: Path) -> list[SchemaCase]:
     """Return the schemas of a file of JSON lines with `schema`, and where the file has them `id` and `prompt`.
 
-    Raises `BadOption` where the file has another format, or a schema that no answer can be checked against.
+    Raises `BadOption` where the file has another format.
     """
     found = list[SchemaCase]()
     try:
