@@ -1,8 +1,8 @@
 // Calls llama.cpp's forward pass where a failed assertion cannot end the process.
 //
 // An assertion that fails on the calling thread is thrown through the pass; one that fails on another thread makes the
-// caller leave (llama/guards/running_pass.h). Both become a message. llama/guards/try_pass.cpp tries a pass in a process of its own. A
-// thread with too little stack is refused: it would end the process, too.
+// caller leave (llama/guards/running_pass.h). Both become a message. llama/guards/try_pass.cpp tries a pass in a process
+// of its own. A thread with too little stack is refused: it would end the process, too.
 
 #include "llama/decode.h"
 

@@ -70,7 +70,7 @@ bool DeltaBlocksPolicy::set_head_params(const DeltaBlocksRule& rule, const float
     thresholds_.assign(thresholds, thresholds + num_heads_in_all), max_shares_.assign(max_shares, max_shares + num_heads_in_all);
     scales_.assign(scales, scales + num_heads_in_all * key_dim);
     stores_.resize(num_kv_heads);
-    rule_ = rule, num_kv_heads_ = num_kv_heads, key_dim_ = key_dim;
+    rule_ = rule, num_layers_ = num_layers, num_kv_heads_ = num_kv_heads, key_dim_ = key_dim;
     layers_.clear(), layers_.resize(num_layers);
     for (size_t index = 0; index < num_heads_in_all; ++index)
         if (!(thresholds_[index] >= 0.0f)) layers_[index / num_kv_heads].is_on = false;
@@ -191,11 +191,6 @@ void DeltaBlocksPolicy::count(const AttentionProblem& p, const std::vector<Block
         counts_.key_bytes_read +=
             int64_t(sizeof(uint16_t)) * num_stored + num_blocks + store.assignment_bytes(num_pages) + num_exact * key_bytes;
     }
-}
-
-void DeltaBlocksPolicy::start_error_stats() {
-    error_stats_.start(int(layers_.size()), num_kv_heads_, key_dim_);
-    is_on_ = true;
 }
 
 void DeltaBlocksPolicy::measure(const AttentionProblem& p, int layer) {

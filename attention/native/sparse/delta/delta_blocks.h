@@ -60,9 +60,9 @@ struct ScoreCounts {
 // Attention over merged keys. Behind the window, a query sees merged blocks (BlockStore) instead of keys: a stored
 // block costs one dot product and one read for all keys that it stands for. Values are exact. The policy needs a
 // batch whose tokens see a prefix of the cache, each one slot more than the token before; it skips others.
-class DeltaBlocksPolicy : public SparsePolicy {
+class DeltaBlocksPolicy : public MeasuredPolicy {
 public:
-    using SparsePolicy::SparsePolicy;
+    using MeasuredPolicy::MeasuredPolicy;
 
     // For each layer and KV head, (num_layers, num_kv_heads): the threshold, the largest share of a page's blocks to
     // store (1: the threshold alone decides), and the channel scales (..., key_dim). A layer with a negative
@@ -71,16 +71,7 @@ public:
     bool set_head_params(const DeltaBlocksRule& rule, const float* thresholds, const float* max_shares, const float* scales, int num_layers,
                          int num_kv_heads, int key_dim);
 
-    void start_pass(const PassOptions& options) override {
-        is_on_ = options.sparse, refine_ = options.refine;
-        error_stats_.stop();
-    }
-
-    // As in DeltaRowsPolicy.
-    void start_error_stats();
-    bool is_measuring() const override { return error_stats_.is_on(); }
     void measure(const AttentionProblem& problem, int layer) override;
-    void read_error_stats(float* errors, float* squares) const { error_stats_.read(errors, squares); }
 
     // For each layer and KV head, the share of the merged keys' channels that is stored.
     void read_stored_shares(float* shares) const;
@@ -101,7 +92,7 @@ private:
     bool applies_to(const AttentionProblem& problem, int layer) const;
     bool starts_pass(const AttentionProblem& problem, int layer, int stream);
     MergeRule merge_rule(int layer, int kv_head) const;
-    bool is_refining() const { return refine_ && rule_.refine > 0.0f && !error_stats_.is_on(); }
+    bool is_refining() const { return refines(rule_.refine); }
     void prepare(const AttentionProblem& problem, const std::vector<BlockStore>& heads);
     void start_tokens(const AttentionProblem& problem, int first_token, int num_tokens);
     void refine_tokens(const AttentionKernels& kernels, ThreadGroup& threads);
@@ -115,12 +106,10 @@ private:
     std::vector<BlockStoreView> stores_;
     MergedKeys merged_keys_{};
     AttentionProblem problem_{};
-    HeadErrorStats error_stats_;
     ScoreCounts counts_{};
-    int num_kv_heads_ = 0, key_dim_ = 0;
     std::atomic<int> num_refined_{0};  // by the last token so far
     int first_position_ = 0;           // the slot of the batch's first token
-    bool is_on_ = false, refine_ = false, runs_ = false;
+    bool runs_ = false;
 };
 
 // As in delta_rows.h, for DeltaBlocksPolicy. Its errors come with the share of channels that each layer and KV head

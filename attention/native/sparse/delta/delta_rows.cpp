@@ -73,7 +73,7 @@ bool DeltaRowsPolicy::set_head_params(const DeltaRowsRule& rule, const uint8_t* 
         key_dim <= kMaxHeadDim && rule.num_sink_tokens >= 0 && rule.window >= 0 &&
         std::all_of(num_clusters, num_clusters + num_heads_in_all, [&](int n) { return n > rule.num_sink_tokens && n <= kPageKeys; });
     if (!is_valid) return false;
-    rule_ = rule, num_kv_heads_ = num_kv_heads, key_dim_ = key_dim;
+    rule_ = rule, num_layers_ = num_layers, num_kv_heads_ = num_kv_heads, key_dim_ = key_dim;
     num_clusters_.assign(num_clusters, num_clusters + num_heads_in_all);
     score_bias_.assign(score_bias, score_bias + num_heads_in_all), scales_.assign(scales, scales + num_heads_in_all * key_dim);
     layers_.clear(), layers_.resize(num_layers);
@@ -199,11 +199,6 @@ void DeltaRowsPolicy::prepare(const AttentionProblem& p, const ClusteredKeys& st
     own.num_tokens = num_tokens, own.num_heads = p.group_size(), own.num_kv_heads = 1, own.num_keys = num_keys;
     if (own.sinks != nullptr) own.sinks += heads_before;
     if (is_refining()) refiner_.record(own, kv_head);
-}
-
-void DeltaRowsPolicy::start_error_stats() {
-    error_stats_.start(int(layers_.size()), num_kv_heads_, key_dim_);
-    is_on_ = true;
 }
 
 void DeltaRowsPolicy::measure(const AttentionProblem& p, int layer) {

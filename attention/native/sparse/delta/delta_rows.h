@@ -49,9 +49,9 @@ struct DeltaRowsRule {
 // Attention over clusters. Behind the window, similar keys share one score and one value (ClusteredKeys), so the
 // others cost neither a multiplication nor a read. The policy needs a batch whose tokens see a prefix of the cache,
 // each one slot more than the token before; it skips others.
-class DeltaRowsPolicy : public SparsePolicy {
+class DeltaRowsPolicy : public MeasuredPolicy {
 public:
-    using SparsePolicy::SparsePolicy;
+    using MeasuredPolicy::MeasuredPolicy;
 
     // For each layer and KV head, (num_layers, num_kv_heads): the number of clusters of a page (kPageKeys: not
     // clustered), the score bias (ClusterRule) for unscaled scores, and the channel scales (..., key_dim). A layer
@@ -60,21 +60,7 @@ public:
     bool set_head_params(const DeltaRowsRule& rule, const uint8_t* num_clusters, const float* score_bias, const float* scales,
                          int num_layers, int num_kv_heads, int key_dim);
 
-    void start_pass(const PassOptions& options) override {
-        is_on_ = options.sparse, refine_ = options.refine;
-        error_stats_.stop();
-    }
-
-    // Starts to measure errors until the next `start_pass`: passes return dense attention, and the policy's result is
-    // compared with it. Drops earlier measurements. Throws std::bad_alloc.
-    void start_error_stats();
-    bool is_measuring() const override { return error_stats_.is_on(); }
     void measure(const AttentionProblem& problem, int layer) override;
-
-    // For each layer and KV head: the mean relative squared error of tokens that have clusters, -1 if a pass was
-    // skipped; and the mean squares of all queries' channels.
-    void read_error_stats(float* errors, float* squares) const { error_stats_.read(errors, squares); }
-
     bool reserve(const AttentionProblem& problem, int layer, int stream, int num_threads) override;
 
     // Counts keys and clusters, as a mean over heads.
@@ -88,7 +74,7 @@ private:
         std::vector<std::vector<ClusteredKeys>> streams;  // per stream and KV head
     };
 
-    bool is_refining() const { return refine_ && rule_.refine > 0.0f && !error_stats_.is_on(); }
+    bool is_refining() const { return refines(rule_.refine); }
     bool starts_pass(const AttentionProblem& problem, int layer, int stream);
     bool applies_to(const AttentionProblem& problem, int layer) const;
     ClusterRule cluster_rule(const AttentionProblem& problem, int layer, int kv_head) const;
@@ -104,10 +90,9 @@ private:
     std::vector<float> score_bias_, scales_;
     std::vector<uint16_t> mask_;
     AttentionProblem head_problem_{};
-    HeadErrorStats error_stats_;
-    std::atomic<int> num_refined_{0};                          // by the last token
-    int num_kv_heads_ = 0, key_dim_ = 0, first_position_ = 0;  // `first_position_` is the slot of the batch's first token
-    bool is_on_ = false, refine_ = false, runs_ = false;
+    std::atomic<int> num_refined_{0};  // by the last token
+    int first_position_ = 0;           // the slot of the batch's first token
+    bool runs_ = false;
 };
 
 // Makes DeltaRowsPolicy the current policy and sets its parameters (`set_head_params`) between forward passes. Returns
