@@ -43,10 +43,10 @@ from lowtide.runtime.planning.plan import LoadConfig, ResolvedModel, plan_model,
 from lowtide.runtime.profiling.profiler import SILENT, Profiler
 from lowtide.runtime.profiling.retention_map import RetainedSpan
 from lowtide.runtime.sessions.store import SavedChats
-from lowtide.runtime.tools.grammar import CallSyntax
 
 if TYPE_CHECKING:
     from lowtide.runtime.embedding.passes import Vectors
+    from lowtide.runtime.tools.grammar import CallSyntax
 
 
 class Runtime:

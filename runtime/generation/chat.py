@@ -11,11 +11,10 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowtide.models.chat_template import ChatTemplate, Message
 from lowtide.models.errors import BadOption
-from lowtide.models.template.call_format import call_format
 from lowtide.models.text.prompt_span import PromptSpan, span_lengths, split_spans, text_of
 from lowtide.models.text.tokenizer import Tokenizer
 from lowtide.runtime.errors import PromptTooLong
@@ -23,8 +22,9 @@ from lowtide.runtime.generation.state import GenerationRequest
 from lowtide.runtime.generation.turns import LastTurn, Turns
 from lowtide.runtime.options import SamplingParams
 from lowtide.runtime.profiling.profiler import SILENT, Profiler
-from lowtide.runtime.tools.grammar import CallSyntax
-from lowtide.runtime.tools.use import ToolUse
+
+if TYPE_CHECKING:
+    from lowtide.runtime.tools.grammar import CallSyntax
 
 MAX_ANSWER_ROOM = 256
 """Most tokens that are left free for the answer when something is dropped; never more than a quarter of the
@@ -138,6 +138,11 @@ class PromptEncoder:
     @functools.cached_property
     def call_syntax(self) -> CallSyntax:
         """How the model writes calls of tools."""
+        from lowtide.models.template.call_format import call_format
+        from lowtide.runtime.tools.grammar import (
+            CallSyntax,  # 1.3 MiB that other answers do without
+        )
+
         return CallSyntax.of(call_format(self._chat_template), self._tokenizer)
 
     def with_tools(
@@ -150,6 +155,8 @@ class PromptEncoder:
         """Return messages, parameters and tools of the template for an answer that may call `tools`; see `ToolUse`."""
         if tools is None or (isinstance(tools, Sequence) and not tools):
             return messages, params, None
+        from lowtide.runtime.tools.use import ToolUse
+
         use = ToolUse(self.call_syntax, tools, choice)
         return use.messages(messages), use.params(params), use.for_template
 
