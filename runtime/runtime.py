@@ -47,6 +47,7 @@ from lowtide.runtime.sessions.store import SavedChats
 if TYPE_CHECKING:
     from lowtide.runtime.embedding.passes import Vectors
     from lowtide.runtime.tools.grammar import CallSyntax
+    from lowtide.runtime.tools.use import ToolUse
 
 
 class Runtime:
@@ -205,7 +206,7 @@ class Runtime:
         messages: Sequence[Message] | str,
         params: SamplingParams | None = None,
         *,
-        tools: Sequence[Any] | None = None,
+        tools: Sequence[Any] | ToolUse | None = None,
         tool_choice: str = "auto",
         template_arguments: Mapping[str, Any] | None = None,
         **named: Any,
@@ -223,11 +224,12 @@ class Runtime:
         params = SamplingParams.of(params, **named)
         messages = checked_messages(messages)
         self._check_chat(params)
+        if self._submits:
+            named = {"tools": tools, "tool_choice": tool_choice}
+            named["template_arguments"] = template_arguments
+            return ClosableGenerator(read(self.submit(messages, params, **named)))
         with self._active.between_steps():
             messages, params, shown = self._encoder.with_tools(messages, params, tools, tool_choice)
-        if self._submits:
-            named = {"tools": shown, "template_arguments": template_arguments}
-            return ClosableGenerator(read(self.submit(messages, params, **named)))
         answer = self._engine.constrained_answer(params)
         with self._active.between_steps(), hints_for(self.spec.context_length):
             number = self._start()
@@ -272,23 +274,22 @@ class Runtime:
         prompt: str | Sequence[Message] | Message,
         params: SamplingParams | None = None,
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Any] | ToolUse | None = None,
+        tool_choice: str = "auto",
         template_arguments: Mapping[str, Any] | None = None,
         owner: str = "",
         **named: Any,
     ) -> Submission:
         """Return an answer that the runtime's own thread computes, at once and from any thread or asyncio loop.
 
-        Texts are continued as by `generate`, messages answered as by `chat`; only the template reads `tools`.
-        Answers run together, up to the `sequences` that the runtime was opened with, and more of them wait in the order
-        in which they came. A prompt is read in parts beside the other answers, whose next tokens it delays by at most
-        `pace.MAX_PAUSE_S` seconds. What several prompts of one `owner` begin with is read and stored once; those of
-        others are found neither in the cache nor by its times. A greedy answer is that of its prompt alone, token for
-        token, where `stats.batch` is None or `stats.batch["identical"]` is True.
+        Texts are continued as by `generate`, messages answered as by `chat`, also with `tools`. Up to `sequences` of
+        them run together, the others wait in the order in which they came. A prompt is read in parts beside the other
+        answers, whose next tokens it delays by at most `pace.MAX_PAUSE_S` seconds. What several prompts of one `owner`
+        begin with is read and stored once; those of others are found neither in the cache nor by its times. A greedy one
+        is that of its prompt alone, token for token, where `stats.batch` is None or `stats.batch["identical"]` is True.
 
-        Raises `BadOption` for a wrong argument, `QueueFull` where `max_waiting` answers wait already, and
-        `RuntimeUnusable` after `close`. What is found out later, such as a prompt that is too long, is raised where the
-        `Submission` is read.
+        Raises `BadOption` for a wrong argument, `QueueFull` where `max_waiting` answers wait, and `RuntimeUnusable`
+        after `close`. What is found out later (a prompt too long, a wrong tool) is raised where it is read.
         """
         asked_at = time.perf_counter()
         params = SamplingParams.of(params, **named)
@@ -305,6 +306,7 @@ class Runtime:
             params=params,
             asked_at=asked_at,
             tools=tools,
+            tool_choice=tool_choice,
             arguments=template_arguments,
             owner=owner,
         )

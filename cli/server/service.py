@@ -86,13 +86,11 @@ class Service:
         pending: list[Pending] = []
         try:
             for prompt, each in zip(prompts, params, strict=True):
-                if tools is not None and not isinstance(prompt, str):
-                    prompt, each = tools.messages(prompt), tools.params(each)
                 pending.append(
                     self.runtime.submit(
                         prompt,
                         each,
-                        tools=tools.for_template if tools else None,
+                        tools=tools,
                         template_arguments=template_arguments,
                         owner=request.scope[OWNER],
                     )

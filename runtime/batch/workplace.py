@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowtide.memory.plan.batch import BatchPlan
 from lowtide.models.chat_template import Message
@@ -26,11 +26,15 @@ from lowtide.runtime.loading.load import Engine
 from lowtide.runtime.options import SamplingParams
 from lowtide.runtime.profiling.profiler import Profiler
 
+if TYPE_CHECKING:
+    from lowtide.runtime.tools.use import ToolUse
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AskedPrompt:
     """What a caller submitted: a `text` to continue, or the `messages` of a chat where it is None.
 
+    `tools` are those of `Runtime.chat`, and `arguments` are for the template.
     Raises `BadOption` where a text has what only a template reads.
     """
 
@@ -38,7 +42,8 @@ class AskedPrompt:
     messages: Sequence[Message]
     params: SamplingParams
     asked_at: float
-    tools: Sequence[Mapping[str, Any]] | None = None
+    tools: Sequence[Any] | ToolUse | None = None
+    tool_choice: str = "auto"
     arguments: Mapping[str, Any] | None = None
     owner: str = ""
 
@@ -94,18 +99,21 @@ class Workplace(ABC):
 
     def encode(self, asked: AskedPrompt) -> tuple[GenerationRequest, ChatPrompt | None]:
         """Render and tokenise a prompt; return what is remembered of a chat with its answer, too."""
-        answer = self.engine.constrained_answer(asked.params)
+        messages, params, shown = self.encoder.with_tools(
+            asked.messages, asked.params, asked.tools, asked.tool_choice
+        )
+        answer = self.engine.constrained_answer(params)
         most, prompt = self.max_tokens(), None
         with hints_for(self.engine.planned.spec.context_length):
             if asked.text is not None:
-                request = self.encoder.encode_text(asked.text, most, asked.params, asked.asked_at)
+                request = self.encoder.encode_text(asked.text, most, params, asked.asked_at)
             else:
                 request, prompt = self.encoder.encode_chat(
-                    asked.messages,
+                    messages,
                     most,
-                    asked.params,
+                    params,
                     asked.asked_at,
-                    tools=asked.tools,
+                    tools=shown,
                     arguments=asked.arguments,
                     owner=asked.owner,
                 )

@@ -25,6 +25,7 @@ from lowtide.runtime.profiling.profiler import SILENT, Profiler
 
 if TYPE_CHECKING:
     from lowtide.runtime.tools.grammar import CallSyntax
+    from lowtide.runtime.tools.use import ToolUse
 
 MAX_ANSWER_ROOM = 256
 """Most tokens that are left free for the answer when something is dropped; never more than a quarter of the
@@ -149,15 +150,17 @@ class PromptEncoder:
         self,
         messages: Sequence[Message],
         params: SamplingParams,
-        tools: Sequence[Any] | None,
+        tools: Sequence[Any] | ToolUse | None,
         choice: str,
     ) -> tuple[Sequence[Message], SamplingParams, Sequence[Mapping[str, Any]] | None]:
         """Return messages, parameters and tools of the template for an answer that may call `tools`; see `ToolUse`."""
         if tools is None or (isinstance(tools, Sequence) and not tools):
+            if choice not in ("auto", "none"):
+                raise BadOption("tool_choice needs tools: pass some, or leave it out")
             return messages, params, None
         from lowtide.runtime.tools.use import ToolUse
 
-        use = ToolUse(self.call_syntax, tools, choice)
+        use = tools if isinstance(tools, ToolUse) else ToolUse(self.call_syntax, tools, choice)
         return use.messages(messages), use.params(params), use.for_template
 
     @property

@@ -22,6 +22,7 @@ from lowtide.runtime.planning.plan import LoadConfig, plan_model
 
 GREEDY: dict[str, Any] = {"temperature": 0}
 REPLY = "The answer is 42."
+MESSAGES = [{"role": "user", "content": "Look."}]
 PROMPTS = [f"A text that all of them begin with. {i}\n" for i in range(9)]
 
 
@@ -372,3 +373,38 @@ def test_many_threads_submit_cancel_and_read_at_once() -> None:
     for thread in threads:
         thread.join(60)
     assert not wrong and runtime.queue.running + runtime.queue.waiting == 0
+
+
+def look(at: str) -> str:
+    """Look at something."""
+    return at
+
+
+def answer_to_tools(runtime: Runtime, *, submits: bool, **options: Any) -> str:
+    asked: dict[str, Any] = {"tools": [look], "max_tokens": 200, **GREEDY, **options}
+    if submits:
+        return runtime.submit(MESSAGES, **asked).result(20).text
+    return "".join(chunk.text for chunk in runtime.chat(MESSAGES, **asked))
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_tools_are_those_of_a_chat(sequences: int) -> None:
+    pytest.importorskip("llguidance")
+    for choice in ("auto", "none", "required", "look"):
+        texts = []
+        for submits in (False, True):
+            with opened(sequences=sequences, context=2048) as runtime:
+                texts.append(answer_to_tools(runtime, submits=submits, tool_choice=choice))
+                prompt = runtime.fake.tokenizer.decode(runtime.fake._tokens)  # type: ignore[attr-defined]
+                assert sequences > 1 or ("Look at something." in prompt) is (choice != "none")
+        assert texts[0] == texts[1]
+        assert ('"name": "look"' in texts[0]) is (choice in ("required", "look"))
+
+
+@pytest.mark.parametrize("submits", [False, True])
+def test_wrong_tools_are_refused(submits: bool) -> None:
+    with opened() as runtime:
+        with pytest.raises(BadOption, match="it must be a function"):
+            answer_to_tools(runtime, submits=submits, tools=[None])
+        with pytest.raises(BadOption, match="tool_choice needs tools"):
+            answer_to_tools(runtime, submits=submits, tools=None, tool_choice="required")
