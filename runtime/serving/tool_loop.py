@@ -11,6 +11,7 @@ from lowtide.models.arguments.names import option
 from lowtide.models.arguments.values import shown
 from lowtide.models.chat_template import Message
 from lowtide.models.errors import BadOption
+from lowtide.runtime.errors import PromptTooLong
 from lowtide.runtime.generation.statistics import Statistics
 from lowtide.runtime.options import SamplingParams
 from lowtide.runtime.runtime import Runtime
@@ -21,6 +22,8 @@ from lowtide.runtime.tools.use import ToolUse
 MAX_ROUNDS = 8
 """Most answers of one chat, the last one included, where the caller does not say otherwise."""
 NOT_ALLOWED = "Error: the user did not allow this call."
+RESULT_SHARE = 1 / 2
+"""Most of the context that one result may take: the chat before it and the next answer need the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +58,9 @@ def run_tools(
 ) -> ToolRun:
     """Answer a chat with functions of Python that the model may call; run what it calls, until it calls nothing.
 
-    `allow` is asked before each call, and `on_text` gets the text while it is written. An error of a function, and a
-    call that is not allowed, are told to the model as the result. A `tool_choice` that requires a call does so in the
-    first answer. The other arguments are those of `Runtime.chat`.
+    `allow` is asked before each call, and `on_text` gets the text while it is written. An error of a function, a call
+    that is not allowed, and a result of more than half the context are errors that the model reads. A `tool_choice`
+    that requires a call does so in the first answer. The other arguments are those of `Runtime.chat`.
 
     Raises `BadOption` for tools without a function, and what `Runtime.chat` raises.
     """
@@ -78,8 +81,7 @@ def run_tools(
         chunks = runtime.chat(
             [*chat, *added],
             params,
-            tools=use.tools,
-            tool_choice=tool_choice,
+            tools=use,
             template_arguments=template_arguments,
             **named,
         )
@@ -98,7 +100,7 @@ def run_tools(
             break
         calls += answer.calls
         added.append(_calling(answer))
-        added += [_result(call, use.tools, allow) for call in answer.calls]
+        added += [_result(runtime, call, use.tools, allow) for call in answer.calls]
         tool_choice, reason = ("none" if tool_choice == "none" else "auto"), "rounds"
     return ToolRun(answer.text, reason, tuple(added), tuple(calls), stats)
 
@@ -126,10 +128,22 @@ def _calling(answer: Answer) -> dict[str, Any]:
 
 
 def _result(
-    call: Call, tools: Sequence[Tool], allow: Callable[[Call], bool] | None
+    runtime: Runtime, call: Call, tools: Sequence[Tool], allow: Callable[[Call], bool] | None
 ) -> dict[str, Any]:
     """Run a call, where that is allowed, and return its result as a message."""
     tool = next(tool for tool in tools if tool.name == call.name)
     allowed = allow is None or allow(call)
-    content = tool.call(call.arguments) if allowed else NOT_ALLOWED
+    content = _short_enough(runtime, call, tool.call(call.arguments)) if allowed else NOT_ALLOWED
     return {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": content}
+
+
+def _short_enough(runtime: Runtime, call: Call, result: str) -> str:
+    """Return a result, or an error in place of one that leaves the chat no room: a part of it might mislead."""
+    most = int(RESULT_SHARE * runtime.plan.context)
+    try:
+        num_tokens = runtime.count_tokens(result)
+    except PromptTooLong as error:
+        num_tokens = error.num_tokens
+    if num_tokens <= most:
+        return result
+    return f"Error: the result of {call.name} has {num_tokens:,} tokens, and at most {most:,} can be read: ask for less"

@@ -37,21 +37,21 @@ class ToolUse:
     ) -> None:
         self._syntax = syntax
         self.tools = tools_of(tools)
-        self._choice = choice
-        self._several = several
+        self.choice = choice
+        self.several = several
         self._callable = self._chosen()
 
     def _chosen(self) -> list[Tool]:
         """Return the tools that the answer may call."""
-        if self._choice == "none":
+        if self.choice == "none":
             return []
-        if self._choice in CHOICES:
+        if self.choice in CHOICES:
             return self.tools
-        chosen = [tool for tool in self.tools if tool.name == self._choice]
+        chosen = [tool for tool in self.tools if tool.name == self.choice]
         if not chosen:
             names = ", ".join(tool.name for tool in self.tools) or "none"
             raise BadOption(
-                f"tool_choice is {shown(self._choice)}, which is no tool; it must be auto, none, required, or one of "
+                f"tool_choice is {shown(self.choice)}, which is no tool; it must be auto, none, required, or one of "
                 f"the tools ({names})"
             )
         return chosen
@@ -59,7 +59,7 @@ class ToolUse:
     @property
     def is_required(self) -> bool:
         """Whether the answer must be a call."""
-        return bool(self._callable) and self._choice != "auto"
+        return bool(self._callable) and self.choice != "auto"
 
     def messages(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Return the messages for the chat template."""
@@ -92,7 +92,7 @@ class ToolUse:
             self._syntax,
             self._callable,
             required=self.is_required,
-            several=self._several,
+            several=self.several,
             text_schema=schema,
         )
         return replace(params, constraint=grammar)

@@ -19,7 +19,7 @@ from lowtide.models.arguments.values import shown
 from lowtide.runtime.options import SamplingParams
 from lowtide.runtime.serving.deltas import Answer, Call, Finish
 from lowtide.runtime.tools.grammar import CallSyntax
-from lowtide.runtime.tools.use import ToolUse
+from lowtide.runtime.tools.use import CHOICES, ToolUse
 
 IGNORED = (
     "user store metadata service_tier safety_identifier prompt_cache_key prompt_cache_retention truncation "
@@ -140,9 +140,7 @@ class ResponseAnswer:
         self._message_id = f"msg_{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = model
-        self._tools = (
-            [tool.to_dict()["function"] for tool in asked.tools.tools] if asked.tools else []
-        )
+        self._use = asked.tools
         self._number = 0
 
     def whole(self, answer: Answer) -> dict[str, Any]:
@@ -165,9 +163,7 @@ class ResponseAnswer:
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
             "error": None,
             "output": output,
-            "parallel_tool_calls": True,
-            "tool_choice": "auto",
-            "tools": [{"type": "function", "strict": True, **tool} for tool in self._tools],
+            **_tool_values(self._use),
             "usage": None if finish is None else _usage(finish),
             "lowtide": own_values([finish] if finish else []),
         }
@@ -250,6 +246,19 @@ class ResponseAnswer:
         made = event({"type": name, "sequence_number": self._number, **values}, name)
         self._number += 1
         return made
+
+
+def _tool_values(use: ToolUse | None) -> dict[str, Any]:
+    """Return the fields of a response that repeat what was asked of tools."""
+    if use is None:
+        return {"parallel_tool_calls": True, "tool_choice": "auto", "tools": []}
+    named = {"type": "function", "name": use.choice}
+    tools = [tool.to_dict()["function"] for tool in use.tools]
+    return {
+        "parallel_tool_calls": use.several,
+        "tool_choice": use.choice if use.choice in CHOICES else named,
+        "tools": [{"type": "function", "strict": True, **tool} for tool in tools],
+    }
 
 
 def _part(text: str) -> dict[str, Any]:

@@ -98,3 +98,13 @@ def test_what_needs_a_memory_or_is_unknown_is_refused(
 ) -> None:
     reply = respond(serving(), **fields)
     assert reply.status == 400 and reply.error["param"]
+
+
+def test_a_response_repeats_what_was_asked_of_tools(serving: Serve) -> None:
+    server = serving("Hello.", sequences=1)
+    named = {"type": "function", "name": "look"}
+    for choice in ("auto", "none", "required", named):
+        fields = {"tool_choice": choice, "parallel_tool_calls": False}
+        answer = respond(server, tools=[LOOK], max_output_tokens=200, **fields).json
+        assert (answer["tool_choice"], answer["parallel_tool_calls"]) == (choice, False)
+        assert [tool["name"] for tool in answer["tools"]] == ["look"]

@@ -104,3 +104,21 @@ def test_answers_that_run_together_may_call_tools() -> None:
     with Runtime.open(model, memory="8GiB", sequences=2) as runtime:
         done = run_tools(runtime, "What is 2 + 3?", [add], temperature=0)
     assert done.text == "It is 5." and len(done.calls) == 1
+
+
+@pytest.mark.parametrize("length", [100, 10_000, 10_000_000])
+def test_a_result_that_is_too_long_is_an_error_for_the_model(length: int) -> None:
+    def read() -> str:
+        """Read a file."""
+        return "x" * length
+
+    model = FakeModel([written("read"), "I shall ask for less."], context=4096)
+    with Runtime.open(model, memory="8GiB") as runtime:
+        done = run_tools(runtime, "Read.", [read], temperature=0)
+    content = done.messages[1]["content"]
+    if length == 100:
+        assert content == "x" * length
+    else:
+        assert content.startswith("Error: the result of read has ")
+        assert content.endswith(" tokens, and at most 2,048 can be read: ask for less")
+    assert done.text == "I shall ask for less."
