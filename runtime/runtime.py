@@ -285,8 +285,8 @@ class Runtime:
         Texts are continued as by `generate`, messages answered as by `chat`, also with `tools`. Up to `sequences` of
         them run together, the others wait in the order in which they came. A prompt is read in parts beside the other
         answers, whose next tokens it delays by at most `pace.MAX_PAUSE_S` seconds. What several prompts of one `owner`
-        begin with is read and stored once; those of others are found neither in the cache nor by its times. A greedy one
-        is that of its prompt alone, token for token, where `stats.batch` is None or `stats.batch["identical"]` is True.
+        begin with is read and stored once; those of others are found neither in it nor by its times. A greedy answer is
+        that of its prompt alone, token for token, where `stats.batch` is None or `stats.batch["identical"]` is True.
 
         Raises `BadOption` for a wrong argument, `QueueFull` where `max_waiting` answers wait, and `RuntimeUnusable`
         after `close`. What is found out later (a prompt too long, a wrong tool) is raised where it is read.

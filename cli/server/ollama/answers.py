@@ -211,8 +211,9 @@ class OllamaAnswer:
         }
         if self._is_chat:
             message: dict[str, Any] = {"role": "assistant", "content": text}
-            if calls:
-                message["tool_calls"] = [_call(call) for call in calls]
+            whole = [_call(call) for call in calls if _is_whole(call)]
+            if whole:
+                message["tool_calls"] = whole
             values["message"] = message
         else:
             values["response"] = text
@@ -232,11 +233,17 @@ class OllamaAnswer:
         }
 
 
-def _call(call: Call) -> dict[str, Any]:
+def _is_whole(call: Call) -> bool:
+    """Whether the answer was not cut inside the call: a client would run it with other arguments."""
     try:
-        arguments = json.loads(call.arguments)
-    except ValueError:  # the answer was cut inside the call
-        arguments = {}
+        json.loads(call.arguments)
+    except ValueError:
+        return False
+    return True
+
+
+def _call(call: Call) -> dict[str, Any]:
+    arguments = json.loads(call.arguments)
     return {"id": call.id, "function": {"name": call.name, "arguments": arguments}}
 
 

@@ -8,6 +8,11 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("starlette")
+
+from lowtide.cli.server.ollama.answers import OllamaAnswer
+from lowtide.runtime.serving.deltas import Answer, Call
+
 Serve = Callable[..., Any]
 MESSAGES = [{"role": "user", "content": "Hi"}]
 GREEDY = {"temperature": 0}
@@ -64,6 +69,15 @@ def test_calls_come_whole(serving: Serve) -> None:
     calls = [one["message"].get("tool_calls") for one in lines(server.post("/api/chat", body))]
     (call,) = [one for found in calls if found for one in found]
     assert call["function"] == {"name": "look", "arguments": {"at": "sea"}}
+
+
+def test_a_call_that_is_cut_is_left_out() -> None:
+    """As where memory ran out: a client would run it with other arguments."""
+    calls = [Call("1", "look", '{"at": "sea"}'), Call("2", "look", '{"at": "s')]
+    for num_calls in (2, 1):
+        answer = Answer(calls=calls[2 - num_calls :])
+        found = OllamaAnswer("fake", is_chat=True).whole(answer)["message"].get("tool_calls", [])
+        assert [call["id"] for call in found] == ["1"][: num_calls - 1]
 
 
 def test_lists_of_models(serving: Serve) -> None:
