@@ -15,6 +15,11 @@ from lowtide.models.errors import BadOption, TemplateError
 from lowtide.models.fake_model import CHAT_TEMPLATE, FakeModel
 
 SHOWN = "{% for m in messages %}{{ m.content }}{% endfor %}{{ flag is false }}{{ word }}{{ tools is none }}"
+CALLS = (
+    "{% for m in messages %}{% for c in m.tool_calls or [] %}<tool_call>"
+    '{"name": {{ c.function.name | tojson }}, "arguments": {{ c.function.arguments | tojson }}}'
+    "</tool_call>{% endfor %}{% endfor %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +117,8 @@ def test_half_of_a_familys_markers_is_no_family(tmp_path: Path) -> None:
 
 
 def test_a_runtime_takes_a_template_tools_and_arguments() -> None:
-    with Runtime.open(FakeModel(), chat_template=SHOWN) as runtime:
-        assert runtime.spec.chat_template == SHOWN
+    with Runtime.open(FakeModel(), chat_template=CALLS + SHOWN) as runtime:
+        assert runtime.spec.chat_template == CALLS + SHOWN
         assert runtime.template_family is None
         messages = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
         lengths = []
