@@ -36,7 +36,7 @@ public:
     // Changes the number and wakes whoever sleeps.
     void advance() {
         number_.fetch_add(1, std::memory_order_seq_cst);
-        if (num_asleep_.load(std::memory_order_seq_cst) != 0 && num_asleep_.exchange(0, std::memory_order_seq_cst) != 0) wake();
+        if (num_asleep_.load(std::memory_order_seq_cst) != 0) wake();
     }
 
     // Returns when the number is not `seen`: after spinning, then asleep.
@@ -46,9 +46,10 @@ public:
             relax();
             if (spins % 32 != 0 || std::chrono::steady_clock::now() - start < kSpinTime) continue;
             // A thread that falls asleep late is seen by the `advance` of its change: it either finds the new number
-            // or is counted before.
+            // or is counted before. It is counted until it is awake: who is woken by an earlier change sleeps again.
             num_asleep_.fetch_add(1, std::memory_order_seq_cst);
             while (load() == seen) sleep(seen);
+            num_asleep_.fetch_sub(1, std::memory_order_seq_cst);
             return;
         }
     }

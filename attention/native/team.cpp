@@ -123,13 +123,15 @@ void Team::settle() {
 }
 
 void Team::live(Helper& helper) {
-    for (uint32_t seen = 0; !ends_;) {
-        const uint32_t activity = activity_.load();
+    for (uint32_t seen = 0;;) {
+        // `stop` sets ends_ and then changes both numbers: who read a number before sees it change, who reads it later
+        // sees ends_.
+        const uint32_t activity = activity_.load(), number = job_number_.load();
+        if (ends_) return;
         if (helper.index >= num_helping_.load(std::memory_order_seq_cst)) {
             activity_.wait_for_change(activity);
             continue;
         }
-        const uint32_t number = job_number_.load();
         if (number != seen && help(helper, number) && helper.index == 0) prefetch(helper.job, number);
         seen = number;
         job_number_.wait_for_change(seen);

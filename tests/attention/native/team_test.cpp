@@ -8,6 +8,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <csignal>
+#endif
+
 #include "checks.h"
 
 namespace {
@@ -117,6 +121,46 @@ void test_idle() {
     require(count.load() == 4, "team: count.load() == 4");
 }
 
+#if defined(__linux__)
+// A thread that changes a number may lose its core at any instruction, also between the change and the waking. A signal
+// handler that takes longer than waiting threads spin takes its place here.
+void test_none_sleeps_for_ever() {
+    struct sigaction action = {};
+    action.sa_handler = [](int) {
+        const timespec pause{0, 200000};
+        nanosleep(&pause, nullptr);
+    };
+    sigaction(SIGUSR1, &action, nullptr);
+    WaitableNumber number;
+    std::atomic<bool> ends{false};
+    std::atomic<uint32_t> last{0};
+    std::thread waiting([&] {
+        for (uint32_t seen = 0; !ends;) {
+            number.wait_for_change(seen);
+            last = seen = number.load();
+        }
+    });
+    std::thread changing([&] {
+        for (int i = 0; i < 400; ++i) {
+            const auto start = std::chrono::steady_clock::now();
+            while (std::chrono::steady_clock::now() - start < std::chrono::milliseconds(1)) number.advance();
+            for (int waited = 0; last != number.load(); ++waited) {
+                require(waited < 2000, "a thread sleeps though its number has changed");
+                std::this_thread::sleep_for(std::chrono::milliseconds(1));
+            }
+        }
+        ends = true;
+        number.advance();
+    });
+    while (!ends) {
+        pthread_kill(changing.native_handle(), SIGUSR1);
+        std::this_thread::sleep_for(std::chrono::microseconds(300));
+    }
+    changing.join();
+    waiting.join();
+}
+#endif
+
 }  // namespace
 
 int main() {
@@ -126,5 +170,8 @@ int main() {
     test_held_helper();
     test_for_each();
     test_idle();
+#if defined(__linux__)
+    test_none_sleeps_for_ever();
+#endif
     std::printf("all results agree\n");
 }
